@@ -1,0 +1,125 @@
+"""Pure geometry of maps: regions and tiles. Axes are (y, x); regions are half-open."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Quotient of two integers, rounded up."""
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The pixels with ``y0 <= y < y1`` and ``x0 <= x < x1``."""
+
+    y0: int
+    y1: int
+    x0: int
+    x1: int
+
+    @classmethod
+    def whole(cls, shape: tuple[int, int]) -> "Region":
+        """All pixels of a map of this shape."""
+        return cls(0, shape[0], 0, shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels; never negative."""
+        return max(self.y1 - self.y0, 0), max(self.x1 - self.x0, 0)
+
+    @property
+    def size(self) -> int:
+        """Number of pixels."""
+        height, width = self.shape
+        return height * width
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """The region as an index into a map."""
+        return slice(self.y0, self.y1), slice(self.x0, self.x1)
+
+    def intersect(self, other: "Region") -> "Region":
+        """The pixels in both; empty (size 0) where they do not meet."""
+        return Region(
+            max(self.y0, other.y0),
+            min(self.y1, other.y1),
+            max(self.x0, other.x0),
+            min(self.x1, other.x1),
+        )
+
+    def relative_to(self, origin: "Region") -> "Region":
+        """The same pixels, counted from the upper left corner of another region."""
+        return Region(
+            self.y0 - origin.y0, self.y1 - origin.y0, self.x0 - origin.x0, self.x1 - origin.x0
+        )
+
+    def __str__(self) -> str:
+        return f"[{self.y0}:{self.y1}, {self.x0}:{self.x1}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One cell of a grid: its row and column in the grid, and its pixels."""
+
+    iy: int
+    ix: int
+    region: Region
+
+    def __str__(self) -> str:
+        return f"tile ({self.iy}, {self.ix}) {self.region}"
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """A map cut into cells of one shape, smaller at the lower and right edge.
+
+    Chunks and tiles are both cells of such a grid.
+    """
+
+    shape: tuple[int, int]
+    cell: tuple[int, int]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Number of rows and columns of cells."""
+        return ceil_div(self.shape[0], self.cell[0]), ceil_div(self.shape[1], self.cell[1])
+
+    def __len__(self) -> int:
+        rows, columns = self.counts
+        return rows * columns
+
+    def __getitem__(self, index: int) -> Tile:
+        """Return the cell with this number, counted row by row."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.at(*divmod(index, self.counts[1]))
+
+    def __iter__(self) -> Iterator[Tile]:
+        return (self[index] for index in range(len(self)))
+
+    def at(self, iy: int, ix: int) -> Tile:
+        """Return the cell in this row and column."""
+        (height, width), (cell_height, cell_width) = self.shape, self.cell
+        y0, x0 = iy * cell_height, ix * cell_width
+        return Tile(
+            iy, ix, Region(y0, min(y0 + cell_height, height), x0, min(x0 + cell_width, width))
+        )
+
+    def touching(self, region: Region) -> Iterator[Tile]:
+        """All cells that share at least one pixel with the region, row by row."""
+        inside = region.intersect(Region.whole(self.shape))
+        if inside.size == 0:
+            return
+        for iy in range(inside.y0 // self.cell[0], ceil_div(inside.y1, self.cell[0])):
+            for ix in range(inside.x0 // self.cell[1], ceil_div(inside.x1, self.cell[1])):
+                yield self.at(iy, ix)
+
+    def is_aligned(self, region: Region) -> bool:
+        """Whether the region is made of whole cells."""
+        return (
+            region.y0 % self.cell[0] == 0
+            and region.x0 % self.cell[1] == 0
+            and (region.y1 % self.cell[0] == 0 or region.y1 == self.shape[0])
+            and (region.x1 % self.cell[1] == 0 or region.x1 == self.shape[1])
+        )

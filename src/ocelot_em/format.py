@@ -1,0 +1,158 @@
+"""The stored format, version 1: names, attributes and codecs. Pure; ``docs/format.md`` is normative.
+
+Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
+reports every problem with its place.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from ocelot_em.errors import FormatError
+from ocelot_em.maps import MAPS, MapSet, PoseForm
+
+FORMAT_VERSION = 1
+ATTRIBUTE_KEY = "ocelot"
+PARTIALS = "partials"
+SEARCH_SPACE = "search_space"
+TILE_SUMMARY = "progress/tile_summary"
+DIMENSIONS = ("y", "x")
+
+DEFAULT_CHUNK = 1024
+"""Edge of a chunk in pixels. 4 MiB decoded: small enough to stay near the caches, large enough
+that a request per chunk costs little; measured in ``docs/design.md``."""
+
+MAX_CHUNK_NBYTES = 256 * 2**20
+"""Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
+
+PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
+PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Shape = tuple[PixelCount, PixelCount]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Attributes(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Provenance(_Attributes):
+    """Where something came from: free-form, never interpreted."""
+
+    created: str
+    versions: dict[str, str]
+    source: str = ""
+    source_sha256: str = ""
+    options: dict[str, Any] = {}
+
+
+class _Result(_Attributes):
+    """What a search and a merged result have in common."""
+
+    format_version: Literal[1]
+    shape: Shape
+    valid_shape: Shape
+    pixel_size_angstrom: Angstrom | None
+    pose_form: PoseForm
+    has_pixel_size: bool
+    has_counts: bool
+    search_space_digest: str | None
+    total_projections: Count
+    provenance: Provenance
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps there are."""
+        return MapSet(self.pose_form, self.has_pixel_size, self.has_counts)
+
+
+class SearchAttributes(_Result):
+    """Root of a search: what all its partials share.
+
+    ``total_projections`` is the sum over the complete partials when the last of them was
+    finished; the partials' own counts are authoritative.
+    """
+
+    kind: Literal["search"]
+
+
+class PartialAttributes(_Attributes):
+    """One partial. ``state`` becomes ``complete`` after its last chunk is written."""
+
+    id: str
+    order: int
+    total_projections: Count
+    state: Literal["writing", "complete"]
+    provenance: Provenance
+
+
+class Contribution(_Attributes):
+    """A partial that went into a merged result; its place in the list is its ``best_partial``."""
+
+    name: str
+    id: str
+    total_projections: Count
+
+
+class MergedAttributes(_Result):
+    """Root of a merged result. ``state`` becomes ``complete`` after the last tile."""
+
+    kind: Literal["merged"]
+    id: str
+    state: Literal["writing", "complete"]
+    partials: tuple[Contribution, ...]
+    plan: dict[str, Any]
+    finished: str | None = None
+
+
+_Model = TypeVar("_Model", bound=_Attributes)
+
+
+def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Model:
+    """Read the ``ocelot`` attributes of a group.
+
+    Raises
+    ------
+    FormatError
+        Naming the place and every problem; a store of a later version is said to be that.
+    """
+    content = attributes.get(ATTRIBUTE_KEY) if isinstance(attributes, dict) else None
+    if not isinstance(content, dict):
+        raise FormatError(
+            f"{where}: expected an attribute {ATTRIBUTE_KEY!r}, got none; not an ocelot-em store"
+        )
+    version = content.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{where}: expected format version {FORMAT_VERSION}, got {version!r}; "
+            "read it with the version of ocelot-em that wrote it, or a newer one"
+        )
+    try:
+        return model.model_validate_json(_dump(content), strict=True)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, p['loc'])) or 'attributes'}: {p['msg']}" for p in error.errors()
+        ]
+        raise FormatError(f"{where}: {'; '.join(problems)}") from None
+
+
+def dump_attributes(model: _Attributes) -> dict[str, Any]:
+    """Return the group attributes that :func:`parse_attributes` reads."""
+    return {ATTRIBUTE_KEY: model.model_dump(mode="json")}
+
+
+def _dump(content: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(content)
+
+
+def fill_value(name: str) -> float | int:
+    """Fill value of a map: NaN, or for the integer maps -1 (index, partial) and 0 (count)."""
+    return MAPS[name].fill
+
+
+def map_attributes(name: str) -> dict[str, str]:
+    """Attributes of a map's array, in the names that xarray and CF readers look for."""
+    info = MAPS[name]
+    return {"long_name": info.meaning, "units": info.unit}

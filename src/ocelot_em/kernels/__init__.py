@@ -1,0 +1,1 @@
+"""Kernels: the arithmetic of a merge, one module per kind of processor."""

@@ -1,0 +1,161 @@
+"""The obvious merge in plain NumPy: the oracle that every faster kernel must agree with.
+
+The three functions are the whole interface of a kernel. A merge is a monoid: :func:`identity` is
+the device that searched nothing, :func:`fold` takes one more partial in, :func:`finalise` turns the
+sums into mean, standard deviation and z-score. Arrays are changed in place where it says so.
+"""
+
+import numpy as np
+
+from ocelot_em.maps import (
+    BEST_PARTIAL,
+    COUNT,
+    INDEX,
+    MEAN,
+    MIP,
+    NOT_SEARCHED,
+    SCALED_MIP,
+    SQUARED_SUM,
+    STD,
+    SUM,
+    Accumulator,
+    AnyArray,
+    FoldReport,
+    MapSet,
+    PartialMaps,
+    PoseForm,
+)
+from ocelot_em.search_space import SearchSpace
+
+
+def identity(shape: tuple[int, int], maps: MapSet) -> Accumulator:
+    """Return the merge of nothing: ``mip`` -inf, pose NaN or -1, sums and counts 0."""
+    if maps.form is PoseForm.INDEXED:
+        pose: tuple[AnyArray, ...] = (np.full(shape, NOT_SEARCHED, np.int32),)
+    else:
+        pose = tuple(np.full(shape, np.nan, np.float32) for _ in maps.pose)
+    return Accumulator(
+        mip=np.full(shape, -np.inf, np.float32),
+        pose=pose,
+        best_partial=np.full(shape, NOT_SEARCHED, np.int32),
+        correlation_sum=np.zeros(shape, np.float64),
+        correlation_squared_sum=np.zeros(shape, np.float64),
+        count_map=np.zeros(shape, np.int64) if maps.counts else None,
+    )
+
+
+def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
+    """Take one more partial into the accumulator, in place.
+
+    The higher ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier partial,
+    indexed poses the lower global index. -inf never wins. Sums and counts add.
+
+    NaN: a NaN ``mip`` never wins and NaN sums stay NaN; both are counted in the report, and the
+    caller decides.
+
+    Parameters
+    ----------
+    acc
+        Changed in place.
+    partial
+        Maps of the accumulator's shape.
+    space
+        The search space of an indexed search, None for explicit poses.
+    """
+    mip, searched = partial.mip, partial.mip > -np.inf
+    won = mip > acc.mip
+    invalid = 0
+    nan = np.isnan(mip) | np.isnan(partial.correlation_sum)
+    nan |= np.isnan(partial.correlation_squared_sum)
+    if space is not None:
+        index = partial.pose[0]
+        won |= (mip == acc.mip) & (index < acc.pose[0]) & searched
+        unusable = (index < NOT_SEARCHED) | (index >= space.n_poses)
+        invalid = int(np.count_nonzero(unusable | ((index == NOT_SEARCHED) & searched)))
+    else:
+        for pose in partial.pose:
+            nan |= np.isnan(pose) & searched
+    np.copyto(acc.mip, mip, where=won)
+    for kept, new in zip(acc.pose, partial.pose, strict=True):
+        np.copyto(kept, new, where=won)
+    np.copyto(acc.best_partial, partial.best_partial, where=won)
+    acc.correlation_sum += partial.correlation_sum
+    acc.correlation_squared_sum += partial.correlation_squared_sum
+    if acc.count_map is not None:
+        acc.count_map += partial.count
+    else:
+        if not isinstance(partial.count, int):
+            raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
+        acc.count += partial.count
+    return FoldReport(int(np.count_nonzero(nan)), invalid)
+
+
+def finalise(acc: Accumulator, maps: MapSet, space: SearchSpace | None) -> dict[str, AnyArray]:
+    """Turn an accumulator into the merged maps.
+
+    ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, ``z = (mip - mean) / std``, all in
+    float64 and rounded to float32 once. z is 0 where std is 0, and NaN where no device searched;
+    mean and std are NaN where the count is 0. Sums beyond float32 become infinite.
+
+    Returns
+    -------
+    dict
+        The maps of :attr:`MapSet.merged`; arrays may be the accumulator's own.
+    """
+    unsearched = acc.mip == -np.inf
+    with np.errstate(all="ignore"):
+        count = np.float64(acc.count) if acc.count_map is None else acc.count_map.astype(np.float64)
+        mean = acc.correlation_sum / count
+        variance = acc.correlation_squared_sum / count - mean * mean
+        std = np.sqrt(np.where(variance < 0, 0.0, variance))
+        z = np.where(std == 0, 0.0, (acc.mip.astype(np.float64) - mean) / std)
+        nothing = np.broadcast_to(count == 0, mean.shape)
+        mean, std = np.where(nothing, np.nan, mean), np.where(nothing, np.nan, std)
+        z = np.where(unsearched, np.nan, z)
+        merged: dict[str, AnyArray] = {
+            MIP: acc.mip,
+            BEST_PARTIAL: acc.best_partial,
+            SCALED_MIP: z.astype(np.float32),
+            MEAN: mean.astype(np.float32),
+            STD: std.astype(np.float32),
+            SUM: acc.correlation_sum.astype(np.float32),
+            SQUARED_SUM: acc.correlation_squared_sum.astype(np.float32),
+        }
+    if space is not None:
+        merged[INDEX] = acc.pose[0]
+        merged |= dict(zip(maps.explicit_poses, space.decode(acc.pose[0]), strict=True))
+    else:
+        merged |= dict(zip(maps.explicit_poses, acc.pose, strict=True))
+    if acc.count_map is not None:
+        merged[COUNT] = acc.count_map
+    return {name: merged[name] for name in maps.merged}
+
+
+def mask_nan(partial: PartialMaps) -> PartialMaps:
+    """Make a partial idle, count included, where any of its maps is NaN.
+
+    Pose NaN where ``mip`` is -inf is how an unsearched pixel looks, and is left alone.
+
+    Returns
+    -------
+    PartialMaps
+        A copy whose count is a map.
+    """
+    searched = partial.mip > -np.inf
+    bad = np.isnan(partial.mip) | np.isnan(partial.correlation_sum)
+    bad |= np.isnan(partial.correlation_squared_sum)
+    for pose in partial.pose:
+        if pose.dtype.kind == "f":
+            bad |= np.isnan(pose) & searched
+    count = np.broadcast_to(np.asarray(partial.count, np.int64), bad.shape)
+    return PartialMaps(
+        mip=np.where(bad, np.float32(-np.inf), partial.mip),
+        pose=tuple(
+            np.where(bad, np.array(NOT_SEARCHED if p.dtype.kind == "i" else np.nan, p.dtype), p)
+            for p in partial.pose
+        ),
+        correlation_sum=np.where(bad, 0, partial.correlation_sum),
+        correlation_squared_sum=np.where(bad, 0, partial.correlation_squared_sum),
+        count=np.where(bad, np.int64(0), count),
+        best_partial=partial.best_partial,
+    )

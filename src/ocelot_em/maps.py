@@ -1,0 +1,187 @@
+"""The vocabulary: names, dtypes, units and meaning of the maps, and the records that carry them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+AnyArray = NDArray[Any]
+
+MIP = "mip"
+PIXEL_SIZE = "best_pixel_size"
+POSES = ("best_phi", "best_theta", "best_psi", "best_defocus", PIXEL_SIZE)
+INDEX = "best_global_index"
+SUM = "correlation_sum"
+SQUARED_SUM = "correlation_squared_sum"
+COUNT = "total_projections"
+BEST_PARTIAL = "best_partial"
+SCALED_MIP = "scaled_mip"
+MEAN = "correlation_mean"
+STD = "correlation_std"
+
+NOT_SEARCHED = -1
+"""Value of the integer maps where no device searched."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """What a map holds.
+
+    ``dtypes`` lists the stored types that are allowed, the one we write first; ``fill`` is the
+    value of pixels that no device searched.
+    """
+
+    dtypes: tuple[str, ...]
+    unit: str
+    meaning: str
+    fill: float | int
+
+
+_NAN = float("nan")
+MAPS: Mapping[str, MapInfo] = {
+    MIP: MapInfo(("float32",), "1", "highest cross-correlation", _NAN),
+    "best_phi": MapInfo(("float32",), "degree", "Euler angle phi (ZYZ) of the highest", _NAN),
+    "best_theta": MapInfo(("float32",), "degree", "Euler angle theta (ZYZ) of the highest", _NAN),
+    "best_psi": MapInfo(("float32",), "degree", "Euler angle psi (ZYZ) of the highest", _NAN),
+    "best_defocus": MapInfo(("float32",), "angstrom", "relative defocus of the highest", _NAN),
+    PIXEL_SIZE: MapInfo(("float32",), "angstrom", "pixel-size offset of the highest", _NAN),
+    INDEX: MapInfo(("int32",), "1", "index of the highest in the search space", NOT_SEARCHED),
+    SUM: MapInfo(("float32", "float64"), "1", "sum over all cross-correlations", _NAN),
+    SQUARED_SUM: MapInfo(("float32", "float64"), "1", "sum of squared cross-correlations", _NAN),
+    COUNT: MapInfo(("int64",), "1", "number of cross-correlations in the sums", 0),
+    BEST_PARTIAL: MapInfo(("int32",), "1", "number of the partial that won", NOT_SEARCHED),
+    SCALED_MIP: MapInfo(("float32",), "1", "z-score: (mip - mean) / std", _NAN),
+    MEAN: MapInfo(("float32",), "1", "mean of all cross-correlations", _NAN),
+    STD: MapInfo(("float32",), "1", "standard deviation of all cross-correlations", _NAN),
+}
+
+
+class PoseForm(StrEnum):
+    """How the pose of the highest correlation is stored."""
+
+    EXPLICIT = "explicit"
+    INDEXED = "indexed"
+
+
+@dataclass(frozen=True, slots=True)
+class MapSet:
+    """Which maps a result has: its pose form, and the optional ones.
+
+    Parameters
+    ----------
+    form
+        Explicit angles and offsets, or one index into the search space.
+    pixel_size
+        Whether ``best_pixel_size`` is there (explicit form; a decoded index always gives it).
+    counts
+        Whether the count differs from pixel to pixel and is a map.
+    """
+
+    form: PoseForm
+    pixel_size: bool = True
+    counts: bool = False
+
+    @property
+    def explicit_poses(self) -> tuple[str, ...]:
+        """Names of the decoded pose maps."""
+        return POSES if self.pixel_size else POSES[:-1]
+
+    @property
+    def pose(self) -> tuple[str, ...]:
+        """Names of the maps that say which pose won, as a device stores them."""
+        return (INDEX,) if self.form is PoseForm.INDEXED else self.explicit_poses
+
+    @property
+    def partial(self) -> tuple[str, ...]:
+        """Names of the maps of a partial."""
+        return (MIP, *self.pose, SUM, SQUARED_SUM, *self._count)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the maps of a merged result."""
+        index = (INDEX,) if self.form is PoseForm.INDEXED else ()
+        return (
+            MIP,
+            *self.explicit_poses,
+            *index,
+            BEST_PARTIAL,
+            SCALED_MIP,
+            MEAN,
+            STD,
+            SUM,
+            SQUARED_SUM,
+            *self._count,
+        )
+
+    @property
+    def _count(self) -> tuple[str, ...]:
+        return (COUNT,) if self.counts else ()
+
+
+@dataclass(frozen=True, slots=True)
+class PartialMaps:
+    """The maps of one partial over one region, as a kernel takes them.
+
+    Arrays are C-contiguous and of one shape (y, x).
+
+    Parameters
+    ----------
+    mip
+        float32; -inf where the device searched nothing.
+    pose
+        Explicit: four or five float32 maps in the order of :data:`POSES`. Indexed: one int32 map.
+    correlation_sum, correlation_squared_sum
+        float32 or float64.
+    count
+        Number of cross-correlations in the sums: one integer, or an int64 map.
+    best_partial
+        Number of this partial in the stated order; or, for an earlier merge, an int32 map of such
+        numbers.
+    """
+
+    mip: Float32
+    pose: tuple[AnyArray, ...]
+    correlation_sum: AnyArray
+    correlation_squared_sum: AnyArray
+    count: int | Int64
+    best_partial: int | Int32
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """The merge of the partials seen so far: (max, pose of it, sums in float64, count).
+
+    Made by :func:`ocelot_em.kernels.reference.identity` or its faster twins; ``count_map`` is None
+    unless counts differ from pixel to pixel, and then holds them instead of ``count``.
+    """
+
+    mip: Float32
+    pose: tuple[AnyArray, ...]
+    best_partial: Int32
+    correlation_sum: Float64
+    correlation_squared_sum: Float64
+    count_map: Int64 | None
+    count: int = field(default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What a kernel noticed in a partial while folding it.
+
+    Parameters
+    ----------
+    nan_pixels
+        Pixels where any map is NaN (a NaN pose does not count where ``mip`` is -inf).
+    invalid_indices
+        Pixels whose index lies outside the search space, or is -1 where something was searched.
+    """
+
+    nan_pixels: int
+    invalid_indices: int

@@ -1,0 +1,401 @@
+"""Zarr stores of searches and merged results; the only importer of zarr.
+
+Metadata is created and parsed by zarr. Chunks are read and written here, straight between their
+bytes and memory that the caller owns: zarr returns fill values for chunks that are missing, cannot
+decode into given memory and sends all threads through one event loop. What is written is plain
+Zarr v3 that any reader opens.
+"""
+
+import contextlib
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.errors import BaseZarrError
+
+from ocelot_em.canvas import Region, Tile, TileGrid
+from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
+from ocelot_em.format import DIMENSIONS, MAX_CHUNK_NBYTES, fill_value, map_attributes
+from ocelot_em.maps import MAPS, AnyArray
+from ocelot_em.objects import Objects
+
+_CRC_OF_DATA_WITH_ITS_CRC = 0x48674BC7
+"""CRC32C of any bytes followed by their own CRC32C, little-endian: checks without slicing."""
+
+_BLOSC_SIZES = struct.Struct("<3I")
+"""Sizes in a Blosc header, from its fourth byte: decoded, block, frame with header."""
+
+_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE)
+
+_scratch = threading.local()
+
+
+def create_group(objects: Objects, path: str, attributes: dict[str, Any]) -> bool:
+    """Create a group unless something is there; whether it was created, atomically."""
+    import json
+
+    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return objects.create(_join(path, "zarr.json"), json.dumps(content, indent=2).encode())
+
+
+def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
+    """Attributes of a group, or None where there is no group.
+
+    Raises
+    ------
+    FormatError
+        Its metadata is not that of a Zarr v3 group.
+    """
+    if objects.get(_join(path, "zarr.json")) is None:
+        return None
+    with _metadata_errors(objects, path):
+        group = zarr.open_group(
+            objects.zarr_store(read_only=True),
+            path=path,
+            mode="r",
+            zarr_format=3,
+            use_consolidated=False,
+        )
+        return dict(group.attrs)
+
+
+def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
+    """Replace attributes of an existing group; readers see the old or the new ones."""
+    import json
+
+    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    objects.put(_join(path, "zarr.json"), [json.dumps(content, indent=2).encode()])
+
+
+def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple[str, ...]) -> None:
+    """Write a small array in one chunk."""
+    array = zarr.create_array(
+        objects.zarr_store(read_only=False),
+        name=path,
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=values.dtype,
+        serializer=BytesCodec(endian="little"),
+        compressors=[*_compressors(values.dtype), Crc32cCodec()],
+        fill_value=np.nan,
+        dimension_names=dimensions,
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
+    array[...] = values
+
+
+def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**32) -> AnyArray:
+    """Read a small array whole.
+
+    Raises
+    ------
+    FormatError
+        It is not there, too large, or cannot be decoded.
+    """
+    with _metadata_errors(objects, path):
+        array = zarr.open_array(objects.zarr_store(read_only=True), path=path, mode="r")
+        if array.nbytes > max_nbytes:
+            raise FormatError(
+                f"{objects.url}/{path}: expected at most {max_nbytes} bytes, got {array.nbytes}"
+            )
+        if array.nchunks_initialized != array.nchunks:
+            raise FormatError(f"{objects.url}/{path}: the table's chunk is missing")
+        return np.asarray(array[...])
+
+
+def create_map(
+    objects: Objects, path: str, name: str, shape: tuple[int, int], chunk: tuple[int, int]
+) -> None:
+    """Create the array of a map; no chunk is written."""
+    create_array(
+        objects,
+        path,
+        shape=shape,
+        chunk=chunk,
+        dtype=MAPS[name].dtypes[0],
+        fill=fill_value(name),
+        dimensions=DIMENSIONS,
+        attributes=map_attributes(name),
+    )
+
+
+def create_array(
+    objects: Objects,
+    path: str,
+    *,
+    shape: tuple[int, ...],
+    chunk: tuple[int, ...],
+    dtype: str,
+    fill: float | int,
+    dimensions: tuple[str, ...],
+    attributes: dict[str, Any],
+) -> None:
+    """Create an array with this package's codecs; what was there is replaced, chunks excepted."""
+    zarr.create_array(
+        objects.zarr_store(read_only=False),
+        name=path,
+        shape=shape,
+        chunks=chunk,
+        dtype=dtype,
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=[*_compressors(np.dtype(dtype)), Crc32cCodec()],
+        fill_value=fill,
+        dimension_names=dimensions,
+        attributes=attributes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _compressors(dtype: "np.dtype[Any]") -> list[BloscCodec]:
+    return [
+        BloscCodec(
+            typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=0
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class ChunkedMap:
+    """A two-dimensional array of a store, opened for reading or writing chunks.
+
+    Parameters
+    ----------
+    objects
+        The store.
+    path
+        Path of the array within it.
+    place
+        How errors call it: store, partial and map.
+    grid
+        Its shape and chunks.
+    dtype
+        Its type.
+    fill
+        Value that pads chunks at the lower and right edge.
+    """
+
+    objects: Objects
+    path: str
+    place: str
+    grid: TileGrid
+    dtype: "np.dtype[Any]"
+    fill: float | int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.grid.shape
+
+    def key(self, chunk: Tile) -> str:
+        """Key of the object that holds a chunk."""
+        return f"{self.path}/c/{chunk.iy}/{chunk.ix}"
+
+    def read(self, region: Region, out: AnyArray | None = None) -> tuple[AnyArray, int]:
+        """Decode the chunks that touch a region.
+
+        Parameters
+        ----------
+        region
+            Pixels within the map.
+        out
+            Where to put them: C-contiguous, of the region's shape and the map's dtype.
+
+        Returns
+        -------
+        values : array
+            ``out``, or a new array.
+        nbytes : int
+            Encoded bytes that were read.
+
+        Raises
+        ------
+        MissingChunkError, CorruptChunkError
+            Naming store, partial, map and chunk.
+        """
+        if out is None:
+            out = np.empty(region.shape, self.dtype)
+        nbytes = 0
+        for chunk in self.grid.touching(region):
+            encoded = self.objects.get(self.key(chunk))
+            if encoded is None:
+                raise MissingChunkError(
+                    f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
+                    f"missing: expected an object {self.key(chunk)}; write the partial again"
+                )
+            nbytes += len(encoded)
+            wanted = chunk.region.intersect(region)
+            target = out[wanted.relative_to(region).slices]
+            if wanted.shape == self.grid.cell and target.flags.c_contiguous:
+                self._decode(encoded, target, chunk)
+            else:
+                whole = _scratch_array(self.grid.cell, self.dtype)
+                self._decode(encoded, whole, chunk)
+                target[...] = whole[wanted.relative_to(chunk.region).slices]
+        return out, nbytes
+
+    def _decode(self, encoded: bytes, out: AnyArray, chunk: Tile) -> None:
+        reason = ""
+        if len(encoded) < 20:
+            reason = f"expected a Blosc frame with its CRC32C, got {len(encoded)} bytes"
+        elif google_crc32c.value(encoded) != _CRC_OF_DATA_WITH_ITS_CRC:
+            reason = "its CRC32C does not match its bytes"
+        else:
+            frame = memoryview(encoded)[:-4]
+            decoded_nbytes, _, frame_nbytes = _BLOSC_SIZES.unpack_from(frame, 4)
+            if decoded_nbytes != out.nbytes or frame_nbytes != len(frame):
+                reason = f"expected {out.nbytes} bytes decoded, its header says {decoded_nbytes}"
+            else:
+                try:
+                    _BLOSC.decode(frame, out)
+                except RuntimeError as error:
+                    reason = str(error)
+        if reason:
+            raise CorruptChunkError(
+                f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
+                f"{reason} (object {self.key(chunk)}, {len(encoded)} bytes); "
+                "write the partial again"
+            )
+
+    def write(self, region: Region, values: AnyArray) -> int:
+        """Encode and write whole chunks.
+
+        Parameters
+        ----------
+        region
+            Made of whole chunks: no chunk is ever written in two halves.
+        values
+            Of the region's shape; converted to the map's dtype if that loses nothing.
+
+        Returns
+        -------
+        int
+            Encoded bytes written.
+        """
+        if not self.grid.is_aligned(region):
+            raise ValueError(
+                f"{self.place}: region {region} is not made of whole chunks of {self.grid.cell}"
+            )
+        nbytes = 0
+        for chunk in self.grid.touching(region):
+            source = values[chunk.region.relative_to(region).slices]
+            if (
+                source.shape != self.grid.cell
+                or not source.flags.c_contiguous
+                or source.dtype != self.dtype
+            ):
+                whole = _scratch_array(self.grid.cell, self.dtype)
+                if source.shape != self.grid.cell:
+                    whole.fill(self.fill)
+                whole[: source.shape[0], : source.shape[1]] = source
+                source = whole
+            frame = _BLOSC.encode(source)
+            crc = google_crc32c.value(frame).to_bytes(4, "little")
+            self.objects.put(self.key(chunk), [frame, crc])
+            nbytes += len(frame) + 4
+        return nbytes
+
+    def stored_chunks(self) -> dict[tuple[int, int], int]:
+        """Grid position and encoded size of the chunks that are there."""
+        prefix = f"{self.path}/c/"
+        found = {}
+        for key, size in self.objects.list(f"{self.path}/c").items():
+            with contextlib.suppress(ValueError):
+                iy, ix = key.removeprefix(prefix).split("/")
+                found[int(iy), int(ix)] = size
+        return found
+
+    def missing_chunks(self) -> Iterator[Tile]:
+        """All chunks of the grid that have no object."""
+        stored = self.stored_chunks()
+        return (chunk for chunk in self.grid if (chunk.iy, chunk.ix) not in stored)
+
+
+def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:
+    """Open a two-dimensional array and check that it follows the format.
+
+    Parameters
+    ----------
+    place
+        How errors call it.
+    dtypes
+        The stored types that are allowed.
+
+    Raises
+    ------
+    FormatError
+        It is not there; or its dimensions, type, chunks, codecs or key encoding are not those of
+        ``docs/format.md``. All problems are named.
+    """
+    if objects.get(_join(path, "zarr.json")) is None:
+        raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
+    with _metadata_errors(objects, path):
+        array = zarr.open_array(
+            objects.zarr_store(read_only=True), path=path, mode="r", zarr_format=3
+        )
+    metadata = cast(Any, array.metadata)
+    allowed = tuple(dtypes)
+    problems = []
+    if array.ndim != 2 or metadata.dimension_names != DIMENSIONS:
+        problems.append(
+            f"expected dimensions {DIMENSIONS}, got shape {array.shape} "
+            f"named {metadata.dimension_names}"
+        )
+    if array.dtype.name not in allowed or array.dtype.byteorder == ">":
+        problems.append(f"expected dtype {' or '.join(allowed)}, got {array.dtype}")
+    grid = metadata.chunk_grid.to_dict()
+    if grid["name"] != "regular":
+        problems.append(f"expected a regular chunk grid, got {grid['name']}")
+    elif np.prod([int(n) for n in array.chunks], dtype=object) * array.dtype.itemsize > (
+        MAX_CHUNK_NBYTES
+    ):
+        problems.append(f"chunks of {array.chunks} are larger than {MAX_CHUNK_NBYTES} bytes")
+    codecs = [codec.to_dict()["name"] for codec in metadata.codecs]
+    if codecs != ["bytes", "blosc", "crc32c"]:
+        problems.append(f"expected codecs bytes, blosc, crc32c, got {', '.join(codecs)}")
+    encoding = metadata.chunk_key_encoding.to_dict()
+    if encoding["name"] != "default" or metadata.encode_chunk_key((0, 0)) != "c/0/0":
+        problems.append("expected the default chunk key encoding with separator '/'")
+    if problems:
+        raise FormatError(f"{place}: {'; '.join(problems)}")
+    height, width = array.shape
+    return ChunkedMap(
+        objects=objects,
+        path=path,
+        place=place,
+        grid=TileGrid((height, width), (array.chunks[0], array.chunks[1])),
+        dtype=array.dtype.newbyteorder("="),
+        fill=array.fill_value.item(),
+    )
+
+
+def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
+    """Return this thread's buffer for one chunk; valid until the thread asks for the next."""
+    key = (shape, dtype.str)
+    if getattr(_scratch, "key", None) != key:
+        _scratch.key, _scratch.array = key, np.empty(shape, dtype)
+    return cast(AnyArray, _scratch.array)
+
+
+@contextlib.contextmanager
+def _metadata_errors(objects: Objects, path: str) -> Iterator[None]:
+    try:
+        yield
+    except FormatError:
+        raise
+    except (BaseZarrError, ValueError, TypeError, KeyError, FileNotFoundError) as error:
+        raise FormatError(
+            f"{_join(objects.url, path)}: its Zarr metadata cannot be used: {error}"
+        ) from error
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
