@@ -1,17 +1,18 @@
-"""The stored format, version 1: names, attributes and codecs. Pure; ``docs/format.md`` is normative.
+"""The stored format, version 1: names and attributes. Pure; ``docs/format.md`` is normative.
 
 Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
 reports every problem with its place.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+import json
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ocelot_em.errors import FormatError
 from ocelot_em.maps import MAPS, MapSet, PoseForm
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 ATTRIBUTE_KEY = "ocelot"
 PARTIALS = "partials"
 SEARCH_SPACE = "search_space"
@@ -32,11 +33,13 @@ Count = Annotated[int, Field(ge=0, le=2**62)]
 Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Attributes(BaseModel):
+class Attributes(BaseModel):
+    """Strictly read, never changed records."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Provenance(_Attributes):
+class Provenance(Attributes):
     """Where something came from: free-form, never interpreted."""
 
     created: str
@@ -46,7 +49,7 @@ class Provenance(_Attributes):
     options: dict[str, Any] = {}
 
 
-class _Result(_Attributes):
+class _Result(Attributes):
     """What a search and a merged result have in common."""
 
     format_version: Literal[1]
@@ -76,7 +79,7 @@ class SearchAttributes(_Result):
     kind: Literal["search"]
 
 
-class PartialAttributes(_Attributes):
+class PartialAttributes(Attributes):
     """One partial. ``state`` becomes ``complete`` after its last chunk is written."""
 
     id: str
@@ -86,7 +89,7 @@ class PartialAttributes(_Attributes):
     provenance: Provenance
 
 
-class Contribution(_Attributes):
+class Contribution(Attributes):
     """A partial that went into a merged result; its place in the list is its ``best_partial``."""
 
     name: str
@@ -105,7 +108,7 @@ class MergedAttributes(_Result):
     finished: str | None = None
 
 
-_Model = TypeVar("_Model", bound=_Attributes)
+_Model = TypeVar("_Model", bound=Attributes)
 
 
 def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Model:
@@ -128,7 +131,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
             "read it with the version of ocelot-em that wrote it, or a newer one"
         )
     try:
-        return model.model_validate_json(_dump(content), strict=True)
+        return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, p['loc'])) or 'attributes'}: {p['msg']}" for p in error.errors()
@@ -136,15 +139,9 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
         raise FormatError(f"{where}: {'; '.join(problems)}") from None
 
 
-def dump_attributes(model: _Attributes) -> dict[str, Any]:
+def dump_attributes(model: Attributes) -> dict[str, Any]:
     """Return the group attributes that :func:`parse_attributes` reads."""
     return {ATTRIBUTE_KEY: model.model_dump(mode="json")}
-
-
-def _dump(content: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(content)
 
 
 def fill_value(name: str) -> float | int:

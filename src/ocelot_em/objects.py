@@ -43,8 +43,12 @@ class Objects(Protocol):
         """Write the object unless it is there; whether it was written."""
         ...
 
-    def list(self, prefix: str) -> dict[str, int]:
+    def sizes(self, prefix: str) -> dict[str, int]:
         """Return keys and sizes in bytes of all objects below a prefix."""
+        ...
+
+    def children(self, prefix: str) -> list[str]:
+        """Return names of the folders directly below a prefix."""
         ...
 
     def delete(self, prefix: str) -> None:
@@ -94,6 +98,9 @@ class _ObstoreObjects:
     def __init__(self, url: str) -> None:
         self.url = url
 
+    def __reduce__(self) -> tuple[Callable[[str], "Objects"], tuple[str]]:
+        return _open, (self.url,)
+
     @property
     def _store(self) -> Any:
         if not hasattr(self, "_opened"):
@@ -136,15 +143,22 @@ class _ObstoreObjects:
 
         return self._guard("create", key, action)
 
-    def list(self, prefix: str) -> dict[str, int]:
+    def sizes(self, prefix: str) -> dict[str, int]:
         def action() -> dict[str, int]:
             batches = obstore.list(self._store, prefix or None)
             return {meta["path"]: meta["size"] for batch in batches for meta in batch}
 
         return self._guard("list", prefix, action)
 
+    def children(self, prefix: str) -> list[str]:
+        def action() -> list[str]:
+            found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+            return [path.rstrip("/").rpartition("/")[2] for path in found]
+
+        return self._guard("list", prefix, action)
+
     def delete(self, prefix: str) -> None:
-        keys = list(self.list(prefix))
+        keys = list(self.sizes(prefix))
 
         def action() -> None:
             if keys:
@@ -174,8 +188,11 @@ class _LocalObjects(_ObstoreObjects):
     def get(self, key: str) -> bytes | None:
         return super().get(key) if self._exists else None
 
-    def list(self, prefix: str) -> dict[str, int]:
-        return super().list(prefix) if self._exists else {}
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return super().sizes(prefix) if self._exists else {}
+
+    def children(self, prefix: str) -> list[str]:
+        return super().children(prefix) if self._exists else []
 
     def delete(self, prefix: str) -> None:
         target = Path(self.url, prefix) if prefix else Path(self.url)
@@ -202,6 +219,9 @@ class _FsspecObjects:
                 f"{url}: no package on this machine serves this kind of URL ({error})"
             ) from error
         self.url = url
+
+    def __reduce__(self) -> tuple[Callable[[str], "Objects"], tuple[str]]:
+        return _open, (self.url,)
 
     def _guard(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
         try:
@@ -236,11 +256,24 @@ class _FsspecObjects:
         self.put(key, [data])
         return True
 
-    def list(self, prefix: str) -> dict[str, int]:
+    def sizes(self, prefix: str) -> dict[str, int]:
         def action() -> dict[str, int]:
             found = self._fs.find(self._path(prefix), detail=True)
             strip = len(self._root.rstrip("/")) + 1
             return {path[strip:]: int(info["size"]) for path, info in found.items()}
+
+        return self._guard("list", prefix, action)
+
+    def children(self, prefix: str) -> list[str]:
+        def action() -> list[str]:
+            if not self._fs.isdir(self._path(prefix)):
+                return []
+            found = self._fs.ls(self._path(prefix), detail=True)
+            return [
+                info["name"].rstrip("/").rpartition("/")[2]
+                for info in found
+                if info["type"] == "directory"
+            ]
 
         return self._guard("list", prefix, action)
 

@@ -7,6 +7,7 @@ Zarr v3 that any reader opens.
 """
 
 import contextlib
+import json
 import struct
 import threading
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,9 @@ import numpy as np
 import zarr
 from numcodecs.blosc import Blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
 from zarr.errors import BaseZarrError
+from zarr.storage import MemoryStore
 
 from ocelot_em.canvas import Region, Tile, TileGrid
 from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
@@ -39,10 +42,7 @@ _scratch = threading.local()
 
 def create_group(objects: Objects, path: str, attributes: dict[str, Any]) -> bool:
     """Create a group unless something is there; whether it was created, atomically."""
-    import json
-
-    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return objects.create(_join(path, "zarr.json"), json.dumps(content, indent=2).encode())
+    return objects.create(_join(path, "zarr.json"), _group_metadata(attributes))
 
 
 def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
@@ -68,28 +68,28 @@ def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
 
 def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
     """Replace attributes of an existing group; readers see the old or the new ones."""
-    import json
+    objects.put(_join(path, "zarr.json"), [_group_metadata(attributes)])
 
+
+def _group_metadata(attributes: dict[str, Any]) -> bytes:
     content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    objects.put(_join(path, "zarr.json"), [json.dumps(content, indent=2).encode()])
+    return json.dumps(content, indent=2).encode()
 
 
 def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple[str, ...]) -> None:
     """Write a small array in one chunk."""
-    array = zarr.create_array(
-        objects.zarr_store(read_only=False),
-        name=path,
+    create_array(
+        objects,
+        path,
         shape=values.shape,
-        chunks=values.shape,
-        dtype=values.dtype,
-        serializer=BytesCodec(endian="little"),
-        compressors=[*_compressors(values.dtype), Crc32cCodec()],
-        fill_value=np.nan,
-        dimension_names=dimensions,
-        config={"write_empty_chunks": True},
-        overwrite=True,
+        chunk=values.shape,
+        dtype=values.dtype.name,
+        fill=float("nan"),
+        dimensions=dimensions,
+        attributes={},
     )
-    array[...] = values
+    key = "/".join([path, "c", *("0" for _ in values.shape)])
+    write_chunk(objects, key, np.ascontiguousarray(values))
 
 
 def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**32) -> AnyArray:
@@ -138,29 +138,29 @@ def create_array(
     dimensions: tuple[str, ...],
     attributes: dict[str, Any],
 ) -> None:
-    """Create an array with this package's codecs; what was there is replaced, chunks excepted."""
+    """Write the metadata of an array with this package's codecs; chunks stay as they are.
+
+    One atomic write that can be repeated: zarr's own creation would also make parent groups, and
+    refuse arrays that are there.
+    """
+    metadata: dict[str, Buffer] = {}
+    itemsize = np.dtype(dtype).itemsize
     zarr.create_array(
-        objects.zarr_store(read_only=False),
-        name=path,
+        MemoryStore(metadata),
         shape=shape,
         chunks=chunk,
         dtype=dtype,
         filters=None,
         serializer=BytesCodec(endian="little"),
-        compressors=[*_compressors(np.dtype(dtype)), Crc32cCodec()],
+        compressors=[
+            BloscCodec(typesize=itemsize, cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=0),
+            Crc32cCodec(),
+        ],
         fill_value=fill,
         dimension_names=dimensions,
         attributes=attributes,
-        config={"write_empty_chunks": True},
     )
-
-
-def _compressors(dtype: "np.dtype[Any]") -> list[BloscCodec]:
-    return [
-        BloscCodec(
-            typesize=dtype.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=0
-        )
-    ]
+    objects.put(_join(path, "zarr.json"), [metadata["zarr.json"].to_bytes()])
 
 
 @dataclass(frozen=True)
@@ -297,17 +297,14 @@ class ChunkedMap:
                     whole.fill(self.fill)
                 whole[: source.shape[0], : source.shape[1]] = source
                 source = whole
-            frame = _BLOSC.encode(source)
-            crc = google_crc32c.value(frame).to_bytes(4, "little")
-            self.objects.put(self.key(chunk), [frame, crc])
-            nbytes += len(frame) + 4
+            nbytes += write_chunk(self.objects, self.key(chunk), source)
         return nbytes
 
     def stored_chunks(self) -> dict[tuple[int, int], int]:
         """Grid position and encoded size of the chunks that are there."""
         prefix = f"{self.path}/c/"
         found = {}
-        for key, size in self.objects.list(f"{self.path}/c").items():
+        for key, size in self.objects.sizes(f"{self.path}/c").items():
             with contextlib.suppress(ValueError):
                 iy, ix = key.removeprefix(prefix).split("/")
                 found[int(iy), int(ix)] = size
@@ -317,6 +314,13 @@ class ChunkedMap:
         """All chunks of the grid that have no object."""
         stored = self.stored_chunks()
         return (chunk for chunk in self.grid if (chunk.iy, chunk.ix) not in stored)
+
+
+def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
+    """Encode C-contiguous values as one chunk; the encoded bytes written."""
+    frame = _BLOSC.encode(values)
+    objects.put(key, [frame, google_crc32c.value(frame).to_bytes(4, "little")])
+    return len(frame) + 4
 
 
 def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:

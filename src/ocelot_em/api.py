@@ -1,0 +1,108 @@
+"""The merge as one call: plan, refuse what cannot work, start the cluster, merge, stop it."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from ocelot_em.cluster import Cluster, n_workers, open_cluster
+from ocelot_em.pipeline import MergeReport, Outcome, Preparation, prepare
+from ocelot_em.pipeline import merge as merge_tiles
+from ocelot_em.plan import MergeOptions, refuse_what_cannot_fit
+
+Place = str | PathLike[str]
+
+
+class Observer:
+    """Is told how a merge goes; override what is of interest."""
+
+    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+        """Nothing has started yet."""
+
+    def started(self, cluster: Cluster) -> None:
+        """The workers are there."""
+
+    def tile_ended(self, outcome: Outcome) -> None:
+        """A tile is done, or has failed."""
+
+
+def merge(
+    inputs: Place | Sequence[Place],
+    output: Place,
+    *,
+    observer: Observer | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Merge the partials of one or more stores into a merged result, tile by tile.
+
+    Per pixel the highest ``mip`` wins with its pose, sums and counts add, and mean, standard
+    deviation and z-score follow. Memory is bounded by a tile in each thread. Running an
+    interrupted merge again does only the tiles that are missing.
+
+    Parameters
+    ----------
+    inputs
+        Paths or URLs of searches and of earlier merges, in the order that decides ties.
+    output
+        Path or URL of the result.
+    observer
+        Is told how it goes.
+    **options
+        The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``tile_size``,
+        ``memory_limit``, ``nan``, ``overwrite``.
+
+    Returns
+    -------
+    MergeReport
+
+    Raises
+    ------
+    InvalidInputError, PlanError
+        Before anything is written: inputs that do not belong together, options that cannot work.
+    OutputExistsError
+        Something else is at the output.
+    TilesFailedError
+        Some tiles failed; the others are done.
+
+    Notes
+    -----
+    With ``cluster="local"`` worker processes import the calling script: guard it with
+    ``if __name__ == "__main__":``.
+    """
+    checked = MergeOptions.parse(options)
+    watcher = observer or Observer()
+    ready = plan_merge(inputs, output, checked)
+    watcher.planned(ready, checked)
+    if not ready.missing:
+        return merge_tiles(ready, checked, _NoExecutor(), watcher.tile_ended)
+    with open_cluster(checked) as cluster:
+        watcher.started(cluster)
+        return merge_tiles(ready, checked, cluster.executor, watcher.tile_ended)
+
+
+def plan_merge(
+    inputs: Place | Sequence[Place], output: Place, options: MergeOptions
+) -> Preparation:
+    """Plan a merge and refuse it, with numbers, if it cannot fit; writes nothing.
+
+    Raises
+    ------
+    OcelotError
+        As :func:`merge`.
+    """
+    places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
+    ready = prepare(places, output, options)
+    if ready.missing:
+        refuse_what_cannot_fit(ready.forecast, n_workers(options), memory_nbytes())
+    return ready
+
+
+def memory_nbytes() -> int:
+    """Memory that this process may use, in bytes: the machine's, or its control group's."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(MEMORY_LIMIT)
+
+
+class _NoExecutor:
+    def run(self, *_: object) -> None:
+        raise AssertionError("there is nothing left to run")

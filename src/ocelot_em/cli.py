@@ -1,0 +1,309 @@
+"""The command ``ocelot``: parses, prints, exits; nothing else."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from ocelot_em import __version__
+from ocelot_em.errors import OcelotError, TilesFailedError
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    failed: some tiles, or 'check' found problems; the rest is kept
+  2    refused: nothing was started
+  130  interrupted; the same command goes on where it stopped
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit code."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if parsed.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    # Tiles that fail are reported once, at the end, in words.
+    logging.getLogger("ocelot_em.pipeline").setLevel(
+        logging.DEBUG if parsed.verbose else logging.CRITICAL
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    command: Callable[[argparse.Namespace, Console], int] = parsed.command
+    try:
+        return command(parsed, console)
+    except TilesFailedError as error:
+        print(f"ocelot: {error}", file=sys.stderr)
+        return FAILED
+    except OcelotError as error:
+        print(f"ocelot: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("ocelot: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain once more while closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ocelot",
+        description="Merge the partial results of cryo-EM 2D template matching, out of core.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ocelot-em {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="log what happens")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    p = commands.add_parser(
+        "import", help="convert result files (.npz, .pt) into a search", allow_abbrev=False
+    )
+    p.add_argument("files", nargs="+", metavar="FILE", help="one per device, in order")
+    p.add_argument("--output", required=True, metavar="RUN.zarr", help="path or URL of the search")
+    p.add_argument("--search-space", metavar="FILE", help="tables of an indexed search (.npz, .pt)")
+    p.add_argument(
+        "--template-box",
+        type=int,
+        metavar="N",
+        help="edge of the template box in pixels, for maps of the micrograph's shape",
+    )
+    p.add_argument(
+        "--pixel-size", type=float, metavar="ANGSTROM", help="pixel size of the micrograph"
+    )
+    p.add_argument(
+        "--total-projections",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="cross-correlations of each file, where the files do not say",
+    )
+    p.set_defaults(command=_import)
+
+    p = commands.add_parser(
+        "merge",
+        help="merge the partials of searches, tile by tile; again: go on",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("inputs", nargs="+", metavar="RUN.zarr", help="searches or earlier merges")
+    p.add_argument("--output", required=True, metavar="OUT.zarr", help="path or URL of the result")
+    p.add_argument(
+        "--cluster",
+        default="threads",
+        metavar="threads|local|ADDRESS",
+        help="where tiles are merged (default: threads of this process)",
+    )
+    p.add_argument("--workers", type=int, metavar="N", help="worker processes of 'local'")
+    p.add_argument("--threads", type=int, metavar="N", help="threads in each worker")
+    p.add_argument(
+        "--tile-size", type=int, metavar="N", help="edge of a tile in pixels (default: 1024)"
+    )
+    p.add_argument("--memory-limit", metavar="SIZE", help="most memory of a worker, as in 800MB")
+    p.add_argument(
+        "--nan",
+        choices=("raise", "mask"),
+        default="raise",
+        help="NaN in a partial: an error, or leave the partial out at these pixels",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an existing merged result")
+    p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    p.set_defaults(command=_merge)
+
+    p = commands.add_parser("info", help="say what a store is", allow_abbrev=False)
+    p.add_argument("store", metavar="STORE")
+    p.set_defaults(command=_info)
+
+    p = commands.add_parser("check", help="name everything that is wrong", allow_abbrev=False)
+    p.add_argument("stores", nargs="+", metavar="STORE")
+    p.set_defaults(command=_check)
+
+    p = commands.add_parser("simulate", help="make partial results of any size", allow_abbrev=False)
+    p.add_argument("directory", metavar="DIR")
+    p.add_argument("--shape", type=int, nargs=2, required=True, metavar=("H", "W"))
+    p.add_argument("--partials", type=int, default=4, metavar="N")
+    p.add_argument("--particles", type=int, default=50, metavar="K")
+    p.add_argument("--seed", type=int, default=0, metavar="S")
+    p.add_argument(
+        "--form", choices=("explicit", "indexed"), default="explicit", help="form of the poses"
+    )
+    p.set_defaults(command=_simulate)
+
+    p = commands.add_parser(
+        "demo", help="simulate, merge, compare with the truth, save a picture", allow_abbrev=False
+    )
+    p.add_argument("--output", default="ocelot-demo", metavar="DIR", help="default: ocelot-demo")
+    p.set_defaults(command=_demo)
+    return parser
+
+
+def _import(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.interop.leopard import ImportOptions, import_results
+
+    options = ImportOptions(
+        search_space=parsed.search_space,
+        template_box=parsed.template_box,
+        pixel_size_angstrom=parsed.pixel_size,
+        total_projections=parsed.total_projections,
+    )
+    with _share_bar(console) as tell:
+        names = import_results(parsed.files, parsed.output, options, tell)
+    console.print(f"imported {len(names)} partials into {parsed.output}: {', '.join(names)}")
+    if parsed.template_box is None:
+        console.print(
+            "all pixels are taken as valid; if the maps have the micrograph's shape, import with "
+            "--template-box N"
+        )
+    return DONE
+
+
+def _merge(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.api import merge, plan_merge
+    from ocelot_em.plan import MergeOptions
+    from ocelot_em.terminal import MergeProgress, print_plan, print_report
+
+    named = ("cluster", "workers", "threads", "tile_size", "memory_limit", "nan", "overwrite")
+    options = {name: getattr(parsed, name) for name in named}
+    if parsed.dry_run:
+        checked = MergeOptions.parse(options)
+        print_plan(console, plan_merge(parsed.inputs, parsed.output, checked), checked)
+        return DONE
+    with MergeProgress(console) as progress:
+        report = merge(parsed.inputs, parsed.output, observer=progress, **options)
+    print_report(console, report)
+    return DONE
+
+
+def _info(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.format import MergedAttributes
+    from ocelot_em.inspection import describe
+    from ocelot_em.terminal import size
+
+    info = describe(parsed.store)
+    attributes = info.attributes
+    rows: list[tuple[str, object]] = [
+        ("store", info.url),
+        ("kind", f"{attributes.kind}, format version {attributes.format_version}"),
+        ("shape", f"{attributes.shape[0]} x {attributes.shape[1]} pixels"),
+        ("valid", f"{attributes.valid_shape[0]} x {attributes.valid_shape[1]} pixels"),
+        (
+            "pixel size",
+            f"{attributes.pixel_size_angstrom} Å" if attributes.pixel_size_angstrom else "unknown",
+        ),
+        ("poses", attributes.pose_form.value),
+        ("maps", ", ".join(attributes.maps.merged if info.n_tiles else attributes.maps.partial)),
+        ("projections", f"{attributes.total_projections:,}"),
+        ("stored", size(info.stored_nbytes)),
+        ("created", attributes.provenance.created),
+    ]
+    if isinstance(attributes, MergedAttributes):
+        rows.append(("state", attributes.state))
+        rows.append(("tiles", f"{info.tiles_done} of {info.n_tiles} done"))
+        if attributes.finished:
+            rows.append(("finished", attributes.finished))
+    for label, value in rows:
+        console.print(f"{label:12}  {value}", markup=False)
+    table = Table("partial", "state", "projections")
+    table.columns[2].justify = "right"
+    for name, state, count in info.partials:
+        table.add_row(name, state, f"{count:,}")
+    console.print(table)
+    return DONE
+
+
+def _check(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.inspection import check
+
+    found_any = False
+    for place in parsed.stores:
+        problems = check(place)
+        found_any |= bool(problems)
+        console.print(
+            f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", markup=False
+        )
+        for problem in problems:
+            console.print(f"  - {problem}", markup=False)
+    return FAILED if found_any else DONE
+
+
+def _simulate(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.maps import PoseForm
+    from ocelot_em.simulation import Simulation, simulate
+
+    simulation = Simulation(
+        shape=tuple(parsed.shape),
+        n_partials=parsed.partials,
+        n_particles=parsed.particles,
+        seed=parsed.seed,
+        form=PoseForm(parsed.form),
+    )
+    started = time.perf_counter()
+    store = simulate(parsed.directory, simulation, n_threads=os.cpu_count() or 1)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"simulated {parsed.partials} partials of {parsed.shape[0]} x {parsed.shape[1]} pixels "
+        f"with {parsed.particles} particles in {seconds:.1f} s: {store}; truth in "
+        f"{store.parent / 'truth.csv'}",
+        markup=False,
+    )
+    return DONE
+
+
+def _demo(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.demo import demo
+    from ocelot_em.terminal import MergeProgress, print_report
+
+    with MergeProgress(console) as progress:
+        result = demo(
+            parsed.output, progress, lambda text: progress.console.print(text, markup=False)
+        )
+    print_report(console, result.report)
+    r = result.recovery
+    console.print(
+        f"of {r.n} planted particles {r.found} are above the cutoff z = {result.cutoff:.2f}, "
+        f"{r.pose_right} of them with the planted pose"
+    )
+    console.print(
+        f"picture: {result.picture}"
+        if result.picture
+        else "no picture: pip install 'ocelot-em[viz]' for the matplotlib that it needs",
+        markup=False,
+    )
+    console.print(f"look at it with: ocelot info {result.report.output}", markup=False)
+    return DONE if r.found == r.n else FAILED
+
+
+@contextlib.contextmanager
+def _share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """Progress of two phases on a terminal; nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda _phase, _share: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(phase: str, share: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=1.0)
+            bar.update(tasks[phase], completed=share)
+
+        yield tell

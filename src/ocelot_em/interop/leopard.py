@@ -1,0 +1,568 @@
+"""Result files of Leopard-EM's devices: ``.npz`` and ``.pt`` dictionaries, converted in bands.
+
+Nothing is ever unpickled: ``.npz`` members are parsed as plain ``.npy`` streams, ``.pt`` files are
+loaded with ``weights_only=True``.
+"""
+
+import hashlib
+import logging
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.lib import format as npy
+
+from ocelot_em.arrays import as_numpy, exact_count
+from ocelot_em.canvas import Region, TileGrid
+from ocelot_em.errors import InvalidDataError, InvalidInputError, MissingDependencyError
+from ocelot_em.format import DEFAULT_CHUNK
+from ocelot_em.maps import COUNT, INDEX, MIP, PIXEL_SIZE, POSES, AnyArray, PoseForm
+from ocelot_em.objects import open_objects
+from ocelot_em.search import (
+    PartialWriter,
+    SearchInfo,
+    dtype_problems,
+    name_problems,
+    partial_names,
+    read_partials,
+    search_attributes,
+    search_problems,
+    value_problems,
+)
+from ocelot_em.search_space import TABLES, SearchSpace
+
+log = logging.getLogger(__name__)
+
+MAX_TABLE_NBYTES = 2**30
+"""Largest table of a search space that is read whole: 90 million orientations."""
+
+
+class ResultFile(Protocol):
+    """A dictionary of arrays in a file, of which bands of rows can be read."""
+
+    path: Path
+
+    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+        """Shape and dtype of every array."""
+        ...
+
+    def small(self, key: str) -> AnyArray:
+        """Read a scalar or a table whole."""
+        ...
+
+    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+        """Return a reader of rows ``y0:y1`` of a map, to be called downwards without gaps."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+def open_result_file(path: str | PathLike[str]) -> ResultFile:
+    """Open a ``.npz`` or ``.pt`` file by its content.
+
+    Raises
+    ------
+    InvalidInputError
+        It is not there, or neither of the two, or would have to be unpickled.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise InvalidInputError(f"{place}: expected a file, got nothing there")
+    try:
+        with place.open("rb") as file:
+            head = file.read(8)
+        if head[:2] == b"PK":
+            with zipfile.ZipFile(place) as archive:
+                members = archive.namelist()
+            if any(member.endswith("/data.pkl") for member in members):
+                return _TorchFile(place)
+            return _NpzFile(place)
+        if place.suffix in (".pt", ".pth"):
+            return _TorchFile(place)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
+    raise InvalidInputError(f"{place}: expected a .npz or .pt dictionary of arrays")
+
+
+class _NpzFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._archive = zipfile.ZipFile(path)
+        self._stack = ExitStack()
+        self._stack.callback(self._archive.close)
+
+    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+        found = {}
+        for member in self._archive.namelist():
+            if member.endswith(".npy"):
+                with self._archive.open(member) as stream:
+                    shape, dtype, _ = self._header(stream, member)
+                found[member.removesuffix(".npy")] = (shape, dtype)
+        return found
+
+    def _header(self, stream: Any, member: str) -> tuple[tuple[int, ...], "np.dtype[Any]", bool]:
+        try:
+            major, minor = npy.read_magic(stream)
+            reader = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}.get(major)
+            if reader is None:
+                raise ValueError(f".npy version {major}.{minor}")
+            shape, fortran, dtype = reader(stream)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InvalidInputError(f"{self.path}: {member}: {error}") from error
+        if dtype.hasobject:
+            raise InvalidInputError(
+                f"{self.path}: {member}: holds Python objects, which are never unpickled"
+            )
+        if fortran and len(shape) > 1:
+            raise InvalidInputError(
+                f"{self.path}: {member}: expected row-major order, got column-major; save "
+                "np.ascontiguousarray(map)"
+            )
+        return shape, dtype, fortran
+
+    def small(self, key: str) -> AnyArray:
+        with self._archive.open(f"{key}.npy") as stream:
+            shape, dtype, _ = self._header(stream, key)
+            nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
+            if nbytes > MAX_TABLE_NBYTES:
+                raise InvalidInputError(
+                    f"{self.path}: {key}: expected at most {MAX_TABLE_NBYTES} bytes, got {nbytes}"
+                )
+            return np.frombuffer(self._exactly(stream, nbytes, key), dtype).reshape(shape)
+
+    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+        stream = self._stack.enter_context(self._archive.open(f"{key}.npy"))
+        (_, width), dtype, _ = self._header(stream, key)
+        position = 0
+
+        def read(y0: int, y1: int) -> AnyArray:
+            nonlocal position
+            assert y0 == position, "bands are read downwards without gaps"
+            position = y1
+            data = self._exactly(stream, (y1 - y0) * width * dtype.itemsize, key)
+            band = np.frombuffer(data, dtype).reshape(y1 - y0, width)
+            return band.astype(dtype.newbyteorder("="), copy=False)
+
+        return read
+
+    def _exactly(self, stream: Any, nbytes: int, key: str) -> bytes:
+        try:
+            data = cast(bytes, stream.read(nbytes))
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, ArithmeticError) as error:
+            raise InvalidInputError(f"{self.path}: {key}: {error}") from error
+        except Exception as error:
+            if type(error).__module__ != "zlib":
+                raise
+            raise InvalidInputError(f"{self.path}: {key}: {error}") from error
+        if len(data) != nbytes:
+            raise InvalidInputError(
+                f"{self.path}: {key}: the file ends early: expected {nbytes} more bytes, got "
+                f"{len(data)}"
+            )
+        return data
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class _TorchFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{path}: reading .pt files needs torch: pip install 'ocelot-em[torch]'"
+            ) from error
+        self.path = path
+        content: object = None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch before 1.6 cannot be memory-mapped
+            content = self._load_whole(torch)
+        except Exception as error:
+            raise self._refusal(error) from error
+        if not isinstance(content, dict):
+            raise InvalidInputError(
+                f"{path}: expected a dictionary of tensors, got {type(content).__name__}"
+            )
+        self._content = {str(key): value for key, value in content.items()}
+
+    def _load_whole(self, torch: Any) -> object:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> InvalidInputError:
+        reason = str(error).partition("\n")[0]
+        return InvalidInputError(
+            f"{self.path}: cannot be read without unpickling, which is never done: {reason}; save "
+            "a dictionary of tensors"
+        )
+
+    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+        arrays = {key: as_numpy(value) for key, value in self._content.items()}
+        return {key: (array.shape, array.dtype) for key, array in arrays.items()}
+
+    def small(self, key: str) -> AnyArray:
+        return as_numpy(self._content[key])
+
+    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+        values = as_numpy(self._content[key])
+        return lambda y0, y1: values[y0:y1]
+
+    def close(self) -> None:
+        self._content = {}
+
+
+def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
+    """Read the tables ``euler_angles``, ``defocus_values`` and ``pixel_values`` of a file.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every table that is missing or unusable.
+    """
+    file = open_result_file(path)
+    try:
+        missing = [name for name in TABLES if name not in file.info()]
+        if missing:
+            raise InvalidInputError(f"{path}: {name}: missing" for name in missing)
+        return SearchSpace.from_tables(*(file.small(name) for name in TABLES))
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems
+        ) from None
+    finally:
+        file.close()
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the files do not say.
+
+    Parameters
+    ----------
+    search_space
+        File with the tables; files that carry both pose forms are then read as indexed.
+    template_box
+        Edge of the template box in pixels: the maps are of mode ``same``. None: all pixels are
+        valid.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å.
+    total_projections
+        Counts, one per file in their order; for files that carry none.
+    """
+
+    search_space: str | PathLike[str] | None = None
+    template_box: int | None = None
+    pixel_size_angstrom: float | None = None
+    total_projections: Sequence[int] = ()
+
+
+@dataclass
+class _Candidate:
+    """A file on its way to becoming a partial."""
+
+    path: Path
+    name: str
+    file: ResultFile
+    arrays: Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
+    count: int | None = None
+    sha256: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.arrays[MIP][0] if MIP in self.arrays else ()
+
+
+def import_results(
+    files: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: ImportOptions | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
+) -> list[str]:
+    """Convert result files into partials of a search, in the order given.
+
+    Files are first read through and checked, then converted in bands of rows; nothing is written
+    unless all of them are in order. Into an existing search they are appended.
+
+    Parameters
+    ----------
+    files
+        ``.npz`` or ``.pt`` dictionaries with the maps' names as keys.
+    output
+        Path or URL of the search.
+    options
+        What the files do not say.
+    on_progress
+        Called with the phase (``check`` or ``convert``) and the share done, 0 to 1.
+
+    Returns
+    -------
+    list of str
+        Names of the new partials.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong with all files.
+    """
+    options = options or ImportOptions()
+    tell = on_progress or (lambda _phase, _share: None)
+    if not files:
+        raise InvalidInputError("import: expected at least one file, got none")
+    with ExitStack() as stack:
+        candidates, problems = _open_all(files, stack)
+        problems += _read_counts(candidates, options.total_projections)
+        space, found = _search_space(candidates, options)
+        problems += found
+        info = _common_info(candidates, options, space)
+        problems += _layout_problems(candidates, info)
+        if problems:
+            raise InvalidInputError(problems)
+        shape = cast("tuple[int, int]", candidates[0].shape)
+        objects = open_objects(output)
+        problems += search_problems(objects, search_attributes(shape, info))
+        if problems:
+            raise InvalidInputError(problems)
+        first_order, found = _against_existing(candidates, objects)
+        problems += found
+        for number, candidate in enumerate(candidates):
+            told = _part(tell, "check", number, len(candidates))
+            problems += _value_problems(candidate, info, told)
+        problems += _same_content(candidates)
+        if problems:
+            raise InvalidDataError(problems)
+        for number, candidate in enumerate(candidates):
+            told = _part(tell, "convert", number, len(candidates))
+            _convert(candidate, output, info, first_order + number, told)
+        return [candidate.name for candidate in candidates]
+
+
+def _part(
+    tell: Callable[[str, float], None], phase: str, number: int, n: int
+) -> Callable[[float], None]:
+    """Progress of one of n files as progress of all."""
+    return lambda share: tell(phase, (number + share) / n)
+
+
+def _open_all(
+    files: Sequence[str | PathLike[str]], stack: ExitStack
+) -> tuple[list[_Candidate], list[str]]:
+    candidates: list[_Candidate] = []
+    problems: list[str] = []
+    names = _names([Path(path) for path in files])
+    for path, name in zip(files, names, strict=True):
+        try:
+            file = open_result_file(path)
+            stack.callback(file.close)
+            candidates.append(_Candidate(Path(path), name, file, file.info()))
+        except InvalidInputError as error:
+            problems += error.problems
+        problems += [f"{path}: {problem}" for problem in name_problems(name)]
+    repeated = Counter(Path(path).resolve() for path in files)
+    problems += [f"{path}: given {n} times" for path, n in repeated.items() if n > 1]
+    return candidates, problems
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Name partials after their files, with as many folders as it takes to tell them apart."""
+    for depth in range(1, 4):
+        names = ["-".join((*path.parts[-depth:-1], path.stem)) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [path.stem for path in paths]
+
+
+def _read_counts(candidates: Sequence[_Candidate], given: Sequence[int]) -> list[str]:
+    problems: list[str] = []
+    if given and len(given) != len(candidates):
+        problems.append(
+            f"total projections: expected one count for each of {len(candidates)} files, got "
+            f"{len(given)}; counts of devices differ and are not shared out"
+        )
+        given = ()
+    for number, candidate in enumerate(candidates):
+        place = f"{candidate.path}: {COUNT}"
+        stored: int | None = None
+        if COUNT in candidate.arrays:
+            try:
+                stored = exact_count(candidate.file.small(COUNT))
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+                continue
+        wanted = given[number] if given else None
+        if stored is None and wanted is None:
+            problems.append(
+                f"{place}: missing (Leopard-EM 1.1 and 1.2 write none); give one count for each "
+                "file with --total-projections"
+            )
+        elif stored is not None and wanted is not None and stored != wanted:
+            problems.append(f"{place}: the file says {stored}, --total-projections says {wanted}")
+        candidate.count = stored if wanted is None else wanted
+        if candidate.count is not None and candidate.count < 0:
+            problems.append(f"{place}: expected at least 0, got {candidate.count}")
+    return problems
+
+
+def _search_space(
+    candidates: Sequence[_Candidate], options: ImportOptions
+) -> tuple[SearchSpace | None, list[str]]:
+    """Tables of the file that was given, or else those that the files carry themselves."""
+    problems: list[str] = []
+    space: SearchSpace | None = None
+    where = ""
+    if options.search_space is not None:
+        try:
+            space, where = read_search_space_file(options.search_space), str(options.search_space)
+        except InvalidInputError as error:
+            return None, list(error.problems)
+    explicit = all(set(POSES[:-1]) <= set(c.arrays) for c in candidates)
+    for candidate in candidates:
+        if not set(TABLES) <= set(candidate.arrays) or (explicit and space is None):
+            continue
+        own = SearchSpace.from_tables(*(candidate.file.small(name) for name in TABLES))
+        if space is None:
+            space, where = own, str(candidate.path)
+        elif own.digest != space.digest:
+            problems.append(f"{candidate.path}: its search space is not the one of {where}")
+    return space, problems
+
+
+def _common_info(
+    candidates: Sequence[_Candidate], options: ImportOptions, space: SearchSpace | None
+) -> SearchInfo:
+    return SearchInfo(
+        template_box=options.template_box,
+        pixel_size_angstrom=options.pixel_size_angstrom,
+        search_space=space,
+        has_pixel_size=space is not None or any(PIXEL_SIZE in c.arrays for c in candidates),
+    )
+
+
+def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo) -> list[str]:
+    """Keys that are missing, shapes that differ, types that cannot be stored."""
+    problems: list[str] = []
+    shapes = Counter(c.shape for c in candidates if MIP in c.arrays)
+    common = shapes.most_common(1)[0][0] if shapes else ()
+    if len(common) == 2 and 0 not in common:
+        try:
+            info.valid_shape((common[0], common[1]))
+        except InvalidInputError as error:
+            problems += error.problems
+    elif shapes:
+        problems.append(f"{MIP}: expected maps (y, x) with pixels, got shape {common}")
+    for candidate in candidates:
+        missing = [key for key in info.maps.partial if key not in candidate.arrays]
+        only_indexed = info.maps.form is PoseForm.EXPLICIT and INDEX in candidate.arrays
+        for key in missing:
+            if key in POSES and only_indexed:
+                continue
+            problems.append(f"{candidate.path}: {key}: missing")
+        if only_indexed and set(missing) & set(POSES[:-1]):
+            problems.append(
+                f"{candidate.path}: poses are indexed ({INDEX}): give the tables with "
+                "--search-space"
+            )
+        for key in info.maps.partial:
+            if key in missing:
+                continue
+            shape, dtype = candidate.arrays[key]
+            problems += dtype_problems(key, dtype, f"{candidate.path}: {key}")
+            if shape != common:
+                problems.append(f"{candidate.path}: {key}: expected shape {common}, got {shape}")
+    return problems
+
+
+def _against_existing(candidates: Sequence[_Candidate], objects: Any) -> tuple[int, list[str]]:
+    """Order of the first new partial, and names that are taken."""
+    if not partial_names(objects):
+        return 0, []
+    existing = dict(read_partials(objects))
+    problems = [
+        f"{c.path}: {objects.url} has a partial {c.name!r} already; leave the file out, or rename "
+        "it if it is another result"
+        for c in candidates
+        if c.name in existing and existing[c.name].state == "complete"
+    ]
+    hashes = {
+        p.provenance.source_sha256: name for name, p in existing.items() if p.state == "complete"
+    }
+    for candidate in candidates:
+        candidate.sha256 = _sha256(candidate.path)
+        if candidate.sha256 in hashes and candidate.name not in existing:
+            problems.append(
+                f"{candidate.path}: its content is already there as partial "
+                f"{hashes[candidate.sha256]!r}; its projections would be counted twice"
+            )
+    return 1 + max(p.order for p in existing.values()), problems
+
+
+def _same_content(candidates: Sequence[_Candidate]) -> list[str]:
+    seen: dict[str, Path] = {}
+    problems = []
+    for candidate in candidates:
+        candidate.sha256 = candidate.sha256 or _sha256(candidate.path)
+        first = seen.setdefault(candidate.sha256, candidate.path)
+        if first.resolve() != candidate.path.resolve():
+            problems.append(
+                f"{candidate.path}: has the same content as {first}; its projections would be "
+                "counted twice"
+            )
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bands(shape: tuple[int, int]) -> TileGrid:
+    return TileGrid(shape, (min(DEFAULT_CHUNK, shape[0]), shape[1]))
+
+
+def _value_problems(
+    candidate: _Candidate, info: SearchInfo, tell: Callable[[float], None]
+) -> list[str]:
+    """Read a file through; the first band with problems is reported."""
+    shape = cast("tuple[int, int]", candidate.shape)
+    readers = {key: candidate.file.rows(key) for key in info.maps.partial}
+    for band in _bands(shape):
+        region = band.region
+        maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
+        problems = value_problems(maps, region, info, str(candidate.path))
+        if problems:
+            return problems
+        tell(region.y1 / shape[0])
+    return []
+
+
+def _convert(
+    candidate: _Candidate,
+    output: str | PathLike[str],
+    info: SearchInfo,
+    order: int,
+    tell: Callable[[float], None],
+) -> None:
+    shape = cast("tuple[int, int]", candidate.shape)
+    assert candidate.count is not None
+    writer = PartialWriter(
+        output, candidate.name, shape, total_projections=candidate.count, order=order, search=info
+    )
+    writer.describe(source=candidate.path.name, source_sha256=candidate.sha256)
+    readers = {key: candidate.file.rows(key) for key in info.maps.partial}
+    with writer:
+        for band in _bands(shape):
+            region: Region = band.region
+            writer.write(region, {k: read(region.y0, region.y1) for k, read in readers.items()})
+            tell(region.y1 / shape[0])

@@ -1,0 +1,205 @@
+"""Stores and merges as xarray datasets of Dask arrays: a corner costs only that corner's chunks."""
+
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+from os import PathLike
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from ocelot_em import kernels
+from ocelot_em.canvas import Region, TileGrid
+from ocelot_em.errors import FormatError, IncompleteError
+from ocelot_em.format import DIMENSIONS, MergedAttributes, SearchAttributes, map_attributes
+from ocelot_em.maps import MAPS, AnyArray
+from ocelot_em.objects import open_objects
+from ocelot_em.pipeline import Clock, Job, Workspace, merge_region
+from ocelot_em.plan import MergeOptions, MergePlan, make_plan
+from ocelot_em.search import (
+    open_partial_maps,
+    open_sources,
+    read_attributes,
+)
+from ocelot_em.store import ChunkedMap
+
+
+def open_partials(store: str | PathLike[str]) -> xr.Dataset:
+    """Open a search lazily.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a search whose partials are all complete.
+
+    Returns
+    -------
+    xarray.Dataset
+        Maps with dimensions ``partial`` (in the stated order), ``y``, ``x``; coordinates
+        ``partial`` (names) and ``total_projections`` (exact counts).
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+        When it is opened.
+    ChunkError
+        When a chunk that is missing or corrupt is computed.
+    """
+    objects = open_objects(store)
+    attributes, sources = open_sources(objects)
+    if not isinstance(attributes, SearchAttributes):
+        raise FormatError(f"{objects.url}: is a merged result; use open_merged")
+    names = attributes.maps.partial
+    opened = [open_partial_maps(objects, s.path, s.name, names) for s in sources]
+    return xr.Dataset(
+        {
+            name: (
+                ("partial", *DIMENSIONS),
+                da.stack([_as_dask(maps[name]) for maps in opened]),
+                map_attributes(name),
+            )
+            for name in names
+        },
+        coords={
+            "partial": [source.name for source in sources],
+            "total_projections": ("partial", [source.total_projections for source in sources]),
+        },
+        attrs=_dataset_attributes(attributes),
+    )
+
+
+def open_merged(store: str | PathLike[str]) -> xr.Dataset:
+    """Open a merged result lazily.
+
+    Returns
+    -------
+    xarray.Dataset
+        Maps with dimensions ``y``, ``x``. Only ``[:valid_shape[0], :valid_shape[1]]`` (an
+        attribute) is meaningful.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+        It is not there, or a search.
+    IncompleteError
+        The merge was never finished.
+    """
+    objects = open_objects(store)
+    attributes = read_attributes(objects)
+    if not isinstance(attributes, MergedAttributes):
+        raise FormatError(f"{objects.url}: is a search; use open_partials, or merge it first")
+    if attributes.state != "complete":
+        raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
+    maps = open_partial_maps(objects, "", "", attributes.maps.merged)
+    return xr.Dataset(
+        {name: (DIMENSIONS, _as_dask(m), map_attributes(name)) for name, m in maps.items()},
+        attrs={
+            **_dataset_attributes(attributes),
+            "partials": [contribution.name for contribution in attributes.partials],
+        },
+    )
+
+
+def lazy_merge(
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]], **options: Any
+) -> xr.Dataset:
+    """Merge when, and where, values are computed; nothing is written.
+
+    Parameters
+    ----------
+    inputs
+        One or more searches or merged results.
+    **options
+        ``tile_size`` and ``nan``, as for :func:`ocelot_em.merge`.
+
+    Returns
+    -------
+    xarray.Dataset
+        The same maps, bit for bit, that a merge writes, as Dask arrays of one chunk per tile.
+
+    Raises
+    ------
+    OcelotError
+        As :func:`ocelot_em.merge`.
+    """
+    places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
+    plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))
+    token = tokenize(plan.model_dump_json())
+    plan_key, tile_layer = f"plan-{token}", f"merge_tile-{token}"
+    grid = plan.grid
+    tiles: dict[Any, Any] = {plan_key: plan.model_dump_json()}
+    for tile in grid:
+        tiles[tile_layer, tile.iy, tile.ix] = (_merge_for_dask, plan_key, tile.iy, tile.ix)
+    chunks = da.core.normalize_chunks(plan.tile, plan.shape)
+
+    def lazy_map(name: str) -> da.Array:
+        layer = f"{name}-{token}"
+        picks = {
+            (layer, t.iy, t.ix): (operator.getitem, (tile_layer, t.iy, t.ix), name) for t in grid
+        }
+        graph = HighLevelGraph(
+            {layer: picks, tile_layer: tiles}, {layer: {tile_layer}, tile_layer: set()}
+        )
+        return da.Array(graph, layer, chunks, dtype=MAPS[name].dtypes[0])
+
+    return xr.Dataset(
+        {name: (DIMENSIONS, lazy_map(name), map_attributes(name)) for name in plan.maps.merged},
+        attrs={
+            "total_projections": plan.total_projections,
+            "valid_shape": plan.valid_shape,
+            "pixel_size_angstrom": plan.pixel_size_angstrom,
+            "partials": [contribution.name for contribution in plan.contributions],
+        },
+    )
+
+
+def _merge_for_dask(plan: str, iy: int, ix: int) -> dict[str, AnyArray]:
+    job = _open_lazy_job(plan)
+    tile = job.plan.grid.at(iy, ix)
+    # The arrays outlive this call, so they get memory of their own.
+    work = Workspace(job.maps, tile.region.shape)
+    merged, _ = merge_region(job, tile, work, Clock())
+    return merged
+
+
+@lru_cache(maxsize=8)
+def _open_lazy_job(plan: str) -> Job:
+    return Job(MergePlan.model_validate_json(plan), None, kernels.load("cpu"))
+
+
+class _Lazily:
+    """Enough of an array for Dask to cut blocks from a stored map."""
+
+    ndim = 2
+
+    def __init__(self, chunked: ChunkedMap) -> None:
+        self.chunked, self.shape, self.dtype = chunked, chunked.shape, chunked.dtype
+
+    def __getitem__(self, index: tuple[slice, slice]) -> AnyArray:
+        (y0, y1, _), (x0, x1, _) = (s.indices(n) for s, n in zip(index, self.shape, strict=True))
+        return self.chunked.read(Region(y0, y1, x0, x1))[0]
+
+
+def _as_dask(chunked: ChunkedMap) -> da.Array:
+    name = f"read-{chunked.path.replace('/', '.')}-{tokenize(chunked.objects.url, chunked.path)}"
+    grid: TileGrid = chunked.grid
+    return da.from_array(
+        _Lazily(chunked),
+        chunks=grid.cell,
+        name=name,
+        asarray=False,
+        lock=False,
+        meta=np.empty((0, 0), chunked.dtype),
+    )
+
+
+def _dataset_attributes(attributes: SearchAttributes | MergedAttributes) -> dict[str, Any]:
+    return {
+        "total_projections": attributes.total_projections,
+        "valid_shape": attributes.valid_shape,
+        "pixel_size_angstrom": attributes.pixel_size_angstrom,
+    }

@@ -1,0 +1,389 @@
+"""The plan of a merge: what is merged, in which tiles, with how much memory and disk.
+
+Made before anything starts, printed by ``--dry-run``, kept in the output so that a run can be
+resumed, and refused with numbers where it cannot work.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ocelot_em import format as fmt
+from ocelot_em.canvas import TileGrid
+from ocelot_em.errors import InvalidInputError, PlanError
+from ocelot_em.maps import COUNT, MAPS, SQUARED_SUM, SUM, MapSet, PoseForm
+from ocelot_em.objects import normalise_url, open_objects
+from ocelot_em.search import Source, open_sources
+
+DEFAULT_TILE = fmt.DEFAULT_CHUNK
+
+PROCESS_NBYTES = 330 * 2**20
+"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask. Measured;
+``docs/design.md`` says how."""
+
+
+def parse_size(text: object) -> object:
+    """Read a number of bytes such as ``800MB``, ``1GiB`` or ``2g``."""
+    if not isinstance(text, str):
+        return text
+    from dask.utils import parse_bytes
+
+    return int(parse_bytes(text))
+
+
+class MergeOptions(BaseModel):
+    """How to merge; the same names as the command line's options.
+
+    Parameters
+    ----------
+    tile_size
+        Edge of a tile in pixels: at most 1024, or a multiple of it. None: chosen.
+    memory_limit
+        Most memory of one worker, in bytes or as text such as ``"800MB"``. None: no limit but the
+        machine's.
+    nan
+        ``raise``: NaN in a partial is an error. ``mask``: at such pixels the partial is left out,
+        its count too.
+    overwrite
+        Replace an existing merged result, finished or not.
+    cluster
+        ``threads`` (this process), ``local`` (worker processes on this machine, with a dashboard)
+        or the address of a running Dask scheduler.
+    workers, threads
+        Number of workers (of ``local``), and of threads in each. None: one thread per CPU core.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tile_size: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    memory_limit: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
+    nan: Literal["raise", "mask"] = "raise"
+    overwrite: bool = False
+    cluster: str = "threads"
+    workers: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, object]) -> Self:
+        """Check options by name.
+
+        Raises
+        ------
+        InvalidInputError
+            Naming every option that is unknown or has an unusable value.
+        """
+        try:
+            return cls.model_validate(options)
+        except ValidationError as error:
+            raise InvalidInputError(
+                f"option {'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}"
+                for p in error.errors()
+            ) from None
+
+
+class MergePlan(fmt.Attributes):
+    """Everything that decides the bytes of the output; two equal plans give equal maps.
+
+    Parameters
+    ----------
+    sources
+        The inputs, numbered in the stated order.
+    shape, valid_shape
+        Height and width of the maps, and of their valid pixels.
+    pixel_size_angstrom
+        Pixel size, if known.
+    pose_form, has_pixel_size, has_counts
+        Which maps the output has.
+    search_space_digest
+        Fingerprint of the search space of indexed inputs.
+    tile
+        Height and width of a tile.
+    nan
+        ``raise`` or ``mask``.
+    """
+
+    sources: tuple[Source, ...]
+    shape: fmt.Shape
+    valid_shape: fmt.Shape
+    pixel_size_angstrom: fmt.Angstrom | None
+    pose_form: PoseForm
+    has_pixel_size: bool
+    has_counts: bool
+    search_space_digest: str | None
+    tile: fmt.Shape
+    nan: Literal["raise", "mask"]
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps the output has."""
+        return MapSet(self.pose_form, self.has_pixel_size, self.has_counts)
+
+    @property
+    def grid(self) -> TileGrid:
+        """The tiles."""
+        return TileGrid(self.shape, self.tile)
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """Chunks of the output: those of a tile, or the tile itself if it is smaller."""
+        return min(self.tile[0], fmt.DEFAULT_CHUNK), min(self.tile[1], fmt.DEFAULT_CHUNK)
+
+    @property
+    def total_projections(self) -> int:
+        """Sum of all counts."""
+        return sum(source.total_projections for source in self.sources)
+
+    @property
+    def contributions(self) -> tuple[fmt.Contribution, ...]:
+        """All partials, in the order of their numbers."""
+        return tuple(c for source in self.sources for c in source.contributions)
+
+
+def make_plan(
+    inputs: Sequence[str | PathLike[str]], output: str | PathLike[str], options: MergeOptions
+) -> MergePlan:
+    """Look at the inputs and decide how to merge them; reads metadata only.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+        An input cannot be read, or was never finished.
+    InvalidInputError
+        The inputs do not belong together; every difference is named.
+    PlanError
+        It cannot work: the tile size, or the memory limit.
+    """
+    urls = [normalise_url(place) for place in inputs]
+    if not urls:
+        raise InvalidInputError("merge: expected at least one input store, got none")
+    problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
+    if normalise_url(output) in urls:
+        problems.append(f"{normalise_url(output)}: is an input; inputs are never written")
+    if problems:
+        raise InvalidInputError(problems)
+
+    opened = [open_sources(open_objects(url)) for url in urls]
+    first = opened[0][0]
+    for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
+        for key in (
+            "shape",
+            "valid_shape",
+            "pixel_size_angstrom",
+            "pose_form",
+            "has_pixel_size",
+            "search_space_digest",
+        ):
+            if getattr(attributes, key) != getattr(first, key):
+                problems.append(
+                    f"{url}: {key}: expected {getattr(first, key)} as in {urls[0]}, "
+                    f"got {getattr(attributes, key)}"
+                )
+    sources = _numbered([source for _, found in opened for source in found])
+    problems += _duplicates(sources)
+    if problems:
+        raise InvalidInputError(problems)
+    maps = MapSet(
+        first.pose_form,
+        first.has_pixel_size,
+        counts=options.nan == "mask" or any(source.has_counts for source in sources),
+    )
+    return MergePlan(
+        sources=sources,
+        shape=first.shape,
+        valid_shape=first.valid_shape,
+        pixel_size_angstrom=first.pixel_size_angstrom,
+        pose_form=maps.form,
+        has_pixel_size=maps.pixel_size,
+        has_counts=maps.counts,
+        search_space_digest=first.search_space_digest,
+        tile=_choose_tile(first.shape, maps, options),
+        nan=options.nan,
+    )
+
+
+def _numbered(sources: Sequence[Source]) -> tuple[Source, ...]:
+    numbered, number = [], 0
+    for source in sources:
+        numbered.append(source.model_copy(update={"first_number": number}))
+        number += len(source.contributions)
+    return tuple(numbered)
+
+
+def _duplicates(sources: Sequence[Source]) -> list[str]:
+    places: dict[str, list[str]] = {}
+    for source in sources:
+        for contribution in source.contributions:
+            places.setdefault(contribution.id, []).append(
+                source.place
+                if source.path
+                else f"{source.place} (which holds {contribution.name!r})"
+            )
+    return [
+        f"the same partial comes in {len(found)} times, and its projections would be counted so "
+        f"often: {'; '.join(found)}"
+        for found in places.values()
+        if len(found) > 1
+    ]
+
+
+def _choose_tile(shape: tuple[int, int], maps: MapSet, options: MergeOptions) -> tuple[int, int]:
+    limit, threads = options.memory_limit, n_threads(options)
+    size = options.tile_size
+    if size is not None and size > fmt.DEFAULT_CHUNK and size % fmt.DEFAULT_CHUNK:
+        below = size - size % fmt.DEFAULT_CHUNK
+        raise PlanError(
+            f"tile size: expected at most {fmt.DEFAULT_CHUNK} or a multiple of it, so that tiles "
+            f"are made of whole chunks, got {size}; use {below} or {below + fmt.DEFAULT_CHUNK}"
+        )
+    candidates = [size] if size is not None else [DEFAULT_TILE, 512, 256, 128]
+    predicted = 0
+    for candidate in candidates:
+        tile = min(candidate, shape[0]), min(candidate, shape[1])
+        predicted = worker_nbytes(tile, maps, threads)
+        if limit is None or predicted <= limit:
+            return tile
+    raise PlanError(
+        f"memory limit {limit:,} bytes: one worker with {threads} threads and tiles of "
+        f"{candidates[-1]} pixels needs {predicted:,} bytes, {PROCESS_NBYTES:,} of them before the "
+        "first tile; allow more, use fewer threads, or smaller tiles"
+    )
+
+
+def n_threads(options: MergeOptions) -> int:
+    """Threads in one worker."""
+    if options.threads is not None:
+        return options.threads
+    if options.cluster == "threads":
+        from dask.system import CPU_COUNT
+
+        return int(CPU_COUNT)
+    return 1
+
+
+def worker_nbytes(tile: tuple[int, int], maps: MapSet, threads: int) -> int:
+    """Predicted peak memory of one worker: the process, and per thread one tile.
+
+    A thread holds the accumulator (float64 sums), the input maps of one partial, the merged maps
+    that are not the accumulator's, and one chunk encoded and decoded.
+    """
+    accumulator = {name: MAPS[name].dtypes[0] for name in (*maps.partial, "best_partial")}
+    accumulator |= {SUM: "float64", SQUARED_SUM: "float64"}
+    incoming = {name: MAPS[name].dtypes[0] for name in (*maps.partial, "best_partial")}
+    outgoing = [
+        name for name in maps.merged if name not in accumulator or name in (SUM, SQUARED_SUM)
+    ]
+    per_pixel = sum(
+        np.dtype(dtype).itemsize for dtype in (*accumulator.values(), *incoming.values())
+    )
+    per_pixel += sum(np.dtype(MAPS[name].dtypes[0]).itemsize for name in outgoing)
+    if maps.counts:
+        per_pixel += 48  # masking NaN works on copies
+    chunk = min(tile[0], fmt.DEFAULT_CHUNK) * min(tile[1], fmt.DEFAULT_CHUNK)
+    widest = max(np.dtype(MAPS[name].dtypes[0]).itemsize for name in (*maps.merged, COUNT))
+    return PROCESS_NBYTES + threads * (tile[0] * tile[1] * per_pixel + 4 * chunk * widest)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan will cost.
+
+    Parameters
+    ----------
+    n_tiles, n_done
+        Tiles in all, and those an interrupted run has finished.
+    decoded_nbytes_in, stored_nbytes_in
+        Bytes of the inputs' maps in memory, and as stored.
+    decoded_nbytes_out, stored_nbytes_out
+        The same of the output; as stored it is estimated from how the inputs compressed.
+    worker_nbytes
+        Predicted peak memory of one worker.
+    free_nbytes
+        Free space at the output, or None where the storage does not say.
+    """
+
+    n_tiles: int
+    n_done: int
+    decoded_nbytes_in: int
+    stored_nbytes_in: int
+    decoded_nbytes_out: int
+    stored_nbytes_out: int
+    worker_nbytes: int
+    free_nbytes: int | None
+
+
+def forecast(
+    plan: MergePlan, output: str | PathLike[str], options: MergeOptions, n_done: int
+) -> Forecast:
+    """Predict what a plan costs; lists the inputs' objects, reads none."""
+    pixels = plan.shape[0] * plan.shape[1]
+    decoded_in = stored_in = 0
+    for source in plan.sources:
+        keys = MapSet(plan.pose_form, plan.has_pixel_size, source.has_counts).partial
+        decoded_in += sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in keys) * pixels
+        objects = open_objects(source.url)
+        prefix = f"{source.path}/" if source.path else ""
+        for key in keys:
+            stored_in += sum(objects.sizes(f"{prefix}{key}").values())
+    decoded_out = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged) * pixels
+    return Forecast(
+        n_tiles=len(plan.grid),
+        n_done=n_done,
+        decoded_nbytes_in=decoded_in,
+        stored_nbytes_in=stored_in,
+        decoded_nbytes_out=decoded_out,
+        stored_nbytes_out=int(decoded_out * min(stored_in / max(decoded_in, 1), 1)),
+        worker_nbytes=worker_nbytes(plan.tile, plan.maps, n_threads(options)),
+        free_nbytes=open_objects(output).free_bytes(),
+    )
+
+
+def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
+    """Raise with numbers if the disk or the memory is too small.
+
+    Parameters
+    ----------
+    prediction
+        Of the plan.
+    n_workers
+        Workers that share this machine's memory.
+    memory_nbytes
+        Memory of this machine.
+
+    Raises
+    ------
+    PlanError
+    """
+    missing = 1 - prediction.n_done / prediction.n_tiles
+    needed = int(prediction.stored_nbytes_out * missing)
+    if prediction.free_nbytes is not None and needed > prediction.free_nbytes:
+        raise PlanError(
+            f"disk: the output needs about {needed:,} bytes more, {prediction.free_nbytes:,} are "
+            "free; free some space or choose another place"
+        )
+    total = n_workers * prediction.worker_nbytes
+    if total > memory_nbytes:
+        raise PlanError(
+            f"memory: {n_workers} workers of {prediction.worker_nbytes:,} bytes need {total:,}, "
+            f"this machine has {memory_nbytes:,}; use fewer workers or threads, or smaller tiles"
+        )
+
+
+def plan_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between the plan of an interrupted run and the one asked for now."""
+    differences = []
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key), wanted.get(key)
+        if old == new:
+            continue
+        if key == "sources":
+            old_ids = [f"{s['url']} {s['name']} {s['id'][:8]}" for s in old or ()]
+            new_ids = [f"{s['url']} {s['name']} {s['id'][:8]}" for s in new or ()]
+            differences.append(f"inputs: it was made from {old_ids}, now asked for {new_ids}")
+        else:
+            differences.append(f"{key}: it has {old}, now asked for {new}")
+    return differences

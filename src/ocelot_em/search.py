@@ -1,0 +1,718 @@
+"""Searches and their partials: writing them, and opening them (or earlier merges) as inputs."""
+
+import datetime
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from os import PathLike
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from ocelot_em import format as fmt
+from ocelot_em import store
+from ocelot_em.arrays import as_numpy, exact_count
+from ocelot_em.canvas import Region, TileGrid
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+    InvalidDataError,
+    InvalidInputError,
+    StoreNotFoundError,
+)
+from ocelot_em.maps import (
+    BEST_PARTIAL,
+    COUNT,
+    INDEX,
+    MAPS,
+    MIP,
+    NOT_SEARCHED,
+    PIXEL_SIZE,
+    SQUARED_SUM,
+    SUM,
+    AnyArray,
+    MapSet,
+    PartialMaps,
+    PoseForm,
+)
+from ocelot_em.objects import Objects, open_objects
+from ocelot_em.search_space import TABLES, SearchSpace
+
+
+@dataclass(frozen=True)
+class SearchInfo:
+    """What all partials of a search share.
+
+    Parameters
+    ----------
+    template_box
+        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``):
+        the last ``template_box - 1`` rows and columns are wrapped around and not valid. None: all
+        pixels are valid.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å, if known.
+    search_space
+        The tables of an indexed search; None for explicit poses.
+    has_pixel_size
+        Whether explicit poses include ``best_pixel_size``.
+    """
+
+    template_box: int | None = None
+    pixel_size_angstrom: float | None = None
+    search_space: SearchSpace | None = None
+    has_pixel_size: bool = True
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps each partial has."""
+        if self.search_space is not None:
+            return MapSet(PoseForm.INDEXED)
+        return MapSet(PoseForm.EXPLICIT, self.has_pixel_size)
+
+    def valid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the valid pixels of maps of this shape.
+
+        Raises
+        ------
+        InvalidInputError
+            The template box does not fit.
+        """
+        if self.template_box is None:
+            return shape
+        box = self.template_box
+        if not 1 <= box <= min(shape):
+            raise InvalidInputError(
+                f"template box: expected 1 to {min(shape)} pixels for maps of {shape}, got {box}"
+            )
+        return shape[0] - box + 1, shape[1] - box + 1
+
+
+def write_partial(
+    store: str | PathLike[str],
+    name: str,
+    result: Mapping[str, object],
+    *,
+    total_projections: int,
+    order: int = 0,
+    search: SearchInfo | None = None,
+) -> None:
+    """Write what one device found as a partial of a search.
+
+    Several processes may write different partials of one search at the same time; the first one
+    creates it. Nothing is written unless everything is in order.
+
+    Parameters
+    ----------
+    store
+        Path or URL of the search; made if it is not there.
+    name
+        Name of the partial, unique in the search: letters, digits, ``.``, ``_``, ``-``.
+    result
+        Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
+        where nothing was searched. Other keys are ignored. With a search space the indexed form
+        is taken, without it the explicit one.
+    total_projections
+        How many cross-correlations the sums hold, exactly.
+    order
+        Partials are merged in ascending order, then by name; earlier ones win ties.
+    search
+        What the partials share; by default explicit poses, all pixels valid.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong: maps that are missing, of unequal shape or wrong dtype,
+        NaN, indices outside the search space, a name that is taken, a search that differs.
+    """
+    info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
+    problems = [f"{name}: {key}: missing" for key in info.maps.partial if key not in result]
+    if problems:
+        raise InvalidInputError(problems)
+    maps = {key: as_numpy(result[key]) for key in info.maps.partial}
+    shape = maps[MIP].shape
+    if len(shape) != 2 or 0 in shape:
+        raise InvalidInputError(f"{name}: {MIP}: expected a map (y, x) with pixels, got {shape}")
+    whole = Region(0, shape[0], 0, shape[1])
+    problems = find_problems(maps, whole, info, name)
+    if problems:
+        raise InvalidDataError(problems)
+    with PartialWriter(
+        store,
+        name,
+        (shape[0], shape[1]),
+        total_projections=total_projections,
+        order=order,
+        search=info,
+    ) as writer:
+        for band in TileGrid(writer.shape, (writer.chunk[0], writer.shape[1])):
+            writer.write(band.region, {key: m[band.region.slices] for key, m in maps.items()})
+
+
+class PartialWriter:
+    """Writes a partial region by region, for maps larger than memory.
+
+    A context manager: leaving it normally checks that every pixel was written and marks the
+    partial complete; leaving it by an exception leaves it incomplete, and merging it is refused. A
+    partial that was left incomplete may be written again under its name.
+
+    Parameters
+    ----------
+    store, name, total_projections, order, search
+        As for :func:`write_partial`.
+    shape
+        Height and width of the maps in pixels.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong.
+    """
+
+    def __init__(
+        self,
+        store: str | PathLike[str],
+        name: str,
+        shape: tuple[int, int],
+        *,
+        total_projections: int,
+        order: int = 0,
+        search: SearchInfo | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.chunk = (min(fmt.DEFAULT_CHUNK, shape[0]), min(fmt.DEFAULT_CHUNK, shape[1]))
+        self._info = search or SearchInfo()
+        self._objects = open_objects(store)
+        self._provenance = provenance(source="", options={})
+        self._written: set[tuple[int, int]] = set()
+        self._id = uuid.uuid4().hex
+        self._order = order
+        problems = []
+        try:
+            self._count = exact_count(total_projections)
+        except ValueError as error:
+            problems.append(f"{name}: total_projections: {error}")
+        problems += name_problems(name)
+        if problems:
+            raise InvalidInputError(problems)
+
+    def describe(self, *, source: str, source_sha256: str) -> None:
+        """Record where the partial comes from; call it before the first write."""
+        self._provenance = provenance(source=source, source_sha256=source_sha256, options={})
+
+    def __enter__(self) -> Self:
+        ensure_search(self._objects, self.shape, self._info)
+        path = partial_path(self.name)
+        attributes = fmt.dump_attributes(self._attributes("writing"))
+        if not store.create_group(self._objects, path, attributes):
+            existing = read_partial_attributes(self._objects, self.name)
+            if existing.state == "complete":
+                raise InvalidInputError(
+                    f"{self._objects.url}: a partial {self.name!r} is already there and complete; "
+                    "choose another name, or leave it out"
+                )
+            store.update_attributes(self._objects, path, attributes)
+        for key in self._info.maps.partial:
+            store.create_map(self._objects, f"{path}/{key}", key, self.shape, self.chunk)
+        self._maps = open_partial_maps(self._objects, path, self.name, self._info.maps.partial)
+        return self
+
+    def write(self, region: Region, maps: Mapping[str, object]) -> None:
+        """Write all maps over one region, made of whole chunks of :attr:`chunk` pixels.
+
+        Raises
+        ------
+        InvalidDataError
+            Listing everything that is wrong with the maps; nothing of the region is written.
+        ValueError
+            The region is not made of whole chunks.
+        """
+        arrays = {key: as_numpy(value) for key, value in maps.items()}
+        problems = find_problems(arrays, region, self._info, self.name)
+        if problems:
+            raise InvalidDataError(problems)
+        for key, chunked in self._maps.items():
+            chunked.write(region, arrays[key])
+        grid = TileGrid(self.shape, self.chunk)
+        self._written.update((chunk.iy, chunk.ix) for chunk in grid.touching(region))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._complete()
+
+    def _complete(self) -> None:
+        grid = TileGrid(self.shape, self.chunk)
+        missing = [cell for cell in grid if (cell.iy, cell.ix) not in self._written]
+        if missing:
+            raise IncompleteError(
+                f"{self._objects.url}: partial {self.name!r}: {len(missing)} of {len(grid)} chunks "
+                f"were not written, the first at pixels {missing[0].region}; it stays incomplete"
+            )
+        if read_partial_attributes(self._objects, self.name).id != self._id:
+            raise IncompleteError(
+                f"{self._objects.url}: partial {self.name!r} was taken over by another writer; "
+                "give every writer a name of its own"
+            )
+        attributes = fmt.dump_attributes(self._attributes("complete"))
+        store.update_attributes(self._objects, partial_path(self.name), attributes)
+        _refresh_total(self._objects)
+
+    def _attributes(self, state: Any) -> fmt.PartialAttributes:
+        return fmt.PartialAttributes(
+            id=self._id,
+            order=self._order,
+            total_projections=self._count,
+            state=state,
+            provenance=self._provenance,
+        )
+
+
+def find_problems(
+    maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
+) -> list[str]:
+    """Everything that is wrong with a partial's maps over one region; empty if nothing is."""
+    problems = []
+    for key in info.maps.partial:
+        if key not in maps:
+            problems.append(f"{place}: {key}: missing")
+            continue
+        problems += dtype_problems(key, maps[key].dtype, f"{place}: {key}")
+        if maps[key].shape != region.shape:
+            problems.append(f"{place}: {key}: expected shape {region.shape}, got {maps[key].shape}")
+    return problems or value_problems(maps, region, info, place)
+
+
+def dtype_problems(name: str, dtype: "np.dtype[Any]", place: str) -> list[str]:
+    """Why values of this dtype cannot become this map, if they cannot."""
+    allowed = list(MAPS[name].dtypes)
+    if name == INDEX:
+        allowed.append("int64")  # checked against the search space, then stored as int32
+    if dtype.newbyteorder("=").name in allowed:
+        return []
+    return [f"{place}: expected dtype {' or '.join(allowed)}, got {dtype}"]
+
+
+def value_problems(
+    maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
+) -> list[str]:
+    """NaN, and indices outside the search space, each with the first pixel where it stands."""
+    problems = []
+    unsearched = maps[MIP] == -np.inf
+    for key in info.maps.partial:
+        values = maps[key]
+        if values.dtype.kind != "f":
+            continue
+        nan = np.isnan(values)
+        if key in info.maps.pose:
+            nan &= ~unsearched
+        if nan.any():
+            problems.append(f"{place}: {key}: NaN {_where(nan, region)}")
+    if info.search_space is not None:
+        index, n_poses = maps[INDEX], info.search_space.n_poses
+        outside = (index < NOT_SEARCHED) | (index >= n_poses)
+        if outside.any():
+            problems.append(
+                f"{place}: {INDEX}: expected -1 to {n_poses - 1}, got "
+                f"{index[outside].min()} to {index[outside].max()} {_where(outside, region)}; "
+                "either the search space is another one, or this is Leopard-EM 1.2's wrong index "
+                "in the last batch, when the number of orientations is no multiple of the batch "
+                "size: search again with a batch size that divides it"
+            )
+        missing = (index == NOT_SEARCHED) & ~unsearched & ~np.isnan(maps[MIP])
+        if missing.any():
+            problems.append(
+                f"{place}: {INDEX}: -1 where {MIP} was searched {_where(missing, region)}"
+            )
+    return problems
+
+
+def _where(bad: AnyArray, region: Region) -> str:
+    y, x = np.unravel_index(int(np.argmax(bad)), bad.shape)
+    count = int(np.count_nonzero(bad))
+    return f"at {count} pixel{'s' * (count > 1)}, first ({region.y0 + y}, {region.x0 + x})"
+
+
+def name_problems(name: str) -> list[str]:
+    """Why a partial cannot have this name, if it cannot."""
+    try:
+        TypeAdapter(fmt.PartialName).validate_python(name)
+    except ValidationError:
+        return [
+            f"partial name {name!r}: expected up to 128 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        ]
+    return []
+
+
+def partial_path(name: str) -> str:
+    """Path of a partial's group."""
+    return f"{fmt.PARTIALS}/{name}"
+
+
+def provenance(
+    *, source: str, options: Mapping[str, Any], source_sha256: str = ""
+) -> fmt.Provenance:
+    """Where and with what something was made, now."""
+    return fmt.Provenance(
+        created=now(),
+        versions={name: version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
+        source=source,
+        source_sha256=source_sha256,
+        options=dict(options),
+    )
+
+
+def now() -> str:
+    """Return the time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) -> None:
+    """Create the search, or check that the one that is there has the same properties.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing every property that differs.
+    """
+    wanted = search_attributes(shape, info)
+    problems = search_problems(objects, wanted)
+    if problems:
+        raise InvalidInputError(problems)
+    if not store.create_group(objects, "", fmt.dump_attributes(wanted)):
+        # Another process may have been first just now, with other properties.
+        problems = search_problems(objects, wanted)
+        if problems:
+            raise InvalidInputError(problems)
+    store.create_group(objects, fmt.PARTIALS, {})
+    if info.search_space is not None and not objects.sizes(fmt.SEARCH_SPACE):
+        write_search_space(objects, info.search_space)
+
+
+def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAttributes:
+    """Root attributes of a search with maps of this shape, before its first partial.
+
+    Raises
+    ------
+    InvalidInputError
+        The template box does not fit, or the pixel size is not positive.
+    """
+    size = info.pixel_size_angstrom
+    if size is not None and not (np.isfinite(size) and size > 0):
+        raise InvalidInputError(f"pixel size: expected a positive number of Å, got {size}")
+    return fmt.SearchAttributes(
+        format_version=fmt.FORMAT_VERSION,
+        kind="search",
+        shape=shape,
+        valid_shape=info.valid_shape(shape),
+        pixel_size_angstrom=info.pixel_size_angstrom,
+        pose_form=info.maps.form,
+        has_pixel_size=info.maps.pixel_size,
+        has_counts=False,
+        search_space_digest=None if info.search_space is None else info.search_space.digest,
+        total_projections=0,
+        provenance=provenance(source="", options={}),
+    )
+
+
+def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
+    """How an existing search differs from the wanted one; empty if it does not, or is not there."""
+    attributes = store.group_attributes(objects, "")
+    if attributes is None:
+        return []
+    found = read_attributes(objects)
+    if isinstance(found, fmt.MergedAttributes):
+        return [f"{objects.url}: expected a search, got a merged result"]
+    return [
+        f"{objects.url}: {key}: the search has {getattr(found, key)}, "
+        f"the new partial {getattr(wanted, key)}"
+        for key in (
+            "shape",
+            "valid_shape",
+            "pixel_size_angstrom",
+            "pose_form",
+            "has_pixel_size",
+            "search_space_digest",
+        )
+        if getattr(found, key) != getattr(wanted, key)
+    ]
+
+
+def write_search_space(objects: Objects, space: SearchSpace) -> None:
+    """Write the tables of a search space."""
+    store.create_group(objects, fmt.SEARCH_SPACE, {})
+    dimensions = (("orientation", "angle"), ("defocus",), ("pixel_size",))
+    for name, dims in zip(TABLES, dimensions, strict=True):
+        store.write_table(objects, f"{fmt.SEARCH_SPACE}/{name}", getattr(space, name), dims)
+
+
+def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | None:
+    """Read the tables and check them against the recorded fingerprint.
+
+    Raises
+    ------
+    FormatError
+        They are missing, or are not those the search was written with.
+    """
+    if digest is None:
+        return None
+    tables = (store.read_table(objects, f"{fmt.SEARCH_SPACE}/{name}") for name in TABLES)
+    space = SearchSpace.from_tables(*tables)
+    if space.digest != digest:
+        raise FormatError(
+            f"{objects.url}/{fmt.SEARCH_SPACE}: the tables are not the ones the search was "
+            f"written with: expected digest {digest[:12]}, got {space.digest[:12]}"
+        )
+    return space
+
+
+def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttributes:
+    """Read the root attributes of a search or a merged result.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+    """
+    attributes = store.group_attributes(objects, "")
+    if attributes is None:
+        raise StoreNotFoundError(f"{objects.url}: expected an ocelot-em store, got nothing there")
+    content = attributes.get(fmt.ATTRIBUTE_KEY)
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "merged":
+        return fmt.parse_attributes(fmt.MergedAttributes, attributes, objects.url)
+    return fmt.parse_attributes(fmt.SearchAttributes, attributes, objects.url)
+
+
+def read_partial_attributes(objects: Objects, name: str) -> fmt.PartialAttributes:
+    """Read the attributes of one partial.
+
+    Raises
+    ------
+    FormatError
+    """
+    path = partial_path(name)
+    attributes = store.group_attributes(objects, path)
+    return fmt.parse_attributes(fmt.PartialAttributes, attributes, f"{objects.url}/{path}")
+
+
+def partial_names(objects: Objects) -> list[str]:
+    """Names of all partials, complete or not, in alphabetical order."""
+    names = set()
+    for name in objects.children(fmt.PARTIALS):
+        if objects.get(f"{partial_path(name)}/zarr.json") is not None:
+            names.add(name)
+    return sorted(names)
+
+
+def read_partials(objects: Objects) -> list[tuple[str, fmt.PartialAttributes]]:
+    """Names and attributes of all partials in the stated order: ``order``, then name.
+
+    Names sort as people count: ``gpu9`` before ``gpu10``.
+    """
+    found = [(name, read_partial_attributes(objects, name)) for name in partial_names(objects)]
+    return sorted(found, key=lambda item: (item[1].order, _natural(item[0])))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    pieces = re.findall(r"\d+|\D+", name)
+    return [(0, int(p), p) if p.isdigit() else (1, 0, p) for p in pieces]
+
+
+def open_partial_maps(
+    objects: Objects, path: str, name: str, keys: tuple[str, ...]
+) -> dict[str, store.ChunkedMap]:
+    """Open maps of a partial (or, with an empty path, of a merged result)."""
+    prefix = f"{path}/" if path else ""
+    label = f"{objects.url}: partial {name!r}" if path else objects.url
+    return {
+        key: store.open_map(objects, f"{prefix}{key}", f"{label}: {key}", MAPS[key].dtypes)
+        for key in keys
+    }
+
+
+def _refresh_total(objects: Objects) -> None:
+    """Write the sum of the complete partials' counts into the root.
+
+    Writers that finish at the same time each look again after writing, so that the last one to
+    write has seen them all.
+    """
+    written = None
+    while True:
+        partials = read_partials(objects)
+        total = sum(p.total_projections for _, p in partials if p.state == "complete")
+        if total == written:
+            return
+        root = read_attributes(objects).model_copy(update={"total_projections": total})
+        store.update_attributes(objects, "", fmt.dump_attributes(root))
+        written = total
+
+
+class Source(fmt.Attributes):
+    """One input of a merge: a partial of a search, or an earlier merged result.
+
+    Parameters
+    ----------
+    url, path
+        The store, and the group in it (empty for a merged result).
+    name
+        Name of the partial, or of the merged store.
+    id
+        Identity of this version of the data.
+    total_projections
+        Its exact count.
+    first_number
+        Number of the first of its contributions in the stated order of the merge.
+    contributions
+        The partials in it: itself, or those of the earlier merge.
+    has_counts
+        Whether its count is a map.
+    """
+
+    url: str
+    path: str
+    name: str
+    id: str
+    total_projections: int
+    first_number: int
+    contributions: tuple[fmt.Contribution, ...]
+    has_counts: bool
+
+    @property
+    def place(self) -> str:
+        """How errors call it."""
+        return f"{self.url}: partial {self.name!r}" if self.path else self.url
+
+
+class SourceReader:
+    """A source with its arrays opened: reads the maps of a region for a kernel.
+
+    Parameters
+    ----------
+    source
+        What to read.
+    maps
+        Which maps the merge needs.
+    """
+
+    def __init__(self, source: Source, maps: MapSet) -> None:
+        self.source = source
+        self._pose = maps.pose
+        keys = [*MapSet(maps.form, maps.pixel_size, source.has_counts).partial]
+        if not source.path:
+            keys.append(BEST_PARTIAL)
+        objects = open_objects(source.url)
+        self.maps = open_partial_maps(objects, source.path, source.name, tuple(keys))
+
+    def read(self, region: Region, buffers: Mapping[str, AnyArray]) -> tuple[PartialMaps, int]:
+        """Decode all maps over a region.
+
+        Parameters
+        ----------
+        region
+            Pixels within the maps.
+        buffers
+            Arrays to decode into, by map name; maps without one get a new array.
+
+        Returns
+        -------
+        partial : PartialMaps
+            Over the buffers.
+        nbytes : int
+            Encoded bytes read.
+        """
+        arrays: dict[str, AnyArray] = {}
+        nbytes = 0
+        for key, chunked in self.maps.items():
+            out = buffers.get(key)
+            if out is not None and out.dtype != chunked.dtype:
+                out = None
+            arrays[key], read = chunked.read(region, out)
+            nbytes += read
+        best: int | AnyArray = self.source.first_number
+        if BEST_PARTIAL in arrays:
+            numbers = arrays[BEST_PARTIAL]
+            numbers += np.where(numbers == NOT_SEARCHED, 0, self.source.first_number).astype("i4")
+            best = numbers
+        partial = PartialMaps(
+            mip=arrays[MIP],
+            pose=tuple(arrays[key] for key in self._pose),
+            correlation_sum=arrays[SUM],
+            correlation_squared_sum=arrays[SQUARED_SUM],
+            count=arrays.get(COUNT, self.source.total_projections),
+            best_partial=best,
+        )
+        return partial, nbytes
+
+
+def open_sources(
+    objects: Objects,
+) -> tuple[fmt.SearchAttributes | fmt.MergedAttributes, list[Source]]:
+    """Read what a store offers to a merge, in its stated order.
+
+    Returns
+    -------
+    attributes
+        Of the store.
+    sources
+        Numbered from 0; at least one.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+        It is not a store.
+    IncompleteError
+        A partial, or the merged result, was never finished; all of them are named.
+    """
+    attributes = read_attributes(objects)
+    if isinstance(attributes, fmt.MergedAttributes):
+        if attributes.state != "complete":
+            raise IncompleteError(
+                f"{objects.url}: this merge was never finished; run the command that made it again"
+            )
+        source = Source(
+            url=objects.url,
+            path="",
+            name=objects.url.rpartition("/")[2],
+            id=attributes.id,
+            total_projections=attributes.total_projections,
+            first_number=0,
+            contributions=attributes.partials,
+            has_counts=attributes.has_counts,
+        )
+        return attributes, [source]
+    partials = read_partials(objects)
+    unfinished = [name for name, p in partials if p.state != "complete"]
+    if unfinished:
+        raise IncompleteError(
+            f"{objects.url}: {len(unfinished)} of {len(partials)} partials were never finished: "
+            f"{', '.join(unfinished)}; their writer died or still runs: write them again, or "
+            "delete their groups to leave them out"
+        )
+    if not partials:
+        raise IncompleteError(f"{objects.url}: the search has no partials yet")
+    return attributes, [
+        Source(
+            url=objects.url,
+            path=partial_path(name),
+            name=name,
+            id=partial.id,
+            total_projections=partial.total_projections,
+            first_number=number,
+            contributions=(
+                fmt.Contribution(
+                    name=name, id=partial.id, total_projections=partial.total_projections
+                ),
+            ),
+            has_counts=False,
+        )
+        for number, (name, partial) in enumerate(partials)
+    ]

@@ -1,0 +1,150 @@
+"""What the command line shows of a merge: its plan, its progress, its result."""
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from ocelot_em.api import Observer
+from ocelot_em.cluster import Cluster, n_workers
+from ocelot_em.pipeline import MergeReport, Outcome, Preparation
+from ocelot_em.plan import MergeOptions, n_threads
+
+PLAIN_SECONDS = 5.0
+"""Time between lines of progress where there is no terminal."""
+
+
+class MergeProgress(Observer):
+    """Shows how a merge goes: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._n_tiles = self._n_done = self._n_failed = self._at_start = 0
+        self._nbytes = 0
+        self._started = self._told = time.perf_counter()
+
+    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+        """Print the plan; what was done before counts as done."""
+        print_plan(self.console, ready, options)
+        self._n_tiles = ready.forecast.n_tiles
+        self._n_done = self._at_start = ready.forecast.n_done
+        if self._n_done == self._n_tiles:
+            self.console.print("all tiles were done before; nothing is left to do")
+
+    def started(self, cluster: Cluster) -> None:
+        """Say where it runs, and start the bar."""
+        self.console.print(f"running on {cluster.description}", markup=False)
+        if cluster.dashboard:
+            self.console.print(f"dashboard: {cluster.dashboard}", markup=False)
+        self._started = self._told = time.perf_counter()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("merging"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("tiles  {task.fields[rate]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(
+                "merge", total=self._n_tiles, completed=self._n_done, rate=""
+            )
+            self._bar.start()
+
+    def tile_ended(self, outcome: Outcome) -> None:
+        """Count a tile."""
+        if outcome.summary is None:
+            self._n_failed += 1
+            self.console.print(
+                f"tile ({outcome.iy}, {outcome.ix}) failed: {outcome.error}", markup=False
+            )
+        else:
+            self._n_done += 1
+            self._nbytes += outcome.summary.decoded_nbytes
+        now = time.perf_counter()
+        rate = f"{self._nbytes / max(now - self._started, 1e-9) / 1e9:.2f} GB/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._n_done, rate=rate)
+        elif not self.console.is_terminal and now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            here = self._n_done - self._at_start
+            left = (now - self._started) / max(here, 1) * (self._n_tiles - self._n_done)
+            failed = f", {self._n_failed} failed" if self._n_failed else ""
+            self.console.print(
+                f"{self._n_done} of {self._n_tiles} tiles{failed}, {rate}, "
+                f"about {duration(left)} left"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> None:
+    """Print what a merge will do and cost."""
+    plan, cost = ready.plan, ready.forecast
+    workers = n_workers(options)
+    free = "unknown" if cost.free_nbytes is None else size(cost.free_nbytes)
+    done = f", {cost.n_done} of them done before" if cost.n_done else ""
+    rows = (
+        ("partials", f"{len(plan.contributions)}, {plan.total_projections:,} projections"),
+        ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),
+        ("tiles", f"{cost.n_tiles} of {plan.tile[0]} x {plan.tile[1]} pixels{done}"),
+        ("to read", f"{size(cost.stored_nbytes_in)} ({size(cost.decoded_nbytes_in)} decoded)"),
+        (
+            "to write",
+            f"about {size(cost.stored_nbytes_out)} ({size(cost.decoded_nbytes_out)} decoded) "
+            f"to {ready.output}",
+        ),
+        (
+            "memory",
+            f"{size(cost.worker_nbytes)} in each worker"
+            + (f" ({workers} x {n_threads(options)} threads)" if workers else ""),
+        ),
+        ("free disk", free),
+    )
+    for label, value in rows:
+        console.print(f"{label:10}  {value}", markup=False)
+
+
+def print_report(console: Console, report: MergeReport) -> None:
+    """Print what a merge has done."""
+    if report.n_merged:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
+        console.print(
+            f"merged {report.n_merged} tiles in {duration(report.seconds)}: "
+            f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}"
+        )
+    console.print(f"result: {report.output}", markup=False)
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
