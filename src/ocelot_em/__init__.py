@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ocelot_em.plan import MergeOptions
     from ocelot_em.search import PartialWriter, SearchInfo, write_partial
     from ocelot_em.search_space import SearchSpace
-    from ocelot_em.simulate import Simulation, simulate
+    from ocelot_em.simulation import Simulation, simulate
 
 _HOME = {
     "ImportOptions": "interop.leopard",
@@ -35,7 +35,7 @@ _HOME = {
     "Region": "canvas",
     "SearchInfo": "search",
     "SearchSpace": "search_space",
-    "Simulation": "simulate",
+    "Simulation": "simulation",
     "StoreInfo": "inspection",
     "check": "inspection",
     "describe": "inspection",
@@ -45,7 +45,7 @@ _HOME = {
     "open_merged": "lazy",
     "open_partials": "lazy",
     "read_search_space_file": "interop.leopard",
-    "simulate": "simulate",
+    "simulate": "simulation",
     "write_partial": "search",
 }
 

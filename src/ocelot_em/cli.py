@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if parsed.verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    # The level is the handler's: Dask sets levels of its own loggers when it is imported.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.DEBUG if parsed.verbose else logging.WARNING)
+    logging.basicConfig(handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
     # Tiles that fail are reported once, at the end, in words.
     logging.getLogger("ocelot_em.pipeline").setLevel(
         logging.DEBUG if parsed.verbose else logging.CRITICAL
