@@ -1,0 +1,88 @@
+"""Small searches to merge, and maps to compare."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from ocelot_em.format import dump_attributes
+from ocelot_em.maps import INDEX, POSES, AnyArray
+from ocelot_em.objects import open_objects
+from ocelot_em.search import SearchInfo, partial_path, read_partial_attributes, write_partial
+from ocelot_em.search_space import SearchSpace
+from ocelot_em.store import update_attributes
+
+SPACE = SearchSpace.from_tables(
+    np.linspace(0, 350, 36).reshape(12, 3), [-300.0, 0.0, 300.0], [-0.1, 0.1]
+)
+
+
+def make_result(
+    rng: np.random.Generator, shape: tuple[int, int], count: int, *, ties: bool = False
+) -> dict[str, AnyArray]:
+    """A device's result with both pose forms; with ties, few different correlations."""
+    index = rng.integers(0, SPACE.n_poses, shape).astype(np.int32)
+    mip = rng.normal(5, 1, shape).astype(np.float32)
+    if ties:
+        mip = np.round(mip).astype(np.float32)
+    poses = SPACE.decode(index)
+    return {
+        "mip": mip,
+        INDEX: index,
+        **dict(zip(POSES, poses, strict=True)),
+        "correlation_sum": (count * rng.normal(0, 0.2, shape)).astype(np.float32),
+        "correlation_squared_sum": (count * rng.uniform(1, 1.5, shape)).astype(np.float32),
+    }
+
+
+def write_search(
+    store: Path,
+    results: Sequence[Mapping[str, AnyArray]],
+    counts: Sequence[int],
+    *,
+    indexed: bool = False,
+    first: int = 0,
+) -> Path:
+    """Write results as partials ``p0``, ``p1``, ... of a search."""
+    info = SearchInfo(search_space=SPACE if indexed else None)
+    for number, (result, count) in enumerate(zip(results, counts, strict=True), first):
+        write_partial(
+            store, f"p{number}", result, total_projections=count, order=number, search=info
+        )
+    return store
+
+
+def unfinish(store: Path, name: str) -> None:
+    """Make a partial look as if its writer had died."""
+    objects = open_objects(store)
+    writing = read_partial_attributes(objects, name).model_copy(update={"state": "writing"})
+    update_attributes(objects, partial_path(name), dump_attributes(writing))
+
+
+def read_maps(store: Path | str) -> dict[str, AnyArray]:
+    """All maps of a merged store, read by zarr itself."""
+    group = zarr.open_group(store, mode="r", use_consolidated=False)
+    return {name: np.asarray(array[...]) for name, array in group.arrays()}
+
+
+def chunk_bytes(store: Path) -> dict[str, bytes]:
+    """Every chunk of every map of a store, as stored; progress records hold timings and differ."""
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("c/*/*"))
+        if path.is_file() and "progress" not in path.parts
+    }
+
+
+def assert_same_maps(
+    left: Mapping[str, AnyArray], right: Mapping[str, AnyArray], *, rounded: Sequence[str] = ()
+) -> None:
+    """Bitwise equal, but for the maps named in ``rounded``: those to float32 rounding."""
+    assert set(left) == set(right)
+    for name, values in left.items():
+        if name in rounded:
+            np.testing.assert_allclose(values, right[name], rtol=1e-5, atol=2e-6, err_msg=name)
+        else:
+            same = values.view(f"V{values.itemsize}") == right[name].view(f"V{values.itemsize}")
+            assert same.all(), name
