@@ -17,5 +17,29 @@ def crops() -> list[Path]:
 
 
 @pytest.fixture
+def tables() -> Path:
+    """The search space of the crops."""
+    return DATA / "search_space.npz"
+
+
+@pytest.fixture
+def crops_search(crops: list[Path], tmp_path: Path) -> Path:
+    """The crops as a search with explicit poses."""
+    from ocelot_em import import_results
+
+    import_results(crops, tmp_path / "CROPS.zarr")
+    return tmp_path / "CROPS.zarr"
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Write chunks of 32 instead of 1024 pixels, so that small maps have several; their edge."""
+    edge = 32
+    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", edge)
+    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", edge)
+    return edge
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20260101)

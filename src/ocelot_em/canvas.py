@@ -116,9 +116,10 @@ class TileGrid:
                 yield self.at(iy, ix)
 
     def is_aligned(self, region: Region) -> bool:
-        """Whether the region is made of whole cells."""
+        """Whether the region is made of whole cells of the map."""
         return (
-            region.y0 % self.cell[0] == 0
+            region == region.intersect(Region.whole(self.shape))
+            and region.y0 % self.cell[0] == 0
             and region.x0 % self.cell[1] == 0
             and (region.y1 % self.cell[0] == 0 or region.y1 == self.shape[0])
             and (region.x1 % self.cell[1] == 0 or region.x1 == self.shape[1])

@@ -167,7 +167,9 @@ def _import(parsed: argparse.Namespace, console: Console) -> int:
     )
     with _share_bar(console) as tell:
         names = import_results(parsed.files, parsed.output, options, tell)
-    console.print(f"imported {len(names)} partials into {parsed.output}: {', '.join(names)}")
+    console.print(
+        f"imported {len(names)} partials into {parsed.output}: {', '.join(names)}", markup=False
+    )
     if parsed.template_box is None:
         console.print(
             "all pixels are taken as valid; if the maps have the micrograph's shape, import with "

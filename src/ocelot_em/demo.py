@@ -16,7 +16,7 @@ from ocelot_em.pipeline import MergeReport
 from ocelot_em.simulation import Recovery, Simulation, compare_with_truth, simulate
 from ocelot_em.statistics import gaussian_cutoff
 
-DEMO = Simulation(shape=(1536, 1792), n_partials=4, n_particles=60, seed=20)
+DEMO = Simulation(shape=(1024, 1280), n_partials=4, n_particles=60, seed=20)
 
 
 @dataclass(frozen=True)

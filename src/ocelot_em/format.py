@@ -5,9 +5,16 @@ reports every problem with its place.
 """
 
 import json
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from ocelot_em.errors import FormatError
 from ocelot_em.maps import MAPS, MapSet, PoseForm
@@ -62,6 +69,19 @@ class _Result(Attributes):
     search_space_digest: str | None
     total_projections: Count
     provenance: Provenance
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.valid_shape[0] > self.shape[0] or self.valid_shape[1] > self.shape[1]:
+            raise ValueError(
+                f"valid_shape: expected at most shape {self.shape}, got {self.valid_shape}"
+            )
+        if (self.pose_form is PoseForm.INDEXED) != (self.search_space_digest is not None):
+            raise ValueError(
+                "search_space_digest: expected one for indexed poses and none for explicit ones, "
+                f"got {self.search_space_digest} for {self.pose_form.value} ones"
+            )
+        return self
 
     @property
     def maps(self) -> MapSet:

@@ -5,17 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 
+from pydantic import ValidationError
+
 from ocelot_em import format as fmt
 from ocelot_em.canvas import Region
-from ocelot_em.errors import OcelotError
+from ocelot_em.errors import FormatError, OcelotError
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.pipeline import done_tiles
 from ocelot_em.plan import MergePlan
 from ocelot_em.search import (
     SearchInfo,
     open_partial_maps,
+    partial_names,
     partial_path,
     read_attributes,
+    read_partial_attributes,
     read_partials,
     read_search_space,
     value_problems,
@@ -63,7 +67,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     tiles_done = n_tiles = 0
     if isinstance(attributes, fmt.MergedAttributes):
         partials = tuple((c.name, "complete", c.total_projections) for c in attributes.partials)
-        n_tiles = len(MergePlan.model_validate(attributes.plan).grid)
+        n_tiles = _n_tiles(objects, attributes)
         tiles_done = len(done_tiles(objects))
     else:
         partials = tuple((name, p.state, p.total_projections) for name, p in read_partials(objects))
@@ -129,31 +133,38 @@ def _search_problems(
     objects: Objects, attributes: fmt.SearchAttributes
 ) -> tuple[list[str], list[str]]:
     """Problems of the partials' attributes, and names of the partials whose maps can be read."""
-    try:
-        partials = read_partials(objects)
-    except OcelotError as error:
-        return [str(error)], []
-    problems = [
-        f"{objects.url}: partial {name!r} was never finished"
-        for name, partial in partials
-        if partial.state != "complete"
-    ]
-    if not partials:
+    problems: list[str] = []
+    complete: dict[str, int] = {}
+    names = partial_names(objects)
+    for name in names:
+        try:
+            partial = read_partial_attributes(objects, name)
+        except OcelotError as error:
+            problems.append(str(error))
+            continue
+        if partial.state == "complete":
+            complete[name] = partial.total_projections
+        else:
+            problems.append(f"{objects.url}: partial {name!r} was never finished")
+    if not names:
         problems.append(f"{objects.url}: the search has no partials")
-    complete = [(name, partial) for name, partial in partials if partial.state == "complete"]
-    total = sum(partial.total_projections for _, partial in complete)
+    total = sum(complete.values())
     if total != attributes.total_projections:
         problems.append(
             f"{objects.url}: total_projections: the partials add up to {total}, the root says "
             f"{attributes.total_projections}; a writer died just before its end"
         )
-    return problems, [name for name, _ in complete]
+    return problems, list(complete)
 
 
 def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[str]:
     problems = []
+    n_tiles = 0
+    try:
+        n_tiles = _n_tiles(objects, attributes)
+    except FormatError as error:
+        problems.append(str(error))
     if attributes.state != "complete":
-        n_tiles = len(MergePlan.model_validate(attributes.plan).grid)
         problems.append(
             f"{objects.url}: the merge was never finished: {len(done_tiles(objects))} of {n_tiles} "
             "tiles are done; run the command that made it again"
@@ -165,6 +176,14 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[
             f"{attributes.total_projections}"
         )
     return problems
+
+
+def _n_tiles(objects: Objects, attributes: fmt.MergedAttributes) -> int:
+    try:
+        return len(MergePlan.model_validate(attributes.plan).grid)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise FormatError(f"{objects.url}: plan: {wrong}") from None
 
 
 def _group_problems(
@@ -180,12 +199,9 @@ def _group_problems(
     maps: dict[str, ChunkedMap] = {}
     for key in keys:
         try:
-            maps |= open_partial_maps(objects, path, name, (key,))
+            maps |= open_partial_maps(objects, path, name, (key,), shape)
         except OcelotError as error:
             problems.append(str(error))
-            continue
-        if maps[key].shape != shape:
-            problems.append(f"{maps[key].place}: expected shape {shape}, got {maps.pop(key).shape}")
     if not maps:
         return problems
     grid = next(iter(maps.values())).grid

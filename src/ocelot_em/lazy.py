@@ -54,12 +54,12 @@ def open_partials(store: str | PathLike[str]) -> xr.Dataset:
     if not isinstance(attributes, SearchAttributes):
         raise FormatError(f"{objects.url}: is a merged result; use open_merged")
     names = attributes.maps.partial
-    opened = [open_partial_maps(objects, s.path, s.name, names) for s in sources]
+    opened = [open_partial_maps(objects, s.path, s.name, names, attributes.shape) for s in sources]
     return xr.Dataset(
         {
             name: (
                 ("partial", *DIMENSIONS),
-                da.stack([_as_dask(maps[name]) for maps in opened]),
+                da.stack([_as_dask(m[name], s.id) for s, m in zip(sources, opened, strict=True)]),
                 map_attributes(name),
             )
             for name in names
@@ -94,9 +94,12 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
         raise FormatError(f"{objects.url}: is a search; use open_partials, or merge it first")
     if attributes.state != "complete":
         raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
-    maps = open_partial_maps(objects, "", "", attributes.maps.merged)
+    maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
     return xr.Dataset(
-        {name: (DIMENSIONS, _as_dask(m), map_attributes(name)) for name, m in maps.items()},
+        {
+            name: (DIMENSIONS, _as_dask(chunked, attributes.id), map_attributes(name))
+            for name, chunked in maps.items()
+        },
         attrs={
             **_dataset_attributes(attributes),
             "partials": [contribution.name for contribution in attributes.partials],
@@ -179,19 +182,35 @@ class _Lazily:
     def __init__(self, chunked: ChunkedMap) -> None:
         self.chunked, self.shape, self.dtype = chunked, chunked.shape, chunked.dtype
 
-    def __getitem__(self, index: tuple[slice, slice]) -> AnyArray:
-        (y0, y1, _), (x0, x1, _) = (s.indices(n) for s, n in zip(index, self.shape, strict=True))
-        return self.chunked.read(Region(y0, y1, x0, x1))[0]
+    def __getitem__(self, index: tuple[int | slice, ...]) -> AnyArray:
+        # Dask joins later indexing with the cutting of blocks, so numbers and steps come, too.
+        (y0, y1, rows), (x0, x1, columns) = map(_bounds, index, self.shape)
+        picked: AnyArray = self.chunked.read(Region(y0, y1, x0, x1))[0][rows, columns]
+        return picked
 
 
-def _as_dask(chunked: ChunkedMap) -> da.Array:
-    name = f"read-{chunked.path.replace('/', '.')}-{tokenize(chunked.objects.url, chunked.path)}"
+def _bounds(index: int | slice, length: int) -> tuple[int, int, int | slice]:
+    """Half-open bounds of what an index picks from an axis, and the index within them."""
+    if not isinstance(index, slice):
+        position = range(length)[index]
+        return position, position + 1, 0
+    picked = range(length)[index]
+    if not picked:
+        return 0, 0, index
+    return min(picked), max(picked) + 1, slice(None, None, picked.step)
+
+
+def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
+    """Blocks of a stored map; ``identity`` tells it from what was at the same place before."""
+    token = tokenize(chunked.objects.url, chunked.path, identity)
+    name = f"read-{chunked.path.replace('/', '.')}-{token}"
     grid: TileGrid = chunked.grid
     return da.from_array(
         _Lazily(chunked),
         chunks=grid.cell,
         name=name,
         asarray=False,
+        fancy=False,
         lock=False,
         meta=np.empty((0, 0), chunked.dtype),
     )

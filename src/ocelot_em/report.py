@@ -13,7 +13,7 @@ from ocelot_em.maps import SCALED_MIP, AnyArray, Float32
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OVERVIEW_PX = 1600
+OVERVIEW_PX = 800
 """Longest edge of an overview picture."""
 
 
@@ -63,7 +63,8 @@ def plot_zscore(store: str | PathLike[str], ax: "Axes", truth: AnyArray | None =
     """
     pooled, factor = pooled_zscore(store)
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
-    low, high = np.nanpercentile(pooled, (1, 99.9))
+    # Most of a map is noise: start the colours at its middle, so that peaks stand out.
+    low, high = np.nanpercentile(pooled, (50, 99.99))
     image = ax.imshow(
         pooled, cmap="magma", vmin=low, vmax=max(high, low + 1), extent=(0, width, height, 0)
     )

@@ -129,25 +129,25 @@ def write_partial(
         NaN, indices outside the search space, a name that is taken, a search that differs.
     """
     info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
-    problems = [f"{name}: {key}: missing" for key in info.maps.partial if key not in result]
-    if problems:
-        raise InvalidInputError(problems)
-    maps = {key: as_numpy(result[key]) for key in info.maps.partial}
-    shape = maps[MIP].shape
-    if len(shape) != 2 or 0 in shape:
-        raise InvalidInputError(f"{name}: {MIP}: expected a map (y, x) with pixels, got {shape}")
-    whole = Region(0, shape[0], 0, shape[1])
-    problems = find_problems(maps, whole, info, name)
+    maps, problems = _as_arrays(result, info, name)
+    shape = next((array.shape for array in maps.values()), ())
+    if len(shape) != 2:
+        raise InvalidInputError([*problems, f"{name}: expected maps (y, x), got shape {shape}"])
+    problems += find_problems(maps, Region.whole((shape[0], shape[1])), info, name)
+    try:
+        partial = PartialWriter(
+            store,
+            name,
+            (shape[0], shape[1]),
+            total_projections=total_projections,
+            order=order,
+            search=info,
+        )
+    except InvalidInputError as error:
+        raise InvalidInputError([*problems, *error.problems]) from None
     if problems:
         raise InvalidDataError(problems)
-    with PartialWriter(
-        store,
-        name,
-        (shape[0], shape[1]),
-        total_projections=total_projections,
-        order=order,
-        search=info,
-    ) as writer:
+    with partial as writer:
         for band in TileGrid(writer.shape, (writer.chunk[0], writer.shape[1])):
             writer.write(band.region, {key: m[band.region.slices] for key, m in maps.items()})
 
@@ -196,7 +196,11 @@ class PartialWriter:
             self._count = exact_count(total_projections)
         except ValueError as error:
             problems.append(f"{name}: total_projections: {error}")
-        problems += name_problems(name)
+        problems += name_problems(name) or self._taken_problems()
+        try:
+            problems += search_problems(self._objects, search_attributes(shape, self._info))
+        except InvalidInputError as error:
+            problems += error.problems
         if problems:
             raise InvalidInputError(problems)
 
@@ -209,12 +213,9 @@ class PartialWriter:
         path = partial_path(self.name)
         attributes = fmt.dump_attributes(self._attributes("writing"))
         if not store.create_group(self._objects, path, attributes):
-            existing = read_partial_attributes(self._objects, self.name)
-            if existing.state == "complete":
-                raise InvalidInputError(
-                    f"{self._objects.url}: a partial {self.name!r} is already there and complete; "
-                    "choose another name, or leave it out"
-                )
+            problems = self._taken_problems()
+            if problems:
+                raise InvalidInputError(problems)
             store.update_attributes(self._objects, path, attributes)
         for key in self._info.maps.partial:
             store.create_map(self._objects, f"{path}/{key}", key, self.shape, self.chunk)
@@ -231,8 +232,8 @@ class PartialWriter:
         ValueError
             The region is not made of whole chunks.
         """
-        arrays = {key: as_numpy(value) for key, value in maps.items()}
-        problems = find_problems(arrays, region, self._info, self.name)
+        arrays, problems = _as_arrays(maps, self._info, self.name)
+        problems += find_problems(arrays, region, self._info, self.name)
         if problems:
             raise InvalidDataError(problems)
         for key, chunked in self._maps.items():
@@ -266,6 +267,16 @@ class PartialWriter:
         store.update_attributes(self._objects, partial_path(self.name), attributes)
         _refresh_total(self._objects)
 
+    def _taken_problems(self) -> list[str]:
+        if store.group_attributes(self._objects, partial_path(self.name)) is None:
+            return []
+        if read_partial_attributes(self._objects, self.name).state != "complete":
+            return []
+        return [
+            f"{self._objects.url}: a partial {self.name!r} is already there and complete; "
+            "choose another name, or leave it out"
+        ]
+
     def _attributes(self, state: Any) -> fmt.PartialAttributes:
         return fmt.PartialAttributes(
             id=self._id,
@@ -276,18 +287,31 @@ class PartialWriter:
         )
 
 
+def _as_arrays(
+    maps: Mapping[str, object], info: SearchInfo, place: str
+) -> tuple[dict[str, AnyArray], list[str]]:
+    """Maps that a search needs as NumPy arrays, and what is wrong with the others."""
+    arrays: dict[str, AnyArray] = {}
+    problems: list[str] = []
+    for key in info.maps.partial:
+        try:
+            arrays[key] = as_numpy(maps[key])
+        except KeyError:
+            problems.append(f"{place}: {key}: missing")
+        except (TypeError, ValueError, RuntimeError) as error:  # such as torch's bfloat16
+            problems.append(f"{place}: {key}: cannot become a NumPy array: {error}")
+    return arrays, problems
+
+
 def find_problems(
     maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
 ) -> list[str]:
-    """Everything that is wrong with a partial's maps over one region; empty if nothing is."""
+    """Everything that is wrong with those maps of a partial that are there, over one region."""
     problems = []
-    for key in info.maps.partial:
-        if key not in maps:
-            problems.append(f"{place}: {key}: missing")
-            continue
-        problems += dtype_problems(key, maps[key].dtype, f"{place}: {key}")
-        if maps[key].shape != region.shape:
-            problems.append(f"{place}: {key}: expected shape {region.shape}, got {maps[key].shape}")
+    for key, array in maps.items():
+        problems += dtype_problems(key, array.dtype, f"{place}: {key}")
+        if array.shape != region.shape:
+            problems.append(f"{place}: {key}: expected shape {region.shape}, got {array.shape}")
     return problems or value_problems(maps, region, info, place)
 
 
@@ -304,19 +328,23 @@ def dtype_problems(name: str, dtype: "np.dtype[Any]", place: str) -> list[str]:
 def value_problems(
     maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
 ) -> list[str]:
-    """NaN, and indices outside the search space, each with the first pixel where it stands."""
+    """NaN, and indices outside the search space, each with the first pixel where it stands.
+
+    Maps that are not there are not looked at.
+    """
     problems = []
-    unsearched = maps[MIP] == -np.inf
+    mip = maps.get(MIP, np.zeros(region.shape, np.float32))
+    unsearched = mip == -np.inf
     for key in info.maps.partial:
-        values = maps[key]
-        if values.dtype.kind != "f":
+        values = maps.get(key)
+        if values is None or values.dtype.kind != "f":
             continue
         nan = np.isnan(values)
         if key in info.maps.pose:
             nan &= ~unsearched
         if nan.any():
             problems.append(f"{place}: {key}: NaN {_where(nan, region)}")
-    if info.search_space is not None:
+    if info.search_space is not None and INDEX in maps:
         index, n_poses = maps[INDEX], info.search_space.n_poses
         outside = (index < NOT_SEARCHED) | (index >= n_poses)
         if outside.any():
@@ -327,8 +355,8 @@ def value_problems(
                 "in the last batch, when the number of orientations is no multiple of the batch "
                 "size: search again with a batch size that divides it"
             )
-        missing = (index == NOT_SEARCHED) & ~unsearched & ~np.isnan(maps[MIP])
-        if missing.any():
+        missing = (index == NOT_SEARCHED) & ~unsearched & ~np.isnan(mip)
+        if MIP in maps and missing.any():
             problems.append(
                 f"{place}: {INDEX}: -1 where {MIP} was searched {_where(missing, region)}"
             )
@@ -350,6 +378,8 @@ def name_problems(name: str) -> list[str]:
             f"partial name {name!r}: expected up to 128 letters, digits, '.', '_' and '-', "
             "starting with a letter or digit"
         ]
+    if name == "zarr.json":
+        return [f"partial name {name!r}: is the name of Zarr's own metadata"]
     return []
 
 
@@ -394,7 +424,9 @@ def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) ->
         if problems:
             raise InvalidInputError(problems)
     store.create_group(objects, fmt.PARTIALS, {})
-    if info.search_space is not None and not objects.sizes(fmt.SEARCH_SPACE):
+    # The tables are written one after another: the last one says whether their writer lived.
+    last = f"{fmt.SEARCH_SPACE}/{TABLES[-1]}/c/0"
+    if info.search_space is not None and objects.get(last) is None:
         write_search_space(objects, info.search_space)
 
 
@@ -404,16 +436,26 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
     Raises
     ------
     InvalidInputError
-        The template box does not fit, or the pixel size is not positive.
+        The maps have no pixels, the template box does not fit, or the pixel size is not positive.
     """
-    size = info.pixel_size_angstrom
+    problems: list[str] = []
+    valid_shape, size = shape, info.pixel_size_angstrom
+    if not all(1 <= n < 2**31 for n in shape):
+        problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
+    else:
+        try:
+            valid_shape = info.valid_shape(shape)
+        except InvalidInputError as error:
+            problems += error.problems
     if size is not None and not (np.isfinite(size) and size > 0):
-        raise InvalidInputError(f"pixel size: expected a positive number of Å, got {size}")
+        problems.append(f"pixel size: expected a positive number of Å, got {size}")
+    if problems:
+        raise InvalidInputError(problems)
     return fmt.SearchAttributes(
         format_version=fmt.FORMAT_VERSION,
         kind="search",
         shape=shape,
-        valid_shape=info.valid_shape(shape),
+        valid_shape=valid_shape,
         pixel_size_angstrom=info.pixel_size_angstrom,
         pose_form=info.maps.form,
         has_pixel_size=info.maps.pixel_size,
@@ -524,19 +566,33 @@ def read_partials(objects: Objects) -> list[tuple[str, fmt.PartialAttributes]]:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     pieces = re.findall(r"\d+|\D+", name)
-    return [(0, int(p), p) if p.isdigit() else (1, 0, p) for p in pieces]
+    return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in pieces]
 
 
 def open_partial_maps(
-    objects: Objects, path: str, name: str, keys: tuple[str, ...]
+    objects: Objects,
+    path: str,
+    name: str,
+    keys: tuple[str, ...],
+    shape: tuple[int, int] | None = None,
 ) -> dict[str, store.ChunkedMap]:
-    """Open maps of a partial (or, with an empty path, of a merged result)."""
+    """Open maps of a partial (or, with an empty path, of a merged result).
+
+    Raises
+    ------
+    FormatError
+        A map is missing, does not follow the format, or has not the shape, if one is given.
+    """
     prefix = f"{path}/" if path else ""
     label = f"{objects.url}: partial {name!r}" if path else objects.url
-    return {
+    maps = {
         key: store.open_map(objects, f"{prefix}{key}", f"{label}: {key}", MAPS[key].dtypes)
         for key in keys
     }
+    for chunked in maps.values():
+        if shape is not None and chunked.shape != shape:
+            raise FormatError(f"{chunked.place}: expected shape {shape}, got {chunked.shape}")
+    return maps
 
 
 def _refresh_total(objects: Objects) -> None:
@@ -610,7 +666,8 @@ class SourceReader:
         if not source.path:
             keys.append(BEST_PARTIAL)
         objects = open_objects(source.url)
-        self.maps = open_partial_maps(objects, source.path, source.name, tuple(keys))
+        shape = read_attributes(objects).shape
+        self.maps = open_partial_maps(objects, source.path, source.name, tuple(keys), shape)
 
     def read(self, region: Region, buffers: Mapping[str, AnyArray]) -> tuple[PartialMaps, int]:
         """Decode all maps over a region.

@@ -353,7 +353,7 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
             f"expected dimensions {DIMENSIONS}, got shape {array.shape} "
             f"named {metadata.dimension_names}"
         )
-    if array.dtype.name not in allowed or array.dtype.byteorder == ">":
+    if array.dtype.name not in allowed:
         problems.append(f"expected dtype {' or '.join(allowed)}, got {array.dtype}")
     grid = metadata.chunk_grid.to_dict()
     if grid["name"] != "regular":
@@ -362,9 +362,12 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
         MAX_CHUNK_NBYTES
     ):
         problems.append(f"chunks of {array.chunks} are larger than {MAX_CHUNK_NBYTES} bytes")
-    codecs = [codec.to_dict()["name"] for codec in metadata.codecs]
-    if codecs != ["bytes", "blosc", "crc32c"]:
-        problems.append(f"expected codecs bytes, blosc, crc32c, got {', '.join(codecs)}")
+    codecs = [codec.to_dict() for codec in metadata.codecs]
+    names = [codec["name"] for codec in codecs]
+    if names != ["bytes", "blosc", "crc32c"]:
+        problems.append(f"expected codecs bytes, blosc, crc32c, got {', '.join(names)}")
+    elif codecs[0].get("configuration", {}).get("endian", "little") != "little":
+        problems.append("expected little-endian bytes, got big-endian")
     encoding = metadata.chunk_key_encoding.to_dict()
     if encoding["name"] != "default" or metadata.encode_chunk_key((0, 0)) != "c/0/0":
         problems.append("expected the default chunk key encoding with separator '/'")
@@ -395,10 +398,15 @@ def _metadata_errors(objects: Objects, path: str) -> Iterator[None]:
         yield
     except FormatError:
         raise
-    except (BaseZarrError, ValueError, TypeError, KeyError, FileNotFoundError) as error:
-        raise FormatError(
-            f"{_join(objects.url, path)}: its Zarr metadata cannot be used: {error}"
-        ) from error
+    except (
+        BaseZarrError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        FileNotFoundError,
+    ) as error:
+        raise FormatError(f"{_join(objects.url, path)}: cannot be read as Zarr: {error}") from error
 
 
 def _join(*parts: str) -> str:

@@ -125,7 +125,8 @@ def print_report(console: Console, report: MergeReport) -> None:
     if report.n_merged:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         console.print(
-            f"merged {report.n_merged} tile{'s' * (report.n_merged != 1)} in {duration(report.seconds)}: "
+            f"merged {report.n_merged} tile{'s' * (report.n_merged != 1)} "
+            f"in {duration(report.seconds)}: "
             f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}"
         )
     console.print(f"result: {report.output}", markup=False)

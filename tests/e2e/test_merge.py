@@ -209,7 +209,7 @@ def test_outputs_that_are_not_ours_are_left_alone(search: Path, tmp_path: Path) 
     for options in ({}, {"overwrite": True}):
         with pytest.raises(OutputExistsError, match="other files"):
             merge(search, other, **options)
-        with pytest.raises(OcelotError, match="is a search|is an input"):
+        with pytest.raises(OcelotError, match=r"is a search|is an input"):
             merge(search, search, **options)
     copy = tmp_path / "copy.zarr"
     shutil.copytree(search, copy)

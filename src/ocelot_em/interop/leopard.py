@@ -6,10 +6,12 @@ loaded with ``weights_only=True``.
 
 import hashlib
 import logging
+import lzma
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,7 +24,7 @@ from ocelot_em.arrays import as_numpy, exact_count
 from ocelot_em.canvas import Region, TileGrid
 from ocelot_em.errors import InvalidDataError, InvalidInputError, MissingDependencyError
 from ocelot_em.format import DEFAULT_CHUNK
-from ocelot_em.maps import COUNT, INDEX, MIP, PIXEL_SIZE, POSES, AnyArray, PoseForm
+from ocelot_em.maps import COUNT, INDEX, MAPS, MIP, PIXEL_SIZE, POSES, AnyArray, PoseForm
 from ocelot_em.objects import open_objects
 from ocelot_em.search import (
     PartialWriter,
@@ -41,6 +43,10 @@ log = logging.getLogger(__name__)
 
 MAX_TABLE_NBYTES = 2**30
 """Largest table of a search space that is read whole: 90 million orientations."""
+
+
+_KEYS = {*MAPS, *TABLES}
+"""What is looked for in a file; other keys are ignored."""
 
 
 class ResultFile(Protocol):
@@ -103,20 +109,40 @@ class _NpzFile:
         found = {}
         for member in self._archive.namelist():
             if member.endswith(".npy"):
-                with self._archive.open(member) as stream:
-                    shape, dtype, _ = self._header(stream, member)
+                with self._open(member) as stream:
+                    shape, dtype = self._header(stream, member)
                 found[member.removesuffix(".npy")] = (shape, dtype)
         return found
 
-    def _header(self, stream: Any, member: str) -> tuple[tuple[int, ...], "np.dtype[Any]", bool]:
+    def _open(self, member: str) -> Any:
+        with self._refusing(member):
+            return self._archive.open(member)
+
+    @contextmanager
+    def _refusing(self, member: str) -> Iterator[None]:
+        """Turn whatever broken and hostile archives make zipfile, zlib and numpy raise."""
         try:
+            yield
+        except InvalidInputError:
+            raise
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            OSError,
+            EOFError,
+            ValueError,
+            RuntimeError,  # encrypted; and, as NotImplementedError, compressed in an unknown way
+        ) as error:
+            raise InvalidInputError(f"{self.path}: {member}: {error}") from error
+
+    def _header(self, stream: Any, member: str) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
+        with self._refusing(member):
             major, minor = npy.read_magic(stream)
             reader = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}.get(major)
             if reader is None:
                 raise ValueError(f".npy version {major}.{minor}")
             shape, fortran, dtype = reader(stream)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise InvalidInputError(f"{self.path}: {member}: {error}") from error
         if dtype.hasobject:
             raise InvalidInputError(
                 f"{self.path}: {member}: holds Python objects, which are never unpickled"
@@ -126,21 +152,23 @@ class _NpzFile:
                 f"{self.path}: {member}: expected row-major order, got column-major; save "
                 "np.ascontiguousarray(map)"
             )
-        return shape, dtype, fortran
+        return shape, dtype
 
     def small(self, key: str) -> AnyArray:
-        with self._archive.open(f"{key}.npy") as stream:
-            shape, dtype, _ = self._header(stream, key)
+        with self._open(f"{key}.npy") as stream:
+            shape, dtype = self._header(stream, key)
             nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
             if nbytes > MAX_TABLE_NBYTES:
                 raise InvalidInputError(
                     f"{self.path}: {key}: expected at most {MAX_TABLE_NBYTES} bytes, got {nbytes}"
                 )
-            return np.frombuffer(self._exactly(stream, nbytes, key), dtype).reshape(shape)
+            data = self._exactly(stream, nbytes, key)
+            self._end(stream, key)
+            return np.frombuffer(data, dtype).reshape(shape)
 
     def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        stream = self._stack.enter_context(self._archive.open(f"{key}.npy"))
-        (_, width), dtype, _ = self._header(stream, key)
+        stream = self._stack.enter_context(self._open(f"{key}.npy"))
+        (height, width), dtype = self._header(stream, key)
         position = 0
 
         def read(y0: int, y1: int) -> AnyArray:
@@ -148,26 +176,28 @@ class _NpzFile:
             assert y0 == position, "bands are read downwards without gaps"
             position = y1
             data = self._exactly(stream, (y1 - y0) * width * dtype.itemsize, key)
+            if y1 == height:
+                self._end(stream, key)
             band = np.frombuffer(data, dtype).reshape(y1 - y0, width)
             return band.astype(dtype.newbyteorder("="), copy=False)
 
         return read
 
     def _exactly(self, stream: Any, nbytes: int, key: str) -> bytes:
-        try:
+        with self._refusing(key):
             data = cast(bytes, stream.read(nbytes))
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, ArithmeticError) as error:
-            raise InvalidInputError(f"{self.path}: {key}: {error}") from error
-        except Exception as error:
-            if type(error).__module__ != "zlib":
-                raise
-            raise InvalidInputError(f"{self.path}: {key}: {error}") from error
         if len(data) != nbytes:
             raise InvalidInputError(
                 f"{self.path}: {key}: the file ends early: expected {nbytes} more bytes, got "
                 f"{len(data)}"
             )
         return data
+
+    def _end(self, stream: Any, key: str) -> None:
+        """Read the end of a member: only there is its CRC checked."""
+        with self._refusing(key):
+            if stream.read(1):
+                raise ValueError("expected the array's values only, got more bytes after them")
 
     def close(self) -> None:
         self._stack.close()
@@ -209,14 +239,17 @@ class _TorchFile:
         )
 
     def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        arrays = {key: as_numpy(value) for key, value in self._content.items()}
+        arrays = {key: self.small(key) for key in self._content if key in _KEYS}
         return {key: (array.shape, array.dtype) for key, array in arrays.items()}
 
     def small(self, key: str) -> AnyArray:
-        return as_numpy(self._content[key])
+        try:
+            return as_numpy(self._content[key])
+        except (TypeError, ValueError, RuntimeError) as error:  # such as bfloat16, or sparse
+            raise InvalidInputError(f"{self.path}: {key}: {error}") from error
 
     def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        values = as_numpy(self._content[key])
+        values = self.small(key)
         return lambda y0, y1: values[y0:y1]
 
     def close(self) -> None:
@@ -238,11 +271,14 @@ def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
             raise InvalidInputError(f"{path}: {name}: missing" for name in missing)
         return SearchSpace.from_tables(*(file.small(name) for name in TABLES))
     except InvalidInputError as error:
-        raise InvalidInputError(
-            p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems
-        ) from None
+        raise InvalidInputError(_placed(error, path)) from None
     finally:
         file.close()
+
+
+def _placed(error: InvalidInputError, path: str | PathLike[str]) -> list[str]:
+    """Problems with the file in front, where it is not there already."""
+    return [p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems]
 
 
 @dataclass(frozen=True)
@@ -372,13 +408,21 @@ def _open_all(
         problems += [f"{path}: {problem}" for problem in name_problems(name)]
     repeated = Counter(Path(path).resolve() for path in files)
     problems += [f"{path}: given {n} times" for path, n in repeated.items() if n > 1]
+    if len(repeated) == len(files) and len(set(names)) < len(names):
+        problems.append(
+            f"partial names: expected unequal ones, got {', '.join(names)}; rename files"
+        )
     return candidates, problems
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Name partials after their files, with as many folders as it takes to tell them apart."""
-    for depth in range(1, 4):
-        names = ["-".join((*path.parts[-depth:-1], path.stem)) for path in paths]
+    folders = [path.absolute().parent.parts[1:] for path in paths]
+    for depth in range(1 + max(map(len, folders))):
+        names = [
+            "-".join((*parts[max(len(parts) - depth, 0) :], path.stem))
+            for parts, path in zip(folders, paths, strict=True)
+        ]
         if len(set(names)) == len(names):
             return names
     return [path.stem for path in paths]
@@ -401,7 +445,13 @@ def _read_counts(candidates: Sequence[_Candidate], given: Sequence[int]) -> list
             except ValueError as error:
                 problems.append(f"{place}: {error}")
                 continue
-        wanted = given[number] if given else None
+        wanted: int | None = None
+        if given:
+            try:
+                wanted = exact_count(given[number])
+            except ValueError as error:
+                problems.append(f"{candidate.path}: --total-projections: {error}")
+                continue
         if stored is None and wanted is None:
             problems.append(
                 f"{place}: missing (Leopard-EM 1.1 and 1.2 write none); give one count for each "
@@ -410,8 +460,6 @@ def _read_counts(candidates: Sequence[_Candidate], given: Sequence[int]) -> list
         elif stored is not None and wanted is not None and stored != wanted:
             problems.append(f"{place}: the file says {stored}, --total-projections says {wanted}")
         candidate.count = stored if wanted is None else wanted
-        if candidate.count is not None and candidate.count < 0:
-            problems.append(f"{place}: expected at least 0, got {candidate.count}")
     return problems
 
 
@@ -431,7 +479,11 @@ def _search_space(
     for candidate in candidates:
         if not set(TABLES) <= set(candidate.arrays) or (explicit and space is None):
             continue
-        own = SearchSpace.from_tables(*(candidate.file.small(name) for name in TABLES))
+        try:
+            own = SearchSpace.from_tables(*(candidate.file.small(name) for name in TABLES))
+        except InvalidInputError as error:
+            problems += _placed(error, candidate.path)
+            continue
         if space is None:
             space, where = own, str(candidate.path)
         elif own.digest != space.digest:
@@ -455,13 +507,13 @@ def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo) -> list
     problems: list[str] = []
     shapes = Counter(c.shape for c in candidates if MIP in c.arrays)
     common = shapes.most_common(1)[0][0] if shapes else ()
-    if len(common) == 2 and 0 not in common:
+    if len(common) == 2:
         try:
-            info.valid_shape((common[0], common[1]))
+            search_attributes((common[0], common[1]), info)
         except InvalidInputError as error:
             problems += error.problems
     elif shapes:
-        problems.append(f"{MIP}: expected maps (y, x) with pixels, got shape {common}")
+        problems.append(f"{MIP}: expected maps (y, x), got shape {common}")
     for candidate in candidates:
         missing = [key for key in info.maps.partial if key not in candidate.arrays]
         only_indexed = info.maps.form is PoseForm.EXPLICIT and INDEX in candidate.arrays
@@ -479,7 +531,7 @@ def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo) -> list
                 continue
             shape, dtype = candidate.arrays[key]
             problems += dtype_problems(key, dtype, f"{candidate.path}: {key}")
-            if shape != common:
+            if shapes and shape != common:
                 problems.append(f"{candidate.path}: {key}: expected shape {common}, got {shape}")
     return problems
 

@@ -1,1 +1,70 @@
 """Kernels: the arithmetic of a merge, one module per kind of processor."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.maps import Accumulator, AnyArray, FoldReport, MapSet, PartialMaps
+from ocelot_em.search_space import SearchSpace
+
+NAMES = ("cpu", "reference")
+"""The kernels that :func:`load` knows."""
+
+
+class Kernels(Protocol):
+    """What every kernel module offers; :mod:`ocelot_em.kernels.reference` says what each does.
+
+    All kernels give the same bits.
+    """
+
+    def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
+        """Return the merge of nothing."""
+        ...
+
+    def reset(self, acc: Accumulator) -> None:
+        """Turn an accumulator back into the merge of nothing, in place."""
+        ...
+
+    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
+        """Take one more partial into the accumulator, in place."""
+        ...
+
+    def finalise(
+        self,
+        acc: Accumulator,
+        maps: MapSet,
+        space: SearchSpace | None,
+        out: Mapping[str, AnyArray] | None = None,
+    ) -> dict[str, AnyArray]:
+        """Turn an accumulator into the merged maps."""
+        ...
+
+    def mask_nan(self, partial: PartialMaps) -> PartialMaps:
+        """Make a partial idle where any of its maps is NaN."""
+        ...
+
+
+def load(name: str) -> Kernels:
+    """Import a kernel module.
+
+    Only here, so that neither the package nor its command line pays for numba before it is needed.
+
+    Parameters
+    ----------
+    name
+        ``"cpu"`` (numba) or ``"reference"`` (plain NumPy: slow, obvious).
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no kernel of this name.
+    """
+    if name == "cpu":
+        from ocelot_em.kernels import cpu
+
+        return cpu
+    if name == "reference":
+        from ocelot_em.kernels import reference
+
+        return reference
+    raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")

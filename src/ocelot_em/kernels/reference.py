@@ -1,16 +1,17 @@
 """The obvious merge in plain NumPy: the oracle that every faster kernel must agree with.
 
-The three functions are the whole interface of a kernel. A merge is a monoid: :func:`identity` is
-the device that searched nothing, :func:`fold` takes one more partial in, :func:`finalise` turns the
-sums into mean, standard deviation and z-score. Arrays are changed in place where it says so.
+A merge is a monoid: :func:`identity` is the device that searched nothing, :func:`fold` takes one
+more partial in, :func:`finalise` turns the sums into mean, standard deviation and z-score. Arrays
+are changed in place where it says so. :class:`ocelot_em.kernels.Kernels` names the interface.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from ocelot_em.maps import (
     BEST_PARTIAL,
     COUNT,
-    INDEX,
     MEAN,
     MIP,
     NOT_SEARCHED,
@@ -44,6 +45,19 @@ def identity(shape: tuple[int, int], maps: MapSet) -> Accumulator:
     )
 
 
+def reset(acc: Accumulator) -> None:
+    """Turn an accumulator back into the merge of nothing, in place, so that it can be reused."""
+    acc.mip.fill(-np.inf)
+    for pose in acc.pose:
+        pose.fill(NOT_SEARCHED if pose.dtype.kind == "i" else np.nan)
+    acc.best_partial.fill(NOT_SEARCHED)
+    acc.correlation_sum.fill(0)
+    acc.correlation_squared_sum.fill(0)
+    if acc.count_map is not None:
+        acc.count_map.fill(0)
+    acc.count = 0
+
+
 def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
     """Take one more partial into the accumulator, in place.
 
@@ -61,7 +75,14 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
         Maps of the accumulator's shape.
     space
         The search space of an indexed search, None for explicit poses.
+
+    Raises
+    ------
+    TypeError
+        If the partial's count is a map and the accumulator's is not; nothing is changed then.
     """
+    if acc.count_map is None and not isinstance(partial.count, int):
+        raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
     mip, searched = partial.mip, partial.mip > -np.inf
     won = mip > acc.mip
     invalid = 0
@@ -79,28 +100,49 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     for kept, new in zip(acc.pose, partial.pose, strict=True):
         np.copyto(kept, new, where=won)
     np.copyto(acc.best_partial, partial.best_partial, where=won)
-    acc.correlation_sum += partial.correlation_sum
-    acc.correlation_squared_sum += partial.correlation_squared_sum
+    with np.errstate(all="ignore"):  # inf - inf is NaN, as the docstring of finalise says
+        acc.correlation_sum += partial.correlation_sum
+        acc.correlation_squared_sum += partial.correlation_squared_sum
     if acc.count_map is not None:
         acc.count_map += partial.count
-    else:
-        if not isinstance(partial.count, int):
-            raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
+    elif isinstance(partial.count, int):
         acc.count += partial.count
     return FoldReport(int(np.count_nonzero(nan)), invalid)
 
 
-def finalise(acc: Accumulator, maps: MapSet, space: SearchSpace | None) -> dict[str, AnyArray]:
+def finalise(
+    acc: Accumulator,
+    maps: MapSet,
+    space: SearchSpace | None,
+    out: Mapping[str, AnyArray] | None = None,
+) -> dict[str, AnyArray]:
     """Turn an accumulator into the merged maps.
 
     ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, ``z = (mip - mean) / std``, all in
     float64 and rounded to float32 once. z is 0 where std is 0, and NaN where no device searched;
     mean and std are NaN where the count is 0. Sums beyond float32 become infinite.
 
+    Parameters
+    ----------
+    acc
+        Left as it is.
+    maps
+        Which maps the result has.
+    space
+        The search space of an indexed search, None for explicit poses.
+    out
+        C-contiguous float32 arrays of the accumulator's shape to write computed maps into, by name:
+        z-score, mean, standard deviation, sums, decoded poses. Those not named are allocated.
+
     Returns
     -------
     dict
-        The maps of :attr:`MapSet.merged`; arrays may be the accumulator's own.
+        The maps of :attr:`MapSet.merged`. Maps that need no computing are the accumulator's own.
+
+    Raises
+    ------
+    IndexError
+        If an index lies beyond the search space.
     """
     unsearched = acc.mip == -np.inf
     with np.errstate(all="ignore"):
@@ -112,9 +154,7 @@ def finalise(acc: Accumulator, maps: MapSet, space: SearchSpace | None) -> dict[
         nothing = np.broadcast_to(count == 0, mean.shape)
         mean, std = np.where(nothing, np.nan, mean), np.where(nothing, np.nan, std)
         z = np.where(unsearched, np.nan, z)
-        merged: dict[str, AnyArray] = {
-            MIP: acc.mip,
-            BEST_PARTIAL: acc.best_partial,
+        computed: dict[str, AnyArray] = {
             SCALED_MIP: z.astype(np.float32),
             MEAN: mean.astype(np.float32),
             STD: std.astype(np.float32),
@@ -122,10 +162,20 @@ def finalise(acc: Accumulator, maps: MapSet, space: SearchSpace | None) -> dict[
             SQUARED_SUM: acc.correlation_squared_sum.astype(np.float32),
         }
     if space is not None:
-        merged[INDEX] = acc.pose[0]
-        merged |= dict(zip(maps.explicit_poses, space.decode(acc.pose[0]), strict=True))
-    else:
-        merged |= dict(zip(maps.explicit_poses, acc.pose, strict=True))
+        computed |= dict(zip(maps.explicit_poses, space.decode(acc.pose[0]), strict=True))
+    for name, array in (out or {}).items():
+        if name in computed:
+            array[...] = computed[name]
+            computed[name] = array
+    return merged_maps(acc, maps, computed)
+
+
+def merged_maps(
+    acc: Accumulator, maps: MapSet, computed: Mapping[str, AnyArray]
+) -> dict[str, AnyArray]:
+    """Join computed maps with the accumulator's own, in the order of :attr:`MapSet.merged`."""
+    merged = {MIP: acc.mip, BEST_PARTIAL: acc.best_partial, **computed}
+    merged |= zip(maps.pose, acc.pose, strict=True)
     if acc.count_map is not None:
         merged[COUNT] = acc.count_map
     return {name: merged[name] for name in maps.merged}

@@ -1,0 +1,135 @@
+"""Who imports whom: one way, and heavy packages only where they belong and when they are needed."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ocelot_em
+
+PACKAGE = "ocelot_em"
+ROOT = Path(ocelot_em.__file__).parent
+MODULES = {
+    ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in ROOT.rglob("*.py")
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+HOME = {
+    "zarr": {"store", "objects"},
+    "numcodecs": {"store"},
+    "google_crc32c": {"store"},
+    "obstore": {"objects"},
+    "fsspec": {"objects"},
+    "dask": {"execute", "cluster", "lazy", "plan"},
+    "distributed": {"execute", "cluster", "api"},
+    "xarray": {"lazy"},
+    "numba": {"kernels.cpu"},
+    "cupy": {"kernels.cuda", "arrays"},
+    "torch": {"interop.leopard", "process_results"},
+    "rich": {"cli", "terminal"},
+    "matplotlib": {"report"},
+}
+
+
+def imports(tree):
+    """Modules that a module names in import statements, wherever they stand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+
+
+def own_imports(name):
+    return {m for m in imports(TREES[name]) if m in MODULES} - {PACKAGE, name}
+
+
+def everything_below(name, seen=None):
+    seen = set() if seen is None else seen
+    for module in own_imports(name) - seen:
+        seen.add(module)
+        everything_below(module, seen)
+    return seen
+
+
+def test_imports_go_one_way():
+    graph = {name: own_imports(name) for name in MODULES if name != PACKAGE}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
+
+
+@pytest.mark.parametrize("package", HOME)
+def test_a_package_is_imported_only_where_it_belongs(package):
+    users = {
+        name.removeprefix(f"{PACKAGE}.")
+        for name, tree in TREES.items()
+        if any(module.partition(".")[0] == package for module in imports(tree))
+    }
+    assert users <= HOME[package]
+
+
+def test_objects_know_nothing_of_zarr_but_its_store_classes():
+    names = {m for m in imports(TREES["ocelot_em.objects"]) if m.partition(".")[0] == "zarr"}
+    assert names == {"zarr.storage"}
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("maps", {"errors", "canvas"}),
+        ("canvas", {"maps", "errors"}),
+        ("kernels.reference", {"store", "objects", "canvas", "format", "search"}),
+        ("kernels.cpu", {"store", "objects", "canvas", "format", "search"}),
+        ("store", {"search", "plan", "pipeline", "kernels"}),
+        ("search", {"plan", "pipeline", "kernels", "interop.leopard"}),
+        ("plan", {"pipeline", "execute", "cluster", "store"}),
+        ("pipeline", {"execute", "cluster", "api", "lazy"}),
+        ("interop.leopard", {"plan", "pipeline", "store"}),
+    ],
+)
+def test_lower_modules_do_not_name_higher_ones(module, never):
+    named = {m.removeprefix(f"{PACKAGE}.") for m in own_imports(f"{PACKAGE}.{module}")}
+    assert not named & never
+
+
+def test_nothing_imports_the_command_line():
+    assert not any("ocelot_em.cli" in own_imports(name) for name in MODULES)
+
+
+def test_only_the_command_line_prints_and_exits():
+    def is_banned(node):
+        return isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit")
+
+    guilty = {name for name, tree in TREES.items() if any(map(is_banned, ast.walk(tree)))}
+    assert guilty <= {"ocelot_em.cli", "ocelot_em.__main__"}
+
+
+def loaded_by(statement):
+    code = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = {"numpy", "dask", "distributed", "torch", "cupy", "zarr", "numba", "xarray", "pydantic"}
+    assert not loaded_by("import ocelot_em") & heavy
+
+
+def test_importing_the_command_line_imports_nothing_slow():
+    slow = {"dask", "distributed", "torch", "cupy", "numba", "zarr", "xarray", "matplotlib"}
+    assert not loaded_by("import ocelot_em.cli") & slow
+
+
+def test_every_public_name_is_there():
+    assert set(ocelot_em.__all__) <= set(dir(ocelot_em))
+    assert all(getattr(ocelot_em, name) is not None for name in ocelot_em.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = ocelot_em.no_such_name
