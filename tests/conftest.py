@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 
 DATA = Path(__file__).parent / "data"
 CROPS = [DATA / f"A_crop_shard{i}.npz" for i in range(4)]
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "leopard_em_shards"
+_BESIDE = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(os.environ.get("OCELOT_SHARED_DATA", _BESIDE)) / "leopard_em_shards"
+"""The whole real search, where it exists: too large for the repository."""
 
 
 @pytest.fixture
