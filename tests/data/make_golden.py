@@ -1,0 +1,30 @@
+"""Make the golden stores of the current format version; run once for a new version, never again.
+
+``PYTHONPATH=tests python tests/data/make_golden.py FOLDER`` makes stores that every later version of
+the package must read; copy them here. FOLDER is recorded in them, so give one that names no machine.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from helpers import make_result, write_search
+
+import ocelot_em
+from ocelot_em.format import FORMAT_VERSION
+
+
+def main() -> None:
+    place = Path(sys.argv[1]) / f"golden_v{FORMAT_VERSION}"
+    place.mkdir(parents=True)
+    for form in ("explicit", "indexed"):
+        rng = np.random.default_rng(FORMAT_VERSION)
+        results = [make_result(rng, (24, 40), count, ties=True) for count in (70, 2**31 + 1)]
+        results[1]["mip"][:3] = results[0]["mip"][:3] = -np.inf
+        search = place / f"{form}.zarr"
+        write_search(search, results, (70, 2**31 + 1), indexed=form == "indexed")
+        ocelot_em.merge(search, place / f"{form}_merged.zarr", tile_size=24)
+
+
+if __name__ == "__main__":
+    main()
