@@ -47,12 +47,26 @@ class Attributes(BaseModel):
 
 
 class Provenance(Attributes):
-    """Where something came from: free-form, never interpreted."""
+    """Where something came from, for people; ``input_sha256`` also tells files given twice.
+
+    Parameters
+    ----------
+    created
+        Time, in UTC (ISO 8601).
+    versions
+        Of the packages that made it.
+    inputs
+        Stores that were merged, or the file a partial was imported from.
+    input_sha256
+        Hash of that file.
+    options
+        What was asked for.
+    """
 
     created: str
     versions: dict[str, str]
-    source: str = ""
-    source_sha256: str = ""
+    inputs: tuple[str, ...] = ()
+    input_sha256: str = ""
     options: dict[str, Any] = {}
 
 

@@ -437,7 +437,7 @@ def _create_output(
             partials=plan.contributions,
             plan=plan.model_dump(mode="json"),
             provenance=provenance(
-                source=", ".join(dict.fromkeys(s.url for s in plan.sources)),
+                inputs=list(dict.fromkeys(source.url for source in plan.sources)),
                 options=options.model_dump(mode="json"),
             ),
         )

@@ -22,7 +22,7 @@ from ocelot_em.search import Source, open_sources
 
 DEFAULT_TILE = fmt.DEFAULT_CHUNK
 
-PROCESS_NBYTES = 330 * 2**20
+PROCESS_NBYTES = 256 * 2**20
 """Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask. Measured;
 ``docs/design.md`` says how."""
 

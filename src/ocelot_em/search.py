@@ -3,7 +3,7 @@
 import datetime
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from os import PathLike
@@ -187,7 +187,7 @@ class PartialWriter:
         self.chunk = (min(fmt.DEFAULT_CHUNK, shape[0]), min(fmt.DEFAULT_CHUNK, shape[1]))
         self._info = search or SearchInfo()
         self._objects = open_objects(store)
-        self._provenance = provenance(source="", options={})
+        self._provenance = provenance(inputs=(), options={})
         self._written: set[tuple[int, int]] = set()
         self._id = uuid.uuid4().hex
         self._order = order
@@ -204,9 +204,9 @@ class PartialWriter:
         if problems:
             raise InvalidInputError(problems)
 
-    def describe(self, *, source: str, source_sha256: str) -> None:
-        """Record where the partial comes from; call it before the first write."""
-        self._provenance = provenance(source=source, source_sha256=source_sha256, options={})
+    def describe(self, *, file: str, sha256: str) -> None:
+        """Record the file that the partial comes from; call it before entering the writer."""
+        self._provenance = provenance(inputs=(file,), input_sha256=sha256, options={})
 
     def __enter__(self) -> Self:
         ensure_search(self._objects, self.shape, self._info)
@@ -389,14 +389,14 @@ def partial_path(name: str) -> str:
 
 
 def provenance(
-    *, source: str, options: Mapping[str, Any], source_sha256: str = ""
+    *, inputs: Sequence[str], options: Mapping[str, Any], input_sha256: str = ""
 ) -> fmt.Provenance:
     """Where and with what something was made, now."""
     return fmt.Provenance(
         created=now(),
         versions={name: version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
-        source=source,
-        source_sha256=source_sha256,
+        inputs=tuple(inputs),
+        input_sha256=input_sha256,
         options=dict(options),
     )
 
@@ -462,7 +462,7 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
         has_counts=False,
         search_space_digest=None if info.search_space is None else info.search_space.digest,
         total_projections=0,
-        provenance=provenance(source="", options={}),
+        provenance=provenance(inputs=(), options={}),
     )
 
 

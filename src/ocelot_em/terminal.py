@@ -72,7 +72,7 @@ class MergeProgress(Observer):
             self._n_done += 1
             self._nbytes += outcome.summary.decoded_nbytes
         now = time.perf_counter()
-        rate = f"{self._nbytes / max(now - self._started, 1e-9) / 1e9:.2f} GB/s"
+        rate = f"{size(round(self._nbytes / max(now - self._started, 1e-9)))}/s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._n_done, rate=rate)
         elif not self.console.is_terminal and now - self._told >= PLAIN_SECONDS:

@@ -548,7 +548,7 @@ def _against_existing(candidates: Sequence[_Candidate], objects: Any) -> tuple[i
         if c.name in existing and existing[c.name].state == "complete"
     ]
     hashes = {
-        p.provenance.source_sha256: name for name, p in existing.items() if p.state == "complete"
+        p.provenance.input_sha256: name for name, p in existing.items() if p.state == "complete"
     }
     for candidate in candidates:
         candidate.sha256 = _sha256(candidate.path)
@@ -611,7 +611,7 @@ def _convert(
     writer = PartialWriter(
         output, candidate.name, shape, total_projections=candidate.count, order=order, search=info
     )
-    writer.describe(source=candidate.path.name, source_sha256=candidate.sha256)
+    writer.describe(file=candidate.path.name, sha256=candidate.sha256)
     readers = {key: candidate.file.rows(key) for key in info.maps.partial}
     with writer:
         for band in _bands(shape):
