@@ -223,7 +223,10 @@ def merge(
         return in_a_row < MAX_FAILURES_IN_A_ROW
 
     if ready.missing:
-        executor.run(objects.url, attributes.id, ready.missing, collect)
+        try:
+            executor.run(objects.url, attributes.id, ready.missing, collect)
+        finally:
+            _open_job.cache_clear()  # gives this process's tile buffers back
     n_left = len(ready.missing) - len(summaries)
     if n_left:
         shown = "\n".join(f"  - tile ({f.iy}, {f.ix}): {f.error}" for f in failed[:20])
@@ -398,7 +401,7 @@ class Job:
         store.write_chunk(self._objects, f"{fmt.TILE_SUMMARY}/c/{tile.iy}/{tile.ix}/0", values)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def _open_job(output: str, run_id: str) -> Job:
     """Open a prepared output once per process; the run's id keeps old ones from being taken."""
     objects = open_objects(output)
