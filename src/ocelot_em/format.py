@@ -95,6 +95,8 @@ class _Result(Attributes):
                 "search_space_digest: expected one for indexed poses and none for explicit ones, "
                 f"got {self.search_space_digest} for {self.pose_form.value} ones"
             )
+        if self.pose_form is PoseForm.INDEXED and not self.has_pixel_size:
+            raise ValueError("has_pixel_size: expected true for indexed poses, got false")
         return self
 
     @property
@@ -111,6 +113,7 @@ class SearchAttributes(_Result):
     """
 
     kind: Literal["search"]
+    has_counts: Literal[False]
 
 
 class PartialAttributes(Attributes):
@@ -159,7 +162,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
             f"{where}: expected an attribute {ATTRIBUTE_KEY!r}, got none; not an ocelot-em store"
         )
     version = content.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise FormatError(
             f"{where}: expected format version {FORMAT_VERSION}, got {version!r}; "
             "read it with the version of ocelot-em that wrote it, or a newer one"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ocelot_em import format as fmt
 from ocelot_em.canvas import Region
 from ocelot_em.errors import FormatError, OcelotError
+from ocelot_em.maps import BEST_PARTIAL, NOT_SEARCHED
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.pipeline import done_tiles
 from ocelot_em.plan import MergePlan
@@ -113,17 +114,17 @@ def check(
         space = read_search_space(objects, attributes.search_space_digest)
     except OcelotError as error:
         problems.append(str(error))
-    groups: list[tuple[str, str, tuple[str, ...]]] = []
+    groups: list[tuple[str, str]] = []
     if isinstance(attributes, fmt.MergedAttributes):
         problems += _merge_problems(objects, attributes)
-        groups.append(("", "", attributes.maps.merged))
+        groups.append(("", ""))
     else:
         found, names = _search_problems(objects, attributes)
         problems += found
-        groups += [(partial_path(name), name, attributes.maps.partial) for name in names]
+        groups += [(partial_path(name), name) for name in names]
     info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
-    for number, (path, name, keys) in enumerate(groups):
-        problems += _group_problems(objects, path, name, keys, attributes.shape, info)
+    for number, (path, name) in enumerate(groups):
+        problems += _group_problems(objects, path, name, attributes, info)
         if on_progress is not None:
             on_progress((number + 1) / len(groups))
     return problems
@@ -190,12 +191,13 @@ def _group_problems(
     objects: Objects,
     path: str,
     name: str,
-    keys: tuple[str, ...],
-    shape: tuple[int, int],
+    attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
 ) -> list[str]:
-    """Everything that is wrong with a group of maps of one shape, chunk by chunk."""
-    problems: list[str] = []
+    """Everything that is wrong with a group of maps, chunk by chunk."""
+    shape, problems = attributes.shape, list[str]()
+    merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
+    keys = attributes.maps.merged if merged else attributes.maps.partial
     maps: dict[str, ChunkedMap] = {}
     for key in keys:
         try:
@@ -216,6 +218,13 @@ def _group_problems(
         if set(info.maps.partial) <= set(arrays):
             place = next(iter(maps.values())).place.rpartition(": ")[0]
             found += value_problems(arrays, region, info, place)
+        if merged and BEST_PARTIAL in arrays:
+            numbers, n = arrays[BEST_PARTIAL], len(merged.partials)
+            if numbers.min() < NOT_SEARCHED or numbers.max() >= n:
+                found.append(
+                    f"{maps[BEST_PARTIAL].place}: expected -1 to {n - 1} for {n} partials, got "
+                    f"{numbers.min()} to {numbers.max()} in {region}"
+                )
         return found
 
     with ThreadPoolExecutor() as pool:

@@ -34,8 +34,8 @@ NOT_SEARCHED = -1
 class MapInfo:
     """What a map holds.
 
-    ``dtypes`` lists the stored types that are allowed, the one we write first; ``fill`` is the
-    value of pixels that no device searched.
+    ``dtypes`` lists the stored types that are allowed, the one we write by default first; ``fill``
+    is the fill value of the stored array.
     """
 
     dtypes: tuple[str, ...]

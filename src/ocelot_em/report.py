@@ -13,8 +13,8 @@ from ocelot_em.maps import SCALED_MIP, AnyArray, Float32
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OVERVIEW_PX = 800
-"""Longest edge of an overview picture."""
+OVERVIEW_PX = 400
+"""Longest edge of an overview: no more pixels than axes have, or drawing averages peaks away."""
 
 
 def pooled_zscore(store: str | PathLike[str]) -> tuple[Float32, int]:

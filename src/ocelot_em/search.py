@@ -4,7 +4,7 @@ import datetime
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from os import PathLike
 from types import TracebackType
@@ -59,12 +59,21 @@ class SearchInfo:
         The tables of an indexed search; None for explicit poses.
     has_pixel_size
         Whether explicit poses include ``best_pixel_size``.
+    float64_sums
+        Whether the sums are stored as float64; as float32, which most searches have, they take
+        half the space, and float64 sums are refused because they would be rounded.
     """
 
     template_box: int | None = None
     pixel_size_angstrom: float | None = None
     search_space: SearchSpace | None = None
     has_pixel_size: bool = True
+    float64_sums: bool = False
+
+    def stored_dtype(self, name: str) -> str:
+        """Dtype that a map of a partial is stored in."""
+        wide = self.float64_sums and name in (SUM, SQUARED_SUM)
+        return "float64" if wide else MAPS[name].dtypes[0]
 
     @property
     def maps(self) -> MapSet:
@@ -114,7 +123,7 @@ def write_partial(
     result
         Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
         where nothing was searched. Other keys are ignored. With a search space the indexed form
-        is taken, without it the explicit one.
+        is taken, without it the explicit one. Sums keep their dtype, float32 or float64.
     total_projections
         How many cross-correlations the sums hold, exactly.
     order
@@ -130,6 +139,8 @@ def write_partial(
     """
     info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
     maps, problems = _as_arrays(result, info, name)
+    wide = any(array.dtype.name == "float64" for key, array in maps.items() if key != MIP)
+    info = replace(info, float64_sums=info.float64_sums or wide)
     shape = next((array.shape for array in maps.values()), ())
     if len(shape) != 2:
         raise InvalidInputError([*problems, f"{name}: expected maps (y, x), got shape {shape}"])
@@ -218,7 +229,8 @@ class PartialWriter:
                 raise InvalidInputError(problems)
             store.update_attributes(self._objects, path, attributes)
         for key in self._info.maps.partial:
-            store.create_map(self._objects, f"{path}/{key}", key, self.shape, self.chunk)
+            dtype = self._info.stored_dtype(key)
+            store.create_map(self._objects, f"{path}/{key}", key, self.shape, self.chunk, dtype)
         self._maps = open_partial_maps(self._objects, path, self.name, self._info.maps.partial)
         return self
 
@@ -309,15 +321,17 @@ def find_problems(
     """Everything that is wrong with those maps of a partial that are there, over one region."""
     problems = []
     for key, array in maps.items():
-        problems += dtype_problems(key, array.dtype, f"{place}: {key}")
+        problems += dtype_problems(key, array.dtype, f"{place}: {key}", info.float64_sums)
         if array.shape != region.shape:
             problems.append(f"{place}: {key}: expected shape {region.shape}, got {array.shape}")
     return problems or value_problems(maps, region, info, place)
 
 
-def dtype_problems(name: str, dtype: "np.dtype[Any]", place: str) -> list[str]:
-    """Why values of this dtype cannot become this map, if they cannot."""
-    allowed = list(MAPS[name].dtypes)
+def dtype_problems(
+    name: str, dtype: "np.dtype[Any]", place: str, float64_sums: bool = True
+) -> list[str]:
+    """Why values of this dtype cannot become this map without a loss, if they cannot."""
+    allowed = [d for d in MAPS[name].dtypes if float64_sums or d != "float64"]
     if name == INDEX:
         allowed.append("int64")  # checked against the search space, then stored as int32
     if dtype.newbyteorder("=").name in allowed:

@@ -67,8 +67,9 @@ def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
 
 
 def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
-    """Replace attributes of an existing group; readers see the old or the new ones."""
-    objects.put(_join(path, "zarr.json"), [_group_metadata(attributes)])
+    """Set attributes of an existing group, keeping the others; readers see all old or all new."""
+    kept = group_attributes(objects, path) or {}
+    objects.put(_join(path, "zarr.json"), [_group_metadata({**kept, **attributes})])
 
 
 def _group_metadata(attributes: dict[str, Any]) -> bytes:
@@ -112,15 +113,20 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**32) -> AnyAr
 
 
 def create_map(
-    objects: Objects, path: str, name: str, shape: tuple[int, int], chunk: tuple[int, int]
+    objects: Objects,
+    path: str,
+    name: str,
+    shape: tuple[int, int],
+    chunk: tuple[int, int],
+    dtype: str | None = None,
 ) -> None:
-    """Create the array of a map; no chunk is written."""
+    """Create the array of a map, by default of the dtype we write; no chunk is written."""
     create_array(
         objects,
         path,
         shape=shape,
         chunk=chunk,
-        dtype=MAPS[name].dtypes[0],
+        dtype=dtype or MAPS[name].dtypes[0],
         fill=fill_value(name),
         dimensions=DIMENSIONS,
         attributes=map_attributes(name),

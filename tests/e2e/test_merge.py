@@ -395,3 +395,17 @@ def test_the_output_says_what_it_is(search: Path, tmp_path: Path) -> None:
     assert [p["name"] for p in attributes["partials"]] == ["p0", "p1", "p2", "p3"]
     assert attributes["provenance"]["versions"]["ocelot-em"] == ocelot_em.__version__
     assert ocelot_em.check(tmp_path / "OUT.zarr") == []
+
+
+def test_float64_sums_keep_what_float32_would_round(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    result = make_result(rng, SHAPE, 100)
+    result[SUM] = np.full(SHAPE, 16_777_217.0)
+    result[SQUARED_SUM] = np.full(SHAPE, 1e12)
+    write_search(tmp_path / "RUN.zarr", [result], [2**25])
+    partials = ocelot_em.open_partials(tmp_path / "RUN.zarr")
+    assert (partials[SUM].to_numpy() == 16_777_217.0).all()
+    merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=32)
+    mean = read_maps(tmp_path / "OUT.zarr")[MEAN]
+    np.testing.assert_array_equal(mean, np.float32(16_777_217.0 / 2**25))

@@ -24,7 +24,18 @@ from ocelot_em.arrays import as_numpy, exact_count
 from ocelot_em.canvas import Region, TileGrid
 from ocelot_em.errors import InvalidDataError, InvalidInputError, MissingDependencyError
 from ocelot_em.format import DEFAULT_CHUNK
-from ocelot_em.maps import COUNT, INDEX, MAPS, MIP, PIXEL_SIZE, POSES, AnyArray, PoseForm
+from ocelot_em.maps import (
+    COUNT,
+    INDEX,
+    MAPS,
+    MIP,
+    PIXEL_SIZE,
+    POSES,
+    SQUARED_SUM,
+    SUM,
+    AnyArray,
+    PoseForm,
+)
 from ocelot_em.objects import open_objects
 from ocelot_em.search import (
     PartialWriter,
@@ -499,6 +510,12 @@ def _common_info(
         pixel_size_angstrom=options.pixel_size_angstrom,
         search_space=space,
         has_pixel_size=space is not None or any(PIXEL_SIZE in c.arrays for c in candidates),
+        float64_sums=any(
+            c.arrays[key][1].name == "float64"
+            for c in candidates
+            for key in (SUM, SQUARED_SUM)
+            if key in c.arrays
+        ),
     )
 
 
