@@ -57,15 +57,14 @@ def write_explicit_search(place, shape=(5, 6), n_partials=3):
     return place
 
 
+def write_one_partial(place, number, shape=(5, 6)):
+    maps, count = indexed_maps(shape, number), 1000 + number
+    write_partial(place, f"gpu{number}", maps, total_projections=count, search=INDEXED)
+
+
 def write_indexed_search(place, shape=(5, 6), n_partials=3):
     for number in range(n_partials):
-        write_partial(
-            place,
-            f"gpu{number}",
-            indexed_maps(shape, number),
-            total_projections=1000 + number,
-            search=INDEXED,
-        )
+        write_one_partial(place, number, shape)
     return place
 
 
@@ -89,3 +88,9 @@ def same_bits(a, b):
     """Whether arrays are equal, NaN and all."""
     a, b = np.asarray(a), np.asarray(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def save_plain_npz(path, maps, count):
+    """A result file as a device writes it; without a count if it is None."""
+    np.savez(path, **maps, **({} if count is None else {"total_projections": np.int64(count)}))
+    return path

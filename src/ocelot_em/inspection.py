@@ -5,15 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 
-from pydantic import ValidationError
-
 from ocelot_em import format as fmt
 from ocelot_em.canvas import Region
 from ocelot_em.errors import FormatError, OcelotError
 from ocelot_em.maps import BEST_PARTIAL, NOT_SEARCHED
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.pipeline import done_tiles
-from ocelot_em.plan import MergePlan
+from ocelot_em.plan import read_plan
 from ocelot_em.search import (
     SearchInfo,
     open_partial_maps,
@@ -68,7 +66,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     tiles_done = n_tiles = 0
     if isinstance(attributes, fmt.MergedAttributes):
         partials = tuple((c.name, "complete", c.total_projections) for c in attributes.partials)
-        n_tiles = _n_tiles(objects, attributes)
+        n_tiles = len(read_plan(attributes, objects.url).grid)
         tiles_done = len(done_tiles(objects))
     else:
         partials = tuple((name, p.state, p.total_projections) for name, p in read_partials(objects))
@@ -162,7 +160,7 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[
     problems = []
     n_tiles = 0
     try:
-        n_tiles = _n_tiles(objects, attributes)
+        n_tiles = len(read_plan(attributes, objects.url).grid)
     except FormatError as error:
         problems.append(str(error))
     if attributes.state != "complete":
@@ -177,14 +175,6 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[
             f"{attributes.total_projections}"
         )
     return problems
-
-
-def _n_tiles(objects: Objects, attributes: fmt.MergedAttributes) -> int:
-    try:
-        return len(MergePlan.model_validate(attributes.plan).grid)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise FormatError(f"{objects.url}: plan: {wrong}") from None
 
 
 def _group_problems(

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -108,7 +108,10 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
 
 
 def lazy_merge(
-    inputs: str | PathLike[str] | Sequence[str | PathLike[str]], **options: Any
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    tile_size: int | None = None,
+    nan: Literal["raise", "mask"] = "raise",
 ) -> xr.Dataset:
     """Merge when, and where, values are computed; nothing is written.
 
@@ -116,8 +119,8 @@ def lazy_merge(
     ----------
     inputs
         One or more searches or merged results.
-    **options
-        ``tile_size`` and ``nan``, as for :func:`ocelot_em.merge`.
+    tile_size, nan
+        As for :func:`ocelot_em.merge`.
 
     Returns
     -------
@@ -130,7 +133,8 @@ def lazy_merge(
         As :func:`ocelot_em.merge`.
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
-    plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))
+    options = MergeOptions.parse({"tile_size": tile_size, "nan": nan})
+    plan = make_plan(places, "memory://lazy", options)
     token = tokenize(plan.model_dump_json())
     plan_key, tile_layer = f"plan-{token}", f"merge_tile-{token}"
     grid = plan.grid

@@ -44,6 +44,7 @@ from ocelot_em.plan import (
     forecast,
     make_plan,
     plan_differences,
+    read_plan,
 )
 from ocelot_em.search import (
     SearchInfo,
@@ -172,7 +173,8 @@ def prepare(
     existing = None if options.overwrite else _existing_output(objects)
     if existing is not None and options.tile_size is None:
         # The tile size was chosen by the run that is resumed.
-        options = options.model_copy(update={"tile_size": max(existing.plan["tile"])})
+        earlier = read_plan(existing, objects.url)
+        options = options.model_copy(update={"tile_size": max(earlier.tile)})
     plan = make_plan(inputs, output, options)
     if options.overwrite:
         _refuse_overwriting_foreign(objects)
@@ -411,7 +413,7 @@ def _open_job(output: str, run_id: str) -> Job:
             f"{output}: expected the output of run {run_id[:8]}, got something else; workers must "
             "see the same storage as the driver"
         )
-    plan = MergePlan.model_validate(attributes.plan)
+    plan = read_plan(attributes, output)
     return Job(plan, objects, kernels.load("cpu"))
 
 
@@ -493,10 +495,14 @@ def _refuse_overwriting_foreign(objects: Objects) -> None:
 
 
 def done_tiles(objects: Objects) -> set[tuple[int, int]]:
-    """Rows and columns of the tiles that are marked as done."""
-    prefix = f"{fmt.TILE_SUMMARY}/c"
-    keys = (key.removeprefix(f"{prefix}/").split("/") for key in objects.sizes(prefix))
-    return {(int(iy), int(ix)) for iy, ix, _ in keys}
+    """Rows and columns of the tiles that are marked as done; other files there are ignored."""
+    prefix = f"{fmt.TILE_SUMMARY}/c/"
+    records = (key.removeprefix(prefix).split("/") for key in objects.sizes(prefix.rstrip("/")))
+    return {
+        (int(record[0]), int(record[1]))
+        for record in records
+        if len(record) == 3 and all(part.isdecimal() for part in record)
+    }
 
 
 def _total(summaries: Sequence[TileSummary]) -> TileSummary:

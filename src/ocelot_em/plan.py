@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ocelot_em import format as fmt
 from ocelot_em.canvas import TileGrid
-from ocelot_em.errors import InvalidInputError, PlanError
+from ocelot_em.errors import FormatError, InvalidInputError, PlanError
 from ocelot_em.maps import COUNT, MAPS, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.objects import normalise_url, open_objects
 from ocelot_em.search import Source, open_sources
@@ -142,6 +142,21 @@ class MergePlan(fmt.Attributes):
     def contributions(self) -> tuple[fmt.Contribution, ...]:
         """All partials, in the order of their numbers."""
         return tuple(c for source in self.sources for c in source.contributions)
+
+
+def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
+    """Read the plan that a merged result was, or is being, made by.
+
+    Raises
+    ------
+    FormatError
+        Naming every problem.
+    """
+    try:
+        return MergePlan.model_validate(attributes.plan)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise FormatError(f"{url}: plan: {wrong}") from None
 
 
 def make_plan(

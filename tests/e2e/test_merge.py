@@ -22,6 +22,7 @@ from ocelot_em import store
 from ocelot_em.api import Observer
 from ocelot_em.cluster import Cluster
 from ocelot_em.errors import (
+    FormatError,
     IncompleteError,
     InvalidInputError,
     OcelotError,
@@ -409,3 +410,23 @@ def test_float64_sums_keep_what_float32_would_round(
     merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=32)
     mean = read_maps(tmp_path / "OUT.zarr")[MEAN]
     np.testing.assert_array_equal(mean, np.float32(16_777_217.0 / 2**25))
+
+
+def test_stray_files_among_the_tile_records_are_ignored(search: Path, tmp_path: Path) -> None:
+    output = tmp_path / "OUT.zarr"
+    merge(search, output, tile_size=32)
+    for stray in (".DS_Store", "0/.nfs001", "0/0/0.partial"):
+        (output / "progress/tile_summary/c" / stray).write_text("stray")
+    assert merge(search, output).n_merged == 0
+    assert ocelot_em.describe(output).tiles_done == 9
+
+
+def test_a_damaged_plan_is_named(search: Path, tmp_path: Path) -> None:
+    output = tmp_path / "OUT.zarr"
+    merge(search, output, tile_size=32)
+    metadata = json.loads((output / "zarr.json").read_text())
+    del metadata["attributes"]["ocelot"]["plan"]["tile"]
+    (output / "zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(FormatError, match=r"OUT.zarr: plan: tile: Field required"):
+        merge(search, output)
+    assert any("plan: tile" in problem for problem in ocelot_em.check(output))

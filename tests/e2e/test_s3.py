@@ -80,7 +80,7 @@ def test_a_search_and_its_merge_in_a_bucket_are_those_of_a_local_disk(
     bucket, tmp_path, crops, tables, capsys
 ):
     run, out = f"s3://{BUCKET}/x/RUN.zarr", f"s3://{BUCKET}/x/OUT.zarr"
-    files = [str(crop) for crop in crops]
+    files = [str(crop) for crop in crops[:2]]
     assert cli.run(["import", *files, "--output", run, "--search-space", str(tables)]) == 0
     assert cli.run(["merge", run, "--output", out, "--tile-size", "64"]) == 0
     for place in (run, out):
@@ -88,7 +88,7 @@ def test_a_search_and_its_merge_in_a_bucket_are_those_of_a_local_disk(
         assert cli.run(["check", place]) == 0
     assert "no problems" in capsys.readouterr().out
 
-    import_results(crops, tmp_path / "R", ImportOptions(search_space=tables))
+    import_results(files, tmp_path / "R", ImportOptions(search_space=tables))
     merge(tmp_path / "R", tmp_path / "M", tile_size=64)
     assert_same_datasets(open_partials(run), open_partials(tmp_path / "R"))
     assert_same_datasets(open_merged(out), open_merged(tmp_path / "M"))

@@ -101,7 +101,8 @@ def test_lower_modules_do_not_name_higher_ones(module, never):
 
 
 def test_nothing_imports_the_command_line():
-    assert not any("ocelot_em.cli" in own_imports(name) for name in MODULES)
+    importers = {name for name in MODULES if "ocelot_em.cli" in own_imports(name)}
+    assert importers <= {"ocelot_em.__main__"}
 
 
 def test_only_the_command_line_prints_and_exits():

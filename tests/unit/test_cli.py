@@ -1,0 +1,277 @@
+"""The command line: what it prints, what it refuses, how it exits."""
+
+import re
+import shutil
+
+import pytest
+
+from builders import (
+    explicit_maps,
+    flip_byte,
+    save_plain_npz,
+    snapshot,
+    write_explicit_search,
+)
+from ocelot_em import __version__, cli, describe, open_merged
+
+SHAPE = (40, 50)
+
+
+@pytest.fixture
+def ocelot(capsys):
+    """Run a command; its exit code, and what it wrote to stdout and stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            code = cli.run([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse: usage errors, --help, --version
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_explicit_search(tmp_path / "RUN.zarr", SHAPE)
+
+
+@pytest.fixture
+def broken(run, tmp_path):
+    """A search of which one chunk is damaged."""
+    shutil.copytree(run, tmp_path / "BROKEN.zarr")
+    flip_byte(tmp_path / "BROKEN.zarr/partials/gpu1/mip/c/0/0")
+    return tmp_path / "BROKEN.zarr"
+
+
+def assert_refused(result, *parts):
+    """Exit code 2, and the reason on stderr without a traceback."""
+    code, _, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    assert all(part in err for part in parts), err
+
+
+def save_results(folder, n=2, count=9):
+    return [
+        save_plain_npz(folder / f"gpu{number}.npz", explicit_maps(SHAPE, number), count)
+        for number in range(n)
+    ]
+
+
+# import
+
+
+def test_import_says_what_it_made(ocelot, tmp_path):
+    files, output = save_results(tmp_path), tmp_path / "R [1].zarr"
+    code, out, err = ocelot("import", *files, "--output", output)
+    assert (code, err) == (0, "")
+    assert f"imported 2 partials into {output}: gpu0, gpu1" in out
+    assert "all pixels are taken as valid" in out
+    assert [name for name, *_ in describe(output).partials] == ["gpu0", "gpu1"]
+
+
+def test_import_takes_all_its_options(ocelot, tmp_path, crops, tables):
+    code, out, _ = ocelot(
+        *("import", *crops, "--output", tmp_path / "R", "--search-space", tables),
+        *("--template-box", 56, "--pixel-size", 2.5),
+        *("--total-projections", 51840, 38880, 25920, 12960),
+    )
+    assert code == 0
+    assert "all pixels are taken as valid" not in out
+    attributes = describe(tmp_path / "R").attributes
+    assert attributes.pose_form == "indexed"
+    assert attributes.valid_shape == (73, 73)
+    assert attributes.pixel_size_angstrom == 2.5
+    assert attributes.total_projections == 129_600
+
+
+def test_import_refuses_with_all_reasons(ocelot, tmp_path):
+    files = [*save_results(tmp_path, 2, count=None), tmp_path / "nothing.npz"]
+    result = ocelot("import", *files, "--output", tmp_path / "R", "--template-box", 99)
+    assert_refused(
+        result,
+        "ocelot: 4 problems:",
+        "gpu0.npz: total_projections: missing",
+        "gpu1.npz: total_projections: missing",
+        "nothing.npz: expected a file",
+        "template box",
+    )
+    assert not (tmp_path / "R").exists()
+
+
+# merge
+
+
+def test_merge_says_what_it_does_in_plain_lines(ocelot, run, tmp_path):
+    code, out, err = ocelot("merge", run, "--output", tmp_path / "M")
+    assert (code, err) == (0, "")
+    assert re.search(r"^partials +3, 3,003 projections$", out, re.MULTILINE)
+    assert re.search(r"^merged 1 tile in ", out, re.MULTILINE)
+    assert f"result: {tmp_path / 'M'}" in out
+    assert "\x1b" not in out
+    assert open_merged(tmp_path / "M").attrs["total_projections"] == 3003
+
+
+def test_merge_takes_all_its_options(ocelot, run, tmp_path):
+    code, out, _ = ocelot(
+        *("merge", run, "--output", tmp_path / "M", "--cluster", "threads", "--workers", 1),
+        *("--threads", 2, "--tile-size", 16, "--memory-limit", "2GB", "--nan", "mask"),
+        "--overwrite",
+    )
+    assert code == 0
+    assert "tiles       12 of 16 x 16 pixels" in out
+    assert "total_projections" in open_merged(tmp_path / "M")
+
+
+def test_merge_again_has_nothing_left_to_do(ocelot, run, tmp_path):
+    ocelot("merge", run, "--output", tmp_path / "M")
+    before = snapshot(tmp_path / "M")
+    code, out, _ = ocelot("merge", run, "--output", tmp_path / "M")
+    assert code == 0
+    assert "nothing is left to do" in out
+    assert snapshot(tmp_path / "M") == before
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(ocelot, run, tmp_path):
+    code, out, _ = ocelot("merge", run, "--output", tmp_path / "M", "--dry-run", "--tile-size", 16)
+    assert code == 0
+    labels = ("partials", "shape", "tiles", "to read", "to write", "memory", "free disk")
+    assert [line[:10].strip() for line in out.splitlines()] == list(labels)
+    assert not (tmp_path / "M").exists()
+
+
+def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, tmp_path):
+    code, _, err = ocelot("merge", broken, "--output", tmp_path / "M")
+    assert code == 1
+    assert "1 of 1 tiles failed" in err
+    assert "partial 'gpu1': mip: chunk (0, 0)" in err
+    assert "Traceback" not in err
+    shutil.copy(tmp_path / "RUN.zarr/partials/gpu1/mip/c/0/0", broken / "partials/gpu1/mip/c/0/0")
+    assert ocelot("merge", broken, "--output", tmp_path / "M")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--tile-size", 0), "option tile_size"),
+        (("--tile-size", 1025), "tile size: expected at most 1024 or a multiple of it"),
+        (("--memory-limit", "1MB"), "memory limit 1,000,000 bytes"),
+        (("--memory-limit", "much"), "memory_limit"),
+        (("--workers", 0), "option workers"),
+        (("--workers", 3), "cluster 'threads' is one process"),
+        (("--cluster", "cloud"), "cluster: expected threads, local, or the address"),
+        (("--nan", "ignore"), "invalid choice: 'ignore'"),
+        (("--tile-size", "big"), "invalid int value"),
+        (("--tile", 16), "unrecognized arguments"),
+    ],
+)
+def test_merge_refuses_options_that_cannot_work(ocelot, run, tmp_path, options, reason):
+    assert_refused(ocelot("merge", run, "--output", tmp_path / "M", *options), reason)
+    assert not (tmp_path / "M").exists()
+
+
+def test_merge_refuses_inputs_that_cannot_be_merged(ocelot, run, tmp_path):
+    merged = tmp_path / "M"
+    assert_refused(ocelot("merge", run, run, "--output", merged), "given more than once")
+    assert_refused(ocelot("merge", run, "--output", run), "is a search, not a merged result")
+    assert_refused(ocelot("merge", tmp_path / "X", "--output", merged), "got nothing there")
+    other = write_explicit_search(tmp_path / "OTHER", (41, 50))
+    assert_refused(ocelot("merge", run, other, "--output", merged), "shape: expected (40, 50)")
+    assert not merged.exists()
+
+
+def test_merge_refuses_an_output_that_is_something_else(ocelot, run, tmp_path):
+    other = write_explicit_search(tmp_path / "OTHER", SHAPE)
+    before = snapshot(other)
+    for overwrite in ((), ("--overwrite",)):
+        assert_refused(ocelot("merge", run, "--output", other, *overwrite), "is a search")
+    assert snapshot(other) == before
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("Dear")
+    assert_refused(ocelot("merge", run, "--output", tmp_path / "letters"), "got other files")
+
+
+# info and check
+
+
+def test_info_of_a_search_and_of_a_merge(ocelot, run, tmp_path):
+    code, out, _ = ocelot("info", run)
+    assert code == 0
+    assert re.search(r"^kind +search, format version 1$", out, re.MULTILINE)
+    assert re.search(r"^shape +40 x 50 pixels$", out, re.MULTILINE)
+    assert re.search(r"gpu2 .* complete .* 1,002", out)
+    ocelot("merge", run, "--output", tmp_path / "M")
+    code, out, _ = ocelot("info", tmp_path / "M")
+    assert code == 0
+    assert re.search(r"^kind +merged, format version 1$", out, re.MULTILINE)
+    assert re.search(r"^tiles +1 of 1 done$", out, re.MULTILINE)
+    assert "scaled_mip" in out
+
+
+def test_info_of_nothing_is_refused(ocelot, tmp_path):
+    assert_refused(ocelot("info", tmp_path / "X"), "expected an ocelot-em store")
+
+
+def test_check_names_problems_and_exits_1(ocelot, run, broken, tmp_path):
+    assert ocelot("check", run) == (0, f"{run}: no problems\n", "")
+    code, out, _ = ocelot("check", run, broken, tmp_path / "X")
+    assert code == 1
+    assert f"{run}: no problems\n{broken}: 1 problem\n" in out
+    assert f"{broken}: partial 'gpu1': mip: chunk (0, 0)" in out
+    assert f"{tmp_path / 'X'}: 1 problem\n" in out
+
+
+# simulate
+
+
+def test_simulate_makes_a_search_that_can_be_merged(ocelot, tmp_path):
+    code, out, _ = ocelot(
+        *("simulate", tmp_path / "S", "--shape", 150, 160, "--partials", 2, "--particles", 3),
+        *("--seed", 5, "--form", "indexed"),
+    )
+    assert code == 0
+    assert "simulated 2 partials of 150 x 160 pixels" in out
+    assert len(describe(tmp_path / "S" / "RUN.zarr").partials) == 2
+
+
+# all commands
+
+
+def test_the_version(ocelot):
+    assert ocelot("--version") == (0, f"ocelot-em {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["import", "merge", "info", "check", "simulate", "demo"])
+def test_every_command_has_help(ocelot, command):
+    code, out, _ = ocelot(command, "--help")
+    assert code == 0
+    assert f"usage: ocelot {command}" in out
+
+
+def test_the_help_explains_the_exit_codes(ocelot):
+    for arguments in (["--help"], ["merge", "--help"]):
+        assert "refused: nothing was started" in ocelot(*arguments)[1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["merge"], ["import", "a.npz"], ["info"]])
+def test_incomplete_commands_exit_2_with_the_usage(ocelot, arguments):
+    assert_refused(ocelot(*arguments), "usage: ocelot")
+
+
+def test_an_interrupt_exits_130(ocelot, run, tmp_path, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ocelot_em.api.merge", interrupt)
+    code, _, err = ocelot("merge", run, "--output", tmp_path / "M")
+    assert code == 130
+    assert "the same command goes on where it stopped" in err
+
+
+def test_main_exits_with_the_code(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info", str(tmp_path / "X")])
+    assert stop.value.code == 2

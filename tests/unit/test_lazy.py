@@ -1,0 +1,240 @@
+"""Lazy datasets: the same bits as a merge, and no more read than asked for."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from builders import (
+    explicit_maps,
+    flip_byte,
+    indexed_maps,
+    same_bits,
+    write_explicit_search,
+    write_indexed_search,
+)
+from ocelot_em import lazy, lazy_merge, merge, open_merged, open_partials
+from ocelot_em.errors import (
+    CorruptChunkError,
+    FormatError,
+    IncompleteError,
+    InvalidInputError,
+    MissingChunkError,
+    PlanError,
+    StoreNotFoundError,
+)
+from ocelot_em.maps import MIP, SCALED_MIP
+
+SHAPE, EDGE = (70, 60), 32
+WRITERS = {"explicit": write_explicit_search, "indexed": write_indexed_search}
+MAKERS = {"explicit": explicit_maps, "indexed": indexed_maps}
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+
+def break_all_chunks_but(store, iy, ix):
+    """Delete or damage every chunk of every map except one place of the grid."""
+    others = [
+        file
+        for file in store.rglob("c/*/*")
+        if file.is_file() and "search_space" not in file.parts and "progress" not in file.parts
+        if file.parts[-2:] != (str(iy), str(ix))
+    ]
+    assert others
+    for number, file in enumerate(others):
+        if number % 2:
+            file.unlink()
+        else:
+            flip_byte(file)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_open_partials_gives_what_was_written(tmp_path, form):
+    search = open_partials(WRITERS[form](tmp_path / "R", SHAPE))
+    assert search[MIP].dims == ("partial", "y", "x")
+    assert search.partial.values.tolist() == ["gpu0", "gpu1", "gpu2"]
+    assert search.total_projections.values.tolist() == [1000, 1001, 1002]
+    assert search.attrs["total_projections"] == 3003
+    assert search.attrs["valid_shape"] == SHAPE
+    for number in range(3):
+        maps = MAKERS[form](SHAPE, number)
+        assert set(search.data_vars) == set(maps)
+        for key in maps:
+            assert same_bits(search[key][number], maps[key])
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_a_lazy_merge_equals_a_merge_bit_for_bit(tmp_path, form):
+    run = WRITERS[form](tmp_path / "R", SHAPE)
+    merge(run, tmp_path / "M")
+    eager = open_merged(tmp_path / "M")
+    assert eager.attrs["partials"] == ["gpu0", "gpu1", "gpu2"]
+    for tile_size in (None, 64):
+        result = lazy_merge(run, **({} if tile_size is None else {"tile_size": tile_size}))
+        assert list(result.data_vars) == list(eager.data_vars)
+        assert result.attrs == eager.attrs
+        computed = result.compute()
+        for key in eager.data_vars:
+            assert result[key].dtype == eager[key].dtype
+            assert same_bits(computed[key], eager[key]), key
+            assert result[key].attrs == eager[key].attrs
+
+
+def test_a_lazy_merge_of_several_stores_equals_a_merge_of_all(tmp_path):
+    run = write_explicit_search(tmp_path / "R", SHAPE)
+    shutil.copytree(run, tmp_path / "S")
+    for name in ("gpu0", "gpu1"):
+        shutil.rmtree(tmp_path / "S" / "partials" / name)
+    shutil.copytree(run, tmp_path / "T")
+    shutil.rmtree(tmp_path / "T" / "partials" / "gpu2")
+    merge(tmp_path / "T", tmp_path / "M")
+    whole = lazy_merge(run).compute()
+    in_two = lazy_merge([tmp_path / "M", tmp_path / "S"]).compute()
+    for key in ("mip", "best_phi", "best_partial"):
+        assert same_bits(whole[key], in_two[key])
+    assert in_two.attrs["total_projections"] == 3003
+
+
+def test_maps_of_a_tile_are_merged_once(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(plan, iy, ix, real=lazy._merge_for_dask):
+        calls.append((iy, ix))
+        return real(plan, iy, ix)
+
+    monkeypatch.setattr("ocelot_em.lazy._merge_for_dask", counted)
+    lazy_merge(write_explicit_search(tmp_path / "R", SHAPE), tile_size=EDGE).compute()
+    assert sorted(calls) == [(iy, ix) for iy in range(3) for ix in range(2)]
+
+
+INDICES = [
+    np.s_[5, 7],
+    np.s_[-1, :],
+    np.s_[:, -60],
+    np.s_[::7, 3::5],
+    np.s_[::-1, ::-3],
+    np.s_[60:10:-9, 59:0:-13],
+    np.s_[40:40, :],
+    np.s_[[3, 65, 1], :],
+    np.s_[:, np.array([59, 0, 31, 32])],
+    np.s_[31:33, 31:33],
+]
+
+
+@pytest.mark.parametrize("index", INDICES, ids=str)
+def test_any_index_gives_what_numpy_gives(tmp_path, index):
+    run, maps = write_explicit_search(tmp_path / "R", SHAPE, n_partials=1), explicit_maps(SHAPE)
+    picked = open_partials(run)[MIP].data[0][index].compute()
+    assert same_bits(np.asarray(picked), np.asarray(maps[MIP][index]))
+
+
+def test_blocks_and_masks_give_what_numpy_gives(tmp_path):
+    run, maps = write_explicit_search(tmp_path / "R", SHAPE, n_partials=1), explicit_maps(SHAPE)
+    values = open_partials(run)[MIP].data[0]
+    assert same_bits(values.rechunk((50, 17))[3:, 5:].compute(), maps[MIP][3:, 5:])
+    assert same_bits(values[values > 6].compute(), maps[MIP][maps[MIP] > 6])
+
+
+CORNER = {"y": slice(64, None), "x": slice(32, None)}
+
+
+@pytest.fixture
+def broken_but_for_a_corner(tmp_path):
+    """A search and its merge, of which only the last chunk of each map is left, and the truth."""
+    run = write_explicit_search(tmp_path / "R", SHAPE)
+    merge(run, tmp_path / "M", tile_size=EDGE)
+    truth = {
+        "partials": open_partials(run).isel(CORNER).compute(),
+        "merged": open_merged(tmp_path / "M").isel(CORNER).compute(),
+    }
+    break_all_chunks_but(run, 2, 1)
+    break_all_chunks_but(tmp_path / "M", 2, 1)
+    return run, tmp_path / "M", truth
+
+
+def assert_only_the_corner_is_read(run, merged, truth):
+    lazily = {
+        "partials": [open_partials(run)],
+        "merged": [open_merged(merged), lazy_merge(run, tile_size=EDGE)],
+    }
+    for kind, datasets in lazily.items():
+        for dataset in datasets:
+            corner = dataset.isel(CORNER).compute()
+            for key in truth[kind].data_vars:
+                assert same_bits(corner[key], truth[kind][key]), key
+            with pytest.raises((MissingChunkError, CorruptChunkError), match=r"chunk \("):
+                dataset[MIP].compute()
+
+
+def test_a_corner_reads_only_its_own_chunks(broken_but_for_a_corner):
+    assert_only_the_corner_is_read(*broken_but_for_a_corner)
+
+
+def test_a_corner_reads_only_its_own_chunks_on_a_cluster(broken_but_for_a_corner):
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+        ) as cluster,
+        Client(cluster),
+    ):
+        assert_only_the_corner_is_read(*broken_but_for_a_corner)
+
+
+def test_datasets_cross_processes_small(tmp_path):
+    run = write_explicit_search(tmp_path / "R", SHAPE)
+    for dataset in (open_partials(run), lazy_merge(run)):
+        sent = pickle.dumps(dataset)
+        assert len(sent) < 100_000
+        assert same_bits(pickle.loads(sent)[MIP], dataset[MIP])
+
+
+def test_a_rewritten_store_is_not_taken_for_the_old_one(tmp_path):
+    run, out = write_explicit_search(tmp_path / "R", SHAPE), tmp_path / "M"
+    merge(run, out)
+    old = open_merged(out)[MIP].data.name
+    assert open_merged(out)[MIP].data.name == old
+    shutil.rmtree(tmp_path / "R" / "partials" / "gpu0")
+    merge(run, out, overwrite=True)
+    assert open_merged(out)[MIP].data.name != old
+
+
+def test_what_cannot_be_opened_is_refused_at_once(tmp_path):
+    run = write_explicit_search(tmp_path / "R")
+    merge(run, tmp_path / "M")
+    with pytest.raises(FormatError, match="use open_partials"):
+        open_merged(run)
+    with pytest.raises(FormatError, match="use open_merged"):
+        open_partials(tmp_path / "M")
+    for call in (open_partials, open_merged, lazy_merge):
+        with pytest.raises(StoreNotFoundError):
+            call(tmp_path / "nothing")
+    attributes = run / "partials" / "gpu1" / "zarr.json"
+    attributes.write_text(attributes.read_text().replace('"complete"', '"writing"'))
+    for call in (open_partials, lazy_merge):
+        with pytest.raises(IncompleteError, match="gpu1"):
+            call(run)
+    attributes = tmp_path / "M" / "zarr.json"
+    attributes.write_text(attributes.read_text().replace('"complete"', '"writing"'))
+    with pytest.raises(IncompleteError, match="never finished"):
+        open_merged(tmp_path / "M")
+
+
+def test_bad_options_of_a_lazy_merge_are_refused(tmp_path):
+    run = write_explicit_search(tmp_path / "R")
+    with pytest.raises(InvalidInputError, match="option nan"):
+        lazy_merge(run, nan="ignore")
+    with pytest.raises(InvalidInputError, match="option tile"):
+        lazy_merge(run, tile=7)
+    with pytest.raises(PlanError, match="tile size"):
+        lazy_merge(run, tile_size=EDGE + 1)
+    with pytest.raises(InvalidInputError, match="given more than once"):
+        lazy_merge([run, run])
+
+
+def test_nan_is_masked_where_asked_for(tmp_path):
+    run = write_explicit_search(tmp_path / "R", SHAPE)
+    masked, plain = lazy_merge(run, nan="mask"), lazy_merge(run)
+    assert "total_projections" in masked.data_vars
+    assert same_bits(masked[SCALED_MIP], plain[SCALED_MIP])

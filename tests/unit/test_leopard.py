@@ -1,0 +1,517 @@
+"""Importing result files: both kinds, both pose forms, and everything that must be refused."""
+
+import contextlib
+import io
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders import (
+    SPACE,
+    explicit_maps,
+    flip_byte,
+    indexed_maps,
+    same_bits,
+    snapshot,
+    write_explicit_search,
+)
+from ocelot_em import (
+    ImportOptions,
+    check,
+    describe,
+    import_results,
+    open_partials,
+    read_search_space_file,
+)
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.maps import COUNT, INDEX, MIP, POSES, SUM
+from ocelot_em.search_space import TABLES
+
+TABLE_ARRAYS = {name: getattr(SPACE, name) for name in TABLES}
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def save_npz(path, maps, count=9, *, compressed=False, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = maps | more | ({} if count is None else {COUNT: np.asarray(count)})
+    (np.savez_compressed if compressed else np.savez)(path, **content)
+    return path
+
+
+def save_pt(path, maps, count=9, **more):
+    content = {key: torch.from_numpy(values) for key, values in maps.items()} | more
+    torch.save(content | ({} if count is None else {COUNT: count}), path)
+    return path
+
+
+def save_search_space(path):
+    np.savez(path, **TABLE_ARRAYS)
+    return path
+
+
+def refusal_of(files, output, options=None):
+    """Problems of an import that is refused and writes nothing."""
+    before = snapshot(output)
+    existed = Path(output).exists()
+    with pytest.raises(InvalidInputError) as refusal:
+        import_results(files, output, options)
+    assert snapshot(output) == before
+    assert Path(output).exists() == existed
+    return refusal.value.problems
+
+
+def assert_mentions(problems, *parts):
+    """Every part is in a problem, and there are no others."""
+    for part in parts:
+        assert any(part in problem for problem in problems), (part, problems)
+    assert len(problems) == len(parts), problems
+
+
+def assert_imported(output, name, maps):
+    stored = open_partials(output).sel(partial=name)
+    for key in stored.data_vars:
+        assert same_bits(stored[key], maps[key]), key
+
+
+# What can be imported
+
+
+SAVERS = {
+    "stored npz": lambda path, maps: save_npz(path.with_suffix(".npz"), maps),
+    "compressed npz": lambda path, maps: save_npz(path.with_suffix(".npz"), maps, compressed=True),
+    "pt": lambda path, maps: save_pt(path.with_suffix(".pt"), maps),
+    "pt with a tensor as count": lambda path, maps: save_pt(
+        path.with_suffix(".pt"), maps, torch.tensor(9)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_files_of_both_kinds_and_forms(tmp_path, small_chunks, kind, indexed):
+    maps = indexed_maps((70, 40)) if indexed else explicit_maps((70, 40))
+    file = SAVERS[kind](tmp_path / "gpu0", maps)
+    tables = save_search_space(tmp_path / "tables.npz") if indexed else None
+    shares = []
+    names = import_results(
+        [file],
+        tmp_path / "R",
+        ImportOptions(search_space=tables),
+        lambda phase, share: shares.append((phase, share)),
+    )
+    assert names == ["gpu0"]
+    assert_imported(tmp_path / "R", "gpu0", maps)
+    assert check(tmp_path / "R") == []
+    assert describe(tmp_path / "R").attributes.total_projections == 9
+    assert shares == sorted(shares)
+    assert shares[-1] == ("convert", 1.0)
+
+
+def test_legacy_files_of_torch(tmp_path):
+    maps = explicit_maps()
+    content = {key: torch.from_numpy(values) for key, values in maps.items()} | {COUNT: 9}
+    torch.save(content, tmp_path / "gpu0.pt", _use_new_zipfile_serialization=False)
+    import_results([tmp_path / "gpu0.pt"], tmp_path / "R")
+    assert_imported(tmp_path / "R", "gpu0", maps)
+
+
+def test_real_crops_in_both_forms(tmp_path, crops, tables):
+    import_results(crops, tmp_path / "E")
+    import_results(crops, tmp_path / "I", ImportOptions(search_space=tables))
+    assert POSES[0] in open_partials(tmp_path / "E")
+    assert POSES[0] not in open_partials(tmp_path / "I")
+    for output in (tmp_path / "E", tmp_path / "I"):
+        assert describe(output).attributes.total_projections == 129_600
+        for crop in crops:
+            assert_imported(output, crop.stem, np.load(crop))
+
+
+def test_inputs_are_not_changed(tmp_path, crops):
+    before = [crop.read_bytes() for crop in crops]
+    import_results(crops, tmp_path / "R")
+    assert [crop.read_bytes() for crop in crops] == before
+
+
+def test_tables_that_the_files_carry_are_used(tmp_path):
+    files = [
+        save_npz(tmp_path / f"gpu{n}.npz", indexed_maps(seed=n), **TABLE_ARRAYS) for n in range(2)
+    ]
+    import_results(files, tmp_path / "R")
+    assert describe(tmp_path / "R").attributes.search_space_digest == SPACE.digest
+
+
+def test_big_endian_and_strided_arrays(tmp_path):
+    maps = explicit_maps()
+    swapped = {key: values.astype(">f4") for key, values in maps.items()}
+    import_results([save_npz(tmp_path / "gpu0.npz", swapped)], tmp_path / "R")
+    assert_imported(tmp_path / "R", "gpu0", maps)
+    tensors = {key: torch.from_numpy(values.T.copy()).T for key, values in maps.items()}
+    torch.save(tensors | {COUNT: 9}, tmp_path / "gpu1.pt")
+    import_results([tmp_path / "gpu1.pt"], tmp_path / "S")
+    assert_imported(tmp_path / "S", "gpu1", maps)
+
+
+def test_the_template_box_and_the_pixel_size_travel_with_the_search(tmp_path):
+    file = save_npz(tmp_path / "gpu0.npz", explicit_maps())
+    import_results([file], tmp_path / "R", ImportOptions(template_box=3, pixel_size_angstrom=1.25))
+    attributes = describe(tmp_path / "R").attributes
+    assert (attributes.valid_shape, attributes.pixel_size_angstrom) == ((3, 4), 1.25)
+
+
+def test_counts_are_given_where_files_have_none(tmp_path):
+    files = [save_npz(tmp_path / f"gpu{n}.npz", explicit_maps(seed=n), None) for n in range(2)]
+    options = ImportOptions(total_projections=[2**40, 3])
+    import_results(files, tmp_path / "R", options)
+    assert [count for *_, count in describe(tmp_path / "R").partials] == [2**40, 3]
+
+
+def test_an_import_into_an_existing_search_appends(tmp_path):
+    files = [save_npz(tmp_path / f"gpu{n}.npz", explicit_maps(seed=n)) for n in range(3)]
+    import_results([files[2]], tmp_path / "R")
+    before = snapshot(tmp_path / "R")
+    import_results(files[:2], tmp_path / "R")
+    assert open_partials(tmp_path / "R").partial.values.tolist() == ["gpu2", "gpu0", "gpu1"]
+    after = snapshot(tmp_path / "R")
+    assert {key: after[key] for key in before if key != "zarr.json"} == {
+        key: data for key, data in before.items() if key != "zarr.json"
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["node0/gpu.npz", "node1/gpu.npz"], ["node0-gpu", "node1-gpu"]),
+        (["a/x/y/z/gpu.npz", "b/x/y/z/gpu.npz"], ["a-x-y-z-gpu", "b-x-y-z-gpu"]),
+        (["gpu.npz", "node1/gpu.npz"], None),
+        (["gpu.0.npz", "gpu.1.npz"], ["gpu.0", "gpu.1"]),
+    ],
+)
+def test_equal_file_names_are_told_apart_by_their_folders(tmp_path, monkeypatch, files, names):
+    monkeypatch.chdir(tmp_path)
+    for number, file in enumerate(files):
+        save_npz(Path(file), explicit_maps(seed=number))
+    found = import_results(files, "R")
+    assert len(set(found)) == len(files)
+    assert names is None or found == names
+
+
+# What is refused
+
+
+def test_no_files(tmp_path):
+    assert_mentions(refusal_of([], tmp_path / "R"), "expected at least one file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.npz", None, "expected a file, got nothing there"),
+        ("a.npz", b"", "expected a .npz or .pt dictionary"),
+        ("a.npz", b"hello", "expected a .npz or .pt dictionary"),
+        ("a.pt", b"", "cannot be read without unpickling"),
+        ("a.pt", b"hello", "cannot be read without unpickling"),
+        ("a.npz", b"PK\x03\x04", "cannot be opened"),
+        ("a.pt", b"PK\x03\x04", "cannot be opened"),
+    ],
+)
+def test_what_is_no_result_file(tmp_path, name, content, problem):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    problems = refusal_of([tmp_path / name], tmp_path / "R")
+    assert_mentions(problems, problem)
+    assert problems[0].startswith(str(tmp_path / name))
+
+
+def test_a_folder_is_no_result_file(tmp_path):
+    assert_mentions(refusal_of([tmp_path], tmp_path / "R"), "expected a file")
+
+
+@pytest.mark.parametrize("save", [save_npz, save_pt], ids=["npz", "pt"])
+def test_a_truncated_file(tmp_path, save):
+    file = save(tmp_path / ("a.npz" if save is save_npz else "a.pt"), explicit_maps())
+    whole = file.read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        file.write_bytes(whole[: int(len(whole) * share)])
+        assert_mentions(refusal_of([file], tmp_path / "R"), "a.")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.booleans())
+def test_a_flipped_byte_of_an_npz_is_refused_or_harmless(tmp_path_factory, data, compressed):
+    folder = tmp_path_factory.mktemp("flip")
+    maps = explicit_maps((3, 4), pixel_size=False)
+    file = save_npz(folder / "a.npz", maps, compressed=compressed)
+    position = data.draw(st.integers(0, file.stat().st_size - 1))
+    flip_byte(file, position, data.draw(st.integers(1, 255)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of names that are there twice
+        with contextlib.suppress(InvalidInputError):
+            import_results([file], folder / "R")
+            assert_imported(folder / "R", "a", maps)
+            assert describe(folder / "R").attributes.total_projections == 9
+            return
+    assert not (folder / "R").exists()
+
+
+def test_a_member_that_ends_early_or_late(tmp_path):
+    for name, change in {"short": lambda b: b[:-4], "long": lambda b: b + b"\0\0\0\0"}.items():
+        file = save_npz(tmp_path / f"{name}.npz", explicit_maps())
+        with zipfile.ZipFile(file) as archive:
+            members = {member: archive.read(member) for member in archive.namelist()}
+        members["mip.npy"] = change(members["mip.npy"])
+        with zipfile.ZipFile(file, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+        assert_mentions(refusal_of([file], tmp_path / "R"), "mip: ")
+
+
+def test_pickled_objects_are_refused_and_never_executed(tmp_path):
+    trap, maps = Trap(tmp_path / "sprung"), explicit_maps()
+    npz, pt, legacy = tmp_path / "a.npz", tmp_path / "b.pt", tmp_path / "c.pt"
+    save_npz(npz, maps, config=np.array([trap], dtype=object))
+    save_pt(pt, maps, config=trap)
+    tensors = {key: torch.from_numpy(values) for key, values in maps.items()}
+    torch.save(tensors | {"trap": trap}, legacy, _use_new_zipfile_serialization=False)
+    problems = refusal_of([npz, pt, legacy], tmp_path / "R")
+    assert_mentions(
+        problems,
+        f"{npz}: config.npy: holds Python objects, which are never unpickled",
+        f"{pt}: cannot be read without unpickling, which is never done",
+        f"{legacy}: cannot be read without unpickling, which is never done",
+    )
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_what_is_no_dictionary_of_tensors(tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "a.pt")
+    assert_mentions(
+        refusal_of([tmp_path / "a.pt"], tmp_path / "R"),
+        "expected a dictionary of tensors, got list",
+    )
+
+
+def test_other_keys_of_a_pt_file_are_ignored(tmp_path):
+    notes = {"config": {"batch": [1, [2, 3]]}, "extra": torch.zeros(2, dtype=torch.bfloat16)}
+    import_results([save_pt(tmp_path / "a.pt", explicit_maps(), **notes)], tmp_path / "R")
+    assert check(tmp_path / "R") == []
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros((5, 6), dtype=torch.bfloat16), torch.zeros(5, 6).to_sparse()]
+)
+def test_tensors_that_numpy_cannot_hold(tmp_path, tensor):
+    file = save_pt(tmp_path / "a.pt", explicit_maps(), **{SUM: tensor})
+    assert_mentions(refusal_of([file], tmp_path / "R"), f"a.pt: {SUM}: ")
+
+
+def test_column_major_maps(tmp_path):
+    maps = explicit_maps()
+    file = save_npz(tmp_path / "a.npz", maps | {MIP: np.asfortranarray(maps[MIP])})
+    assert_mentions(refusal_of([file], tmp_path / "R"), "mip.npy: expected row-major order")
+
+
+def change_one(key, value):
+    maps = explicit_maps()
+    maps[key] = value(maps[key])
+    return maps
+
+
+def nan_at_corner(values):
+    values = values.copy()
+    values[0, 0] = np.nan
+    return values
+
+
+@pytest.mark.parametrize(
+    ("maps", "problem"),
+    [
+        (change_one(MIP, nan_at_corner), "mip: NaN at 1 pixel, first (0, 0)"),
+        (change_one("best_psi", nan_at_corner), "best_psi: NaN at 1 pixel"),
+        (change_one(SUM, lambda v: v[:3]), f"{SUM}: expected shape (5, 6), got (3, 6)"),
+        (change_one(SUM, lambda v: v.astype("f2")), f"{SUM}: expected dtype float32 or float64"),
+        (change_one(MIP, lambda v: v.astype("i4")), "mip: expected dtype float32, got int32"),
+        ({k: v for k, v in explicit_maps().items() if k != SUM}, f"{SUM}: missing"),
+        ({k: v for k, v in explicit_maps().items() if k != MIP}, f"{MIP}: missing"),
+        (indexed_maps(), "poses are indexed (best_global_index): give the tables"),
+    ],
+)
+def test_bad_maps(tmp_path, maps, problem):
+    file = save_npz(tmp_path / "a.npz", maps)
+    problems = refusal_of([file], tmp_path / "R")
+    assert_mentions(problems, problem)
+    assert problems[0].startswith(str(file))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4), ()])
+def test_maps_that_are_no_maps(tmp_path, shape):
+    maps = {key: np.zeros(shape, np.float32) for key in explicit_maps()}
+    problems = refusal_of([save_npz(tmp_path / "a.npz", maps)], tmp_path / "R")
+    assert any(str(shape) in problem for problem in problems)
+
+
+def test_indices_outside_the_search_space_come_with_a_hint(tmp_path):
+    maps = indexed_maps()
+    maps[INDEX][2, 3] = SPACE.n_poses
+    file = save_npz(tmp_path / "a.npz", maps, **TABLE_ARRAYS)
+    problems = refusal_of([file], tmp_path / "R")
+    assert_mentions(problems, "expected -1 to 41, got 42 to 42 at 1 pixel, first (2, 3)")
+    assert "Leopard-EM 1.2's wrong index in the last batch" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "problem"),
+    [
+        ([None, None], (), "missing (Leopard-EM 1.1 and 1.2 write none); give one count"),
+        ([None, None], (1,), "expected one count for each of 2 files, got 1"),
+        ([7, 8], (1, 2, 3), "expected one count for each of 2 files, got 3"),
+        ([7, 8], (7, 9), "the file says 8, --total-projections says 9"),
+        ([None, None], (5, 5.0), "expected an integer, got float64"),
+        ([None, None], (5, True), "expected an integer, got a bool"),
+        ([None, None], (5, -1), "expected a count from 0"),
+        ([7, -1], (), "expected a count from 0"),
+        ([7, 1e6], (), "expected an integer, got float64"),
+    ],
+)
+def test_bad_counts(tmp_path, stored, given, problem):
+    files = []
+    for number, count in enumerate(stored):
+        more = {} if count is None else {COUNT: np.asarray(count)}
+        file = tmp_path / f"gpu{number}.npz"
+        files.append(save_npz(file, explicit_maps(seed=number) | more, None))
+    problems = refusal_of(files, tmp_path / "R", ImportOptions(total_projections=given))
+    assert any(problem in found for found in problems), problems
+
+
+def test_one_file_given_twice(tmp_path):
+    file = save_npz(tmp_path / "a.npz", explicit_maps())
+    (tmp_path / "link.npz").symlink_to(file)
+    assert_mentions(refusal_of([file, file], tmp_path / "R"), "a.npz: given 2 times")
+    twice = refusal_of([file, tmp_path / "link.npz"], tmp_path / "R")
+    assert_mentions(twice, "a.npz: given 2 times")
+
+
+def test_one_result_under_two_names(tmp_path):
+    file = save_npz(tmp_path / "a.npz", explicit_maps())
+    shutil.copy(file, tmp_path / "b.npz")
+    problems = refusal_of([file, tmp_path / "b.npz"], tmp_path / "R")
+    assert_mentions(problems, f"b.npz: has the same content as {file}")
+
+
+def test_one_result_again_into_its_search(tmp_path):
+    file = save_npz(tmp_path / "a.npz", explicit_maps())
+    import_results([file], tmp_path / "R")
+    assert_mentions(refusal_of([file], tmp_path / "R"), "has a partial 'a' already")
+    shutil.copy(file, tmp_path / "b.npz")
+    problems = refusal_of([tmp_path / "b.npz"], tmp_path / "R")
+    assert_mentions(problems, "already there as partial 'a'")
+
+
+def test_a_file_whose_name_is_no_name_of_a_partial(tmp_path):
+    file = save_npz(tmp_path / "my gpu.npz", explicit_maps())
+    assert_mentions(refusal_of([file], tmp_path / "R"), "partial name 'my gpu'")
+
+
+def test_files_of_another_search_than_the_one_there(tmp_path):
+    run = write_explicit_search(tmp_path / "R")
+    file = save_npz(tmp_path / "a.npz", explicit_maps((6, 6)))
+    assert_mentions(refusal_of([file], run), f"{run}: shape: ", f"{run}: valid_shape: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (ImportOptions(template_box=6), "template box: expected 1 to 5"),
+        (ImportOptions(pixel_size_angstrom=-1.0), "pixel size: expected a positive"),
+        (ImportOptions(search_space="nowhere.npz"), "nowhere.npz: expected a file"),
+    ],
+)
+def test_bad_options(tmp_path, options, problem):
+    file = save_npz(tmp_path / "a.npz", explicit_maps())
+    assert_mentions(refusal_of([file], tmp_path / "R", options), problem)
+
+
+def test_files_with_unequal_or_unusable_tables(tmp_path):
+    other = TABLE_ARRAYS | {"pixel_values": np.float32([0, 1])}
+    broken = TABLE_ARRAYS | {"pixel_values": np.float32([])}
+    files = [
+        save_npz(tmp_path / f"gpu{n}.npz", indexed_maps(seed=n), **tables)
+        for n, tables in enumerate([TABLE_ARRAYS, other, broken])
+    ]
+    assert_mentions(
+        refusal_of(files, tmp_path / "R"),
+        f"{files[1]}: its search space is not the one of {files[0]}",
+        f"{files[2]}: pixel_values: expected at least one value",
+    )
+
+
+def test_a_search_space_file_names_what_is_missing(tmp_path):
+    np.savez(tmp_path / "t.npz", euler_angles=np.zeros((2, 2)), defocus_values=np.zeros(1))
+    with pytest.raises(InvalidInputError, match=r"t\.npz: pixel_values: missing"):
+        read_search_space_file(tmp_path / "t.npz")
+    np.savez(tmp_path / "t.npz", **TABLE_ARRAYS | {"euler_angles": np.zeros((2, 2))})
+    with pytest.raises(InvalidInputError, match=r"t\.npz: euler_angles: expected shape"):
+        read_search_space_file(tmp_path / "t.npz")
+    torch.save({k: torch.from_numpy(v) for k, v in TABLE_ARRAYS.items()}, tmp_path / "t.pt")
+    assert read_search_space_file(tmp_path / "t.pt").digest == SPACE.digest
+
+
+def test_all_problems_of_all_files_come_in_one_message(tmp_path):
+    good = explicit_maps()
+    no_sum = {key: values for key, values in good.items() if key != SUM}
+    files = [
+        save_npz(tmp_path / "a.npz", good),
+        save_npz(tmp_path / "b.npz", no_sum, 5.5),
+        save_npz(tmp_path / "c.npz", good | {MIP: good[MIP].astype("f8")}, None),
+        tmp_path / "d.npz",
+    ]
+    problems = refusal_of(files, tmp_path / "R", ImportOptions(template_box=99))
+    assert_mentions(
+        problems,
+        f"b.npz: {SUM}: missing",
+        f"b.npz: {COUNT}: expected an integer",
+        f"c.npz: {MIP}: expected dtype float32",
+        f"c.npz: {COUNT}: missing",
+        "d.npz: expected a file",
+        "template box: expected 1 to 5",
+    )
+
+
+def test_bad_values_of_all_files_come_in_one_message(tmp_path):
+    files = [
+        save_npz(tmp_path / "a.npz", change_one(MIP, nan_at_corner)),
+        save_npz(tmp_path / "b.npz", change_one(SUM, nan_at_corner)),
+        save_npz(tmp_path / "c.npz", explicit_maps()),
+    ]
+    problems = refusal_of(files, tmp_path / "R")
+    assert_mentions(problems, f"a.npz: {MIP}: NaN", f"b.npz: {SUM}: NaN")
+
+
+def test_a_huge_table_is_not_read(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+    )
+    file = save_npz(tmp_path / "a.npz", indexed_maps())
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("defocus_values.npy", header.getvalue())
+        for name in ("euler_angles", "pixel_values"):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, TABLE_ARRAYS[name])
+    problems = refusal_of([file], tmp_path / "R")
+    assert any("defocus_values: expected at most" in problem for problem in problems)
