@@ -1,16 +1,16 @@
 """Make the golden stores of the current format version; run once for a new version, never again.
 
-``PYTHONPATH=tests python tests/data/make_golden.py FOLDER`` makes stores that every later version of
-the package must read; copy them here. FOLDER is recorded in them, so give one that names no machine.
+``PYTHONPATH=tests python tests/data/make_golden.py FOLDER`` makes stores that every later version
+of the package must read; copy them here. FOLDER is recorded in them: let it name no machine.
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
-from helpers import make_result, write_search
 
 import ocelot_em
+from helpers import make_result, write_search
 from ocelot_em.format import FORMAT_VERSION
 
 

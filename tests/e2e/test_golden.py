@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest import DATA
-from helpers import assert_same_maps, read_maps
 
 import ocelot_em
+from conftest import DATA
+from helpers import assert_same_maps, read_maps
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
 

@@ -225,8 +225,8 @@ def test_bad_options_of_a_lazy_merge_are_refused(tmp_path):
     run = write_explicit_search(tmp_path / "R")
     with pytest.raises(InvalidInputError, match="option nan"):
         lazy_merge(run, nan="ignore")
-    with pytest.raises(InvalidInputError, match="option tile"):
-        lazy_merge(run, tile=7)
+    with pytest.raises(InvalidInputError, match="option tile_size"):
+        lazy_merge(run, tile_size=0)
     with pytest.raises(PlanError, match="tile size"):
         lazy_merge(run, tile_size=EDGE + 1)
     with pytest.raises(InvalidInputError, match="given more than once"):
