@@ -105,6 +105,17 @@ class _Result(Attributes):
         return MapSet(self.pose_form, self.has_pixel_size, self.has_counts)
 
 
+SHARED_BY_PARTIALS = (
+    "shape",
+    "valid_shape",
+    "pixel_size_angstrom",
+    "pose_form",
+    "has_pixel_size",
+    "search_space_digest",
+)
+"""Fields that must agree between all partials of a search, and between the inputs of a merge."""
+
+
 class SearchAttributes(_Result):
     """Root of a search: what all its partials share.
 

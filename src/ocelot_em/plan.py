@@ -185,14 +185,7 @@ def make_plan(
     opened = [open_sources(open_objects(url)) for url in urls]
     first = opened[0][0]
     for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
-        for key in (
-            "shape",
-            "valid_shape",
-            "pixel_size_angstrom",
-            "pose_form",
-            "has_pixel_size",
-            "search_space_digest",
-        ):
+        for key in fmt.SHARED_BY_PARTIALS:
             if getattr(attributes, key) != getattr(first, key):
                 problems.append(
                     f"{url}: {key}: expected {getattr(first, key)} as in {urls[0]}, "

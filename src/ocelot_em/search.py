@@ -491,14 +491,7 @@ def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]
     return [
         f"{objects.url}: {key}: the search has {getattr(found, key)}, "
         f"the new partial {getattr(wanted, key)}"
-        for key in (
-            "shape",
-            "valid_shape",
-            "pixel_size_angstrom",
-            "pose_form",
-            "has_pixel_size",
-            "search_space_digest",
-        )
+        for key in fmt.SHARED_BY_PARTIALS
         if getattr(found, key) != getattr(wanted, key)
     ]
 
