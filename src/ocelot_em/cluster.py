@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import logging
-import socket
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from ocelot_em.plan import MergeOptions, n_threads
 log = logging.getLogger(__name__)
 
 DASHBOARD_PORT = 8787
+"""Dask's usual one; another where it is taken."""
 
 WORKER_ENVIRONMENT = {
     # Keep freed memory and reuse it: Dask's default returns it to the system, and every chunk
@@ -97,12 +98,13 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     has_dashboard = importlib.util.find_spec("bokeh") is not None
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}),
+        _taking_another_port_quietly(),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=threads,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=f"127.0.0.1:{_free_port()}" if has_dashboard else None,
+            dashboard_address=f"127.0.0.1:{DASHBOARD_PORT}" if has_dashboard else None,
             # The plan keeps workers within their memory; Dask's own limits would pause or
             # restart a worker that is doing what was planned.
             memory_limit=0,
@@ -116,6 +118,14 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             f"{workers} worker processes of {threads} threads",
             cluster.dashboard_link if has_dashboard else None,
         )
+
+
+@contextlib.contextmanager
+def _taking_another_port_quietly() -> Iterator[None]:
+    """Let Dask choose another port for the dashboard; its link is printed anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
+        yield
 
 
 @contextlib.contextmanager
@@ -134,13 +144,3 @@ def _attached(address: str) -> Iterator[Cluster]:
         yield Cluster(
             ClientExecutor(client), f"{n} workers of {address}", client.dashboard_link or None
         )
-
-
-def _free_port() -> int:
-    """The dashboard's usual port if it is free, else 0: any."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", DASHBOARD_PORT))
-        except OSError:
-            return 0
-    return DASHBOARD_PORT

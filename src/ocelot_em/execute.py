@@ -98,6 +98,10 @@ class ClientExecutor:
         window = TILES_IN_FLIGHT * max(self._n_threads(), 1)
         submit_up_to(window)
         for future in running:
+            if future.status not in ("finished", "error", "cancelled"):
+                # Its worker died with the result before it got here; it is computed again.
+                running.add(future)
+                continue
             iy, ix = where.pop(str(future.key))
             if future.status == "finished":
                 outcome = future.result()

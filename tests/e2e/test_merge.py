@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ from ocelot_em.errors import (
     PlanError,
     TilesFailedError,
 )
+from ocelot_em.execute import ClientExecutor
 from ocelot_em.maps import BEST_PARTIAL, COUNT, MEAN, POSES, SCALED_MIP, SQUARED_SUM, STD, SUM
 from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import MergeReport, Outcome
+from ocelot_em.pipeline import MergeReport, Outcome, TileSummary
 
 SUMMED = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
 COUNTS = (1000, 2**31 + 7, 300, 25)
@@ -430,3 +432,51 @@ def test_a_damaged_plan_is_named(search: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"OUT.zarr: plan: tile: Field required"):
         merge(search, output)
     assert any("plan: tile" in problem for problem in ocelot_em.check(output))
+
+
+class FakeFuture:
+    """A Dask future whose first result is lost with its worker."""
+
+    def __init__(self, key: object, outcome: Outcome) -> None:
+        self.key, self._outcome, self._looked = key, outcome, 0
+
+    @property
+    def status(self) -> str:
+        self._looked += 1
+        return "pending" if self._looked == 1 else "finished"
+
+    def result(self) -> Outcome:
+        return self._outcome
+
+
+def test_a_result_lost_with_its_worker_is_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class AsCompleted(list[FakeFuture]):
+        def __init__(self, with_results: bool) -> None:
+            super().__init__()
+
+        add = list.append
+
+        def __iter__(self) -> Iterator[FakeFuture]:
+            while self:
+                yield self.pop(0)
+
+    class Client:
+        def submit(self, _: object, *args: object, key: object, **options: object) -> FakeFuture:
+            summary = TileSummary(1, 1, 0, 0, 0, 0, 0, 0)
+            return FakeFuture(key, Outcome(int(str(args[2])), int(str(args[3])), summary))
+
+        def nthreads(self) -> dict[str, int]:
+            return {"worker": 1}
+
+    monkeypatch.setattr("distributed.as_completed", AsCompleted)
+    ended: list[Outcome] = []
+
+    def collect(outcome: Outcome) -> bool:
+        ended.append(outcome)
+        return True
+
+    ClientExecutor(Client()).run("out", "run", [(0, n) for n in range(9)], collect)
+    assert sorted(outcome.ix for outcome in ended) == list(range(9))
+    assert all(outcome.summary for outcome in ended)
