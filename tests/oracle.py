@@ -1,4 +1,4 @@
-"""A second, independent merge: all partials in one stack, written from the handbook alone.
+"""A second, independent merge: all partials in one stack, written apart from the kernels.
 
 It shares no code with the kernels, needs memory without bound, and is what they are held against.
 """
