@@ -45,6 +45,7 @@ from ocelot_em.plan import (
     make_plan,
     plan_differences,
     read_plan,
+    tile_size_of,
 )
 from ocelot_em.search import (
     SearchInfo,
@@ -170,14 +171,13 @@ def prepare(
         at the output.
     """
     objects = open_objects(output)
-    existing = None if options.overwrite else _existing_output(objects)
+    found = _existing_output(objects)  # also refuses to overwrite what is no merged result
+    existing = None if options.overwrite else found
     if existing is not None and options.tile_size is None:
         # The tile size was chosen by the run that is resumed.
-        earlier = read_plan(existing, objects.url)
-        options = options.model_copy(update={"tile_size": max(earlier.tile)})
+        earlier = tile_size_of(read_plan(existing, objects.url))
+        options = options.model_copy(update={"tile_size": earlier})
     plan = make_plan(inputs, output, options)
-    if options.overwrite:
-        _refuse_overwriting_foreign(objects)
     done: set[tuple[int, int]] = set()
     if existing is not None:
         differences = plan_differences(existing.plan, plan.model_dump(mode="json"))
@@ -487,11 +487,6 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
             f"{objects.url}: is a search, not a merged result; choose another output"
         )
     return attributes
-
-
-def _refuse_overwriting_foreign(objects: Objects) -> None:
-    """Let ``overwrite`` delete nothing but a merged result."""
-    _existing_output(objects)
 
 
 def done_tiles(objects: Objects) -> set[tuple[int, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ocelot_em import format as fmt
-from ocelot_em.canvas import TileGrid
+from ocelot_em.canvas import TileGrid, ceil_div
 from ocelot_em.errors import FormatError, InvalidInputError, PlanError
 from ocelot_em.maps import COUNT, MAPS, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.objects import normalise_url, open_objects
@@ -157,6 +157,14 @@ def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         raise FormatError(f"{url}: plan: {wrong}") from None
+
+
+def tile_size_of(plan: MergePlan) -> int:
+    """Return a tile size that gives the plan's tiles again, also where the map cut them short."""
+    edge = max(plan.tile)
+    if edge <= fmt.DEFAULT_CHUNK:
+        return edge
+    return ceil_div(edge, fmt.DEFAULT_CHUNK) * fmt.DEFAULT_CHUNK
 
 
 def make_plan(

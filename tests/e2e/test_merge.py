@@ -480,3 +480,11 @@ def test_a_result_lost_with_its_worker_is_waited_for_again(
     ClientExecutor(Client()).run("out", "run", [(0, n) for n in range(9)], collect)
     assert sorted(outcome.ix for outcome in ended) == list(range(9))
     assert all(outcome.summary for outcome in ended)
+
+
+def test_a_large_tile_that_the_map_cuts_short_is_kept_when_resuming(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    write_search(tmp_path / "RUN.zarr", [make_result(rng, (3, 1500), 10)], [10])
+    merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=2048)
+    assert merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr").n_merged == 0

@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -325,7 +325,6 @@ class _Candidate:
     arrays: Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
     count: int | None = None
     sha256: str = ""
-    problems: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
