@@ -59,8 +59,8 @@ class Objects(Protocol):
         """Return free space in bytes, or None where the storage does not say."""
         ...
 
-    def zarr_store(self, *, read_only: bool) -> Any:
-        """Return a Zarr store over the same objects."""
+    def zarr_store(self) -> Any:
+        """Return a Zarr store over the same objects, for reading: writing is done here."""
         ...
 
 
@@ -169,10 +169,10 @@ class _ObstoreObjects:
     def free_bytes(self) -> int | None:
         return None
 
-    def zarr_store(self, *, read_only: bool) -> Any:
+    def zarr_store(self) -> Any:
         from zarr.storage import ObjectStore
 
-        return ObjectStore(self._store, read_only=read_only)
+        return ObjectStore(self._store, read_only=True)
 
 
 class _LocalObjects(_ObstoreObjects):
@@ -287,10 +287,10 @@ class _FsspecObjects:
     def free_bytes(self) -> int | None:
         return None
 
-    def zarr_store(self, *, read_only: bool) -> Any:
+    def zarr_store(self) -> Any:
         from zarr.storage import FsspecStore
 
-        return FsspecStore.from_url(self.url, read_only=read_only)
+        return FsspecStore.from_url(self.url, read_only=True)
 
 
 def _storage_error(verb: str, url: str, key: str, error: Exception) -> StorageError:

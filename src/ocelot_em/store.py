@@ -57,7 +57,7 @@ def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
         return None
     with _metadata_errors(objects, path):
         group = zarr.open_group(
-            objects.zarr_store(read_only=True),
+            objects.zarr_store(),
             path=path,
             mode="r",
             zarr_format=3,
@@ -102,7 +102,7 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**32) -> AnyAr
         It is not there, too large, or cannot be decoded.
     """
     with _metadata_errors(objects, path):
-        array = zarr.open_array(objects.zarr_store(read_only=True), path=path, mode="r")
+        array = zarr.open_array(objects.zarr_store(), path=path, mode="r")
         if array.nbytes > max_nbytes:
             raise FormatError(
                 f"{objects.url}/{path}: expected at most {max_nbytes} bytes, got {array.nbytes}"
@@ -348,9 +348,7 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
     if objects.get(_join(path, "zarr.json")) is None:
         raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
     with _metadata_errors(objects, path):
-        array = zarr.open_array(
-            objects.zarr_store(read_only=True), path=path, mode="r", zarr_format=3
-        )
+        array = zarr.open_array(objects.zarr_store(), path=path, mode="r", zarr_format=3)
     metadata = cast(Any, array.metadata)
     allowed = tuple(dtypes)
     problems = []
