@@ -2,12 +2,14 @@
 
 ``python -m benchmarks.kernel [--quick]``. Bytes are those of the inputs and the outputs; a copy
 counts what it reads and what it writes. All ways run in turn, so that a noisy machine hits them
-alike; compare the ratios, not the figures.
+alike; compare the ratios, not the figures. The memory is what a way allocates beyond the inputs
+and the merged maps, which are there before.
 """
 
 import argparse
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,8 +46,18 @@ def arrays_of(partial: PartialMaps) -> tuple[np.ndarray, ...]:
     )
 
 
+def cut(partial: PartialMaps, rows: slice) -> PartialMaps:
+    pose = tuple(array[rows] for array in partial.pose)
+    sums = partial.correlation_sum[rows], partial.correlation_squared_sum[rows]
+    return PartialMaps(partial.mip[rows], pose, *sums, partial.count, partial.best_partial)
+
+
 def merge_rows(
-    rows: slice, partials: list[PartialMaps], maps: MapSet, space: SearchSpace | None, out: dict
+    rows: slice,
+    partials: list[PartialMaps],
+    maps: MapSet,
+    space: SearchSpace | None,
+    out: dict[str, np.ndarray],
 ) -> None:
     """Fold and finalise these rows band by band, picks and results straight into ``out``."""
     width = partials[0].mip.shape[1]
@@ -58,11 +70,7 @@ def merge_rows(
         picks = tuple(here[name] for name in maps.pose)
         acc = Accumulator(here[MIP], picks, here[BEST_PARTIAL], total, squared_total, None)
         cpu.reset(acc)
-        for p in partials:
-            pose = tuple(x[band] for x in p.pose)
-            new = p.correlation_sum[band], p.correlation_squared_sum[band]
-            part = PartialMaps(p.mip[band], pose, *new, p.count, p.best_partial)
-            cpu.fold(acc, part, space)
+        cpu.fold_all(acc, [cut(partial, band) for partial in partials], space)
         cpu.finalise(acc, maps, space, here)
 
 
@@ -92,6 +100,14 @@ def measure(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def extra_nbytes(way: Callable[[], object]) -> int:
+    tracemalloc.start()
+    way()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 def run(form: PoseForm, side: int) -> None:
     space = None
     if form is PoseForm.INDEXED:
@@ -105,42 +121,46 @@ def run(form: PoseForm, side: int) -> None:
         name: np.zeros((side, side), np.int32 if name.endswith(("partial", "index")) else "f4")
         for name in maps.merged
     }
-    half = side // 2
     pool = ThreadPoolExecutor(2)
+    halves = slice(0, side // 2), slice(side // 2, side)
 
-    def copy() -> None:
+    def copy_rows(rows: slice) -> None:
         for target, source in zip(copies, inputs, strict=True):
-            np.copyto(target, source)
+            np.copyto(target[rows], source[rows])
 
-    def one_thread() -> None:
-        merge_rows(slice(0, side), partials, maps, space, out)
+    def merge(rows: slice) -> None:
+        merge_rows(rows, partials, maps, space, out)
 
-    def two_threads() -> None:
-        parts = slice(0, half), slice(half, side)
-        list(pool.map(lambda rows: merge_rows(rows, partials, maps, space, out), parts))
-
-    one_thread()
+    ways: dict[str, Callable[[], object]] = {
+        "copy (np.copyto), one thread": lambda: copy_rows(slice(0, side)),
+        "copy (np.copyto), two threads": lambda: list(pool.map(copy_rows, halves)),
+        "cpu kernel, one thread": lambda: merge(slice(0, side)),
+        "cpu kernel, two threads": lambda: list(pool.map(merge, halves)),
+        "stack, argmax, take_along_axis": lambda: stack(partials),
+    }
+    merge(slice(0, side))
     assert np.allclose(out[SUM], sum(p.correlation_sum for p in partials), atol=1e-4)
-    seconds = measure(
-        {"copy": copy, "one": one_thread, "two": two_threads, "stack": lambda: stack(partials)}
-    )
+    seconds = measure(ways)
+    extra = {name: extra_nbytes(way) for name, way in ways.items()}
     pool.shutdown()
     n_in = sum(array.nbytes for array in inputs)
     n_merged = n_in + sum(array.nbytes for array in out.values())
-    rates = {name: n_merged / value / 1e9 for name, value in seconds.items()}
-    rates["copy"] = 2 * n_in / seconds["copy"] / 1e9
-    labels = {
-        "copy": "copy (np.copyto, one thread)",
-        "one": "cpu kernel, one thread",
-        "two": "cpu kernel, two threads",
-        "stack": "stack, argmax, take_along_axis",
+    rates = {
+        name: (2 * n_in if name.startswith("copy") else n_merged) / value / 1e9
+        for name, value in seconds.items()
     }
+    copies_of = [rates[name] for name in ways if name.startswith("copy")]
     print(f"\n{form}, {N_PARTIALS} partials x {side}^2, {n_in / 1e9:.2f} GB in")
-    print(f"{'way':32} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'of stack':>9}")
-    for name, label in labels.items():
+    print(
+        f"{'way':32} {'ms':>8} {'GB/s':>7} {'of copy':>8} {'of two':>8} {'of stack':>9}"
+        f" {'extra MB':>9}"
+    )
+    for name, rate in rates.items():
+        of_stack = rate / rates["stack, argmax, take_along_axis"]
+        of_one, of_two = (rate / copied for copied in copies_of)
         print(
-            f"{label:32} {seconds[name] * 1e3:8.1f} {rates[name]:7.2f} "
-            f"{rates[name] / rates['copy']:8.2f} {rates[name] / rates['stack']:9.2f}"
+            f"{name:32} {seconds[name] * 1e3:8.1f} {rate:7.2f} {of_one:8.2f} {of_two:8.2f}"
+            f" {of_stack:9.2f} {extra[name] / 1e6:9.1f}"
         )
 
 

@@ -6,40 +6,54 @@ than one of a hundred.
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import dask
 import dask.threaded
 from dask.callbacks import Callback
 
-from ocelot_em.pipeline import Outcome, attempt_tile
+from ocelot_em.pipeline import Outcome, Tiles, attempt_tiles
 
 log = logging.getLogger(__name__)
 
-TASK_NAME = "merge_tile"
+TASK_NAME = "merge_tiles"
 
-TILES_PER_GRAPH = 64
-"""Tiles per thread in one graph of the threaded scheduler; its cost grows with the graph."""
+MOST_TILES_PER_TASK = 16
+"""A task costs Dask about as much as a small tile costs us; tiles of one task overlap."""
 
-TILES_IN_FLIGHT = 3
-"""Tasks per thread that a cluster has at a time: one running, the next ones at hand."""
+RUNS_PER_THREAD = 4
+"""Into so many tasks for each thread the tiles that are left are cut: the last ones are short, so
+that all threads end together."""
+
+TASKS_PER_GRAPH = 256
+"""Tasks in one graph of the threaded scheduler; its cost for each grows with their number."""
+
+TASKS_IN_FLIGHT = 2
+"""Tasks per thread that a cluster has at a time: one running, the next at hand."""
 
 RETRIES = 3
-"""How often a tile is tried again after its worker died or lost its connection."""
+"""How often a task is tried again after its worker died or lost its connection."""
+
+Run = tuple[tuple[int, int], ...]
+"""Rows and columns of the tiles of one task."""
+
+Attempt = Callable[[str, str, Run], list[Outcome]]
+"""What a task does: :func:`ocelot_em.pipeline.attempt_tiles`, or nothing, to measure the rest."""
 
 
 class ThreadExecutor:
     """Dask's threaded scheduler in this process; needs no server."""
 
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
+    def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
+        self.n_threads, self._attempt = n_threads, attempt
 
     def run(
         self,
         output: str,
         run_id: str,
-        tiles: Iterable[tuple[int, int]],
+        tiles: Tiles,
         on_outcome: Callable[[Outcome], bool],
     ) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
@@ -47,13 +61,13 @@ class ThreadExecutor:
 
         def posttask(_key: object, value: object, *_: object) -> None:
             nonlocal go_on
-            if isinstance(value, Outcome):
-                go_on = on_outcome(value) and go_on
+            if isinstance(value, list):
+                for outcome in value:
+                    go_on = on_outcome(outcome) and go_on
 
-        for batch in _batched(tiles, TILES_PER_GRAPH * self.n_threads):
-            graph = {
-                (TASK_NAME, iy, ix): (attempt_tile, output, run_id, iy, ix) for iy, ix in batch
-            }
+        runs = cut_into_runs(tiles, lambda: self.n_threads)
+        while batch := tuple(itertools.islice(runs, TASKS_PER_GRAPH)):
+            graph = {(TASK_NAME, *run[0]): (self._attempt, output, run_id, [*run]) for run in batch}
             with Callback(posttask=posttask):
                 dask.threaded.get(graph, list(graph), num_workers=self.n_threads)
             if not go_on:
@@ -63,67 +77,78 @@ class ThreadExecutor:
 class ClientExecutor:
     """A Dask cluster, through its client: a sliding window of tasks, released as they end."""
 
-    def __init__(self, client: Any) -> None:
-        self.client = client
+    def __init__(self, client: Any, attempt: Attempt = attempt_tiles) -> None:
+        self.client, self._attempt = client, attempt
 
     def run(
         self,
         output: str,
         run_id: str,
-        tiles: Iterable[tuple[int, int]],
+        tiles: Tiles,
         on_outcome: Callable[[Outcome], bool],
     ) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
         from distributed import as_completed
 
-        todo = iter(tiles)
+        runs = cut_into_runs(tiles, self._n_threads)
+        one_by_one: deque[Run] = deque()
         running = as_completed(with_results=False)
-        where: dict[str, tuple[int, int]] = {}
+        in_flight: dict[str, Run] = {}
 
-        def submit_up_to(n_more: int) -> None:
-            for iy, ix in itertools.islice(todo, n_more):
+        def submit() -> None:
+            # Workers may have come or gone meanwhile.
+            while len(in_flight) < TASKS_IN_FLIGHT * max(self._n_threads(), 1):
+                run = one_by_one.popleft() if one_by_one else next(runs, None)
+                if run is None:
+                    return
                 future = self.client.submit(
-                    attempt_tile,
+                    self._attempt,
                     output,
                     run_id,
-                    iy,
-                    ix,
-                    key=(f"{TASK_NAME}-{run_id[:12]}", iy, ix),
+                    run,
+                    key=(f"{TASK_NAME}-{run_id[:12]}", *run[0], len(run)),
                     retries=RETRIES,
                     pure=False,
                 )
-                where[str(future.key)] = (iy, ix)
+                in_flight[str(future.key)] = run
                 running.add(future)
 
-        window = TILES_IN_FLIGHT * max(self._n_threads(), 1)
-        submit_up_to(window)
+        submit()
         for future in running:
             if future.status not in ("finished", "error", "cancelled"):
                 # Its worker died with the result before it got here; it is computed again.
                 running.add(future)
                 continue
-            iy, ix = where.pop(str(future.key))
+            run = in_flight.pop(str(future.key))
+            outcomes = []
             if future.status == "finished":
-                outcome = future.result()
+                outcomes = future.result()
+            elif len(run) > 1:
+                # One of them may be to blame: the others should not share its fate.
+                one_by_one.extend((tile,) for tile in run)
             else:
-                outcome = Outcome(iy, ix, None, f"its task was lost: {_reason(future)}")
+                outcomes = [Outcome(*run[0], None, f"its task was lost: {_reason(future)}")]
             del future  # the scheduler forgets what nobody holds
-            if not on_outcome(outcome):
+            go_on = True
+            for outcome in outcomes:
+                go_on = on_outcome(outcome) and go_on
+            if not go_on:
                 running.clear()
                 return
-            # Workers may have come or gone meanwhile.
-            window = TILES_IN_FLIGHT * max(self._n_threads(), 1)
-            submit_up_to(max(window - len(where), 0))
+            submit()
 
     def _n_threads(self) -> int:
         return sum(self.client.nthreads().values())
 
 
-def _batched(tiles: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Cut into tuples of at most this size (itertools.batched needs Python 3.12)."""
-    rest = iter(tiles)
-    while batch := tuple(itertools.islice(rest, size)):
-        yield batch
+def cut_into_runs(tiles: Sequence[tuple[int, int]], n_threads: Callable[[], int]) -> Iterator[Run]:
+    """Cut into runs of neighbours for the tasks: long ones first, single tiles at the end."""
+    start = 0
+    while start < len(tiles):
+        share = (len(tiles) - start) // (RUNS_PER_THREAD * max(n_threads(), 1))
+        stop = start + min(max(share, 1), MOST_TILES_PER_TASK)
+        yield tuple(tiles[start:stop])
+        start = stop
 
 
 def _reason(future: Any) -> str:

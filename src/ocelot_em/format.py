@@ -17,7 +17,18 @@ from pydantic import (
 )
 
 from ocelot_em.errors import FormatError
-from ocelot_em.maps import MAPS, MapSet, PoseForm
+from ocelot_em.maps import (
+    INDEX,
+    MAPS,
+    MEAN,
+    MIP,
+    SCALED_MIP,
+    SQUARED_SUM,
+    STD,
+    SUM,
+    MapSet,
+    PoseForm,
+)
 
 FORMAT_VERSION: Final = 1
 ATTRIBUTE_KEY = "ocelot"
@@ -195,6 +206,17 @@ def dump_attributes(model: Attributes) -> dict[str, Any]:
 def fill_value(name: str) -> float | int:
     """Fill value of a map: NaN, or for the integer maps -1 (index, partial) and 0 (count)."""
     return MAPS[name].fill
+
+
+def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
+    """How a map is shuffled before it is compressed: what measured best, see ``docs/format.md``.
+
+    Maps of few different values compress better by bits. Noise compresses to the same size by
+    bytes, which are decoded four times faster.
+    """
+    return (
+        "shuffle" if name in (MIP, INDEX, SUM, SQUARED_SUM, SCALED_MIP, MEAN, STD) else "bitshuffle"
+    )
 
 
 def map_attributes(name: str) -> dict[str, str]:

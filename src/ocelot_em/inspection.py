@@ -66,8 +66,8 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     tiles_done = n_tiles = 0
     if isinstance(attributes, fmt.MergedAttributes):
         partials = tuple((c.name, "complete", c.total_projections) for c in attributes.partials)
-        n_tiles = len(read_plan(attributes, objects.url).grid)
-        tiles_done = len(done_tiles(objects))
+        grid = read_plan(attributes, objects.url).grid
+        n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
     else:
         partials = tuple((name, p.state, p.total_projections) for name, p in read_partials(objects))
     return StoreInfo(
@@ -158,14 +158,15 @@ def _search_problems(
 
 def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[str]:
     problems = []
-    n_tiles = 0
+    n_tiles = n_done = 0
     try:
-        n_tiles = len(read_plan(attributes, objects.url).grid)
+        grid = read_plan(attributes, objects.url).grid
+        n_tiles, n_done = len(grid), int(done_tiles(objects, grid).sum())
     except FormatError as error:
         problems.append(str(error))
     if attributes.state != "complete":
         problems.append(
-            f"{objects.url}: the merge was never finished: {len(done_tiles(objects))} of {n_tiles} "
+            f"{objects.url}: the merge was never finished: {n_done} of {n_tiles} "
             "tiles are done; run the command that made it again"
         )
     total = sum(partial.total_projections for partial in attributes.partials)

@@ -12,13 +12,12 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from ocelot_em import kernels
 from ocelot_em.canvas import Region, TileGrid
 from ocelot_em.errors import FormatError, IncompleteError
 from ocelot_em.format import DIMENSIONS, MergedAttributes, SearchAttributes, map_attributes
 from ocelot_em.maps import MAPS, AnyArray
 from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import Clock, Job, Workspace, merge_region
+from ocelot_em.pipeline import Job, TileInMemory
 from ocelot_em.plan import MergeOptions, MergePlan, make_plan
 from ocelot_em.search import (
     open_partial_maps,
@@ -166,16 +165,12 @@ def lazy_merge(
 
 def _merge_for_dask(plan: str, iy: int, ix: int) -> dict[str, AnyArray]:
     job = _open_lazy_job(plan)
-    tile = job.plan.grid.at(iy, ix)
-    # The arrays outlive this call, so they get memory of their own.
-    work = Workspace(job.maps, tile.region.shape)
-    merged, _ = merge_region(job, tile, work, Clock())
-    return merged
+    return TileInMemory(job, job.plan.grid.at(iy, ix)).merge()
 
 
 @lru_cache(maxsize=8)
 def _open_lazy_job(plan: str) -> Job:
-    return Job(MergePlan.model_validate_json(plan), None, kernels.load("cpu"))
+    return Job(MergePlan.model_validate_json(plan), None)
 
 
 class _Lazily:

@@ -5,9 +5,12 @@ other ``scheme://`` goes through fsspec. Credentials and endpoints come from the
 those libraries document it. Nothing here knows about Zarr's content.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -31,8 +34,15 @@ class Objects(Protocol):
 
     url: str
 
+    streams: int
+    """Transfers that are worth having at a time, per thread that waits for them."""
+
     def get(self, key: str) -> bytes | None:
         """Return the object's bytes, or None where there is none."""
+        ...
+
+    def get_into(self, key: str, memory: "ReusedMemory") -> memoryview | None:
+        """As :meth:`get`, in the given memory, which the caller may change."""
         ...
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
@@ -45,6 +55,14 @@ class Objects(Protocol):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return keys and sizes in bytes of all objects below a prefix."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Return the object's size in bytes, or None where there is none."""
+        ...
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """All keys below a prefix, one after another, however many there are."""
         ...
 
     def children(self, prefix: str) -> list[str]:
@@ -62,6 +80,25 @@ class Objects(Protocol):
     def zarr_store(self) -> Any:
         """Return a Zarr store over the same objects, for reading: writing is done here."""
         ...
+
+
+class ReusedMemory:
+    """Memory that is used again and again: fresh pages cost more than what is read into them."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def of(self, nbytes: int) -> memoryview:
+        """Return this many bytes; valid until they are asked for again."""
+        if len(self._bytes) < nbytes:
+            self._bytes = bytearray(nbytes + nbytes // 8)
+        return memoryview(self._bytes)[:nbytes]
+
+    def filled(self, data: memoryview) -> memoryview:
+        """Return a copy of these bytes in this memory."""
+        target = self.of(len(data))
+        target[:] = data
+        return target
 
 
 def normalise_url(place: str | os.PathLike[str]) -> str:
@@ -95,6 +132,8 @@ def _open(url: str) -> Objects:
 
 
 class _ObstoreObjects:
+    streams = 8  # a request takes far longer to be answered than to be transferred
+
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -125,6 +164,15 @@ class _ObstoreObjects:
 
         return self._guard("read", key, action)
 
+    def get_into(self, key: str, memory: ReusedMemory) -> memoryview | None:
+        def action() -> memoryview | None:
+            try:
+                return memory.filled(memoryview(obstore.get(self._store, key).bytes()))
+            except FileNotFoundError:
+                return None
+
+        return self._guard("read", key, action)
+
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         # A single put is atomic everywhere; multipart uploads would need an abort path.
         self._guard(
@@ -149,6 +197,20 @@ class _ObstoreObjects:
             return {meta["path"]: meta["size"] for batch in batches for meta in batch}
 
         return self._guard("list", prefix, action)
+
+    def size(self, key: str) -> int | None:
+        def action() -> int | None:
+            try:
+                return int(obstore.head(self._store, key)["size"])
+            except FileNotFoundError:
+                return None
+
+        return self._guard("look up", key, action)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        batches = iter(self._guard("list", prefix, lambda: obstore.list(self._store, prefix)))
+        while batch := self._guard("list", prefix, lambda: next(batches, None)):
+            yield from (meta["path"] for meta in batch)
 
     def children(self, prefix: str) -> list[str]:
         def action() -> list[str]:
@@ -176,7 +238,12 @@ class _ObstoreObjects:
 
 
 class _LocalObjects(_ObstoreObjects):
-    """A directory; made by the first write, so that looking at a place never creates it."""
+    """A directory; made by the first write, so that looking at a place never creates it.
+
+    Chunks are read and written with plain system calls: one copy between them and the page cache.
+    """
+
+    streams = 1
 
     def _connect(self) -> Any:
         return LocalStore(self.url, mkdir=True)
@@ -186,10 +253,64 @@ class _LocalObjects(_ObstoreObjects):
         return Path(self.url).is_dir()
 
     def get(self, key: str) -> bytes | None:
-        return super().get(key) if self._exists else None
+        found = self.get_into(key, ReusedMemory())
+        return None if found is None else bytes(found)
+
+    def get_into(self, key: str, memory: ReusedMemory) -> memoryview | None:
+        def action() -> memoryview | None:
+            try:
+                # O_NONBLOCK: opening a pipe that lies there must not wait for a writer.
+                descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            try:
+                status = os.fstat(descriptor)
+                if stat.S_ISDIR(status.st_mode):
+                    return None
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError("expected a file")
+                target = memory.of(status.st_size)
+                n_read = 0
+                while n := os.readv(descriptor, [target[n_read:]]):
+                    n_read += n
+                return target[:n_read]
+            finally:
+                os.close(descriptor)
+
+        return self._guard("read", key, action)
+
+    def put(self, key: str, parts: Sequence[bytes]) -> None:
+        def action() -> None:
+            # Renamed when it is whole. Listings leave out names that end like this one.
+            staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
+            try:
+                descriptor = _open_new(staged)
+                try:
+                    _write_all(descriptor, parts)
+                finally:
+                    os.close(descriptor)
+                staged.rename(self._path(key))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    staged.unlink()
+                raise
+
+        self._guard("write", key, action)
 
     def sizes(self, prefix: str) -> dict[str, int]:
         return super().sizes(prefix) if self._exists else {}
+
+    def size(self, key: str) -> int | None:
+        def action() -> int | None:
+            try:
+                return Path(self._path(key)).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        return self._guard("look up", key, action)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        return super().keys(prefix) if self._exists else iter(())
 
     def children(self, prefix: str) -> list[str]:
         return super().children(prefix) if self._exists else []
@@ -201,6 +322,9 @@ class _LocalObjects(_ObstoreObjects):
         if not prefix and hasattr(self, "_opened"):
             del self._opened  # the directory is made anew by the next write
 
+    def _path(self, key: str) -> str:
+        return f"{self.url}/{key}"
+
     def free_bytes(self) -> int | None:
         place = Path(self.url)
         while not place.exists():
@@ -209,6 +333,8 @@ class _LocalObjects(_ObstoreObjects):
 
 
 class _FsspecObjects:
+    streams = 8
+
     def __init__(self, url: str) -> None:
         try:
             from fsspec.core import url_to_fs
@@ -241,6 +367,10 @@ class _FsspecObjects:
 
         return self._guard("read", key, action)
 
+    def get_into(self, key: str, memory: ReusedMemory) -> memoryview | None:
+        found = self.get(key)
+        return None if found is None else memory.filled(memoryview(found))
+
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         def action() -> None:
             self._fs.makedirs(self._path(key).rpartition("/")[0], exist_ok=True)
@@ -263,6 +393,18 @@ class _FsspecObjects:
             return {path[strip:]: int(info["size"]) for path, info in found.items()}
 
         return self._guard("list", prefix, action)
+
+    def size(self, key: str) -> int | None:
+        def action() -> int | None:
+            try:
+                return int(self._fs.info(self._path(key))["size"])
+            except FileNotFoundError:
+                return None
+
+        return self._guard("look up", key, action)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        yield from self.sizes(prefix)
 
     def children(self, prefix: str) -> list[str]:
         def action() -> list[str]:
@@ -291,6 +433,26 @@ class _FsspecObjects:
         from zarr.storage import FsspecStore
 
         return FsspecStore.from_url(self.url, read_only=True)
+
+
+def _open_new(path: Path) -> int:
+    """Open a file that is not there yet, in folders that need not be, for writing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def _write_all(descriptor: int, parts: Sequence[bytes]) -> None:
+    left = [memoryview(part) for part in parts if part]
+    while left:
+        n_written = os.writev(descriptor, left)
+        while left and n_written >= len(left[0]):
+            n_written -= len(left.pop(0))
+        if n_written:
+            left[0] = left[0][n_written:]
 
 
 def _storage_error(verb: str, url: str, key: str, error: Exception) -> StorageError:

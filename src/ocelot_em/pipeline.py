@@ -1,41 +1,36 @@
 """The story of a merge, read top to bottom: partials -> tiles -> merged maps.
 
-:func:`merge` plans, prepares the output and hands every missing tile to an executor;
-:func:`merge_tile` is what each of them does. Nothing here knows of threads, Dask or Zarr.
+:func:`merge` plans, prepares the output and hands the missing tiles to an executor;
+:func:`merge_tiles` is what a worker does with those it is given. Nothing here knows of threads,
+Dask or Zarr.
 """
 
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from os import PathLike
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ocelot_em import format as fmt
-from ocelot_em import kernels, store
-from ocelot_em.canvas import Region, Tile
+from ocelot_em import store
+from ocelot_em.canvas import Tile, TileGrid
 from ocelot_em.errors import (
     InvalidDataError,
     OutputExistsError,
     StoreNotFoundError,
     TilesFailedError,
 )
-from ocelot_em.maps import (
-    BEST_PARTIAL,
-    COUNT,
-    MAPS,
-    MIP,
-    SQUARED_SUM,
-    SUM,
-    Accumulator,
-    AnyArray,
-    MapSet,
-)
+from ocelot_em.fold import Fold, Workspace
+from ocelot_em.maps import AnyArray
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.plan import (
     Forecast,
@@ -49,31 +44,40 @@ from ocelot_em.plan import (
 )
 from ocelot_em.search import (
     SearchInfo,
-    SourceReader,
     now,
     open_partial_maps,
+    open_source_maps,
     provenance,
     read_attributes,
     read_search_space,
     value_problems,
     write_search_space,
 )
+from ocelot_em.transfer import ReadAhead, Request, WriteBehind
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 50
 """A run whose tiles only fail is given up: the disk is full or the network is gone."""
 
+MAX_FAILURES_SHOWN = 20
+
 
 @dataclass(frozen=True, slots=True)
 class TileSummary:
-    """What is known about a tile after it was written; kept in the output as its done-mark."""
+    """What is known about a tile after it was written; kept in the output as its done-mark.
+
+    Seconds are of the thread that merged it. Reading includes decoding, writing includes encoding,
+    and ``waited_seconds`` is the part of both in which there was nothing to do but wait for the
+    storage.
+    """
 
     pixels: int
     searched_pixels: int
     read_seconds: float
     fold_seconds: float
     write_seconds: float
+    waited_seconds: float
     read_nbytes: int
     decoded_nbytes: int
     written_nbytes: int
@@ -99,10 +103,10 @@ class Executor(Protocol):
         self,
         output: str,
         run_id: str,
-        tiles: Iterable[tuple[int, int]],
+        tiles: "Tiles",
         on_outcome: Callable[[Outcome], bool],
     ) -> None:
-        """Call :func:`attempt_tile` once for every tile and pass on what it returns.
+        """Call :func:`attempt_tiles` for runs of tiles, each once, and pass on what it returns.
 
         ``on_outcome`` is called in this thread; when it returns False no further tiles start.
         """
@@ -156,7 +160,34 @@ class Preparation:
     output: str
     forecast: Forecast
     existing: fmt.MergedAttributes | None
-    missing: Sequence[tuple[int, int]]
+    missing: "Tiles"
+
+
+class Tiles(Sequence[tuple[int, int]]):
+    """Rows and columns of some tiles of a grid, in eight bytes each.
+
+    Parameters
+    ----------
+    n_columns
+        Of the grid.
+    numbers
+        Of the tiles, counted row by row.
+    """
+
+    def __init__(self, n_columns: int, numbers: NDArray[np.int64]) -> None:
+        self._n_columns, self._numbers = n_columns, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Tiles": ...
+    def __getitem__(self, index: int | slice) -> "tuple[int, int] | Tiles":
+        if isinstance(index, slice):
+            return Tiles(self._n_columns, self._numbers[index])
+        return divmod(int(self._numbers[index]), self._n_columns)
 
 
 def prepare(
@@ -178,7 +209,7 @@ def prepare(
         earlier = tile_size_of(read_plan(existing, objects.url))
         options = options.model_copy(update={"tile_size": earlier})
     plan = make_plan(inputs, output, options)
-    done: set[tuple[int, int]] = set()
+    done = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None:
         differences = plan_differences(existing.plan, plan.model_dump(mode="json"))
         if differences:
@@ -186,8 +217,8 @@ def prepare(
                 f"{objects.url}: is already there, from another merge: {'; '.join(differences)}; "
                 "choose another output, or --overwrite to replace it"
             )
-        done = done_tiles(objects)
-    missing = [(tile.iy, tile.ix) for tile in plan.grid if (tile.iy, tile.ix) not in done]
+        done = done_tiles(objects, plan.grid)
+    missing = Tiles(plan.grid.counts[1], np.flatnonzero(~done))
     prediction = forecast(plan, output, options, n_done=len(plan.grid) - len(missing))
     return Preparation(plan, objects.url, prediction, existing, missing)
 
@@ -208,18 +239,21 @@ def merge(
     started = time.perf_counter()
     objects = open_objects(ready.output)
     attributes = _create_output(objects, ready, options)
-    summaries: list[TileSummary] = []
-    failed: list[Outcome] = []
-    in_a_row = 0
+    totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
+    n_merged = n_failed = in_a_row = 0
+    shown: list[str] = []
 
     def collect(outcome: Outcome) -> bool:
-        nonlocal in_a_row
+        nonlocal totals, n_merged, n_failed, in_a_row
         if outcome.summary is None:
-            failed.append(outcome)
+            n_failed += 1
             in_a_row += 1
+            if n_failed <= MAX_FAILURES_SHOWN:
+                shown.append(f"\n  - tile ({outcome.iy}, {outcome.ix}): {outcome.error}")
             log.error("tile (%d, %d): %s", outcome.iy, outcome.ix, outcome.error)
         else:
-            summaries.append(outcome.summary)
+            totals = _sum(totals, outcome.summary)
+            n_merged += 1
             in_a_row = 0
         on_outcome(outcome)
         return in_a_row < MAX_FAILURES_IN_A_ROW
@@ -229,16 +263,15 @@ def merge(
             executor.run(objects.url, attributes.id, ready.missing, collect)
         finally:
             _open_job.cache_clear()  # gives this process's tile buffers back
-    n_left = len(ready.missing) - len(summaries)
+    n_left = len(ready.missing) - n_merged
     if n_left:
-        shown = "\n".join(f"  - tile ({f.iy}, {f.ix}): {f.error}" for f in failed[:20])
-        more = f"\n  ... and {len(failed) - 20} more" if len(failed) > 20 else ""
-        given_up = n_left - len(failed)
+        more = f"\n  ... and {n_failed - len(shown)} more" if n_failed > len(shown) else ""
+        given_up = n_left - n_failed
         stopped = f"; {given_up} more were not tried" if given_up else ""
         raise TilesFailedError(
-            f"{ready.output}: {len(failed)} of {len(ready.plan.grid)} tiles failed{stopped}; the "
-            f"others are done and kept; mend the cause and run the same command again:\n"
-            f"{shown}{more}"
+            f"{ready.output}: {n_failed} of {len(ready.plan.grid)} tiles failed{stopped}; the "
+            f"others are done and kept; mend the cause and run the same command again:"
+            f"{''.join(shown)}{more}"
         )
     if attributes.state != "complete":
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})
@@ -246,108 +279,164 @@ def merge(
     return MergeReport(
         output=objects.url,
         n_tiles=len(ready.plan.grid),
-        n_merged=len(summaries),
+        n_merged=n_merged,
         seconds=time.perf_counter() - started,
-        totals=_total(summaries),
+        totals=totals,
     )
 
 
-def attempt_tile(output: str, run_id: str, iy: int, ix: int) -> Outcome:
-    """Merge one tile of a prepared output; never raises, so that the other tiles go on.
+def attempt_tiles(output: str, run_id: str, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+    """Merge some tiles of a prepared output; never raises, so that the other tiles go on.
 
     This is the task that workers run. It takes names only: the worker reads the plan from the
     output, once.
     """
     try:
-        return Outcome(iy, ix, merge_tile(_open_job(output, run_id), iy, ix))
+        job = _open_job(output, run_id)
+        return list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
     except Exception as error:
-        log.debug("tile (%d, %d) failed", iy, ix, exc_info=True)
-        return Outcome(iy, ix, None, f"{type(error).__name__}: {error}")
+        log.debug("tiles from %s on failed", tiles[0], exc_info=True)
+        return [Outcome(iy, ix, None, _in_words(error)) for iy, ix in tiles]
 
 
-def merge_tile(job: "Job", iy: int, ix: int) -> TileSummary:
-    """Read a tile of every partial, fold them into one, finalise, write, mark as done."""
-    tile, clock = job.plan.grid.at(iy, ix), Clock()
-    work = job.workspace(tile.region)
-    merged, read_nbytes = merge_region(job, tile, work, clock)
-    written_nbytes = sum(
-        job.written[name].write(tile.region, values) for name, values in merged.items()
-    )
-    clock.lap("write")
-    summary = TileSummary(
-        pixels=tile.region.size,
-        searched_pixels=int(np.count_nonzero(merged[MIP] > -np.inf)),
-        read_seconds=clock.seconds["read"],
-        fold_seconds=clock.seconds["fold"],
-        write_seconds=clock.seconds["write"],
-        read_nbytes=read_nbytes,
-        decoded_nbytes=job.decoded_nbytes_per_pixel * tile.region.size,
-        written_nbytes=written_nbytes,
-    )
-    job.mark_done(tile, summary)
-    return summary
+def merge_tiles(job: "Job", tiles: Sequence[Tile]) -> Iterator[Outcome]:
+    """Merge tiles one after another: one is folded while the next is read and the last written."""
+    requests = (request for tile in tiles for request in job.requests(tile))
+    with (
+        ReadAhead(requests, job.streams_in) as incoming,
+        WriteBehind(job.streams_out) as outgoing,
+    ):
+        last: TileInWork | None = None
+        for tile in tiles:
+            current = TileInWork(job, tile, incoming, outgoing)
+            current.merge()
+            if last is not None:
+                yield last.finish()
+            last = current
+        if last is not None:
+            yield last.finish()
 
 
-def merge_region(
-    job: "Job", tile: Tile, work: "Workspace", clock: "Clock"
-) -> tuple[dict[str, AnyArray], int]:
-    """Fold the partials one after another; the merged maps (over ``work``) and the bytes read.
+class TileInWork:
+    """A tile between storage and memory; see :class:`ocelot_em.fold.TileMaps`.
 
-    Raises
-    ------
-    InvalidDataError
-        NaN or an invalid index, naming partial, map and pixel.
-    ChunkError
-        A chunk is missing or corrupt.
+    Parameters
+    ----------
+    job
+        The merge it belongs to.
+    tile
+        Which one.
+    incoming, outgoing
+        Chunks on their way.
     """
-    accumulator = work.accumulator
-    job.kernel.reset(accumulator)
-    read_nbytes = 0
-    for reader in job.readers:
-        partial, nbytes = reader.read(tile.region, work.incoming)
-        read_nbytes += nbytes
-        clock.lap("read")
-        if job.plan.nan == "mask":
-            partial = job.kernel.mask_nan(partial)
-        report = job.kernel.fold(accumulator, partial, job.space)
-        clock.lap("fold")
-        if report.nan_pixels or report.invalid_indices:
-            raise job.explain(reader, tile)
-    merged = job.kernel.finalise(accumulator, job.maps, job.space, work.outgoing)
-    clock.lap("fold")
-    return merged, read_nbytes
+
+    def __init__(self, job: "Job", tile: Tile, incoming: ReadAhead, outgoing: WriteBehind) -> None:
+        self._job, self._tile, self._incoming, self._outgoing = job, tile, incoming, outgoing
+        self._clock = Clock()
+        self._written: list[Future[None]] = []
+        self._looked_at: set[int] = set()
+        self._searched_pixels = self._read_nbytes = self._written_nbytes = 0
+        self._error = ""
+
+    def merge(self) -> None:
+        """Fold the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
+        waited = self._waited()
+        try:
+            work = self._job.workspace(self._tile)
+            self._searched_pixels = self._job.fold.merge(self, work)
+        except Exception as error:
+            log.debug("%s failed", self._tile, exc_info=True)
+            self._error = _in_words(error)
+        self._clock.lap("fold")
+        self._clock.seconds["waited"] += self._waited() - waited
+
+    def finish(self) -> Outcome:
+        """Wait until everything is written, and mark the tile as done."""
+        tile, seconds = self._tile, self._clock.seconds
+        self._clock.lap("elsewhere")
+        waited = self._waited()
+        try:
+            self._outgoing.wait(self._written)
+            if self._error:
+                return Outcome(tile.iy, tile.ix, None, self._error)
+            self._clock.lap("write")
+            summary = TileSummary(
+                pixels=tile.region.size,
+                searched_pixels=self._searched_pixels,
+                read_seconds=seconds["read"],
+                fold_seconds=seconds["fold"],
+                write_seconds=seconds["write"],
+                waited_seconds=seconds["waited"] + self._waited() - waited,
+                read_nbytes=self._read_nbytes,
+                decoded_nbytes=self._job.decoded_nbytes_per_pixel * tile.region.size,
+                written_nbytes=self._written_nbytes,
+            )
+            self._job.mark_done(tile, summary)
+        except Exception as error:
+            log.debug("%s failed", tile, exc_info=True)
+            return Outcome(tile.iy, tile.ix, None, self._error or _in_words(error))
+        return Outcome(tile.iy, tile.ix, summary)
+
+    def read(self, number: int, name: str, use: str) -> AnyArray:
+        """Return a map of a source."""
+        self._clock.lap("fold")
+        request = self._job.request(self._tile, number, name)
+        out = self._job.workspace(self._tile).array(use, request.source.dtype)
+        self._read_nbytes += self._incoming.read(request, out)
+        self._clock.lap("read")
+        return out
+
+    def write(self, name: str, values: AnyArray) -> None:
+        """Encode a merged map."""
+        self._clock.lap("fold")
+        target = self._job.written[name]
+        for chunk, parts in target.encode(self._tile.region, values):
+            self._written_nbytes += sum(map(len, parts))
+            self._written.append(self._outgoing.put(target.objects, target.key(chunk), parts))
+        self._clock.lap("write")
+
+    def look_closer(self, number: int) -> None:
+        """Raise if a source really has values that cannot be merged."""
+        if number not in self._looked_at:
+            self._job.look_closer(self._tile, number)
+            self._looked_at.add(number)
+
+    def _waited(self) -> float:
+        return self._incoming.waited_seconds + self._outgoing.waited_seconds
 
 
-class Workspace:
-    """Reused memory of one thread for one tile: accumulator, incoming and outgoing maps."""
+class TileInMemory:
+    """A tile whose merged maps stay in memory; see :class:`ocelot_em.fold.TileMaps`."""
 
-    def __init__(self, maps: MapSet, shape: tuple[int, int]) -> None:
-        size = shape[0] * shape[1]
-        self._maps = maps
-        self._flat: dict[tuple[str, str], AnyArray] = {}
-        for name in (*maps.partial, BEST_PARTIAL):
-            wide = {SUM: "float64", SQUARED_SUM: "float64"}.get(name, MAPS[name].dtypes[0])
-            self._flat["accumulator", name] = np.empty(size, wide)
-            self._flat["incoming", name] = np.empty(size, MAPS[name].dtypes[0])
-        for name in maps.merged:
-            if name not in (*maps.partial, BEST_PARTIAL) or name in (SUM, SQUARED_SUM):
-                self._flat["outgoing", name] = np.empty(size, MAPS[name].dtypes[0])
-        self.cut(shape)
+    def __init__(self, job: "Job", tile: Tile) -> None:
+        self._job, self._tile, self._work = job, tile, Workspace(tile.region.size)
+        self._work.shape = tile.region.shape
+        self._merged: dict[str, AnyArray] = {}
 
-    def cut(self, shape: tuple[int, int]) -> None:
-        """Lay contiguous arrays of this shape into the memory."""
-        size = shape[0] * shape[1]
-        cut = {key: flat[:size].reshape(shape) for key, flat in self._flat.items()}
-        self.incoming = {name: array for (use, name), array in cut.items() if use == "incoming"}
-        self.outgoing = {name: array for (use, name), array in cut.items() if use == "outgoing"}
-        self.accumulator = Accumulator(
-            mip=cut["accumulator", "mip"],
-            pose=tuple(cut["accumulator", name] for name in self._maps.pose),
-            best_partial=cut["accumulator", BEST_PARTIAL],
-            correlation_sum=cut["accumulator", SUM],
-            correlation_squared_sum=cut["accumulator", SQUARED_SUM],
-            count_map=cut["accumulator", COUNT] if self._maps.counts else None,
-        )
+    def merge(self) -> dict[str, AnyArray]:
+        """Return the merged maps.
+
+        Raises
+        ------
+        OcelotError
+            A chunk cannot be read, or holds what cannot be merged.
+        """
+        self._job.fold.merge(self, self._work)
+        return {name: self._merged[name] for name in self._job.plan.maps.merged}
+
+    def read(self, number: int, name: str, use: str) -> AnyArray:
+        """Return a map of a source."""
+        request = self._job.request(self._tile, number, name)
+        out = self._work.array(use, request.source.dtype)
+        return request.source.read(request.region, out)[0]
+
+    def write(self, name: str, values: AnyArray) -> None:
+        """Keep a merged map."""
+        self._merged[name] = values.copy()
+
+    def look_closer(self, number: int) -> None:
+        """Raise if a source really has values that cannot be merged."""
+        self._job.look_closer(self._tile, number)
 
 
 class Job:
@@ -359,42 +448,57 @@ class Job:
         Which sources, which tiles.
     objects
         The prepared output; None to merge without writing.
-    kernel
-        What does the arithmetic.
     """
 
-    def __init__(self, plan: MergePlan, objects: Objects | None, kernel: kernels.Kernels) -> None:
-        self.plan, self.maps, self.kernel = plan, plan.maps, kernel
-        self.readers = [SourceReader(source, plan.maps) for source in plan.sources]
-        first = open_objects(plan.sources[0].url)
-        self.space = read_search_space(first, plan.search_space_digest)
+    def __init__(self, plan: MergePlan, objects: Objects | None) -> None:
+        self.plan = plan
+        self.sources = [open_source_maps(source, plan.maps) for source in plan.sources]
+        space = read_search_space(open_objects(plan.sources[0].url), plan.search_space_digest)
+        self.fold = Fold(plan.sources, plan.maps, space, mask_nan=plan.nan == "mask")
         self.decoded_nbytes_per_pixel = sum(
-            chunked.dtype.itemsize for reader in self.readers for chunked in reader.maps.values()
+            chunked.dtype.itemsize for maps in self.sources for chunked in maps.values()
         )
         self._objects = objects
         self.written = (
             {} if objects is None else open_partial_maps(objects, "", "", plan.maps.merged)
         )
+        self.streams_in = max(open_objects(source.url).streams for source in plan.sources)
+        self.streams_out = 1 if objects is None else objects.streams
         self._of_thread = threading.local()
 
-    def workspace(self, region: Region) -> Workspace:
-        """Return this thread's memory, laid out for a region."""
+    def request(self, tile: Tile, number: int, name: str) -> Request:
+        """Name a map of a source in a tile, for reading."""
+        source = self.sources[number][name]
+        return Request((tile.iy, tile.ix, number, name), source, tile.region)
+
+    def requests(self, tile: Tile) -> Iterator[Request]:
+        """All that a tile reads, in order."""
+        return (self.request(tile, number, name) for number, name in self.fold.order())
+
+    def workspace(self, tile: Tile) -> Workspace:
+        """Return this thread's memory, laid out for a tile."""
         if not hasattr(self._of_thread, "workspace"):
-            self._of_thread.workspace = Workspace(self.maps, self.plan.tile)
+            self._of_thread.workspace = Workspace(self.plan.tile[0] * self.plan.tile[1])
         work: Workspace = self._of_thread.workspace
-        work.cut(region.shape)
+        work.shape = tile.region.shape
         return work
 
-    def explain(self, reader: SourceReader, tile: Tile) -> InvalidDataError:
-        """Say what a kernel did not like in a partial: map by map, with the first pixel."""
-        partial, _ = reader.read(tile.region, {})
-        names = (*self.maps.pose, SUM, SQUARED_SUM)
-        values = (*partial.pose, partial.correlation_sum, partial.correlation_squared_sum)
-        maps = {MIP: partial.mip, **dict(zip(names, values, strict=True))}
-        info = SearchInfo(search_space=self.space, has_pixel_size=self.maps.pixel_size)
-        problems = value_problems(maps, tile.region, info, reader.source.place)
-        hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
-        return InvalidDataError(f"{tile}: {'; '.join(problems)}; {hint}")
+    def look_closer(self, tile: Tile, number: int) -> None:
+        """Raise if a source has NaN or an invalid index in a tile: by map, with the first pixel.
+
+        Raises
+        ------
+        InvalidDataError
+        """
+        maps = {
+            name: chunked.read(tile.region)[0] for name, chunked in self.sources[number].items()
+        }
+        info = SearchInfo(search_space=self.fold.space, has_pixel_size=self.plan.maps.pixel_size)
+        place = self.plan.sources[number].place
+        wanted = {name: maps[name] for name in info.maps.partial}
+        if problems := value_problems(wanted, tile.region, info, place):
+            hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
+            raise InvalidDataError(f"{tile}: {'; '.join(problems)}; {hint}")
 
     def mark_done(self, tile: Tile, summary: TileSummary) -> None:
         """Record that a tile is written; comes after its last chunk."""
@@ -414,7 +518,7 @@ def _open_job(output: str, run_id: str) -> Job:
             "see the same storage as the driver"
         )
     plan = read_plan(attributes, output)
-    return Job(plan, objects, kernels.load("cpu"))
+    return Job(plan, objects)
 
 
 def _create_output(
@@ -489,26 +593,33 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
     return attributes
 
 
-def done_tiles(objects: Objects) -> set[tuple[int, int]]:
-    """Rows and columns of the tiles that are marked as done; other files there are ignored."""
+def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
+    """Which tiles are marked as done, by row and column; other files there are ignored."""
+    done = np.zeros(grid.counts, np.bool_)
     prefix = f"{fmt.TILE_SUMMARY}/c/"
-    records = (key.removeprefix(prefix).split("/") for key in objects.sizes(prefix.rstrip("/")))
-    return {
-        (int(record[0]), int(record[1]))
-        for record in records
-        if len(record) == 3 and all(part.isdecimal() for part in record)
-    }
+    for key in objects.keys(prefix.rstrip("/")):
+        record = key.removeprefix(prefix).split("/")
+        if len(record) == 3 and all(part.isdecimal() for part in record):
+            with suppress(IndexError):
+                done[int(record[0]), int(record[1])] = True
+    return done
 
 
-def _total(summaries: Sequence[TileSummary]) -> TileSummary:
-    return TileSummary(*(sum(getattr(s, name) for s in summaries) for name in SUMMARY_FIELDS))
+def _sum(one: TileSummary, other: TileSummary) -> TileSummary:
+    added = {name: getattr(one, name) + getattr(other, name) for name in SUMMARY_FIELDS}
+    return replace(one, **added)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 class Clock:
     """Adds up the seconds between calls, by what they were spent on."""
 
     def __init__(self) -> None:
-        self.seconds = {"read": 0.0, "fold": 0.0, "write": 0.0}
+        names = "read", "fold", "write", "waited", "elsewhere"
+        self.seconds = dict.fromkeys(names, 0.0)
         self._last = time.perf_counter()
 
     def lap(self, what: str) -> None:

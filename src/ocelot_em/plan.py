@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -16,11 +16,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ocelot_em import format as fmt
 from ocelot_em.canvas import TileGrid, ceil_div
 from ocelot_em.errors import FormatError, InvalidInputError, PlanError
-from ocelot_em.maps import COUNT, MAPS, SQUARED_SUM, SUM, MapSet, PoseForm
-from ocelot_em.objects import normalise_url, open_objects
-from ocelot_em.search import Source, open_sources
+from ocelot_em.maps import MAPS, MIP, MapSet, PoseForm
+from ocelot_em.objects import Objects, normalise_url, open_objects
+from ocelot_em.search import Source, open_mip, open_sources
+from ocelot_em.transfer import chunks_ahead, chunks_behind
 
 DEFAULT_TILE = fmt.DEFAULT_CHUNK
+
+MOST_SOURCES = 2**15 - 1
+"""Winners are numbered in 16 bits while a tile is merged."""
+
+LARGE_TILE_NBYTES = 10**9
+"""Tiles larger than the default, as inputs with larger chunks call for, keep workers below this."""
+
+CHUNKS_LISTED = 4096
+"""Chunks of a map up to which its size is added up; of a larger one, it is extrapolated."""
+
+CHUNKS_SAMPLED = 64
+"""Chunks that it is extrapolated from."""
 
 PROCESS_NBYTES = 256 * 2**20
 """Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask. Measured;
@@ -201,6 +214,11 @@ def make_plan(
                 )
     sources = _numbered([source for _, found in opened for source in found])
     problems += _duplicates(sources)
+    if len(sources) > MOST_SOURCES:
+        problems.append(
+            f"inputs: expected at most {MOST_SOURCES:,} partials at a time, got {len(sources):,}; "
+            "merge some of them first, then the results"
+        )
     if problems:
         raise InvalidInputError(problems)
     maps = MapSet(
@@ -217,7 +235,7 @@ def make_plan(
         has_pixel_size=maps.pixel_size,
         has_counts=maps.counts,
         search_space_digest=first.search_space_digest,
-        tile=_choose_tile(first.shape, maps, options),
+        tile=_choose_tile(first.shape, storage_shape(sources, output), maps, options),
         nan=options.nan,
     )
 
@@ -247,8 +265,40 @@ def _duplicates(sources: Sequence[Source]) -> list[str]:
     ]
 
 
-def _choose_tile(shape: tuple[int, int], maps: MapSet, options: MergeOptions) -> tuple[int, int]:
-    limit, threads = options.memory_limit, n_threads(options)
+class StorageShape(NamedTuple):
+    """What the memory of a worker depends on, of inputs and output.
+
+    Parameters
+    ----------
+    chunk
+        Height and width in pixels of the largest chunk of an input.
+    streams
+        Transfers at a time that the storage is worth, see :class:`ocelot_em.objects.Objects`.
+    """
+
+    chunk: tuple[int, int]
+    streams: int
+
+
+def storage_shape(sources: Sequence[Source], output: str | PathLike[str]) -> StorageShape:
+    """Look at the inputs' metadata.
+
+    Raises
+    ------
+    FormatError
+        A source has no usable ``mip``.
+    """
+    cells = [open_mip(source).grid.cell for source in sources]
+    places = {*(source.url for source in sources), normalise_url(output)}
+    return StorageShape(
+        chunk=(max(height for height, _ in cells), max(width for _, width in cells)),
+        streams=max(open_objects(place).streams for place in places),
+    )
+
+
+def _choose_tile(
+    shape: tuple[int, int], storage: StorageShape, maps: MapSet, options: MergeOptions
+) -> tuple[int, int]:
     size = options.tile_size
     if size is not None and size > fmt.DEFAULT_CHUNK and size % fmt.DEFAULT_CHUNK:
         below = size - size % fmt.DEFAULT_CHUNK
@@ -256,18 +306,28 @@ def _choose_tile(shape: tuple[int, int], maps: MapSet, options: MergeOptions) ->
             f"tile size: expected at most {fmt.DEFAULT_CHUNK} or a multiple of it, so that tiles "
             f"are made of whole chunks, got {size}; use {below} or {below + fmt.DEFAULT_CHUNK}"
         )
-    candidates = [size] if size is not None else [DEFAULT_TILE, 512, 256, 128]
+    candidates = [size] if size is not None else _tile_candidates(storage.chunk)
     predicted = 0
     for candidate in candidates:
         tile = min(candidate, shape[0]), min(candidate, shape[1])
-        predicted = worker_nbytes(tile, maps, threads)
+        predicted = worker_nbytes(tile, storage, maps, options)
+        limit = options.memory_limit
+        if size is None and candidate > DEFAULT_TILE:
+            limit = min(limit or LARGE_TILE_NBYTES, LARGE_TILE_NBYTES)
         if limit is None or predicted <= limit:
             return tile
     raise PlanError(
-        f"memory limit {limit:,} bytes: one worker with {threads} threads and tiles of "
-        f"{candidates[-1]} pixels needs {predicted:,} bytes, {PROCESS_NBYTES:,} of them before the "
-        "first tile; allow more, use fewer threads, or smaller tiles"
+        f"memory limit {options.memory_limit:,} bytes: one worker with {n_threads(options)} "
+        f"threads and tiles of {candidates[-1]} pixels needs {predicted:,} bytes, "
+        f"{PROCESS_NBYTES:,} of them before the first tile; "
+        "allow more, use fewer threads, or smaller tiles"
     )
+
+
+def _tile_candidates(chunk: tuple[int, int]) -> list[int]:
+    """Tile sizes from the best to the smallest: tiles smaller than a chunk decode it repeatedly."""
+    n_chunks = min(ceil_div(max(chunk), fmt.DEFAULT_CHUNK), 2**16 // fmt.DEFAULT_CHUNK)
+    return [*(n * fmt.DEFAULT_CHUNK for n in range(max(n_chunks, 1), 0, -1)), 512, 256, 128]
 
 
 def n_threads(options: MergeOptions) -> int:
@@ -281,27 +341,45 @@ def n_threads(options: MergeOptions) -> int:
     return 1
 
 
-def worker_nbytes(tile: tuple[int, int], maps: MapSet, threads: int) -> int:
+def worker_nbytes(
+    tile: tuple[int, int], storage: StorageShape, maps: MapSet, options: MergeOptions
+) -> int:
     """Predicted peak memory of one worker: the process, and per thread one tile.
 
-    A thread holds the accumulator (float64 sums), the input maps of one partial, the merged maps
-    that are not the accumulator's, and one chunk encoded and decoded.
+    A thread holds, of a tile: the highest correlation and who has it, the sums, one map that comes
+    in and those computed at the end; or, where NaN is masked, all maps of a partial, and copies.
+    It also holds the encoded chunks that are fetched ahead or not written yet.
+
+    Parameters
+    ----------
+    tile
+        Height and width of a tile in pixels.
+    storage
+        What is known of inputs and output.
+    maps
+        Which maps the result has.
+    options
+        Threads, and what happens to NaN.
     """
-    accumulator = {name: MAPS[name].dtypes[0] for name in (*maps.partial, "best_partial")}
-    accumulator |= {SUM: "float64", SQUARED_SUM: "float64"}
-    incoming = {name: MAPS[name].dtypes[0] for name in (*maps.partial, "best_partial")}
-    outgoing = [
-        name for name in maps.merged if name not in accumulator or name in (SUM, SQUARED_SUM)
-    ]
-    per_pixel = sum(
-        np.dtype(dtype).itemsize for dtype in (*accumulator.values(), *incoming.values())
+    poses = 4 * len(maps.pose)
+    computed = 4 * (5 + (len(maps.explicit_poses) if maps.form is PoseForm.INDEXED else 0))
+    counts = 16 if maps.counts else 0  # and those that come in
+    per_pixel = 4 + 4 + 8 + 8 + computed + counts  # mip, best partial, sums
+    if options.nan == "mask":
+        incoming = 4 + 4 + poses + 8 + 8 + 8
+        per_pixel += poses + 3 * incoming
+    else:
+        # Number of the winner; a map that comes in, sums as float64; the pose, index, best partial.
+        per_pixel += 2 + 4 + 8 + 4 + 4 + 4
+    value = 8 if maps.counts else 4
+    read = chunks_ahead(storage.streams) * 9 // 8 + (storage.chunk != tile)  # cut after decoding
+    written = min(tile[0], fmt.DEFAULT_CHUNK) * min(tile[1], fmt.DEFAULT_CHUNK)
+    per_thread = (
+        tile[0] * tile[1] * per_pixel
+        + read * storage.chunk[0] * storage.chunk[1] * value
+        + (chunks_behind(storage.streams) + 2) * written * value  # 2: being encoded
     )
-    per_pixel += sum(np.dtype(MAPS[name].dtypes[0]).itemsize for name in outgoing)
-    if maps.counts:
-        per_pixel += 48  # masking NaN works on copies
-    chunk = min(tile[0], fmt.DEFAULT_CHUNK) * min(tile[1], fmt.DEFAULT_CHUNK)
-    widest = max(np.dtype(MAPS[name].dtypes[0]).itemsize for name in (*maps.merged, COUNT))
-    return PROCESS_NBYTES + threads * (tile[0] * tile[1] * per_pixel + 4 * chunk * widest)
+    return PROCESS_NBYTES + n_threads(options) * per_thread
 
 
 @dataclass(frozen=True)
@@ -339,12 +417,11 @@ def forecast(
     pixels = plan.shape[0] * plan.shape[1]
     decoded_in = stored_in = 0
     for source in plan.sources:
-        keys = MapSet(plan.pose_form, plan.has_pixel_size, source.has_counts).partial
-        decoded_in += sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in keys) * pixels
-        objects = open_objects(source.url)
-        prefix = f"{source.path}/" if source.path else ""
-        for key in keys:
-            stored_in += sum(objects.sizes(f"{prefix}{key}").values())
+        objects, mip = open_objects(source.url), open_mip(source)
+        for name in source.map_names(plan.maps):
+            decoded_in += np.dtype(MAPS[name].dtypes[0]).itemsize * pixels
+            path = f"{mip.path.removesuffix(MIP)}{name}"
+            stored_in += _stored_nbytes(objects, path, mip.grid)
     decoded_out = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged) * pixels
     return Forecast(
         n_tiles=len(plan.grid),
@@ -353,9 +430,20 @@ def forecast(
         stored_nbytes_in=stored_in,
         decoded_nbytes_out=decoded_out,
         stored_nbytes_out=int(decoded_out * min(stored_in / max(decoded_in, 1), 1)),
-        worker_nbytes=worker_nbytes(plan.tile, plan.maps, n_threads(options)),
+        worker_nbytes=worker_nbytes(
+            plan.tile, storage_shape(plan.sources, output), plan.maps, options
+        ),
         free_nbytes=open_objects(output).free_bytes(),
     )
+
+
+def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
+    """Bytes of a map as stored; of one with very many chunks, extrapolated from some."""
+    if len(grid) <= CHUNKS_LISTED:
+        return sum(objects.sizes(path).values())
+    some = (grid[int(number)] for number in np.linspace(0, len(grid) - 1, CHUNKS_SAMPLED))
+    sizes = (objects.size(f"{path}/c/{chunk.iy}/{chunk.ix}") for chunk in some)
+    return sum(size or 0 for size in sizes) * len(grid) // CHUNKS_SAMPLED
 
 
 def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:

@@ -26,7 +26,6 @@ from ocelot_em.errors import (
 )
 from ocelot_em.maps import (
     BEST_PARTIAL,
-    COUNT,
     INDEX,
     MAPS,
     MIP,
@@ -36,7 +35,6 @@ from ocelot_em.maps import (
     SUM,
     AnyArray,
     MapSet,
-    PartialMaps,
     PoseForm,
 )
 from ocelot_em.objects import Objects, open_objects
@@ -654,67 +652,35 @@ class Source(fmt.Attributes):
         """How errors call it."""
         return f"{self.url}: partial {self.name!r}" if self.path else self.url
 
+    def map_names(self, maps: MapSet) -> tuple[str, ...]:
+        """Names of its maps that a merge with these maps needs."""
+        names = MapSet(maps.form, maps.pixel_size, self.has_counts).partial
+        return names if self.path else (*names, BEST_PARTIAL)
 
-class SourceReader:
-    """A source with its arrays opened: reads the maps of a region for a kernel.
 
-    Parameters
-    ----------
-    source
-        What to read.
-    maps
-        Which maps the merge needs.
+def open_mip(source: Source) -> store.ChunkedMap:
+    """Open the ``mip`` of a source; its other maps have the same shape and chunks.
+
+    Raises
+    ------
+    FormatError
+        It is missing, or does not follow the format.
     """
+    objects = open_objects(source.url)
+    return open_partial_maps(objects, source.path, source.name, (MIP,))[MIP]
 
-    def __init__(self, source: Source, maps: MapSet) -> None:
-        self.source = source
-        self._pose = maps.pose
-        keys = [*MapSet(maps.form, maps.pixel_size, source.has_counts).partial]
-        if not source.path:
-            keys.append(BEST_PARTIAL)
-        objects = open_objects(source.url)
-        shape = read_attributes(objects).shape
-        self.maps = open_partial_maps(objects, source.path, source.name, tuple(keys), shape)
 
-    def read(self, region: Region, buffers: Mapping[str, AnyArray]) -> tuple[PartialMaps, int]:
-        """Decode all maps over a region.
+def open_source_maps(source: Source, maps: MapSet) -> dict[str, store.ChunkedMap]:
+    """Open the maps of a source that a merge needs.
 
-        Parameters
-        ----------
-        region
-            Pixels within the maps.
-        buffers
-            Arrays to decode into, by map name; maps without one get a new array.
-
-        Returns
-        -------
-        partial : PartialMaps
-            Over the buffers.
-        nbytes : int
-            Encoded bytes read.
-        """
-        arrays: dict[str, AnyArray] = {}
-        nbytes = 0
-        for key, chunked in self.maps.items():
-            out = buffers.get(key)
-            if out is not None and out.dtype != chunked.dtype:
-                out = None
-            arrays[key], read = chunked.read(region, out)
-            nbytes += read
-        best: int | AnyArray = self.source.first_number
-        if BEST_PARTIAL in arrays:
-            numbers = arrays[BEST_PARTIAL]
-            numbers += np.where(numbers == NOT_SEARCHED, 0, self.source.first_number).astype("i4")
-            best = numbers
-        partial = PartialMaps(
-            mip=arrays[MIP],
-            pose=tuple(arrays[key] for key in self._pose),
-            correlation_sum=arrays[SUM],
-            correlation_squared_sum=arrays[SQUARED_SUM],
-            count=arrays.get(COUNT, self.source.total_projections),
-            best_partial=best,
-        )
-        return partial, nbytes
+    Raises
+    ------
+    FormatError
+        As :func:`open_partial_maps`.
+    """
+    objects = open_objects(source.url)
+    shape = read_attributes(objects).shape
+    return open_partial_maps(objects, source.path, source.name, source.map_names(maps), shape)
 
 
 def open_sources(

@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import google_crc32c
 import numpy as np
@@ -25,9 +25,15 @@ from zarr.storage import MemoryStore
 
 from ocelot_em.canvas import Region, Tile, TileGrid
 from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
-from ocelot_em.format import DIMENSIONS, MAX_CHUNK_NBYTES, fill_value, map_attributes
+from ocelot_em.format import (
+    DIMENSIONS,
+    MAX_CHUNK_NBYTES,
+    fill_value,
+    map_attributes,
+    shuffle_of,
+)
 from ocelot_em.maps import MAPS, AnyArray
-from ocelot_em.objects import Objects
+from ocelot_em.objects import Objects, ReusedMemory
 
 _CRC_OF_DATA_WITH_ITS_CRC = 0x48674BC7
 """CRC32C of any bytes followed by their own CRC32C, little-endian: checks without slicing."""
@@ -37,7 +43,7 @@ _BLOSC_SIZES = struct.Struct("<3I")
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE)
 
-_scratch = threading.local()
+_of_thread = threading.local()
 
 
 def create_group(objects: Objects, path: str, attributes: dict[str, Any]) -> bool:
@@ -130,6 +136,7 @@ def create_map(
         fill=fill_value(name),
         dimensions=DIMENSIONS,
         attributes=map_attributes(name),
+        shuffle=shuffle_of(name),
     )
 
 
@@ -143,6 +150,7 @@ def create_array(
     fill: float | int,
     dimensions: tuple[str, ...],
     attributes: dict[str, Any],
+    shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle",
 ) -> None:
     """Write the metadata of an array with this package's codecs; chunks stay as they are.
 
@@ -159,7 +167,7 @@ def create_array(
         filters=None,
         serializer=BytesCodec(endian="little"),
         compressors=[
-            BloscCodec(typesize=itemsize, cname="lz4", clevel=5, shuffle="bitshuffle", blocksize=0),
+            BloscCodec(typesize=itemsize, cname="lz4", clevel=5, shuffle=shuffle, blocksize=0),
             Crc32cCodec(),
         ],
         fill_value=fill,
@@ -187,6 +195,8 @@ class ChunkedMap:
         Its type.
     fill
         Value that pads chunks at the lower and right edge.
+    codec
+        Encodes chunks that are written.
     """
 
     objects: Objects
@@ -195,6 +205,7 @@ class ChunkedMap:
     grid: TileGrid
     dtype: "np.dtype[Any]"
     fill: float | int
+    codec: Blosc
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,45 +242,86 @@ class ChunkedMap:
             out = np.empty(region.shape, self.dtype)
         nbytes = 0
         for chunk in self.grid.touching(region):
-            encoded = self.objects.get(self.key(chunk))
-            if encoded is None:
-                raise MissingChunkError(
-                    f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
-                    f"missing: expected an object {self.key(chunk)}; write the partial again"
-                )
+            encoded = self.fetch(chunk, _memory_of_thread())
             nbytes += len(encoded)
-            wanted = chunk.region.intersect(region)
-            target = out[wanted.relative_to(region).slices]
-            if wanted.shape == self.grid.cell and target.flags.c_contiguous:
-                self._decode(encoded, target, chunk)
-            else:
-                whole = _scratch_array(self.grid.cell, self.dtype)
-                self._decode(encoded, whole, chunk)
-                target[...] = whole[wanted.relative_to(chunk.region).slices]
+            self.decode(encoded, chunk, region, out)
         return out, nbytes
 
-    def _decode(self, encoded: bytes, out: AnyArray, chunk: Tile) -> None:
-        reason = ""
-        if len(encoded) < 20:
-            reason = f"expected a Blosc frame with its CRC32C, got {len(encoded)} bytes"
-        elif google_crc32c.value(encoded) != _CRC_OF_DATA_WITH_ITS_CRC:
-            reason = "its CRC32C does not match its bytes"
-        else:
-            frame = memoryview(encoded)[:-4]
-            decoded_nbytes, _, frame_nbytes = _BLOSC_SIZES.unpack_from(frame, 4)
-            if decoded_nbytes != out.nbytes or frame_nbytes != len(frame):
-                reason = f"expected {out.nbytes} bytes decoded, its header says {decoded_nbytes}"
-            else:
-                try:
-                    _BLOSC.decode(frame, out)
-                except RuntimeError as error:
-                    reason = str(error)
-        if reason:
-            raise CorruptChunkError(
-                f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
-                f"{reason} (object {self.key(chunk)}, {len(encoded)} bytes); "
-                "write the partial again"
+    def fetch(self, chunk: Tile, memory: ReusedMemory) -> memoryview:
+        """Read the encoded bytes of a chunk and check their checksum.
+
+        Parameters
+        ----------
+        chunk
+            Of :attr:`grid`.
+        memory
+            Where to put them; they are valid until it is used again.
+
+        Raises
+        ------
+        MissingChunkError, CorruptChunkError
+            Naming store, partial, map and chunk.
+        """
+        encoded = self.objects.get_into(self.key(chunk), memory)
+        if encoded is None:
+            raise MissingChunkError(
+                f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
+                f"missing: expected an object {self.key(chunk)}; write the partial again"
             )
+        if len(encoded) < 20:
+            raise self._corrupt(
+                chunk, encoded, f"expected a Blosc frame with its CRC32C, got {len(encoded)} bytes"
+            )
+        # google_crc32c takes bytes, and arrays, but no memoryviews; its annotations know of bytes.
+        data = cast(bytes, np.frombuffer(encoded, np.uint8))
+        if google_crc32c.value(data) != _CRC_OF_DATA_WITH_ITS_CRC:
+            raise self._corrupt(chunk, encoded, "its CRC32C does not match its bytes")
+        return encoded
+
+    def decode(self, encoded: memoryview, chunk: Tile, region: Region, out: AnyArray) -> None:
+        """Decode what a chunk has of a region.
+
+        Parameters
+        ----------
+        encoded
+            From :meth:`fetch`.
+        region
+            Of the map; touches the chunk.
+        out
+            Of the region's shape and the map's dtype; only the chunk's pixels are written.
+
+        Raises
+        ------
+        CorruptChunkError
+            Naming store, partial, map and chunk.
+        """
+        wanted = chunk.region.intersect(region)
+        target = out[wanted.relative_to(region).slices]
+        if wanted.shape == self.grid.cell and target.flags.c_contiguous:
+            self._decode(encoded, target, chunk)
+        else:
+            whole = _scratch_array(self.grid.cell, self.dtype)
+            self._decode(encoded, whole, chunk)
+            target[...] = whole[wanted.relative_to(chunk.region).slices]
+
+    def _decode(self, encoded: memoryview, out: AnyArray, chunk: Tile) -> None:
+        frame = encoded[:-4]
+        decoded_nbytes, _, frame_nbytes = _BLOSC_SIZES.unpack_from(frame, 4)
+        if decoded_nbytes != out.nbytes or frame_nbytes != len(frame):
+            raise self._corrupt(
+                chunk, encoded, f"expected {out.nbytes} bytes decoded, got {decoded_nbytes}"
+            )
+        try:
+            _BLOSC.decode(frame, out)
+        except RuntimeError as error:
+            raise self._corrupt(chunk, encoded, str(error)) from error
+
+    def _corrupt(self, chunk: Tile, encoded: memoryview, reason: str) -> CorruptChunkError:
+        return CorruptChunkError(
+            f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
+            f"{reason} (object {self.key(chunk)}, {len(encoded)} bytes); "
+            "write the partial again"
+        )
 
     def write(self, region: Region, values: AnyArray) -> int:
         """Encode and write whole chunks.
@@ -286,11 +338,18 @@ class ChunkedMap:
         int
             Encoded bytes written.
         """
+        nbytes = 0
+        for chunk, parts in self.encode(region, values):
+            self.objects.put(self.key(chunk), parts)
+            nbytes += sum(map(len, parts))
+        return nbytes
+
+    def encode(self, region: Region, values: AnyArray) -> Iterator[tuple[Tile, list[bytes]]]:
+        """As :meth:`write`, but only encode: the chunks, and the parts of their objects."""
         if not self.grid.is_aligned(region):
             raise ValueError(
                 f"{self.place}: region {region} is not made of whole chunks of {self.grid.cell}"
             )
-        nbytes = 0
         for chunk in self.grid.touching(region):
             source = values[chunk.region.relative_to(region).slices]
             if (
@@ -303,8 +362,7 @@ class ChunkedMap:
                     whole.fill(self.fill)
                 whole[: source.shape[0], : source.shape[1]] = source
                 source = whole
-            nbytes += write_chunk(self.objects, self.key(chunk), source)
-        return nbytes
+            yield chunk, encode_chunk(source, self.codec)
 
     def stored_chunks(self) -> dict[tuple[int, int], int]:
         """Grid position and encoded size of the chunks that are there."""
@@ -324,9 +382,15 @@ class ChunkedMap:
 
 def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
     """Encode C-contiguous values as one chunk; the encoded bytes written."""
-    frame = _BLOSC.encode(values)
-    objects.put(key, [frame, google_crc32c.value(frame).to_bytes(4, "little")])
-    return len(frame) + 4
+    parts = encode_chunk(values, _BLOSC)
+    objects.put(key, parts)
+    return sum(map(len, parts))
+
+
+def encode_chunk(values: AnyArray, codec: Blosc) -> list[bytes]:
+    """Encode C-contiguous values: the parts of a chunk's object."""
+    frame = codec.encode(values)
+    return [frame, google_crc32c.value(frame).to_bytes(4, "little")]
 
 
 def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:
@@ -385,15 +449,33 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
         grid=TileGrid((height, width), (array.chunks[0], array.chunks[1])),
         dtype=array.dtype.newbyteorder("="),
         fill=array.fill_value.item(),
+        codec=_codec(codecs[1]["configuration"]),
+    )
+
+
+def _codec(configuration: dict[str, Any]) -> Blosc:
+    """Make the codec that an array's metadata names."""
+    shuffle = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
+    return Blosc(
+        cname=configuration["cname"],
+        clevel=configuration["clevel"],
+        shuffle=shuffle.get(configuration["shuffle"], Blosc.BITSHUFFLE),
+        blocksize=configuration["blocksize"],
     )
 
 
 def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
     """Return this thread's buffer for one chunk; valid until the thread asks for the next."""
     key = (shape, dtype.str)
-    if getattr(_scratch, "key", None) != key:
-        _scratch.key, _scratch.array = key, np.empty(shape, dtype)
-    return cast(AnyArray, _scratch.array)
+    if getattr(_of_thread, "key", None) != key:
+        _of_thread.key, _of_thread.array = key, np.empty(shape, dtype)
+    return cast(AnyArray, _of_thread.array)
+
+
+def _memory_of_thread() -> ReusedMemory:
+    if not hasattr(_of_thread, "memory"):
+        _of_thread.memory = ReusedMemory()
+    return cast(ReusedMemory, _of_thread.memory)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from ocelot_em.errors import (
 from ocelot_em.execute import ClientExecutor
 from ocelot_em.maps import BEST_PARTIAL, COUNT, MEAN, POSES, SCALED_MIP, SQUARED_SUM, STD, SUM
 from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import MergeReport, Outcome, TileSummary
+from ocelot_em.pipeline import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary
 
 SUMMED = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
 COUNTS = (1000, 2**31 + 7, 300, 25)
@@ -437,16 +438,16 @@ def test_a_damaged_plan_is_named(search: Path, tmp_path: Path) -> None:
 class FakeFuture:
     """A Dask future whose first result is lost with its worker."""
 
-    def __init__(self, key: object, outcome: Outcome) -> None:
-        self.key, self._outcome, self._looked = key, outcome, 0
+    def __init__(self, key: object, outcomes: list[Outcome]) -> None:
+        self.key, self._outcomes, self._looked = key, outcomes, 0
 
     @property
     def status(self) -> str:
         self._looked += 1
         return "pending" if self._looked == 1 else "finished"
 
-    def result(self) -> Outcome:
-        return self._outcome
+    def result(self) -> list[Outcome]:
+        return self._outcomes
 
 
 def test_a_result_lost_with_its_worker_is_waited_for_again(
@@ -463,9 +464,9 @@ def test_a_result_lost_with_its_worker_is_waited_for_again(
                 yield self.pop(0)
 
     class Client:
-        def submit(self, _: object, *args: object, key: object, **options: object) -> FakeFuture:
-            summary = TileSummary(1, 1, 0, 0, 0, 0, 0, 0)
-            return FakeFuture(key, Outcome(int(str(args[2])), int(str(args[3])), summary))
+        def submit(self, _: object, *args: Any, key: object, **options: object) -> FakeFuture:
+            summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
+            return FakeFuture(key, [Outcome(iy, ix, summary) for iy, ix in args[2]])
 
         def nthreads(self) -> dict[str, int]:
             return {"worker": 1}
@@ -477,7 +478,7 @@ def test_a_result_lost_with_its_worker_is_waited_for_again(
         ended.append(outcome)
         return True
 
-    ClientExecutor(Client()).run("out", "run", [(0, n) for n in range(9)], collect)
+    ClientExecutor(Client()).run("out", "run", Tiles(9, np.arange(9)), collect)
     assert sorted(outcome.ix for outcome in ended) == list(range(9))
     assert all(outcome.summary for outcome in ended)
 

@@ -29,7 +29,7 @@ HOME = {
     "dask": {"execute", "cluster", "lazy", "plan"},
     "distributed": {"execute", "cluster", "api"},
     "xarray": {"lazy"},
-    "numba": {"kernels.cpu"},
+    "numba": {"kernels.by_map", "kernels.cpu"},
     "cupy": {"kernels.cuda", "arrays"},
     "torch": {"interop.leopard", "process_results"},
     "rich": {"cli", "terminal"},

@@ -4,137 +4,32 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.kernels import NAMES, load
-from ocelot_em.maps import Accumulator, MapSet, PartialMaps, PoseForm
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.maps import MapSet, PartialMaps, PoseForm
+from stacks import (
+    SHAPES,
+    SPACE,
+    TABLES,
+    as_partial,
+    assert_same_accumulators,
+    assert_same_bits,
+    checked,
+    draw_partial,
+    fold_at_once,
+    fold_each,
+    map_sets,
+    space_of,
+    sprinkle,
+    stacks,
+)
 
 KERNELS = [pytest.param(load(name), id=name) for name in NAMES]
 every_kernel = pytest.mark.parametrize("kernels", KERNELS)
-checked = settings(
-    max_examples=60,
-    deadline=None,  # the first example compiles
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
-)
-
-SPACE = SearchSpace.from_tables(
-    np.random.default_rng(1).uniform(0, 360, (7, 3)), [-100.0, 0.0, 100.0], [0.0, 0.01]
-)
-TABLES = SPACE.euler_angles, SPACE.defocus_values, SPACE.pixel_values
-SHAPES = [(1, 1), (1, 9), (5, 1), (3, 4), (1, 2047), (1, 2048), (1, 2049), (2, 2049), (33, 125)]
-COUNTS = [0, 1, 3, 1000, 20_500_000, 2**31 + 5, 2**53 + 1]
-MIPS = np.array([1, 1, 2, 2.5, -3, 0.0, -0.0, np.inf, -np.inf, 3.4e38, 1e-45], np.float32)
-SUMS = np.array([0, -0.0, 1, 3, 1e7, -2, 1e-30, 3.2e38, -3.4e38, np.inf, -np.inf], np.float32)
-
-# form (4 or 5 explicit maps, or indexed) and counts
-map_sets = st.sampled_from(
-    [
-        MapSet(PoseForm.EXPLICIT, pixel_size=False),
-        MapSet(PoseForm.EXPLICIT),
-        MapSet(PoseForm.EXPLICIT, counts=True),
-        MapSet(PoseForm.INDEXED),
-        MapSet(PoseForm.INDEXED, counts=True),
-    ]
-)
-
-
-def space_of(maps):
-    return SPACE if maps.form is PoseForm.INDEXED else None
-
-
-def sprinkle(rng, array, value, share):
-    array[rng.random(array.shape) < share] = value
-    return array
-
-
-def draw_partial(rng, shape, maps, number, *, nan=0.0, sum_dtype=np.float32):
-    """One device: mostly ties and special values, in places idle."""
-    plain = rng.random() < 0.5
-    mip = rng.standard_normal(shape).astype(np.float32) if plain else rng.choice(MIPS, shape)
-    idle = rng.random(shape) < rng.choice([0.0, 0.2, 1.0], p=[0.5, 0.4, 0.1])
-    mip[idle] = -np.inf
-    if maps.form is PoseForm.INDEXED:
-        pose = (rng.integers(0, SPACE.n_poses, shape, dtype=np.int32),)
-        pose[0][idle | (mip == -np.inf)] = -1
-    else:
-        pose = tuple(
-            np.where(idle, np.nan, rng.choice([0.0, -0.0, 90.0, 270.5, -1.5], shape)).astype("f4")
-            for _ in maps.pose
-        )
-        for values in pose:
-            sprinkle(rng, values, np.nan, nan)
-    if plain:
-        count = int(rng.choice(COUNTS[1:5]))
-        sums = [rng.normal(0.1 * count, count**0.5, shape), rng.normal(2 * count, 1, shape)]
-    else:
-        count = COUNTS[rng.integers(len(COUNTS))]
-        sums = [rng.choice(SUMS, shape), rng.choice(SUMS, shape)]
-    sums = [sprinkle(rng, np.where(idle, 0, s).astype(sum_dtype), np.nan, nan) for s in sums]
-    if maps.counts and rng.random() < 0.7:
-        count = np.where(idle, 0, rng.integers(0, 2**40, shape))
-    best = number
-    if rng.random() < 0.2:  # an earlier merge of the partials up to this one
-        best = np.where(idle, -1, rng.integers(0, number + 1, shape)).astype(np.int32)
-    return PartialMaps(sprinkle(rng, mip, np.nan, nan), pose, *sums, count, best)
-
-
-@st.composite
-def stacks(draw, shapes=SHAPES, sets=map_sets, nan=False, max_partials=6):
-    maps, shape = draw(sets), draw(st.sampled_from(shapes))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    share = draw(st.sampled_from([0.0, 0.001, 0.2])) if nan else 0.0
-    dtype = draw(st.sampled_from([np.float32, np.float64]))
-    n = draw(st.integers(1, max_partials))
-    partials = [draw_partial(rng, shape, maps, i, nan=share, sum_dtype=dtype) for i in range(n)]
-    return maps, partials
-
-
-def fold_all(kernels, maps, partials):
-    acc = kernels.identity(partials[0].mip.shape, maps)
-    reports = [kernels.fold(acc, partial, space_of(maps)) for partial in partials]
-    return acc, reports
-
-
-def as_partial(acc: Accumulator) -> PartialMaps:
-    return PartialMaps(
-        acc.mip.copy(),
-        tuple(p.copy() for p in acc.pose),
-        acc.correlation_sum.copy(),
-        acc.correlation_squared_sum.copy(),
-        acc.count if acc.count_map is None else acc.count_map.copy(),
-        acc.best_partial.copy(),
-    )
-
-
-def assert_same_bits(actual, expected, name=""):
-    assert actual.dtype == expected.dtype, name
-    assert actual.shape == expected.shape, name
-    if actual.dtype.kind == "f":  # one NaN is as good as another
-        actual = np.where(np.isnan(actual), np.array(np.nan, actual.dtype), actual)
-        expected = np.where(np.isnan(expected), np.array(np.nan, expected.dtype), expected)
-    np.testing.assert_array_equal(
-        actual.view(f"i{actual.dtype.itemsize}"),
-        expected.view(f"i{expected.dtype.itemsize}"),
-        err_msg=name,
-    )
-
-
-def assert_same_accumulators(actual, expected):
-    assert_same_bits(actual.mip, expected.mip, "mip")
-    for number, (one, other) in enumerate(zip(actual.pose, expected.pose, strict=True)):
-        assert_same_bits(one, other, f"pose {number}")
-    assert_same_bits(actual.best_partial, expected.best_partial, "best_partial")
-    assert_same_bits(actual.correlation_sum, expected.correlation_sum, "sum")
-    assert_same_bits(actual.correlation_squared_sum, expected.correlation_squared_sum, "squared")
-    assert actual.count == expected.count
-    if expected.count_map is None:
-        assert actual.count_map is None
-    else:
-        assert_same_bits(actual.count_map, expected.count_map, "count_map")
 
 
 def assert_is_oracle(merged, acc, maps, partials):
@@ -155,7 +50,7 @@ def assert_is_oracle(merged, acc, maps, partials):
 @given(stack=stacks(nan=True))
 def test_agrees_with_the_whole_stack_oracle(kernels, stack):
     maps, partials = stack
-    acc, reports = fold_all(kernels, maps, partials)
+    acc, reports = fold_each(kernels, maps, partials)
     merged = kernels.finalise(acc, maps, space_of(maps))
     assert_is_oracle(merged, acc, maps, partials)
     for report, partial in zip(reports, partials, strict=True):
@@ -170,8 +65,8 @@ def test_agrees_with_the_whole_stack_oracle(kernels, stack):
 @given(stack=stacks(nan=True))
 def test_kernels_agree_bit_by_bit(stack):
     maps, partials = stack
-    one, one_reports = fold_all(load("cpu"), maps, partials)
-    other, other_reports = fold_all(load("reference"), maps, partials)
+    one, one_reports = fold_each(load("cpu"), maps, partials)
+    other, other_reports = fold_each(load("reference"), maps, partials)
     assert one_reports == other_reports
     assert_same_accumulators(one, other)
     left = load("cpu").finalise(one, maps, space_of(maps))
@@ -182,14 +77,66 @@ def test_kernels_agree_bit_by_bit(stack):
 
 
 @every_kernel
+@settings(checked, max_examples=100)
+@given(stack=stacks(nan=True, max_partials=10), cut=st.integers(0, 10))
+def test_folding_all_is_folding_one_by_one(kernels, stack, cut):
+    maps, partials = stack
+    acc, report = fold_at_once(kernels, maps, partials)
+    expected, reports = fold_each(load("reference"), maps, partials)
+    assert_same_accumulators(acc, expected)
+    assert report.nan_pixels == sum(r.nan_pixels for r in reports)
+    assert report.invalid_indices == sum(r.invalid_indices for r in reports)
+    in_two = kernels.identity(acc.mip.shape, maps)
+    for part in (partials[:cut], partials[cut:]):
+        kernels.fold_all(in_two, part, space_of(maps))
+    assert_same_accumulators(in_two, acc)
+    merged = kernels.finalise(acc, maps, space_of(maps))
+    assert_is_oracle(merged, acc, maps, partials)
+
+
+@pytest.mark.parametrize("maps", [MapSet(PoseForm.EXPLICIT), MapSet(PoseForm.INDEXED, counts=True)])
+@pytest.mark.parametrize("sums", [(np.float32,), (np.float64,), (np.float32, np.float64)])
+def test_folding_all_over_more_than_one_block(maps, sums):
+    rng = np.random.default_rng(5)
+    partials = [
+        draw_partial(rng, (3, 11_003), maps, i, nan=1e-4, sum_dtype=sums[i % len(sums)])
+        for i in range(7)
+    ]
+    mixed = replace(partials[3], correlation_sum=partials[3].correlation_sum.astype(np.float64))
+    partials[3] = mixed
+    if maps.form is PoseForm.INDEXED:
+        for partial in partials:
+            sprinkle(rng, partial.pose[0], SPACE.n_poses, 1e-4)
+            sprinkle(rng, partial.pose[0], -2, 1e-4)
+    acc, report = fold_at_once(load("cpu"), maps, partials)
+    expected, expected_report = fold_at_once(load("reference"), maps, partials)
+    assert report == expected_report
+    assert report.nan_pixels > 0
+    assert_same_accumulators(acc, expected)
+    if maps.form is PoseForm.EXPLICIT:
+        merged = load("cpu").finalise(acc, maps, None)
+        for name, array in load("reference").finalise(expected, maps, None).items():
+            assert_same_bits(merged[name], array, name)
+
+
+@every_kernel
+def test_folding_none_changes_nothing(kernels):
+    maps = MapSet(PoseForm.EXPLICIT)
+    acc = kernels.identity((2, 3), maps)
+    report = kernels.fold_all(acc, [], None)
+    assert (report.nan_pixels, report.invalid_indices) == (0, 0)
+    assert_same_accumulators(acc, kernels.identity((2, 3), maps))
+
+
+@every_kernel
 @checked
 @given(stack=stacks(), cut=st.integers(0, 6))
 def test_merging_merged_results_is_merging_at_once(kernels, stack, cut):
     maps, partials = stack
-    at_once, _ = fold_all(kernels, maps, partials)
+    at_once, _ = fold_each(kernels, maps, partials)
     groups = [group for group in (partials[:cut], partials[cut:]) if group]
-    merged = [as_partial(fold_all(kernels, maps, group)[0]) for group in groups]
-    grouped, _ = fold_all(kernels, maps, merged)
+    merged = [as_partial(fold_each(kernels, maps, group)[0]) for group in groups]
+    grouped, _ = fold_each(kernels, maps, merged)
     # float64 addition is not associative: only what is picked agrees in every bit
     sums = {
         "correlation_sum": at_once.correlation_sum,
@@ -204,8 +151,8 @@ def test_merging_merged_results_is_merging_at_once(kernels, stack, cut):
 def test_indexed_merge_does_not_depend_on_the_order(kernels, stack, data):
     maps, partials = stack
     shuffled = data.draw(st.permutations(partials))
-    one, _ = fold_all(kernels, maps, partials)
-    other, _ = fold_all(kernels, maps, shuffled)
+    one, _ = fold_each(kernels, maps, partials)
+    other, _ = fold_each(kernels, maps, shuffled)
     np.testing.assert_array_equal(one.mip, other.mip)
     np.testing.assert_array_equal(one.pose[0], other.pose[0])
 
@@ -216,8 +163,8 @@ def test_indexed_merge_does_not_depend_on_the_order(kernels, stack, data):
 def test_an_idle_partial_changes_nothing(kernels, stack, at):
     maps, partials = stack
     idle = as_partial(kernels.identity(partials[0].mip.shape, maps))
-    one, _ = fold_all(kernels, maps, partials)
-    other, reports = fold_all(kernels, maps, [*partials[:at], idle, *partials[at:]])
+    one, _ = fold_each(kernels, maps, partials)
+    other, reports = fold_each(kernels, maps, [*partials[:at], idle, *partials[at:]])
     assert_same_accumulators(other, one)
     assert all((r.nan_pixels, r.invalid_indices) == (0, 0) for r in reports)
 
@@ -229,7 +176,7 @@ def test_masking_nan_is_leaving_the_partial_out_there(kernels, stack):
     maps, partials = stack
     maps = replace(maps, counts=True)
     masked = [kernels.mask_nan(partial) for partial in partials]
-    acc, reports = fold_all(kernels, maps, masked)
+    acc, reports = fold_each(kernels, maps, masked)
     assert all((r.nan_pixels, r.invalid_indices) == (0, 0) for r in reports)
     merged = kernels.finalise(acc, maps, space_of(maps))
     for (y, x), here in oracle.drop_nan(partials):
@@ -249,7 +196,7 @@ def test_masking_nan_is_leaving_the_partial_out_there(kernels, stack):
 @given(stack=stacks())
 def test_a_reset_accumulator_is_as_good_as_new(kernels, stack):
     maps, partials = stack
-    acc, _ = fold_all(kernels, maps, partials)
+    acc, _ = fold_each(kernels, maps, partials)
     own = acc.mip
     kernels.reset(acc)
     assert acc.mip is own
@@ -261,7 +208,7 @@ def test_a_reset_accumulator_is_as_good_as_new(kernels, stack):
 @given(stack=stacks())
 def test_finalise_fills_the_arrays_it_is_given(kernels, stack):
     maps, partials = stack
-    acc, _ = fold_all(kernels, maps, partials)
+    acc, _ = fold_each(kernels, maps, partials)
     expected = kernels.finalise(acc, maps, space_of(maps))
     names = ["scaled_mip", "correlation_mean", "correlation_std", "correlation_squared_sum"]
     if maps.form is PoseForm.INDEXED:
@@ -288,7 +235,7 @@ class TestKnownAnswers:
     angles = (1.0, 2.0, 3.0, 4.0, 5.0)
 
     def merged(self, kernels, maps, *partials):
-        acc, reports = fold_all(kernels, maps, partials)
+        acc, reports = fold_each(kernels, maps, partials)
         merged = kernels.finalise(acc, maps, space_of(maps))
         return {name: array[0, 0] for name, array in merged.items()}, reports
 
@@ -323,9 +270,9 @@ class TestKnownAnswers:
     def test_counts_are_exact(self, kernels):
         counts = [2**31 + 1, 2**53 + 1, 1]
         partials = [one_pixel(1, self.angles, 0, 0, n) for n in counts]
-        acc, _ = fold_all(kernels, MapSet(PoseForm.EXPLICIT), partials)
+        acc, _ = fold_each(kernels, MapSet(PoseForm.EXPLICIT), partials)
         assert acc.count == sum(counts)
-        acc, _ = fold_all(kernels, MapSet(PoseForm.EXPLICIT, counts=True), partials)
+        acc, _ = fold_each(kernels, MapSet(PoseForm.EXPLICIT, counts=True), partials)
         assert acc.count_map.tolist() == [[sum(counts)]]
 
     def test_sums_do_not_lose_what_float32_would(self, kernels):
@@ -370,6 +317,9 @@ class TestKnownAnswers:
         partial = one_pixel(1, self.angles, 0, 0, np.ones((1, 1), np.int64))
         with pytest.raises(TypeError, match="counts=True"):
             kernels.fold(acc, partial, None)
+        fine = one_pixel(1, self.angles, 0, 0, 1)
+        with pytest.raises(TypeError, match="counts=True"):
+            kernels.fold_all(acc, [fine, partial], None)
         assert_same_accumulators(acc, kernels.identity((1, 1), MapSet(PoseForm.EXPLICIT)))
 
     def test_read_only_inputs_are_accepted_and_unchanged(self, kernels):
@@ -381,14 +331,27 @@ class TestKnownAnswers:
         assert partial.mip[0, 0] == 1.0
 
 
-def test_cpu_refuses_views_that_it_would_have_to_copy():
+def test_cpu_refuses_arrays_that_it_cannot_read_as_they_are():
     cpu, maps = load("cpu"), MapSet(PoseForm.EXPLICIT)
-    acc = cpu.identity((4, 4), maps)
-    narrow = replace(acc, mip=np.zeros((4, 8), np.float32)[:, ::2])
+    acc, fine = cpu.identity((4, 4), maps), as_partial(cpu.identity((4, 4), maps))
+    fine.mip[...] = 1
+    narrow = np.zeros((4, 8), np.float32)[:, ::2]
     with pytest.raises(ValueError, match="C-contiguous"):
-        cpu.fold(narrow, as_partial(acc), None)
+        cpu.fold(replace(acc, mip=narrow), fine, None)
+    unaligned = np.zeros(65, np.uint8)[1:].view(np.float32).reshape(4, 4)
+    swapped = fine.mip.astype(">f4")
+    read_only = fine.mip.copy()
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable: False"):
+        cpu.fold(replace(acc, mip=read_only), fine, None)
+    for mip in (narrow, unaligned, swapped, fine.mip.astype(np.float64)):
+        with pytest.raises(ValueError, match="C-contiguous array of 16 values of float32"):
+            cpu.fold_all(acc, [fine, replace(fine, mip=mip)], None)
     with pytest.raises(ValueError, match="16 values"):
-        cpu.fold(acc, as_partial(cpu.identity((4, 5), maps)), None)
+        cpu.fold_all(acc, [fine, as_partial(cpu.identity((4, 5), maps))], None)
+    with pytest.raises(ValueError, match="5 pose maps, got 4"):
+        cpu.fold_all(acc, [fine, replace(fine, pose=fine.pose[:4])], None)
+    assert_same_accumulators(acc, cpu.identity((4, 4), maps))
 
 
 def test_unknown_kernels_are_refused():

@@ -1,6 +1,7 @@
 """Kernels: the arithmetic of a merge, one module per kind of processor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Protocol
 
 from ocelot_em.errors import InvalidInputError
@@ -27,6 +28,12 @@ class Kernels(Protocol):
 
     def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
         """Take one more partial into the accumulator, in place."""
+        ...
+
+    def fold_all(
+        self, acc: Accumulator, partials: Sequence[PartialMaps], space: SearchSpace | None
+    ) -> FoldReport:
+        """Take more partials into the accumulator, in place, in their order."""
         ...
 
     def finalise(
@@ -68,3 +75,10 @@ def load(name: str) -> Kernels:
 
         return reference
     raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def load_by_map() -> ModuleType:
+    """Import :mod:`ocelot_em.kernels.by_map`; here for the same reason as :func:`load`."""
+    from ocelot_em.kernels import by_map
+
+    return by_map

@@ -4,16 +4,24 @@ Same interface and same bits as :mod:`ocelot_em.kernels.reference`. The compiled
 the GIL, so threads can merge different regions at once. They are compiled at first use, and the
 machine code is kept on disk.
 
-Per block, first the winners as a mask, then one simple loop per map, with operands loaded into
-locals before one of them is chosen: anything else does not vectorise and is four to five times
-slower. ``fastmath`` stays off, because it would fuse and reorder the float64 arithmetic.
+Per block and four partials, first the winners as a mask, then one simple loop per map that reads
+the map of all four: so memory delivers four streams at once, and the accumulator is read and
+written a quarter as often. Two things keep the loops vectorised, without which they are four to
+five times slower: operands are loaded into locals before one of them is chosen, and a loop writes
+one array and reads few, because the compiler gives up when it would have to test more than eight
+pairs of arrays for overlap. ``fastmath`` stays off, because it would fuse and reorder the float64
+arithmetic.
+
+Compiled functions take the arrays as tables of addresses, so that one compilation serves every
+number of partials and every combination of optional maps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
 from ocelot_em.kernels.reference import identity, mask_nan, merged_maps, reset
 from ocelot_em.maps import (
@@ -31,16 +39,33 @@ from ocelot_em.maps import (
 )
 from ocelot_em.search_space import SearchSpace
 
-__all__ = ["finalise", "fold", "identity", "mask_nan", "reset"]
+__all__ = ["finalise", "fold", "fold_all", "identity", "mask_nan", "reset"]
 
-_BLOCK = 2048
-"""Pixels per block: its mask and a few planes of it fit the first-level cache."""
+_BLOCK = 16384
+"""Pixels per block of a fold: long enough for memory to stream, short enough to stay in cache."""
 
-_WON, _SEARCHED = np.int32(1), np.int32(2)
-"""Bits of a pixel in a block's mask."""
+_SMALL_BLOCK = 1024
+"""Pixels per block where everything that is read again fits the first-level cache."""
 
-_NO_COUNTS, _NO_NUMBERS = np.empty(0, np.int64), np.empty(0, np.int32)
-"""Stand for a map that is not there, so that one compiled function serves both cases."""
+_GROUP = 4
+"""Partials per pass over the accumulator; the names a, b, c, d stand for them."""
+
+_A, _B, _C, _D = np.int32(1), np.int32(2), np.int32(4), np.int32(8)
+"""Bits of a pixel in a block's mask: which of a group won, if any did."""
+
+_SEARCHED_SHIFT = np.int32(4)
+"""The same bits, shifted by this, say which of a group searched the pixel."""
+
+_MIP, _BEST_PARTIAL, _SUM, _SQUARED_SUM, _COUNT, _POSE = range(6)
+"""Columns of a table of addresses, one row a partial; the pose takes the last and all after it."""
+
+_NUMBER, _ONE_COUNT, _SUM_BYTES, _SQUARED_SUM_BYTES = range(4)
+"""Columns of the table of numbers: what stands for a map that is not there, and sizes."""
+
+_MISSING = 0
+"""Address of a map that is not there."""
+
+_F4, _F8, _I4, _I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -51,7 +76,14 @@ def _compiled(function: _Function) -> _Function:
 
 
 def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-    """Take one more partial into the accumulator, in place.
+    """Take one more partial into the accumulator: :func:`fold_all` of one."""
+    return fold_all(acc, (partial,), space)
+
+
+def fold_all(
+    acc: Accumulator, partials: Sequence[PartialMaps], space: SearchSpace | None
+) -> FoldReport:
+    """Take more partials into the accumulator, in place, in their order.
 
     The higher ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier partial,
     indexed poses the lower global index. -inf never wins. Sums and counts add.
@@ -63,53 +95,74 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     ----------
     acc
         Changed in place.
-    partial
+    partials
         Maps of the accumulator's shape.
     space
         The search space of an indexed search, None for explicit poses.
 
+    Returns
+    -------
+    FoldReport
+        The sums over all partials: a pixel that is NaN in two partials counts twice.
+
     Raises
     ------
     TypeError
-        If the partial's count is a map and the accumulator's is not; nothing is changed then.
+        If a partial's count is a map and the accumulator's is not; nothing is changed then.
     ValueError
-        If an array is not C-contiguous or not of the accumulator's size; nothing is changed then.
+        If an array is not C-contiguous, not of the accumulator's size or not of the dtype that
+        :class:`PartialMaps` states; nothing is changed then.
     """
-    n = acc.mip.size
-    one_count, counts, count_totals = 0, _NO_COUNTS, _NO_COUNTS
-    if acc.count_map is not None:
-        count_totals = _flat(acc.count_map, n)
-    if not isinstance(partial.count, int):
-        if acc.count_map is None:
+    if not partials:
+        return FoldReport(0, 0)
+    n, pose_type = acc.mip.size, _F4 if space is None else _I4
+    kept = [
+        _address(acc.mip, n, _F4, changed=True),
+        _address(acc.best_partial, n, _I4, changed=True),
+        _address(acc.correlation_sum, n, _F8, changed=True),
+        _address(acc.correlation_squared_sum, n, _F8, changed=True),
+        _MISSING if acc.count_map is None else _address(acc.count_map, n, _I8, changed=True),
+        *(_address(pose, n, pose_type, changed=True) for pose in acc.pose),
+    ]
+    rows, numbers, count = [], [], 0
+    for partial in partials:
+        total, squared_total = partial.correlation_sum, partial.correlation_squared_sum
+        number, number_map, one_count, count_map = 0, _MISSING, 0, _MISSING
+        if isinstance(partial.best_partial, int):
+            number = partial.best_partial
+        else:
+            number_map = _address(partial.best_partial, n, _I4)
+        if isinstance(partial.count, int):
+            one_count = partial.count
+            count += one_count
+        elif acc.count_map is not None:
+            count_map = _address(partial.count, n, _I8)
+        else:
             raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
-        counts = partial.count
-    elif acc.count_map is not None:
-        one_count = partial.count
-    number, numbers = NOT_SEARCHED, _NO_NUMBERS
-    if isinstance(partial.best_partial, int):
-        number = partial.best_partial
-    else:
-        numbers = partial.best_partial
-    mips = _flat(acc.mip, n), _read_only(partial.mip, n)
-    bests = _flat(acc.best_partial, n), np.int32(number), _read_only(numbers, numbers.size and n)
-    sums = (
-        *(_flat(acc.correlation_sum, n), _flat(acc.correlation_squared_sum, n)),
-        *(_read_only(partial.correlation_sum, n), _read_only(partial.correlation_squared_sum, n)),
+        if len(partial.pose) != len(acc.pose):
+            raise ValueError(f"expected {len(acc.pose)} pose maps, got {len(partial.pose)}")
+        rows.append(
+            (
+                _address(partial.mip, n, _F4),
+                number_map,
+                _address(total, n, _F8 if total.dtype == _F8 else _F4),
+                _address(squared_total, n, _F8 if squared_total.dtype == _F8 else _F4),
+                count_map,
+                *[_address(pose, n, pose_type) for pose in partial.pose],
+            )
+        )
+        one_count = one_count if acc.count_map is not None else 0
+        numbers.append((number, one_count, total.itemsize, squared_total.itemsize))
+    nan_pixels, invalid_indices = _fold(
+        n,
+        np.array(kept, np.int64),
+        np.array(rows, np.int64),
+        np.array(numbers, np.int64),
+        0 if space is None else space.n_poses,
     )
-    counts_of = count_totals, one_count, _read_only(counts, counts.size and n)
-    kept = tuple(_flat(pose, n) for pose in acc.pose)
-    new = tuple(_read_only(pose, n) for pose in partial.pose)
-    if len(kept) != len(new):
-        raise ValueError(f"expected {len(kept)} pose maps, got {len(new)}")
-    if space is None:
-        report = FoldReport(_fold_explicit(mips, kept, new, bests, sums, counts_of), 0)
-    else:
-        n_poses = np.int32(space.n_poses)
-        report = FoldReport(*_fold_indexed(mips, kept[0], new[0], n_poses, bests, sums, counts_of))
     if acc.count_map is None:
-        assert isinstance(partial.count, int)
-        acc.count += partial.count
-    return report
+        acc.count += count
+    return FoldReport(nan_pixels, invalid_indices)
 
 
 def finalise(
@@ -146,7 +199,7 @@ def finalise(
     IndexError
         If an index lies beyond the search space.
     ValueError
-        If an array is not C-contiguous or not of the accumulator's size.
+        If an array is not C-contiguous, or not of the accumulator's size or the right dtype.
     """
     n, shape = acc.mip.size, acc.mip.shape
     names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM]
@@ -156,23 +209,18 @@ def finalise(
     computed = {
         name: given[name] if name in given else np.empty(shape, np.float32) for name in names
     }
-    flat = {name: _flat(array, n) for name, array in computed.items()}
-    _statistics(
-        _read_only(acc.mip, n),
-        (_read_only(acc.correlation_sum, n), _read_only(acc.correlation_squared_sum, n)),
-        float(acc.count),
-        _read_only(_NO_COUNTS if acc.count_map is None else acc.count_map, None),
-        (flat[SCALED_MIP], flat[MEAN], flat[STD]),
-        (flat[SUM], flat[SQUARED_SUM]),
+    targets = np.array(
+        [_address(array, n, _F4, changed=True) for array in computed.values()], np.int64
     )
+    count_map = _MISSING if acc.count_map is None else _address(acc.count_map, n, _I8)
+    sums = acc.correlation_sum, acc.correlation_squared_sum
+    inputs = _address(acc.mip, n, _F4), *(_address(total, n, _F8) for total in sums), count_map
+    _statistics(n, inputs, float(acc.count), targets)
     if space is not None:
-        outside = _decode(
-            _read_only(acc.pose[0], n),
-            _read_only(space.euler_angles, None),
-            _read_only(space.defocus_values, None),
-            _read_only(space.pixel_values, None),
-            tuple(flat[name] for name in maps.explicit_poses),
-        )
+        tables = space.euler_angles, space.defocus_values, space.pixel_values
+        addresses = tuple(_address(table, table.size, _F4) for table in tables)
+        sizes = tuple(len(table) for table in tables)
+        outside = _decode(n, _address(acc.pose[0], n, _I4), addresses, sizes, targets[5:])
         if outside:
             raise IndexError(
                 f"{outside} pixels have an index beyond the search space of {space.n_poses} poses"
@@ -180,222 +228,453 @@ def finalise(
     return merged_maps(acc, maps, computed)
 
 
-def _flat(array: AnyArray, size: int | None) -> AnyArray:
-    """Return the array's own memory in one dimension; ``reshape`` alone may return a copy."""
-    if not array.flags.c_contiguous or (size is not None and array.size != size):
+def _address(array: AnyArray, size: int, dtype: np.dtype[Any], changed: bool = False) -> int:
+    """Return where an array's values are, after checking that compiled code may go there."""
+    flags = array.flags
+    fit = flags.c_contiguous and flags.aligned and (flags.writeable or not changed)
+    if not fit or array.size != size or array.dtype != dtype:
         raise ValueError(
-            f"expected a C-contiguous array of {size} values, "
-            f"got shape {array.shape} with strides {array.strides}"
+            f"expected a C-contiguous array of {size} values of {dtype}, got {array.dtype}, "
+            f"shape {array.shape}, strides {array.strides}, writeable: {flags.writeable}"
         )
-    return array.reshape(-1)
-
-
-def _read_only(array: AnyArray, size: int | None) -> AnyArray:
-    """Return a flat read-only view: inputs then have one type, and are compiled for once."""
-    flat = _flat(array, size)
-    flat.flags.writeable = False
-    return flat
+    return _start_of(array)
 
 
 @_compiled
-def _explicit_winners(new: Any, best: Any, state: Any) -> Any:
-    """Mark where the new mip wins and where something was searched; whether any is NaN."""
-    any_nan = np.int32(0)
-    for i in range(new.size):
-        mip, old = new[i], best[i]
-        state[i] = (_WON if mip > old else np.int32(0)) | (
-            _SEARCHED if mip > -np.inf else np.int32(0)
-        )
-        any_nan |= np.int32(mip != mip)
+def _start_of(array: Any) -> int:
+    """Several times faster than asking NumPy, which makes an object for it."""
+    address: int = array.ctypes.data
+    return address
+
+
+@intrinsic
+def _pointer(_context: Any, _at: Any, _start: Any, dtype: Any) -> Any:
+    """Turn an address and a number of values beyond it into a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return builder.gep(first, [args[1]])
+
+    return types.CPointer(dtype.dtype)(types.int64, types.int64, dtype), generate
+
+
+@_compiled
+def _plane(address: Any, dtype: Any, start: Any, size: Any) -> Any:
+    """Return ``size`` values of a map from ``start`` as an array."""
+    return carray(_pointer(address, start, dtype), size)
+
+
+@_compiled
+def _planes(rows: Any, column: Any, dtype: Any, start: Any, size: Any) -> Any:
+    """Return one map of a group; a short group repeats its last, which never wins over itself."""
+    last = len(rows) - 1
+    return (
+        _plane(rows[0, column], dtype, start, size),
+        _plane(rows[min(1, last), column], dtype, start, size),
+        _plane(rows[min(2, last), column], dtype, start, size),
+        _plane(rows[last, column], dtype, start, size),
+    )
+
+
+@_compiled
+def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
+    """Mark who wins and who searched; whether any mip is NaN."""
+    a_mips, b_mips, c_mips, d_mips = mips
+    any_nan, none = np.int32(0), np.int32(0)
+    for i in range(state.size):
+        highest, a, b, c, d = best[i], a_mips[i], b_mips[i], c_mips[i], d_mips[i]
+        won = _A if a > highest else none
+        highest = a if a > highest else highest
+        won = _B if b > highest else won
+        highest = b if b > highest else highest
+        won = _C if c > highest else won
+        highest = c if c > highest else highest
+        won = _D if d > highest else won
+        searched = (_A if a > -np.inf else none) | (_B if b > -np.inf else none)
+        searched |= (_C if c > -np.inf else none) | (_D if d > -np.inf else none)
+        state[i] = won | (searched << _SEARCHED_SHIFT)
+        any_nan |= np.int32(a != a) | np.int32(b != b) | np.int32(c != c) | np.int32(d != d)
     return any_nan
 
 
 @_compiled
-def _indexed_winners(
-    new: Any, best: Any, new_index: Any, best_index: Any, n_poses: Any, state: Any
-) -> Any:
-    """Mark as :func:`_explicit_winners` does; whether any is NaN, how many indices are invalid."""
-    any_nan, invalid = np.int32(0), np.int32(0)
-    for i in range(new.size):
-        mip, old, index, old_index = new[i], best[i], new_index[i], best_index[i]
-        searched = mip > -np.inf
-        won = (mip > old) | ((mip == old) & (index < old_index) & searched)
-        state[i] = (_WON if won else np.int32(0)) | (_SEARCHED if searched else np.int32(0))
-        any_nan |= np.int32(mip != mip)
-        invalid += np.int32(
-            (index < NOT_SEARCHED) | (index >= n_poses) | ((index == NOT_SEARCHED) & searched)
-        )
-    return any_nan, invalid
+def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any) -> Any:
+    """Mark who of two wins, the earlier mark stays elsewhere; whether NaN or an invalid index."""
+    (best, best_index), (a_mips, b_mips, a_indices, b_indices) = kept, new
+    none, yes, lowest = np.int32(0), np.int32(1), np.int32(NOT_SEARCHED)
+    a_bit, b_bit = (_C, _D) if second else (_A, _B)
+    keep_mark = np.int32(-1) if second else none
+    bad = none
+    for i in range(state.size):
+        highest, index, earlier = best[i], best_index[i], state[i] & keep_mark
+        a, b, a_index, b_index = a_mips[i], b_mips[i], a_indices[i], b_indices[i]
+        a_searched, b_searched = (yes if a > -np.inf else none), (yes if b > -np.inf else none)
+        tie = (yes if a == highest else none) & (yes if a_index < index else none) & a_searched
+        a_won = tie | (yes if a > highest else none)
+        highest, index = (a if a_won else highest), (a_index if a_won else index)
+        tie = (yes if b == highest else none) & (yes if b_index < index else none) & b_searched
+        b_won = tie | (yes if b > highest else none)
+        won = a_bit if a_won else earlier
+        state[i] = b_bit if b_won else won
+        bad |= np.int32(a != a) | np.int32(b != b)
+        bad |= (yes if a_index < lowest else none) | (yes if a_index >= n_poses else none)
+        bad |= (yes if b_index < lowest else none) | (yes if b_index >= n_poses else none)
+        bad |= (yes if a_index == lowest else none) & a_searched
+        bad |= (yes if b_index == lowest else none) & b_searched
+    return bad
 
 
 @_compiled
-def _take(state: Any, new: Any, kept: Any) -> None:
-    """Replace the kept values where the new ones won."""
-    for i in range(kept.size):
-        old, value = kept[i], new[i]
-        kept[i] = value if state[i] & _WON else old
+def _take(state: Any, kept: Any, new: Any) -> None:
+    """Replace the kept values by those of the winners."""
+    a_values, b_values, c_values, d_values = new
+    for i in range(state.size):
+        won, value = state[i], kept[i]
+        a, b, c, d = a_values[i], b_values[i], c_values[i], d_values[i]
+        value = a if won & _A else value
+        value = b if won & _B else value
+        value = c if won & _C else value
+        kept[i] = d if won & _D else value
 
 
 @_compiled
-def _take_number(state: Any, number: Any, kept: Any) -> None:
-    """Replace the kept values by one number where the new partial won."""
-    for i in range(kept.size):
-        old = kept[i]
-        kept[i] = number if state[i] & _WON else old
-
-
-@_compiled
-def _take_pose(state: Any, new: Any, kept: Any) -> Any:
+def _take_pose(state: Any, kept: Any, new: Any) -> Any:
     """Replace as :func:`_take` does; whether any value of a searched pixel is NaN."""
-    any_nan = np.int32(0)
-    for i in range(kept.size):
-        old, value, bits = kept[i], new[i], state[i]
-        kept[i] = value if bits & _WON else old
-        any_nan |= np.int32(value != value) & (bits >> 1)
+    a_values, b_values, c_values, d_values = new
+    any_nan, none = np.int32(0), np.int32(0)
+    for i in range(state.size):
+        won, value = state[i], kept[i]
+        a, b, c, d = a_values[i], b_values[i], c_values[i], d_values[i]
+        value = a if won & _A else value
+        value = b if won & _B else value
+        value = c if won & _C else value
+        kept[i] = d if won & _D else value
+        nan = (_A if a != a else none) | (_B if b != b else none)
+        nan |= (_C if c != c else none) | (_D if d != d else none)
+        any_nan |= nan & (won >> _SEARCHED_SHIFT)
     return any_nan
 
 
 @_compiled
-def _add(new: Any, total: Any) -> Any:
+def _take_numbers(state: Any, kept: Any, numbers: Any) -> None:
+    """Replace the kept values by the number of the winner."""
+    a, b, c, d = numbers
+    for i in range(state.size):
+        won, value = state[i], kept[i]
+        value = a if won & _A else value
+        value = b if won & _B else value
+        value = c if won & _C else value
+        kept[i] = d if won & _D else value
+
+
+@_compiled
+def _take_map(state: Any, kept: Any, bit: Any, new: Any) -> None:
+    """Replace the kept values by those of the partial of this bit where it won."""
+    for i in range(state.size):
+        won, value, other = state[i], kept[i], new[i]
+        kept[i] = other if won & bit else value
+
+
+@_compiled
+def _add_four(total: Any, new: Any) -> Any:
+    """Add in float64, one after another; whether any new value is NaN."""
+    a_values, b_values, c_values, d_values = new
+    any_nan = np.int32(0)
+    for i in range(total.size):
+        value, a, b, c, d = total[i], a_values[i], b_values[i], c_values[i], d_values[i]
+        total[i] = value + np.float64(a) + np.float64(b) + np.float64(c) + np.float64(d)
+        any_nan |= np.int32(a != a) | np.int32(b != b) | np.int32(c != c) | np.int32(d != d)
+    return any_nan
+
+
+@_compiled
+def _add(total: Any, new: Any) -> Any:
     """Add in float64; whether any new value is NaN."""
     any_nan = np.int32(0)
     for i in range(total.size):
-        value, old = new[i], total[i]
-        total[i] = old + np.float64(value)
-        any_nan |= np.int32(value != value)
+        value, a = total[i], new[i]
+        total[i] = value + np.float64(a)
+        any_nan |= np.int32(a != a)
     return any_nan
 
 
 @_compiled
-def _fold_common(state: Any, part: Any, bests: Any, sums: Any, counts: Any) -> Any:
-    """Best partial, sums and counts of one block; whether any sum is NaN."""
-    best, number, numbers = bests
-    if numbers.size:
-        _take(state, numbers[part], best[part])
-    else:
-        _take_number(state, number, best[part])
-    total, squared_total, new, squared_new = sums
-    any_nan = _add(new[part], total[part])
-    any_nan |= _add(squared_new[part], squared_total[part])
-    count_totals, one_count, count_map = counts
-    if count_totals.size:
-        block = count_totals[part]
-        if count_map.size:
-            new_counts = count_map[part]
-            for i in range(block.size):
-                block[i] += new_counts[i]
-        else:
-            for i in range(block.size):
-                block[i] += one_count
-    return any_nan
+def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int, int]:
+    """Fold; the number of pixels with NaN and of those with an invalid index.
 
-
-@_compiled
-def _fold_explicit(mips: Any, kept: Any, new: Any, bests: Any, sums: Any, counts: Any) -> int:
-    """Fold explicit poses; the number of pixels with NaN."""
-    best, mip = mips
-    state = np.empty(_BLOCK, np.int32)
-    nan_pixels = 0
-    for start in range(0, mip.size, _BLOCK):
-        part = slice(start, min(start + _BLOCK, mip.size))
-        mask = state[: part.stop - start]
-        any_nan = _explicit_winners(mip[part], best[part], mask)
-        _take(mask, mip[part], best[part])
-        for number in range(len(kept)):
-            any_nan |= _take_pose(mask, new[number][part], kept[number][part])
-        any_nan |= _fold_common(mask, part, bests, sums, counts)
-        if any_nan:  # rare: only then is it worth finding out in how many pixels
-            for i in range(start, part.stop):
-                bad = np.isnan(mip[i]) | np.isnan(sums[2][i]) | np.isnan(sums[3][i])
-                for number in range(len(new)):
-                    bad |= np.isnan(new[number][i]) & (mip[i] > -np.inf)
-                nan_pixels += int(bad)
-    return nan_pixels
-
-
-@_compiled
-def _fold_indexed(
-    mips: Any, kept: Any, new: Any, n_poses: Any, bests: Any, sums: Any, counts: Any
-) -> tuple[int, int]:
-    """Fold indexed poses; the number of pixels with NaN and of those with an invalid index."""
-    best, mip = mips
-    state = np.empty(_BLOCK, np.int32)
+    ``kept`` and ``rows`` are addresses, ``n_poses`` is 0 for explicit poses.
+    """
+    state = np.empty(min(n, _BLOCK), np.int32)
     nan_pixels = invalid_indices = 0
-    for start in range(0, mip.size, _BLOCK):
-        part = slice(start, min(start + _BLOCK, mip.size))
-        mask = state[: part.stop - start]
-        any_nan, invalid = _indexed_winners(
-            mip[part], best[part], new[part], kept[part], n_poses, mask
-        )
-        invalid_indices += invalid
-        _take(mask, mip[part], best[part])
-        _take(mask, new[part], kept[part])
-        any_nan |= _fold_common(mask, part, bests, sums, counts)
-        if any_nan:
-            for i in range(start, part.stop):
-                bad = np.isnan(mip[i]) | np.isnan(sums[2][i]) | np.isnan(sums[3][i])
-                nan_pixels += int(bad)
+    for start in range(0, n, _BLOCK):
+        block = state[: min(n - start, _BLOCK)]
+        for first in range(0, len(rows), _GROUP):
+            group = rows[first : first + _GROUP]
+            values = numbers[first : first + _GROUP]
+            if n_poses:
+                bad = _pick_indexed(block, start, kept, group, n_poses)
+            else:
+                bad = _pick_explicit(block, start, kept, group)
+            _pick_best_partial(block, start, kept, group, values)
+            bad |= _add_sums(block, start, kept, group, values)
+            if kept[_COUNT] != _MISSING:
+                _add_counts(block, start, kept, group, values)
+            if bad:  # rare: only then is it worth finding out in how many pixels
+                for number in range(len(group)):
+                    nan_pixels += _count_nan(block, start, group[number], values[number], n_poses)
+                    if n_poses:
+                        invalid_indices += _count_invalid(block, start, group[number], n_poses)
     return nan_pixels, invalid_indices
 
 
 @_compiled
-def _statistics(
-    mip: Any, sums: Any, one_count: float, count_map: Any, statistics: Any, rounded: Any
-) -> None:
-    """Z-score, mean, standard deviation, and the sums in float32."""
-    z_map, mean_map, std_map = statistics
-    counts = np.full(_BLOCK, one_count)
-    for start in range(0, mip.size, _BLOCK):
-        part = slice(start, min(start + _BLOCK, mip.size))
-        for i in range(count_map[part].size):
-            counts[i] = count_map[start + i]
-        _statistics_of_block(
-            (mip[part], sums[0][part], sums[1][part], counts),
-            (z_map[part], mean_map[part], std_map[part]),
-            (rounded[0][part], rounded[1][part]),
+def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
+    """Mark the winners, take their mips and poses; whether anything is NaN."""
+    size = state.size
+    best = _plane(kept[_MIP], np.float32, start, size)
+    bad = _explicit_winners(state, best, _planes(rows, _MIP, np.float32, start, size))
+    _pick_bits(state, start, kept, rows, _MIP)
+    for column in range(_POSE, len(kept)):
+        pose = _plane(kept[column], np.float32, start, size)
+        bad |= _take_pose(state, pose, _planes(rows, column, np.float32, start, size))
+    return bad
+
+
+@_compiled
+def _pick_indexed(state: Any, start: Any, kept: Any, rows: Any, n_poses: Any) -> Any:
+    """Mark the winners, take their mips and indices; whether NaN or an invalid index."""
+    size = state.size
+    best = _plane(kept[_MIP], np.float32, start, size)
+    best_index = _plane(kept[_POSE], np.int32, start, size)
+    bad = np.int32(0)
+    # In pairs: four partials would be too many arrays in one loop to be vectorised.
+    for second in range(2 if len(rows) > 2 else 1):
+        a, b = 2 * second, min(2 * second + 1, len(rows) - 1)
+        new = (
+            _plane(rows[a, _MIP], np.float32, start, size),
+            _plane(rows[b, _MIP], np.float32, start, size),
+            _plane(rows[a, _POSE], np.int32, start, size),
+            _plane(rows[b, _POSE], np.int32, start, size),
         )
+        bad |= _indexed_winners(state, (best, best_index), new, np.int32(n_poses), second)
+        _pick_bits(state, start, kept, rows, _MIP)
+        _pick_bits(state, start, kept, rows, _POSE)
+    return bad
 
 
 @_compiled
-def _statistics_of_block(inputs: Any, statistics: Any, rounded: Any) -> None:
-    """Compute the maps of :func:`_statistics` in one block."""
-    mip, total, squared_total, counts = inputs
-    z_map, mean_map, std_map = statistics
-    for i in range(mip.size):
-        value, count = np.float64(mip[i]), counts[i]
-        mean = total[i] / count
-        variance = squared_total[i] / count - mean * mean
-        std = np.sqrt(0.0 if variance < 0 else variance)
-        ratio = (value - mean) / std
-        z = 0.0 if std == 0 else ratio
-        z_map[i] = np.nan if value == -np.inf else z
-        mean_map[i] = np.nan if count == 0 else mean
-        std_map[i] = np.nan if count == 0 else std
-    for i in range(mip.size):
-        rounded[0][i] = total[i]
-        rounded[1][i] = squared_total[i]
+def _pick_bits(state: Any, start: Any, kept: Any, rows: Any, column: Any) -> None:
+    """Take a map of four bytes a value, whatever they mean, from the winners."""
+    new = _planes(rows, column, np.int32, start, state.size)
+    _take(state, _plane(kept[column], np.int32, start, state.size), new)
 
 
 @_compiled
-def _decode(index: Any, angles: Any, defocus: Any, pixel: Any, poses: Any) -> int:
-    """Look up the pose maps; the number of indices beyond the tables, which become NaN."""
-    # Unsigned 32-bit division is several times faster than Python's rounding down in 64 bits.
-    n_orientations, n_defocus = np.uint32(angles.size // 3), np.uint32(defocus.size)
-    n_poses = angles.size // 3 * defocus.size * pixel.size
-    phi, theta, psi, defocus_map, pixel_map = poses
-    outside = 0
-    for i in range(index.size):
-        if 0 <= index[i] < n_poses:
-            number = np.uint32(index[i])
-            rest = np.uint32(number // n_orientations)
-            row = np.int64(3) * np.int64(np.uint32(number - rest * n_orientations))
-            pixel_number = np.uint32(rest // n_defocus)
-            phi[i] = angles[row]
-            theta[i] = angles[row + 1]
-            psi[i] = angles[row + 2]
-            defocus_map[i] = defocus[np.int64(np.uint32(rest - pixel_number * n_defocus))]
-            pixel_map[i] = pixel[np.int64(pixel_number)]
+def _pick_best_partial(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> None:
+    """Take the number of the winner: the partial's own, or from its map."""
+    best, last = _plane(kept[_BEST_PARTIAL], np.int32, start, state.size), len(rows) - 1
+    a, b = np.int32(numbers[0, _NUMBER]), np.int32(numbers[min(1, last), _NUMBER])
+    c, d = np.int32(numbers[min(2, last), _NUMBER]), np.int32(numbers[last, _NUMBER])
+    _take_numbers(state, best, (a, b, c, d))
+    for number in range(len(rows)):
+        address = rows[number, _BEST_PARTIAL]
+        if address != _MISSING:
+            new = _plane(address, np.int32, start, state.size)
+            _take_map(state, best, np.int32(1 << number), new)
+
+
+@_compiled
+def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any:
+    """Add both sums; whether any new value is NaN."""
+    any_nan, size = np.int32(0), state.size
+    for number in range(2):
+        column, width = _SUM + number, _SUM_BYTES + number
+        total = _plane(kept[column], np.float64, start, size)
+        if len(rows) == _GROUP and numbers[:, width].max() == 4:
+            any_nan |= _add_four(total, _planes(rows, column, np.float32, start, size))
         else:
-            outside += int(index[i] >= n_poses)
-            phi[i] = theta[i] = psi[i] = defocus_map[i] = pixel_map[i] = np.nan
+            for row in range(len(rows)):
+                if numbers[row, width] == 4:
+                    new = _plane(rows[row, column], np.float32, start, size)
+                    any_nan |= _add(total, new)
+                else:
+                    wide = _plane(rows[row, column], np.float64, start, size)
+                    any_nan |= _add(total, wide)
+    return any_nan
+
+
+@_compiled
+def _add_counts(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> None:
+    """Add to the map of counts: from the partial's map, or its one count everywhere."""
+    total = _plane(kept[_COUNT], np.int64, start, state.size)
+    for number in range(len(rows)):
+        if rows[number, _COUNT] != _MISSING:
+            counts = _plane(rows[number, _COUNT], np.int64, start, state.size)
+            for i in range(total.size):
+                total[i] += counts[i]
+        else:
+            one_count = numbers[number, _ONE_COUNT]
+            for i in range(total.size):
+                total[i] += one_count
+
+
+@_compiled
+def _count_nan(bad: Any, start: Any, row: Any, numbers: Any, n_poses: Any) -> int:
+    """Count the pixels where any map of a partial is NaN; a pose only where it searched."""
+    size = bad.size
+    mip = _plane(row[_MIP], np.float32, start, size)
+    for i in range(size):
+        bad[i] = np.isnan(mip[i])
+    for number in range(2):
+        address = row[_SUM + number]
+        if numbers[_SUM_BYTES + number] == 4:
+            new = _plane(address, np.float32, start, size)
+            for i in range(size):
+                bad[i] |= np.isnan(new[i])
+        else:
+            wide = _plane(address, np.float64, start, size)
+            for i in range(size):
+                bad[i] |= np.isnan(wide[i])
+    if not n_poses:
+        for column in range(_POSE, len(row)):
+            pose = _plane(row[column], np.float32, start, size)
+            for i in range(size):
+                bad[i] |= np.isnan(pose[i]) & (mip[i] > -np.inf)
+    return int(bad.sum())
+
+
+@_compiled
+def _count_invalid(state: Any, start: Any, row: Any, n_poses: Any) -> int:
+    """Count the pixels whose index is in no search space, or missing where it searched."""
+    mip = _plane(row[_MIP], np.float32, start, state.size)
+    index = _plane(row[_POSE], np.int32, start, state.size)
+    invalid = 0
+    for i in range(state.size):
+        missing = (index[i] == NOT_SEARCHED) & (mip[i] > -np.inf)
+        invalid += int((index[i] < NOT_SEARCHED) | (index[i] >= n_poses) | missing)
+    return invalid
+
+
+@_compiled
+def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
+    """Z-score, mean, standard deviation, and the sums in float32, into the first five targets."""
+    mip_address, sum_address, squared_sum_address, count_address = inputs
+    counts_scratch = np.full(_SMALL_BLOCK, one_count)
+    mean_scratch, std_scratch = np.empty(_SMALL_BLOCK), np.empty(_SMALL_BLOCK)
+    for start in range(0, n, _SMALL_BLOCK):
+        size = min(n - start, _SMALL_BLOCK)
+        counts, mean, std = counts_scratch[:size], mean_scratch[:size], std_scratch[:size]
+        if count_address != _MISSING:
+            count_map = _plane(count_address, np.int64, start, size)
+            for i in range(size):
+                counts[i] = count_map[i]
+        total = _plane(sum_address, np.float64, start, size)
+        squared_total = _plane(squared_sum_address, np.float64, start, size)
+        for i in range(size):
+            mean[i] = total[i] / counts[i]
+        for i in range(size):
+            variance = squared_total[i] / counts[i] - mean[i] * mean[i]
+            std[i] = np.sqrt(0.0 if variance < 0 else variance)
+        mip = _plane(mip_address, np.float32, start, size)
+        _z_scores(_plane(targets[0], np.float32, start, size), mip, mean, std)
+        _round_where_counted(_plane(targets[1], np.float32, start, size), mean, counts)
+        _round_where_counted(_plane(targets[2], np.float32, start, size), std, counts)
+        _round(_plane(targets[3], np.float32, start, size), total)
+        _round(_plane(targets[4], np.float32, start, size), squared_total)
+
+
+@_compiled
+def _z_scores(target: Any, mips: Any, means: Any, stds: Any) -> None:
+    for i in range(target.size):
+        mip, mean, std = np.float64(mips[i]), means[i], stds[i]
+        ratio = (mip - mean) / std
+        z = 0.0 if std == 0 else ratio
+        target[i] = np.nan if mip == -np.inf else z
+
+
+@_compiled
+def _round_where_counted(target: Any, values: Any, counts: Any) -> None:
+    for i in range(target.size):
+        value, count = values[i], counts[i]
+        target[i] = np.nan if count == 0 else value
+
+
+@_compiled
+def _round(target: Any, values: Any) -> None:
+    for i in range(target.size):
+        target[i] = values[i]
+
+
+@_compiled
+def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -> int:
+    """Look up the pose maps; the number of indices beyond the tables, which become NaN."""
+    n_orientations, n_defocus, n_pixel_sizes = sizes
+    n_poses = n_orientations * n_defocus * n_pixel_sizes
+    angles = _plane(tables[0], np.float32, 0, 3 * n_orientations)
+    defocus = _plane(tables[1], np.float32, 0, n_defocus)
+    pixel_sizes = _plane(tables[2], np.float32, 0, n_pixel_sizes)
+    scratch = np.empty((4, _SMALL_BLOCK), np.int32)
+    outside = 0
+    for start in range(0, n, _SMALL_BLOCK):
+        size = min(n - start, _SMALL_BLOCK)
+        index = _plane(index_address, np.int32, start, size)
+        pose, orientation = scratch[0, :size], scratch[1, :size]
+        rest, number = scratch[2, :size], scratch[3, :size]
+        any_unknown = _usable(index, np.int32(n_poses), pose)
+        _divide(pose, np.int32(n_orientations), rest, orientation)
+        phi = _plane(targets[0], np.float32, start, size)
+        theta = _plane(targets[1], np.float32, start, size)
+        psi = _plane(targets[2], np.float32, start, size)
+        for i in range(size):
+            row = np.int64(3) * np.int64(orientation[i])
+            phi[i], theta[i], psi[i] = angles[row], angles[row + 1], angles[row + 2]
+        _divide(rest, np.int32(n_defocus), number, orientation)
+        _look_up(_plane(targets[3], np.float32, start, size), defocus, orientation)
+        _look_up(_plane(targets[4], np.float32, start, size), pixel_sizes, number)
+        if any_unknown:
+            for i in range(size):
+                outside += int(index[i] >= n_poses)
+            for column in range(5):
+                _blank(_plane(targets[column], np.float32, start, size), index, pose)
     return outside
+
+
+@_compiled
+def _usable(index: Any, n_poses: Any, pose: Any) -> Any:
+    """Replace what is no index by 0, which can be looked up; whether there was any."""
+    any_replaced, first = np.int32(0), np.int32(0)
+    for i in range(index.size):
+        number = index[i]
+        pose[i] = first if (number < 0) | (number >= n_poses) else number
+        any_replaced |= np.int32((number < 0) | (number >= n_poses))
+    return any_replaced
+
+
+@_compiled
+def _divide(numbers: Any, divisor: Any, quotients: Any, rests: Any) -> None:
+    """Divide integers from 0.
+
+    In float64, as there is no vector instruction for integers: 53 bits are enough for the quotient
+    of two of 31 bits never to be rounded up to the next integer.
+    """
+    wide_divisor = np.float64(divisor)
+    for i in range(numbers.size):
+        number = numbers[i]
+        quotient = np.int32(np.float64(number) / wide_divisor)
+        quotients[i] = quotient
+        rests[i] = number - quotient * divisor
+
+
+@_compiled
+def _look_up(target: Any, table: Any, numbers: Any) -> None:
+    for i in range(target.size):
+        target[i] = table[np.uint64(numbers[i])]
+
+
+@_compiled
+def _blank(target: Any, index: Any, pose: Any) -> None:
+    """Make NaN what :func:`_usable` replaced."""
+    nan = np.float32(np.nan)
+    for i in range(target.size):
+        value, given, used = target[i], index[i], pose[i]
+        target[i] = value if given == used else nan

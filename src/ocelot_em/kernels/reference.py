@@ -5,7 +5,7 @@ more partial in, :func:`finalise` turns the sums into mean, standard deviation a
 are changed in place where it says so. :class:`ocelot_em.kernels.Kernels` names the interface.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -81,8 +81,7 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     TypeError
         If the partial's count is a map and the accumulator's is not; nothing is changed then.
     """
-    if acc.count_map is None and not isinstance(partial.count, int):
-        raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
+    _check_counts(acc, partial)
     mip, searched = partial.mip, partial.mip > -np.inf
     won = mip > acc.mip
     invalid = 0
@@ -108,6 +107,30 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     elif isinstance(partial.count, int):
         acc.count += partial.count
     return FoldReport(int(np.count_nonzero(nan)), invalid)
+
+
+def fold_all(
+    acc: Accumulator, partials: Sequence[PartialMaps], space: SearchSpace | None
+) -> FoldReport:
+    """Take more partials into the accumulator, in place: :func:`fold` of each, in their order.
+
+    Returns
+    -------
+    FoldReport
+        The sums over all partials: a pixel that is NaN in two partials counts twice.
+
+    Raises
+    ------
+    TypeError
+        If a partial's count is a map and the accumulator's is not; nothing is changed then.
+    """
+    for partial in partials:
+        _check_counts(acc, partial)
+    reports = [fold(acc, partial, space) for partial in partials]
+    return FoldReport(
+        sum(report.nan_pixels for report in reports),
+        sum(report.invalid_indices for report in reports),
+    )
 
 
 def finalise(
@@ -168,6 +191,11 @@ def finalise(
             array[...] = computed[name]
             computed[name] = array
     return merged_maps(acc, maps, computed)
+
+
+def _check_counts(acc: Accumulator, partial: PartialMaps) -> None:
+    if acc.count_map is None and not isinstance(partial.count, int):
+        raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
 
 
 def merged_maps(

@@ -1,0 +1,134 @@
+"""Merging a tile in memory: map by map and partial by partial, against the kernels' reference."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from ocelot_em import kernels
+from ocelot_em.fold import Fold, Workspace
+from ocelot_em.format import Contribution
+from ocelot_em.kernels import by_map
+from ocelot_em.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
+from ocelot_em.search import Source
+from stacks import (
+    assert_same_bits,
+    checked,
+    draw_partial,
+    fold_each,
+    map_sets,
+    space_of,
+    stacks,
+)
+
+REFERENCE = kernels.load("reference")
+
+
+def source_of(partial, number):
+    several = not isinstance(partial.best_partial, int)
+    return Source(
+        url="memory",
+        path="" if several else f"partials/p{number}",
+        name=f"p{number}",
+        id=str(number),
+        total_projections=partial.count if isinstance(partial.count, int) else 0,
+        first_number=0 if several else number,
+        contributions=(Contribution(name=f"p{number}", id=str(number), total_projections=0),),
+        has_counts=not isinstance(partial.count, int),
+    )
+
+
+class MemoryTile:
+    """Hands out the maps of partials, strictly in the announced order."""
+
+    def __init__(self, fold, work, partials):
+        self.announced = list(fold.order())
+        self.work, self.partials, self.maps = work, partials, fold.maps
+        self.merged, self.suspects, self.most_incoming = {}, set(), 0
+
+    def read(self, number, name, use):
+        assert self.announced.pop(0) == (number, name)
+        partial = self.partials[number]
+        maps = dict(zip(self.maps.pose, partial.pose, strict=True)) | {
+            MIP: partial.mip,
+            SUM: partial.correlation_sum,
+            SQUARED_SUM: partial.correlation_squared_sum,
+            COUNT: partial.count,
+            BEST_PARTIAL: partial.best_partial,
+        }
+        out = self.work.array(use, maps[name].dtype)
+        out[...] = maps[name]
+        return out
+
+    def write(self, name, values):
+        assert name not in self.merged
+        self.merged[name] = values.copy()
+
+    def look_closer(self, number):
+        self.suspects.add(number)
+
+
+def merge(maps, partials, *, mask_nan=False):
+    fold = Fold(
+        [source_of(partial, number) for number, partial in enumerate(partials)],
+        maps,
+        space_of(maps),
+        mask_nan=mask_nan,
+    )
+    work = Workspace(partials[0].mip.size + 3)
+    for use, dtype in (("incoming", "f4"), (MIP, "f4"), (SUM, "f8"), ("winner", "i2")):
+        work.array(use, dtype).fill(7)  # what an earlier tile left behind
+    work.shape = partials[0].mip.shape
+    tile = MemoryTile(fold, work, partials)
+    searched = fold.merge(tile, work)
+    assert tile.announced == []
+    assert set(tile.merged) == set(maps.merged)
+    return tile, searched
+
+
+@checked
+@given(stack=stacks(nan=True))
+def test_map_by_map_is_partial_by_partial(stack):
+    maps, partials = stack
+    acc, reports = fold_each(REFERENCE, maps, partials)
+    tile, searched = merge(maps, partials)
+    for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
+        assert_same_bits(tile.merged[name], expected, name)
+    assert searched == np.count_nonzero(acc.mip > -np.inf)
+    reported = {n for n, r in enumerate(reports) if r.nan_pixels or r.invalid_indices}
+    assert reported <= tile.suspects
+    for number in tile.suspects - reported:  # a pose may be NaN where nothing was searched
+        assert any(np.isnan(pose).any() for pose in partials[number].pose)
+
+
+@checked
+@given(stack=stacks(nan=True, sets=map_sets.filter(lambda m: m.counts)))
+def test_masking_nan_folds_what_is_left(stack):
+    maps, partials = stack
+    masked = [REFERENCE.mask_nan(partial) for partial in partials]
+    acc, _ = fold_each(REFERENCE, maps, masked)
+    tile, _ = merge(maps, partials, mask_nan=True)
+    for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
+        assert_same_bits(tile.merged[name], expected, name)
+    assert not tile.suspects
+
+
+def test_an_invalid_index_is_looked_at():
+    new = np.ones(3, np.float32)
+    for bad in (np.array([0, 5, 2]), np.array([0, -2, 2]), np.array([0, -1, 2])):
+        kept = np.full(3, -np.inf, np.float32), np.full(3, -1, np.int32), np.full(3, -1, np.int16)
+        index = bad.astype(np.int32)
+        assert by_map.contest_indexed(new, index, np.int16(0), np.int64(5), kept)
+
+
+def test_memory_of_a_tile_does_not_grow_with_the_partials():
+    rng = np.random.default_rng(0)
+    maps = MapSet(PoseForm.EXPLICIT)
+    held = []
+    for n in (2, 40):
+        partials = [draw_partial(rng, (8, 8), maps, number) for number in range(n)]
+        fold = Fold([source_of(p, i) for i, p in enumerate(partials)], maps, None, mask_nan=False)
+        work = Workspace(64)
+        work.shape = (8, 8)
+        fold.merge(MemoryTile(fold, work, partials), work)
+        held.append(work.nbytes)
+    assert held[0] == pytest.approx(held[1], rel=0.2)
