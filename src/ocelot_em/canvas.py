@@ -115,6 +115,10 @@ class TileGrid:
             for ix in range(inside.x0 // self.cell[1], ceil_div(inside.x1, self.cell[1])):
                 yield self.at(iy, ix)
 
+    def is_whole(self, tile: Tile) -> bool:
+        """Whether a cell lies in the map with all its pixels."""
+        return tile.region.shape == self.cell
+
     def is_aligned(self, region: Region) -> bool:
         """Whether the region is made of whole cells of the map."""
         return (

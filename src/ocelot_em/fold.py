@@ -4,8 +4,8 @@ The caller says how a map of a partial is read and where a merged map goes; noth
 storage. Maps are read in one order that is known beforehand, so that they can be fetched ahead.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from ocelot_em.maps import (
     BEST_PARTIAL,
     COUNT,
     INDEX,
-    MAPS,
     MEAN,
     MIP,
     NOT_SEARCHED,
@@ -26,10 +25,13 @@ from ocelot_em.maps import (
     AnyArray,
     MapSet,
     PartialMaps,
-    PoseForm,
 )
 from ocelot_em.search import Source
 from ocelot_em.search_space import SearchSpace
+from ocelot_em.transfer import READ_TOGETHER
+
+SPARES = tuple(f"spare {slot}" for slot in range(READ_TOGETHER))
+"""Memory for maps that are open, and had to be decoded whole."""
 
 STATISTICS = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
 """Computed from sums, when all of them are there."""
@@ -55,7 +57,16 @@ class Workspace:
         memory = self._memory.get(key)
         if memory is None:
             memory = self._memory[key] = np.empty(self._most_pixels, dtype)
-        return memory[: self.shape[0] * self.shape[1]].reshape(self.shape)
+        return memory[: self.n_pixels].reshape(self.shape)
+
+    def flat(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:
+        """Return the same in one dimension."""
+        return self.array(use, dtype).reshape(-1)
+
+    @property
+    def n_pixels(self) -> int:
+        """Of the tile."""
+        return self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -63,11 +74,27 @@ class Workspace:
         return sum(memory.nbytes for memory in self._memory.values())
 
 
+class Arrival(Protocol):
+    """A map of a source that has been read, but not decoded."""
+
+    dtype: "np.dtype[np.generic]"
+    n_parts: int
+    """Equal parts of its pixels in which it can be decoded."""
+
+    def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
+        """Decode a part into a flat array of its size; ``n_parts`` is that above, or 1."""
+        ...
+
+
 class TileMaps(Protocol):
     """The maps of one tile: those that come in, and those that go out."""
 
-    def read(self, number: int, name: str, use: str) -> AnyArray:
-        """Return a map of a source, in the workspace's memory for that use."""
+    def open(self, number: int, name: str, spare: str) -> Arrival:
+        """Return a map of a source; ``spare`` is memory of the workspace that it may need."""
+        ...
+
+    def close(self) -> None:
+        """Be done with all that is open."""
         ...
 
     def write(self, name: str, values: AnyArray) -> None:
@@ -77,6 +104,25 @@ class TileMaps(Protocol):
     def look_closer(self, number: int) -> None:
         """Raise :class:`InvalidDataError` if a source has NaN or an invalid index in this tile."""
         ...
+
+
+class _Part(NamedTuple):
+    """Some pixels of a map that has arrived."""
+
+    arrival: Arrival
+    number: int
+    n_parts: int
+
+    def decode(self, out: AnyArray) -> None:
+        """Decode them into a flat array."""
+        self.arrival.decode(self.number, self.n_parts, out)
+
+    def decoded(self, work: Workspace) -> AnyArray:
+        """Return them, until the next of the same dtype are decoded."""
+        size = work.n_pixels // self.n_parts
+        values = work.flat("decoded", self.arrival.dtype)[:size]
+        self.decode(values)
+        return values
 
 
 class Fold:
@@ -113,10 +159,9 @@ class Fold:
         if self._mask_nan:
             yield from ((number, name) for number, own in enumerate(names) for name in own)
             return
-        indexed = self.maps.form is PoseForm.INDEXED
-        phases: list[tuple[str, ...]] = [(MIP, INDEX)] if indexed else [(MIP,)]
+        phases: list[tuple[str, ...]] = [(MIP,)] if self.space is None else [(MIP, INDEX)]
         phases += [(name,) for name in self.maps.pose if name != INDEX]
-        phases += [(BEST_PARTIAL,), (SUM,), (SQUARED_SUM,), (COUNT,)]
+        phases += [(BEST_PARTIAL,), (COUNT,), (SUM,), (SQUARED_SUM,)]
         for phase in phases:
             for number, own in enumerate(names):
                 yield from ((number, name) for name in phase if name in own)
@@ -129,101 +174,125 @@ class Fold:
         InvalidDataError, StorageError
             As ``tile`` does.
         """
-        return self._by_partial(tile, work) if self._mask_nan else self._by_map(tile, work)
+        if self._mask_nan:
+            return self._by_partial(tile, work)
+        searched = self._winners(tile, work)
+        if self.space is None:
+            for name in self.maps.pose:
+                self._pose(name, tile, work, any_unsearched=searched < work.n_pixels)
+        self._best_partial(tile, work)
+        self._sums(tile, work)
+        return searched
 
-    def _by_map(self, tile: TileMaps, work: Workspace) -> int:
-        """Find the winners, then merge map after map: each stays in the caches meanwhile.
-
-        A map is held for one source only, whatever their number.
-        """
-        mip, winner = work.array(MIP, "f4"), work.array("winner", "i2")
+    def _winners(self, tile: TileMaps, work: Workspace) -> int:
+        """Find out which source has the highest correlation; in how many pixels one has."""
+        mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
+        n_poses = np.int64(0 if self.space is None else self.space.n_poses)
+        names = (MIP,) if self.space is None else (MIP, INDEX)
         mip.fill(-np.inf)
         winner.fill(-1)
-        index = work.array(INDEX, "i4") if self.space is not None else None
-        if index is not None:
+        if self.space is not None:
             index.fill(NOT_SEARCHED)
-        for number in range(len(self.sources)):
-            new = tile.read(number, MIP, "incoming")
-            if index is None or self.space is None:
-                bad = self._planes.contest(_flat(new), np.int16(number), _flat(mip), _flat(winner))
+        for number, part, arrivals in self.parts(tile, work, names, range(len(self.sources))):
+            new = arrivals[0].decoded(work)
+            if self.space is None:
+                bad = self._planes.contest(new, np.int16(number), mip[part], winner[part])
             else:
-                new_index = tile.read(number, INDEX, "incoming index")
-                kept = _flat(mip), _flat(index), _flat(winner)
-                n_poses = np.int64(self.space.n_poses)
-                bad = self._planes.contest_indexed(
-                    _flat(new), _flat(new_index), np.int16(number), n_poses, kept
-                )
+                kept = mip[part], index[part], winner[part]
+                new_index = arrivals[1].decoded(work)
+                bad = self._planes.contest_indexed(new, new_index, np.int16(number), n_poses, kept)
             if bad:
                 tile.look_closer(number)
-        unsearched = int(self._planes.count_unsearched(_flat(winner)))
-        tile.write(MIP, mip)
-        if index is None:
-            for name in self.maps.pose:
-                tile.write(name, self._pose(name, tile, work, unsearched > 0))
-        else:
-            tile.write(INDEX, index)
-        best_partial = self._best_partial(tile, work)
-        tile.write(BEST_PARTIAL, best_partial)
-        accumulator = Accumulator(
-            mip=mip,
-            # Explicit poses are written already, and nothing is computed from them.
-            pose=(index,) if index is not None else (mip,) * len(self.maps.pose),
-            best_partial=best_partial,
-            correlation_sum=self._sum(SUM, tile, work),
-            correlation_squared_sum=self._sum(SQUARED_SUM, tile, work),
-            count_map=self._counts(tile, work) if self.maps.counts else None,
-            count=sum(source.total_projections for source in self.sources),
-        )
-        self._finish(accumulator, tile, work)
-        return mip.size - unsearched
+        unsearched = int(self._planes.count_unsearched(winner))
+        tile.write(MIP, work.array(MIP, "f4"))
+        if self.space is not None:
+            tile.write(INDEX, work.array(INDEX, "i4"))
+        return work.n_pixels - unsearched
 
-    def _pose(self, name: str, tile: TileMaps, work: Workspace, any_unsearched: bool) -> AnyArray:
-        winner = _flat(work.array("winner", "i2"))
-        # The first source's values are right wherever no other one wins.
-        kept = tile.read(0, name, "kept pose")
-        if self._planes.has_nan(_flat(kept)):
-            tile.look_closer(0)
-        for number in range(1, len(self.sources)):
-            new = tile.read(number, name, "incoming")
-            if self._planes.take(_flat(new), np.int16(number), winner, _flat(kept)):
+    def _pose(self, name: str, tile: TileMaps, work: Workspace, *, any_unsearched: bool) -> None:
+        """Take every pixel from its winner."""
+        winner, kept = work.flat("winner", "i2"), work.flat("kept pose", "f4")
+        for number, part, (arrival,) in self.parts(tile, work, (name,), range(len(self.sources))):
+            if number == 0:  # its values are right wherever no other one wins
+                arrival.decode(kept[part])
+                bad = self._planes.has_nan(kept[part])
+            else:
+                new = arrival.decoded(work)
+                bad = self._planes.take(new, np.int16(number), winner[part], kept[part])
+            if bad:
                 tile.look_closer(number)
         if any_unsearched:
-            self._planes.blank(winner, _flat(kept))
-        return kept
+            self._planes.blank(winner, kept)
+        tile.write(name, work.array("kept pose", "f4"))
 
-    def _best_partial(self, tile: TileMaps, work: Workspace) -> AnyArray:
-        winner = _flat(work.array("winner", "i2"))
-        numbers = np.array([source.first_number for source in self.sources], np.int32)
-        best_partial = work.array(BEST_PARTIAL, "i4")
-        self._planes.number_winners(winner, numbers, _flat(best_partial))
-        for number, source in enumerate(self.sources):
-            if BEST_PARTIAL in source.map_names(self.maps):
-                new = tile.read(number, BEST_PARTIAL, "incoming best partial")
-                self._planes.take_number(
-                    _flat(new), numbers[number], np.int16(number), winner, _flat(best_partial)
-                )
-        return best_partial
-
-    def _sum(self, name: str, tile: TileMaps, work: Workspace) -> AnyArray:
-        total = work.array(name, "f8")
-        for number in range(len(self.sources)):
-            new = tile.read(number, name, "incoming")
-            add: Callable[[AnyArray, AnyArray], bool] = (
-                self._planes.add if number else self._planes.add_first
+    def _best_partial(self, tile: TileMaps, work: Workspace) -> None:
+        """Look up what the winners are called."""
+        winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
+        firsts = np.array([source.first_number for source in self.sources], np.int32)
+        self._planes.number_winners(winner, firsts, best_partial)
+        several = [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
+        for number, part, (arrival,) in self.parts(tile, work, (BEST_PARTIAL,), several):
+            new = arrival.decoded(work)
+            self._planes.take_number(
+                new, firsts[number], np.int16(number), winner[part], best_partial[part]
             )
-            if add(_flat(new), _flat(total)):
-                tile.look_closer(number)
-        return total
+        tile.write(BEST_PARTIAL, work.array(BEST_PARTIAL, "i4"))
 
-    def _counts(self, tile: TileMaps, work: Workspace) -> AnyArray:
-        counts = work.array(COUNT, "i8")
-        counts.fill(0)
-        for number, source in enumerate(self.sources):
-            if source.has_counts:
-                counts += tile.read(number, COUNT, "incoming counts")
-            else:
-                counts += source.total_projections
-        return counts
+    def _sums(self, tile: TileMaps, work: Workspace) -> None:
+        """Add the counts and sums, and compute and write what follows from them."""
+        everyone = range(len(self.sources))
+        counts = work.flat(COUNT, "i8") if self.maps.counts else None
+        if counts is not None:
+            counts.fill(sum(s.total_projections for s in self.sources if not s.has_counts))
+            mapped = [number for number in everyone if self.sources[number].has_counts]
+            for _, part, (arrival,) in self.parts(tile, work, (COUNT,), mapped):
+                counts[part] += arrival.decoded(work)
+        for name in (SUM, SQUARED_SUM):
+            total = work.flat(name, "f8")
+            for number, part, (arrival,) in self.parts(tile, work, (name,), everyone):
+                add = self._planes.add if number else self._planes.add_first
+                if add(arrival.decoded(work), total[part]):
+                    tile.look_closer(number)
+                if name == SQUARED_SUM and number == everyone[-1]:
+                    self._compute(self._accumulator(work, part), work, part)
+        self._write_computed(tile, work)
+
+    def _accumulator(self, work: Workspace, part: slice) -> Accumulator:
+        """Some pixels of the workspace, as a kernel takes them."""
+        mip = work.flat(MIP, "f4")[part]
+        return Accumulator(
+            mip=mip,
+            # Explicit poses are written already, and nothing is computed from them.
+            pose=(work.flat(INDEX, "i4")[part],) if self.space else (mip,) * len(self.maps.pose),
+            best_partial=work.flat(BEST_PARTIAL, "i4")[part],
+            correlation_sum=work.flat(SUM, "f8")[part],
+            correlation_squared_sum=work.flat(SQUARED_SUM, "f8")[part],
+            count_map=work.flat(COUNT, "i8")[part] if self.maps.counts else None,
+            count=sum(source.total_projections for source in self.sources),
+        )
+
+    def parts(
+        self, tile: TileMaps, work: Workspace, names: Sequence[str], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, slice, list[_Part]]]:
+        """Go through maps of sources, part by part: of all sources in turn, if they fit.
+
+        So what is merged of a part stays in the caches until its last source has come.
+        """
+        together = READ_TOGETHER // len(names)
+        for start in range(0, len(numbers), together):
+            group = numbers[start : start + together]
+            spares = iter(SPARES)
+            arrivals = [
+                [tile.open(number, name, next(spares)) for name in names] for number in group
+            ]
+            different = {arrival.n_parts for own in arrivals for arrival in own}
+            n_parts = different.pop() if len(different) == 1 else 1
+            size = work.n_pixels // n_parts
+            for at in range(n_parts):
+                part = slice(at * size, (at + 1) * size)
+                for number, own in zip(group, arrivals, strict=True):
+                    yield number, part, [_Part(arrival, at, n_parts) for arrival in own]
+            tile.close()
 
     def _by_partial(self, tile: TileMaps, work: Workspace) -> int:
         """Fold partial after partial: what is left out of one depends on all its maps."""
@@ -239,9 +308,12 @@ class Fold:
         )
         self._kernel.reset(accumulator)
         for number, source in enumerate(self.sources):
-            arrays = {
-                name: tile.read(number, name, f"incoming {name}") for name in source.map_names(maps)
-            }
+            arrays = {}
+            for name in source.map_names(maps):
+                arrival = tile.open(number, name, SPARES[0])
+                arrays[name] = work.array(f"incoming {name}", arrival.dtype)
+                arrival.decode(0, 1, arrays[name].reshape(-1))
+                tile.close()
             partial = self._kernel.mask_nan(partial_maps(source, maps, arrays))
             report = self._kernel.fold(accumulator, partial, self.space)
             if report.nan_pixels or report.invalid_indices:
@@ -250,19 +322,25 @@ class Fold:
             tile.write(name, values)
         tile.write(MIP, accumulator.mip)
         tile.write(BEST_PARTIAL, accumulator.best_partial)
-        searched = int(np.count_nonzero(accumulator.mip > -np.inf))
-        self._finish(accumulator, tile, work)
-        return searched
+        self._compute(accumulator, work, slice(None))
+        self._write_computed(tile, work)
+        return int(np.count_nonzero(accumulator.mip > -np.inf))
 
-    def _finish(self, accumulator: Accumulator, tile: TileMaps, work: Workspace) -> None:
-        """Write what is computed from the accumulator."""
-        names = STATISTICS if self.space is None else (*STATISTICS, *self.maps.explicit_poses)
-        out = {name: work.array(f"merged {name}", MAPS[name].dtypes[0]) for name in names}
-        merged = self._kernel.finalise(accumulator, self.maps, self.space, out)
-        for name in names:
-            tile.write(name, merged[name])
-        if accumulator.count_map is not None:
-            tile.write(COUNT, accumulator.count_map)
+    @property
+    def _computed(self) -> tuple[str, ...]:
+        """Names of the maps that are computed, when everything has come."""
+        return STATISTICS if self.space is None else (*STATISTICS, *self.maps.explicit_poses)
+
+    def _compute(self, accumulator: Accumulator, work: Workspace, part: slice) -> None:
+        flat = work.flat if accumulator.mip.ndim == 1 else work.array
+        out = {name: flat(f"merged {name}", "f4")[part] for name in self._computed}
+        self._kernel.finalise(accumulator, self.maps, self.space, out)
+
+    def _write_computed(self, tile: TileMaps, work: Workspace) -> None:
+        for name in self._computed:
+            tile.write(name, work.array(f"merged {name}", "f4"))
+        if self.maps.counts:
+            tile.write(COUNT, work.array(COUNT, "i8"))
 
 
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:
@@ -279,7 +357,3 @@ def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> P
         count=arrays.get(COUNT, source.total_projections),
         best_partial=best,
     )
-
-
-def _flat(array: AnyArray) -> AnyArray:
-    return array.reshape(-1)

@@ -31,7 +31,7 @@ from ocelot_em.errors import (
 )
 from ocelot_em.fold import Fold, Workspace
 from ocelot_em.maps import AnyArray
-from ocelot_em.objects import Objects, open_objects
+from ocelot_em.objects import Objects, ReusedMemory, open_objects
 from ocelot_em.plan import (
     Forecast,
     MergeOptions,
@@ -53,7 +53,7 @@ from ocelot_em.search import (
     value_problems,
     write_search_space,
 )
-from ocelot_em.transfer import ReadAhead, Request, WriteBehind
+from ocelot_em.transfer import Arrival, ReadAhead, Request, WriteBehind, chunks_ahead
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def merge(
         try:
             executor.run(objects.url, attributes.id, ready.missing, collect)
         finally:
-            _open_job.cache_clear()  # gives this process's tile buffers back
+            open_job.cache_clear()  # gives this process's tile buffers back
     n_left = len(ready.missing) - n_merged
     if n_left:
         more = f"\n  ... and {n_failed - len(shown)} more" if n_failed > len(shown) else ""
@@ -292,7 +292,7 @@ def attempt_tiles(output: str, run_id: str, tiles: Sequence[tuple[int, int]]) ->
     output, once.
     """
     try:
-        job = _open_job(output, run_id)
+        job = open_job(output, run_id)
         return list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
     except Exception as error:
         log.debug("tiles from %s on failed", tiles[0], exc_info=True)
@@ -303,7 +303,7 @@ def merge_tiles(job: "Job", tiles: Sequence[Tile]) -> Iterator[Outcome]:
     """Merge tiles one after another: one is folded while the next is read and the last written."""
     requests = (request for tile in tiles for request in job.requests(tile))
     with (
-        ReadAhead(requests, job.streams_in) as incoming,
+        ReadAhead(requests, job.streams_in, job.chunk_memory()) as incoming,
         WriteBehind(job.streams_out) as outgoing,
     ):
         last: TileInWork | None = None
@@ -340,7 +340,7 @@ class TileInWork:
 
     def merge(self) -> None:
         """Fold the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
-        waited = self._waited()
+        waited, nbytes = self._waited(), self._incoming.read_nbytes
         try:
             work = self._job.workspace(self._tile)
             self._searched_pixels = self._job.fold.merge(self, work)
@@ -349,6 +349,7 @@ class TileInWork:
             self._error = _in_words(error)
         self._clock.lap("fold")
         self._clock.seconds["waited"] += self._waited() - waited
+        self._read_nbytes = self._incoming.read_nbytes - nbytes
 
     def finish(self) -> Outcome:
         """Wait until everything is written, and mark the tile as done."""
@@ -377,14 +378,18 @@ class TileInWork:
             return Outcome(tile.iy, tile.ix, None, self._error or _in_words(error))
         return Outcome(tile.iy, tile.ix, summary)
 
-    def read(self, number: int, name: str, use: str) -> AnyArray:
-        """Return a map of a source."""
+    def open(self, number: int, name: str, spare: str) -> "TimedArrival":
+        """Wait for a map of a source."""
         self._clock.lap("fold")
         request = self._job.request(self._tile, number, name)
-        out = self._job.workspace(self._tile).array(use, request.source.dtype)
-        self._read_nbytes += self._incoming.read(request, out)
+        memory = self._job.workspace(self._tile).array(spare, request.source.dtype)
+        arrival = self._incoming.open(request, memory)
         self._clock.lap("read")
-        return out
+        return TimedArrival(arrival, self._clock)
+
+    def close(self) -> None:
+        """Be done with the maps that are open."""
+        self._incoming.close()
 
     def write(self, name: str, values: AnyArray) -> None:
         """Encode a merged map."""
@@ -403,6 +408,20 @@ class TileInWork:
 
     def _waited(self) -> float:
         return self._incoming.waited_seconds + self._outgoing.waited_seconds
+
+
+class TimedArrival:
+    """A map that has arrived, whose decoding counts as reading."""
+
+    def __init__(self, arrival: Arrival, clock: "Clock") -> None:
+        self._arrival, self._clock = arrival, clock
+        self.dtype, self.n_parts = arrival.dtype, arrival.n_parts
+
+    def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
+        """Decode a part."""
+        self._clock.lap("fold")
+        self._arrival.decode(part, n_parts, out)
+        self._clock.lap("read")
 
 
 class TileInMemory:
@@ -424,11 +443,15 @@ class TileInMemory:
         self._job.fold.merge(self, self._work)
         return {name: self._merged[name] for name in self._job.plan.maps.merged}
 
-    def read(self, number: int, name: str, use: str) -> AnyArray:
-        """Return a map of a source."""
+    def open(self, number: int, name: str, spare: str) -> Arrival:
+        """Read a map of a source."""
         request = self._job.request(self._tile, number, name)
-        out = self._work.array(use, request.source.dtype)
-        return request.source.read(request.region, out)[0]
+        out = self._work.array(spare, request.source.dtype)
+        request.source.read(request.region, out)
+        return Arrival(request, None, None, out)
+
+    def close(self) -> None:
+        """Nothing is kept open."""
 
     def write(self, name: str, values: AnyArray) -> None:
         """Keep a merged map."""
@@ -483,6 +506,14 @@ class Job:
         work.shape = tile.region.shape
         return work
 
+    def chunk_memory(self) -> Sequence[ReusedMemory]:
+        """Return this thread's memory for encoded chunks."""
+        if not hasattr(self._of_thread, "chunks"):
+            n_chunks = chunks_ahead(self.streams_in)
+            self._of_thread.chunks = [ReusedMemory() for _ in range(n_chunks)]
+        chunks: Sequence[ReusedMemory] = self._of_thread.chunks
+        return chunks
+
     def look_closer(self, tile: Tile, number: int) -> None:
         """Raise if a source has NaN or an invalid index in a tile: by map, with the first pixel.
 
@@ -508,7 +539,7 @@ class Job:
 
 
 @lru_cache(maxsize=1)
-def _open_job(output: str, run_id: str) -> Job:
+def open_job(output: str, run_id: str) -> Job:
     """Open a prepared output once per process; the run's id keeps old ones from being taken."""
     objects = open_objects(output)
     attributes = read_attributes(objects)

@@ -16,10 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ocelot_em import format as fmt
 from ocelot_em.canvas import TileGrid, ceil_div
 from ocelot_em.errors import FormatError, InvalidInputError, PlanError
-from ocelot_em.maps import MAPS, MIP, MapSet, PoseForm
+from ocelot_em.maps import MAPS, MIP, SUM, MapSet, PoseForm
 from ocelot_em.objects import Objects, normalise_url, open_objects
-from ocelot_em.search import Source, open_mip, open_sources
-from ocelot_em.transfer import chunks_ahead, chunks_behind
+from ocelot_em.search import Source, open_one, open_sources
+from ocelot_em.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
 
 DEFAULT_TILE = fmt.DEFAULT_CHUNK
 
@@ -272,11 +272,14 @@ class StorageShape(NamedTuple):
     ----------
     chunk
         Height and width in pixels of the largest chunk of an input.
+    sum_itemsize
+        Bytes of a value of the inputs' sums.
     streams
         Transfers at a time that the storage is worth, see :class:`ocelot_em.objects.Objects`.
     """
 
     chunk: tuple[int, int]
+    sum_itemsize: int
     streams: int
 
 
@@ -286,12 +289,14 @@ def storage_shape(sources: Sequence[Source], output: str | PathLike[str]) -> Sto
     Raises
     ------
     FormatError
-        A source has no usable ``mip``.
+        A source has no usable sums.
     """
-    cells = [open_mip(source).grid.cell for source in sources]
+    sums = [open_one(source, SUM) for source in sources]
+    cells = [chunked.grid.cell for chunked in sums]
     places = {*(source.url for source in sources), normalise_url(output)}
     return StorageShape(
         chunk=(max(height for height, _ in cells), max(width for _, width in cells)),
+        sum_itemsize=max(chunked.dtype.itemsize for chunked in sums),
         streams=max(open_objects(place).streams for place in places),
     )
 
@@ -361,23 +366,24 @@ def worker_nbytes(
     options
         Threads, and what happens to NaN.
     """
-    poses = 4 * len(maps.pose)
-    computed = 4 * (5 + (len(maps.explicit_poses) if maps.form is PoseForm.INDEXED else 0))
-    counts = 16 if maps.counts else 0  # and those that come in
-    per_pixel = 4 + 4 + 8 + 8 + computed + counts  # mip, best partial, sums
+    poses, indexed = 4 * len(maps.pose), maps.form is PoseForm.INDEXED
+    wide = max(storage.sum_itemsize, 8 if maps.counts else 4)
+    computed = 4 * (5 + (len(maps.explicit_poses) if indexed else 0))
+    per_pixel = 4 + 4 + 8 + 8 + computed  # mip, best partial, sums
+    per_pixel += 8 if maps.counts else 0
     if options.nan == "mask":
-        incoming = 4 + 4 + poses + 8 + 8 + 8
-        per_pixel += poses + 3 * incoming
+        incoming = 4 + 4 + poses + 2 * storage.sum_itemsize + 8
+        per_pixel += poses + wide + 3 * incoming  # as read, masked, and in between
     else:
-        # Number of the winner; a map that comes in, sums as float64; the pose, index, best partial.
-        per_pixel += 2 + 4 + 8 + 4 + 4 + 4
-    value = 8 if maps.counts else 4
-    read = chunks_ahead(storage.streams) * 9 // 8 + (storage.chunk != tile)  # cut after decoding
+        per_pixel += 2 + 4 + (4 if indexed else 0)  # winner, and the pose or index that is kept
+        # Maps that come in, decoded: part by part, but whole at the edge of a map.
+        per_pixel += 2 * 4 + wide + READ_TOGETHER * wide
     written = min(tile[0], fmt.DEFAULT_CHUNK) * min(tile[1], fmt.DEFAULT_CHUNK)
+    encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to be cut
     per_thread = (
         tile[0] * tile[1] * per_pixel
-        + read * storage.chunk[0] * storage.chunk[1] * value
-        + (chunks_behind(storage.streams) + 2) * written * value  # 2: being encoded
+        + encoded * storage.chunk[0] * storage.chunk[1] * wide
+        + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread
 
@@ -417,7 +423,7 @@ def forecast(
     pixels = plan.shape[0] * plan.shape[1]
     decoded_in = stored_in = 0
     for source in plan.sources:
-        objects, mip = open_objects(source.url), open_mip(source)
+        objects, mip = open_objects(source.url), open_one(source, MIP)
         for name in source.map_names(plan.maps):
             decoded_in += np.dtype(MAPS[name].dtypes[0]).itemsize * pixels
             path = f"{mip.path.removesuffix(MIP)}{name}"

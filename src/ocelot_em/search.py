@@ -658,8 +658,8 @@ class Source(fmt.Attributes):
         return names if self.path else (*names, BEST_PARTIAL)
 
 
-def open_mip(source: Source) -> store.ChunkedMap:
-    """Open the ``mip`` of a source; its other maps have the same shape and chunks.
+def open_one(source: Source, name: str) -> store.ChunkedMap:
+    """Open one map of a source; all its maps have the same shape and chunks.
 
     Raises
     ------
@@ -667,7 +667,7 @@ def open_mip(source: Source) -> store.ChunkedMap:
         It is missing, or does not follow the format.
     """
     objects = open_objects(source.url)
-    return open_partial_maps(objects, source.path, source.name, (MIP,))[MIP]
+    return open_partial_maps(objects, source.path, source.name, (name,))[name]
 
 
 def open_source_maps(source: Source, maps: MapSet) -> dict[str, store.ChunkedMap]:

@@ -8,13 +8,11 @@ Zarr v3 that any reader opens.
 
 import contextlib
 import json
-import struct
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import google_crc32c
 import numpy as np
 import zarr
 from numcodecs.blosc import Blosc
@@ -32,14 +30,9 @@ from ocelot_em.format import (
     map_attributes,
     shuffle_of,
 )
+from ocelot_em.frames import Frame, encode
 from ocelot_em.maps import MAPS, AnyArray
 from ocelot_em.objects import Objects, ReusedMemory
-
-_CRC_OF_DATA_WITH_ITS_CRC = 0x48674BC7
-"""CRC32C of any bytes followed by their own CRC32C, little-endian: checks without slicing."""
-
-_BLOSC_SIZES = struct.Struct("<3I")
-"""Sizes in a Blosc header, from its fourth byte: decoded, block, frame with header."""
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE)
 
@@ -242,20 +235,20 @@ class ChunkedMap:
             out = np.empty(region.shape, self.dtype)
         nbytes = 0
         for chunk in self.grid.touching(region):
-            encoded = self.fetch(chunk, _memory_of_thread())
-            nbytes += len(encoded)
-            self.decode(encoded, chunk, region, out)
+            frame = self.fetch(chunk, _memory_of_thread())
+            nbytes += frame.encoded_nbytes
+            self.decode(frame, chunk, region, out)
         return out, nbytes
 
-    def fetch(self, chunk: Tile, memory: ReusedMemory) -> memoryview:
-        """Read the encoded bytes of a chunk and check their checksum.
+    def fetch(self, chunk: Tile, memory: ReusedMemory) -> Frame:
+        """Read a chunk and check it, without decoding it.
 
         Parameters
         ----------
         chunk
             Of :attr:`grid`.
         memory
-            Where to put them; they are valid until it is used again.
+            Where to put it; it is valid until that is used again.
 
         Raises
         ------
@@ -268,22 +261,15 @@ class ChunkedMap:
                 f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
                 f"missing: expected an object {self.key(chunk)}; write the partial again"
             )
-        if len(encoded) < 20:
-            raise self._corrupt(
-                chunk, encoded, f"expected a Blosc frame with its CRC32C, got {len(encoded)} bytes"
-            )
-        # google_crc32c takes bytes, and arrays, but no memoryviews; its annotations know of bytes.
-        data = cast(bytes, np.frombuffer(encoded, np.uint8))
-        if google_crc32c.value(data) != _CRC_OF_DATA_WITH_ITS_CRC:
-            raise self._corrupt(chunk, encoded, "its CRC32C does not match its bytes")
-        return encoded
+        with self.naming_corrupt(chunk):
+            return Frame(encoded, self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize)
 
-    def decode(self, encoded: memoryview, chunk: Tile, region: Region, out: AnyArray) -> None:
+    def decode(self, frame: Frame, chunk: Tile, region: Region, out: AnyArray) -> None:
         """Decode what a chunk has of a region.
 
         Parameters
         ----------
-        encoded
+        frame
             From :meth:`fetch`.
         region
             Of the map; touches the chunk.
@@ -297,31 +283,24 @@ class ChunkedMap:
         """
         wanted = chunk.region.intersect(region)
         target = out[wanted.relative_to(region).slices]
-        if wanted.shape == self.grid.cell and target.flags.c_contiguous:
-            self._decode(encoded, target, chunk)
-        else:
-            whole = _scratch_array(self.grid.cell, self.dtype)
-            self._decode(encoded, whole, chunk)
-            target[...] = whole[wanted.relative_to(chunk.region).slices]
+        with self.naming_corrupt(chunk):
+            if wanted.shape == self.grid.cell and target.flags.c_contiguous:
+                frame.decode(target)
+            else:
+                whole = _scratch_array(self.grid.cell, self.dtype)
+                frame.decode(whole)
+                target[...] = whole[wanted.relative_to(chunk.region).slices]
 
-    def _decode(self, encoded: memoryview, out: AnyArray, chunk: Tile) -> None:
-        frame = encoded[:-4]
-        decoded_nbytes, _, frame_nbytes = _BLOSC_SIZES.unpack_from(frame, 4)
-        if decoded_nbytes != out.nbytes or frame_nbytes != len(frame):
-            raise self._corrupt(
-                chunk, encoded, f"expected {out.nbytes} bytes decoded, got {decoded_nbytes}"
-            )
+    @contextlib.contextmanager
+    def naming_corrupt(self, chunk: Tile) -> Iterator[None]:
+        """Turn the complaints of a :class:`Frame` into a :class:`CorruptChunkError`."""
         try:
-            _BLOSC.decode(frame, out)
-        except RuntimeError as error:
-            raise self._corrupt(chunk, encoded, str(error)) from error
-
-    def _corrupt(self, chunk: Tile, encoded: memoryview, reason: str) -> CorruptChunkError:
-        return CorruptChunkError(
-            f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
-            f"{reason} (object {self.key(chunk)}, {len(encoded)} bytes); "
-            "write the partial again"
-        )
+            yield
+        except ValueError as error:
+            raise CorruptChunkError(
+                f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
+                f"{error} (object {self.key(chunk)}); write the partial again"
+            ) from error
 
     def write(self, region: Region, values: AnyArray) -> int:
         """Encode and write whole chunks.
@@ -362,7 +341,7 @@ class ChunkedMap:
                     whole.fill(self.fill)
                 whole[: source.shape[0], : source.shape[1]] = source
                 source = whole
-            yield chunk, encode_chunk(source, self.codec)
+            yield chunk, encode(source, self.codec)
 
     def stored_chunks(self) -> dict[tuple[int, int], int]:
         """Grid position and encoded size of the chunks that are there."""
@@ -382,15 +361,9 @@ class ChunkedMap:
 
 def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
     """Encode C-contiguous values as one chunk; the encoded bytes written."""
-    parts = encode_chunk(values, _BLOSC)
+    parts = encode(values, _BLOSC)
     objects.put(key, parts)
     return sum(map(len, parts))
-
-
-def encode_chunk(values: AnyArray, codec: Blosc) -> list[bytes]:
-    """Encode C-contiguous values: the parts of a chunk's object."""
-    frame = codec.encode(values)
-    return [frame, google_crc32c.value(frame).to_bytes(4, "little")]
 
 
 def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:

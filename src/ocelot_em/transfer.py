@@ -12,14 +12,18 @@ from contextlib import suppress
 from typing import NamedTuple, Self
 
 from ocelot_em.canvas import Region, Tile
+from ocelot_em.frames import Frame
 from ocelot_em.maps import AnyArray
 from ocelot_em.objects import Objects, ReusedMemory
 from ocelot_em.store import ChunkedMap
 
+READ_TOGETHER = 4
+"""Most requests of one chunk that can be open at the same time."""
+
 
 def chunks_ahead(streams: int) -> int:
-    """Most encoded chunks that a :class:`ReadAhead` of so many streams holds."""
-    return 1 + streams
+    """Encoded chunks that a :class:`ReadAhead` holds: one lot is open, another under way."""
+    return READ_TOGETHER + max(READ_TOGETHER, streams)
 
 
 def chunks_behind(streams: int) -> int:
@@ -39,7 +43,60 @@ class _Piece(NamedTuple):
     request: Request
     chunk: Tile
     memory: ReusedMemory
-    encoded: "Future[memoryview]"
+    frame: "Future[Frame]"
+
+
+class Arrival:
+    """A region of a map that has arrived, and can be decoded in equal parts of its pixels.
+
+    Parameters
+    ----------
+    request
+        What was asked for.
+    frame
+        The chunk, if the region is one chunk.
+    chunk
+        Which one.
+    values
+        The region's values, if it is not: decoded already.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        frame: Frame | None,
+        chunk: Tile | None,
+        values: AnyArray | None,
+    ) -> None:
+        self.dtype = request.source.dtype
+        self._source, self._frame, self._chunk, self._values = request.source, frame, chunk, values
+        self.n_parts = 1 if frame is None else frame.n_blocks
+
+    def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
+        """Decode a part into a flat array of its size.
+
+        Parameters
+        ----------
+        part
+            Number of the part.
+        n_parts
+            :attr:`n_parts`, or 1 for everything.
+        out
+            C-contiguous, of the map's dtype.
+
+        Raises
+        ------
+        CorruptChunkError
+        """
+        if self._frame is None or self._chunk is None:
+            assert self._values is not None
+            out[...] = self._values.reshape(-1)
+            return
+        with self._source.naming_corrupt(self._chunk):
+            if n_parts == 1:
+                self._frame.decode(out)
+            else:
+                self._frame.decode_block(part, out)
 
 
 class ReadAhead:
@@ -51,30 +108,39 @@ class ReadAhead:
         In the order in which they will be read. Some may be left out then, but none be repeated.
     streams
         Chunks fetched at a time.
+    memory
+        For the encoded chunks: as many as :func:`chunks_ahead` says.
     """
 
-    def __init__(self, requests: Iterable[Request], streams: int) -> None:
+    def __init__(
+        self, requests: Iterable[Request], streams: int, memory: Sequence[ReusedMemory]
+    ) -> None:
         self._pool = ThreadPoolExecutor(streams, "ocelot-read")
         self._todo = self._pieces(requests)
-        self._free = [ReusedMemory() for _ in range(chunks_ahead(streams))]
+        self._free = list(memory)
         self._under_way: deque[_Piece] = deque()
+        self._open: list[ReusedMemory] = []
         self.waited_seconds = 0.0
         """Time in which the reader had nothing to decode."""
+        self.read_nbytes = 0
+        """Encoded bytes that were asked for."""
 
-    def read(self, request: Request, out: AnyArray) -> int:
-        """Decode a region.
+    def open(self, request: Request, spare: AnyArray) -> Arrival:
+        """Wait until a region has arrived.
 
         Parameters
         ----------
         request
             One of the announced ones, not before the last one that was read.
-        out
-            C-contiguous, of the region's shape and the map's dtype.
+        spare
+            Of the region's shape and the map's dtype: for values that have to be decoded at once,
+            because the region is not one whole chunk.
 
         Returns
         -------
-        int
-            Encoded bytes read.
+        Arrival
+            Valid until :meth:`close`; of those of one chunk, at most :data:`READ_TOGETHER` can be
+            open.
 
         Raises
         ------
@@ -83,21 +149,33 @@ class ReadAhead:
         self._top_up()
         while self._under_way and self._under_way[0].request.name != request.name:
             self._leave_out(self._under_way.popleft())
-        nbytes = 0
+        if not self._under_way:
+            raise LookupError(f"{request.name}: was not announced, or has been read before")
+        piece = self._under_way[0]
+        if piece.chunk.region == request.region and request.source.grid.is_whole(piece.chunk):
+            self._open.append(self._under_way.popleft().memory)
+            return Arrival(request, self._arrived(piece), piece.chunk, None)
         while self._under_way and self._under_way[0].request.name == request.name:
             piece = self._under_way.popleft()
-            started = time.perf_counter()
             try:
-                encoded = piece.encoded.result()
-                self.waited_seconds += time.perf_counter() - started
-                request.source.decode(encoded, piece.chunk, request.region, out)
-                nbytes += len(encoded)
+                request.source.decode(self._arrived(piece), piece.chunk, request.region, spare)
             finally:
                 self._free.append(piece.memory)
                 self._top_up()
-        if nbytes == 0:
-            raise LookupError(f"{request.name}: was not announced, or has been read before")
-        return nbytes
+        return Arrival(request, None, None, spare)
+
+    def close(self) -> None:
+        """Give back what is open, so that more can be fetched."""
+        self._free += self._open
+        self._open.clear()
+        self._top_up()
+
+    def _arrived(self, piece: _Piece) -> Frame:
+        started = time.perf_counter()
+        frame = piece.frame.result()
+        self.waited_seconds += time.perf_counter() - started
+        self.read_nbytes += frame.encoded_nbytes
+        return frame
 
     def _pieces(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tile]]:
         for request in requests:
@@ -110,13 +188,13 @@ class ReadAhead:
             if request is None or chunk is None:
                 return
             memory = self._free.pop()
-            encoded = self._pool.submit(request.source.fetch, chunk, memory)
-            self._under_way.append(_Piece(request, chunk, memory, encoded))
+            frame = self._pool.submit(request.source.fetch, chunk, memory)
+            self._under_way.append(_Piece(request, chunk, memory, frame))
 
     def _leave_out(self, piece: _Piece) -> None:
-        if not piece.encoded.cancel():
+        if not piece.frame.cancel():
             with suppress(Exception):  # nobody asks for it, so nobody needs to know
-                piece.encoded.result()
+                piece.frame.result()
         self._free.append(piece.memory)
         self._top_up()
 

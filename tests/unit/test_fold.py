@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from ocelot_em import kernels
 from ocelot_em.fold import Fold, Workspace
@@ -10,6 +11,7 @@ from ocelot_em.format import Contribution
 from ocelot_em.kernels import by_map
 from ocelot_em.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.search import Source
+from ocelot_em.transfer import READ_TOGETHER
 from stacks import (
     assert_same_bits,
     checked,
@@ -37,15 +39,27 @@ def source_of(partial, number):
     )
 
 
+class MemoryArrival:
+    def __init__(self, values, n_parts):
+        self.values, self.dtype = values.reshape(-1), values.dtype
+        self.n_parts = n_parts if values.size % n_parts == 0 else 1
+
+    def decode(self, part, n_parts, out):
+        size = self.values.size // n_parts
+        out[...] = self.values[part * size : (part + 1) * size]
+
+
 class MemoryTile:
     """Hands out the maps of partials, strictly in the announced order."""
 
-    def __init__(self, fold, work, partials):
+    def __init__(self, fold, work, partials, n_parts=1):
         self.announced = list(fold.order())
         self.work, self.partials, self.maps = work, partials, fold.maps
-        self.merged, self.suspects, self.most_incoming = {}, set(), 0
+        self.merged, self.suspects, self.n_open, self.n_parts = {}, set(), 0, n_parts
 
-    def read(self, number, name, use):
+    def open(self, number, name, spare):
+        self.n_open += 1
+        assert self.n_open <= READ_TOGETHER
         assert self.announced.pop(0) == (number, name)
         partial = self.partials[number]
         maps = dict(zip(self.maps.pose, partial.pose, strict=True)) | {
@@ -55,9 +69,10 @@ class MemoryTile:
             COUNT: partial.count,
             BEST_PARTIAL: partial.best_partial,
         }
-        out = self.work.array(use, maps[name].dtype)
-        out[...] = maps[name]
-        return out
+        return MemoryArrival(maps[name], self.n_parts)
+
+    def close(self):
+        self.n_open = 0
 
     def write(self, name, values):
         assert name not in self.merged
@@ -67,7 +82,7 @@ class MemoryTile:
         self.suspects.add(number)
 
 
-def merge(maps, partials, *, mask_nan=False):
+def merge(maps, partials, *, mask_nan=False, n_parts=1):
     fold = Fold(
         [source_of(partial, number) for number, partial in enumerate(partials)],
         maps,
@@ -78,7 +93,7 @@ def merge(maps, partials, *, mask_nan=False):
     for use, dtype in (("incoming", "f4"), (MIP, "f4"), (SUM, "f8"), ("winner", "i2")):
         work.array(use, dtype).fill(7)  # what an earlier tile left behind
     work.shape = partials[0].mip.shape
-    tile = MemoryTile(fold, work, partials)
+    tile = MemoryTile(fold, work, partials, n_parts)
     searched = fold.merge(tile, work)
     assert tile.announced == []
     assert set(tile.merged) == set(maps.merged)
@@ -86,11 +101,11 @@ def merge(maps, partials, *, mask_nan=False):
 
 
 @checked
-@given(stack=stacks(nan=True))
-def test_map_by_map_is_partial_by_partial(stack):
+@given(stack=stacks(nan=True, max_partials=10), n_parts=st.sampled_from([1, 2, 3, 5]))
+def test_map_by_map_is_partial_by_partial(stack, n_parts):
     maps, partials = stack
     acc, reports = fold_each(REFERENCE, maps, partials)
-    tile, searched = merge(maps, partials)
+    tile, searched = merge(maps, partials, n_parts=n_parts)
     for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
         assert_same_bits(tile.merged[name], expected, name)
     assert searched == np.count_nonzero(acc.mip > -np.inf)

@@ -22,8 +22,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 HOME = {
     "zarr": {"store", "objects"},
-    "numcodecs": {"store"},
-    "google_crc32c": {"store"},
+    "numcodecs": {"frames", "store"},
+    "google_crc32c": {"frames"},
     "obstore": {"objects"},
     "fsspec": {"objects"},
     "dask": {"execute", "cluster", "lazy", "plan"},

@@ -1,0 +1,69 @@
+"""The floor of a merge: the same chunks read and decoded, encoded and written, with no merge.
+
+Same plan, executors, read-ahead, codecs and number of bytes as a merge; only the arithmetic is
+left out. What is written is one tile of a finished merge, again and again, so that it compresses
+as results do.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ocelot_em import pipeline
+from ocelot_em.canvas import Region
+from ocelot_em.fold import Fold, TileMaps, Workspace
+from ocelot_em.maps import COUNT, INDEX, MIP, SQUARED_SUM, SUM, AnyArray
+from ocelot_em.objects import open_objects
+from ocelot_em.pipeline import Outcome
+from ocelot_em.search import open_partial_maps
+
+FINISHED = "finished.zarr"
+"""Name of the finished merge, beside the outputs."""
+
+
+class Copy(Fold):
+    """Decodes all that comes in, and writes what it has."""
+
+    def __init__(self, fold: Fold, written: dict[str, AnyArray]) -> None:
+        vars(self).update(vars(fold))
+        self._written = written
+
+    def merge(self, tile: TileMaps, work: Workspace) -> int:
+        """Read and write in the order of a merge."""
+        left = dict(self._written)
+        everyone = range(len(self.sources))
+        first = (MIP,) if self.space is None else (MIP, INDEX)
+        for names in (first, *((name,) for name in self.maps.pose if name not in first)):
+            self._read(tile, work, names, everyone)
+            for name in names:
+                tile.write(name, left.pop(name))
+        for name in (SUM, SQUARED_SUM):
+            self._read(tile, work, (name,), everyone)
+        for name, values in left.items():
+            tile.write(name, values)
+        return 0
+
+    def _read(
+        self, tile: TileMaps, work: Workspace, names: Sequence[str], numbers: Sequence[int]
+    ) -> None:
+        for _, _, arrivals in self.parts(tile, work, names, numbers):
+            for arrival in arrivals:
+                arrival.decoded(work)
+
+
+def attempt_copy(output: str, run_id: str, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+    """Do as :func:`ocelot_em.pipeline.attempt_tiles` does, without merging."""
+    job = pipeline.open_job(output, run_id)
+    if not isinstance(job.fold, Copy):
+        assert COUNT not in job.plan.maps.merged
+        finished = str(Path(output).with_name(FINISHED))
+        job.fold = Copy(job.fold, first_tile(finished, job.plan.maps.merged, job.plan.tile))
+    return pipeline.attempt_tiles(output, run_id, tiles)
+
+
+@lru_cache(maxsize=2)
+def first_tile(store: str, names: tuple[str, ...], tile: tuple[int, int]) -> dict[str, AnyArray]:
+    """Maps of the upper left tile of a merged result."""
+    maps = open_partial_maps(open_objects(store), "", "", names)
+    region = Region(0, tile[0], 0, tile[1])
+    return {name: chunked.read(region)[0] for name, chunked in maps.items()}

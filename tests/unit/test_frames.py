@@ -1,0 +1,113 @@
+"""Frames decoded whole and block by block, against numcodecs; damaged ones."""
+
+import struct
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numcodecs import blosc
+from numcodecs.blosc import Blosc
+
+from ocelot_em.frames import Frame, encode
+
+
+def stored(values, **how):
+    return memoryview(bytearray(b"".join(encode(values, Blosc(**how)))))
+
+
+def by_blocks(frame, like):
+    out = np.empty_like(like).reshape(frame.n_blocks, -1)
+    for number in np.random.default_rng(0).permutation(frame.n_blocks):
+        frame.decode_block(number, out[number])
+    return out.reshape(like.shape)
+
+
+@given(
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(["f4", "f8", "i4", "i8", "i2"]),
+    side=st.sampled_from([(1, 1), (1, 16), (64, 64), (256, 256), (512, 512), (100, 77)]),
+    shuffle=st.sampled_from([Blosc.NOSHUFFLE, Blosc.SHUFFLE, Blosc.BITSHUFFLE]),
+    cname=st.sampled_from(["lz4", "zstd", "blosclz", "zlib", "lz4hc"]),
+    blocksize=st.sampled_from([0, 1024, 16384, 65536]),
+    kind=st.sampled_from(["noise", "few", "zero"]),
+)
+def test_blocks_are_the_whole(seed, dtype, side, shuffle, cname, blocksize, kind):
+    rng = np.random.default_rng(seed)
+    values = {
+        "noise": rng.bytes(np.dtype(dtype).itemsize * side[0] * side[1]),
+        "few": rng.integers(0, 7, side).astype(dtype).tobytes(),
+        "zero": np.zeros(side, dtype).tobytes(),
+    }[kind]
+    values = np.frombuffer(values, dtype).reshape(side)
+    encoded = stored(values, cname=cname, clevel=3, shuffle=shuffle, blocksize=blocksize)
+    before = bytes(encoded)
+    frame = Frame(encoded, values.nbytes)
+    whole = np.empty_like(values)
+    frame.decode(whole)
+    assert whole.tobytes() == values.tobytes()
+    assert by_blocks(frame, values).tobytes() == values.tobytes()
+    assert bytes(encoded) == before
+
+
+def test_our_chunks_have_several_blocks(rng):
+    values = rng.normal(size=(1024, 1024)).astype(np.float32)
+    assert Frame(stored(values, cname="lz4", clevel=5, shuffle=1), values.nbytes).n_blocks == 8
+
+
+def test_frames_written_by_several_threads(rng):
+    values = rng.integers(0, 100, (1024, 1024)).astype(np.float32)
+    blosc.set_nthreads(4)
+    before = blosc.use_threads
+    blosc.use_threads = True
+    try:
+        encoded = [stored(values, cname="lz4", clevel=5, shuffle=2) for _ in range(10)]
+    finally:
+        blosc.use_threads = before
+    for one in encoded:
+        assert by_blocks(Frame(one, values.nbytes), values).tobytes() == values.tobytes()
+
+
+def with_crc(data):
+    return memoryview(bytearray(data + google_crc32c.value(bytes(data)).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [(4, 12, "expected 1048576 bytes"), (12, 99, "expected 1048576 bytes")],
+)
+def test_sizes_that_do_not_agree_are_refused(rng, offset, value, message):
+    values = rng.normal(size=(512, 512)).astype(np.float32)
+    data = bytearray(stored(values, cname="lz4")[:-4])
+    struct.pack_into("<I", data, offset, value)
+    with pytest.raises(ValueError, match=message):
+        Frame(with_crc(data), values.nbytes)
+
+
+def test_a_flipped_bit_is_refused(rng):
+    encoded = stored(rng.normal(size=(64, 64)).astype(np.float32))
+    encoded[100] ^= 1
+    with pytest.raises(ValueError, match="CRC32C"):
+        Frame(encoded, 64 * 64 * 4)
+
+
+@given(where=st.integers(16, 16 + 4 * 32), value=st.integers(0, 2**32 - 1))
+def test_wild_offsets_with_a_good_checksum_do_no_harm(where, value):
+    values = np.arange(2**18, dtype=np.float32)
+    data = bytearray(stored(values, cname="lz4", blocksize=8192)[:-4])
+    struct.pack_into("<I", data, where, value)
+    frame = Frame(with_crc(data), values.nbytes)
+    out = np.empty(values.size // frame.n_blocks, values.dtype)
+    for number in range(frame.n_blocks):
+        try:
+            frame.decode_block(number, out)
+        except ValueError:
+            continue
+
+
+def test_read_only_bytes_are_decoded_whole(rng):
+    values = rng.normal(size=(1024, 1024)).astype(np.float32)
+    frame = Frame(memoryview(bytes(stored(values, cname="lz4", clevel=5))), values.nbytes)
+    assert frame.n_blocks == 1
+    assert by_blocks(frame, values).tobytes() == values.tobytes()
