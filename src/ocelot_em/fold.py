@@ -187,7 +187,7 @@ class Fold:
     def _winners(self, tile: TileMaps, work: Workspace) -> int:
         """Find out which source has the highest correlation; in how many pixels one has."""
         mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
-        n_poses = np.int64(0 if self.space is None else self.space.n_poses)
+        n_poses = np.int32(0 if self.space is None else self.space.n_poses)
         names = (MIP,) if self.space is None else (MIP, INDEX)
         mip.fill(-np.inf)
         winner.fill(-1)

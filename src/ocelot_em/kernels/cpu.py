@@ -560,43 +560,39 @@ def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
     """Z-score, mean, standard deviation, and the sums in float32, into the first five targets."""
     mip_address, sum_address, squared_sum_address, count_address = inputs
     counts_scratch = np.full(_SMALL_BLOCK, one_count)
-    mean_scratch, std_scratch = np.empty(_SMALL_BLOCK), np.empty(_SMALL_BLOCK)
     for start in range(0, n, _SMALL_BLOCK):
         size = min(n - start, _SMALL_BLOCK)
-        counts, mean, std = counts_scratch[:size], mean_scratch[:size], std_scratch[:size]
+        counts = counts_scratch[:size]
         if count_address != _MISSING:
             count_map = _plane(count_address, np.int64, start, size)
             for i in range(size):
                 counts[i] = count_map[i]
         total = _plane(sum_address, np.float64, start, size)
         squared_total = _plane(squared_sum_address, np.float64, start, size)
-        for i in range(size):
-            mean[i] = total[i] / counts[i]
-        for i in range(size):
-            variance = squared_total[i] / counts[i] - mean[i] * mean[i]
-            std[i] = np.sqrt(0.0 if variance < 0 else variance)
-        mip = _plane(mip_address, np.float32, start, size)
-        _z_scores(_plane(targets[0], np.float32, start, size), mip, mean, std)
-        _round_where_counted(_plane(targets[1], np.float32, start, size), mean, counts)
-        _round_where_counted(_plane(targets[2], np.float32, start, size), std, counts)
+        _z_mean_std(
+            _plane(targets[0], np.float32, start, size),
+            _plane(targets[1], np.float32, start, size),
+            _plane(targets[2], np.float32, start, size),
+            _plane(mip_address, np.float32, start, size),
+            (total, squared_total, counts),
+        )
         _round(_plane(targets[3], np.float32, start, size), total)
         _round(_plane(targets[4], np.float32, start, size), squared_total)
 
 
 @_compiled
-def _z_scores(target: Any, mips: Any, means: Any, stds: Any) -> None:
-    for i in range(target.size):
-        mip, mean, std = np.float64(mips[i]), means[i], stds[i]
+def _z_mean_std(z_map: Any, mean_map: Any, std_map: Any, mips: Any, sums: Any) -> None:
+    total, squared_total, counts = sums
+    for i in range(z_map.size):
+        mip, count = np.float64(mips[i]), counts[i]
+        mean = total[i] / count
+        variance = squared_total[i] / count - mean * mean
+        std = np.sqrt(0.0 if variance < 0 else variance)
         ratio = (mip - mean) / std
         z = 0.0 if std == 0 else ratio
-        target[i] = np.nan if mip == -np.inf else z
-
-
-@_compiled
-def _round_where_counted(target: Any, values: Any, counts: Any) -> None:
-    for i in range(target.size):
-        value, count = values[i], counts[i]
-        target[i] = np.nan if count == 0 else value
+        z_map[i] = np.nan if mip == -np.inf else z
+        mean_map[i] = np.nan if count == 0 else mean
+        std_map[i] = np.nan if count == 0 else std
 
 
 @_compiled
