@@ -1,13 +1,16 @@
-"""What reading and writing chunks directly gains over zarr's own arrays.
+"""What chunks cost: reading and writing them here and with zarr's arrays, and their codecs.
 
-``python -m benchmarks.chunk_io [--quick]`` reads and writes one map chunk by chunk, both ways in
-turn, with one thread and with all cores, and prints medians. Page cache warm.
+``python -m benchmarks.chunk_io [--quick] [--data FOLDER] [--repeats N]`` reads and writes one map
+chunk by chunk, all ways in turn, with one thread and with all cores; page cache warm. Then it
+encodes and decodes one chunk of every map of a merge with other settings of the codec, in the
+processor time of one thread.
 """
 
-import argparse
+import importlib.util
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,62 +18,128 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from numcodecs.blosc import Blosc
 
+import ocelot_em
+from benchmarks import common
 from ocelot_em import store
-from ocelot_em.canvas import Tile
-from ocelot_em.maps import MAPS, MIP
+from ocelot_em.canvas import Region, Tile
+from ocelot_em.maps import MAPS, MIP, AnyArray, PoseForm
 from ocelot_em.objects import open_objects
+from ocelot_em.search import open_partial_maps
+
+N_PARTIALS = 4
+
+CODECS = {
+    "lz4 5, bytes": Blosc("lz4", 5, Blosc.SHUFFLE),
+    "lz4 5, bits": Blosc("lz4", 5, Blosc.BITSHUFFLE),
+    "lz4 1, bits": Blosc("lz4", 1, Blosc.BITSHUFFLE),
+    "lz4 9, bits": Blosc("lz4", 9, Blosc.BITSHUFFLE),
+    "zstd 1, bits": Blosc("zstd", 1, Blosc.BITSHUFFLE),
+}
+
+
+def compare_io(side: int, repeats: int, folder: Path) -> None:
+    """Read and write one map."""
+    chunk = min(side // 2, 1024)
+    objects = open_objects(folder / "bench.zarr")
+    store.create_map(objects, "mip", MIP, (side, side), (chunk, chunk))
+    ours = store.open_map(objects, "mip", "bench", MAPS[MIP].dtypes)
+    values = np.random.default_rng(0).gumbel(5, 1, (side, side)).astype(np.float32)
+    cells = list(ours.grid)
+    of_thread = threading.local()
+
+    def read_ours(cell: Tile) -> None:
+        if not hasattr(of_thread, "memory"):
+            of_thread.memory = np.empty((chunk, chunk), np.float32)
+        ours.read(cell.region, of_thread.memory)
+
+    def write_ours(cell: Tile) -> None:
+        ours.write(cell.region, values[cell.region.slices])
+
+    ways: dict[tuple[str, int], Callable[[], object]] = {}
+    counts = sorted({1, os.cpu_count() or 1})
+
+    def add(name: str, way: Callable[[Tile], None], pipeline: str = "") -> None:
+        for n_threads in counts:
+            ways[name, n_threads] = lambda n=n_threads: in_threads(way, cells, n, pipeline)
+
+    add("write, here", write_ours)
+    add("read, here", read_ours)
+    pipelines = {"zarr": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+    if importlib.util.find_spec("zarrs"):
+        pipelines["zarr with zarrs"] = "zarrs.ZarrsCodecPipeline"
+    for name, path in pipelines.items():
+        with zarr.config.set({"codec_pipeline.path": path}):
+            theirs = zarr.open_array(folder / "bench.zarr", path="mip", mode="r+")
+
+        def read_theirs(cell: Tile, array: "zarr.Array" = theirs) -> None:  # type: ignore[type-arg]
+            array[cell.region.slices]
+
+        def write_theirs(cell: Tile, array: "zarr.Array" = theirs) -> None:  # type: ignore[type-arg]
+            array[cell.region.slices] = values[cell.region.slices]
+
+        add(f"write, {name}", write_theirs, path)
+        add(f"read, {name}", read_theirs, path)
+    measured = common.in_turn({f"{name}|{n}": way for (name, n), way in ways.items()}, repeats)
+    rows = []
+    for name in dict.fromkeys(name for name, _ in ways):
+        rates = [values.nbytes / measured[f"{name}|{n}"].median / 1e9 for n in counts]
+        rows.append([name, *(f"{rate:.2f}" for rate in rates)])
+    print(f"\none float32 map of {side}^2, chunks of {chunk}^2, GB/s, medians of {repeats}\n")
+    common.table(["way", *(f"{n} threads" for n in counts)], rows)
+
+
+def in_threads(
+    way: Callable[[Tile], None], cells: list[Tile], n_threads: int, pipeline: str
+) -> None:
+    """Do something with all chunks."""
+    with (
+        zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}),
+        ThreadPoolExecutor(n_threads) as pool,
+    ):
+        list(pool.map(way, cells))
+
+
+def compare_codecs(search: Path, repeats: int, folder: Path) -> None:
+    """Encode and decode one chunk of every map of a merge."""
+    merged = folder / "merged.zarr"
+    ocelot_em.merge(search, merged)
+    names = sorted(path.parent.name for path in merged.glob("*/zarr.json"))
+    rows = []
+    for name in [name for name in MAPS if name in names]:
+        chunked = open_partial_maps(open_objects(merged), "", "", (name,))[name]
+        values, _ = chunked.read(Region(0, *chunked.grid.cell[:1], 0, *chunked.grid.cell[1:]))
+        rows.append([f"`{name}`", *(cost(values, codec, repeats) for codec in CODECS.values())])
+    side = values.shape[0]
+    print(f"\none chunk of {side}^2: ratio, milliseconds to encode, to decode; {repeats} times\n")
+    common.table(["map", *CODECS], rows)
+
+
+def cost(values: AnyArray, codec: Blosc, repeats: int) -> str:
+    """Ratio, and the processor time of one thread, in milliseconds."""
+    out = np.empty_like(values)
+    encoded, decoded = [], []
+    for repeat in range(repeats + 1):
+        started = time.thread_time()
+        frame = codec.encode(values)
+        between = time.thread_time()
+        codec.decode(frame, out)
+        if repeat:
+            encoded.append(between - started)
+            decoded.append(time.thread_time() - between)
+    milliseconds = [statistics.median(seconds) * 1e3 for seconds in (encoded, decoded)]
+    return f"{values.nbytes / len(frame):.2f}, {milliseconds[0]:.1f}, {milliseconds[1]:.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a small size, once")
-    arguments = parser.parse_args()
-    size, repeats = (512, 1) if arguments.quick else (6144, 5)
-    chunk = min(size // 2, 1024)
-    with tempfile.TemporaryDirectory(prefix="ocelot-bench-") as folder:
-        objects = open_objects(Path(folder, "bench.zarr"))
-        store.create_map(objects, "mip", MIP, (size, size), (chunk, chunk))
-        ours = store.open_map(objects, "mip", "bench", MAPS[MIP].dtypes)
-        theirs = zarr.open_array(Path(folder, "bench.zarr"), path="mip", mode="r+")
-        values = np.random.default_rng(0).gumbel(5, 1, (size, size)).astype(np.float32)
-        cells = list(ours.grid)
-        buffer = np.empty((chunk, chunk), np.float32)
-
-        def read_ours(cell: Tile) -> None:
-            ours.read(cell.region, np.empty_like(buffer))
-
-        def write_ours(cell: Tile) -> None:
-            ours.write(cell.region, values[cell.region.slices])
-
-        def read_theirs(cell: Tile) -> None:
-            theirs[cell.region.slices]
-
-        def write_theirs(cell: Tile) -> None:
-            theirs[cell.region.slices] = values[cell.region.slices]
-
-        ways: dict[tuple[str, int], Callable[[Tile], None]] = {
-            (name, threads): way
-            for threads in sorted({1, os.cpu_count() or 1})
-            for name, way in (
-                ("write, here", write_ours),
-                ("write, zarr", write_theirs),
-                ("read, here", read_ours),
-                ("read, zarr", read_theirs),
-            )
-        }
-        rates: dict[tuple[str, int], list[float]] = {key: [] for key in ways}
-        for repeat in range(repeats + 1):
-            for (name, threads), way in ways.items():
-                started = time.perf_counter()
-                with ThreadPoolExecutor(threads) as pool:
-                    list(pool.map(way, cells))
-                if repeat:
-                    seconds = time.perf_counter() - started
-                    rates[name, threads].append(values.nbytes / seconds / 1e9)
-    print(f"one float32 map, {size} x {size}, chunks of {chunk}, medians of {repeats}")
-    for (name, threads), measured in rates.items():
-        print(f"{name:12}  {threads} threads  {statistics.median(measured):5.2f} GB/s")
+    asked = common.arguments(__doc__).parse_args()
+    side, repeats = (512, 1) if asked.quick else (6144, asked.repeats)
+    print(common.machine())
+    with tempfile.TemporaryDirectory(prefix="ocelot-bench-") as name:
+        compare_io(side, repeats, Path(name))
+        search = common.search_of(min(side, 2048), N_PARTIALS, PoseForm.INDEXED, folder=asked.data)
+        compare_codecs(search, repeats, Path(name))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,32 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ocelot_em import format as fmt
 from ocelot_em import store
+from ocelot_em.canvas import ceil_div
 from ocelot_em.format import DEFAULT_CHUNK
 from ocelot_em.maps import MAPS, MapSet, PoseForm
-from ocelot_em.objects import open_objects
+from ocelot_em.objects import Objects, open_objects
+from ocelot_em.pipeline import SUMMARY_FIELDS, Outcome, TileSummary
+from ocelot_em.search import (
+    partial_path,
+    read_attributes,
+    read_partials,
+    read_search_space,
+    write_search_space,
+)
 from ocelot_em.simulation import STORE_NAME, TRUTH_NAME, Simulation, simulate
 
 PROJECTIONS_PER_POSE = 159
@@ -166,6 +179,72 @@ def decoded_nbytes(side: int, n_partials: int, form: PoseForm) -> int:
     return n_partials * per_pixel * side * side
 
 
+def repeated(
+    search: Path, place: Path, side: int, *, n_partials: int, n_rows: int | None = None
+) -> Path:
+    """A search of any size that takes no space: hard links to the chunks of a small one.
+
+    Parameters
+    ----------
+    search
+        The small one, of whole chunks.
+    place
+        The store to make, on the same file system.
+    side
+        Height and width of its maps in pixels.
+    n_partials
+        Of the small one's partials so many, each taken again if it has fewer.
+    n_rows
+        Rows of chunks that are there; None for all. A store without chunks can be planned.
+
+    Returns
+    -------
+    Path
+        ``place``.
+    """
+    small, large = open_objects(search), open_objects(place)
+    about, partials = read_attributes(small), read_partials(small)
+    taken = [partials[number % len(partials)] for number in range(n_partials)]
+    margins = [n - n_valid for n, n_valid in zip(about.shape, about.valid_shape, strict=True)]
+    changes = {
+        "shape": (side, side),
+        "valid_shape": (side - margins[0], side - margins[1]),
+        "total_projections": sum(attributes.total_projections for _, attributes in taken),
+    }
+    store.create_group(large, "", fmt.dump_attributes(about.model_copy(update=changes)))
+    store.create_group(large, fmt.PARTIALS, {})
+    space = read_search_space(small, about.search_space_digest)
+    if space is not None:
+        write_search_space(large, space)
+    for number, (name, attributes) in enumerate(taken):
+        own = attributes.model_copy(update={"id": uuid.uuid4().hex, "order": number})
+        path = partial_path(f"p{number}")
+        store.create_group(large, path, fmt.dump_attributes(own))
+        for source in (search / partial_path(name)).glob("*/zarr.json"):
+            _repeat_map(source.parent, large, f"{path}/{source.parent.name}", side, n_rows)
+    return place
+
+
+def _repeat_map(source: Path, large: Objects, path: str, side: int, n_rows: int | None) -> None:
+    about = json.loads((source / "zarr.json").read_text())
+    small, (chunk, _) = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
+    if any(n % chunk for n in small):
+        raise ValueError(f"{source}: expected whole chunks of {chunk}, got shape {small}")
+    large.put(f"{path}/zarr.json", [json.dumps({**about, "shape": [side, side]}).encode()])
+    n, n_small = ceil_div(side, chunk), small[0] // chunk
+    for iy in range(n if n_rows is None else min(n, n_rows)):
+        row = Path(large.url, path, "c", str(iy))
+        row.mkdir(parents=True)
+        for ix in range(n):
+            row.joinpath(str(ix)).hardlink_to(source / f"c/{iy % n_small}/{ix % n_small}")
+
+
+def do_nothing(_output: str, _run_id: str, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+    """A task that merges nothing, to measure what all else costs."""
+    summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
+    return [Outcome(iy, ix, summary) for iy, ix in tiles]
+
+
 def in_turn(
     ways: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: bool = True
 ) -> dict[str, Measured]:
@@ -251,6 +330,25 @@ def _read_process(pid: int) -> tuple[dict[str, int], list[int]]:
     except (FileNotFoundError, ProcessLookupError):
         pass  # a process or a thread that is gone
     return status, children
+
+
+def resident_nbytes() -> int:
+    """Memory that this process takes now."""
+    return _read_process(os.getpid())[0]["VmRSS"]
+
+
+def peak_nbytes() -> int:
+    """Most memory that this process has taken so far."""
+    return _read_process(os.getpid())[0]["VmHWM"]
+
+
+def in_own_process(module: str, *args: str) -> Any:
+    """Run a benchmark's own ``--one`` in a fresh process; what it printed, as JSON."""
+    command = [sys.executable, "-m", module, "--one", *args]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def warm(path: Path) -> int:

@@ -6,6 +6,7 @@ than one of a hundred.
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,6 +33,9 @@ TASKS_PER_GRAPH = 256
 
 TASKS_IN_FLIGHT = 2
 """Tasks per thread that a cluster has at a time: one running, the next at hand."""
+
+THREADS_KNOWN_SECONDS = 1.0
+"""How long the number of a cluster's threads is believed."""
 
 RETRIES = 3
 """How often a task is tried again after its worker died or lost its connection."""
@@ -79,6 +83,7 @@ class ClientExecutor:
 
     def __init__(self, client: Any, attempt: Attempt = attempt_tiles) -> None:
         self.client, self._attempt = client, attempt
+        self._n_threads_then, self._asked = 0, 0.0
 
     def run(
         self,
@@ -138,7 +143,11 @@ class ClientExecutor:
             submit()
 
     def _n_threads(self) -> int:
-        return sum(self.client.nthreads().values())
+        """Threads of all workers, as of a moment ago: asking takes as long as an empty task."""
+        now = time.monotonic()
+        if self._n_threads_then == 0 or now - self._asked > THREADS_KNOWN_SECONDS:
+            self._n_threads_then, self._asked = sum(self.client.nthreads().values()), now
+        return self._n_threads_then
 
 
 def cut_into_runs(tiles: Sequence[tuple[int, int]], n_threads: Callable[[], int]) -> Iterator[Run]:

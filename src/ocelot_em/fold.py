@@ -5,7 +5,7 @@ storage. Maps are read in one order that is known beforehand, so that they can b
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Workspace:
 
     def array(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:
         """Return the array for this use, of the tile's shape, with what was left in it."""
-        key = use, np.dtype(dtype).name
+        key = use, str(dtype)
         memory = self._memory.get(key)
         if memory is None:
             memory = self._memory[key] = np.empty(self._most_pixels, dtype)
@@ -104,25 +104,6 @@ class TileMaps(Protocol):
     def look_closer(self, number: int) -> None:
         """Raise :class:`InvalidDataError` if a source has NaN or an invalid index in this tile."""
         ...
-
-
-class _Part(NamedTuple):
-    """Some pixels of a map that has arrived."""
-
-    arrival: Arrival
-    number: int
-    n_parts: int
-
-    def decode(self, out: AnyArray) -> None:
-        """Decode them into a flat array."""
-        self.arrival.decode(self.number, self.n_parts, out)
-
-    def decoded(self, work: Workspace) -> AnyArray:
-        """Return them, until the next of the same dtype are decoded."""
-        size = work.n_pixels // self.n_parts
-        values = work.flat("decoded", self.arrival.dtype)[:size]
-        self.decode(values)
-        return values
 
 
 class Fold:
@@ -185,25 +166,34 @@ class Fold:
         return searched
 
     def _winners(self, tile: TileMaps, work: Workspace) -> int:
-        """Find out which source has the highest correlation; in how many pixels one has."""
+        """Find out which source has the highest correlation; in how many pixels one has.
+
+        Leaves the number of the source, and what it is called in the result, in the workspace.
+        """
         mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
+        best_partial = work.flat(BEST_PARTIAL, "i4")
+        firsts = np.array([source.first_number for source in self.sources], np.int32)
         n_poses = np.int32(0 if self.space is None else self.space.n_poses)
         names = (MIP,) if self.space is None else (MIP, INDEX)
-        mip.fill(-np.inf)
-        winner.fill(-1)
+        everyone = range(len(self.sources))
         if self.space is not None:
+            mip.fill(-np.inf)
+            winner.fill(-1)
             index.fill(NOT_SEARCHED)
-        for number, part, arrivals in self.parts(tile, work, names, range(len(self.sources))):
-            new = arrivals[0].decoded(work)
-            if self.space is None:
-                bad = self._planes.contest(new, np.int16(number), mip[part], winner[part])
-            else:
+        unsearched = 0
+        for number, part, new in self.parts(tile, work, names, everyone):
+            if self.space is not None:
                 kept = mip[part], index[part], winner[part]
-                new_index = arrivals[1].decoded(work)
-                bad = self._planes.contest_indexed(new, new_index, np.int16(number), n_poses, kept)
+                bad = self._planes.contest_indexed(*new, np.int16(number), n_poses, kept)
+            elif number == 0:
+                bad = self._planes.contest_first(new[0], mip[part], winner[part])
+            else:
+                bad = self._planes.contest(new[0], np.int16(number), mip[part], winner[part])
             if bad:
                 tile.look_closer(number)
-        unsearched = int(self._planes.count_unsearched(winner))
+            if number == everyone[-1]:
+                unsearched += int(self._planes.count_unsearched(winner[part]))
+                self._planes.number_winners(winner[part], firsts, best_partial[part])
         tile.write(MIP, work.array(MIP, "f4"))
         if self.space is not None:
             tile.write(INDEX, work.array(INDEX, "i4"))
@@ -212,12 +202,11 @@ class Fold:
     def _pose(self, name: str, tile: TileMaps, work: Workspace, *, any_unsearched: bool) -> None:
         """Take every pixel from its winner."""
         winner, kept = work.flat("winner", "i2"), work.flat("kept pose", "f4")
-        for number, part, (arrival,) in self.parts(tile, work, (name,), range(len(self.sources))):
+        everyone = range(len(self.sources))
+        for number, part, (new,) in self.parts(tile, work, (name,), everyone, first=kept):
             if number == 0:  # its values are right wherever no other one wins
-                arrival.decode(kept[part])
-                bad = self._planes.has_nan(kept[part])
+                bad = self._planes.has_nan(new)
             else:
-                new = arrival.decoded(work)
                 bad = self._planes.take(new, np.int16(number), winner[part], kept[part])
             if bad:
                 tile.look_closer(number)
@@ -226,15 +215,16 @@ class Fold:
         tile.write(name, work.array("kept pose", "f4"))
 
     def _best_partial(self, tile: TileMaps, work: Workspace) -> None:
-        """Look up what the winners are called."""
+        """Write what the winners are called; in a source of several, which of them."""
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
-        firsts = np.array([source.first_number for source in self.sources], np.int32)
-        self._planes.number_winners(winner, firsts, best_partial)
         several = [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
-        for number, part, (arrival,) in self.parts(tile, work, (BEST_PARTIAL,), several):
-            new = arrival.decoded(work)
+        for number, part, (new,) in self.parts(tile, work, (BEST_PARTIAL,), several):
             self._planes.take_number(
-                new, firsts[number], np.int16(number), winner[part], best_partial[part]
+                new,
+                np.int32(self.sources[number].first_number),
+                np.int16(number),
+                winner[part],
+                best_partial[part],
             )
         tile.write(BEST_PARTIAL, work.array(BEST_PARTIAL, "i4"))
 
@@ -245,13 +235,13 @@ class Fold:
         if counts is not None:
             counts.fill(sum(s.total_projections for s in self.sources if not s.has_counts))
             mapped = [number for number in everyone if self.sources[number].has_counts]
-            for _, part, (arrival,) in self.parts(tile, work, (COUNT,), mapped):
-                counts[part] += arrival.decoded(work)
+            for _, part, (new,) in self.parts(tile, work, (COUNT,), mapped):
+                counts[part] += new
         for name in (SUM, SQUARED_SUM):
             total = work.flat(name, "f8")
-            for number, part, (arrival,) in self.parts(tile, work, (name,), everyone):
+            for number, part, (new,) in self.parts(tile, work, (name,), everyone):
                 add = self._planes.add if number else self._planes.add_first
-                if add(arrival.decoded(work), total[part]):
+                if add(new, total[part]):
                     tile.look_closer(number)
                 if name == SQUARED_SUM and number == everyone[-1]:
                     self._compute(self._accumulator(work, part), work, part)
@@ -272,11 +262,36 @@ class Fold:
         )
 
     def parts(
-        self, tile: TileMaps, work: Workspace, names: Sequence[str], numbers: Sequence[int]
-    ) -> Iterator[tuple[int, slice, list[_Part]]]:
-        """Go through maps of sources, part by part: of all sources in turn, if they fit.
+        self,
+        tile: TileMaps,
+        work: Workspace,
+        names: Sequence[str],
+        numbers: Sequence[int],
+        first: AnyArray | None = None,
+    ) -> Iterator[tuple[int, slice, list[AnyArray]]]:
+        """Decode maps of sources part by part: a part of all that fit, then the next.
 
         So what is merged of a part stays in the caches until its last source has come.
+
+        Parameters
+        ----------
+        tile, work
+            What is merged, and where.
+        names
+            Maps that are decoded together, of different dtypes.
+        numbers
+            Of the sources.
+        first
+            A flat array of the tile's size, to decode the first source into.
+
+        Yields
+        ------
+        number : int
+            Of the source.
+        part : slice
+            Of the tile's pixels, in one dimension.
+        values : list of array
+            Of the maps over these pixels, until the next is asked for.
         """
         together = READ_TOGETHER // len(names)
         for start in range(0, len(numbers), together):
@@ -288,10 +303,18 @@ class Fold:
             different = {arrival.n_parts for own in arrivals for arrival in own}
             n_parts = different.pop() if len(different) == 1 else 1
             size = work.n_pixels // n_parts
+            memory = [
+                [work.flat("decoded", arrival.dtype)[:size] for arrival in own] for own in arrivals
+            ]
             for at in range(n_parts):
                 part = slice(at * size, (at + 1) * size)
-                for number, own in zip(group, arrivals, strict=True):
-                    yield number, part, [_Part(arrival, at, n_parts) for arrival in own]
+                for number, own, decoded in zip(group, arrivals, memory, strict=True):
+                    values = decoded
+                    if first is not None and number == numbers[0]:
+                        values = [first[part]]
+                    for arrival, out in zip(own, values, strict=True):
+                        arrival.decode(at, n_parts, out)
+                    yield number, part, values
             tile.close()
 
     def _by_partial(self, tile: TileMaps, work: Workspace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs.blosc import Blosc
+from numcodecs.blosc import decompress
 
 from ocelot_em.maps import AnyArray
 
@@ -27,9 +27,6 @@ _BLOCK_HEADER = struct.Struct("<4B4I")
 
 _STORED_RAW = 0x02
 """Flag of a frame whose values are not compressed, and have no table of offsets."""
-
-_ANY = Blosc()
-"""Decodes: a frame says itself how it was encoded."""
 
 
 def encode(values: AnyArray, codec: Any) -> list[bytes]:
@@ -120,6 +117,6 @@ class Frame:
 
 def _decode(frame: memoryview, out: AnyArray) -> None:
     try:
-        _ANY.decode(frame, out)
+        decompress(frame, out)
     except RuntimeError as error:
         raise ValueError(str(error)) from error

@@ -91,7 +91,7 @@ class ReusedMemory:
     def of(self, nbytes: int) -> memoryview:
         """Return this many bytes; valid until they are asked for again."""
         if len(self._bytes) < nbytes:
-            self._bytes = bytearray(nbytes + nbytes // 8)
+            self._bytes = bytearray(nbytes + nbytes // 16)
         return memoryview(self._bytes)[:nbytes]
 
     def filled(self, data: memoryview) -> memoryview:

@@ -382,7 +382,7 @@ def worker_nbytes(
     encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to be cut
     per_thread = (
         tile[0] * tile[1] * per_pixel
-        + encoded * storage.chunk[0] * storage.chunk[1] * wide
+        + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
         + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread

@@ -261,8 +261,10 @@ class ChunkedMap:
                 f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
                 f"missing: expected an object {self.key(chunk)}; write the partial again"
             )
-        with self.naming_corrupt(chunk):
+        try:
             return Frame(encoded, self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize)
+        except ValueError as error:
+            raise self.corrupt(chunk, error) from error
 
     def decode(self, frame: Frame, chunk: Tile, region: Region, out: AnyArray) -> None:
         """Decode what a chunk has of a region.
@@ -283,24 +285,21 @@ class ChunkedMap:
         """
         wanted = chunk.region.intersect(region)
         target = out[wanted.relative_to(region).slices]
-        with self.naming_corrupt(chunk):
-            if wanted.shape == self.grid.cell and target.flags.c_contiguous:
-                frame.decode(target)
-            else:
-                whole = _scratch_array(self.grid.cell, self.dtype)
-                frame.decode(whole)
-                target[...] = whole[wanted.relative_to(chunk.region).slices]
-
-    @contextlib.contextmanager
-    def naming_corrupt(self, chunk: Tile) -> Iterator[None]:
-        """Turn the complaints of a :class:`Frame` into a :class:`CorruptChunkError`."""
+        fits = wanted.shape == self.grid.cell and target.flags.c_contiguous
+        whole = target if fits else _scratch_array(self.grid.cell, self.dtype)
         try:
-            yield
+            frame.decode(whole)
         except ValueError as error:
-            raise CorruptChunkError(
-                f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
-                f"{error} (object {self.key(chunk)}); write the partial again"
-            ) from error
+            raise self.corrupt(chunk, error) from error
+        if not fits:
+            target[...] = whole[wanted.relative_to(chunk.region).slices]
+
+    def corrupt(self, chunk: Tile, complaint: ValueError) -> CorruptChunkError:
+        """Say where it is what a :class:`Frame` complains of."""
+        return CorruptChunkError(
+            f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
+            f"{complaint} (object {self.key(chunk)}); write the partial again"
+        )
 
     def write(self, region: Region, values: AnyArray) -> int:
         """Encode and write whole chunks.
@@ -439,10 +438,10 @@ def _codec(configuration: dict[str, Any]) -> Blosc:
 
 def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
     """Return this thread's buffer for one chunk; valid until the thread asks for the next."""
-    key = (shape, dtype.str)
-    if getattr(_of_thread, "key", None) != key:
-        _of_thread.key, _of_thread.array = key, np.empty(shape, dtype)
-    return cast(AnyArray, _of_thread.array)
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = ReusedMemory()
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    return np.frombuffer(_of_thread.scratch.of(nbytes), dtype).reshape(shape)
 
 
 def _memory_of_thread() -> ReusedMemory:

@@ -92,11 +92,13 @@ class Arrival:
             assert self._values is not None
             out[...] = self._values.reshape(-1)
             return
-        with self._source.naming_corrupt(self._chunk):
+        try:
             if n_parts == 1:
                 self._frame.decode(out)
             else:
                 self._frame.decode_block(part, out)
+        except ValueError as error:
+            raise self._source.corrupt(self._chunk, error) from error
 
 
 class ReadAhead:

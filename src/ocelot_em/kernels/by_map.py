@@ -39,6 +39,19 @@ def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
 
 
 @_compiled
+def contest_first(new: Any, mip: Any, winner: Any) -> Any:
+    """As :func:`contest` of the first partial, whatever is in the memory of the others."""
+    any_nan = np.int32(0)
+    for i in range(mip.size):
+        value = new[i]
+        won = value > -np.inf
+        mip[i] = value if won else np.float32(-np.inf)
+        winner[i] = np.int16(0) if won else np.int16(-1)
+        any_nan |= np.int32(value != value)
+    return any_nan != 0
+
+
+@_compiled
 def contest_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: Any) -> Any:
     """As :func:`contest`, with equal correlations going to the lower index.
 

@@ -1,0 +1,259 @@
+"""How the cost of a merge grows: with the size, the number of partials, and that of tiles.
+
+``python -m benchmarks.growth [--quick] [--data FOLDER] [--repeats N]`` prints four tables: whole
+merges of larger and larger searches; of more and more partials; tasks that do nothing, which is
+what scheduling costs; and the plan of a canvas of 10^12 pixels. Large searches are hard links to
+the chunks of a small one, so that the page cache is equally warm for all sizes. Outputs are
+written to the data folder and deleted. Linux only.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import ocelot_em
+from benchmarks import common
+from benchmarks.common import Run
+from ocelot_em.cluster import open_cluster
+from ocelot_em.execute import ClientExecutor, ThreadExecutor
+from ocelot_em.format import DEFAULT_CHUNK
+from ocelot_em.maps import PoseForm
+from ocelot_em.pipeline import Executor, Outcome, Tiles, merge, prepare
+from ocelot_em.plan import MergeOptions
+
+N_THREADS = 2
+N_PARTIALS = 4
+LARGEST_NEEDS_NBYTES = 70 * 10**9
+CANVAS_SIDE = 10**6
+TINY_SIDE = 256
+"""Of a search whose chunks are not looked at."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Parameters
+    ----------
+    simulated_side
+        Of the searches that are simulated and repeated.
+    sides
+        Of whole merges.
+    largest
+        Of one more, if there is enough free disk.
+    partials
+        Their numbers, at the first of the sides.
+    tiles
+        That do nothing.
+    """
+
+    simulated_side: int
+    sides: tuple[int, ...]
+    largest: int | None
+    partials: tuple[int, ...]
+    tiles: tuple[int, ...]
+
+
+FULL = Sizes(
+    2048, (4096, 8192, 16384), 32768, (2, 4, 8, 16, 32, 64), (50 * 50, 200 * 200, 632 * 632)
+)
+QUICK = Sizes(256, (512, 1024), None, (1, 2, 3), (10 * 10, 30 * 30))
+
+
+def timed_merge(search: Path) -> Run:
+    """Merge a whole search; the output is deleted afterwards."""
+    output = search.with_name("OUT.zarr")
+    started = time.perf_counter()
+    ocelot_em.merge(search, output, cluster="threads", threads=N_THREADS)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(output)
+    os.sync()  # the next one should not wait for the pages of this one
+    return Run(seconds)
+
+
+# Size.
+
+
+def size_table(sizes: Sizes, data: Path, repeats: int) -> None:
+    """Print seconds per gigapixel of whole merges."""
+    print(f"\nwhole merges of {N_PARTIALS} partials, {N_THREADS} threads\n")
+    sides = sizes.sides
+    if sizes.largest and shutil.disk_usage(data).free > LARGEST_NEEDS_NBYTES:
+        sides += (sizes.largest,)
+    elif sizes.largest:
+        needed = f"{LARGEST_NEEDS_NBYTES / 1e9:.0f} GB of free disk"
+        print(f"{sizes.largest}^2 is left out: it needs {needed}\n")
+    rows = []
+    for form in PoseForm:
+        small = common.search_of(sizes.simulated_side, N_PARTIALS, form, folder=data)
+        common.warm(small)
+        with tempfile.TemporaryDirectory(dir=data) as folder:
+            ways: dict[str, Callable[[], Run]] = {}
+            for side in sides:
+                place = Path(folder, f"{side}.zarr")
+                common.repeated(small, place, side, n_partials=N_PARTIALS)
+                ways[f"{side}"] = partial(timed_merge, place)
+            ways[f"{sides[0]}"]()  # compiles
+            measured = common.in_turn(ways, repeats, warm_up=False)
+        smallest = measured[f"{sides[0]}"].median / sides[0] ** 2
+        for side, found in zip(sides, measured.values(), strict=True):
+            per_pixel = found.median / side**2
+            figures = f"{found.median:.2f}", found.spread, f"{per_pixel * 1e9:.1f}"
+            rows.append((form.value, f"{side}^2", *figures, f"{per_pixel / smallest:.2f}"))
+    header = ("poses", "size", "seconds", "lowest - highest", "s per gigapixel", "ratio")
+    common.table(header, rows)
+
+
+# Partials.
+
+
+def partials_table(sizes: Sizes, data: Path, repeats: int) -> None:
+    """Print seconds per partial, without what is the same for any number of them."""
+    side, numbers = sizes.sides[0], sizes.partials
+    small = common.search_of(sizes.simulated_side, numbers[-1], PoseForm.INDEXED, folder=data)
+    common.warm(small)
+    with tempfile.TemporaryDirectory(dir=data) as folder:
+        ways: dict[str, Callable[[], Run]] = {}
+        for n_partials in numbers:
+            place = Path(folder, f"{n_partials}.zarr")
+            common.repeated(small, place, side, n_partials=n_partials)
+            ways[f"{n_partials}"] = partial(timed_merge, place)
+        ways[f"{numbers[0]}"]()  # compiles
+        measured = common.in_turn(ways, repeats, warm_up=False)
+    seconds = [found.median for found in measured.values()]
+    slope, constant = line_through(numbers, seconds)
+    rows = []
+    for n_partials, found in zip(numbers, measured.values(), strict=True):
+        each = (found.median - constant) / n_partials
+        off = found.median / (constant + slope * n_partials) - 1
+        figures = f"{found.median:.2f}", found.spread, f"{each:.3f}", f"{off:+.1%}"
+        rows.append((n_partials, *figures))
+    print(f"\nindexed poses, {side}^2, {N_THREADS} threads")
+    print(f"fit: {constant:.2f} s + {slope:.3f} s for each partial\n")
+    header = ("partials", "seconds", "lowest - highest", "s per partial", "off the fit")
+    common.table(header, rows)
+
+
+def line_through(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Slope and constant of the line with the smallest relative errors."""
+    slope, constant = np.polyfit(numbers, seconds, 1, w=1 / np.array(seconds))
+    return float(slope), float(constant)
+
+
+# Tiles.
+
+
+def scheduling_table(sizes: Sizes, data: Path) -> None:
+    """Print what tiles cost that do nothing."""
+    rows = []
+    for n_tiles in sizes.tiles:
+        for where in ("threads", "local"):
+            found = common.in_own_process(
+                "benchmarks.growth", "scheduling", str(data), where, str(n_tiles)
+            )
+            figures = f"{found['milliseconds']:.3f}", f"{found['grown'] / 1e6:+.1f}"
+            rows.append((f"{n_tiles:,}", f"{where} x 2", *figures, f"{found['peak'] / 1e6:+.1f}"))
+    print("\ntiles that do nothing\n")
+    common.table(("tiles", "where", "ms per tile", "driver MB", "its peak MB"), rows)
+
+
+def measure_scheduling(data: Path, where: str, n_tiles: int) -> dict[str, float]:
+    """Milliseconds per tile, and by how many bytes this process grew meanwhile."""
+    small = common.search_of(TINY_SIDE, N_PARTIALS, PoseForm.EXPLICIT, folder=data)
+    options = MergeOptions(cluster=where, **({"workers": 2} if where == "local" else {}), threads=1)
+    with tempfile.TemporaryDirectory(dir=data) as folder, open_cluster(options) as cluster:
+        executor: Executor = ThreadExecutor(2, common.do_nothing)
+        if isinstance(cluster.executor, ClientExecutor):
+            executor = ClientExecutor(cluster.executor.client, common.do_nothing)
+        run_tiles(executor, 1000)
+        side = math.isqrt(n_tiles) * DEFAULT_CHUNK
+        search = Path(folder, "EMPTY.zarr")
+        common.repeated(small, search, side, n_partials=N_PARTIALS, n_rows=0)
+        ready = prepare([search], Path(folder, "OUT.zarr"), options)
+        gc.collect()
+        before = common.resident_nbytes()
+        started = time.perf_counter()
+        report = merge(ready, options, executor, lambda _: None)
+        seconds = time.perf_counter() - started
+        grown, peak = common.resident_nbytes() - before, common.peak_nbytes() - before
+    assert report.n_merged == n_tiles
+    return {"milliseconds": seconds / n_tiles * 1e3, "grown": grown, "peak": peak}
+
+
+def run_tiles(executor: Executor, n_tiles: int) -> int:
+    """Run tiles that do nothing; how many ended."""
+    ended = 0
+
+    def count(_: Outcome) -> bool:
+        nonlocal ended
+        ended += 1
+        return True
+
+    executor.run("nowhere", "no-run", Tiles(1000, np.arange(n_tiles)), count)
+    return ended
+
+
+# Planning.
+
+
+def planning_table(data: Path) -> None:
+    """Print what planning a very large canvas costs."""
+    found = common.in_own_process("benchmarks.growth", "planning", str(data))
+    print(f"\nplanning {N_PARTIALS} partials of {CANVAS_SIDE:,} x {CANVAS_SIDE:,} pixels\n")
+    row = f"{found['tiles']:,}", f"{found['seconds']:.2f}", f"{found['peak'] / 1e6:+.1f}"
+    common.table(("tiles", "seconds", "peak MB"), [row])
+
+
+def measure_planning(data: Path) -> dict[str, float]:
+    """Seconds, and by how many bytes this process grew at most."""
+    small = common.search_of(TINY_SIDE, N_PARTIALS, PoseForm.EXPLICIT, folder=data)
+    options = MergeOptions(threads=N_THREADS)
+    with tempfile.TemporaryDirectory(dir=data) as folder:
+        search, output = Path(folder, "EMPTY.zarr"), Path(folder, "OUT.zarr")
+        prepare([small], output, options)  # imports
+        common.repeated(small, search, CANVAS_SIDE, n_partials=N_PARTIALS, n_rows=0)
+        gc.collect()
+        before = common.resident_nbytes()
+        started = time.perf_counter()
+        ready = prepare([search], output, options)
+        seconds = time.perf_counter() - started
+    peak = common.peak_nbytes() - before
+    return {"seconds": seconds, "peak": peak, "tiles": len(ready.missing)}
+
+
+def run_one(what: str, data: str, *rest: str) -> dict[str, float]:
+    if what == "planning":
+        return measure_planning(Path(data))
+    return measure_scheduling(Path(data), rest[0], int(rest[1]))
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_one(*options.one)))
+        return
+    sizes, repeats = (QUICK, 1) if options.quick else (FULL, options.repeats)
+    options.data.mkdir(parents=True, exist_ok=True)
+    common.search_of(TINY_SIDE, N_PARTIALS, PoseForm.EXPLICIT, folder=options.data)
+    print(f"{common.machine()}\nmedians of {repeats}")
+    size_table(sizes, options.data, repeats)
+    partials_table(sizes, options.data, repeats)
+    scheduling_table(sizes, options.data)
+    planning_table(options.data)
+
+
+if __name__ == "__main__":
+    main()
