@@ -24,7 +24,7 @@ TASK_NAME = "merge_tiles"
 MOST_TILES_PER_TASK = 16
 """A task costs Dask about as much as a small tile costs us; tiles of one task overlap."""
 
-RUNS_PER_THREAD = 4
+RUNS_PER_THREAD = 2
 """Into so many tasks for each thread the tiles that are left are cut: the last ones are short, so
 that all threads end together."""
 
@@ -71,7 +71,16 @@ class ThreadExecutor:
 
         runs = cut_into_runs(tiles, lambda: self.n_threads)
         while batch := tuple(itertools.islice(runs, TASKS_PER_GRAPH)):
-            graph = {(TASK_NAME, *run[0]): (self._attempt, output, run_id, [*run]) for run in batch}
+            # The scheduler starts with the last of the keys, as text: let that be the first run.
+            graph = {
+                f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (
+                    self._attempt,
+                    output,
+                    run_id,
+                    [*run],
+                )
+                for number, run in enumerate(batch)
+            }
             with Callback(posttask=posttask):
                 dask.threaded.get(graph, list(graph), num_workers=self.n_threads)
             if not go_on:

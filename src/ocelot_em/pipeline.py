@@ -151,6 +151,13 @@ class MergeReport:
         total = sum(seconds.values()) or 1.0
         return {name: value / total for name, value in seconds.items()}
 
+    @property
+    def waiting_share(self) -> float:
+        """Share of the same time in which workers only waited for the storage."""
+        totals = self.totals
+        busy = totals.read_seconds + totals.fold_seconds + totals.write_seconds
+        return totals.waited_seconds / (busy or 1.0)
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -262,7 +269,7 @@ def merge(
         try:
             executor.run(objects.url, attributes.id, ready.missing, collect)
         finally:
-            open_job.cache_clear()  # gives this process's tile buffers back
+            _open_job.cache_clear()  # gives this process's tile buffers back
     n_left = len(ready.missing) - n_merged
     if n_left:
         more = f"\n  ... and {n_failed - len(shown)} more" if n_failed > len(shown) else ""
@@ -538,9 +545,17 @@ class Job:
         store.write_chunk(self._objects, f"{fmt.TILE_SUMMARY}/c/{tile.iy}/{tile.ix}/0", values)
 
 
-@lru_cache(maxsize=1)
 def open_job(output: str, run_id: str) -> Job:
     """Open a prepared output once per process; the run's id keeps old ones from being taken."""
+    with _opening:
+        return _open_job(output, run_id)
+
+
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _open_job(output: str, run_id: str) -> Job:
     objects = open_objects(output)
     attributes = read_attributes(objects)
     if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != run_id:

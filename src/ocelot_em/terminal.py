@@ -127,7 +127,8 @@ def print_report(console: Console, report: MergeReport) -> None:
         console.print(
             f"merged {report.n_merged} tile{'s' * (report.n_merged != 1)} "
             f"in {duration(report.seconds)}: "
-            f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}"
+            f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
+            f"waiting for storage {report.waiting_share:.0%}"
         )
     console.print(f"result: {report.output}", markup=False)
 

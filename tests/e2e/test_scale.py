@@ -355,3 +355,19 @@ def test_neighbouring_tiles_overlap(search_of_many_tiles, tmp_path, monkeypatch)
         # The next tile is fetched while this one is written, and folded before this one is done.
         assert min(read_next) < max(written) < recorded
         assert min(written_next) < recorded
+
+
+def test_long_runs_come_first_and_cover_every_tile_once():
+    runs = []
+
+    def note(_output, _run_id, tiles):
+        runs.append([*tiles])
+        return []
+
+    tiles = Tiles(30, np.arange(900))
+    ThreadExecutor(1, note).run("out", "run", tiles, lambda _: True)
+    assert [tile for run in runs for tile in run] == list(tiles)
+    lengths = [len(run) for run in runs]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 16
+    assert lengths[-1] == 1
