@@ -354,6 +354,7 @@ class TileInWork:
         except Exception as error:
             log.debug("%s failed", self._tile, exc_info=True)
             self._error = _in_words(error)
+            self._incoming.close()  # what it had open when it failed
         self._clock.lap("fold")
         self._clock.seconds["waited"] += self._waited() - waited
         self._read_nbytes = self._incoming.read_nbytes - nbytes

@@ -18,6 +18,7 @@ import ocelot_em
 from helpers import assert_same_maps, make_result, read_maps, write_search
 from ocelot_em import store
 from ocelot_em.cluster import open_cluster
+from ocelot_em.errors import TilesFailedError
 from ocelot_em.execute import ClientExecutor, ThreadExecutor
 from ocelot_em.format import PARTIALS
 from ocelot_em.maps import MAPS, PoseForm
@@ -371,3 +372,19 @@ def test_long_runs_come_first_and_cover_every_tile_once():
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] == 16
     assert lengths[-1] == 1
+
+
+@pytest.mark.parametrize("damaged", ["best_psi", "mip", "correlation_squared_sum"])
+def test_many_failed_tiles_of_one_task_leave_the_others_alone(tmp_path, rng, damaged):
+    results = [make_result(rng, (32, 32 * 40), 100) for _ in range(5)]
+    search = write_search(tmp_path / "RUN.zarr", results, [100] * 5)
+    search = rechunk(search, tmp_path / "CHUNKED.zarr", (32, 32))
+    bad = [number for number in range(40) if number % 4]
+    for number in bad:
+        path = search / f"partials/p{number % 5}/{damaged}/c/0/{number}"
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TilesFailedError, match="30 of 40 tiles failed") as error:
+        ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=32, threads=1)
+    assert "is corrupt" in str(error.value)
+    assert "announced" not in str(error.value)
+    assert ocelot_em.describe(tmp_path / "OUT.zarr").tiles_done == 10
