@@ -7,6 +7,7 @@ those libraries document it. Nothing here knows about Zarr's content.
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -23,6 +24,9 @@ from obstore.store import LocalStore
 from ocelot_em.errors import MissingDependencyError, StorageError
 
 _OBSTORE_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https"}
+_STAGED = re.compile(r"#\d+$")
+"""How the names of files end that are not whole yet; listings leave them out."""
+
 _T = TypeVar("_T")
 
 
@@ -71,6 +75,10 @@ class Objects(Protocol):
 
     def delete(self, prefix: str) -> None:
         """Delete all objects below a prefix (``""``: everything)."""
+        ...
+
+    def tidy(self, prefix: str) -> None:
+        """Remove what writers that died have left half-written below a prefix."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -228,6 +236,9 @@ class _ObstoreObjects:
 
         self._guard("delete", prefix, action)
 
+    def tidy(self, prefix: str) -> None:
+        """Do nothing: what was not sent whole is not there."""
+
     def free_bytes(self) -> int | None:
         return None
 
@@ -281,7 +292,7 @@ class _LocalObjects(_ObstoreObjects):
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         def action() -> None:
-            # Renamed when it is whole. Listings leave out names that end like this one.
+            # Renamed when it is whole.
             staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
             try:
                 descriptor = _open_new(staged)
@@ -321,6 +332,15 @@ class _LocalObjects(_ObstoreObjects):
             self._guard("delete", prefix, lambda: shutil.rmtree(target))
         if not prefix and hasattr(self, "_opened"):
             del self._opened  # the directory is made anew by the next write
+
+    def tidy(self, prefix: str) -> None:
+        def action() -> None:
+            for folder, _, names in os.walk(Path(self.url, prefix)):
+                for name in names:
+                    if _STAGED.search(name):
+                        Path(folder, name).unlink(missing_ok=True)
+
+        self._guard("tidy", prefix, action)
 
     def _path(self, key: str) -> str:
         return f"{self.url}/{key}"
@@ -425,6 +445,9 @@ class _FsspecObjects:
                 self._fs.rm(self._path(prefix), recursive=True)
 
         self._guard("delete", prefix, action)
+
+    def tidy(self, prefix: str) -> None:
+        """Do nothing: how half-written objects look depends on the file system."""
 
     def free_bytes(self) -> int | None:
         return None

@@ -281,6 +281,7 @@ def merge(
             f"{''.join(shown)}{more}"
         )
     if attributes.state != "complete":
+        objects.tidy("")
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})
         store.update_attributes(objects, "", fmt.dump_attributes(finished))
     return MergeReport(

@@ -273,6 +273,7 @@ class PartialWriter:
                 f"{self._objects.url}: partial {self.name!r} was taken over by another writer; "
                 "give every writer a name of its own"
             )
+        self._objects.tidy(partial_path(self.name))
         attributes = fmt.dump_attributes(self._attributes("complete"))
         store.update_attributes(self._objects, partial_path(self.name), attributes)
         _refresh_total(self._objects)
