@@ -1,8 +1,8 @@
 """The story of a merge, read top to bottom: partials -> tiles -> merged maps.
 
 :func:`merge` plans, prepares the output and hands the missing tiles to an executor;
-:func:`merge_tiles` is what a worker does with those it is given. Nothing here knows of threads,
-Dask or Zarr.
+:func:`merge_tiles` is what a worker does with those it is given. Nothing here knows of
+executors, Dask or Zarr.
 """
 
 import logging

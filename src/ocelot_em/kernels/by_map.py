@@ -9,23 +9,15 @@ partial has searched. Functions that return a boolean say whether a value needs 
 or an index out of range.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
 
+from ocelot_em.kernels.cpu import compiled
 from ocelot_em.maps import NOT_SEARCHED
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def _compiled(function: _Function) -> _Function:
-    """Compile for flat arrays, for use without the GIL."""
-    return cast("_Function", njit(nogil=True, cache=True, error_model="numpy")(function))
-
-
-@_compiled
+@compiled
 def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
     """Let a partial win where its ``mip`` is higher; -inf and NaN never win."""
     any_nan = np.int32(0)
@@ -38,7 +30,7 @@ def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
     return any_nan != 0
 
 
-@_compiled
+@compiled
 def contest_first(new: Any, mip: Any, winner: Any) -> Any:
     """As :func:`contest` of the first partial, whatever is in the memory of the others."""
     any_nan = np.int32(0)
@@ -51,7 +43,7 @@ def contest_first(new: Any, mip: Any, winner: Any) -> Any:
     return any_nan != 0
 
 
-@_compiled
+@compiled
 def contest_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: Any) -> Any:
     """As :func:`contest`, with equal correlations going to the lower index.
 
@@ -75,7 +67,7 @@ def contest_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: A
     return bad != 0
 
 
-@_compiled
+@compiled
 def take(new: Any, number: Any, winner: Any, kept: Any) -> Any:
     """Take the values of a partial where it won; whether any of its values is NaN."""
     any_nan = np.int32(0)
@@ -86,7 +78,7 @@ def take(new: Any, number: Any, winner: Any, kept: Any) -> Any:
     return any_nan != 0
 
 
-@_compiled
+@compiled
 def has_nan(values: Any) -> Any:
     """Whether any value is NaN."""
     any_nan = np.int32(0)
@@ -96,7 +88,7 @@ def has_nan(values: Any) -> Any:
     return any_nan != 0
 
 
-@_compiled
+@compiled
 def count_unsearched(winner: Any) -> int:
     """In how many pixels nobody won."""
     count = 0
@@ -105,7 +97,7 @@ def count_unsearched(winner: Any) -> int:
     return count
 
 
-@_compiled
+@compiled
 def blank(winner: Any, kept: Any) -> None:
     """Set NaN where nobody won."""
     for i in range(kept.size):
@@ -113,7 +105,7 @@ def blank(winner: Any, kept: Any) -> None:
         kept[i] = np.float32(np.nan) if winner[i] < 0 else old
 
 
-@_compiled
+@compiled
 def number_winners(winner: Any, numbers: Any, best_partial: Any) -> None:
     """Look up what the winners are called; -1 where nobody won."""
     for i in range(winner.size):
@@ -121,7 +113,7 @@ def number_winners(winner: Any, numbers: Any, best_partial: Any) -> None:
         best_partial[i] = numbers[won] if won >= 0 else np.int32(NOT_SEARCHED)
 
 
-@_compiled
+@compiled
 def take_number(new: Any, first: Any, number: Any, winner: Any, best_partial: Any) -> None:
     """Take the numbers of a partial that has several in it, counted from ``first``."""
     for i in range(winner.size):
@@ -129,7 +121,7 @@ def take_number(new: Any, first: Any, number: Any, winner: Any, best_partial: An
         best_partial[i] = first + value if winner[i] == number else old
 
 
-@_compiled
+@compiled
 def add(new: Any, total: Any) -> Any:
     """Add in float64; whether any new value is NaN."""
     any_nan = np.int32(0)
@@ -140,7 +132,7 @@ def add(new: Any, total: Any) -> Any:
     return any_nan != 0
 
 
-@_compiled
+@compiled
 def add_first(new: Any, total: Any) -> Any:
     """As :func:`add` to a total of 0 everywhere, whatever is in its memory."""
     any_nan = np.int32(0)

@@ -70,7 +70,7 @@ _F4, _F8, _I4, _I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _compiled(function: _Function) -> _Function:
+def compiled(function: _Function) -> _Function:
     """Compile for use without the GIL; division by zero gives what NumPy gives."""
     return cast("_Function", njit(nogil=True, cache=True, error_model="numpy")(function))
 
@@ -240,7 +240,7 @@ def _address(array: AnyArray, size: int, dtype: np.dtype[Any], changed: bool = F
     return _start_of(array)
 
 
-@_compiled
+@compiled
 def _start_of(array: Any) -> int:
     """Several times faster than asking NumPy, which makes an object for it."""
     address: int = array.ctypes.data
@@ -258,13 +258,13 @@ def _pointer(_context: Any, _at: Any, _start: Any, dtype: Any) -> Any:
     return types.CPointer(dtype.dtype)(types.int64, types.int64, dtype), generate
 
 
-@_compiled
+@compiled
 def _plane(address: Any, dtype: Any, start: Any, size: Any) -> Any:
     """Return ``size`` values of a map from ``start`` as an array."""
     return carray(_pointer(address, start, dtype), size)
 
 
-@_compiled
+@compiled
 def _planes(rows: Any, column: Any, dtype: Any, start: Any, size: Any) -> Any:
     """Return one map of a group; a short group repeats its last, which never wins over itself."""
     last = len(rows) - 1
@@ -276,7 +276,7 @@ def _planes(rows: Any, column: Any, dtype: Any, start: Any, size: Any) -> Any:
     )
 
 
-@_compiled
+@compiled
 def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
     """Mark who wins and who searched; whether any mip is NaN."""
     a_mips, b_mips, c_mips, d_mips = mips
@@ -297,7 +297,7 @@ def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
     return any_nan
 
 
-@_compiled
+@compiled
 def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any) -> Any:
     """Mark who of two wins, the earlier mark stays elsewhere; whether NaN or an invalid index."""
     (best, best_index), (a_mips, b_mips, a_indices, b_indices) = kept, new
@@ -324,7 +324,7 @@ def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any)
     return bad
 
 
-@_compiled
+@compiled
 def _take(state: Any, kept: Any, new: Any) -> None:
     """Replace the kept values by those of the winners."""
     a_values, b_values, c_values, d_values = new
@@ -337,7 +337,7 @@ def _take(state: Any, kept: Any, new: Any) -> None:
         kept[i] = d if won & _D else value
 
 
-@_compiled
+@compiled
 def _take_pose(state: Any, kept: Any, new: Any) -> Any:
     """Replace as :func:`_take` does; whether any value of a searched pixel is NaN."""
     a_values, b_values, c_values, d_values = new
@@ -355,7 +355,7 @@ def _take_pose(state: Any, kept: Any, new: Any) -> Any:
     return any_nan
 
 
-@_compiled
+@compiled
 def _take_numbers(state: Any, kept: Any, numbers: Any) -> None:
     """Replace the kept values by the number of the winner."""
     a, b, c, d = numbers
@@ -367,7 +367,7 @@ def _take_numbers(state: Any, kept: Any, numbers: Any) -> None:
         kept[i] = d if won & _D else value
 
 
-@_compiled
+@compiled
 def _take_map(state: Any, kept: Any, bit: Any, new: Any) -> None:
     """Replace the kept values by those of the partial of this bit where it won."""
     for i in range(state.size):
@@ -375,7 +375,7 @@ def _take_map(state: Any, kept: Any, bit: Any, new: Any) -> None:
         kept[i] = other if won & bit else value
 
 
-@_compiled
+@compiled
 def _add_four(total: Any, new: Any) -> Any:
     """Add in float64, one after another; whether any new value is NaN."""
     a_values, b_values, c_values, d_values = new
@@ -387,7 +387,7 @@ def _add_four(total: Any, new: Any) -> Any:
     return any_nan
 
 
-@_compiled
+@compiled
 def _add(total: Any, new: Any) -> Any:
     """Add in float64; whether any new value is NaN."""
     any_nan = np.int32(0)
@@ -398,7 +398,7 @@ def _add(total: Any, new: Any) -> Any:
     return any_nan
 
 
-@_compiled
+@compiled
 def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int, int]:
     """Fold; the number of pixels with NaN and of those with an invalid index.
 
@@ -427,7 +427,7 @@ def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int
     return nan_pixels, invalid_indices
 
 
-@_compiled
+@compiled
 def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
     """Mark the winners, take their mips and poses; whether anything is NaN."""
     size = state.size
@@ -440,7 +440,7 @@ def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
     return bad
 
 
-@_compiled
+@compiled
 def _pick_indexed(state: Any, start: Any, kept: Any, rows: Any, n_poses: Any) -> Any:
     """Mark the winners, take their mips and indices; whether NaN or an invalid index."""
     size = state.size
@@ -462,14 +462,14 @@ def _pick_indexed(state: Any, start: Any, kept: Any, rows: Any, n_poses: Any) ->
     return bad
 
 
-@_compiled
+@compiled
 def _pick_bits(state: Any, start: Any, kept: Any, rows: Any, column: Any) -> None:
     """Take a map of four bytes a value, whatever they mean, from the winners."""
     new = _planes(rows, column, np.int32, start, state.size)
     _take(state, _plane(kept[column], np.int32, start, state.size), new)
 
 
-@_compiled
+@compiled
 def _pick_best_partial(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> None:
     """Take the number of the winner: the partial's own, or from its map."""
     best, last = _plane(kept[_BEST_PARTIAL], np.int32, start, state.size), len(rows) - 1
@@ -483,7 +483,7 @@ def _pick_best_partial(state: Any, start: Any, kept: Any, rows: Any, numbers: An
             _take_map(state, best, np.int32(1 << number), new)
 
 
-@_compiled
+@compiled
 def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any:
     """Add both sums; whether any new value is NaN."""
     any_nan, size = np.int32(0), state.size
@@ -503,7 +503,7 @@ def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any
     return any_nan
 
 
-@_compiled
+@compiled
 def _add_counts(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> None:
     """Add to the map of counts: from the partial's map, or its one count everywhere."""
     total = _plane(kept[_COUNT], np.int64, start, state.size)
@@ -518,7 +518,7 @@ def _add_counts(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> N
                 total[i] += one_count
 
 
-@_compiled
+@compiled
 def _count_nan(bad: Any, start: Any, row: Any, numbers: Any, n_poses: Any) -> int:
     """Count the pixels where any map of a partial is NaN; a pose only where it searched."""
     size = bad.size
@@ -543,7 +543,7 @@ def _count_nan(bad: Any, start: Any, row: Any, numbers: Any, n_poses: Any) -> in
     return int(bad.sum())
 
 
-@_compiled
+@compiled
 def _count_invalid(state: Any, start: Any, row: Any, n_poses: Any) -> int:
     """Count the pixels whose index is in no search space, or missing where it searched."""
     mip = _plane(row[_MIP], np.float32, start, state.size)
@@ -555,7 +555,7 @@ def _count_invalid(state: Any, start: Any, row: Any, n_poses: Any) -> int:
     return invalid
 
 
-@_compiled
+@compiled
 def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
     """Z-score, mean, standard deviation, and the sums in float32, into the first five targets."""
     mip_address, sum_address, squared_sum_address, count_address = inputs
@@ -580,7 +580,7 @@ def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
         _round(_plane(targets[4], np.float32, start, size), squared_total)
 
 
-@_compiled
+@compiled
 def _z_mean_std(z_map: Any, mean_map: Any, std_map: Any, mips: Any, sums: Any) -> None:
     total, squared_total, counts = sums
     for i in range(z_map.size):
@@ -595,13 +595,13 @@ def _z_mean_std(z_map: Any, mean_map: Any, std_map: Any, mips: Any, sums: Any) -
         std_map[i] = np.nan if count == 0 else std
 
 
-@_compiled
+@compiled
 def _round(target: Any, values: Any) -> None:
     for i in range(target.size):
         target[i] = values[i]
 
 
-@_compiled
+@compiled
 def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -> int:
     """Look up the pose maps; the number of indices beyond the tables, which become NaN."""
     n_orientations, n_defocus, n_pixel_sizes = sizes
@@ -635,7 +635,7 @@ def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -
     return outside
 
 
-@_compiled
+@compiled
 def _usable(index: Any, n_poses: Any, pose: Any) -> Any:
     """Replace what is no index by 0, which can be looked up; whether there was any."""
     any_replaced, first = np.int32(0), np.int32(0)
@@ -646,7 +646,7 @@ def _usable(index: Any, n_poses: Any, pose: Any) -> Any:
     return any_replaced
 
 
-@_compiled
+@compiled
 def _divide(numbers: Any, divisor: Any, quotients: Any, rests: Any) -> None:
     """Divide integers from 0.
 
@@ -661,13 +661,13 @@ def _divide(numbers: Any, divisor: Any, quotients: Any, rests: Any) -> None:
         rests[i] = number - quotient * divisor
 
 
-@_compiled
+@compiled
 def _look_up(target: Any, table: Any, numbers: Any) -> None:
     for i in range(target.size):
         target[i] = table[np.uint64(numbers[i])]
 
 
-@_compiled
+@compiled
 def _blank(target: Any, index: Any, pose: Any) -> None:
     """Make NaN what :func:`_usable` replaced."""
     nan = np.float32(np.nan)
