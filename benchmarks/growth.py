@@ -34,7 +34,7 @@ from ocelot_em.plan import MergeOptions
 
 N_THREADS = 2
 N_PARTIALS = 4
-LARGEST_NEEDS_NBYTES = 70 * 10**9
+LARGEST_NEEDS_NBYTES = 45 * 10**9
 CANVAS_SIDE = 10**6
 TINY_SIDE = 256
 """Of a search whose chunks are not looked at."""
