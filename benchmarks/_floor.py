@@ -14,7 +14,7 @@ from ocelot_em.canvas import Region
 from ocelot_em.fold import Fold, TileMaps, Workspace
 from ocelot_em.maps import COUNT, INDEX, MIP, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import Outcome
+from ocelot_em.pipeline import Outcome, Work
 from ocelot_em.search import open_partial_maps
 
 FINISHED = "finished.zarr"
@@ -50,14 +50,15 @@ class Copy(Fold):
             pass
 
 
-def attempt_copy(output: str, run_id: str, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt_copy(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Do as :func:`ocelot_em.pipeline.attempt_tiles` does, without merging."""
-    job = pipeline.open_job(output, run_id)
+    job = pipeline.open_job(work)
     if not isinstance(job.fold, Copy):
         assert COUNT not in job.plan.maps.merged
-        finished = str(Path(output).with_name(FINISHED))
+        finished = str(Path(work.output).with_name(FINISHED))
+        assert isinstance(job.fold, Fold)
         job.fold = Copy(job.fold, first_tile(finished, job.plan.maps.merged, job.plan.tile))
-    return pipeline.attempt_tiles(output, run_id, tiles)
+    return pipeline.attempt_tiles(work, tiles)
 
 
 @lru_cache(maxsize=2)

@@ -5,6 +5,7 @@ files, to judge the other figures by.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ from ocelot_em.canvas import ceil_div
 from ocelot_em.format import DEFAULT_CHUNK
 from ocelot_em.maps import MAPS, MapSet, PoseForm
 from ocelot_em.objects import Objects, open_objects
-from ocelot_em.pipeline import SUMMARY_FIELDS, Outcome, TileSummary
+from ocelot_em.pipeline import SUMMARY_FIELDS, Outcome, TileSummary, Work
 from ocelot_em.search import (
     partial_path,
     read_attributes,
@@ -46,6 +47,7 @@ PIXELS_PER_PARTICLE = 60_000
 PACKAGES = ("ocelot-em", "numpy", "numba", "dask", "zarr", "numcodecs")
 SAMPLE_SECONDS = 0.02
 _BLOCK_NBYTES = 16 * 2**20
+_BLOCKS_BETWEEN_LOOKS = 16
 
 
 @dataclass(frozen=True)
@@ -239,14 +241,18 @@ def _repeat_map(source: Path, large: Objects, path: str, side: int, n_rows: int 
             row.joinpath(str(ix)).hardlink_to(source / f"c/{iy % n_small}/{ix % n_small}")
 
 
-def do_nothing(_output: str, _run_id: str, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def do_nothing(_work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """A task that merges nothing, to measure what all else costs."""
     summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
     return [Outcome(iy, ix, summary) for iy, ix in tiles]
 
 
 def in_turn(
-    ways: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: bool = True
+    ways: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_up: bool = True,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, Measured]:
     """Run all ways in turn, so that what else goes on in the machine hits them alike.
 
@@ -259,10 +265,13 @@ def in_turn(
         Measured rounds, at least 1.
     warm_up
         Whether a round that does not count comes first.
+    before
+        Called before every run; its time does not count.
     """
     measured = {name: Measured() for name in ways}
     for number in range(-1 if warm_up else 0, repeats):
         for name, way in ways.items():
+            before()
             started = time.perf_counter()
             result = way()
             seconds = time.perf_counter() - started
@@ -360,6 +369,47 @@ def warm(path: Path) -> int:
             while n := stream.readinto(block):
                 nbytes += n
     return nbytes
+
+
+@contextlib.contextmanager
+def full_memory(folder: Path, *, quick: bool = False) -> Iterator[Callable[[], None]]:
+    """Give a function that takes all free memory for the page cache, to be called before each run.
+
+    As on a machine after days of work. Virtual machines give pages that are free for a few seconds
+    back to their host, and the first touch of such a page costs ten times its use: writing 3 MB
+    into the page cache then takes 7 ms instead of 0.7, and what is measured is the host. Pages of
+    the page cache stay, and can be had at once.
+
+    Parameters
+    ----------
+    folder
+        On a disk, for a sparse file that is gone afterwards.
+    quick
+        Give a function that does nothing.
+    """
+    if quick:
+        yield lambda: None
+        return
+    block, size, position = bytearray(_BLOCK_NBYTES), 2 * memory_nbytes(), 0
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.truncate(size)
+
+        def fill() -> None:
+            nonlocal position
+            free, n_read = _free_nbytes(), 0
+            while n_read < size:
+                for _ in range(_BLOCKS_BETWEEN_LOOKS):
+                    n_read += os.preadv(file.fileno(), [block], position)
+                    position = (position + _BLOCK_NBYTES) % size
+                before, free = free, _free_nbytes()
+                if before - free < _BLOCKS_BETWEEN_LOOKS * _BLOCK_NBYTES // 4:
+                    return  # the kernel takes the pages from what it has read before
+
+        yield fill
+
+
+def _free_nbytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def n_cores() -> int:

@@ -29,7 +29,7 @@ from ocelot_em.cluster import open_cluster
 from ocelot_em.execute import ClientExecutor, ThreadExecutor
 from ocelot_em.format import DEFAULT_CHUNK
 from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, Outcome, Tiles, merge, prepare
+from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, merge, prepare
 from ocelot_em.plan import MergeOptions
 
 N_THREADS = 2
@@ -82,6 +82,12 @@ def timed_merge(search: Path) -> Run:
     return Run(seconds)
 
 
+def fill_and_warm(fill: Callable[[], None], search: Path) -> None:
+    """Make the page cache what it is on a machine that has just run the search."""
+    fill()
+    common.warm(search)
+
+
 # Size.
 
 
@@ -97,15 +103,18 @@ def size_table(sizes: Sizes, data: Path, repeats: int) -> None:
     rows = []
     for form in PoseForm:
         small = common.search_of(sizes.simulated_side, N_PARTIALS, form, folder=data)
-        common.warm(small)
-        with tempfile.TemporaryDirectory(dir=data) as folder:
+        with (
+            tempfile.TemporaryDirectory(dir=data) as folder,
+            common.full_memory(data, quick=sizes is QUICK) as fill,
+        ):
             ways: dict[str, Callable[[], Run]] = {}
             for side in sides:
                 place = Path(folder, f"{side}.zarr")
                 common.repeated(small, place, side, n_partials=N_PARTIALS)
                 ways[f"{side}"] = partial(timed_merge, place)
             ways[f"{sides[0]}"]()  # compiles
-            measured = common.in_turn(ways, repeats, warm_up=False)
+            before = partial(fill_and_warm, fill, small)
+            measured = common.in_turn(ways, repeats, warm_up=False, before=before)
         smallest = measured[f"{sides[0]}"].median / sides[0] ** 2
         for side, found in zip(sides, measured.values(), strict=True):
             per_pixel = found.median / side**2
@@ -122,15 +131,18 @@ def partials_table(sizes: Sizes, data: Path, repeats: int) -> None:
     """Print seconds per partial, without what is the same for any number of them."""
     side, numbers = sizes.sides[0], sizes.partials
     small = common.search_of(sizes.simulated_side, numbers[-1], PoseForm.INDEXED, folder=data)
-    common.warm(small)
-    with tempfile.TemporaryDirectory(dir=data) as folder:
+    with (
+        tempfile.TemporaryDirectory(dir=data) as folder,
+        common.full_memory(data, quick=sizes is QUICK) as fill,
+    ):
         ways: dict[str, Callable[[], Run]] = {}
         for n_partials in numbers:
             place = Path(folder, f"{n_partials}.zarr")
             common.repeated(small, place, side, n_partials=n_partials)
             ways[f"{n_partials}"] = partial(timed_merge, place)
         ways[f"{numbers[0]}"]()  # compiles
-        measured = common.in_turn(ways, repeats, warm_up=False)
+        before = partial(fill_and_warm, fill, small)
+        measured = common.in_turn(ways, repeats, warm_up=False, before=before)
     seconds = [found.median for found in measured.values()]
     slope, constant = line_through(numbers, seconds)
     rows = []
@@ -200,7 +212,7 @@ def run_tiles(executor: Executor, n_tiles: int) -> int:
         ended += 1
         return True
 
-    executor.run("nowhere", "no-run", Tiles(1000, np.arange(n_tiles)), count)
+    executor.run(Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles)), count)
     return ended
 
 

@@ -20,7 +20,7 @@ from ocelot_em.cluster import open_cluster
 from ocelot_em.errors import TilesFailedError
 from ocelot_em.execute import ClientExecutor
 from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, Outcome, Tiles, merge, prepare
+from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, merge, prepare
 from ocelot_em.plan import MergeOptions
 
 N_PARTIALS, QUICK_N_PARTIALS = (4, 64), (4,)
@@ -58,11 +58,9 @@ class FirstTiles:
     def __init__(self, executor: Executor, n_tiles: int) -> None:
         self._executor, self._n_tiles = executor, n_tiles
 
-    def run(
-        self, output: str, run_id: str, tiles: Tiles, on_outcome: Callable[[Outcome], bool]
-    ) -> None:
+    def run(self, work: Work, tiles: Tiles, on_outcome: Callable[[Outcome], bool]) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
-        self._executor.run(output, run_id, tiles[: self._n_tiles], on_outcome)
+        self._executor.run(work, tiles[: self._n_tiles], on_outcome)
 
 
 def measure(search: Path, n_tiles: int, **options: object) -> Memory:

@@ -82,7 +82,11 @@ class Runs:
 
 
 def compare(
-    form: PoseForm, search: Path, makers: dict[str, MakeExecutor], repeats: int
+    form: PoseForm,
+    search: Path,
+    makers: dict[str, MakeExecutor],
+    repeats: int,
+    fill: Callable[[], None],
 ) -> dict[str, float]:
     """Print the tables of one form; the median seconds of a merge by kind of workers."""
     with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=search.parent) as name:
@@ -90,12 +94,16 @@ def compare(
         options = MergeOptions()
         ready = pipeline.prepare([search], folder / _floor.FINISHED, options)
         pipeline.merge(ready, options, ThreadExecutor(N_WORKERS), lambda _: None)
-        common.warm(search)
+
+        def before() -> None:
+            fill()
+            common.warm(search)
+
         ways: dict[str, Runs] = {}
         for workers, make in makers.items():
             ways[f"merge, {workers}"] = Runs(search, folder, make(pipeline.attempt_tiles))
             ways[f"copy, {workers}"] = Runs(search, folder, make(_floor.attempt_copy))
-        measured = common.in_turn(ways, repeats)
+        measured = common.in_turn(ways, repeats, before=before)
     pixels = ready.plan.shape[0] * ready.plan.shape[1]
     print(
         f"\n{form.value}, {N_PARTIALS} partials x {ready.plan.shape[0]}^2, medians of {repeats}\n"
@@ -137,14 +145,22 @@ def main() -> None:
     asked = common.arguments(__doc__).parse_args()
     side, repeats = (2048, 1) if asked.quick else (8192, asked.repeats)
     print(common.machine())
-    with cluster_of_processes() as client:
+    asked.data.mkdir(parents=True, exist_ok=True)
+    with (
+        common.full_memory(asked.data, quick=asked.quick) as fill,
+        cluster_of_processes() as client,
+    ):
         makers: dict[str, MakeExecutor] = {
             "2 threads": lambda attempt: ThreadExecutor(N_WORKERS, attempt),
             "2 processes": lambda attempt: ClientExecutor(client, attempt),
         }
         seconds = {
             form: compare(
-                form, common.search_of(side, N_PARTIALS, form, folder=asked.data), makers, repeats
+                form,
+                common.search_of(side, N_PARTIALS, form, folder=asked.data),
+                makers,
+                repeats,
+                fill,
             )
             for form in (PoseForm.EXPLICIT, PoseForm.INDEXED)
         }

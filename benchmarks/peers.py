@@ -321,7 +321,8 @@ def compete(side: int, options: argparse.Namespace) -> dict[tuple[str, int], Mea
             for name, n in pairs
         }
         repeats = 1 if options.quick else options.repeats
-        measured = common.in_turn(ways, repeats, warm_up=not options.quick)
+        with common.full_memory(options.data, quick=options.quick) as fill:
+            measured = common.in_turn(ways, repeats, warm_up=not options.quick, before=fill)
     return dict(zip(pairs, measured.values(), strict=True))
 
 

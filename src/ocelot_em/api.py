@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from ocelot_em.cluster import Cluster, n_workers, open_cluster
+from ocelot_em.cluster import Cluster, choose_device, n_workers, open_cluster
 from ocelot_em.pipeline import MergeReport, Outcome, Preparation, prepare
 from ocelot_em.pipeline import merge as merge_tiles
 from ocelot_em.plan import MergeOptions, refuse_what_cannot_fit
@@ -47,8 +47,8 @@ def merge(
     observer
         Is told how it goes.
     **options
-        The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``tile_size``,
-        ``memory_limit``, ``nan``, ``overwrite``.
+        The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``device``,
+        ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``overwrite``.
 
     Returns
     -------
@@ -58,6 +58,8 @@ def merge(
     ------
     InvalidInputError, PlanError
         Before anything is written: inputs that do not belong together, options that cannot work.
+    MissingDependencyError, DeviceError
+        Before anything is written: a GPU was asked for and cannot be used.
     OutputExistsError
         Something else is at the output.
     TilesFailedError
@@ -68,9 +70,8 @@ def merge(
     With ``cluster="local"`` worker processes import the calling script: guard it with
     ``if __name__ == "__main__":``.
     """
-    checked = MergeOptions.parse(options)
     watcher = observer or Observer()
-    ready = plan_merge(inputs, output, checked)
+    ready, checked = plan_merge(inputs, output, MergeOptions.parse(options))
     watcher.planned(ready, checked)
     if not ready.missing:
         return merge_tiles(ready, checked, _NoExecutor(), watcher.tile_ended)
@@ -81,8 +82,15 @@ def merge(
 
 def plan_merge(
     inputs: Place | Sequence[Place], output: Place, options: MergeOptions
-) -> Preparation:
+) -> tuple[Preparation, MergeOptions]:
     """Plan a merge and refuse it, with numbers, if it cannot fit; writes nothing.
+
+    Returns
+    -------
+    ready
+        The merge that can start.
+    options
+        With the device that was chosen, and what follows from it.
 
     Raises
     ------
@@ -90,10 +98,11 @@ def plan_merge(
         As :func:`merge`.
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
-    ready = prepare(places, output, options)
+    device, chosen = choose_device(options)
+    ready = prepare(places, output, chosen, device)
     if ready.missing:
-        refuse_what_cannot_fit(ready.forecast, n_workers(options), memory_nbytes())
-    return ready
+        refuse_what_cannot_fit(ready.forecast, n_workers(chosen), memory_nbytes())
+    return ready, chosen
 
 
 def memory_nbytes() -> int:

@@ -110,11 +110,22 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cluster",
         default="threads",
-        metavar="threads|local|ADDRESS",
-        help="where tiles are merged (default: threads of this process)",
+        metavar="threads|local|cuda|ADDRESS",
+        help="where tiles are merged (default: threads of this process; cuda: a worker per GPU)",
     )
-    p.add_argument("--workers", type=int, metavar="N", help="worker processes of 'local'")
+    p.add_argument("--workers", type=int, metavar="N", help="worker processes of 'local', 'cuda'")
     p.add_argument("--threads", type=int, metavar="N", help="threads in each worker")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what does the arithmetic (default: auto: GPUs if all workers have one)",
+    )
+    p.add_argument(
+        "--rmm-pool-size",
+        metavar="SIZE",
+        help="GPU memory that each worker of 'cuda' takes at once",
+    )
     p.add_argument(
         "--tile-size", type=int, metavar="N", help="edge of a tile in pixels (default: 1024)"
     )
@@ -183,11 +194,10 @@ def _merge(parsed: argparse.Namespace, console: Console) -> int:
     from ocelot_em.plan import MergeOptions
     from ocelot_em.terminal import MergeProgress, print_plan, print_report
 
-    named = ("cluster", "workers", "threads", "tile_size", "memory_limit", "nan", "overwrite")
-    options = {name: getattr(parsed, name) for name in named}
+    options = {name: getattr(parsed, name) for name in MergeOptions.model_fields}
     if parsed.dry_run:
-        checked = MergeOptions.parse(options)
-        print_plan(console, plan_merge(parsed.inputs, parsed.output, checked), checked)
+        ready, checked = plan_merge(parsed.inputs, parsed.output, MergeOptions.parse(options))
+        print_plan(console, ready, checked)
         return DONE
     with MergeProgress(console) as progress:
         report = merge(parsed.inputs, parsed.output, observer=progress, **options)

@@ -1,4 +1,4 @@
-"""Where tiles run: threads in this process, worker processes on this machine, or a scheduler."""
+"""Where tiles run: threads here, worker processes or GPU workers on this machine, a scheduler."""
 
 import contextlib
 import importlib.util
@@ -6,14 +6,16 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
 
-from ocelot_em.errors import PlanError
+from ocelot_em.device import DeviceFacts, find_devices, open_device
+from ocelot_em.errors import DeviceError, MissingDependencyError, OcelotError, PlanError
 from ocelot_em.execute import ClientExecutor, ThreadExecutor
 from ocelot_em.pipeline import Executor
-from ocelot_em.plan import MergeOptions, n_threads
+from ocelot_em.plan import DeviceChoice, MergeOptions, n_threads
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,113 @@ class Cluster:
     dashboard: str | None
 
 
+MOST_GPU_THREADS = 16
+"""Threads of a GPU worker by default, at most: they decode, and the GPU waits for them."""
+
+
+def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
+    """Decide where the arithmetic is done, before anything is planned or started.
+
+    Returns
+    -------
+    device
+        The choice, and why.
+    options
+        With what follows from it: the device, and for GPU workers their number and threads.
+
+    Raises
+    ------
+    PlanError
+        The device and the cluster do not go together.
+    MissingDependencyError, DeviceError
+        A GPU was asked for and cannot be used; one sentence says why.
+    """
+    asked, cluster = options.device, options.cluster
+    if cluster == "cuda" and asked == "cpu":
+        raise PlanError("device cpu: cluster 'cuda' is for GPUs; use --cluster local or threads")
+    if cluster == "local" and asked == "cuda":
+        raise PlanError(
+            "device cuda: the processes of cluster 'local' would share the GPUs blindly; use "
+            "--cluster cuda, or threads for one GPU"
+        )
+    if asked == "cpu":
+        choice = DeviceChoice("cpu", "asked for")
+    elif cluster == "cuda" or (cluster == "threads" and asked == "cuda"):
+        found = find_devices()
+        if cluster == "cuda":
+            _require_dask_cuda()
+        n_devices = min(options.workers or len(found), len(found)) if cluster == "cuda" else 1
+        choice = _cuda(found[:n_devices], "asked for", options)
+    elif ":" in cluster:
+        choice = _of_workers(options)
+    else:
+        choice = DeviceChoice("cpu", "auto: reading and decoding take the time, not the arithmetic")
+    changes: dict[str, Any] = {"device": choice.kind}
+    if cluster == "cuda":
+        share = max(min(int(CPU_COUNT) // choice.n_devices, MOST_GPU_THREADS), 1)
+        changes |= {"workers": choice.n_devices, "threads": options.threads or share}
+    return choice, options.model_copy(update=changes)
+
+
+def _cuda(found: list[DeviceFacts], reason: str, options: MergeOptions) -> DeviceChoice:
+    memory = min(facts.memory_nbytes for facts in found)
+    names = " and ".join(dict.fromkeys(facts.name for facts in found))
+    usable = int(memory * USABLE_SHARE)
+    if options.rmm_pool_size is not None:
+        usable = min(usable, options.rmm_pool_size)
+    return DeviceChoice("cuda", f"{reason}: {len(found)} x {names}", len(found), usable)
+
+
+USABLE_SHARE = 0.9
+"""Of a GPU's memory: its driver and other libraries need some for themselves."""
+
+
+def _of_workers(options: MergeOptions) -> DeviceChoice:
+    """Ask the workers of a running cluster for their GPUs."""
+    with _client_of(options.cluster) as client:
+        answers = list(client.run(_facts_or_reason).values())
+    found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
+    if answers and len(found) == len(answers):
+        kind = "asked for" if options.device == "cuda" else "auto"
+        return _cuda(found, f"{kind}, and all workers have a GPU", options)
+    without = f"{len(answers) - len(found)} of {len(answers)} workers have no GPU"
+    if options.device == "cuda":
+        first = next((answer for answer in answers if isinstance(answer, str)), "no workers")
+        raise DeviceError(f"device cuda: {without} at {options.cluster}: {first}")
+    return DeviceChoice("cpu", f"auto: {without}")
+
+
+def _facts_or_reason() -> DeviceFacts | str:
+    """Say what this process's first GPU is, or why there is none."""
+    try:
+        return find_devices()[0]
+    except OcelotError as error:
+        return str(error)
+
+
+def _open_or_reason() -> str:
+    """Get this process's GPU ready; why that is impossible, if it is."""
+    try:
+        open_device()
+    except OcelotError as error:
+        return str(error)
+    return ""
+
+
+def _require_dask_cuda() -> None:
+    if importlib.util.find_spec("dask_cuda") is None:
+        raise MissingDependencyError(
+            "cluster cuda: dask-cuda is not installed: pip install 'ocelot-em[cuda13]', or "
+            "'ocelot-em[cuda12]' for drivers of CUDA 12"
+        )
+
+
 def n_workers(options: MergeOptions) -> int:
     """Workers that share this machine's memory: 1 for threads, 0 for a cluster elsewhere."""
     if options.cluster == "threads":
         return 1
+    if options.cluster == "cuda":
+        return options.workers or 1
     if options.cluster == "local":
         return options.workers or max(int(CPU_COUNT) // n_threads(options), 1)
     return 0
@@ -67,6 +172,8 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
     ------
     PlanError
         The cluster's name is not known, or there is no scheduler at the address.
+    DeviceError
+        The workers' GPUs cannot be made ready.
     """
     kind = options.cluster
     if kind == "threads":
@@ -76,16 +183,22 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
                 "or --cluster local"
             )
         threads = n_threads(options)
+        if options.device == "cuda":
+            open_device()
         yield Cluster(ThreadExecutor(threads), f"{threads} threads in this process", None)
-    elif kind == "local":
+    elif kind in ("local", "cuda"):
         with _local_cluster(options) as cluster:
             yield cluster
     elif ":" in kind:
-        with _attached(kind) as cluster:
-            yield cluster
+        with _client_of(kind) as client:
+            _make_ready(client, options)
+            n = len(client.nthreads())
+            yield Cluster(
+                ClientExecutor(client), f"{n} workers of {kind}", client.dashboard_link or None
+            )
     else:
         raise PlanError(
-            f"cluster: expected threads, local, or the address of a Dask scheduler such as "
+            f"cluster: expected threads, local, cuda, or the address of a Dask scheduler such as "
             f"tcp://host:8786, got {kind!r}"
         )
 
@@ -95,11 +208,23 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     workers, threads = n_workers(options), n_threads(options)
+    what, special = "worker processes", dict[str, Any]()
+    cluster_class: Any = LocalCluster
+    if options.cluster == "cuda":
+        from dask_cuda import LocalCUDACluster
+
+        # Nothing is left on a device between tasks for Dask to spill, and tasks return summaries
+        # only, so that TCP is as good as anything.
+        what, cluster_class = "GPU workers", LocalCUDACluster
+        special = {"device_memory_limit": 0, "protocol": "tcp"}
+        if options.rmm_pool_size is not None:
+            special["rmm_pool_size"] = options.rmm_pool_size
+            special["rmm_allocator_external_lib_list"] = "cupy"
     has_dashboard = importlib.util.find_spec("bokeh") is not None
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}),
         _taking_another_port_quietly(),
-        LocalCluster(
+        cluster_class(
             n_workers=workers,
             threads_per_worker=threads,
             processes=True,
@@ -108,14 +233,16 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             # The plan keeps workers within their memory; Dask's own limits would pause or
             # restart a worker that is doing what was planned.
             memory_limit=0,
+            **special,
         ) as cluster,
         Client(cluster) as client,
     ):
+        _make_ready(client, options)
         if not has_dashboard:
             log.warning("no dashboard: pip install 'ocelot-em[viz]' for the bokeh that it needs")
         yield Cluster(
             ClientExecutor(client),
-            f"{workers} worker processes of {threads} threads",
+            f"{workers} {what} of {threads} threads",
             cluster.dashboard_link if has_dashboard else None,
         )
 
@@ -129,7 +256,8 @@ def _taking_another_port_quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attached(address: str) -> Iterator[Cluster]:
+def _client_of(address: str) -> Iterator[Any]:
+    """Connect to a running scheduler."""
     from distributed import Client
 
     try:
@@ -140,7 +268,19 @@ def _attached(address: str) -> Iterator[Cluster]:
             "'dask scheduler', or use --cluster local"
         ) from error
     with client:
-        n = len(client.nthreads())
-        yield Cluster(
-            ClientExecutor(client), f"{n} workers of {address}", client.dashboard_link or None
-        )
+        yield client
+
+
+def _make_ready(client: Any, options: MergeOptions) -> None:
+    """Have all workers open their GPU, before anything is written.
+
+    Raises
+    ------
+    DeviceError
+        With the reason of the first that cannot.
+    """
+    if options.device != "cuda":
+        return
+    reasons = [reason for reason in client.run(_open_or_reason).values() if reason]
+    if reasons:
+        raise DeviceError(f"{len(reasons)} workers cannot use their GPU: {reasons[0]}")

@@ -78,3 +78,11 @@ class TilesFailedError(OcelotError, RuntimeError):
 
 class MissingDependencyError(OcelotError, ImportError):
     """An optional package that this operation needs is not installed."""
+
+
+class DeviceError(OcelotError, RuntimeError):
+    """A GPU was asked for and cannot be used; the message says why in one sentence."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A GPU has not as much free memory as was planned."""

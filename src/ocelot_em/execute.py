@@ -15,7 +15,7 @@ import dask
 import dask.threaded
 from dask.callbacks import Callback
 
-from ocelot_em.pipeline import Outcome, Tiles, attempt_tiles
+from ocelot_em.pipeline import Outcome, Tiles, Work, attempt_tiles
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ RETRIES = 3
 Run = tuple[tuple[int, int], ...]
 """Rows and columns of the tiles of one task."""
 
-Attempt = Callable[[str, str, Run], list[Outcome]]
+Attempt = Callable[[Work, Run], list[Outcome]]
 """What a task does: :func:`ocelot_em.pipeline.attempt_tiles`, or nothing, to measure the rest."""
 
 
@@ -53,13 +53,7 @@ class ThreadExecutor:
     def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
         self.n_threads, self._attempt = n_threads, attempt
 
-    def run(
-        self,
-        output: str,
-        run_id: str,
-        tiles: Tiles,
-        on_outcome: Callable[[Outcome], bool],
-    ) -> None:
+    def run(self, work: Work, tiles: Tiles, on_outcome: Callable[[Outcome], bool]) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
         go_on = True
 
@@ -75,8 +69,7 @@ class ThreadExecutor:
             graph = {
                 f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (
                     self._attempt,
-                    output,
-                    run_id,
+                    work,
                     [*run],
                 )
                 for number, run in enumerate(batch)
@@ -94,13 +87,7 @@ class ClientExecutor:
         self.client, self._attempt = client, attempt
         self._n_threads_then, self._asked = 0, 0.0
 
-    def run(
-        self,
-        output: str,
-        run_id: str,
-        tiles: Tiles,
-        on_outcome: Callable[[Outcome], bool],
-    ) -> None:
+    def run(self, work: Work, tiles: Tiles, on_outcome: Callable[[Outcome], bool]) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
         from distributed import as_completed
 
@@ -117,10 +104,9 @@ class ClientExecutor:
                     return
                 future = self.client.submit(
                     self._attempt,
-                    output,
-                    run_id,
+                    work,
                     run,
-                    key=(f"{TASK_NAME}-{run_id[:12]}", *run[0], len(run)),
+                    key=(f"{TASK_NAME}-{work.run_id[:12]}", *run[0], len(run)),
                     retries=RETRIES,
                     pure=False,
                 )

@@ -47,7 +47,7 @@ class Workspace:
     """
 
     def __init__(self, most_pixels: int) -> None:
-        self._most_pixels = most_pixels
+        self.most_pixels = most_pixels
         self._memory: dict[tuple[str, str], AnyArray] = {}
         self.shape = (1, most_pixels)
 
@@ -56,7 +56,7 @@ class Workspace:
         key = use, str(dtype)
         memory = self._memory.get(key)
         if memory is None:
-            memory = self._memory[key] = np.empty(self._most_pixels, dtype)
+            memory = self._memory[key] = np.empty(self.most_pixels, dtype)
         return memory[: self.n_pixels].reshape(self.shape)
 
     def flat(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from ocelot_em import format as fmt
 from ocelot_em import store
 from ocelot_em.canvas import Tile, TileGrid
+from ocelot_em.device import open_device
+from ocelot_em.device_fold import DeviceFold
 from ocelot_em.errors import (
     InvalidDataError,
     OutputExistsError,
@@ -33,6 +35,8 @@ from ocelot_em.fold import Fold, Workspace
 from ocelot_em.maps import AnyArray
 from ocelot_em.objects import Objects, ReusedMemory, open_objects
 from ocelot_em.plan import (
+    ON_CPU,
+    DeviceChoice,
     Forecast,
     MergeOptions,
     MergePlan,
@@ -96,16 +100,29 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Which merge a task belongs to; all that a worker is told besides the tiles.
+
+    Parameters
+    ----------
+    output
+        The prepared output, which holds the plan.
+    run_id
+        Its identity.
+    partials_on_device
+        How many partials a thread has on the GPU at a time; 0 to merge on the CPU.
+    """
+
+    output: str
+    run_id: str
+    partials_on_device: int = 0
+
+
 class Executor(Protocol):
     """Runs tiles somewhere: in threads here, or on a Dask cluster."""
 
-    def run(
-        self,
-        output: str,
-        run_id: str,
-        tiles: "Tiles",
-        on_outcome: Callable[[Outcome], bool],
-    ) -> None:
+    def run(self, work: Work, tiles: "Tiles", on_outcome: Callable[[Outcome], bool]) -> None:
         """Call :func:`attempt_tiles` for runs of tiles, each once, and pass on what it returns.
 
         ``on_outcome`` is called in this thread; when it returns False no further tiles start.
@@ -198,7 +215,10 @@ class Tiles(Sequence[tuple[int, int]]):
 
 
 def prepare(
-    inputs: Sequence[str | PathLike[str]], output: str | PathLike[str], options: MergeOptions
+    inputs: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: MergeOptions,
+    device: DeviceChoice = ON_CPU,
 ) -> Preparation:
     """Plan a merge and find out what an interrupted run has done already; writes nothing.
 
@@ -215,7 +235,7 @@ def prepare(
         # The tile size was chosen by the run that is resumed.
         earlier = tile_size_of(read_plan(existing, objects.url))
         options = options.model_copy(update={"tile_size": earlier})
-    plan = make_plan(inputs, output, options)
+    plan = make_plan(inputs, output, options, device)
     done = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None:
         differences = plan_differences(existing.plan, plan.model_dump(mode="json"))
@@ -226,7 +246,8 @@ def prepare(
             )
         done = done_tiles(objects, plan.grid)
     missing = Tiles(plan.grid.counts[1], np.flatnonzero(~done))
-    prediction = forecast(plan, output, options, n_done=len(plan.grid) - len(missing))
+    n_done = len(plan.grid) - len(missing)
+    prediction = forecast(plan, output, options, n_done, device)
     return Preparation(plan, objects.url, prediction, existing, missing)
 
 
@@ -267,7 +288,8 @@ def merge(
 
     if ready.missing:
         try:
-            executor.run(objects.url, attributes.id, ready.missing, collect)
+            work = Work(objects.url, attributes.id, ready.forecast.partials_on_device)
+            executor.run(work, ready.missing, collect)
         finally:
             _open_job.cache_clear()  # gives this process's tile buffers back
     n_left = len(ready.missing) - n_merged
@@ -293,14 +315,14 @@ def merge(
     )
 
 
-def attempt_tiles(output: str, run_id: str, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Merge some tiles of a prepared output; never raises, so that the other tiles go on.
 
     This is the task that workers run. It takes names only: the worker reads the plan from the
     output, once.
     """
     try:
-        job = open_job(output, run_id)
+        job = open_job(work)
         return list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
     except Exception as error:
         log.debug("tiles from %s on failed", tiles[0], exc_info=True)
@@ -480,13 +502,28 @@ class Job:
         Which sources, which tiles.
     objects
         The prepared output; None to merge without writing.
+    partials_on_device
+        As in :class:`Work`.
     """
 
-    def __init__(self, plan: MergePlan, objects: Objects | None) -> None:
+    def __init__(
+        self, plan: MergePlan, objects: Objects | None, partials_on_device: int = 0
+    ) -> None:
         self.plan = plan
         self.sources = [open_source_maps(source, plan.maps) for source in plan.sources]
         space = read_search_space(open_objects(plan.sources[0].url), plan.search_space_digest)
-        self.fold = Fold(plan.sources, plan.maps, space, mask_nan=plan.nan == "mask")
+        mask_nan = plan.nan == "mask"
+        self.fold: Fold | DeviceFold = Fold(plan.sources, plan.maps, space, mask_nan=mask_nan)
+        if partials_on_device:
+            self.fold = DeviceFold(
+                plan.sources,
+                plan.maps,
+                space,
+                mask_nan=mask_nan,
+                dtypes=[{name: m.dtype for name, m in maps.items()} for maps in self.sources],
+                device=open_device(),
+                together=partials_on_device,
+            )
         self.decoded_nbytes_per_pixel = sum(
             chunked.dtype.itemsize for maps in self.sources for chunked in maps.values()
         )
@@ -547,33 +584,32 @@ class Job:
         store.write_chunk(self._objects, f"{fmt.TILE_SUMMARY}/c/{tile.iy}/{tile.ix}/0", values)
 
 
-def open_job(output: str, run_id: str) -> Job:
+def open_job(work: Work) -> Job:
     """Open a prepared output once per process; the run's id keeps old ones from being taken."""
     with _opening:
-        return _open_job(output, run_id)
+        return _open_job(work)
 
 
 _opening = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _open_job(output: str, run_id: str) -> Job:
-    objects = open_objects(output)
+def _open_job(work: Work) -> Job:
+    objects = open_objects(work.output)
     attributes = read_attributes(objects)
-    if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != run_id:
+    if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != work.run_id:
         raise StoreNotFoundError(
-            f"{output}: expected the output of run {run_id[:8]}, got something else; workers must "
-            "see the same storage as the driver"
+            f"{work.output}: expected the output of run {work.run_id[:8]}, got something else; "
+            "workers must see the same storage as the driver"
         )
-    plan = read_plan(attributes, output)
-    return Job(plan, objects)
+    return Job(read_plan(attributes, work.output), objects, work.partials_on_device)
 
 
 def _create_output(
     objects: Objects, ready: Preparation, options: MergeOptions
 ) -> fmt.MergedAttributes:
     """Write all metadata of the output; only this driver does, workers fill in chunks."""
-    plan = ready.plan
+    plan, device = ready.plan, ready.forecast.device
     attributes = ready.existing
     if attributes is None:
         if options.overwrite:
@@ -595,7 +631,8 @@ def _create_output(
             plan=plan.model_dump(mode="json"),
             provenance=provenance(
                 inputs=list(dict.fromkeys(source.url for source in plan.sources)),
-                options=options.model_dump(mode="json"),
+                options=options.model_dump(mode="json")
+                | {"device": device.kind, "device_reason": device.reason},
             ),
         )
         if not store.create_group(objects, "", fmt.dump_attributes(attributes)):

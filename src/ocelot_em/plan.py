@@ -15,6 +15,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ocelot_em import format as fmt
 from ocelot_em.canvas import TileGrid, ceil_div
+from ocelot_em.device_fold import (
+    PINNED_PLANES,
+    WIDEST_NBYTES,
+    accumulator_nbytes_per_pixel,
+    partial_nbytes_per_pixel,
+)
 from ocelot_em.errors import FormatError, InvalidInputError, PlanError
 from ocelot_em.maps import MAPS, MIP, SUM, MapSet, PoseForm
 from ocelot_em.objects import Objects, normalise_url, open_objects
@@ -38,6 +44,13 @@ CHUNKS_SAMPLED = 64
 PROCESS_NBYTES = 256 * 2**20
 """Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask. Measured;
 ``docs/design.md`` says how."""
+
+
+DEVICE_TABLES_NBYTES = 64 * 2**20
+"""Memory on a device for all that does not grow with tiles: tables of poses, rounding."""
+
+MOST_TOGETHER = 64
+"""Partials on a device at a time: more gain nothing."""
 
 
 def parse_size(text: object) -> object:
@@ -65,10 +78,18 @@ class MergeOptions(BaseModel):
     overwrite
         Replace an existing merged result, finished or not.
     cluster
-        ``threads`` (this process), ``local`` (worker processes on this machine, with a dashboard)
-        or the address of a running Dask scheduler.
+        ``threads`` (this process), ``local`` (worker processes on this machine, with a dashboard),
+        ``cuda`` (one worker process for each GPU of this machine) or the address of a running Dask
+        scheduler.
     workers, threads
-        Number of workers (of ``local``), and of threads in each. None: one thread per CPU core.
+        Number of workers (of ``local`` and ``cuda``), and of threads in each. None: one thread per
+        CPU core.
+    device
+        Where the arithmetic is done: ``cpu``, ``cuda``, or ``auto``: ``cuda`` if all workers of the
+        cluster have a GPU.
+    rmm_pool_size
+        Device memory that each worker of ``cuda`` takes at its start, for RMM to give out, in bytes
+        or as text. None: CuPy's own pool, which grows as needed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +99,8 @@ class MergeOptions(BaseModel):
     nan: Literal["raise", "mask"] = "raise"
     overwrite: bool = False
     cluster: str = "threads"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    rmm_pool_size: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
     workers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
@@ -97,6 +120,30 @@ class MergeOptions(BaseModel):
                 f"option {'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}"
                 for p in error.errors()
             ) from None
+
+
+class DeviceChoice(NamedTuple):
+    """Where the arithmetic of a merge is done, and why there.
+
+    Parameters
+    ----------
+    kind
+        ``cpu`` or ``cuda``.
+    reason
+        For people.
+    n_devices
+        GPUs, each with a worker; 0 for ``cpu``.
+    memory_nbytes
+        That may be allocated on the smallest of them.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    reason: str
+    n_devices: int = 0
+    memory_nbytes: int = 0
+
+
+ON_CPU = DeviceChoice("cpu", "as asked for")
 
 
 class MergePlan(fmt.Attributes):
@@ -181,7 +228,10 @@ def tile_size_of(plan: MergePlan) -> int:
 
 
 def make_plan(
-    inputs: Sequence[str | PathLike[str]], output: str | PathLike[str], options: MergeOptions
+    inputs: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: MergeOptions,
+    device: DeviceChoice = ON_CPU,
 ) -> MergePlan:
     """Look at the inputs and decide how to merge them; reads metadata only.
 
@@ -192,7 +242,7 @@ def make_plan(
     InvalidInputError
         The inputs do not belong together; every difference is named.
     PlanError
-        It cannot work: the tile size, or the memory limit.
+        It cannot work: the tile size, the memory limit, or the device's memory.
     """
     urls = [normalise_url(place) for place in inputs]
     if not urls:
@@ -235,7 +285,9 @@ def make_plan(
         has_pixel_size=maps.pixel_size,
         has_counts=maps.counts,
         search_space_digest=first.search_space_digest,
-        tile=_choose_tile(first.shape, storage_shape(sources, output), maps, options),
+        tile=_choose_tile(
+            first.shape, storage_shape(sources, output), maps, options, device.memory_nbytes
+        ),
         nan=options.nan,
     )
 
@@ -302,8 +354,13 @@ def storage_shape(sources: Sequence[Source], output: str | PathLike[str]) -> Sto
 
 
 def _choose_tile(
-    shape: tuple[int, int], storage: StorageShape, maps: MapSet, options: MergeOptions
+    shape: tuple[int, int],
+    storage: StorageShape,
+    maps: MapSet,
+    options: MergeOptions,
+    device_nbytes: int,
 ) -> tuple[int, int]:
+    """Choose the largest tile that fits; ``device_nbytes`` is 0 where there is no device."""
     size = options.tile_size
     if size is not None and size > fmt.DEFAULT_CHUNK and size % fmt.DEFAULT_CHUNK:
         below = size - size % fmt.DEFAULT_CHUNK
@@ -312,15 +369,25 @@ def _choose_tile(
             f"are made of whole chunks, got {size}; use {below} or {below + fmt.DEFAULT_CHUNK}"
         )
     candidates = [size] if size is not None else _tile_candidates(storage.chunk)
-    predicted = 0
+    predicted = on_device = 0
     for candidate in candidates:
         tile = min(candidate, shape[0]), min(candidate, shape[1])
         predicted = worker_nbytes(tile, storage, maps, options)
         limit = options.memory_limit
         if size is None and candidate > DEFAULT_TILE:
             limit = min(limit or LARGE_TILE_NBYTES, LARGE_TILE_NBYTES)
+        if device_nbytes:
+            on_device = device_worker_nbytes(tile, storage, maps, options, together=1)
+        if on_device > device_nbytes:
+            continue
         if limit is None or predicted <= limit:
             return tile
+    if on_device > device_nbytes:
+        raise PlanError(
+            f"device memory of {device_nbytes:,} bytes: {n_threads(options)} threads with tiles of "
+            f"{candidates[-1]} pixels need {on_device:,} bytes for one partial at a time; use "
+            "fewer threads, smaller tiles, or --device cpu"
+        )
     raise PlanError(
         f"memory limit {options.memory_limit:,} bytes: one worker with {n_threads(options)} "
         f"threads and tiles of {candidates[-1]} pixels needs {predicted:,} bytes, "
@@ -380,12 +447,42 @@ def worker_nbytes(
         per_pixel += 2 * 4 + wide + READ_TOGETHER * wide
     written = min(tile[0], fmt.DEFAULT_CHUNK) * min(tile[1], fmt.DEFAULT_CHUNK)
     encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to be cut
+    if options.device == "cuda":
+        per_pixel += PINNED_PLANES * WIDEST_NBYTES
     per_thread = (
         tile[0] * tile[1] * per_pixel
         + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
         + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread
+
+
+def device_worker_nbytes(
+    tile: tuple[int, int],
+    storage: StorageShape,
+    maps: MapSet,
+    options: MergeOptions,
+    *,
+    together: int,
+) -> int:
+    """Predicted memory on the device of one worker, with so many partials of a tile at a time."""
+    partial = partial_nbytes_per_pixel(maps, storage.sum_itemsize, mask_nan=options.nan == "mask")
+    per_pixel = accumulator_nbytes_per_pixel(maps) + together * partial
+    return n_threads(options) * tile[0] * tile[1] * per_pixel + DEVICE_TABLES_NBYTES
+
+
+def partials_on_device(
+    plan: "MergePlan", storage: StorageShape, options: MergeOptions, device: DeviceChoice
+) -> int:
+    """Partials that a thread has on the device at a time: all of a tile, if they fit."""
+    if device.kind == "cpu":
+        return 0
+    n_sources = min(len(plan.sources), MOST_TOGETHER)
+    for together in range(n_sources, 1, -1):
+        needed = device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together)
+        if needed <= device.memory_nbytes:
+            return together
+    return 1
 
 
 @dataclass(frozen=True)
@@ -404,6 +501,12 @@ class Forecast:
         Predicted peak memory of one worker.
     free_nbytes
         Free space at the output, or None where the storage does not say.
+    device
+        Where the arithmetic is done.
+    partials_on_device
+        How many a thread has on the device at a time; 0 on the CPU.
+    device_nbytes
+        Predicted memory of one worker on its device.
     """
 
     n_tiles: int
@@ -414,10 +517,17 @@ class Forecast:
     stored_nbytes_out: int
     worker_nbytes: int
     free_nbytes: int | None
+    device: DeviceChoice = ON_CPU
+    partials_on_device: int = 0
+    device_nbytes: int = 0
 
 
 def forecast(
-    plan: MergePlan, output: str | PathLike[str], options: MergeOptions, n_done: int
+    plan: MergePlan,
+    output: str | PathLike[str],
+    options: MergeOptions,
+    n_done: int,
+    device: DeviceChoice = ON_CPU,
 ) -> Forecast:
     """Predict what a plan costs; lists the inputs' objects, reads none."""
     pixels = plan.shape[0] * plan.shape[1]
@@ -428,6 +538,8 @@ def forecast(
             decoded_in += np.dtype(MAPS[name].dtypes[0]).itemsize * pixels
             path = f"{mip.path.removesuffix(MIP)}{name}"
             stored_in += _stored_nbytes(objects, path, mip.grid)
+    storage = storage_shape(plan.sources, output)
+    together = partials_on_device(plan, storage, options, device)
     decoded_out = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged) * pixels
     return Forecast(
         n_tiles=len(plan.grid),
@@ -436,10 +548,12 @@ def forecast(
         stored_nbytes_in=stored_in,
         decoded_nbytes_out=decoded_out,
         stored_nbytes_out=int(decoded_out * min(stored_in / max(decoded_in, 1), 1)),
-        worker_nbytes=worker_nbytes(
-            plan.tile, storage_shape(plan.sources, output), plan.maps, options
-        ),
+        worker_nbytes=worker_nbytes(plan.tile, storage, plan.maps, options),
         free_nbytes=open_objects(output).free_bytes(),
+        device=device,
+        partials_on_device=together,
+        device_nbytes=together
+        and device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together),
     )
 
 

@@ -16,7 +16,7 @@ from rich.progress import (
 from ocelot_em.api import Observer
 from ocelot_em.cluster import Cluster, n_workers
 from ocelot_em.pipeline import MergeReport, Outcome, Preparation
-from ocelot_em.plan import MergeOptions, n_threads
+from ocelot_em.plan import Forecast, MergeOptions, n_threads
 
 PLAIN_SECONDS = 5.0
 """Time between lines of progress where there is no terminal."""
@@ -115,9 +115,21 @@ def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> N
             + (f" ({workers} x {n_threads(options)} threads)" if workers else ""),
         ),
         ("free disk", free),
+        ("device", _device(cost)),
     )
     for label, value in rows:
         console.print(f"{label:10}  {value}", markup=False)
+
+
+def _device(cost: Forecast) -> str:
+    """Say where the arithmetic is done."""
+    where = f"{cost.device.kind} ({cost.device.reason})"
+    if cost.partials_on_device:
+        where += (
+            f", {size(cost.device_nbytes)} of each GPU, {cost.partials_on_device} partials of a "
+            "tile at a time"
+        )
+    return where
 
 
 def print_report(console: Console, report: MergeReport) -> None:

@@ -35,7 +35,7 @@ from ocelot_em.errors import (
 from ocelot_em.execute import ClientExecutor
 from ocelot_em.maps import BEST_PARTIAL, COUNT, MEAN, POSES, SCALED_MIP, SQUARED_SUM, STD, SUM
 from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary
+from ocelot_em.pipeline import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary, Work
 
 SUMMED = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
 COUNTS = (1000, 2**31 + 7, 300, 25)
@@ -466,7 +466,7 @@ def test_a_result_lost_with_its_worker_is_waited_for_again(
     class Client:
         def submit(self, _: object, *args: Any, key: object, **options: object) -> FakeFuture:
             summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
-            return FakeFuture(key, [Outcome(iy, ix, summary) for iy, ix in args[2]])
+            return FakeFuture(key, [Outcome(iy, ix, summary) for iy, ix in args[1]])
 
         def nthreads(self) -> dict[str, int]:
             return {"worker": 1}
@@ -478,7 +478,7 @@ def test_a_result_lost_with_its_worker_is_waited_for_again(
         ended.append(outcome)
         return True
 
-    ClientExecutor(Client()).run("out", "run", Tiles(9, np.arange(9)), collect)
+    ClientExecutor(Client()).run(Work("out", "run"), Tiles(9, np.arange(9)), collect)
     assert sorted(outcome.ix for outcome in ended) == list(range(9))
     assert all(outcome.summary for outcome in ended)
 

@@ -23,7 +23,7 @@ from ocelot_em.execute import ClientExecutor, ThreadExecutor
 from ocelot_em.format import PARTIALS
 from ocelot_em.maps import MAPS, PoseForm
 from ocelot_em.objects import _LocalObjects, open_objects
-from ocelot_em.pipeline import Tiles, attempt_tiles, merge, prepare
+from ocelot_em.pipeline import Tiles, Work, attempt_tiles, merge, prepare
 from ocelot_em.plan import MergeOptions
 from ocelot_em.simulation import Simulation, simulate
 from ocelot_em.store import ChunkedMap
@@ -83,7 +83,7 @@ def run_idle_tiles(executor, n_tiles):
         return True
 
     started = time.perf_counter()
-    executor.run("nowhere", "no-run", Tiles(1000, np.arange(n_tiles)), count)
+    executor.run(Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles)), count)
     seconds = time.perf_counter() - started
     assert ended == n_tiles
     return seconds / n_tiles, most_nbytes
@@ -275,8 +275,8 @@ def test_a_tile_reads_each_chunk_once(tmp_path, rng, fetched, indexed, chunk, ti
 class OneRun:
     """An executor that merges all tiles in one task, in this thread."""
 
-    def run(self, output, run_id, tiles, on_outcome):
-        for outcome in attempt_tiles(output, run_id, list(tiles)):
+    def run(self, work, tiles, on_outcome):
+        for outcome in attempt_tiles(work, list(tiles)):
             on_outcome(outcome)
 
 
@@ -361,12 +361,12 @@ def test_neighbouring_tiles_overlap(search_of_many_tiles, tmp_path, monkeypatch)
 def test_long_runs_come_first_and_cover_every_tile_once():
     runs = []
 
-    def note(_output, _run_id, tiles):
+    def note(_work, tiles):
         runs.append([*tiles])
         return []
 
     tiles = Tiles(30, np.arange(900))
-    ThreadExecutor(1, note).run("out", "run", tiles, lambda _: True)
+    ThreadExecutor(1, note).run(Work("out", "run"), tiles, lambda _: True)
     assert [tile for run in runs for tile in run] == list(tiles)
     lengths = [len(run) for run in runs]
     assert lengths == sorted(lengths, reverse=True)

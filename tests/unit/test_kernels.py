@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
+from gpu_kernels import all_kernels
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.kernels import NAMES, load
+from ocelot_em.kernels import load
 from ocelot_em.maps import MapSet, PartialMaps, PoseForm
 from stacks import (
     SHAPES,
@@ -28,8 +29,7 @@ from stacks import (
     stacks,
 )
 
-KERNELS = [pytest.param(load(name), id=name) for name in NAMES]
-every_kernel = pytest.mark.parametrize("kernels", KERNELS)
+every_kernel = pytest.mark.parametrize("kernels", list(all_kernels()))
 
 
 def assert_is_oracle(merged, acc, maps, partials):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
+from ocelot_em.device import Device
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.maps import Accumulator, AnyArray, FoldReport, MapSet, PartialMaps
 from ocelot_em.search_space import SearchSpace
@@ -31,7 +32,12 @@ class Kernels(Protocol):
         ...
 
     def fold_all(
-        self, acc: Accumulator, partials: Sequence[PartialMaps], space: SearchSpace | None
+        self,
+        acc: Accumulator,
+        partials: Sequence[PartialMaps],
+        space: SearchSpace | None,
+        *,
+        fresh: bool = False,
     ) -> FoldReport:
         """Take more partials into the accumulator, in place, in their order."""
         ...
@@ -75,6 +81,13 @@ def load(name: str) -> Kernels:
 
         return reference
     raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def load_cuda(device: Device) -> Kernels:
+    """Return the kernels for a CUDA device; all their arrays lie on it."""
+    from ocelot_em.kernels.cuda import CudaKernels
+
+    return CudaKernels(device)
 
 
 def load_by_map() -> ModuleType:

@@ -81,7 +81,11 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
 
 
 def fold_all(
-    acc: Accumulator, partials: Sequence[PartialMaps], space: SearchSpace | None
+    acc: Accumulator,
+    partials: Sequence[PartialMaps],
+    space: SearchSpace | None,
+    *,
+    fresh: bool = False,
 ) -> FoldReport:
     """Take more partials into the accumulator, in place, in their order.
 
@@ -99,6 +103,8 @@ def fold_all(
         Maps of the accumulator's shape.
     space
         The search space of an indexed search, None for explicit poses.
+    fresh
+        Take the accumulator as the merge of nothing, whatever is in its memory.
 
     Returns
     -------
@@ -114,6 +120,8 @@ def fold_all(
         :class:`PartialMaps` states; nothing is changed then.
     """
     if not partials:
+        if fresh:
+            reset(acc)
         return FoldReport(0, 0)
     n, pose_type = acc.mip.size, _F4 if space is None else _I4
     kept = [
@@ -153,6 +161,8 @@ def fold_all(
         )
         one_count = one_count if acc.count_map is not None else 0
         numbers.append((number, one_count, total.itemsize, squared_total.itemsize))
+    if fresh:
+        reset(acc)
     nan_pixels, invalid_indices = _fold(
         n,
         np.array(kept, np.int64),

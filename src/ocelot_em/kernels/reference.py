@@ -81,7 +81,7 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     TypeError
         If the partial's count is a map and the accumulator's is not; nothing is changed then.
     """
-    _check_counts(acc, partial)
+    check_counts(acc, partial)
     mip, searched = partial.mip, partial.mip > -np.inf
     won = mip > acc.mip
     invalid = 0
@@ -110,9 +110,20 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
 
 
 def fold_all(
-    acc: Accumulator, partials: Sequence[PartialMaps], space: SearchSpace | None
+    acc: Accumulator,
+    partials: Sequence[PartialMaps],
+    space: SearchSpace | None,
+    *,
+    fresh: bool = False,
 ) -> FoldReport:
     """Take more partials into the accumulator, in place: :func:`fold` of each, in their order.
+
+    Parameters
+    ----------
+    acc, partials, space
+        As for :func:`fold`.
+    fresh
+        Take the accumulator as the merge of nothing, whatever is in its memory.
 
     Returns
     -------
@@ -125,7 +136,9 @@ def fold_all(
         If a partial's count is a map and the accumulator's is not; nothing is changed then.
     """
     for partial in partials:
-        _check_counts(acc, partial)
+        check_counts(acc, partial)
+    if fresh:
+        reset(acc)
     reports = [fold(acc, partial, space) for partial in partials]
     return FoldReport(
         sum(report.nan_pixels for report in reports),
@@ -193,7 +206,8 @@ def finalise(
     return merged_maps(acc, maps, computed)
 
 
-def _check_counts(acc: Accumulator, partial: PartialMaps) -> None:
+def check_counts(acc: Accumulator, partial: PartialMaps) -> None:
+    """Raise TypeError if a partial's count is a map and the accumulator's is not."""
     if acc.count_map is None and not isinstance(partial.count, int):
         raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
 

@@ -1,0 +1,310 @@
+"""The merge on a CUDA device: one fused pass over all maps of several partials.
+
+Same interface and same bits as :mod:`ocelot_em.kernels.reference`, for arrays that lie on a
+:class:`ocelot_em.device.Device`. The arithmetic is in ``merge.cu``; this module hands over
+addresses.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.device import Device
+from ocelot_em.kernels.reference import check_counts, merged_maps, reset
+from ocelot_em.maps import (
+    MEAN,
+    NOT_SEARCHED,
+    POSES,
+    SCALED_MIP,
+    SQUARED_SUM,
+    STD,
+    SUM,
+    Accumulator,
+    AnyArray,
+    FoldReport,
+    MapSet,
+    PartialMaps,
+    PoseForm,
+)
+from ocelot_em.search_space import TABLES, SearchSpace
+
+PIXELS_PER_THREAD = 4
+"""``VECTOR`` of ``merge.cu``."""
+
+MOST_SOURCES = 16
+"""Partials in one pass over the accumulator; the same in ``merge.cu``."""
+
+_ALIGNMENT = 16
+"""Bytes to which all maps have to be aligned for wide loads."""
+
+_i8 = np.dtype("i8")
+_KEPT = np.dtype(
+    [(name, _i8) for name in ("mip", "best_partial", "sum", "squared_sum", "count")]
+    + [("pose", _i8, (len(POSES),))]
+)
+_SOURCE = np.dtype(
+    [
+        *(_KEPT.descr[:-1]),
+        ("pose", _i8, (len(POSES),)),
+        *((name, _i8) for name in ("number", "one_count", "sum_nbytes", "squared_sum_nbytes")),
+    ]
+)
+_SOURCES = np.dtype([("source", _SOURCE, (MOST_SOURCES,))])
+_FINISHED = np.dtype(
+    [
+        *((name, _i8) for name in ("mip", "sum", "squared_sum", "count", "index")),
+        *((name, _i8) for name in (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)),
+        ("pose", _i8, (len(POSES),)),
+        *((name, _i8) for name in TABLES),
+        *((f"n_{name}", _i8) for name in TABLES),
+    ]
+)
+"""Structures of ``merge.cu``, field by field."""
+
+_F4, _F8, _I4, _I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
+
+
+class CudaKernels:
+    """The kernels of one device; see :class:`ocelot_em.kernels.Kernels`.
+
+    Parameters
+    ----------
+    device
+        Where all arrays lie.
+    """
+
+    reset = staticmethod(reset)
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._tables: tuple[SearchSpace, tuple[AnyArray, ...]] | None = None
+
+    def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
+        """Return the merge of nothing."""
+        indexed = maps.form is PoseForm.INDEXED
+
+        def plane(dtype: "np.dtype[Any]") -> AnyArray:
+            return self._device.empty(shape[0] * shape[1], dtype).reshape(shape)
+
+        acc = Accumulator(
+            mip=plane(_F4),
+            pose=tuple(plane(_I4 if indexed else _F4) for _ in maps.pose),
+            best_partial=plane(_I4),
+            correlation_sum=plane(_F8),
+            correlation_squared_sum=plane(_F8),
+            count_map=plane(_I8) if maps.counts else None,
+        )
+        reset(acc)
+        return acc
+
+    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
+        """Take one more partial into the accumulator: :meth:`fold_all` of one."""
+        return self.fold_all(acc, (partial,), space)
+
+    def fold_all(
+        self,
+        acc: Accumulator,
+        partials: Sequence[PartialMaps],
+        space: SearchSpace | None,
+        *,
+        fresh: bool = False,
+    ) -> FoldReport:
+        """Take more partials into the accumulator, in place, in their order.
+
+        Waits for the device, to say what it noticed.
+
+        Raises
+        ------
+        TypeError
+            If a partial's count is a map and the accumulator's is not; nothing is changed then.
+        ValueError
+            If an array is not C-contiguous, not of the accumulator's size or not of the dtype that
+            :class:`PartialMaps` states; nothing is changed then.
+        """
+        kept, n = np.zeros(1, _KEPT), acc.mip.size
+        pose_type = _F4 if space is None else _I4
+        addresses = [
+            *self._fill(kept[0], "mip", acc.mip, n, _F4),
+            *self._fill(kept[0], "best_partial", acc.best_partial, n, _I4),
+            *self._fill(kept[0], "sum", acc.correlation_sum, n, _F8),
+            *self._fill(kept[0], "squared_sum", acc.correlation_squared_sum, n, _F8),
+            *self._fill_poses(kept[0], acc.pose, n, pose_type),
+        ]
+        if acc.count_map is not None:
+            addresses += self._fill(kept[0], "count", acc.count_map, n, _I8)
+        tables = []
+        for partial in partials:
+            check_counts(acc, partial)
+            if len(partial.pose) != len(acc.pose):
+                raise ValueError(f"expected {len(acc.pose)} pose maps, got {len(partial.pose)}")
+            table = np.zeros((), _SOURCE)
+            addresses += self._fill_source(table, partial, n, pose_type)
+            tables.append(table)
+        if not partials:
+            if fresh:
+                reset(acc)
+            return FoldReport(0, 0)
+        kernel = "fold_indexed" if space is not None else _FOLDS[len(acc.pose)]
+        findings = self._zeros(2)
+        for start in range(0, len(tables), MOST_SOURCES):
+            group = tables[start : start + MOST_SOURCES]
+            sources = np.zeros(1, _SOURCES)
+            for number, table in enumerate(group):
+                sources[0]["source"][number] = table
+            arguments = (
+                kept,
+                sources,
+                np.int32(len(group)),
+                np.int32(0 if space is None else space.n_poses),
+                np.int32(fresh and start == 0),
+                np.int64(n),
+                np.int32(not any(address % _ALIGNMENT for address in addresses)),
+                findings,
+            )
+            self._device.launch(kernel, -(-n // PIXELS_PER_THREAD), arguments)
+        nan_pixels, invalid_indices = self._read(findings)
+        if acc.count_map is None:
+            acc.count = (0 if fresh else acc.count) + sum(
+                p.count for p in partials if isinstance(p.count, int)
+            )
+        return FoldReport(nan_pixels, invalid_indices)
+
+    def finalise(
+        self,
+        acc: Accumulator,
+        maps: MapSet,
+        space: SearchSpace | None,
+        out: Mapping[str, AnyArray] | None = None,
+    ) -> dict[str, AnyArray]:
+        """Turn an accumulator into the merged maps; ``out`` lies on the device, too.
+
+        Raises
+        ------
+        IndexError
+            If an index lies beyond the search space.
+        """
+        n, shape, given = acc.mip.size, acc.mip.shape, out or {}
+        names: tuple[str, ...] = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
+        if space is not None:
+            names += maps.explicit_poses
+        computed = {
+            name: given[name] if name in given else self._device.empty(n, _F4).reshape(shape)
+            for name in names
+        }
+        table = np.zeros(1, _FINISHED)
+        self._fill(table[0], "mip", acc.mip, n, _F4)
+        self._fill(table[0], "sum", acc.correlation_sum, n, _F8)
+        self._fill(table[0], "squared_sum", acc.correlation_squared_sum, n, _F8)
+        if acc.count_map is not None:
+            self._fill(table[0], "count", acc.count_map, n, _I8)
+        for name in names[:5]:
+            self._fill(table[0], name, computed[name], n, _F4)
+        if space is not None:
+            self._fill(table[0], "index", acc.pose[0], n, _I4)
+            self._fill_poses(table[0], [computed[name] for name in names[5:]], n, _F4)
+            tables = self._on_device(space)
+            for name, values in zip(TABLES, tables, strict=True):
+                table[0][name] = self._device.address(values)
+                table[0][f"n_{name}"] = len(getattr(space, name))
+        findings = self._zeros(1)
+        count = np.float64(acc.count)
+        self._device.launch("finalise", n, (table, count, np.int64(n), findings))
+        if space is not None and (outside := self._read(findings)[0]):
+            raise IndexError(
+                f"{outside} pixels have an index beyond the search space of {space.n_poses} poses"
+            )
+        return merged_maps(acc, maps, computed)
+
+    def mask_nan(self, partial: PartialMaps) -> PartialMaps:
+        """Make a copy of a partial that is idle, count included, where any of its maps is NaN."""
+        n, shape = partial.mip.size, partial.mip.shape
+        indexed = partial.pose[0].dtype.kind == "i"
+
+        def like(values: AnyArray) -> AnyArray:
+            return self._device.empty(n, values.dtype).reshape(shape)
+
+        masked = PartialMaps(
+            mip=like(partial.mip),
+            pose=tuple(map(like, partial.pose)),
+            correlation_sum=like(partial.correlation_sum),
+            correlation_squared_sum=like(partial.correlation_squared_sum),
+            count=self._device.empty(n, _I8).reshape(shape),
+            best_partial=partial.best_partial,
+        )
+        before, after = np.zeros(1, _SOURCE), np.zeros(1, _SOURCE)
+        for table, maps in ((before, partial), (after, masked)):
+            self._fill_source(table[0], maps, n, _I4 if indexed else _F4)
+        arguments = before, after, np.int32(len(partial.pose)), np.int32(indexed), np.int64(n)
+        self._device.launch("mask_nan", n, arguments)
+        return masked
+
+    def _fill_source(
+        self, table: Any, partial: PartialMaps, n: int, pose_type: "np.dtype[Any]"
+    ) -> list[int]:
+        """Enter a partial into a table; the addresses of its maps."""
+        addresses = self._fill(table, "mip", partial.mip, n, _F4)
+        addresses += self._fill_poses(table, partial.pose, n, pose_type)
+        sums = partial.correlation_sum, partial.correlation_squared_sum
+        for name, values in zip(("sum", "squared_sum"), sums, strict=True):
+            addresses += self._fill(table, name, values, n, _F8 if values.dtype == _F8 else _F4)
+            table[f"{name}_nbytes"] = values.dtype.itemsize
+        if isinstance(partial.best_partial, int):
+            table["number"] = partial.best_partial
+        else:
+            addresses += self._fill(table, "best_partial", partial.best_partial, n, _I4)
+        if isinstance(partial.count, int):
+            table["one_count"] = partial.count
+        else:
+            addresses += self._fill(table, "count", partial.count, n, _I8)
+        return addresses
+
+    def _fill_poses(
+        self, table: Any, poses: Sequence[AnyArray], n: int, dtype: "np.dtype[Any]"
+    ) -> list[int]:
+        for number, pose in enumerate(poses):
+            table["pose"][number] = self._address(pose, n, dtype)
+        return [int(address) for address in table["pose"][: len(poses)]]
+
+    def _fill(
+        self, table: Any, name: str, values: AnyArray, n: int, dtype: "np.dtype[Any]"
+    ) -> list[int]:
+        table[name] = self._address(values, n, dtype)
+        return [int(table[name])]
+
+    def _address(self, values: AnyArray, n: int, dtype: "np.dtype[Any]") -> int:
+        """Return where an array's values are, after checking that a kernel may go there."""
+        if not values.flags.c_contiguous or values.size != n or values.dtype != dtype:
+            raise ValueError(
+                f"expected a C-contiguous array of {n} values of {dtype}, got {values.dtype}, "
+                f"shape {values.shape}, strides {values.strides}"
+            )
+        return self._device.address(values)
+
+    def _on_device(self, space: SearchSpace) -> tuple[AnyArray, ...]:
+        """Return the tables of a search space on the device; copied once."""
+        if self._tables is None or self._tables[0] is not space:
+            copies = []
+            for name in TABLES:
+                flat = np.ascontiguousarray(getattr(space, name)).reshape(-1)
+                copy = self._device.empty(flat.size, flat.dtype)
+                self._device.copy_in(flat, copy).synchronize()
+                copies.append(copy)
+            self._tables = space, tuple(copies)
+        return self._tables[1]
+
+    def _zeros(self, n: int) -> AnyArray:
+        zeros = self._device.empty(n, _I8)
+        zeros.fill(0)
+        return zeros
+
+    def _read(self, values: AnyArray) -> list[int]:
+        """Wait for a few numbers."""
+        host = np.empty(values.size, values.dtype)
+        self._device.copy_out(values, host).synchronize()
+        return [int(number) for number in host]
+
+
+_FOLDS = {4: "fold_four_poses", 5: "fold_five_poses"}
+
+assert NOT_SEARCHED == -1, "merge.cu has it as a number"

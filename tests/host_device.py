@@ -1,0 +1,174 @@
+"""Stand-ins for a GPU: the same CUDA source, compiled for this processor, on memory of the host."""
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ocelot_em.device import kernel_source
+from ocelot_em.errors import DeviceMemoryError
+
+PRELUDE = """
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <utility>
+struct Index { unsigned x; };
+static thread_local Index blockIdx, blockDim, threadIdx;
+#define __device__
+#define __global__
+static inline float __int_as_float(int bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static inline double __dadd_rn(double a, double b) { return a + b; }
+static inline double __dsub_rn(double a, double b) { return a - b; }
+static inline double __dmul_rn(double a, double b) { return a * b; }
+static inline double __ddiv_rn(double a, double b) { return a / b; }
+static inline double __dsqrt_rn(double a) { return std::sqrt(a); }
+static inline double __ll2double_rn(long long a) { return (double)a; }
+static inline float __double2float_rn(double a) { return (float)a; }
+static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long v)
+{ return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+"""
+
+LAUNCHER = """
+template <typename... A, std::size_t... I>
+static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments,
+                std::index_sequence<I...>)
+{
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
+            kernel(*reinterpret_cast<A *>(arguments[I])...);
+}
+template <typename... A>
+static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments)
+{ run(kernel, blocks, threads, arguments, std::index_sequence_for<A...>()); }
+#define LAUNCHER(NAME) extern "C" void launch_##NAME(unsigned b, unsigned t, void **a) \\
+    { run(NAME, b, t, a); }
+LAUNCHER(fold_indexed) LAUNCHER(fold_four_poses) LAUNCHER(fold_five_poses)
+LAUNCHER(finalise) LAUNCHER(mask_nan)
+"""
+
+THREADS = 32
+
+
+@functools.cache
+def host_kernels():
+    """The compiled library, or a skip that says why there is none."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the CUDA source for the host with")
+    source = PRELUDE + kernel_source() + LAUNCHER
+    folder = Path(tempfile.mkdtemp(prefix="ocelot-host-kernels-"))
+    weakref.finalize(host_kernels, shutil.rmtree, folder, ignore_errors=True)
+    name = hashlib.sha256(source.encode()).hexdigest()[:16]
+    (folder / f"{name}.cpp").write_text(source)
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
+    flags.append("-Wno-maybe-uninitialized")
+    library = folder / f"{name}.so"
+    done = subprocess.run(
+        [compiler, *flags, folder / f"{name}.cpp", "-o", library], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+class Done:
+    def synchronize(self):
+        pass
+
+
+class HostDevice:
+    """A device whose memory is the host's, and which does everything at once.
+
+    Allocations are counted, and refused beyond a limit.
+    """
+
+    def __init__(self, limit_nbytes=None):
+        self._library, self._limit = host_kernels(), limit_nbytes
+        self._lock = threading.Lock()
+        self.nbytes = self.peak_nbytes = 0
+        self.launched = []
+
+    def empty(self, n, dtype):
+        values = np.empty(n, dtype)
+        with self._lock:
+            if self._limit is not None and self.nbytes + values.nbytes > self._limit:
+                raise DeviceMemoryError(f"cuda: {values.nbytes:,} bytes more do not fit")
+            self.nbytes += values.nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        weakref.finalize(values, self._give_back, values.nbytes)
+        return values
+
+    def _give_back(self, nbytes):
+        with self._lock:
+            self.nbytes -= nbytes
+
+    def pinned(self, nbytes):
+        return np.empty(nbytes, np.uint8)
+
+    def copy_in(self, host, values):
+        return self._later(lambda: np.copyto(values, host))
+
+    def copy_out(self, values, host):
+        return self._later(lambda: np.copyto(host, values))
+
+    def launch(self, kernel, n_threads, arguments):
+        kept = [self._argument(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(kept))(*(value.ctypes.data for value in kept))
+        run = getattr(self._library, f"launch_{kernel}")
+        blocks = -(-n_threads // THREADS)
+        self.launched.append(kernel)
+
+        def action(_kept=(kept, arguments)):
+            run(ctypes.c_uint(blocks), ctypes.c_uint(THREADS), pointers)
+
+        self._later(action)
+
+    def _argument(self, argument):
+        """A value as it is passed: arrays on the device by their address."""
+        if isinstance(argument, np.ndarray) and argument.dtype.fields is None:
+            return np.array([argument.ctypes.data], np.int64)
+        return np.array(argument).reshape(1).copy()
+
+    def address(self, values):
+        return values.ctypes.data
+
+    def _later(self, action):
+        action()
+        return Done()
+
+
+class LateDevice(HostDevice):
+    """One that does everything as late as it may: when somebody waits for it.
+
+    Whoever uses memory again before its copy is done, or looks at it too early, gets wrong values.
+    """
+
+    def __init__(self, limit_nbytes=None):
+        super().__init__(limit_nbytes)
+        self._of_thread = threading.local()
+
+    def _later(self, action):
+        if not hasattr(self._of_thread, "queue"):
+            self._of_thread.queue = []
+        queue = self._of_thread.queue
+        queue.append(action)
+        return Late(queue, action)
+
+
+class Late:
+    def __init__(self, queue, action):
+        self._queue, self._action = queue, action
+
+    def synchronize(self):
+        if self._action in self._queue:
+            for _ in range(self._queue.index(self._action) + 1):
+                self._queue.pop(0)()

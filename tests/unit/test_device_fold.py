@@ -1,0 +1,251 @@
+"""Merging on a device: the same code and the same CUDA source, on a stand-in for the device."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import zarr
+
+import ocelot_em
+from helpers import assert_same_maps, chunk_bytes, make_result, read_maps, write_search
+from host_device import HostDevice, LateDevice, host_kernels
+from ocelot_em import cluster, pipeline
+from ocelot_em.device import DeviceFacts
+from ocelot_em.errors import PlanError, TilesFailedError
+from ocelot_em.kernels.cuda import MOST_SOURCES, CudaKernels
+from ocelot_em.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.plan import DEVICE_TABLES_NBYTES
+from stacks import SPACE as TEST_SPACE
+from stacks import as_partial, assert_same_accumulators, draw_partial, fold_at_once
+
+COUNTS = (1000, 2**31 + 7, 300, 25, 3)
+SHAPE = (70, 90)
+FORMS = ["explicit", "indexed"]
+
+
+@pytest.fixture
+def lend(monkeypatch):
+    """Make a device the machine's only GPU."""
+    host_kernels()
+
+    def lend(device, memory_nbytes=2**30):
+        facts = [DeviceFacts("stand-in", memory_nbytes)]
+        monkeypatch.setattr(cluster, "find_devices", lambda: facts)
+        monkeypatch.setattr(cluster, "open_device", lambda: device)
+        monkeypatch.setattr(pipeline, "open_device", lambda: device)
+        return device
+
+    return lend
+
+
+def results_of(rng, shape=SHAPE, counts=COUNTS, ties=True):
+    return [make_result(rng, shape, count, ties=ties) for count in counts]
+
+
+def merge(search, output, **options):
+    return ocelot_em.merge(search, output, threads=2, **options)
+
+
+@pytest.mark.parametrize("make_device", [HostDevice, LateDevice])
+@pytest.mark.parametrize("tile_size", [16, 33, None])
+@pytest.mark.parametrize("nan", ["raise", "mask"])
+@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+def test_a_device_gives_the_bytes_of_the_cpu(
+    tmp_path, rng, lend, indexed, nan, tile_size, make_device
+):
+    results = results_of(rng)
+    results[1]["mip"][:3] = -np.inf
+    results[1]["best_global_index"][:3] = -1
+    search = write_search(tmp_path / "RUN.zarr", results, COUNTS, indexed=indexed)
+    if nan == "mask":
+        spoil(search, "p2", "correlation_sum", (slice(5, 9), slice(None)))
+    merge(search, tmp_path / "CPU.zarr", tile_size=tile_size, nan=nan)
+    device = lend(make_device())
+    merge(search, tmp_path / "GPU.zarr", tile_size=tile_size, nan=nan, device="cuda")
+    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert "finalise" in device.launched
+
+
+def spoil(search, partial, name, where):
+    """Put NaN into a map of a finished partial."""
+    array = zarr.open_array(search / "partials" / partial / name, mode="r+")
+    array[where] = np.nan
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+def test_earlier_merges_go_on_on_a_device(tmp_path, rng, lend, indexed):
+    results = results_of(rng)
+    write_search(tmp_path / "a.zarr", results[:3], COUNTS[:3], indexed=indexed)
+    write_search(tmp_path / "b.zarr", results[3:], COUNTS[3:], indexed=indexed, first=3)
+    merge(tmp_path / "a.zarr", tmp_path / "A.zarr")
+    inputs = [tmp_path / "b.zarr", tmp_path / "A.zarr"]
+    merge(inputs, tmp_path / "CPU.zarr")
+    lend(LateDevice())
+    merge(inputs, tmp_path / "GPU.zarr", device="cuda")
+    assert_same_maps(read_maps(tmp_path / "GPU.zarr"), read_maps(tmp_path / "CPU.zarr"))
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+def test_device_memory_is_predicted_and_kept(tmp_path, rng, lend, indexed):
+    shape, counts = (512, 700), (10,) * 24
+    results = results_of(rng, shape, counts)
+    search = write_search(tmp_path / "RUN.zarr", results, counts, indexed=indexed)
+    merge(search, tmp_path / "CPU.zarr", tile_size=256)
+    plan = {}
+
+    class Note(ocelot_em.Observer):
+        def planned(self, ready, options):
+            plan.update(dataclasses.asdict(ready.forecast))
+
+    # All partials of a tile do not fit: several passes, within the limit.
+    limit = 100 * 2**20
+    decoded = 24 * 512 * 700 * (16 if indexed else 32)
+    assert decoded > 1.3 * limit
+    device = lend(HostDevice(limit), memory_nbytes=limit)
+    merge(search, tmp_path / "GPU.zarr", tile_size=256, device="cuda", observer=Note())
+    assert 1 < plan["partials_on_device"] < 24
+    tiles = plan["device_nbytes"] - DEVICE_TABLES_NBYTES
+    assert 0.8 * tiles < device.peak_nbytes <= plan["device_nbytes"] <= limit
+    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+
+
+def test_when_others_hold_the_memory_fewer_partials_go_there_at_a_time(tmp_path, rng, lend, caplog):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng), COUNTS)
+    merge(search, tmp_path / "CPU.zarr")
+    least = SHAPE[0] * SHAPE[1] * 2 * (60 + 2 * 32)
+    lend(HostDevice(least))
+    merge(search, tmp_path / "GPU.zarr", device="cuda")
+    assert "less free memory than planned" in caplog.text
+    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+
+
+def test_without_any_memory_it_says_so_and_can_go_on_later(tmp_path, rng, lend):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng), COUNTS)
+    lend(HostDevice(1000))
+    with pytest.raises(TilesFailedError, match="bytes more do not fit"):
+        merge(search, tmp_path / "GPU.zarr", tile_size=33, device="cuda")
+    merge(search, tmp_path / "GPU.zarr", tile_size=33, device="cpu")
+    merge(search, tmp_path / "CPU.zarr", tile_size=33)
+    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+
+
+def test_a_plan_that_no_device_holds_is_refused_with_numbers(tmp_path, rng, lend):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng, (300, 300)), COUNTS)
+    lend(HostDevice(), memory_nbytes=65 * 2**20)
+    with pytest.raises(PlanError, match=r"device memory of \d+,.*tiles of 128 pixels need"):
+        merge(search, tmp_path / "OUT.zarr", device="cuda")
+    assert not (tmp_path / "OUT.zarr").exists()
+
+
+def test_tiles_shrink_to_the_device(tmp_path, rng, lend):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng, (300, 300)), COUNTS)
+    lend(HostDevice(), memory_nbytes=75 * 2**20)
+    report = merge(search, tmp_path / "OUT.zarr", device="cuda")
+    assert report.n_tiles == 9
+
+
+def test_bad_values_are_named(tmp_path, rng, lend):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng), COUNTS)
+    spoil(search, "p3", "best_psi", (40, 50))
+    lend(HostDevice())
+    with pytest.raises(TilesFailedError, match=r"'p3': best_psi: NaN at 1 pixel, first \(40, 50\)"):
+        merge(search, tmp_path / "OUT.zarr", device="cuda")
+
+
+def test_the_choice_and_its_reason_are_recorded(tmp_path, rng, lend):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng), COUNTS)
+    lend(HostDevice())
+    for asked, kind, reason in (("cuda", "cuda", "1 x stand-in"), ("auto", "cpu", "auto: reading")):
+        merge(search, tmp_path / f"{asked}.zarr", device=asked)
+        options = ocelot_em.describe(tmp_path / f"{asked}.zarr").attributes.provenance.options
+        assert options["device"] == kind
+        assert reason in options["device_reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cluster": "cuda", "device": "cpu"}, "is for GPUs"),
+        ({"cluster": "local", "device": "cuda"}, "use --cluster cuda"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, rng, options, message):
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng), COUNTS)
+    with pytest.raises(PlanError, match=message):
+        ocelot_em.merge(search, tmp_path / "OUT.zarr", **options)
+    assert not (tmp_path / "OUT.zarr").exists()
+
+
+# The kernels, beyond the contract that all kernels share.
+
+
+@pytest.fixture
+def cuda():
+    host_kernels()
+    return CudaKernels(HostDevice())
+
+
+@pytest.mark.parametrize("form", list(PoseForm))
+def test_unaligned_maps_and_many_partials(cuda, form):
+    from ocelot_em.kernels import load
+
+    rng, maps, n = np.random.default_rng(3), MapSet(form), 2 * MOST_SOURCES + 3
+    partials = [draw_partial(rng, (3, 37), maps, number) for number in range(n)]
+    expected, _ = fold_at_once(load("cpu"), maps, partials)
+    for offset in (0, 4):
+
+        def moved(values, offset=offset):
+            memory = np.zeros(values.nbytes + offset, np.uint8)[offset:]
+            memory = memory.view(values.dtype).reshape(values.shape)
+            memory[...] = values
+            return memory
+
+        shifted = [dataclasses.replace(p, mip=moved(p.mip)) for p in partials]
+        acc, _ = fold_at_once(cuda, maps, shifted)
+        assert_same_accumulators(acc, expected)
+
+
+def test_fresh_is_reset_and_fold(cuda):
+    from ocelot_em.kernels import load
+
+    rng, maps = np.random.default_rng(4), MapSet(PoseForm.INDEXED, counts=True)
+    partials = [draw_partial(rng, (5, 9), maps, number) for number in range(3)]
+    for kernels in (cuda, load("cpu"), load("reference")):
+        expected, _ = fold_at_once(kernels, maps, partials)
+        acc, _ = fold_at_once(kernels, maps, partials[::-1])
+        kernels.fold_all(acc, partials, TEST_SPACE, fresh=True)
+        assert_same_accumulators(acc, expected)
+        kernels.fold_all(acc, [], TEST_SPACE, fresh=True)
+        assert_same_accumulators(acc, kernels.identity((5, 9), maps))
+
+
+def test_arrays_that_a_kernel_cannot_read_are_refused(cuda):
+    maps = MapSet(PoseForm.EXPLICIT)
+    acc = cuda.identity((4, 4), maps)
+    fine = as_partial(acc)
+    narrow = np.zeros((4, 8), np.float32)[:, ::2]
+    for mip in (narrow, fine.mip.astype(np.float64), np.zeros((4, 5), np.float32)):
+        with pytest.raises(ValueError, match="C-contiguous array of 16 values of float32"):
+            cuda.fold_all(acc, [fine, dataclasses.replace(fine, mip=mip)], None)
+    with pytest.raises(ValueError, match="5 pose maps, got 4"):
+        cuda.fold_all(acc, [dataclasses.replace(fine, pose=fine.pose[:4])], None)
+    assert_same_accumulators(acc, cuda.identity((4, 4), maps))
+
+
+def test_the_stand_in_notices_what_is_used_too_early():
+    host_kernels()
+    device = LateDevice()
+    there, slab = device.empty(4, "f4"), np.arange(4, dtype="f4")
+    mark = device.copy_in(slab, there)
+    slab[...] = 7
+    mark.synchronize()
+    assert list(there) == [7, 7, 7, 7]
+
+
+def test_every_pixel_counts(cuda):
+    n = 1037
+    zeros = np.zeros((1, n), np.float32)
+    partial = PartialMaps(np.ones((1, n), np.float32), (zeros,) * 5, zeros, zeros, 1, 0)
+    acc = cuda.identity((1, n), MapSet(PoseForm.EXPLICIT))
+    cuda.fold(acc, partial, None)
+    assert (acc.best_partial == 0).all()
