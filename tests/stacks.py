@@ -30,6 +30,7 @@ map_sets = st.sampled_from(
         MapSet(PoseForm.EXPLICIT, counts=True),
         MapSet(PoseForm.INDEXED),
         MapSet(PoseForm.INDEXED, counts=True),
+        MapSet(PoseForm.INDEXED, decoded=False),
     ]
 )
 

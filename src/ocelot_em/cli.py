@@ -136,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
         default="raise",
         help="NaN in a partial: an error, or leave the partial out at these pixels",
     )
+    p.add_argument(
+        "--poses",
+        choices=("decoded", "index"),
+        default="decoded",
+        help="of indexed poses: store the pose maps, too, or only the index (faster, smaller)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing merged result")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.set_defaults(command=_merge)

@@ -45,7 +45,7 @@ WIDEST_NBYTES = 8
 
 def accumulator_nbytes_per_pixel(maps: MapSet) -> int:
     """Bytes on the device that a thread needs for each pixel of a tile, whatever its partials."""
-    computed = len(STATISTICS) + (len(maps.explicit_poses) if maps.form is PoseForm.INDEXED else 0)
+    computed = len(STATISTICS) + len(maps.computed_poses)
     counts = 8 if maps.counts else 0
     return 4 + 4 * len(maps.pose) + 4 + 8 + 8 + counts + 4 * computed
 
@@ -221,9 +221,7 @@ class Lane:
 
     def computed(self, n: int) -> dict[str, AnyArray]:
         """Return memory for the maps that are computed at the end."""
-        names: tuple[str, ...] = STATISTICS
-        if self._maps.form is PoseForm.INDEXED:
-            names += self._maps.explicit_poses
+        names = (*STATISTICS, *self._maps.computed_poses)
         return {name: self._plane(-2, name, "float32", n) for name in names}
 
     def pinned(self, n: int, dtype: "np.dtype[np.generic]") -> AnyArray:

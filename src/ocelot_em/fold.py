@@ -352,7 +352,7 @@ class Fold:
     @property
     def _computed(self) -> tuple[str, ...]:
         """Names of the maps that are computed, when everything has come."""
-        return STATISTICS if self.space is None else (*STATISTICS, *self.maps.explicit_poses)
+        return (*STATISTICS, *self.maps.computed_poses)
 
     def _compute(self, accumulator: Accumulator, work: Workspace, part: slice) -> None:
         flat = work.flat if accumulator.mip.ndim == 1 else work.array

@@ -5,6 +5,7 @@ reports every problem with its place.
 """
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import (
@@ -165,6 +166,12 @@ class MergedAttributes(_Result):
     partials: tuple[Contribution, ...]
     plan: dict[str, Any]
     finished: str | None = None
+    has_decoded_poses: bool = True
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps there are."""
+        return replace(super().maps, decoded=self.has_decoded_poses)
 
 
 _Model = TypeVar("_Model", bound=Attributes)

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from os import PathLike
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from dask.highlevelgraph import HighLevelGraph
 from ocelot_em.canvas import Region, TileGrid
 from ocelot_em.errors import FormatError, IncompleteError
 from ocelot_em.format import DIMENSIONS, MergedAttributes, SearchAttributes, map_attributes
-from ocelot_em.maps import MAPS, AnyArray
+from ocelot_em.maps import INDEX, MAPS, AnyArray
 from ocelot_em.objects import open_objects
 from ocelot_em.pipeline import Job, TileInMemory
 from ocelot_em.plan import MergeOptions, MergePlan, make_plan
@@ -23,7 +24,9 @@ from ocelot_em.search import (
     open_partial_maps,
     open_sources,
     read_attributes,
+    read_search_space,
 )
+from ocelot_em.search_space import SearchSpace
 from ocelot_em.store import ChunkedMap
 
 
@@ -77,8 +80,8 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        Maps with dimensions ``y``, ``x``. Only ``[:valid_shape[0], :valid_shape[1]]`` (an
-        attribute) is meaningful.
+        Maps with dimensions ``y``, ``x``; pose maps that are not stored are decoded from the index.
+        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful.
 
     Raises
     ------
@@ -94,16 +97,24 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
     if attributes.state != "complete":
         raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
     maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
+    arrays = {name: _as_dask(chunked, attributes.id) for name, chunked in maps.items()}
+    if INDEX in arrays and not attributes.maps.decoded:
+        space = read_search_space(objects, attributes.search_space_digest)
+        for number, name in enumerate(attributes.maps.explicit_poses):
+            arrays[name] = arrays[INDEX].map_blocks(_decoded, space, number, dtype="float32")
+    names = replace(attributes.maps, decoded=True).merged
     return xr.Dataset(
-        {
-            name: (DIMENSIONS, _as_dask(chunked, attributes.id), map_attributes(name))
-            for name, chunked in maps.items()
-        },
+        {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
         attrs={
             **_dataset_attributes(attributes),
             "partials": [contribution.name for contribution in attributes.partials],
         },
     )
+
+
+def _decoded(index: AnyArray, space: SearchSpace, number: int) -> AnyArray:
+    """One of the pose maps of a block of indices."""
+    return space.decode(index)[number]
 
 
 def lazy_merge(

@@ -82,11 +82,14 @@ class MapSet:
         Whether ``best_pixel_size`` is there (explicit form; a decoded index always gives it).
     counts
         Whether the count differs from pixel to pixel and is a map.
+    decoded
+        Whether a merged result has the pose maps of its indices, too.
     """
 
     form: PoseForm
     pixel_size: bool = True
     counts: bool = False
+    decoded: bool = True
 
     @property
     def explicit_poses(self) -> tuple[str, ...]:
@@ -99,6 +102,12 @@ class MapSet:
         return (INDEX,) if self.form is PoseForm.INDEXED else self.explicit_poses
 
     @property
+    def computed_poses(self) -> tuple[str, ...]:
+        """Names of the pose maps of a merged result that are decoded from its index."""
+        indexed = self.form is PoseForm.INDEXED
+        return self.explicit_poses if indexed and self.decoded else ()
+
+    @property
     def partial(self) -> tuple[str, ...]:
         """Names of the maps of a partial."""
         return (MIP, *self.pose, SUM, SQUARED_SUM, *self._count)
@@ -106,11 +115,11 @@ class MapSet:
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of the maps of a merged result."""
-        index = (INDEX,) if self.form is PoseForm.INDEXED else ()
+        indexed = self.form is PoseForm.INDEXED
+        poses = (*self.computed_poses, INDEX) if indexed else self.explicit_poses
         return (
             MIP,
-            *self.explicit_poses,
-            *index,
+            *poses,
             BEST_PARTIAL,
             SCALED_MIP,
             MEAN,

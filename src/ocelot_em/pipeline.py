@@ -238,7 +238,8 @@ def prepare(
     plan = make_plan(inputs, output, options, device)
     done = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None:
-        differences = plan_differences(existing.plan, plan.model_dump(mode="json"))
+        earlier_plan = read_plan(existing, objects.url).model_dump(mode="json")
+        differences = plan_differences(earlier_plan, plan.model_dump(mode="json"))
         if differences:
             raise OutputExistsError(
                 f"{objects.url}: is already there, from another merge: {'; '.join(differences)}; "
@@ -625,6 +626,7 @@ def _create_output(
             pose_form=plan.pose_form,
             has_pixel_size=plan.has_pixel_size,
             has_counts=plan.has_counts,
+            has_decoded_poses=plan.has_decoded_poses,
             search_space_digest=plan.search_space_digest,
             total_projections=plan.total_projections,
             partials=plan.contributions,

@@ -75,6 +75,9 @@ class MergeOptions(BaseModel):
     nan
         ``raise``: NaN in a partial is an error. ``mask``: at such pixels the partial is left out,
         its count too.
+    poses
+        ``decoded``: the pose maps of indexed poses are stored beside the index. ``index``: they are
+        not, and are decoded by those who read them; half the bytes to write.
     overwrite
         Replace an existing merged result, finished or not.
     cluster
@@ -97,6 +100,7 @@ class MergeOptions(BaseModel):
     tile_size: Annotated[int, Field(ge=1, le=2**16)] | None = None
     memory_limit: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
     nan: Literal["raise", "mask"] = "raise"
+    poses: Literal["decoded", "index"] = "decoded"
     overwrite: bool = False
     cluster: str = "threads"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -165,6 +169,8 @@ class MergePlan(fmt.Attributes):
         Height and width of a tile.
     nan
         ``raise`` or ``mask``.
+    has_decoded_poses
+        Whether the output has pose maps beside an index.
     """
 
     sources: tuple[Source, ...]
@@ -177,11 +183,12 @@ class MergePlan(fmt.Attributes):
     search_space_digest: str | None
     tile: fmt.Shape
     nan: Literal["raise", "mask"]
+    has_decoded_poses: bool = True
 
     @property
     def maps(self) -> MapSet:
         """Which maps the output has."""
-        return MapSet(self.pose_form, self.has_pixel_size, self.has_counts)
+        return MapSet(self.pose_form, self.has_pixel_size, self.has_counts, self.has_decoded_poses)
 
     @property
     def grid(self) -> TileGrid:
@@ -275,6 +282,7 @@ def make_plan(
         first.pose_form,
         first.has_pixel_size,
         counts=options.nan == "mask" or any(source.has_counts for source in sources),
+        decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
     )
     return MergePlan(
         sources=sources,
@@ -289,6 +297,7 @@ def make_plan(
             first.shape, storage_shape(sources, output), maps, options, device.memory_nbytes
         ),
         nan=options.nan,
+        has_decoded_poses=maps.decoded,
     )
 
 
@@ -435,7 +444,7 @@ def worker_nbytes(
     """
     poses, indexed = 4 * len(maps.pose), maps.form is PoseForm.INDEXED
     wide = max(storage.sum_itemsize, 8 if maps.counts else 4)
-    computed = 4 * (5 + (len(maps.explicit_poses) if indexed else 0))
+    computed = 4 * (5 + len(maps.computed_poses))
     per_pixel = 4 + 4 + 8 + 8 + computed  # mip, best partial, sums
     per_pixel += 8 if maps.counts else 0
     if options.nan == "mask":

@@ -138,7 +138,7 @@ def test_merge_again_has_nothing_left_to_do(ocelot, run, tmp_path):
 def test_a_dry_run_prints_the_plan_and_writes_nothing(ocelot, run, tmp_path):
     code, out, _ = ocelot("merge", run, "--output", tmp_path / "M", "--dry-run", "--tile-size", 16)
     assert code == 0
-    labels = ("partials", "shape", "tiles", "to read", "to write", "memory", "free disk")
+    labels = ("partials", "shape", "tiles", "to read", "to write", "memory", "free disk", "device")
     assert [line[:10].strip() for line in out.splitlines()] == list(labels)
     assert not (tmp_path / "M").exists()
 
@@ -162,7 +162,7 @@ def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, t
         (("--memory-limit", "much"), "memory_limit"),
         (("--workers", 0), "option workers"),
         (("--workers", 3), "cluster 'threads' is one process"),
-        (("--cluster", "cloud"), "cluster: expected threads, local, or the address"),
+        (("--cluster", "cloud"), "cluster: expected threads, local, cuda, or the address"),
         (("--nan", "ignore"), "invalid choice: 'ignore'"),
         (("--tile-size", "big"), "invalid int value"),
         (("--tile", 16), "unrecognized arguments"),

@@ -212,9 +212,7 @@ def finalise(
         If an array is not C-contiguous, or not of the accumulator's size or the right dtype.
     """
     n, shape = acc.mip.size, acc.mip.shape
-    names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM]
-    if space is not None:
-        names += maps.explicit_poses
+    names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses]
     given = out or {}
     computed = {
         name: given[name] if name in given else np.empty(shape, np.float32) for name in names
@@ -226,7 +224,7 @@ def finalise(
     sums = acc.correlation_sum, acc.correlation_squared_sum
     inputs = _address(acc.mip, n, _F4), *(_address(total, n, _F8) for total in sums), count_map
     _statistics(n, inputs, float(acc.count), targets)
-    if space is not None:
+    if space is not None and maps.computed_poses:
         tables = space.euler_angles, space.defocus_values, space.pixel_values
         addresses = tuple(_address(table, table.size, _F4) for table in tables)
         sizes = tuple(len(table) for table in tables)

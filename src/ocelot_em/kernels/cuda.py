@@ -185,9 +185,8 @@ class CudaKernels:
             If an index lies beyond the search space.
         """
         n, shape, given = acc.mip.size, acc.mip.shape, out or {}
-        names: tuple[str, ...] = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
-        if space is not None:
-            names += maps.explicit_poses
+        names = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses)
+        decoding = space is not None and bool(maps.computed_poses)
         computed = {
             name: given[name] if name in given else self._device.empty(n, _F4).reshape(shape)
             for name in names
@@ -200,7 +199,7 @@ class CudaKernels:
             self._fill(table[0], "count", acc.count_map, n, _I8)
         for name in names[:5]:
             self._fill(table[0], name, computed[name], n, _F4)
-        if space is not None:
+        if space is not None and decoding:
             self._fill(table[0], "index", acc.pose[0], n, _I4)
             self._fill_poses(table[0], [computed[name] for name in names[5:]], n, _F4)
             tables = self._on_device(space)
@@ -210,7 +209,7 @@ class CudaKernels:
         findings = self._zeros(1)
         count = np.float64(acc.count)
         self._device.launch("finalise", n, (table, count, np.int64(n), findings))
-        if space is not None and (outside := self._read(findings)[0]):
+        if space is not None and decoding and (outside := self._read(findings)[0]):
             raise IndexError(
                 f"{outside} pixels have an index beyond the search space of {space.n_poses} poses"
             )

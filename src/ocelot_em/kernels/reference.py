@@ -197,8 +197,8 @@ def finalise(
             SUM: acc.correlation_sum.astype(np.float32),
             SQUARED_SUM: acc.correlation_squared_sum.astype(np.float32),
         }
-    if space is not None:
-        computed |= dict(zip(maps.explicit_poses, space.decode(acc.pose[0]), strict=True))
+    if space is not None and maps.computed_poses:
+        computed |= dict(zip(maps.computed_poses, space.decode(acc.pose[0]), strict=True))
     for name, array in (out or {}).items():
         if name in computed:
             array[...] = computed[name]
