@@ -1,7 +1,8 @@
 """How close a whole merge comes to copying the same chunks, and where its time goes.
 
 ``python -m benchmarks.merge [--quick] [--data FOLDER] [--repeats N]`` merges simulated searches of
-four partials, 8192 x 8192 pixels, explicit and indexed, on two threads and on two running worker
+four partials, 8192 x 8192 pixels, explicit, indexed, and indexed without decoded poses in the
+result, on two threads and on two running worker
 processes, and does the same with no merge in it (``benchmarks/_floor.py``), all in turn. Page cache
 warm; cluster start and compiling left out, planning and closing the output counted.
 """
@@ -28,13 +29,20 @@ from ocelot_em.plan import MergeOptions
 
 N_PARTIALS, N_WORKERS = 4, 2
 
+CASES: dict[str, tuple[PoseForm, MergeOptions]] = {
+    "explicit": (PoseForm.EXPLICIT, MergeOptions()),
+    "indexed": (PoseForm.INDEXED, MergeOptions()),
+    "indexed, poses not stored": (PoseForm.INDEXED, MergeOptions(poses="index")),
+}
+
 MakeExecutor = Callable[[Attempt], Executor]
 
 
-def merge_once(search: Path, folder: Path, executor: Executor) -> MergeReport:
+def merge_once(
+    search: Path, folder: Path, executor: Executor, options: MergeOptions
+) -> MergeReport:
     """Merge into a new output, which is deleted."""
     output = folder / "output.zarr"
-    options = MergeOptions()
     try:
         ready = pipeline.prepare([search], output, options)
         return pipeline.merge(ready, options, executor, lambda _: None)
@@ -62,12 +70,15 @@ def cluster_of_processes() -> Iterator[Any]:
 class Runs:
     """All runs of one way: their reports, in turn with those of the others."""
 
-    def __init__(self, search: Path, folder: Path, executor: Executor) -> None:
+    def __init__(
+        self, search: Path, folder: Path, executor: Executor, options: MergeOptions
+    ) -> None:
         self._search, self._folder, self._executor = search, folder, executor
+        self._options = options
         self.reports: list[MergeReport] = []
 
     def __call__(self) -> Run:
-        report = merge_once(self._search, self._folder, self._executor)
+        report = merge_once(self._search, self._folder, self._executor, self._options)
         self.reports.append(report)
         return Run(report.seconds)
 
@@ -82,16 +93,15 @@ class Runs:
 
 
 def compare(
-    form: PoseForm,
+    case: str,
     search: Path,
     makers: dict[str, MakeExecutor],
     repeats: int,
     fill: Callable[[], None],
 ) -> dict[str, float]:
-    """Print the tables of one form; the median seconds of a merge by kind of workers."""
+    """Print the tables of one case; the median seconds of a merge by kind of workers."""
     with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=search.parent) as name:
-        folder = Path(name)
-        options = MergeOptions()
+        folder, options = Path(name), CASES[case][1]
         ready = pipeline.prepare([search], folder / _floor.FINISHED, options)
         pipeline.merge(ready, options, ThreadExecutor(N_WORKERS), lambda _: None)
 
@@ -101,13 +111,11 @@ def compare(
 
         ways: dict[str, Runs] = {}
         for workers, make in makers.items():
-            ways[f"merge, {workers}"] = Runs(search, folder, make(pipeline.attempt_tiles))
-            ways[f"copy, {workers}"] = Runs(search, folder, make(_floor.attempt_copy))
+            ways[f"merge, {workers}"] = Runs(search, folder, make(pipeline.attempt_tiles), options)
+            ways[f"copy, {workers}"] = Runs(search, folder, make(_floor.attempt_copy), options)
         measured = common.in_turn(ways, repeats, before=before)
     pixels = ready.plan.shape[0] * ready.plan.shape[1]
-    print(
-        f"\n{form.value}, {N_PARTIALS} partials x {ready.plan.shape[0]}^2, medians of {repeats}\n"
-    )
+    print(f"\n{case}, {N_PARTIALS} partials x {ready.plan.shape[0]}^2, medians of {repeats}\n")
     rows, profile = [], []
     for name, runs in ways.items():
         kind, _, workers = name.partition(", ")
@@ -155,20 +163,21 @@ def main() -> None:
             "2 processes": lambda attempt: ClientExecutor(client, attempt),
         }
         seconds = {
-            form: compare(
-                form,
+            case: compare(
+                case,
                 common.search_of(side, N_PARTIALS, form, folder=asked.data),
                 makers,
                 repeats,
                 fill,
             )
-            for form in (PoseForm.EXPLICIT, PoseForm.INDEXED)
+            for case, (form, _) in CASES.items()
         }
-    print("\npixels per second, indexed to explicit:", end="")
-    for workers in makers:
-        ratio = seconds[PoseForm.EXPLICIT][workers] / seconds[PoseForm.INDEXED][workers]
-        print(f" {ratio:.2f} ({workers})", end="")
-    print()
+    for case in list(CASES)[1:]:
+        ratios = (
+            f"{seconds['explicit'][workers] / seconds[case][workers]:.2f} ({workers})"
+            for workers in makers
+        )
+        print(f"\npixels per second, {case}, to explicit: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

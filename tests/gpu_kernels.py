@@ -22,7 +22,7 @@ def why_no_gpu():
     return ""
 
 
-needs_gpu = (pytest.mark.gpu, pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu()))
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu())]
 
 
 class OnGpu:

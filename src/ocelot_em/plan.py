@@ -77,7 +77,7 @@ class MergeOptions(BaseModel):
         its count too.
     poses
         ``decoded``: the pose maps of indexed poses are stored beside the index. ``index``: they are
-        not, and are decoded by those who read them; half the bytes to write.
+        not, and are decoded by those who read them: a quarter less to write and to keep.
     overwrite
         Replace an existing merged result, finished or not.
     cluster

@@ -1,0 +1,53 @@
+"""The CUDA source compiles for the GPUs that are around; needs NVIDIA's compiler, but no GPU."""
+
+import re
+
+import pytest
+
+from ocelot_em.device import _COMPILE_OPTIONS, kernel_source
+
+KERNELS = {"fold_indexed", "fold_four_poses", "fold_five_poses", "finalise", "mask_nan"}
+
+
+def compiled(architecture, *options):
+    """Object code and the compiler's log."""
+    nvrtc = pytest.importorskip(
+        "cuda.bindings.nvrtc", reason="NVIDIA's compiler: pip install cuda-bindings[all]"
+    )
+
+    def checked(answer):
+        status, *values = answer
+        assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, status
+        return values[0] if values else None
+
+    try:
+        source = kernel_source().encode()
+        program = checked(nvrtc.nvrtcCreateProgram(source, b"merge.cu", 0, [], []))
+    except RuntimeError as error:
+        pytest.skip(f"NVIDIA's compiler cannot be loaded: {error}")
+    flags = [f"--gpu-architecture={architecture}".encode(), b"-std=c++17", *options]
+    flags += [option.encode() for option in _COMPILE_OPTIONS]
+    status = nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]
+    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+    checked(nvrtc.nvrtcGetProgramLog(program, log))
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    return checked(nvrtc.nvrtcGetCUBINSize(program)), log.rstrip(b"\x00").decode()
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_compiles_without_spilling_and_without_warnings(architecture):
+    nbytes, log = compiled(architecture, b"--ptxas-options=-v")
+    assert nbytes > 1000
+    assert set(re.findall(r"Compiling entry function '(\w+)'", log)) == KERNELS
+    assert "warning" not in log
+    # What does not fit the registers would go through memory, which is what limits these kernels.
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    assert frames == [("0", "0")] * len(KERNELS)
+    assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 128
+
+
+def test_products_and_sums_are_not_fused():
+    source = kernel_source()
+    for name in ("__dmul_rn", "__dadd_rn", "__dsub_rn", "__ddiv_rn", "__dsqrt_rn"):
+        assert name in source
+    assert "--fmad=false" in _COMPILE_OPTIONS

@@ -1,0 +1,167 @@
+"""Finding a GPU, and saying in one sentence why there is none; CuPy is played by a fake."""
+
+import sys
+import types
+
+import pytest
+
+from ocelot_em import cluster
+from ocelot_em.api import merge
+from ocelot_em.device import CudaDevice, DeviceFacts, find_devices, open_device
+from ocelot_em.errors import DeviceError, MissingDependencyError
+from ocelot_em.plan import MergeOptions
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+def fake_cupy(*, error="", driver=13020, n_devices=2, limit=0):
+    def count():
+        if error:
+            raise CUDARuntimeError(error)
+        return n_devices
+
+    runtime = types.SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        getDeviceCount=count,
+        runtimeGetVersion=lambda: 13020,
+        driverGetVersion=lambda: driver,
+        getDeviceProperties=lambda number: {
+            "name": f"GPU {number}".encode(),
+            "totalGlobalMem": 80 * 2**30 - number,
+        },
+    )
+    module = types.ModuleType("cupy")
+    module.cuda = types.SimpleNamespace(runtime=runtime)
+    module.get_default_memory_pool = lambda: types.SimpleNamespace(get_limit=lambda: limit)
+    return module
+
+
+@pytest.fixture
+def install(monkeypatch):
+    open_device.cache_clear()
+
+    def install(**options):
+        monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**options))
+
+    return install
+
+
+def test_facts_of_all_devices(install):
+    install()
+    assert find_devices() == [
+        DeviceFacts("GPU 0", 80 * 2**30),
+        DeviceFacts("GPU 1", 80 * 2**30 - 1),
+    ]
+    install(limit=2**30)
+    assert {facts.memory_nbytes for facts in find_devices()} == {2**30}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"error": "cudaErrorInsufficientDriver", "driver": 0}, "expected an NVIDIA driver"),
+        (
+            {"error": "cudaErrorInsufficientDriver", "driver": 12040},
+            r"driver is for CUDA 12.4, the installed CuPy needs 13.2: .*ocelot-em\[cuda12\]",
+        ),
+        ({"error": "cudaErrorNoDevice: no CUDA-capable device"}, "none is visible"),
+        ({"n_devices": 0}, "CUDA_VISIBLE_DEVICES is '-1'"),
+        ({"error": "cudaErrorUnknown"}, "cannot be used: cudaErrorUnknown"),
+    ],
+)
+def test_why_there_is_none(install, monkeypatch, options, sentence):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    install(**options)
+    with pytest.raises(DeviceError, match=sentence) as caught:
+        open_device()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_cupy(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'ocelot-em\[cuda13\]'"):
+        find_devices()
+    with pytest.raises(MissingDependencyError):
+        merge(tmp_path / "nothing.zarr", tmp_path / "OUT.zarr", cluster="cuda")
+    assert not (tmp_path / "OUT.zarr").exists()
+
+
+def test_kernels_that_cannot_be_compiled(install):
+    class RawModule:
+        def __init__(self, **_):
+            pass
+
+        def compile(self):
+            raise RuntimeError("cannot open source file cuda_fp16.h\n and much more")
+
+    cupy = fake_cupy()
+    cupy.RawModule = RawModule
+    with pytest.raises(DeviceError, match=r"compiled: RuntimeError: cannot open .*cuda-toolkit"):
+        CudaDevice(cupy)
+
+
+def test_threads_and_workers_follow_from_the_gpus(install, monkeypatch):
+    install()
+    monkeypatch.setattr(cluster, "_require_dask_cuda", lambda: None)
+    monkeypatch.setattr(cluster, "CPU_COUNT", 24)
+    choice, options = cluster.choose_device(MergeOptions(cluster="cuda"))
+    assert (choice.kind, choice.n_devices, options.device) == ("cuda", 2, "cuda")
+    assert (options.workers, options.threads) == (2, 12)
+    assert choice.memory_nbytes == int(0.9 * (80 * 2**30 - 1))
+    assert choice.reason == "asked for: 2 x GPU 0 and GPU 1"
+    pooled = MergeOptions(cluster="cuda", workers=1, threads=3, rmm_pool_size=2**30)
+    choice, options = cluster.choose_device(pooled)
+    assert (choice.memory_nbytes, options.workers, options.threads) == (2**30, 1, 3)
+
+
+def test_without_dask_cuda_nothing_starts(install):
+    install()
+    with pytest.raises(MissingDependencyError, match="dask-cuda is not installed"):
+        cluster.choose_device(MergeOptions(cluster="cuda"))
+
+
+class Client:
+    """A cluster whose workers answer as given."""
+
+    def __init__(self, *answers):
+        self._answers = answers
+
+    def run(self, _function):
+        return dict(enumerate(self._answers))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+GPU, NONE = DeviceFacts("H100", 80 * 2**30), "cuda: expected an NVIDIA driver, found none"
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "reason"),
+    [
+        ((GPU, GPU), "cuda", "auto, and all workers have a GPU: 2 x H100"),
+        ((GPU, NONE), "cpu", "auto: 1 of 2 workers have no GPU"),
+        ((), "cpu", "auto: 0 of 0 workers have no GPU"),
+    ],
+)
+def test_auto_asks_the_workers(monkeypatch, answers, kind, reason):
+    monkeypatch.setattr(cluster, "_client_of", lambda _: Client(*answers))
+    choice, options = cluster.choose_device(MergeOptions(cluster="tcp://host:8786"))
+    assert (choice.kind, choice.reason, options.device) == (kind, reason, kind)
+
+
+def test_workers_without_the_gpu_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(cluster, "_client_of", lambda _: Client(GPU, NONE))
+    options = MergeOptions(cluster="tcp://host:8786", device="cuda")
+    with pytest.raises(DeviceError, match=r"1 of 2 workers .*expected an NVIDIA driver"):
+        cluster.choose_device(options)
+
+
+def test_workers_whose_gpu_fails_at_the_start():
+    with pytest.raises(DeviceError, match="1 workers cannot use their GPU: out of order"):
+        cluster._make_ready(Client("", "out of order"), MergeOptions(device="cuda"))
