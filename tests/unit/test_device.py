@@ -165,3 +165,34 @@ def test_workers_without_the_gpu_that_was_asked_for(monkeypatch):
 def test_workers_whose_gpu_fails_at_the_start():
     with pytest.raises(DeviceError, match="1 workers cannot use their GPU: out of order"):
         cluster._make_ready(Client("", "out of order"), MergeOptions(device="cuda"))
+
+
+def test_a_cluster_of_gpus_is_asked_for_what_it_should_be(install, monkeypatch, tmp_path, rng):
+    from distributed import LocalCluster
+
+    from helpers import make_result, write_search
+
+    asked = {}
+
+    class LocalCUDACluster(LocalCluster):
+        def __init__(self, **options):
+            asked.update(options)
+            for name in ("device_memory_limit", "rmm_pool_size", "rmm_allocator_external_lib_list"):
+                del options[name]
+            super().__init__(**options)
+
+    install()
+    dask_cuda = types.ModuleType("dask_cuda")
+    dask_cuda.LocalCUDACluster = LocalCUDACluster
+    monkeypatch.setitem(sys.modules, "dask_cuda", dask_cuda)
+    monkeypatch.setattr(cluster, "_require_dask_cuda", lambda: None)
+    search = write_search(tmp_path / "RUN.zarr", [make_result(rng, (20, 30), 5)], [5])
+    # The real workers have no GPU: the merge is refused before anything is written.
+    with pytest.raises(DeviceError, match="2 workers cannot use their GPU: cuda: "):
+        merge(search, tmp_path / "OUT.zarr", cluster="cuda", threads=1, rmm_pool_size="1 GiB")
+    assert not (tmp_path / "OUT.zarr").exists()
+    assert (asked["n_workers"], asked["threads_per_worker"]) == (2, 1)
+    assert (asked["host"], asked["protocol"]) == ("127.0.0.1", "tcp")
+    assert (asked["memory_limit"], asked["device_memory_limit"]) == (0, 0)
+    assert asked["rmm_pool_size"] == 2**30
+    assert asked["rmm_allocator_external_lib_list"] == "cupy"
