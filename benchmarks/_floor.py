@@ -33,14 +33,18 @@ class Copy(Fold):
         left = dict(self._written)
         everyone = range(len(self.sources))
         first = (MIP,) if self.space is None else (MIP, INDEX)
-        for names in (first, *((name,) for name in self.maps.pose if name not in first)):
-            self._read(tile, work, names, everyone)
-            for name in names:
-                tile.write(name, left.pop(name))
+        self._read(tile, work, first, everyone)
+        for name in first:
+            tile.write(name, left.pop(name))
         for name in (SUM, SQUARED_SUM):
             self._read(tile, work, (name,), everyone)
+        poses = [name for name in self.maps.pose if name not in first]
         for name, values in left.items():
-            tile.write(name, values)
+            if name not in poses:
+                tile.write(name, values)
+        for name in poses:
+            self._read(tile, work, (name,), everyone)
+            tile.write(name, left[name])
         return 0
 
     def _read(

@@ -17,13 +17,15 @@ import numpy as np
 from ocelot_em import kernels
 from ocelot_em.device import Device, Mark
 from ocelot_em.errors import DeviceMemoryError
-from ocelot_em.fold import SPARES, STATISTICS, TileMaps, Workspace
+from ocelot_em.fold import SPARES, STATISTICS, TileMaps, Workspace, write_and_keep
 from ocelot_em.maps import (
     BEST_PARTIAL,
     COUNT,
     MIP,
     NOT_SEARCHED,
+    SCALED_MIP,
     SQUARED_SUM,
+    STD,
     SUM,
     Accumulator,
     AnyArray,
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 PINNED_PLANES = 4
 """Maps of a tile in pinned memory for each thread: one is decoded or encoded, others are copied."""
+
+LOOKED_AT = (MIP, SCALED_MIP, STD, BEST_PARTIAL)
+"""Maps of a whole tile that its statistics need together, on the host."""
 
 WIDEST_NBYTES = 8
 """Bytes of a pixel of the widest map."""
@@ -118,11 +123,17 @@ class DeviceFold:
                 for number in numbers:
                     tile.look_closer(number)
         merged = self._kernels.finalise(accumulator, self.maps, self.space, lane.computed(n))
+        first = [name for name in LOOKED_AT if name in merged]
+        if tile.collection is not None:
+            looked_at = {name: work.array(name, merged[name].dtype) for name in first}
+            for name, values in lane.fetch(merged, first):
+                looked_at[name][...] = values.reshape(work.shape)
+            tile.collection.look(looked_at)
         searched = 0
-        for name, values in lane.fetch(merged):
+        for name, values in lane.fetch(merged, list(merged)):
             if name == MIP:
                 searched = int(np.count_nonzero(values > -np.inf))
-            tile.write(name, values.reshape(work.shape))
+            write_and_keep(tile, name, values.reshape(work.shape))
         return searched
 
     def _lane(self, most_pixels: int) -> "Lane":
@@ -140,6 +151,8 @@ class DeviceFold:
             values = lane.pinned(n, arrival.dtype)
             arrival.decode(0, 1, values)
             tile.close()
+            if tile.collection is not None and name in (SUM, SQUARED_SUM):
+                tile.collection.add_sums(number, name, 0, values)
             if name == BEST_PARTIAL:
                 np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
             there[name] = lane.send(values, slot, name)
@@ -239,10 +252,13 @@ class Lane:
         self._marks[self._turn] = self._device.copy_in(values, there)
         return there
 
-    def fetch(self, maps: dict[str, AnyArray]) -> Iterator[tuple[str, AnyArray]]:
-        """Copy maps to the host; each is valid until the next is asked for."""
+    def fetch(
+        self, maps: Mapping[str, AnyArray], names: Sequence[str]
+    ) -> Iterator[tuple[str, AnyArray]]:
+        """Copy maps of these names to the host; each is valid until the next is asked for."""
         on_the_way: deque[tuple[str, AnyArray, Mark]] = deque()
-        for name, there in maps.items():
+        for name in names:
+            there = maps[name]
             if len(on_the_way) == PINNED_PLANES - 1:
                 yield self._arrived(on_the_way.popleft())
             host = self.pinned(there.size, there.dtype)

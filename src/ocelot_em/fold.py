@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ocelot_em import kernels
+from ocelot_em.collected import Collection
 from ocelot_em.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -101,6 +102,11 @@ class TileMaps(Protocol):
         """Take a merged map; its memory is used again afterwards."""
         ...
 
+    @property
+    def collection(self) -> Collection | None:
+        """Where statistics and candidates of this tile are collected, if anybody wants them."""
+        ...
+
     def look_closer(self, number: int) -> None:
         """Raise :class:`InvalidDataError` if a source has NaN or an invalid index in this tile."""
         ...
@@ -141,8 +147,8 @@ class Fold:
             yield from ((number, name) for number, own in enumerate(names) for name in own)
             return
         phases: list[tuple[str, ...]] = [(MIP,)] if self.space is None else [(MIP, INDEX)]
-        phases += [(name,) for name in self.maps.pose if name != INDEX]
         phases += [(BEST_PARTIAL,), (COUNT,), (SUM,), (SQUARED_SUM,)]
+        phases += [(name,) for name in self.maps.pose if name != INDEX]
         for phase in phases:
             for number, own in enumerate(names):
                 yield from ((number, name) for name in phase if name in own)
@@ -158,11 +164,11 @@ class Fold:
         if self._mask_nan:
             return self._by_partial(tile, work)
         searched = self._winners(tile, work)
+        self._best_partial(tile, work)
+        self._sums(tile, work)
         if self.space is None:
             for name in self.maps.pose:
                 self._pose(name, tile, work, any_unsearched=searched < work.n_pixels)
-        self._best_partial(tile, work)
-        self._sums(tile, work)
         return searched
 
     def _winners(self, tile: TileMaps, work: Workspace) -> int:
@@ -212,7 +218,7 @@ class Fold:
                 tile.look_closer(number)
         if any_unsearched:
             self._planes.blank(winner, kept)
-        tile.write(name, work.array("kept pose", "f4"))
+        write_and_keep(tile, name, work.array("kept pose", "f4"))
 
     def _best_partial(self, tile: TileMaps, work: Workspace) -> None:
         """Write what the winners are called; in a source of several, which of them."""
@@ -243,9 +249,11 @@ class Fold:
                 add = self._planes.add if number else self._planes.add_first
                 if add(new, total[part]):
                     tile.look_closer(number)
+                if tile.collection is not None:
+                    tile.collection.add_sums(number, name, part.start, new)
                 if name == SQUARED_SUM and number == everyone[-1]:
                     self._compute(self._accumulator(work, part), work, part)
-        self._write_computed(tile, work)
+        self._look_and_write(tile, work)
 
     def _accumulator(self, work: Workspace, part: slice) -> Accumulator:
         """Some pixels of the workspace, as a kernel takes them."""
@@ -337,16 +345,18 @@ class Fold:
                 arrays[name] = work.array(f"incoming {name}", arrival.dtype)
                 arrival.decode(0, 1, arrays[name].reshape(-1))
                 tile.close()
+                if tile.collection is not None and name in (SUM, SQUARED_SUM):
+                    tile.collection.add_sums(number, name, 0, arrays[name].reshape(-1))
             partial = self._kernel.mask_nan(partial_maps(source, maps, arrays))
             report = self._kernel.fold(accumulator, partial, self.space)
             if report.nan_pixels or report.invalid_indices:
                 tile.look_closer(number)
-        for name, values in zip(maps.pose, accumulator.pose, strict=True):
-            tile.write(name, values)
         tile.write(MIP, accumulator.mip)
         tile.write(BEST_PARTIAL, accumulator.best_partial)
         self._compute(accumulator, work, slice(None))
-        self._write_computed(tile, work)
+        self._look_and_write(tile, work)
+        for name, values in zip(maps.pose, accumulator.pose, strict=True):
+            write_and_keep(tile, name, values)
         return int(np.count_nonzero(accumulator.mip > -np.inf))
 
     @property
@@ -359,11 +369,25 @@ class Fold:
         out = {name: flat(f"merged {name}", "f4")[part] for name in self._computed}
         self._kernel.finalise(accumulator, self.maps, self.space, out)
 
-    def _write_computed(self, tile: TileMaps, work: Workspace) -> None:
+    def _look_and_write(self, tile: TileMaps, work: Workspace) -> None:
+        """Look at what is known of the whole tile now, and write what was computed."""
+        if tile.collection is not None:
+            seen = {name: work.array(f"merged {name}", "f4") for name in (SCALED_MIP, STD)}
+            seen |= {MIP: work.array(MIP, "f4"), BEST_PARTIAL: work.array(BEST_PARTIAL, "i4")}
+            if self.space is not None:
+                seen[INDEX] = work.array(INDEX, "i4")
+            tile.collection.look(seen)
         for name in self._computed:
-            tile.write(name, work.array(f"merged {name}", "f4"))
+            write_and_keep(tile, name, work.array(f"merged {name}", "f4"))
         if self.maps.counts:
-            tile.write(COUNT, work.array(COUNT, "i8"))
+            write_and_keep(tile, COUNT, work.array(COUNT, "i8"))
+
+
+def write_and_keep(tile: TileMaps, name: str, values: AnyArray) -> None:
+    """Write a merged map, when it is known where the candidates are."""
+    if tile.collection is not None:
+        tile.collection.take(name, values)
+    tile.write(name, values)
 
 
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:

@@ -174,6 +174,52 @@ class MergedAttributes(_Result):
         return replace(super().maps, decoded=self.has_decoded_poses)
 
 
+class PartialStatistics(Attributes):
+    """How often a partial won, of the valid pixels."""
+
+    name: str
+    total_projections: Count
+    won_pixels: Count
+
+
+class SourceStatistics(Attributes):
+    """An input's own correlations, over the valid pixels; None where nothing is known.
+
+    Parameters
+    ----------
+    mean, mean_spread
+        Mean over the pixels of the mean correlation, and its standard deviation over the pixels.
+    std
+        Standard deviation of the correlations at one pixel, in the quadratic mean over the pixels.
+    correlation_sum, correlation_squared_sum
+        Sums over all pixels; equal ones give away a share that was searched twice.
+    """
+
+    name: str
+    total_projections: Count
+    mean: float | None = None
+    mean_spread: float | None = None
+    std: float | None = None
+    correlation_sum: float | None = None
+    correlation_squared_sum: float | None = None
+
+
+class StatisticsAttributes(Attributes):
+    """What was counted over the valid pixels of a merged result."""
+
+    valid_pixels: Count
+    searched_pixels: Count
+    unsearched_pixels: Count
+    nan_pixels: Count
+    zero_std_pixels: Count
+    mip_range: tuple[float, float] | None
+    scaled_mip_range: tuple[float, float] | None
+    candidate_level: float | None
+    n_candidates: Count
+    partials: tuple[PartialStatistics, ...]
+    sources: tuple[SourceStatistics, ...]
+
+
 _Model = TypeVar("_Model", bound=Attributes)
 
 

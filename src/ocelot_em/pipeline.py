@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocelot_em import format as fmt
-from ocelot_em import store
+from ocelot_em import records, store
 from ocelot_em.canvas import Tile, TileGrid
+from ocelot_em.collected import Collection
 from ocelot_em.device import open_device
 from ocelot_em.device_fold import DeviceFold
 from ocelot_em.errors import (
@@ -304,6 +305,7 @@ def merge(
             f"{''.join(shown)}{more}"
         )
     if attributes.state != "complete":
+        records.finish(objects, ready.plan)
         objects.tidy("")
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})
         store.update_attributes(objects, "", fmt.dump_attributes(finished))
@@ -368,6 +370,7 @@ class TileInWork:
         self._looked_at: set[int] = set()
         self._searched_pixels = self._read_nbytes = self._written_nbytes = 0
         self._error = ""
+        self.collection: Collection | None = records.new_collection(job.plan, tile)
 
     def merge(self) -> None:
         """Fold the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
@@ -375,6 +378,7 @@ class TileInWork:
         try:
             work = self._job.workspace(self._tile)
             self._searched_pixels = self._job.fold.merge(self, work)
+            self._keep_collection()
         except Exception as error:
             log.debug("%s failed", self._tile, exc_info=True)
             self._error = _in_words(error)
@@ -432,6 +436,17 @@ class TileInWork:
             self._written.append(self._outgoing.put(target.objects, target.key(chunk), parts))
         self._clock.lap("write")
 
+    def _keep_collection(self) -> None:
+        """Encode the records of what was collected."""
+        if self.collection is None:
+            return
+        self._clock.lap("fold")
+        for key, parts in records.encode_records(self.collection, self._tile):
+            self._written_nbytes += sum(map(len, parts))
+            self._written.append(self._job.put_behind(self._outgoing, key, parts))
+        self.collection = None
+        self._clock.lap("write")
+
     def look_closer(self, number: int) -> None:
         """Raise if a source really has values that cannot be merged."""
         if number not in self._looked_at:
@@ -463,6 +478,7 @@ class TileInMemory:
         self._job, self._tile, self._work = job, tile, Workspace(tile.region.size)
         self._work.shape = tile.region.shape
         self._merged: dict[str, AnyArray] = {}
+        self.collection: Collection | None = None
 
     def merge(self) -> dict[str, AnyArray]:
         """Return the merged maps.
@@ -578,6 +594,11 @@ class Job:
             hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
             raise InvalidDataError(f"{tile}: {'; '.join(problems)}; {hint}")
 
+    def put_behind(self, outgoing: WriteBehind, key: str, parts: Sequence[bytes]) -> "Future[None]":
+        """Write an object of the output, soon."""
+        assert self._objects is not None
+        return outgoing.put(self._objects, key, parts)
+
     def mark_done(self, tile: Tile, summary: TileSummary) -> None:
         """Record that a tile is written; comes after its last chunk."""
         assert self._objects is not None
@@ -649,6 +670,7 @@ def _create_output(
         if space is not None:
             write_search_space(objects, space)
     store.create_group(objects, fmt.TILE_SUMMARY.partition("/")[0], {})
+    records.create_records(objects, plan)
     store.create_array(
         objects,
         fmt.TILE_SUMMARY,

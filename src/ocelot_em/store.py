@@ -360,9 +360,28 @@ class ChunkedMap:
 
 def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
     """Encode C-contiguous values as one chunk; the encoded bytes written."""
-    parts = encode(values, _BLOSC)
+    parts = encode_chunk(values)
     objects.put(key, parts)
     return sum(map(len, parts))
+
+
+def encode_chunk(values: AnyArray) -> list[bytes]:
+    """Encode C-contiguous values as one chunk; the parts of its object."""
+    return encode(values, _BLOSC)
+
+
+def decode_chunk(encoded: bytes, out: AnyArray, place: str) -> None:
+    """Decode a chunk into C-contiguous values of its size.
+
+    Raises
+    ------
+    CorruptChunkError
+        With the place.
+    """
+    try:
+        Frame(memoryview(encoded), out.nbytes).decode(out)
+    except ValueError as error:
+        raise CorruptChunkError(f"{place}: is corrupt: {error}; merge again") from error
 
 
 def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:

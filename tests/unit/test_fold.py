@@ -52,6 +52,8 @@ class MemoryArrival:
 class MemoryTile:
     """Hands out the maps of partials, strictly in the announced order."""
 
+    collection = None
+
     def __init__(self, fold, work, partials, n_parts=1):
         self.announced = list(fold.order())
         self.work, self.partials, self.maps = work, partials, fold.maps

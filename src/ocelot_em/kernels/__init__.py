@@ -90,6 +90,13 @@ def load_cuda(device: Device) -> Kernels:
     return CudaKernels(device)
 
 
+def load_collect() -> ModuleType:
+    """Import :mod:`ocelot_em.kernels.collect`; here for the same reason as :func:`load`."""
+    from ocelot_em.kernels import collect
+
+    return collect
+
+
 def load_by_map() -> ModuleType:
     """Import :mod:`ocelot_em.kernels.by_map`; here for the same reason as :func:`load`."""
     from ocelot_em.kernels import by_map

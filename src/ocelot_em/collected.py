@@ -1,0 +1,323 @@
+"""What is collected of a tile while it is merged, so that nobody has to read all maps again.
+
+Histograms, extremes and special pixels; how often each partial won, and its own sums; and the
+*candidates*: pixels whose z-score is so high that a particle may be there, with all that is known
+of them. Only valid pixels count. The numbers of tiles add up to those of the map.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from ocelot_em import kernels
+from ocelot_em.canvas import Region
+from ocelot_em.maps import (
+    BEST_PARTIAL,
+    COUNT,
+    INDEX,
+    MEAN,
+    MIP,
+    POSES,
+    SCALED_MIP,
+    STD,
+    SUM,
+    AnyArray,
+    Float64,
+)
+
+
+class Axis(NamedTuple):
+    """Equal bins from a lowest value; what lies beyond is in the first and last bins.
+
+    Parameters
+    ----------
+    low
+        Lower edge of the first bin.
+    rate
+        Bins per unit.
+    n
+        Number of bins.
+    """
+
+    low: float
+    rate: int
+    n: int
+
+    @property
+    def edges(self) -> Float64:
+        """Edges of the bins, ``n + 1`` of them."""
+        return self.low + np.arange(self.n + 1) / self.rate
+
+
+FINE = Axis(-8.0, 256, 64 * 256)
+"""Of ``mip`` and of z-scores: from -8 to 56."""
+
+COARSE = Axis(-8.0, 16, 32 * 16)
+"""Of both together: from -8 to 24."""
+
+CANDIDATE_SHARE = 1e-3
+"""Share of pixels that noise alone makes candidates, if it is Gaussian: with as many, a tile's
+record stays small, and every usual threshold lies above."""
+
+PIXELS_PER_CANDIDATE = 256
+"""A record has room for one candidate in so many pixels of a tile."""
+
+FEWEST_CANDIDATES = 64
+"""For which a record has room, however small the tile."""
+
+NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+"""Offsets (y, x) of the pixels whose z-score is kept with a candidate."""
+
+NEIGHBOUR_FIELDS = ("z_above", "z_below", "z_left", "z_right")
+GATHERED = (MIP, SCALED_MIP, MEAN, STD, BEST_PARTIAL, COUNT, INDEX, *POSES)
+CANDIDATE_FIELDS = ("y", "x", *GATHERED, *NEIGHBOUR_FIELDS)
+"""What is known of a candidate: pixel of the map, the values of all maps there, neighbours."""
+
+EXTREMES = ("lowest_mip", "highest_mip", "lowest_z", "highest_z")
+COUNTS = ("nan_pixels", "zero_std_pixels", "unsearched_pixels")
+TILE_FIELDS = (*EXTREMES, *COUNTS, "n_candidates")
+MOMENTS = ("n", "total", "squared_total")
+"""Of one kind of sums of a source: pixels, their sum, the sum of their squares."""
+
+
+def candidate_level(total_projections: int) -> float:
+    """z-score from which on a pixel is a candidate; infinite if nothing was searched."""
+    if total_projections <= 0:
+        return float("inf")
+    return -NormalDist().inv_cdf(CANDIDATE_SHARE / max(total_projections, 1))
+
+
+def candidate_capacity(tile: tuple[int, int]) -> int:
+    """For how many candidates a tile's record has room."""
+    return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, FEWEST_CANDIDATES)
+
+
+@dataclass
+class Histograms:
+    """Valid, searched pixels by ``mip``, by z-score, and by both.
+
+    Parameters
+    ----------
+    mip, z
+        Counts over :data:`FINE`.
+    joint
+        Counts over :data:`COARSE`, ``mip`` by rows and z-score by columns.
+    """
+
+    mip: AnyArray
+    z: AnyArray
+    joint: AnyArray
+
+    @classmethod
+    def empty(cls, dtype: str) -> "Histograms":
+        """Nothing counted."""
+        joint = np.zeros((COARSE.n, COARSE.n), dtype)
+        return cls(np.zeros(FINE.n, dtype), np.zeros(FINE.n, dtype), joint)
+
+    @classmethod
+    def from_flat(cls, flat: AnyArray) -> "Histograms":
+        """Take apart what :meth:`flat` has put together."""
+        mip, z, joint = np.split(flat, [FINE.n, 2 * FINE.n])
+        return cls(mip, z, joint.reshape(COARSE.n, COARSE.n))
+
+    @property
+    def flat(self) -> AnyArray:
+        """All counts in one row."""
+        return np.concatenate([self.mip, self.z, self.joint.reshape(-1)])
+
+
+N_FLAT = 2 * FINE.n + COARSE.n**2
+"""Counts of :attr:`Histograms.flat`."""
+
+
+@dataclass
+class TileStatistics:
+    """Numbers of one tile, or of several together.
+
+    Parameters
+    ----------
+    extremes
+        In the order of :data:`EXTREMES`; infinite where there is no pixel.
+    counts
+        In the order of :data:`COUNTS`.
+    n_candidates
+        Pixels at or above the level, also where the record had no room for all.
+    wins
+        Pixels won, by number of the partial.
+    moments
+        By source, kind of sum (plain, squared) and :data:`MOMENTS`.
+    """
+
+    extremes: Float64
+    counts: AnyArray
+    n_candidates: int
+    wins: AnyArray
+    moments: Float64
+
+    @classmethod
+    def empty(cls, n_partials: int, n_sources: int) -> "TileStatistics":
+        """Of no pixels."""
+        return cls(
+            extremes=np.array([np.inf, -np.inf, np.inf, -np.inf]),
+            counts=np.zeros(len(COUNTS), np.int64),
+            n_candidates=0,
+            wins=np.zeros(n_partials, np.int64),
+            moments=np.zeros((n_sources, 2, len(MOMENTS))),
+        )
+
+    @property
+    def flat(self) -> Float64:
+        """All numbers in one row; counts of pixels are far below 2**53."""
+        own = [*self.extremes, *self.counts, self.n_candidates]
+        return np.concatenate([own, self.wins, self.moments.reshape(-1)])
+
+    @classmethod
+    def from_flat(cls, flat: AnyArray, n_partials: int) -> "TileStatistics":
+        """Take apart what :attr:`flat` has put together."""
+        n_own, n_extremes = len(TILE_FIELDS), len(EXTREMES)
+        moments = flat[n_own + n_partials :].reshape(-1, 2, len(MOMENTS))
+        return cls(
+            extremes=flat[:n_extremes],
+            counts=flat[n_extremes : n_own - 1].astype(np.int64),
+            n_candidates=int(flat[n_own - 1]),
+            wins=flat[n_own : n_own + n_partials].astype(np.int64),
+            moments=moments,
+        )
+
+    @staticmethod
+    def n_flat(n_partials: int, n_sources: int) -> int:
+        """Numbers of :attr:`flat`."""
+        return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
+
+    def add(self, other: "TileStatistics") -> None:
+        """Take the numbers of other pixels in."""
+        low, high = self.extremes.copy(), other.extremes
+        self.extremes = np.array(
+            [min(low[0], high[0]), max(low[1], high[1]), min(low[2], high[2]), max(low[3], high[3])]
+        )
+        self.counts = self.counts + other.counts
+        self.n_candidates += other.n_candidates
+        self.wins = self.wins + other.wins
+        self.moments = self.moments + other.moments
+
+
+@dataclass
+class Collection:
+    """What is collected of one tile, as its maps are made.
+
+    The order of calls: :meth:`add_sums` for every source, then :meth:`look`, then :meth:`take` for
+    every map that has not been seen by then.
+
+    Parameters
+    ----------
+    region
+        The tile.
+    valid_shape
+        Of the map.
+    level
+        z-score from which on a pixel is a candidate.
+    capacity
+        For how many candidates there is room.
+    n_partials, n_sources
+        In the whole merge.
+    """
+
+    region: Region
+    valid_shape: tuple[int, int]
+    level: float
+    capacity: int
+    n_partials: int
+    n_sources: int
+    statistics: TileStatistics = field(init=False)
+    histograms: Histograms = field(init=False)
+    candidates: Float64 = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._kernel = kernels.load_collect()
+        self.statistics = TileStatistics.empty(self.n_partials, self.n_sources)
+        self.histograms = Histograms.empty("uint32")
+        self.candidates = np.full((self.capacity, len(CANDIDATE_FIELDS)), np.nan)
+        valid = Region.whole(self.valid_shape).intersect(self.region).relative_to(self.region)
+        self._valid = valid.shape
+        self._where = np.empty(0, np.intp), np.empty(0, np.intp)
+
+    def add_sums(self, number: int, name: str, start: int, values: AnyArray) -> None:
+        """Take note of the sums of a source, over a run of the tile's pixels from ``start`` on."""
+        into = self.statistics.moments[number, 0 if name == SUM else 1]
+        self._kernel.add_moments(values, start, self.region.shape[1], self._valid, into)
+
+    def look(self, maps: dict[str, AnyArray]) -> None:
+        """Count the pixels, and find the candidates.
+
+        Parameters
+        ----------
+        maps
+            ``mip``, z-score, standard deviation, number of the partial, and all others that will
+            not be handed to :meth:`take`; of the tile's shape.
+        """
+        n_rows, n_columns = self._valid
+        if not n_rows or not n_columns:
+            return
+        valid = {name: values[:n_rows, :n_columns] for name, values in maps.items()}
+        axes = (
+            (FINE.low, float(FINE.rate), FINE.n),
+            (FINE.low, float(FINE.rate), FINE.n),
+            (float(COARSE.rate), COARSE.n, COARSE.n),
+        )
+        own, histograms = self.statistics, self.histograms
+        into = histograms.mip, histograms.z, histograms.joint, own.extremes, own.counts
+        z = valid[SCALED_MIP]
+        self._kernel.count_pixels(valid[MIP], z, valid[STD], axes, into)
+        self._kernel.count_wins(valid[BEST_PARTIAL], own.wins)
+        self._find_candidates(z)
+        for name, values in maps.items():
+            self.take(name, values)
+
+    def _find_candidates(self, z: AnyArray) -> None:
+        where = np.empty(4 * self.capacity, np.int32)
+        found = self._kernel.find_above(z, np.float32(self.level), where)
+        self.statistics.n_candidates = int(found)
+        if found > where.size:
+            where = np.empty(found, np.int32)
+            self._kernel.find_above(z, np.float32(self.level), where)
+        numbers = where[:found]
+        if found > self.capacity:  # the highest ones
+            heights = z.reshape(-1)[numbers] if z.flags.c_contiguous else z[self._at(numbers, z)]
+            best = np.argpartition(-heights, self.capacity - 1)[: self.capacity]
+            numbers = np.sort(numbers[best])
+        y, x = self._where = self._at(numbers, z)
+        n, places = len(y), CANDIDATE_FIELDS.index
+        self.candidates[:n, places("y")] = y + self.region.y0
+        self.candidates[:n, places("x")] = x + self.region.x0
+        for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
+            inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
+            beside = np.full(n, np.nan)
+            beside[inside] = z[y[inside] + dy, x[inside] + dx]
+            self.candidates[:n, places(name)] = beside
+
+    @staticmethod
+    def _at(numbers: AnyArray, z: AnyArray) -> tuple[AnyArray, AnyArray]:
+        y, x = np.divmod(numbers, z.shape[1])
+        return y.astype(np.intp), x.astype(np.intp)
+
+    def take(self, name: str, values: AnyArray) -> None:
+        """Keep a map's values at the candidates."""
+        if name in GATHERED and len(self._where[0]):
+            place = CANDIDATE_FIELDS.index(name)
+            self.candidates[: len(self._where[0]), place] = values[self._where]
+
+
+def add_up(
+    records: Iterable[tuple[TileStatistics, Histograms]], n_partials: int, n_sources: int
+) -> tuple[TileStatistics, Histograms]:
+    """Add the records of all tiles."""
+    total, histograms = TileStatistics.empty(n_partials, n_sources), Histograms.empty("int64")
+    for statistics, counted in records:
+        total.add(statistics)
+        histograms.mip += counted.mip
+        histograms.z += counted.z
+        histograms.joint += counted.joint
+    return total, histograms

@@ -1,0 +1,290 @@
+"""Statistics and candidates of a merged result, as stored: a record for each tile, then the sums.
+
+Workers write a tile's records before its done-mark; the driver adds them up when the last tile is
+done. Readers need no maps.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from typing import TypeVar
+
+import numpy as np
+
+from ocelot_em import format as fmt
+from ocelot_em import store
+from ocelot_em.canvas import Tile
+from ocelot_em.collected import (
+    CANDIDATE_FIELDS,
+    COARSE,
+    FINE,
+    N_FLAT,
+    TILE_FIELDS,
+    Axis,
+    Collection,
+    Histograms,
+    TileStatistics,
+    add_up,
+    candidate_capacity,
+    candidate_level,
+)
+from ocelot_em.errors import FormatError, IncompleteError, MissingChunkError
+from ocelot_em.maps import AnyArray, Float64
+from ocelot_em.objects import Objects, open_objects
+from ocelot_em.plan import MergePlan, read_plan
+from ocelot_em.search import read_attributes
+
+_T = TypeVar("_T")
+
+RECORDS = ("progress/histograms", "progress/statistics", "progress/candidates")
+"""Arrays with one chunk for each tile."""
+
+MIP_HISTOGRAM = "statistics/mip_histogram"
+Z_HISTOGRAM = "statistics/scaled_mip_histogram"
+JOINT_HISTOGRAM = "statistics/joint_histogram"
+
+
+def new_collection(plan: MergePlan, tile: Tile) -> Collection:
+    """Make a place for what is collected of a tile."""
+    return Collection(
+        tile.region,
+        plan.valid_shape,
+        candidate_level(plan.total_projections),
+        candidate_capacity(plan.tile),
+        len(plan.contributions),
+        len(plan.sources),
+    )
+
+
+def create_records(objects: Objects, plan: MergePlan) -> None:
+    """Write the metadata of the tiles' records."""
+    n_numbers = TileStatistics.n_flat(len(plan.contributions), len(plan.sources))
+    shapes: dict[str, tuple[int, ...]] = {
+        "progress/histograms": (N_FLAT,),
+        "progress/statistics": (n_numbers,),
+        "progress/candidates": (candidate_capacity(plan.tile), len(CANDIDATE_FIELDS)),
+    }
+    for path, shape in shapes.items():
+        counted = path == "progress/histograms"
+        fields = CANDIDATE_FIELDS if path == "progress/candidates" else TILE_FIELDS
+        store.create_array(
+            objects,
+            path,
+            shape=(*plan.grid.counts, *shape),
+            chunk=(1, 1, *shape),
+            dtype="uint32" if counted else "float64",
+            fill=0 if counted else float("nan"),
+            dimensions=("tile_y", "tile_x", *("candidate",) * (len(shape) - 1), "field"),
+            attributes={} if counted else {"fields": list(fields)},
+        )
+
+
+def encode_records(collection: Collection, tile: Tile) -> Iterator[tuple[str, list[bytes]]]:
+    """Give the objects of a tile's records: keys, and parts of their bytes."""
+    values = collection.histograms.flat, collection.statistics.flat, collection.candidates
+    for path, record in zip(RECORDS, values, strict=True):
+        key = _key(path, tile, record.ndim)
+        yield key, store.encode_chunk(np.ascontiguousarray(record))
+
+
+def _key(path: str, tile: Tile, ndim: int) -> str:
+    return "/".join([path, "c", str(tile.iy), str(tile.ix), *("0" for _ in range(ndim))])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a merged map without reading it.
+
+    Parameters
+    ----------
+    attributes
+        Counts of pixels, ranges, partials.
+    histograms
+        Of all valid, searched pixels.
+    """
+
+    attributes: fmt.StatisticsAttributes
+    histograms: Histograms
+
+
+def finish(objects: Objects, plan: MergePlan) -> None:
+    """Add up the records of all tiles, and write the sums."""
+    n_partials, n_sources = len(plan.contributions), len(plan.sources)
+
+    def read(tile: Tile) -> tuple[TileStatistics, Histograms]:
+        counted = _read_record(objects, "progress/histograms", tile, (N_FLAT,), "uint32")
+        n_numbers = TileStatistics.n_flat(n_partials, n_sources)
+        numbers = _read_record(objects, "progress/statistics", tile, (n_numbers,), "float64")
+        return TileStatistics.from_flat(numbers, n_partials), Histograms.from_flat(counted)
+
+    total, histograms = add_up(_in_threads(read, plan), n_partials, n_sources)
+    store.create_group(objects, "statistics", {})
+    for path, counts, axes in (
+        (MIP_HISTOGRAM, histograms.mip, (FINE,)),
+        (Z_HISTOGRAM, histograms.z, (FINE,)),
+        (JOINT_HISTOGRAM, histograms.joint, (COARSE, COARSE)),
+    ):
+        _write_histogram(objects, path, counts, axes)
+    about = _attributes(plan, total, searched=int(histograms.z.sum()))
+    store.update_attributes(objects, "statistics", fmt.dump_attributes(about))
+
+
+def _in_threads(read: Callable[[Tile], _T], plan: MergePlan) -> Iterator[_T]:
+    """Read records of all tiles, a bounded number of them ahead."""
+    n_threads = min(os.cpu_count() or 1, 8)
+    tiles = iter(plan.grid)
+    with ThreadPoolExecutor(n_threads) as pool:
+        while batch := [tile for _, tile in zip(range(16 * n_threads), tiles, strict=False)]:
+            yield from pool.map(read, batch)
+
+
+def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:
+    store.create_array(
+        objects,
+        path,
+        shape=counts.shape,
+        chunk=counts.shape,
+        dtype="int64",
+        fill=0,
+        dimensions=("mip", "scaled_mip")[-counts.ndim :] if path != MIP_HISTOGRAM else ("mip",),
+        attributes={"low": axes[0].low, "bins_per_unit": axes[0].rate},
+    )
+    key = "/".join([path, "c", *("0" for _ in counts.shape)])
+    store.write_chunk(objects, key, np.ascontiguousarray(counts))
+
+
+def _attributes(plan: MergePlan, total: TileStatistics, searched: int) -> fmt.StatisticsAttributes:
+    lowest_mip, highest_mip, lowest_z, highest_z = map(float, total.extremes)
+    nan, zero_std, unsearched = map(int, total.counts)
+    level = candidate_level(plan.total_projections)
+    return fmt.StatisticsAttributes(
+        valid_pixels=plan.valid_shape[0] * plan.valid_shape[1],
+        searched_pixels=searched,
+        unsearched_pixels=unsearched,
+        nan_pixels=nan,
+        zero_std_pixels=zero_std,
+        mip_range=(lowest_mip, highest_mip) if searched else None,
+        scaled_mip_range=(lowest_z, highest_z) if searched else None,
+        candidate_level=level if np.isfinite(level) else None,
+        n_candidates=total.n_candidates,
+        partials=tuple(
+            fmt.PartialStatistics(
+                name=contribution.name,
+                total_projections=contribution.total_projections,
+                won_pixels=int(won),
+            )
+            for contribution, won in zip(plan.contributions, total.wins, strict=True)
+        ),
+        sources=tuple(
+            _source_statistics(source.name, source.total_projections, moments)
+            for source, moments in zip(plan.sources, total.moments, strict=True)
+        ),
+    )
+
+
+def _source_statistics(name: str, count: int, moments: Float64) -> fmt.SourceStatistics:
+    """Turn sums over the pixels of a source's maps into statistics of its correlations."""
+    (n, total, squared_total), (n_squared, energy, _) = moments
+    known = n > 0 and n_squared > 0 and count > 0
+    if not known:
+        return fmt.SourceStatistics(name=name, total_projections=count)
+    mean = total / n
+    spread = max(squared_total / n - mean * mean, 0.0) ** 0.5
+    # Mean over pixels of Q / N - (S / N)**2.
+    variance = energy / n_squared / count - squared_total / n / count**2
+    return fmt.SourceStatistics(
+        name=name,
+        total_projections=count,
+        mean=mean / count,
+        mean_spread=spread / count,
+        std=max(variance, 0.0) ** 0.5,
+        correlation_sum=float(total),
+        correlation_squared_sum=float(energy),
+    )
+
+
+def read_summary(place: str | PathLike[str]) -> Summary | None:
+    """Read the statistics of a merged result; None if it was merged without.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+        It is not a merged result.
+    IncompleteError
+        It was never finished.
+    """
+    objects = open_objects(place)
+    _merged(objects)
+    attributes = store.group_attributes(objects, "statistics")
+    if attributes is None:
+        return None
+    where = f"{objects.url}/statistics"
+    paths = MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM
+    return Summary(
+        fmt.parse_attributes(fmt.StatisticsAttributes, attributes, where),
+        Histograms(*(store.read_table(objects, path) for path in paths)),
+    )
+
+
+def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
+    """Read the candidates of a merged result.
+
+    Returns
+    -------
+    candidates : array of float64
+        One row each, columns :data:`CANDIDATE_FIELDS`; NaN in maps that the result has not.
+    level : float
+        They are all pixels with a z-score of at least this; infinite if there are no records.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError, MissingChunkError
+    """
+    objects = open_objects(place)
+    attributes = _merged(objects)
+    plan = read_plan(attributes, objects.url)
+    if objects.get("progress/candidates/zarr.json") is None:
+        return np.empty((0, len(CANDIDATE_FIELDS))), float("inf")
+    capacity = candidate_capacity(plan.tile)
+    level = candidate_level(plan.total_projections)
+    z = CANDIDATE_FIELDS.index("scaled_mip")
+
+    def read(tile: Tile) -> tuple[Float64, float]:
+        record = _read_record(
+            objects, "progress/candidates", tile, (capacity, len(CANDIDATE_FIELDS)), "float64"
+        )
+        rows = record[~np.isnan(record[:, 0])]
+        full = len(rows) == capacity
+        return rows, float(rows[:, z].min()) if full else level
+
+    found, levels = [np.empty((0, len(CANDIDATE_FIELDS)))], [level]
+    for rows, complete_from in _in_threads(read, plan):
+        found.append(rows)
+        levels.append(complete_from)
+    return np.concatenate(found), max(levels)
+
+
+def _merged(objects: Objects) -> fmt.MergedAttributes:
+    attributes = read_attributes(objects)
+    if not isinstance(attributes, fmt.MergedAttributes):
+        raise FormatError(f"{objects.url}: is a search, not a merged result; merge it first")
+    if attributes.state != "complete":
+        raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
+    return attributes
+
+
+def _read_record(
+    objects: Objects, path: str, tile: Tile, shape: tuple[int, ...], dtype: str
+) -> AnyArray:
+    key = _key(path, tile, len(shape))
+    values = np.empty(shape, dtype)
+    encoded = objects.get(key)
+    if encoded is None:
+        raise MissingChunkError(
+            f"{objects.url}: {path}: the record of {tile} is missing: expected an object {key}; "
+            "merge again"
+        )
+    store.decode_chunk(encoded, values, f"{objects.url}: {path}: {tile}")
+    return values

@@ -1,0 +1,173 @@
+"""What a merge collects, against counting in the finished maps."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import ocelot_em
+from helpers import SPACE, make_result, read_maps, write_search
+from host_device import LateDevice, host_kernels
+from ocelot_em import cluster, collected, pipeline
+from ocelot_em.collected import CANDIDATE_FIELDS, COARSE, FINE
+from ocelot_em.device import DeviceFacts
+from ocelot_em.errors import FormatError, MissingChunkError
+from ocelot_em.maps import MapSet
+from ocelot_em.records import read_candidates, read_summary
+from ocelot_em.search import SearchInfo, write_partial
+
+COUNTS = (1000, 2**31 + 7, 300, 25)
+SHAPE, BOX = (70, 90), 11
+VALID = (60, 80)
+
+
+def make_search(place, rng, *, indexed=False):
+    """Wrapped-around maps, with pixels that nobody, or one, searched, and one without variance."""
+    results = [make_result(rng, SHAPE, count) for count in COUNTS]
+    for number, result in enumerate(results):
+        idle = (slice(0, 4), slice(0, 9)) if number else (slice(0, 5), slice(None))
+        result["mip"][idle], result["best_global_index"][idle] = -np.inf, -1
+        result["correlation_sum"][9, 9] = result["correlation_squared_sum"][9, 9] = 0
+    info = SearchInfo(template_box=BOX, search_space=SPACE if indexed else None)
+    for number, (result, count) in enumerate(zip(results, COUNTS, strict=True)):
+        write_partial(
+            place, f"p{number}", result, total_projections=count, order=number, search=info
+        )
+    return place, results
+
+
+@pytest.fixture
+def low_level(monkeypatch):
+    """Makes a fortieth of the pixels candidates, with room for all."""
+    monkeypatch.setattr("ocelot_em.records.candidate_level", lambda _: 6.5)
+    monkeypatch.setattr("ocelot_em.collected.FEWEST_CANDIDATES", 6300)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        host_kernels()
+        device = LateDevice()
+        monkeypatch.setattr(cluster, "find_devices", lambda: [DeviceFacts("stand-in", 2**30)])
+        monkeypatch.setattr(cluster, "open_device", lambda: device)
+        monkeypatch.setattr(pipeline, "open_device", lambda: device)
+    return request.param
+
+
+def valid_of(maps):
+    return {name: values[: VALID[0], : VALID[1]] for name, values in maps.items()}
+
+
+@pytest.mark.parametrize("nan", ["raise", "mask"])
+@pytest.mark.parametrize("tile_size", [16, 33, None])
+@pytest.mark.parametrize("indexed", [False, True], ids=["explicit", "indexed"])
+def test_everything_is_what_the_finished_maps_say(
+    tmp_path, rng, low_level, device, indexed, tile_size, nan
+):
+    search, results = make_search(tmp_path / "RUN.zarr", rng, indexed=indexed)
+    output = tmp_path / "OUT.zarr"
+    ocelot_em.merge(search, output, threads=2, tile_size=tile_size, device=device, nan=nan)
+    maps, summary = valid_of(read_maps(output)), read_summary(output)
+    about, searched = summary.attributes, maps["mip"] > -np.inf
+    z, mip = maps["scaled_mip"], maps["mip"]
+    assert about.valid_pixels == 60 * 80
+    assert about.unsearched_pixels == np.count_nonzero(~searched) == 4 * 9
+    assert about.searched_pixels == np.count_nonzero(searched)
+    assert about.zero_std_pixels == np.count_nonzero(maps["correlation_std"] == 0) == 1
+    assert about.nan_pixels == 0
+    assert about.mip_range == (mip[searched].min(), mip[searched].max())
+    assert about.scaled_mip_range == (z[searched].min(), z[searched].max())
+    for values, counts in ((mip, summary.histograms.mip), (z, summary.histograms.z)):
+        inside = np.clip(values[searched], FINE.low, FINE.edges[-2])
+        np.testing.assert_array_equal(counts, np.histogram(inside, FINE.edges)[0])
+    rows, columns = (np.clip(v[searched], COARSE.low, COARSE.edges[-2]) for v in (mip, z))
+    joint = np.histogram2d(rows, columns, (COARSE.edges, COARSE.edges))[0]
+    np.testing.assert_array_equal(summary.histograms.joint, joint)
+    wins = [np.count_nonzero(maps["best_partial"] == number) for number in range(4)]
+    assert [partial.won_pixels for partial in about.partials] == wins
+    for source, result, count in zip(about.sources, results, COUNTS, strict=True):
+        own = result["correlation_sum"][: VALID[0], : VALID[1]].astype(float) / count
+        energy = result["correlation_squared_sum"][: VALID[0], : VALID[1]].astype(float) / count
+        assert source.mean == pytest.approx(own.mean(), rel=1e-9, abs=1e-12)
+        assert source.mean_spread == pytest.approx(own.std(), rel=1e-6)
+        assert source.std == pytest.approx(np.sqrt((energy - own**2).mean()), rel=1e-6)
+    assert_candidates(output, maps, indexed)
+
+
+def assert_candidates(output, maps, indexed):
+    candidates, level = read_candidates(output)
+    z = maps["scaled_mip"]
+    assert level == 6.5
+    expected = np.argwhere(z >= np.float32(6.5))
+    assert len(expected) > 20
+    order = np.lexsort((candidates[:, 1], candidates[:, 0]))
+    candidates = candidates[order]
+    np.testing.assert_array_equal(candidates[:, :2], expected)
+    y, x = expected.T
+    names = MapSet("indexed" if indexed else "explicit").merged
+    for name in collected.GATHERED:
+        column = candidates[:, CANDIDATE_FIELDS.index(name)]
+        if name in maps:
+            np.testing.assert_array_equal(column, maps[name][y, x], err_msg=name)
+        else:
+            assert name not in names
+            assert np.isnan(column).all()
+    inside = (y > 0) & (y < VALID[0] - 1) & (x > 0) & (x < VALID[1] - 1)
+    for field, (dy, dx) in zip(collected.NEIGHBOUR_FIELDS, collected.NEIGHBOURS, strict=True):
+        column = candidates[:, CANDIDATE_FIELDS.index(field)]
+        known = ~np.isnan(column)
+        assert known[~inside].mean() < 1
+        np.testing.assert_array_equal(column[known], z[y[known] + dy, x[known] + dx])
+
+
+def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr("ocelot_em.records.candidate_level", lambda _: 4.0)
+    search, _ = make_search(tmp_path / "RUN.zarr", rng)
+    ocelot_em.merge(search, tmp_path / "OUT.zarr", threads=2, tile_size=33)
+    z = valid_of(read_maps(tmp_path / "OUT.zarr"))["scaled_mip"]
+    candidates, level = read_candidates(tmp_path / "OUT.zarr")
+    assert level > 4
+    found = candidates[:, CANDIDATE_FIELDS.index("scaled_mip")]
+    np.testing.assert_array_equal(np.sort(found[found >= level]), np.sort(z[z >= level]))
+    about = read_summary(tmp_path / "OUT.zarr").attributes
+    assert about.n_candidates == np.count_nonzero(z >= 4)
+
+
+def test_a_missing_or_damaged_record_is_named(tmp_path, rng):
+    search, _ = make_search(tmp_path / "RUN.zarr", rng)
+    ocelot_em.merge(search, tmp_path / "OUT.zarr")
+    record = tmp_path / "OUT.zarr/progress/candidates/c/0/0/0/0"
+    data = record.read_bytes()
+    record.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"candidates: tile .*corrupt.*CRC32C"):
+        read_candidates(tmp_path / "OUT.zarr")
+    record.unlink()
+    with pytest.raises(MissingChunkError, match=r"record of tile .* is missing"):
+        read_candidates(tmp_path / "OUT.zarr")
+    with pytest.raises(FormatError, match="merge it first"):
+        read_summary(search)
+
+
+def test_nothing_searched(tmp_path, rng):
+    result = make_result(rng, (5, 6), 0)
+    result["mip"][...] = -np.inf
+    result["correlation_sum"][...] = result["correlation_squared_sum"][...] = 0
+    write_search(tmp_path / "RUN.zarr", [result], [0])
+    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
+    about = read_summary(tmp_path / "OUT.zarr").attributes
+    assert (about.searched_pixels, about.unsearched_pixels) == (0, 30)
+    assert about.mip_range is None
+    assert about.candidate_level is None
+    assert about.sources[0].mean is None
+    assert len(read_candidates(tmp_path / "OUT.zarr")[0]) == 0
+
+
+def test_collections_add_up(rng):
+    one, other = (collected.TileStatistics.empty(2, 1) for _ in range(2))
+    one.extremes, other.extremes = np.array([1.0, 5, -1, 3]), np.array([0.0, 4, 0, 9])
+    one.counts += 1
+    one.add(other)
+    assert list(one.extremes) == [0, 5, -1, 9]
+    again = collected.TileStatistics.from_flat(one.flat, 2)
+    for field in dataclasses.fields(one):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
