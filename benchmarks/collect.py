@@ -20,8 +20,8 @@ from ocelot_em.execute import ThreadExecutor
 @contextlib.contextmanager
 def nothing_collected() -> Iterator[None]:
     with (
-        mock.patch("ocelot_em.pipeline.records.new_collection", lambda *_: None),
-        mock.patch("ocelot_em.pipeline.records.finish", lambda *_: None),
+        mock.patch("ocelot_em.pipeline.records.new_collection", return_value=None),
+        mock.patch("ocelot_em.pipeline.records.finish", return_value=None),
     ):
         yield
 

@@ -262,15 +262,13 @@ class Collection:
         if not n_rows or not n_columns:
             return
         valid = {name: values[:n_rows, :n_columns] for name, values in maps.items()}
-        axes = (
-            (FINE.low, float(FINE.rate), FINE.n),
-            (FINE.low, float(FINE.rate), FINE.n),
-            (float(COARSE.rate), COARSE.n, COARSE.n),
-        )
+        shift = (FINE.rate // COARSE.rate).bit_length() - 1
+        first = round(FINE.low * FINE.rate)
+        axis = (np.int32(first), np.float32(FINE.rate), np.int32(FINE.n), shift, COARSE.n)
         own, histograms = self.statistics, self.histograms
         into = histograms.mip, histograms.z, histograms.joint, own.extremes, own.counts
         z = valid[SCALED_MIP]
-        self._kernel.count_pixels(valid[MIP], z, valid[STD], axes, into)
+        self._kernel.count_pixels(valid[MIP], z, valid[STD], axis, into)
         self._kernel.count_wins(valid[BEST_PARTIAL], own.wins)
         self._find_candidates(z)
         for name, values in maps.items():

@@ -36,6 +36,10 @@ HOME = {
     "torch": {"interop.leopard", "process_results"},
     "rich": {"cli", "terminal"},
     "matplotlib": {"report"},
+    "starfile": {"interop.tables"},
+    "pyarrow": {"interop.tables"},
+    "pandas": {"particles", "interop.tables"},
+    "yaml": {"interop.tables"},
     "scipy": {"significance"},
 }
 

@@ -16,42 +16,85 @@ NAN, ZERO_STD, UNSEARCHED, N_COUNTS = 0, 1, 2, 3
 
 
 @compiled
-def count_pixels(mips: Any, zs: Any, stds: Any, axes: Any, into: Any) -> None:
+def count_pixels(mips: Any, zs: Any, stds: Any, axis: Any, into: Any) -> None:
     """Count pixels by ``mip``, by z-score and by both; and those that are special.
 
-    ``axes``: lowest value, bins per unit and number of bins, of ``mip``, z-score and, with the
-    same lowest values, of both coarser axes. What lies beyond is counted in the first and last
-    bins. ``into``: the three histograms, extremes (lowest and highest ``mip``, then z-score) and
-    counts.
+    ``axis``: of ``mip`` and z-score alike, the number of the first bin (its lower edge times the
+    bins per unit), the bins per unit, the number of bins; and of both together how many of these
+    bins make one, as a shift of bits, and their number. What lies beyond is counted in the first
+    and last bins. ``into``: the three histograms, extremes (lowest and highest ``mip``, then
+    z-score) and counts.
     """
-    (mip_low, mip_rate, n_mip), (z_low, z_rate, n_z), (joint_rate, n_joint_mip, n_joint_z) = axes
+    first, rate, n_bins, shift, n_joint = axis
     mip_counts, z_counts, joint_counts, extremes, counts = into
-    lowest_mip, highest_mip, lowest_z, highest_z = extremes
+    n_columns = mips.shape[1]
+    rows, columns = np.empty(n_columns, np.int32), np.empty(n_columns, np.int32)
     for y in range(mips.shape[0]):
-        for x in range(mips.shape[1]):
-            mip, z = mips[y, x], zs[y, x]
-            if mip == -np.inf:
-                counts[UNSEARCHED] += 1
-                continue
-            if np.isnan(z) or np.isnan(mip):
-                counts[NAN] += 1
-                continue
-            if z == 0 and stds[y, x] == 0:
-                counts[ZERO_STD] += 1
-            from_mip = min(max(np.float64(mip) - mip_low, 0.0), 1e6)
-            from_z = min(max(np.float64(z) - z_low, 0.0), 1e6)
-            mip_counts[min(int(from_mip * mip_rate), n_mip - 1)] += 1
-            z_counts[min(int(from_z * z_rate), n_z - 1)] += 1
-            row = min(int(from_mip * joint_rate), n_joint_mip - 1)
-            joint_counts[row, min(int(from_z * joint_rate), n_joint_z - 1)] += 1
-            lowest_mip, highest_mip = min(lowest_mip, mip), max(highest_mip, mip)
-            lowest_z, highest_z = min(lowest_z, z), max(highest_z, z)
-    extremes[0], extremes[1], extremes[2], extremes[3] = (
-        lowest_mip,
-        highest_mip,
-        lowest_z,
-        highest_z,
-    )
+        mip_row, z_row = mips[y], zs[y]
+        if _any_special(mip_row, z_row):
+            mip_row, z_row = _without_special(mip_row, z_row, stds[y], counts)
+        n = mip_row.size
+        if n == 0:
+            continue
+        _bins(mip_row, first, rate, n_bins, rows)
+        _bins(z_row, first, rate, n_bins, columns)
+        for x in range(n):
+            row, column = rows[x], columns[x]
+            mip_counts[row] += 1
+            z_counts[column] += 1
+            joint_counts[min(row >> shift, n_joint - 1), min(column >> shift, n_joint - 1)] += 1
+        lowest, highest = _extremes(mip_row)
+        extremes[0], extremes[1] = min(extremes[0], lowest), max(extremes[1], highest)
+        lowest, highest = _extremes(z_row)
+        extremes[2], extremes[3] = min(extremes[2], lowest), max(extremes[3], highest)
+
+
+@compiled
+def _any_special(mips: Any, zs: Any) -> Any:
+    """Whether any pixel was not searched, is NaN, or may have no variance."""
+    special = np.int32(0)
+    for x in range(mips.size):
+        mip, z = mips[x], zs[x]
+        special |= np.int32(not mip > -np.inf) | np.int32(z != z) | np.int32(z == 0)
+    return special != 0
+
+
+@compiled
+def _without_special(mips: Any, zs: Any, stds: Any, counts: Any) -> Any:
+    """Count what is special in a row of pixels; the others."""
+    n = 0
+    kept_mips, kept_zs = np.empty_like(mips), np.empty_like(zs)
+    for x in range(mips.size):
+        mip, z = mips[x], zs[x]
+        if mip == -np.inf:
+            counts[UNSEARCHED] += 1
+        elif mip != mip or z != z:
+            counts[NAN] += 1
+        else:
+            counts[ZERO_STD] += int(stds[x] == 0)
+            kept_mips[n], kept_zs[n] = mip, z
+            n += 1
+    return kept_mips[:n], kept_zs[:n]
+
+
+@compiled
+def _bins(values: Any, first: Any, rate: Any, n_bins: Any, numbers: Any) -> None:
+    """Look up bins. Rates are powers of two, so that products and floors of float32 are exact."""
+    lowest, highest = np.float32(first) / rate, np.float32(first + n_bins - 1) / rate
+    for x in range(values.size):
+        value = values[x]
+        value = value if value > lowest else lowest
+        value = value if value < highest else highest
+        numbers[x] = np.int32(np.floor(value * rate)) - first
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})  # type: ignore[untyped-decorator,unused-ignore]
+def _extremes(values: Any) -> Any:
+    """Lowest and highest of values none of which is NaN."""
+    lowest, highest = values[0], values[0]
+    for x in range(values.size):
+        lowest, highest = min(lowest, values[x]), max(highest, values[x])
+    return lowest, highest
 
 
 @compiled
