@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ocelot_em.api import Observer, merge
     from ocelot_em.canvas import Region
     from ocelot_em.errors import OcelotError
+    from ocelot_em.in_memory import merge_arrays
     from ocelot_em.inspection import StoreInfo, check, describe
     from ocelot_em.interop.leopard import (
         ImportOptions,
@@ -42,6 +43,7 @@ _HOME = {
     "import_results": "interop.leopard",
     "lazy_merge": "lazy",
     "merge": "api",
+    "merge_arrays": "in_memory",
     "open_merged": "lazy",
     "open_partials": "lazy",
     "read_search_space_file": "interop.leopard",
@@ -51,6 +53,7 @@ _HOME = {
 
 __all__ = [  # noqa: RUF022 - grouped as people look for them
     "merge",
+    "merge_arrays",
     "lazy_merge",
     "open_merged",
     "open_partials",

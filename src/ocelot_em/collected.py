@@ -266,9 +266,16 @@ class Collection:
         first = round(FINE.low * FINE.rate)
         axis = (np.int32(first), np.float32(FINE.rate), np.int32(FINE.n), shift, COARSE.n)
         own, histograms = self.statistics, self.histograms
-        into = histograms.mip, histograms.z, histograms.joint, own.extremes, own.counts
-        z = valid[SCALED_MIP]
-        self._kernel.count_pixels(valid[MIP], z, valid[STD], axis, into)
+        into = histograms.mip, histograms.z, histograms.joint, own.counts
+        mip, z = valid[MIP], valid[SCALED_MIP]
+        self._kernel.count_pixels(mip, z, valid[STD], axis, into)
+        if own.counts.any():
+            counted = (mip > -np.inf) & ~np.isnan(z)
+            mip, own_z = mip[counted], z[counted]
+        else:
+            own_z = z
+        if mip.size:
+            own.extremes[:] = mip.min(), mip.max(), own_z.min(), own_z.max()
         self._kernel.count_wins(valid[BEST_PARTIAL], own.wins)
         self._find_candidates(z)
         for name, values in maps.items():

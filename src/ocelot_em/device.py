@@ -7,7 +7,8 @@ module needs neither CuPy nor a GPU.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -165,6 +166,48 @@ def open_device() -> Device:
     return CudaDevice(_cupy())
 
 
+@contextmanager
+def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice"]:
+    """Lend a GPU for arrays that are on it already, when all that fills them is done.
+
+    Inside it is CuPy's current device; in the end all that was started on it is done, and the
+    caller's device and stream are the current ones again.
+
+    Parameters
+    ----------
+    number
+        Of the GPU, as CUDA counts those that are visible.
+    producers
+        Numbers of all GPUs on which something may have been started that has to be done first.
+
+    Raises
+    ------
+    MissingDependencyError, DeviceError
+        As :func:`open_device`.
+    """
+    cuda = _cupy().cuda
+    device = _open_at(number)
+    # Whoever filled the arrays may have done so on any stream of any thread.
+    for producer in producers:
+        cuda.Device(producer).synchronize()
+    with cuda.Device(number):
+        before = cuda.get_current_stream()
+        try:
+            yield device
+            device.finish()
+        finally:
+            before.use()
+
+
+@lru_cache
+def _open_at(number: int) -> "CudaDevice":
+    # Its kernels and streams belong to the GPU that is current when they are made.
+    find_devices()
+    cupy = _cupy()
+    with cupy.cuda.Device(number):
+        return CudaDevice(cupy)
+
+
 class CudaDevice:
     """The first visible CUDA device, through CuPy; see :class:`Device`.
 
@@ -248,3 +291,23 @@ class CudaDevice:
     def address(self, values: AnyArray) -> int:
         """Return the device address."""
         return int(cast("Any", values).data.ptr)
+
+    def bring(self, values: Any) -> AnyArray:
+        """Return an array of CuPy, on any GPU, as a C-contiguous one on the current GPU.
+
+        It is copied only where it has to be.
+        """
+        cupy, stream = self._cupy, self._stream
+        if values.device.id == cupy.cuda.Device().id:
+            return cast("AnyArray", cupy.ascontiguousarray(values))
+        # Copies between GPUs have not been run on two of them yet.
+        with values.device:
+            there = cupy.ascontiguousarray(values)
+            cupy.cuda.get_current_stream().synchronize()
+        here = there.copy()
+        stream.synchronize()  # the memory of what was made contiguous may be used again
+        return cast("AnyArray", here)
+
+    def finish(self) -> None:
+        """Wait for all that this thread has started on the device."""
+        self._stream.synchronize()

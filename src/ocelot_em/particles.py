@@ -254,7 +254,7 @@ def write_file(path: str | PathLike[str], data: bytes) -> None:
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:
-    counts = Counter(names)
+    counts = Counter(list(names))
     known = ", ".join(COLUMNS)
     return [
         *(f"{n}: missing" for n in COLUMNS if n not in counts and n != NEG_LOG_P),

@@ -3,19 +3,19 @@
 import datetime
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em import format as fmt
 from ocelot_em import store
-from ocelot_em.arrays import as_numpy, exact_count
+from ocelot_em.arrays import HostRows, as_numpy, exact_count
 from ocelot_em.canvas import Region, TileGrid
 from ocelot_em.errors import (
     FormatError,
@@ -39,6 +39,8 @@ from ocelot_em.maps import (
 )
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.search_space import TABLES, SearchSpace
+
+_Map = TypeVar("_Map", bound=AnyArray | HostRows)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def write_partial(
     result
         Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
         where nothing was searched. Other keys are ignored. With a search space the indexed form
-        is taken, without it the explicit one. Sums keep their dtype, float32 or float64.
+        is taken, without it the explicit one. Sums keep their dtype, float32 or float64. Maps on
+        a GPU are brought to the host a band of rows at a time, twice: to check them, and to write.
     total_projections
         How many cross-correlations the sums hold, exactly.
     order
@@ -136,18 +139,32 @@ def write_partial(
         NaN, indices outside the search space, a name that is taken, a search that differs.
     """
     info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
-    maps, problems = _as_arrays(result, info, name)
-    wide = any(array.dtype.name == "float64" for key, array in maps.items() if key != MIP)
+    maps, problems = _converted(result, info, name, HostRows)
+    wide = any(rows.dtype.name == "float64" for key, rows in maps.items() if key != MIP)
     info = replace(info, float64_sums=info.float64_sums or wide)
-    shape = next((array.shape for array in maps.values()), ())
-    if len(shape) != 2:
-        raise InvalidInputError([*problems, f"{name}: expected maps (y, x), got shape {shape}"])
-    problems += find_problems(maps, Region.whole((shape[0], shape[1])), info, name)
+    given_shape = next((rows.shape for rows in maps.values()), ())
+    if len(given_shape) != 2:
+        raise InvalidInputError(
+            [*problems, f"{name}: expected maps (y, x), got shape {given_shape}"]
+        )
+    shape = given_shape[0], given_shape[1]
+    bands = [band.region for band in TileGrid(shape, (fmt.DEFAULT_CHUNK, max(shape[1], 1)))]
+
+    def on_host(band: Region) -> dict[str, AnyArray]:
+        return {key: rows[band.slices[0]] for key, rows in maps.items()}
+
+    wrong_layout = layout_problems(maps, shape, info, name)
+    if not wrong_layout:
+        found = BadValues(info, name)
+        for band in bands:
+            found.look(on_host(band), band)
+        problems += found.problems()
+    problems += wrong_layout
     try:
         partial = PartialWriter(
             store,
             name,
-            (shape[0], shape[1]),
+            shape,
             total_projections=total_projections,
             order=order,
             search=info,
@@ -157,8 +174,8 @@ def write_partial(
     if problems:
         raise InvalidDataError(problems)
     with partial as writer:
-        for band in TileGrid(writer.shape, (writer.chunk[0], writer.shape[1])):
-            writer.write(band.region, {key: m[band.region.slices] for key, m in maps.items()})
+        for band in bands:
+            writer.write(band, on_host(band))
 
 
 class PartialWriter:
@@ -242,8 +259,10 @@ class PartialWriter:
         ValueError
             The region is not made of whole chunks.
         """
-        arrays, problems = _as_arrays(maps, self._info, self.name)
-        problems += find_problems(arrays, region, self._info, self.name)
+        arrays, problems = _converted(maps, self._info, self.name, as_numpy)
+        problems += layout_problems(arrays, region.shape, self._info, self.name) or value_problems(
+            arrays, region, self._info, self.name
+        )
         if problems:
             raise InvalidDataError(problems)
         for key, chunked in self._maps.items():
@@ -298,32 +317,35 @@ class PartialWriter:
         )
 
 
-def _as_arrays(
-    maps: Mapping[str, object], info: SearchInfo, place: str
-) -> tuple[dict[str, AnyArray], list[str]]:
-    """Maps that a search needs as NumPy arrays, and what is wrong with the others."""
-    arrays: dict[str, AnyArray] = {}
+def _converted(
+    maps: Mapping[str, object], info: SearchInfo, place: str, convert: Callable[[object], _Map]
+) -> tuple[dict[str, _Map], list[str]]:
+    """Maps that a search needs, as something of NumPy, and what is wrong with the others."""
+    converted: dict[str, _Map] = {}
     problems: list[str] = []
     for key in info.maps.partial:
         try:
-            arrays[key] = as_numpy(maps[key])
+            converted[key] = convert(maps[key])
         except KeyError:
             problems.append(f"{place}: {key}: missing")
         except (TypeError, ValueError, RuntimeError) as error:  # such as torch's bfloat16
             problems.append(f"{place}: {key}: cannot become a NumPy array: {error}")
-    return arrays, problems
+    return converted, problems
 
 
-def find_problems(
-    maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
+def layout_problems(
+    maps: Mapping[str, AnyArray] | Mapping[str, HostRows],
+    shape: tuple[int, int],
+    info: SearchInfo,
+    place: str,
 ) -> list[str]:
-    """Everything that is wrong with those maps of a partial that are there, over one region."""
+    """Why those maps of a partial that are there have another dtype or shape, if they have."""
     problems = []
-    for key, array in maps.items():
-        problems += dtype_problems(key, array.dtype, f"{place}: {key}", info.float64_sums)
-        if array.shape != region.shape:
-            problems.append(f"{place}: {key}: expected shape {region.shape}, got {array.shape}")
-    return problems or value_problems(maps, region, info, place)
+    for key, values in maps.items():
+        problems += dtype_problems(key, values.dtype, f"{place}: {key}", info.float64_sums)
+        if values.shape != shape:
+            problems.append(f"{place}: {key}: expected shape {shape}, got {values.shape}")
+    return problems
 
 
 def dtype_problems(
@@ -345,41 +367,84 @@ def value_problems(
 
     Maps that are not there are not looked at.
     """
-    problems = []
-    mip = maps.get(MIP, np.zeros(region.shape, np.float32))
-    unsearched = mip == -np.inf
-    for key in info.maps.partial:
-        values = maps.get(key)
-        if values is None or values.dtype.kind != "f":
-            continue
-        nan = np.isnan(values)
-        if key in info.maps.pose:
-            nan &= ~unsearched
-        if nan.any():
-            problems.append(f"{place}: {key}: NaN {_where(nan, region)}")
-    if info.search_space is not None and INDEX in maps:
-        index, n_poses = maps[INDEX], info.search_space.n_poses
-        outside = (index < NOT_SEARCHED) | (index >= n_poses)
-        if outside.any():
-            problems.append(
-                f"{place}: {INDEX}: expected -1 to {n_poses - 1}, got "
-                f"{index[outside].min()} to {index[outside].max()} {_where(outside, region)}; "
-                "either the search space is another one, or this is Leopard-EM 1.2's wrong index "
-                "in the last batch, when the number of orientations is no multiple of the batch "
-                "size: search again with a batch size that divides it"
-            )
-        missing = (index == NOT_SEARCHED) & ~unsearched & ~np.isnan(mip)
-        if MIP in maps and missing.any():
-            problems.append(
-                f"{place}: {INDEX}: -1 where {MIP} was searched {_where(missing, region)}"
-            )
-    return problems
+    found = BadValues(info, place)
+    found.look(maps, region)
+    return found.problems()
 
 
-def _where(bad: AnyArray, region: Region) -> str:
-    y, x = np.unravel_index(int(np.argmax(bad)), bad.shape)
-    count = int(np.count_nonzero(bad))
-    return f"at {count} pixel{'s' * (count > 1)}, first ({region.y0 + y}, {region.x0 + x})"
+class BadValues:
+    """Values of a partial that no search produces, from as many regions as are looked at.
+
+    Parameters
+    ----------
+    info
+        What the partial has.
+    place
+        How to call it.
+    """
+
+    def __init__(self, info: SearchInfo, place: str) -> None:
+        self._info, self._place = info, place
+        self._found: dict[str, tuple[int, tuple[int, int]]] = {}
+        self._outside: list[int] = []
+
+    def look(self, maps: Mapping[str, AnyArray], region: Region) -> None:
+        """Look at one region; maps that are not there are left out."""
+        mip = maps.get(MIP, np.zeros(region.shape, np.float32))
+        unsearched = mip == -np.inf
+        for key in self._info.maps.partial:
+            values = maps.get(key)
+            if values is None or values.dtype.kind != "f":
+                continue
+            nan = np.isnan(values)
+            if key in self._info.maps.pose:
+                nan &= ~unsearched
+            self._note(key, nan, region)
+        space = self._info.search_space
+        if space is not None and INDEX in maps:
+            index = maps[INDEX]
+            outside = (index < NOT_SEARCHED) | (index >= space.n_poses)
+            if self._note(_OUTSIDE, outside, region):
+                self._outside += [int(index[outside].min()), int(index[outside].max())]
+            if MIP in maps:
+                missing = (index == NOT_SEARCHED) & ~unsearched & ~np.isnan(mip)
+                self._note(_MISSING, missing, region)
+
+    def _note(self, what: str, bad: AnyArray, region: Region) -> bool:
+        """Count pixels; whether there are any."""
+        if not bad.any():
+            return False
+        y, x = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        n_before, first = self._found.get(what, (0, (region.y0 + int(y), region.x0 + int(x))))
+        self._found[what] = n_before + int(np.count_nonzero(bad)), first
+        return True
+
+    def problems(self) -> list[str]:
+        """Say what was found, map by map."""
+        said = []
+        for what in (*self._info.maps.partial, _OUTSIDE, _MISSING):
+            if what not in self._found:
+                continue
+            count, first = self._found[what]
+            where = f"at {count} pixel{'s' * (count > 1)}, first {first}"
+            if what == _MISSING:
+                said.append(f"{self._place}: {INDEX}: -1 where {MIP} was searched {where}")
+            elif what == _OUTSIDE and self._info.search_space is not None:
+                said.append(
+                    f"{self._place}: {INDEX}: expected -1 to "
+                    f"{self._info.search_space.n_poses - 1}, got {min(self._outside)} to "
+                    f"{max(self._outside)} {where}; either the search space is another one, or "
+                    "this is Leopard-EM 1.2's wrong index in the last batch, when the number of "
+                    "orientations is no multiple of the batch size: search again with a batch "
+                    "size that divides it"
+                )
+            else:
+                said.append(f"{self._place}: {what}: NaN {where}")
+        return said
+
+
+_OUTSIDE, _MISSING = "outside", "missing"
+"""What can be wrong with indices, beside the names of maps that have NaN."""
 
 
 def name_problems(name: str) -> list[str]:

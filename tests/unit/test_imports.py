@@ -33,7 +33,7 @@ HOME = {
     "cupy": {"device", "arrays"},
     "cupyx": {"device"},
     "dask_cuda": {"cluster"},
-    "torch": {"interop.leopard", "process_results"},
+    "torch": {"arrays", "interop.leopard", "process_results"},
     "rich": {"cli", "terminal"},
     "matplotlib": {"report"},
     "starfile": {"interop.tables"},

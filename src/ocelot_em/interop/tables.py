@@ -209,7 +209,9 @@ def _optics_problems(values: Mapping[str, Any]) -> dict[str, str]:
     """What is wrong with values of :class:`Optics`, by name; of Leopard-EM's columns by theirs."""
     found = {name: quantity.problem(values[name]) for name, quantity in _QUANTITIES.items()}
     for name in ("micrograph", "template", "label"):
-        found[name] = _text_problem(values[name]) or (None if values[name] else "expected a name")
+        found[name] = _text_problem(values[name]) or (
+            None if values[name] else "expected a name, got none"
+        )
     box = values["template_box_px"]
     if not isinstance(box, int) or isinstance(box, bool) or box < 1:
         found["template_box_px"] = f"expected 1 pixel or more, got {box!r}"
@@ -245,8 +247,10 @@ def _read_yaml(path: str | PathLike[str]) -> Mapping[Any, Any]:
 
 def _number(value: object) -> object:
     """A float where it can be one: YAML takes 300 for an integer, and 1e4 for text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
     try:
-        return float(value) if isinstance(value, int | str) else value
+        return float(value)
     except (ValueError, OverflowError):
         return value
 
@@ -266,9 +270,12 @@ def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
     hint = "; say how large the template is (template_box_px)"
     if place is None:
         return None, [f"template_volume_path: expected a file, got {template!r}{hint}"]
-    with place.open("rb") as file:
-        header = file.read(1024)
-    if len(header) == 1024:
+    try:
+        with place.open("rb") as file:
+            header = file.read(1024)
+    except OSError as error:
+        return None, [f"template_volume_path: {place} cannot be read: {error.strerror}{hint}"]
+    if len(header) == 1024 and header[208:212] == b"MAP ":
         shapes = [struct.unpack_from(f"{order}3i", header) for order in "<>"]
         # In the wrong byte order small numbers are enormous.
         edges = min(shapes, key=lambda shape: max(map(abs, shape)))

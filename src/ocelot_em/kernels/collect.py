@@ -22,11 +22,10 @@ def count_pixels(mips: Any, zs: Any, stds: Any, axis: Any, into: Any) -> None:
     ``axis``: of ``mip`` and z-score alike, the number of the first bin (its lower edge times the
     bins per unit), the bins per unit, the number of bins; and of both together how many of these
     bins make one, as a shift of bits, and their number. What lies beyond is counted in the first
-    and last bins. ``into``: the three histograms, extremes (lowest and highest ``mip``, then
-    z-score) and counts.
+    and last bins. ``into``: the three histograms, and the counts.
     """
     first, rate, n_bins, shift, n_joint = axis
-    mip_counts, z_counts, joint_counts, extremes, counts = into
+    mip_counts, z_counts, joint_counts, counts = into
     n_columns = mips.shape[1]
     rows, columns = np.empty(n_columns, np.int32), np.empty(n_columns, np.int32)
     for y in range(mips.shape[0]):
@@ -43,10 +42,6 @@ def count_pixels(mips: Any, zs: Any, stds: Any, axis: Any, into: Any) -> None:
             mip_counts[row] += 1
             z_counts[column] += 1
             joint_counts[min(row >> shift, n_joint - 1), min(column >> shift, n_joint - 1)] += 1
-        lowest, highest = _extremes(mip_row)
-        extremes[0], extremes[1] = min(extremes[0], lowest), max(extremes[1], highest)
-        lowest, highest = _extremes(z_row)
-        extremes[2], extremes[3] = min(extremes[2], lowest), max(extremes[3], highest)
 
 
 @compiled
@@ -86,15 +81,6 @@ def _bins(values: Any, first: Any, rate: Any, n_bins: Any, numbers: Any) -> None
         value = value if value > lowest else lowest
         value = value if value < highest else highest
         numbers[x] = np.int32(np.floor(value * rate)) - first
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})  # type: ignore[untyped-decorator,unused-ignore]
-def _extremes(values: Any) -> Any:
-    """Lowest and highest of values none of which is NaN."""
-    lowest, highest = values[0], values[0]
-    for x in range(values.size):
-        lowest, highest = min(lowest, values[x]), max(highest, values[x])
-    return lowest, highest
 
 
 @compiled
