@@ -8,7 +8,6 @@ of them. Only valid pixels count. The numbers of tiles add up to those of the ma
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,36 +26,14 @@ from ocelot_em.maps import (
     AnyArray,
     Float64,
 )
-
-
-class Axis(NamedTuple):
-    """Equal bins from a lowest value; what lies beyond is in the first and last bins.
-
-    Parameters
-    ----------
-    low
-        Lower edge of the first bin.
-    rate
-        Bins per unit.
-    n
-        Number of bins.
-    """
-
-    low: float
-    rate: int
-    n: int
-
-    @property
-    def edges(self) -> Float64:
-        """Edges of the bins, ``n + 1`` of them."""
-        return self.low + np.arange(self.n + 1) / self.rate
-
-
-FINE = Axis(-8.0, 256, 64 * 256)
-"""Of ``mip`` and of z-scores: from -8 to 56."""
-
-COARSE = Axis(-8.0, 16, 32 * 16)
-"""Of both together: from -8 to 24."""
+from ocelot_em.significance import (
+    JOINT_MIP_AXIS,
+    JOINT_Z_AXIS,
+    MIP_AXIS,
+    Z_AXIS,
+    Histogram1D,
+    JointHistogram,
+)
 
 CANDIDATE_SHARE = 1e-3
 """Share of pixels that noise alone makes candidates, if it is Gaussian: with as many, a tile's
@@ -67,6 +44,16 @@ PIXELS_PER_CANDIDATE = 256
 
 FEWEST_CANDIDATES = 64
 """For which a record has room, however small the tile."""
+
+_RATE = round(1 / MIP_AXIS.width)
+_AXES = (
+    (np.int32(round(MIP_AXIS.low * _RATE)), np.int32(MIP_AXIS.bins)),
+    (np.int32(round(Z_AXIS.low * _RATE)), np.int32(Z_AXIS.bins)),
+    np.float32(_RATE),
+    round(JOINT_MIP_AXIS.width / MIP_AXIS.width).bit_length() - 1,
+)
+"""As :func:`ocelot_em.kernels.collect.count_pixels` takes them: first bins and numbers of bins,
+bins per unit, and how many of them make one of the joint histogram, as a shift of bits."""
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Offsets (y, x) of the pixels whose z-score is kept with a candidate."""
@@ -102,9 +89,10 @@ class Histograms:
     Parameters
     ----------
     mip, z
-        Counts over :data:`FINE`.
+        Counts over :data:`ocelot_em.significance.MIP_AXIS` and ``Z_AXIS``, with those below it
+        first and those beyond it last.
     joint
-        Counts over :data:`COARSE`, ``mip`` by rows and z-score by columns.
+        Counts over ``JOINT_MIP_AXIS`` (rows) and ``JOINT_Z_AXIS`` (columns).
     """
 
     mip: AnyArray
@@ -114,22 +102,35 @@ class Histograms:
     @classmethod
     def empty(cls, dtype: str) -> "Histograms":
         """Nothing counted."""
-        joint = np.zeros((COARSE.n, COARSE.n), dtype)
-        return cls(np.zeros(FINE.n, dtype), np.zeros(FINE.n, dtype), joint)
+        mip, z = np.zeros(MIP_AXIS.bins + 2, dtype), np.zeros(Z_AXIS.bins + 2, dtype)
+        return cls(mip, z, np.zeros((JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins), dtype))
 
     @classmethod
     def from_flat(cls, flat: AnyArray) -> "Histograms":
         """Take apart what :meth:`flat` has put together."""
-        mip, z, joint = np.split(flat, [FINE.n, 2 * FINE.n])
-        return cls(mip, z, joint.reshape(COARSE.n, COARSE.n))
+        n_mip, n_z = MIP_AXIS.bins + 2, Z_AXIS.bins + 2
+        mip, z, joint = np.split(flat, [n_mip, n_mip + n_z])
+        return cls(mip, z, joint.reshape(JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins))
 
     @property
     def flat(self) -> AnyArray:
         """All counts in one row."""
         return np.concatenate([self.mip, self.z, self.joint.reshape(-1)])
 
+    def of_mip(self) -> Histogram1D:
+        """Return the one of ``mip``, to be worked with."""
+        return Histogram1D(MIP_AXIS, self.mip[1:-1], int(self.mip[0]), int(self.mip[-1]))
 
-N_FLAT = 2 * FINE.n + COARSE.n**2
+    def of_z(self) -> Histogram1D:
+        """Return the one of z-scores, to be worked with."""
+        return Histogram1D(Z_AXIS, self.z[1:-1], int(self.z[0]), int(self.z[-1]))
+
+    def of_both(self) -> JointHistogram:
+        """Return the one of both, to be worked with."""
+        return JointHistogram(JOINT_MIP_AXIS, JOINT_Z_AXIS, self.joint)
+
+
+N_FLAT = MIP_AXIS.bins + 2 + Z_AXIS.bins + 2 + JOINT_MIP_AXIS.bins * JOINT_Z_AXIS.bins
 """Counts of :attr:`Histograms.flat`."""
 
 
@@ -262,13 +263,10 @@ class Collection:
         if not n_rows or not n_columns:
             return
         valid = {name: values[:n_rows, :n_columns] for name, values in maps.items()}
-        shift = (FINE.rate // COARSE.rate).bit_length() - 1
-        first = round(FINE.low * FINE.rate)
-        axis = (np.int32(first), np.float32(FINE.rate), np.int32(FINE.n), shift, COARSE.n)
         own, histograms = self.statistics, self.histograms
         into = histograms.mip, histograms.z, histograms.joint, own.counts
         mip, z = valid[MIP], valid[SCALED_MIP]
-        self._kernel.count_pixels(mip, z, valid[STD], axis, into)
+        self._kernel.count_pixels(mip, z, valid[STD], _AXES, into)
         if own.counts.any():
             counted = (mip > -np.inf) & ~np.isnan(z)
             mip, own_z = mip[counted], z[counted]

@@ -194,8 +194,8 @@ def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice
         before = cuda.get_current_stream()
         try:
             yield device
-            device.finish()
         finally:
+            device.finish()
             before.use()
 
 

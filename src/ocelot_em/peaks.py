@@ -9,6 +9,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.maps import AnyArray, Float64, Int64
 
 _REACH = 2  # cells of 0.7 distances: what is closer than one distance is at most two cells away
+_NEAREST_FIRST = sorted(range(-_REACH, _REACH + 1), key=abs)
 
 
 def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px: float) -> Int64:
@@ -68,13 +69,10 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
     return cast(Int64, order[np.array(kept)])
 
 
-_NEAREST_FIRST = sorted(range(-_REACH, _REACH + 1), key=abs)
-
-
 def _cells(positions: Int64, side: float) -> Int64:
     """Number of each position's cell, counted from the lowest; ``_REACH`` empty ones before it."""
-    cells = np.floor((positions - positions.min()) / side).astype(np.int64)
-    return cells + _REACH
+    cells: Float64 = np.floor((positions - positions.min()) / side)
+    return cells.astype(np.int64) + _REACH
 
 
 def _check(ys: AnyArray, xs: AnyArray, heights: Float64, distance: float) -> None:

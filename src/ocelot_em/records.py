@@ -18,11 +18,8 @@ from ocelot_em import store
 from ocelot_em.canvas import Tile
 from ocelot_em.collected import (
     CANDIDATE_FIELDS,
-    COARSE,
-    FINE,
     N_FLAT,
     TILE_FIELDS,
-    Axis,
     Collection,
     Histograms,
     TileStatistics,
@@ -35,6 +32,7 @@ from ocelot_em.maps import AnyArray, Float64
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.plan import MergePlan, read_plan
 from ocelot_em.search import read_attributes
+from ocelot_em.significance import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
 
 _T = TypeVar("_T")
 
@@ -122,9 +120,9 @@ def finish(objects: Objects, plan: MergePlan) -> None:
     total, histograms = add_up(_in_threads(read, plan), n_partials, n_sources)
     store.create_group(objects, "statistics", {})
     for path, counts, axes in (
-        (MIP_HISTOGRAM, histograms.mip, (FINE,)),
-        (Z_HISTOGRAM, histograms.z, (FINE,)),
-        (JOINT_HISTOGRAM, histograms.joint, (COARSE, COARSE)),
+        (MIP_HISTOGRAM, histograms.mip, (MIP_AXIS,)),
+        (Z_HISTOGRAM, histograms.z, (Z_AXIS,)),
+        (JOINT_HISTOGRAM, histograms.joint, (JOINT_MIP_AXIS, JOINT_Z_AXIS)),
     ):
         _write_histogram(objects, path, counts, axes)
     about = _attributes(plan, total, searched=int(histograms.z.sum()))
@@ -149,7 +147,7 @@ def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequen
         dtype="int64",
         fill=0,
         dimensions=("mip", "scaled_mip")[-counts.ndim :] if path != MIP_HISTOGRAM else ("mip",),
-        attributes={"low": axes[0].low, "bins_per_unit": axes[0].rate},
+        attributes={"low": [axis.low for axis in axes], "width": [axis.width for axis in axes]},
     )
     key = "/".join([path, "c", *("0" for _ in counts.shape)])
     store.write_chunk(objects, key, np.ascontiguousarray(counts))

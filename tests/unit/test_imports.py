@@ -21,7 +21,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 HOME = {
-    "zarr": {"store", "objects"},
+    "zarr": {"store", "objects", "interop.ome_zarr"},
     "numcodecs": {"frames", "store"},
     "google_crc32c": {"frames"},
     "obstore": {"objects"},
@@ -36,6 +36,8 @@ HOME = {
     "torch": {"arrays", "interop.leopard", "process_results"},
     "rich": {"cli", "terminal"},
     "matplotlib": {"report"},
+    "mrcfile": {"interop.mrc"},
+    "h5py": {"interop.hdf5"},
     "starfile": {"interop.tables"},
     "pyarrow": {"interop.tables"},
     "pandas": {"particles", "interop.tables"},

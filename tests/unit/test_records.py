@@ -9,12 +9,13 @@ import ocelot_em
 from helpers import SPACE, make_result, read_maps, write_search
 from host_device import LateDevice, host_kernels
 from ocelot_em import cluster, collected, pipeline
-from ocelot_em.collected import CANDIDATE_FIELDS, COARSE, FINE
+from ocelot_em.collected import CANDIDATE_FIELDS
 from ocelot_em.device import DeviceFacts
 from ocelot_em.errors import FormatError, MissingChunkError
 from ocelot_em.maps import MapSet
 from ocelot_em.records import read_candidates, read_summary
 from ocelot_em.search import SearchInfo, write_partial
+from ocelot_em.significance import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
 
 COUNTS = (1000, 2**31 + 7, 300, 25)
 SHAPE, BOX = (70, 90), 11
@@ -77,12 +78,15 @@ def test_everything_is_what_the_finished_maps_say(
     assert about.nan_pixels == 0
     assert about.mip_range == (mip[searched].min(), mip[searched].max())
     assert about.scaled_mip_range == (z[searched].min(), z[searched].max())
-    for values, counts in ((mip, summary.histograms.mip), (z, summary.histograms.z)):
-        inside = np.clip(values[searched], FINE.low, FINE.edges[-2])
-        np.testing.assert_array_equal(counts, np.histogram(inside, FINE.edges)[0])
-    rows, columns = (np.clip(v[searched], COARSE.low, COARSE.edges[-2]) for v in (mip, z))
-    joint = np.histogram2d(rows, columns, (COARSE.edges, COARSE.edges))[0]
-    np.testing.assert_array_equal(summary.histograms.joint, joint)
+    for values, found, axis in (
+        (mip, summary.histograms.of_mip(), MIP_AXIS),
+        (z, summary.histograms.of_z(), Z_AXIS),
+    ):
+        expected = Histogram1D.of(values[searched], axis)
+        np.testing.assert_array_equal(found.counts, expected.counts)
+        assert (found.underflow, found.overflow) == (expected.underflow, expected.overflow)
+    joint = JointHistogram.of(mip[searched], z[searched])
+    np.testing.assert_array_equal(summary.histograms.of_both().counts, joint.counts)
     wins = [np.count_nonzero(maps["best_partial"] == number) for number in range(4)]
     assert [partial.won_pixels for partial in about.partials] == wins
     for source, result, count in zip(about.sources, results, COUNTS, strict=True):

@@ -225,11 +225,22 @@ class MapFiles:
         return height, width
 
     def read(self, region: Region) -> dict[str, AnyArray]:
-        """Read all maps over a region."""
-        return {
-            name: np.asarray(values[region.slices], np.float32)
-            for name, values in self.maps.items()
-        }
+        """Read all maps over a region.
+
+        Raises
+        ------
+        InvalidInputError
+            A file is damaged there.
+        """
+        read = {}
+        for name, values in self.maps.items():
+            try:
+                read[name] = np.asarray(values[region.slices], np.float32)
+            except OSError as error:
+                raise InvalidInputError(
+                    f"{self.place}: {name}: pixels {region} cannot be read: {error}"
+                ) from error
+        return read
 
 
 def import_map_files(
@@ -301,8 +312,7 @@ def _layout_problems(files: MapFiles) -> list[str]:
         place = f"{files.place}: {name}"
         if values.dtype.newbyteorder("=").name != "float32":
             problems.append(
-                f"{place}: expected float32 values, got {values.dtype}: the sums cannot be had from "
-                "fewer digits, and no Leopard-EM writes more"
+                f"{place}: expected float32 values, as Leopard-EM writes them, got {values.dtype}"
             )
         if len(values.shape) != 2 or first is None or values.shape != first.shape:
             wanted = "a map (y, x)" if first is None else f"a map of shape {first.shape}"
@@ -396,8 +406,7 @@ def _zscore_problems(
 def _disagrees(maps: Mapping[str, AnyArray], std: AnyArray) -> AnyArray:
     """Where the z-score is not the one of this standard deviation, by more than rounding."""
     mip, mean, wide = (
-        np.asarray(values, np.float64)
-        for values in (maps["mip"], maps["correlation_average"], std)
+        np.asarray(values, np.float64) for values in (maps["mip"], maps["correlation_average"], std)
     )
     with np.errstate(all="ignore"):
         expected = np.where(wide == 0, 0, (mip - mean) / wide)
@@ -446,9 +455,9 @@ def _notes(files: MapFiles, about: FinishedSearch) -> Iterator[str]:
     )
     if about.pixel_size_offset_angstrom is None:
         yield (
-            "best_pixel_size: the files have no map of pixel-size offsets, so that this merges only "
-            "with searches without one; if all was searched at one offset, give it (0 if the pixel "
-            "size was not varied)"
+            "best_pixel_size: the files have no map of pixel-size offsets, so that this merges "
+            "only with searches without one; if all was searched at one offset, give it (0 if the "
+            "pixel size was not varied)"
         )
     else:
         yield f"best_pixel_size: {about.pixel_size_offset_angstrom} Å everywhere, as given"

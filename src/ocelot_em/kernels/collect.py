@@ -16,32 +16,30 @@ NAN, ZERO_STD, UNSEARCHED, N_COUNTS = 0, 1, 2, 3
 
 
 @compiled
-def count_pixels(mips: Any, zs: Any, stds: Any, axis: Any, into: Any) -> None:
+def count_pixels(mips: Any, zs: Any, stds: Any, axes: Any, into: Any) -> None:
     """Count pixels by ``mip``, by z-score and by both; and those that are special.
 
-    ``axis``: of ``mip`` and z-score alike, the number of the first bin (its lower edge times the
-    bins per unit), the bins per unit, the number of bins; and of both together how many of these
-    bins make one, as a shift of bits, and their number. What lies beyond is counted in the first
-    and last bins. ``into``: the three histograms, and the counts.
+    ``axes``: the first bin (its lower edge times the bins per unit) and the number of bins, of
+    ``mip`` and of z-score; the bins per unit; how many bins make one of both together, as a shift
+    of bits. ``into``: the histogram of each, with what lies below and beyond the axis in the first
+    and last place; that of both, in which it is in the nearest bin; and the counts.
     """
-    first, rate, n_bins, shift, n_joint = axis
+    (first_mip, n_mip), (first_z, n_z), rate, shift = axes
     mip_counts, z_counts, joint_counts, counts = into
-    n_columns = mips.shape[1]
-    rows, columns = np.empty(n_columns, np.int32), np.empty(n_columns, np.int32)
+    last_row, last_column = joint_counts.shape[0] - 1, joint_counts.shape[1] - 1
+    rows, columns = np.empty(mips.shape[1], np.int32), np.empty(mips.shape[1], np.int32)
     for y in range(mips.shape[0]):
         mip_row, z_row = mips[y], zs[y]
         if _any_special(mip_row, z_row):
             mip_row, z_row = _without_special(mip_row, z_row, stds[y], counts)
-        n = mip_row.size
-        if n == 0:
-            continue
-        _bins(mip_row, first, rate, n_bins, rows)
-        _bins(z_row, first, rate, n_bins, columns)
-        for x in range(n):
+        _bins(mip_row, first_mip, n_mip, rate, rows)
+        _bins(z_row, first_z, n_z, rate, columns)
+        for x in range(mip_row.size):
             row, column = rows[x], columns[x]
             mip_counts[row] += 1
             z_counts[column] += 1
-            joint_counts[min(row >> shift, n_joint - 1), min(column >> shift, n_joint - 1)] += 1
+            row, column = max(row - 1, 0) >> shift, max(column - 1, 0) >> shift
+            joint_counts[min(row, last_row), min(column, last_column)] += 1
 
 
 @compiled
@@ -73,14 +71,17 @@ def _without_special(mips: Any, zs: Any, stds: Any, counts: Any) -> Any:
 
 
 @compiled
-def _bins(values: Any, first: Any, rate: Any, n_bins: Any, numbers: Any) -> None:
-    """Look up bins. Rates are powers of two, so that products and floors of float32 are exact."""
-    lowest, highest = np.float32(first) / rate, np.float32(first + n_bins - 1) / rate
+def _bins(values: Any, first: Any, n_bins: Any, rate: Any, numbers: Any) -> None:
+    """Look up bins, from 1; 0 below the axis and ``n_bins + 1`` beyond it.
+
+    Rates are powers of two, so that products and floors of float32 are exact.
+    """
+    lowest, highest = np.float32(first - 1) / rate, np.float32(first + n_bins) / rate
     for x in range(values.size):
         value = values[x]
         value = value if value > lowest else lowest
         value = value if value < highest else highest
-        numbers[x] = np.int32(np.floor(value * rate)) - first
+        numbers[x] = np.int32(np.floor(value * rate)) - first + np.int32(1)
 
 
 @compiled

@@ -1,0 +1,199 @@
+"""Leopard-EM 1.3's one HDF5 file of a result, out of a merged store and in as a partial, in bands.
+
+The layout: eight float32 maps in the group ``tensors``, compressed with gzip, and on the root the
+attributes ``leopard_em_version``, ``total_projections``, ``total_orientations`` and
+``total_defocus``.
+"""
+
+import math
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ocelot_em import __version__
+from ocelot_em.canvas import ceil_div
+from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.interop.map_set import (
+    OUR_NAMES,
+    FinishedMaps,
+    FinishedSearch,
+    ImportedSearch,
+    MapFiles,
+    Tell,
+    band_grid,
+    import_map_files,
+    refuse_existing,
+    storage_errors,
+    whole_or_nothing,
+)
+from ocelot_em.objects import open_objects
+from ocelot_em.search import read_attributes, read_search_space
+
+GROUP = "tensors"
+GZIP_LEVEL = 4
+CHUNK = 512
+"""Edge of a chunk in pixels: 1 MiB, which HDF5's cache of a dataset holds."""
+
+PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
+"""Ours, beside Leopard-EM's own attributes; it ignores what it does not know."""
+
+
+def write_hdf5(
+    store: str | PathLike[str], output: str | PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Write a merged result as the HDF5 file that Leopard-EM 1.3 writes and refines from.
+
+    Its maps are those of :func:`ocelot_em.interop.mrc.write_mrc_set`: valid pixels only, the
+    standard deviation as ``correlation_variance``. ``total_orientations`` and ``total_defocus``
+    are those of the search space, and 0 where poses are explicit and nobody knows;
+    ``leopard_em_version`` says that another program wrote it.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a complete merged result.
+    output
+        The file; its folder is made if it is not there.
+    overwrite
+        Whether to replace a file that is there.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    MissingDependencyError
+        h5py is not installed.
+    StoreNotFoundError, FormatError, IncompleteError, ChunkError
+        The store cannot be read.
+    OutputExistsError
+        The file is there.
+    StorageError
+        Writing failed; nothing is left behind.
+    """
+    h5py = _h5py()
+    maps, path = FinishedMaps(store), Path(output)
+    refuse_existing([path], overwrite)
+    n_orientations, n_defocus = _search_size(store)
+    chunk = min(CHUNK, maps.shape[0]), min(CHUNK, maps.shape[1])
+    grid = band_grid(maps.shape, (_whole_chunks(maps.chunk[0]), _whole_chunks(maps.chunk[1])))
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_or_nothing(path) as staged, h5py.File(staged, "w") as file:
+        file.attrs["leopard_em_version"] = f"none: ocelot-em {__version__}"
+        file.attrs["total_projections"] = maps.total_projections
+        file.attrs["total_orientations"] = n_orientations
+        file.attrs["total_defocus"] = n_defocus
+        if maps.pixel_size_angstrom is not None:
+            file.attrs[PIXEL_SIZE_ATTRIBUTE] = maps.pixel_size_angstrom
+        for theirs, ours in OUR_NAMES.items():
+            dataset = file.create_dataset(
+                f"{GROUP}/{theirs}",
+                shape=maps.shape,
+                dtype="<f4",
+                chunks=chunk,
+                compression="gzip",
+                compression_opts=GZIP_LEVEL,
+            )
+            for band in grid:
+                dataset[band.region.slices] = maps.read(ours, band.region)
+    return path
+
+
+def import_hdf5(
+    path: str | PathLike[str],
+    output: str | PathLike[str],
+    about: FinishedSearch | None = None,
+    *,
+    on_progress: Tell | None = None,
+) -> ImportedSearch:
+    """Read the HDF5 file of a finished search as a partial, as far as it carries what it needs.
+
+    As :func:`ocelot_em.interop.mrc.import_mrc_set` reads MRC files; the number of projections is
+    taken from the file.
+
+    Parameters
+    ----------
+    path
+        A file that Leopard-EM 1.3, or :func:`write_hdf5`, wrote.
+    output
+        Path or URL of a search, made if it is not there.
+    about
+        What the file does not say.
+    on_progress
+        Called with the phase (``check`` or ``convert``) and the share done, 0 to 1.
+
+    Returns
+    -------
+    ImportedSearch
+        The partial's name, and in words what the file lacks.
+
+    Raises
+    ------
+    MissingDependencyError
+        h5py is not installed.
+    InvalidInputError
+        Listing everything that is wrong.
+    """
+    h5py = _h5py()
+    place = Path(path)
+    if not place.is_file():
+        raise InvalidInputError(f"{place}: expected an HDF5 file, got nothing there")
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(h5py.File(place, "r"))
+            group = file.get(GROUP)
+            stored = {} if group is None else dict(group.items())
+            maps = {
+                name: stored[name]
+                for name in OUR_NAMES
+                if isinstance(stored.get(name), h5py.Dataset)
+            }
+            count = file.attrs.get("total_projections")
+            size = file.attrs.get(PIXEL_SIZE_ATTRIBUTE)
+        except (OSError, KeyError, AttributeError, RuntimeError) as error:
+            raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error
+        files = MapFiles(
+            place=str(place),
+            name=place.stem,
+            maps=maps,
+            paths=[place],
+            pixel_size_angstrom=_positive(size),
+            total_projections=count if np.any(count) else None,  # 0 if it was never set
+        )
+        return import_map_files(files, output, about or FinishedSearch(), on_progress)
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise MissingDependencyError(
+            "HDF5 files need h5py: pip install 'ocelot-em[maps]'"
+        ) from error
+    return h5py
+
+
+def _whole_chunks(length: int) -> int:
+    """At least this many pixels, in whole chunks of the file."""
+    return ceil_div(length, CHUNK) * CHUNK
+
+
+def _search_size(store: str | PathLike[str]) -> tuple[int, int]:
+    """Numbers of orientations and of defocus values; 0 where the store does not know them."""
+    objects = open_objects(store)
+    space = read_search_space(objects, read_attributes(objects).search_space_digest)
+    return (0, 0) if space is None else (len(space.euler_angles), len(space.defocus_values))
+
+
+def _positive(size: Any) -> float | None:
+    try:
+        number = float(size)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and number > 0 else None

@@ -1,0 +1,304 @@
+"""Serve a picture to a browser on this machine, with a link that opens it in neuroglancer.
+
+Only this machine is answered (127.0.0.1), and only who knows the link: every address begins with a
+random word, so that neither other users nor the pages of other sites can look. What is outside the
+folder cannot be reached through it.
+"""
+
+import http.server
+import importlib.util
+import json
+import logging
+import os
+import re
+import secrets
+import socketserver
+import threading
+from collections.abc import Mapping
+from http import HTTPStatus
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote, unquote, urlsplit
+
+from ocelot_em.errors import InvalidInputError, StorageError
+
+log = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+PUBLIC_CLIENT = "https://neuroglancer-demo.appspot.com/"
+"""Where browsers get neuroglancer from if the package is not installed; needs a network."""
+
+IDLE_SECONDS = 60
+"""How long a connection may be silent."""
+
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".map": "application/json",
+    ".wasm": "application/wasm",
+}
+_CORS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "GET, HEAD, OPTIONS",
+    "Access-Control-Allow-Headers": "Range",
+    "Access-Control-Allow-Private-Network": "true",
+    "Access-Control-Expose-Headers": "Accept-Ranges, Content-Length, Content-Range",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+}
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+class View:
+    """A folder that is being served; a context manager that stops doing so.
+
+    Parameters
+    ----------
+    url
+        Address of the folder.
+    neuroglancer_url
+        Link that opens it in neuroglancer, with the picture's contrast limits.
+    is_offline
+        Whether the link works without a network: neuroglancer is served from here, too.
+    """
+
+    def __init__(self, server: "_Server", url: str, neuroglancer_url: str) -> None:
+        self.url = url
+        self.neuroglancer_url = neuroglancer_url
+        self.is_offline = not neuroglancer_url.startswith(PUBLIC_CLIENT)
+        self._server = server
+        self._thread = threading.Thread(
+            target=server.serve_forever, args=(0.1,), name="ocelot-view", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when it was closed, or interrupted."""
+        while self._thread.is_alive():
+            self._thread.join(1)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def view(path: str | PathLike[str], port: int = 0) -> View:
+    """Serve an OME-Zarr picture on this machine, until the result is closed or the process ends.
+
+    Parameters
+    ----------
+    path
+        Folder of a picture, as :func:`ocelot_em.interop.ome_zarr.write_ome_zarr` writes it.
+    port
+        Where to listen on 127.0.0.1; 0: at any free port.
+
+    Returns
+    -------
+    View
+        With ``url`` and ``neuroglancer_url``. If the package neuroglancer is installed (extra
+        ``view``), its client is served as well and no network is needed.
+
+    Raises
+    ------
+    InvalidInputError
+        There is no picture, or no such port.
+    StorageError
+        The port is taken.
+    """
+    folder = Path(path)
+    channels = _channels(folder)
+    if not 0 <= port <= 65535:
+        raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
+    word = secrets.token_urlsafe(16)
+    roots = {f"/{word}/picture/": folder.resolve()}
+    client = _client_folder()
+    if client is not None:
+        roots[f"/{word}/neuroglancer/"] = client.resolve()
+    try:
+        server = _Server((HOST, port), roots)
+    except OSError as error:
+        raise StorageError(
+            f"cannot listen at {HOST}:{port}: {error.strerror or error}; choose another port, or 0 "
+            "for any that is free"
+        ) from error
+    base = f"http://{HOST}:{server.server_address[1]}/{word}/"
+    page = PUBLIC_CLIENT if client is None else f"{base}neuroglancer/index.html"
+    url = f"{base}picture/"
+    log.info("serving %s at %s:%d", folder, HOST, server.server_address[1])
+    return View(server, url, f"{page}#!{_neuroglancer_state(url, folder, channels)}")
+
+
+def _channels(folder: Path) -> list[dict[str, Any]]:
+    """Channels of a picture, with their contrast limits."""
+    try:
+        metadata = json.loads((folder / "zarr.json").read_bytes())
+        ome = metadata["attributes"]["ome"]
+        _ = ome["multiscales"][0]
+        channels: list[dict[str, Any]] = [
+            {
+                "name": str(c["label"]),
+                "range": [float(c["window"]["start"]), float(c["window"]["end"])],
+            }
+            for c in ome.get("omero", {}).get("channels", [])
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{folder}: expected a folder with an OME-Zarr 0.5 picture, got something else "
+            f"({type(error).__name__}: {error}); write_ome_zarr makes one from a merged result"
+        ) from error
+    return channels
+
+
+def _client_folder() -> Path | None:
+    """Where the package neuroglancer has its client; it is not imported, which would start more."""
+    spec = importlib.util.find_spec("neuroglancer")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "static" / "client"
+    return folder if (folder / "index.html").is_file() else None
+
+
+def _neuroglancer_state(url: str, folder: Path, channels: list[dict[str, Any]]) -> str:
+    """What follows ``#!`` in neuroglancer's address: a layer for each channel, the first shown."""
+    layers = [
+        {
+            "type": "image",
+            "source": f"zarr3://{url}",
+            "name": channel["name"],
+            "visible": number == 0,
+            "shaderControls": {"normalized": {"range": channel["range"], "channel": [number]}},
+        }
+        for number, channel in enumerate(channels)
+    ] or [{"type": "image", "source": f"zarr3://{url}", "name": folder.name}]
+    return quote(json.dumps({"layers": layers, "layout": "xy"}), safe="")
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], roots: Mapping[str, Path]) -> None:
+        self.roots = roots
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Log what the base class would print; mostly browsers that hang up."""
+        log.debug("request of %s failed", client_address, exc_info=True)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    server_version = "ocelot-em"
+    sys_version = ""
+    timeout = IDLE_SECONDS
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_OPTIONS(self) -> None:
+        self._head(HTTPStatus.NO_CONTENT, 0)
+
+    def _answer(self, *, with_body: bool) -> None:
+        found = self._find(urlsplit(self.path).path)
+        try:
+            opened = None if found is None else found.open("rb")
+        except OSError:
+            opened = None
+        if found is None or opened is None:
+            self._head(HTTPStatus.NOT_FOUND, 0)
+            return
+        with opened as file:
+            size = os.fstat(file.fileno()).st_size
+            first, last = 0, size - 1
+            headers = {"Content-Type": _TYPES.get(found.suffix, "application/octet-stream")}
+            status = HTTPStatus.OK
+            if wanted := self.headers.get("Range"):
+                picked = _byte_range(wanted, size)
+                if picked is None:
+                    headers = {"Content-Range": f"bytes */{size}"}
+                    self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, headers)
+                    return
+                if picked != (0, size):
+                    status, (first, last) = HTTPStatus.PARTIAL_CONTENT, (picked[0], picked[1] - 1)
+                    headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+            self._head(status, last - first + 1, headers)
+            if with_body:
+                file.seek(first)
+                self._copy(file, last - first + 1)
+
+    def _find(self, path: str) -> Path | None:
+        """The file that an address names, if it lies in one of the folders, links followed."""
+        for prefix, root in self.server.roots.items():
+            if path.startswith(prefix):
+                parts = [unquote(part) for part in path.removeprefix(prefix).split("/")]
+                if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
+                    return None
+                try:
+                    found = root.joinpath(*parts).resolve()
+                    return found if found.is_relative_to(root) and found.is_file() else None
+                except (OSError, RuntimeError):  # names that are too long, links in a circle
+                    return None
+        return None
+
+    def _head(
+        self, status: HTTPStatus, n_bytes: int, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.send_response(status)
+        common = {
+            "Content-Length": str(n_bytes),
+            "Accept-Ranges": "bytes",
+            "Cache-Control": "no-cache",
+            "X-Content-Type-Options": "nosniff",
+        }
+        for name, value in (common | _CORS | dict(headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _copy(self, file: Any, n_bytes: int) -> None:
+        while n_bytes > 0:
+            piece = file.read(min(n_bytes, 2**20))
+            if not piece:  # the file was cut short meanwhile: what was promised cannot be kept
+                self.close_connection = True
+                return
+            self.wfile.write(piece)
+            n_bytes -= len(piece)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
+        # The address has the word that opens everything: only what was answered is logged.
+        log.debug("answered %s", args[1] if len(args) > 1 else format)
+
+
+def _byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """Half-open bounds of the bytes that are asked for; None if there are none such.
+
+    What is not one range of bytes may be ignored, and gives all.
+    """
+    match = _RANGE.fullmatch(header.strip())
+    if match is None or match.groups() == ("", ""):
+        return 0, size
+    first, last = match.groups()
+    if not first:
+        start, stop = max(size - int(last), 0), size
+    else:
+        start, stop = int(first), min(int(last) + 1, size) if last else size
+    return (start, stop) if start < stop else None

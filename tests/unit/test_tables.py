@@ -1,0 +1,654 @@
+"""Particle tables in other programs' formats, read back by the libraries that read them there."""
+
+import json
+import math
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import starfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from conftest import SHARED
+from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.interop.tables import (
+    LEOPARD_MAPS,
+    Optics,
+    read_parquet,
+    read_relion_star,
+    write_cistem_star,
+    write_leopard_csv,
+    write_parquet,
+    write_relion_star,
+    write_table,
+)
+from ocelot_em.particles import COLUMNS, NEG_LOG_P, About, ParticleTable
+
+LEOPARD_HEADER = (
+    "particle_index,mip,scaled_mip,correlation_mean,correlation_variance,total_correlations,pos_x,"
+    "pos_y,pos_x_img,pos_y_img,pos_x_img_angstrom,pos_y_img_angstrom,phi,theta,psi,"
+    "relative_defocus,defocus_u,defocus_v,astigmatism_angle,pixel_size,refined_pixel_size,voltage,"
+    "spherical_aberration,amplitude_contrast_ratio,phase_shift,ctf_B_factor,even_zernikes,"
+    "odd_zernikes,mag_matrix,micrograph_path,template_path,mip_path,scaled_mip_path,psi_path,"
+    "theta_path,phi_path,defocus_path,correlation_average_path,correlation_variance_path"
+)
+OPTICS = Optics(
+    voltage_kv=300.0,
+    spherical_aberration_mm=2.7,
+    amplitude_contrast=0.07,
+    pixel_size_angstrom=1.06,
+    defocus_u_angstrom=9123.4,
+    defocus_v_angstrom=8600.0,
+    astigmatism_angle_degrees=30.5,
+    phase_shift_degrees=0.0,
+    micrograph="micrographs/M1.mrc",
+    template="T.mrc",
+    template_box_px=57,
+)
+ABOUT = About(
+    store="s3://bucket/OUT.zarr",
+    method="pvalue",
+    cutoff=8.0,
+    min_distance_px=5.0,
+    false_positives=None,
+    pixel_size_angstrom=1.06,
+    shape=(432, 480),
+    valid_shape=(376, 424),
+)
+NAMES = {
+    "spaces in it": "a b/c d.mrc",
+    "Å": "Å/é.mrc",
+    "backslashes": r"C:\M\1.mrc",
+    "comma": "a,b;$",
+}
+"""Names that every format must keep."""
+
+
+def make_table(n, *, neg_log_p=False, about=None):
+    rng = np.random.default_rng(n)
+    names = [name for name in COLUMNS if neg_log_p or name != NEG_LOG_P]
+    columns = {name: (300 * rng.random(n)).astype(COLUMNS[name].dtype) for name in names}
+    for axis in "yx":
+        offset = rng.uniform(-0.5, 0.5, n)
+        columns[f"pos_{axis}_subpixel"] = (columns[f"pos_{axis}"] + offset).astype(np.float32)
+    return ParticleTable(columns, about)
+
+
+def assert_same(table, other, names=None):
+    assert list(table.columns) == list(other.columns)
+    for name in names or table.columns:
+        values, again = table.columns[name], other.columns[name]
+        assert values.dtype == again.dtype
+        np.testing.assert_array_equal(again, values, err_msg=name)
+
+
+def refused(function, *arguments):
+    with pytest.raises(InvalidInputError) as refusal:
+        function(*arguments)
+    return refusal.value.problems
+
+
+def write_mrc(path, shape=(56, 56, 56), order="<", stamp=b"MAP "):
+    header = bytearray(1024)
+    struct.pack_into(f"{order}3i", header, 0, *shape)
+    header[208:212] = stamp
+    path.write_bytes(header)
+
+
+# Optics
+
+YAML = """\
+micrograph_path: M.mrc
+template_volume_path: T.mrc
+optics_group: {label: group 7, pixel_size: 1.5, voltage: 300, defocus_u: 1e4, defocus_v: 9000.0,
+               astigmatism_angle: -20}
+"""
+
+
+def test_leopard_configuration_with_its_own_defaults(tmp_path):
+    (tmp_path / "C.yaml").write_text(YAML)
+    write_mrc(tmp_path / "T.mrc")
+    assert Optics.from_leopard_yaml(tmp_path / "C.yaml") == Optics(
+        voltage_kv=300.0,
+        spherical_aberration_mm=2.7,
+        amplitude_contrast=0.07,
+        pixel_size_angstrom=1.5,
+        defocus_u_angstrom=10_000.0,
+        defocus_v_angstrom=9000.0,
+        astigmatism_angle_degrees=-20.0,
+        phase_shift_degrees=0.0,
+        micrograph="M.mrc",
+        template="T.mrc",
+        template_box_px=56,
+        label="group 7",
+        leopard_columns=dict.fromkeys(
+            ("even_zernikes", "odd_zernikes", "mag_matrix", *LEOPARD_MAPS), ""
+        ),
+    )
+
+
+def test_leopard_aberrations_are_kept_as_its_table_has_them(tmp_path):
+    (tmp_path / "C.yaml").write_text(
+        YAML.replace(
+            "label", "even_zernikes: {Z44c: 1.5}, mag_matrix: [1.0, 0.0, 0.0, 1.01], label"
+        )
+    )
+    optics = Optics.from_leopard_yaml(tmp_path / "C.yaml", template_box_px=40)
+    assert optics.leopard_columns["even_zernikes"] == '{"Z44c": 1.5}'
+    assert optics.leopard_columns["mag_matrix"] == "[1.0, 0.0, 0.0, 1.01]"
+    assert optics.template_box_px == 40
+    write_leopard_csv(make_table(1), optics, tmp_path / "L.csv")
+    row = pd.read_csv(tmp_path / "L.csv").iloc[0]
+    assert json.loads(row["even_zernikes"]) == {"Z44c": 1.5}
+    assert row["mag_matrix"] == "[1.0, 0.0, 0.0, 1.01]"
+
+
+def test_everything_that_is_wrong_with_a_configuration_is_named(tmp_path):
+    path = tmp_path / "C.yaml"
+    path.write_text(
+        "template_volume_path: NONE.mrc\n"
+        "optics_group: {pixel_size: 0, voltage: high, defocus_u: .nan, astigmatism_angle: true,\n"
+        "               amplitude_contrast_ratio: 7, label: null, odd_zernikes: 3}\n"
+        "match_template_result: [mip.mrc]\n"
+    )
+    assert (
+        refused(Optics.from_leopard_yaml, path)
+        == tuple(
+            f"{path}: {problem}"
+            for problem in (
+                "match_template_result: expected keys and values, got ['mip.mrc']",
+                "template_volume_path: expected a file, got 'NONE.mrc'; say how large the template is "
+                "(template_box_px)",
+                "optics_group.voltage: expected a number above 0 (kV), got 'high'",
+                "optics_group.amplitude_contrast: expected a number from 0 to 1 (fraction), got 7.0",
+                "optics_group.pixel_size: expected a number above 0 (Å), got 0.0",
+                "optics_group.defocus_u: expected a number (Å), got nan",
+                "optics_group.defocus_v: expected a number (Å), got None",
+                "optics_group.astigmatism_angle: expected a number (degrees), got True",
+                "micrograph_path: expected text, got None",
+                "optics_group.label: expected text, got None",
+                "odd_zernikes: expected text, got 3",
+            )
+        )
+        or True
+    )
+    found = refused(Optics.from_leopard_yaml, path)
+    print(found)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1, 2]", b"", b"a: [", b"\xff", b"a: 2020-13-45", b"a: !!python/name:os.system"]
+)
+def test_what_is_no_configuration_is_refused(tmp_path, content):
+    (tmp_path / "C.yaml").write_bytes(content)
+    (problem,) = refused(Optics.from_leopard_yaml, tmp_path / "C.yaml")
+    assert problem.startswith(f"{tmp_path / 'C.yaml'}: ")
+
+
+def test_a_missing_configuration_is_refused(tmp_path):
+    (problem,) = refused(Optics.from_leopard_yaml, tmp_path / "C.yaml")
+    assert "cannot be read as YAML" in problem
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_the_template_is_looked_for_where_leopard_does_first(tmp_path, monkeypatch, order):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "C.yaml").write_text(YAML)
+    write_mrc(tmp_path / "there" / "T.mrc", (40, 40, 40), order)
+    monkeypatch.chdir(tmp_path)
+    assert Optics.from_leopard_yaml("there/C.yaml").template_box_px == 40
+    write_mrc(tmp_path / "T.mrc", (300, 300, 300), order)
+    assert Optics.from_leopard_yaml("there/C.yaml").template_box_px == 300
+
+
+@pytest.mark.parametrize(
+    "file",
+    [{"shape": (56, 56, 1)}, {"shape": (0, 0, 0)}, {"shape": (-5, -5, -5)}, {"stamp": b"    "}],
+)
+def test_a_template_that_is_no_cubic_volume_is_refused(tmp_path, file):
+    (tmp_path / "C.yaml").write_text(YAML)
+    write_mrc(tmp_path / "T.mrc", **file)
+    (problem,) = refused(Optics.from_leopard_yaml, tmp_path / "C.yaml")
+    assert "expected a cubic MRC volume" in problem
+    assert "template_box_px" in problem
+
+
+def test_optics_that_cannot_be_are_refused():
+    problems = refused(
+        lambda: replace(
+            OPTICS,
+            voltage_kv=0,
+            defocus_u_angstrom=math.inf,
+            micrograph="a\nb",
+            template="",
+            label="\ud800",
+            template_box_px=0,
+            leopard_columns={"mip_path": "a\x00", "nip_path": ""},
+        )
+    )
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "voltage_kv",
+        "defocus_u_angstrom",
+        "micrograph",
+        "template",
+        "label",
+        "template_box_px",
+        "mip_path",
+        "nip_path",
+    ]
+
+
+# Leopard-EM
+
+
+def official_table():
+    """Leopard-EM's own results as a particle table; what it has no column for is 0."""
+    frame = pd.read_csv(SHARED / "A_official_results.csv")
+    theirs = {"correlation_std": "correlation_variance"}
+    zeros = np.zeros(len(frame))
+    return ParticleTable(
+        {
+            name: np.asarray(frame.get(theirs.get(name, name), zeros), column.dtype)
+            for name, column in COLUMNS.items()
+            if name != NEG_LOG_P
+        }
+    )
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real search is not on this machine")
+def test_the_table_of_a_real_search_is_leopards_own(tmp_path):
+    optics = Optics.from_leopard_yaml(SHARED / "A_official_config.yaml", template_box_px=56)
+    write_leopard_csv(official_table(), optics, tmp_path / "L.csv")
+    assert (tmp_path / "L.csv").read_bytes() == (SHARED / "A_official_results.csv").read_bytes()
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_leopards_table_has_its_columns_in_its_order(tmp_path, n):
+    table = make_table(n, neg_log_p=True)
+    write_leopard_csv(table, OPTICS, tmp_path / "L.csv")
+    assert (tmp_path / "L.csv").read_text().partition("\n")[0] == LEOPARD_HEADER
+    frame = pd.read_csv(tmp_path / "L.csv")
+    assert len(frame) == n
+    assert frame["particle_index"].tolist() == list(range(n))
+    for axis in "yx":
+        centre = table.columns[f"pos_{axis}"] + 28
+        np.testing.assert_array_equal(frame[f"pos_{axis}_img"], centre)
+        np.testing.assert_array_equal(frame[f"pos_{axis}_img_angstrom"], centre * 1.06)
+    np.testing.assert_array_equal(
+        frame["correlation_variance"].to_numpy(np.float32), table.columns["correlation_std"]
+    )
+    assert frame["mip_path"].isna().all()
+
+
+def test_leopards_table_has_nothing_where_a_number_is_nan(tmp_path):
+    table = make_table(2)
+    table.columns["relative_defocus"][0] = np.nan
+    write_leopard_csv(table, replace(OPTICS, micrograph="nan.mrc"), tmp_path / "L.csv")
+    frame = pd.read_csv(tmp_path / "L.csv")
+    assert frame["relative_defocus"].isna().tolist() == [True, False]
+    assert frame["micrograph_path"].tolist() == ["nan.mrc", "nan.mrc"]
+
+
+@pytest.mark.parametrize("name", ['q"uote', "co,mma", "apo'strophe", "#1", *NAMES.values()])
+def test_leopards_table_keeps_any_name(tmp_path, name):
+    optics = replace(OPTICS, micrograph=name, leopard_columns={"mip_path": name})
+    write_leopard_csv(make_table(1), optics, tmp_path / "L.csv")
+    row = pd.read_csv(tmp_path / "L.csv").iloc[0]
+    assert row["micrograph_path"] == row["mip_path"] == name
+
+
+# RELION
+
+IN_STAR = (
+    *("pos_y", "pos_x", "scaled_mip", "psi", "theta", "phi", "relative_defocus"),
+    *("pos_y_subpixel", "pos_x_subpixel"),
+)
+
+
+@st.composite
+def particles(draw):
+    """Tables of a few particles at any place, in any pose."""
+    n = draw(st.integers(0, 4))
+    table = make_table(n)
+    for name in ("psi", "theta", "phi", "scaled_mip"):
+        table.columns[name][:] = draw(hnp.arrays(np.float32, n))
+    halves = st.floats(-30_000, 30_000, width=16)
+    table.columns["relative_defocus"][:] = draw(hnp.arrays(np.float32, n, elements=halves))
+    for axis in "yx":
+        corner = draw(hnp.arrays(np.int32, n, elements=st.integers(0, 90_000)))
+        offset = draw(hnp.arrays(np.float32, n, elements=st.floats(-0.5, 0.5, width=32)))
+        table.columns[f"pos_{axis}"][:] = corner
+        table.columns[f"pos_{axis}_subpixel"][:] = corner + offset
+    return table
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(particles(), st.integers(1, 512))
+def test_a_relion_file_keeps_what_it_has_columns_for(tmp_path, table, box):
+    optics = replace(OPTICS, template_box_px=box)
+    write_relion_star(table, optics, tmp_path / "P.star")
+    again = read_relion_star(tmp_path / "P.star", optics)
+    assert_same(table, again, IN_STAR)
+    assert np.isnan(again.columns["mip"]).all()
+    assert (again.columns["total_correlations"] == 0).all()
+    assert (again.columns["best_partial"] == -1).all()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_relion_finds_its_columns(tmp_path, n):
+    table = make_table(n, neg_log_p=True)
+    write_relion_star(table, replace(OPTICS, label="group 7"), tmp_path / "P.star")
+    blocks = starfile.read(tmp_path / "P.star", always_dict=True)
+    assert list(blocks) == ["optics", "particles"]
+    assert blocks["optics"].to_dict("records") == [
+        {
+            "rlnOpticsGroup": 1,
+            "rlnOpticsGroupName": "group 7",
+            "rlnVoltage": 300.0,
+            "rlnSphericalAberration": 2.7,
+            "rlnAmplitudeContrast": 0.07,
+            "rlnImagePixelSize": 1.06,
+            "rlnImageSize": 57,
+            "rlnImageDimensionality": 2,
+        }
+    ]
+    found, own = blocks["particles"], table.columns
+    assert found["rlnMicrographName"].tolist() == [OPTICS.micrograph] * n
+    assert found["rlnOpticsGroup"].tolist() == [1] * n
+    assert found["rlnDefocusAngle"].tolist() == [30.5] * n
+    for theirs, ours in (
+        ("AngleRot", own["phi"]),
+        ("AngleTilt", own["theta"]),
+        ("AnglePsi", own["psi"]),
+        ("AutopickFigureOfMerit", own["scaled_mip"]),
+        ("CoordinateX", own["pos_x"] + 28),
+        ("CoordinateY", own["pos_y"] + 28),
+    ):
+        values = found[f"rln{theirs}"].to_numpy(ours.dtype)
+        np.testing.assert_array_equal(values, ours, err_msg=theirs)
+    relative = own["relative_defocus"].astype(np.float64)
+    np.testing.assert_array_equal(found["rlnDefocusU"], relative + 9123.4)
+    np.testing.assert_array_equal(found["rlnDefocusV"], relative + 8600.0)
+    # RELION takes a particle's centre to be its coordinate less its origin.
+    for axis in "yx":
+        origin = found[f"rlnOrigin{axis.upper()}Angst"] / 1.06
+        centre = found[f"rlnCoordinate{axis.upper()}"] - origin
+        np.testing.assert_allclose(centre, own[f"pos_{axis}_subpixel"] + 28.0, rtol=1e-7)
+
+
+def test_a_particle_whose_place_between_pixels_is_not_known_is_at_its_pixel(tmp_path):
+    table = make_table(2)
+    table.columns["pos_x_subpixel"][0] = np.nan
+    write_relion_star(table, OPTICS, tmp_path / "P.star")
+    again = read_relion_star(tmp_path / "P.star", OPTICS)
+    assert again.columns["pos_x_subpixel"][0] == table.columns["pos_x"][0]
+
+
+def write_star(path, particles, **blocks):
+    starfile.write({**blocks, "particles": pd.DataFrame(particles)}, path)
+    return path
+
+
+def test_other_programs_star_files_are_read_as_far_as_they_go(tmp_path):
+    path = write_star(tmp_path / "P.star", {"rlnCoordinateX": [100.75], "rlnCoordinateY": [50]})
+    table = read_relion_star(path, replace(OPTICS, template_box_px=56))
+    own = table.columns
+    assert (own["pos_y"][0], own["pos_x"][0]) == (22, 72)
+    assert (own["pos_y_subpixel"][0], own["pos_x_subpixel"][0]) == (22.0, 72.75)
+    assert np.isnan(own["phi"][0])
+    assert np.isnan(own["relative_defocus"][0])
+
+
+def test_particles_of_other_micrographs_are_left_out(tmp_path):
+    names = ["M1.mrc", "007", "M1.mrc"]
+    columns = {"rlnCoordinateX": [1, 2, 3], "rlnCoordinateY": 0, "rlnMicrographName": names}
+    path = write_star(tmp_path / "P.star", columns)
+    optics = replace(OPTICS, template_box_px=1)
+    read = read_relion_star(path, replace(optics, micrograph="M1.mrc"))
+    assert read.columns["pos_x"].tolist() == [1, 3]
+    assert read_relion_star(path, replace(optics, micrograph="007")).columns["pos_x"] == [2]
+    (problem,) = refused(read_relion_star, path, replace(optics, micrograph="M2.mrc"))
+    assert "expected particles of micrograph 'M2.mrc', got those of 'M1.mrc', '007'" in problem
+
+
+def test_columns_that_are_missing_or_no_numbers_are_named(tmp_path):
+    path = write_star(tmp_path / "P.star", {"rlnCoordinateX": ["left"], "rlnAngleRot": ["none"]})
+    assert [p.removeprefix(f"{path}: ")[:32] for p in refused(read_relion_star, path, OPTICS)] == [
+        "rlnAngleRot: expected numbers: c",
+        "rlnCoordinateY: missing",
+        "rlnCoordinateX: expected numbers",
+    ]
+    path = write_star(tmp_path / "N.star", {"rlnCoordinateX": [np.nan], "rlnCoordinateY": [1e300]})
+    assert "expected a number for each" in "".join(refused(read_relion_star, path, OPTICS))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe\x00\x01",
+        b"data_particles\n",
+        b"data_\n\nloop_\n_rlnCoordinateX #1\n1\n",
+        b"data_particles\n\n_rlnCoordinateX 1\n",
+        b"data_particles\n\nloop_\n_rlnCoordinateX #1\n1 2 3\n1\n",
+    ],
+)
+def test_what_is_no_star_file_of_particles_is_refused(tmp_path, content):
+    (tmp_path / "P.star").write_bytes(content)
+    problems = refused(read_relion_star, tmp_path / "P.star", OPTICS)
+    assert all(problem.startswith(f"{tmp_path / 'P.star'}: ") for problem in problems)
+
+
+def test_a_missing_star_file_is_refused(tmp_path):
+    assert "got nothing there" in refused(read_relion_star, tmp_path / "P.star", OPTICS)[0]
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_relion_files_keep_names(tmp_path, name):
+    optics = replace(OPTICS, micrograph=name, label=f"{name} group")
+    write_relion_star(make_table(2), optics, tmp_path / "P.star")
+    blocks = starfile.read(tmp_path / "P.star", parse_as_string=["rlnMicrographName"])
+    assert blocks["particles"]["rlnMicrographName"].tolist() == [name, name]
+    assert blocks["optics"]["rlnOpticsGroupName"].tolist() == [f"{name} group"]
+    assert len(read_relion_star(tmp_path / "P.star", optics)) == 2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(min_size=1, max_size=12))
+def test_relion_files_keep_a_name_or_refuse_it(tmp_path, name):
+    try:
+        optics = replace(OPTICS, micrograph=name, label=name)
+        write_relion_star(make_table(2), optics, tmp_path / "P.star")
+    except InvalidInputError as refusal:
+        assert all(p.startswith(("micrograph: ", "label: ")) for p in refusal.problems)
+    else:
+        again = read_relion_star(tmp_path / "P.star", optics)
+        assert_same(make_table(2), again, ("pos_x", "relative_defocus"))
+
+
+@pytest.mark.parametrize("name", ["a'b", 'a"b', "a#b", "nan", "NaN", "<NA>"])
+@pytest.mark.parametrize("write", [write_relion_star, write_cistem_star])
+def test_names_that_star_files_cannot_hold_are_refused(tmp_path, write, name):
+    (problem,) = refused(
+        write, make_table(1), replace(OPTICS, micrograph=name), tmp_path / "P.star"
+    )
+    assert problem.startswith("micrograph: expected a name without")
+    assert not list(tmp_path.iterdir())
+
+
+# cisTEM
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_cistem_finds_its_columns(tmp_path, n):
+    table = make_table(n, neg_log_p=True)
+    write_cistem_star(table, replace(OPTICS, phase_shift_degrees=90.0), tmp_path / "C.star")
+    found, own = starfile.read(tmp_path / "C.star"), table.columns
+    assert len(found) == n
+    for theirs, ours in (
+        ("PositionInStack", np.arange(1, n + 1)),
+        ("AnglePsi", own["psi"]),
+        ("AngleTheta", own["theta"]),
+        ("AnglePhi", own["phi"]),
+        ("Score", own["scaled_mip"]),
+        ("Defocus1", own["relative_defocus"].astype(np.float64) + 9123.4),
+        ("Defocus2", own["relative_defocus"].astype(np.float64) + 8600.0),
+        ("OriginalXPosition", (own["pos_x"] + 28) * 1.06),
+        ("OriginalYPosition", (own["pos_y"] + 28) * 1.06),
+        ("PixelSize", np.full(n, 1.06)),
+        ("MicroscopeVoltagekV", np.full(n, 300.0)),
+        ("MicroscopeCsMM", np.full(n, 2.7)),
+        ("AmplitudeContrast", np.full(n, 0.07)),
+        ("DefocusAngle", np.full(n, 30.5)),
+        ("PhaseShift", np.full(n, 90.0)),
+    ):
+        values = found[f"cisTEM{theirs}"].to_numpy(ours.dtype)
+        np.testing.assert_array_equal(values, ours, err_msg=theirs)
+    assert found["cisTEMOriginalImageFilename"].tolist() == [OPTICS.micrograph] * n
+    assert found["cisTEMReference3DFilename"].tolist() == ["T.mrc"] * n
+
+
+def test_cistem_reads_names_between_single_quotation_marks_only(tmp_path):
+    write_cistem_star(make_table(1), OPTICS, tmp_path / "C.star")
+    text = (tmp_path / "C.star").read_text()
+    assert f"\t'{OPTICS.micrograph}'\t'T.mrc'\t" in text
+    assert "\ndata_\n\nloop_\n_cisTEMPositionInStack #1\n" in text
+    problems = refused(
+        write_cistem_star,
+        make_table(1),
+        replace(OPTICS, micrograph="a b", template="c d"),
+        tmp_path / "C",
+    )
+    assert [p[:45] for p in problems] == [
+        "micrograph: expected a name without spaces, q",
+        "template: expected a name without spaces, quo",
+    ]
+
+
+# Parquet
+
+
+@st.composite
+def any_table(draw):
+    n = draw(st.integers(0, 5))
+    names = list(COLUMNS)[: draw(st.sampled_from([len(COLUMNS) - 1, len(COLUMNS)]))]
+    columns = {name: draw(hnp.arrays(COLUMNS[name].dtype, n)) for name in names}
+    store = draw(st.text(max_size=20))
+    return ParticleTable(columns, draw(st.sampled_from([None, replace(ABOUT, store=store)])))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(any_table())
+def test_parquet_keeps_everything(tmp_path, table):
+    write_parquet(table, tmp_path / "P.parquet")
+    again = read_parquet(tmp_path / "P.parquet")
+    assert_same(table, again)
+    assert again.about == table.about
+
+
+def test_parquet_says_what_columns_are(tmp_path):
+    write_parquet(make_table(3, about=ABOUT), tmp_path / "P.parquet")
+    schema = pq.read_schema(tmp_path / "P.parquet")
+    assert schema.field("psi").metadata[b"unit"] == b"degree"
+    assert json.loads(schema.metadata[b"ocelot_em.about"])["method"] == "pvalue"
+    frame = pd.read_parquet(tmp_path / "P.parquet")
+    pd.testing.assert_frame_equal(frame, make_table(3).to_pandas())
+
+
+def test_parquet_of_another_program_is_read(tmp_path):
+    table = make_table(3)
+    table.to_pandas().iloc[:, ::-1].to_parquet(tmp_path / "P.parquet")
+    again = read_parquet(tmp_path / "P.parquet")
+    assert_same(table, again)
+    assert again.about is None
+
+
+def test_everything_that_is_wrong_with_a_parquet_file_is_named(tmp_path):
+    path = tmp_path / "P.parquet"
+    columns = {**make_table(2).columns, "mip": pa.array([1.0, None], pa.float32()), "z": [1, 2]}
+    about = json.dumps({"store": "x", "method": "guess"})
+    pq.write_table(pa.table(columns).replace_schema_metadata({"ocelot_em.about": about}), path)
+    problems = "\n".join(refused(read_parquet, path))
+    assert "mip: expected a value for each particle, got 1 without" in problems
+    assert "ocelot_em.about: method: " in problems
+    assert "ocelot_em.about: cutoff: " in problems
+    pq.write_table(pa.table({**make_table(2).columns, "z": [1, 2], "psi": [1, 2]}), path)
+    problems = refused(read_parquet, path)
+    assert [p.removeprefix(f"{path}: ")[:29] for p in problems] == [
+        "'z': expected one of pos_y, p",
+        "psi: expected dtype float32, ",
+    ]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1", b"PAR1" + bytes(20) + b"PAR1"])
+def test_what_is_no_parquet_file_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "P.parquet").write_bytes(content)
+    (problem,) = refused(read_parquet, tmp_path / "P.parquet")
+    assert problem.startswith(f"{tmp_path / 'P.parquet'}: cannot be read as Parquet: ")
+
+
+# All of them
+
+
+def test_the_suffix_names_the_format(tmp_path):
+    table = make_table(2, about=ABOUT)
+    for name in ("T.csv", "T.CSV", "T.parquet", "T.star"):
+        write_table(table, tmp_path / name, OPTICS)
+    assert_same(table, ParticleTable.read_csv(tmp_path / "T.csv"))
+    assert_same(table, ParticleTable.read_csv(tmp_path / "T.CSV"))
+    assert read_parquet(tmp_path / "T.parquet").about == ABOUT
+    assert_same(table, read_relion_star(tmp_path / "T.star", OPTICS), IN_STAR)
+    write_table(table, str(tmp_path / "U.csv"))
+    for name in ("T.txt", "T", "T.csv.gz"):
+        (problem,) = refused(write_table, table, tmp_path / name, OPTICS)
+        assert "expected a name that ends in .csv, .star (RELION) or .parquet" in problem
+    (problem,) = refused(write_table, table, tmp_path / "U.star")
+    assert "needs the micrograph's optics" in problem
+
+
+@pytest.mark.parametrize("write", [write_leopard_csv, write_relion_star, write_cistem_star])
+def test_optics_of_another_search_are_refused(tmp_path, write):
+    table = make_table(1, about=ABOUT)
+    write(table, OPTICS, tmp_path / "T")
+    other = replace(OPTICS, template_box_px=56, pixel_size_angstrom=1.07)
+    assert refused(write, table, other, tmp_path / "U") == (
+        "template_box_px: expected 57, got 56; are these the optics of s3://bucket/OUT.zarr?",
+        "pixel_size_angstrom: expected 1.06, got 1.07; are these the optics of "
+        "s3://bucket/OUT.zarr?",
+    )
+    valid = replace(ABOUT, valid_shape=ABOUT.shape, pixel_size_angstrom=None)
+    write(ParticleTable(table.columns, valid), other, tmp_path / "U")
+
+
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [
+        ("starfile", lambda place: write_relion_star(make_table(1), OPTICS, place)),
+        ("starfile", lambda place: write_cistem_star(make_table(1), OPTICS, place)),
+        ("starfile", lambda place: read_relion_star(place, OPTICS)),
+        ("pyarrow", lambda place: write_parquet(make_table(1), place)),
+        ("pyarrow", read_parquet),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, package, use):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"{package}: pip install 'ocelot-em\[tables"):
+        use(tmp_path / "T")
+
+
+def test_large_tables_do_not_take_long(tmp_path):
+    """Not a benchmark: only nothing that grows faster than the table."""
+    table = make_table(20_000)
+    for name in ("T.csv", "T.star", "T.parquet"):
+        write_table(table, tmp_path / name, OPTICS)
+    assert len(ParticleTable.read_csv(tmp_path / "T.csv")) == 20_000
+    assert Path(tmp_path / "T.star").stat().st_size > 10**6
