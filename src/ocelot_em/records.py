@@ -214,7 +214,7 @@ def read_summary(place: str | PathLike[str]) -> Summary | None:
         It was never finished.
     """
     objects = open_objects(place)
-    _merged(objects)
+    open_merged_result(objects)
     attributes = store.group_attributes(objects, "statistics")
     if attributes is None:
         return None
@@ -241,7 +241,7 @@ def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
     StoreNotFoundError, FormatError, IncompleteError, MissingChunkError
     """
     objects = open_objects(place)
-    attributes = _merged(objects)
+    attributes = open_merged_result(objects)
     plan = read_plan(attributes, objects.url)
     if objects.get("progress/candidates/zarr.json") is None:
         return np.empty((0, len(CANDIDATE_FIELDS))), float("inf")
@@ -264,7 +264,13 @@ def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
     return np.concatenate(found), max(levels)
 
 
-def _merged(objects: Objects) -> fmt.MergedAttributes:
+def open_merged_result(objects: Objects) -> fmt.MergedAttributes:
+    """Read the attributes of a finished merged result.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+    """
     attributes = read_attributes(objects)
     if not isinstance(attributes, fmt.MergedAttributes):
         raise FormatError(f"{objects.url}: is a search, not a merged result; merge it first")

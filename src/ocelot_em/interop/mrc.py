@@ -135,7 +135,8 @@ def import_mrc_set(
     paths = _paths(Path(folder), prefix)
     found = {name: path for name, path in paths.items() if path.is_file()}
     with ExitStack() as stack:
-        opened, problems = {}, []
+        opened: dict[str, Any] = {}
+        problems: list[str] = []
         for name, path in found.items():
             try:
                 opened[name] = stack.enter_context(_opened(mrcfile, path))
