@@ -7,6 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -14,6 +16,14 @@ from rich.table import Table
 
 from ocelot_em import __version__
 from ocelot_em.errors import OcelotError, TilesFailedError
+
+if TYPE_CHECKING:
+    from ocelot_em.interop.tables import Optics
+    from ocelot_em.particles import ParticleTable
+
+MAP_FORMATS = ("mrc", "hdf5", "ome-zarr")
+TABLE_FORMATS = ("leopard", "relion", "cistem", "parquet")
+"""What ``ocelot export`` writes for: maps, and particles."""
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -74,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     p = commands.add_parser(
-        "import", help="convert result files (.npz, .pt) into a search", allow_abbrev=False
+        "import",
+        help="convert result files into a search",
+        description="One .npz or .pt file of each device; or what a finished search has left: one "
+        "folder of Leopard-EM's MRC files, or its HDF5 file.",
+        allow_abbrev=False,
     )
     p.add_argument("files", nargs="+", metavar="FILE", help="one per device, in order")
     p.add_argument("--output", required=True, metavar="RUN.zarr", help="path or URL of the search")
@@ -96,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="cross-correlations of each file, where the files do not say",
     )
+    p.add_argument("--prefix", default="", help="of the names of MRC files, as in output_mip.mrc")
     p.set_defaults(command=_import)
 
     p = commands.add_parser(
@@ -146,6 +161,48 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.set_defaults(command=_merge)
 
+    p = commands.add_parser("peaks", help="pick particles from a merged result", allow_abbrev=False)
+    p.add_argument("store", metavar="MERGED.zarr")
+    p.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help=".csv, .parquet, or .star (RELION; needs --optics)",
+    )
+    _add_picking(p)
+    _add_optics(p)
+    p.set_defaults(command=_peaks)
+
+    p = commands.add_parser(
+        "export", help="write maps or particles for other programs", allow_abbrev=False
+    )
+    p.add_argument("store", metavar="MERGED.zarr")
+    p.add_argument("--to", required=True, choices=(*MAP_FORMATS, *TABLE_FORMATS), help="what for")
+    p.add_argument("--output", required=True, metavar="PLACE", help="file, or folder")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
+    p.add_argument("--prefix", default="", help="of the names of MRC files, as in output_mip.mrc")
+    p.add_argument(
+        "--particles", metavar="FILE", help=".csv or .parquet that 'peaks' wrote (default: pick)"
+    )
+    _add_picking(p)
+    _add_optics(p)
+    p.set_defaults(command=_export)
+
+    p = commands.add_parser(
+        "report", help="one HTML page to judge a merged result by", allow_abbrev=False
+    )
+    p.add_argument("store", metavar="MERGED.zarr")
+    p.add_argument("--output", required=True, metavar="FILE.html")
+    _add_picking(p)
+    p.set_defaults(command=_report)
+
+    p = commands.add_parser(
+        "view", help="show a picture (export --to ome-zarr) in a browser", allow_abbrev=False
+    )
+    p.add_argument("picture", metavar="PICTURE.ome.zarr")
+    p.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1 (default: any)")
+    p.set_defaults(command=_view)
+
     p = commands.add_parser("info", help="say what a store is", allow_abbrev=False)
     p.add_argument("store", metavar="STORE")
     p.set_defaults(command=_info)
@@ -173,7 +230,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_picking(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--method",
+        choices=("gaussian", "gev", "pvalue"),
+        default="gaussian",
+        help="how significance is judged (default: Gaussian noise)",
+    )
+    p.add_argument(
+        "--false-positives",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="accepted in the whole map (default: 1)",
+    )
+    p.add_argument(
+        "--cutoff",
+        type=float,
+        metavar="C",
+        help="taken as it is, in the method's scale: z-score, or -ln p (default there: 8)",
+    )
+    p.add_argument(
+        "--min-distance",
+        type=float,
+        default=5.0,
+        metavar="PX",
+        help="no two peaks are closer (default: 5)",
+    )
+
+
+def _add_optics(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--optics", metavar="CONFIG.yaml", help="Leopard-EM's configuration of the search"
+    )
+    p.add_argument(
+        "--template-box", type=int, metavar="N", help="edge of the template (default: its file's)"
+    )
+
+
 def _import(parsed: argparse.Namespace, console: Console) -> int:
+    if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in parsed.files):
+        return _import_finished(parsed, console)
     from ocelot_em.interop.leopard import ImportOptions, import_results
 
     options = ImportOptions(
@@ -192,6 +289,145 @@ def _import(parsed: argparse.Namespace, console: Console) -> int:
             "all pixels are taken as valid; if the maps have the micrograph's shape, import with "
             "--template-box N"
         )
+    return DONE
+
+
+def _import_finished(parsed: argparse.Namespace, console: Console) -> int:
+    """Import what a finished search has left: MRC files or an HDF5 file."""
+    from ocelot_em.errors import InvalidInputError
+    from ocelot_em.interop.hdf5 import import_hdf5
+    from ocelot_em.interop.map_set import FinishedSearch
+    from ocelot_em.interop.mrc import import_mrc_set
+
+    if len(parsed.files) > 1 or len(parsed.total_projections) > 1 or parsed.search_space:
+        raise InvalidInputError(
+            "import: expected one folder of MRC files, or one HDF5 file, with at most one count "
+            "and no search space; import others with commands of their own"
+        )
+    place = Path(parsed.files[0])
+    about = FinishedSearch(
+        total_projections=parsed.total_projections[0] if parsed.total_projections else None,
+        template_box=parsed.template_box,
+        pixel_size_angstrom=parsed.pixel_size,
+    )
+    with _share_bar(console) as tell:
+        if place.is_dir():
+            found = import_mrc_set(
+                place, parsed.output, about, prefix=parsed.prefix, on_progress=tell
+            )
+        else:
+            found = import_hdf5(place, parsed.output, about, on_progress=tell)
+    console.print(f"imported {place} as partial {found.name} into {parsed.output}", markup=False)
+    for note in found.notes:
+        console.print(f"  - {note}", markup=False)
+    return DONE
+
+
+def _picked(parsed: argparse.Namespace) -> "ParticleTable":
+    """Pick particles as the command line says, or read those that were."""
+    from ocelot_em.errors import InvalidInputError
+    from ocelot_em.particles import ParticleTable
+    from ocelot_em.picking import PickOptions, find_peaks
+
+    given = getattr(parsed, "particles", None)
+    if given is None:
+        options = {name: getattr(parsed, name) for name in PickOptions.model_fields}
+        return find_peaks(parsed.store, **options)
+    if Path(given).suffix == ".csv":
+        return ParticleTable.read_csv(given)
+    if Path(given).suffix == ".parquet":
+        from ocelot_em.interop.tables import read_parquet
+
+        return read_parquet(given)
+    raise InvalidInputError(f"{given}: expected a table that ends in .csv or .parquet")
+
+
+def _optics(parsed: argparse.Namespace) -> "Optics | None":
+    from ocelot_em.interop.tables import Optics
+
+    if parsed.optics is None:
+        return None
+    return Optics.from_leopard_yaml(parsed.optics, parsed.template_box)
+
+
+def _say_particles(console: Console, table: "ParticleTable", output: str) -> None:
+    about = table.about
+    cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff:.4f}"
+    console.print(f"{len(table)} particles{cutoff}: {output}", markup=False)
+
+
+def _peaks(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.interop.tables import write_table
+
+    optics = _optics(parsed)
+    table = _picked(parsed)
+    write_table(table, parsed.output, optics)
+    _say_particles(console, table, parsed.output)
+    return DONE
+
+
+def _export(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.errors import InvalidInputError, OutputExistsError
+    from ocelot_em.interop import hdf5, mrc, ome_zarr, tables
+
+    if parsed.to in MAP_FORMATS:
+        if parsed.to == "mrc":
+            mrc.write_mrc_set(
+                parsed.store, parsed.output, prefix=parsed.prefix, overwrite=parsed.overwrite
+            )
+        else:
+            write = {"hdf5": hdf5.write_hdf5, "ome-zarr": ome_zarr.write_ome_zarr}[parsed.to]
+            write(parsed.store, parsed.output, overwrite=parsed.overwrite)
+        console.print(f"wrote {parsed.output}", markup=False)
+        return DONE
+    if Path(parsed.output).exists() and not parsed.overwrite:
+        raise OutputExistsError(
+            f"{parsed.output}: is there already; choose another name, or --overwrite"
+        )
+    optics = _optics(parsed)
+    if parsed.to == "parquet":
+        table = _picked(parsed)
+        tables.write_parquet(table, parsed.output)
+    elif optics is None:
+        raise InvalidInputError(
+            f"--to {parsed.to}: needs the micrograph's optics; give Leopard-EM's configuration of "
+            "the search with --optics CONFIG.yaml"
+        )
+    else:
+        table = _picked(parsed)
+        writers = {
+            "leopard": tables.write_leopard_csv,
+            "relion": tables.write_relion_star,
+            "cistem": tables.write_cistem_star,
+        }
+        writers[parsed.to](table, optics, parsed.output)
+    _say_particles(console, table, parsed.output)
+    return DONE
+
+
+def _report(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.report import write_report
+
+    table = _picked(parsed)
+    write_report(parsed.store, parsed.output, particles=table)
+    _say_particles(console, table, parsed.output)
+    return DONE
+
+
+def _view(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.viewer import view
+
+    with view(parsed.picture, parsed.port) as shown:
+        console.print(f"serving {shown.url}", markup=False)
+        console.print(f"open {shown.neuroglancer_url}", markup=False)
+        if not shown.is_offline:
+            console.print(
+                "neuroglancer itself comes from the network: pip install 'ocelot-em[view]' for one "
+                "that does not"
+            )
+        console.print("Ctrl-C stops it")
+        with contextlib.suppress(KeyboardInterrupt):
+            shown.wait()
     return DONE
 
 
@@ -245,7 +481,54 @@ def _info(parsed: argparse.Namespace, console: Console) -> int:
     for name, state, count in info.partials:
         table.add_row(name, state, f"{count:,}")
     console.print(table)
+    if isinstance(attributes, MergedAttributes) and attributes.state == "complete":
+        _say_statistics(console, parsed.store)
     return DONE
+
+
+def _say_statistics(console: Console, place: str) -> None:
+    """What the merge has counted, and which partials are out of line."""
+    from ocelot_em.health import partials_out_of_line
+    from ocelot_em.records import read_summary
+
+    summary = read_summary(place)
+    if summary is None:
+        console.print("no statistics: merged by an earlier version")
+        return
+    counted = summary.attributes
+    rows = [
+        ("pixels", f"{counted.valid_pixels:,} valid, {counted.searched_pixels:,} searched"),
+        ("no variance", f"{counted.zero_std_pixels:,} pixels"),
+        ("NaN", f"{counted.nan_pixels:,} pixels"),
+    ]
+    if counted.mip_range is not None and counted.scaled_mip_range is not None:
+        rows.append(("mip", "{:.4g} to {:.4g}".format(*counted.mip_range)))
+        rows.append(("z-score", "{:.4g} to {:.4g}".format(*counted.scaled_mip_range)))
+    if counted.candidate_level is not None:
+        rows.append(
+            (
+                "candidates",
+                f"{counted.n_candidates:,} pixels above z = {counted.candidate_level:.2f}",
+            )
+        )
+    for label, value in rows:
+        console.print(f"{label:12}  {value}", markup=False)
+    table = Table("partial", "pixels won", "expected", title_justify="left")
+    total = sum(partial.total_projections for partial in counted.partials) or 1
+    won = sum(partial.won_pixels for partial in counted.partials)
+    for partial in counted.partials:
+        expected = won * partial.total_projections / total
+        table.add_row(partial.name, f"{partial.won_pixels:,}", f"{expected:,.0f}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    sources = Table("input", "mean", "spread of it", "standard deviation")
+    for source in counted.sources:
+        numbers = (source.mean, source.mean_spread, source.std)
+        sources.add_row(source.name, *("-" if n is None else f"{n:.4g}" for n in numbers))
+    console.print(sources)
+    for sentence in partials_out_of_line(counted):
+        console.print(f"  - {sentence}", markup=False)
 
 
 def _check(parsed: argparse.Namespace, console: Console) -> int:

@@ -114,8 +114,6 @@ def test_against_the_oracle(stack):
         | dict(zip(maps.pose, p.pose, strict=True))
         for p in partials
     ]
-    if any(np.isnan(sum(r[name].astype("f8") for r in results)).any() for name in SUMS):
-        return  # infinities of both signs
     expected = oracle.merge(partials, TABLES if indexed else None)
     for merge in (merge_arrays, on_device):
         merged = merge(results)
@@ -203,9 +201,9 @@ def test_a_merged_result_can_be_written(tmp_path, form, convert, dtype):
 # What is refused
 
 
-def problems_of(merge, results, **options):
+def problems_of(merge, *arguments, **options):
     with pytest.raises(InvalidInputError) as caught:
-        merge(results, **options)
+        merge(*arguments, **options)
     return caught.value.problems
 
 
@@ -309,8 +307,9 @@ class CupyArray(np.lib.mixins.NDArrayOperatorsMixin):
         return None if result is None else self._wrap(result)
 
     def __getattr__(self, name):
-        assert name in ("shape", "dtype", "size", "ndim", "flags", "itemsize", "nbytes", "fill")
-        return getattr(self.values, name)
+        if name in ("shape", "dtype", "size", "ndim", "flags", "itemsize", "nbytes", "fill"):
+            return getattr(self.values, name)
+        raise AttributeError(name)
 
     def __getitem__(self, where):
         return self._wrap(self.values[where])
@@ -526,8 +525,11 @@ def test_a_borrowed_gpu_waits_for_its_producers_and_is_done_in_the_end(log):
 
 
 def test_a_borrowed_gpu_is_given_back_after_an_error(log):
-    with pytest.raises(InvalidInputError), device.borrow_device(0, [0]) as borrowed:
-        borrowed.bring(log.Values(0))
-        raise InvalidInputError("bad values")
+    def refuse():
+        with device.borrow_device(0, [0]) as borrowed:
+            borrowed.bring(log.Values(0))
+            raise InvalidInputError("bad values")
+
+    assert problems_of(refuse) == ("bad values",)
     assert log.lines[-1] == "wait for ours on 0"
     assert log.get_current_stream().name == "caller's on 0"

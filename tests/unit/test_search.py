@@ -159,6 +159,65 @@ def test_an_idle_device_is_a_partial_that_changes_nothing(tmp_path, indexed):
     assert (with_idle["best_partial"] == 1).all()
 
 
+class OnGpu:
+    """An array on a GPU, which notes the most pixels that were brought to the host at once."""
+
+    __cuda_array_interface__ = None
+    most_pixels = 0
+
+    def __init__(self, values):
+        self._values, self.shape, self.dtype = values, values.shape, values.dtype
+
+    def __getitem__(self, where):
+        return OnGpu(self._values[where])
+
+    def get(self):
+        OnGpu.most_pixels = max(OnGpu.most_pixels, self._values.size)
+        return self._values.copy()
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(OnGpu, "most_pixels", 0)
+    return lambda maps: {key: OnGpu(values) for key, values in maps.items()}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_maps_on_a_gpu_come_to_the_host_in_bands(tmp_path, small_chunks, on_gpu, indexed):
+    maps = (indexed_maps if indexed else explicit_maps)((5 * small_chunks + 3, 40))
+    info = INDEXED if indexed else None
+    write_partial(tmp_path / "R", "gpu0", on_gpu(maps), total_projections=9, search=info)
+    assert OnGpu.most_pixels == small_chunks * 40
+    assert_written(tmp_path / "R", "gpu0", maps)
+
+
+def test_what_is_wrong_in_several_bands_is_said_once(tmp_path, small_chunks, on_gpu):
+    maps = indexed_maps((3 * small_chunks, 40))
+    for pixel, index in (((2, 3), -7), ((40, 5), 900), ((95, 39), 60)):
+        maps[INDEX][pixel] = index
+    maps[INDEX][70, 1:4] = -1
+    maps[SUM][33, 2] = maps[SUM][34, 0] = maps[SUM][90, 7] = np.nan
+    problems = refusal_of(
+        write_partial, tmp_path / "R", "a", on_gpu(maps), total_projections=-1, search=INDEXED
+    )
+    assert_mentions(
+        problems,
+        f"a: {SUM}: NaN at 3 pixels, first (33, 2)",
+        f"a: {INDEX}: expected -1 to 41, got -7 to 900 at 3 pixels, first (2, 3); either",
+        f"a: {INDEX}: -1 where {MIP} was searched at 3 pixels, first (70, 1)",
+        "total_projections: expected",
+    )
+    assert OnGpu.most_pixels == small_chunks * 40
+    assert not (tmp_path / "R").exists()
+
+
+def test_lists_are_maps_too(tmp_path):
+    maps = explicit_maps()
+    listed = maps | {SUM: maps[SUM].tolist()}
+    write_partial(tmp_path / "R", "gpu0", listed, total_projections=9)
+    assert_written(tmp_path / "R", "gpu0", listed)
+
+
 # What is refused, and leaves nothing behind
 
 

@@ -185,6 +185,8 @@ def test_gev_cannot_be_fitted():
     for z in (np.zeros(100), np.full(100, 4.0), np.array([])):
         with pytest.raises(InvalidInputError, match=r"at least 3 bins .*, got [01]"):
             fit_gev(Histogram1D.of(z, Z_AXIS))
+    with pytest.raises(InvalidInputError, match="fits its 30 pixels"):
+        fit_gev(Histogram1D.of(np.repeat([1.0, 4.0, 8.0], 10), Z_AXIS))
     histogram = Histogram1D.of(np.linspace(3, 5, 10), Z_AXIS)
     for false_positives in (0, -1, 10, math.nan):
         with pytest.raises(InvalidInputError, match="less than the 10 pixels"):

@@ -94,6 +94,7 @@ _LEOPARD_PLACES: Mapping[str, str] = {
     "label": "optics_group.label",
     "micrograph": "micrograph_path",
     "template": "template_volume_path",
+    **{name: f"optics_group.{name}" for name in LEOPARD_ABERRATIONS},
     **{c: f"match_template_result.{key}" for c, key in LEOPARD_MAPS.items()},
 }
 """Where Leopard-EM's configuration has what :class:`Optics` has."""

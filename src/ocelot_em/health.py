@@ -1,0 +1,101 @@
+"""Which partials look wrong, in words: a faulty device, a wrong count, a share searched twice."""
+
+from collections.abc import Iterator
+from statistics import median
+
+from ocelot_em.format import SourceStatistics, StatisticsAttributes
+
+WIN_RATIO = 1.25
+"""Pixels won may be so many times more, or fewer, than a partial's share of the projections. In the
+shards of a real search they were within 1 %."""
+
+FEWEST_EXPECTED_WINS = 1000
+"""Below that, chance explains every ratio."""
+
+STD_RATIO = 1.05
+"""Standard deviations of a partial's correlations may be so many times those of the others. In the
+shards of a real search they were within 0.3 %; a count that is wrong by a tenth makes 5 %."""
+
+MEAN_DIFFERENCE = 0.05
+"""Their means may differ by so many standard deviations."""
+
+
+def partials_out_of_line(statistics: StatisticsAttributes) -> list[str]:
+    """Say what is unlike the other partials.
+
+    Parameters
+    ----------
+    statistics
+        Of a merged result.
+
+    Returns
+    -------
+    list of str
+        One sentence each; empty if nothing stands out. Of one partial alone only its wins can be
+        judged.
+    """
+    return [
+        *_wins(statistics),
+        *_unlike_the_others([s for s in statistics.sources if s.mean is not None]),
+        *_twins(statistics.sources),
+    ]
+
+
+def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
+    total = sum(partial.total_projections for partial in statistics.partials)
+    won = sum(partial.won_pixels for partial in statistics.partials)
+    for partial in statistics.partials:
+        expected = won * partial.total_projections / total if total else 0
+        if expected < FEWEST_EXPECTED_WINS:
+            continue
+        if partial.won_pixels == 0:
+            yield (
+                f"{partial.name}: won no pixel, expected about {expected:,.0f} by its count: its "
+                "device was idle or failed, or its share was searched by an earlier partial, too"
+            )
+        elif not 1 / WIN_RATIO <= partial.won_pixels / expected <= WIN_RATIO:
+            many = "more" if partial.won_pixels > expected else "fewer"
+            yield (
+                f"{partial.name}: won {partial.won_pixels:,} pixels, {many} than the "
+                f"{expected:,.0f} expected by its count: its count is wrong, or its device "
+                "computed other correlations than the others"
+            )
+
+
+def _unlike_the_others(known: list[SourceStatistics]) -> Iterator[str]:
+    if len(known) < 2:
+        return
+    usual_std = median(_number(source.std) for source in known)
+    usual_mean = median(_number(source.mean) for source in known)
+    for source in known:
+        std, mean = _number(source.std), _number(source.mean)
+        if usual_std > 0 and not 1 / STD_RATIO <= std / usual_std <= STD_RATIO:
+            yield (
+                f"{source.name}: its correlations have a standard deviation of {std:.4g}, those of "
+                f"the partials together {usual_std:.4g} in the median: its count is wrong, or its "
+                "device failed"
+            )
+        elif abs(mean - usual_mean) > MEAN_DIFFERENCE * usual_std:
+            yield (
+                f"{source.name}: its correlations have a mean of {mean:.4g}, those of the partials "
+                f"together {usual_mean:.4g} in the median: its device failed, or it searched "
+                "another image"
+            )
+
+
+def _twins(sources: tuple[SourceStatistics, ...]) -> Iterator[str]:
+    first: dict[tuple[float, float], str] = {}
+    for source in sources:
+        if source.correlation_sum is None or source.correlation_squared_sum is None:
+            continue
+        sums = source.correlation_sum, source.correlation_squared_sum
+        if any(sums) and sums in first:
+            yield (
+                f"{source.name}: has the same sums as {first[sums]}: a share that was searched, or "
+                "imported, twice; merge without one of them"
+            )
+        first.setdefault(sums, source.name)
+
+
+def _number(value: float | None) -> float:
+    return 0.0 if value is None else value
