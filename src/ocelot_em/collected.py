@@ -82,6 +82,11 @@ def candidate_capacity(tile: tuple[int, int]) -> int:
     return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, FEWEST_CANDIDATES)
 
 
+def collection_nbytes(tile: tuple[int, int]) -> int:
+    """Memory of what is collected of a tile."""
+    return 4 * N_FLAT + 8 * candidate_capacity(tile) * len(CANDIDATE_FIELDS)
+
+
 @dataclass
 class Histograms:
     """Valid, searched pixels by ``mip``, by z-score, and by both.

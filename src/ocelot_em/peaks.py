@@ -1,5 +1,6 @@
 """From candidates to particles: the highest of each neighbourhood, and where between its pixels."""
 
+from itertools import chain
 from typing import cast
 
 import numpy as np
@@ -7,9 +8,6 @@ from numpy.typing import ArrayLike
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.maps import AnyArray, Float64, Int64
-
-_REACH = 2  # cells of 0.7 distances: what is closer than one distance is at most two cells away
-_NEAREST_FIRST = sorted(range(-_REACH, _REACH + 1), key=abs)
 
 
 def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px: float) -> Int64:
@@ -47,31 +45,32 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
     if not order.size or min_distance_px == 0:
         return order
     rows, columns = ys[order].astype(np.int64), xs[order].astype(np.int64)
-    # Pixels in one cell are closer than the distance, so that a cell holds one chosen peak at most.
-    # Below one pixel only equal positions are close, and these share a cell of 0.7 pixels too.
-    side = 0.7 * max(min_distance_px, 1.0)
+    # What is closer than a cell's side is in the same cell or a neighbouring one. The side is a
+    # little more than the distance, so that rounding cannot push a pixel one cell too far.
+    side = max(min_distance_px, 1.0) * (1 + 1e-6)
     cell_y, cell_x = (_cells(positions, side) for positions in (rows, columns))
-    stride = int(cell_x.max()) + 1 + _REACH
-    around = [dy * stride + dx for dy in _NEAREST_FIRST for dx in _NEAREST_FIRST]
+    stride = int(cell_x.max()) + 2
+    around = [dy * stride + dx for dy in (0, -1, 1) for dx in (0, -1, 1)]
     limit = min_distance_px**2
-    chosen: dict[int, tuple[int, int]] = {}
+    chosen: dict[int, list[tuple[int, int]]] = {}  # positions by cell: a handful each
     kept = []
     for place, (cell, row, column) in enumerate(
         zip((cell_y * stride + cell_x).tolist(), rows.tolist(), columns.tolist(), strict=True)
     ):
-        for peak in filter(None, map(chosen.get, map(cell.__add__, around))):
-            if (peak[0] - row) ** 2 + (peak[1] - column) ** 2 < limit:
+        near = filter(None, map(chosen.get, map(cell.__add__, around)))
+        for peak_y, peak_x in chain.from_iterable(near):
+            if (peak_y - row) ** 2 + (peak_x - column) ** 2 < limit:
                 break
         else:
-            chosen[cell] = row, column
+            chosen.setdefault(cell, []).append((row, column))
             kept.append(place)
     return cast(Int64, order[np.array(kept)])
 
 
 def _cells(positions: Int64, side: float) -> Int64:
-    """Number of each position's cell, counted from the lowest; ``_REACH`` empty ones before it."""
+    """Number of each position's cell, counted from the lowest; one empty cell before it."""
     cells: Float64 = np.floor((positions - positions.min()) / side)
-    return cells.astype(np.int64) + _REACH
+    return cells.astype(np.int64) + 1
 
 
 def _check(ys: AnyArray, xs: AnyArray, heights: Float64, distance: float) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
+from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -124,7 +125,7 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
     if asked.method == "pvalue":
         model = p_value_model(summary)
         cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
-        candidates = scan(MergedMaps.open(store), _rarer_than(model, cutoff))
+        candidates = scan(MergedMaps.open(store), _rarer_than(model, summary, cutoff))
         height = model.neg_log_p(_column(candidates, MIP), _column(candidates, SCALED_MIP))
     else:
         cutoff = cutoff_of(asked, attributes, summary)
@@ -173,14 +174,40 @@ def candidates_from(store: str | PathLike[str], cutoff: float) -> Float64:
     return scan(MergedMaps.open(store), lambda _, z: z >= np.float32(cutoff))
 
 
-def _rarer_than(model: PValueModel, cutoff: float) -> Wanted:
+def _rarer_than(model: PValueModel, summary: Summary, cutoff: float) -> Wanted:
+    """Pixels whose -ln p is at least ``cutoff``; it is computed only where it can be."""
+    mip_level, z_level = _levels_of(model, summary, cutoff)
+
     def wanted(mip: AnyArray, z: AnyArray) -> AnyArray:
-        usable = (mip > -np.inf) & np.isfinite(z)
-        rare = np.zeros(mip.shape, np.bool_)
-        rare[usable] = model.neg_log_p(mip[usable], z[usable]) >= cutoff
+        rare = ((mip >= mip_level) | (z >= z_level)) & (mip > -np.inf) & np.isfinite(z)
+        rare[rare] = model.neg_log_p(mip[rare], z[rare]) >= cutoff
         return rare
 
     return wanted
+
+
+def _levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:
+    """``mip`` and z-score of which a pixel of so high a -ln p reaches at least one.
+
+    -ln p is ``r**2 / 2 - ln(quadrant)``, and with both normal scores from 0 to m (in units of their
+    root mean squares) ``r**2`` is at most ``m**2 max(1, 2 (1 - c)) / (1 - c**2)`` for a correlation
+    c: so one of them is at least the m of the cutoff.
+    """
+    c = model.correlation
+    quadrant = (np.pi / 2 + np.arcsin(c)) / (2 * np.pi)
+    squared = 2 * (1 - c**2) * (cutoff + np.log(quadrant)) / max(1.0, 2 * (1 - c))
+    least = float(np.sqrt(max(squared, 0.0)))
+    levels = []
+    for histogram, rms in (
+        (summary.histograms.of_mip(), model.mip_rms),
+        (summary.histograms.of_z(), model.z_rms),
+    ):
+        rank = histogram.pixels * NormalDist().cdf(least * rms)
+        edges = histogram.axis.edges
+        reached = histogram.below(edges[:-1]) >= rank
+        first = int(np.argmax(reached)) if reached.any() else len(edges) - 1
+        levels.append(float(edges[max(first - 1, 0)]) if first > 1 else -np.inf)
+    return levels[0], levels[1]
 
 
 @dataclass(frozen=True)

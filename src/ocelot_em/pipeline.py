@@ -34,6 +34,7 @@ from ocelot_em.errors import (
 )
 from ocelot_em.fold import Fold, Workspace
 from ocelot_em.maps import AnyArray
+from ocelot_em.markup import pairs, seconds_text
 from ocelot_em.objects import Objects, ReusedMemory, open_objects
 from ocelot_em.plan import (
     ON_CPU,
@@ -175,6 +176,18 @@ class MergeReport:
         totals = self.totals
         busy = totals.read_seconds + totals.fold_seconds + totals.write_seconds
         return totals.waited_seconds / (busy or 1.0)
+
+    def _repr_html_(self) -> str:
+        """Summarise the merge for a notebook."""
+        shares = [f"{name} {share:.0%}" for name, share in self.shares.items()]
+        return pairs(
+            (
+                ("merged", self.output),
+                ("tiles", f"{self.n_merged:,} of {self.n_tiles:,} by this run"),
+                ("time", f"{seconds_text(self.seconds)}: {', '.join(shares)}"),
+                ("rate", f"{self.gigabytes_per_second:.3g} GB/s of decoded input"),
+            )
+        )
 
 
 @dataclass(frozen=True)

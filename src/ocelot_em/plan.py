@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ocelot_em import format as fmt
 from ocelot_em.canvas import TileGrid, ceil_div
+from ocelot_em.collected import collection_nbytes
 from ocelot_em.device_fold import (
     PINNED_PLANES,
     WIDEST_NBYTES,
@@ -462,6 +463,7 @@ def worker_nbytes(
         tile[0] * tile[1] * per_pixel
         + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
         + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
+        + 2 * collection_nbytes(tile)  # being filled, being encoded
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread
 

@@ -49,7 +49,7 @@ _CORS = {
     "Access-Control-Expose-Headers": "Accept-Ranges, Content-Length, Content-Range",
     "Cross-Origin-Resource-Policy": "cross-origin",
 }
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class View:
@@ -229,22 +229,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         with opened as file:
             size = os.fstat(file.fileno()).st_size
-            first, last = 0, size - 1
             headers = {"Content-Type": _TYPES.get(found.suffix, "application/octet-stream")}
-            status = HTTPStatus.OK
-            if wanted := self.headers.get("Range"):
-                picked = _byte_range(wanted, size)
-                if picked is None:
-                    headers = {"Content-Range": f"bytes */{size}"}
-                    self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, headers)
+            status, (start, stop) = HTTPStatus.OK, (0, size)
+            picked = _byte_range(self.headers.get("Range", ""), size)
+            if picked is not None:
+                status, (start, stop) = HTTPStatus.PARTIAL_CONTENT, picked
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+                if start >= stop:
+                    refused = {"Content-Range": f"bytes */{size}"}
+                    self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, refused)
                     return
-                if picked != (0, size):
-                    status, (first, last) = HTTPStatus.PARTIAL_CONTENT, (picked[0], picked[1] - 1)
-                    headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-            self._head(status, last - first + 1, headers)
+            self._head(status, stop - start, headers)
             if with_body:
-                file.seek(first)
-                self._copy(file, last - first + 1)
+                file.seek(start)
+                self._copy(file, stop - start)
 
     def _find(self, path: str) -> Path | None:
         """The file that an address names, if it lies in one of the folders, links followed."""
@@ -289,16 +287,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """Half-open bounds of the bytes that are asked for; None if there are none such.
+    """Half-open bounds of the bytes that are asked for, empty if there are none such.
 
-    What is not one range of bytes may be ignored, and gives all.
+    None if all are wanted: a header that does not name one range of bytes may be ignored.
     """
     match = _RANGE.fullmatch(header.strip())
     if match is None or match.groups() == ("", ""):
-        return 0, size
+        return None
     first, last = match.groups()
     if not first:
-        start, stop = max(size - int(last), 0), size
-    else:
-        start, stop = int(first), min(int(last) + 1, size) if last else size
-    return (start, stop) if start < stop else None
+        return max(size - int(last), 0), size
+    return int(first), min(int(last) + 1, size) if last else size

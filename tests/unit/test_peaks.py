@@ -152,9 +152,9 @@ def test_a_million_candidates(kind, rng):
         y, x = y[centre] + rng.integers(-40, 41, n), x[centre] + rng.integers(-40, 41, n)
     elif kind == "ramp":
         y, x, height = np.zeros(n, int), np.arange(n), np.arange(n, dtype=float)
-    start = time.perf_counter()
+    start = time.process_time()
     peaks = select_peaks(y, x, height, 5)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert seconds < 20
     assert peaks.size == (n // 5 if kind == "ramp" else np.unique(peaks).size)
 

@@ -397,7 +397,8 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
     ------
     InvalidInputError
         The optics are of another search, or the micrograph or the label has a name that STAR files
-        cannot hold: with quotation marks or ``#``, or one that stands for a missing value.
+        cannot hold: with quotation marks, ``#`` or other spaces than the plain one, or one that
+        stands for a missing value.
     MissingDependencyError
         starfile is not installed.
     StorageError
@@ -663,12 +664,13 @@ def _residual(whole: AnyArray, subpixel: AnyArray) -> AnyArray:
 
 def _require_star_names(names: Mapping[str, str], *, spaces: bool = True) -> None:
     """Refuse names that readers of STAR files would cut, take for none or not find the end of."""
-    banned = "'\"#" + ("" if spaces else " ")
+    kind = "spaces other than ' '" if spaces else "spaces"
     problems = [
-        f"{name}: expected a name without {'' if spaces else 'spaces, '}quotation marks and '#' "
-        f"that does not stand for a missing value, got {text!r}; rename the file"
+        f"{name}: expected a name without quotation marks, '#' and {kind}, that does not stand for "
+        f"a missing value, got {text!r}; rename the file"
         for name, text in names.items()
-        if set(banned) & set(text) or text.lower() in ("nan", "<na>")
+        if any(c in "'\"#" or (c.isspace() and not (spaces and c == " ")) for c in text)
+        or text.lower() in ("nan", "<na>")
     ]
     if problems:
         raise InvalidInputError(problems)

@@ -1,0 +1,336 @@
+"""Serving a picture: what browsers need, to this machine only, and nothing but the folder."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import types
+import urllib.error
+import urllib.request
+from http.client import HTTPConnection
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from ocelot_em import viewer
+from ocelot_em.errors import InvalidInputError, StorageError
+from ocelot_em.viewer import PUBLIC_CLIENT, view
+
+CHUNK = bytes(range(256)) * 4
+
+
+def make_picture(folder, channels=("scaled_mip",)):
+    """As little of a picture as the server looks at."""
+    ome = {
+        "version": "0.5",
+        "multiscales": [{"datasets": [{"path": "0"}]}],
+        "omero": {
+            "channels": [
+                {"label": name, "window": {"start": 4.5 + k, "end": 9.25, "min": 3, "max": 10}}
+                for k, name in enumerate(channels)
+            ]
+        },
+    }
+    (folder / "0" / "c" / "0").mkdir(parents=True)
+    (folder / "zarr.json").write_text(json.dumps({"attributes": {"ome": ome}}))
+    (folder / "0" / "c" / "0" / "0").write_bytes(CHUNK)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    return make_picture(tmp_path / "P.zarr")
+
+
+@pytest.fixture
+def no_client(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """A package neuroglancer that has a client, as far as the server looks at it."""
+    folder = tmp_path / "site" / "neuroglancer" / "static" / "client"
+    folder.mkdir(parents=True)
+    (folder / "index.html").write_text("<!doctype html>")
+    (folder / "main.js").write_text("export {}")
+    (folder / "decode.wasm").write_bytes(b"\0asm")
+    spec = types.SimpleNamespace(origin=str(tmp_path / "site" / "neuroglancer" / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: spec)
+    return folder
+
+
+@pytest.fixture
+def served(picture, no_client):
+    with view(picture) as opened:
+        yield opened
+
+
+def get(url, method="GET", **headers):
+    request = urllib.request.Request(url, method=method, headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return answer.status, dict(answer.headers), answer.read()
+
+
+def status_of(url, method="GET", **headers):
+    try:
+        return get(url, method, **headers)[0]
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code if error.read() == b"" else None
+
+
+def raw_status(url, path):
+    """Status of an address that urllib would tidy up before asking."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert answer.read() == b"" or answer.status < 300
+        return answer.status
+    finally:
+        connection.close()
+
+
+def test_files_are_served_with_what_browsers_need(served):
+    status, headers, body = get(served.url + "0/c/0/0")
+    assert (status, body) == (200, CHUNK)
+    assert headers["Content-Length"] == "1024"
+    assert headers["Content-Type"] == "application/octet-stream"
+    assert headers["Access-Control-Allow-Origin"] == "*"
+    assert headers["Accept-Ranges"] == "bytes"
+    _, headers, body = get(served.url + "zarr.json")
+    assert headers["Content-Type"] == "application/json"
+    assert "ome" in json.loads(body)["attributes"]
+    assert get(served.url + "zarr.json?cached=no")[0] == 200
+
+
+def test_heads_and_preflights_are_answered_without_a_body(served):
+    status, headers, body = get(served.url + "0/c/0/0", "HEAD")
+    assert (status, body, headers["Content-Length"]) == (200, b"", "1024")
+    status, headers, body = get(served.url + "0/c/0/0", "OPTIONS", Origin="https://example.org")
+    assert (status, body) == (204, b"")
+    assert headers["Access-Control-Allow-Headers"] == "Range"
+    assert headers["Access-Control-Allow-Private-Network"] == "true"
+    assert "GET" in headers["Access-Control-Allow-Methods"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [
+        ("bytes=0-0", 0, 0),
+        ("bytes=10-19", 10, 19),
+        ("bytes=1000-", 1000, 1023),
+        ("bytes=-24", 1000, 1023),
+        ("bytes=1000-5000", 1000, 1023),
+        ("bytes=0-", 0, 1023),
+        ("bytes=-9999", 0, 1023),
+    ],
+)
+def test_ranges_of_bytes_are_served(served, asked, first, last):
+    status, headers, body = get(served.url + "0/c/0/0", Range=asked)
+    assert status == 206
+    assert body == CHUNK[first : last + 1]
+    assert headers["Content-Range"] == f"bytes {first}-{last}/1024"
+    assert headers["Content-Length"] == str(last - first + 1)
+    status, _, body = get(served.url + "0/c/0/0", "HEAD", Range=asked)
+    assert (status, body) == (206, b"")
+
+
+@pytest.mark.parametrize("asked", ["bytes=1024-", "bytes=5-4", "bytes=-0"])
+def test_ranges_that_are_not_there_are_refused(served, asked):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        get(served.url + "0/c/0/0", Range=asked)
+    with caught.value as error:
+        assert error.code == 416
+        assert error.headers["Content-Range"] == "bytes */1024"
+
+
+@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "lines=0-1", "bytes=-"])
+def test_other_ranges_give_everything(served, asked):
+    status, _, body = get(served.url + "0/c/0/0", Range=asked)
+    assert (status, body) == (200, CHUNK)
+
+
+def test_an_empty_file_is_served(served, picture):
+    (picture / "empty").touch()
+    assert get(served.url + "empty")[::2] == (200, b"")
+    assert status_of(served.url + "empty", Range="bytes=0-") == 416
+
+
+def test_there_is_no_way_out_of_the_folder(served, picture, tmp_path):
+    word = urlsplit(served.url).path
+    (picture / "link").symlink_to(tmp_path / "secret.txt")
+    (picture / "up").symlink_to(tmp_path)
+    (picture / "circle").symlink_to(picture / "circle")
+    (picture / "inside").symlink_to(picture / "0")
+    os.mkfifo(picture / "pipe")
+    for name in (
+        "../secret.txt",
+        "%2e%2e/secret.txt",
+        "..%2fsecret.txt",
+        "0/../../secret.txt",
+        "./zarr.json",
+        "/zarr.json",
+        "0//c/0/0",
+        f"%2F{tmp_path}/secret.txt",
+        str(tmp_path / "secret.txt"),
+        "link",
+        "up/secret.txt",
+        "circle",
+        "pipe",
+        "zarr.json%00.txt",
+        "n" * 5000,
+        "nothing",
+        "%ff%fe",
+    ):
+        assert raw_status(served.url, word + name) == 404, name
+    assert raw_status(served.url, word + "inside/c/0/0") == 200
+
+
+def test_folders_are_not_listed(served):
+    for name in ("", "0", "0/", "0/c"):
+        assert status_of(served.url + name) == 404
+
+
+def test_files_that_cannot_be_opened_are_not_there(served, picture, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    assert status_of(served.url + "zarr.json") == 404
+
+
+def test_only_who_knows_the_link_is_answered(served, picture, no_client):
+    base = "http://" + urlsplit(served.url).netloc
+    for path in ("/", "/zarr.json", "/picture/zarr.json", "//zarr.json", "/P.zarr/zarr.json"):
+        assert status_of(base + path) == 404
+    with view(picture) as other:
+        assert urlsplit(other.url).path != urlsplit(served.url).path
+        wrong = urlsplit(other.url).path + "zarr.json"
+        assert status_of(base + wrong) == 404
+
+
+def test_only_this_machine_is_answered(served):
+    assert urlsplit(served.url).hostname == "127.0.0.1"
+    assert served._server.socket.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_closed_view_answers_nobody(picture, no_client):
+    with view(picture) as opened:
+        url = opened.url
+        assert status_of(url + "zarr.json") == 200
+    with pytest.raises(urllib.error.URLError):
+        get(url + "zarr.json")
+    opened.wait()  # returns
+
+
+def test_a_port_can_be_chosen_and_may_be_taken(picture, no_client):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StorageError, match=rf"cannot listen at 127\.0\.0\.1:{port}"):
+            view(picture, port)
+    with view(picture, port) as opened:
+        assert urlsplit(opened.url).port == port
+    for port in (-1, 65536):
+        with pytest.raises(InvalidInputError, match="expected 0 to 65535"):
+            view(picture, port)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"attributes": {}}', '{"attributes": {"ome": 1}}']
+)
+def test_what_is_no_picture_is_refused(tmp_path, content):
+    folder = tmp_path / "F"
+    folder.mkdir()
+    if content is not None:
+        (folder / "zarr.json").write_text(content)
+    with pytest.raises(InvalidInputError, match=r"expected a folder with an OME-Zarr 0\.5 picture"):
+        view(folder)
+    with pytest.raises(InvalidInputError, match="expected a folder"):
+        view(tmp_path / "NOTHING")
+
+
+def state_of(link):
+    page, _, fragment = link.partition("#!")
+    return page, json.loads(unquote(fragment))
+
+
+def test_the_link_opens_the_picture_with_its_contrast(served):
+    page, state = state_of(served.neuroglancer_url)
+    assert page == PUBLIC_CLIENT
+    assert not served.is_offline
+    assert state["layout"] == "xy"
+    (layer,) = state["layers"]
+    assert layer["source"] == f"zarr3://{served.url}"
+    assert layer["name"] == "scaled_mip"
+    assert layer["shaderControls"]["normalized"]["range"] == [4.5, 9.25]
+    assert '"' not in served.neuroglancer_url
+    assert " " not in served.neuroglancer_url
+
+
+def test_every_map_is_a_layer_and_the_first_is_shown(tmp_path, no_client):
+    with view(make_picture(tmp_path / "P.zarr", ("scaled_mip", "mip"))) as opened:
+        _, state = state_of(opened.neuroglancer_url)
+    names = [(layer["name"], layer["visible"]) for layer in state["layers"]]
+    assert names == [("scaled_mip", True), ("mip", False)]
+    controls = [layer["shaderControls"]["normalized"] for layer in state["layers"]]
+    assert [control["channel"] for control in controls] == [[0], [1]]
+
+
+def test_pictures_of_others_without_limits_are_shown(tmp_path, no_client):
+    with view(make_picture(tmp_path / "P.zarr", ())) as opened:
+        _, state = state_of(opened.neuroglancer_url)
+    assert [layer["name"] for layer in state["layers"]] == ["P.zarr"]
+
+
+def test_an_installed_client_is_served_so_that_no_network_is_needed(picture, client):
+    with view(picture) as opened:
+        page, state = state_of(opened.neuroglancer_url)
+        assert opened.is_offline
+        assert urlsplit(page).netloc == urlsplit(opened.url).netloc
+        assert state["layers"][0]["source"] == f"zarr3://{opened.url}"
+        folder = page.rpartition("/")[0]
+        for name, kind in (
+            ("index.html", "text/html; charset=utf-8"),
+            ("main.js", "text/javascript; charset=utf-8"),
+            ("decode.wasm", "application/wasm"),
+        ):
+            status, headers, body = get(f"{folder}/{name}")
+            assert (status, headers["Content-Type"]) == (200, kind)
+            assert body == (client / name).read_bytes()
+        assert status_of(f"{folder}/../__init__.py") == 404
+        assert get(opened.url + "0/c/0/0")[2] == CHUNK
+
+
+def test_a_package_without_a_client_is_none(picture, client):
+    (client / "index.html").unlink()
+    with view(picture) as opened:
+        assert not opened.is_offline
+
+
+def test_nothing_is_printed_and_the_secret_word_is_not_logged(picture, no_client, capfd, caplog):
+    caplog.set_level(logging.DEBUG)
+    with view(picture) as opened:
+        word = urlsplit(opened.url).path.split("/")[1]
+        status_of(opened.url + "zarr.json")
+        status_of(opened.url + "nothing")
+        with socket.create_connection(("127.0.0.1", urlsplit(opened.url).port)) as rude:
+            rude.sendall(b"GET /" + b"x" * 100)
+        with socket.create_connection(("127.0.0.1", urlsplit(opened.url).port)) as rude:
+            rude.sendall(b"\xff\xfe nonsense\r\n\r\n")
+            assert b"400" in rude.recv(1000)
+    assert capfd.readouterr() == ("", "")
+    assert any("serving" in record.message for record in caplog.records)
+    assert word not in caplog.text
+
+
+def test_a_file_cut_short_meanwhile_ends_the_connection(served, picture, monkeypatch):
+    def longer(descriptor):
+        return types.SimpleNamespace(st_size=2000)
+
+    monkeypatch.setattr(viewer.os, "fstat", longer)
+    with pytest.raises(Exception, match="IncompleteRead"):
+        get(served.url + "0/c/0/0")
