@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         read_search_space_file,
     )
     from ocelot_em.lazy import lazy_merge, open_merged, open_partials
+    from ocelot_em.particles import ParticleTable
+    from ocelot_em.picking import find_peaks
     from ocelot_em.pipeline import MergeReport
     from ocelot_em.plan import MergeOptions
     from ocelot_em.search import PartialWriter, SearchInfo, write_partial
@@ -33,6 +35,7 @@ _HOME = {
     "Observer": "api",
     "OcelotError": "errors",
     "PartialWriter": "search",
+    "ParticleTable": "particles",
     "Region": "canvas",
     "SearchInfo": "search",
     "SearchSpace": "search_space",
@@ -40,6 +43,7 @@ _HOME = {
     "StoreInfo": "inspection",
     "check": "inspection",
     "describe": "inspection",
+    "find_peaks": "picking",
     "import_results": "interop.leopard",
     "lazy_merge": "lazy",
     "merge": "api",
@@ -57,6 +61,8 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "lazy_merge",
     "open_merged",
     "open_partials",
+    "find_peaks",
+    "ParticleTable",
     "import_results",
     "write_partial",
     "PartialWriter",

@@ -42,8 +42,9 @@ CHUNKS_LISTED = 4096
 CHUNKS_SAMPLED = 64
 """Chunks that it is extrapolated from."""
 
-PROCESS_NBYTES = 256 * 2**20
-"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask. Measured;
+PROCESS_NBYTES = 288 * 2**20
+"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and what
+pandas and numba import of pyarrow and SciPy where they are installed. Measured;
 ``docs/design.md`` says how."""
 
 

@@ -7,6 +7,7 @@ and pooled, so that no full map is ever in memory.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -199,8 +200,6 @@ def plot_survival(
     cutoff
         z-score to mark.
     """
-    from scipy.special import ndtr
-
     summary, ax = _summary(store), _axes(ax)
     histogram = summary.histograms.of_z()
     edges, counts = _coarse(histogram.counts, Z_AXIS, 16)
@@ -212,8 +211,8 @@ def plot_survival(
         bounds = summary.attributes.scaled_mip_range or (0.0, 1.0)
         last = min(int(found[-1]) + 2 if found.size else 2, len(counts))
         first = max(int(found[0]) - 1 if found.size else 0, 0)
-        with np.errstate(divide="ignore"):
-            noise = pixels * -np.expm1(projections * np.log1p(-ndtr(-edges[:-1])))
+        tail = np.array([NormalDist().cdf(-z) for z in edges[:-1]])
+        noise = pixels * -np.expm1(projections * np.log1p(-tail))
         ax.semilogy(
             edges[:-1], noise, "--", color=_foreground(), alpha=0.65, label="Gaussian noise"
         )

@@ -123,7 +123,7 @@ def write_report(
     path
         Where to write it; an existing file is replaced.
     particles
-        Picked ones; those of :func:`ocelot_em.find_peaks` by default.
+        Picked ones; those of :func:`ocelot_em.picking.find_peaks` by default.
     max_zooms
         How many particles to show from near, the best first.
     pyramid
@@ -645,6 +645,8 @@ def _inline(svg: str, name: str, label: str, max_width_px: int) -> Markup:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
     svg = svg.replace(_INK, "currentColor")

@@ -6,7 +6,6 @@ folder cannot be reached through it.
 """
 
 import http.server
-import importlib.util
 import json
 import logging
 import os
@@ -33,14 +32,6 @@ PUBLIC_CLIENT = "https://neuroglancer-demo.appspot.com/"
 IDLE_SECONDS = 60
 """How long a connection may be silent."""
 
-_TYPES = {
-    ".css": "text/css; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".json": "application/json",
-    ".map": "application/json",
-    ".wasm": "application/wasm",
-}
 _CORS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Methods": "GET, HEAD, OPTIONS",
@@ -62,13 +53,14 @@ class View:
     neuroglancer_url
         Link that opens it in neuroglancer, with the picture's contrast limits.
     is_offline
-        Whether the link works without a network: neuroglancer is served from here, too.
+        Whether the link works without a network: neuroglancer comes from this machine, too.
     """
 
-    def __init__(self, server: "_Server", url: str, neuroglancer_url: str) -> None:
+    def __init__(self, server: "_Server", url: str, state: str) -> None:
+        page, self._client = _own_client() or (PUBLIC_CLIENT, None)
         self.url = url
-        self.neuroglancer_url = neuroglancer_url
-        self.is_offline = not neuroglancer_url.startswith(PUBLIC_CLIENT)
+        self.neuroglancer_url = f"{page}#!{state}"
+        self.is_offline = self._client is not None
         self._server = server
         self._thread = threading.Thread(
             target=server.serve_forever, args=(0.1,), name="ocelot-view", daemon=True
@@ -81,7 +73,8 @@ class View:
             self._thread.join(1)
 
     def close(self) -> None:
-        """Stop serving."""
+        """Stop serving the folder. Neuroglancer's own server goes on, and has nothing to show."""
+        self._client = None
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -112,7 +105,7 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
     -------
     View
         With ``url`` and ``neuroglancer_url``. If the package neuroglancer is installed (extra
-        ``view``), its client is served as well and no network is needed.
+        ``view``), it serves its part from this machine as well, and no network is needed.
 
     Raises
     ------
@@ -125,23 +118,17 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
     channels = _channels(folder)
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
-    word = secrets.token_urlsafe(16)
-    roots = {f"/{word}/picture/": folder.resolve()}
-    client = _client_folder()
-    if client is not None:
-        roots[f"/{word}/neuroglancer/"] = client.resolve()
+    prefix = f"/{secrets.token_urlsafe(16)}/"
     try:
-        server = _Server((HOST, port), roots)
+        server = _Server((HOST, port), prefix, folder.resolve())
     except OSError as error:
         raise StorageError(
             f"cannot listen at {HOST}:{port}: {error.strerror or error}; choose another port, or 0 "
             "for any that is free"
         ) from error
-    base = f"http://{HOST}:{server.server_address[1]}/{word}/"
-    page = PUBLIC_CLIENT if client is None else f"{base}neuroglancer/index.html"
-    url = f"{base}picture/"
+    url = f"http://{HOST}:{server.server_address[1]}{prefix}"
     log.info("serving %s at %s:%d", folder, HOST, server.server_address[1])
-    return View(server, url, f"{page}#!{_neuroglancer_state(url, folder, channels)}")
+    return View(server, url, _neuroglancer_state(url, folder, channels))
 
 
 def _channels(folder: Path) -> list[dict[str, Any]]:
@@ -165,13 +152,16 @@ def _channels(folder: Path) -> list[dict[str, Any]]:
     return channels
 
 
-def _client_folder() -> Path | None:
-    """Where the package neuroglancer has its client; it is not imported, which would start more."""
-    spec = importlib.util.find_spec("neuroglancer")
-    if spec is None or spec.origin is None:
+def _own_client() -> tuple[str, object] | None:
+    """Address of neuroglancer itself on this machine, and what keeps it there; None without it."""
+    try:
+        import neuroglancer
+    except ImportError:
         return None
-    folder = Path(spec.origin).parent / "static" / "client"
-    return folder if (folder / "index.html").is_file() else None
+    if not neuroglancer.is_server_running():
+        neuroglancer.set_server_bind_address(HOST)
+    client = neuroglancer.UnsynchronizedViewer()
+    return client.get_viewer_url().partition("#!")[0], client
 
 
 def _neuroglancer_state(url: str, folder: Path, channels: list[dict[str, Any]]) -> str:
@@ -182,19 +172,22 @@ def _neuroglancer_state(url: str, folder: Path, channels: list[dict[str, Any]]) 
             "source": f"zarr3://{url}",
             "name": channel["name"],
             "visible": number == 0,
-            "shaderControls": {"normalized": {"range": channel["range"], "channel": [number]}},
+            "localPosition": [number],
+            "shaderControls": {"normalized": {"range": channel["range"]}},
         }
         for number, channel in enumerate(channels)
     ] or [{"type": "image", "source": f"zarr3://{url}", "name": folder.name}]
-    return quote(json.dumps({"layers": layers, "layout": "xy"}), safe="")
+    # Axes of a picture are (y, x), and neuroglancer would draw y to the right.
+    state = {"layers": layers, "layout": "xy", "displayDimensions": ["x", "y"]}
+    return quote(json.dumps(state), safe="")
 
 
 class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], roots: Mapping[str, Path]) -> None:
-        self.roots = roots
+    def __init__(self, address: tuple[str, int], prefix: str, root: Path) -> None:
+        self.prefix, self.root = prefix, root
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
@@ -229,7 +222,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         with opened as file:
             size = os.fstat(file.fileno()).st_size
-            headers = {"Content-Type": _TYPES.get(found.suffix, "application/octet-stream")}
+            kind = "application/json" if found.suffix == ".json" else "application/octet-stream"
+            headers = {"Content-Type": kind}
             status, (start, stop) = HTTPStatus.OK, (0, size)
             picked = _byte_range(self.headers.get("Range", ""), size)
             if picked is not None:
@@ -245,18 +239,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._copy(file, stop - start)
 
     def _find(self, path: str) -> Path | None:
-        """The file that an address names, if it lies in one of the folders, links followed."""
-        for prefix, root in self.server.roots.items():
-            if path.startswith(prefix):
-                parts = [unquote(part) for part in path.removeprefix(prefix).split("/")]
-                if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
-                    return None
-                try:
-                    found = root.joinpath(*parts).resolve()
-                    return found if found.is_relative_to(root) and found.is_file() else None
-                except (OSError, RuntimeError):  # names that are too long, links in a circle
-                    return None
-        return None
+        """The file that an address names, if it lies in the folder, links followed."""
+        prefix, root = self.server.prefix, self.server.root
+        if not secrets.compare_digest(path[: len(prefix)].encode(), prefix.encode()):
+            return None
+        parts = [unquote(part) for part in path[len(prefix) :].split("/")]
+        if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
+            return None
+        try:
+            found = root.joinpath(*parts).resolve()
+            return found if found.is_relative_to(root) and found.is_file() else None
+        except (OSError, RuntimeError):  # names that are too long, links in a circle
+            return None
 
     def _head(
         self, status: HTTPStatus, n_bytes: int, headers: Mapping[str, str] | None = None

@@ -57,7 +57,7 @@ def tables_equal(one, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_no_matter_how_it_was_tiled(merged, method):
     whole = find_peaks(merged / "None.zarr", method=method)
-    assert len(whole) >= 7
+    assert len(whole) >= 5
     for tile_size in (16, 33):
         tables_equal(find_peaks(merged / f"{tile_size}.zarr", method=method), whole)
 

@@ -38,6 +38,7 @@ HOME = {
     "matplotlib": {"plots", "report"},
     "mrcfile": {"interop.mrc"},
     "h5py": {"interop.hdf5"},
+    "neuroglancer": {"viewer"},
     "starfile": {"interop.tables"},
     "pyarrow": {"interop.tables"},
     "pandas": {"particles", "interop.tables"},

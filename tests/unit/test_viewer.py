@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import types
 import urllib.error
 import urllib.request
@@ -46,20 +47,22 @@ def picture(tmp_path):
 
 @pytest.fixture
 def no_client(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setitem(sys.modules, "neuroglancer", None)
 
 
 @pytest.fixture
-def client(tmp_path, monkeypatch):
-    """A package neuroglancer that has a client, as far as the server looks at it."""
-    folder = tmp_path / "site" / "neuroglancer" / "static" / "client"
-    folder.mkdir(parents=True)
-    (folder / "index.html").write_text("<!doctype html>")
-    (folder / "main.js").write_text("export {}")
-    (folder / "decode.wasm").write_bytes(b"\0asm")
-    spec = types.SimpleNamespace(origin=str(tmp_path / "site" / "neuroglancer" / "__init__.py"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: spec)
-    return folder
+def client(monkeypatch):
+    """A package neuroglancer, as far as it is used; the addresses that it was told to listen at."""
+    addresses = []
+    fake = types.SimpleNamespace(
+        is_server_running=lambda: bool(addresses),
+        set_server_bind_address=addresses.append,
+        UnsynchronizedViewer=lambda: types.SimpleNamespace(
+            get_viewer_url=lambda: "http://127.0.0.1:9/v/word/#!%7B%7D"
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "neuroglancer", fake)
+    return addresses
 
 
 @pytest.fixture
@@ -263,6 +266,7 @@ def test_the_link_opens_the_picture_with_its_contrast(served):
     assert page == PUBLIC_CLIENT
     assert not served.is_offline
     assert state["layout"] == "xy"
+    assert state["displayDimensions"] == ["x", "y"]  # to the right and down
     (layer,) = state["layers"]
     assert layer["source"] == f"zarr3://{served.url}"
     assert layer["name"] == "scaled_mip"
@@ -276,8 +280,9 @@ def test_every_map_is_a_layer_and_the_first_is_shown(tmp_path, no_client):
         _, state = state_of(opened.neuroglancer_url)
     names = [(layer["name"], layer["visible"]) for layer in state["layers"]]
     assert names == [("scaled_mip", True), ("mip", False)]
-    controls = [layer["shaderControls"]["normalized"] for layer in state["layers"]]
-    assert [control["channel"] for control in controls] == [[0], [1]]
+    assert [layer["localPosition"] for layer in state["layers"]] == [[0], [1]]
+    ranges = [layer["shaderControls"]["normalized"]["range"] for layer in state["layers"]]
+    assert ranges == [[4.5, 9.25], [5.5, 9.25]]
 
 
 def test_pictures_of_others_without_limits_are_shown(tmp_path, no_client):
@@ -286,29 +291,22 @@ def test_pictures_of_others_without_limits_are_shown(tmp_path, no_client):
     assert [layer["name"] for layer in state["layers"]] == ["P.zarr"]
 
 
-def test_an_installed_client_is_served_so_that_no_network_is_needed(picture, client):
-    with view(picture) as opened:
-        page, state = state_of(opened.neuroglancer_url)
-        assert opened.is_offline
-        assert urlsplit(page).netloc == urlsplit(opened.url).netloc
-        assert state["layers"][0]["source"] == f"zarr3://{opened.url}"
-        folder = page.rpartition("/")[0]
-        for name, kind in (
-            ("index.html", "text/html; charset=utf-8"),
-            ("main.js", "text/javascript; charset=utf-8"),
-            ("decode.wasm", "application/wasm"),
-        ):
-            status, headers, body = get(f"{folder}/{name}")
-            assert (status, headers["Content-Type"]) == (200, kind)
-            assert body == (client / name).read_bytes()
-        assert status_of(f"{folder}/../__init__.py") == 404
-        assert get(opened.url + "0/c/0/0")[2] == CHUNK
+def test_an_installed_client_needs_no_network(picture, client):
+    for _ in range(2):
+        with view(picture) as opened:
+            page, state = state_of(opened.neuroglancer_url)
+            assert page == "http://127.0.0.1:9/v/word/"
+            assert opened.is_offline
+            assert state["layers"][0]["source"] == f"zarr3://{opened.url}"
+    assert client == ["127.0.0.1"]  # only if it does not run already
 
 
-def test_a_package_without_a_client_is_none(picture, client):
-    (client / "index.html").unlink()
+def test_the_real_client_comes_from_this_machine(picture):
+    pytest.importorskip("neuroglancer", reason="the extra 'view' is not installed")
     with view(picture) as opened:
-        assert not opened.is_offline
+        page, _ = state_of(opened.neuroglancer_url)
+        assert urlsplit(page).hostname == "127.0.0.1"
+        assert b"<title>neuroglancer</title>" in get(page)[2]
 
 
 def test_nothing_is_printed_and_the_secret_word_is_not_logged(picture, no_client, capfd, caplog):

@@ -1,0 +1,419 @@
+"""The report: a page that stands alone, says what is known, and can be drawn of anything."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import ocelot_em
+from builders import explicit_maps, idle_maps
+from helpers import make_result, read_maps, write_search
+from ocelot_em import ImportOptions, import_results, write_partial
+from ocelot_em.canvas import Region
+from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.format import dump_attributes
+from ocelot_em.interop.ome_zarr import write_ome_zarr
+from ocelot_em.markup import Markup, element, nbytes_text, seconds_text, table
+from ocelot_em.objects import open_objects
+from ocelot_em.particles import ParticleTable
+from ocelot_em.picking import MergedMaps, find_peaks
+from ocelot_em.plots import (
+    plot_correlations,
+    plot_crop,
+    plot_defocus,
+    plot_distributions,
+    plot_joint,
+    plot_partials,
+    plot_poses,
+    plot_psi,
+    plot_survival,
+    plot_zscore,
+    pooled_zscore,
+)
+from ocelot_em.records import open_merged_result, read_summary
+from ocelot_em.report import write_report
+from ocelot_em.store import update_attributes, write_chunk
+
+HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'$x^2$.zarr"
+SECTIONS = {"particles", "significance", "poses", "partials", "timings", "provenance"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.words = text, ""
+        self.tags, self.ids, self.references, self.handlers = [], [], [], []
+        self.feed(text)
+        self.references += re.findall(r"url\(([^)]*)\)", text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.references.append(value)
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+    def handle_data(self, data):
+        if self.tags[-1:] != ["style"]:
+            self.words += f"{data} "
+
+
+def report_of(store, tmp_path, **options):
+    place = write_report(store, tmp_path / "report.html", **options)
+    assert place.stat().st_size < 5e6
+    page = Page(place.read_text(encoding="utf-8"))
+    assert set(page.ids) >= SECTIONS
+    assert len(set(page.ids)) == len(page.ids)
+    assert not page.handlers
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    for reference in page.references:
+        inside = reference.startswith("#") and reference[1:] in page.ids
+        assert inside or reference.startswith("data:image/png;base64,"), reference
+    return page
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """A merge of the real crops; nobody changes it."""
+    from conftest import CROPS
+
+    place = tmp_path_factory.mktemp("crops")
+    import_results(CROPS, place / "RUN.zarr", ImportOptions(pixel_size_angstrom=2.5))
+    ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", tile_size=50)
+    return place / "OUT.zarr"
+
+
+@pytest.fixture(autouse=True)
+def no_windows():
+    matplotlib.use("Agg")
+    yield
+    plt.close("all")
+
+
+def merge_of(place, maps_of_partials, count=1000, **options):
+    for number, maps in enumerate(maps_of_partials):
+        write_partial(place / "RUN.zarr", f"p{number}", maps, total_projections=count)
+    ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", **options)
+    return place / "OUT.zarr"
+
+
+def test_the_page_says_what_is_known(crops, tmp_path):
+    page = report_of(crops, tmp_path)
+    particles = find_peaks(crops)
+    assert 0 < len(particles) < 12
+    for words in (
+        "128 × 128",
+        "129,600",
+        "2.5 Å",
+        f"{particles.about.cutoff:.4g}",
+        "A_crop_shard3",
+        "RUN.zarr",
+        "tile_size",
+        "Nothing is out of line",
+        "decoded",
+        f"{float(particles.columns['scaled_mip'][0]):.3f}",
+    ):
+        assert words in page.words, words
+    assert page.tags.count("svg") == 8
+    assert "http:" not in page.text
+    assert "https:" not in page.text
+
+
+def test_the_same_merge_gives_the_same_page(crops, tmp_path):
+    once, again = (write_report(crops, tmp_path / name).read_bytes() for name in ("a", "b"))
+    assert once == again
+
+
+def test_names_are_text(tmp_path, rng):
+    place = tmp_path / HOSTILE
+    place.mkdir()
+    merged = merge_of(place, [explicit_maps((20, 20))])
+    page = report_of(merged, tmp_path)
+    assert "img" not in page.tags
+    assert HOSTILE in page.words
+    assert f"{place}/RUN.zarr" in page.words
+
+
+def test_given_particles_are_shown(crops, tmp_path):
+    page = report_of(crops, tmp_path, particles=find_peaks(crops, method="pvalue"))
+    assert "-ln p" in page.words
+    assert "cutoff 8" in page.words
+    assert not re.search(r"cutoff 8\.00", page.words)  # which is no z-score to draw a line at
+    csv = tmp_path / "particles.csv"
+    find_peaks(crops).to_csv(csv)
+    assert "no cutoff" in report_of(crops, tmp_path, particles=ParticleTable.read_csv(csv)).words
+
+
+def test_without_particles(crops, tmp_path):
+    page = report_of(crops, tmp_path, particles=find_peaks(crops, cutoff=1e6))
+    assert "There are no particles" in page.words
+    assert page.tags.count("svg") == 5
+
+
+@pytest.mark.parametrize("max_zooms", [-1, 0, 1, 2])
+def test_as_many_zooms_as_wanted(crops, tmp_path, max_zooms):
+    page = report_of(crops, tmp_path, max_zooms=max_zooms)
+    assert len(re.findall(r"\d: z = ", page.words)) == max(max_zooms, 0)
+
+
+def test_one_pixel(tmp_path):
+    report_of(merge_of(tmp_path, [explicit_maps((1, 1))]), tmp_path)
+
+
+def test_one_pixel_of_one_projection(tmp_path):
+    page = report_of(merge_of(tmp_path, [explicit_maps((1, 1))], count=1), tmp_path)
+    assert "No particles could be picked" in page.words
+
+
+def test_nothing_searched(tmp_path):
+    idle = idle_maps(explicit_maps((12, 9)))
+    page = report_of(merge_of(tmp_path, [idle, idle], count=0), tmp_path)
+    assert "108 valid pixels are searched by no partial" in page.words
+    assert "no pixel was searched" in page.words
+
+
+def test_nan_without_variance_and_unsearched(tmp_path, rng):
+    maps = explicit_maps((40, 30))
+    maps["correlation_sum"][...] = 1000 * rng.normal(0, 0.1, (40, 30))
+    maps["correlation_squared_sum"][...] = 1100
+    idle = idle_maps(maps)
+    for name, values in maps.items():
+        values[3:5, 4:9] = idle[name][3:5, 4:9]
+    maps["correlation_sum"][20, 20] = maps["correlation_squared_sum"][20, 20] = 0
+    maps["mip"][7, 7] = 50
+    write_partial(tmp_path / "RUN.zarr", "p0", maps, total_projections=1000)
+    damaged = {
+        "mip": np.where(np.arange(40 * 30).reshape(40, 30) == 905, np.nan, maps["mip"]),
+        "best_phi": np.full((40, 30), np.nan),
+        "best_defocus": np.full((40, 30), np.nan),
+    }
+    for name, values in damaged.items():
+        folder = open_objects(tmp_path / f"RUN.zarr/partials/p0/{name}/c/0")
+        write_chunk(folder, "0", values.astype(np.float32))
+    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", nan="mask")
+    page = report_of(tmp_path / "OUT.zarr", tmp_path)
+    assert "without variance" in page.words
+    assert "searched by no partial" in page.words
+
+
+def test_particles_without_poses(crops, tmp_path):
+    found = dict(find_peaks(crops).columns)
+    for name in ("phi", "theta", "psi", "relative_defocus"):
+        found[name] = np.full_like(found[name], np.nan)
+    assert "no poses" in report_of(crops, tmp_path, particles=ParticleTable(found)).words
+
+
+def test_a_partial_out_of_line_is_named(tmp_path, rng):
+    results = [make_result(rng, (80, 80), 1000) for _ in range(3)]
+    results[1]["mip"] += 2
+    write_search(tmp_path / "RUN.zarr", results, [1000] * 3)
+    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
+    page = report_of(tmp_path / "OUT.zarr", tmp_path)
+    assert "p1: won" in page.words
+    assert "Nothing is out of line" not in page.words
+
+
+def test_many_partials_and_particles(tmp_path, rng):
+    results = [make_result(rng, (60, 60), 1000) for _ in range(60)]
+    write_search(tmp_path / "RUN.zarr", results, [1000] * 60)
+    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
+    particles = find_peaks(tmp_path / "OUT.zarr", cutoff=0, min_distance=1)
+    assert len(particles) == 3600
+    report_of(tmp_path / "OUT.zarr", tmp_path, particles=particles)
+
+
+@pytest.fixture
+def montage(tmp_path, rng, small_chunks):
+    """A map of several chunks, none of which is read with another."""
+    results = [make_result(rng, (90, 150), 1000) for _ in range(2)]
+    write_search(tmp_path / "RUN.zarr", results, [1000, 1000])
+    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=32)
+    return tmp_path / "OUT.zarr"
+
+
+def test_maps_are_read_in_parts(montage, tmp_path, monkeypatch):
+    read, sizes = MergedMaps.read, []
+
+    def watched(self, region: Region, name: str):
+        sizes.append(region.shape)
+        return read(self, region, name)
+
+    monkeypatch.setattr(MergedMaps, "read", watched)
+    report_of(montage, tmp_path, particles=find_peaks(montage, cutoff=6))
+    assert len(sizes) > 15
+    assert np.max(sizes) <= 41
+
+
+@pytest.mark.parametrize("longest_edge_px", [1, 7, 40, 149, 150, 1000])
+def test_pooling_does_not_depend_on_chunks(montage, longest_edge_px):
+    pooled, factor = pooled_zscore(montage, longest_edge_px)
+    z = read_maps(montage)["scaled_mip"]
+    rows, columns = (-(-n // factor) for n in z.shape)
+    assert pooled.shape == (rows, columns)
+    assert max(pooled.shape) <= longest_edge_px
+    for y, x in np.ndindex(rows, columns):
+        block = z[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+        assert pooled[y, x] == block.max()
+
+
+def test_the_overview_may_come_from_a_pyramid(montage, crops, tmp_path, monkeypatch):
+    picture = write_ome_zarr(montage, tmp_path / "picture.zarr")
+    monkeypatch.setattr("ocelot_em.report.pooled_zscore", lambda *_: pytest.fail("read the map"))
+    report_of(montage, tmp_path, pyramid=picture)
+    with pytest.raises(InvalidInputError, match=r"expected a picture of .*, got \(90, 150\)"):
+        write_report(crops, tmp_path / "none.html", pyramid=picture)
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_what_is_no_finished_merge_is_refused(crops, tmp_path):
+    place = tmp_path / "none.html"
+    with pytest.raises(FormatError, match="is a search"):
+        write_report(crops.parent / "RUN.zarr", place)
+    copy = tmp_path / "OUT.zarr"
+    shutil.copytree(crops, copy)
+    objects = open_objects(copy)
+    writing = open_merged_result(objects).model_copy(update={"state": "writing"})
+    update_attributes(objects, "", dump_attributes(writing))
+    with pytest.raises(IncompleteError, match="never finished"):
+        write_report(copy, place)
+    assert not place.exists()
+
+
+def test_a_merge_without_statistics_is_refused(crops, tmp_path):
+    copy = tmp_path / "OUT.zarr"
+    shutil.copytree(crops, copy)
+    shutil.rmtree(copy / "statistics")
+    with pytest.raises(IncompleteError, match="without statistics"):
+        write_report(copy, tmp_path / "none.html", particles=ParticleTable.empty())
+    with pytest.raises(IncompleteError, match="without statistics"):
+        plot_survival(copy)
+
+
+STORE_PLOTS = (
+    plot_zscore,
+    plot_survival,
+    plot_distributions,
+    plot_joint,
+    plot_partials,
+    plot_correlations,
+)
+
+
+@pytest.mark.parametrize("plot", STORE_PLOTS)
+def test_plots_of_a_merge(crops, plot):
+    own = plot(crops)
+    assert own.figure in map(plt.figure, plt.get_fignums())
+    given = plt.figure().add_subplot()
+    assert plot(crops, given) is given
+    if plot is not plot_zscore:
+        assert plot(read_summary(crops), given) is given
+    given.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("plot", [plot_poses, plot_psi, plot_defocus])
+def test_plots_of_particles(crops, plot):
+    particles = find_peaks(crops)
+    given = plt.figure().add_subplot(projection="polar" if plot is plot_poses else None)
+    for table_of in (particles, ParticleTable.empty()):
+        assert plot(table_of, given) is given
+        plot(table_of).figure.canvas.draw()
+
+
+def test_view_directions_need_polar_axes(crops):
+    with pytest.raises(InvalidInputError, match="expected polar axes"):
+        plot_poses(find_peaks(crops), plt.figure().add_subplot())
+
+
+def test_the_survival_curve_counts_pixels(crops):
+    drawn = plot_survival(crops, cutoff=6.0).lines
+    noise, found, mark = (np.asarray(line.get_data()) for line in drawn)
+    z = read_maps(crops)["scaled_mip"]
+    for edge, above in found.T:
+        assert max((z >= edge).sum(), 0.5) == above
+    assert noise[1, 0] == z.size
+    assert (np.diff(noise[1]) <= 0).all()
+    assert mark[0].tolist() == [6.0, 6.0]
+
+
+def test_a_crop_reaches_beyond_the_map(crops):
+    axes = plot_crop(crops, (0, 127), edge_px=20)
+    assert axes.get_xlim() == (117, 138)
+    assert axes.images[0].get_array().shape == (11, 11)
+
+
+def test_a_merge_report_in_a_notebook(crops, tmp_path):
+    report = ocelot_em.merge(crops, tmp_path / "<b>.zarr")
+    shown = report._repr_html_()
+    assert "&lt;b&gt;.zarr" in shown
+    assert "1 of 1" in shown
+    assert "GB/s" in shown
+
+
+def test_markup_escapes_what_is_not_markup():
+    assert element("td", "<b>", Markup("<b>"), class_='"x"') == (
+        '<td class="&quot;x&quot;">&lt;b&gt;<b></td>'
+    )
+    assert table(["<"], [["&"]]) == (
+        "<table><thead><tr><th>&lt;</th></tr></thead><tbody><tr><td>&amp;</td></tr></tbody></table>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (nbytes_text(0), "0 B"),
+        (nbytes_text(999), "999 B"),
+        (nbytes_text(1234), "1.23 kB"),
+        (nbytes_text(2.5e9), "2.5 GB"),
+        (nbytes_text(1.5e15), "1500 TB"),
+        (seconds_text(0.1234), "0.123 s"),
+        (seconds_text(59.99), "60 s"),
+        (seconds_text(61), "1 min 01 s"),
+        (seconds_text(7265), "2 h 01 min"),
+    ],
+)
+def test_quantities_in_words(text, expected):
+    assert text == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here to open the page with")
+def test_a_browser_shows_it_and_asks_for_nothing(crops, tmp_path):
+    page = write_report(crops, tmp_path / "report.html")
+    picture = tmp_path / "picture.png"
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--no-first-run", "--disable-background-networking", "--enable-logging=stderr"),
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1366,5000",
+            f"--screenshot={picture}",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
+    )
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not said  # where a browser complains of what a page's policy forbids
+    shown = plt.imread(picture)[..., :3]
+    assert shown.shape[:2] == (5000, 1366)
+    # The overview and the zooms are dark, the survival curve is blue, wherever they are.
+    dark = (shown.max(axis=2) < 0.1).mean()
+    blue = (np.abs(shown - np.array([0x3F, 0x8F, 0xD2]) / 255).max(axis=2) < 0.02).sum()
+    assert dark > 0.01
+    assert blue > 500
