@@ -115,7 +115,7 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
         The port is taken.
     """
     folder = Path(path)
-    channels = _channels(folder)
+    state = _neuroglancer_state(folder)
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
     prefix = f"/{secrets.token_urlsafe(16)}/"
@@ -128,28 +128,46 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
         ) from error
     url = f"http://{HOST}:{server.server_address[1]}{prefix}"
     log.info("serving %s at %s:%d", folder, HOST, server.server_address[1])
-    return View(server, url, _neuroglancer_state(url, folder, channels))
+    for layer in state["layers"]:
+        layer["source"] = f"zarr3://{url}"
+    return View(server, url, quote(json.dumps(state), safe=""))
 
 
-def _channels(folder: Path) -> list[dict[str, Any]]:
-    """Channels of a picture, with their contrast limits."""
+def _neuroglancer_state(folder: Path) -> dict[str, Any]:
+    """What neuroglancer is to show: a layer for each map of a picture, the first one visible."""
     try:
         metadata = json.loads((folder / "zarr.json").read_bytes())
         ome = metadata["attributes"]["ome"]
-        _ = ome["multiscales"][0]
-        channels: list[dict[str, Any]] = [
+        layers = [
             {
-                "name": str(c["label"]),
-                "range": [float(c["window"]["start"]), float(c["window"]["end"])],
+                "type": "image",
+                "name": str(channel["label"]),
+                "visible": number == 0,
+                "localPosition": [number],
+                "shaderControls": {
+                    "normalized": {"range": [float(channel["window"][k]) for k in ("start", "end")]}
+                },
             }
-            for c in ome.get("omero", {}).get("channels", [])
-        ]
+            for number, channel in enumerate(ome.get("omero", {}).get("channels", []))
+        ] or [{"type": "image", "name": folder.name}]
+        dimensions = _dimensions(ome["multiscales"][0])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             f"{folder}: expected a folder with an OME-Zarr 0.5 picture, got something else "
             f"({type(error).__name__}: {error}); write_ome_zarr makes one from a merged result"
         ) from error
-    return channels
+    return {"dimensions": dimensions, "layers": layers, "layout": "xy"}
+
+
+def _dimensions(multiscale: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """Pixel sizes of x and y, in this order: x goes to the right, though it comes last in arrays."""
+    axes = {axis["name"]: axis.get("unit") for axis in multiscale["axes"]}
+    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
+    sizes = dict(zip(axes, scale, strict=True))
+    return {
+        name: (sizes[name] * 1e-10, "m") if axes[name] == "angstrom" else (sizes[name], "")
+        for name in ("x", "y")
+    }
 
 
 def _own_client() -> tuple[str, object] | None:
@@ -162,24 +180,6 @@ def _own_client() -> tuple[str, object] | None:
         neuroglancer.set_server_bind_address(HOST)
     client = neuroglancer.UnsynchronizedViewer()
     return client.get_viewer_url().partition("#!")[0], client
-
-
-def _neuroglancer_state(url: str, folder: Path, channels: list[dict[str, Any]]) -> str:
-    """What follows ``#!`` in neuroglancer's address: a layer for each channel, the first shown."""
-    layers = [
-        {
-            "type": "image",
-            "source": f"zarr3://{url}",
-            "name": channel["name"],
-            "visible": number == 0,
-            "localPosition": [number],
-            "shaderControls": {"normalized": {"range": channel["range"]}},
-        }
-        for number, channel in enumerate(channels)
-    ] or [{"type": "image", "source": f"zarr3://{url}", "name": folder.name}]
-    # Axes of a picture are (y, x), and neuroglancer would draw y to the right.
-    state = {"layers": layers, "layout": "xy", "displayDimensions": ["x", "y"]}
-    return quote(json.dumps(state), safe="")
 
 
 class _Server(socketserver.ThreadingTCPServer):

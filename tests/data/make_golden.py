@@ -24,6 +24,7 @@ def main() -> None:
         search = place / f"{form}.zarr"
         write_search(search, results, (70, 2**31 + 1), indexed=form == "indexed")
         ocelot_em.merge(search, place / f"{form}_merged.zarr", tile_size=24)
+    ocelot_em.merge(place / "indexed.zarr", place / "statistics.zarr", tile_size=24, poses="index")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ocelot_em
 from conftest import DATA
 from helpers import assert_same_maps, read_maps
+from ocelot_em.records import read_candidates, read_summary
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
 
@@ -20,6 +22,19 @@ def test_golden_stores_are_intact_and_merge_to_the_same_bits(merged: Path, tmp_p
     assert_same_maps(read_maps(merged), read_maps(tmp_path / "OUT.zarr"))
     ocelot_em.merge(merged, tmp_path / "AGAIN.zarr")
     assert ocelot_em.describe(tmp_path / "AGAIN.zarr").attributes.total_projections == 2**31 + 71
+
+
+def test_statistics_and_candidates_are_read_for_ever(tmp_path: Path) -> None:
+    golden = DATA / "golden_v1/statistics.zarr"
+    assert ocelot_em.check(golden) == []
+    ocelot_em.merge(golden.with_name("indexed.zarr"), tmp_path / "OUT.zarr", tile_size=17)
+    found, now = read_summary(golden), read_summary(tmp_path / "OUT.zarr")
+    assert found is not None
+    assert now is not None
+    assert found.attributes == now.attributes
+    np.testing.assert_array_equal(found.histograms.flat, now.histograms.flat)
+    assert len(read_candidates(golden)[0]) == found.attributes.n_candidates
+    assert len(ocelot_em.find_peaks(golden, cutoff=1.0)) > 0
 
 
 def test_there_are_golden_stores() -> None:

@@ -21,11 +21,25 @@ from ocelot_em.viewer import PUBLIC_CLIENT, view
 CHUNK = bytes(range(256)) * 4
 
 
-def make_picture(folder, channels=("scaled_mip",)):
+def make_picture(folder, channels=("scaled_mip",), unit="angstrom"):
     """As little of a picture as the server looks at."""
     ome = {
         "version": "0.5",
-        "multiscales": [{"datasets": [{"path": "0"}]}],
+        "multiscales": [
+            {
+                "axes": [
+                    {"name": "c", "type": "channel"},
+                    {"name": "y", "type": "space", "unit": unit},
+                    {"name": "x", "type": "space", "unit": unit},
+                ],
+                "datasets": [
+                    {
+                        "path": "0",
+                        "coordinateTransformations": [{"type": "scale", "scale": [1, 2, 2.5]}],
+                    }
+                ],
+            }
+        ],
         "omero": {
             "channels": [
                 {"label": name, "window": {"start": 4.5 + k, "end": 9.25, "min": 3, "max": 10}}
@@ -266,7 +280,8 @@ def test_the_link_opens_the_picture_with_its_contrast(served):
     assert page == PUBLIC_CLIENT
     assert not served.is_offline
     assert state["layout"] == "xy"
-    assert state["displayDimensions"] == ["x", "y"]  # to the right and down
+    assert list(state["dimensions"]) == ["x", "y"]  # to the right and down
+    assert state["dimensions"]["x"] == [pytest.approx(2.5e-10), "m"]
     (layer,) = state["layers"]
     assert layer["source"] == f"zarr3://{served.url}"
     assert layer["name"] == "scaled_mip"
@@ -289,6 +304,12 @@ def test_pictures_of_others_without_limits_are_shown(tmp_path, no_client):
     with view(make_picture(tmp_path / "P.zarr", ())) as opened:
         _, state = state_of(opened.neuroglancer_url)
     assert [layer["name"] for layer in state["layers"]] == ["P.zarr"]
+
+
+def test_an_unknown_pixel_size_is_counted_in_pixels(tmp_path, no_client):
+    with view(make_picture(tmp_path / "P.zarr", unit=None)) as opened:
+        _, state = state_of(opened.neuroglancer_url)
+    assert state["dimensions"] == {"x": [2.5, ""], "y": [2, ""]}
 
 
 def test_an_installed_client_needs_no_network(picture, client):
