@@ -160,7 +160,7 @@ def _neuroglancer_state(folder: Path) -> dict[str, Any]:
 
 
 def _dimensions(multiscale: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Pixel sizes of x and y, in this order: x goes to the right, though it comes last in arrays."""
+    """Pixel sizes of x and y, in this order: neuroglancer draws the first axis to the right."""
     axes = {axis["name"]: axis.get("unit") for axis in multiscale["axes"]}
     scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
     sizes = dict(zip(axes, scale, strict=True))

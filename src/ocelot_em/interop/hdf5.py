@@ -6,6 +6,9 @@ attributes ``leopard_em_version``, ``total_projections``, ``total_orientations``
 """
 
 import math
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em import __version__
-from ocelot_em.canvas import ceil_div
+from ocelot_em.canvas import Region, Tile, TileGrid, ceil_div
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.interop.map_set import (
     OUR_NAMES,
@@ -29,13 +32,14 @@ from ocelot_em.interop.map_set import (
     storage_errors,
     whole_or_nothing,
 )
+from ocelot_em.maps import AnyArray
 from ocelot_em.objects import open_objects
 from ocelot_em.search import read_attributes, read_search_space
 
 GROUP = "tensors"
 GZIP_LEVEL = 4
 CHUNK = 512
-"""Edge of a chunk in pixels: 1 MiB, which HDF5's cache of a dataset holds."""
+"""Edge of a chunk in pixels: 1 MiB, which HDF5 keeps in its cache while it is read in parts."""
 
 PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
 """Ours, beside Leopard-EM's own attributes; it ignores what it does not know."""
@@ -84,7 +88,11 @@ def write_hdf5(
     grid = band_grid(maps.shape, (_whole_chunks(maps.chunk[0]), _whole_chunks(maps.chunk[1])))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_or_nothing(path) as staged, h5py.File(staged, "w") as file:
+    with (
+        whole_or_nothing(path) as staged,
+        h5py.File(staged, "w") as file,
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+    ):
         file.attrs["leopard_em_version"] = f"none: ocelot-em {__version__}"
         file.attrs["total_projections"] = maps.total_projections
         file.attrs["total_orientations"] = n_orientations
@@ -101,7 +109,7 @@ def write_hdf5(
                 compression_opts=GZIP_LEVEL,
             )
             for band in grid:
-                dataset[band.region.slices] = maps.read(ours, band.region)
+                _write(dataset, band.region, maps.read(ours, band.region), threads)
     return path
 
 
@@ -177,6 +185,20 @@ def _h5py() -> Any:
             "HDF5 files need h5py: pip install 'ocelot-em[maps]'"
         ) from error
     return h5py
+
+
+def _write(dataset: Any, region: Region, values: AnyArray, threads: ThreadPoolExecutor) -> None:
+    """Write whole chunks, compressed by many threads at once: HDF5 itself has one at a time."""
+    cells = list(TileGrid(dataset.shape, dataset.chunks).touching(region))
+
+    def compressed(cell: Tile) -> bytes:
+        whole = np.zeros(dataset.chunks, dataset.dtype)  # at the edge it reaches beyond the map
+        height, width = cell.region.shape
+        whole[:height, :width] = values[cell.region.relative_to(region).slices]
+        return zlib.compress(whole.data, GZIP_LEVEL)
+
+    for cell, data in zip(cells, threads.map(compressed, cells), strict=True):
+        dataset.id.write_direct_chunk((cell.region.y0, cell.region.x0), data)
 
 
 def _whole_chunks(length: int) -> int:
