@@ -116,7 +116,7 @@ def test_it_picks_our_particles_from_our_maps(exported: Exported) -> None:
     from leopard_em.pydantic_models.results import MatchTemplateResult
 
     paths = {key: exported.optics.leopard_columns[column] for column, key in LEOPARD_MAPS.items()}
-    # It refuses files that are there, though it is only to read them.
+    # Or it would refuse files that are there, though it only reads them.
     result = MatchTemplateResult(**paths, allow_file_overwrite=True, total_projections=COUNT)
     result.load_tensors_from_paths()
     for theirs, ours in MAPS.items():
@@ -176,7 +176,7 @@ def test_its_refinement_starts_from_our_numbers(exported: Exported, stack: Any) 
 
     mean, std = start["corr_mean"].numpy(), start["corr_std"].numpy()
     np.testing.assert_array_equal(mean, exported.around(MEAN, outside=0))
-    # It takes the root of what it calls a variance, though its own files too have its root.
+    # It takes the root of what it calls a variance and has saved as a standard deviation itself.
     np.testing.assert_allclose(std**2, exported.around(STD, outside=1e10), rtol=1e-6)
     middle = (slice(None), WINDOW[0] // 2, WINDOW[1] // 2)
     ours = exported.particles
