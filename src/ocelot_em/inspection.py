@@ -12,6 +12,7 @@ from ocelot_em.maps import BEST_PARTIAL, NOT_SEARCHED
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.pipeline import done_tiles
 from ocelot_em.plan import read_plan
+from ocelot_em.records import record_problems
 from ocelot_em.search import (
     SearchInfo,
     open_partial_maps,
@@ -157,11 +158,13 @@ def _search_problems(
 
 
 def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[str]:
-    problems = []
+    problems: list[str] = []
     n_tiles = n_done = 0
     try:
-        grid = read_plan(attributes, objects.url).grid
-        n_tiles, n_done = len(grid), int(done_tiles(objects, grid).sum())
+        plan = read_plan(attributes, objects.url)
+        n_tiles, n_done = len(plan.grid), int(done_tiles(objects, plan.grid).sum())
+        if attributes.state == "complete":
+            problems += record_problems(objects, plan)
     except FormatError as error:
         problems.append(str(error))
     if attributes.state != "complete":

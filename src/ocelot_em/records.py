@@ -27,7 +27,7 @@ from ocelot_em.collected import (
     candidate_capacity,
     candidate_level,
 )
-from ocelot_em.errors import FormatError, IncompleteError, MissingChunkError
+from ocelot_em.errors import ChunkError, FormatError, IncompleteError, MissingChunkError
 from ocelot_em.maps import AnyArray, Float64
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.plan import MergePlan, read_plan
@@ -262,6 +262,38 @@ def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
         found.append(rows)
         levels.append(complete_from)
     return np.concatenate(found), max(levels)
+
+
+def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
+    """Everything that is wrong with the statistics of a finished merged result, in words."""
+    if objects.get("progress/candidates/zarr.json") is None:
+        return  # merged by an earlier version
+    n_partials, n_sources = len(plan.contributions), len(plan.sources)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "progress/histograms": ((N_FLAT,), "uint32"),
+        "progress/statistics": ((TileStatistics.n_flat(n_partials, n_sources),), "float64"),
+        "progress/candidates": (
+            (candidate_capacity(plan.tile), len(CANDIDATE_FIELDS)),
+            "float64",
+        ),
+    }
+
+    def look(tile: Tile) -> list[str]:
+        found = []
+        for path, (shape, dtype) in shapes.items():
+            try:
+                _read_record(objects, path, tile, shape, dtype)
+            except ChunkError as error:
+                found.append(str(error))
+        return found
+
+    for found in _in_threads(look, plan):
+        yield from found
+    try:
+        if read_summary(objects.url) is None:
+            yield f"{objects.url}: the group 'statistics' is missing; merge again"
+    except FormatError as error:
+        yield str(error)
 
 
 def open_merged_result(objects: Objects) -> fmt.MergedAttributes:

@@ -29,6 +29,9 @@ HOST = "127.0.0.1"
 PUBLIC_CLIENT = "https://neuroglancer-demo.appspot.com/"
 """Where browsers get neuroglancer from if the package is not installed; needs a network."""
 
+FITTING_PX = 800
+"""Pixels of a screen that the longest edge of a picture takes when it is opened."""
+
 IDLE_SECONDS = 60
 """How long a connection may be silent."""
 
@@ -150,13 +153,20 @@ def _neuroglancer_state(folder: Path) -> dict[str, Any]:
             }
             for number, channel in enumerate(ome.get("omero", {}).get("channels", []))
         ] or [{"type": "image", "name": folder.name}]
-        dimensions = _dimensions(ome["multiscales"][0])
+        multiscale = ome["multiscales"][0]
+        full = json.loads((folder / multiscale["datasets"][0]["path"] / "zarr.json").read_bytes())
+        state = {
+            "dimensions": _dimensions(multiscale),
+            "crossSectionScale": max(full["shape"][-2:]) / FITTING_PX,
+            "layers": layers,
+            "layout": "xy",
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             f"{folder}: expected a folder with an OME-Zarr 0.5 picture, got something else "
             f"({type(error).__name__}: {error}); write_ome_zarr makes one from a merged result"
         ) from error
-    return {"dimensions": dimensions, "layers": layers, "layout": "xy"}
+    return state
 
 
 def _dimensions(multiscale: dict[str, Any]) -> dict[str, tuple[float, str]]:

@@ -152,6 +152,22 @@ def test_a_missing_or_damaged_record_is_named(tmp_path, rng):
         read_summary(search)
 
 
+def test_check_looks_at_records_too(tmp_path, rng):
+    search, _ = make_search(tmp_path / "RUN.zarr", rng)
+    output = tmp_path / "OUT.zarr"
+    ocelot_em.merge(search, output, tile_size=64, threads=2)
+    assert ocelot_em.check(output) == []
+    (output / "progress/histograms/c/0/1/0").unlink()
+    (output / "progress/candidates/c/1/0/0/0").write_bytes(b"nothing")
+    (output / "statistics/mip_histogram/c/0").unlink()
+    problems = ocelot_em.check(output)
+    assert len(problems) == 3
+    for problem, part in zip(problems, ("histograms", "candidates", "mip_histogram"), strict=True):
+        assert part in problem
+    (output / "statistics/zarr.json").unlink()
+    assert "'statistics' is missing" in ocelot_em.check(output)[-1]
+
+
 def test_nothing_searched(tmp_path, rng):
     result = make_result(rng, (5, 6), 0)
     result["mip"][...] = -np.inf

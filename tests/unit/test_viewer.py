@@ -50,6 +50,7 @@ def make_picture(folder, channels=("scaled_mip",), unit="angstrom"):
     (folder / "0" / "c" / "0").mkdir(parents=True)
     (folder / "zarr.json").write_text(json.dumps({"attributes": {"ome": ome}}))
     (folder / "0" / "c" / "0" / "0").write_bytes(CHUNK)
+    (folder / "0" / "zarr.json").write_text(json.dumps({"shape": [len(channels), 1600, 1200]}))
     return folder
 
 
@@ -282,6 +283,7 @@ def test_the_link_opens_the_picture_with_its_contrast(served):
     assert state["layout"] == "xy"
     assert list(state["dimensions"]) == ["x", "y"]  # to the right and down
     assert state["dimensions"]["x"] == [pytest.approx(2.5e-10), "m"]
+    assert state["crossSectionScale"] == 2  # the whole picture is seen
     (layer,) = state["layers"]
     assert layer["source"] == f"zarr3://{served.url}"
     assert layer["name"] == "scaled_mip"
