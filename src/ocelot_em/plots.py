@@ -33,6 +33,9 @@ OVERVIEW_PX = 400
 BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
 """Colours that are seen on white and on black."""
 
+MOST_CIRCLES = 5000
+"""Particles that are circled: with more, nothing else is seen."""
+
 _THREADS = 4  # a chunk of each is in memory
 _MOST_BARS = 48
 _MOST_VECTOR_MARKERS = 400  # more are drawn as pixels, or a page with them gets slow
@@ -98,7 +101,7 @@ def plot_zscore(
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
-        Picked ones.
+        Picked ones; circled are the first :data:`MOST_CIRCLES`, which are the highest.
 
     Returns
     -------
@@ -114,7 +117,8 @@ def plot_zscore(
     if truth is not None:
         _circle(ax, truth["y"], truth["x"], "planted")
     if particles is not None and len(particles):
-        _circle(ax, particles.columns["pos_y"], particles.columns["pos_x"], "picked")
+        y, x = (particles.columns[name][:MOST_CIRCLES] for name in ("pos_y", "pos_x"))
+        _circle(ax, y, x, "picked")
     if truth is not None:
         ax.legend(loc="upper right")
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
@@ -328,15 +332,16 @@ def plot_joint(
             mip[best], z[best], s=2, color=ORANGE, linewidths=0, rasterized=True, label="candidates"
         )
     if particles is not None and len(particles):
+        many = len(particles) > _MOST_VECTOR_MARKERS
         ax.scatter(
             particles.columns[MIP],
             particles.columns[SCALED_MIP],
-            s=36,
+            s=5 if many else 36,
             facecolors="none",
             edgecolors=RED,
-            linewidths=1.0,
+            linewidths=0.5 if many else 1.0,
             label="particles",
-            rasterized=len(particles) > _MOST_VECTOR_MARKERS,
+            rasterized=many,
         )
     margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
     ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
@@ -497,7 +502,8 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
         ax.axhline(
             psi.size * width / 360, linestyle="--", color=_foreground(), alpha=0.65, label="if even"
         )
-        ax.legend()
+        ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(loc="upper right")
     else:
         _say(ax, "no poses")
     ax.set(title="in-plane angle", xlabel="psi (°)", ylabel="particles", xlim=(0, 360))

@@ -25,6 +25,7 @@ from ocelot_em.particles import NEG_LOG_P, ParticleTable, write_file
 from ocelot_em.picking import find_peaks
 from ocelot_em.pipeline import SUMMARY_FIELDS
 from ocelot_em.plots import (
+    MOST_CIRCLES,
     new_figure,
     plot_correlations,
     plot_crop,
@@ -286,30 +287,29 @@ def _problems(subject: _Subject) -> list[str]:
 def _particles_section(subject: _Subject, overview: tuple[Float32, int], max_zooms: int) -> Markup:
     particles = subject.particles
     height, width = subject.attributes.valid_shape
-    tall = float(np.clip(5.9 * height / width, 1.4, 8.5))
+    # Maps that are much wider than high have the page's width to themselves.
+    wide = width > 2 * height
+    across = 12.0 if wide else 7.4
+    tall = float(np.clip((across - 1.5) * height / width, 1.4, 8.5))
     whole = _drawing(
         "overview",
-        (7.4, tall + 0.8),
+        (across, tall + 0.8),
         lambda figure: plot_zscore(overview, figure.subplots(), particles=particles),
         "z-score map with picked particles in circles",
     )
     explained = "Each particle's position is the upper left corner of its template box."
     if overview[1] > 1:
-        explained = (
-            f"A pixel of this picture is the highest z-score of {overview[1]} × {overview[1]}. "
-            + explained
-        )
-    parts = [_figure(whole, explained, "wide")]
+        pooled = f"A pixel of this picture is the highest z-score of {overview[1]} × {overview[1]}."
+        explained = f"{pooled} {explained}"
+    if len(particles) > MOST_CIRCLES:
+        explained += f" The best {MOST_CIRCLES:,} are in circles."
+    parts = [_figure(whole, explained, "full" if wide else "wide")]
     best = _best_first(particles)
     zoomed = best[: max(max_zooms, 0)]
     if len(zoomed):
-        parts.append(
-            _figure(
-                _zooms(subject, zoomed),
-                "The best particles, every pixel, each with its own colours.",
-                "narrow",
-            )
-        )
+        drawn = _zooms(subject, zoomed, 6 if wide else 2)
+        what = "The best particles, every pixel, each with its own colours."
+        parts.append(_figure(drawn, what, "full" if wide else "narrow"))
     names = [partial.name for partial in subject.attributes.partials]
     rows = [
         _particle_row(particles, number, i, names) for number, i in enumerate(best[:_BEST_SHOWN], 1)
@@ -343,8 +343,8 @@ def _best_first(particles: ParticleTable) -> AnyArray:
     return np.argsort(-np.nan_to_num(height, nan=-np.inf), kind="stable")
 
 
-def _zooms(subject: _Subject, chosen: AnyArray) -> Markup:
-    columns = 2 if len(chosen) > 1 else 1
+def _zooms(subject: _Subject, chosen: AnyArray, columns: int) -> Markup:
+    columns = min(columns, len(chosen))
     rows = ceil_div(len(chosen), columns)
 
     def draw(figure: Any) -> None:
@@ -360,7 +360,7 @@ def _zooms(subject: _Subject, chosen: AnyArray) -> Markup:
             ax.tick_params(labelsize=8)
 
     what = "z-scores around the best particles"
-    return _drawing("zooms", (2.9 * columns, 2.45 * rows), draw, what)
+    return _drawing("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw, what)
 
 
 def _particle_row(particles: ParticleTable, number: int, i: int, names: Sequence[str]) -> list[str]:

@@ -545,6 +545,17 @@ def test_the_maps_of_a_store_are_read_in_their_own_chunks(merged):
     assert same_bits(maps.read(MIP, corner), read_maps(merged)[MIP][corner.slices])
 
 
+def test_leopard_em_itself_reads_the_files(merged, tmp_path):
+    results = pytest.importorskip("leopard_em.pydantic_models.results")
+    paths = write_mrc_set(merged, tmp_path / "SET")
+    fields = {f"{name}_path": str(path) for name, path in paths.items()}
+    result = results.MatchTemplateResult(allow_file_overwrite=True, **fields)
+    result.load_tensors_from_paths()
+    maps = read_maps(merged)
+    for name, ours in OUR_NAMES.items():
+        assert same_bits(getattr(result, name), maps[ours][: VALID[0], : VALID[1]]), name
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the whole real search is not on this machine")
 @pytest.mark.parametrize("poses", ["explicit", "decoded", "index"])
 def test_a_real_search_is_what_leopard_writes(tmp_path, poses, monkeypatch):

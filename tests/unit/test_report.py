@@ -218,13 +218,20 @@ def test_a_partial_out_of_line_is_named(tmp_path, rng):
     assert "Nothing is out of line" not in page.words
 
 
-def test_many_partials_and_particles(tmp_path, rng):
+def test_many_partials_and_particles(tmp_path, rng, monkeypatch):
+    for module in ("plots", "report"):
+        monkeypatch.setattr(f"ocelot_em.{module}.MOST_CIRCLES", 1000)
     results = [make_result(rng, (60, 60), 1000) for _ in range(60)]
     write_search(tmp_path / "RUN.zarr", results, [1000] * 60)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     particles = find_peaks(tmp_path / "OUT.zarr", cutoff=0, min_distance=1)
     assert len(particles) == 3600
-    report_of(tmp_path / "OUT.zarr", tmp_path, particles=particles)
+    page = report_of(tmp_path / "OUT.zarr", tmp_path, particles=particles)
+    assert "The best 1,000 are in circles" in page.words
+
+
+def test_a_map_much_wider_than_high(tmp_path):
+    report_of(merge_of(tmp_path, [explicit_maps((9, 200))]), tmp_path)
 
 
 @pytest.fixture
