@@ -584,7 +584,7 @@ def _demo(parsed: argparse.Namespace, console: Console) -> int:
         f"{r.pose_right} of them with the planted pose"
     )
     console.print(
-        f"picture: {result.picture}"
+        f"picture: {result.picture}, report: {result.page}"
         if result.picture
         else "no picture: pip install 'ocelot-em[viz]' for the matplotlib that it needs",
         markup=False,

@@ -1,4 +1,4 @@
-"""The demonstration: simulate a search, merge it, compare with the truth, save a picture."""
+"""The demonstration: simulate a search, merge it, compare with the truth, picture and report."""
 
 import importlib.util
 import shutil
@@ -31,14 +31,15 @@ class DemoResult:
         z-score above which noise is expected once.
     recovery
         How many planted particles are above it, with which pose.
-    picture
-        The picture's file, or None without matplotlib.
+    picture, page
+        Files of a picture and of the report, or None without matplotlib.
     """
 
     report: MergeReport
     cutoff: float
     recovery: Recovery
     picture: Path | None
+    page: Path | None
 
 
 def demo(
@@ -74,10 +75,11 @@ def demo(
         return values
 
     recovery = compare_with_truth(DEMO.truth, read, cutoff)
-    picture = None
+    picture = page = None
     if importlib.util.find_spec("matplotlib") is not None:
-        from ocelot_em.report import save_overview
+        from ocelot_em.report import save_overview, write_report
 
         picture = place / "zscore.png"
         save_overview(report.output, picture, cutoff=cutoff, truth=DEMO.truth)
-    return DemoResult(report, cutoff, recovery, picture)
+        page = write_report(report.output, place / "report.html")
+    return DemoResult(report, cutoff, recovery, picture, page)
