@@ -182,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--prefix", default="", help="of the names of MRC files, as in output_mip.mrc")
     p.add_argument(
+        "--maps", metavar="FOLDER", help="of the MRC files that Leopard-EM's table shall name"
+    )
+    p.add_argument(
         "--particles", metavar="FILE", help=".csv or .parquet that 'peaks' wrote (default: pick)"
     )
     _add_picking(p)
@@ -395,6 +398,8 @@ def _export(parsed: argparse.Namespace, console: Console) -> int:
         )
     else:
         table = _picked(parsed)
+        if parsed.maps is not None:
+            optics = tables.with_maps_in(optics, parsed.maps, parsed.prefix)
         writers = {
             "leopard": tables.write_leopard_csv,
             "relion": tables.write_relion_star,

@@ -17,7 +17,7 @@ import ocelot_em
 from conftest import SHARED
 from helpers import read_maps
 from ocelot_em.interop.mrc import write_mrc_set
-from ocelot_em.interop.tables import LEOPARD_MAPS, Optics, write_leopard_csv
+from ocelot_em.interop.tables import LEOPARD_MAPS, Optics, with_maps_in, write_leopard_csv
 from ocelot_em.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray
 from ocelot_em.picking import find_peaks
 
@@ -88,10 +88,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     optics = replace(
         Optics.from_leopard_yaml(SHARED / "A_official_config.yaml", template_box_px=TEMPLATE[0]),
         micrograph=str(place / "micrograph.mrc"),
-        leopard_columns={
-            column: str(files[key.removesuffix("_path")]) for column, key in LEOPARD_MAPS.items()
-        },
     )
+    optics = with_maps_in(optics, next(iter(files.values())).parent)
     write_leopard_csv(particles, optics, place / "particles.csv")
     merged = read_maps(place / "M")
     return Exported(

@@ -12,7 +12,7 @@ KERNELS = {"fold_indexed", "fold_four_poses", "fold_five_poses", "finalise", "ma
 def compiled(architecture, *options):
     """Object code and the compiler's log."""
     nvrtc = pytest.importorskip(
-        "cuda.bindings.nvrtc", reason="NVIDIA's compiler: pip install cuda-bindings nvidia-cuda-nvrtc"
+        "cuda.bindings.nvrtc", reason="no cuda-bindings, which brings NVIDIA's compiler"
     )
 
     def checked(answer):

@@ -191,7 +191,7 @@ def test_everything_that_is_wrong_is_listed(file, tmp_path):
     problems = "\n".join(caught.value.problems)
     assert f"{file}: mip: missing" in problems
     assert "relative_defocus: expected float32 values, as Leopard-EM writes them, got f" in problems
-    assert "orientation_phi: expected a map of shape" in problems
+    assert f"orientation_phi: expected shape {VALID}, as scaled_mip has, got" in problems
     assert not (tmp_path / "BACK").exists()
 
 

@@ -425,9 +425,9 @@ def test_everything_that_is_wrong_is_listed(mrc_set, tmp_path):
         import_mrc_set(mrc_set, tmp_path / "BACK", FinishedSearch(name="no/name"))
     problems = "\n".join(caught.value.problems)
     assert "orientation_psi: missing" in problems
-    assert f"orientation_phi: expected a map of shape {VALID}, got shape (62, 54)" in problems
+    assert f"orientation_phi: expected shape {VALID}, as mip has, got (62, 54)" in problems
     assert "relative_defocus: expected float32 values, as Leopard-EM writes them" in problems
-    assert "orientation_theta: expected a map of shape" in problems
+    assert "orientation_theta: expected a map (y, x), got shape (2, 63, 54)" in problems
     assert "total_projections: the files do not say" in problems
     assert "partial name 'no/name'" in problems
     assert not (tmp_path / "BACK").exists()

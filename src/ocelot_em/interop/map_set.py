@@ -307,16 +307,20 @@ def _layout_problems(files: MapFiles) -> list[str]:
         for name in OUR_NAMES
         if name not in files.maps and name != "scaled_mip"
     ]
-    first = next(iter(files.maps.values()), None)
+    shapes = {name: tuple(values.shape) for name, values in files.maps.items()}
     for name, values in files.maps.items():
         place = f"{files.place}: {name}"
         if values.dtype.newbyteorder("=").name != "float32":
             problems.append(
                 f"{place}: expected float32 values, as Leopard-EM writes them, got {values.dtype}"
             )
-        if len(values.shape) != 2 or first is None or values.shape != first.shape:
-            wanted = "a map (y, x)" if first is None else f"a map of shape {first.shape}"
-            problems.append(f"{place}: expected {wanted}, got shape {values.shape}")
+        first = next(iter(shapes))
+        if len(shapes[name]) != 2:
+            problems.append(f"{place}: expected a map (y, x), got shape {shapes[name]}")
+        elif shapes[name] != shapes[first]:
+            problems.append(
+                f"{place}: expected shape {shapes[first]}, as {first} has, got {shapes[name]}"
+            )
     return problems
 
 

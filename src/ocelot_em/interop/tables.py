@@ -18,7 +18,7 @@ import math
 import struct
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,27 @@ class Optics:
         if problems:
             raise InvalidInputError(f"{path}: {problem}" for problem in problems)
         return cls(**values)
+
+
+def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") -> Optics:
+    """Have Leopard-EM's table name the MRC files of a folder, as ``write_mrc_set`` writes them.
+
+    Parameters
+    ----------
+    optics
+        Left as they are.
+    folder
+        Where the files are; their paths are written in full, because Leopard-EM looks for others
+        from the directory it is started in.
+    prefix
+        Of their names.
+    """
+    place = Path(folder).absolute()
+    paths = {
+        column: str(place / f"{prefix}{key.removesuffix('_path')}.mrc")
+        for column, key in LEOPARD_MAPS.items()
+    }
+    return replace(optics, leopard_columns={**optics.leopard_columns, **paths})
 
 
 def _optics_problems(values: Mapping[str, Any]) -> dict[str, str]:
