@@ -116,7 +116,7 @@ def test_two_steps_equal_one(
 @given(
     shape=st.sampled_from([(1, 1), (1, 77), (53, 1), (3, 1030), (40, 41)]),
     n=st.integers(1, 4),
-    tile_size=st.integers(1, 64).filter(lambda n: n in (1, 2, 13, 64)),
+    tile_size=st.sampled_from((1, 2, 13, 64)),
     seed=st.integers(0, 99),
 )
 def test_thin_maps_and_tiny_tiles(
