@@ -39,7 +39,7 @@ CANDIDATE_SHARE = 1e-3
 """Share of pixels that noise alone makes candidates, if it is Gaussian: with as many, a tile's
 record stays small, and every usual threshold lies above."""
 
-PIXELS_PER_CANDIDATE = 256
+PIXELS_PER_CANDIDATE = 512
 """A record has room for one candidate in so many pixels of a tile."""
 
 FEWEST_CANDIDATES = 64
@@ -212,15 +212,13 @@ class TileStatistics:
 
 @dataclass
 class Collection:
-    """What is collected of one tile, as its maps are made.
+    """What is collected of one tile after another, as their maps are made, in memory that is kept.
 
-    The order of calls: :meth:`add_sums` for every source, then :meth:`look`, then :meth:`take` for
-    every map that has not been seen by then.
+    The order of calls: :meth:`begin` with a tile, :meth:`add` for every source, then :meth:`look`,
+    then :meth:`take` for every map that has not been seen by then.
 
     Parameters
     ----------
-    region
-        The tile.
     valid_shape
         Of the map.
     level
@@ -231,29 +229,58 @@ class Collection:
         In the whole merge.
     """
 
-    region: Region
     valid_shape: tuple[int, int]
     level: float
     capacity: int
     n_partials: int
     n_sources: int
     statistics: TileStatistics = field(init=False)
-    histograms: Histograms = field(init=False)
+    counts: AnyArray = field(init=False)
     candidates: Float64 = field(init=False)
 
     def __post_init__(self) -> None:
         self._kernel = kernels.load_collect()
+        self.counts = np.zeros(N_FLAT, np.uint32)
+        self._histograms = Histograms.from_flat(self.counts)
+        self.candidates = np.empty((self.capacity, len(CANDIDATE_FIELDS)))
+        self._found = np.empty(4 * self.capacity, np.int32)
+
+    def begin(self, region: Region) -> None:
+        """Forget everything, and start with a tile."""
+        self.region = region
         self.statistics = TileStatistics.empty(self.n_partials, self.n_sources)
-        self.histograms = Histograms.empty("uint32")
-        self.candidates = np.full((self.capacity, len(CANDIDATE_FIELDS)), np.nan)
-        valid = Region.whole(self.valid_shape).intersect(self.region).relative_to(self.region)
+        self.counts.fill(0)
+        self.candidates.fill(np.nan)
+        valid = Region.whole(self.valid_shape).intersect(region).relative_to(region)
         self._valid = valid.shape
         self._where = np.empty(0, np.intp), np.empty(0, np.intp)
 
-    def add_sums(self, number: int, name: str, start: int, values: AnyArray) -> None:
-        """Take note of the sums of a source, over a run of the tile's pixels from ``start`` on."""
+    def add(
+        self, number: int, name: str, start: int, values: AnyArray, total: AnyArray | None = None
+    ) -> bool:
+        """Take note of the sums of a source, over a run of the tile's pixels from ``start`` on.
+
+        Parameters
+        ----------
+        number, name
+            Of the source and of the kind of sum.
+        start, values
+            The run.
+        total
+            Where to add the values, too, while they are at hand; None: nowhere.
+
+        Returns
+        -------
+        bool
+            Whether any of them was found to be NaN, while they were added.
+        """
         into = self.statistics.moments[number, 0 if name == SUM else 1]
-        self._kernel.add_moments(values, start, self.region.shape[1], self._valid, into)
+        place = start, self.region.shape[1], self._valid
+        if total is None:
+            self._kernel.add_moments(values, place, into)
+            return False
+        bad: bool = self._kernel.add_and_measure(values, total, number == 0, place, into)
+        return bad
 
     def look(self, maps: dict[str, AnyArray]) -> None:
         """Count the pixels, and find the candidates.
@@ -268,7 +295,7 @@ class Collection:
         if not n_rows or not n_columns:
             return
         valid = {name: values[:n_rows, :n_columns] for name, values in maps.items()}
-        own, histograms = self.statistics, self.histograms
+        own, histograms = self.statistics, self._histograms
         into = histograms.mip, histograms.z, histograms.joint, own.counts
         mip, z = valid[MIP], valid[SCALED_MIP]
         self._kernel.count_pixels(mip, z, valid[STD], _AXES, into)
@@ -285,7 +312,7 @@ class Collection:
             self.take(name, values)
 
     def _find_candidates(self, z: AnyArray) -> None:
-        where = np.empty(4 * self.capacity, np.int32)
+        where = self._found
         found = self._kernel.find_above(z, np.float32(self.level), where)
         self.statistics.n_candidates = int(found)
         if found > where.size:

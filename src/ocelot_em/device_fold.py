@@ -152,7 +152,7 @@ class DeviceFold:
             arrival.decode(0, 1, values)
             tile.close()
             if tile.collection is not None and name in (SUM, SQUARED_SUM):
-                tile.collection.add_sums(number, name, 0, values)
+                tile.collection.add(number, name, 0, values)
             if name == BEST_PARTIAL:
                 np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
             there[name] = lane.send(values, slot, name)

@@ -246,11 +246,13 @@ class Fold:
         for name in (SUM, SQUARED_SUM):
             total = work.flat(name, "f8")
             for number, part, (new,) in self.parts(tile, work, (name,), everyone):
-                add = self._planes.add if number else self._planes.add_first
-                if add(new, total[part]):
-                    tile.look_closer(number)
                 if tile.collection is not None:
-                    tile.collection.add_sums(number, name, part.start, new)
+                    bad = tile.collection.add(number, name, part.start, new, total[part])
+                else:
+                    add = self._planes.add if number else self._planes.add_first
+                    bad = add(new, total[part])
+                if bad:
+                    tile.look_closer(number)
                 if name == SQUARED_SUM and number == everyone[-1]:
                     self._compute(self._accumulator(work, part), work, part)
         self._look_and_write(tile, work)
@@ -346,7 +348,7 @@ class Fold:
                 arrival.decode(0, 1, arrays[name].reshape(-1))
                 tile.close()
                 if tile.collection is not None and name in (SUM, SQUARED_SUM):
-                    tile.collection.add_sums(number, name, 0, arrays[name].reshape(-1))
+                    tile.collection.add(number, name, 0, arrays[name].reshape(-1))
             partial = self._kernel.mask_nan(partial_maps(source, maps, arrays))
             report = self._kernel.fold(accumulator, partial, self.space)
             if report.nan_pixels or report.invalid_indices:

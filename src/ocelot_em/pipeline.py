@@ -383,7 +383,7 @@ class TileInWork:
         self._looked_at: set[int] = set()
         self._searched_pixels = self._read_nbytes = self._written_nbytes = 0
         self._error = ""
-        self.collection: Collection | None = records.new_collection(job.plan, tile)
+        self.collection = job.collection(tile)
 
     def merge(self) -> None:
         """Fold the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
@@ -454,7 +454,7 @@ class TileInWork:
         if self.collection is None:
             return
         self._clock.lap("fold")
-        for key, parts in records.encode_records(self.collection, self._tile):
+        for key, parts in records.encode_records(self._job.layout, self.collection, self._tile):
             self._written_nbytes += sum(map(len, parts))
             self._written.append(self._job.put_behind(self._outgoing, key, parts))
         self.collection = None
@@ -558,6 +558,7 @@ class Job:
             chunked.dtype.itemsize for maps in self.sources for chunked in maps.values()
         )
         self._objects = objects
+        self.layout = records.Layout(plan)
         self.written = (
             {} if objects is None else open_partial_maps(objects, "", "", plan.maps.merged)
         )
@@ -581,6 +582,15 @@ class Job:
         work: Workspace = self._of_thread.workspace
         work.shape = tile.region.shape
         return work
+
+    def collection(self, tile: Tile) -> Collection | None:
+        """Return this thread's place for statistics and candidates, for a tile."""
+        if not hasattr(self._of_thread, "collection"):
+            self._of_thread.collection = records.new_collection(self.plan)
+        collection: Collection | None = self._of_thread.collection
+        if collection is not None:
+            collection.begin(tile.region)
+        return collection
 
     def chunk_memory(self) -> Sequence[ReusedMemory]:
         """Return this thread's memory for encoded chunks."""

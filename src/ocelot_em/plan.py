@@ -464,7 +464,7 @@ def worker_nbytes(
         tile[0] * tile[1] * per_pixel
         + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
         + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
-        + 2 * collection_nbytes(tile)  # being filled, being encoded
+        + 3 * collection_nbytes(tile)  # what is collected, a record of it, and its bytes
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread
 

@@ -28,7 +28,7 @@ from ocelot_em.collected import (
     candidate_level,
 )
 from ocelot_em.errors import ChunkError, FormatError, IncompleteError, MissingChunkError
-from ocelot_em.maps import AnyArray, Float64
+from ocelot_em.maps import SCALED_MIP, AnyArray, Float64
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.plan import MergePlan, read_plan
 from ocelot_em.search import read_attributes
@@ -36,18 +36,19 @@ from ocelot_em.significance import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXI
 
 _T = TypeVar("_T")
 
-RECORDS = ("progress/histograms", "progress/statistics", "progress/candidates")
-"""Arrays with one chunk for each tile."""
+COUNTS = "progress/counts"
+NUMBERS = "progress/numbers"
+"""Arrays of records, one after another in one dimension, so that a record is one file in a folder
+of all: histograms, and statistics with candidates."""
 
 MIP_HISTOGRAM = "statistics/mip_histogram"
 Z_HISTOGRAM = "statistics/scaled_mip_histogram"
 JOINT_HISTOGRAM = "statistics/joint_histogram"
 
 
-def new_collection(plan: MergePlan, tile: Tile) -> Collection:
-    """Make a place for what is collected of a tile."""
+def new_collection(plan: MergePlan) -> Collection:
+    """Make a place for what is collected of tiles, one after another."""
     return Collection(
-        tile.region,
         plan.valid_shape,
         candidate_level(plan.total_projections),
         candidate_capacity(plan.tile),
@@ -56,39 +57,88 @@ def new_collection(plan: MergePlan, tile: Tile) -> Collection:
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where numbers are in the records of a merge.
+
+    Parameters
+    ----------
+    plan
+        The merge.
+    """
+
+    plan: MergePlan
+
+    @property
+    def n_statistics(self) -> int:
+        """Numbers of :class:`TileStatistics`, at the beginning of a record."""
+        return TileStatistics.n_flat(len(self.plan.contributions), len(self.plan.sources))
+
+    @property
+    def candidates_shape(self) -> tuple[int, int]:
+        """Of the candidates, which are the rest of the record, row by row."""
+        return candidate_capacity(self.plan.tile), len(CANDIDATE_FIELDS)
+
+    @property
+    def n_numbers(self) -> int:
+        """Of a whole record."""
+        rows, columns = self.candidates_shape
+        return self.n_statistics + rows * columns
+
+    def number_of(self, tile: Tile) -> int:
+        """Number of a tile, counted row by row: the chunk that its records are."""
+        return tile.iy * self.plan.grid.counts[1] + tile.ix
+
+    def counts(self, objects: Objects, tile: Tile) -> Histograms:
+        """Read the histograms of a tile."""
+        return Histograms.from_flat(self._read(objects, COUNTS, tile, N_FLAT, "uint32"))
+
+    def numbers(self, objects: Objects, tile: Tile) -> tuple[TileStatistics, Float64]:
+        """Read the statistics and candidates of a tile."""
+        flat = self._read(objects, NUMBERS, tile, self.n_numbers, "float64")
+        candidates = flat[self.n_statistics :].reshape(self.candidates_shape)
+        statistics = TileStatistics.from_flat(
+            flat[: self.n_statistics], len(self.plan.contributions)
+        )
+        return statistics, candidates[~np.isnan(candidates[:, 0])]
+
+    def _read(self, objects: Objects, path: str, tile: Tile, n: int, dtype: str) -> AnyArray:
+        key = f"{path}/c/{self.number_of(tile)}"
+        values = np.empty(n, dtype)
+        encoded = objects.get(key)
+        if encoded is None:
+            raise MissingChunkError(
+                f"{objects.url}: {path}: the record of {tile} is missing: expected an object "
+                f"{key}; merge again"
+            )
+        store.decode_chunk(encoded, values, f"{objects.url}: {path}: {tile}")
+        return values
+
+
 def create_records(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of the tiles' records."""
-    n_numbers = TileStatistics.n_flat(len(plan.contributions), len(plan.sources))
-    shapes: dict[str, tuple[int, ...]] = {
-        "progress/histograms": (N_FLAT,),
-        "progress/statistics": (n_numbers,),
-        "progress/candidates": (candidate_capacity(plan.tile), len(CANDIDATE_FIELDS)),
-    }
-    for path, shape in shapes.items():
-        counted = path == "progress/histograms"
-        fields = CANDIDATE_FIELDS if path == "progress/candidates" else TILE_FIELDS
+    layout, n_tiles = Layout(plan), len(plan.grid)
+    fields = {"tile_fields": list(TILE_FIELDS), "candidate_fields": list(CANDIDATE_FIELDS)}
+    for path, n, dtype in ((COUNTS, N_FLAT, "uint32"), (NUMBERS, layout.n_numbers, "float64")):
         store.create_array(
             objects,
             path,
-            shape=(*plan.grid.counts, *shape),
-            chunk=(1, 1, *shape),
-            dtype="uint32" if counted else "float64",
-            fill=0 if counted else float("nan"),
-            dimensions=("tile_y", "tile_x", *("candidate",) * (len(shape) - 1), "field"),
-            attributes={} if counted else {"fields": list(fields)},
+            shape=(n_tiles * n,),
+            chunk=(n,),
+            dtype=dtype,
+            fill=0 if path == COUNTS else float("nan"),
+            dimensions=("record",),
+            attributes={} if path == COUNTS else fields,
         )
 
 
-def encode_records(collection: Collection, tile: Tile) -> Iterator[tuple[str, list[bytes]]]:
+def encode_records(
+    layout: Layout, collection: Collection, tile: Tile
+) -> Iterator[tuple[str, list[bytes]]]:
     """Give the objects of a tile's records: keys, and parts of their bytes."""
-    values = collection.histograms.flat, collection.statistics.flat, collection.candidates
-    for path, record in zip(RECORDS, values, strict=True):
-        key = _key(path, tile, record.ndim)
-        yield key, store.encode_chunk(np.ascontiguousarray(record))
-
-
-def _key(path: str, tile: Tile, ndim: int) -> str:
-    return "/".join([path, "c", str(tile.iy), str(tile.ix), *("0" for _ in range(ndim))])
+    numbers = np.concatenate([collection.statistics.flat, collection.candidates.reshape(-1)])
+    for path, record in ((COUNTS, collection.counts), (NUMBERS, numbers)):
+        yield f"{path}/c/{layout.number_of(tile)}", store.encode_chunk(record)
 
 
 @dataclass(frozen=True)
@@ -109,14 +159,12 @@ class Summary:
 
 def finish(objects: Objects, plan: MergePlan) -> None:
     """Add up the records of all tiles, and write the sums."""
-    n_partials, n_sources = len(plan.contributions), len(plan.sources)
+    layout = Layout(plan)
 
     def read(tile: Tile) -> tuple[TileStatistics, Histograms]:
-        counted = _read_record(objects, "progress/histograms", tile, (N_FLAT,), "uint32")
-        n_numbers = TileStatistics.n_flat(n_partials, n_sources)
-        numbers = _read_record(objects, "progress/statistics", tile, (n_numbers,), "float64")
-        return TileStatistics.from_flat(numbers, n_partials), Histograms.from_flat(counted)
+        return layout.numbers(objects, tile)[0], layout.counts(objects, tile)
 
+    n_partials, n_sources = len(plan.contributions), len(plan.sources)
     total, histograms = add_up(_in_threads(read, plan), n_partials, n_sources)
     store.create_group(objects, "statistics", {})
     for path, counts, axes in (
@@ -243,18 +291,14 @@ def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
     objects = open_objects(place)
     attributes = open_merged_result(objects)
     plan = read_plan(attributes, objects.url)
-    if objects.get("progress/candidates/zarr.json") is None:
+    if objects.get(f"{NUMBERS}/zarr.json") is None:
         return np.empty((0, len(CANDIDATE_FIELDS))), float("inf")
-    capacity = candidate_capacity(plan.tile)
-    level = candidate_level(plan.total_projections)
-    z = CANDIDATE_FIELDS.index("scaled_mip")
+    layout, level = Layout(plan), candidate_level(plan.total_projections)
+    z = CANDIDATE_FIELDS.index(SCALED_MIP)
 
     def read(tile: Tile) -> tuple[Float64, float]:
-        record = _read_record(
-            objects, "progress/candidates", tile, (capacity, len(CANDIDATE_FIELDS)), "float64"
-        )
-        rows = record[~np.isnan(record[:, 0])]
-        full = len(rows) == capacity
+        _, rows = layout.numbers(objects, tile)
+        full = len(rows) == layout.candidates_shape[0]
         return rows, float(rows[:, z].min()) if full else level
 
     found, levels = [np.empty((0, len(CANDIDATE_FIELDS)))], [level]
@@ -266,23 +310,15 @@ def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
 
 def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
     """Everything that is wrong with the statistics of a finished merged result, in words."""
-    if objects.get("progress/candidates/zarr.json") is None:
+    if objects.get(f"{NUMBERS}/zarr.json") is None:
         return  # merged by an earlier version
-    n_partials, n_sources = len(plan.contributions), len(plan.sources)
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "progress/histograms": ((N_FLAT,), "uint32"),
-        "progress/statistics": ((TileStatistics.n_flat(n_partials, n_sources),), "float64"),
-        "progress/candidates": (
-            (candidate_capacity(plan.tile), len(CANDIDATE_FIELDS)),
-            "float64",
-        ),
-    }
+    layout = Layout(plan)
 
     def look(tile: Tile) -> list[str]:
         found = []
-        for path, (shape, dtype) in shapes.items():
+        for read in (layout.counts, layout.numbers):
             try:
-                _read_record(objects, path, tile, shape, dtype)
+                read(objects, tile)
             except ChunkError as error:
                 found.append(str(error))
         return found
@@ -309,18 +345,3 @@ def open_merged_result(objects: Objects) -> fmt.MergedAttributes:
     if attributes.state != "complete":
         raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
     return attributes
-
-
-def _read_record(
-    objects: Objects, path: str, tile: Tile, shape: tuple[int, ...], dtype: str
-) -> AnyArray:
-    key = _key(path, tile, len(shape))
-    values = np.empty(shape, dtype)
-    encoded = objects.get(key)
-    if encoded is None:
-        raise MissingChunkError(
-            f"{objects.url}: {path}: the record of {tile} is missing: expected an object {key}; "
-            "merge again"
-        )
-    store.decode_chunk(encoded, values, f"{objects.url}: {path}: {tile}")
-    return values

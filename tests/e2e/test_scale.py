@@ -295,7 +295,8 @@ class SlowStorage:
         def slow(objects, key, data):
             path, is_chunk, place = key.partition("/c/")
             if is_chunk and not path.startswith("statistics/"):  # those are of no tile
-                tile = tuple(map(int, place.split("/")[:2]))
+                parts = [*map(int, place.split("/"))]  # records are numbered through
+                tile = tuple(parts[:2]) if len(parts) > 1 else divmod(parts[0], 3)
                 self.asked.append((name, "progress" in path, tile))
                 time.sleep(self._seconds)
             return method(objects, key, data)

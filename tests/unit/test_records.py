@@ -140,10 +140,10 @@ def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path
 def test_a_missing_or_damaged_record_is_named(tmp_path, rng):
     search, _ = make_search(tmp_path / "RUN.zarr", rng)
     ocelot_em.merge(search, tmp_path / "OUT.zarr")
-    record = tmp_path / "OUT.zarr/progress/candidates/c/0/0/0/0"
+    record = tmp_path / "OUT.zarr/progress/numbers/c/0"
     data = record.read_bytes()
     record.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"candidates: tile .*corrupt.*CRC32C"):
+    with pytest.raises(ValueError, match=r"numbers: tile .*corrupt.*CRC32C"):
         read_candidates(tmp_path / "OUT.zarr")
     record.unlink()
     with pytest.raises(MissingChunkError, match=r"record of tile .* is missing"):
@@ -157,12 +157,12 @@ def test_check_looks_at_records_too(tmp_path, rng):
     output = tmp_path / "OUT.zarr"
     ocelot_em.merge(search, output, tile_size=64, threads=2)
     assert ocelot_em.check(output) == []
-    (output / "progress/histograms/c/0/1/0").unlink()
-    (output / "progress/candidates/c/1/0/0/0").write_bytes(b"nothing")
+    (output / "progress/counts/c/1").unlink()
+    (output / "progress/numbers/c/2").write_bytes(b"nothing")
     (output / "statistics/mip_histogram/c/0").unlink()
     problems = ocelot_em.check(output)
     assert len(problems) == 3
-    for problem, part in zip(problems, ("histograms", "candidates", "mip_histogram"), strict=True):
+    for problem, part in zip(problems, ("counts", "numbers", "mip_histogram"), strict=True):
         assert part in problem
     (output / "statistics/zarr.json").unlink()
     assert "'statistics' is missing" in ocelot_em.check(output)[-1]

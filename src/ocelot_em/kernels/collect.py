@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from ocelot_em.kernels.by_map import add, add_first
 from ocelot_em.kernels.cpu import compiled
 
 NAN, ZERO_STD, UNSEARCHED, N_COUNTS = 0, 1, 2, 3
@@ -106,13 +107,13 @@ def _moments(values: Any) -> Any:
 
 
 @compiled
-def add_moments(values: Any, start: int, width: int, valid: Any, into: Any) -> None:
+def add_moments(values: Any, place: Any, into: Any) -> None:
     """Add number, sum and sum of squares of a run of pixels, of those that count.
 
-    ``values`` are the pixels of a tile of this width from number ``start`` on; ``valid`` are the
-    rows and columns that count. A run with NaN leaves its row of pixels out.
+    ``place``: number of the first pixel in its tile, width of the tile, and the rows and columns
+    that count. A run with NaN leaves its row of pixels out.
     """
-    n_rows, n_columns = valid
+    start, width, (n_rows, n_columns) = place
     at = 0
     while at < values.size:
         y, x = divmod(start + at, width)
@@ -125,6 +126,14 @@ def add_moments(values: Any, start: int, width: int, valid: Any, into: Any) -> N
                 into[1] += total
                 into[2] += squared_total
         at += n
+
+
+@compiled
+def add_and_measure(values: Any, total: Any, first: Any, place: Any, into: Any) -> Any:
+    """Add to the totals as ``by_map`` does, and as :func:`add_moments`; whether any is NaN."""
+    bad = add_first(values, total) if first else add(values, total)
+    add_moments(values, place, into)
+    return bad
 
 
 @compiled
