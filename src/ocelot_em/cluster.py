@@ -90,7 +90,9 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
         n_devices = min(options.workers or len(found), len(found)) if cluster == "cuda" else 1
         choice = _cuda(found[:n_devices], "asked for", options)
     elif ":" in cluster:
-        choice = _of_workers(options)
+        choice, threads = _of_workers(options)
+        if choice.kind == "cuda":
+            options = options.model_copy(update={"threads": options.threads or threads})
     else:
         choice = DeviceChoice("cpu", "auto: reading and decoding take the time, not the arithmetic")
     changes: dict[str, Any] = {"device": choice.kind}
@@ -113,19 +115,20 @@ USABLE_SHARE = 0.9
 """Of a GPU's memory: its driver and other libraries need some for themselves."""
 
 
-def _of_workers(options: MergeOptions) -> DeviceChoice:
-    """Ask the workers of a running cluster for their GPUs."""
+def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
+    """Ask the workers of a running cluster for their GPUs; and the most threads of one."""
     with _client_of(options.cluster) as client:
         answers = list(client.run(_facts_or_reason).values())
+        threads = max(client.nthreads().values(), default=1)
     found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
     if answers and len(found) == len(answers):
         kind = "asked for" if options.device == "cuda" else "auto"
-        return _cuda(found, f"{kind}, and all workers have a GPU", options)
+        return _cuda(found, f"{kind}, and all workers have a GPU", options), threads
     without = f"{len(answers) - len(found)} of {len(answers)} workers have no GPU"
     if options.device == "cuda":
         first = next((answer for answer in answers if isinstance(answer, str)), "no workers")
         raise DeviceError(f"device cuda: {without} at {options.cluster}: {first}")
-    return DeviceChoice("cpu", f"auto: {without}")
+    return DeviceChoice("cpu", f"auto: {without}"), threads
 
 
 def _facts_or_reason() -> DeviceFacts | str:

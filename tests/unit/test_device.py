@@ -131,6 +131,9 @@ class Client:
     def run(self, _function):
         return dict(enumerate(self._answers))
 
+    def nthreads(self):
+        return dict.fromkeys(range(len(self._answers)), 8)
+
     def __enter__(self):
         return self
 
@@ -153,6 +156,8 @@ def test_auto_asks_the_workers(monkeypatch, answers, kind, reason):
     monkeypatch.setattr(cluster, "_client_of", lambda _: Client(*answers))
     choice, options = cluster.choose_device(MergeOptions(cluster="tcp://host:8786"))
     assert (choice.kind, choice.reason, options.device) == (kind, reason, kind)
+    # What the plan says of memory is for as many threads as really share a GPU.
+    assert options.threads == (8 if kind == "cuda" else None)
 
 
 def test_workers_without_the_gpu_that_was_asked_for(monkeypatch):
