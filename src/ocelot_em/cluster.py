@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import logging
+import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             threads_per_worker=threads,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=f"127.0.0.1:{DASHBOARD_PORT}" if has_dashboard else None,
+            dashboard_address=_dashboard_address() if has_dashboard else None,
             # The plan keeps workers within their memory; Dask's own limits would pause or
             # restart a worker that is doing what was planned.
             memory_limit=0,
@@ -248,6 +249,20 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             f"{workers} {what} of {threads} threads",
             cluster.dashboard_link if has_dashboard else None,
         )
+
+
+def _dashboard_address() -> str:
+    """Return the usual address, or any port of it where that is taken.
+
+    Dask would find out itself, and leave a socket open.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", DASHBOARD_PORT))
+        except OSError:
+            return "127.0.0.1:0"
+    return f"127.0.0.1:{DASHBOARD_PORT}"
 
 
 @contextlib.contextmanager

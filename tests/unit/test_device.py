@@ -201,3 +201,14 @@ def test_a_cluster_of_gpus_is_asked_for_what_it_should_be(install, monkeypatch, 
     assert (asked["memory_limit"], asked["device_memory_limit"]) == (0, 0)
     assert asked["rmm_pool_size"] == 2**30
     assert asked["rmm_allocator_external_lib_list"] == "cupy"
+
+
+def test_a_taken_dashboard_port_is_left_alone(monkeypatch):
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setattr(cluster, "DASHBOARD_PORT", other.getsockname()[1])
+        assert cluster._dashboard_address() == "127.0.0.1:0"
+    assert cluster._dashboard_address() == f"127.0.0.1:{cluster.DASHBOARD_PORT}"
