@@ -191,3 +191,14 @@ def test_collections_add_up(rng):
     again = collected.TileStatistics.from_flat(one.flat, 2)
     for field in dataclasses.fields(one):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
+
+
+@pytest.mark.parametrize("n_partials", [1, 8, 9, 40])
+def test_wins_of_few_and_of_many(rng, n_partials):
+    from ocelot_em.kernels import load_collect
+
+    numbers = rng.integers(-1, n_partials, (33, 70), dtype=np.int32)
+    wins = np.zeros(n_partials, np.int64)
+    load_collect().count_wins(numbers[:, 3:61], wins)
+    expected = np.bincount(numbers[:, 3:61].ravel() + 1, minlength=n_partials + 1)[1:]
+    np.testing.assert_array_equal(wins, expected)

@@ -15,6 +15,9 @@ from ocelot_em.kernels.cpu import compiled
 NAN, ZERO_STD, UNSEARCHED, N_COUNTS = 0, 1, 2, 3
 """Places in the counts of :func:`count_pixels`."""
 
+_FEW = 8
+"""Partials."""
+
 
 @compiled
 def count_pixels(mips: Any, zs: Any, stds: Any, axes: Any, into: Any) -> None:
@@ -27,20 +30,20 @@ def count_pixels(mips: Any, zs: Any, stds: Any, axes: Any, into: Any) -> None:
     """
     (first_mip, n_mip), (first_z, n_z), rate, shift = axes
     mip_counts, z_counts, joint_counts, counts = into
-    last_row, last_column = joint_counts.shape[0] - 1, joint_counts.shape[1] - 1
+    both_counts = joint_counts.reshape(-1)
     rows, columns = np.empty(mips.shape[1], np.int32), np.empty(mips.shape[1], np.int32)
+    both = np.empty(mips.shape[1], np.int32)
     for y in range(mips.shape[0]):
         mip_row, z_row = mips[y], zs[y]
         if _any_special(mip_row, z_row):
             mip_row, z_row = _without_special(mip_row, z_row, stds[y], counts)
         _bins(mip_row, first_mip, n_mip, rate, rows)
         _bins(z_row, first_z, n_z, rate, columns)
+        _joint_bins(rows, columns, np.int32(shift), joint_counts.shape, both)
         for x in range(mip_row.size):
-            row, column = rows[x], columns[x]
-            mip_counts[row] += 1
-            z_counts[column] += 1
-            row, column = max(row - 1, 0) >> shift, max(column - 1, 0) >> shift
-            joint_counts[min(row, last_row), min(column, last_column)] += 1
+            mip_counts[np.uint32(rows[x])] += np.uint32(1)
+            z_counts[np.uint32(columns[x])] += np.uint32(1)
+            both_counts[np.uint32(both[x])] += np.uint32(1)
 
 
 @compiled
@@ -86,13 +89,39 @@ def _bins(values: Any, first: Any, n_bins: Any, rate: Any, numbers: Any) -> None
 
 
 @compiled
+def _joint_bins(rows: Any, columns: Any, shift: Any, shape: Any, numbers: Any) -> None:
+    """Look up bins of both, row by row; what lies beyond is in the nearest."""
+    last_row, last_column = np.int32(shape[0] - 1), np.int32(shape[1] - 1)
+    width, zero, one = np.int32(shape[1]), np.int32(0), np.int32(1)
+    for x in range(rows.size):
+        row, column = (rows[x] - one) >> shift, (columns[x] - one) >> shift
+        row = row if row > zero else zero
+        row = row if row < last_row else last_row
+        column = column if column > zero else zero
+        column = column if column < last_column else last_column
+        numbers[x] = row * width + column
+
+
+@compiled
 def count_wins(numbers: Any, wins: Any) -> None:
     """Count the pixels that each partial won; -1 is nobody."""
     for y in range(numbers.shape[0]):
-        for x in range(numbers.shape[1]):
-            number = numbers[y, x]
-            if number >= 0:
-                wins[number] += 1
+        if wins.size <= _FEW:  # several vectorised looks are faster than one of pixel by pixel
+            for number in range(wins.size):
+                wins[number] += _count_equal(numbers[y], np.int32(number))
+        else:
+            for x in range(numbers.shape[1]):
+                number = numbers[y, x]
+                if number >= 0:
+                    wins[number] += 1
+
+
+@compiled
+def _count_equal(values: Any, wanted: Any) -> Any:
+    n = np.int32(0)
+    for x in range(values.size):
+        n += np.int32(values[x] == wanted)
+    return n
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # type: ignore[untyped-decorator,unused-ignore]
