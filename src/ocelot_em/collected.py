@@ -5,7 +5,7 @@ Histograms, extremes and special pixels; how often each partial won, and its own
 of them. Only valid pixels count. The numbers of tiles add up to those of the map.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -327,10 +327,7 @@ class Collection:
         n, places = len(y), CANDIDATE_FIELDS.index
         self.candidates[:n, places("y")] = y + self.region.y0
         self.candidates[:n, places("x")] = x + self.region.x0
-        for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
-            inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
-            beside = np.full(n, np.nan)
-            beside[inside] = z[y[inside] + dy, x[inside] + dx]
+        for name, beside in neighbours_of(z, y, x):
             self.candidates[:n, places(name)] = beside
 
     @staticmethod
@@ -343,6 +340,15 @@ class Collection:
         if name in GATHERED and len(self._where[0]):
             place = CANDIDATE_FIELDS.index(name)
             self.candidates[: len(self._where[0]), place] = values[self._where]
+
+
+def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, Float64]]:
+    """Look up the neighbours of pixels, by the names of :data:`NEIGHBOUR_FIELDS`; NaN beyond."""
+    for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
+        inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
+        beside = np.full(len(y), np.nan)
+        beside[inside] = z[y[inside] + dy, x[inside] + dx]
+        yield name, beside
 
 
 def add_up(

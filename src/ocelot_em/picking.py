@@ -22,6 +22,7 @@ from ocelot_em.collected import (
     GATHERED,
     NEIGHBOUR_FIELDS,
     NEIGHBOURS,
+    neighbours_of,
 )
 from ocelot_em.errors import IncompleteError, InvalidInputError
 from ocelot_em.maps import (
@@ -267,10 +268,7 @@ def scan(merged: MergedMaps, wanted: Wanted) -> Float64:
         for name in GATHERED:
             if name in merged.maps:
                 _put(rows, name, merged.read(region, name)[y, x])
-        for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
-            inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
-            beside = np.full(len(y), np.nan)
-            beside[inside] = z[y[inside] + dy, x[inside] + dx]
+        for name, beside in neighbours_of(z, y, x):
             _put(rows, name, beside)
         return rows
 
