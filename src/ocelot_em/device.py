@@ -243,14 +243,13 @@ class CudaDevice:
 
     def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
         """Allocate on the device."""
-        stream = self._stream
+        _ = self._stream  # what is done with the array goes there, too
         try:
             return cast("AnyArray", self._cupy.empty(n, dtype))
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             nbytes = n * np.dtype(dtype).itemsize
             free, total = self._cupy.cuda.runtime.memGetInfo()
             held = self._cupy.get_default_memory_pool().total_bytes()
-            del stream
             raise DeviceMemoryError(
                 f"cuda: {nbytes:,} bytes more do not fit: of {total:,} bytes {free:,} are free, "
                 f"this process holds {held:,}; other processes may hold the rest: wait for them, "

@@ -36,7 +36,6 @@ from ocelot_em.maps import (
     STD,
     AnyArray,
     Float64,
-    MapSet,
 )
 from ocelot_em.objects import open_objects
 from ocelot_em.particles import NEG_LOG_P, About, ParticleTable
@@ -122,15 +121,16 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
         raise IncompleteError(
             f"{objects.url}: it was merged without statistics, by an earlier version; merge again"
         )
+    merged = MergedMaps.open(store)
     model = None
     if asked.method == "pvalue":
         model = p_value_model(summary)
         cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
-        candidates = scan(MergedMaps.open(store), _rarer_than(model, summary, cutoff))
+        candidates = scan(merged, _rarer_than(model, summary, cutoff))
         height = model.neg_log_p(_column(candidates, MIP), _column(candidates, SCALED_MIP))
     else:
         cutoff = cutoff_of(asked, attributes, summary)
-        candidates = candidates_from(store, cutoff)
+        candidates = candidates_from(store, merged, cutoff)
         height = _column(candidates, SCALED_MIP)
     y, x = (_column(candidates, name).astype(np.int64) for name in ("y", "x"))
     chosen = select_peaks(y, x, height, asked.min_distance)
@@ -147,7 +147,7 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
         valid_shape=attributes.valid_shape,
     )
     neg_log_p = None if model is None else height[chosen]
-    return _table(store, attributes, candidates[chosen], neg_log_p, about)
+    return _table(merged, attributes, candidates[chosen], neg_log_p, about)
 
 
 def p_value_model(summary: Summary) -> PValueModel:
@@ -167,12 +167,12 @@ def cutoff_of(options: PickOptions, attributes: fmt.MergedAttributes, summary: S
     )
 
 
-def candidates_from(store: str | PathLike[str], cutoff: float) -> Float64:
+def candidates_from(store: str | PathLike[str], merged: "MergedMaps", cutoff: float) -> Float64:
     """All valid pixels with a z-score of at least ``cutoff``, columns :data:`CANDIDATE_FIELDS`."""
     candidates, level = read_candidates(store)
     if cutoff >= level:
         return candidates[_column(candidates, SCALED_MIP) >= np.float32(cutoff)]
-    return scan(MergedMaps.open(store), lambda _, z: z >= np.float32(cutoff))
+    return scan(merged, lambda _, z: z >= np.float32(cutoff))
 
 
 def _rarer_than(model: PValueModel, summary: Summary, cutoff: float) -> Wanted:
@@ -219,8 +219,6 @@ class MergedMaps:
     ----------
     maps
         By name.
-    kinds
-        Which there are.
     valid_shape
         Of their valid pixels.
     decode
@@ -228,7 +226,6 @@ class MergedMaps:
     """
 
     maps: dict[str, ChunkedMap]
-    kinds: MapSet
     valid_shape: tuple[int, int]
     decode: Callable[[AnyArray], tuple[AnyArray, ...]] | None
 
@@ -240,7 +237,7 @@ class MergedMaps:
         maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
         space = read_search_space(objects, attributes.search_space_digest)
         decode = space.decode if space is not None and not attributes.maps.decoded else None
-        return cls(maps, attributes.maps, attributes.valid_shape, decode)
+        return cls(maps, attributes.valid_shape, decode)
 
     def read(self, region: Region, name: str) -> AnyArray:
         """Values of a map over a region."""
@@ -286,14 +283,13 @@ def _column(rows: Float64, name: str) -> Float64:
 
 
 def _table(
-    store: str | PathLike[str],
+    merged: MergedMaps,
     attributes: fmt.MergedAttributes,
     peaks: Float64,
     neg_log_p: Float64 | None,
     about: About,
 ) -> ParticleTable:
     """Put a table together; pixels beyond a tile's edge are looked up for positions in between."""
-    merged = MergedMaps.open(store)
     y, x = (_column(peaks, name).astype(np.int32) for name in ("y", "x"))
     around = _neighbourhoods(merged, peaks)
     dy, dx = subpixel_offsets(around)

@@ -661,19 +661,7 @@ def test_leopards_table_can_name_our_maps(tmp_path):
     from ocelot_em.interop.map_set import OUR_NAMES
     from ocelot_em.interop.tables import LEOPARD_MAPS, with_maps_in
 
-    values = dict.fromkeys(("voltage_kv", "pixel_size_angstrom", "amplitude_contrast"), 1.0)
-    optics = Optics(
-        **{**values, "voltage_kv": 300.0, "amplitude_contrast": 0.1},
-        spherical_aberration_mm=2.7,
-        defocus_u_angstrom=5000.0,
-        defocus_v_angstrom=5000.0,
-        astigmatism_angle_degrees=0.0,
-        phase_shift_degrees=0.0,
-        micrograph="m.mrc",
-        template="t.mrc",
-        template_box_px=4,
-        leopard_columns={"mag_matrix": "kept"},
-    )
+    optics = replace(OPTICS, leopard_columns={"mag_matrix": "kept"})
     named = with_maps_in(optics, tmp_path, "out_").leopard_columns
     assert named["mag_matrix"] == "kept"
     files = {str(tmp_path / f"out_{name}.mrc") for name in OUR_NAMES}
