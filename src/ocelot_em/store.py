@@ -34,7 +34,7 @@ from ocelot_em.frames import Frame, encode
 from ocelot_em.maps import MAPS, AnyArray
 from ocelot_em.objects import Objects, ReusedMemory
 
-_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE)
+_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 
 _of_thread = threading.local()
 
@@ -143,7 +143,7 @@ def create_array(
     fill: float | int,
     dimensions: tuple[str, ...],
     attributes: dict[str, Any],
-    shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle",
+    shuffle: Literal["shuffle", "bitshuffle"] = "shuffle",
 ) -> None:
     """Write the metadata of an array with this package's codecs; chunks stay as they are.
 

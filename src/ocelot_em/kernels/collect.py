@@ -19,6 +19,11 @@ _FEW = 8
 """Partials."""
 
 
+def _summed(function: Any) -> Any:
+    """Compile as :func:`compiled` does; terms of a sum may be added in another order."""
+    return njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})(function)
+
+
 @compiled
 def count_pixels(mips: Any, zs: Any, stds: Any, axes: Any, into: Any) -> None:
     """Count pixels by ``mip``, by z-score and by both; and those that are special.
@@ -124,12 +129,36 @@ def _count_equal(values: Any, wanted: Any) -> Any:
     return n
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # type: ignore[untyped-decorator,unused-ignore]
+@_summed
 def _moments(values: Any) -> Any:
     """Sum and sum of squares."""
     total, squared_total = 0.0, 0.0
     for i in range(values.size):
         value = np.float64(values[i])
+        total += value
+        squared_total += value * value
+    return total, squared_total
+
+
+@_summed
+def _add_with_moments(values: Any, into: Any) -> Any:
+    """Add to float64 totals, each by itself; sum and sum of squares of what was added."""
+    total, squared_total = 0.0, 0.0
+    for i in range(values.size):
+        value, old = np.float64(values[i]), into[i]
+        into[i] = old + value
+        total += value
+        squared_total += value * value
+    return total, squared_total
+
+
+@_summed
+def _add_first_with_moments(values: Any, into: Any) -> Any:
+    """As :func:`_add_with_moments` to totals of 0 everywhere, whatever is in their memory."""
+    total, squared_total = 0.0, 0.0
+    for i in range(values.size):
+        value = np.float64(values[i])
+        into[i] = 0.0 + value  # -0.0 becomes 0.0, as if it were added
         total += value
         squared_total += value * value
     return total, squared_total
@@ -160,9 +189,22 @@ def add_moments(values: Any, place: Any, into: Any) -> None:
 @compiled
 def add_and_measure(values: Any, total: Any, first: Any, place: Any, into: Any) -> Any:
     """Add to the totals as ``by_map`` does, and as :func:`add_moments`; whether any is NaN."""
-    bad = add_first(values, total) if first else add(values, total)
-    add_moments(values, place, into)
-    return bad
+    start, width, (n_rows, n_columns) = place
+    if n_columns < width or start + values.size > n_rows * width:
+        bad = add_first(values, total) if first else add(values, total)
+        add_moments(values, place, into)
+        return bad
+    if first:
+        own, own_squared = _add_first_with_moments(values, total)
+    else:
+        own, own_squared = _add_with_moments(values, total)
+    if own != own:  # a NaN, or infinities of both signs
+        add_moments(values, place, into)
+        return True
+    into[0] += values.size
+    into[1] += own
+    into[2] += own_squared
+    return False
 
 
 @compiled
