@@ -15,8 +15,7 @@ from pathlib import Path
 import ocelot_em
 from benchmarks import common
 from ocelot_em.maps import PoseForm
-from ocelot_em.picking import find_peaks
-from ocelot_em.records import read_candidates
+from ocelot_em.picking import all_candidates, find_peaks
 
 METHODS = ("gaussian", "gev", "pvalue")
 NEEDED_NBYTES = 30 * 10**9
@@ -58,7 +57,7 @@ def main() -> None:
         print(f"nothing was measured: {NEEDED_NBYTES / 1e9:.0f} GB of free disk are needed")
         return
     store = merged_map(side, small, asked.data)
-    candidates, level = read_candidates(store)
+    candidates, level = all_candidates(store)
     print(
         f"\n{side}^2, {len(candidates):,} candidates above z = {level:.2f}, medians of {repeats}\n"
     )

@@ -2,6 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
+
+Overlap = Literal["earliest", "max-zscore", "farthest-from-edge"]
+"""Which exposure wins a pixel that several have: the earliest acquired, that of the highest
+z-score, or the one whose edge is farthest."""
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -35,6 +40,11 @@ class Region:
         return height * width
 
     @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """First row, end of the rows, first column, end of the columns."""
+        return self.y0, self.y1, self.x0, self.x1
+
+    @property
     def slices(self) -> tuple[slice, slice]:
         """The region as an index into a map."""
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
@@ -53,6 +63,10 @@ class Region:
         return Region(
             self.y0 - origin.y0, self.y1 - origin.y0, self.x0 - origin.x0, self.x1 - origin.x0
         )
+
+    def shifted(self, dy: int, dx: int) -> "Region":
+        """The region moved downwards and to the right."""
+        return Region(self.y0 + dy, self.y1 + dy, self.x0 + dx, self.x1 + dx)
 
     def __str__(self) -> str:
         return f"[{self.y0}:{self.y1}, {self.x0}:{self.x1}]"

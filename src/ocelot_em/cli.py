@@ -18,12 +18,17 @@ from ocelot_em import __version__
 from ocelot_em.errors import OcelotError, TilesFailedError
 
 if TYPE_CHECKING:
+    from ocelot_em.format import StatisticsAttributes
+    from ocelot_em.inspection import StoreInfo
     from ocelot_em.interop.tables import Optics
     from ocelot_em.particles import ParticleTable
 
 MAP_FORMATS = ("mrc", "hdf5", "ome-zarr")
 TABLE_FORMATS = ("leopard", "relion", "cistem", "parquet")
 """What ``ocelot export`` writes for: maps, and particles."""
+
+ROWS_SHOWN = 60
+"""Of a table; the rest is counted."""
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -157,6 +162,25 @@ def _parser() -> argparse.ArgumentParser:
         default="decoded",
         help="of indexed poses: store the pose maps, too, or only the index (faster, smaller)",
     )
+    p.add_argument(
+        "--overlap",
+        choices=("earliest", "max-zscore", "farthest-from-edge"),
+        default="earliest",
+        help="of a montage: which exposure wins a pixel (default: the earliest acquired)",
+    )
+    p.add_argument(
+        "--erode",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="leave so wide an edge of every exposure out",
+    )
+    p.add_argument(
+        "--origins",
+        choices=("exact", "round"),
+        default="exact",
+        help="refuse origins of exposures that are not whole pixels, or round them",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing merged result")
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.set_defaults(command=_merge)
@@ -181,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, metavar="PLACE", help="file, or folder")
     p.add_argument("--overwrite", action="store_true", help="replace what is there")
     p.add_argument("--prefix", default="", help="of the names of MRC files, as in output_mip.mrc")
+    p.add_argument("--exposure", metavar="ID", help="of a montage: only particles of this one")
     p.add_argument(
         "--maps", metavar="FOLDER", help="of the MRC files that Leopard-EM's table shall name"
     )
@@ -260,6 +285,37 @@ def _add_picking(p: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="no two peaks are closer (default: 5)",
     )
+    _add_montage_picking(p)
+
+
+def _add_montage_picking(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--per",
+        choices=("exposure", "montage"),
+        default="exposure",
+        help="of a montage: a cutoff for every exposure, or one for all that is shown "
+        "(default: exposure)",
+    )
+    p.add_argument(
+        "--same-distance",
+        type=float,
+        metavar="PX",
+        help="peaks of several exposures so near are one particle (default: --min-distance)",
+    )
+    p.add_argument(
+        "--same-angle",
+        type=float,
+        default=10.0,
+        metavar="DEGREES",
+        help="... if their orientations differ by at most this (default: 10)",
+    )
+    p.add_argument(
+        "--same-defocus",
+        type=float,
+        default=500.0,
+        metavar="ANGSTROM",
+        help="... and their defoci by at most this (default: 500)",
+    )
 
 
 def _add_optics(p: argparse.ArgumentParser) -> None:
@@ -328,6 +384,12 @@ def _import_finished(parsed: argparse.Namespace, console: Console) -> int:
 
 def _picked(parsed: argparse.Namespace) -> "ParticleTable":
     """Pick particles as the command line says, or read those that were."""
+    table = _given_or_picked(parsed)
+    exposure = getattr(parsed, "exposure", None)
+    return table if exposure is None else table.of_exposure(exposure)
+
+
+def _given_or_picked(parsed: argparse.Namespace) -> "ParticleTable":
     from ocelot_em.errors import InvalidInputError
     from ocelot_em.particles import ParticleTable
     from ocelot_em.picking import PickOptions, find_peaks
@@ -355,7 +417,9 @@ def _optics(parsed: argparse.Namespace) -> "Optics | None":
 
 def _say_particles(console: Console, table: "ParticleTable", output: str) -> None:
     about = table.about
-    cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff:.4f}"
+    cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
+    if about is not None and about.per is not None:
+        cutoff += f" per {about.per}"
     console.print(f"{len(table)} particles{cutoff}: {output}", markup=False)
 
 
@@ -462,8 +526,8 @@ def _info(parsed: argparse.Namespace, console: Console) -> int:
     rows: list[tuple[str, object]] = [
         ("store", info.url),
         ("kind", f"{attributes.kind}, format version {attributes.format_version}"),
-        ("shape", f"{attributes.shape[0]} x {attributes.shape[1]} pixels"),
-        ("valid", f"{attributes.valid_shape[0]} x {attributes.valid_shape[1]} pixels"),
+        ("shape", _pixels(attributes.shape)),
+        ("valid", _pixels(attributes.valid_shape)),
         (
             "pixel size",
             f"{attributes.pixel_size_angstrom} Å" if attributes.pixel_size_angstrom else "unknown",
@@ -481,14 +545,43 @@ def _info(parsed: argparse.Namespace, console: Console) -> int:
             rows.append(("finished", attributes.finished))
     for label, value in rows:
         console.print(f"{label:12}  {value}", markup=False)
+    if info.exposures:
+        _say_exposures(console, info)
     table = Table("partial", "state", "projections")
     table.columns[2].justify = "right"
-    for name, state, count in info.partials:
+    for name, state, count in info.partials[:ROWS_SHOWN]:
         table.add_row(name, state, f"{count:,}")
     console.print(table)
+    _say_more(console, len(info.partials))
     if isinstance(attributes, MergedAttributes) and attributes.state == "complete":
         _say_statistics(console, parsed.store)
     return DONE
+
+
+def _pixels(shape: tuple[int, int] | None) -> str:
+    return "of each exposure" if shape is None else f"{shape[0]} x {shape[1]} pixels"
+
+
+def _say_more(console: Console, n: int) -> None:
+    if n > ROWS_SHOWN:
+        console.print(f"and {n - ROWS_SHOWN:,} more")
+
+
+def _say_exposures(console: Console, info: "StoreInfo") -> None:
+    """Where each exposure lies, and what it has."""
+    table = Table("exposure", "number", "origin", "acquired", "valid", "projections")
+    for exposure in info.exposures[:ROWS_SHOWN]:
+        y, x = exposure.origin
+        table.add_row(
+            exposure.id,
+            f"{exposure.number}",
+            f"{y:g}, {x:g}",
+            f"{exposure.acquired}",
+            f"{exposure.valid_shape[0]} x {exposure.valid_shape[1]}",
+            f"{exposure.total_projections:,}",
+        )
+    console.print(table)
+    _say_more(console, len(info.exposures))
 
 
 def _say_statistics(console: Console, place: str) -> None:
@@ -518,6 +611,9 @@ def _say_statistics(console: Console, place: str) -> None:
         )
     for label, value in rows:
         console.print(f"{label:12}  {value}", markup=False)
+    if counted.exposures:
+        _say_shown(console, place, counted)
+        return
     table = Table("partial", "pixels won", "expected", title_justify="left")
     total = sum(partial.total_projections for partial in counted.partials) or 1
     won = sum(partial.won_pixels for partial in counted.partials)
@@ -533,6 +629,31 @@ def _say_statistics(console: Console, place: str) -> None:
         sources.add_row(source.name, *("-" if n is None else f"{n:.4g}" for n in numbers))
     console.print(sources)
     for sentence in partials_out_of_line(counted):
+        console.print(f"  - {sentence}", markup=False)
+
+
+def _say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> None:
+    """What a montage shows of each exposure, and what is out of line."""
+    from ocelot_em.health import montage_out_of_line
+    from ocelot_em.records import read_exposure_statistics
+
+    table = Table(
+        "exposure", "valid pixels", "shown", "of them in overlaps", "mean z there", "else"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for exposure in counted.exposures[:ROWS_SHOWN]:
+        means = (exposure.overlap.mean, exposure.alone.mean)
+        table.add_row(
+            exposure.id,
+            f"{exposure.valid_pixels:,}",
+            f"{exposure.shown_pixels:,}",
+            f"{exposure.overlap.pixels:,}",
+            *("-" if mean is None else f"{mean:.4g}" for mean in means),
+        )
+    console.print(table)
+    _say_more(console, len(counted.exposures))
+    for sentence in montage_out_of_line(counted, read_exposure_statistics(place, counted)):
         console.print(f"  - {sentence}", markup=False)
 
 

@@ -8,6 +8,7 @@ of them. Only valid pixels count. The numbers of tiles add up to those of the ma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,7 +85,8 @@ def candidate_capacity(tile: tuple[int, int]) -> int:
 
 def collection_nbytes(tile: tuple[int, int]) -> int:
     """Memory of what is collected of a tile."""
-    return 4 * N_FLAT + 8 * candidate_capacity(tile) * len(CANDIDATE_FIELDS)
+    numbers = candidate_capacity(tile) * len(CANDIDATE_FIELDS) + len(EDGES) * max(tile)
+    return 4 * N_FLAT + 8 * numbers
 
 
 @dataclass
@@ -121,6 +123,12 @@ class Histograms:
     def flat(self) -> AnyArray:
         """All counts in one row."""
         return np.concatenate([self.mip, self.z, self.joint.reshape(-1)])
+
+    def add(self, other: "Histograms") -> None:
+        """Take the counts of other pixels in."""
+        self.mip += other.mip
+        self.z += other.z
+        self.joint += other.joint
 
     def of_mip(self) -> Histogram1D:
         """Return the one of ``mip``, to be worked with."""
@@ -210,6 +218,30 @@ class TileStatistics:
         self.moments = self.moments + other.moments
 
 
+class Counting(NamedTuple):
+    """What the pixels belong to that something is collected of: an exposure.
+
+    Parameters
+    ----------
+    region
+        Its pixels that count; others are left out.
+    level
+        z-score from which on a pixel is a candidate.
+    n_partials, n_sources
+        That are merged there.
+    """
+
+    region: Region
+    level: float
+    n_partials: int
+    n_sources: int
+
+
+EDGES = ("top", "bottom", "left", "right")
+"""Outermost rows and columns of a piece of an exposure, whose z-scores are kept in this order: the
+neighbours of candidates in the next piece, which no map may have."""
+
+
 @dataclass
 class Collection:
     """What is collected of one tile after another, as their maps are made, in memory that is kept.
@@ -219,21 +251,14 @@ class Collection:
 
     Parameters
     ----------
-    valid_shape
-        Of the map.
-    level
-        z-score from which on a pixel is a candidate.
     capacity
         For how many candidates there is room.
-    n_partials, n_sources
-        In the whole merge.
+    longest_edge
+        For how long edges of pieces there is room; 0 if they are not kept.
     """
 
-    valid_shape: tuple[int, int]
-    level: float
     capacity: int
-    n_partials: int
-    n_sources: int
+    longest_edge: int = 0
     statistics: TileStatistics = field(init=False)
     counts: AnyArray = field(init=False)
     candidates: Float64 = field(init=False)
@@ -243,15 +268,19 @@ class Collection:
         self.counts = np.zeros(N_FLAT, np.uint32)
         self._histograms = Histograms.from_flat(self.counts)
         self.candidates = np.empty((self.capacity, len(CANDIDATE_FIELDS)))
+        self.edges = np.empty((len(EDGES), self.longest_edge), np.float64)
         self._found = np.empty(4 * self.capacity, np.int32)
 
-    def begin(self, region: Region) -> None:
-        """Forget everything, and start with a tile."""
-        self.region = region
-        self.statistics = TileStatistics.empty(self.n_partials, self.n_sources)
+    def begin(self, region: Region, of: Counting) -> None:
+        """Forget everything, and start with a region of an exposure."""
+        self.region, self._level = region, of.level
+        self.statistics = TileStatistics.empty(of.n_partials, of.n_sources)
         self.counts.fill(0)
         self.candidates.fill(np.nan)
-        valid = Region.whole(self.valid_shape).intersect(region).relative_to(region)
+        self.edges.fill(np.nan)
+        valid = of.region.intersect(region).relative_to(region)
+        # What counts begins with the first pixel of each region: edges that are left out, are left
+        # out of what is merged, too.
         self._valid = valid.shape
         self._where = np.empty(0, np.intp), np.empty(0, np.intp)
 
@@ -308,16 +337,19 @@ class Collection:
             own.extremes[:] = mip.min(), mip.max(), own_z.min(), own_z.max()
         self._kernel.count_wins(valid[BEST_PARTIAL], own.wins)
         self._find_candidates(z)
+        if self.longest_edge:
+            for kept, edge in zip(self.edges, (z[0], z[-1], z[:, 0], z[:, -1]), strict=True):
+                kept[: edge.size] = edge
         for name, values in maps.items():
             self.take(name, values)
 
     def _find_candidates(self, z: AnyArray) -> None:
         where = self._found
-        found = self._kernel.find_above(z, np.float32(self.level), where)
+        found = self._kernel.find_above(z, np.float32(self._level), where)
         self.statistics.n_candidates = int(found)
         if found > where.size:
             where = np.empty(found, np.int32)
-            self._kernel.find_above(z, np.float32(self.level), where)
+            self._kernel.find_above(z, np.float32(self._level), where)
         numbers = where[:found]
         if found > self.capacity:  # the highest ones
             heights = z.reshape(-1)[numbers] if z.flags.c_contiguous else z[self._at(numbers, z)]
@@ -358,7 +390,5 @@ def add_up(
     total, histograms = TileStatistics.empty(n_partials, n_sources), Histograms.empty("int64")
     for statistics, counted in records:
         total.add(statistics)
-        histograms.mip += counted.mip
-        histograms.z += counted.z
-        histograms.joint += counted.joint
+        histograms.add(counted)
     return total, histograms

@@ -21,6 +21,7 @@ from ocelot_em.fold import SPARES, STATISTICS, TileMaps, Workspace, write_and_ke
 from ocelot_em.maps import (
     BEST_PARTIAL,
     COUNT,
+    MAPS,
     MIP,
     NOT_SEARCHED,
     SCALED_MIP,
@@ -69,13 +70,8 @@ class DeviceFold:
     ----------
     sources, maps, space, mask_nan
         As for :class:`ocelot_em.fold.Fold`.
-    dtypes
-        Of the sources' maps, by name, as they are stored.
-    device
-        Where it is done.
-    together
-        Partials that are on the device at a time, for each thread; fewer where their memory cannot
-        be had.
+    lanes
+        The device where it is done, and its memory.
     """
 
     def __init__(
@@ -85,14 +81,11 @@ class DeviceFold:
         space: SearchSpace | None,
         *,
         mask_nan: bool,
-        dtypes: Sequence[Mapping[str, "np.dtype[np.generic]"]],
-        device: Device,
-        together: int,
+        lanes: "Lanes",
     ) -> None:
-        self.sources, self.maps, self.space, self.dtypes = sources, maps, space, dtypes
-        self._mask_nan, self._device, self._together = mask_nan, device, together
-        self._kernels = kernels.load_cuda(device)
-        self._of_thread = threading.local()
+        self.sources, self.maps, self.space = sources, maps, space
+        self._mask_nan, self._lanes = mask_nan, lanes
+        self._kernels = lanes.kernels
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Number of the source and name of the map, in the order in which they are read."""
@@ -109,7 +102,7 @@ class DeviceFold:
         DeviceMemoryError
             Not even one partial fits.
         """
-        lane, n = self._lane(work.most_pixels), work.n_pixels
+        lane, n = self._lanes.of_thread(work.most_pixels), work.n_pixels
         accumulator = lane.accumulator(n)
         for start in range(0, len(self.sources), lane.together):
             numbers = range(len(self.sources))[start : start + lane.together]
@@ -136,13 +129,6 @@ class DeviceFold:
             write_and_keep(tile, name, values.reshape(work.shape))
         return searched
 
-    def _lane(self, most_pixels: int) -> "Lane":
-        """Return this thread's memory."""
-        if not hasattr(self._of_thread, "lane"):
-            self._of_thread.lane = Lane(self, self._device, most_pixels, self._together)
-        lane: Lane = self._of_thread.lane
-        return lane
-
     def _send(self, number: int, slot: int, tile: TileMaps, lane: "Lane", n: int) -> PartialMaps:
         """Read a partial and start its way to the device."""
         source, there = self.sources[number], {}
@@ -166,19 +152,60 @@ class DeviceFold:
         )
 
 
+class Lanes:
+    """A device, and every thread's memory there; the same for all exposures of a merge.
+
+    Parameters
+    ----------
+    device
+        Where the arithmetic is done.
+    maps
+        Which maps the result has.
+    together
+        Partials that are on the device at a time, for each thread; fewer where their memory cannot
+        be had.
+    sum_dtype
+        Of the sums, as they are stored.
+    """
+
+    def __init__(
+        self, device: Device, maps: MapSet, together: int, sum_dtype: str = "float32"
+    ) -> None:
+        self._device, self._maps, self._together, self._sums = device, maps, together, sum_dtype
+        self.kernels = kernels.load_cuda(device)
+        self._of_thread = threading.local()
+
+    def of_thread(self, most_pixels: int) -> "Lane":
+        """Return this thread's memory.
+
+        Raises
+        ------
+        DeviceMemoryError
+            Not even one partial fits.
+        """
+        if not hasattr(self._of_thread, "lane"):
+            self._of_thread.lane = Lane(
+                self._maps, self._device, most_pixels, self._together, self._sums
+            )
+        lane: Lane = self._of_thread.lane
+        return lane
+
+
 class Lane:
     """One thread's memory for one tile at a time: on the device, and pinned on the host.
 
     Parameters
     ----------
-    fold
-        What it is for.
+    maps
+        Which maps the result has.
     device
         Where the memory is.
     most_pixels
         Of a tile.
     together
         Partials at a time, at most; :attr:`together` is what could be had.
+    sum_dtype
+        Of the sums, as they are stored.
 
     Raises
     ------
@@ -186,13 +213,15 @@ class Lane:
         Not even one partial fits.
     """
 
-    def __init__(self, fold: DeviceFold, device: Device, most_pixels: int, together: int) -> None:
-        self._maps, self._device, self._most_pixels = fold.maps, device, most_pixels
+    def __init__(
+        self, maps: MapSet, device: Device, most_pixels: int, together: int, sum_dtype: str
+    ) -> None:
+        self._maps, self._device, self._most_pixels = maps, device, most_pixels
         self._there: dict[tuple[int, str, str], AnyArray] = {}
         self.together = together
         while True:
             try:
-                self._allocate(fold)
+                self._allocate(sum_dtype)
                 break
             except DeviceMemoryError:
                 self._there.clear()
@@ -208,14 +237,14 @@ class Lane:
         self._marks: list[Mark | None] = [None] * PINNED_PLANES
         self._turn = 0
 
-    def _allocate(self, fold: DeviceFold) -> None:
+    def _allocate(self, sum_dtype: str) -> None:
         """Allocate all that does not depend on the tile, so that nothing is short half-way."""
         self.accumulator(1)
         self.computed(1)
         for slot in range(self.together):
-            for own in fold.dtypes:
-                for name, dtype in own.items():
-                    self._plane(slot, name, dtype.name, 1)
+            for name in self._maps.partial:
+                is_sum = name in (SUM, SQUARED_SUM)
+                self._plane(slot, name, sum_dtype if is_sum else MAPS[name].dtypes[0], 1)
 
     def accumulator(self, n: int) -> Accumulator:
         """Return the accumulator of the first ``n`` pixels, with what was left in it."""

@@ -1,7 +1,7 @@
-"""The stored format, version 1: names and attributes. Pure; ``docs/format.md`` is normative.
+"""The stored format, version 2: names and attributes. Pure; ``docs/format.md`` is normative.
 
 Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
-reports every problem with its place.
+reports every problem with its place. Stores of version 1 are read as what they are in version 2.
 """
 
 import json
@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from ocelot_em.canvas import Region
 from ocelot_em.errors import FormatError
 from ocelot_em.maps import (
     INDEX,
@@ -31,9 +32,11 @@ from ocelot_em.maps import (
     PoseForm,
 )
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 ATTRIBUTE_KEY = "ocelot"
 PARTIALS = "partials"
+EXPOSURES = "exposures"
+EXPOSURE_NUMBERS = "exposure_numbers"
 SEARCH_SPACE = "search_space"
 TILE_SUMMARY = "progress/tile_summary"
 DIMENSIONS = ("y", "x")
@@ -46,9 +49,15 @@ MAX_CHUNK_NBYTES = 256 * 2**20
 """Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
 
 PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
+ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
+"""Empty for the one exposure of a search that has no others."""
+
 PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Shape = tuple[PixelCount, PixelCount]
 Count = Annotated[int, Field(ge=0, le=2**62)]
+Number = Annotated[int, Field(ge=0, le=2**31 - 2)]
+Acquired = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Origin = Annotated[float, Field(ge=-(2**31), le=2**31, allow_inf_nan=False)]
 Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -82,12 +91,17 @@ class Provenance(Attributes):
     options: dict[str, Any] = {}
 
 
+def _too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
+    """Say so where valid pixels are more than there are."""
+    if valid_shape[0] > shape[0] or valid_shape[1] > shape[1]:
+        return f"valid_shape: expected at most shape {shape}, got {valid_shape}"
+    return ""
+
+
 class _Result(Attributes):
     """What a search and a merged result have in common."""
 
-    format_version: Literal[1]
-    shape: Shape
-    valid_shape: Shape
+    format_version: Literal[2]
     pixel_size_angstrom: Angstrom | None
     pose_form: PoseForm
     has_pixel_size: bool
@@ -98,10 +112,6 @@ class _Result(Attributes):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.valid_shape[0] > self.shape[0] or self.valid_shape[1] > self.shape[1]:
-            raise ValueError(
-                f"valid_shape: expected at most shape {self.shape}, got {self.valid_shape}"
-            )
         if (self.pose_form is PoseForm.INDEXED) != (self.search_space_digest is not None):
             raise ValueError(
                 "search_space_digest: expected one for indexed poses and none for explicit ones, "
@@ -132,11 +142,74 @@ class SearchAttributes(_Result):
     """Root of a search: what all its partials share.
 
     ``total_projections`` is the sum over the complete partials when the last of them was
-    finished; the partials' own counts are authoritative.
+    finished; the partials' own counts are authoritative. A search of several exposures has no
+    shapes, and no total: its exposures have.
     """
 
     kind: Literal["search"]
     has_counts: Literal[False]
+    shape: Shape | None
+    valid_shape: Shape | None
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if (self.shape is None) != (self.valid_shape is None):
+            raise ValueError(
+                "valid_shape: expected one where there is a shape, and none where there is none, "
+                f"got {self.valid_shape} for shape {self.shape}"
+            )
+        if self.shape and self.valid_shape and (wrong := _too_large(self.shape, self.valid_shape)):
+            raise ValueError(wrong)
+        return self
+
+    @property
+    def has_exposures(self) -> bool:
+        """Whether the partials belong to exposures."""
+        return self.shape is None
+
+
+class ExposureAttributes(Attributes):
+    """One exposure of a search.
+
+    Parameters
+    ----------
+    id
+        Its name; empty for the one exposure of a search that has no others.
+    number
+        Never changes, so that maps can name exposures by it.
+    origin
+        Row and column of its first pixel on the canvas; may be fractional, or negative.
+    acquired
+        Order of acquisition.
+    shape, valid_shape
+        Of its maps.
+    total_projections
+        As in :class:`SearchAttributes`.
+    """
+
+    id: ExposureId
+    number: Number
+    origin: tuple[Origin, Origin]
+    acquired: Acquired
+    shape: Shape
+    valid_shape: Shape
+    total_projections: Count
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if wrong := _too_large(self.shape, self.valid_shape):
+            raise ValueError(wrong)
+        return self
+
+
+SHARED_BY_EXPOSURE = ("origin", "acquired", "shape", "valid_shape")
+"""Fields that must agree between all partials of an exposure."""
+
+
+class NumberAttributes(Attributes):
+    """Whose number it is; see ``docs/format.md``."""
+
+    exposure: ExposureId
 
 
 class PartialAttributes(Attributes):
@@ -157,10 +230,63 @@ class Contribution(Attributes):
     total_projections: Count
 
 
+class MergedExposure(Attributes):
+    """Where an exposure lies in a merged result, and what of it was taken.
+
+    Parameters
+    ----------
+    id, number, acquired, shape, valid_shape
+        As in :class:`ExposureAttributes`; ``source_exposure`` holds the number.
+    origin
+        Row and column of the merged maps in which its first pixel lies; may be negative.
+    taken
+        First row, end of the rows, first column, end of the columns of the pixels that were taken,
+        in the exposure.
+    total_projections
+        Of all its partials.
+    first_partial, n_partials
+        Which of the result's ``partials`` are its; ``best_partial`` counts from the first.
+    """
+
+    id: ExposureId
+    number: Number
+    acquired: Acquired
+    origin: tuple[int, int]
+    shape: Shape
+    valid_shape: Shape
+    taken: tuple[int, int, int, int]
+    total_projections: Count
+    first_partial: int
+    n_partials: int
+
+    @property
+    def region(self) -> Region:
+        """The pixels that were taken, in the exposure."""
+        return Region(*self.taken)
+
+    @property
+    def on_canvas(self) -> Region:
+        """The same pixels in the merged maps."""
+        return self.region.shifted(*self.origin)
+
+
 class MergedAttributes(_Result):
-    """Root of a merged result. ``state`` becomes ``complete`` after the last tile."""
+    """Root of a merged result. ``state`` becomes ``complete`` after the last tile.
+
+    Parameters
+    ----------
+    exposures
+        Of a montage, by number; none otherwise.
+    canvas_origin
+        What the origins of exposures were counted from: the row and column, in the search, of the
+        merged maps' first pixel.
+    """
 
     kind: Literal["merged"]
+    shape: Shape
+    valid_shape: Shape
+    exposures: tuple[MergedExposure, ...] = ()
+    canvas_origin: tuple[int, int] = (0, 0)
     id: str
     state: Literal["writing", "complete"]
     partials: tuple[Contribution, ...]
@@ -168,10 +294,17 @@ class MergedAttributes(_Result):
     finished: str | None = None
     has_decoded_poses: bool = True
 
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if wrong := _too_large(self.shape, self.valid_shape):
+            raise ValueError(wrong)
+        return self
+
     @property
     def maps(self) -> MapSet:
         """Which maps there are."""
-        return replace(super().maps, decoded=self.has_decoded_poses)
+        decoded, several = self.has_decoded_poses, bool(self.exposures)
+        return replace(super().maps, decoded=decoded, exposures=several)
 
 
 class PartialStatistics(Attributes):
@@ -204,8 +337,46 @@ class SourceStatistics(Attributes):
     correlation_squared_sum: float | None = None
 
 
+class ShownStatistics(Attributes):
+    """z-scores of some of the pixels that a montage shows; None where there are none."""
+
+    pixels: Count
+    mean: float | None = None
+    std: float | None = None
+
+
+class ExposureStatistics(Attributes):
+    """An exposure of a montage.
+
+    Parameters
+    ----------
+    id, number, total_projections
+        Of the exposure.
+    valid_pixels, searched_pixels
+        Of the exposure, shown or not.
+    alone, overlap
+        Its pixels that the montage shows: where no other exposure lies, and where others do.
+    """
+
+    id: ExposureId
+    number: Number
+    total_projections: Count
+    valid_pixels: Count
+    searched_pixels: Count
+    alone: ShownStatistics
+    overlap: ShownStatistics
+
+    @property
+    def shown_pixels(self) -> int:
+        """All that the montage shows of it."""
+        return self.alone.pixels + self.overlap.pixels
+
+
 class StatisticsAttributes(Attributes):
-    """What was counted over the valid pixels of a merged result."""
+    """What was counted over the valid pixels of a merged result.
+
+    Of a montage: over those of all exposures, shown or not; and what is shown of each.
+    """
 
     valid_pixels: Count
     searched_pixels: Count
@@ -218,6 +389,7 @@ class StatisticsAttributes(Attributes):
     n_candidates: Count
     partials: tuple[PartialStatistics, ...]
     sources: tuple[SourceStatistics, ...]
+    exposures: tuple[ExposureStatistics, ...] = ()
 
 
 _Model = TypeVar("_Model", bound=Attributes)
@@ -236,6 +408,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
         raise FormatError(
             f"{where}: expected an attribute {ATTRIBUTE_KEY!r}, got none; not an ocelot-em store"
         )
+    content = upgraded(content)
     version = content.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise FormatError(
@@ -249,6 +422,33 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
             f"{'.'.join(map(str, p['loc'])) or 'attributes'}: {p['msg']}" for p in error.errors()
         ]
         raise FormatError(f"{where}: {'; '.join(problems)}") from None
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of an earlier version as those of this one.
+
+    Version 1 knew no exposures; its fields mean what they do now, but that a merge's plan had its
+    sources where it now has exposures.
+    """
+    if content.get("format_version") != 1 or isinstance(content["format_version"], bool):
+        return content
+    new = {**content, "format_version": 2}
+    plan = content.get("plan")
+    if isinstance(plan, dict) and isinstance(plan.get("sources"), list):
+        shapes = {key: plan.get(key) for key in ("shape", "valid_shape")}
+        rest = {key: value for key, value in plan.items() if key != "sources"}
+        rows, columns = plan.get("shape") or (0, 0)
+        only = {
+            "id": "",
+            "number": 0,
+            "acquired": 0,
+            "origin": [0, 0],
+            **shapes,
+            "taken": [0, rows, 0, columns],
+            "sources": plan["sources"],
+        }
+        new["plan"] = {**rest, "exposures": [only]}
+    return new
 
 
 def dump_attributes(model: Attributes) -> dict[str, Any]:

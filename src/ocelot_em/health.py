@@ -1,9 +1,9 @@
-"""Which partials look wrong, in words: a faulty device, a wrong count, a share searched twice."""
+"""What looks wrong, in words: a faulty device, a wrong count, a share searched twice, a seam."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 
-from ocelot_em.format import SourceStatistics, StatisticsAttributes
+from ocelot_em.format import ShownStatistics, SourceStatistics, StatisticsAttributes
 
 WIN_RATIO = 1.25
 """Pixels won may be so many times more, or fewer, than a partial's share of the projections. In the
@@ -18,6 +18,13 @@ shards of a real search they were within 0.3 %; a count that is wrong by a tenth
 
 MEAN_DIFFERENCE = 0.05
 """Their means may differ by so many standard deviations."""
+
+SEAM = 0.25
+"""Means of shown z-scores may differ by so many standard deviations; from about there on an eye
+sees the seam in a picture."""
+
+FEWEST_SHOWN = 1000
+"""Pixels on both sides of a seam; below that, chance and particles explain a difference."""
 
 
 def partials_out_of_line(statistics: StatisticsAttributes) -> list[str]:
@@ -39,6 +46,66 @@ def partials_out_of_line(statistics: StatisticsAttributes) -> list[str]:
         *_unlike_the_others([s for s in statistics.sources if s.mean is not None]),
         *_twins(statistics.sources),
     ]
+
+
+def montage_out_of_line(
+    statistics: StatisticsAttributes, of_exposures: Mapping[str, StatisticsAttributes]
+) -> list[str]:
+    """Say what of a montage is out of line: partials among those of their exposure, and seams.
+
+    Parameters
+    ----------
+    statistics
+        Of the montage.
+    of_exposures
+        Of its exposures, by their ids.
+
+    Returns
+    -------
+    list of str
+        One sentence each; empty if nothing stands out.
+    """
+    return [
+        *(
+            f"exposure {name}: {sentence}"
+            for name, own in of_exposures.items()
+            for sentence in partials_out_of_line(own)
+        ),
+        *_seams(statistics),
+    ]
+
+
+def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
+    """Edges of exposures that can be seen in the shown z-scores."""
+    for exposure in statistics.exposures:
+        alone, overlap = exposure.alone, exposure.overlap
+        difference = _difference(overlap, alone)
+        if difference is not None and abs(difference) > SEAM:
+            yield (
+                f"exposure {exposure.id}: a seam can be seen: its z-scores have a mean of "
+                f"{overlap.mean:.3g} where other exposures lie, too, and of {alone.mean:.3g} where "
+                f"it is alone, {abs(difference):.2g} standard deviations apart"
+            )
+    known = [(e.id, e.alone) for e in statistics.exposures if e.alone.pixels >= FEWEST_SHOWN]
+    if len(known) < 3:
+        return
+    middle = sorted((shown for _, shown in known), key=lambda shown: _number(shown.mean))
+    usual = middle[len(middle) // 2]
+    for name, shown in known:
+        difference = _difference(shown, usual)
+        if difference is not None and abs(difference) > SEAM:
+            yield (
+                f"exposure {name}: stands out: its z-scores have a mean of {shown.mean:.3g}, those "
+                f"of the exposures together {usual.mean:.3g} in the median, "
+                f"{abs(difference):.2g} standard deviations apart"
+            )
+
+
+def _difference(one: ShownStatistics, other: ShownStatistics) -> float | None:
+    """Between means, in standard deviations of the other; None where too little is known."""
+    if min(one.pixels, other.pixels) < FEWEST_SHOWN or not other.std:
+        return None
+    return (_number(one.mean) - _number(other.mean)) / other.std
 
 
 def _wins(statistics: StatisticsAttributes) -> Iterator[str]:

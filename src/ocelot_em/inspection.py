@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
 
 from ocelot_em import format as fmt
 from ocelot_em.canvas import Region
 from ocelot_em.errors import FormatError, OcelotError
-from ocelot_em.maps import BEST_PARTIAL, NOT_SEARCHED
+from ocelot_em.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.pipeline import done_tiles
 from ocelot_em.plan import read_plan
@@ -19,6 +23,7 @@ from ocelot_em.search import (
     partial_names,
     partial_path,
     read_attributes,
+    read_exposures,
     read_partial_attributes,
     read_partials,
     read_search_space,
@@ -39,8 +44,10 @@ class StoreInfo:
     attributes
         Of its root.
     partials
-        Of a search: name, state, count. Of a merged result: what
-        went into it, all complete.
+        Of a search: name, state, count; names of several exposures' partials begin with that of
+        their exposure and a slash. Of a merged result: what went into it, all complete.
+    exposures
+        If there are several.
     tiles_done, n_tiles
         Progress of a merge; 0 for a search.
     stored_nbytes
@@ -50,6 +57,7 @@ class StoreInfo:
     url: str
     attributes: fmt.SearchAttributes | fmt.MergedAttributes
     partials: tuple[tuple[str, str, int], ...]
+    exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...]
     tiles_done: int
     n_tiles: int
     stored_nbytes: int
@@ -65,16 +73,30 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     objects = open_objects(store)
     attributes = read_attributes(objects)
     tiles_done = n_tiles = 0
+    exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...] = ()
     if isinstance(attributes, fmt.MergedAttributes):
-        partials = tuple((c.name, "complete", c.total_projections) for c in attributes.partials)
+        exposures = attributes.exposures
+        owners = [f"{e.id}/" for e in attributes.exposures for _ in range(e.n_partials)]
+        partials = tuple(
+            (f"{owner}{c.name}", "complete", c.total_projections)
+            for owner, c in zip_longest(owners, attributes.partials, fillvalue="")
+            if not isinstance(c, str)
+        )
         grid = read_plan(attributes, objects.url).grid
         n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
     else:
-        partials = tuple((name, p.state, p.total_projections) for name, p in read_partials(objects))
+        found = read_exposures(objects, attributes)
+        exposures = tuple(found) if attributes.has_exposures else ()
+        partials = tuple(
+            (f"{exposure.id}/{name}" if exposure.id else name, p.state, p.total_projections)
+            for exposure in found
+            for name, p in read_partials(objects, exposure.id)
+        )
     return StoreInfo(
         url=objects.url,
         attributes=attributes,
         partials=partials,
+        exposures=exposures,
         tiles_done=tiles_done,
         n_tiles=n_tiles,
         stored_nbytes=sum(objects.sizes("").values()),
@@ -113,46 +135,64 @@ def check(
         space = read_search_space(objects, attributes.search_space_digest)
     except OcelotError as error:
         problems.append(str(error))
-    groups: list[tuple[str, str]] = []
+    groups: list[_Group] = []
     if isinstance(attributes, fmt.MergedAttributes):
         problems += _merge_problems(objects, attributes)
-        groups.append(("", ""))
+        groups.append(_Group("", "", attributes.shape))
     else:
-        found, names = _search_problems(objects, attributes)
-        problems += found
-        groups += [(partial_path(name), name) for name in names]
+        try:
+            exposures = read_exposures(objects, attributes)
+        except OcelotError as error:
+            return [*problems, str(error)]
+        if not exposures:
+            problems.append(f"{objects.url}: the search has no exposures")
+        for exposure in exposures:
+            found, names = _search_problems(objects, exposure)
+            problems += found
+            groups += [_Group(partial_path(n, exposure.id), n, exposure.shape) for n in names]
     info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
-    for number, (path, name) in enumerate(groups):
-        problems += _group_problems(objects, path, name, attributes, info)
+    for number, group in enumerate(groups):
+        problems += _group_problems(objects, group, attributes, info)
         if on_progress is not None:
             on_progress((number + 1) / len(groups))
     return problems
 
 
+class _Group(NamedTuple):
+    """A group of maps: its path, the name of its partial, and the shape that they shall have."""
+
+    path: str
+    name: str
+    shape: tuple[int, int]
+
+
 def _search_problems(
-    objects: Objects, attributes: fmt.SearchAttributes
+    objects: Objects, exposure: fmt.ExposureAttributes
 ) -> tuple[list[str], list[str]]:
     """Problems of the partials' attributes, and names of the partials whose maps can be read."""
     problems: list[str] = []
     complete: dict[str, int] = {}
-    names = partial_names(objects)
+    names = partial_names(objects, exposure.id)
+    place = f"{objects.url}: exposure {exposure.id!r}" if exposure.id else objects.url
     for name in names:
         try:
-            partial = read_partial_attributes(objects, name)
+            partial = read_partial_attributes(objects, name, exposure.id)
         except OcelotError as error:
             problems.append(str(error))
             continue
         if partial.state == "complete":
             complete[name] = partial.total_projections
         else:
-            problems.append(f"{objects.url}: partial {name!r} was never finished")
+            problems.append(f"{place}: partial {name!r} was never finished")
     if not names:
-        problems.append(f"{objects.url}: the search has no partials")
+        what = "exposure" if exposure.id else "search"
+        problems.append(f"{place}: the {what} has no partials")
     total = sum(complete.values())
-    if total != attributes.total_projections:
+    if total != exposure.total_projections:
+        who = "exposure" if exposure.id else "root"
         problems.append(
-            f"{objects.url}: total_projections: the partials add up to {total}, the root says "
-            f"{attributes.total_projections}; a writer died just before its end"
+            f"{place}: total_projections: the partials add up to {total}, the {who} says "
+            f"{exposure.total_projections}; a writer died just before its end"
         )
     return problems, list(complete)
 
@@ -183,13 +223,13 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[
 
 def _group_problems(
     objects: Objects,
-    path: str,
-    name: str,
+    group: _Group,
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
 ) -> list[str]:
     """Everything that is wrong with a group of maps, chunk by chunk."""
-    shape, problems = attributes.shape, list[str]()
+    path, name, shape = group
+    problems: list[str] = []
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
     keys = attributes.maps.merged if merged else attributes.maps.partial
     maps: dict[str, ChunkedMap] = {}
@@ -211,9 +251,13 @@ def _group_problems(
                 found.append(str(error))
         if set(info.maps.partial) <= set(arrays):
             place = next(iter(maps.values())).place.rpartition(": ")[0]
+            if merged and merged.exposures:
+                arrays = _blanks_as_unsearched(arrays)
             found += value_problems(arrays, region, info, place)
         if merged and BEST_PARTIAL in arrays:
             numbers, n = arrays[BEST_PARTIAL], len(merged.partials)
+            if merged.exposures:
+                n = max(exposure.n_partials for exposure in merged.exposures)
             if numbers.min() < NOT_SEARCHED or numbers.max() >= n:
                 found.append(
                     f"{maps[BEST_PARTIAL].place}: expected -1 to {n - 1} for {n} partials, got "
@@ -225,3 +269,15 @@ def _group_problems(
         for found in pool.map(at_chunk, [cell.region for cell in grid]):
             problems += found
     return problems
+
+
+def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:
+    """Maps of a montage in which pixels where nothing lies are like those that nobody searched."""
+    if SOURCE_EXPOSURE not in arrays:
+        return arrays
+    blank = arrays[SOURCE_EXPOSURE] == NOT_SEARCHED
+    filled = dict(arrays)
+    for name, values in arrays.items():
+        if values.dtype.kind == "f":
+            filled[name] = np.where(blank, -np.inf if name == MIP else 0, values)
+    return filled

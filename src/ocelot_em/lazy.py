@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -14,8 +14,14 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from ocelot_em.canvas import Region, TileGrid
-from ocelot_em.errors import FormatError, IncompleteError
-from ocelot_em.format import DIMENSIONS, MergedAttributes, SearchAttributes, map_attributes
+from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.format import (
+    DIMENSIONS,
+    Contribution,
+    MergedAttributes,
+    SearchAttributes,
+    map_attributes,
+)
 from ocelot_em.maps import INDEX, MAPS, AnyArray
 from ocelot_em.objects import open_objects
 from ocelot_em.pipeline import Job, TileInMemory
@@ -30,13 +36,15 @@ from ocelot_em.search_space import SearchSpace
 from ocelot_em.store import ChunkedMap
 
 
-def open_partials(store: str | PathLike[str]) -> xr.Dataset:
-    """Open a search lazily.
+def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr.Dataset:
+    """Open a search, or one of its exposures, lazily.
 
     Parameters
     ----------
     store
         Path or URL of a search whose partials are all complete.
+    exposure
+        Id of an exposure, if the search has any.
 
     Returns
     -------
@@ -48,15 +56,25 @@ def open_partials(store: str | PathLike[str]) -> xr.Dataset:
     ------
     StoreNotFoundError, FormatError, IncompleteError
         When it is opened.
+    InvalidInputError
+        There is no such exposure; or it was not said which of them.
     ChunkError
         When a chunk that is missing or corrupt is computed.
     """
     objects = open_objects(store)
-    attributes, sources = open_sources(objects)
+    attributes, exposures = open_sources(objects)
     if not isinstance(attributes, SearchAttributes):
         raise FormatError(f"{objects.url}: is a merged result; use open_merged")
+    by_id = {about.id: (about, sources) for about, sources in exposures}
+    if (exposure or "") not in by_id:
+        raise InvalidInputError(
+            f"{objects.url}: exposure: expected one of {', '.join(by_id)}, got {exposure!r}"
+            if attributes.has_exposures
+            else f"{objects.url}: exposure: expected none, since it has none, got {exposure!r}"
+        )
+    about, sources = by_id[exposure or ""]
     names = attributes.maps.partial
-    opened = [open_partial_maps(objects, s.path, s.name, names, attributes.shape) for s in sources]
+    opened = [open_partial_maps(objects, s.path, s.name, names, about.shape) for s in sources]
     return xr.Dataset(
         {
             name: (
@@ -70,7 +88,11 @@ def open_partials(store: str | PathLike[str]) -> xr.Dataset:
             "partial": [source.name for source in sources],
             "total_projections": ("partial", [source.total_projections for source in sources]),
         },
-        attrs=_dataset_attributes(attributes),
+        attrs={
+            "total_projections": about.total_projections,
+            "valid_shape": about.valid_shape,
+            "pixel_size_angstrom": attributes.pixel_size_angstrom,
+        },
     )
 
 
@@ -81,7 +103,8 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
     -------
     xarray.Dataset
         Maps with dimensions ``y``, ``x``; pose maps that are not stored are decoded from the index.
-        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful.
+        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful. Of a montage,
+        ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes).
 
     Raises
     ------
@@ -105,10 +128,7 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
     names = replace(attributes.maps, decoded=True).merged
     return xr.Dataset(
         {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
-        attrs={
-            **_dataset_attributes(attributes),
-            "partials": [contribution.name for contribution in attributes.partials],
-        },
+        attrs=_dataset_attributes(attributes, attributes.partials),
     )
 
 
@@ -119,9 +139,7 @@ def _decoded(index: AnyArray, space: SearchSpace, number: int) -> AnyArray:
 
 def lazy_merge(
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
-    *,
-    tile_size: int | None = None,
-    nan: Literal["raise", "mask"] = "raise",
+    **options: Any,
 ) -> xr.Dataset:
     """Merge when, and where, values are computed; nothing is written.
 
@@ -129,8 +147,9 @@ def lazy_merge(
     ----------
     inputs
         One or more searches or merged results.
-    tile_size, nan
-        As for :func:`ocelot_em.merge`.
+    **options
+        Those of :class:`ocelot_em.MergeOptions` that decide what is merged, and in which tiles:
+        ``tile_size``, ``nan``, ``poses``, ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------
@@ -143,8 +162,7 @@ def lazy_merge(
         As :func:`ocelot_em.merge`.
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
-    options = MergeOptions.parse({"tile_size": tile_size, "nan": nan})
-    plan = make_plan(places, "memory://lazy", options)
+    plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))
     token = tokenize(plan.model_dump_json())
     plan_key, tile_layer = f"plan-{token}", f"merge_tile-{token}"
     grid = plan.grid
@@ -165,12 +183,7 @@ def lazy_merge(
 
     return xr.Dataset(
         {name: (DIMENSIONS, lazy_map(name), map_attributes(name)) for name in plan.maps.merged},
-        attrs={
-            "total_projections": plan.total_projections,
-            "valid_shape": plan.valid_shape,
-            "pixel_size_angstrom": plan.pixel_size_angstrom,
-            "partials": [contribution.name for contribution in plan.contributions],
-        },
+        attrs=_dataset_attributes(plan, plan.contributions),
     )
 
 
@@ -226,9 +239,19 @@ def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
     )
 
 
-def _dataset_attributes(attributes: SearchAttributes | MergedAttributes) -> dict[str, Any]:
+def _dataset_attributes(
+    merged: MergedAttributes | MergePlan, partials: Sequence[Contribution]
+) -> dict[str, Any]:
+    """What a dataset of merged maps says of itself."""
+    exposures = [e for e in merged.exposures if e.id]
+    of_montage = {
+        "exposures": [exposure.id for exposure in exposures],
+        "exposure_numbers": [exposure.number for exposure in exposures],
+    }
     return {
-        "total_projections": attributes.total_projections,
-        "valid_shape": attributes.valid_shape,
-        "pixel_size_angstrom": attributes.pixel_size_angstrom,
+        "total_projections": merged.total_projections,
+        "valid_shape": merged.valid_shape,
+        "pixel_size_angstrom": merged.pixel_size_angstrom,
+        "partials": [partial.name for partial in partials],
+        **(of_montage if exposures else {}),
     }

@@ -25,9 +25,10 @@ BEST_PARTIAL = "best_partial"
 SCALED_MIP = "scaled_mip"
 MEAN = "correlation_mean"
 STD = "correlation_std"
+SOURCE_EXPOSURE = "source_exposure"
 
 NOT_SEARCHED = -1
-"""Value of the integer maps where no device searched."""
+"""Value of the integer maps where no device searched, or nothing lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,9 @@ MAPS: Mapping[str, MapInfo] = {
     SCALED_MIP: MapInfo(("float32",), "1", "z-score: (mip - mean) / std", _NAN),
     MEAN: MapInfo(("float32",), "1", "mean of all cross-correlations", _NAN),
     STD: MapInfo(("float32",), "1", "standard deviation of all cross-correlations", _NAN),
+    SOURCE_EXPOSURE: MapInfo(
+        ("int32",), "1", "number of the exposure that all maps come from", NOT_SEARCHED
+    ),
 }
 
 
@@ -84,12 +88,15 @@ class MapSet:
         Whether the count differs from pixel to pixel and is a map.
     decoded
         Whether a merged result has the pose maps of its indices, too.
+    exposures
+        Whether a merged result is put together from several exposures.
     """
 
     form: PoseForm
     pixel_size: bool = True
     counts: bool = False
     decoded: bool = True
+    exposures: bool = False
 
     @property
     def explicit_poses(self) -> tuple[str, ...]:
@@ -127,6 +134,7 @@ class MapSet:
             SUM,
             SQUARED_SUM,
             *self._count,
+            *((SOURCE_EXPOSURE,) if self.exposures else ()),
         )
 
     @property

@@ -5,7 +5,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -23,6 +23,8 @@ Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
 """How a cutoff was found: noise model, extreme values, p-value; or given."""
 
 NEG_LOG_P = "neg_log_p"
+EXPOSURE = "exposure"
+ALSO_SEEN = "also_seen"
 
 _ROWS_SHOWN = 10
 """How many particles a notebook shows."""
@@ -57,6 +59,21 @@ COLUMNS: Mapping[str, Column] = {
 }
 """Columns in their order; the last is optional."""
 
+MONTAGE_COLUMNS: Mapping[str, Column] = {
+    EXPOSURE: Column("str", "", "id of the exposure that pos_y and pos_x are of"),
+    "canvas_y": Column("int32", "pixel", "row of pos_y on the montage"),
+    "canvas_x": Column("int32", "pixel", "column of pos_x on the montage"),
+    ALSO_SEEN: Column("str", "", "other exposures that it was seen in, as id:pos_y:pos_x"),
+}
+"""What particles of a montage have besides, all or none of them."""
+
+ALL_COLUMNS: Mapping[str, Column] = {**COLUMNS, **MONTAGE_COLUMNS}
+
+_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS))
+"""Columns that may be left out, each with those that go with it."""
+
+_OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
+
 
 @dataclass(frozen=True, slots=True)
 class About:
@@ -78,6 +95,13 @@ class About:
         Pixel size of the micrograph in Å, if known.
     shape, valid_shape
         (y, x) in pixels, of the maps and of their part that means anything.
+    per
+        Of a montage: whether every exposure had a cutoff of its own, which let so many false
+        positives through in each, or the montage one.
+    exposure_cutoffs
+        The cutoffs of exposures by their ids; ``cutoff`` is the lowest of them.
+    exposure_shapes
+        Shape and valid shape of the exposures' own maps, by their ids.
     """
 
     store: str
@@ -88,6 +112,17 @@ class About:
     pixel_size_angstrom: float | None
     shape: tuple[int, int]
     valid_shape: tuple[int, int]
+    per: Literal["exposure", "montage"] | None = None
+    exposure_cutoffs: tuple[tuple[str, float], ...] = ()
+    exposure_shapes: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = ()
+
+    @property
+    def cutoff_text(self) -> str:
+        """The cutoff, or the range of those of exposures."""
+        highest = max((own for _, own in self.exposure_cutoffs), default=self.cutoff)
+        if f"{highest:.4f}" == f"{self.cutoff:.4f}":
+            return f"{self.cutoff:.4f}"
+        return f"{self.cutoff:.4f} to {highest:.4f}"
 
     @property
     def template_box_px(self) -> int | None:
@@ -103,8 +138,10 @@ class ParticleTable:
     Parameters
     ----------
     columns
-        One-dimensional arrays of equal length, by the names and of the dtypes of :data:`COLUMNS`;
-        ``neg_log_p`` may be left out. Kept as they are, in that order. NaN is allowed.
+        One-dimensional arrays of equal length, by the names and of the dtypes of :data:`COLUMNS`
+        and :data:`MONTAGE_COLUMNS`; ``neg_log_p`` may be left out, and so may those that only
+        particles of a montage have. Kept as they are, in that order. NaN is allowed; text has no
+        commas, quotation marks and line breaks.
     about
         What they were picked by, if known.
 
@@ -121,14 +158,38 @@ class ParticleTable:
         problems = _column_problems(self.columns)
         if problems:
             raise InvalidInputError(problems)
-        ordered = {name: self.columns[name] for name in COLUMNS if name in self.columns}
+        ordered = {name: self.columns[name] for name in ALL_COLUMNS if name in self.columns}
         object.__setattr__(self, "columns", ordered)
 
     @classmethod
     def empty(cls, about: About | None = None, *, neg_log_p: bool = False) -> "ParticleTable":
         """Return a table without particles, with or without the optional column."""
         names = [name for name in COLUMNS if neg_log_p or name != NEG_LOG_P]
-        return cls({name: np.empty(0, COLUMNS[name].dtype) for name in names}, about)
+        return cls({name: np.empty(0, ALL_COLUMNS[name].dtype) for name in names}, about)
+
+    @property
+    def is_of_montage(self) -> bool:
+        """Whether the particles are of several exposures."""
+        return EXPOSURE in self.columns
+
+    def of_exposure(self, exposure: str) -> "ParticleTable":
+        """Return the particles of one exposure of a montage, as those of a micrograph.
+
+        Raises
+        ------
+        InvalidInputError
+            The particles are not of a montage.
+        """
+        if not self.is_of_montage:
+            raise InvalidInputError("exposure: the particles are not of a montage")
+        own = self.columns[EXPOSURE] == exposure
+        shapes = dict(self.about.exposure_shapes) if self.about else {}
+        about = self.about
+        if about is not None and exposure in shapes:
+            shape, valid_shape = shapes[exposure]
+            about = replace(about, shape=shape, valid_shape=valid_shape, per=None)
+        columns = {n: v[own] for n, v in self.columns.items() if n not in MONTAGE_COLUMNS}
+        return ParticleTable(columns, about)
 
     @classmethod
     def read_csv(cls, path: str | PathLike[str]) -> "ParticleTable":
@@ -149,7 +210,7 @@ class ParticleTable:
         texts = zip(*rows, strict=True) if rows else [() for _ in names]
         columns = {}
         for name, column in zip(names, texts, strict=True):
-            columns[name], found = _parse(column, COLUMNS[name].dtype)
+            columns[name], found = _parse(column, ALL_COLUMNS[name].dtype)
             problems += [f"{path}: {name}: {problem}" for problem in found]
         if problems:
             raise InvalidInputError(problems)
@@ -189,18 +250,19 @@ class ParticleTable:
             about = self.about
             parts[0] += f" of {about.store}"
             parts.append(f"method {about.method}")
-            parts.append(f"cutoff {about.cutoff:.4f}")
+            parts.append(f"cutoff {about.cutoff_text}")
             if about.false_positives is not None:
-                parts.append(f"false positives {about.false_positives:g}")
+                each = " in each exposure" if about.per == "exposure" else ""
+                parts.append(f"false positives {about.false_positives:g}{each}")
             parts.append(f"minimum distance {about.min_distance_px:g} px")
         return ", ".join(parts)
 
     def _repr_html_(self) -> str:
         """Summarise the table for a notebook: what it is, and its first rows."""
         shown = min(len(self), _ROWS_SHOWN)
+        titles = {n: f"{ALL_COLUMNS[n].meaning} ({ALL_COLUMNS[n].unit})" for n in self.columns}
         header = "".join(
-            f'<th title="{escape(COLUMNS[name].meaning)} ({COLUMNS[name].unit})">{name}</th>'
-            for name in self.columns
+            f'<th title="{escape(title)}">{name}</th>' for name, title in titles.items()
         )
         rows = "".join(
             "<tr>" + "".join(f"<td>{_short(v[i])}</td>" for v in self.columns.values()) + "</tr>"
@@ -214,7 +276,7 @@ class ParticleTable:
 
 
 def _short(value: np.generic) -> str:
-    return str(value) if isinstance(value, np.integer) else f"{value:.6g}"
+    return f"{value:.6g}" if isinstance(value, np.floating) else escape(str(value))
 
 
 def as_text(values: AnyArray) -> list[str]:
@@ -223,7 +285,7 @@ def as_text(values: AnyArray) -> list[str]:
     Parameters
     ----------
     values
-        (n,) integers, float32 or float64.
+        (n,) integers, float32, float64 or text.
     """
     # float32 has to be turned into text itself: as a Python float it would have too many digits.
     return [str(v) for v in (values if values.dtype == np.float32 else values.tolist())]
@@ -255,25 +317,37 @@ def write_file(path: str | PathLike[str], data: bytes) -> None:
 
 def _name_problems(names: Iterable[str]) -> list[str]:
     counts = Counter(list(names))
-    known = ", ".join(COLUMNS)
+    known = ", ".join(ALL_COLUMNS)
     return [
-        *(f"{n}: missing" for n in COLUMNS if n not in counts and n != NEG_LOG_P),
-        *(f"{n!r}: expected one of {known}" for n in counts if n not in COLUMNS),
+        *(f"{n}: missing" for n in ALL_COLUMNS if n not in counts and n not in _OPTIONAL),
+        *(
+            f"{n}: missing, though {', '.join(m for m in group if m in counts)} is there"
+            for group in _ALONE_OR_TOGETHER
+            for n in group
+            if n not in counts and any(m in counts for m in group)
+        ),
+        *(f"{n!r}: expected one of {known}" for n in counts if n not in ALL_COLUMNS),
         *(f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1),
     ]
+
+
+_NOT_IN_TEXT = frozenset(',"\n\r')
 
 
 def _column_problems(columns: Mapping[str, object]) -> list[str]:
     problems = _name_problems(columns)
     lengths = {}
     for name, values in columns.items():
-        if name not in COLUMNS:
+        if name not in ALL_COLUMNS:
             continue
-        expected = np.dtype(COLUMNS[name].dtype)
+        expected = np.dtype(ALL_COLUMNS[name].dtype)
         if not isinstance(values, np.ndarray):
             problems.append(f"{name}: expected an array, got {type(values).__name__}")
             continue
-        if values.dtype != expected:
+        if expected.kind == "U" and values.dtype.kind == "U":
+            if any(set(text) & _NOT_IN_TEXT for text in values.ravel().tolist()):
+                problems.append(f"{name}: expected no commas, quotation marks and line breaks")
+        elif values.dtype != expected:
             problems.append(f"{name}: expected dtype {expected}, got {values.dtype}")
         if values.ndim != 1:
             problems.append(f"{name}: expected one dimension, got shape {values.shape}")
@@ -320,6 +394,8 @@ def _and_more(n: int) -> str:
 def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
     """Numbers of texts, and what is wrong with the first that is none or does not fit."""
     kind = np.dtype(dtype)
+    if kind.kind == "U":
+        return np.array(texts, dtype=kind), []
     convert: Any = int if kind.kind == "i" else float
     widest = np.dtype(np.int64 if kind.kind == "i" else np.float64)
     try:

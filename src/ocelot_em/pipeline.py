@@ -1,14 +1,16 @@
 """The story of a merge, read top to bottom: partials -> tiles -> merged maps.
 
 :func:`merge` plans, prepares the output and hands the missing tiles to an executor;
-:func:`merge_tiles` is what a worker does with those it is given. Nothing here knows of
-executors, Dask or Zarr.
+:func:`merge_tiles` is what a worker does with those it is given. In a tile, the partials of each
+exposure are merged, and what comes out is laid on the canvas; a search that is not of several
+exposures is one, which covers the canvas alone. Nothing here knows of executors, Dask or Zarr.
 """
 
 import logging
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,10 +24,10 @@ from numpy.typing import NDArray
 
 from ocelot_em import format as fmt
 from ocelot_em import records, store
-from ocelot_em.canvas import Tile, TileGrid
+from ocelot_em.canvas import Region, Tile, TileGrid
 from ocelot_em.collected import Collection
 from ocelot_em.device import open_device
-from ocelot_em.device_fold import DeviceFold
+from ocelot_em.device_fold import DeviceFold, Lanes
 from ocelot_em.errors import (
     InvalidDataError,
     OutputExistsError,
@@ -33,8 +35,9 @@ from ocelot_em.errors import (
     TilesFailedError,
 )
 from ocelot_em.fold import Fold, Workspace
-from ocelot_em.maps import AnyArray
+from ocelot_em.maps import SCALED_MIP, SOURCE_EXPOSURE, SUM, AnyArray, Float64
 from ocelot_em.markup import pairs, seconds_text
+from ocelot_em.montage import Canvas, shown_alone
 from ocelot_em.objects import Objects, ReusedMemory, open_objects
 from ocelot_em.plan import (
     ON_CPU,
@@ -42,15 +45,19 @@ from ocelot_em.plan import (
     Forecast,
     MergeOptions,
     MergePlan,
+    Piece,
+    PlannedExposure,
     forecast,
     make_plan,
     plan_differences,
     read_plan,
     tile_size_of,
+    tiles_changed,
 )
 from ocelot_em.search import (
     SearchInfo,
     now,
+    open_one,
     open_partial_maps,
     open_source_maps,
     provenance,
@@ -59,6 +66,7 @@ from ocelot_em.search import (
     value_problems,
     write_search_space,
 )
+from ocelot_em.search_space import SearchSpace
 from ocelot_em.transfer import Arrival, ReadAhead, Request, WriteBehind, chunks_ahead
 
 log = logging.getLogger(__name__)
@@ -192,13 +200,22 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A merge that can start: its plan, its forecast and the tiles that are missing."""
+    """A merge that can start: its plan, its forecast and the tiles that are missing.
+
+    Parameters
+    ----------
+    existing
+        What an earlier run left at the output, if anything.
+    stale
+        Tiles that it did, of which there is more to merge now.
+    """
 
     plan: MergePlan
     output: str
     forecast: Forecast
     existing: fmt.MergedAttributes | None
     missing: "Tiles"
+    stale: "Tiles"
 
 
 class Tiles(Sequence[tuple[int, int]]):
@@ -251,19 +268,30 @@ def prepare(
         options = options.model_copy(update={"tile_size": earlier})
     plan = make_plan(inputs, output, options, device)
     done = np.zeros(plan.grid.counts, np.bool_)
+    stale = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None:
-        earlier_plan = read_plan(existing, objects.url).model_dump(mode="json")
-        differences = plan_differences(earlier_plan, plan.model_dump(mode="json"))
+        earlier_plan = read_plan(existing, objects.url)
+        differences = plan_differences(earlier_plan, plan)
         if differences:
             raise OutputExistsError(
                 f"{objects.url}: is already there, from another merge: {'; '.join(differences)}; "
                 "choose another output, or --overwrite to replace it"
             )
-        done = done_tiles(objects, plan.grid)
-    missing = Tiles(plan.grid.counts[1], np.flatnonzero(~done))
+        for tile in tiles_changed(earlier_plan, plan):
+            stale[tile.iy, tile.ix] = True
+        done = done_tiles(objects, plan.grid) & ~stale
+    n_columns = plan.grid.counts[1]
+    missing = Tiles(n_columns, np.flatnonzero(~done))
     n_done = len(plan.grid) - len(missing)
     prediction = forecast(plan, output, options, n_done, device)
-    return Preparation(plan, objects.url, prediction, existing, missing)
+    return Preparation(
+        plan,
+        objects.url,
+        prediction,
+        existing,
+        missing,
+        Tiles(n_columns, np.flatnonzero(stale)),
+    )
 
 
 def merge(
@@ -347,7 +375,12 @@ def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]
 
 def merge_tiles(job: "Job", tiles: Sequence[Tile]) -> Iterator[Outcome]:
     """Merge tiles one after another: one is folded while the next is read and the last written."""
-    requests = (request for tile in tiles for request in job.requests(tile))
+    requests = (
+        request
+        for tile in tiles
+        for piece in job.plan.pieces(tile)
+        for request in job.opened(piece).requests(tile, piece)
+    )
     with (
         ReadAhead(requests, job.streams_in, job.chunk_memory()) as incoming,
         WriteBehind(job.streams_out) as outgoing,
@@ -377,21 +410,17 @@ class TileInWork:
     """
 
     def __init__(self, job: "Job", tile: Tile, incoming: ReadAhead, outgoing: WriteBehind) -> None:
-        self._job, self._tile, self._incoming, self._outgoing = job, tile, incoming, outgoing
+        self.job, self._tile, self._incoming, self._outgoing = job, tile, incoming, outgoing
         self._clock = Clock()
         self._written: list[Future[None]] = []
-        self._looked_at: set[int] = set()
         self._searched_pixels = self._read_nbytes = self._written_nbytes = 0
         self._error = ""
-        self.collection = job.collection(tile)
 
     def merge(self) -> None:
-        """Fold the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
+        """Merge the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
         waited, nbytes = self._waited(), self._incoming.read_nbytes
         try:
-            work = self._job.workspace(self._tile)
-            self._searched_pixels = self._job.fold.merge(self, work)
-            self._keep_collection()
+            self._merge()
         except Exception as error:
             log.debug("%s failed", self._tile, exc_info=True)
             self._error = _in_words(error)
@@ -399,6 +428,60 @@ class TileInWork:
         self._clock.lap("fold")
         self._clock.seconds["waited"] += self._waited() - waited
         self._read_nbytes = self._incoming.read_nbytes - nbytes
+
+    def _merge(self) -> None:
+        """Merge every exposure that touches the tile, and lay what comes out on the canvas."""
+        job, tile, pieces = self.job, self._tile, self.job.plan.pieces(self._tile)
+        if covers_alone(pieces, tile):
+            self._merge_alone(pieces[0])
+            return
+        canvas = job.canvas(tile, pieces)
+        for piece in pieces:
+            job.lay(canvas, piece)
+            self._merge_piece(piece, canvas.put)
+        for name, values in canvas.maps():
+            self.write(name, values)
+        for piece in pieces:
+            shown = canvas.shown(job.plan.exposures[piece.exposure].number, piece.within)
+            self._keep_shown(piece, shown)
+
+    def _merge_piece(self, piece: Piece, write: Callable[[str, AnyArray], None]) -> None:
+        """Merge the partials of one exposure."""
+        opened = self.job.opened(piece)
+        work = self.job.workspace(piece.region.shape)
+        collection = self.job.collection(piece)
+        inside = PieceInWork(self, piece, collection, write)
+        self._searched_pixels += opened.fold.merge(inside, work)
+        if collection is not None:
+            self._clock.lap("fold")
+            number = opened.layout.number_of(self._tile.iy, self._tile.ix)
+            for key, parts in records.encode_records(opened.layout, collection, number):
+                self._put(key, parts)
+            self._clock.lap("write")
+
+    def _merge_alone(self, piece: Piece) -> None:
+        """Merge the one exposure of the tile, whose maps need no canvas."""
+        if not self.job.plan.is_montage:
+            self._merge_piece(piece, self.write)
+            return
+
+        def write(name: str, values: AnyArray) -> None:
+            self.write(name, values)
+            if name == SCALED_MIP:
+                self._keep_shown(piece, shown_alone(values))
+
+        self._merge_piece(piece, write)
+        number = self.job.plan.exposures[piece.exposure].number
+        self.write(SOURCE_EXPOSURE, np.full(self._tile.region.shape, number, np.int32))
+
+    def _keep_shown(self, piece: Piece, shown: Float64) -> None:
+        layout = self.job.opened(piece).layout
+        number = layout.number_of(self._tile.iy, self._tile.ix)
+        self._put(*records.encode_shown(layout, shown, number))
+
+    def _put(self, key: str, parts: Sequence[bytes]) -> None:
+        self._written_nbytes += sum(map(len, parts))
+        self._written.append(self.job.put_behind(self._outgoing, key, parts))
 
     def finish(self) -> Outcome:
         """Wait until everything is written, and mark the tile as done."""
@@ -418,20 +501,20 @@ class TileInWork:
                 write_seconds=seconds["write"],
                 waited_seconds=seconds["waited"] + self._waited() - waited,
                 read_nbytes=self._read_nbytes,
-                decoded_nbytes=self._job.decoded_nbytes_per_pixel * tile.region.size,
+                decoded_nbytes=self.job.decoded_nbytes(tile),
                 written_nbytes=self._written_nbytes,
             )
-            self._job.mark_done(tile, summary)
+            self.job.mark_done(tile, summary)
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
             return Outcome(tile.iy, tile.ix, None, self._error or _in_words(error))
         return Outcome(tile.iy, tile.ix, summary)
 
-    def open(self, number: int, name: str, spare: str) -> "TimedArrival":
+    def open(self, piece: Piece, number: int, name: str, spare: str) -> "TimedArrival":
         """Wait for a map of a source."""
         self._clock.lap("fold")
-        request = self._job.request(self._tile, number, name)
-        memory = self._job.workspace(self._tile).array(spare, request.source.dtype)
+        request = self.job.opened(piece).request(self._tile, piece, number, name)
+        memory = self.job.workspace(piece.region.shape).array(spare, request.source.dtype)
         arrival = self._incoming.open(request, memory)
         self._clock.lap("read")
         return TimedArrival(arrival, self._clock)
@@ -441,33 +524,61 @@ class TileInWork:
         self._incoming.close()
 
     def write(self, name: str, values: AnyArray) -> None:
-        """Encode a merged map."""
+        """Encode a map of the tile."""
         self._clock.lap("fold")
-        target = self._job.written[name]
+        target = self.job.written[name]
         for chunk, parts in target.encode(self._tile.region, values):
             self._written_nbytes += sum(map(len, parts))
             self._written.append(self._outgoing.put(target.objects, target.key(chunk), parts))
         self._clock.lap("write")
 
-    def _keep_collection(self) -> None:
-        """Encode the records of what was collected."""
-        if self.collection is None:
-            return
-        self._clock.lap("fold")
-        for key, parts in records.encode_records(self._job.layout, self.collection, self._tile):
-            self._written_nbytes += sum(map(len, parts))
-            self._written.append(self._job.put_behind(self._outgoing, key, parts))
-        self.collection = None
-        self._clock.lap("write")
+    def _waited(self) -> float:
+        return self._incoming.waited_seconds + self._outgoing.waited_seconds
+
+
+class PieceInWork:
+    """What an exposure has of a tile; see :class:`ocelot_em.fold.TileMaps`.
+
+    Parameters
+    ----------
+    tile
+        Which reads and writes for it.
+    piece
+        Which part of the exposure.
+    collection
+        Where its statistics are collected.
+    write
+        Takes its merged maps.
+    """
+
+    def __init__(
+        self,
+        tile: "TileInWork | TileInMemory",
+        piece: Piece,
+        collection: Collection | None,
+        write: Callable[[str, AnyArray], None],
+    ) -> None:
+        self._tile, self._piece, self.collection, self.write = tile, piece, collection, write
+        self._looked_at: set[int] = set()
+
+    def open(self, number: int, name: str, spare: str) -> "TimedArrival | Arrival":
+        """Wait for a map of a source."""
+        return self._tile.open(self._piece, number, name, spare)
+
+    def close(self) -> None:
+        """Be done with the maps that are open."""
+        self._tile.close()
 
     def look_closer(self, number: int) -> None:
         """Raise if a source really has values that cannot be merged."""
         if number not in self._looked_at:
-            self._job.look_closer(self._tile, number)
+            self._tile.job.opened(self._piece).look_closer(self._piece.region, number)
             self._looked_at.add(number)
 
-    def _waited(self) -> float:
-        return self._incoming.waited_seconds + self._outgoing.waited_seconds
+
+def covers_alone(pieces: Sequence[Piece], tile: Tile) -> bool:
+    """Whether one exposure has all pixels of a tile, and no other has any."""
+    return len(pieces) == 1 and pieces[0].within.shape == tile.region.shape
 
 
 class TimedArrival:
@@ -485,13 +596,12 @@ class TimedArrival:
 
 
 class TileInMemory:
-    """A tile whose merged maps stay in memory; see :class:`ocelot_em.fold.TileMaps`."""
+    """A tile whose merged maps stay in memory."""
 
     def __init__(self, job: "Job", tile: Tile) -> None:
-        self._job, self._tile, self._work = job, tile, Workspace(tile.region.size)
-        self._work.shape = tile.region.shape
+        self.job, self._tile = job, tile
+        self._work = Workspace(tile.region.size)
         self._merged: dict[str, AnyArray] = {}
-        self.collection: Collection | None = None
 
     def merge(self) -> dict[str, AnyArray]:
         """Return the merged maps.
@@ -501,12 +611,27 @@ class TileInMemory:
         OcelotError
             A chunk cannot be read, or holds what cannot be merged.
         """
-        self._job.fold.merge(self, self._work)
-        return {name: self._merged[name] for name in self._job.plan.maps.merged}
+        job, tile, pieces = self.job, self._tile, self.job.plan.pieces(self._tile)
+        if covers_alone(pieces, tile):
+            self._merge_piece(pieces[0], self._keep)
+            number = job.plan.exposures[pieces[0].exposure].number
+            self._merged[SOURCE_EXPOSURE] = np.full(tile.region.shape, number, np.int32)
+        else:
+            canvas = job.canvas(tile, pieces)
+            for piece in pieces:
+                job.lay(canvas, piece)
+                self._merge_piece(piece, canvas.put)
+            for name, values in canvas.maps():
+                self._keep(name, values)
+        return {name: self._merged[name] for name in job.plan.maps.merged}
 
-    def open(self, number: int, name: str, spare: str) -> Arrival:
+    def _merge_piece(self, piece: Piece, write: Callable[[str, AnyArray], None]) -> None:
+        self._work.shape = piece.region.shape
+        self.job.opened(piece).fold.merge(PieceInWork(self, piece, None, write), self._work)
+
+    def open(self, piece: Piece, number: int, name: str, spare: str) -> Arrival:
         """Read a map of a source."""
-        request = self._job.request(self._tile, number, name)
+        request = self.job.opened(piece).request(self._tile, piece, number, name)
         out = self._work.array(spare, request.source.dtype)
         request.source.read(request.region, out)
         return Arrival(request, None, None, out)
@@ -514,13 +639,70 @@ class TileInMemory:
     def close(self) -> None:
         """Nothing is kept open."""
 
-    def write(self, name: str, values: AnyArray) -> None:
-        """Keep a merged map."""
+    def _keep(self, name: str, values: AnyArray) -> None:
         self._merged[name] = values.copy()
 
-    def look_closer(self, number: int) -> None:
-        """Raise if a source really has values that cannot be merged."""
-        self._job.look_closer(self._tile, number)
+
+class OpenedExposure:
+    """An exposure as a worker sees it: everything opened that its pieces need.
+
+    Parameters
+    ----------
+    plan
+        The merge.
+    exposure
+        Which one of it.
+    space
+        The search space of indexed poses.
+    lanes
+        The device on which it is merged, with its memory; None: the CPU.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        exposure: PlannedExposure,
+        space: SearchSpace | None,
+        lanes: Lanes | None,
+    ) -> None:
+        self._plan, self._exposure, self._space = plan, exposure, space
+        maps, mask_nan = plan.maps_of_exposure, plan.nan == "mask"
+        self._maps = [open_source_maps(source, maps, exposure.shape) for source in exposure.sources]
+        self.fold: Fold | DeviceFold = Fold(exposure.sources, maps, space, mask_nan=mask_nan)
+        if lanes is not None:
+            self.fold = DeviceFold(exposure.sources, maps, space, mask_nan=mask_nan, lanes=lanes)
+        self.layout = records.Layout.of(plan, exposure)
+        self.decoded_nbytes_per_pixel = sum(
+            chunked.dtype.itemsize for maps in self._maps for chunked in maps.values()
+        )
+
+    def request(self, tile: Tile, piece: Piece, number: int, name: str) -> Request:
+        """Name a map of a source in a piece of a tile, for reading."""
+        source = self._maps[number][name]
+        return Request((tile.iy, tile.ix, piece.exposure, number, name), source, piece.region)
+
+    def requests(self, tile: Tile, piece: Piece) -> Iterator[Request]:
+        """All that a piece reads, in order."""
+        return (self.request(tile, piece, number, name) for number, name in self.fold.order())
+
+    def look_closer(self, region: Region, number: int) -> None:
+        """Raise if a source has NaN or an invalid index in a region: by map, with the first pixel.
+
+        Raises
+        ------
+        InvalidDataError
+        """
+        maps = {name: chunked.read(region)[0] for name, chunked in self._maps[number].items()}
+        info = SearchInfo(search_space=self._space, has_pixel_size=self._plan.maps.pixel_size)
+        place = self._exposure.sources[number].place
+        wanted = {name: maps[name] for name in info.maps.partial}
+        if problems := value_problems(wanted, region, info, place):
+            hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
+            raise InvalidDataError(f"pixels {region}: {'; '.join(problems)}; {hint}")
+
+
+MOST_OPENED = 64
+"""Exposures that a worker has open; more are opened again when they are needed again."""
 
 
 class Job:
@@ -529,7 +711,7 @@ class Job:
     Parameters
     ----------
     plan
-        Which sources, which tiles.
+        Which exposures, which tiles.
     objects
         The prepared output; None to merge without writing.
     partials_on_device
@@ -540,56 +722,72 @@ class Job:
         self, plan: MergePlan, objects: Objects | None, partials_on_device: int = 0
     ) -> None:
         self.plan = plan
-        self.sources = [open_source_maps(source, plan.maps) for source in plan.sources]
-        space = read_search_space(open_objects(plan.sources[0].url), plan.search_space_digest)
-        mask_nan = plan.nan == "mask"
-        self.fold: Fold | DeviceFold = Fold(plan.sources, plan.maps, space, mask_nan=mask_nan)
+        first = plan.exposures[0].sources[0]
+        self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
+        self._lanes = None
         if partials_on_device:
-            self.fold = DeviceFold(
-                plan.sources,
-                plan.maps,
-                space,
-                mask_nan=mask_nan,
-                dtypes=[{name: m.dtype for name, m in maps.items()} for maps in self.sources],
-                device=open_device(),
-                together=partials_on_device,
-            )
-        self.decoded_nbytes_per_pixel = sum(
-            chunked.dtype.itemsize for maps in self.sources for chunked in maps.values()
-        )
+            dtype = open_one(first, SUM).dtype.name
+            self._lanes = Lanes(open_device(), plan.maps_of_exposure, partials_on_device, dtype)
         self._objects = objects
-        self.layout = records.Layout(plan)
         self.written = (
             {} if objects is None else open_partial_maps(objects, "", "", plan.maps.merged)
         )
-        self.streams_in = max(open_objects(source.url).streams for source in plan.sources)
+        urls = {source.url for source in plan.sources}
+        self.streams_in = max(open_objects(url).streams for url in urls)
         self.streams_out = 1 if objects is None else objects.streams
         self._of_thread = threading.local()
+        self._opened: OrderedDict[int, OpenedExposure] = OrderedDict()
+        self._opening = threading.Lock()
 
-    def request(self, tile: Tile, number: int, name: str) -> Request:
-        """Name a map of a source in a tile, for reading."""
-        source = self.sources[number][name]
-        return Request((tile.iy, tile.ix, number, name), source, tile.region)
+    def opened(self, piece: Piece) -> OpenedExposure:
+        """Return the exposure of a piece, opened; the last ones that were used are kept."""
+        with self._opening:
+            found = self._opened.get(piece.exposure)
+            if found is None:
+                exposure = self.plan.exposures[piece.exposure]
+                found = OpenedExposure(self.plan, exposure, self._space, self._lanes)
+                self._opened[piece.exposure] = found
+                if len(self._opened) > MOST_OPENED:
+                    self._opened.popitem(last=False)
+            self._opened.move_to_end(piece.exposure)
+            return found
 
-    def requests(self, tile: Tile) -> Iterator[Request]:
-        """All that a tile reads, in order."""
-        return (self.request(tile, number, name) for number, name in self.fold.order())
+    def decoded_nbytes(self, tile: Tile) -> int:
+        """Decoded bytes that a tile reads."""
+        return sum(
+            self.opened(piece).decoded_nbytes_per_pixel * piece.region.size
+            for piece in self.plan.pieces(tile)
+        )
 
-    def workspace(self, tile: Tile) -> Workspace:
-        """Return this thread's memory, laid out for a tile."""
+    def canvas(self, tile: Tile, pieces: Sequence[Piece]) -> Canvas:
+        """Return this thread's canvas, empty, for a tile."""
+        if not hasattr(self._of_thread, "canvas"):
+            most_pixels = self.plan.tile[0] * self.plan.tile[1]
+            self._of_thread.canvas = Canvas(self.plan.maps, self.plan.overlap, most_pixels)
+        canvas: Canvas = self._of_thread.canvas
+        canvas.begin(tile.region.shape, [piece.within for piece in pieces])
+        return canvas
+
+    def lay(self, canvas: Canvas, piece: Piece) -> None:
+        """Start with what an exposure has of a tile."""
+        exposure = self.plan.exposures[piece.exposure]
+        canvas.lay(exposure.number, piece.within, (piece.region, exposure.region))
+
+    def workspace(self, shape: tuple[int, int]) -> Workspace:
+        """Return this thread's memory, laid out for a piece of this shape."""
         if not hasattr(self._of_thread, "workspace"):
             self._of_thread.workspace = Workspace(self.plan.tile[0] * self.plan.tile[1])
         work: Workspace = self._of_thread.workspace
-        work.shape = tile.region.shape
+        work.shape = shape
         return work
 
-    def collection(self, tile: Tile) -> Collection | None:
-        """Return this thread's place for statistics and candidates, for a tile."""
+    def collection(self, piece: Piece) -> Collection | None:
+        """Return this thread's place for statistics and candidates, for a piece."""
         if not hasattr(self._of_thread, "collection"):
             self._of_thread.collection = records.new_collection(self.plan)
         collection: Collection | None = self._of_thread.collection
         if collection is not None:
-            collection.begin(tile.region)
+            collection.begin(piece.region, self.opened(piece).layout.counting)
         return collection
 
     def chunk_memory(self) -> Sequence[ReusedMemory]:
@@ -600,23 +798,6 @@ class Job:
         chunks: Sequence[ReusedMemory] = self._of_thread.chunks
         return chunks
 
-    def look_closer(self, tile: Tile, number: int) -> None:
-        """Raise if a source has NaN or an invalid index in a tile: by map, with the first pixel.
-
-        Raises
-        ------
-        InvalidDataError
-        """
-        maps = {
-            name: chunked.read(tile.region)[0] for name, chunked in self.sources[number].items()
-        }
-        info = SearchInfo(search_space=self.fold.space, has_pixel_size=self.plan.maps.pixel_size)
-        place = self.plan.sources[number].place
-        wanted = {name: maps[name] for name in info.maps.partial}
-        if problems := value_problems(wanted, tile.region, info, place):
-            hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
-            raise InvalidDataError(f"{tile}: {'; '.join(problems)}; {hint}")
-
     def put_behind(self, outgoing: WriteBehind, key: str, parts: Sequence[bytes]) -> "Future[None]":
         """Write an object of the output, soon."""
         assert self._objects is not None
@@ -626,7 +807,12 @@ class Job:
         """Record that a tile is written; comes after its last chunk."""
         assert self._objects is not None
         values = np.array([[[getattr(summary, name) for name in SUMMARY_FIELDS]]], np.float64)
-        store.write_chunk(self._objects, f"{fmt.TILE_SUMMARY}/c/{tile.iy}/{tile.ix}/0", values)
+        store.write_chunk(self._objects, f"{mark_of(tile.iy, tile.ix)}/0", values)
+
+
+def mark_of(iy: int, ix: int) -> str:
+    """Where the done-mark of a tile is."""
+    return f"{fmt.TILE_SUMMARY}/c/{iy}/{ix}"
 
 
 def open_job(work: Work) -> Job:
@@ -654,35 +840,23 @@ def _create_output(
     objects: Objects, ready: Preparation, options: MergeOptions
 ) -> fmt.MergedAttributes:
     """Write all metadata of the output; only this driver does, workers fill in chunks."""
-    plan, device = ready.plan, ready.forecast.device
+    plan = ready.plan
     attributes = ready.existing
     if attributes is None:
         if options.overwrite:
             objects.delete("")
-        attributes = fmt.MergedAttributes(
-            format_version=fmt.FORMAT_VERSION,
-            kind="merged",
-            id=uuid.uuid4().hex,
-            state="writing",
-            shape=plan.shape,
-            valid_shape=plan.valid_shape,
-            pixel_size_angstrom=plan.pixel_size_angstrom,
-            pose_form=plan.pose_form,
-            has_pixel_size=plan.has_pixel_size,
-            has_counts=plan.has_counts,
-            has_decoded_poses=plan.has_decoded_poses,
-            search_space_digest=plan.search_space_digest,
-            total_projections=plan.total_projections,
-            partials=plan.contributions,
-            plan=plan.model_dump(mode="json"),
-            provenance=provenance(
-                inputs=list(dict.fromkeys(source.url for source in plan.sources)),
-                options=options.model_dump(mode="json")
-                | {"device": device.kind, "device_reason": device.reason},
-            ),
-        )
+        attributes = _attributes_of(ready, options)
         if not store.create_group(objects, "", fmt.dump_attributes(attributes)):
             raise OutputExistsError(f"{objects.url}: another run has just created it")
+    elif ready.stale:
+        # Whoever reads now, or goes on after a crash, finds an unfinished merge without marks at
+        # tiles that are not what they will be.
+        unfinished = attributes.model_copy(update={"state": "writing", "finished": None})
+        store.update_attributes(objects, "", fmt.dump_attributes(unfinished))
+        for iy, ix in ready.stale:
+            objects.delete(mark_of(iy, ix))
+        attributes = _attributes_of(ready, options)
+        store.update_attributes(objects, "", fmt.dump_attributes(attributes))
     elif attributes.state == "complete":
         return attributes
     for name in plan.maps.merged:
@@ -705,6 +879,35 @@ def _create_output(
         attributes={"fields": list(SUMMARY_FIELDS)},
     )
     return attributes
+
+
+def _attributes_of(ready: Preparation, options: MergeOptions) -> fmt.MergedAttributes:
+    """What an output that nothing is written of yet says of itself."""
+    plan, device = ready.plan, ready.forecast.device
+    return fmt.MergedAttributes(
+        format_version=fmt.FORMAT_VERSION,
+        kind="merged",
+        id=uuid.uuid4().hex,
+        state="writing",
+        shape=plan.shape,
+        valid_shape=plan.valid_shape,
+        exposures=plan.merged_exposures(),
+        canvas_origin=plan.canvas_origin,
+        pixel_size_angstrom=plan.pixel_size_angstrom,
+        pose_form=plan.pose_form,
+        has_pixel_size=plan.has_pixel_size,
+        has_counts=plan.has_counts,
+        has_decoded_poses=plan.has_decoded_poses,
+        search_space_digest=plan.search_space_digest,
+        total_projections=plan.total_projections,
+        partials=plan.contributions,
+        plan=plan.model_dump(mode="json"),
+        provenance=provenance(
+            inputs=list(dict.fromkeys(source.url for source in plan.sources)),
+            options=options.model_dump(mode="json")
+            | {"device": device.kind, "device_reason": device.reason},
+        ),
+    )
 
 
 def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:

@@ -6,15 +6,16 @@ resumed, and refused with numbers where it cannot work.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ocelot_em import format as fmt
-from ocelot_em.canvas import TileGrid, ceil_div
+from ocelot_em.canvas import Overlap, Region, Tile, TileGrid, ceil_div
 from ocelot_em.collected import collection_nbytes
 from ocelot_em.device_fold import (
     PINNED_PLANES,
@@ -23,7 +24,7 @@ from ocelot_em.device_fold import (
     partial_nbytes_per_pixel,
 )
 from ocelot_em.errors import FormatError, InvalidInputError, PlanError
-from ocelot_em.maps import MAPS, MIP, SUM, MapSet, PoseForm
+from ocelot_em.maps import MAPS, MIP, SUM, Int64, MapSet, PoseForm
 from ocelot_em.objects import Objects, normalise_url, open_objects
 from ocelot_em.search import Source, open_one, open_sources
 from ocelot_em.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
@@ -41,6 +42,9 @@ CHUNKS_LISTED = 4096
 
 CHUNKS_SAMPLED = 64
 """Chunks that it is extrapolated from."""
+
+SOURCES_SAMPLED = 256
+"""Sources up to which all are looked at to predict memory and size; of more, so many."""
 
 PROCESS_NBYTES = 288 * 2**20
 """Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and what
@@ -77,6 +81,15 @@ class MergeOptions(BaseModel):
     nan
         ``raise``: NaN in a partial is an error. ``mask``: at such pixels the partial is left out,
         its count too.
+    overlap
+        Of a montage: which exposure wins a pixel that several have searched, for every map. The
+        ``earliest`` acquired; that of the highest z-score (``max-zscore``); or the one whose edge
+        is ``farthest-from-edge``. Ties: the earliest acquired, then the one with the lower number.
+    erode
+        Width in pixels of the edge that is left out of every exposure's valid region.
+    origins
+        ``exact``: origins that are not whole pixels are refused. ``round``: they are rounded to the
+        nearest pixel, halves to even ones.
     poses
         ``decoded``: the pose maps of indexed poses are stored beside the index. ``index``: they are
         not, and are decoded by those who read them: a quarter less to write and to keep.
@@ -102,6 +115,9 @@ class MergeOptions(BaseModel):
     tile_size: Annotated[int, Field(ge=1, le=2**16)] | None = None
     memory_limit: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
     nan: Literal["raise", "mask"] = "raise"
+    overlap: Overlap = "earliest"
+    erode: Annotated[int, Field(ge=0, le=2**30)] = 0
+    origins: Literal["exact", "round"] = "exact"
     poses: Literal["decoded", "index"] = "decoded"
     overwrite: bool = False
     cluster: str = "threads"
@@ -152,13 +168,78 @@ class DeviceChoice(NamedTuple):
 ON_CPU = DeviceChoice("cpu", "as asked for")
 
 
+class PlannedExposure(fmt.Attributes):
+    """An exposure, where it lies, and what is merged of it.
+
+    Parameters
+    ----------
+    id, number, acquired, origin, shape, valid_shape, taken
+        As in :class:`ocelot_em.format.MergedExposure`. The one exposure of a search that has no
+        others has an empty id, and all its pixels are taken, valid or not.
+    sources
+        Its partials, or what was merged of them before, numbered in the stated order.
+    """
+
+    id: fmt.ExposureId
+    number: fmt.Number
+    acquired: fmt.Acquired
+    origin: tuple[int, int]
+    shape: fmt.Shape
+    valid_shape: fmt.Shape
+    taken: tuple[int, int, int, int]
+    sources: tuple[Source, ...]
+
+    @property
+    def region(self) -> Region:
+        """The pixels that are taken, in the exposure."""
+        return Region(*self.taken)
+
+    @property
+    def on_canvas(self) -> Region:
+        """The same pixels on the canvas."""
+        return self.region.shifted(*self.origin)
+
+    @property
+    def counted(self) -> Region:
+        """The valid ones among them, in the exposure: those that statistics are of."""
+        return self.region.intersect(Region.whole(self.valid_shape))
+
+    @property
+    def total_projections(self) -> int:
+        """Sum of all counts."""
+        return sum(source.total_projections for source in self.sources)
+
+    @property
+    def contributions(self) -> tuple[fmt.Contribution, ...]:
+        """All partials, in the order of their numbers."""
+        return tuple(c for source in self.sources for c in source.contributions)
+
+
+class Piece(NamedTuple):
+    """What an exposure has of a tile.
+
+    Parameters
+    ----------
+    exposure
+        Its place in the plan.
+    region
+        The pixels, in the exposure.
+    within
+        The same pixels, in the tile.
+    """
+
+    exposure: int
+    region: Region
+    within: Region
+
+
 class MergePlan(fmt.Attributes):
     """Everything that decides the bytes of the output; two equal plans give equal maps.
 
     Parameters
     ----------
-    sources
-        The inputs, numbered in the stated order.
+    exposures
+        The inputs, by number; the maps of a search that is none of several exposures are one.
     shape, valid_shape
         Height and width of the maps, and of their valid pixels.
     pixel_size_angstrom
@@ -173,9 +254,15 @@ class MergePlan(fmt.Attributes):
         ``raise`` or ``mask``.
     has_decoded_poses
         Whether the output has pose maps beside an index.
+    canvas_origin
+        As in :class:`ocelot_em.format.MergedAttributes`.
+    overlap
+        Which exposure wins a pixel that several have.
+    erode_px
+        Width of the edge that was left out of all exposures.
     """
 
-    sources: tuple[Source, ...]
+    exposures: tuple[PlannedExposure, ...]
     shape: fmt.Shape
     valid_shape: fmt.Shape
     pixel_size_angstrom: fmt.Angstrom | None
@@ -186,11 +273,30 @@ class MergePlan(fmt.Attributes):
     tile: fmt.Shape
     nan: Literal["raise", "mask"]
     has_decoded_poses: bool = True
+    canvas_origin: tuple[int, int] = (0, 0)
+    overlap: Overlap = "earliest"
+    erode_px: int = 0
+
+    @property
+    def is_montage(self) -> bool:
+        """Whether exposures are put together, rather than one search is merged."""
+        return bool(self.exposures[0].id)
 
     @property
     def maps(self) -> MapSet:
         """Which maps the output has."""
-        return MapSet(self.pose_form, self.has_pixel_size, self.has_counts, self.has_decoded_poses)
+        return MapSet(
+            self.pose_form,
+            self.has_pixel_size,
+            self.has_counts,
+            self.has_decoded_poses,
+            self.is_montage,
+        )
+
+    @property
+    def maps_of_exposure(self) -> MapSet:
+        """Which maps there are of an exposure that is merged alone."""
+        return replace(self.maps, exposures=False)
 
     @property
     def grid(self) -> TileGrid:
@@ -203,14 +309,61 @@ class MergePlan(fmt.Attributes):
         return min(self.tile[0], fmt.DEFAULT_CHUNK), min(self.tile[1], fmt.DEFAULT_CHUNK)
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """The inputs of all exposures."""
+        return tuple(source for exposure in self.exposures for source in exposure.sources)
+
+    @property
     def total_projections(self) -> int:
         """Sum of all counts."""
-        return sum(source.total_projections for source in self.sources)
+        return sum(exposure.total_projections for exposure in self.exposures)
 
     @property
     def contributions(self) -> tuple[fmt.Contribution, ...]:
-        """All partials, in the order of their numbers."""
-        return tuple(c for source in self.sources for c in source.contributions)
+        """The partials of all exposures, each in the order of their numbers."""
+        return tuple(c for exposure in self.exposures for c in exposure.contributions)
+
+    @cached_property
+    def _bounds(self) -> Int64:
+        """Bounds of the exposures on the canvas, (n, 4); in the order in which they are laid."""
+        return np.array([self.exposures[k].on_canvas.bounds for k in self._order], np.int64)
+
+    @cached_property
+    def _order(self) -> list[int]:
+        everyone = range(len(self.exposures))
+        return sorted(everyone, key=lambda k: (self.exposures[k].acquired, k))
+
+    def pieces(self, tile: Tile) -> list[Piece]:
+        """Return what exposures have of a tile, the earliest acquired first; ties by number."""
+        y0, y1, x0, x1 = self._bounds.T
+        own = tile.region
+        touching = (y0 < own.y1) & (y1 > own.y0) & (x0 < own.x1) & (x1 > own.x0)
+        pieces = []
+        for place in np.flatnonzero(touching).tolist():
+            number = self._order[place]
+            exposure = self.exposures[number]
+            shared = exposure.on_canvas.intersect(own)
+            dy, dx = exposure.origin
+            pieces.append(Piece(number, shared.shifted(-dy, -dx), shared.relative_to(own)))
+        return pieces
+
+    def merged_exposures(self) -> tuple[fmt.MergedExposure, ...]:
+        """Return what the output's attributes say of exposures; nothing if it is no montage."""
+        if not self.is_montage:
+            return ()
+        first, described = 0, []
+        for exposure in self.exposures:
+            n = len(exposure.contributions)
+            described.append(
+                fmt.MergedExposure(
+                    **exposure.model_dump(exclude={"sources"}),
+                    total_projections=exposure.total_projections,
+                    first_partial=first,
+                    n_partials=n,
+                )
+            )
+            first += n
+        return tuple(described)
 
 
 def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
@@ -271,36 +424,117 @@ def make_plan(
                     f"{url}: {key}: expected {getattr(first, key)} as in {urls[0]}, "
                     f"got {getattr(attributes, key)}"
                 )
-    sources = _numbered([source for _, found in opened for source in found])
-    problems += _duplicates(sources)
-    if len(sources) > MOST_SOURCES:
-        problems.append(
-            f"inputs: expected at most {MOST_SOURCES:,} partials at a time, got {len(sources):,}; "
-            "merge some of them first, then the results"
-        )
     if problems:
         raise InvalidInputError(problems)
+    joined, problems = _joined([exposures for _, exposures in opened])
+    placed, canvas_origin, shape, found = _placed(joined, options)
+    problems += found
+    sources = [source for exposure in placed for source in exposure.sources]
+    problems += _duplicates(sources)
+    problems += [
+        f"inputs: expected at most {MOST_SOURCES:,} partials at a time, got "
+        f"{len(exposure.sources):,}; merge some of them first, then the results"
+        for exposure in placed
+        if len(exposure.sources) > MOST_SOURCES
+    ]
+    if problems:
+        raise InvalidInputError(problems)
+    several = first.shape is None
     maps = MapSet(
         first.pose_form,
         first.has_pixel_size,
         counts=options.nan == "mask" or any(source.has_counts for source in sources),
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
+        exposures=several,
     )
     return MergePlan(
-        sources=sources,
-        shape=first.shape,
-        valid_shape=first.valid_shape,
+        exposures=placed,
+        shape=shape,
+        valid_shape=first.valid_shape or shape,
         pixel_size_angstrom=first.pixel_size_angstrom,
         pose_form=maps.form,
         has_pixel_size=maps.pixel_size,
         has_counts=maps.counts,
         search_space_digest=first.search_space_digest,
         tile=_choose_tile(
-            first.shape, storage_shape(sources, output), maps, options, device.memory_nbytes
+            shape, storage_shape(placed, output), maps, options, device.memory_nbytes
         ),
         nan=options.nan,
         has_decoded_poses=maps.decoded,
+        canvas_origin=canvas_origin,
+        overlap=options.overlap if several else "earliest",
+        erode_px=options.erode,
     )
+
+
+_Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]
+
+
+def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
+    """Exposures of several stores: those of one id are one, whose partials add up."""
+    joined: dict[str, tuple[fmt.ExposureAttributes, list[Source]]] = {}
+    problems, next_number = [], 0
+    for exposures in stores:
+        first_number = next_number
+        for exposure, sources in exposures:
+            if exposure.id not in joined:
+                number = first_number + exposure.number
+                own = exposure.model_copy(update={"number": number})
+                joined[exposure.id] = own, list(sources)
+                next_number = max(next_number, number + 1)
+                continue
+            found, known = joined[exposure.id]
+            known += sources
+            if exposure.id:
+                problems += [
+                    f"exposure {exposure.id!r}: {key}: {known[0].url} has {getattr(found, key)}, "
+                    f"{sources[0].url} has {getattr(exposure, key)}"
+                    for key in fmt.SHARED_BY_EXPOSURE
+                    if getattr(found, key) != getattr(exposure, key)
+                ]
+    return list(joined.values()), problems
+
+
+def _placed(
+    exposures: _Opened, options: MergeOptions
+) -> tuple[tuple[PlannedExposure, ...], tuple[int, int], tuple[int, int], list[str]]:
+    """Place exposures on a canvas; with its origin and shape, and what is wrong with them."""
+    problems, placed, erode = [], [], options.erode
+    for exposure, sources in exposures:
+        y, x = exposure.origin
+        if options.origins == "exact" and not (y.is_integer() and x.is_integer()):
+            problems.append(
+                f"exposure {exposure.id!r}: origin: expected whole pixels, got ({y}, {x}); maps "
+                "are never interpolated: ask for rounded origins with --origins round"
+            )
+        height, width = exposure.valid_shape if exposure.id or erode else exposure.shape
+        if min(height, width) <= 2 * erode:
+            of = f"exposure {exposure.id!r}" if exposure.id else "inputs"
+            problems.append(
+                f"{of}: erode: expected less than half of the valid {height} x {width} pixels, "
+                f"got {erode}"
+            )
+        placed.append(
+            PlannedExposure(
+                **exposure.model_dump(exclude={"origin", "total_projections"}),
+                origin=(round(y), round(x)),
+                taken=(erode, height - erode, erode, width - erode),
+                sources=_numbered(sources),
+            )
+        )
+    several = bool(placed[0].id)
+    corners = [exposure.on_canvas for exposure in placed]
+    top, left = (min(0, *(getattr(c, key) for c in corners)) for key in ("y0", "x0"))
+    shape = placed[0].shape
+    if several:
+        shape = max(c.y1 for c in corners) - top, max(c.x1 for c in corners) - left
+        placed = [
+            e.model_copy(update={"origin": (e.origin[0] - top, e.origin[1] - left)}) for e in placed
+        ]
+        if not all(1 <= n < 2**31 for n in shape):
+            problems.append(f"canvas: expected at most 2**31 - 1 rows and columns, got {shape}")
+            shape = 1, 1
+    return tuple(placed), (top, left), shape, problems
 
 
 def _numbered(sources: Sequence[Source]) -> tuple[Source, ...]:
@@ -339,29 +573,46 @@ class StorageShape(NamedTuple):
         Bytes of a value of the inputs' sums.
     streams
         Transfers at a time that the storage is worth, see :class:`ocelot_em.objects.Objects`.
+    n_exposures
+        That are put together; 0 if it is no montage.
     """
 
     chunk: tuple[int, int]
     sum_itemsize: int
     streams: int
+    n_exposures: int = 0
 
 
-def storage_shape(sources: Sequence[Source], output: str | PathLike[str]) -> StorageShape:
-    """Look at the inputs' metadata.
+def storage_shape(
+    exposures: Sequence[PlannedExposure], output: str | PathLike[str]
+) -> StorageShape:
+    """Look at the inputs' metadata: of all sources, or of some if there are very many.
 
     Raises
     ------
     FormatError
         A source has no usable sums.
     """
+    sources = _sample([source for exposure in exposures for source in exposure.sources])
     sums = [open_one(source, SUM) for source in sources]
     cells = [chunked.grid.cell for chunked in sums]
-    places = {*(source.url for source in sources), normalise_url(output)}
+    places = {*(source.url for e in exposures for source in e.sources), normalise_url(output)}
     return StorageShape(
         chunk=(max(height for height, _ in cells), max(width for _, width in cells)),
         sum_itemsize=max(chunked.dtype.itemsize for chunked in sums),
         streams=max(open_objects(place).streams for place in places),
+        n_exposures=len(exposures) if exposures[0].id else 0,
     )
+
+
+_Item = TypeVar("_Item")
+
+
+def _sample(items: Sequence[_Item]) -> list[_Item]:
+    """All items; of very many, some at equal distances."""
+    if len(items) <= SOURCES_SAMPLED:
+        return list(items)
+    return [items[int(k)] for k in np.linspace(0, len(items) - 1, SOURCES_SAMPLED)]
 
 
 def _choose_tile(
@@ -383,6 +634,8 @@ def _choose_tile(
     predicted = on_device = 0
     for candidate in candidates:
         tile = min(candidate, shape[0]), min(candidate, shape[1])
+        if maps.exposures:  # another exposure may make the canvas larger, but not the tiles
+            tile = candidate, candidate
         predicted = worker_nbytes(tile, storage, maps, options)
         limit = options.memory_limit
         if size is None and candidate > DEFAULT_TILE:
@@ -456,6 +709,11 @@ def worker_nbytes(
         per_pixel += 2 + 4 + (4 if indexed else 0)  # winner, and the pose or index that is kept
         # Maps that come in, decoded: part by part, but whole at the edge of a map.
         per_pixel += 2 * 4 + wide + READ_TOGETHER * wide
+    if maps.exposures:
+        # The canvas of a tile, how often and how far from an edge it is covered; and of a piece,
+        # its distance from the edge, where it wins, and the maps that come before that is known.
+        canvas = sum(np.dtype(MAPS[name].dtypes[0]).itemsize for name in maps.merged)
+        per_pixel += canvas + 2 + 4 + 4 + 1 + 4 * (3 + len(maps.explicit_poses))
     written = min(tile[0], fmt.DEFAULT_CHUNK) * min(tile[1], fmt.DEFAULT_CHUNK)
     encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to be cut
     if options.device == "cuda":
@@ -489,7 +747,7 @@ def partials_on_device(
     """Partials that a thread has on the device at a time: all of a tile, if they fit."""
     if device.kind == "cpu":
         return 0
-    n_sources = min(len(plan.sources), MOST_TOGETHER)
+    n_sources = min(max(len(e.sources) for e in plan.exposures), MOST_TOGETHER)
     for together in range(n_sources, 1, -1):
         needed = device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together)
         if needed <= device.memory_nbytes:
@@ -542,15 +800,16 @@ def forecast(
     device: DeviceChoice = ON_CPU,
 ) -> Forecast:
     """Predict what a plan costs; lists the inputs' objects, reads none."""
+    decoded_in = 0
+    for exposure in plan.exposures:
+        for source in exposure.sources:
+            pixel = sum(np.dtype(MAPS[n].dtypes[0]).itemsize for n in source.map_names(plan.maps))
+            decoded_in += pixel * exposure.shape[0] * exposure.shape[1]
+    looked_at = _sample(plan.sources)
+    stored_in = sum(_stored_nbytes_of(source, plan.maps) for source in looked_at)
+    stored_in = stored_in * len(plan.sources) // len(looked_at)
     pixels = plan.shape[0] * plan.shape[1]
-    decoded_in = stored_in = 0
-    for source in plan.sources:
-        objects, mip = open_objects(source.url), open_one(source, MIP)
-        for name in source.map_names(plan.maps):
-            decoded_in += np.dtype(MAPS[name].dtypes[0]).itemsize * pixels
-            path = f"{mip.path.removesuffix(MIP)}{name}"
-            stored_in += _stored_nbytes(objects, path, mip.grid)
-    storage = storage_shape(plan.sources, output)
+    storage = storage_shape(plan.exposures, output)
     together = partials_on_device(plan, storage, options, device)
     decoded_out = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged) * pixels
     return Forecast(
@@ -567,6 +826,14 @@ def forecast(
         device_nbytes=together
         and device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together),
     )
+
+
+def _stored_nbytes_of(source: Source, maps: MapSet) -> int:
+    """Bytes of all maps of a source as stored."""
+    objects, mip = open_objects(source.url), open_one(source, MIP)
+    prefix = mip.path.removesuffix(MIP)
+    names = source.map_names(maps)
+    return sum(_stored_nbytes(objects, f"{prefix}{name}", mip.grid) for name in names)
 
 
 def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
@@ -609,17 +876,53 @@ def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: 
         )
 
 
-def plan_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between the plan of an interrupted run and the one asked for now."""
+def plan_differences(found: MergePlan, wanted: MergePlan) -> list[str]:
+    """Why what was merged by one plan cannot be gone on with by another; empty if it can.
+
+    A montage can be gone on with when exposures, or partials of exposures, have come since.
+    """
+    if not (found.is_montage and wanted.is_montage):
+        return _differences(found, wanted, but=())
+    differences = _differences(found, wanted, but=("exposures", "shape", "valid_shape"))
+    wanted_by_id = {exposure.id: exposure for exposure in wanted.exposures}
+    for old in found.exposures:
+        new = wanted_by_id.get(old.id)
+        if new is None:
+            differences.append(f"exposure {old.id!r}: it has it, now not asked for")
+            continue
+        differences += [
+            f"exposure {old.id!r}: {text}" for text in _differences(old, new, but=("sources",))
+        ]
+        if not {source.id for source in old.sources} <= {source.id for source in new.sources}:
+            differences.append(f"exposure {old.id!r}: {_inputs(old.sources, new.sources)}")
+    return differences
+
+
+def _differences(found: fmt.Attributes, wanted: fmt.Attributes, but: tuple[str, ...]) -> list[str]:
     differences = []
-    for key in sorted({*found, *wanted}):
-        old, new = found.get(key), wanted.get(key)
+    for key in sorted(set(type(found).model_fields) - set(but)):
+        old, new = getattr(found, key), getattr(wanted, key)
         if old == new:
             continue
-        if key == "sources":
-            old_ids = [f"{s['url']} {s['name']} {s['id'][:8]}" for s in old or ()]
-            new_ids = [f"{s['url']} {s['name']} {s['id'][:8]}" for s in new or ()]
-            differences.append(f"inputs: it was made from {old_ids}, now asked for {new_ids}")
+        if key == "exposures":
+            differences.append(_inputs(*([s for e in es for s in e.sources] for es in (old, new))))
         else:
             differences.append(f"{key}: it has {old}, now asked for {new}")
     return differences
+
+
+def _inputs(old: Sequence[Source], new: Sequence[Source]) -> str:
+    one, other = ([f"{s.url} {s.name} {s.id[:8]}" for s in sources] for sources in (old, new))
+    return f"inputs: it was made from {one}, now asked for {other}"
+
+
+def tiles_changed(found: MergePlan, wanted: MergePlan) -> list[Tile]:
+    """Tiles of the wanted plan that exposures touch which the other has not, or not so."""
+    known = {exposure.id: exposure for exposure in found.exposures}
+    changed = {
+        (tile.iy, tile.ix)
+        for exposure in wanted.exposures
+        if known.get(exposure.id) != exposure
+        for tile in wanted.grid.touching(exposure.on_canvas)
+    }
+    return [wanted.grid.at(iy, ix) for iy, ix in sorted(changed)]

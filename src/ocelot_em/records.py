@@ -1,26 +1,35 @@
 """Statistics and candidates of a merged result, as stored: a record for each tile, then the sums.
 
+Of a montage, every exposure has records of its own, of all its pixels, shown or not.
+
 Workers write a tile's records before its done-mark; the driver adds them up when the last tile is
 done. Readers need no maps.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from os import PathLike
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ocelot_em import format as fmt
 from ocelot_em import store
-from ocelot_em.canvas import Tile
+from ocelot_em.canvas import Region, ceil_div
 from ocelot_em.collected import (
     CANDIDATE_FIELDS,
+    EDGES,
     N_FLAT,
+    NEIGHBOUR_FIELDS,
+    NEIGHBOURS,
     TILE_FIELDS,
     Collection,
+    Counting,
     Histograms,
     TileStatistics,
     add_up,
@@ -29,116 +38,226 @@ from ocelot_em.collected import (
 )
 from ocelot_em.errors import ChunkError, FormatError, IncompleteError, MissingChunkError
 from ocelot_em.maps import SCALED_MIP, AnyArray, Float64
+from ocelot_em.montage import SHOWN_FIELDS
 from ocelot_em.objects import Objects, open_objects
-from ocelot_em.plan import MergePlan, read_plan
+from ocelot_em.plan import MergePlan, PlannedExposure
 from ocelot_em.search import read_attributes
 from ocelot_em.significance import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
 
 _T = TypeVar("_T")
 
-COUNTS = "progress/counts"
-NUMBERS = "progress/numbers"
+COUNTS = "counts"
+NUMBERS = "numbers"
+SHOWN = "shown"
 """Arrays of records, one after another in one dimension, so that a record is one file in a folder
-of all: histograms, and statistics with candidates."""
+of all: histograms; statistics with candidates; what a montage shows."""
 
-MIP_HISTOGRAM = "statistics/mip_histogram"
-Z_HISTOGRAM = "statistics/scaled_mip_histogram"
-JOINT_HISTOGRAM = "statistics/joint_histogram"
+MIP_HISTOGRAM = "mip_histogram"
+Z_HISTOGRAM = "scaled_mip_histogram"
+JOINT_HISTOGRAM = "joint_histogram"
 
 
 def new_collection(plan: MergePlan) -> Collection:
-    """Make a place for what is collected of tiles, one after another."""
-    return Collection(
-        plan.valid_shape,
-        candidate_level(plan.total_projections),
-        candidate_capacity(plan.tile),
-        len(plan.contributions),
-        len(plan.sources),
-    )
+    """Make a place for what is collected of pieces of exposures, one after another."""
+    return Collection(candidate_capacity(plan.tile), max(plan.tile) if plan.is_montage else 0)
+
+
+class Numbers(NamedTuple):
+    """What a record holds besides histograms.
+
+    Parameters
+    ----------
+    statistics
+        Of its pixels.
+    candidates
+        Columns :data:`CANDIDATE_FIELDS`.
+    edges
+        z-scores along its edges, :data:`ocelot_em.collected.EDGES`; not of a whole search.
+    """
+
+    statistics: TileStatistics
+    candidates: Float64
+    edges: Float64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where numbers are in the records of a merge.
+    """Where the records of an exposure are, and numbers in them.
+
+    There is one record for each tile that the exposure touches, numbered row by row. Another
+    exposure that comes later changes nothing of this.
 
     Parameters
     ----------
-    plan
-        The merge.
+    exposure
+        Which one.
+    tile
+        Height and width of a tile.
+    is_montage
+        Whether there are others.
     """
 
-    plan: MergePlan
+    exposure: PlannedExposure
+    tile: tuple[int, int]
+    is_montage: bool
+
+    @classmethod
+    def of(cls, plan: MergePlan, exposure: PlannedExposure) -> "Layout":
+        """Return the layout of one of the exposures of a plan."""
+        return cls(exposure, plan.tile, plan.is_montage)
+
+    @property
+    def folder(self) -> str:
+        """Path of the group that the records are in."""
+        return f"progress/{fmt.EXPOSURES}/{self.exposure.number}" if self.is_montage else "progress"
+
+    @property
+    def counting(self) -> Counting:
+        """What counts of the exposure."""
+        return Counting(
+            self.exposure.counted,
+            candidate_level(self.exposure.total_projections),
+            len(self.exposure.contributions),
+            len(self.exposure.sources),
+        )
+
+    @property
+    def _first(self) -> tuple[int, int]:
+        """Row and column of the first tile that is touched."""
+        on_canvas = self.exposure.on_canvas
+        return on_canvas.y0 // self.tile[0], on_canvas.x0 // self.tile[1]
+
+    @property
+    def counts_of_tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles that are touched."""
+        on_canvas, (iy, ix) = self.exposure.on_canvas, self._first
+        rows, columns = ceil_div(on_canvas.y1, self.tile[0]), ceil_div(on_canvas.x1, self.tile[1])
+        return rows - iy, columns - ix
+
+    def __len__(self) -> int:
+        rows, columns = self.counts_of_tiles
+        return rows * columns
+
+    def number_of(self, iy: int, ix: int) -> int:
+        """Number of the record of a tile: the chunk that it is."""
+        first_y, first_x = self._first
+        return (iy - first_y) * self.counts_of_tiles[1] + ix - first_x
+
+    def region_of(self, number: int) -> Region:
+        """Pixels that a record is of, in the exposure."""
+        (first_y, first_x), (_, n_columns) = self._first, self.counts_of_tiles
+        iy, ix = first_y + number // n_columns, first_x + number % n_columns
+        (height, width), (dy, dx) = self.tile, self.exposure.origin
+        cell = Region(iy * height, (iy + 1) * height, ix * width, (ix + 1) * width)
+        return cell.shifted(-dy, -dx).intersect(self.exposure.region)
 
     @property
     def n_statistics(self) -> int:
         """Numbers of :class:`TileStatistics`, at the beginning of a record."""
-        return TileStatistics.n_flat(len(self.plan.contributions), len(self.plan.sources))
+        of = self.counting
+        return TileStatistics.n_flat(of.n_partials, of.n_sources)
 
     @property
     def candidates_shape(self) -> tuple[int, int]:
-        """Of the candidates, which are the rest of the record, row by row."""
-        return candidate_capacity(self.plan.tile), len(CANDIDATE_FIELDS)
+        """Of the candidates, which come next, row by row."""
+        return candidate_capacity(self.tile), len(CANDIDATE_FIELDS)
+
+    @property
+    def edges_shape(self) -> tuple[int, int]:
+        """Of the z-scores along the edges, which are the rest."""
+        return len(EDGES), max(self.tile) if self.is_montage else 0
 
     @property
     def n_numbers(self) -> int:
         """Of a whole record."""
+        (rows, columns), (n_edges, length) = self.candidates_shape, self.edges_shape
+        return self.n_statistics + rows * columns + n_edges * length
+
+    def counts(self, objects: Objects, number: int) -> Histograms:
+        """Read the histograms of a record."""
+        return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
+
+    def numbers(self, objects: Objects, number: int) -> Numbers:
+        """Read the statistics, the candidates and the edges of a record."""
+        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
         rows, columns = self.candidates_shape
-        return self.n_statistics + rows * columns
-
-    def number_of(self, tile: Tile) -> int:
-        """Number of a tile, counted row by row: the chunk that its records are."""
-        return tile.iy * self.plan.grid.counts[1] + tile.ix
-
-    def counts(self, objects: Objects, tile: Tile) -> Histograms:
-        """Read the histograms of a tile."""
-        return Histograms.from_flat(self._read(objects, COUNTS, tile, N_FLAT, "uint32"))
-
-    def numbers(self, objects: Objects, tile: Tile) -> tuple[TileStatistics, Float64]:
-        """Read the statistics and candidates of a tile."""
-        flat = self._read(objects, NUMBERS, tile, self.n_numbers, "float64")
-        candidates = flat[self.n_statistics :].reshape(self.candidates_shape)
-        statistics = TileStatistics.from_flat(
-            flat[: self.n_statistics], len(self.plan.contributions)
+        own, candidates, edges = np.split(
+            flat, [self.n_statistics, self.n_statistics + rows * columns]
         )
-        return statistics, candidates[~np.isnan(candidates[:, 0])]
+        candidates = candidates.reshape(self.candidates_shape)
+        return Numbers(
+            TileStatistics.from_flat(own, len(self.exposure.contributions)),
+            candidates[~np.isnan(candidates[:, 0])],
+            edges.reshape(self.edges_shape),
+        )
 
-    def _read(self, objects: Objects, path: str, tile: Tile, n: int, dtype: str) -> AnyArray:
-        key = f"{path}/c/{self.number_of(tile)}"
+    def shown(self, objects: Objects, number: int) -> Float64:
+        """Read what is shown of a record's pixels; of a montage only."""
+        return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64")
+
+    def _read(self, objects: Objects, what: str, number: int, n: int, dtype: str) -> AnyArray:
+        path = f"{self.folder}/{what}"
+        key = f"{path}/c/{number}"
         values = np.empty(n, dtype)
         encoded = objects.get(key)
         if encoded is None:
             raise MissingChunkError(
-                f"{objects.url}: {path}: the record of {tile} is missing: expected an object "
-                f"{key}; merge again"
+                f"{objects.url}: {path}: the record of pixels {self.region_of(number)} is missing: "
+                f"expected an object {key}; merge again"
             )
-        store.decode_chunk(encoded, values, f"{objects.url}: {path}: {tile}")
+        store.decode_chunk(encoded, values, f"{objects.url}: {path}: record {number}")
         return values
 
 
 def create_records(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of the tiles' records."""
-    layout, n_tiles = Layout(plan), len(plan.grid)
     fields = {"tile_fields": list(TILE_FIELDS), "candidate_fields": list(CANDIDATE_FIELDS)}
-    for path, n, dtype in ((COUNTS, N_FLAT, "uint32"), (NUMBERS, layout.n_numbers, "float64")):
-        store.create_array(
-            objects,
-            path,
-            shape=(n_tiles * n,),
-            chunk=(n,),
-            dtype=dtype,
-            fill=0 if path == COUNTS else float("nan"),
-            dimensions=("record",),
-            attributes={} if path == COUNTS else fields,
-        )
+    if plan.is_montage:
+        store.create_group(objects, f"progress/{fmt.EXPOSURES}", {})
+
+    def create(exposure: PlannedExposure) -> None:
+        layout = Layout.of(plan, exposure)
+        arrays: list[tuple[str, int, str, dict[str, Any]]] = [
+            (COUNTS, N_FLAT, "uint32", {}),
+            (NUMBERS, layout.n_numbers, "float64", fields),
+        ]
+        if plan.is_montage:
+            store.create_group(objects, layout.folder, {})
+            arrays.append((SHOWN, len(SHOWN_FIELDS), "float64", {"fields": list(SHOWN_FIELDS)}))
+        for path, n, dtype, attributes in arrays:
+            store.create_array(
+                objects,
+                f"{layout.folder}/{path}",
+                shape=(len(layout) * n,),
+                chunk=(n,),
+                dtype=dtype,
+                fill=0 if path == COUNTS else float("nan"),
+                dimensions=("record",),
+                attributes=attributes,
+            )
+
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        deque(pool.map(create, plan.exposures), maxlen=0)
 
 
 def encode_records(
-    layout: Layout, collection: Collection, tile: Tile
+    layout: Layout, collection: Collection, number: int
 ) -> Iterator[tuple[str, list[bytes]]]:
-    """Give the objects of a tile's records: keys, and parts of their bytes."""
-    numbers = np.concatenate([collection.statistics.flat, collection.candidates.reshape(-1)])
-    for path, record in ((COUNTS, collection.counts), (NUMBERS, numbers)):
-        yield f"{path}/c/{layout.number_of(tile)}", store.encode_chunk(record)
+    """Give the objects of a record: keys, and parts of their bytes."""
+    numbers = np.concatenate(
+        [
+            collection.statistics.flat,
+            collection.candidates.reshape(-1),
+            collection.edges.reshape(-1),
+        ]
+    )
+    for what, record in ((COUNTS, collection.counts), (NUMBERS, numbers)):
+        yield f"{layout.folder}/{what}/c/{number}", store.encode_chunk(record)
+
+
+def encode_shown(layout: Layout, shown: Float64, number: int) -> tuple[str, list[bytes]]:
+    """Give the object that says what is shown of a record's pixels: key, and parts of its bytes."""
+    return f"{layout.folder}/{SHOWN}/c/{number}", store.encode_chunk(shown)
 
 
 @dataclass(frozen=True)
@@ -158,35 +277,72 @@ class Summary:
 
 
 def finish(objects: Objects, plan: MergePlan) -> None:
-    """Add up the records of all tiles, and write the sums."""
-    layout = Layout(plan)
+    """Add up the records of all tiles, and write the sums: of exposures, and of all together."""
+    everything = Histograms.empty("int64")
+    totals, about = [], []
+    for exposure in plan.exposures:
+        layout = Layout.of(plan, exposure)
 
-    def read(tile: Tile) -> tuple[TileStatistics, Histograms]:
-        return layout.numbers(objects, tile)[0], layout.counts(objects, tile)
+        def read(number: int, layout: Layout = layout) -> tuple[TileStatistics, Histograms]:
+            return layout.numbers(objects, number).statistics, layout.counts(objects, number)
 
-    n_partials, n_sources = len(plan.contributions), len(plan.sources)
-    total, histograms = add_up(_in_threads(read, plan), n_partials, n_sources)
-    store.create_group(objects, "statistics", {})
-    for path, counts, axes in (
+        of = layout.counting
+        total, histograms = add_up(_in_threads(read, len(layout)), of.n_partials, of.n_sources)
+        totals.append((exposure, total))
+        if not plan.is_montage:
+            everything = histograms
+            continue
+        everything.add(histograms)
+        _write_summary(
+            objects, statistics_path(exposure.number), histograms, [(exposure, total)], ()
+        )
+        shown = np.zeros(len(SHOWN_FIELDS))
+        for own in _in_threads(partial(layout.shown, objects), len(layout)):
+            shown += own
+        about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
+    _write_summary(objects, "statistics", everything, totals, tuple(about))
+
+
+def statistics_path(number: int) -> str:
+    """Path of the group with the statistics of an exposure."""
+    return f"statistics/{fmt.EXPOSURES}/{number}"
+
+
+def _write_summary(
+    objects: Objects,
+    path: str,
+    histograms: Histograms,
+    totals: Sequence[tuple[PlannedExposure, TileStatistics]],
+    exposures: tuple[fmt.ExposureStatistics, ...],
+) -> None:
+    groups = path.split("/")
+    for depth in range(1, len(groups) + 1):
+        store.create_group(objects, "/".join(groups[:depth]), {})
+    for name, counts, axes in (
         (MIP_HISTOGRAM, histograms.mip, (MIP_AXIS,)),
         (Z_HISTOGRAM, histograms.z, (Z_AXIS,)),
         (JOINT_HISTOGRAM, histograms.joint, (JOINT_MIP_AXIS, JOINT_Z_AXIS)),
     ):
-        _write_histogram(objects, path, counts, axes)
-    about = _attributes(plan, total, searched=int(histograms.z.sum()))
-    store.update_attributes(objects, "statistics", fmt.dump_attributes(about))
+        _write_histogram(objects, f"{path}/{name}", counts, axes)
+    about = _attributes(totals, int(histograms.z.sum()), exposures)
+    store.update_attributes(objects, path, fmt.dump_attributes(about))
 
 
-def _in_threads(read: Callable[[Tile], _T], plan: MergePlan) -> Iterator[_T]:
-    """Read records of all tiles, a bounded number of them ahead."""
-    n_threads = min(os.cpu_count() or 1, 8)
-    tiles = iter(plan.grid)
-    with ThreadPoolExecutor(n_threads) as pool:
-        while batch := [tile for _, tile in zip(range(16 * n_threads), tiles, strict=False)]:
+def _n_threads() -> int:
+    return min(os.cpu_count() or 1, 8)
+
+
+def _in_threads(read: Callable[[int], _T], n: int) -> Iterator[_T]:
+    """Read records by number, a bounded number of them ahead."""
+    numbers = iter(range(n))
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        while batch := list(islice(numbers, 16 * _n_threads())):
             yield from pool.map(read, batch)
 
 
 def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:
+    is_mip = path.endswith(f"/{MIP_HISTOGRAM}")
+    dimensions = ("mip",) if is_mip else ("mip", "scaled_mip")[-counts.ndim :]
     store.create_array(
         objects,
         path,
@@ -194,19 +350,27 @@ def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequen
         chunk=counts.shape,
         dtype="int64",
         fill=0,
-        dimensions=("mip", "scaled_mip")[-counts.ndim :] if path != MIP_HISTOGRAM else ("mip",),
+        dimensions=dimensions,
         attributes={"low": [axis.low for axis in axes], "width": [axis.width for axis in axes]},
     )
     key = "/".join([path, "c", *("0" for _ in counts.shape)])
     store.write_chunk(objects, key, np.ascontiguousarray(counts))
 
 
-def _attributes(plan: MergePlan, total: TileStatistics, searched: int) -> fmt.StatisticsAttributes:
-    lowest_mip, highest_mip, lowest_z, highest_z = map(float, total.extremes)
-    nan, zero_std, unsearched = map(int, total.counts)
-    level = candidate_level(plan.total_projections)
+def _attributes(
+    totals: Sequence[tuple[PlannedExposure, TileStatistics]],
+    searched: int,
+    exposures: tuple[fmt.ExposureStatistics, ...],
+) -> fmt.StatisticsAttributes:
+    """Put into words what was counted of exposures together."""
+    extremes = np.array([total.extremes for _, total in totals])
+    lowest_mip, lowest_z = map(float, extremes[:, (0, 2)].min(axis=0))
+    highest_mip, highest_z = map(float, extremes[:, (1, 3)].max(axis=0))
+    counts = np.sum([total.counts for _, total in totals], axis=0)
+    nan, zero_std, unsearched = map(int, counts)
+    level = max(candidate_level(exposure.total_projections) for exposure, _ in totals)
     return fmt.StatisticsAttributes(
-        valid_pixels=plan.valid_shape[0] * plan.valid_shape[1],
+        valid_pixels=sum(exposure.counted.size for exposure, _ in totals),
         searched_pixels=searched,
         unsearched_pixels=unsearched,
         nan_pixels=nan,
@@ -214,20 +378,47 @@ def _attributes(plan: MergePlan, total: TileStatistics, searched: int) -> fmt.St
         mip_range=(lowest_mip, highest_mip) if searched else None,
         scaled_mip_range=(lowest_z, highest_z) if searched else None,
         candidate_level=level if np.isfinite(level) else None,
-        n_candidates=total.n_candidates,
+        n_candidates=sum(total.n_candidates for _, total in totals),
         partials=tuple(
             fmt.PartialStatistics(
                 name=contribution.name,
                 total_projections=contribution.total_projections,
                 won_pixels=int(won),
             )
-            for contribution, won in zip(plan.contributions, total.wins, strict=True)
+            for exposure, total in totals
+            for contribution, won in zip(exposure.contributions, total.wins, strict=True)
         ),
         sources=tuple(
             _source_statistics(source.name, source.total_projections, moments)
-            for source, moments in zip(plan.sources, total.moments, strict=True)
+            for exposure, total in totals
+            for source, moments in zip(exposure.sources, total.moments, strict=True)
         ),
+        exposures=exposures,
     )
+
+
+def _exposure_statistics(
+    exposure: PlannedExposure, searched: int, shown: Float64
+) -> fmt.ExposureStatistics:
+    alone, overlap = shown.reshape(2, -1)
+    return fmt.ExposureStatistics(
+        id=exposure.id,
+        number=exposure.number,
+        total_projections=exposure.total_projections,
+        valid_pixels=exposure.counted.size,
+        searched_pixels=searched,
+        alone=_shown_statistics(alone),
+        overlap=_shown_statistics(overlap),
+    )
+
+
+def _shown_statistics(sums: Float64) -> fmt.ShownStatistics:
+    pixels, total, squared_total = map(float, sums)
+    if not pixels:
+        return fmt.ShownStatistics(pixels=0)
+    mean = total / pixels
+    variance = max(squared_total / pixels - mean * mean, 0.0)
+    return fmt.ShownStatistics(pixels=int(pixels), mean=mean, std=variance**0.5)
 
 
 def _source_statistics(name: str, count: int, moments: Float64) -> fmt.SourceStatistics:
@@ -251,8 +442,15 @@ def _source_statistics(name: str, count: int, moments: Float64) -> fmt.SourceSta
     )
 
 
-def read_summary(place: str | PathLike[str]) -> Summary | None:
+def read_summary(place: str | PathLike[str], exposure: int | None = None) -> Summary | None:
     """Read the statistics of a merged result; None if it was merged without.
+
+    Parameters
+    ----------
+    place
+        Path or URL of the result.
+    exposure
+        Number of one of the exposures of a montage; None: of all together.
 
     Raises
     ------
@@ -263,73 +461,136 @@ def read_summary(place: str | PathLike[str]) -> Summary | None:
     """
     objects = open_objects(place)
     open_merged_result(objects)
-    attributes = store.group_attributes(objects, "statistics")
+    path = "statistics" if exposure is None else statistics_path(exposure)
+    attributes = store.group_attributes(objects, path)
     if attributes is None:
         return None
-    where = f"{objects.url}/statistics"
-    paths = MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM
+    names = MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM
     return Summary(
-        fmt.parse_attributes(fmt.StatisticsAttributes, attributes, where),
-        Histograms(*(store.read_table(objects, path) for path in paths)),
+        fmt.parse_attributes(fmt.StatisticsAttributes, attributes, f"{objects.url}/{path}"),
+        Histograms(*(store.read_table(objects, f"{path}/{name}") for name in names)),
     )
 
 
-def read_candidates(place: str | PathLike[str]) -> tuple[Float64, float]:
-    """Read the candidates of a merged result.
-
-    Returns
-    -------
-    candidates : array of float64
-        One row each, columns :data:`CANDIDATE_FIELDS`; NaN in maps that the result has not.
-    level : float
-        They are all pixels with a z-score of at least this; infinite if there are no records.
+def read_exposure_statistics(
+    place: str | PathLike[str], statistics: fmt.StatisticsAttributes
+) -> dict[str, fmt.StatisticsAttributes]:
+    """Read what was counted of each exposure of a montage, by their ids.
 
     Raises
     ------
-    StoreNotFoundError, FormatError, IncompleteError, MissingChunkError
+    FormatError
+        It is missing, or cannot be read.
     """
-    objects = open_objects(place)
-    attributes = open_merged_result(objects)
-    plan = read_plan(attributes, objects.url)
-    if objects.get(f"{NUMBERS}/zarr.json") is None:
-        return np.empty((0, len(CANDIDATE_FIELDS))), float("inf")
-    layout, level = Layout(plan), candidate_level(plan.total_projections)
+    objects, found = open_objects(place), {}
+    for exposure in statistics.exposures:
+        path = statistics_path(exposure.number)
+        found[exposure.id] = fmt.parse_attributes(
+            fmt.StatisticsAttributes,
+            store.group_attributes(objects, path),
+            f"{objects.url}/{path}",
+        )
+    return found
+
+
+class Candidates(NamedTuple):
+    """The candidates of an exposure.
+
+    Parameters
+    ----------
+    rows
+        One each, columns :data:`CANDIDATE_FIELDS`; pixels are those of the exposure. NaN in maps
+        that the result has not.
+    level
+        They are all pixels with a z-score of at least this; infinite if there are no records.
+    """
+
+    rows: Float64
+    level: float
+
+
+def read_candidates(objects: Objects, layout: Layout) -> Candidates:
+    """Read the candidates of an exposure of a merged result.
+
+    Neighbours that lie in another record are looked up there, if it has the edges of its pixels.
+
+    Raises
+    ------
+    FormatError, MissingChunkError
+    """
+    if objects.get(f"{layout.folder}/{NUMBERS}/zarr.json") is None:
+        return Candidates(np.empty((0, len(CANDIDATE_FIELDS))), float("inf"))
+    level = candidate_level(layout.exposure.total_projections)
     z = CANDIDATE_FIELDS.index(SCALED_MIP)
 
-    def read(tile: Tile) -> tuple[Float64, float]:
-        _, rows = layout.numbers(objects, tile)
+    def read(number: int) -> tuple[Float64, float, Float64]:
+        _, rows, edges = layout.numbers(objects, number)
         full = len(rows) == layout.candidates_shape[0]
-        return rows, float(rows[:, z].min()) if full else level
+        return rows, float(rows[:, z].min()) if full else level, edges
 
-    found, levels = [np.empty((0, len(CANDIDATE_FIELDS)))], [level]
-    for rows, complete_from in _in_threads(read, plan):
+    found, levels, edges = [np.empty((0, len(CANDIDATE_FIELDS)))], [level], []
+    for rows, complete_from, own_edges in _in_threads(read, len(layout)):
         found.append(rows)
         levels.append(complete_from)
-    return np.concatenate(found), max(levels)
+        edges.append(own_edges)
+    candidates = np.concatenate(found)
+    if layout.is_montage:
+        _look_beyond(candidates, layout, edges)
+    return Candidates(candidates, max(levels))
+
+
+_EDGE_BESIDE = {"z_above": "bottom", "z_below": "top", "z_left": "right", "z_right": "left"}
+"""Edge of the next record that a neighbour beyond the edge of a record lies on."""
+
+
+def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) -> None:
+    """Fill in the neighbours of candidates that lie in other records of the exposure."""
+    (dy, dx), (height, width) = layout.exposure.origin, layout.tile
+    ys, xs = (candidates[:, CANDIDATE_FIELDS.index(n)].astype(np.int64) for n in ("y", "x"))
+    for name, (step_y, step_x) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
+        column = candidates[:, CANDIDATE_FIELDS.index(name)]
+        edge = EDGES.index(_EDGE_BESIDE[name])
+        for k in np.flatnonzero(np.isnan(column)).tolist():
+            y, x = int(ys[k]) + step_y, int(xs[k]) + step_x
+            if Region(y, y + 1, x, x + 1).intersect(layout.exposure.region).size:
+                number = layout.number_of((y + dy) // height, (x + dx) // width)
+                region = layout.region_of(number)
+                along = x - region.x0 if step_y else y - region.y0
+                column[k] = edges[number][edge, along]
 
 
 def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
     """Everything that is wrong with the statistics of a finished merged result, in words."""
-    if objects.get(f"{NUMBERS}/zarr.json") is None:
+    first = Layout.of(plan, plan.exposures[0])
+    if objects.get(f"{first.folder}/{NUMBERS}/zarr.json") is None:
         return  # merged by an earlier version
-    layout = Layout(plan)
+    for exposure in plan.exposures:
+        layout = Layout.of(plan, exposure)
+        reads: list[Callable[[Objects, int], object]] = [layout.counts, layout.numbers]
+        if plan.is_montage:
+            reads.append(layout.shown)
 
-    def look(tile: Tile) -> list[str]:
-        found = []
-        for read in (layout.counts, layout.numbers):
-            try:
-                read(objects, tile)
-            except ChunkError as error:
-                found.append(str(error))
-        return found
+        def look(
+            number: int, reads: Sequence[Callable[[Objects, int], object]] = reads
+        ) -> list[str]:
+            found = []
+            for read in reads:
+                try:
+                    read(objects, number)
+                except ChunkError as error:
+                    found.append(str(error))
+            return found
 
-    for found in _in_threads(look, plan):
-        yield from found
-    try:
-        if read_summary(objects.url) is None:
-            yield f"{objects.url}: the group 'statistics' is missing; merge again"
-    except FormatError as error:
-        yield str(error)
+        for found in _in_threads(look, len(layout)):
+            yield from found
+    numbers = [exposure.number for exposure in plan.exposures] if plan.is_montage else []
+    for number in (None, *numbers):
+        try:
+            if read_summary(objects.url, number) is None:
+                path = "statistics" if number is None else statistics_path(number)
+                yield f"{objects.url}: the group {path!r} is missing; merge again"
+        except FormatError as error:
+            yield str(error)
 
 
 def open_merged_result(objects: Objects) -> fmt.MergedAttributes:

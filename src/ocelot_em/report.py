@@ -18,11 +18,11 @@ import numpy as np
 from ocelot_em import format as fmt
 from ocelot_em.canvas import ceil_div
 from ocelot_em.errors import IncompleteError, InvalidInputError
-from ocelot_em.maps import AnyArray, Float32, Float64
+from ocelot_em.maps import AnyArray, Float32
 from ocelot_em.markup import Markup, element, join, nbytes_text, page, pairs, seconds_text, table
 from ocelot_em.objects import open_objects
 from ocelot_em.particles import NEG_LOG_P, ParticleTable, write_file
-from ocelot_em.picking import find_peaks
+from ocelot_em.picking import all_candidates, find_peaks
 from ocelot_em.pipeline import SUMMARY_FIELDS
 from ocelot_em.plots import (
     MOST_CIRCLES,
@@ -39,7 +39,7 @@ from ocelot_em.plots import (
     plot_zscore,
     pooled_zscore,
 )
-from ocelot_em.records import Summary, open_merged_result, read_candidates, read_summary
+from ocelot_em.records import Summary, open_merged_result, read_summary
 from ocelot_em.store import read_table
 
 __all__ = [
@@ -383,7 +383,7 @@ def _particle_row(particles: ParticleTable, number: int, i: int, names: Sequence
 
 def _significance_section(subject: _Subject) -> Markup:
     summary = subject.summary
-    candidates = _candidates(subject)
+    candidates = all_candidates(subject.store).rows
     survival = _drawing(
         "survival",
         (5.4, 6.5),
@@ -418,11 +418,6 @@ def _significance_section(subject: _Subject) -> Markup:
         class_="half stack",
     )
     return element("div", left, right, class_="row")
-
-
-def _candidates(subject: _Subject) -> Float64:
-    candidates, _ = read_candidates(subject.store)
-    return candidates
 
 
 def _poses_section(particles: ParticleTable) -> Markup:

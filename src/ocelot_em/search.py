@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -100,6 +101,65 @@ class SearchInfo:
         return shape[0] - box + 1, shape[1] - box + 1
 
 
+@dataclass(frozen=True)
+class Exposure:
+    """One of several exposures of a search, which together cover a canvas.
+
+    Parameters
+    ----------
+    id
+        Name of the exposure, unique in the search: letters, digits, ``.``, ``_``, ``-``.
+    origin
+        Row and column (y, x) of its first pixel on the canvas, in pixels. May be negative, and
+        fractional, though a merge takes whole pixels only, or rounds when asked to.
+    acquired
+        Order of acquisition: lower is earlier.
+    valid_shape
+        Height and width of its valid pixels, from its first pixel on. None: what the search's
+        template box leaves.
+    """
+
+    id: str
+    origin: tuple[float, float]
+    acquired: int
+    valid_shape: tuple[int, int] | None = None
+
+    def attributes(self, shape: tuple[int, int], info: SearchInfo) -> fmt.ExposureAttributes:
+        """Return what is stored of it, with maps of this shape, but for its number.
+
+        Raises
+        ------
+        InvalidInputError
+            Naming everything that is wrong.
+        """
+        try:
+            valid = info.valid_shape(shape) if self.valid_shape is None else self.valid_shape
+            if not self.id:
+                raise InvalidInputError("exposure id: expected a name, got an empty one")
+            y, x = self.origin
+            return fmt.ExposureAttributes(
+                id=self.id,
+                number=0,
+                origin=(float(y), float(x)),
+                acquired=self.acquired,
+                shape=shape,
+                valid_shape=valid,
+                total_projections=0,
+            )
+        except ValidationError as error:
+            raise InvalidInputError(
+                f"exposure {self.id!r}: {'.'.join(map(str, p['loc'])) or 'shapes'}: {p['msg']}, "
+                f"got {p['input']!r}"
+                for p in error.errors()
+            ) from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(
+                f"exposure {self.id!r}: origin: expected two numbers (y, x), got {self.origin!r}"
+            ) from None
+
+
 def write_partial(
     store: str | PathLike[str],
     name: str,
@@ -108,6 +168,7 @@ def write_partial(
     total_projections: int,
     order: int = 0,
     search: SearchInfo | None = None,
+    exposure: Exposure | None = None,
 ) -> None:
     """Write what one device found as a partial of a search.
 
@@ -131,12 +192,16 @@ def write_partial(
         Partials are merged in ascending order, then by name; earlier ones win ties.
     search
         What the partials share; by default explicit poses, all pixels valid.
+    exposure
+        Which exposure of a montage this is a partial of; the same for all its partials. Names of
+        partials need to be unique in their exposure only.
 
     Raises
     ------
     InvalidInputError
         Listing everything that is wrong: maps that are missing, of unequal shape or wrong dtype,
-        NaN, indices outside the search space, a name that is taken, a search that differs.
+        NaN, indices outside the search space, a name that is taken, a search or exposure that
+        differs.
     """
     info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
     maps, problems = _converted(result, info, name, HostRows)
@@ -168,6 +233,7 @@ def write_partial(
             total_projections=total_projections,
             order=order,
             search=info,
+            exposure=exposure,
         )
     except InvalidInputError as error:
         raise InvalidInputError([*problems, *error.problems]) from None
@@ -187,7 +253,7 @@ class PartialWriter:
 
     Parameters
     ----------
-    store, name, total_projections, order, search
+    store, name, total_projections, order, search, exposure
         As for :func:`write_partial`.
     shape
         Height and width of the maps in pixels.
@@ -207,11 +273,15 @@ class PartialWriter:
         total_projections: int,
         order: int = 0,
         search: SearchInfo | None = None,
+        exposure: Exposure | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
         self.chunk = (min(fmt.DEFAULT_CHUNK, shape[0]), min(fmt.DEFAULT_CHUNK, shape[1]))
         self._info = search or SearchInfo()
+        self._exposure = exposure
+        self._exposure_id = "" if exposure is None else exposure.id
+        self._path = partial_path(name, self._exposure_id)
         self._objects = open_objects(store)
         self._provenance = provenance(inputs=(), options={})
         self._written: set[tuple[int, int]] = set()
@@ -222,11 +292,15 @@ class PartialWriter:
             self._count = exact_count(total_projections)
         except ValueError as error:
             problems.append(f"{name}: total_projections: {error}")
-        problems += name_problems(name) or self._taken_problems()
-        try:
-            problems += search_problems(self._objects, search_attributes(shape, self._info))
-        except InvalidInputError as error:
-            problems += error.problems
+        wrong_names = name_problems(name)
+        if exposure is not None:
+            wrong_names += name_problems(exposure.id, "exposure id")
+        problems += wrong_names or self._taken_problems()
+        if not wrong_names:
+            try:
+                problems += layout_differences(self._objects, shape, self._info, exposure)
+            except InvalidInputError as error:
+                problems += error.problems
         if problems:
             raise InvalidInputError(problems)
 
@@ -235,8 +309,8 @@ class PartialWriter:
         self._provenance = provenance(inputs=(file,), input_sha256=sha256, options={})
 
     def __enter__(self) -> Self:
-        ensure_search(self._objects, self.shape, self._info)
-        path = partial_path(self.name)
+        ensure_search(self._objects, self.shape, self._info, self._exposure)
+        path = self._path
         attributes = fmt.dump_attributes(self._attributes("writing"))
         if not store.create_group(self._objects, path, attributes):
             problems = self._taken_problems()
@@ -287,23 +361,25 @@ class PartialWriter:
                 f"{self._objects.url}: partial {self.name!r}: {len(missing)} of {len(grid)} chunks "
                 f"were not written, the first at pixels {missing[0].region}; it stays incomplete"
             )
-        if read_partial_attributes(self._objects, self.name).id != self._id:
+        if read_partial_attributes(self._objects, self.name, self._exposure_id).id != self._id:
             raise IncompleteError(
                 f"{self._objects.url}: partial {self.name!r} was taken over by another writer; "
                 "give every writer a name of its own"
             )
-        self._objects.tidy(partial_path(self.name))
+        self._objects.tidy(self._path)
         attributes = fmt.dump_attributes(self._attributes("complete"))
-        store.update_attributes(self._objects, partial_path(self.name), attributes)
-        _refresh_total(self._objects)
+        store.update_attributes(self._objects, self._path, attributes)
+        _refresh_total(self._objects, self._exposure_id)
 
     def _taken_problems(self) -> list[str]:
-        if store.group_attributes(self._objects, partial_path(self.name)) is None:
+        if store.group_attributes(self._objects, self._path) is None:
             return []
-        if read_partial_attributes(self._objects, self.name).state != "complete":
+        found = read_partial_attributes(self._objects, self.name, self._exposure_id)
+        if found.state != "complete":
             return []
+        of = f"exposure {self._exposure_id!r}: " if self._exposure_id else ""
         return [
-            f"{self._objects.url}: a partial {self.name!r} is already there and complete; "
+            f"{self._objects.url}: {of}a partial {self.name!r} is already there and complete; "
             "choose another name, or leave it out"
         ]
 
@@ -447,23 +523,33 @@ _OUTSIDE, _MISSING = "outside", "missing"
 """What can be wrong with indices, beside the names of maps that have NaN."""
 
 
-def name_problems(name: str) -> list[str]:
-    """Why a partial cannot have this name, if it cannot."""
+def name_problems(name: str, what: str = "partial name") -> list[str]:
+    """Why a partial, or an exposure, cannot have this name, if it cannot."""
     try:
         TypeAdapter(fmt.PartialName).validate_python(name)
     except ValidationError:
         return [
-            f"partial name {name!r}: expected up to 128 letters, digits, '.', '_' and '-', "
+            f"{what} {name!r}: expected up to 128 letters, digits, '.', '_' and '-', "
             "starting with a letter or digit"
         ]
     if name == "zarr.json":
-        return [f"partial name {name!r}: is the name of Zarr's own metadata"]
+        return [f"{what} {name!r}: is the name of Zarr's own metadata"]
     return []
 
 
-def partial_path(name: str) -> str:
+def exposure_path(exposure: str) -> str:
+    """Path of an exposure's group; empty for the one of a search that has no others."""
+    return f"{fmt.EXPOSURES}/{exposure}" if exposure else ""
+
+
+def partials_path(exposure: str = "") -> str:
+    """Path of the group of an exposure's partials."""
+    return f"{exposure_path(exposure)}/{fmt.PARTIALS}" if exposure else fmt.PARTIALS
+
+
+def partial_path(name: str, exposure: str = "") -> str:
     """Path of a partial's group."""
-    return f"{fmt.PARTIALS}/{name}"
+    return f"{partials_path(exposure)}/{name}"
 
 
 def provenance(
@@ -484,16 +570,21 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) -> None:
-    """Create the search, or check that the one that is there has the same properties.
+def ensure_search(
+    objects: Objects,
+    shape: tuple[int, int],
+    info: SearchInfo,
+    exposure: Exposure | None = None,
+) -> None:
+    """Create the search and the exposure, or check that what is there has the same properties.
 
     Raises
     ------
     InvalidInputError
         Listing every property that differs.
     """
-    wanted = search_attributes(shape, info)
-    problems = search_problems(objects, wanted)
+    wanted = search_attributes(shape, info, exposure)
+    problems = layout_differences(objects, shape, info, exposure)
     if problems:
         raise InvalidInputError(problems)
     if not store.create_group(objects, "", fmt.dump_attributes(wanted)):
@@ -501,14 +592,50 @@ def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) ->
         problems = search_problems(objects, wanted)
         if problems:
             raise InvalidInputError(problems)
-    store.create_group(objects, fmt.PARTIALS, {})
+    if exposure is not None:
+        _ensure_exposure(objects, exposure.attributes(shape, info))
+    store.create_group(objects, partials_path("" if exposure is None else exposure.id), {})
     # The tables are written one after another: the last one says whether their writer lived.
     last = f"{fmt.SEARCH_SPACE}/{TABLES[-1]}/c/0"
     if info.search_space is not None and objects.get(last) is None:
         write_search_space(objects, info.search_space)
 
 
-def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAttributes:
+def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
+    """Create an exposure under a number that no other one has, unless it is there."""
+    store.create_group(objects, fmt.EXPOSURES, {})
+    path = exposure_path(wanted.id)
+    if store.group_attributes(objects, path) is None:
+        numbered = wanted.model_copy(update={"number": _claim_number(objects, wanted.id)})
+        if store.create_group(objects, path, fmt.dump_attributes(numbered)):
+            return
+    if problems := exposure_problems(objects, wanted):
+        raise InvalidInputError(problems)
+
+
+def _claim_number(objects: Objects, exposure: str) -> int:
+    """Take the next number; two processes never get the same, and one that comes back its own."""
+    store.create_group(objects, fmt.EXPOSURE_NUMBERS, {})
+    claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
+    taken = {int(n) for n in objects.children(fmt.EXPOSURE_NUMBERS) if n.isdecimal()}
+    for number in sorted(taken, reverse=True):
+        if _owner(objects, number) == exposure:
+            return number  # of a process that died before it had created the exposure
+    number = max(taken, default=-1) + 1
+    while not store.create_group(objects, f"{fmt.EXPOSURE_NUMBERS}/{number}", claim):
+        number += 1
+    return number
+
+
+def _owner(objects: Objects, number: int) -> str:
+    path = f"{fmt.EXPOSURE_NUMBERS}/{number}"
+    attributes = store.group_attributes(objects, path)
+    return fmt.parse_attributes(fmt.NumberAttributes, attributes, f"{objects.url}/{path}").exposure
+
+
+def search_attributes(
+    shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None = None
+) -> fmt.SearchAttributes:
     """Root attributes of a search with maps of this shape, before its first partial.
 
     Raises
@@ -520,7 +647,7 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
     valid_shape, size = shape, info.pixel_size_angstrom
     if not all(1 <= n < 2**31 for n in shape):
         problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
-    else:
+    elif exposure is None or exposure.valid_shape is None:
         try:
             valid_shape = info.valid_shape(shape)
         except InvalidInputError as error:
@@ -532,8 +659,8 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
     return fmt.SearchAttributes(
         format_version=fmt.FORMAT_VERSION,
         kind="search",
-        shape=shape,
-        valid_shape=valid_shape,
+        shape=shape if exposure is None else None,
+        valid_shape=valid_shape if exposure is None else None,
         pixel_size_angstrom=info.pixel_size_angstrom,
         pose_form=info.maps.form,
         has_pixel_size=info.maps.pixel_size,
@@ -544,6 +671,22 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
     )
 
 
+def layout_differences(
+    objects: Objects, shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None
+) -> list[str]:
+    """How the search and the exposure that are there differ from those of a new partial.
+
+    Raises
+    ------
+    InvalidInputError
+        What is wanted is impossible anyway.
+    """
+    problems = search_problems(objects, search_attributes(shape, info, exposure))
+    if exposure is not None:
+        problems += exposure_problems(objects, exposure.attributes(shape, info))
+    return problems
+
+
 def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
     """How an existing search differs from the wanted one; empty if it does not, or is not there."""
     attributes = store.group_attributes(objects, "")
@@ -552,12 +695,85 @@ def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]
     found = read_attributes(objects)
     if isinstance(found, fmt.MergedAttributes):
         return [f"{objects.url}: expected a search, got a merged result"]
+    if found.has_exposures != wanted.has_exposures:
+        return [
+            f"{objects.url}: the search has {'' if found.has_exposures else 'no '}exposures, the "
+            f"new partial belongs to {'one' if wanted.has_exposures else 'none'}"
+        ]
     return [
         f"{objects.url}: {key}: the search has {getattr(found, key)}, "
         f"the new partial {getattr(wanted, key)}"
         for key in fmt.SHARED_BY_PARTIALS
         if getattr(found, key) != getattr(wanted, key)
     ]
+
+
+def exposure_problems(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
+    """How an existing exposure differs from the wanted one; empty if it is not there."""
+    if objects.get(f"{exposure_path(wanted.id)}/zarr.json") is None:
+        return []
+    found = read_exposure(objects, wanted.id)
+    return [
+        f"{objects.url}: exposure {wanted.id!r}: {key}: the search has {getattr(found, key)}, "
+        f"the new partial {getattr(wanted, key)}"
+        for key in fmt.SHARED_BY_EXPOSURE
+        if getattr(found, key) != getattr(wanted, key)
+    ]
+
+
+def read_exposure(objects: Objects, exposure: str) -> fmt.ExposureAttributes:
+    """Read the attributes of one exposure.
+
+    Raises
+    ------
+    FormatError
+    """
+    path = exposure_path(exposure)
+    where = f"{objects.url}/{path}"
+    found = fmt.parse_attributes(
+        fmt.ExposureAttributes, store.group_attributes(objects, path), where
+    )
+    if found.id != exposure:
+        raise FormatError(f"{where}: expected the exposure {exposure!r}, got {found.id!r}")
+    return found
+
+
+def read_exposures(
+    objects: Objects, attributes: fmt.SearchAttributes | fmt.MergedAttributes
+) -> list[fmt.ExposureAttributes]:
+    """Read what a store's maps are of, by number: its exposures, or the one that it is itself.
+
+    Raises
+    ------
+    FormatError
+        An exposure cannot be read, or two have one number.
+    """
+    if attributes.shape is not None and attributes.valid_shape is not None:
+        return [
+            fmt.ExposureAttributes(
+                id="",
+                number=0,
+                origin=(0, 0),
+                acquired=0,
+                shape=attributes.shape,
+                valid_shape=attributes.valid_shape,
+                total_projections=attributes.total_projections,
+            )
+        ]
+    names = objects.children(fmt.EXPOSURES)
+    found = [
+        read_exposure(objects, name)
+        for name in names
+        if objects.get(f"{exposure_path(name)}/zarr.json") is not None
+    ]
+    found.sort(key=lambda exposure: exposure.number)
+    for one, other in pairwise(found):
+        if one.number == other.number:
+            raise FormatError(
+                f"{objects.url}: exposures {one.id!r} and {other.id!r} have the same number "
+                f"{one.number}"
+            )
+    return found
 
 
 def write_search_space(objects: Objects, space: SearchSpace) -> None:
@@ -605,33 +821,38 @@ def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttrib
     return fmt.parse_attributes(fmt.SearchAttributes, attributes, objects.url)
 
 
-def read_partial_attributes(objects: Objects, name: str) -> fmt.PartialAttributes:
+def read_partial_attributes(
+    objects: Objects, name: str, exposure: str = ""
+) -> fmt.PartialAttributes:
     """Read the attributes of one partial.
 
     Raises
     ------
     FormatError
     """
-    path = partial_path(name)
+    path = partial_path(name, exposure)
     attributes = store.group_attributes(objects, path)
     return fmt.parse_attributes(fmt.PartialAttributes, attributes, f"{objects.url}/{path}")
 
 
-def partial_names(objects: Objects) -> list[str]:
-    """Names of all partials, complete or not, in alphabetical order."""
+def partial_names(objects: Objects, exposure: str = "") -> list[str]:
+    """Names of all partials of an exposure, complete or not, in alphabetical order."""
     names = set()
-    for name in objects.children(fmt.PARTIALS):
-        if objects.get(f"{partial_path(name)}/zarr.json") is not None:
+    for name in objects.children(partials_path(exposure)):
+        if objects.get(f"{partial_path(name, exposure)}/zarr.json") is not None:
             names.add(name)
     return sorted(names)
 
 
-def read_partials(objects: Objects) -> list[tuple[str, fmt.PartialAttributes]]:
-    """Names and attributes of all partials in the stated order: ``order``, then name.
+def read_partials(objects: Objects, exposure: str = "") -> list[tuple[str, fmt.PartialAttributes]]:
+    """Names and attributes of an exposure's partials in the stated order: ``order``, then name.
 
     Names sort as people count: ``gpu9`` before ``gpu10``.
     """
-    found = [(name, read_partial_attributes(objects, name)) for name in partial_names(objects)]
+    found = [
+        (name, read_partial_attributes(objects, name, exposure))
+        for name in partial_names(objects, exposure)
+    ]
     return sorted(found, key=lambda item: (item[1].order, _natural(item[0])))
 
 
@@ -666,20 +887,21 @@ def open_partial_maps(
     return maps
 
 
-def _refresh_total(objects: Objects) -> None:
-    """Write the sum of the complete partials' counts into the root.
+def _refresh_total(objects: Objects, exposure: str) -> None:
+    """Write the sum of the complete partials' counts into the root, or into their exposure.
 
     Writers that finish at the same time each look again after writing, so that the last one to
     write has seen them all.
     """
     written = None
     while True:
-        partials = read_partials(objects)
+        partials = read_partials(objects, exposure)
         total = sum(p.total_projections for _, p in partials if p.state == "complete")
         if total == written:
             return
-        root = read_attributes(objects).model_copy(update={"total_projections": total})
-        store.update_attributes(objects, "", fmt.dump_attributes(root))
+        owner = read_exposure(objects, exposure) if exposure else read_attributes(objects)
+        changed = owner.model_copy(update={"total_projections": total})
+        store.update_attributes(objects, exposure_path(exposure), fmt.dump_attributes(changed))
         written = total
 
 
@@ -716,7 +938,12 @@ class Source(fmt.Attributes):
     @property
     def place(self) -> str:
         """How errors call it."""
-        return f"{self.url}: partial {self.name!r}" if self.path else self.url
+        if not self.path:
+            return self.url
+        folder = self.path.removesuffix(f"/{fmt.PARTIALS}/{self.name}")
+        exposure = folder.removeprefix(f"{fmt.EXPOSURES}/") if folder != self.path else ""
+        of = f"exposure {exposure!r}: " if exposure else ""
+        return f"{self.url}: {of}partial {self.name!r}"
 
     def map_names(self, maps: MapSet) -> tuple[str, ...]:
         """Names of its maps that a merge with these maps needs."""
@@ -736,8 +963,10 @@ def open_one(source: Source, name: str) -> store.ChunkedMap:
     return open_partial_maps(objects, source.path, source.name, (name,))[name]
 
 
-def open_source_maps(source: Source, maps: MapSet) -> dict[str, store.ChunkedMap]:
-    """Open the maps of a source that a merge needs.
+def open_source_maps(
+    source: Source, maps: MapSet, shape: tuple[int, int]
+) -> dict[str, store.ChunkedMap]:
+    """Open the maps of a source that a merge needs, which have to have this shape.
 
     Raises
     ------
@@ -745,34 +974,41 @@ def open_source_maps(source: Source, maps: MapSet) -> dict[str, store.ChunkedMap
         As :func:`open_partial_maps`.
     """
     objects = open_objects(source.url)
-    shape = read_attributes(objects).shape
     return open_partial_maps(objects, source.path, source.name, source.map_names(maps), shape)
 
 
 def open_sources(
     objects: Objects,
-) -> tuple[fmt.SearchAttributes | fmt.MergedAttributes, list[Source]]:
+) -> tuple[
+    fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
+]:
     """Read what a store offers to a merge, in its stated order.
 
     Returns
     -------
     attributes
         Of the store.
-    sources
-        Numbered from 0; at least one.
+    exposures
+        Attributes of each, by number, and its sources, numbered from 0; at least one of each.
 
     Raises
     ------
     StoreNotFoundError, FormatError
-        It is not a store.
+        It is not a store, or a merged montage, which cannot be merged again.
     IncompleteError
         A partial, or the merged result, was never finished; all of them are named.
     """
     attributes = read_attributes(objects)
+    exposures = read_exposures(objects, attributes)
     if isinstance(attributes, fmt.MergedAttributes):
         if attributes.state != "complete":
             raise IncompleteError(
                 f"{objects.url}: this merge was never finished; run the command that made it again"
+            )
+        if attributes.exposures:
+            raise FormatError(
+                f"{objects.url}: is a merged montage, in which exposures have lost the pixels that "
+                "others won; merge their searches instead"
             )
         source = Source(
             url=objects.url,
@@ -784,31 +1020,47 @@ def open_sources(
             contributions=attributes.partials,
             has_counts=attributes.has_counts,
         )
-        return attributes, [source]
-    partials = read_partials(objects)
-    unfinished = [name for name, p in partials if p.state != "complete"]
-    if unfinished:
+        return attributes, [(exposures[0], [source])]
+    opened, problems, n_partials = [], [], 0
+    for exposure in exposures:
+        partials = read_partials(objects, exposure.id)
+        n_partials += len(partials)
+        of = f"exposure {exposure.id!r}: " if exposure.id else ""
+        if not partials and exposure.id:
+            problems.append(f"{of}has no partials yet")
+        problems += [f"{of}partial {n!r}" for n, p in partials if p.state != "complete"]
+        opened.append(
+            (
+                exposure,
+                [
+                    _source(objects, exposure.id, name, partial, number)
+                    for number, (name, partial) in enumerate(partials)
+                ],
+            )
+        )
+    if problems:
+        what = "partials" if not attributes.has_exposures else "partials of exposures"
         raise IncompleteError(
-            f"{objects.url}: {len(unfinished)} of {len(partials)} partials were never finished: "
-            f"{', '.join(unfinished)}; their writer died or still runs: write them again, or "
+            f"{objects.url}: {len(problems)} of {n_partials} {what} were never finished: "
+            f"{', '.join(problems)}; their writer died or still runs: write them again, or "
             "delete their groups to leave them out"
         )
-    if not partials:
+    if not n_partials:
         raise IncompleteError(f"{objects.url}: the search has no partials yet")
-    return attributes, [
-        Source(
-            url=objects.url,
-            path=partial_path(name),
-            name=name,
-            id=partial.id,
-            total_projections=partial.total_projections,
-            first_number=number,
-            contributions=(
-                fmt.Contribution(
-                    name=name, id=partial.id, total_projections=partial.total_projections
-                ),
-            ),
-            has_counts=False,
-        )
-        for number, (name, partial) in enumerate(partials)
-    ]
+    return attributes, opened
+
+
+def _source(
+    objects: Objects, exposure: str, name: str, partial: fmt.PartialAttributes, number: int
+) -> Source:
+    count = partial.total_projections
+    return Source(
+        url=objects.url,
+        path=partial_path(name, exposure),
+        name=name,
+        id=partial.id,
+        total_projections=count,
+        first_number=number,
+        contributions=(fmt.Contribution(name=name, id=partial.id, total_projections=count),),
+        has_counts=False,
+    )

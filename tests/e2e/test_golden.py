@@ -8,7 +8,8 @@ import pytest
 import ocelot_em
 from conftest import DATA
 from helpers import assert_same_maps, read_maps
-from ocelot_em.records import read_candidates, read_summary
+from ocelot_em.picking import all_candidates
+from ocelot_em.records import read_summary
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
 
@@ -33,7 +34,7 @@ def test_statistics_and_candidates_are_read_for_ever(tmp_path: Path) -> None:
     assert now is not None
     assert found.attributes == now.attributes
     np.testing.assert_array_equal(found.histograms.flat, now.histograms.flat)
-    assert len(read_candidates(golden)[0]) == found.attributes.n_candidates
+    assert len(all_candidates(golden).rows) == found.attributes.n_candidates
     assert len(ocelot_em.find_peaks(golden, cutoff=1.0)) > 0
 
 

@@ -403,7 +403,7 @@ def test_the_output_says_what_it_is(search: Path, tmp_path: Path) -> None:
     merge(search, tmp_path / "OUT.zarr")
     attributes = json.loads((tmp_path / "OUT.zarr/zarr.json").read_text())["attributes"]["ocelot"]
     assert attributes["kind"] == "merged"
-    assert attributes["format_version"] == 1
+    assert attributes["format_version"] == 2
     assert attributes["total_projections"] == sum(COUNTS)
     assert attributes["valid_shape"] == list(SHAPE)
     assert attributes["state"] == "complete"

@@ -12,6 +12,7 @@ from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.maps import MIP, POSES, SCALED_MIP
 from ocelot_em.peaks import select_peaks
 from ocelot_em.picking import find_peaks
+from ocelot_em.records import Candidates
 from ocelot_em.significance import Z_AXIS, Histogram1D, PValueModel, gev_cutoff
 from ocelot_em.statistics import gaussian_cutoff
 
@@ -66,7 +67,9 @@ def test_no_matter_how_it_was_tiled(merged, method):
 def test_candidates_and_maps_say_the_same(merged, cutoff, monkeypatch):
     """Low cutoffs read the maps, high ones the records."""
     picked = find_peaks(merged / "33.zarr", cutoff=cutoff)
-    monkeypatch.setattr("ocelot_em.picking.read_candidates", lambda _: (np.empty((0, 21)), np.inf))
+    monkeypatch.setattr(
+        "ocelot_em.picking.read_candidates", lambda *_: Candidates(np.empty((0, 21)), np.inf)
+    )
     tables_equal(find_peaks(merged / "33.zarr", cutoff=cutoff), picked)
     maps = {n: m.to_numpy() for n, m in ocelot_em.open_merged(merged / "33.zarr").items()}
     y, x = np.nonzero(maps[SCALED_MIP] >= np.float32(cutoff))

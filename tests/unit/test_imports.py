@@ -39,11 +39,11 @@ HOME = {
     "mrcfile": {"interop.mrc"},
     "h5py": {"interop.hdf5"},
     "neuroglancer": {"viewer"},
-    "starfile": {"interop.tables"},
+    "starfile": {"interop.origins", "interop.tables"},
     "pyarrow": {"interop.tables"},
     "pandas": {"particles", "interop.tables"},
     "yaml": {"interop.tables"},
-    "scipy": {"significance"},
+    "scipy": {"sightings", "significance"},
 }
 
 

@@ -13,7 +13,8 @@ from ocelot_em.collected import CANDIDATE_FIELDS
 from ocelot_em.device import DeviceFacts
 from ocelot_em.errors import FormatError, MissingChunkError
 from ocelot_em.maps import MapSet
-from ocelot_em.records import read_candidates, read_summary
+from ocelot_em.picking import all_candidates
+from ocelot_em.records import read_summary
 from ocelot_em.search import SearchInfo, write_partial
 from ocelot_em.significance import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
 
@@ -99,7 +100,7 @@ def test_everything_is_what_the_finished_maps_say(
 
 
 def assert_candidates(output, maps, indexed):
-    candidates, level = read_candidates(output)
+    candidates, level = all_candidates(output)
     z = maps["scaled_mip"]
     assert level == 6.5
     expected = np.argwhere(z >= np.float32(6.5))
@@ -129,7 +130,7 @@ def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path
     search, _ = make_search(tmp_path / "RUN.zarr", rng)
     ocelot_em.merge(search, tmp_path / "OUT.zarr", threads=2, tile_size=33)
     z = valid_of(read_maps(tmp_path / "OUT.zarr"))["scaled_mip"]
-    candidates, level = read_candidates(tmp_path / "OUT.zarr")
+    candidates, level = all_candidates(tmp_path / "OUT.zarr")
     assert level > 4
     found = candidates[:, CANDIDATE_FIELDS.index("scaled_mip")]
     np.testing.assert_array_equal(np.sort(found[found >= level]), np.sort(z[z >= level]))
@@ -144,10 +145,10 @@ def test_a_missing_or_damaged_record_is_named(tmp_path, rng):
     data = record.read_bytes()
     record.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"numbers: tile .*corrupt.*CRC32C"):
-        read_candidates(tmp_path / "OUT.zarr")
+        all_candidates(tmp_path / "OUT.zarr")
     record.unlink()
     with pytest.raises(MissingChunkError, match=r"record of tile .* is missing"):
-        read_candidates(tmp_path / "OUT.zarr")
+        all_candidates(tmp_path / "OUT.zarr")
     with pytest.raises(FormatError, match="merge it first"):
         read_summary(search)
 
@@ -179,7 +180,7 @@ def test_nothing_searched(tmp_path, rng):
     assert about.mip_range is None
     assert about.candidate_level is None
     assert about.sources[0].mean is None
-    assert len(read_candidates(tmp_path / "OUT.zarr")[0]) == 0
+    assert len(all_candidates(tmp_path / "OUT.zarr")[0]) == 0
 
 
 def test_collections_add_up(rng):

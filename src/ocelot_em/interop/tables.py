@@ -28,7 +28,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
-from ocelot_em.particles import COLUMNS, NEG_LOG_P, About, ParticleTable, as_text, write_file
+from ocelot_em.particles import (
+    ALL_COLUMNS,
+    COLUMNS,
+    MONTAGE_COLUMNS,
+    NEG_LOG_P,
+    About,
+    ParticleTable,
+    as_text,
+    write_file,
+)
 
 LEOPARD_MAPS: Mapping[str, str] = {
     "mip_path": "mip_path",
@@ -590,7 +599,7 @@ def write_parquet(table: ParticleTable, path: str | PathLike[str]) -> None:
                 name,
                 pa.from_numpy_dtype(values.dtype),
                 nullable=False,
-                metadata={"unit": COLUMNS[name].unit, "meaning": COLUMNS[name].meaning},
+                metadata={"unit": ALL_COLUMNS[name].unit, "meaning": ALL_COLUMNS[name].meaning},
             )
             for name, values in table.columns.items()
         ],
@@ -636,14 +645,27 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
         ]
     if not problems:
         try:
-            return ParticleTable({c: found[c].to_numpy() for c in found.column_names}, about)
+            return ParticleTable({c: _as_numpy(found[c], c) for c in found.column_names}, about)
         except InvalidInputError as error:
             problems += error.problems
     raise InvalidInputError(f"{path}: {problem}" for problem in problems)
 
 
+def _as_numpy(column: Any, name: str) -> AnyArray:
+    """Values of a column; text as NumPy has it."""
+    values: AnyArray = column.to_numpy()
+    is_text = name in MONTAGE_COLUMNS and MONTAGE_COLUMNS[name].dtype == "str"
+    return values.astype(str) if is_text and values.dtype == object else values
+
+
 def _require_same_search(table: ParticleTable, optics: Optics) -> None:
     """Refuse optics that contradict what the table says of its search."""
+    if table.is_of_montage:
+        raise InvalidInputError(
+            "particles: expected those of one micrograph, got those of a montage, whose exposures "
+            "have optics of their own: take one exposure's with --exposure ID "
+            "(ParticleTable.of_exposure)"
+        )
     about = table.about
     if about is None:
         return

@@ -97,6 +97,13 @@ def load_collect() -> ModuleType:
     return collect
 
 
+def load_place() -> ModuleType:
+    """Import :mod:`ocelot_em.kernels.place`; here for the same reason as :func:`load`."""
+    from ocelot_em.kernels import place
+
+    return place
+
+
 def load_by_map() -> ModuleType:
     """Import :mod:`ocelot_em.kernels.by_map`; here for the same reason as :func:`load`."""
     from ocelot_em.kernels import by_map

@@ -7,21 +7,15 @@ count. Additions may be reordered here: these numbers describe a map, they are n
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ocelot_em.kernels.by_map import add, add_first
-from ocelot_em.kernels.cpu import compiled
+from ocelot_em.kernels.cpu import compiled, summed
 
 NAN, ZERO_STD, UNSEARCHED, N_COUNTS = 0, 1, 2, 3
 """Places in the counts of :func:`count_pixels`."""
 
 _FEW = 8
 """Partials."""
-
-
-def _summed(function: Any) -> Any:
-    """Compile as :func:`compiled` does; terms of a sum may be added in another order."""
-    return njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})(function)
 
 
 @compiled
@@ -129,7 +123,7 @@ def _count_equal(values: Any, wanted: Any) -> Any:
     return n
 
 
-@_summed
+@summed
 def _moments(values: Any) -> Any:
     """Sum and sum of squares."""
     total, squared_total = 0.0, 0.0
@@ -140,7 +134,7 @@ def _moments(values: Any) -> Any:
     return total, squared_total
 
 
-@_summed
+@summed
 def _add_with_moments(values: Any, into: Any) -> Any:
     """Add to float64 totals, each by itself; sum and sum of squares of what was added."""
     total, squared_total = 0.0, 0.0
@@ -152,7 +146,7 @@ def _add_with_moments(values: Any, into: Any) -> Any:
     return total, squared_total
 
 
-@_summed
+@summed
 def _add_first_with_moments(values: Any, into: Any) -> Any:
     """As :func:`_add_with_moments` to totals of 0 everywhere, whatever is in their memory."""
     total, squared_total = 0.0, 0.0

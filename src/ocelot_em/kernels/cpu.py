@@ -75,6 +75,12 @@ def compiled(function: _Function) -> _Function:
     return cast("_Function", njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
+def summed(function: _Function) -> _Function:
+    """Compile as :func:`compiled` does, but add the terms of a sum in any order."""
+    jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+    return cast("_Function", jit(function))
+
+
 def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
     """Take one more partial into the accumulator: :func:`fold_all` of one."""
     return fold_all(acc, (partial,), space)
