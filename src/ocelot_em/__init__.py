@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from ocelot_em.picking import find_peaks
     from ocelot_em.pipeline import MergeReport
     from ocelot_em.plan import MergeOptions
-    from ocelot_em.search import PartialWriter, SearchInfo, write_partial
+    from ocelot_em.search import Exposure, PartialWriter, SearchInfo, write_partial
     from ocelot_em.search_space import SearchSpace
     from ocelot_em.simulation import Simulation, simulate
 
 _HOME = {
+    "Exposure": "search",
     "ImportOptions": "interop.leopard",
     "MergeOptions": "plan",
     "MergeReport": "pipeline",
@@ -66,6 +67,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "import_results",
     "write_partial",
     "PartialWriter",
+    "Exposure",
     "SearchInfo",
     "SearchSpace",
     "Region",

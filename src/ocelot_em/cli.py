@@ -91,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "import",
         help="convert result files into a search",
-        description="One .npz or .pt file of each device; or what a finished search has left: one "
-        "folder of Leopard-EM's MRC files, or its HDF5 file.",
+        description="One .npz or .pt file of each device; or the description of a montage's "
+        "exposures (.yaml); or what a finished search has left: one folder of Leopard-EM's MRC "
+        "files, or its HDF5 file.",
         allow_abbrev=False,
     )
     p.add_argument("files", nargs="+", metavar="FILE", help="one per device, in order")
@@ -116,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         help="cross-correlations of each file, where the files do not say",
     )
     p.add_argument("--prefix", default="", help="of the names of MRC files, as in output_mip.mrc")
+    p.add_argument(
+        "--pixel-size-offset",
+        type=float,
+        metavar="ANGSTROM",
+        help="of a finished search, whose files do not say it: 0 if it was not varied",
+    )
     p.set_defaults(command=_import)
 
     p = commands.add_parser(
@@ -328,6 +335,8 @@ def _add_optics(p: argparse.ArgumentParser) -> None:
 
 
 def _import(parsed: argparse.Namespace, console: Console) -> int:
+    if any(Path(file).suffix in (".yaml", ".yml") for file in parsed.files):
+        return _import_montage(parsed, console)
     if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in parsed.files):
         return _import_finished(parsed, console)
     from ocelot_em.interop.leopard import ImportOptions, import_results
@@ -351,6 +360,28 @@ def _import(parsed: argparse.Namespace, console: Console) -> int:
     return DONE
 
 
+def _import_montage(parsed: argparse.Namespace, console: Console) -> int:
+    """Import the exposures that a description names."""
+    from ocelot_em.errors import InvalidInputError
+    from ocelot_em.interop.description import import_description
+
+    elsewhere = ("search_space", "template_box", "pixel_size", "total_projections")
+    given = [f"--{name.replace('_', '-')}" for name in elsewhere if getattr(parsed, name)]
+    if len(parsed.files) > 1 or given:
+        raise InvalidInputError(
+            "import: expected one description of exposures (.yaml) that says everything else"
+            + (f", got {', '.join(given)}, too" if given else f", got {len(parsed.files)} files")
+        )
+    with _share_bar(console) as tell:
+        names = import_description(parsed.files[0], parsed.output, tell)
+    exposures = {name.partition("/")[0] for name in names}
+    console.print(
+        f"imported {len(names)} partials of {len(exposures)} exposures into {parsed.output}",
+        markup=False,
+    )
+    return DONE
+
+
 def _import_finished(parsed: argparse.Namespace, console: Console) -> int:
     """Import what a finished search has left: MRC files or an HDF5 file."""
     from ocelot_em.errors import InvalidInputError
@@ -368,6 +399,7 @@ def _import_finished(parsed: argparse.Namespace, console: Console) -> int:
         total_projections=parsed.total_projections[0] if parsed.total_projections else None,
         template_box=parsed.template_box,
         pixel_size_angstrom=parsed.pixel_size,
+        pixel_size_offset_angstrom=parsed.pixel_size_offset,
     )
     with _share_bar(console) as tell:
         if place.is_dir():
@@ -534,7 +566,7 @@ def _info(parsed: argparse.Namespace, console: Console) -> int:
         ),
         ("poses", attributes.pose_form.value),
         ("maps", ", ".join(attributes.maps.merged if info.n_tiles else attributes.maps.partial)),
-        ("projections", f"{attributes.total_projections:,}"),
+        ("projections", _projections(info)),
         ("stored", size(info.stored_nbytes)),
         ("created", attributes.provenance.created),
     ]
@@ -556,6 +588,14 @@ def _info(parsed: argparse.Namespace, console: Console) -> int:
     if isinstance(attributes, MergedAttributes) and attributes.state == "complete":
         _say_statistics(console, parsed.store)
     return DONE
+
+
+def _projections(info: "StoreInfo") -> str:
+    """How many cross-correlations a pixel has, of exposures perhaps not all as many."""
+    if not info.exposures:
+        return f"{info.attributes.total_projections:,}"
+    counts = sorted({exposure.total_projections for exposure in info.exposures})
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
 
 
 def _pixels(shape: tuple[int, int] | None) -> str:

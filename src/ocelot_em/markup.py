@@ -51,6 +51,24 @@ def pairs(facts: Iterable[tuple[str, str]]) -> Markup:
     return element("table", element("tbody", *rows))
 
 
+def captioned(drawing: Markup, caption: str, width: str) -> Markup:
+    """Put a drawing and its caption together; the width is a class of the page's style."""
+    return element("figure", drawing, element("figcaption", caption), class_=width)
+
+
+def percent(share: float) -> str:
+    """A share, rounded; neither nothing nor all unless it is that."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
+
+
+def length_text(height_angstrom: float, width_angstrom: float) -> str:
+    """Height and width in the unit that people use."""
+    unit, name = (1e4, "µm") if max(height_angstrom, width_angstrom) >= 1e4 else (10.0, "nm")
+    return f"{height_angstrom / unit:.3g} × {width_angstrom / unit:.3g} {name}"
+
+
 def nbytes_text(nbytes: float) -> str:
     """A size in the largest unit in which it is 1 or more."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -132,5 +150,6 @@ th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 .bar .read { background: #2f74b5; } .bar .fold { background: #a85b13; }
 .bar .write { background: #4c7a3a; }
 details { margin-top: 1rem; } summary { cursor: pointer; }
+.notes details { margin: 0; } .notes ul { padding-left: 1.2rem; }
 @media print { nav { display: none; } figure, .cards div { break-inside: avoid; } }
 """

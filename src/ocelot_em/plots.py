@@ -4,6 +4,7 @@ Histograms and health come from what the merge has collected; the z-score map is
 and pooled, so that no full map is ever in memory.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -15,6 +16,7 @@ import numpy as np
 from ocelot_em.canvas import Region, ceil_div
 from ocelot_em.collected import CANDIDATE_FIELDS
 from ocelot_em.errors import IncompleteError, InvalidInputError, MissingDependencyError
+from ocelot_em.format import StatisticsAttributes
 from ocelot_em.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.objects import open_objects
 from ocelot_em.particles import ParticleTable
@@ -23,7 +25,7 @@ from ocelot_em.records import Summary, read_summary
 from ocelot_em.significance import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
 
 Store = str | PathLike[str]
 
@@ -36,8 +38,10 @@ BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
 MOST_CIRCLES = 5000
 """Particles that are circled: with more, nothing else is seen."""
 
+MOST_BARS = 48
+"""Rows of a picture that have room for names."""
+
 _THREADS = 4  # a chunk of each is in memory
-_MOST_BARS = 48
 _MOST_VECTOR_MARKERS = 400  # more are drawn as pixels, or a page with them gets slow
 _MOST_CANDIDATES = 20_000
 
@@ -101,14 +105,15 @@ def plot_zscore(
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
-        Picked ones; circled are the first :data:`MOST_CIRCLES`, which are the highest.
+        Picked ones; circled are the first :data:`MOST_CIRCLES`, which are the highest. Those of a
+        montage are where they lie on the canvas.
 
     Returns
     -------
     matplotlib.axes.Axes
     """
     pooled, factor = store if isinstance(store, tuple) else pooled_zscore(store)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
     low, high = colour_limits(pooled)
     image = ax.imshow(pooled, cmap=_magma(), vmin=low, vmax=high, extent=(0, width, height, 0))
@@ -117,13 +122,19 @@ def plot_zscore(
     if truth is not None:
         _circle(ax, truth["y"], truth["x"], "planted")
     if particles is not None and len(particles):
-        y, x = (particles.columns[name][:MOST_CIRCLES] for name in ("pos_y", "pos_x"))
-        _circle(ax, y, x, "picked")
+        y, x = map_positions(particles)
+        _circle(ax, y[:MOST_CIRCLES], x[:MOST_CIRCLES], "picked")
     if truth is not None:
         ax.legend(loc="upper right")
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
     ax.set(title=title, xlabel="x (pixels)", ylabel="y (pixels)", xlim=(0, width), ylim=(height, 0))
     return ax
+
+
+def map_positions(particles: ParticleTable) -> tuple[AnyArray, AnyArray]:
+    """Rows and columns of particles on the merged maps: of a montage, on its canvas."""
+    names = ("canvas_y", "canvas_x") if particles.is_of_montage else ("pos_y", "pos_x")
+    return particles.columns[names[0]], particles.columns[names[1]]
 
 
 def _circle(ax: "Axes", y: AnyArray, x: AnyArray, label: str) -> None:
@@ -150,7 +161,7 @@ def plot_crop(
     store
         A merged result.
     particle
-        Row and column of the middle.
+        Row and column of the middle on the merged maps; of a montage, on its canvas.
     ax
         Axes to draw into; new ones by default.
     edge_px
@@ -162,7 +173,7 @@ def plot_crop(
     window = Region(max(y - half, 0), y + half + 1, max(x - half, 0), x + half + 1)
     region = window.intersect(Region.whole(merged.valid_shape))
     z = merged.read(region, SCALED_MIP)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     low, high = colour_limits(z)
     image = ax.imshow(
         z,
@@ -188,12 +199,16 @@ def colour_limits(z: Float32) -> tuple[float, float]:
 
 
 def plot_survival(
-    store: Store | Summary, ax: "Axes | None" = None, cutoff: float | None = None
+    store: Store | Summary,
+    ax: "Axes | None" = None,
+    cutoff: float | tuple[float, float] | None = None,
 ) -> "Axes":
     """Draw how many valid pixels reach a z-score, against what Gaussian noise would give.
 
     The expectation is that of the maximum of as many independent Gaussian draws per pixel as the
     search has projections; neighbouring projections are alike, so that real noise lies below it.
+    Of a montage, the valid pixels of all exposures count, shown or not, and the expectation is the
+    sum of those of the exposures, each with its own projections.
 
     Parameters
     ----------
@@ -202,24 +217,21 @@ def plot_survival(
     ax
         Axes to draw into; new ones by default.
     cutoff
-        z-score to mark.
+        z-score to mark; or the lowest and the highest of several.
     """
-    summary, ax = _summary(store), _axes(ax)
+    summary, ax = summary_of(store), axes_or_new(ax)
+    cutoffs = cutoff if isinstance(cutoff, tuple) else () if cutoff is None else (cutoff, cutoff)
     histogram = summary.histograms.of_z()
     edges, counts = _coarse(histogram.counts, Z_AXIS, 16)
     above = histogram.overflow + counts[::-1].cumsum()[::-1]
     pixels = summary.attributes.valid_pixels
-    projections = sum(partial.total_projections for partial in summary.attributes.partials)
     found = np.flatnonzero(counts)
     if histogram.pixels:
         bounds = summary.attributes.scaled_mip_range or (0.0, 1.0)
         last = min(int(found[-1]) + 2 if found.size else 2, len(counts))
         first = max(int(found[0]) - 1 if found.size else 0, 0)
-        tail = np.array([NormalDist().cdf(-z) for z in edges[:-1]])
-        noise = pixels * -np.expm1(projections * np.log1p(-tail))
-        ax.semilogy(
-            edges[:-1], noise, "--", color=_foreground(), alpha=0.65, label="Gaussian noise"
-        )
+        noise = _noise_above(edges[:-1], summary.attributes)
+        ax.semilogy(edges[:-1], noise, "--", color=foreground(), alpha=0.65, label="Gaussian noise")
         shown = slice(first, last)
         ax.step(
             edges[:-1][shown],
@@ -229,16 +241,40 @@ def plot_survival(
             linewidth=1.8,
             label="this search",
         )
-        right = max(min(bounds[1], Z_AXIS.high), cutoff or 0.0)
+        right = max(min(bounds[1], Z_AXIS.high), *cutoffs, 0.0)
         ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, 2 * pixels))
     else:
-        _say(ax, "no pixel was searched")
-    if cutoff is not None:
-        ax.axvline(cutoff, color=RED, linewidth=1.2, label=f"cutoff {cutoff:.2f}")
+        say(ax, "no pixel was searched")
+    if cutoffs:
+        lowest, highest = (f"{z:.2f}" for z in cutoffs)
+        several = f"cutoffs {lowest} to {highest}"
+        ax.axvline(
+            cutoffs[0],
+            color=RED,
+            linewidth=1.2,
+            label=f"cutoff {lowest}" if lowest == highest else several,
+        )
+        if lowest != highest:
+            ax.axvspan(*cutoffs, color=RED, alpha=0.25, linewidth=0)
     ax.set(title="pixels above a z-score", xlabel="z-score", ylabel="pixels")
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
     return ax
+
+
+def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
+    """Pixels of which the highest of independent Gaussian draws is above z-scores."""
+    draws: Counter[int] = Counter()
+    for exposure in attributes.exposures:
+        draws[exposure.total_projections] += exposure.valid_pixels
+    if not draws:
+        projections = sum(partial.total_projections for partial in attributes.partials)
+        draws[projections] = attributes.valid_pixels
+    tail = np.array([NormalDist().cdf(-level) for level in z])
+    above = np.zeros(len(z))
+    for projections, pixels in draws.items():
+        above += pixels * -np.expm1(projections * np.log1p(-tail))
+    return above
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
@@ -247,11 +283,12 @@ def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axe
     Parameters
     ----------
     store
-        A merged result, or its summary; maps are not read.
+        A merged result, or its summary; maps are not read. Of a montage, the pixels of all
+        exposures count, shown or not.
     ax
         Axes to draw into; new ones by default.
     """
-    summary, ax = _summary(store), _axes(ax)
+    summary, ax = summary_of(store), axes_or_new(ax)
     kinds = (
         ("mip", summary.histograms.of_mip(), MIP_AXIS, ORANGE),
         ("z-score", summary.histograms.of_z(), Z_AXIS, BLUE),
@@ -276,7 +313,7 @@ def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axe
         ax.set_yscale("log")
         ax.legend()
     else:
-        _say(ax, "no pixel was searched")
+        say(ax, "no pixel was searched")
     ax.set(title="mip and z-score", xlabel="value", ylabel="share of pixels per unit")
     return ax
 
@@ -293,22 +330,23 @@ def plot_joint(
     Parameters
     ----------
     store
-        A merged result, or its summary; maps are not read.
+        A merged result, or its summary; maps are not read. Of a montage, the pixels of all
+        exposures count, shown or not.
     ax
         Axes to draw into; new ones by default.
     particles
         Picked ones, in circles.
     candidates
-        As :func:`ocelot_em.records.read_candidates` returns them, as dots: the highest 20,000.
+        As :func:`ocelot_em.picking.all_candidates` returns them, as dots: the highest 20,000.
     """
     from matplotlib.colors import LogNorm
 
-    summary, ax = _summary(store), _axes(ax)
+    summary, ax = summary_of(store), axes_or_new(ax)
     joint = summary.histograms.joint
     ax.set(title="mip and z-score of each pixel", xlabel="mip", ylabel="z-score")
     used_rows, used_columns = np.nonzero(joint)
     if not used_rows.size:
-        _say(ax, "no pixel was searched")
+        say(ax, "no pixel was searched")
         return ax
     y0, y1 = int(used_rows.min()), int(used_rows.max()) + 1
     x0, x1 = int(used_columns.min()), int(used_columns.max()) + 1
@@ -356,17 +394,19 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     Parameters
     ----------
     store
-        A merged result, or its summary; maps are not read.
+        A merged result, or its summary; maps are not read. Of a montage, give the summary of an
+        exposure, because partials of different ones win different pixels; or see
+        :func:`ocelot_em.montage_plots.plot_partials_of_exposures`.
     ax
         Axes to draw into; new ones by default.
     """
-    summary, ax = _summary(store), _axes(ax)
+    summary, ax = summary_of(store), axes_or_new(ax)
     partials = summary.attributes.partials
     won = np.array([partial.won_pixels for partial in partials], np.float64)
     expected = np.array([partial.total_projections for partial in partials], np.float64)
     won, expected = (100 * share / max(share.sum(), 1.0) for share in (won, expected))
     places = np.arange(len(partials))
-    if len(partials) <= _MOST_BARS:
+    if len(partials) <= MOST_BARS:
         ax.barh(places, won, height=0.62, color=BLUE, label="won")
         ax.plot(
             expected,
@@ -381,7 +421,7 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     else:
         ax.plot(won, places, ".", color=BLUE, label="won", rasterized=True)
         ax.plot(expected, places, "|", color=ORANGE, label="expected", rasterized=True)
-    _name_rows(ax, [partial.name for partial in partials])
+    name_rows(ax, [partial.name for partial in partials])
     ax.set(title="pixels won", xlabel="share (%)")
     ax.set_xlim(left=0)
     if len(partials):
@@ -406,7 +446,7 @@ def plot_correlations(
     value
         Which of both. Of healthy inputs of one search they are about the same.
     """
-    summary, ax = _summary(store), _axes(ax)
+    summary, ax = summary_of(store), axes_or_new(ax)
     sources = summary.attributes.sources
     numbers = np.array([_number(getattr(source, value)) for source in sources])
     spread = np.array([_number(source.mean_spread) for source in sources])
@@ -416,11 +456,11 @@ def plot_correlations(
         places,
         xerr=spread if value == "mean" and len(sources) else None,
         fmt="o",
-        markersize=5 if len(sources) <= _MOST_BARS else 2,
+        markersize=5 if len(sources) <= MOST_BARS else 2,
         color=BLUE,
-        capsize=3 if len(sources) <= _MOST_BARS else 0,
+        capsize=3 if len(sources) <= MOST_BARS else 0,
     )
-    _name_rows(ax, [source.name for source in sources])
+    name_rows(ax, [source.name for source in sources])
     known = numbers[np.isfinite(numbers)]
     if value == "std" and known.size:
         # Differences that nobody need care about should not look large.
@@ -451,7 +491,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     InvalidInputError
         The axes are not polar.
     """
-    polar: Any = _axes(ax, projection="polar")
+    polar: Any = axes_or_new(ax, projection="polar")
     if polar.name != "polar":
         raise InvalidInputError(
             "ax: expected polar axes, for example figure.add_subplot(projection='polar'), got "
@@ -478,7 +518,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
         )
         polar.figure.colorbar(dots, ax=polar, label="z-score", shrink=0.7, pad=0.1)
     else:
-        _say(polar, "no poses")
+        say(polar, "no poses")
     drawn: Axes = polar
     return drawn
 
@@ -493,19 +533,19 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     ax
         Axes to draw into; new ones by default.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     psi = particles.columns["psi"]
     psi = np.round(psi[np.isfinite(psi)].astype(np.float64), 3) % 360
     if psi.size:
         width = _whole_steps(np.unique(psi))
         ax.hist(psi, [float(edge) for edge in range(0, 361, width)], color=BLUE)
         ax.axhline(
-            psi.size * width / 360, linestyle="--", color=_foreground(), alpha=0.65, label="if even"
+            psi.size * width / 360, linestyle="--", color=foreground(), alpha=0.65, label="if even"
         )
         ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
         ax.legend(loc="upper right")
     else:
-        _say(ax, "no poses")
+        say(ax, "no poses")
     ax.set(title="in-plane angle", xlabel="psi (°)", ylabel="particles", xlim=(0, 360))
     ax.set_xticks(np.arange(0, 361, 90))
     ax.locator_params(axis="y", integer=True)
@@ -530,12 +570,12 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     ax
         Axes to draw into; new ones by default.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     defocus = particles.columns["relative_defocus"]
     defocus = defocus[np.isfinite(defocus)].astype(np.float64)
     planes, counts = np.unique(defocus, return_counts=True)
     if not planes.size:
-        _say(ax, "no poses")
+        say(ax, "no poses")
     elif len(planes) <= 60:
         step = float(np.diff(planes).min()) if len(planes) > 1 else 100.0
         ax.bar(planes, counts, width=0.8 * step, color=BLUE)
@@ -563,7 +603,14 @@ def new_figure(size_inches: tuple[float, float]) -> Any:
     return Figure(figsize=size_inches, layout="constrained")
 
 
-def _axes(ax: "Axes | None", **options: str) -> Any:
+def axes_or_new(ax: "Axes | None", **options: str) -> Any:
+    """Return axes that were given, or those of a new figure.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    """
     if ax is not None:
         return ax
     try:
@@ -575,7 +622,14 @@ def _axes(ax: "Axes | None", **options: str) -> Any:
     return pyplot.figure(layout="constrained").add_subplot(**options)
 
 
-def _summary(store: Store | Summary) -> Summary:
+def summary_of(store: Store | Summary) -> Summary:
+    """Return a summary that was given, or that of a merged result.
+
+    Raises
+    ------
+    IncompleteError
+        It was merged without statistics.
+    """
     if isinstance(store, Summary):
         return store
     summary = read_summary(store)
@@ -592,9 +646,9 @@ def _coarse(counts: AnyArray, axis: Axis, together: int) -> tuple[Float64, AnyAr
     return axis.edges[::together], counts.reshape(-1, together).sum(axis=1)
 
 
-def _name_rows(ax: "Axes", names: Sequence[str]) -> None:
+def name_rows(ax: "Axes", names: Sequence[str]) -> None:
     """Label the rows, first on top; numbers if there are too many for names."""
-    if len(names) <= _MOST_BARS:
+    if len(names) <= MOST_BARS:
         # A name is text and no formula.
         short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
         ax.set_yticks(range(len(names)), labels=short, parse_math=False)
@@ -607,7 +661,8 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _foreground() -> Any:
+def foreground() -> Any:
+    """Colour of text."""
     from matplotlib import rcParams
 
     return rcParams["text.color"]
@@ -619,5 +674,6 @@ def _magma() -> Any:
     return colormaps["magma"].with_extremes(bad=(0.5, 0.5, 0.5, 0.35))
 
 
-def _say(ax: "Axes", words: str) -> None:
+def say(ax: "Axes", words: str) -> None:
+    """Write into axes why nothing is drawn."""
     ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, alpha=0.7)

@@ -555,6 +555,8 @@ def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) 
             if Region(y, y + 1, x, x + 1).intersect(layout.exposure.region).size:
                 number = layout.number_of((y + dy) // height, (x + dx) // width)
                 region = layout.region_of(number)
+                if region.y0 <= ys[k] < region.y1 and region.x0 <= xs[k] < region.x1:
+                    continue  # of the same record, so that it is NaN
                 along = x - region.x0 if step_y else y - region.y0
                 column[k] = edges[number][edge, along]
 

@@ -6,7 +6,7 @@ chunk and never held as a whole.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from os import PathLike
@@ -19,13 +19,37 @@ from ocelot_em import format as fmt
 from ocelot_em.canvas import ceil_div
 from ocelot_em.errors import IncompleteError, InvalidInputError
 from ocelot_em.maps import AnyArray, Float32
-from ocelot_em.markup import Markup, element, join, nbytes_text, page, pairs, seconds_text, table
+from ocelot_em.markup import (
+    Markup,
+    captioned,
+    element,
+    join,
+    length_text,
+    nbytes_text,
+    page,
+    pairs,
+    percent,
+    seconds_text,
+    table,
+)
+from ocelot_em.montage_plots import (
+    Coverage,
+    Montage,
+    montage_cards,
+    montage_section,
+    outline_exposures,
+    partials_of_exposures_section,
+    plot_exposures,
+    plot_partials_of_exposures,
+    plot_seams,
+)
 from ocelot_em.objects import open_objects
-from ocelot_em.particles import NEG_LOG_P, ParticleTable, write_file
-from ocelot_em.picking import all_candidates, find_peaks
+from ocelot_em.particles import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTable, write_file
+from ocelot_em.picking import MergedMaps, all_candidates, find_peaks
 from ocelot_em.pipeline import SUMMARY_FIELDS
 from ocelot_em.plots import (
     MOST_CIRCLES,
+    map_positions,
     new_figure,
     plot_correlations,
     plot_crop,
@@ -39,7 +63,12 @@ from ocelot_em.plots import (
     plot_zscore,
     pooled_zscore,
 )
-from ocelot_em.records import Summary, open_merged_result, read_summary
+from ocelot_em.records import (
+    Summary,
+    open_merged_result,
+    read_exposure_statistics,
+    read_summary,
+)
 from ocelot_em.store import read_table
 
 __all__ = [
@@ -47,10 +76,13 @@ __all__ = [
     "plot_crop",
     "plot_defocus",
     "plot_distributions",
+    "plot_exposures",
     "plot_joint",
     "plot_partials",
+    "plot_partials_of_exposures",
     "plot_poses",
     "plot_psi",
+    "plot_seams",
     "plot_survival",
     "plot_zscore",
     "pooled_zscore",
@@ -64,7 +96,8 @@ OVERVIEW_PX = 640
 _INK = "#0a0b0c"  # stands for the page's own text colour, light or dark
 _BEST_SHOWN = 12
 _PARTIALS_SHOWN = 1000
-_PROBLEMS_SHOWN = 20
+_PROBLEMS_SHOWN = 8
+_PROBLEMS_LISTED = 200
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -97,12 +130,17 @@ class _Subject:
     particles: ParticleTable
     trouble: str
     """Why no particles could be picked, if so."""
+    montage: Montage | None
+    """What is known of its exposures, if it is a montage."""
 
     @property
-    def cutoff(self) -> float | None:
-        """z-score that particles had to reach, if it was one."""
+    def cutoff(self) -> tuple[float, float] | None:
+        """Lowest and highest z-score that particles had to reach, if it was one."""
         about = self.particles.about
-        return None if about is None or NEG_LOG_P in self.particles.columns else about.cutoff
+        if about is None or NEG_LOG_P in self.particles.columns:
+            return None
+        own = [cutoff for _, cutoff in about.exposure_cutoffs]
+        return about.cutoff, max(own, default=about.cutoff)
 
 
 def write_report(
@@ -115,7 +153,8 @@ def write_report(
 ) -> Path:
     """Write a page to look at: particles, significance, poses, partials, timings, provenance.
 
-    One file that refers to no other. Maps are read chunk by chunk, for the overview and zooms.
+    Of a montage it also tells where its exposures lie, and whether their edges can be seen. One
+    file that refers to no other. Maps are read chunk by chunk, for the overview and zooms.
 
     Parameters
     ----------
@@ -141,7 +180,8 @@ def write_report(
     StoreNotFoundError, FormatError, IncompleteError, ChunkError
         It is not a finished merged result, was merged without statistics, or cannot be read.
     InvalidInputError
-        The pyramid is of another result.
+        The pyramid is of another result, or the particles are: of a montage, and the result is
+        none, or the other way round, or of other exposures.
     MissingDependencyError
         matplotlib is not installed.
     StorageError
@@ -149,6 +189,8 @@ def write_report(
     """
     subject = _subject(store, particles)
     overview = _overview(subject, pyramid)
+    montage = subject.montage
+    coverage = None if montage is None else Coverage.of(montage.attributes)
     sections = [
         ("particles", "Particles", _particles_section(subject, overview, max_zooms)),
         ("significance", "Significance", _significance_section(subject)),
@@ -157,12 +199,15 @@ def write_report(
         ("timings", "Timings", _timings_section(subject)),
         ("provenance", "Provenance", _provenance_section(subject)),
     ]
+    if montage is not None and coverage is not None:
+        told = montage_section(montage, subject.particles, coverage, _drawing)
+        sections.insert(1, ("montage", "Montage", told))
     name = subject.url.rstrip("/").rpartition("/")[2] or subject.url
     links = [element("a", title, href=f"#{key}") for key, title, _ in sections]
     body = [
         element("header", element("h1", name), element("p", subject.url, class_="path")),
         element("nav", *links),
-        element("main", _headline(subject), _notes(subject)),
+        element("main", _headline(subject, coverage), _notes(subject)),
         *(
             element("section", element("h2", title), content, id=key)
             for key, title, content in sections
@@ -190,6 +235,7 @@ def save_overview(
     figure = new_figure((13.0, 5.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     plot_zscore(store, left, truth)
+    outline_exposures(left, open_merged_result(open_objects(store)).exposures)
     plot_survival(store, right, cutoff)
     figure.savefig(path, dpi=110)
 
@@ -208,7 +254,26 @@ def _subject(store: str | PathLike[str], particles: ParticleTable | None) -> _Su
             particles = find_peaks(store)
         except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
             particles, trouble = ParticleTable.empty(), str(error)
-    return _Subject(store, objects.url, attributes, summary, particles, trouble)
+    if problem := _misplaced(particles, attributes):
+        raise InvalidInputError(f"particles: {problem}, as find_peaks gives them for {objects.url}")
+    montage = None
+    if attributes.exposures:
+        of_exposures = read_exposure_statistics(store, summary.attributes)
+        montage = Montage(attributes, summary, of_exposures)
+    return _Subject(store, objects.url, attributes, summary, particles, trouble, montage)
+
+
+def _misplaced(particles: ParticleTable, attributes: fmt.MergedAttributes) -> str:
+    """Say so where particles cannot be of a result."""
+    if not len(particles):
+        return ""
+    known = {exposure.id for exposure in attributes.exposures}
+    if particles.is_of_montage != bool(known):
+        expected, got = ("a montage", "one exposure") if known else ("one exposure", "a montage")
+        return f"expected those of {expected}, got those of {got}"
+    if particles.is_of_montage and (unknown := {*particles.columns[EXPOSURE].tolist()} - known):
+        return f"expected those of its exposures, got some of {min(unknown)!r}"
+    return ""
 
 
 def _overview(subject: _Subject, pyramid: str | PathLike[str] | None) -> tuple[Float32, int]:
@@ -226,29 +291,36 @@ def _overview(subject: _Subject, pyramid: str | PathLike[str] | None) -> tuple[F
     return values, factor
 
 
-def _headline(subject: _Subject) -> Markup:
-    attributes, statistics = subject.attributes, subject.summary.attributes
-    height, width = attributes.valid_shape
-    size = attributes.pixel_size_angstrom
+def _headline(subject: _Subject, coverage: Coverage | None) -> Markup:
+    statistics, montage = subject.summary.attributes, subject.montage
+    size, about = subject.attributes.pixel_size_angstrom, subject.particles.about
     searched = statistics.searched_pixels / max(statistics.valid_pixels, 1)
-    about = subject.particles.about
     cutoff, method = "—", "no cutoff"
     if about is not None:
         cutoff, method = f"{about.cutoff:.4g}", f"cutoff ({about.method})"
         if NEG_LOG_P in subject.particles.columns:
             method = "cutoff (-ln p)"
+        elif about.per is not None:
+            of = "each exposure" if about.per == "exposure" else "the montage"
+            cutoff, method = about.cutoff_text, f"cutoff in {of} ({about.method})"
     highest = statistics.scaled_mip_range
-    area = "" if size is None else f", {_length_text(height * size, width * size)}"
-    cards = (
+    partials = (f"{len(subject.attributes.partials):,}", "partial results")
+    if montage is None or coverage is None:
+        several = ""
+        about_maps = [_valid_pixels(subject.attributes), (percent(searched), "of them searched")]
+        counts = [partials, (f"{subject.attributes.total_projections:,}", "projections per pixel")]
+    else:
+        several = " of all exposures"
+        about_maps = montage_cards(montage, coverage)
+        counts = [(percent(searched), "of the exposures' valid pixels searched"), partials]
+    cards = [
         (f"{len(subject.particles):,}", "particles"),
         (cutoff, method),
-        ("—" if highest is None else f"{highest[1]:.2f}", "highest z-score"),
-        (f"{height:,} × {width:,}", f"valid pixels of {_shape_text(attributes.shape)}{area}"),
-        (_percent(searched), "of them searched"),
-        (f"{len(attributes.partials):,}", "partial results"),
-        (f"{attributes.total_projections:,}", "projections per pixel"),
+        ("—" if highest is None else f"{highest[1]:.2f}", f"highest z-score{several}"),
+        *about_maps,
+        *counts,
         ("unknown" if size is None else f"{size:.4g} Å", "pixel size"),
-    )
+    ]
     return element(
         "div",
         *(element("div", element("strong", value), element("span", what)) for value, what in cards),
@@ -256,31 +328,47 @@ def _headline(subject: _Subject) -> Markup:
     )
 
 
+def _valid_pixels(attributes: fmt.MergedAttributes) -> tuple[str, str]:
+    (height, width), size = attributes.valid_shape, attributes.pixel_size_angstrom
+    area = "" if size is None else f", {length_text(height * size, width * size)}"
+    return f"{height:,} × {width:,}", f"valid pixels of {_shape_text(attributes.shape)}{area}"
+
+
 def _notes(subject: _Subject) -> Markup:
     """What somebody should know before believing the rest."""
     problems = _problems(subject)
     if not problems:
         return element("p", "Nothing is out of line.", class_="good")
-    shown = [element("li", problem) for problem in problems[:_PROBLEMS_SHOWN]]
-    if len(problems) > len(shown):
-        shown.append(element("li", f"and {len(problems) - len(shown)} more"))
+    told = [element("li", problem) for problem in problems[:_PROBLEMS_LISTED]]
+    shown, folded = told[:_PROBLEMS_SHOWN], told[_PROBLEMS_SHOWN:]
+    if folded:
+        if len(problems) > len(told):
+            folded.append(element("li", f"and {len(problems) - len(told):,} more"))
+        more = element("summary", f"and {len(problems) - len(shown):,} more")
+        shown.append(element("li", element("details", more, element("ul", *folded))))
     return element("ul", *shown, class_="notes")
 
 
 def _problems(subject: _Subject) -> list[str]:
-    from ocelot_em.health import partials_out_of_line
+    from ocelot_em.health import montage_out_of_line, partials_out_of_line
 
-    statistics = subject.summary.attributes
+    statistics, montage = subject.summary.attributes, subject.montage
     counted = (
         (statistics.unsearched_pixels, "searched by no partial"),
         (statistics.nan_pixels, "NaN"),
         (statistics.zero_std_pixels, "without variance: their z-score is 0"),
     )
+    # Pixels of the canvas where no exposure lies are not among them.
+    of = "" if montage is None else " of the exposures, all counted together,"
     problems = [
-        f"{n:,} valid pixel{' is' if n == 1 else 's are'} {what}." for n, what in counted if n
+        f"{n:,} valid pixel{'' if n == 1 else 's'}{of} {'is' if n == 1 else 'are'} {what}."
+        for n, what in counted
+        if n
     ]
     if subject.trouble:
         problems.append(f"No particles could be picked: {subject.trouble}")
+    if montage is not None:
+        return [*problems, *montage_out_of_line(statistics, montage.of_exposures)]
     return [*partials_out_of_line(statistics), *problems]
 
 
@@ -291,29 +379,30 @@ def _particles_section(subject: _Subject, overview: tuple[Float32, int], max_zoo
     wide = width > 2 * height
     across = 12.0 if wide else 7.4
     tall = float(np.clip((across - 1.5) * height / width, 1.4, 8.5))
+
+    def draw(figure: Any) -> None:
+        ax = plot_zscore(overview, figure.subplots(), particles=particles)
+        outline_exposures(ax, subject.attributes.exposures)
+
     whole = _drawing(
-        "overview",
-        (across, tall + 0.8),
-        lambda figure: plot_zscore(overview, figure.subplots(), particles=particles),
-        "z-score map with picked particles in circles",
+        "overview", (across, tall + 0.8), draw, "z-score map with picked particles in circles"
     )
     explained = "Each particle's position is the upper left corner of its template box."
+    if subject.montage is not None:
+        explained += " Lines are the edges of exposures; where none lies, it is grey."
     if overview[1] > 1:
         pooled = f"A pixel of this picture is the highest z-score of {overview[1]} × {overview[1]}."
         explained = f"{pooled} {explained}"
     if len(particles) > MOST_CIRCLES:
         explained += f" The best {MOST_CIRCLES:,} are in circles."
-    parts = [_figure(whole, explained, "full" if wide else "wide")]
+    parts = [captioned(whole, explained, "full" if wide else "wide")]
     best = _best_first(particles)
     zoomed = best[: max(max_zooms, 0)]
     if len(zoomed):
         drawn = _zooms(subject, zoomed, 6 if wide else 2)
         what = "The best particles, every pixel, each with its own colours."
-        parts.append(_figure(drawn, what, "full" if wide else "narrow"))
-    names = [partial.name for partial in subject.attributes.partials]
-    rows = [
-        _particle_row(particles, number, i, names) for number, i in enumerate(best[:_BEST_SHOWN], 1)
-    ]
+        parts.append(captioned(drawn, what, "full" if wide else "narrow"))
+    rows = [_particle_row(subject, number, i) for number, i in enumerate(best[:_BEST_SHOWN], 1)]
     shown: list[Markup] = [element("div", *parts, class_="row")]
     if rows:
         header = [
@@ -329,6 +418,9 @@ def _particles_section(subject: _Subject, overview: tuple[Float32, int], max_zoo
             "partial",
         ]
         header += ["-ln p"] * (NEG_LOG_P in particles.columns)
+        if particles.is_of_montage:
+            where = ["exposure", *header[1:3], "canvas y", "canvas x"]
+            header = ["", *where, *header[3:], "also seen in (y, x)"]
         shown.append(element("div", table(header, rows), class_="scroll numbers"))
         if len(particles) > len(rows):
             more = f"The best {len(rows)} of {len(particles):,} particles."
@@ -346,24 +438,39 @@ def _best_first(particles: ParticleTable) -> AnyArray:
 def _zooms(subject: _Subject, chosen: AnyArray, columns: int) -> Markup:
     columns = min(columns, len(chosen))
     rows = ceil_div(len(chosen), columns)
+    (y, x), z = map_positions(subject.particles), subject.particles.columns["scaled_mip"]
+    is_shown = _which_are_shown(subject, chosen)
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax in panels:
             ax.set_axis_off()
-        for number, (i, ax) in enumerate(zip(chosen, panels, strict=False), 1):
-            record = {name: values[i] for name, values in subject.particles.columns.items()}
+        for number, (i, ax) in enumerate(zip(chosen.tolist(), panels, strict=False), 1):
             ax.set_axis_on()
-            plot_crop(subject.store, (record["pos_y"], record["pos_x"]), ax)
+            plot_crop(subject.store, (y[i], x[i]), ax)
             ax.grid(visible=False)
-            ax.set_title(f"{number}: z = {record['scaled_mip']:.2f}")
+            ax.set_title(f"{number}: z = {z[i]:.2f}{'' if is_shown[i] else ' (hidden)'}")
             ax.tick_params(labelsize=8)
 
     what = "z-scores around the best particles"
     return _drawing("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw, what)
 
 
-def _particle_row(particles: ParticleTable, number: int, i: int, names: Sequence[str]) -> list[str]:
+def _which_are_shown(subject: _Subject, chosen: AnyArray) -> dict[int, bool]:
+    """Whether the map shows particles; a montage may show another exposure where they are."""
+    if subject.montage is None:
+        return dict.fromkeys(chosen.tolist(), True)
+    merged = MergedMaps.open(subject.store)
+    exposures = {exposure.id: exposure for exposure in merged.plan.exposures}
+    (y, x), own = map_positions(subject.particles), subject.particles.columns[EXPOSURE]
+    return {
+        i: bool(merged.shows(exposures[str(own[i])], y[i : i + 1], x[i : i + 1])[0])
+        for i in chosen.tolist()
+    }
+
+
+def _particle_row(subject: _Subject, number: int, i: int) -> list[str]:
+    particles = subject.particles
     record = {name: values[i] for name, values in particles.columns.items()}
     formats = {
         "pos_y": ",d",
@@ -376,9 +483,25 @@ def _particle_row(particles: ParticleTable, number: int, i: int, names: Sequence
         "relative_defocus": ".0f",
     }
     row = [f"{number}", *(f"{record[name]:{spec}}" for name, spec in formats.items())]
-    partial = int(record["best_partial"])
-    row.append(names[partial] if 0 <= partial < len(names) else f"{partial}")
-    return [*row, f"{record[NEG_LOG_P]:.2f}"] if NEG_LOG_P in record else row
+    row.append(_partial_name(subject.attributes, record))
+    if NEG_LOG_P in record:
+        row.append(f"{record[NEG_LOG_P]:.2f}")
+    if not particles.is_of_montage:
+        return row
+    others = (sighting.split(":") for sighting in str(record[ALSO_SEEN]).split())
+    seen = "; ".join(f"{exposure} ({y}, {x})" for exposure, y, x in others)
+    on_canvas = (f"{record[name]:,d}" for name in ("canvas_y", "canvas_x"))
+    return [row[0], str(record[EXPOSURE]), *row[1:3], *on_canvas, *row[3:], seen or "—"]
+
+
+def _partial_name(attributes: fmt.MergedAttributes, record: Mapping[str, Any]) -> str:
+    """Name of the partial that won a particle; of a montage, one of its exposure's."""
+    partials, number = attributes.partials, int(record["best_partial"])
+    for exposure in attributes.exposures:
+        if exposure.id == record[EXPOSURE]:
+            first = exposure.first_partial
+            partials = partials[first : first + exposure.n_partials]
+    return partials[number].name if 0 <= number < len(partials) else f"{number}"
 
 
 def _significance_section(subject: _Subject) -> Markup:
@@ -404,17 +527,27 @@ def _significance_section(subject: _Subject) -> Markup:
         ),
         "joint density of mip and z-score",
     )
-    left = _figure(
+    of = "" if subject.montage is None else " of all exposures, shown or not"
+    counted = f"Of all searched valid pixels{of}."
+    several = ""
+    dots = "Dots are the highest pixels of the map, picked or not."
+    if subject.montage is not None:
+        dots = f"Dots are the highest pixels{of}, picked or not."
+        several = (
+            f"Counted are the valid pixels{of}, and what Gaussian noise would give in each with "
+            "its own projections. "
+        )
+    left = captioned(
         survival,
-        "Noise should stay at or below the dashed line: that is independent Gaussian noise, "
-        "and neighbouring projections are alike. Noise above it means that something is wrong "
-        "with the statistics. Particles leave it to the right.",
+        f"{several}Noise should stay at or below the dashed line: that is independent Gaussian "
+        "noise, and neighbouring projections are alike. Noise above it means that something is "
+        "wrong with the statistics. Particles leave it to the right.",
         "half",
     )
     right = element(
         "div",
-        _figure(joint, "Dots are the highest pixels of the map, picked or not.", "full"),
-        _figure(distributions, "Of all valid pixels that were searched.", "full"),
+        captioned(joint, dots, "full"),
+        captioned(distributions, counted, "full"),
         class_="half stack",
     )
     return element("div", left, right, class_="row")
@@ -438,13 +571,15 @@ def _poses_section(particles: ParticleTable) -> Markup:
     angles = _drawing("angles", (5.0, 3.9), draw, "in-plane angles and defocus")
     return element(
         "div",
-        _figure(views, "Equal areas are equal solid angles.", "half"),
-        _figure(angles, "Of all picked particles.", "half"),
+        captioned(views, "Equal areas are equal solid angles.", "half"),
+        captioned(angles, "Of all picked particles.", "half"),
         class_="row",
     )
 
 
 def _partials_section(subject: _Subject) -> Markup:
+    if subject.montage is not None:
+        return partials_of_exposures_section(subject.montage, _drawing)
     statistics = subject.summary.attributes
     n_rows = max(len(statistics.partials), len(statistics.sources))
     height = float(np.clip(0.34 * n_rows + 1.3, 2.0, 12.0))
@@ -466,8 +601,8 @@ def _partials_section(subject: _Subject) -> Markup:
         (
             p.name,
             f"{p.total_projections:,}",
-            _percent(p.total_projections / projections),
-            _percent(p.won_pixels / pixels),
+            percent(p.total_projections / projections),
+            percent(p.won_pixels / pixels),
             _ratio(p.won_pixels / pixels, p.total_projections / projections),
         )
         for p in statistics.partials[:_PARTIALS_SHOWN]
@@ -479,7 +614,7 @@ def _partials_section(subject: _Subject) -> Markup:
     left = table(("partial", "projections", "share of them", "pixels won", "won / expected"), won)
     right = table(("input", "projections", "mean", "its spread", "std"), own)
     parts = [
-        _figure(
+        captioned(
             drawn,
             "Left: a partial should win the share of the pixels that it has of the projections, "
             "about. Right: each input's own correlations, over all valid pixels; those of one "
@@ -521,7 +656,7 @@ def _timings_section(subject: _Subject) -> Markup:
     ]
     threads = [
         ("time of all threads", seconds_text(busy)),
-        *((name, f"{seconds_text(seconds[name])}, {_percent(share)}") for name, share in shares),
+        *((name, f"{seconds_text(seconds[name])}, {percent(share)}") for name, share in shares),
         ("of these waiting", seconds_text(totals["waited_seconds"])),
         ("from start to end", _elapsed(subject.attributes)),
     ]
@@ -580,9 +715,11 @@ def _provenance_section(subject: _Subject) -> Markup:
 def _method_text(subject: _Subject) -> str:
     about = subject.particles.about
     assert about is not None
-    words = [f"method {about.method}", f"cutoff {about.cutoff:.6g}"]
+    cutoff = f"{about.cutoff:.6g}" if about.per is None else about.cutoff_text
+    words = [f"method {about.method}", f"cutoff {cutoff}"]
     if about.false_positives is not None:
-        words.append(f"{about.false_positives:g} false positives accepted")
+        of = {"exposure": " in each exposure", "montage": " in the montage", None: ""}[about.per]
+        words.append(f"{about.false_positives:g} false positives accepted{of}")
     words.append(f"at least {about.min_distance_px:g} px apart")
     return ", ".join(words)
 
@@ -595,22 +732,6 @@ def _option(value: object) -> str:
 
 def _shape_text(shape: tuple[int, int]) -> str:
     return f"{shape[0]:,} × {shape[1]:,}"
-
-
-def _length_text(height_angstrom: float, width_angstrom: float) -> str:
-    unit, name = (1e4, "µm") if max(height_angstrom, width_angstrom) >= 1e4 else (10.0, "nm")
-    return f"{height_angstrom / unit:.3g} × {width_angstrom / unit:.3g} {name}"
-
-
-def _percent(share: float) -> str:
-    """A share, rounded; neither nothing nor all unless it is that."""
-    if share in (0.0, 1.0):
-        return f"{share:.0%}"
-    return f"{min(max(share, 0.001), 0.999):.1%}"
-
-
-def _figure(drawing: Markup, caption: str, width: str) -> Markup:
-    return element("figure", drawing, element("figcaption", caption), class_=width)
 
 
 def _drawing(

@@ -16,7 +16,7 @@ from rich.progress import (
 from ocelot_em.api import Observer
 from ocelot_em.cluster import Cluster, n_workers
 from ocelot_em.pipeline import MergeReport, Outcome, Preparation
-from ocelot_em.plan import Forecast, MergeOptions, n_threads
+from ocelot_em.plan import Forecast, MergeOptions, MergePlan, n_threads
 
 PLAIN_SECONDS = 5.0
 """Time between lines of progress where there is no terminal."""
@@ -100,7 +100,7 @@ def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> N
     free = "unknown" if cost.free_nbytes is None else size(cost.free_nbytes)
     done = f", {cost.n_done} of them done before" if cost.n_done else ""
     rows = (
-        ("partials", f"{len(plan.contributions)}, {plan.total_projections:,} projections"),
+        *_what(plan),
         ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),
         ("tiles", f"{cost.n_tiles} of {plan.tile[0]} x {plan.tile[1]} pixels{done}"),
         ("to read", f"{size(cost.stored_nbytes_in)} ({size(cost.decoded_nbytes_in)} decoded)"),
@@ -119,6 +119,18 @@ def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> N
     )
     for label, value in rows:
         console.print(f"{label:10}  {value}", markup=False)
+
+
+def _what(plan: MergePlan) -> list[tuple[str, str]]:
+    """Say what is merged."""
+    if not plan.is_montage:
+        n, projections = len(plan.contributions), plan.total_projections
+        return [("partials", f"{n}, {projections:,} projections")]
+    edge = f", without {plan.erode_px} pixels at their edges" if plan.erode_px else ""
+    return [
+        ("exposures", f"{len(plan.exposures):,} of {len(plan.contributions):,} partials{edge}"),
+        ("overlaps", plan.overlap),
+    ]
 
 
 def _device(cost: Forecast) -> str:

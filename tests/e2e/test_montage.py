@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ocelot_em
-from helpers import SPACE, assert_same_maps, chunk_bytes, make_result, read_maps
+from helpers import assert_same_maps, chunk_bytes, read_maps
+from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.errors import (
     FormatError,
     IncompleteError,
@@ -23,57 +23,6 @@ from ocelot_em.maps import MAPS, AnyArray
 from ocelot_em.search import Exposure, SearchInfo, write_partial
 
 FILL = {name: info.fill for name, info in MAPS.items()}
-
-
-@dataclass(frozen=True)
-class Shot:
-    """An exposure to be made, with partials of these counts."""
-
-    id: str
-    origin: tuple[float, float]
-    acquired: int
-    shape: tuple[int, int]
-    valid_shape: tuple[int, int]
-    counts: tuple[int, ...]
-    idle: bool = False
-
-    def results(self, seed: int = 0, *, ties: bool = False) -> list[dict[str, AnyArray]]:
-        rng = np.random.default_rng((seed, *self.id.encode()))
-        found = [make_result(rng, self.shape, count, ties=ties) for count in self.counts]
-        for result in found:
-            unsearched = rng.random(self.shape) < (1.0 if self.idle else 0.05)
-            result["mip"][unsearched] = -np.inf
-            result["best_global_index"][unsearched] = -1
-        return found
-
-
-def write_shots(place: Path, shots: Sequence[Shot], *, indexed: bool = False) -> Path:
-    info = SearchInfo(search_space=SPACE if indexed else None, pixel_size_angstrom=2.0)
-    for shot in shots:
-        exposure = Exposure(shot.id, shot.origin, shot.acquired, shot.valid_shape)
-        for number, (result, count) in enumerate(zip(shot.results(), shot.counts, strict=True)):
-            write_partial(
-                place,
-                f"gpu{number}",
-                result,
-                total_projections=count,
-                order=number,
-                search=info,
-                exposure=exposure,
-            )
-    return place
-
-
-def merged_alone(folder: Path, shot: Shot, *, indexed: bool = False) -> dict[str, AnyArray]:
-    """What a merge of one exposure's partials gives, as a search of its own."""
-    search = folder / f"{shot.id}.zarr"
-    info = SearchInfo(search_space=SPACE if indexed else None, pixel_size_angstrom=2.0)
-    for number, (result, count) in enumerate(zip(shot.results(), shot.counts, strict=True)):
-        write_partial(
-            search, f"gpu{number}", result, total_projections=count, order=number, search=info
-        )
-    ocelot_em.merge(search, folder / f"{shot.id}_merged.zarr")
-    return read_maps(folder / f"{shot.id}_merged.zarr")
 
 
 def laid(
@@ -107,15 +56,6 @@ def laid(
                         canvas[name][at] = values[y, x]
                     canvas["source_exposure"][at] = number
     return canvas
-
-
-SHOTS = [
-    Shot("late", (0, 20), 7, (30, 34), (28, 31), (70, 31)),
-    Shot("first", (3, 0), 1, (24, 26), (22, 25), (70, 20, 5)),
-    Shot("below", (19, 11), 3, (25, 30), (25, 30), (10,)),
-    Shot("far", (40, 60), 2, (12, 9), (10, 8), (4, 4)),
-    Shot("again", (3, 2), 1, (20, 20), (20, 20), (90, 12)),
-]
 
 
 @pytest.mark.parametrize("overlap", ["earliest", "max-zscore", "farthest-from-edge"])
@@ -297,7 +237,7 @@ def test_nan_can_be_masked_in_a_montage(tmp_path):
         ocelot_em.merge(search, tmp_path / "OUT.zarr")
     ocelot_em.merge(search, tmp_path / "MASKED.zarr", nan="mask")
     masked = read_maps(tmp_path / "MASKED.zarr")
-    assert masked["total_projections"][5, 26] in (0, 31, 95)
+    assert masked["total_projections"][5, 26] in (0, 31_000, 95_000)
     assert masked["total_projections"][27, 0] == 0
 
 
@@ -312,7 +252,7 @@ def test_exposures_keep_their_numbers_and_say_what_differs(tmp_path):
     search = write_shots(tmp_path / "RUN.zarr", SHOTS)
     about = {e.id: e for e in ocelot_em.describe(search).exposures}
     assert [about[s.id].number for s in SHOTS] == list(range(5))
-    assert about["first"].total_projections == 95
+    assert about["first"].total_projections == 95_000
     with pytest.raises(InvalidInputError, match=r"exposure 'far': origin: the search has"):
         write_shots(search, [replace(SHOTS[3], origin=(1, 1), counts=(1, 1, 1))])
     with pytest.raises(InvalidInputError, match="a partial 'gpu0' is already there"):
@@ -351,6 +291,6 @@ def test_the_result_says_where_its_exposures_lie(tmp_path):
         ("late", [0, 4]),
         ("first", [6, 0]),
     ]
-    assert [e["total_projections"] for e in content["exposures"]] == [101, 95]
+    assert [e["total_projections"] for e in content["exposures"]] == [101_000, 95_000]
     first = content["exposures"][1]["first_partial"]
     assert [p["name"] for p in content["partials"][first:]] == ["gpu0", "gpu1", "gpu2"]

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ocelot_em.errors import InvalidInputError, StorageError
-from ocelot_em.particles import COLUMNS, NEG_LOG_P, About, ParticleTable, as_text, write_file
+from ocelot_em.particles import (
+    ALL_COLUMNS,
+    COLUMNS,
+    NEG_LOG_P,
+    About,
+    ParticleTable,
+    as_text,
+    write_file,
+)
 
 ABOUT = About(
     store="OUT.zarr",
@@ -185,7 +193,7 @@ def test_lines_that_are_no_particles_are_named(tmp_path):
     assert problems_of_csv(path, names) == [
         "mip: missing",
         "psi: missing",
-        f"' mip': expected one of {', '.join(COLUMNS)}",
+        f"' mip': expected one of {', '.join(ALL_COLUMNS)}",
         "phi: expected once, got 2 columns",
     ]
 

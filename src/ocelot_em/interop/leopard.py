@@ -34,18 +34,20 @@ from ocelot_em.maps import (
     SQUARED_SUM,
     SUM,
     AnyArray,
+    MapSet,
     PoseForm,
 )
 from ocelot_em.objects import open_objects
 from ocelot_em.search import (
+    Exposure,
     PartialWriter,
     SearchInfo,
     dtype_problems,
+    layout_differences,
     name_problems,
     partial_names,
     read_partials,
     search_attributes,
-    search_problems,
     value_problems,
 )
 from ocelot_em.search_space import TABLES, SearchSpace
@@ -364,35 +366,162 @@ def import_results(
         Listing everything that is wrong with all files.
     """
     options = options or ImportOptions()
-    tell = on_progress or (lambda _phase, _share: None)
     if not files:
         raise InvalidInputError("import: expected at least one file, got none")
+    return import_batches([Batch(files, options.total_projections)], output, options, on_progress)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Files that become the partials of one exposure, or of a search that has no exposures.
+
+    Parameters
+    ----------
+    files
+        In the order of the partials.
+    total_projections
+        As in :class:`ImportOptions`.
+    exposure
+        Whose partials they are.
+    """
+
+    files: Sequence[str | PathLike[str]]
+    total_projections: Sequence[int] = ()
+    exposure: Exposure | None = None
+
+
+def import_batches(
+    batches: Sequence[Batch],
+    output: str | PathLike[str],
+    options: ImportOptions,
+    on_progress: Callable[[str, float], None] | None = None,
+) -> list[str]:
+    """Convert files of several exposures as :func:`import_results` does those of one search.
+
+    Partials of exposures that are there already with the same content are left alone.
+
+    Returns
+    -------
+    list of str
+        Names of the new partials, behind those of their exposures and a slash.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong with all files.
+    """
+    tell = on_progress or (lambda _phase, _share: None)
+    problems: list[str] = []
+    seen: dict[str, Path] = {}
+    checked: list[_Checked] = []
+    forms: dict[MapSet, str] = {}
+    for number, batch in enumerate(batches):
+        told = _part(tell, "check", number, len(batches))
+        found = _check(batch, output, options, seen, told)
+        problems += found.problems
+        checked.append(found)
+        if found.info is not None:
+            forms.setdefault(found.info.maps, found.place)
+    if len(forms) > 1 and not problems:
+        problems = [f"{place}: has the maps {', '.join(m.partial)}" for m, place in forms.items()]
+        problems.append("exposures: expected the same maps in all of them")
+    if problems:
+        if all(c.is_readable for c in checked):
+            raise InvalidDataError(problems)
+        raise InvalidInputError(problems)
+    for number, (batch, found) in enumerate(zip(batches, checked, strict=True)):
+        told = _part(tell, "convert", number, len(batches))
+        _convert_batch(batch, found, output, told)
+    return [
+        f"{batch.exposure.id}/{name}" if batch.exposure else name
+        for batch, found in zip(batches, checked, strict=True)
+        for name in found.names
+    ]
+
+
+@dataclass
+class _Checked:
+    """What is known of a batch after its files were read through.
+
+    ``names``, ``counts`` and ``hashes`` are of the files that are to be converted, by their paths.
+    """
+
+    place: str
+    problems: list[str]
+    info: SearchInfo | None = None
+    is_readable: bool = False
+    first_order: int = 0
+    paths: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    hashes: tuple[str, ...] = ()
+
+
+def _check(
+    batch: Batch,
+    output: str | PathLike[str],
+    options: ImportOptions,
+    seen: dict[str, Path],
+    tell: Callable[[float], None],
+) -> _Checked:
+    """Read a batch's files through; ``seen`` has files by their hashes, and gets these."""
     with ExitStack() as stack:
-        candidates, problems = _open_all(files, stack)
-        problems += _read_counts(candidates, options.total_projections)
+        candidates, problems = _open_all(batch.files, stack)
+        result = _Checked(f"{batch.files[0]}", problems)
+        problems += _read_counts(candidates, batch.total_projections)
         space, found = _search_space(candidates, options)
         problems += found
-        info = _common_info(candidates, options, space)
-        problems += _layout_problems(candidates, info)
+        result.info = info = _common_info(candidates, options, space)
+        problems += _layout_problems(candidates, info, batch.exposure)
         if problems:
-            raise InvalidInputError(problems)
+            return result
         shape = cast("tuple[int, int]", candidates[0].shape)
         objects = open_objects(output)
-        problems += search_problems(objects, search_attributes(shape, info))
+        try:
+            problems += layout_differences(objects, shape, info, batch.exposure)
+        except InvalidInputError as error:
+            problems += error.problems
         if problems:
-            raise InvalidInputError(problems)
-        first_order, found = _against_existing(candidates, objects)
+            return result
+        exposure = "" if batch.exposure is None else batch.exposure.id
+        result.first_order, found, there = _against_existing(candidates, objects, exposure)
         problems += found
+        candidates = [candidate for candidate in candidates if candidate.name not in there]
         for number, candidate in enumerate(candidates):
-            told = _part(tell, "check", number, len(candidates))
+            told = _part(lambda _, share: tell(share), "", number, len(candidates))
             problems += _value_problems(candidate, info, told)
-        problems += _same_content(candidates)
-        if problems:
-            raise InvalidDataError(problems)
-        for number, candidate in enumerate(candidates):
-            told = _part(tell, "convert", number, len(candidates))
-            _convert(candidate, output, info, first_order + number, told)
-        return [candidate.name for candidate in candidates]
+        problems += _same_content(candidates, seen)
+        result.is_readable = True
+        result.paths = tuple(c.path for c in candidates)
+        result.names = tuple(c.name for c in candidates)
+        result.counts = tuple(c.count or 0 for c in candidates)
+        result.hashes = tuple(c.sha256 for c in candidates)
+    return result
+
+
+def _convert_batch(
+    batch: Batch,
+    checked: _Checked,
+    output: str | PathLike[str],
+    tell: Callable[[float], None],
+) -> None:
+    assert checked.info is not None
+    for number, path in enumerate(checked.paths):
+        file = open_result_file(path)
+        try:
+            candidate = _Candidate(
+                path,
+                checked.names[number],
+                file,
+                file.info(),
+                checked.counts[number],
+                checked.hashes[number],
+            )
+            told = _part(lambda _, share: tell(share), "", number, len(checked.paths))
+            order = checked.first_order + number
+            _convert(candidate, output, (checked.info, batch.exposure), order, told)
+        finally:
+            file.close()
 
 
 def _part(
@@ -518,14 +647,16 @@ def _common_info(
     )
 
 
-def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo) -> list[str]:
+def _layout_problems(
+    candidates: Sequence[_Candidate], info: SearchInfo, exposure: Exposure | None
+) -> list[str]:
     """Keys that are missing, shapes that differ, types that cannot be stored."""
     problems: list[str] = []
     shapes = Counter(c.shape for c in candidates if MIP in c.arrays)
     common = shapes.most_common(1)[0][0] if shapes else ()
     if len(common) == 2:
         try:
-            search_attributes((common[0], common[1]), info)
+            search_attributes((common[0], common[1]), info, exposure)
         except InvalidInputError as error:
             problems += error.problems
     elif shapes:
@@ -552,32 +683,36 @@ def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo) -> list
     return problems
 
 
-def _against_existing(candidates: Sequence[_Candidate], objects: Any) -> tuple[int, list[str]]:
-    """Order of the first new partial, and names that are taken."""
-    if not partial_names(objects):
-        return 0, []
-    existing = dict(read_partials(objects))
-    problems = [
-        f"{c.path}: {objects.url} has a partial {c.name!r} already; leave the file out, or rename "
-        "it if it is another result"
-        for c in candidates
-        if c.name in existing and existing[c.name].state == "complete"
-    ]
-    hashes = {
-        p.provenance.input_sha256: name for name, p in existing.items() if p.state == "complete"
-    }
+def _against_existing(
+    candidates: Sequence[_Candidate], objects: Any, exposure: str
+) -> tuple[int, list[str], set[str]]:
+    """Order of the first new partial, names that are taken, and partials that are there already."""
+    if not partial_names(objects, exposure):
+        return 0, [], set()
+    existing = dict(read_partials(objects, exposure))
+    complete = {name: p for name, p in existing.items() if p.state == "complete"}
+    hashes = {p.provenance.input_sha256: name for name, p in complete.items()}
+    problems, there = [], set()
     for candidate in candidates:
         candidate.sha256 = _sha256(candidate.path)
-        if candidate.sha256 in hashes and candidate.name not in existing:
+        name = candidate.name
+        if name in complete:
+            if exposure and complete[name].provenance.input_sha256 == candidate.sha256:
+                there.add(name)
+                continue
+            problems.append(
+                f"{candidate.path}: {objects.url} has a partial {name!r} already; leave the file "
+                "out, or rename it if it is another result"
+            )
+        elif candidate.sha256 in hashes and name not in existing:
             problems.append(
                 f"{candidate.path}: its content is already there as partial "
                 f"{hashes[candidate.sha256]!r}; its projections would be counted twice"
             )
-    return 1 + max(p.order for p in existing.values()), problems
+    return 1 + max(p.order for p in existing.values()), problems, there
 
 
-def _same_content(candidates: Sequence[_Candidate]) -> list[str]:
-    seen: dict[str, Path] = {}
+def _same_content(candidates: Sequence[_Candidate], seen: dict[str, Path]) -> list[str]:
     problems = []
     for candidate in candidates:
         candidate.sha256 = candidate.sha256 or _sha256(candidate.path)
@@ -618,14 +753,21 @@ def _value_problems(
 def _convert(
     candidate: _Candidate,
     output: str | PathLike[str],
-    info: SearchInfo,
+    of: tuple[SearchInfo, Exposure | None],
     order: int,
     tell: Callable[[float], None],
 ) -> None:
     shape = cast("tuple[int, int]", candidate.shape)
     assert candidate.count is not None
+    info, exposure = of
     writer = PartialWriter(
-        output, candidate.name, shape, total_projections=candidate.count, order=order, search=info
+        output,
+        candidate.name,
+        shape,
+        total_projections=candidate.count,
+        order=order,
+        search=info,
+        exposure=exposure,
     )
     writer.describe(file=candidate.path.name, sha256=candidate.sha256)
     readers = {key: candidate.file.rows(key) for key in info.maps.partial}

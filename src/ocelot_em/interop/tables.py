@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.interop.yaml_file import read_yaml
 from ocelot_em.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles import (
     ALL_COLUMNS,
@@ -184,7 +185,7 @@ class Optics:
         InvalidInputError
             Naming every key that is missing or cannot be.
         """
-        config, problems = _read_yaml(path), list[str]()
+        config, problems = read_yaml(path, "the configuration of a match_template run"), list[str]()
         sections: dict[str, Mapping[str, Any]] = {}
         for name in ("optics_group", "match_template_result"):
             section = config.get(name) or {}
@@ -259,21 +260,6 @@ def _text_problem(value: object) -> str | None:
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
         return f"expected text without line breaks and control characters, got {value!r}"
     return None
-
-
-def _read_yaml(path: str | PathLike[str]) -> Mapping[Any, Any]:
-    import yaml
-
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InvalidInputError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(config, Mapping):
-        raise InvalidInputError(
-            f"{path}: expected the configuration of a match_template run, got "
-            f"{type(config).__name__}"
-        )
-    return config
 
 
 def _number(value: object) -> object:
