@@ -115,6 +115,30 @@ class Frame:
             alone[: _BLOCK_HEADER.size] = borrowed
 
 
+    def decode_part(self, start: int, end: int, out: AnyArray) -> None:
+        """Decode at least some of the bytes, to their places in a C-contiguous array of all.
+
+        Parameters
+        ----------
+        start, end
+            Of the decoded bytes; the rest of ``out`` may keep what is in it.
+        out
+            Of the size of everything.
+
+        Raises
+        ------
+        ValueError
+            It cannot be decoded.
+        """
+        block = self._block_nbytes
+        if self.n_blocks == 1 or end - start + block >= out.nbytes:
+            self.decode(out)
+            return
+        flat = out.reshape(-1).view(np.uint8)
+        for number in range(start // block, -(-end // block)):
+            self.decode_block(number, flat[number * block : (number + 1) * block])
+
+
 def _decode(frame: memoryview, out: AnyArray) -> None:
     try:
         decompress(frame, out)

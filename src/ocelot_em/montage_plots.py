@@ -244,6 +244,7 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
             scalex=False,
             scaley=False,
             solid_joinstyle="miter",
+            zorder=0.5,  # above the map, below particles
         )
     if not many:
         _label(ax, exposures)
@@ -340,7 +341,11 @@ def plot_seams(
                 label=label,
             )
             continue
-        ax.plot(places, mean, ".", markersize=4, color=colour, label=label)
+        # The line of those in whose order they are, on top of the others' dots.
+        look = (
+            {"linewidth": 1.6, "zorder": 3} if label == "alone" else {"linestyle": "", "zorder": 2}
+        )
+        ax.plot(places, mean, marker=".", markersize=3.5, color=colour, label=label, **look)
         ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     if few:
         name_rows(ax, [exposure.id for exposure in exposures])
@@ -553,29 +558,36 @@ def montage_section(
 
 def _seams(montage: Montage, draw: Draw, *, wide: bool) -> Markup:
     n = len(montage.exposures)
+    n_known = int(np.isfinite([_apart(exposure) for exposure in montage.exposures]).sum())
     few = n <= MOST_BARS
     beside = few or wide
 
     def paint(page: Any) -> None:
-        if beside:
-            means, differences = page.subplots(1, 2, width_ratios=(1.6, 1))
-        else:
-            means, differences = page.subplots(2, 1, height_ratios=(1.4, 1))
+        if not n_known:
+            plot_seams(montage.summary, page.subplots())
+            return
+        ratios = {"width_ratios": (1.6, 1)} if beside else {"height_ratios": (1.4, 1)}
+        means, differences = page.subplots(*((1, 2) if beside else (2, 1)), **ratios)
         plot_seams(montage.summary, means)
         plot_seams(montage.summary, differences, value="difference")
         if few:
+            differences.set_ylim(means.get_ylim())
             differences.tick_params(labelleft=False)
 
-    tall = float(np.clip(0.34 * n + 1.5, 2.4, 12.0)) if few else 3.2 if wide else 5.2
+    tall = float(np.clip(0.25 * n + 1.7, 2.4, 12.0)) if few else 3.2 if beside else 5.2
     drawn = draw("seams", (11.6 if wide else 5.4, tall), paint, "z-scores of exposures")
-    n_known = int(np.isfinite([_apart(exposure) for exposure in montage.exposures]).sum())
     told = (
-        f"z-scores that the montage shows of each exposure, where it is alone and where others "
+        "z-scores that the montage shows of each exposure, where it is alone and where others "
         f"lie, too: means, with standard deviations as {'bars' if few else 'bands'}. "
-        f"{'Right' if beside else 'Below'}: how far both means are apart, for the {n_known:,} of "
-        f"{n:,} exposures that show {FEWEST_SHOWN:,} pixels or more of both kinds; beyond the grey "
-        "band a seam can be seen."
     )
+    if n_known:
+        told += (
+            f"{'Right' if beside else 'Below'}: how far both means are apart, for the {n_known:,} "
+            f"of {n:,} exposures that show {FEWEST_SHOWN:,} pixels or more of both kinds; beyond "
+            "the grey band a seam can be seen."
+        )
+    else:
+        told += f"No exposure shows {FEWEST_SHOWN:,} pixels of both kinds, to tell them apart."
     return captioned(drawn, told, "full" if wide else "half")
 
 

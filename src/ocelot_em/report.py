@@ -312,7 +312,7 @@ def _headline(subject: _Subject, coverage: Coverage | None) -> Markup:
     else:
         several = " of all exposures"
         about_maps = montage_cards(montage, coverage)
-        counts = [(percent(searched), "of the exposures' valid pixels searched"), partials]
+        counts = [(percent(searched), "of all exposures' pixels searched"), partials]
     cards = [
         (f"{len(subject.particles):,}", "particles"),
         (cutoff, method),

@@ -207,6 +207,11 @@ class ChunkedMap:
         """Height and width in pixels."""
         return self.grid.shape
 
+    @property
+    def _row_nbytes(self) -> int:
+        """Decoded bytes of a row of pixels of a chunk."""
+        return self.grid.cell[1] * self.dtype.itemsize
+
     def key(self, chunk: Tile) -> str:
         """Key of the object that holds a chunk."""
         return f"{self.path}/c/{chunk.iy}/{chunk.ix}"
@@ -288,13 +293,17 @@ class ChunkedMap:
         wanted = chunk.region.intersect(region)
         target = out[wanted.relative_to(region).slices]
         fits = wanted.shape == self.grid.cell and target.flags.c_contiguous
+        inside = wanted.relative_to(chunk.region)
         whole = target if fits else _scratch_array(self.grid.cell, self.dtype)
         try:
-            frame.decode(whole)
+            if fits:
+                frame.decode(whole)
+            else:
+                frame.decode_part(inside.y0 * self._row_nbytes, inside.y1 * self._row_nbytes, whole)
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
         if not fits:
-            target[...] = whole[wanted.relative_to(chunk.region).slices]
+            target[...] = whole[inside.slices]
 
     def corrupt(self, chunk: Tile, complaint: ValueError) -> CorruptChunkError:
         """Say where it is what a :class:`Frame` complains of."""

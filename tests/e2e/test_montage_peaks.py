@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ocelot_em
+from conftest import SHARED
 from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.cli import run
 from ocelot_em.errors import InvalidInputError
@@ -17,7 +18,7 @@ from ocelot_em.picking import find_peaks
 from ocelot_em.records import read_summary
 from ocelot_em.statistics import gaussian_cutoff
 
-REAL = Path(__file__).parents[3] / "shared/data/leopard_em_montage"
+REAL = SHARED.with_name("leopard_em_montage")
 ORIGINS = {"00": (2, 0), "01": (0, 287), "02": (3, 576)}
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"needs the real montage in {REAL}")
 

@@ -51,6 +51,23 @@ def test_blocks_are_the_whole(seed, dtype, side, shuffle, cname, blocksize, kind
     assert bytes(encoded) == before
 
 
+@given(
+    st.integers(0, 99),
+    st.sampled_from([0, 1024, 16384]),
+    st.tuples(st.integers(0, 2**16), st.integers(0, 2**16)).map(sorted),
+)
+def test_a_part_is_that_part_of_the_whole(seed, blocksize, bounds):
+    values = np.random.default_rng(seed).integers(0, 9, 2**14).astype(np.int32)
+    start, end = bounds
+    out = np.full_like(values, -1)
+    frame = Frame(stored(values, cname="lz4", shuffle=1, blocksize=blocksize), values.nbytes)
+    frame.decode_part(start, end, out)
+    assert out.tobytes()[start:end] == values.tobytes()[start:end]
+    assert set(np.unique(out[out != values])) <= {-1}
+    if blocksize == 1024 and 0 < end - start < 2**15:
+        assert (out == -1).any()  # not everything was decoded
+
+
 def test_our_chunks_have_several_blocks(rng):
     values = rng.normal(size=(1024, 1024)).astype(np.float32)
     assert Frame(stored(values, cname="lz4", clevel=5, shuffle=1), values.nbytes).n_blocks == 8
