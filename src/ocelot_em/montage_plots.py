@@ -349,10 +349,10 @@ def plot_seams(
         ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     if few:
         name_rows(ax, [exposure.id for exposure in exposures])
-        ax.set(xlabel="mean, and standard deviation, of shown z-scores")
+        ax.set(xlabel="mean ± std")
     else:
         ax.set(xlabel="exposures, by their mean", ylabel="mean ± std", xlim=(-1, len(exposures)))
-    ax.set(title="z-scores of exposures")
+    ax.set(title="shown z-scores")
     if few:
         bottom, top = ax.get_ylim()
         ax.set_ylim(bottom, top - 0.8)  # room for the legend
@@ -363,7 +363,7 @@ def plot_seams(
 def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics], *, few: bool) -> None:
     apart = np.array([_apart(exposure) for exposure in exposures])
     known = np.isfinite(apart)
-    ax.set(title="in overlaps less alone", xlabel="standard deviations")
+    ax.set(title="overlaps less alone", xlabel="difference / std")
     widest = max(float(np.abs(apart[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
     ax.set_xlim(-widest, widest)
     ax.axvspan(-SEAM, SEAM, color=foreground(), alpha=0.08, linewidth=0)

@@ -186,6 +186,8 @@ def plot_crop(
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
     ax.set_facecolor((0.5, 0.5, 0.5, 0.25))  # beyond the map
     ax.set(xlim=(x - half, x + half + 1), ylim=(y + half + 1, y - half))
+    # As many ticks at every size, or layouts that change the size leave no room for their labels.
+    ax.locator_params(nbins=5, integer=True)
     return ax
 
 

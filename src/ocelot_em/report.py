@@ -399,8 +399,11 @@ def _particles_section(subject: _Subject, overview: tuple[Float32, int], max_zoo
     best = _best_first(particles)
     zoomed = best[: max(max_zooms, 0)]
     if len(zoomed):
-        drawn = _zooms(subject, zoomed, 6 if wide else 2)
+        is_shown = _which_are_shown(subject, zoomed)
+        drawn = _zooms(subject, is_shown, 6 if wide else 2)
         what = "The best particles, every pixel, each with its own colours."
+        if not all(is_shown.values()):
+            what += " Hidden: the montage shows another exposure there."
         parts.append(captioned(drawn, what, "full" if wide else "narrow"))
     rows = [_particle_row(subject, number, i) for number, i in enumerate(best[:_BEST_SHOWN], 1)]
     shown: list[Markup] = [element("div", *parts, class_="row")]
@@ -435,17 +438,16 @@ def _best_first(particles: ParticleTable) -> AnyArray:
     return np.argsort(-np.nan_to_num(height, nan=-np.inf), kind="stable")
 
 
-def _zooms(subject: _Subject, chosen: AnyArray, columns: int) -> Markup:
-    columns = min(columns, len(chosen))
-    rows = ceil_div(len(chosen), columns)
+def _zooms(subject: _Subject, is_shown: Mapping[int, bool], columns: int) -> Markup:
+    columns = min(columns, len(is_shown))
+    rows = ceil_div(len(is_shown), columns)
     (y, x), z = map_positions(subject.particles), subject.particles.columns["scaled_mip"]
-    is_shown = _which_are_shown(subject, chosen)
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax in panels:
             ax.set_axis_off()
-        for number, (i, ax) in enumerate(zip(chosen.tolist(), panels, strict=False), 1):
+        for number, (i, ax) in enumerate(zip(is_shown, panels, strict=False), 1):
             ax.set_axis_on()
             plot_crop(subject.store, (y[i], x[i]), ax)
             ax.grid(visible=False)
