@@ -114,7 +114,6 @@ class Frame:
         finally:
             alone[: _BLOCK_HEADER.size] = borrowed
 
-
     def decode_part(self, start: int, end: int, out: AnyArray) -> None:
         """Decode at least some of the bytes, to their places in a C-contiguous array of all.
 

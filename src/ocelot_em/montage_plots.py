@@ -156,8 +156,8 @@ class Coverage:
                 np.add.at(steps, ends[exposures], -change)
             covers = np.cumsum(steps)[:-1]
             for number, pixels in enumerate(np.bincount(covers, widths).tolist()):
-                areas[number] += int(pixels) * int(bottom - top)
-            into = most[int(top) // factor]
+                areas[number] += int(pixels) * (bottom - top)
+            into = most[top // factor]
             np.maximum(into, np.maximum.reduceat(covers, first_of_block), out=into)
         highest = max((number for number, pixels in areas.items() if pixels), default=0)
         return cls(most, factor, tuple(areas[number] for number in range(highest + 1)))
@@ -223,8 +223,10 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
     ax
         Axes that show the canvas, in pixels.
     exposures
-        Of a merged result; labelled if they are at most :data:`MOST_LABELS`.
+        Of a merged result, if it has any; labelled if they are at most :data:`MOST_LABELS`.
     """
+    if not exposures:
+        return
     regions = [exposure.on_canvas for exposure in exposures]
     y0, y1, x0, x1 = np.array([region.bounds for region in regions], float).reshape(-1, 4).T
     gap = np.full(len(regions), np.nan)
@@ -355,7 +357,7 @@ def plot_seams(
     ax.set(title="shown z-scores")
     if few:
         bottom, top = ax.get_ylim()
-        ax.set_ylim(bottom, top - 0.8)  # room for the legend
+        ax.set_ylim(bottom, top - 1.1)  # room for the legend
     ax.legend(loc="upper right" if few else "best", ncols=2 if few else 1)
     return ax
 
@@ -498,8 +500,9 @@ def plot_partials_of_exposures(
     line(1, color=foreground(), alpha=0.4, linewidth=0.8)
     for which, colour in ((~bad, BLUE), (bad, RED)):
         along, across = (ratios[which], places[which]) if few else (places[which], ratios[which])
-        ax.plot(along, across, "o", markersize=5 if few else 2.5, color=colour, alpha=0.85)
-    what = "pixels won / expected" if value == "wins" else "std / median of the exposure"
+        size = 5 if few or colour == RED else 2.5
+        ax.plot(along, across, "o", markersize=size, color=colour, alpha=0.85)
+    what = "pixels won / expected" if value == "wins" else "std / median"
     ax.set(title="pixels won" if value == "wins" else "own correlations: std")
     known = ratios[np.isfinite(ratios)]
     low = min(float(known.min(initial=1)), 1 / most) - (most - 1) / 2
@@ -655,7 +658,7 @@ def partials_of_exposures_section(montage: Montage, draw: Draw) -> Markup:
         told = (
             "A dot is a partial, compared with the others of its exposure only. It should win the "
             "share of the exposure's pixels that it has of its projections, about, and the "
-            "standard deviations of correlations should agree. Those beyond the grey bands are red."
+            "standard deviations of correlations should agree. Red ones are out of line."
         )
         parts.append(captioned(drawn, told, "full"))
     else:

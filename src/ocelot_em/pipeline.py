@@ -279,7 +279,9 @@ def prepare(
             )
         for tile in tiles_changed(earlier_plan, plan):
             stale[tile.iy, tile.ix] = True
-        done = done_tiles(objects, plan.grid) & ~stale
+        # What an early version left unfinished has no records, without which it cannot be finished.
+        if existing.state == "complete" or records.has_records(objects, earlier_plan):
+            done = done_tiles(objects, plan.grid) & ~stale
     n_columns = plan.grid.counts[1]
     missing = Tiles(n_columns, np.flatnonzero(~done))
     n_done = len(plan.grid) - len(missing)

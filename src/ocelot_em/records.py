@@ -240,6 +240,12 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
         deque(pool.map(create, plan.exposures), maxlen=0)
 
 
+def has_records(objects: Objects, plan: MergePlan) -> bool:
+    """Whether tiles of a merge have records; those of early versions have none."""
+    first = Layout.of(plan, plan.exposures[0])
+    return objects.get(f"{first.folder}/{NUMBERS}/zarr.json") is not None
+
+
 def encode_records(
     layout: Layout, collection: Collection, number: int
 ) -> Iterator[tuple[str, list[bytes]]]:
@@ -563,8 +569,7 @@ def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) 
 
 def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
     """Everything that is wrong with the statistics of a finished merged result, in words."""
-    first = Layout.of(plan, plan.exposures[0])
-    if objects.get(f"{first.folder}/{NUMBERS}/zarr.json") is None:
+    if not has_records(objects, plan):
         return  # merged by an earlier version
     for exposure in plan.exposures:
         layout = Layout.of(plan, exposure)

@@ -614,23 +614,14 @@ def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
 
 
 def _claim_number(objects: Objects, exposure: str) -> int:
-    """Take the next number; two processes never get the same, and one that comes back its own."""
+    """Take the next number; two processes never get the same. One that dies now leaves a gap."""
     store.create_group(objects, fmt.EXPOSURE_NUMBERS, {})
     claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
-    taken = {int(n) for n in objects.children(fmt.EXPOSURE_NUMBERS) if n.isdecimal()}
-    for number in sorted(taken, reverse=True):
-        if _owner(objects, number) == exposure:
-            return number  # of a process that died before it had created the exposure
+    taken = (int(n) for n in objects.children(fmt.EXPOSURE_NUMBERS) if n.isdecimal())
     number = max(taken, default=-1) + 1
     while not store.create_group(objects, f"{fmt.EXPOSURE_NUMBERS}/{number}", claim):
         number += 1
     return number
-
-
-def _owner(objects: Objects, number: int) -> str:
-    path = f"{fmt.EXPOSURE_NUMBERS}/{number}"
-    attributes = store.group_attributes(objects, path)
-    return fmt.parse_attributes(fmt.NumberAttributes, attributes, f"{objects.url}/{path}").exposure
 
 
 def search_attributes(

@@ -11,6 +11,7 @@ import numpy as np
 
 import ocelot_em
 from helpers import make_result, write_search
+from montages import SHOTS, write_shots
 from ocelot_em.format import FORMAT_VERSION
 
 
@@ -25,6 +26,10 @@ def main() -> None:
         write_search(search, results, (70, 2**31 + 1), indexed=form == "indexed")
         ocelot_em.merge(search, place / f"{form}_merged.zarr", tile_size=24)
     ocelot_em.merge(place / "indexed.zarr", place / "statistics.zarr", tile_size=24, poses="index")
+    write_shots(place / "montage.zarr", SHOTS[:3])
+    ocelot_em.merge(
+        place / "montage.zarr", place / "montage_merged.zarr", tile_size=24, overlap="max-zscore"
+    )
 
 
 if __name__ == "__main__":
