@@ -35,8 +35,9 @@ def merge(
     """Merge the partials of one or more stores into a merged result, tile by tile.
 
     Per pixel the highest ``mip`` wins with its pose, sums and counts add, and mean, standard
-    deviation and z-score follow. Memory is bounded by a tile in each thread. Running an
-    interrupted merge again does only the tiles that are missing.
+    deviation and z-score follow. The exposures of a montage are merged each by itself, and laid on
+    one canvas. Memory is bounded by a tile in each thread. Running an interrupted merge again does
+    only the tiles that are missing; when exposures have come since, those that they touch.
 
     Parameters
     ----------
@@ -48,7 +49,8 @@ def merge(
         Is told how it goes.
     **options
         The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``device``,
-        ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``overwrite``.
+        ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``poses``, ``overwrite``; of
+        montages ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------

@@ -335,7 +335,7 @@ def _add_optics(p: argparse.ArgumentParser) -> None:
 
 
 def _import(parsed: argparse.Namespace, console: Console) -> int:
-    if any(Path(file).suffix in (".yaml", ".yml") for file in parsed.files):
+    if any(Path(file).suffix.lower() in (".yaml", ".yml") for file in parsed.files):
         return _import_montage(parsed, console)
     if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in parsed.files):
         return _import_finished(parsed, console)
@@ -365,8 +365,19 @@ def _import_montage(parsed: argparse.Namespace, console: Console) -> int:
     from ocelot_em.errors import InvalidInputError
     from ocelot_em.interop.description import import_description
 
-    elsewhere = ("search_space", "template_box", "pixel_size", "total_projections")
-    given = [f"--{name.replace('_', '-')}" for name in elsewhere if getattr(parsed, name)]
+    elsewhere: dict[str, object] = {
+        "search_space": None,
+        "template_box": None,
+        "pixel_size": None,
+        "total_projections": [],
+        "prefix": "",
+        "pixel_size_offset": None,
+    }
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, default in elsewhere.items()
+        if getattr(parsed, name) != default
+    ]
     if len(parsed.files) > 1 or given:
         raise InvalidInputError(
             "import: expected one description of exposures (.yaml) that says everything else"

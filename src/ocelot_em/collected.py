@@ -5,7 +5,7 @@ Histograms, extremes and special pixels; how often each partial won, and its own
 of them. Only valid pixels count. The numbers of tiles add up to those of the map.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
@@ -129,6 +129,11 @@ class Histograms:
         self.mip += other.mip
         self.z += other.z
         self.joint += other.joint
+
+    def clear(self) -> None:
+        """Forget all counts."""
+        for counts in (self.mip, self.z, self.joint):
+            counts.fill(0)
 
     def of_mip(self) -> Histogram1D:
         """Return the one of ``mip``, to be worked with."""
@@ -381,14 +386,3 @@ def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, 
         beside = np.full(len(y), np.nan)
         beside[inside] = z[y[inside] + dy, x[inside] + dx]
         yield name, beside
-
-
-def add_up(
-    records: Iterable[tuple[TileStatistics, Histograms]], n_partials: int, n_sources: int
-) -> tuple[TileStatistics, Histograms]:
-    """Add the records of all tiles."""
-    total, histograms = TileStatistics.empty(n_partials, n_sources), Histograms.empty("int64")
-    for statistics, counted in records:
-        total.add(statistics)
-        histograms.add(counted)
-    return total, histograms

@@ -23,6 +23,9 @@ SEAM = 0.25
 """Means of shown z-scores may differ by so many standard deviations; from about there on an eye
 sees the seam in a picture."""
 
+LIKE_COUNTS = 2
+"""Exposures are compared with those of at most so many times more, or fewer, projections."""
+
 FEWEST_SHOWN = 1000
 """Pixels on both sides of a seam; below that, chance and particles explain a difference."""
 
@@ -77,28 +80,58 @@ def montage_out_of_line(
 
 def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
     """Edges of exposures that can be seen in the shown z-scores."""
+    alone, overlap = (
+        _together([getattr(exposure, where) for exposure in statistics.exposures])
+        for where in ("alone", "overlap")
+    )
+    difference = _difference(overlap, alone)
+    everywhere = difference is not None and abs(difference) > SEAM
+    if difference is not None and everywhere:
+        yield (
+            f"seams can be seen: the z-scores have a mean of {overlap.mean:.3g} where exposures "
+            f"overlap, and of {alone.mean:.3g} where one is alone, {abs(difference):.2g} standard "
+            "deviations apart" + (" (the highest of several is higher)" if difference > 0 else "")
+        )
     for exposure in statistics.exposures:
         alone, overlap = exposure.alone, exposure.overlap
         difference = _difference(overlap, alone)
-        if difference is not None and abs(difference) > SEAM:
+        if difference is not None and abs(difference) > SEAM and not everywhere:
             yield (
                 f"exposure {exposure.id}: a seam can be seen: its z-scores have a mean of "
                 f"{overlap.mean:.3g} where other exposures lie, too, and of {alone.mean:.3g} where "
                 f"it is alone, {abs(difference):.2g} standard deviations apart"
             )
-    known = [(e.id, e.alone) for e in statistics.exposures if e.alone.pixels >= FEWEST_SHOWN]
-    if len(known) < 3:
-        return
-    middle = sorted((shown for _, shown in known), key=lambda shown: _number(shown.mean))
-    usual = middle[len(middle) // 2]
-    for name, shown in known:
-        difference = _difference(shown, usual)
+    known = [e for e in statistics.exposures if e.alone.pixels >= FEWEST_SHOWN]
+    for exposure in known:
+        # The mean of the highest of N correlations grows with N.
+        n = exposure.total_projections
+        alike = [
+            e.alone for e in known if n / LIKE_COUNTS <= e.total_projections <= n * LIKE_COUNTS
+        ]
+        if len(alike) < 3:
+            continue
+        usual = sorted(alike, key=lambda shown: _number(shown.mean))[len(alike) // 2]
+        difference = _difference(exposure.alone, usual)
         if difference is not None and abs(difference) > SEAM:
             yield (
-                f"exposure {name}: stands out: its z-scores have a mean of {shown.mean:.3g}, those "
-                f"of the exposures together {usual.mean:.3g} in the median, "
-                f"{abs(difference):.2g} standard deviations apart"
+                f"exposure {exposure.id}: stands out: its z-scores have a mean of "
+                f"{exposure.alone.mean:.3g}, those of the exposures together {usual.mean:.3g} in "
+                f"the median, {abs(difference):.2g} standard deviations apart"
             )
+
+
+def _together(parts: list[ShownStatistics]) -> ShownStatistics:
+    """Statistics of the pixels of several."""
+    pixels = sum(part.pixels for part in parts)
+    if not pixels:
+        return ShownStatistics(pixels=0)
+    mean = sum(part.pixels * _number(part.mean) for part in parts) / pixels
+    squares = sum(
+        part.pixels * (_number(part.std) ** 2 + _number(part.mean) ** 2) for part in parts
+    )
+    return ShownStatistics(
+        pixels=pixels, mean=mean, std=max(squares / pixels - mean * mean, 0.0) ** 0.5
+    )
 
 
 def _difference(one: ShownStatistics, other: ShownStatistics) -> float | None:

@@ -6,6 +6,7 @@ those libraries document it. Nothing here knows about Zarr's content.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -107,6 +108,16 @@ class ReusedMemory:
         target = self.of(len(data))
         target[:] = data
         return target
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system, where the C library is glibc and would keep it.
+
+    For code that makes and frees arrays of some MiB many times among small objects that stay: what
+    it frees is scattered, and is not used again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def normalise_url(place: str | os.PathLike[str]) -> str:

@@ -434,6 +434,9 @@ class TileInWork:
     def _merge(self) -> None:
         """Merge every exposure that touches the tile, and lay what comes out on the canvas."""
         job, tile, pieces = self.job, self._tile, self.job.plan.pieces(self._tile)
+        if not pieces:
+            self._write_blank()
+            return
         if covers_alone(pieces, tile):
             self._merge_alone(pieces[0])
             return
@@ -475,6 +478,12 @@ class TileInWork:
         self._merge_piece(piece, write)
         number = self.job.plan.exposures[piece.exposure].number
         self.write(SOURCE_EXPOSURE, np.full(self._tile.region.shape, number, np.int32))
+
+    def _write_blank(self) -> None:
+        """Write a tile where nothing lies."""
+        for name, target in self.job.written.items():
+            for chunk in target.grid.touching(self._tile.region):
+                self._put(target.key(chunk), self.job.blank_chunk(name))
 
     def _keep_shown(self, piece: Piece, shown: Float64) -> None:
         layout = self.job.opened(piece).layout
@@ -738,6 +747,7 @@ class Job:
         self.streams_in = max(open_objects(url).streams for url in urls)
         self.streams_out = 1 if objects is None else objects.streams
         self._of_thread = threading.local()
+        self._blank: dict[str, list[bytes]] = {}
         self._opened: OrderedDict[int, OpenedExposure] = OrderedDict()
         self._opening = threading.Lock()
 
@@ -799,6 +809,12 @@ class Job:
             self._of_thread.chunks = [ReusedMemory() for _ in range(n_chunks)]
         chunks: Sequence[ReusedMemory] = self._of_thread.chunks
         return chunks
+
+    def blank_chunk(self, name: str) -> list[bytes]:
+        """Return the encoded chunk of a map where nothing lies; made once."""
+        if name not in self._blank:
+            self._blank[name] = self.written[name].encode_blank()
+        return self._blank[name]
 
     def put_behind(self, outgoing: WriteBehind, key: str, parts: Sequence[bytes]) -> "Future[None]":
         """Write an object of the output, soon."""

@@ -46,6 +46,9 @@ CHUNKS_SAMPLED = 64
 SOURCES_SAMPLED = 256
 """Sources up to which all are looked at to predict memory and size; of more, so many."""
 
+BLANK_RATIO = 1 / 128
+"""To which chunks shrink in which nothing lies."""
+
 PROCESS_NBYTES = 288 * 2**20
 """Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and what
 pandas and numba import of pyarrow and SciPy where they are installed. Measured;
@@ -811,14 +814,17 @@ def forecast(
     pixels = plan.shape[0] * plan.shape[1]
     storage = storage_shape(plan.exposures, output)
     together = partials_on_device(plan, storage, options, device)
-    decoded_out = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged) * pixels
+    per_pixel = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged)
+    covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
+    stored_out = covered * min(stored_in / max(decoded_in, 1), 1)
+    stored_out += (pixels - covered) * BLANK_RATIO  # where nothing lies
     return Forecast(
         n_tiles=len(plan.grid),
         n_done=n_done,
         decoded_nbytes_in=decoded_in,
         stored_nbytes_in=stored_in,
-        decoded_nbytes_out=decoded_out,
-        stored_nbytes_out=int(decoded_out * min(stored_in / max(decoded_in, 1), 1)),
+        decoded_nbytes_out=per_pixel * pixels,
+        stored_nbytes_out=int(per_pixel * stored_out),
         worker_nbytes=worker_nbytes(plan.tile, storage, plan.maps, options),
         free_nbytes=open_objects(output).free_bytes(),
         device=device,

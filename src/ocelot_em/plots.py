@@ -7,8 +7,8 @@ and pooled, so that no full map is ever in memory.
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import erfc, sqrt
 from os import PathLike
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -272,7 +272,7 @@ def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
     if not draws:
         projections = sum(partial.total_projections for partial in attributes.partials)
         draws[projections] = attributes.valid_pixels
-    tail = np.array([NormalDist().cdf(-level) for level in z])
+    tail = np.array([erfc(level / sqrt(2)) / 2 for level in z])
     above = np.zeros(len(z))
     for projections, pixels in draws.items():
         above += pixels * -np.expm1(projections * np.log1p(-tail))

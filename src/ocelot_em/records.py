@@ -7,11 +7,12 @@ done. Readers need no maps.
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from os import PathLike
 from typing import Any, NamedTuple, TypeVar
@@ -32,14 +33,13 @@ from ocelot_em.collected import (
     Counting,
     Histograms,
     TileStatistics,
-    add_up,
     candidate_capacity,
     candidate_level,
 )
 from ocelot_em.errors import ChunkError, FormatError, IncompleteError, MissingChunkError
 from ocelot_em.maps import SCALED_MIP, AnyArray, Float64
 from ocelot_em.montage import SHOWN_FIELDS
-from ocelot_em.objects import Objects, open_objects
+from ocelot_em.objects import Objects, ReusedMemory, open_objects
 from ocelot_em.plan import MergePlan, PlannedExposure
 from ocelot_em.search import read_attributes
 from ocelot_em.significance import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
@@ -78,6 +78,17 @@ class Numbers(NamedTuple):
     statistics: TileStatistics
     candidates: Float64
     edges: Float64
+
+
+_of_thread = threading.local()
+
+
+def _memory_of_thread(what: str) -> ReusedMemory:
+    """Return this thread's memory for one kind of record."""
+    if not hasattr(_of_thread, what):
+        setattr(_of_thread, what, ReusedMemory())
+    memory: ReusedMemory = getattr(_of_thread, what)
+    return memory
 
 
 @dataclass(frozen=True)
@@ -174,12 +185,18 @@ class Layout:
         return self.n_statistics + rows * columns + n_edges * length
 
     def counts(self, objects: Objects, number: int) -> Histograms:
-        """Read the histograms of a record."""
+        """Read the histograms of a record; valid until this thread reads the next."""
         return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
+
+    def statistics(self, objects: Objects, number: int) -> TileStatistics:
+        """Read the statistics of a record."""
+        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
+        own = flat[: self.n_statistics].copy()
+        return TileStatistics.from_flat(own, len(self.exposure.contributions))
 
     def numbers(self, objects: Objects, number: int) -> Numbers:
         """Read the statistics, the candidates and the edges of a record."""
-        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
+        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64").copy()
         rows, columns = self.candidates_shape
         own, candidates, edges = np.split(
             flat, [self.n_statistics, self.n_statistics + rows * columns]
@@ -193,12 +210,14 @@ class Layout:
 
     def shown(self, objects: Objects, number: int) -> Float64:
         """Read what is shown of a record's pixels; of a montage only."""
-        return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64")
+        return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64").copy()
 
     def _read(self, objects: Objects, what: str, number: int, n: int, dtype: str) -> AnyArray:
         path = f"{self.folder}/{what}"
         key = f"{path}/c/{number}"
-        values = np.empty(n, dtype)
+        # Fresh memory for each of thousands of records would be scattered, and add up.
+        memory = _memory_of_thread(what)
+        values = np.frombuffer(memory.of(n * np.dtype(dtype).itemsize), dtype)
         encoded = objects.get(key)
         if encoded is None:
             raise MissingChunkError(
@@ -284,21 +303,18 @@ class Summary:
 
 def finish(objects: Objects, plan: MergePlan) -> None:
     """Add up the records of all tiles, and write the sums: of exposures, and of all together."""
-    everything = Histograms.empty("int64")
+    # The same memory for all exposures: new one for each would be scattered, and add up.
+    everything, histograms = Histograms.empty("int64"), Histograms.empty("int64")
     totals, about = [], []
     for exposure in plan.exposures:
         layout = Layout.of(plan, exposure)
 
-        def read(number: int, layout: Layout = layout) -> tuple[TileStatistics, Histograms]:
-            return layout.numbers(objects, number).statistics, layout.counts(objects, number)
-
-        of = layout.counting
-        total, histograms = add_up(_in_threads(read, len(layout)), of.n_partials, of.n_sources)
+        histograms.clear()
+        total = _add_up(objects, layout, histograms)
         totals.append((exposure, total))
-        if not plan.is_montage:
-            everything = histograms
-            continue
         everything.add(histograms)
+        if not plan.is_montage:
+            continue
         _write_summary(
             objects, statistics_path(exposure.number), histograms, [(exposure, total)], ()
         )
@@ -307,6 +323,23 @@ def finish(objects: Objects, plan: MergePlan) -> None:
             shown += own
         about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
     _write_summary(objects, "statistics", everything, totals, tuple(about))
+
+
+def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileStatistics:
+    """Add the records of an exposure up, its histograms to those that are given."""
+    lock = threading.Lock()
+
+    def read(number: int) -> TileStatistics:
+        counted = layout.counts(objects, number)
+        with lock:
+            histograms.add(counted)
+        return layout.statistics(objects, number)
+
+    of = layout.counting
+    total = TileStatistics.empty(of.n_partials, of.n_sources)
+    for statistics in _in_threads(read, len(layout)):
+        total.add(statistics)
+    return total
 
 
 def statistics_path(number: int) -> str:
@@ -338,12 +371,17 @@ def _n_threads() -> int:
     return min(os.cpu_count() or 1, 8)
 
 
+@lru_cache(maxsize=1)
+def _readers() -> ThreadPoolExecutor:
+    """Threads that read records; the same for all exposures, since each new one takes memory."""
+    return ThreadPoolExecutor(_n_threads(), "ocelot-records")
+
+
 def _in_threads(read: Callable[[int], _T], n: int) -> Iterator[_T]:
     """Read records by number, a bounded number of them ahead."""
     numbers = iter(range(n))
-    with ThreadPoolExecutor(_n_threads()) as pool:
-        while batch := list(islice(numbers, 16 * _n_threads())):
-            yield from pool.map(read, batch)
+    while batch := list(islice(numbers, 16 * _n_threads())):
+        yield from _readers().map(read, batch)
 
 
 def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:

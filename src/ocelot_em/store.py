@@ -353,6 +353,10 @@ class ChunkedMap:
                 source = whole
             yield chunk, encode(source, self.codec)
 
+    def encode_blank(self) -> list[bytes]:
+        """Encode a chunk that holds nothing but the fill value; the parts of its object."""
+        return encode(np.full(self.grid.cell, self.fill, self.dtype), self.codec)
+
     def stored_chunks(self) -> dict[tuple[int, int], int]:
         """Grid position and encoded size of the chunks that are there."""
         prefix = f"{self.path}/c/"

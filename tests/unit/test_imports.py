@@ -42,7 +42,7 @@ HOME = {
     "starfile": {"interop.origins", "interop.tables"},
     "pyarrow": {"interop.tables"},
     "pandas": {"particles", "interop.tables"},
-    "yaml": {"interop.tables"},
+    "yaml": {"interop.yaml_file"},
     "scipy": {"sightings", "significance"},
 }
 

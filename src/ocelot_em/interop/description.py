@@ -19,11 +19,20 @@ Files are looked for beside the description.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import date
 from os import PathLike
+from os.path import realpath
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from ocelot_em import format as fmt
 from ocelot_em.errors import InvalidInputError
@@ -44,15 +53,22 @@ def _as_number(value: object) -> object:
 
 
 def _as_text(value: object) -> object:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float | date):
         raise ValueError(
-            f"YAML takes it for the number {value!r}; write it between quotation marks"
+            f"YAML takes it for the {type(value).__name__} {value}; write it between quotation "
+            "marks"
         )
     return value
 
 
-_Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_as_number)]
-_Count = Annotated[int, Field(ge=0, le=2**62)]
+def _as_origins_file(value: object) -> object:
+    """What a table of origins with nothing but a name is short for."""
+    return {"file": value} if isinstance(value, str) else value
+
+
+_FileName = Annotated[
+    str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4095), BeforeValidator(_as_text)
+]
 
 
 class _Strict(BaseModel):
@@ -62,7 +78,7 @@ class _Strict(BaseModel):
 class OriginsFile(_Strict):
     """A table of origins; see :func:`ocelot_em.interop.origins.read_origins`."""
 
-    file: str
+    file: _FileName
     flip_y: bool = False
     coordinates: Literal["aligned", "aligned-vs", "piece"] | None = None
 
@@ -71,22 +87,26 @@ class ExposureEntry(_Strict):
     """One exposure of a description."""
 
     id: Annotated[fmt.PartialName, BeforeValidator(_as_text)]
-    origin: Annotated[list[_Number], Field(min_length=2, max_length=2)] | None = None
-    acquired: int | None = None
+    origin: (
+        Annotated[
+            list[Annotated[fmt.Origin, BeforeValidator(_as_number)]],
+            Field(min_length=2, max_length=2),
+        ]
+        | None
+    ) = None
+    acquired: fmt.Acquired | None = None
     valid_shape: Annotated[list[fmt.PixelCount], Field(min_length=2, max_length=2)] | None = None
-    partials: Annotated[list[str], Field(min_length=1)]
-    total_projections: list[_Count] = []
+    partials: Annotated[list[_FileName], Field(min_length=1)]
+    total_projections: list[fmt.Count] = []
 
 
 class Description(_Strict):
     """What a file says; see the top of :mod:`ocelot_em.interop.description`."""
 
-    pixel_size: Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_as_number)] | (
-        None
-    ) = None
-    search_space: str | None = None
-    template_box: Annotated[int, Field(ge=1)] | None = None
-    origins: str | OriginsFile | None = None
+    pixel_size: Annotated[fmt.Angstrom, BeforeValidator(_as_number)] | None = None
+    search_space: _FileName | None = None
+    template_box: fmt.PixelCount | None = None
+    origins: Annotated[OriginsFile, BeforeValidator(_as_origins_file)] | None = None
     exposures: Annotated[list[ExposureEntry], Field(min_length=1)]
 
 
@@ -154,12 +174,13 @@ def read_description(path: Path) -> Description:
         described = Description.model_validate(dict(content))
     except ValidationError as error:
         raise InvalidInputError(
-            f"{path}: {_place(problem['loc'])}: {problem['msg']}, got {problem['input']!r:.100}"
+            f"{path}: {_place(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}, "
+            f"got {problem['input']!r:.100}"
             for problem in error.errors()
         ) from None
     counts = Counter(entry.id for entry in described.exposures)
     problems = [f"{path}: exposure {i!r}: is there {n} times" for i, n in counts.items() if n > 1]
-    used = Counter((path.parent / f).resolve() for e in described.exposures for f in e.partials)
+    used = Counter(realpath(path.parent / f) for e in described.exposures for f in e.partials)
     problems += [f"{path}: {file}: given {n} times" for file, n in used.items() if n > 1]
     if problems:
         raise InvalidInputError(problems)
@@ -181,9 +202,8 @@ def placed_exposures(description: Description, path: Path) -> list[Exposure]:
         Naming every exposure without an origin or an order of acquisition, or with two.
     """
     known: dict[str, Origin] = {}
-    file = description.origins
-    if file is not None:
-        asked = OriginsFile(file=file) if isinstance(file, str) else file
+    asked = description.origins
+    if asked is not None:
         known = read_origins(
             path.parent / asked.file, flip_y=asked.flip_y, coordinates=asked.coordinates
         )
@@ -192,6 +212,11 @@ def placed_exposures(description: Description, path: Path) -> list[Exposure]:
         found, place = known.get(entry.id), f"{path}: exposure {entry.id!r}"
         origin = tuple(entry.origin) if entry.origin is not None else None
         acquired = entry.acquired
+        told = None if found is None else found.acquired
+        if acquired is not None and told is not None and acquired != told:
+            problems.append(
+                f"{place}: acquired: the description says {acquired}, the file of origins {told}"
+            )
         if found is not None and origin is not None and origin != (found.y, found.x):
             problems.append(
                 f"{place}: origin: the description says {origin}, the file of origins "
@@ -199,7 +224,7 @@ def placed_exposures(description: Description, path: Path) -> list[Exposure]:
             )
         if found is not None:
             origin = found.y, found.x
-            acquired = found.acquired if acquired is None else acquired
+            acquired = told if acquired is None else acquired
         if origin is None:
             problems.append(f"{place}: origin: missing" + (" in the file of origins" * bool(known)))
         if acquired is None:

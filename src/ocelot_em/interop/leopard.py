@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
+from os.path import realpath
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -93,9 +94,9 @@ def open_result_file(path: str | PathLike[str]) -> ResultFile:
         It is not there, or neither of the two, or would have to be unpickled.
     """
     place = Path(path)
-    if not place.is_file():
-        raise InvalidInputError(f"{place}: expected a file, got nothing there")
     try:
+        if not place.is_file():
+            raise InvalidInputError(f"{place}: expected a file, got nothing there")
         with place.open("rb") as file:
             head = file.read(8)
         if head[:2] == b"PK":
@@ -412,21 +413,26 @@ def import_batches(
     """
     tell = on_progress or (lambda _phase, _share: None)
     problems: list[str] = []
+    space: SearchSpace | None = None
+    if options.search_space is not None:
+        try:
+            space = read_search_space_file(options.search_space)
+        except InvalidInputError as error:
+            problems += error.problems
     seen: dict[str, Path] = {}
     checked: list[_Checked] = []
-    forms: dict[MapSet, str] = {}
     for number, batch in enumerate(batches):
         told = _part(tell, "check", number, len(batches))
-        found = _check(batch, output, options, seen, told)
+        found = _check(batch, output, options, space, seen, told)
         problems += found.problems
         checked.append(found)
-        if found.info is not None:
-            forms.setdefault(found.info.maps, found.place)
-    if len(forms) > 1 and not problems:
-        problems = [f"{place}: has the maps {', '.join(m.partial)}" for m, place in forms.items()]
-        problems.append("exposures: expected the same maps in all of them")
+    unequal = [] if problems else _unequal(checked)
+    if unequal:
+        raise InvalidInputError(unequal)
     if problems:
-        if all(c.is_readable for c in checked):
+        if (space is None) == (options.search_space is None) and all(
+            c.has_only_bad_values for c in checked
+        ):
             raise InvalidDataError(problems)
         raise InvalidInputError(problems)
     for number, (batch, found) in enumerate(zip(batches, checked, strict=True)):
@@ -443,13 +449,14 @@ def import_batches(
 class _Checked:
     """What is known of a batch after its files were read through.
 
-    ``names``, ``counts`` and ``hashes`` are of the files that are to be converted, by their paths.
+    ``has_only_bad_values``: problems, if any, are of what the maps hold. ``names``, ``counts`` and
+    ``hashes`` are of the files that are to be converted, by their paths.
     """
 
     place: str
     problems: list[str]
     info: SearchInfo | None = None
-    is_readable: bool = False
+    has_only_bad_values: bool = False
     first_order: int = 0
     paths: tuple[Path, ...] = ()
     names: tuple[str, ...] = ()
@@ -461,18 +468,19 @@ def _check(
     batch: Batch,
     output: str | PathLike[str],
     options: ImportOptions,
+    space: SearchSpace | None,
     seen: dict[str, Path],
     tell: Callable[[float], None],
 ) -> _Checked:
     """Read a batch's files through; ``seen`` has files by their hashes, and gets these."""
     with ExitStack() as stack:
-        candidates, problems = _open_all(batch.files, stack)
+        candidates, problems = _open_all(batch, stack)
         result = _Checked(f"{batch.files[0]}", problems)
-        problems += _read_counts(candidates, batch.total_projections)
-        space, found = _search_space(candidates, options)
+        problems += _read_counts(candidates, batch)
+        space, found = _search_space(candidates, options, space)
         problems += found
         result.info = info = _common_info(candidates, options, space)
-        problems += _layout_problems(candidates, info, batch.exposure)
+        problems += _layout_problems(candidates, info, batch)
         if problems:
             return result
         shape = cast("tuple[int, int]", candidates[0].shape)
@@ -486,17 +494,34 @@ def _check(
         exposure = "" if batch.exposure is None else batch.exposure.id
         result.first_order, found, there = _against_existing(candidates, objects, exposure)
         problems += found
+        problems += _same_content(candidates, seen)
+        result.has_only_bad_values = not problems
         candidates = [candidate for candidate in candidates if candidate.name not in there]
         for number, candidate in enumerate(candidates):
             told = _part(lambda _, share: tell(share), "", number, len(candidates))
             problems += _value_problems(candidate, info, told)
-        problems += _same_content(candidates, seen)
-        result.is_readable = True
         result.paths = tuple(c.path for c in candidates)
         result.names = tuple(c.name for c in candidates)
         result.counts = tuple(c.count or 0 for c in candidates)
         result.hashes = tuple(c.sha256 for c in candidates)
     return result
+
+
+def _unequal(checked: Sequence[_Checked]) -> list[str]:
+    """How the batches' maps and search spaces differ, if they do."""
+    maps, spaces = dict[MapSet, str](), dict[str, str]()
+    for one in checked:
+        if one.info is not None:
+            maps.setdefault(one.info.maps, one.place)
+            if one.info.search_space is not None:
+                spaces.setdefault(one.info.search_space.digest, one.place)
+    if len(maps) > 1:
+        return [
+            *(f"{place}: has the maps {', '.join(m.partial)}" for m, place in maps.items()),
+            "exposures: expected the same maps in all of them",
+        ]
+    first, *others = spaces.values() or [""]
+    return [f"{place}: its search space is not the one of {first}" for place in others]
 
 
 def _convert_batch(
@@ -531,11 +556,17 @@ def _part(
     return lambda share: tell(phase, (number + share) / n)
 
 
-def _open_all(
-    files: Sequence[str | PathLike[str]], stack: ExitStack
-) -> tuple[list[_Candidate], list[str]]:
+def _of(batch: Batch) -> str:
+    """How errors begin that are of a batch as a whole."""
+    return "" if batch.exposure is None else f"exposure {batch.exposure.id!r}: "
+
+
+def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[_Candidate], list[str]]:
+    files = batch.files
     candidates: list[_Candidate] = []
     problems: list[str] = []
+    if batch.exposure is not None:
+        problems += name_problems(batch.exposure.id, "exposure id")
     names = _names([Path(path) for path in files])
     for path, name in zip(files, names, strict=True):
         try:
@@ -545,11 +576,12 @@ def _open_all(
         except InvalidInputError as error:
             problems += error.problems
         problems += [f"{path}: {problem}" for problem in name_problems(name)]
-    repeated = Counter(Path(path).resolve() for path in files)
+    repeated = Counter(realpath(path) for path in files)
     problems += [f"{path}: given {n} times" for path, n in repeated.items() if n > 1]
     if len(repeated) == len(files) and len(set(names)) < len(names):
         problems.append(
-            f"partial names: expected unequal ones, got {', '.join(names)}; rename files"
+            f"{_of(batch)}partial names: expected unequal ones, got {', '.join(names)}; rename "
+            "files"
         )
     return candidates, problems
 
@@ -567,15 +599,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [path.stem for path in paths]
 
 
-def _read_counts(candidates: Sequence[_Candidate], given: Sequence[int]) -> list[str]:
+def _read_counts(candidates: Sequence[_Candidate], batch: Batch) -> list[str]:
     problems: list[str] = []
-    if given and len(given) != len(candidates):
+    given, option = batch.total_projections, "--total-projections"
+    if batch.exposure is not None:
+        option = f"{COUNT} of exposure {batch.exposure.id!r}"
+    if given and len(given) != len(batch.files):
         problems.append(
-            f"total projections: expected one count for each of {len(candidates)} files, got "
-            f"{len(given)}; counts of devices differ and are not shared out"
+            f"{_of(batch)}total projections: expected one count for each of {len(batch.files)} "
+            f"files, got {len(given)}; counts of devices differ and are not shared out"
         )
         given = ()
-    for number, candidate in enumerate(candidates):
+    wanted_counts = dict(zip(map(Path, batch.files), given, strict=False))
+    for candidate in candidates:
         place = f"{candidate.path}: {COUNT}"
         stored: int | None = None
         if COUNT in candidate.arrays:
@@ -585,35 +621,31 @@ def _read_counts(candidates: Sequence[_Candidate], given: Sequence[int]) -> list
                 problems.append(f"{place}: {error}")
                 continue
         wanted: int | None = None
-        if given:
+        if candidate.path in wanted_counts:
             try:
-                wanted = exact_count(given[number])
+                wanted = exact_count(wanted_counts[candidate.path])
             except ValueError as error:
-                problems.append(f"{candidate.path}: --total-projections: {error}")
+                problems.append(f"{candidate.path}: {option}: {error}")
                 continue
         if stored is None and wanted is None:
             problems.append(
                 f"{place}: missing (Leopard-EM 1.1 and 1.2 write none); give one count for each "
-                "file with --total-projections"
+                f"file with {option}"
             )
         elif stored is not None and wanted is not None and stored != wanted:
-            problems.append(f"{place}: the file says {stored}, --total-projections says {wanted}")
+            problems.append(f"{place}: the file says {stored}, {option} says {wanted}")
         candidate.count = stored if wanted is None else wanted
     return problems
 
 
 def _search_space(
-    candidates: Sequence[_Candidate], options: ImportOptions
+    candidates: Sequence[_Candidate], options: ImportOptions, space: SearchSpace | None
 ) -> tuple[SearchSpace | None, list[str]]:
     """Tables of the file that was given, or else those that the files carry themselves."""
+    if options.search_space is not None and space is None:
+        return None, []  # why it cannot be read has been said
     problems: list[str] = []
-    space: SearchSpace | None = None
-    where = ""
-    if options.search_space is not None:
-        try:
-            space, where = read_search_space_file(options.search_space), str(options.search_space)
-        except InvalidInputError as error:
-            return None, list(error.problems)
+    where = str(options.search_space)
     explicit = all(set(POSES[:-1]) <= set(c.arrays) for c in candidates)
     for candidate in candidates:
         if not set(TABLES) <= set(candidate.arrays) or (explicit and space is None):
@@ -647,20 +679,19 @@ def _common_info(
     )
 
 
-def _layout_problems(
-    candidates: Sequence[_Candidate], info: SearchInfo, exposure: Exposure | None
-) -> list[str]:
+def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo, batch: Batch) -> list[str]:
     """Keys that are missing, shapes that differ, types that cannot be stored."""
     problems: list[str] = []
+    exposure, of = batch.exposure, _of(batch)
     shapes = Counter(c.shape for c in candidates if MIP in c.arrays)
     common = shapes.most_common(1)[0][0] if shapes else ()
     if len(common) == 2:
         try:
             search_attributes((common[0], common[1]), info, exposure)
         except InvalidInputError as error:
-            problems += error.problems
+            problems += [f"{of}{problem}" for problem in error.problems]
     elif shapes:
-        problems.append(f"{MIP}: expected maps (y, x), got shape {common}")
+        problems.append(f"{of}{MIP}: expected maps (y, x), got shape {common}")
     for candidate in candidates:
         missing = [key for key in info.maps.partial if key not in candidate.arrays]
         only_indexed = info.maps.form is PoseForm.EXPLICIT and INDEX in candidate.arrays
@@ -671,7 +702,7 @@ def _layout_problems(
         if only_indexed and set(missing) & set(POSES[:-1]):
             problems.append(
                 f"{candidate.path}: poses are indexed ({INDEX}): give the tables with "
-                "--search-space"
+                + ("--search-space" if exposure is None else "search_space")
             )
         for key in info.maps.partial:
             if key in missing:
@@ -695,19 +726,28 @@ def _against_existing(
     problems, there = [], set()
     for candidate in candidates:
         candidate.sha256 = _sha256(candidate.path)
-        name = candidate.name
-        if name in complete:
-            if exposure and complete[name].provenance.input_sha256 == candidate.sha256:
-                there.add(name)
-                continue
+        name = there_as = candidate.name
+        if name not in complete and candidate.count:  # results of idle devices are alike
+            there_as = hashes.get(candidate.sha256, name)
+        found = complete.get(there_as)
+        if found is None:
+            continue
+        if exposure and found.provenance.input_sha256 == candidate.sha256:
+            there.add(name)
+            if found.total_projections != candidate.count:
+                problems.append(
+                    f"{candidate.path}: {COUNT}: {objects.url} has its partial {there_as!r} with "
+                    f"{found.total_projections}, now it is {candidate.count}"
+                )
+        elif there_as == name:
             problems.append(
                 f"{candidate.path}: {objects.url} has a partial {name!r} already; leave the file "
                 "out, or rename it if it is another result"
             )
-        elif candidate.sha256 in hashes and name not in existing:
+        else:
             problems.append(
-                f"{candidate.path}: its content is already there as partial "
-                f"{hashes[candidate.sha256]!r}; its projections would be counted twice"
+                f"{candidate.path}: its content is already there as partial {there_as!r}; its "
+                "projections would be counted twice"
             )
     return 1 + max(p.order for p in existing.values()), problems, there
 
@@ -716,6 +756,8 @@ def _same_content(candidates: Sequence[_Candidate], seen: dict[str, Path]) -> li
     problems = []
     for candidate in candidates:
         candidate.sha256 = candidate.sha256 or _sha256(candidate.path)
+        if candidate.count == 0:
+            continue  # of idle devices, whose results are alike
         first = seen.setdefault(candidate.sha256, candidate.path)
         if first.resolve() != candidate.path.resolve():
             problems.append(

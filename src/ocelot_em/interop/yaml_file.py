@@ -1,6 +1,6 @@
 """YAML files that people wrote: read as plain values, with all that YAML lets slip refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,14 @@ from ocelot_em.errors import InvalidInputError
 
 MAX_NBYTES = 64_000_000
 """Of a file; a description of thousands of exposures has a few."""
+
+MAX_DEPTH = 50
+"""How deep values are nested; a description is four deep."""
+
+MAX_UNQUOTED = 3000
+"""Characters of a value that YAML may take for a number, whose digits Python would refuse."""
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
@@ -25,12 +33,14 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
     Raises
     ------
     InvalidInputError
-        It cannot be read; has a key twice, of which YAML would take the last; has aliases, which
-        can make a small file endless; or is no mapping.
+        It cannot be read; has a key twice, or ``<<``, of which YAML would take one without a word;
+        has aliases, which can make a small file endless, or tags, or values that are nested without
+        end; or is no mapping.
     """
     import yaml
 
     place = Path(path)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         nbytes = place.stat().st_size
         if nbytes > MAX_NBYTES:
@@ -38,32 +48,58 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
                 f"{path}: expected {what} of at most {MAX_NBYTES:,} bytes, got {nbytes:,}"
             )
         text = place.read_text(encoding="utf-8")
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
-                raise InvalidInputError(
-                    f"{path}: line {line}: expected no aliases, got *{event.anchor}; write the "
-                    "value out"
-                )
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        problem = _first_unwanted(yaml.parse(text, Loader=loader))
+        if problem:
+            raise InvalidInputError(f"{path}: {problem}")
+        node = yaml.compose(text, Loader=loader)
         repeated = [f"{path}: {problem}" for problem in _repeated_keys(node)]
         if repeated:
             raise InvalidInputError(repeated)
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=loader)
     except InvalidInputError:
         raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
         raise InvalidInputError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, Mapping):
-        raise InvalidInputError(f"{path}: expected {what}, got {type(content).__name__}")
+        got = "nothing" if content is None else type(content).__name__
+        raise InvalidInputError(f"{path}: expected {what}, got {got}")
     return content
 
 
-def _repeated_keys(root: Any) -> list[str]:
-    """Keys that stand twice in one mapping, with the line of the second."""
+def _first_unwanted(events: Iterable[Any]) -> str | None:
+    """Say what is there first of what nobody means; all of it might take forever to read."""
     import yaml
 
-    problems, todo = [], [root]
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"expected no aliases, got *{event.anchor}; write the value out"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"expected no tags, got {event.tag}; write text between quotation marks"
+        elif depth > MAX_DEPTH:
+            problem = f"expected values nested at most {MAX_DEPTH} deep, got deeper ones"
+        elif (
+            isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and len(event.value) > MAX_UNQUOTED
+        ):
+            problem = (
+                f"expected at most {MAX_UNQUOTED} characters of a value, got {len(event.value)}; "
+                "write text between quotation marks"
+            )
+        if problem:
+            return f"line {event.start_mark.line + 1}: {problem}"
+    return None
+
+
+def _repeated_keys(root: Any) -> list[str]:
+    """Keys that stand twice in one mapping, or may, with the line."""
+    import yaml
+
+    problems, todo = list[tuple[int, str]](), [root]
     while todo:
         node = todo.pop()
         if isinstance(node, yaml.SequenceNode):
@@ -72,12 +108,12 @@ def _repeated_keys(root: Any) -> list[str]:
             seen: dict[str, int] = {}
             for key, value in node.value:
                 line = key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    problems.append(
-                        f"line {line}: {key.value!r}: is there twice, first on line "
-                        f"{seen[key.value]}"
-                    )
-                if isinstance(key, yaml.ScalarNode):
+                if key.tag == _MERGE:
+                    problems.append((line, "expected no <<; write the keys out"))
+                elif isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        first = f"is there twice, first on line {seen[key.value]}"
+                        problems.append((line, f"{key.value!r}: {first}"))
                     seen.setdefault(key.value, line)
                 todo.append(value)
-    return sorted(problems)
+    return [f"line {line}: {problem}" for line, problem in sorted(problems)]
