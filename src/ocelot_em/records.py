@@ -39,7 +39,7 @@ from ocelot_em.collected import (
 from ocelot_em.errors import ChunkError, FormatError, IncompleteError, MissingChunkError
 from ocelot_em.maps import SCALED_MIP, AnyArray, Float64
 from ocelot_em.montage import SHOWN_FIELDS
-from ocelot_em.objects import Objects, ReusedMemory, open_objects
+from ocelot_em.objects import Objects, ReusedMemory, open_objects, return_free_memory
 from ocelot_em.plan import MergePlan, PlannedExposure
 from ocelot_em.search import read_attributes
 from ocelot_em.significance import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
@@ -51,6 +51,9 @@ NUMBERS = "numbers"
 SHOWN = "shown"
 """Arrays of records, one after another in one dimension, so that a record is one file in a folder
 of all: histograms; statistics with candidates; what a montage shows."""
+
+EXPOSURES_BETWEEN_TIDYING = 32
+"""While the statistics of exposures are written, each leaves some hundred kB of freed memory."""
 
 MIP_HISTOGRAM = "mip_histogram"
 Z_HISTOGRAM = "scaled_mip_histogram"
@@ -306,9 +309,8 @@ def finish(objects: Objects, plan: MergePlan) -> None:
     # The same memory for all exposures: new one for each would be scattered, and add up.
     everything, histograms = Histograms.empty("int64"), Histograms.empty("int64")
     totals, about = [], []
-    for exposure in plan.exposures:
+    for place, exposure in enumerate(plan.exposures, 1):
         layout = Layout.of(plan, exposure)
-
         histograms.clear()
         total = _add_up(objects, layout, histograms)
         totals.append((exposure, total))
@@ -322,6 +324,8 @@ def finish(objects: Objects, plan: MergePlan) -> None:
         for own in _in_threads(partial(layout.shown, objects), len(layout)):
             shown += own
         about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
+        if place % EXPOSURES_BETWEEN_TIDYING == 0:
+            return_free_memory()
     _write_summary(objects, "statistics", everything, totals, tuple(about))
 
 
