@@ -247,6 +247,7 @@ def _dataset_attributes(
     of_montage = {
         "exposures": [exposure.id for exposure in exposures],
         "exposure_numbers": [exposure.number for exposure in exposures],
+        "exposure_projections": [exposure.total_projections for exposure in exposures],
     }
     return {
         "total_projections": merged.total_projections,

@@ -50,6 +50,8 @@ from ocelot_em.records import (
     open_merged_result,
     read_candidates,
     read_summary,
+    statistics_path,
+    summary_at,
 )
 from ocelot_em.search import open_partial_maps, read_search_space
 from ocelot_em.sightings import Peaks, Tolerances, join_sightings
@@ -202,25 +204,22 @@ class Judge:
 def _judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> list[Judge]:
     """Return the judge of every exposure."""
     plan = merged.plan
-    several, store = plan.is_montage, merged.url
     if asked.method == "pvalue":
         cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
         judges = []
         for exposure in plan.exposures:
-            own = read_summary(store, exposure.number) if several else summary
-            assert own is not None
+            own = _summary_of(exposure, merged, summary)
             model = p_value_model(own)
             judges.append(Judge(cutoff, model, _levels_of(model, own, cutoff)))
         return judges
     if asked.cutoff is not None:
         return [Judge(asked.cutoff)] * len(plan.exposures)
-    if several and asked.per == "montage":
+    if plan.is_montage and asked.per == "montage":
         return [Judge(_montage_cutoff(asked, merged, summary))] * len(plan.exposures)
     judges = []
     for exposure in plan.exposures:
         if asked.method == "gev":
-            own = read_summary(store, exposure.number) if several else summary
-            assert own is not None
+            own = _summary_of(exposure, merged, summary)
             cutoff = gev_cutoff(own.histograms.of_z(), asked.false_positives)
         else:
             cutoff = gaussian_cutoff(
@@ -228,6 +227,17 @@ def _judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> list[
             )
         judges.append(Judge(cutoff))
     return judges
+
+
+def _summary_of(exposure: PlannedExposure, merged: "MergedMaps", of_all: Summary) -> Summary:
+    """Return the statistics of an exposure, which are those of all if there is no other."""
+    if not merged.plan.is_montage:
+        return of_all
+    path = statistics_path(exposure.number)
+    found = summary_at(merged.objects, path)
+    if found is None:
+        raise IncompleteError(f"{merged.url}: the group {path!r} is missing; merge again")
+    return found
 
 
 def _montage_cutoff(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> float:
@@ -439,9 +449,10 @@ class MergedMaps:
         """Whether pixels of the canvas show an exposure; only chunks in overlaps are read."""
         own = exposure.on_canvas
         shown = np.ones(len(y), np.bool_)
-        for other in self.plan.exposures:
+        for place in self.plan.touching(own) if len(y) else ():
+            other = self.plan.exposures[place]
             shared = other.on_canvas.intersect(own)
-            if other.number != exposure.number and shared.size:
+            if other.number != exposure.number:
                 shown &= (y < shared.y0) | (y >= shared.y1) | (x < shared.x0) | (x >= shared.x1)
         doubtful = np.flatnonzero(~shown)
         grid = self.maps[SOURCE_EXPOSURE].grid
@@ -471,18 +482,21 @@ def scan(merged: MergedMaps, judges: Sequence[Judge]) -> list[Float64]:
     """
 
     def look(region: Region) -> list[tuple[int, Float64]]:
+        there = merged.plan.touching(region)
+        if not there:
+            return []
         mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
         if not merged.plan.is_montage:
             return [(0, rows_at(region, z, judges[0].wanted(mip, z), (0, 0)))]
         numbers = merged.read(region, SOURCE_EXPOSURE)
         found = []
-        for k, exposure in enumerate(merged.plan.exposures):
-            if exposure.on_canvas.intersect(region).size:
-                own = numbers == exposure.number
-                where = own.copy()
-                where[own] = judges[k].wanted(mip[own], z[own])
-                own_z = np.where(own, z, np.float32(np.nan))
-                found.append((k, rows_at(region, own_z, where, exposure.origin)))
+        for k in there:
+            exposure = merged.plan.exposures[k]
+            own = numbers == exposure.number
+            where = own.copy()
+            where[own] = judges[k].wanted(mip[own], z[own])
+            own_z = np.where(own, z, np.float32(np.nan))
+            found.append((k, rows_at(region, own_z, where, exposure.origin)))
         return found
 
     def rows_at(region: Region, z: AnyArray, where: AnyArray, origin: tuple[int, int]) -> Float64:

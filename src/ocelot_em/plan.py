@@ -338,17 +338,19 @@ class MergePlan(fmt.Attributes):
 
     def pieces(self, tile: Tile) -> list[Piece]:
         """Return what exposures have of a tile, the earliest acquired first; ties by number."""
-        y0, y1, x0, x1 = self._bounds.T
-        own = tile.region
-        touching = (y0 < own.y1) & (y1 > own.y0) & (x0 < own.x1) & (x1 > own.x0)
-        pieces = []
-        for place in np.flatnonzero(touching).tolist():
-            number = self._order[place]
-            exposure = self.exposures[number]
+        own, pieces = tile.region, []
+        for place in self.touching(own):
+            exposure = self.exposures[place]
             shared = exposure.on_canvas.intersect(own)
             dy, dx = exposure.origin
-            pieces.append(Piece(number, shared.shifted(-dy, -dx), shared.relative_to(own)))
+            pieces.append(Piece(place, shared.shifted(-dy, -dx), shared.relative_to(own)))
         return pieces
+
+    def touching(self, region: Region) -> list[int]:
+        """Places of the exposures that lie on some pixels of the canvas, in the same order."""
+        y0, y1, x0, x1 = self._bounds.T
+        lies = (y0 < region.y1) & (y1 > region.y0) & (x0 < region.x1) & (x1 > region.x0)
+        return [self._order[number] for number in np.flatnonzero(lies)]
 
     def merged_exposures(self) -> tuple[fmt.MergedExposure, ...]:
         """Return what the output's attributes say of exposures; nothing if it is no montage."""

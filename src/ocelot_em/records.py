@@ -509,7 +509,16 @@ def read_summary(place: str | PathLike[str], exposure: int | None = None) -> Sum
     """
     objects = open_objects(place)
     open_merged_result(objects)
-    path = "statistics" if exposure is None else statistics_path(exposure)
+    return summary_at(objects, "statistics" if exposure is None else statistics_path(exposure))
+
+
+def summary_at(objects: Objects, path: str) -> Summary | None:
+    """Read the statistics of a group of a finished merged result; None if it is not there.
+
+    Raises
+    ------
+    FormatError
+    """
     attributes = store.group_attributes(objects, path)
     if attributes is None:
         return None

@@ -90,7 +90,24 @@ class FinishedMaps:
         self.shape: tuple[int, int] = self._dataset.attrs["valid_shape"]
         self.chunk: tuple[int, int] = self._dataset[MIP].data.chunksize
         self.pixel_size_angstrom: float | None = self._dataset.attrs["pixel_size_angstrom"]
-        self.total_projections: int = self._dataset.attrs["total_projections"]
+
+    @property
+    def total_projections(self) -> int:
+        """Cross-correlations of every pixel.
+
+        Raises
+        ------
+        InvalidInputError
+            The exposures of a montage have different numbers.
+        """
+        attributes = self._dataset.attrs
+        counts = set(attributes.get("exposure_projections", [attributes["total_projections"]]))
+        if len(counts) > 1:
+            raise InvalidInputError(
+                f"total_projections: expected one number for all pixels, got {min(counts):,} to "
+                f"{max(counts):,} in different exposures; export the exposures one by one"
+            )
+        return int(counts.pop())
 
     def read(self, name: str, region: Region) -> AnyArray:
         """Read a map over a region of the valid pixels; poses that are not stored are decoded."""

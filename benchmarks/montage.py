@@ -1,0 +1,151 @@
+"""What laying exposures on a canvas costs: a montage against a plain merge of as many bytes.
+
+``python -m benchmarks.montage [--quick] [--data FOLDER] [--repeats N]``. Exposures of 2048 x 2048
+pixels and four partials (hard links to those of one simulated search) with overlaps of a tenth, at
+origins that fit no chunk; the same number of partials' pixels as one square search; 2 threads, page
+cache warm. Also the memory of montages of 4 and of 64 exposures, each in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks import common
+from benchmarks.common import Run
+from ocelot_em import format as fmt
+from ocelot_em import store
+from ocelot_em.execute import ThreadExecutor
+from ocelot_em.maps import PoseForm
+from ocelot_em.objects import open_objects
+from ocelot_em.pipeline import merge, prepare
+from ocelot_em.plan import MergeOptions
+from ocelot_em.search import (
+    Exposure,
+    SearchInfo,
+    ensure_search,
+    partial_path,
+    read_attributes,
+    read_partials,
+    read_search_space,
+)
+
+SIDE, QUICK_SIDE = 2048, 1024
+N_PARTIALS = 4
+N_THREADS = 2
+OVERLAP = 0.1
+
+
+def montage_of(search: Path, n_rows: int, place: Path) -> Path:
+    """Make exposures, in so many rows and columns, of a search's partials, as hard links."""
+    source, target = open_objects(search), open_objects(place)
+    about = read_attributes(source)
+    assert about.shape is not None
+    height, width = about.shape
+    info = SearchInfo(
+        pixel_size_angstrom=about.pixel_size_angstrom,
+        search_space=read_search_space(source, about.search_space_digest),
+        has_pixel_size=about.has_pixel_size,
+    )
+    step = int(height * (1 - OVERLAP))
+    for number in range(n_rows * n_rows):
+        y, x = divmod(number, n_rows)
+        name = f"e{number:03d}"
+        exposure = Exposure(name, (y * step + 5, x * step + 3), number, about.valid_shape)
+        ensure_search(target, (height, width), info, exposure)
+        for partial_name, attributes in read_partials(source):
+            path = partial_path(partial_name, name)
+            shutil.copytree(
+                search / partial_path(partial_name), place / path, copy_function=os.link
+            )
+            # A link to the metadata would be written through.
+            (place / path / "zarr.json").unlink()
+            own = attributes.model_copy(update={"id": uuid.uuid4().hex})
+            store.create_group(target, path, fmt.dump_attributes(own))
+    return place
+
+
+def merge_once(search: Path, folder: Path, options: MergeOptions) -> Run:
+    output = folder / "OUT.zarr"
+    ready = prepare([search], output, options)
+    report = merge(ready, options, ThreadExecutor(N_THREADS), lambda _: None)
+    shutil.rmtree(output)
+    return Run(report.seconds)
+
+
+def peak_of(search: Path, folder: Path) -> tuple[int, int]:
+    """Predicted and measured memory of a merge, in a process of its own."""
+    predicted, peak = common.in_own_process("benchmarks.montage", str(search), str(folder))
+    return predicted, peak
+
+
+def measure_memory(search: str, folder: str) -> tuple[int, int]:
+    options = MergeOptions(threads=N_THREADS)
+    ready = prepare([search], Path(folder) / "OUT.zarr", options)
+    merge(ready, options, ThreadExecutor(N_THREADS), lambda _: None)
+    shutil.rmtree(Path(folder) / "OUT.zarr")
+    return ready.forecast.worker_nbytes, common.peak_nbytes()
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        print(json.dumps(measure_memory(*asked.one)))
+        return
+    side, n_rows, repeats = (QUICK_SIDE, 2, 1) if asked.quick else (SIDE, 3, asked.repeats)
+    asked.data.mkdir(parents=True, exist_ok=True)
+    print(common.machine())
+    rows, memory = [], []
+    for form in (PoseForm.EXPLICIT, PoseForm.INDEXED):
+        one = common.search_of(side, N_PARTIALS, form, folder=asked.data)
+        with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=asked.data) as name:
+            folder = Path(name)
+            montage = montage_of(one, n_rows, folder / "MONTAGE.zarr")
+            plain = common.repeated(
+                one, folder / "PLAIN.zarr", n_rows * side, n_partials=N_PARTIALS
+            )
+            ways: dict[str, Callable[[], Run]] = {}
+            for tile_size in (1024, 2048):
+                options = MergeOptions(threads=N_THREADS, tile_size=tile_size)
+                ways[f"plain {tile_size}"] = partial(merge_once, plain, folder, options)
+                for overlap in ("earliest", "max-zscore"):
+                    own = options.model_copy(update={"overlap": overlap})
+                    ways[f"{overlap} {tile_size}"] = partial(merge_once, montage, folder, own)
+            with common.full_memory(asked.data, quick=asked.quick) as fill:
+
+                def before(fill: Callable[[], None] = fill, folder: Path = folder) -> None:
+                    fill()
+                    common.warm(folder)
+
+                measured = common.in_turn(ways, repeats, before=before)
+            for way, result in measured.items():
+                floor = measured[f"plain {way.split()[-1]}"].median
+                rows.append(
+                    (
+                        form.value,
+                        way,
+                        f"{result.median:.2f} ({result.spread})",
+                        f"{result.median / floor:.2f}",
+                    )
+                )
+            for n in (2, 4) if asked.quick else (2, 8):
+                many = montage_of(one, n, folder / f"MEMORY{n}.zarr")
+                predicted, peak = peak_of(many, folder)
+                memory.append((form.value, n * n, f"{predicted / 1e6:.0f}", f"{peak / 1e6:.0f}"))
+                shutil.rmtree(many)
+    n = n_rows * n_rows
+    print(f"\n{n} exposures of {side}^2 and {N_PARTIALS} partials, medians of {repeats}\n")
+    common.table(("poses", "merge, tile", "seconds", "of the plain merge"), rows)
+    print(f"\nMemory, {N_THREADS} threads\n")
+    common.table(("poses", "exposures", "predicted MB", "peak MB"), memory)
+
+
+if __name__ == "__main__":
+    main()
