@@ -57,11 +57,13 @@ class Copy(Fold):
 def attempt_copy(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Do as :func:`ocelot_em.pipeline.attempt_tiles` does, without merging."""
     job = pipeline.open_job(work)
-    if not isinstance(job.fold, Copy):
+    (piece,) = job.plan.pieces(job.plan.grid[0])
+    opened = job.opened(piece)
+    if not isinstance(opened.fold, Copy):
         assert COUNT not in job.plan.maps.merged
         finished = str(Path(work.output).with_name(FINISHED))
-        assert isinstance(job.fold, Fold)
-        job.fold = Copy(job.fold, first_tile(finished, job.plan.maps.merged, job.plan.tile))
+        assert isinstance(opened.fold, Fold)
+        opened.fold = Copy(opened.fold, first_tile(finished, job.plan.maps.merged, job.plan.tile))
     return pipeline.attempt_tiles(work, tiles)
 
 

@@ -227,7 +227,11 @@ class Layout:
                 f"{objects.url}: {path}: the record of pixels {self.region_of(number)} is missing: "
                 f"expected an object {key}; merge again"
             )
-        store.decode_chunk(encoded, values, f"{objects.url}: {path}: record {number}")
+        store.decode_chunk(
+            encoded,
+            values,
+            f"{objects.url}: {path}: record {number}, pixels {self.region_of(number)}",
+        )
         return values
 
 

@@ -1019,7 +1019,8 @@ def open_sources(
         of = f"exposure {exposure.id!r}: " if exposure.id else ""
         if not partials and exposure.id:
             problems.append(f"{of}has no partials yet")
-        problems += [f"{of}partial {n!r}" for n, p in partials if p.state != "complete"]
+        before = f"{exposure.id}/" if exposure.id else ""
+        problems += [f"{before}{n}" for n, p in partials if p.state != "complete"]
         opened.append(
             (
                 exposure,

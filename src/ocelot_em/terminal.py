@@ -99,6 +99,8 @@ def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> N
     workers = n_workers(options)
     free = "unknown" if cost.free_nbytes is None else size(cost.free_nbytes)
     done = f", {cost.n_done} of them done before" if cost.n_done else ""
+    if ready.stale:
+        done += f", {len(ready.stale)} again, because exposures or partials have come since"
     rows = (
         *_what(plan),
         ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),

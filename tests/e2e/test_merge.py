@@ -203,7 +203,7 @@ def test_resuming_with_other_inputs_or_options_is_refused(
             merge(search, output, tile_size=32, observer=Interrupting(after=1))
     # What is only half-written at the interruption has a name of its own, and goes.
     before = {name: data for name, data in chunk_bytes(output).items() if "#" not in name}
-    with pytest.raises(OutputExistsError, match=r"tile: it has \[32, 32\]"):
+    with pytest.raises(OutputExistsError, match=r"tile: it has \(32, 32\)"):
         merge(search, output, tile_size=16)
     with pytest.raises(OutputExistsError, match="nan: it has raise"):
         merge(search, output, tile_size=32, nan="mask")

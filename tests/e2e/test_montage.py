@@ -1,17 +1,20 @@
 """Montages: exposures that are merged alone and laid on a canvas are what a merge gives at once."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks.montage import montage_of, peak_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ocelot_em
 from helpers import assert_same_maps, chunk_bytes, read_maps
 from montages import SHOTS, Shot, merged_alone, write_shots
+from ocelot_em.api import plan_merge
 from ocelot_em.errors import (
     FormatError,
     IncompleteError,
@@ -19,8 +22,11 @@ from ocelot_em.errors import (
     OutputExistsError,
     TilesFailedError,
 )
-from ocelot_em.maps import MAPS, AnyArray
-from ocelot_em.search import Exposure, SearchInfo, write_partial
+from ocelot_em.maps import MAPS, AnyArray, PoseForm
+from ocelot_em.objects import open_objects
+from ocelot_em.plan import MergeOptions
+from ocelot_em.search import Exposure, SearchInfo, ensure_search, write_partial
+from ocelot_em.simulation import Simulation, simulate
 
 FILL = {name: info.fill for name, info in MAPS.items()}
 
@@ -228,7 +234,6 @@ def test_nan_can_be_masked_in_a_montage(tmp_path):
     late = SHOTS[0].results()[0]
     late["mip"][5, 6] = np.nan
     # A partial with NaN cannot be written, so that it is put there behind the writer's back.
-    from ocelot_em.objects import open_objects
     from ocelot_em.search import open_partial_maps
 
     maps = open_partial_maps(open_objects(search), "exposures/late/partials/gpu0", "gpu0", ("mip",))
@@ -294,3 +299,43 @@ def test_the_result_says_where_its_exposures_lie(tmp_path):
     assert [e["total_projections"] for e in content["exposures"]] == [101_000, 95_000]
     first = content["exposures"][1]["first_partial"]
     assert [p["name"] for p in content["partials"][first:]] == ["gpu0", "gpu1", "gpu2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", list(PoseForm))
+def test_memory_is_as_predicted_and_does_not_grow_with_exposures(tmp_path, form):
+    """Each in its own process, with tiles that are whole, cut, and covered up to four times."""
+    small = simulate(tmp_path, Simulation((1024, 1024), 2, 0, seed=0, form=form))
+    peaks = []
+    for n_rows in (2, 5):
+        many = montage_of(small, n_rows, tmp_path / f"{n_rows}.zarr")
+        predicted, peak = peak_of(many, tmp_path)
+        assert peak <= predicted
+        peaks.append(peak)
+    assert peaks[1] <= 1.15 * peaks[0]
+
+
+def test_a_thousand_exposures_are_planned_in_seconds(tmp_path):
+    """Without maps but for the first one's: a plan reads attributes, and the metadata of a few."""
+    one = Shot("e0", (0, 0), 0, (300, 280), (290, 270), (1000,))
+    search = write_shots(tmp_path / "RUN.zarr", [one])
+    objects = open_objects(search)
+    maps = [p for p in (search / "exposures/e0/partials/gpu0").iterdir() if p.is_dir()]
+    group = json.loads((search / "exposures/e0/partials/gpu0/zarr.json").read_text())
+    for number in range(1, 1000):
+        exposure = Exposure(
+            f"e{number}", (85 * number, 64_720 * number // 1000), number, one.valid_shape
+        )
+        ensure_search(objects, one.shape, SearchInfo(pixel_size_angstrom=2.0), exposure)
+        place = search / f"exposures/e{number}/partials/gpu0"
+        for source in maps:
+            (place / source.name).mkdir(parents=True)
+            (place / source.name / "zarr.json").write_bytes((source / "zarr.json").read_bytes())
+        group["attributes"]["ocelot"]["id"] = f"{number:032x}"
+        (place / "zarr.json").write_text(json.dumps(group))
+    started = time.perf_counter()
+    ready, _ = plan_merge(search, tmp_path / "OUT.zarr", MergeOptions())
+    assert time.perf_counter() - started < 30  # about 2 on a quiet machine
+    assert ready.plan.shape == (85 * 999 + 290, 64_720 * 999 // 1000 + 270)
+    touched = sum(bool(ready.plan.pieces(tile)) for tile in ready.plan.grid)
+    assert 0 < touched < len(ready.plan.grid) / 10

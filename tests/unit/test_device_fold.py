@@ -9,6 +9,7 @@ import zarr
 import ocelot_em
 from helpers import assert_same_maps, chunk_bytes, make_result, read_maps, write_search
 from host_device import HostDevice, LateDevice, host_kernels
+from montages import SHOTS, write_shots
 from ocelot_em import cluster, pipeline
 from ocelot_em.device import DeviceFacts
 from ocelot_em.errors import PlanError, TilesFailedError
@@ -83,6 +84,23 @@ def test_earlier_merges_go_on_on_a_device(tmp_path, rng, lend, indexed):
     lend(LateDevice())
     merge(inputs, tmp_path / "GPU.zarr", device="cuda")
     assert_same_maps(read_maps(tmp_path / "GPU.zarr"), read_maps(tmp_path / "CPU.zarr"))
+
+
+@pytest.mark.parametrize("overlap", ["earliest", "max-zscore"])
+@pytest.mark.parametrize("nan", ["raise", "mask"])
+@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+def test_montages_are_merged_on_a_device(tmp_path, lend, indexed, nan, overlap):
+    search = write_shots(tmp_path / "RUN.zarr", SHOTS, indexed=indexed)
+    options = {"tile_size": 16, "nan": nan, "overlap": overlap}
+    merge(search, tmp_path / "CPU.zarr", **options)
+    device = lend(LateDevice())
+    merge(search, tmp_path / "GPU.zarr", device="cuda", **options)
+    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert "finalise" in device.launched
+    tables = [ocelot_em.find_peaks(tmp_path / f"{on}.zarr", cutoff=6.0) for on in ("CPU", "GPU")]
+    assert len(tables[0]) > 0
+    for name, values in tables[0].columns.items():
+        np.testing.assert_array_equal(values, tables[1].columns[name], err_msg=name)
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=FORMS)

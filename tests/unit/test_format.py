@@ -134,7 +134,8 @@ def test_another_zarr_group_is_not_a_store(attributes):
 def test_fill_values_say_not_searched():
     assert fmt.fill_value("best_global_index") == fmt.fill_value("best_partial") == -1
     assert fmt.fill_value("total_projections") == 0
-    integers = {"best_global_index", "best_partial", "total_projections"}
+    assert fmt.fill_value("source_exposure") == -1
+    integers = {"best_global_index", "best_partial", "source_exposure", "total_projections"}
     assert all(math.isnan(fmt.fill_value(name)) for name in MAPS if name not in integers)
 
 

@@ -5,8 +5,8 @@ import pytest
 
 import ocelot_em
 from helpers import make_result
-from ocelot_em.health import partials_out_of_line
-from ocelot_em.records import read_summary
+from ocelot_em.health import montage_out_of_line, partials_out_of_line
+from ocelot_em.records import read_exposure_statistics, read_summary
 from ocelot_em.search import write_partial
 
 SHAPE, COUNTS = (120, 130), (1000, 2000, 1500)
@@ -65,3 +65,60 @@ def test_one_partial_or_none_that_searched(tmp_path, rng, counts):
         results[0]["mip"][...] = -np.inf
         results[0]["correlation_sum"][...] = results[0]["correlation_squared_sum"][...] = 0
     assert words(tmp_path, results, counts) == []
+
+
+def montage_words(place, shots, **options):
+    """What is said of exposures, given as places and results of devices, with their counts."""
+    for number, (origin, results, counts) in enumerate(shots):
+        exposure = ocelot_em.Exposure(f"e{number}", origin, number)
+        for k, (result, count) in enumerate(zip(results, counts, strict=True)):
+            write_partial(
+                place / "RUN.zarr", f"gpu{k}", result, total_projections=count, exposure=exposure
+            )
+    ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", threads=2, **options)
+    statistics = read_summary(place / "OUT.zarr").attributes
+    own = read_exposure_statistics(place / "OUT.zarr", statistics)
+    return montage_out_of_line(statistics, own)
+
+
+def beside(rng, counts=COUNTS, n=3):
+    """Exposures that overlap by 40 columns."""
+    return [((0, 90 * k), search_of(rng, counts), counts) for k in range(n)]
+
+
+@pytest.mark.parametrize("overlap", ["earliest", "farthest-from-edge"])
+def test_nothing_is_said_of_a_sound_montage(tmp_path, rng, overlap):
+    assert montage_words(tmp_path, beside(rng), overlap=overlap) == []
+
+
+def test_the_highest_of_several_leaves_seams(tmp_path, rng):
+    (said,) = montage_words(tmp_path, beside(rng), overlap="max-zscore")
+    assert said.startswith("seams can be seen: the z-scores have a mean of ")
+    assert said.endswith("(the highest of several is higher)")
+
+
+def test_a_partial_is_compared_with_those_of_its_exposure(tmp_path, rng):
+    shots = beside(rng)
+    origin, results, counts = shots[1]
+    shots[1] = origin, results, (counts[0], 2 * counts[1], counts[2])
+    said = montage_words(tmp_path, shots)
+    assert any(text.startswith("exposure e1: gpu1: ") for text in said)
+    assert not any(text.startswith(("exposure e0: gpu", "exposure e2: gpu")) for text in said)
+
+
+def test_an_exposure_that_stands_out(tmp_path, rng):
+    shots = beside(rng, n=4)
+    for result in shots[2][1]:
+        result["mip"] = result["mip"] + np.float32(1.0)
+    said = montage_words(tmp_path, shots)
+    assert [text.partition(": its")[0] for text in said if "stands out" in text] == [
+        "exposure e2: stands out"
+    ]
+
+
+def test_exposures_that_searched_more_may_be_higher(tmp_path, rng):
+    """The highest of more correlations is higher; that is no fault."""
+    shots = beside(rng)
+    many = tuple(20 * count for count in COUNTS)
+    shots.append(((0, 400), search_of(rng, many), many))
+    assert not any("stands out" in text for text in montage_words(tmp_path, shots))

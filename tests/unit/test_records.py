@@ -144,10 +144,10 @@ def test_a_missing_or_damaged_record_is_named(tmp_path, rng):
     record = tmp_path / "OUT.zarr/progress/numbers/c/0"
     data = record.read_bytes()
     record.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"numbers: tile .*corrupt.*CRC32C"):
+    with pytest.raises(ValueError, match=r"numbers: record 0, pixels \[0:.*corrupt.*CRC32C"):
         all_candidates(tmp_path / "OUT.zarr")
     record.unlink()
-    with pytest.raises(MissingChunkError, match=r"record of tile .* is missing"):
+    with pytest.raises(MissingChunkError, match=r"record of pixels .* is missing"):
         all_candidates(tmp_path / "OUT.zarr")
     with pytest.raises(FormatError, match="merge it first"):
         read_summary(search)

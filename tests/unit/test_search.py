@@ -575,7 +575,8 @@ def test_partials_come_by_order_and_then_as_people_count(tmp_path):
         write_partial(tmp_path / "R", name, explicit_maps(), total_projections=1, order=order)
     expected = ["z", "gpu9", "gpu10", "node2-gpu1", "node10-gpu1", "last"]
     assert open_partials(tmp_path / "R").partial.values.tolist() == expected
-    _, sources = searches.open_sources(open_objects(tmp_path / "R"))
+    _, [(exposure, sources)] = searches.open_sources(open_objects(tmp_path / "R"))
+    assert exposure.id == ""
     assert [source.name for source in sources] == expected
     assert [source.first_number for source in sources] == list(range(6))
 
