@@ -559,11 +559,10 @@ def _table(
 
     Highest first, ties by position. ``others`` are only named.
     """
-    found = [*chosen, *others]
+    found = [*chosen, *others]  # each in the order of the plan
     n_chosen = sum(len(f.rows) for f in chosen)
-    exposures = np.repeat(
-        [merged.plan.exposures.index(f.exposure) for f in found], [len(f.rows) for f in found]
-    )
+    places = [*range(len(chosen)), *range(len(others))]
+    exposures = np.repeat(places, [len(f.rows) for f in found])
     rows, height = (np.concatenate([getattr(f, n) for f in found]) for n in ("rows", "height"))
     canvas_y, canvas_x = (np.concatenate([f.on_canvas[axis] for f in found]) for axis in (0, 1))
     columns = _columns(merged, rows, exposures)

@@ -30,6 +30,7 @@ from ocelot_em.device import open_device
 from ocelot_em.device_fold import DeviceFold, Lanes
 from ocelot_em.errors import (
     InvalidDataError,
+    OcelotError,
     OutputExistsError,
     StoreNotFoundError,
     TilesFailedError,
@@ -377,14 +378,8 @@ def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]
 
 def merge_tiles(job: "Job", tiles: Sequence[Tile]) -> Iterator[Outcome]:
     """Merge tiles one after another: one is folded while the next is read and the last written."""
-    requests = (
-        request
-        for tile in tiles
-        for piece in job.plan.pieces(tile)
-        for request in job.opened(piece).requests(tile, piece)
-    )
     with (
-        ReadAhead(requests, job.streams_in, job.chunk_memory()) as incoming,
+        ReadAhead(job.requests(tiles), job.streams_in, job.chunk_memory()) as incoming,
         WriteBehind(job.streams_out) as outgoing,
     ):
         last: TileInWork | None = None
@@ -763,6 +758,15 @@ class Job:
                     self._opened.popitem(last=False)
             self._opened.move_to_end(piece.exposure)
             return found
+
+    def requests(self, tiles: Sequence[Tile]) -> Iterator[Request]:
+        """All that some tiles read, in order."""
+        for tile in tiles:
+            for piece in self.plan.pieces(tile):
+                # The tile in hand is not to blame for an exposure that a later one needs; that one
+                # will say what is wrong.
+                with suppress(OcelotError):
+                    yield from self.opened(piece).requests(tile, piece)
 
     def decoded_nbytes(self, tile: Tile) -> int:
         """Decoded bytes that a tile reads."""

@@ -867,7 +867,7 @@ def open_partial_maps(
         A map is missing, does not follow the format, or has not the shape, if one is given.
     """
     prefix = f"{path}/" if path else ""
-    label = f"{objects.url}: partial {name!r}" if path else objects.url
+    label = _place(objects.url, path, name)
     maps = {
         key: store.open_map(objects, f"{prefix}{key}", f"{label}: {key}", MAPS[key].dtypes)
         for key in keys
@@ -876,6 +876,15 @@ def open_partial_maps(
         if shape is not None and chunked.shape != shape:
             raise FormatError(f"{chunked.place}: expected shape {shape}, got {chunked.shape}")
     return maps
+
+
+def _place(url: str, path: str, name: str) -> str:
+    """How errors call a partial, or a merged result."""
+    if not path:
+        return url
+    folder = path.removesuffix(f"/{fmt.PARTIALS}/{name}")
+    of = f"exposure {folder.removeprefix(f'{fmt.EXPOSURES}/')!r}: " if folder != path else ""
+    return f"{url}: {of}partial {name!r}"
 
 
 def _refresh_total(objects: Objects, exposure: str) -> None:
@@ -929,12 +938,7 @@ class Source(fmt.Attributes):
     @property
     def place(self) -> str:
         """How errors call it."""
-        if not self.path:
-            return self.url
-        folder = self.path.removesuffix(f"/{fmt.PARTIALS}/{self.name}")
-        exposure = folder.removeprefix(f"{fmt.EXPOSURES}/") if folder != self.path else ""
-        of = f"exposure {exposure!r}: " if exposure else ""
-        return f"{self.url}: {of}partial {self.name!r}"
+        return _place(self.url, self.path, self.name)
 
     def map_names(self, maps: MapSet) -> tuple[str, ...]:
         """Names of its maps that a merge with these maps needs."""

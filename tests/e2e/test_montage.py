@@ -229,6 +229,23 @@ def test_erosion_that_leaves_nothing_is_refused(tmp_path):
         ocelot_em.merge(search, tmp_path / "OUT.zarr", erode=4)
 
 
+def test_an_exposure_that_cannot_be_opened_fails_its_own_tiles(tmp_path):
+    search = write_shots(tmp_path / "RUN.zarr", SHOTS)
+    ocelot_em.merge(search, tmp_path / "EXPECTED.zarr", tile_size=16)
+    broken = search / "exposures/far/partials/gpu0/best_psi/zarr.json"
+    kept = broken.read_bytes()
+    broken.unlink()
+    with pytest.raises(TilesFailedError) as failed:
+        ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=16, threads=1)
+    said = str(failed.value)
+    assert "of 20 tiles failed" in said
+    assert said.count("exposure 'far'") == said.count("\n  - tile (") <= 4
+    assert "the array is missing" in said
+    broken.write_bytes(kept)
+    ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=16)
+    assert chunk_bytes(tmp_path / "OUT.zarr") == chunk_bytes(tmp_path / "EXPECTED.zarr")
+
+
 def test_nan_can_be_masked_in_a_montage(tmp_path):
     search = write_shots(tmp_path / "RUN.zarr", SHOTS[:2])
     late = SHOTS[0].results()[0]
