@@ -230,8 +230,8 @@ class Contribution(Attributes):
     total_projections: Count
 
 
-class MergedExposure(Attributes):
-    """Where an exposure lies in a merged result, and what of it was taken.
+class PlacedExposure(Attributes):
+    """Where an exposure lies on a canvas, and what of it is taken.
 
     Parameters
     ----------
@@ -240,12 +240,8 @@ class MergedExposure(Attributes):
     origin
         Row and column of the merged maps in which its first pixel lies; may be negative.
     taken
-        First row, end of the rows, first column, end of the columns of the pixels that were taken,
+        First row, end of the rows, first column, end of the columns of the pixels that are taken,
         in the exposure.
-    total_projections
-        Of all its partials.
-    first_partial, n_partials
-        Which of the result's ``partials`` are its; ``best_partial`` counts from the first.
     """
 
     id: ExposureId
@@ -255,19 +251,32 @@ class MergedExposure(Attributes):
     shape: Shape
     valid_shape: Shape
     taken: tuple[int, int, int, int]
-    total_projections: Count
-    first_partial: int
-    n_partials: int
 
     @property
     def region(self) -> Region:
-        """The pixels that were taken, in the exposure."""
+        """The pixels that are taken, in the exposure."""
         return Region(*self.taken)
 
     @property
     def on_canvas(self) -> Region:
         """The same pixels in the merged maps."""
         return self.region.shifted(*self.origin)
+
+
+class MergedExposure(PlacedExposure):
+    """An exposure of a merged result.
+
+    Parameters
+    ----------
+    total_projections
+        Of all its partials.
+    first_partial, n_partials
+        Which of the result's ``partials`` are its; ``best_partial`` counts from the first.
+    """
+
+    total_projections: Count
+    first_partial: int
+    n_partials: int
 
 
 class MergedAttributes(_Result):

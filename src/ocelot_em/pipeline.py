@@ -435,10 +435,7 @@ class TileInWork:
         if covers_alone(pieces, tile):
             self._merge_alone(pieces[0])
             return
-        canvas = job.canvas(tile, pieces)
-        for piece in pieces:
-            job.lay(canvas, piece)
-            self._merge_piece(piece, canvas.put)
+        canvas = job.laid(tile, pieces, self._merge_piece)
         for name, values in canvas.maps():
             self.write(name, values)
         for piece in pieces:
@@ -623,11 +620,7 @@ class TileInMemory:
             number = job.plan.exposures[pieces[0].exposure].number
             self._merged[SOURCE_EXPOSURE] = np.full(tile.region.shape, number, np.int32)
         else:
-            canvas = job.canvas(tile, pieces)
-            for piece in pieces:
-                job.lay(canvas, piece)
-                self._merge_piece(piece, canvas.put)
-            for name, values in canvas.maps():
+            for name, values in job.laid(tile, pieces, self._merge_piece).maps():
                 self._keep(name, values)
         return {name: self._merged[name] for name in job.plan.maps.merged}
 
@@ -775,19 +768,23 @@ class Job:
             for piece in self.plan.pieces(tile)
         )
 
-    def canvas(self, tile: Tile, pieces: Sequence[Piece]) -> Canvas:
-        """Return this thread's canvas, empty, for a tile."""
+    def laid(
+        self,
+        tile: Tile,
+        pieces: Sequence[Piece],
+        merge: Callable[[Piece, Callable[[str, AnyArray], None]], None],
+    ) -> Canvas:
+        """Return this thread's canvas with all pieces of a tile, as ``merge`` writes their maps."""
         if not hasattr(self._of_thread, "canvas"):
             most_pixels = self.plan.tile[0] * self.plan.tile[1]
             self._of_thread.canvas = Canvas(self.plan.maps, self.plan.overlap, most_pixels)
         canvas: Canvas = self._of_thread.canvas
         canvas.begin(tile.region.shape, [piece.within for piece in pieces])
+        for piece in pieces:
+            exposure = self.plan.exposures[piece.exposure]
+            canvas.lay(exposure.number, piece.within, (piece.region, exposure.region))
+            merge(piece, canvas.put)
         return canvas
-
-    def lay(self, canvas: Canvas, piece: Piece) -> None:
-        """Start with what an exposure has of a tile."""
-        exposure = self.plan.exposures[piece.exposure]
-        canvas.lay(exposure.number, piece.within, (piece.region, exposure.region))
 
     def workspace(self, shape: tuple[int, int]) -> Workspace:
         """Return this thread's memory, laid out for a piece of this shape."""

@@ -171,36 +171,19 @@ class DeviceChoice(NamedTuple):
 ON_CPU = DeviceChoice("cpu", "as asked for")
 
 
-class PlannedExposure(fmt.Attributes):
-    """An exposure, where it lies, and what is merged of it.
+class PlannedExposure(fmt.PlacedExposure):
+    """An exposure, and what is merged of it.
+
+    The one exposure of a search that has no others has an empty id, and all its pixels are taken,
+    valid or not.
 
     Parameters
     ----------
-    id, number, acquired, origin, shape, valid_shape, taken
-        As in :class:`ocelot_em.format.MergedExposure`. The one exposure of a search that has no
-        others has an empty id, and all its pixels are taken, valid or not.
     sources
         Its partials, or what was merged of them before, numbered in the stated order.
     """
 
-    id: fmt.ExposureId
-    number: fmt.Number
-    acquired: fmt.Acquired
-    origin: tuple[int, int]
-    shape: fmt.Shape
-    valid_shape: fmt.Shape
-    taken: tuple[int, int, int, int]
     sources: tuple[Source, ...]
-
-    @property
-    def region(self) -> Region:
-        """The pixels that are taken, in the exposure."""
-        return Region(*self.taken)
-
-    @property
-    def on_canvas(self) -> Region:
-        """The same pixels on the canvas."""
-        return self.region.shifted(*self.origin)
 
     @property
     def counted(self) -> Region:
