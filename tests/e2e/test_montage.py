@@ -22,6 +22,8 @@ from ocelot_em.errors import (
     OutputExistsError,
     TilesFailedError,
 )
+from ocelot_em.interop.hdf5 import write_hdf5
+from ocelot_em.interop.ome_zarr import read_level, write_ome_zarr
 from ocelot_em.maps import MAPS, AnyArray, PoseForm
 from ocelot_em.objects import open_objects
 from ocelot_em.plan import MergeOptions
@@ -261,6 +263,20 @@ def test_nan_can_be_masked_in_a_montage(tmp_path):
     masked = read_maps(tmp_path / "MASKED.zarr")
     assert masked["total_projections"][5, 26] in (0, 31_000, 95_000)
     assert masked["total_projections"][27, 0] == 0
+
+
+def test_the_canvas_is_exported_as_it_is(tmp_path):
+    """Blank pixels stay blank in pictures; counts that differ are not made one."""
+    search = write_shots(tmp_path / "RUN.zarr", SHOTS)
+    ocelot_em.merge(search, tmp_path / "OUT.zarr")
+    expected = read_maps(tmp_path / "OUT.zarr")
+    picture = write_ome_zarr(tmp_path / "OUT.zarr", tmp_path / "Z.ome.zarr")
+    values, factor = read_level(picture, 10_000)
+    assert factor == 1
+    np.testing.assert_array_equal(values, expected["scaled_mip"])
+    assert np.isnan(values[expected["source_exposure"] == -1]).all()
+    with pytest.raises(InvalidInputError, match="10,000 to 102,000 in different exposures"):
+        write_hdf5(tmp_path / "OUT.zarr", tmp_path / "OUT.h5")
 
 
 def test_a_merged_montage_is_not_merged_again(tmp_path):
