@@ -39,7 +39,7 @@ HOME = {
     "mrcfile": {"interop.mrc"},
     "h5py": {"interop.hdf5"},
     "neuroglancer": {"viewer"},
-    "starfile": {"interop.origins", "interop.tables"},
+    "starfile": {"interop.star_file"},
     "pyarrow": {"interop.tables"},
     "pandas": {"particles", "interop.tables"},
     "yaml": {"interop.yaml_file"},

@@ -33,7 +33,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.interop.star_file import load_starfile
 
 _MAX_NBYTES = 256_000_000
 _MAX_COORDINATE_PX = 2**31
@@ -320,18 +321,8 @@ def _csv_rows(text: str) -> tuple[list[_Row], list[str]]:
     ], ragged
 
 
-def _starfile() -> Any:
-    try:
-        import starfile
-    except ImportError as error:
-        raise MissingDependencyError(
-            "STAR files need starfile: pip install 'ocelot-em[tables]'"
-        ) from error
-    return starfile
-
-
 def _star_rows(place: Path, text: str) -> tuple[list[_Row], list[str]]:
-    starfile = _starfile()
+    starfile = load_starfile()
     lines = [line.strip() for line in io.StringIO(text, newline=None)]
     headers = [line.removeprefix("data_") for line in lines if line.startswith("data_")]
     rows = [name for name in headers if len(name.split()) > 1]

@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.interop.star_file import load_starfile
 from ocelot_em.interop.yaml_file import read_yaml
 from ocelot_em.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles import (
@@ -705,16 +706,6 @@ def _require_star_names(names: Mapping[str, str], *, spaces: bool = True) -> Non
         raise InvalidInputError(problems)
 
 
-def _starfile() -> Any:
-    try:
-        import starfile
-    except ImportError as error:
-        raise MissingDependencyError(
-            "STAR files need starfile: pip install 'ocelot-em[tables]'"
-        ) from error
-    return starfile
-
-
 def _pyarrow() -> Any:
     try:
         import pyarrow
@@ -730,7 +721,7 @@ def _write_star(
     blocks: Mapping[str, Mapping[str, Sequence[str]]], path: str | PathLike[str]
 ) -> None:
     """Write blocks of columns that are text already."""
-    starfile = _starfile()
+    starfile = load_starfile()
     import pandas as pd
 
     frames = {name: pd.DataFrame(columns, dtype=object) for name, columns in blocks.items()}
@@ -739,7 +730,7 @@ def _write_star(
 
 def _read_particles(path: str | PathLike[str]) -> Any:
     """The particles block of a STAR file, as a data frame."""
-    starfile = _starfile()
+    starfile = load_starfile()
     if not Path(path).is_file():
         raise InvalidInputError(f"{path}: expected a STAR file, got nothing there")
     try:
