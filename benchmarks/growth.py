@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -209,12 +210,12 @@ def run_tiles(executor: Executor, n_tiles: int) -> int:
     """Run tiles that do nothing; how many ended."""
     ended = 0
 
-    def count(_: Outcome) -> bool:
+    def count(_: Outcome) -> None:
         nonlocal ended
         ended += 1
-        return True
 
-    executor.run(Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles)), count)
+    work, tiles = Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles))
+    executor.run(work, tiles, count, threading.Event())
     return ended
 
 

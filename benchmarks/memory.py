@@ -9,6 +9,7 @@ cluster. Linux only.
 import argparse
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -58,9 +59,15 @@ class FirstTiles:
     def __init__(self, executor: Executor, n_tiles: int) -> None:
         self._executor, self._n_tiles = executor, n_tiles
 
-    def run(self, work: Work, tiles: Tiles, on_outcome: Callable[[Outcome], bool]) -> None:
+    def run(
+        self,
+        work: Work,
+        tiles: Tiles,
+        on_outcome: Callable[[Outcome], None],
+        stopping: threading.Event,
+    ) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
-        self._executor.run(work, tiles[: self._n_tiles], on_outcome)
+        self._executor.run(work, tiles[: self._n_tiles], on_outcome, stopping)
 
 
 def measure(search: Path, n_tiles: int, **options: object) -> Memory:

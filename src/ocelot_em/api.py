@@ -1,11 +1,13 @@
 """The merge as one call: plan, refuse what cannot work, start the cluster, merge, stop it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
-from ocelot_em.cluster import Cluster, choose_device, n_workers, open_cluster
-from ocelot_em.pipeline import MergeReport, Outcome, Preparation, prepare
+from ocelot_em.cluster import Cluster, choose_device, n_workers, open_cluster, within_job
+from ocelot_em.lock import OutputLock
+from ocelot_em.objects import open_objects
+from ocelot_em.pipeline import MergeReport, Outcome, Preparation, confirm, prepare
 from ocelot_em.pipeline import merge as merge_tiles
 from ocelot_em.plan import MergeOptions, refuse_what_cannot_fit
 
@@ -18,11 +20,68 @@ class Observer:
     def planned(self, ready: Preparation, options: MergeOptions) -> None:
         """Nothing has started yet."""
 
+    def waiting(self, why: str) -> None:
+        """Nothing goes on for some time."""
+
+    def locked(self, stop: Callable[[], None]) -> None:
+        """Nobody else writes the output now; ``stop`` ends the run after the tiles in hand.
+
+        It may be called at any time, from any thread or signal handler, and returns at once.
+        """
+
     def started(self, cluster: Cluster) -> None:
         """The workers are there."""
 
     def tile_ended(self, outcome: Outcome) -> None:
         """A tile is done, or has failed."""
+
+    def ending(self) -> None:
+        """No tile will follow; the workers are still there, unless they were lost."""
+
+    def merged(self, report: MergeReport) -> None:
+        """All is done."""
+
+
+class Observers(Observer):
+    """Tells several observers, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.planned(ready, options)
+
+    def waiting(self, why: str) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.waiting(why)
+
+    def locked(self, stop: Callable[[], None]) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.locked(stop)
+
+    def started(self, cluster: Cluster) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.started(cluster)
+
+    def tile_ended(self, outcome: Outcome) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.tile_ended(outcome)
+
+    def ending(self) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.ending()
+
+    def merged(self, report: MergeReport) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.merged(report)
 
 
 def merge(
@@ -49,8 +108,8 @@ def merge(
         Is told how it goes.
     **options
         The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``device``,
-        ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``poses``, ``overwrite``; of
-        montages ``overlap``, ``erode``, ``origins``.
+        ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``poses``, ``overwrite``,
+        ``worker_timeout``, ``tls``, ``slurm``; of montages ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------
@@ -64,8 +123,12 @@ def merge(
         Before anything is written: a GPU was asked for and cannot be used.
     OutputExistsError
         Something else is at the output.
+    OutputLockedError
+        Another run is writing the output.
     TilesFailedError
         Some tiles failed; the others are done.
+    StoppedError
+        It was told to stop, or there was nothing left to run on; what was done is kept.
 
     Notes
     -----
@@ -73,13 +136,28 @@ def merge(
     ``if __name__ == "__main__":``.
     """
     watcher = observer or Observer()
-    ready, checked = plan_merge(inputs, output, MergeOptions.parse(options))
-    watcher.planned(ready, checked)
+    with within_job(MergeOptions.parse(options)) as asked:
+        ready, checked = plan_merge(inputs, output, asked)
+        watcher.planned(ready, checked)
+        with OutputLock(open_objects(ready.output), watcher.waiting) as lock:
+            watcher.locked(lock.stop)
+            ready = confirm(ready, lock)
+            report = _merge(ready, checked, lock, watcher)
+    watcher.merged(report)
+    return report
+
+
+def _merge(
+    ready: Preparation, options: MergeOptions, lock: OutputLock, watcher: Observer
+) -> MergeReport:
     if not ready.missing:
-        return merge_tiles(ready, checked, _NoExecutor(), watcher.tile_ended)
-    with open_cluster(checked) as cluster:
+        return merge_tiles(ready, options, _NoExecutor(), lock, watcher.tile_ended)
+    with open_cluster(options) as cluster:
         watcher.started(cluster)
-        return merge_tiles(ready, checked, cluster.executor, watcher.tile_ended)
+        try:
+            return merge_tiles(ready, options, cluster.executor, lock, watcher.tile_ended)
+        finally:
+            watcher.ending()
 
 
 def plan_merge(

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,11 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from ocelot_em import __version__
-from ocelot_em.errors import OcelotError, TilesFailedError
+from ocelot_em.config_file import add_config_option, parse_arguments, write_config
+from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 
 if TYPE_CHECKING:
+    from ocelot_em.api import Observer
     from ocelot_em.format import StatisticsAttributes
     from ocelot_em.inspection import StoreInfo
     from ocelot_em.interop.tables import Optics
@@ -30,13 +33,14 @@ TABLE_FORMATS = ("leopard", "relion", "cistem", "parquet")
 ROWS_SHOWN = 60
 """Of a table; the rest is counted."""
 
-DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, REFUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    failed: some tiles, or 'check' found problems; the rest is kept
+  1    failed: some tiles, or 'check' or 'doctor' found problems; the rest is kept
   2    refused: nothing was started
+  75   stopped by SIGTERM or SIGUSR1, or the cluster was lost; the same command goes on
   130  interrupted; the same command goes on where it stopped
 """
 
@@ -48,7 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    try:
+        parsed = parse_arguments(parser, arguments)
+    except OcelotError as error:
+        print(f"ocelot: {error}", file=sys.stderr)
+        return REFUSED
     # The level is the handler's: Dask sets levels of its own loggers when it is imported.
     handler = logging.StreamHandler()
     handler.setLevel(logging.DEBUG if parsed.verbose else logging.WARNING)
@@ -64,6 +73,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except TilesFailedError as error:
         print(f"ocelot: {error}", file=sys.stderr)
         return FAILED
+    except StoppedError as error:
+        print(f"ocelot: {error}", file=sys.stderr)
+        return STOPPED
     except OcelotError as error:
         print(f"ocelot: {error}", file=sys.stderr)
         return REFUSED
@@ -137,10 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cluster",
         default="threads",
-        metavar="threads|local|cuda|ADDRESS",
-        help="where tiles are merged (default: threads of this process; cuda: a worker per GPU)",
+        metavar="threads|local|cuda|slurm|slurm-job|ADDRESS",
+        help="where tiles are merged (default: threads of this process; cuda: a worker per GPU; "
+        "slurm: jobs are submitted; slurm-job: the tasks of this job)",
     )
-    p.add_argument("--workers", type=int, metavar="N", help="worker processes of 'local', 'cuda'")
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="worker processes of 'local', 'cuda'; jobs"
+    )
     p.add_argument("--threads", type=int, metavar="N", help="threads in each worker")
     p.add_argument(
         "--device",
@@ -189,6 +204,31 @@ def _parser() -> argparse.ArgumentParser:
         help="refuse origins of exposures that are not whole pixels, or round them",
     )
     p.add_argument("--overwrite", action="store_true", help="replace an existing merged result")
+    p.add_argument(
+        "--worker-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="how long to wait while a cluster has no workers (default: 300; slurm: a day)",
+    )
+    p.add_argument(
+        "--tls",
+        action="store_true",
+        help="encrypt what driver, scheduler and workers say, with certificates",
+    )
+    p.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what jobs of 'slurm' ask for: partition, account, walltime, cores, processes, "
+        "memory, interface, directives, log_directory",
+    )
+    p.add_argument("--log", metavar="FILE", help="append a log in JSON lines; -: standard error")
+    p.add_argument(
+        "--run-folder",
+        metavar="DIR",
+        help="keep configuration, versions, log, performance, statistics and report there",
+    )
     p.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     p.set_defaults(command=_merge)
 
@@ -262,6 +302,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output", default="ocelot-demo", metavar="DIR", help="default: ocelot-demo")
     p.set_defaults(command=_demo)
+    for command in commands.choices.values():
+        add_config_option(command)
     return parser
 
 
@@ -544,7 +586,8 @@ def _view(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _merge(parsed: argparse.Namespace, console: Console) -> int:
-    from ocelot_em.api import merge, plan_merge
+    from ocelot_em.api import Observers, merge, plan_merge
+    from ocelot_em.cluster import within_job
     from ocelot_em.plan import MergeOptions
     from ocelot_em.terminal import MergeProgress, print_plan, print_report
 
@@ -553,10 +596,60 @@ def _merge(parsed: argparse.Namespace, console: Console) -> int:
         ready, checked = plan_merge(parsed.inputs, parsed.output, MergeOptions.parse(options))
         print_plan(console, ready, checked)
         return DONE
-    with MergeProgress(console) as progress:
-        report = merge(parsed.inputs, parsed.output, observer=progress, **options)
-    print_report(console, report)
+    with MergeProgress(console) as progress, _stopped_by_signals(progress.stop):
+        # The other tasks of a SLURM job never get further than here.
+        with within_job(MergeOptions.parse(options)) as asked, _run_kept(parsed) as others:
+            report = merge(
+                parsed.inputs,
+                parsed.output,
+                observer=Observers(progress, *others),
+                **options | {"cluster": asked.cluster},
+            )
+        print_report(console, report)
     return DONE
+
+
+@contextlib.contextmanager
+def _run_kept(parsed: argparse.Namespace) -> Iterator[list["Observer"]]:
+    """Keep a log and a folder of a run, as far as they are asked for."""
+    from ocelot_em.runlog import RunFolder, RunLog
+
+    kept: list[Observer] = []
+    with contextlib.ExitStack() as stack:
+        logs = [parsed.log] if parsed.log else []
+        if parsed.run_folder:
+            effective = {
+                name: value
+                for name, value in vars(parsed).items()
+                if name not in ("command", "config", "verbose")
+            }
+            folder = RunFolder(parsed.run_folder, lambda path: write_config(path, effective))
+            kept.append(stack.enter_context(folder))
+            logs.append(folder.log_file)
+        writers = [stack.enter_context(RunLog(path)) for path in logs]
+        kept += writers
+        try:
+            yield kept
+        except BaseException as error:
+            for writer in writers:
+                writer.event("ended", state=type(error).__name__, says=str(error))
+            raise
+        for writer in writers:
+            writer.event("ended", state="done", says="")
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: Callable[[str], None]) -> Iterator[None]:
+    """Have a run end well when its time does: batch systems announce it by these signals."""
+    announcements = signal.SIGTERM, signal.SIGUSR1
+    before = {number: signal.getsignal(number) for number in announcements}
+    for number in announcements:
+        signal.signal(number, lambda number, _frame: stop(signal.Signals(number).name))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _info(parsed: argparse.Namespace, console: Console) -> int:

@@ -3,20 +3,30 @@
 import contextlib
 import importlib.util
 import logging
+import os
 import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
 
+from ocelot_em import slurm
 from ocelot_em.device import DeviceFacts, find_devices, open_device
-from ocelot_em.errors import DeviceError, MissingDependencyError, OcelotError, PlanError
-from ocelot_em.execute import ClientExecutor, ThreadExecutor
+from ocelot_em.errors import (
+    ClusterLostError,
+    DeviceError,
+    MissingDependencyError,
+    OcelotError,
+    PlanError,
+)
+from ocelot_em.execute import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
 from ocelot_em.pipeline import Executor
 from ocelot_em.plan import DeviceChoice, MergeOptions, n_threads
+from ocelot_em.security import security_of_run, warn_if_open
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +41,8 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    # That connections come and go is no news, and at the end of a run all of them go.
+    "DASK_LOGGING__DISTRIBUTED": os.environ.get("DASK_LOGGING__DISTRIBUTED", "warning"),
 }
 
 
@@ -51,6 +63,51 @@ class Cluster:
     executor: Executor
     description: str
     dashboard: str | None
+
+    def recorded(self, path: Path) -> contextlib.AbstractContextManager[object]:
+        """Record how tasks spend their time: a page that opens without a network, when it ends."""
+        if importlib.util.find_spec("bokeh") is None:
+            log.warning("no performance report: pip install 'ocelot-em[viz]' for bokeh")
+            return contextlib.nullcontext()
+        if isinstance(self.executor, ClientExecutor):
+            from distributed import performance_report
+
+            recorded: contextlib.AbstractContextManager[object] = performance_report(
+                path, mode="inline"
+            )
+            return recorded
+        return _profiled(path)
+
+
+KINDS = ("threads", "local", "cuda", "slurm", "slurm-job")
+"""Of clusters, besides the address of one."""
+
+ASSUMED_GPU_NBYTES = 8 * 10**9
+"""Of a GPU that is not there yet, because SLURM has not given it out."""
+
+WORKER_TIMEOUT_IN_QUEUE_SECONDS = 86_400.0
+"""How long to wait by default for workers that stand in a queue."""
+
+TIMEOUTS = {
+    # A host that is cut off is missed in seconds, and what it had in hand is done elsewhere; with
+    # less than this, Dask takes workers for lost that only have much to do.
+    "distributed.comm.timeouts.tcp": "15s",
+    "distributed.comm.timeouts.connect": "15s",
+    "distributed.scheduler.worker-ttl": "30s",
+    "distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT,
+}
+
+
+@contextlib.contextmanager
+def _profiled(path: Path) -> Iterator[None]:
+    """Record what Dask's scheduler of threads does; it has no report of its own."""
+    from dask.diagnostics import Profiler, visualize
+
+    profiler = Profiler()
+    with profiler:
+        yield
+    if profiler.results:
+        visualize([profiler], filename=str(path), show=False, mode="inline")
 
 
 MOST_GPU_THREADS = 16
@@ -75,6 +132,11 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
         A GPU was asked for and cannot be used; one sentence says why.
     """
     asked, cluster = options.device, options.cluster
+    if cluster not in KINDS and ":" not in cluster:
+        raise PlanError(
+            f"cluster: expected {', '.join(KINDS)}, or the address of a Dask scheduler such as "
+            f"tcp://host:8786, got {cluster!r}"
+        )
     if cluster == "cuda" and asked == "cpu":
         raise PlanError("device cpu: cluster 'cuda' is for GPUs; use --cluster local or threads")
     if cluster == "local" and asked == "cuda":
@@ -90,6 +152,10 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
             _require_dask_cuda()
         n_devices = min(options.workers or len(found), len(found)) if cluster == "cuda" else 1
         choice = _cuda(found[:n_devices], "asked for", options)
+    elif cluster == "slurm" and asked == "cuda":
+        memory = options.rmm_pool_size or ASSUMED_GPU_NBYTES
+        jobs = options.workers or slurm.DEFAULT_JOBS
+        choice = DeviceChoice("cuda", "asked for, of SLURM jobs", jobs, memory)
     elif ":" in cluster:
         choice, threads = _of_workers(options)
         if choice.kind == "cuda":
@@ -97,6 +163,10 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
     else:
         choice = DeviceChoice("cpu", "auto: reading and decoding take the time, not the arithmetic")
     changes: dict[str, Any] = {"device": choice.kind}
+    if cluster == "slurm":
+        jobs_ask = slurm.completed(options.slurm)
+        share = max((jobs_ask.cores or 1) // (jobs_ask.processes or 1), 1)
+        changes |= {"slurm": jobs_ask, "threads": options.threads or share}
     if cluster == "cuda":
         share = max(min(int(CPU_COUNT) // choice.n_devices, MOST_GPU_THREADS), 1)
         changes |= {"workers": choice.n_devices, "threads": options.threads or share}
@@ -119,6 +189,7 @@ USABLE_SHARE = 0.9
 def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
     """Ask the workers of a running cluster for their GPUs; and the most threads of one."""
     with _client_of(options.cluster) as client:
+        client.wait_for_workers(1, timeout=options.worker_timeout or WORKER_TIMEOUT_SECONDS)
         answers = list(client.run(_facts_or_reason).values())
         threads = max(client.nthreads().values(), default=1)
     found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
@@ -193,17 +264,74 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
     elif kind in ("local", "cuda"):
         with _local_cluster(options) as cluster:
             yield cluster
+    elif kind == "slurm":
+        with _slurm_cluster(options) as cluster:
+            yield cluster
     elif ":" in kind:
         with _client_of(kind) as client:
+            if options.tls and not kind.startswith("tls:"):
+                raise PlanError(f"cluster {kind}: with --tls its address must begin with tls://")
+            warn_if_open(kind)
             _make_ready(client, options)
             n = len(client.nthreads())
             yield Cluster(
-                ClientExecutor(client), f"{n} workers of {kind}", client.dashboard_link or None
+                _executor(client, options), f"{n} workers of {kind}", client.dashboard_link or None
             )
     else:
-        raise PlanError(
-            f"cluster: expected threads, local, cuda, or the address of a Dask scheduler such as "
-            f"tcp://host:8786, got {kind!r}"
+        raise PlanError(f"cluster {kind}: the tasks of the job have not been divided")
+
+
+@contextlib.contextmanager
+def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
+    """Divide the tasks of a SLURM job, if this process is one of them, before anything else.
+
+    Yields
+    ------
+    MergeOptions
+        For the one that is the driver, with the address of the scheduler. The others do not get
+        here: they exit when the driver has.
+    """
+    if options.cluster != "slurm-job":
+        yield options
+        return
+    with dask.config.set(TIMEOUTS), slurm.slurm_tasks(options) as address:
+        _wait_for_a_worker(address, options)
+        yield options.model_copy(update={"cluster": address})
+
+
+def _wait_for_a_worker(address: str, options: MergeOptions) -> None:
+    timeout = options.worker_timeout or WORKER_TIMEOUT_SECONDS
+    with _client_of(address) as client:
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+        except TimeoutError:
+            raise ClusterLostError(f"no worker has come in {timeout:.0f} s to {address}") from None
+
+
+def _executor(client: Any, options: MergeOptions) -> ClientExecutor:
+    queues = options.cluster == "slurm"
+    default = WORKER_TIMEOUT_IN_QUEUE_SECONDS if queues else WORKER_TIMEOUT_SECONDS
+    timeout = options.worker_timeout or default
+    return ClientExecutor(client, worker_timeout_seconds=timeout)
+
+
+@contextlib.contextmanager
+def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
+    from distributed import Client
+
+    jobs = options.workers or slurm.DEFAULT_JOBS
+    with (
+        dask.config.set(TIMEOUTS),
+        _taking_another_port_quietly(),
+        slurm.slurm_cluster(options, WORKER_ENVIRONMENT) as cluster,
+        Client(cluster) as client,
+    ):
+        warn_if_open(cluster.scheduler_address)
+        asked = options.slurm
+        yield Cluster(
+            _executor(client, options),
+            f"{jobs} SLURM jobs of {asked.cores} threads, when they start",
+            cluster.dashboard_link,
         )
 
 
@@ -220,13 +348,13 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         # Nothing is left on a device between tasks for Dask to spill, and tasks return summaries
         # only, so that TCP is as good as anything.
         what, cluster_class = "GPU workers", LocalCUDACluster
-        special = {"device_memory_limit": 0, "protocol": "tcp"}
+        special = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
         if options.rmm_pool_size is not None:
             special["rmm_pool_size"] = options.rmm_pool_size
             special["rmm_allocator_external_lib_list"] = "cupy"
     has_dashboard = importlib.util.find_spec("bokeh") is not None
     with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}),
+        dask.config.set(TIMEOUTS),
         _taking_another_port_quietly(),
         cluster_class(
             n_workers=workers,
@@ -237,6 +365,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             # The plan keeps workers within their memory; Dask's own limits would pause or
             # restart a worker that is doing what was planned.
             memory_limit=0,
+            security=security_of_run() if options.tls else None,
             **special,
         ) as cluster,
         Client(cluster) as client,
@@ -245,7 +374,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         if not has_dashboard:
             log.warning("no dashboard: pip install 'ocelot-em[viz]' for the bokeh that it needs")
         yield Cluster(
-            ClientExecutor(client),
+            _executor(client, options),
             f"{workers} {what} of {threads} threads",
             cluster.dashboard_link if has_dashboard else None,
         )

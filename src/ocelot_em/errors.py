@@ -72,6 +72,21 @@ class OutputExistsError(OcelotError, FileExistsError):
     """The output is already there and is not the same merge, interrupted."""
 
 
+class OutputLockedError(OcelotError, BlockingIOError):
+    """Another run is writing the output."""
+
+
+class StoppedError(OcelotError, RuntimeError):
+    """A run ended before all was done, because it was asked to or lost what it ran on.
+
+    Whatever was finished is kept; the same command goes on.
+    """
+
+
+class ClusterLostError(StoppedError):
+    """The scheduler is gone, or there are no workers and none come."""
+
+
 class TilesFailedError(OcelotError, RuntimeError):
     """Some tiles could not be merged; the others are done and are kept."""
 

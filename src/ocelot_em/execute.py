@@ -4,8 +4,11 @@ Work in flight is bounded, so that a canvas of a million tiles costs the driver 
 than one of a hundred.
 """
 
+import contextlib
 import itertools
 import logging
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,8 @@ import dask
 import dask.threaded
 from dask.callbacks import Callback
 
+from ocelot_em.errors import ClusterLostError
+from ocelot_em.metrics import Metrics
 from ocelot_em.pipeline import Outcome, Tiles, Work, attempt_tiles
 
 log = logging.getLogger(__name__)
@@ -34,11 +39,17 @@ TASKS_PER_GRAPH = 256
 TASKS_IN_FLIGHT = 2
 """Tasks per thread that a cluster has at a time: one running, the next at hand."""
 
-THREADS_KNOWN_SECONDS = 1.0
-"""How long the number of a cluster's threads is believed."""
+LOOK_SECONDS = 1.0
+"""Between two looks at whether the cluster lives, and at how many threads it has."""
 
-RETRIES = 3
-"""How often a task is tried again after its worker died or lost its connection."""
+RESULT_SECONDS = 60.0
+"""For the result of a task that has ended to arrive."""
+
+STOP_SECONDS = 60.0
+"""For the tiles in hand, when a run is stopped: longer than any takes."""
+
+WORKER_TIMEOUT_SECONDS = 300.0
+"""How long to wait by default while there are no workers."""
 
 Run = tuple[tuple[int, int], ...]
 """Rows and columns of the tiles of one task."""
@@ -53,96 +64,199 @@ class ThreadExecutor:
     def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
         self.n_threads, self._attempt = n_threads, attempt
 
-    def run(self, work: Work, tiles: Tiles, on_outcome: Callable[[Outcome], bool]) -> None:
+    def run(
+        self,
+        work: Work,
+        tiles: Tiles,
+        on_outcome: Callable[[Outcome], None],
+        stopping: threading.Event,
+    ) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
-        go_on = True
 
         def posttask(_key: object, value: object, *_: object) -> None:
-            nonlocal go_on
             if isinstance(value, list):
                 for outcome in value:
-                    go_on = on_outcome(outcome) and go_on
+                    on_outcome(outcome)
+
+        def attempt(work: Work, run: Run) -> list[Outcome]:
+            return [] if stopping.is_set() else self._attempt(work, run)
 
         runs = cut_into_runs(tiles, lambda: self.n_threads)
         while batch := tuple(itertools.islice(runs, TASKS_PER_GRAPH)):
             # The scheduler starts with the last of the keys, as text: let that be the first run.
             graph = {
-                f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (
-                    self._attempt,
-                    work,
-                    [*run],
-                )
+                f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (attempt, work, [*run])
                 for number, run in enumerate(batch)
             }
             with Callback(posttask=posttask):
                 dask.threaded.get(graph, list(graph), num_workers=self.n_threads)
-            if not go_on:
+            if stopping.is_set():
                 return
 
 
 class ClientExecutor:
-    """A Dask cluster, through its client: a sliding window of tasks, released as they end."""
+    """A Dask cluster, through its client: a sliding window of tasks, released as they end.
 
-    def __init__(self, client: Any, attempt: Attempt = attempt_tiles) -> None:
-        self.client, self._attempt = client, attempt
-        self._n_threads_then, self._asked = 0, 0.0
+    Parameters
+    ----------
+    client
+        Connected to it.
+    attempt
+        What a task does.
+    worker_timeout_seconds
+        How long to wait while there are no workers.
+    """
 
-    def run(self, work: Work, tiles: Tiles, on_outcome: Callable[[Outcome], bool]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        attempt: Attempt = attempt_tiles,
+        worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
+    ) -> None:
+        self.client, self.attempt = client, attempt
+        self._worker_timeout = worker_timeout_seconds
+        self._n_threads_then, self._asked = 0, float("-inf")
+        self._had_workers = time.monotonic()
+
+    def run(
+        self,
+        work: Work,
+        tiles: Tiles,
+        on_outcome: Callable[[Outcome], None],
+        stopping: threading.Event,
+    ) -> None:
         """See :class:`ocelot_em.pipeline.Executor`."""
-        from distributed import as_completed
+        metrics = Metrics(work.run_id[:12], self.client.run_on_scheduler)
 
-        runs = cut_into_runs(tiles, self._n_threads)
-        one_by_one: deque[Run] = deque()
-        running = as_completed(with_results=False)
-        in_flight: dict[str, Run] = {}
+        def tell(outcome: Outcome) -> None:
+            metrics.count(outcome)
+            on_outcome(outcome)
 
-        def submit() -> None:
-            # Workers may have come or gone meanwhile.
-            while len(in_flight) < TASKS_IN_FLIGHT * max(self._n_threads(), 1):
-                run = one_by_one.popleft() if one_by_one else next(runs, None)
-                if run is None:
-                    return
-                future = self.client.submit(
-                    self._attempt,
-                    work,
-                    run,
-                    key=(f"{TASK_NAME}-{work.run_id[:12]}", *run[0], len(run)),
-                    retries=RETRIES,
-                    pure=False,
-                )
-                in_flight[str(future.key)] = run
-                running.add(future)
-
-        submit()
-        for future in running:
-            if future.status not in ("finished", "error", "cancelled"):
-                # Its worker died with the result before it got here; it is computed again.
-                running.add(future)
-                continue
-            run = in_flight.pop(str(future.key))
-            outcomes = []
-            if future.status == "finished":
-                outcomes = future.result()
-            elif len(run) > 1:
-                # One of them may be to blame: the others should not share its fate.
-                one_by_one.extend((tile,) for tile in run)
+        self._had_workers = time.monotonic()
+        window = _Window(self, work, cut_into_runs(tiles, self.n_threads), tell)
+        stop_by = float("inf")
+        while True:
+            self._require_workers()
+            if not stopping.is_set():
+                window.fill()
             else:
-                outcomes = [Outcome(*run[0], None, f"its task was lost: {_reason(future)}")]
-            del future  # the scheduler forgets what nobody holds
-            go_on = True
-            for outcome in outcomes:
-                go_on = on_outcome(outcome) and go_on
-            if not go_on:
-                running.clear()
-                return
-            submit()
+                stop_by = min(stop_by, time.monotonic() + STOP_SECONDS)
+            if not window.in_flight or time.monotonic() > stop_by:
+                break
+            window.take_one()
+            metrics.publish()
+        metrics.publish(at_once=True)
 
-    def _n_threads(self) -> int:
+    def _require_workers(self) -> None:
+        """Raise when the scheduler is gone, or there have been no workers for too long.
+
+        Raises
+        ------
+        ClusterLostError
+        """
+        if self.client.status in ("closing", "closed"):
+            raise ClusterLostError(
+                "the Dask scheduler is gone, or cannot be reached; what was done is kept: run the "
+                "same command again, with a cluster that lives"
+            )
+        if self.n_threads() > 0:
+            self._had_workers = time.monotonic()
+        elif time.monotonic() - self._had_workers > self._worker_timeout:
+            raise ClusterLostError(
+                f"the cluster has had no workers for {self._worker_timeout:.0f} s; what was done "
+                "is kept: run the same command again when there are some, or allow for a longer "
+                "wait with --worker-timeout"
+            )
+
+    def n_threads(self) -> int:
         """Threads of all workers, as of a moment ago: asking takes as long as an empty task."""
         now = time.monotonic()
-        if self._n_threads_then == 0 or now - self._asked > THREADS_KNOWN_SECONDS:
-            self._n_threads_then, self._asked = sum(self.client.nthreads().values()), now
+        if now - self._asked > LOOK_SECONDS:
+            self._asked = now
+            with contextlib.suppress(OSError, TimeoutError, ValueError):  # the connection is down
+                self._n_threads_then = sum(self.client.nthreads().values())
         return self._n_threads_then
+
+
+class _Window:
+    """The tasks that a cluster has at a time.
+
+    Parameters
+    ----------
+    executor
+        Of the cluster.
+    work
+        What the tasks belong to.
+    runs
+        The tiles of each.
+    on_outcome
+        Is told how tiles end.
+    """
+
+    def __init__(
+        self,
+        executor: ClientExecutor,
+        work: Work,
+        runs: Iterator[Run],
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self._executor, self._work, self._runs = executor, work, runs
+        self._on_outcome = on_outcome
+        self._again: deque[Run] = deque()
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.in_flight: dict[str, tuple[Run, Any]] = {}
+
+    def fill(self) -> None:
+        """Submit as many as all workers are busy with; some may have come or gone meanwhile."""
+        while len(self.in_flight) < TASKS_IN_FLIGHT * max(self._executor.n_threads(), 1):
+            run = self._again.popleft() if self._again else next(self._runs, None)
+            if run is None:
+                return
+            number = next(_numbers)
+            future = self._executor.client.submit(
+                self._executor.attempt,
+                self._work,
+                run,
+                key=(f"{TASK_NAME}-{self._work.run_id[:12]}", *run[0], len(run), number),
+                pure=False,
+            )
+            self.in_flight[str(future.key)] = run, future
+            future.add_done_callback(self._ended.put)
+
+    def take_one(self) -> None:
+        """Wait a moment for a task to end, and tell of its tiles, or have them done again."""
+        try:
+            future = self._ended.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            # Those of a scheduler that was started anew never end.
+            lost = [key for key, (_, future) in self.in_flight.items() if future.status == "lost"]
+            self._again.extend(self.in_flight.pop(key)[0] for key in lost)
+            return
+        run, _ = self.in_flight.pop(str(future.key), (None, None))
+        if run is None:
+            return
+        if future.status == "error":
+            error = future.exception()
+            if len(run) > 1:
+                # One of them may be to blame: the others should not share its fate.
+                self._again.extend((tile,) for tile in run)
+            else:
+                reason = f"{type(error).__name__}: {error}"
+                self._on_outcome(Outcome(*run[0], None, f"its task was lost: {reason}"))
+            return
+        try:
+            outcomes = future.result(timeout=RESULT_SECONDS)
+        except Exception as error:
+            # Its worker died with it, or the scheduler forgot it: it is done again.
+            log.info("the result of a task was lost: %r", error)
+            self._again.append(run)
+            return
+        for outcome in outcomes:
+            self._on_outcome(outcome)
+
+
+_numbers = itertools.count()
+"""Of tasks: the scheduler may remember one that it was told to forget."""
 
 
 def cut_into_runs(tiles: Sequence[tuple[int, int]], n_threads: Callable[[], int]) -> Iterator[Run]:
@@ -153,10 +267,3 @@ def cut_into_runs(tiles: Sequence[tuple[int, int]], n_threads: Callable[[], int]
         stop = start + min(max(share, 1), MOST_TILES_PER_TASK)
         yield tuple(tiles[start:stop])
         start = stop
-
-
-def _reason(future: Any) -> str:
-    if future.status == "cancelled":
-        return "it was cancelled"
-    error = future.exception()
-    return f"{type(error).__name__}: {error}"

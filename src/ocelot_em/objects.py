@@ -7,26 +7,56 @@ those libraries document it. Nothing here knows about Zarr's content.
 
 import contextlib
 import ctypes
+import errno
+import logging
 import os
+import random
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
-from ocelot_em.errors import MissingDependencyError, StorageError
+from ocelot_em.errors import InvalidInputError, MissingDependencyError, StorageError
+
+log = logging.getLogger(__name__)
 
 _OBSTORE_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https"}
 _STAGED = re.compile(r"#\d+$")
 """How the names of files end that are not whole yet; listings leave them out."""
+
+PAUSES_SECONDS = (0.1, 0.5, 2.0)
+"""Before each of the next tries of what failed for a reason that may pass."""
+
+_MAY_PASS = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EINTR,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""Numbers of errors of file systems that may pass; those of the network's among them."""
+
+_SECRETS = re.compile(r"secret|token|password|credential|signature|access_?key|\bsig\b", re.I)
+"""In the names of parameters of a URL."""
 
 _T = TypeVar("_T")
 
@@ -74,12 +104,20 @@ class Objects(Protocol):
         """Return names of the folders directly below a prefix."""
         ...
 
-    def delete(self, prefix: str) -> None:
-        """Delete all objects below a prefix (``""``: everything)."""
+    def delete(self, prefix: str, keep: str | None = None) -> None:
+        """Delete all objects below a prefix (``""``: everything), but not the folder ``keep``."""
+        ...
+
+    def delete_one(self, key: str) -> None:
+        """Delete an object, if it is there."""
         ...
 
     def tidy(self, prefix: str) -> None:
         """Remove what writers that died have left half-written below a prefix."""
+        ...
+
+    def sync(self) -> None:
+        """Return when all that was written here from this machine survives a loss of power."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -121,14 +159,32 @@ def return_free_memory() -> None:
 
 
 def normalise_url(place: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a local place, without a trailing slash; a URL as it is."""
+    """Return the absolute path of a local place, without a trailing slash; a URL as it is.
+
+    Raises
+    ------
+    InvalidInputError
+        The URL carries credentials, which would be kept in logs and in what is stored.
+    """
     text = os.fspath(place)
     if "://" in text:
+        _refuse_secrets(text)
         scheme = urlsplit(text).scheme
         if scheme != "file":
             return text.rstrip("/")
         text = text.removeprefix("file://")
     return str(Path(text).expanduser().resolve())
+
+
+def _refuse_secrets(url: str) -> None:
+    parts = urlsplit(url)
+    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    if "@" in parts.netloc or any(map(_SECRETS.search, names)):
+        raise InvalidInputError(
+            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: the URL carries "
+            "credentials, which would be kept in logs and in what is stored; give them in the "
+            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
 
 
 def is_local(url: str) -> bool:
@@ -169,10 +225,7 @@ class _ObstoreObjects:
         return obstore.store.from_url(self.url)
 
     def _guard(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
-        try:
-            return action()
-        except (BaseError, OSError) as error:
-            raise _storage_error(verb, self.url, key, error) from error
+        return _patiently(verb, self.url, key, action)
 
     def get(self, key: str) -> bytes | None:
         def action() -> bytes | None:
@@ -238,8 +291,8 @@ class _ObstoreObjects:
 
         return self._guard("list", prefix, action)
 
-    def delete(self, prefix: str) -> None:
-        keys = list(self.sizes(prefix))
+    def delete(self, prefix: str, keep: str | None = None) -> None:
+        keys = [key for key in self.sizes(prefix) if keep is None or not key.startswith(f"{keep}/")]
 
         def action() -> None:
             if keys:
@@ -247,8 +300,18 @@ class _ObstoreObjects:
 
         self._guard("delete", prefix, action)
 
+    def delete_one(self, key: str) -> None:
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, key)
+
+        self._guard("delete", key, action)
+
     def tidy(self, prefix: str) -> None:
         """Do nothing: what was not sent whole is not there."""
+
+    def sync(self) -> None:
+        """Do nothing: a request is answered when what it brought is safe."""
 
     def free_bytes(self) -> int | None:
         return None
@@ -337,12 +400,35 @@ class _LocalObjects(_ObstoreObjects):
     def children(self, prefix: str) -> list[str]:
         return super().children(prefix) if self._exists else []
 
-    def delete(self, prefix: str) -> None:
+    def delete(self, prefix: str, keep: str | None = None) -> None:
         target = Path(self.url, prefix) if prefix else Path(self.url)
+
+        def action() -> None:
+            if keep is None:
+                shutil.rmtree(target)
+                return
+            for path in target.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    if path.name != keep:
+                        shutil.rmtree(path)
+                else:
+                    path.unlink()
+
         if target.is_dir():
-            self._guard("delete", prefix, lambda: shutil.rmtree(target))
-        if not prefix and hasattr(self, "_opened"):
+            self._guard("delete", prefix, action)
+        if not prefix and keep is None and hasattr(self, "_opened"):
             del self._opened  # the directory is made anew by the next write
+
+    def delete_one(self, key: str) -> None:
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                Path(self._path(key)).unlink()
+                # Folders that are empty now would not be there in a bucket.
+                with contextlib.suppress(OSError):
+                    for folder in PurePosixPath(key).parents:
+                        Path(self.url, folder).rmdir()
+
+        self._guard("delete", key, action)
 
     def tidy(self, prefix: str) -> None:
         def action() -> None:
@@ -352,6 +438,17 @@ class _LocalObjects(_ObstoreObjects):
                         Path(folder, name).unlink(missing_ok=True)
 
         self._guard("tidy", prefix, action)
+
+    def sync(self) -> None:
+        def action() -> None:
+            descriptor = os.open(self.url, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _sync_file_system(descriptor)
+            finally:
+                os.close(descriptor)
+
+        if self._exists:
+            self._guard("write to the disk", "", action)
 
     def _path(self, key: str) -> str:
         return f"{self.url}/{key}"
@@ -381,10 +478,7 @@ class _FsspecObjects:
         return _open, (self.url,)
 
     def _guard(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
-        try:
-            return action()
-        except OSError as error:
-            raise _storage_error(verb, self.url, key, error) from error
+        return _patiently(verb, self.url, key, action)
 
     def _path(self, key: str) -> str:
         return f"{self._root.rstrip('/')}/{key}" if key else self._root
@@ -450,15 +544,30 @@ class _FsspecObjects:
 
         return self._guard("list", prefix, action)
 
-    def delete(self, prefix: str) -> None:
+    def delete(self, prefix: str, keep: str | None = None) -> None:
         def action() -> None:
-            if self._fs.exists(self._path(prefix)):
-                self._fs.rm(self._path(prefix), recursive=True)
+            if keep is None:
+                if self._fs.exists(self._path(prefix)):
+                    self._fs.rm(self._path(prefix), recursive=True)
+                return
+            for key in self.sizes(prefix):
+                if not key.startswith(f"{keep}/"):
+                    self._fs.rm_file(self._path(key))
 
         self._guard("delete", prefix, action)
 
+    def delete_one(self, key: str) -> None:
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(key))
+
+        self._guard("delete", key, action)
+
     def tidy(self, prefix: str) -> None:
         """Do nothing: how half-written objects look depends on the file system."""
+
+    def sync(self) -> None:
+        """Do nothing: what is safe when depends on the file system."""
 
     def free_bytes(self) -> int | None:
         return None
@@ -467,6 +576,51 @@ class _FsspecObjects:
         from zarr.storage import FsspecStore
 
         return FsspecStore.from_url(self.url, read_only=True)
+
+
+def _patiently(verb: str, url: str, key: str, action: Callable[[], _T]) -> _T:
+    """Do something with a place; again where it fails for a reason that may pass.
+
+    Clients of buckets try requests again themselves.
+
+    Raises
+    ------
+    StorageError
+    """
+    for pause in PAUSES_SECONDS:
+        try:
+            return action()
+        except (BaseError, OSError) as error:
+            if not _may_pass(error):
+                raise _storage_error(verb, url, key, error) from error
+            log.warning("%s; trying again in %g s", _storage_error(verb, url, key, error), pause)
+        # Not all at the same moment.
+        time.sleep(pause * random.uniform(0.5, 1.5))
+    try:
+        return action()
+    except (BaseError, OSError) as error:
+        raise _storage_error(verb, url, key, error) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _MAY_PASS
+    found = _ERROR_NUMBER.search(str(error))
+    return found is not None and int(found[1]) in _MAY_PASS
+
+
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
+"""As obstore tells of an error of the system."""
+
+
+def _sync_file_system(descriptor: int) -> None:
+    """Wait until a file system has everything on its disk, where the system can do just that."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+    elif syncfs(descriptor):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _open_new(path: Path) -> int:

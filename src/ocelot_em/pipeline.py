@@ -7,15 +7,18 @@ exposures is one, which covers the canvas alone. Nothing here knows of executors
 """
 
 import logging
+import os
+import socket
 import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from os import PathLike
 from typing import Protocol, overload
 
@@ -29,13 +32,19 @@ from ocelot_em.collected import Collection
 from ocelot_em.device import open_device
 from ocelot_em.device_fold import DeviceFold, Lanes
 from ocelot_em.errors import (
+    ChunkError,
+    FormatError,
     InvalidDataError,
+    InvalidInputError,
     OcelotError,
     OutputExistsError,
+    StoppedError,
     StoreNotFoundError,
     TilesFailedError,
 )
 from ocelot_em.fold import Fold, Workspace
+from ocelot_em.lock import FOLDER as LOCK_FOLDER
+from ocelot_em.lock import STALE_SECONDS, Leave, OutputLock
 from ocelot_em.maps import SCALED_MIP, SOURCE_EXPOSURE, SUM, AnyArray, Float64
 from ocelot_em.markup import pairs, seconds_text
 from ocelot_em.montage import Canvas, shown_alone
@@ -77,6 +86,9 @@ MAX_FAILURES_IN_A_ROW = 50
 
 MAX_FAILURES_SHOWN = 20
 
+TRIED_AGAIN = 1
+"""So often tiles are tried again, after all others, that failed for a reason that may pass."""
+
 
 @dataclass(frozen=True, slots=True)
 class TileSummary:
@@ -97,6 +109,17 @@ class TileSummary:
     decoded_nbytes: int
     written_nbytes: int
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By what they were spent on; ``waited`` is a part of the others."""
+        names = "read", "fold", "write", "waited"
+        return {name: getattr(self, f"{name}_seconds") for name in names}
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """By what was done with them."""
+        return {name: getattr(self, f"{name}_nbytes") for name in ("read", "decoded", "written")}
+
 
 SUMMARY_FIELDS = tuple(TileSummary.__dataclass_fields__)
 
@@ -109,6 +132,10 @@ class Outcome:
     ix: int
     summary: TileSummary | None
     error: str = ""
+    may_pass: bool = False
+    """Whether another try may go better: not for what lies in the data."""
+    where: str = ""
+    """Host and process that merged it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +148,37 @@ class Work:
         The prepared output, which holds the plan.
     run_id
         Its identity.
+    lock
+        Key of the lock that the run holds; tasks stop without it. Empty: there is none.
     partials_on_device
         How many partials a thread has on the GPU at a time; 0 to merge on the CPU.
     """
 
     output: str
     run_id: str
+    lock: str = ""
     partials_on_device: int = 0
 
 
 class Executor(Protocol):
     """Runs tiles somewhere: in threads here, or on a Dask cluster."""
 
-    def run(self, work: Work, tiles: "Tiles", on_outcome: Callable[[Outcome], bool]) -> None:
+    def run(
+        self,
+        work: Work,
+        tiles: "Tiles",
+        on_outcome: Callable[[Outcome], None],
+        stopping: threading.Event,
+    ) -> None:
         """Call :func:`attempt_tiles` for runs of tiles, each once, and pass on what it returns.
 
-        ``on_outcome`` is called in this thread; when it returns False no further tiles start.
+        ``on_outcome`` is called in this thread. Once ``stopping`` is set nothing more starts, and
+        what has started is waited for.
+
+        Raises
+        ------
+        ClusterLostError
+            There is nothing left to run tiles on.
         """
         ...
 
@@ -206,7 +248,9 @@ class Preparation:
     Parameters
     ----------
     existing
-        What an earlier run left at the output, if anything.
+        What an earlier run left at the output, if anything, to go on with.
+    overwrites
+        Whether whatever is at the output is replaced.
     stale
         Tiles that it did, of which there is more to merge now.
     """
@@ -217,6 +261,7 @@ class Preparation:
     existing: fmt.MergedAttributes | None
     missing: "Tiles"
     stale: "Tiles"
+    overwrites: bool = False
 
 
 class Tiles(Sequence[tuple[int, int]]):
@@ -294,86 +339,187 @@ def prepare(
         existing,
         missing,
         Tiles(n_columns, np.flatnonzero(stale)),
+        options.overwrite,
     )
+
+
+def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
+    """Look again, now that nobody else writes, at what an earlier run has done.
+
+    Returns
+    -------
+    Preparation
+        With all tiles as missing that are marked as done but are not on the disk, after a machine
+        lost its power.
+
+    Raises
+    ------
+    OutputExistsError
+        Another run has changed the output since the merge was planned.
+    """
+    objects = open_objects(ready.output)
+    there = None if ready.overwrites else _existing_output(objects)
+    if not ready.overwrites and there != ready.existing:
+        raise OutputExistsError(
+            f"{objects.url}: another run has changed it meanwhile; run the same command again"
+        )
+    if there is None or there.state == "complete" or not lock.power_was_lost:
+        return ready
+    earlier = read_plan(there, objects.url)
+    done = done_tiles(objects, earlier.grid)
+    torn = _torn_tiles(objects, earlier, Tiles(earlier.grid.counts[1], np.flatnonzero(done)))
+    for iy, ix in torn:
+        log.warning("tile (%d, %d) did not reach the disk, and is merged again", iy, ix)
+        objects.delete(mark_of(iy, ix))
+        done[iy, ix] = False
+    if torn:
+        missing = ready.plan.grid.counts[1], np.flatnonzero(~done)
+        n_done = len(ready.plan.grid) - len(missing[1])
+        ready = replace(
+            ready, missing=Tiles(*missing), forecast=replace(ready.forecast, n_done=n_done)
+        )
+    return ready
+
+
+class Tally:
+    """Counts how tiles end.
+
+    Parameters
+    ----------
+    on_outcome
+        Is told, too.
+    give_up
+        Called when nothing but failures come.
+    """
+
+    def __init__(self, on_outcome: Callable[[Outcome], None], give_up: Callable[[], None]) -> None:
+        self._on_outcome, self._give_up = on_outcome, give_up
+        self._in_a_row = 0
+        self.totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
+        self.n_merged = 0
+        self.failed: dict[tuple[int, int], Outcome] = {}
+        self.has_given_up = False
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a tile, which may have failed before."""
+        where = outcome.iy, outcome.ix
+        if outcome.summary is None:
+            self.failed[where] = outcome
+            self._in_a_row += 1
+            log.error("tile (%d, %d): %s", *where, outcome.error)
+        else:
+            self.failed.pop(where, None)
+            self.totals = _sum(self.totals, outcome.summary)
+            self.n_merged += 1
+            self._in_a_row = 0
+        self._on_outcome(outcome)
+        if self._in_a_row == MAX_FAILURES_IN_A_ROW:
+            self.has_given_up = True
+            self._give_up()
+
+    def may_pass(self, n_columns: int) -> "Tiles":
+        """Tiles that are worth another try."""
+        numbers = [iy * n_columns + ix for (iy, ix), end in self.failed.items() if end.may_pass]
+        return Tiles(n_columns, np.array(sorted(numbers), np.int64))
+
+    def in_words(self) -> str:
+        """Name the tiles that failed."""
+        shown = [
+            f"\n  - tile ({end.iy}, {end.ix}): {end.error}"
+            for end in islice(self.failed.values(), MAX_FAILURES_SHOWN)
+        ]
+        more = len(self.failed) - len(shown)
+        return "".join(shown) + (f"\n  ... and {more} more" if more else "")
 
 
 def merge(
     ready: Preparation,
     options: MergeOptions,
     executor: Executor,
+    lock: OutputLock,
     on_outcome: Callable[[Outcome], None],
 ) -> MergeReport:
     """Merge all missing tiles, and mark the output complete.
+
+    Tiles that fail for a reason that may pass are tried again when all others are done.
 
     Raises
     ------
     TilesFailedError
         Naming the tiles that failed; all others are done, and a later run does only these.
+    StoppedError
+        The lock was told to stop, or was lost; or there is nothing left to run tiles on. Tiles that
+        were in hand are done.
     """
     started = time.perf_counter()
     objects = open_objects(ready.output)
     attributes = _create_output(objects, ready, options)
-    totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
-    n_merged = n_failed = in_a_row = 0
-    shown: list[str] = []
-
-    def collect(outcome: Outcome) -> bool:
-        nonlocal totals, n_merged, n_failed, in_a_row
-        if outcome.summary is None:
-            n_failed += 1
-            in_a_row += 1
-            if n_failed <= MAX_FAILURES_SHOWN:
-                shown.append(f"\n  - tile ({outcome.iy}, {outcome.ix}): {outcome.error}")
-            log.error("tile (%d, %d): %s", outcome.iy, outcome.ix, outcome.error)
-        else:
-            totals = _sum(totals, outcome.summary)
-            n_merged += 1
-            in_a_row = 0
-        on_outcome(outcome)
-        return in_a_row < MAX_FAILURES_IN_A_ROW
-
-    if ready.missing:
-        try:
-            work = Work(objects.url, attributes.id, ready.forecast.partials_on_device)
-            executor.run(work, ready.missing, collect)
-        finally:
-            _open_job.cache_clear()  # gives this process's tile buffers back
-    n_left = len(ready.missing) - n_merged
-    if n_left:
-        more = f"\n  ... and {n_failed - len(shown)} more" if n_failed > len(shown) else ""
-        given_up = n_left - n_failed
-        stopped = f"; {given_up} more were not tried" if given_up else ""
-        raise TilesFailedError(
-            f"{ready.output}: {n_failed} of {len(ready.plan.grid)} tiles failed{stopped}; the "
-            f"others are done and kept; mend the cause and run the same command again:"
-            f"{''.join(shown)}{more}"
-        )
+    tally = Tally(on_outcome, lock.stop)
+    tiles = ready.missing
+    work = Work(objects.url, attributes.id, lock.key, ready.forecast.partials_on_device)
+    try:
+        for _ in range(1 + TRIED_AGAIN):
+            if tiles and not lock.stopping.is_set():
+                executor.run(work, tiles, tally.count, lock.stopping)
+                tiles = tally.may_pass(ready.plan.grid.counts[1])
+    finally:
+        _open_job.cache_clear()  # gives this process's tile buffers back
+    if n_left := len(ready.missing) - tally.n_merged:
+        raise _unfinished(ready, lock, tally, n_left)
     if attributes.state != "complete":
         records.finish(objects, ready.plan)
         objects.tidy("")
+        objects.sync()  # so that what is called complete stays complete
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})
         store.update_attributes(objects, "", fmt.dump_attributes(finished))
+        objects.sync()
     return MergeReport(
         output=objects.url,
         n_tiles=len(ready.plan.grid),
-        n_merged=n_merged,
+        n_merged=tally.n_merged,
         seconds=time.perf_counter() - started,
-        totals=totals,
+        totals=tally.totals,
+    )
+
+
+def _unfinished(
+    ready: Preparation, lock: OutputLock, tally: Tally, n_left: int
+) -> StoppedError | TilesFailedError:
+    """Say why tiles are left."""
+    n_tiles, n_failed = len(ready.plan.grid), len(tally.failed)
+    if lock.lost.is_set():
+        return StoppedError(
+            f"{ready.output}: another run has taken the output over, because this one did not "
+            f"touch its lock for {STALE_SECONDS:.0f} s; {n_left} of {n_tiles} tiles were left"
+        )
+    if lock.stopping.is_set() and not tally.has_given_up:
+        return StoppedError(
+            f"{ready.output}: stopped; {n_left} of {n_tiles} tiles are left, the others are done "
+            f"and kept; the same command goes on{tally.in_words()}"
+        )
+    given_up = n_left - n_failed
+    stopped = f"; {given_up} more were not tried" if given_up else ""
+    return TilesFailedError(
+        f"{ready.output}: {n_failed} of {n_tiles} tiles failed{stopped}; the others are done and "
+        f"kept; mend the cause and run the same command again:{tally.in_words()}"
     )
 
 
 def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Merge some tiles of a prepared output; never raises, so that the other tiles go on.
 
+    Of tiles that were not begun, because the run has ended or is being stopped, nothing is told.
     This is the task that workers run. It takes names only: the worker reads the plan from the
     output, once.
     """
     try:
         job = open_job(work)
-        return list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
+        outcomes = list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
     except Exception as error:
         log.debug("tiles from %s on failed", tiles[0], exc_info=True)
-        return [Outcome(iy, ix, None, _in_words(error)) for iy, ix in tiles]
+        outcomes = [_failure(iy, ix, error) for iy, ix in tiles]
+    where = f"{socket.gethostname()}:{os.getpid()}"
+    return [replace(outcome, where=where) for outcome in outcomes]
 
 
 def merge_tiles(job: "Job", tiles: Sequence[Tile]) -> Iterator[Outcome]:
@@ -384,6 +530,8 @@ def merge_tiles(job: "Job", tiles: Sequence[Tile]) -> Iterator[Outcome]:
     ):
         last: TileInWork | None = None
         for tile in tiles:
+            if not job.goes_on:
+                break
             current = TileInWork(job, tile, incoming, outgoing)
             current.merge()
             if last is not None:
@@ -411,7 +559,7 @@ class TileInWork:
         self._clock = Clock()
         self._written: list[Future[None]] = []
         self._searched_pixels = self._read_nbytes = self._written_nbytes = 0
-        self._error = ""
+        self._error: Exception | None = None
 
     def merge(self) -> None:
         """Merge the tile and have its maps written, soon; an error is kept for :meth:`finish`."""
@@ -420,7 +568,7 @@ class TileInWork:
             self._merge()
         except Exception as error:
             log.debug("%s failed", self._tile, exc_info=True)
-            self._error = _in_words(error)
+            self._error = error
             self._incoming.close()  # what it had open when it failed
         self._clock.lap("fold")
         self._clock.seconds["waited"] += self._waited() - waited
@@ -493,8 +641,8 @@ class TileInWork:
         waited = self._waited()
         try:
             self._outgoing.wait(self._written)
-            if self._error:
-                return Outcome(tile.iy, tile.ix, None, self._error)
+            if self._error is not None:
+                return _failure(tile.iy, tile.ix, self._error)
             self._clock.lap("write")
             summary = TileSummary(
                 pixels=tile.region.size,
@@ -510,7 +658,7 @@ class TileInWork:
             self.job.mark_done(tile, summary)
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
-            return Outcome(tile.iy, tile.ix, None, self._error or _in_words(error))
+            return _failure(tile.iy, tile.ix, self._error or error)
         return Outcome(tile.iy, tile.ix, summary)
 
     def open(self, piece: Piece, number: int, name: str, spare: str) -> "TimedArrival":
@@ -713,14 +861,16 @@ class Job:
         Which exposures, which tiles.
     objects
         The prepared output; None to merge without writing.
-    partials_on_device
-        As in :class:`Work`.
+    work
+        As the task names it.
     """
 
-    def __init__(
-        self, plan: MergePlan, objects: Objects | None, partials_on_device: int = 0
-    ) -> None:
+    def __init__(self, plan: MergePlan, objects: Objects | None, work: Work | None = None) -> None:
         self.plan = plan
+        partials_on_device = 0 if work is None else work.partials_on_device
+        self._leave = None
+        if objects is not None and work is not None and work.lock:
+            self._leave = Leave(objects, work.lock)
         first = plan.exposures[0].sources[0]
         self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
         self._lanes = None
@@ -738,6 +888,11 @@ class Job:
         self._blank: dict[str, list[bytes]] = {}
         self._opened: OrderedDict[int, OpenedExposure] = OrderedDict()
         self._opening = threading.Lock()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another tile may be begun."""
+        return self._leave is None or self._leave.goes_on
 
     def opened(self, piece: Piece) -> OpenedExposure:
         """Return the exposure of a piece, opened; the last ones that were used are kept."""
@@ -852,7 +1007,7 @@ def _open_job(work: Work) -> Job:
             f"{work.output}: expected the output of run {work.run_id[:8]}, got something else; "
             "workers must see the same storage as the driver"
         )
-    return Job(read_plan(attributes, work.output), objects, work.partials_on_device)
+    return Job(read_plan(attributes, work.output), objects, work)
 
 
 def _create_output(
@@ -863,7 +1018,7 @@ def _create_output(
     attributes = ready.existing
     if attributes is None:
         if options.overwrite:
-            objects.delete("")
+            objects.delete("", keep=LOCK_FOLDER)
         attributes = _attributes_of(ready, options)
         if not store.create_group(objects, "", fmt.dump_attributes(attributes)):
             raise OutputExistsError(f"{objects.url}: another run has just created it")
@@ -897,6 +1052,7 @@ def _create_output(
         dimensions=("tile_y", "tile_x", "field"),
         attributes={"fields": list(SUMMARY_FIELDS)},
     )
+    objects.sync()
     return attributes
 
 
@@ -934,7 +1090,7 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
     try:
         attributes = read_attributes(objects)
     except StoreNotFoundError:
-        if objects.sizes(""):
+        if any(not key.startswith(f"{LOCK_FOLDER}/") for key in objects.sizes("")):
             raise OutputExistsError(
                 f"{objects.url}: expected nothing or a merged result, got other files; choose "
                 "another output"
@@ -959,13 +1115,37 @@ def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
     return done
 
 
+def _torn_tiles(objects: Objects, plan: MergePlan, tiles: Tiles) -> list[tuple[int, int]]:
+    """Which of some tiles are marked as done but cannot be read."""
+    maps = open_partial_maps(objects, "", "", plan.maps.merged)
+    layouts = [records.Layout.of(plan, exposure) for exposure in plan.exposures]
+
+    def is_torn(where: tuple[int, int]) -> bool:
+        tile, memory = plan.grid.at(*where), ReusedMemory()
+        try:
+            for chunked in maps.values():
+                for chunk in chunked.grid.touching(tile.region):
+                    chunked.fetch(chunk, memory)
+            for piece in plan.pieces(tile):
+                layout = layouts[piece.exposure]
+                layout.check(objects, layout.number_of(*where))
+        except ChunkError:
+            return True
+        return False
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(is_torn, tiles)
+        return [where for where, torn in zip(tiles, found, strict=True) if torn]
+
+
 def _sum(one: TileSummary, other: TileSummary) -> TileSummary:
     added = {name: getattr(one, name) + getattr(other, name) for name in SUMMARY_FIELDS}
     return replace(one, **added)
 
 
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _failure(iy: int, ix: int, error: Exception) -> Outcome:
+    in_data = isinstance(error, (InvalidInputError, FormatError))
+    return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", may_pass=not in_data)
 
 
 class Clock:

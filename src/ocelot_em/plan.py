@@ -4,12 +4,13 @@ Made before anything starts, printed by ``--dry-run``, kept in the output so tha
 resumed, and refused with numbers where it cannot work.
 """
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from typing import Annotated, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -30,6 +31,12 @@ from ocelot_em.search import Source, open_one, open_sources
 from ocelot_em.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
 
 DEFAULT_TILE = fmt.DEFAULT_CHUNK
+
+LARGEST_TILE = 2**16
+"""Edge of a tile in pixels."""
+
+MOST_PROJECTIONS = 2**62
+"""Of all partials together; they are added as 64-bit integers."""
 
 MOST_SOURCES = 2**15 - 1
 """Winners are numbered in 16 bits while a tile is merged."""
@@ -71,6 +78,55 @@ def parse_size(text: object) -> object:
     return int(parse_bytes(text))
 
 
+def _by_key(value: object) -> object:
+    """Turn ``KEY=VALUE`` texts, as of a command line, into a mapping; keys may be repeated."""
+    if not isinstance(value, list):
+        return value
+    found: dict[str, list[str]] = {}
+    for text in value:
+        key, _, content = str(text).partition("=")
+        found.setdefault(key, []).append(content)
+    return {
+        key: contents if key == "directives" else contents[-1] for key, contents in found.items()
+    }
+
+
+class SlurmJobs(BaseModel):
+    """What each worker's SLURM job asks for; None: as Dask's configuration says (``jobqueue``).
+
+    Parameters
+    ----------
+    partition, account
+        Where it runs, and on whose account.
+    walltime
+        Most time, as ``HH:MM:SS``; workers leave, and are replaced, before it ends.
+    cores
+        Threads of a job in all; 4 if nothing says so.
+    processes
+        Worker processes of a job, which share the threads; 1 if nothing says so.
+    memory
+        Of a job, as text such as ``"8GB"``; 1 GB for each thread if nothing says so.
+    interface
+        Network on which they talk, such as ``ib0``.
+    directives
+        More options of ``sbatch``, such as ``--gres=gpu:1``.
+    log_directory
+        Folder, which all nodes see, of what the jobs print.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    partition: str | None = None
+    account: str | None = None
+    walltime: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d\d(:\d\d)?$")] | None = None
+    cores: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    processes: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    memory: str | None = None
+    interface: str | None = None
+    directives: tuple[str, ...] = ()
+    log_directory: str | None = None
+
+
 class MergeOptions(BaseModel):
     """How to merge; the same names as the command line's options.
 
@@ -100,11 +156,20 @@ class MergeOptions(BaseModel):
         Replace an existing merged result, finished or not.
     cluster
         ``threads`` (this process), ``local`` (worker processes on this machine, with a dashboard),
-        ``cuda`` (one worker process for each GPU of this machine) or the address of a running Dask
-        scheduler.
+        ``cuda`` (one worker process for each GPU of this machine), ``slurm`` (a SLURM job for each
+        worker), ``slurm-job`` (the tasks of the SLURM job that this process is one of) or the
+        address of a running Dask scheduler.
     workers, threads
-        Number of workers (of ``local`` and ``cuda``), and of threads in each. None: one thread per
-        CPU core.
+        Number of workers (of ``local`` and ``cuda``; of ``slurm`` the jobs), and of threads in
+        each. None: one thread per CPU core; two jobs.
+    worker_timeout
+        Seconds to wait, of a cluster, while it has no workers. None: 300; of ``slurm``, whose jobs
+        stand in a queue, a day.
+    tls
+        Whether driver, scheduler and workers talk encrypted and know each other by certificates:
+        those of Dask's configuration, or such as are made for this run.
+    slurm
+        What the jobs of ``slurm`` ask for.
     device
         Where the arithmetic is done: ``cpu``, ``cuda``, or ``auto``: ``cuda`` if all workers of the
         cluster have a GPU.
@@ -115,7 +180,7 @@ class MergeOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tile_size: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    tile_size: Annotated[int, Field(ge=1, le=LARGEST_TILE)] | None = None
     memory_limit: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
     nan: Literal["raise", "mask"] = "raise"
     overlap: Overlap = "earliest"
@@ -128,6 +193,9 @@ class MergeOptions(BaseModel):
     rmm_pool_size: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
     workers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    worker_timeout: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] | None = None
+    tls: bool = False
+    slurm: Annotated[SlurmJobs, BeforeValidator(_by_key)] = SlurmJobs()
 
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> Self:
@@ -141,10 +209,18 @@ class MergeOptions(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise InvalidInputError(
-                f"option {'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}"
-                for p in error.errors()
-            ) from None
+            raise InvalidInputError(_in_words(p) for p in error.errors()) from None
+
+
+def _in_words(problem: Any) -> str:
+    """Say what pydantic found wrong with an option."""
+    *path, name = map(str, problem["loc"])
+    says = f"option {'.'.join((*path, name))}: {problem['msg']}, got {problem['input']!r}"
+    if problem["type"] != "extra_forbidden":
+        return says
+    known = SlurmJobs.model_fields if path == ["slurm"] else MergeOptions.model_fields
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f"{says}; did you mean {nearest[0]}?" if nearest else says
 
 
 class DeviceChoice(NamedTuple):
@@ -183,7 +259,7 @@ class PlannedExposure(fmt.PlacedExposure):
         Its partials, or what was merged of them before, numbered in the stated order.
     """
 
-    sources: tuple[Source, ...]
+    sources: Annotated[fmt.Several[Source], Field(min_length=1)]
 
     @property
     def counted(self) -> Region:
@@ -248,7 +324,7 @@ class MergePlan(fmt.Attributes):
         Width of the edge that was left out of all exposures.
     """
 
-    exposures: tuple[PlannedExposure, ...]
+    exposures: Annotated[fmt.Several[PlannedExposure], Field(min_length=1)]
     shape: fmt.Shape
     valid_shape: fmt.Shape
     pixel_size_angstrom: fmt.Angstrom | None
@@ -259,7 +335,7 @@ class MergePlan(fmt.Attributes):
     tile: fmt.Shape
     nan: Literal["raise", "mask"]
     has_decoded_poses: bool = True
-    canvas_origin: tuple[int, int] = (0, 0)
+    canvas_origin: tuple[fmt.CanvasPixel, fmt.CanvasPixel] = (0, 0)
     overlap: Overlap = "earliest"
     erode_px: int = 0
 
@@ -360,13 +436,65 @@ def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
     Raises
     ------
     FormatError
-        Naming every problem.
+        Naming the problems, or how it differs from what the result says of itself.
     """
-    try:
-        return MergePlan.model_validate(attributes.plan)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise FormatError(f"{url}: plan: {wrong}") from None
+    plan = fmt.validated(MergePlan, attributes.plan, f"{url}: plan")
+    if problems := _impossible(plan) or _disagreements(plan, attributes):
+        raise FormatError(f"{url}: plan: {'; '.join(problems[:20])}")
+    return plan
+
+
+_REPEATED = (
+    "shape",
+    "valid_shape",
+    "pixel_size_angstrom",
+    "pose_form",
+    "has_pixel_size",
+    "has_counts",
+    "has_decoded_poses",
+    "search_space_digest",
+    "canvas_origin",
+)
+"""Attributes of a merged result that its plan repeats."""
+
+
+def _impossible(plan: MergePlan) -> list[str]:
+    """Say what no merge can have been made by."""
+    problems, canvas = [], Region.whole(plan.shape)
+    for exposure in plan.exposures:
+        place, region = f"exposure {exposure.id!r}", exposure.region
+        if len(plan.exposures) > 1 and not exposure.id:
+            problems.append(f"{place}: expected an id of each of several exposures")
+        if wrong := fmt.not_taken(exposure):
+            problems.append(f"{place}: {wrong}")
+        elif exposure.on_canvas.intersect(canvas) != exposure.on_canvas:
+            problems.append(
+                f"{place}: expected {region} to lie in {canvas}, got {exposure.on_canvas}"
+            )
+    numbers = [exposure.number for exposure in plan.exposures]
+    if numbers != sorted(set(numbers)):
+        problems.append("exposures: expected them by number, each once")
+    if (total := plan.total_projections) > MOST_PROJECTIONS:
+        problems.append(f"total_projections: expected at most 2**62, got {total}")
+    if max(plan.tile) > LARGEST_TILE:
+        problems.append(f"tile: expected at most {LARGEST_TILE:,} pixels, got {plan.tile}")
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > fmt.MOST_CHUNKS:
+        problems.append(f"tile: expected at most {fmt.MOST_CHUNKS:,} chunks, got {n:,}")
+    return problems
+
+
+def _disagreements(plan: MergePlan, attributes: fmt.MergedAttributes) -> list[str]:
+    """Say where a plan is not that of a result with these attributes."""
+    problems = [
+        f"{key}: expected {getattr(attributes, key)} as in the result, got {getattr(plan, key)}"
+        for key in _REPEATED
+        if getattr(plan, key) != getattr(attributes, key)
+    ]
+    if plan.contributions != attributes.partials:
+        problems.append("expected the partials of the result, got others")
+    if plan.merged_exposures() != attributes.exposures:
+        problems.append("expected the exposures of the result, got others")
+    return problems
 
 
 def tile_size_of(plan: MergePlan) -> int:
@@ -425,6 +553,8 @@ def make_plan(
         for exposure in placed
         if len(exposure.sources) > MOST_SOURCES
     ]
+    if (total := sum(source.total_projections for source in sources)) > MOST_PROJECTIONS:
+        problems.append(f"inputs: expected at most 2**62 projections in all, got {total}")
     if problems:
         raise InvalidInputError(problems)
     several = first.shape is None
@@ -435,7 +565,7 @@ def make_plan(
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
         exposures=several,
     )
-    return MergePlan(
+    plan = MergePlan(
         exposures=placed,
         shape=shape,
         valid_shape=first.valid_shape or shape,
@@ -453,6 +583,12 @@ def make_plan(
         overlap=options.overlap if several else "earliest",
         erode_px=options.erode,
     )
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > fmt.MOST_CHUNKS:
+        raise PlanError(
+            f"tile size: expected at most {fmt.MOST_CHUNKS:,} chunks of a map, got {n:,} for "
+            f"{shape[0]} x {shape[1]} pixels; use larger tiles"
+        )
+    return plan
 
 
 _Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]

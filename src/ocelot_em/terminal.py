@@ -1,6 +1,7 @@
 """What the command line shows of a merge: its plan, its progress, its result."""
 
 import time
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import (
 
 from ocelot_em.api import Observer
 from ocelot_em.cluster import Cluster, n_workers
+from ocelot_em.errors import StoppedError
 from ocelot_em.pipeline import MergeReport, Outcome, Preparation
 from ocelot_em.plan import Forecast, MergeOptions, MergePlan, n_threads
 
@@ -29,7 +31,9 @@ class MergeProgress(Observer):
         self.console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._n_tiles = self._n_done = self._n_failed = self._at_start = 0
+        self._n_tiles = self._n_done = self._at_start = 0
+        self._failed: set[tuple[int, int]] = set()
+        self._stop: Callable[[], None] | None = None
         self._nbytes = 0
         self._started = self._told = time.perf_counter()
 
@@ -40,6 +44,27 @@ class MergeProgress(Observer):
         self._n_done = self._at_start = ready.forecast.n_done
         if self._n_done == self._n_tiles:
             self.console.print("all tiles were done before; nothing is left to do")
+
+    def waiting(self, why: str) -> None:
+        """Say why nothing goes on."""
+        self.console.print(why, markup=False)
+
+    def locked(self, stop: Callable[[], None]) -> None:
+        """Know how to stop the run."""
+        self._stop = stop
+
+    def stop(self, why: str) -> None:
+        """Have the run end after the tiles in hand.
+
+        Raises
+        ------
+        StoppedError
+            It has not begun yet.
+        """
+        if self._stop is None:
+            raise StoppedError(f"{why}: stopped before anything was merged")
+        self.console.print(f"{why}: stopping after the tiles in hand", markup=False)
+        self._stop()
 
     def started(self, cluster: Cluster) -> None:
         """Say where it runs, and start the bar."""
@@ -63,12 +88,16 @@ class MergeProgress(Observer):
 
     def tile_ended(self, outcome: Outcome) -> None:
         """Count a tile."""
+        where = outcome.iy, outcome.ix
         if outcome.summary is None:
-            self._n_failed += 1
+            again = outcome.may_pass and where not in self._failed
+            self._failed.add(where)
             self.console.print(
-                f"tile ({outcome.iy}, {outcome.ix}) failed: {outcome.error}", markup=False
+                f"tile {where} failed{', to be tried again' * again}: {outcome.error}",
+                markup=False,
             )
         else:
+            self._failed.discard(where)
             self._n_done += 1
             self._nbytes += outcome.summary.decoded_nbytes
         now = time.perf_counter()
@@ -79,7 +108,7 @@ class MergeProgress(Observer):
             self._told = now
             here = self._n_done - self._at_start
             left = (now - self._started) / max(here, 1) * (self._n_tiles - self._n_done)
-            failed = f", {self._n_failed} failed" if self._n_failed else ""
+            failed = f", {len(self._failed)} failed" if self._failed else ""
             self.console.print(
                 f"{self._n_done} of {self._n_tiles} tiles{failed}, {rate}, "
                 f"about {duration(left)} left"

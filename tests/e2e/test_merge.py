@@ -2,9 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from ocelot_em import store
 from ocelot_em.api import Observer
 from ocelot_em.cluster import Cluster
 from ocelot_em.errors import (
+    ClusterLostError,
     FormatError,
     IncompleteError,
     InvalidInputError,
@@ -447,51 +451,70 @@ def test_a_damaged_plan_is_named(search: Path, tmp_path: Path) -> None:
 
 
 class FakeFuture:
-    """A Dask future whose first result is lost with its worker."""
+    """A Dask future that has ended, with its outcomes or with an error."""
 
-    def __init__(self, key: object, outcomes: list[Outcome]) -> None:
-        self.key, self._outcomes, self._looked = key, outcomes, 0
+    def __init__(self, key: object, outcomes: list[Outcome] | BaseException) -> None:
+        self.key, self._outcomes = key, outcomes
+        self.status = "finished"
 
-    @property
-    def status(self) -> str:
-        self._looked += 1
-        return "pending" if self._looked == 1 else "finished"
+    def add_done_callback(self, call: Callable[[Self], None]) -> None:
+        call(self)
 
-    def result(self) -> list[Outcome]:
+    def result(self, timeout: float) -> list[Outcome]:
+        if isinstance(self._outcomes, BaseException):
+            raise self._outcomes
         return self._outcomes
 
 
-def test_a_result_lost_with_its_worker_is_waited_for_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class AsCompleted(list[FakeFuture]):
-        def __init__(self, with_results: bool) -> None:
-            super().__init__()
+class FakeClient:
+    """A cluster of one thread, which loses the result of every third task."""
 
-        add = list.append
+    status = "running"
 
-        def __iter__(self) -> Iterator[FakeFuture]:
-            while self:
-                yield self.pop(0)
+    def __init__(self) -> None:
+        self.n_tasks = 0
 
-    class Client:
-        def submit(self, _: object, *args: Any, key: object, **options: object) -> FakeFuture:
-            summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
-            return FakeFuture(key, [Outcome(iy, ix, summary) for iy, ix in args[1]])
+    def submit(self, _: object, *args: Any, key: object, **options: object) -> FakeFuture:
+        self.n_tasks += 1
+        if self.n_tasks % 3 == 1:
+            return FakeFuture(key, CancelledError("its worker died"))
+        summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
+        return FakeFuture(key, [Outcome(iy, ix, summary) for iy, ix in args[1]])
 
-        def nthreads(self) -> dict[str, int]:
-            return {"worker": 1}
+    def nthreads(self) -> dict[str, int]:
+        return {"worker": 1}
 
-    monkeypatch.setattr("distributed.as_completed", AsCompleted)
-    ended: list[Outcome] = []
+    def run_on_scheduler(self, call: Callable[..., object], *arguments: object) -> object:
+        return call(*arguments)
 
-    def collect(outcome: Outcome) -> bool:
-        ended.append(outcome)
-        return True
 
-    ClientExecutor(Client()).run(Work("out", "run"), Tiles(9, np.arange(9)), collect)
+def test_tasks_whose_result_is_lost_with_its_worker_are_done_again() -> None:
+    client, ended = FakeClient(), list[Outcome]()
+    work, tiles = Work("out", "run"), Tiles(9, np.arange(9))
+    ClientExecutor(client).run(work, tiles, ended.append, threading.Event())
     assert sorted(outcome.ix for outcome in ended) == list(range(9))
     assert all(outcome.summary for outcome in ended)
+
+
+def test_a_cluster_without_workers_is_waited_for_only_so_long() -> None:
+    client = FakeClient()
+    client.nthreads = dict  # type: ignore[method-assign]
+    client.submit = lambda *_, key, **__: Unending(key)  # type: ignore[method-assign, misc]
+    started, executor = time.monotonic(), ClientExecutor(client, worker_timeout_seconds=1.5)
+    with pytest.raises(ClusterLostError, match="had no workers for 2 s"):
+        executor.run(Work("out", "r"), Tiles(9, np.arange(9)), print, threading.Event())
+    assert 1.5 < time.monotonic() - started < 6
+
+
+class Unending(FakeFuture):
+    """A task that nobody does."""
+
+    def __init__(self, key: object) -> None:
+        super().__init__(key, [])
+        self.status = "pending"
+
+    def add_done_callback(self, call: Callable[[Self], None]) -> None:
+        """It never ends."""
 
 
 def test_a_large_tile_that_the_map_cuts_short_is_kept_when_resuming(

@@ -80,10 +80,10 @@ def run_idle_tiles(executor, n_tiles):
         ended += 1
         if ended % 4000 == 0:
             most_nbytes = max(most_nbytes, resident_nbytes())
-        return True
 
     started = time.perf_counter()
-    executor.run(Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles)), count)
+    work, tiles = Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles))
+    executor.run(work, tiles, count, threading.Event())
     seconds = time.perf_counter() - started
     assert ended == n_tiles
     return seconds / n_tiles, most_nbytes
@@ -275,7 +275,7 @@ def test_a_tile_reads_each_chunk_once(tmp_path, rng, fetched, indexed, chunk, ti
 class OneRun:
     """An executor that merges all tiles in one task, in this thread."""
 
-    def run(self, work, tiles, on_outcome):
+    def run(self, work, tiles, on_outcome, stopping):
         for outcome in attempt_tiles(work, list(tiles)):
             on_outcome(outcome)
 
@@ -367,7 +367,7 @@ def test_long_runs_come_first_and_cover_every_tile_once():
         return []
 
     tiles = Tiles(30, np.arange(900))
-    ThreadExecutor(1, note).run(Work("out", "run"), tiles, lambda _: True)
+    ThreadExecutor(1, note).run(Work("out", "run"), tiles, print, threading.Event())
     assert [tile for run in runs for tile in run] == list(tiles)
     lengths = [len(run) for run in runs]
     assert lengths == sorted(lengths, reverse=True)

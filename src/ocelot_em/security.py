@@ -1,0 +1,132 @@
+"""Who may talk to a cluster: certificates, and a warning where everybody may."""
+
+import contextlib
+import importlib.util
+import ipaddress
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ocelot_em.errors import MissingDependencyError, PlanError
+
+log = logging.getLogger(__name__)
+
+CREDENTIALS_SECONDS = 300.0
+"""For the certificates of a run to appear in a folder that all of its tasks see."""
+
+_ROLES = "client", "scheduler", "worker"
+
+_CERTIFICATE, _KEY = "certificate.pem", "key.pem"
+
+
+def security_of_run() -> Any:
+    """Return certificates for driver, scheduler and workers: Dask's own, or such as die with us.
+
+    Raises
+    ------
+    MissingDependencyError
+        Temporary ones are needed, and cryptography is not installed.
+    """
+    configured = configured_security()
+    return _temporary() if configured is None else configured
+
+
+def configured_security() -> Any | None:
+    """Return the certificates that Dask's configuration names, ``distributed.comm.tls``."""
+    from distributed.security import Security
+
+    security = Security(require_encryption=True)
+    named = [security.get_tls_config_for_role(role).get("cert") for role in _ROLES]
+    return security if all(named) else None
+
+
+def shared_credentials(folder: Path, *, is_maker: bool) -> dict[str, str]:
+    """Share the certificates of a run whose processes start side by side, and see one folder.
+
+    Parameters
+    ----------
+    folder
+        That only this user may enter; made here, and to be removed with :func:`forget`.
+    is_maker
+        Whether this process makes them; the others wait.
+
+    Returns
+    -------
+    dict
+        Configuration of Dask that names them; empty if it names some already.
+
+    Raises
+    ------
+    MissingDependencyError
+        Temporary ones are needed, and cryptography is not installed.
+    PlanError
+        They did not come in time.
+    """
+    if configured_security() is not None:
+        return {}
+    if is_maker:
+        made = _temporary()
+        folder.mkdir(mode=0o700)
+        for name, content in ((_KEY, made.tls_scheduler_key), (_CERTIFICATE, made.tls_ca_file)):
+            staged = folder / f"{name}.new"
+            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(content)
+            staged.rename(folder / name)
+    deadline = time.monotonic() + CREDENTIALS_SECONDS
+    while not (folder / _CERTIFICATE).exists():
+        if time.monotonic() > deadline:
+            raise PlanError(
+                f"tls: no certificates came to {folder} in {CREDENTIALS_SECONDS:.0f} s; all tasks "
+                "of a job must see the folder in which it runs"
+            )
+        time.sleep(0.2)
+    before = "distributed.comm.tls"
+    named = {f"{before}.ca-file": str(folder.absolute() / _CERTIFICATE)}
+    for role in _ROLES:
+        named[f"{before}.{role}.cert"] = str(folder.absolute() / _CERTIFICATE)
+        named[f"{before}.{role}.key"] = str(folder.absolute() / _KEY)
+    return named
+
+
+def forget(folder: Path) -> None:
+    """Remove the certificates that :func:`shared_security` made."""
+    for name in (_CERTIFICATE, _KEY):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _temporary() -> Any:
+    from distributed.security import Security
+
+    if importlib.util.find_spec("cryptography") is None:
+        raise MissingDependencyError(
+            "tls: temporary certificates need cryptography: pip install 'ocelot-em[cluster]'; or "
+            "name your own in Dask's configuration, under distributed.comm.tls"
+        )
+    return Security.temporary()
+
+
+def warn_if_open(address: str) -> None:
+    """Say what it means that a scheduler can be reached from elsewhere without certificates."""
+    parts = urlsplit(address)
+    if parts.scheme in ("tls", "inproc", "ws", "wss") or _is_loopback(parts.hostname or ""):
+        return
+    log.warning(
+        "the Dask scheduler at %s asks nobody who they are: whoever reaches it can run code with "
+        "your rights on the scheduler and all workers; use --tls, or a network that you trust",
+        address,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,190 @@
+"""Merges in the jobs of a real SLURM with two nodes on this machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ocelot_em
+import slurm_lab
+from helpers import chunk_bytes, make_result, write_search
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(bool(slurm_lab.missing()), reason=f"no SLURM: {slurm_lab.missing()}"),
+]
+
+TILE = 32
+SHAPE = (1280, 1280)
+N_TILES = 1600
+JOB_FILE = Path(__file__).parents[2] / "examples" / "slurm" / "merge.sbatch"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_lab.Slurm]:
+    with slurm_lab.slurm(tmp_path_factory.mktemp("slurm")) as made:
+        made.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        yield made
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place, rng = tmp_path_factory.mktemp("search"), np.random.default_rng(5)
+    results = [make_result(rng, SHAPE, 1000 + i, ties=True) for i in range(3)]
+    write_search(place / "RUN.zarr", results, [1000, 1001, 1002])
+    ocelot_em.merge(place / "RUN.zarr", place / "EXPECTED.zarr", tile_size=TILE)
+    return place
+
+
+def submit(lab: slurm_lab.Slurm, search: Path, cwd: Path, *sbatch: str, more: str = "") -> str:
+    return lab.submit(
+        *("--nodes=2", "--ntasks=6", "--ntasks-per-node=3", "--mem-per-cpu=1000M", *sbatch),
+        *(str(JOB_FILE), str(search / "RUN.zarr"), "--output", "OUT.zarr"),
+        *("--tile-size", str(TILE), "--log", "log.jsonl", *more.split()),
+        cwd=cwd,
+    )
+
+
+def tiles_done(output: Path) -> int:
+    return len(list(output.glob("progress/tile_summary/c/*/*/0")))
+
+
+def wait_for_tiles(output: Path, n: int) -> None:
+    deadline = time.monotonic() + 120
+    while tiles_done(output) < n:
+        assert time.monotonic() < deadline, "no tile was done in time"
+        time.sleep(0.02)
+
+
+def events(folder: Path, kind: str) -> list[dict[str, object]]:
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == kind]
+
+
+def assert_undisturbed(search: Path, folder: Path) -> None:
+    """The result is that of a merge that nothing disturbed, and nothing else is left."""
+    output = folder / "OUT.zarr"
+    assert chunk_bytes(output) == chunk_bytes(search / "EXPECTED.zarr")
+    assert ocelot_em.check(output) == []
+    assert (
+        not list(output.rglob("*#*")) + list(output.glob("lock/*")) + list(folder.glob(".ocelot*"))
+    )
+
+
+def printed(folder: Path) -> str:
+    return "".join(file.read_text() for file in sorted(folder.glob("ocelot-merge-*[0-9].log")))
+
+
+@pytest.mark.parametrize("more", ["", "--tls"])
+def test_a_job_of_two_nodes(lab, search: Path, tmp_path: Path, more: str) -> None:
+    job = submit(lab, search, tmp_path, more=more)
+    lab.wait(job, "COMPLETED")
+    assert_undisturbed(search, tmp_path)
+    told = printed(tmp_path)
+    assert f"merged {N_TILES} tiles" in told
+    assert "Traceback" not in told
+    assert ("asks nobody who they are" in told) == (more == "")
+    assert ("tls://" in told) == (more == "--tls")
+    assert len({line["worker"] for line in events(tmp_path, "tile")}) == 4
+
+
+def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
+    lab, search: Path, tmp_path: Path
+) -> None:
+    # SLURM looks at times now and then: the signal may come at once, or up to a minute before.
+    job = submit(lab, search, tmp_path, "--signal=USR1@45", "--time=1", more="--threads 1")
+    lab.wait(job, "RUNNING", seconds=60)
+    lab.wait(job, "PENDING", seconds=120)
+    assert "SIGUSR1: stopping after the tiles in hand" in printed(tmp_path)
+    (end,) = events(tmp_path, "ended")
+    assert end["state"] == "StoppedError"
+    done = tiles_done(tmp_path / "OUT.zarr")
+    assert done < N_TILES
+    lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    lab.run_now(job)
+    lab.wait(job, "COMPLETED")
+    assert f"{done} of them done before" in printed(tmp_path) or done == 0
+    assert len(events(tmp_path, "tile")) == N_TILES  # no tile was done twice
+    assert_undisturbed(search, tmp_path)
+
+
+def test_a_preempted_job_makes_room_and_goes_on(lab, search: Path, tmp_path: Path) -> None:
+    job = submit(lab, search, tmp_path)
+    wait_for_tiles(tmp_path / "OUT.zarr", 20)
+    urgent = lab.submit(
+        *("--partition=urgent", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"),
+        *("--output=urgent.log", "--wrap", "sleep 1"),
+        cwd=tmp_path,
+    )
+    lab.wait(urgent, "COMPLETED")
+    assert tiles_done(tmp_path / "OUT.zarr") < N_TILES
+    (end,) = events(tmp_path, "ended")
+    assert end["state"] == "StoppedError"
+    assert "SIGTERM: stopping after the tiles in hand" in printed(tmp_path)
+    lab.wait(job, "PENDING")
+    lab.run_now(job)
+    lab.wait(job, "COMPLETED")
+    assert len(events(tmp_path, "tile")) == N_TILES
+    assert_undisturbed(search, tmp_path)
+
+
+def start_driver(lab: slurm_lab.Slurm, search: Path, cwd: Path) -> "subprocess.Popen[str]":
+    """A driver here, whose workers are jobs; they sit on the loopback interface."""
+    environment = {**lab.environment, "DASK_JOBQUEUE__SLURM__SCHEDULER_OPTIONS__HOST": "127.0.0.1"}
+    asks = ("interface=lo", "memory=1500MB", "cores=1", "walltime=00:10:00", "log_directory=logs")
+    return subprocess.Popen(
+        [sys.executable, "-m", "ocelot_em", "merge", str(search / "RUN.zarr")]
+        + ["--output", "OUT.zarr", "--tile-size", str(TILE), "--cluster", "slurm", "--workers", "2"]
+        + [word for ask in asks for word in ("--slurm", ask)]
+        + ["--log", "log.jsonl"],
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def worker_jobs(lab: slurm_lab.Slurm) -> list[str]:
+    return lab.call(
+        "squeue", "-h", "-n", "dask-worker", "-t", "running,pending", "-o", "%i"
+    ).split()
+
+
+def test_a_cancelled_worker_is_replaced(lab, search: Path, tmp_path: Path) -> None:
+    driver = start_driver(lab, search, tmp_path)
+    wait_for_tiles(tmp_path / "OUT.zarr", 20)
+    first = worker_jobs(lab)
+    lab.call("scancel", first[0])
+    told, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, told
+    assert len(first) == 2
+    assert_undisturbed(search, tmp_path)
+    deadline = time.monotonic() + 30
+    while worker_jobs(lab):
+        assert time.monotonic() < deadline, "worker jobs are left"
+        time.sleep(0.2)
+
+
+def test_a_driver_that_is_stopped_cancels_its_jobs(lab, search: Path, tmp_path: Path) -> None:
+    driver = start_driver(lab, search, tmp_path)
+    wait_for_tiles(tmp_path / "OUT.zarr", 20)
+    driver.send_signal(signal.SIGTERM)
+    told, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 75, told
+    assert "the same command goes on" in told
+    deadline = time.monotonic() + 30
+    while worker_jobs(lab):
+        assert time.monotonic() < deadline, "worker jobs are left"
+        time.sleep(0.2)
+    again = start_driver(lab, search, tmp_path)
+    told, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, told
+    assert_undisturbed(search, tmp_path)
