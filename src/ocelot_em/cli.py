@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from rich.text import Text
 
 from ocelot_em import __version__
 from ocelot_em.config_file import add_config_option, parse_arguments, write_config
@@ -285,6 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("check", help="name everything that is wrong", allow_abbrev=False)
     p.add_argument("stores", nargs="+", metavar="STORE")
     p.set_defaults(command=_check)
+
+    p = commands.add_parser(
+        "doctor", help="try out an installation, a folder, a cluster", allow_abbrev=False
+    )
+    p.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, to ask its workers")
+    p.add_argument("--folder", default=".", metavar="DIR", help="of the stores (default: this one)")
+    p.set_defaults(command=_doctor)
 
     p = commands.add_parser("simulate", help="make partial results of any size", allow_abbrev=False)
     p.add_argument("directory", metavar="DIR")
@@ -814,6 +822,18 @@ def _check(parsed: argparse.Namespace, console: Console) -> int:
         for problem in problems:
             console.print(f"  - {problem}", markup=False)
     return FAILED if found_any else DONE
+
+
+def _doctor(parsed: argparse.Namespace, console: Console) -> int:
+    from ocelot_em.doctor import examine
+
+    findings = examine(parsed.folder, parsed.cluster)
+    marks = {"ok": "[green]✓", "warning": "[yellow]!", "problem": "[red]✗"}
+    table = Table("", "check", "found")
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.name, Text(finding.says))
+    console.print(table, soft_wrap=False)
+    return FAILED if any(finding.state == "problem" for finding in findings) else DONE
 
 
 def _simulate(parsed: argparse.Namespace, console: Console) -> int:

@@ -15,6 +15,7 @@ import dask
 from dask.system import CPU_COUNT
 
 from ocelot_em import slurm
+from ocelot_em.connect import client_of
 from ocelot_em.device import DeviceFacts, find_devices, open_device
 from ocelot_em.errors import (
     ClusterLostError,
@@ -188,8 +189,7 @@ USABLE_SHARE = 0.9
 
 def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
     """Ask the workers of a running cluster for their GPUs; and the most threads of one."""
-    with _client_of(options.cluster) as client:
-        client.wait_for_workers(1, timeout=options.worker_timeout or WORKER_TIMEOUT_SECONDS)
+    with client_of(options.cluster) as client:
         answers = list(client.run(_facts_or_reason).values())
         threads = max(client.nthreads().values(), default=1)
     found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
@@ -268,7 +268,7 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
         with _slurm_cluster(options) as cluster:
             yield cluster
     elif ":" in kind:
-        with _client_of(kind) as client:
+        with client_of(kind) as client:
             if options.tls and not kind.startswith("tls:"):
                 raise PlanError(f"cluster {kind}: with --tls its address must begin with tls://")
             warn_if_open(kind)
@@ -301,7 +301,7 @@ def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
 
 def _wait_for_a_worker(address: str, options: MergeOptions) -> None:
     timeout = options.worker_timeout or WORKER_TIMEOUT_SECONDS
-    with _client_of(address) as client:
+    with client_of(address) as client:
         try:
             client.wait_for_workers(1, timeout=timeout)
         except TimeoutError:
@@ -400,22 +400,6 @@ def _taking_another_port_quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
         yield
-
-
-@contextlib.contextmanager
-def _client_of(address: str) -> Iterator[Any]:
-    """Connect to a running scheduler."""
-    from distributed import Client
-
-    try:
-        client = Client(address, timeout="15s")
-    except (OSError, TimeoutError, ValueError) as error:
-        raise PlanError(
-            f"cluster: no Dask scheduler answers at {address}: {error}; start one with "
-            "'dask scheduler', or use --cluster local"
-        ) from error
-    with client:
-        yield client
 
 
 def _make_ready(client: Any, options: MergeOptions) -> None:

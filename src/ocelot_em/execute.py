@@ -137,6 +137,9 @@ class ClientExecutor:
         stop_by = float("inf")
         while True:
             self._require_workers()
+            if self.client.status != "running":  # it tries to connect again
+                time.sleep(LOOK_SECONDS)
+                continue
             if not stopping.is_set():
                 window.fill()
             else:
@@ -173,7 +176,8 @@ class ClientExecutor:
         now = time.monotonic()
         if now - self._asked > LOOK_SECONDS:
             self._asked = now
-            with contextlib.suppress(OSError, TimeoutError, ValueError):  # the connection is down
+            # Where the connection is down, that will be seen elsewhere.
+            with contextlib.suppress(OSError, TimeoutError, ValueError, RuntimeError):
                 self._n_threads_then = sum(self.client.nthreads().values())
         return self._n_threads_then
 
@@ -213,13 +217,19 @@ class _Window:
             if run is None:
                 return
             number = next(_numbers)
-            future = self._executor.client.submit(
-                self._executor.attempt,
-                self._work,
-                run,
-                key=(f"{TASK_NAME}-{self._work.run_id[:12]}", *run[0], len(run), number),
-                pure=False,
-            )
+            try:
+                future = self._executor.client.submit(
+                    self._executor.attempt,
+                    self._work,
+                    run,
+                    key=(f"{TASK_NAME}-{self._work.run_id[:12]}", *run[0], len(run), number),
+                    pure=False,
+                )
+            except Exception:
+                if self._executor.client.status == "running":
+                    raise
+                self._again.append(run)  # the connection went down at this moment
+                return
             self.in_flight[str(future.key)] = run, future
             future.add_done_callback(self._ended.put)
 

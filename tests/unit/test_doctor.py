@@ -1,0 +1,476 @@
+"""What the doctor finds: on this machine, and where something is wrong on purpose."""
+
+import importlib.metadata
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import LocalCluster
+
+from ocelot_em import __version__, connect, doctor
+from ocelot_em.device import DeviceFacts
+from ocelot_em.doctor import Finding, WorkerFacts, examine
+from ocelot_em.errors import DeviceError
+from ocelot_em.kernels import load
+
+NAMES = [
+    *("versions", "extras", "GPUs", "kernels", "codecs", "memory", "CPU cores"),
+    *("file descriptors", "file mode", "file system", "disk space", "disk speed", "clock"),
+]
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Write and read little, and wait for nothing long."""
+    monkeypatch.setattr(doctor, "SPEED_NBYTES", 10**7)
+    monkeypatch.setattr(connect, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 5.0)
+
+
+def test_this_machine(fast, tmp_path):
+    findings = examine(tmp_path)
+    assert [finding.name for finding in findings] == NAMES
+    assert [finding for finding in findings if finding.state == "problem"] == []
+    says = {finding.name: finding.says for finding in findings}
+    assert f"ocelot_em {__version__}, " in says["versions"]
+    assert f"zarr {importlib.metadata.version('zarr')}" in says["versions"]
+    assert "lz4 encodes" in says["codecs"]
+    assert "zstd encodes" in says["codecs"]
+    assert "MB/s" in says["disk speed"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there(fast, tmp_path):
+    findings = {finding.name: finding for finding in examine(tmp_path / "none")}
+    wrong = [name for name, finding in findings.items() if finding.state == "problem"]
+    assert wrong == ["file system", "disk space", "disk speed", "clock"]
+    assert findings["disk speed"].says.startswith("FileNotFoundError: ")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_check_that_raises_or_hangs_is_a_finding(monkeypatch):
+    def broken():
+        raise ZeroDivisionError("of nothing")
+
+    assert doctor._finding("x", broken) == Finding("x", "problem", "ZeroDivisionError: of nothing")
+    monkeypatch.setattr(doctor, "CHECK_SECONDS", 0.2)
+    release = threading.Event()
+    started = time.monotonic()
+    finding = doctor._finding("x", lambda: release.wait(20))
+    release.set()
+    assert finding == Finding("x", "problem", "no answer in 0.2 s")
+    assert time.monotonic() - started < 10
+
+
+# the installation
+
+
+def require(monkeypatch, *texts, extras=()):
+    """Let this be what the package says that it needs."""
+    about = types.SimpleNamespace(get_all=lambda _: list(extras))
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: list(texts))
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda _: about)
+
+
+def test_packages_that_are_missing_or_too_old(monkeypatch):
+    require(monkeypatch, "numpy>=1", "zarr>=99", "no-such-package", "torch>=99; extra == 'torch'")
+    version = importlib.metadata.version("zarr")
+    assert doctor._versions() == (
+        "problem",
+        f"zarr: expected >=99, got {version}; no-such-package is missing: "
+        "pip install --upgrade ocelot-em",
+    )
+
+
+def test_extras(monkeypatch):
+    needs = ["numpy>=99", "zarr>=3; extra == 'good'", "no-such-package; extra == 'bare'"]
+    elsewhere = "nothing; sys_platform == 'mars' and extra == 'good'"
+    require(monkeypatch, *needs, elsewhere, extras=["test", "good", "bare", "all"])
+    assert doctor._extras() == (
+        "ok",
+        "installed: good; no-such-package is missing: pip install 'ocelot-em[bare]'",
+    )
+    require(monkeypatch, "zarr>=99; extra == 'old'", extras=["old"])
+    state, says = doctor._extras()
+    assert state == "warning"
+    assert says.startswith("installed: none; zarr: expected >=99, got ")
+    assert says.endswith(": pip install 'ocelot-em[old]'")
+
+
+def test_gpus(monkeypatch, tmp_path):
+    def none():
+        raise DeviceError("cuda: the driver is for CUDA 11")
+
+    monkeypatch.setattr(doctor, "find_devices", lambda: [DeviceFacts("H100", 80 * 10**9)] * 2)
+    assert doctor._gpus() == ("ok", "H100 with 80.0 GB, H100 with 80.0 GB")
+    monkeypatch.setattr(doctor, "find_devices", none)
+    monkeypatch.setattr(doctor, "_NVIDIA_GPUS", tmp_path)
+    assert doctor._gpus() == ("ok", "none; the CPU will do the arithmetic")
+    (tmp_path / "0000:01:00.0").mkdir()
+    assert doctor._gpus() == (
+        "warning",
+        "1 on this machine, but none can be used: cuda: the driver is for CUDA 11",
+    )
+
+
+def test_kernels_that_compute_something_else(monkeypatch):
+    good = load("reference")
+
+    def finalise(*arguments):
+        merged = good.finalise(*arguments)
+        return merged | {"scaled_mip": np.nextafter(merged["scaled_mip"], np.float32(9))}
+
+    bad = types.SimpleNamespace(identity=good.identity, fold_all=good.fold_all, finalise=finalise)
+    monkeypatch.setattr(doctor, "load", lambda name: bad if name == "cpu" else good)
+    state, says = doctor._kernels()
+    assert (state, says.partition(";")[0]) == (
+        "problem",
+        "the compiled ones compute scaled_mip wrongly",
+    )
+
+
+def test_codecs_that_do_not_give_back_what_they_got(monkeypatch):
+    import google_crc32c
+
+    monkeypatch.setattr(doctor.Frame, "decode", lambda _self, out: out.fill(0))
+    state, says = doctor._codecs()
+    assert (state, says.partition(" ")[0]) == ("problem", "lz4")
+    monkeypatch.undo()
+    monkeypatch.setattr(google_crc32c, "implementation", "python")
+    state, says = doctor._codecs()
+    assert state == "warning"
+    assert "CRC32C is computed in Python" in says
+    monkeypatch.setattr(google_crc32c, "value", lambda _: 0)
+    assert doctor._codecs()[0] == "problem"
+
+
+# the machine
+
+
+def test_memory_for_fewer_threads(monkeypatch):
+    monkeypatch.setattr(doctor, "n_threads", lambda _: 8)
+    four = doctor._worker_nbytes(4)
+    assert doctor._worker_nbytes(3) < four < doctor._worker_nbytes(5)
+    monkeypatch.setattr(doctor, "memory_nbytes", lambda: four)
+    state, says = doctor._memory()
+    assert state == "warning"
+    assert says.endswith(": use --threads 4, or free some")
+    monkeypatch.setattr(doctor, "memory_nbytes", lambda: 10**6)
+    assert doctor._memory()[1].endswith(": use a smaller --tile-size, or free some")
+    monkeypatch.setattr(doctor, "n_threads", lambda _: 1)
+    monkeypatch.setattr(doctor, "memory_nbytes", lambda: doctor._worker_nbytes(1))
+    assert doctor._memory()[0] == "ok"
+
+
+def test_more_threads_than_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(doctor, "n_threads", lambda _: 3)
+    assert doctor._cores() == (
+        "warning",
+        "2 of 64 may be used; a merge uses 3 threads, which is more: use --threads 2",
+    )
+    monkeypatch.setattr(doctor, "n_threads", lambda _: 2)
+    assert doctor._cores() == ("ok", "2 of 64 may be used; a merge uses 2 threads")
+
+
+@pytest.mark.parametrize(
+    ("limits", "state", "says"),
+    [
+        ((512, 4096), "warning", "512 may be open, 4096 if asked for (ulimit -n); expected at "),
+        ((1024, 1024), "ok", "1024 may be open, 1024 if asked for"),
+        ((resource.RLIM_INFINITY,) * 2, "ok", "unlimited may be open, unlimited if asked for"),
+    ],
+)
+def test_file_descriptors(monkeypatch, limits, state, says):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    found = doctor._file_descriptors()
+    assert found[0] == state
+    assert found[1].startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("mask", "state", "says"),
+    [
+        (0o022, "ok", "umask 0022: new files are for everybody to read"),
+        (0o027, "ok", "umask 0027: new files are for your group to read"),
+        (0o077, "ok", "umask 0077: new files are for you alone"),
+        (0o277, "problem", "umask 0277: new files are for nobody, not even you; set another: "),
+    ],
+)
+def test_file_mode(mask, state, says):
+    before = os.umask(mask)
+    try:
+        found = doctor._file_mode()
+    finally:
+        os.umask(before)
+    assert found[0] == state
+    assert found[1].startswith(says)
+
+
+# the folder
+
+
+def mounts(monkeypatch, *pairs):
+    import psutil
+
+    found = [types.SimpleNamespace(mountpoint=m, fstype=kind) for m, kind in pairs]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: found)
+
+
+def test_which_file_system(monkeypatch, tmp_path):
+    here = os.path.realpath(tmp_path)
+    mounts(monkeypatch, ("/", "ext4"), (here + "x", "nfs"), (here, "xfs"), (here, "beegfs"))
+    assert doctor._file_system(tmp_path) == (
+        "ok",
+        f"{tmp_path} is on beegfs, mounted at {here}; files are created by one only, and replaced "
+        "whole",
+    )
+    mounts(monkeypatch, ("/", "overlay"))
+    state, says = doctor._file_system(tmp_path)
+    assert state == "warning"
+    assert says.endswith("; what is there is lost with this machine or container")
+    mounts(monkeypatch)
+    assert "is on an unknown file system" in doctor._file_system(tmp_path)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_lets_two_create_a_file(monkeypatch, tmp_path):
+    def open_objects(place):
+        objects = original(place)
+        monkeypatch.setattr(objects, "create", lambda key, data: objects.put(key, [data]) or True)
+        return objects
+
+    original = doctor.open_objects
+    monkeypatch.setattr(doctor, "open_objects", open_objects)
+    state, says = doctor._file_system(tmp_path)
+    assert state == "problem"
+    assert "does not keep what a merge needs" in says
+
+
+def test_little_space(monkeypatch, tmp_path):
+    usage = types.SimpleNamespace(free=10**9, total=10**12)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    assert doctor._disk_space(tmp_path) == (
+        "warning",
+        "1.0 GB of 1000.0 GB are free, which is little",
+    )
+    usage.free = 10**11
+    monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=9, f_favail=7))
+    state, says = doctor._disk_space(tmp_path)
+    assert (state, says.partition(", ")[2]) == ("warning", "but only 7 files more may be made")
+    monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=0, f_favail=0))
+    assert doctor._disk_space(tmp_path)[0] == "ok"
+    usage.free = doctor.SPEED_NBYTES
+    assert doctor._disk_speed(tmp_path) == ("warning", "not measured: less than 0.5 GB are free")
+
+
+def test_a_slow_disk_is_given_up_after_some_time(fast, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SPEED_SECONDS", 0.1)
+    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.3))
+    monkeypatch.setattr(doctor, "SPEED_NBYTES", 10**6)
+    state, says = doctor._disk_speed(tmp_path)
+    assert state == "warning"
+    assert says.endswith("; a merge will wait for it: a local disk may be faster")
+
+
+def test_a_disk_that_gives_back_something_else(fast, monkeypatch, tmp_path):
+    def damage(descriptor):
+        os.pwrite(descriptor, b"\0" * 100, 9_000_000)
+
+    monkeypatch.setattr(os, "fsync", damage)
+    assert doctor._disk_speed(tmp_path) == (
+        "problem",
+        "what was written at byte 8,000,000 is not what was read",
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state", "says"),
+    [
+        (100, "warning", "clock is 100 s ahead: let both follow one time server"),
+        (-50, "warning", "clock is 50 s behind: let both follow one time server"),
+        (1, "ok", "the file system's clock agrees"),
+    ],
+)
+def test_the_clock_of_the_file_system(monkeypatch, tmp_path, seconds, state, says):
+    def fstat(descriptor):
+        found = original(descriptor)
+        fields = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        return types.SimpleNamespace(**fields | {"st_mtime": found.st_mtime + seconds})
+
+    original = os.fstat
+    monkeypatch.setattr(os, "fstat", fstat)
+    found = doctor._clock(tmp_path)
+    assert found[0] == state
+    assert found[1].endswith(says)
+
+
+# the cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+def test_a_cluster(cluster, tmp_path):
+    findings = doctor._of_cluster(tmp_path, cluster.scheduler_address)
+    assert [(finding.name, finding.state) for finding in findings] == [
+        ("cluster", "ok"),
+        ("workers' versions", "ok"),
+        ("workers' folder", "ok"),
+        ("workers' clocks", "ok"),
+    ]
+    assert findings[0].says == f"{cluster.scheduler_address}: 2 workers with 2 threads on 1 host"
+    assert findings[1].says.startswith("the same as here: python, ocelot_em, dask, ")
+    assert findings[2].says == f"2 workers can read and write {tmp_path}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_whose_workers_have_other_versions(cluster, monkeypatch, tmp_path):
+    here = doctor.loaded_versions()
+    monkeypatch.setattr(doctor, "loaded_versions", lambda: here | {"zarr": "2.0"})
+    findings = {f.name: f for f in doctor._of_cluster(tmp_path, cluster.scheduler_address)}
+    assert findings["workers' versions"] == Finding(
+        "workers' versions",
+        "problem",
+        f"zarr: expected 2.0 as here, got {here['zarr']} (2 workers on 127.0.0.1); install the "
+        "same on all machines",
+    )
+
+
+def test_a_worker_that_does_not_answer(cluster, fast, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 3.0)
+    pid = next(iter(cluster.workers.values())).pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        findings = doctor._of_cluster(tmp_path, cluster.scheduler_address)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert [(finding.name, finding.state) for finding in findings] == [
+        ("cluster", "ok"),
+        ("workers", "problem"),
+        ("workers' versions", "ok"),
+        ("workers' folder", "ok"),
+        ("workers' clocks", "ok"),
+    ]
+    assert findings[1].says.startswith("no answer in 3 s (1 worker on 127.0.0.1); ")
+    assert findings[3].says == f"1 worker can read and write {tmp_path}"
+
+
+def test_workers_that_cannot_load_what_they_are_asked(cluster, monkeypatch, tmp_path):
+    stranger = types.ModuleType("only_here")
+    exec("def look_around(path, content): pass", stranger.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", stranger)
+    monkeypatch.setattr(doctor, "look_around", stranger.look_around)
+    findings = doctor._of_cluster(tmp_path, cluster.scheduler_address)
+    assert [finding.name for finding in findings] == ["cluster", "workers"]
+    assert findings[1].says == (
+        """ModuleNotFoundError("No module named 'only_here'") (2 workers on 127.0.0.1); they """
+        "must be able to import this ocelot_em, and to answer"
+    )
+
+
+def test_a_scheduler_without_workers(fast, tmp_path):
+    with LocalCluster(n_workers=0, dashboard_address=":0") as empty:
+        (finding,) = examine_cluster(tmp_path, empty.scheduler_address)
+    assert finding.state == "problem"
+    assert "has no workers; start some with 'dask worker tcp://" in finding.says
+
+
+def examine_cluster(place: Path, address: str) -> list[Finding]:
+    return [f for f in examine(place, address) if f.name not in NAMES]
+
+
+def test_what_is_no_scheduler(fast, tmp_path):
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        started = time.monotonic()
+        (finding,) = doctor._of_cluster(tmp_path, address)
+        assert time.monotonic() - started < 10
+    assert finding.state == "problem"
+    assert finding.says.startswith(f"no Dask scheduler answers at {address}: no answer; start one")
+    for address in ("tcp://127.0.0.1:9", "nonsense"):
+        (finding,) = doctor._of_cluster(tmp_path, address)
+        assert finding.state == "problem"
+        assert finding.says.startswith(f"no Dask scheduler answers at {address}: ")
+
+
+def test_what_workers_answer_is_judged(tmp_path):
+    here = doctor.loaded_versions()
+    unlike = here | {"numba": "none that can be imported: ImportError: x"}
+    answers = {
+        "tcp://a:1": doctor._Answer(WorkerFacts(100.0, 101.0, here, ""), 100.5, 102.0),
+        "tcp://b:1": doctor._Answer(WorkerFacts(80.0, 81.0, unlike, "cannot write"), 100.0, 102.0),
+        "tcp://b:2": doctor._Answer(WorkerFacts(80.0, 81.0, unlike, "cannot write"), 100.0, 102.0),
+        "tcp://c:1": doctor._Answer(WorkerFacts(100.5, 112.0, here, ""), 100.0, 102.0),
+        "tcp://d:1": doctor._Answer(OSError("gone"), 0, 0),
+    }
+    assert doctor._of_workers(tmp_path, answers) == [
+        Finding(
+            "workers",
+            "problem",
+            "OSError: gone (1 worker on d); they must be able to import this ocelot_em, and to "
+            "answer",
+        ),
+        Finding(
+            "workers' versions",
+            "problem",
+            f"numba: expected {here['numba']} as here, got none that can be imported: ImportError: "
+            "x (2 workers on b); install the same on all machines",
+        ),
+        Finding(
+            "workers' folder",
+            "problem",
+            "cannot write (2 workers on b); use a folder that all machines share, under one name",
+        ),
+        Finding(
+            "workers' clocks",
+            "warning",
+            "20 s behind (2 workers on b); 10 s ahead (1 worker on c); let all machines follow one "
+            "time server",
+        ),
+    ]
+
+
+def test_many_hosts_are_counted():
+    workers = [f"tcp://host{n}:1" for n in range(8)]
+    assert doctor._told({"bad": workers}) == (
+        "bad (8 workers on host0, host1, host2, host3, host4 and 3 more)"
+    )
+
+
+def test_a_folder_that_workers_do_not_share(monkeypatch, tmp_path):
+    file = tmp_path / "F"
+    assert doctor.try_folder(str(file), b"x") == (
+        "cannot read what is written there: No such file or directory"
+    )
+    file.write_bytes(b"y")
+    assert doctor.try_folder(str(file), b"x") == "reads something else than what is written there"
+    assert doctor.try_folder(str(file), b"y") == ""
+    assert list(tmp_path.iterdir()) == [file]
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert doctor.try_folder(str(file), b"y") == "cannot write there: Permission denied"
+
+
+def test_packages_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    versions = doctor.loaded_versions()
+    assert versions["numba"].startswith("none that can be imported: ModuleNotFoundError: ")
+    assert versions["numpy"] == np.__version__

@@ -1,0 +1,172 @@
+"""Who may reach a cluster, and what must never be written down."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import dask
+import pytest
+
+from builders import write_explicit_search
+from ocelot_em import cli, merge, objects, security
+from ocelot_em.api import Observer
+from ocelot_em.cluster import open_cluster
+from ocelot_em.errors import InvalidInputError, PlanError
+from ocelot_em.plan import MergeOptions
+
+SECRET = "dont-tell"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://key:{SECRET}@bucket/RUN.zarr",
+        f"https://me:{SECRET}@host/RUN.zarr",
+        f"https://host/RUN.zarr?X-Amz-Credential=a&X-Amz-Signature={SECRET}",
+        f"https://account.blob.core.windows.net/c/RUN.zarr?sv=2024&sig={SECRET}",
+        f"https://host/RUN.zarr?access_token={SECRET}",
+        f"gs://bucket/RUN.zarr?secret={SECRET}",
+    ],
+)
+def test_urls_with_credentials_are_refused_without_repeating_them(url, tmp_path, capsys):
+    with pytest.raises(InvalidInputError, match="give them in the environment") as error:
+        objects.normalise_url(url)
+    assert SECRET not in str(error.value)
+    assert cli.run(["merge", url, "--output", str(tmp_path / "O"), "--log", "-"]) == 2
+    told = capsys.readouterr()
+    assert SECRET not in told.out + told.err
+    assert not (tmp_path / "O").exists()
+
+
+@pytest.mark.parametrize("url", ["https://host/design/RUN.zarr", "s3://bucket/a?versionId=3"])
+def test_other_urls_are_taken(url):
+    assert objects.normalise_url(url) == url
+
+
+def test_nothing_of_the_environment_is_stored(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    search = write_explicit_search(tmp_path / "RUN.zarr", (40, 50))
+    arguments = ["merge", str(search), "--output", str(tmp_path / "OUT.zarr")]
+    assert cli.run([*arguments, "--run-folder", str(tmp_path / "night")]) == 0
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("address", "is_open"),
+    [
+        ("tcp://127.0.0.1:8786", False),
+        ("tcp://localhost:8786", False),
+        ("tcp://[::1]:8786", False),
+        ("tls://10.0.0.3:8786", False),
+        ("tcp://10.0.0.3:8786", True),
+        ("tcp://head-node:8786", True),
+        ("ucx://10.0.0.3:8786", True),
+    ],
+)
+def test_a_scheduler_that_everybody_can_reach_is_warned_of(address, is_open, caplog):
+    security.warn_if_open(address)
+    assert ("whoever reaches it can run code with your rights" in caplog.text) == is_open
+
+
+class Looks(Observer):
+    """Looks at what listens, and asks for metrics, while a cluster lives."""
+
+    def __init__(self):
+        self.listening, self.metrics, self.scheduler = [], "", ""
+
+    def started(self, cluster):
+        self.client, self.dashboard = cluster.executor.client, cluster.dashboard
+        self.scheduler = self.client.scheduler.address
+
+    def ending(self):
+        import psutil
+
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            self.listening += [
+                connection.laddr.ip
+                for connection in process.net_connections()
+                if connection.status == psutil.CONN_LISTEN
+            ]
+        with urllib.request.urlopen(self.dashboard.replace("/status", "/metrics")) as answer:
+            self.metrics = answer.read().decode()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_local_cluster_listens_to_this_machine_alone_and_tells_its_metrics(tmp_path, tls):
+    search = write_explicit_search(tmp_path / "RUN.zarr", (40, 50))
+    looks = Looks()
+    report = merge(
+        *(search, tmp_path / "OUT.zarr"),
+        **{"tile_size": 16, "cluster": "local", "workers": 2, "tls": tls, "observer": looks},
+    )
+    assert looks.scheduler.startswith("tls://" if tls else "tcp://")
+    assert len(looks.listening) >= 4
+    assert set(looks.listening) == {"127.0.0.1"}
+    told = [line for line in looks.metrics.splitlines() if line.startswith("ocelot_")]
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in told}
+    run = json.loads((tmp_path / "OUT.zarr" / "zarr.json").read_text())
+    label = run["attributes"]["ocelot"]["id"][:12]
+    assert values[f'ocelot_tiles_total{{run="{label}",state="merged"}}'] == 12
+    decoded = values[f'ocelot_bytes_total{{kind="decoded",run="{label}"}}']
+    assert decoded == report.totals.decoded_nbytes
+    seconds = values[f'ocelot_seconds_total{{phase="fold",run="{label}"}}']
+    assert seconds == pytest.approx(report.totals.fold_seconds)
+
+
+def test_tls_needs_an_address_with_tls(tmp_path):
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        pytest.raises(PlanError, match="must begin with tls://"),
+        open_cluster(MergeOptions(cluster=cluster.scheduler_address, tls=True, device="cpu")),
+    ):
+        pass
+
+
+def test_credentials_that_are_shared_are_for_this_user_alone(tmp_path):
+    folder = tmp_path / "tls"
+    old = os.umask(0)
+    try:
+        made = security.shared_credentials(folder, is_maker=True)
+    finally:
+        os.umask(old)
+    assert security.shared_credentials(folder, is_maker=False) == made
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    with dask.config.set(made):
+        assert security.configured_security() is not None
+        assert security.shared_credentials(folder, is_maker=True) == {}
+    security.forget(folder)
+    assert not folder.exists()
+
+
+def test_credentials_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(security, "CREDENTIALS_SECONDS", 0.3)
+    with pytest.raises(PlanError, match="all tasks of a job must see the folder"):
+        security.shared_credentials(tmp_path / "tls", is_maker=False)
+
+
+def test_containers_run_as_a_user():
+    text = (Path(__file__).parents[2] / "docker" / "Dockerfile").read_text()
+    stages = text.split("\nFROM ")[1:]
+    names = {stage.split()[2]: stage for stage in stages if " AS " in stage.splitlines()[0]}
+    for target in ("cpu", "cuda"):
+        lines = names[target].splitlines()
+        assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
+        assert lines.index("USER 1000:1000") < lines.index('ENTRYPOINT ["ocelot"]')
+
+
+def test_importing_the_package_starts_and_changes_nothing():
+    code = (
+        "import signal, logging, os; before = dict(os.environ), signal.getsignal(signal.SIGINT); "
+        "import ocelot_em, ocelot_em.cli, ocelot_em.slurm, ocelot_em.security; "
+        "assert before == (dict(os.environ), signal.getsignal(signal.SIGINT))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
