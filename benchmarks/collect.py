@@ -1,10 +1,13 @@
 """What collecting statistics and candidates costs a merge: the same merges with and without.
 
 ``python -m benchmarks.collect [--quick] [--data FOLDER] [--repeats N]``. Four partials of 8192 x
-8192 pixels, 2 threads, page cache warm.
+8192 pixels, 2 threads, page cache warm. In wall time, and in processor time of the program itself
+(not of the system for it): the steadier figure where others use the machine, too.
 """
 
 import contextlib
+import os
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +18,7 @@ from benchmarks import common
 from benchmarks.common import Run
 from benchmarks.merge import CASES, N_PARTIALS, N_WORKERS, merge_once
 from ocelot_em.execute import ThreadExecutor
+from ocelot_em.pipeline import MergeReport
 
 
 @contextlib.contextmanager
@@ -24,6 +28,38 @@ def nothing_collected() -> Iterator[None]:
         mock.patch("ocelot_em.pipeline.records.finish", return_value=None),
     ):
         yield
+
+
+class Merges:
+    """All merges of one way, in turn with those of the other.
+
+    Parameters
+    ----------
+    once
+        Merges.
+    patch
+        In which to do so.
+    """
+
+    def __init__(
+        self,
+        once: Callable[[], MergeReport],
+        patch: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._once, self._patch = once, patch
+        self._user_seconds: list[float] = []
+
+    def __call__(self) -> Run:
+        before = os.times().user
+        with self._patch():
+            report = self._once()
+        self._user_seconds.append(os.times().user - before)
+        return Run(report.seconds)
+
+    @property
+    def user_seconds(self) -> float:
+        """Median of the processor time of all threads together; the first was to warm up."""
+        return statistics.median(self._user_seconds[1:])
 
 
 def main() -> None:
@@ -40,18 +76,13 @@ def main() -> None:
         ):
             once = partial(merge_once, search, Path(name), ThreadExecutor(N_WORKERS), options)
 
-            def with_statistics(once: Callable[[], object] = once) -> Run:
-                return Run(once().seconds)  # type: ignore[attr-defined]
-
-            def without(once: Callable[[], object] = once) -> Run:
-                with nothing_collected():
-                    return Run(once().seconds)  # type: ignore[attr-defined]
-
             def before(fill: Callable[[], None] = fill, search: Path = search) -> None:
                 fill()
                 common.warm(search)
 
-            ways = {"with": with_statistics, "without": without}
+            collecting = Merges(once, contextlib.nullcontext)
+            without = Merges(once, nothing_collected)
+            ways = {"with": collecting, "without": without}
             measured = common.in_turn(ways, repeats, before=before)
         one, other = measured["with"], measured["without"]
         rows.append(
@@ -60,10 +91,14 @@ def main() -> None:
                 f"{one.median:.2f} ({one.spread})",
                 f"{other.median:.2f} ({other.spread})",
                 f"{one.median / other.median - 1:+.1%}",
+                f"{collecting.user_seconds:.2f}",
+                f"{without.user_seconds:.2f}",
+                f"{collecting.user_seconds / without.user_seconds - 1:+.1%}",
             )
         )
-    print(f"\n{N_PARTIALS} partials x {side}^2, medians of {repeats}\n")
-    common.table(("poses", "with statistics", "without", "cost"), rows)
+    print(f"\n{N_PARTIALS} partials x {side}^2, medians of {repeats}, seconds\n")
+    header = ("poses", "with statistics", "without", "cost", "CPU with", "CPU without", "CPU cost")
+    common.table(header, rows)
 
 
 if __name__ == "__main__":

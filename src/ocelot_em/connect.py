@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ocelot_em.errors import PlanError
+from ocelot_em.errors import OcelotError, PlanError
 
 CONNECT_SECONDS = 15.0
 """For a scheduler to answer."""
@@ -37,6 +37,8 @@ def client_of(address: str) -> Iterator[Any]:
         # Not in this thread, in which there may be an event loop.
         within(CONNECT_SECONDS + 5, lambda: asyncio.run(_greet(address)))
         client = Client(address, timeout=CONNECT_SECONDS)
+    except OcelotError:  # such as that of a signal that came meanwhile
+        raise
     except Exception as error:
         raise PlanError(
             f"cluster: no Dask scheduler answers at {address}: {type(error).__name__}: {error}; "

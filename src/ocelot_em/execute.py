@@ -140,11 +140,10 @@ class ClientExecutor:
             if self.client.status != "running":  # it tries to connect again
                 time.sleep(LOOK_SECONDS)
                 continue
-            if not stopping.is_set():
-                window.fill()
-            else:
+            all_submitted = stopping.is_set() or window.fill()
+            if stopping.is_set():
                 stop_by = min(stop_by, time.monotonic() + STOP_SECONDS)
-            if not window.in_flight or time.monotonic() > stop_by:
+            if (all_submitted and not window.in_flight) or time.monotonic() > stop_by:
                 break
             window.take_one()
             metrics.publish()
@@ -210,12 +209,18 @@ class _Window:
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.in_flight: dict[str, tuple[Run, Any]] = {}
 
-    def fill(self) -> None:
-        """Submit as many as all workers are busy with; some may have come or gone meanwhile."""
+    def fill(self) -> bool:
+        """Submit as many as all workers are busy with; some may have come or gone meanwhile.
+
+        Returns
+        -------
+        bool
+            Whether there are no more.
+        """
         while len(self.in_flight) < TASKS_IN_FLIGHT * max(self._executor.n_threads(), 1):
             run = self._again.popleft() if self._again else next(self._runs, None)
             if run is None:
-                return
+                return True
             number = next(_numbers)
             try:
                 future = self._executor.client.submit(
@@ -229,9 +234,10 @@ class _Window:
                 if self._executor.client.status == "running":
                     raise
                 self._again.append(run)  # the connection went down at this moment
-                return
+                return False
             self.in_flight[str(future.key)] = run, future
             future.add_done_callback(self._ended.put)
+        return False
 
     def take_one(self) -> None:
         """Wait a moment for a task to end, and tell of its tiles, or have them done again."""

@@ -5,12 +5,14 @@ reports every problem with its place. Stores of version 1 are read as what they 
 """
 
 import json
+import reprlib
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     StringConstraints,
     ValidationError,
@@ -48,6 +50,14 @@ that a request per chunk costs little; measured in ``docs/design.md``."""
 MAX_CHUNK_NBYTES = 256 * 2**20
 """Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
 
+MOST_CHUNKS = 2**22
+"""Chunks of an array, or tiles of a merge, that are read: two million pixels squared in chunks of
+the default size. Lists of them must fit into memory, also of those that are only said to be there.
+"""
+
+MAX_METADATA_NBYTES = 64 * 2**20
+"""Largest ``zarr.json`` that is read or written: a merge of some sixty thousand partials."""
+
 PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
 ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
 """Empty for the one exposure of a search that has no others."""
@@ -59,6 +69,14 @@ Number = Annotated[int, Field(ge=0, le=2**31 - 2)]
 Acquired = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Origin = Annotated[float, Field(ge=-(2**31), le=2**31, allow_inf_nan=False)]
 Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+CanvasPixel = Annotated[int, Field(ge=-(2**33), le=2**33)]
+"""Row or column of a canvas, which begins up to 2**31 pixels before or after where it is counted
+from."""
+
+
+_Item = TypeVar("_Item")
+Several = Annotated[tuple[_Item, ...], FailFast()]
+"""However many of them are wrong, one is named: complaints of millions would fill the memory."""
 
 
 class Attributes(BaseModel):
@@ -86,7 +104,7 @@ class Provenance(Attributes):
 
     created: str
     versions: dict[str, str]
-    inputs: tuple[str, ...] = ()
+    inputs: Several[str] = ()
     input_sha256: str = ""
     options: dict[str, Any] = {}
 
@@ -225,7 +243,7 @@ class PartialAttributes(Attributes):
 class Contribution(Attributes):
     """A partial that went into a merged result; its place in the list is its ``best_partial``."""
 
-    name: str
+    name: PartialName
     id: str
     total_projections: Count
 
@@ -247,10 +265,10 @@ class PlacedExposure(Attributes):
     id: ExposureId
     number: Number
     acquired: Acquired
-    origin: tuple[int, int]
+    origin: tuple[CanvasPixel, CanvasPixel]
     shape: Shape
     valid_shape: Shape
-    taken: tuple[int, int, int, int]
+    taken: tuple[CanvasPixel, CanvasPixel, CanvasPixel, CanvasPixel]
 
     @property
     def region(self) -> Region:
@@ -261,6 +279,16 @@ class PlacedExposure(Attributes):
     def on_canvas(self) -> Region:
         """The same pixels in the merged maps."""
         return self.region.shifted(*self.origin)
+
+
+def not_taken(exposure: PlacedExposure) -> str:
+    """Say why the pixels that are taken of an exposure cannot be, if they cannot."""
+    whole, region = Region.whole(exposure.shape), exposure.region
+    if wrong := _too_large(exposure.shape, exposure.valid_shape):
+        return wrong
+    if region.size and region.intersect(whole) == region:
+        return ""
+    return f"taken: expected pixels of {whole}, got {region}"
 
 
 class MergedExposure(PlacedExposure):
@@ -275,8 +303,8 @@ class MergedExposure(PlacedExposure):
     """
 
     total_projections: Count
-    first_partial: int
-    n_partials: int
+    first_partial: Number
+    n_partials: Number
 
 
 class MergedAttributes(_Result):
@@ -294,11 +322,11 @@ class MergedAttributes(_Result):
     kind: Literal["merged"]
     shape: Shape
     valid_shape: Shape
-    exposures: tuple[MergedExposure, ...] = ()
-    canvas_origin: tuple[int, int] = (0, 0)
+    exposures: Several[MergedExposure] = ()
+    canvas_origin: tuple[CanvasPixel, CanvasPixel] = (0, 0)
     id: str
     state: Literal["writing", "complete"]
-    partials: tuple[Contribution, ...]
+    partials: Several[Contribution]
     plan: dict[str, Any]
     finished: str | None = None
     has_decoded_poses: bool = True
@@ -307,6 +335,21 @@ class MergedAttributes(_Result):
     def _shapes_agree(self) -> Self:
         if wrong := _too_large(self.shape, self.valid_shape):
             raise ValueError(wrong)
+        next_partial = 0
+        for exposure in self.exposures:
+            if wrong := not_taken(exposure):
+                raise ValueError(f"exposures: {exposure.id}: {wrong}")
+            if exposure.first_partial != next_partial:
+                raise ValueError(
+                    f"exposures: expected the partials of exposure {exposure.number} to begin with "
+                    f"{next_partial}, got {exposure.first_partial}"
+                )
+            next_partial += exposure.n_partials
+        if self.exposures and next_partial != len(self.partials):
+            raise ValueError(
+                f"exposures: expected all {len(self.partials)} partials to be one's, got "
+                f"{next_partial}"
+            )
         return self
 
     @property
@@ -396,9 +439,9 @@ class StatisticsAttributes(Attributes):
     scaled_mip_range: tuple[float, float] | None
     candidate_level: float | None
     n_candidates: Count
-    partials: tuple[PartialStatistics, ...]
-    sources: tuple[SourceStatistics, ...]
-    exposures: tuple[ExposureStatistics, ...] = ()
+    partials: Several[PartialStatistics]
+    sources: Several[SourceStatistics]
+    exposures: Several[ExposureStatistics] = ()
 
 
 _Model = TypeVar("_Model", bound=Attributes)
@@ -421,16 +464,41 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
     version = content.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise FormatError(
-            f"{where}: expected format version {FORMAT_VERSION}, got {version!r}; "
+            f"{where}: expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}; "
             "read it with the version of ocelot-em that wrote it, or a newer one"
         )
+    return validated(model, content, where)
+
+
+def validated(model: type[_Model], content: object, where: str) -> _Model:
+    """Check what was read of a JSON document.
+
+    Raises
+    ------
+    FormatError
+        Naming the place and the problems.
+    """
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, p['loc'])) or 'attributes'}: {p['msg']}" for p in error.errors()
-        ]
+        problems = [f"{_place_of(p['loc'])}: {p['msg']}" for p in error.errors()[:_MOST_PROBLEMS]]
+        if (n_more := error.error_count() - len(problems)) > 0:
+            problems.append(f"and {n_more} more problems")
         raise FormatError(f"{where}: {'; '.join(problems)}") from None
+    except RecursionError:
+        raise FormatError(f"{where}: the attributes are nested too deeply") from None
+
+
+_MOST_PROBLEMS = 20
+
+
+def _place_of(steps: tuple[int | str, ...]) -> str:
+    """Show where in a document something is; keys may be anything that somebody has written."""
+    names = (str(step) if str(step).isidentifier() else reprlib.repr(step) for step in steps[:8])
+    return ".".join(name[:_LONGEST_NAME] for name in names) or "attributes"
+
+
+_LONGEST_NAME = 60
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
@@ -446,7 +514,9 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plan, dict) and isinstance(plan.get("sources"), list):
         shapes = {key: plan.get(key) for key in ("shape", "valid_shape")}
         rest = {key: value for key, value in plan.items() if key != "sources"}
-        rows, columns = plan.get("shape") or (0, 0)
+        # What is no shape, is refused as such later.
+        edges = plan.get("shape")
+        rows, columns = edges if isinstance(edges, list) and len(edges) == 2 else (0, 0)
         only = {
             "id": "",
             "number": 0,

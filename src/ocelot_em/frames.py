@@ -25,6 +25,10 @@ _HEADER = struct.Struct("<4B3I")
 _BLOCK_HEADER = struct.Struct("<4B4I")
 """The same, with a table of one offset."""
 
+_SMALLEST_BLOCK = 1024
+"""Bytes of a block that is worth decoding alone; tables of smaller ones would be longer than what
+they are of."""
+
 _STORED_RAW = 0x02
 """Flag of a frame whose values are not compressed, and have no table of offsets."""
 
@@ -33,6 +37,14 @@ def encode(values: AnyArray, codec: Any) -> list[bytes]:
     """Encode C-contiguous values; the parts of a chunk's object: a frame and its CRC32C."""
     frame: bytes = codec.encode(values)
     return [frame, google_crc32c.value(frame).to_bytes(4, "little")]
+
+
+def most_encoded_nbytes(nbytes: int) -> int:
+    """Return the size of the largest object that a chunk of this size may be, in bytes.
+
+    Blosc stores what does not shrink as it is, behind a header; there is room for foreign ones.
+    """
+    return nbytes + nbytes // 16 + 2**16
 
 
 class Frame:
@@ -71,7 +83,12 @@ class Frame:
 
     def _count_blocks(self, nbytes: int) -> int:
         block = self._block_nbytes
-        if block <= 0 or nbytes % block or self._flags & _STORED_RAW or self._frame.readonly:
+        if (
+            block < _SMALLEST_BLOCK
+            or nbytes % block
+            or self._flags & _STORED_RAW
+            or self._frame.readonly
+        ):
             return 1
         n_blocks = nbytes // block
         table_end = _HEADER.size + 4 * n_blocks

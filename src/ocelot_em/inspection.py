@@ -1,9 +1,10 @@
 """What a store is, and everything that is wrong with it."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from os import PathLike
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ocelot_em import format as fmt
 from ocelot_em.canvas import Region
-from ocelot_em.errors import FormatError, OcelotError
+from ocelot_em.errors import OcelotError
 from ocelot_em.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.objects import Objects, open_objects
 from ocelot_em.pipeline import done_tiles
@@ -19,6 +20,7 @@ from ocelot_em.plan import read_plan
 from ocelot_em.records import record_problems
 from ocelot_em.search import (
     SearchInfo,
+    chunk_problem,
     open_partial_maps,
     partial_names,
     partial_path,
@@ -122,40 +124,61 @@ def check(
     Returns
     -------
     list of str
-        One sentence per problem; empty if there is none.
+        One sentence per problem; empty if there is none. Of very many, the first.
     """
     objects = open_objects(store)
+    found = _problems(objects, on_progress)
+    problems = list(islice(found, MOST_PROBLEMS))
+    if next(found, None) is not None:
+        problems.append(
+            f"{objects.url}: there are more than {MOST_PROBLEMS:,} problems; the rest was not "
+            "looked at"
+        )
+    found.close()
+    return problems
+
+
+MOST_NBYTES = 2**30
+"""Decoded chunks at a time, unless those at one place alone are more."""
+
+MOST_PROBLEMS = 1000
+"""That are named of a store: of all chunks that a hostile one only says to have, nobody reads."""
+
+
+def _problems(
+    objects: Objects, on_progress: Callable[[float], None] | None
+) -> Generator[str, None, None]:
+    """Everything that is wrong with a store, one after another."""
     try:
         attributes = read_attributes(objects)
     except OcelotError as error:
-        return [str(error)]
-    problems: list[str] = []
+        yield str(error)
+        return
     space: SearchSpace | None = None
     try:
         space = read_search_space(objects, attributes.search_space_digest)
     except OcelotError as error:
-        problems.append(str(error))
+        yield str(error)
     groups: list[_Group] = []
-    if isinstance(attributes, fmt.MergedAttributes):
-        problems += _merge_problems(objects, attributes)
-        groups.append(_Group("", "", attributes.shape))
-    else:
-        try:
+    try:
+        if isinstance(attributes, fmt.MergedAttributes):
+            groups.append(_Group("", "", attributes.shape))
+            yield from _merge_problems(objects, attributes)
+        else:
             exposures = read_exposures(objects, attributes)
-        except OcelotError as error:
-            return [*problems, str(error)]
-        if not exposures:
-            problems.append(f"{objects.url}: the search has no exposures")
-        for exposure in exposures:
-            found, names = _search_problems(objects, exposure)
-            problems += found
-            groups += [_Group(partial_path(n, exposure.id), n, exposure.shape) for n in names]
+            if not exposures:
+                yield f"{objects.url}: the search has no exposures"
+            for exposure in exposures:
+                found, names = _search_problems(objects, exposure)
+                groups += [_Group(partial_path(n, exposure.id), n, exposure.shape) for n in names]
+                yield from found
+    except OcelotError as error:
+        yield str(error)
     info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
     for number, group in enumerate(groups):
-        problems += _group_problems(objects, group, attributes, info)
+        yield from _group_problems(objects, group, attributes, info)
         if on_progress is not None:
             on_progress((number + 1) / len(groups))
-    return problems
 
 
 class _Group(NamedTuple):
@@ -197,28 +220,26 @@ def _search_problems(
     return problems, list(complete)
 
 
-def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> list[str]:
-    problems: list[str] = []
+def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Iterator[str]:
     n_tiles = n_done = 0
     try:
         plan = read_plan(attributes, objects.url)
         n_tiles, n_done = len(plan.grid), int(done_tiles(objects, plan.grid).sum())
         if attributes.state == "complete":
-            problems += record_problems(objects, plan)
-    except FormatError as error:
-        problems.append(str(error))
+            yield from record_problems(objects, plan)
+    except OcelotError as error:
+        yield str(error)
     if attributes.state != "complete":
-        problems.append(
+        yield (
             f"{objects.url}: the merge was never finished: {n_done} of {n_tiles} "
             "tiles are done; run the command that made it again"
         )
     total = sum(partial.total_projections for partial in attributes.partials)
     if total != attributes.total_projections:
-        problems.append(
+        yield (
             f"{objects.url}: total_projections: its partials add up to {total}, the root says "
             f"{attributes.total_projections}"
         )
-    return problems
 
 
 def _group_problems(
@@ -226,20 +247,24 @@ def _group_problems(
     group: _Group,
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
-) -> list[str]:
+) -> Iterator[str]:
     """Everything that is wrong with a group of maps, chunk by chunk."""
     path, name, shape = group
-    problems: list[str] = []
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
     keys = attributes.maps.merged if merged else attributes.maps.partial
     maps: dict[str, ChunkedMap] = {}
     for key in keys:
         try:
-            maps |= open_partial_maps(objects, path, name, (key,), shape)
+            chunked = open_partial_maps(objects, path, name, (key,), shape)[key]
         except OcelotError as error:
-            problems.append(str(error))
+            yield str(error)
+            continue
+        if wrong := chunk_problem(chunked, next(iter(maps.values()), chunked)):
+            yield wrong
+        else:
+            maps[key] = chunked
     if not maps:
-        return problems
+        return
     grid = next(iter(maps.values())).grid
 
     def at_chunk(region: Region) -> list[str]:
@@ -265,10 +290,13 @@ def _group_problems(
                 )
         return found
 
-    with ThreadPoolExecutor() as pool:
-        for found in pool.map(at_chunk, [cell.region for cell in grid]):
-            problems += found
-    return problems
+    nbytes = sum(grid.cell[0] * grid.cell[1] * chunked.dtype.itemsize for chunked in maps.values())
+    n_threads = max(min(os.cpu_count() or 1, MOST_NBYTES // nbytes), 1)
+    regions = (cell.region for cell in grid)
+    with ThreadPoolExecutor(n_threads) as pool:
+        while batch := list(islice(regions, 16 * n_threads)):
+            for found in pool.map(at_chunk, batch):
+                yield from found
 
 
 def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:

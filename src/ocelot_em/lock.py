@@ -10,6 +10,7 @@ stop by themselves.
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -38,6 +39,11 @@ LOOK_SECONDS = 1.0
 """Between two looks at a lock that may be left behind, and at one's own by workers."""
 
 _STOP = ".stop"
+
+_KEY = re.compile(f"{FOLDER}/([0-9]{{1,15}})")
+
+_MOST_NBYTES = 2**16
+"""Of a lock; whatever is larger was not written here."""
 
 
 class OutputLock:
@@ -102,6 +108,9 @@ class OutputLock:
 
     def __exit__(self, *_: object) -> None:
         """Give the lock back."""
+        with contextlib.suppress(StorageError):
+            # Without a lock nobody would doubt, after a loss of power, what was written under it.
+            self._objects.sync()
         self._ended = True
         self._wake.set()
         if self._beating is not None:
@@ -135,7 +144,7 @@ class OutputLock:
             It is not: its holder lives.
         """
         key = f"{FOLDER}/{number}"
-        first = self._objects.get(key)
+        first = self._objects.get(key, _MOST_NBYTES)
         if first is None:
             return
         holder = _parsed(first)
@@ -150,7 +159,7 @@ class OutputLock:
                     f"{STALE_SECONDS:.0f} s to see whether that run still lives"
                 )
             time.sleep(LOOK_SECONDS)
-            content = self._objects.get(key)
+            content = self._objects.get(key, _MOST_NBYTES)
             if content is None:
                 return
             if content != first:
@@ -164,7 +173,8 @@ class OutputLock:
         self.left_behind = holder
 
     def _is_mine(self) -> bool:
-        return _parsed(self._objects.get(self.key) or b"{}").get("id") == self._holder["id"]
+        found = self._objects.get(self.key, _MOST_NBYTES)
+        return found is not None and _parsed(found).get("id") == self._holder["id"]
 
     def _content(self) -> bytes:
         return json.dumps({**self._holder, "beat": self._beat}).encode()
@@ -227,8 +237,8 @@ class Leave:
 
 def _highest(objects: Objects) -> int | None:
     """Return the number of the lock that counts."""
-    names = (key.removeprefix(f"{FOLDER}/") for key in objects.keys(FOLDER))
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+    found = map(_KEY.fullmatch, objects.keys(FOLDER))
+    return max((int(match[1]) for match in found if match), default=None)
 
 
 def _this_process() -> dict[str, object]:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import logging
+import math
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
@@ -31,6 +32,15 @@ from ocelot_em.errors import InvalidInputError, MissingDependencyError, StorageE
 log = logging.getLogger(__name__)
 
 _OBSTORE_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https"}
+MOST_NBYTES = 2**31
+"""Largest object that is read; Blosc frames are not larger."""
+
+_CHECKED_SECONDS = 1.0
+"""So long a folder counts as one of the store after it was looked at."""
+
+_MOST_CHECKED = 4096
+"""Folders that are remembered to have been looked at."""
+
 _STAGED = re.compile(r"#\d+$")
 """How the names of files end that are not whole yet; listings leave them out."""
 
@@ -72,11 +82,13 @@ class Objects(Protocol):
     streams: int
     """Transfers that are worth having at a time, per thread that waits for them."""
 
-    def get(self, key: str) -> bytes | None:
-        """Return the object's bytes, or None where there is none."""
+    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+        """Return the object's bytes, or None where there is none; a larger one is refused."""
         ...
 
-    def get_into(self, key: str, memory: "ReusedMemory") -> memoryview | None:
+    def get_into(
+        self, key: str, memory: "ReusedMemory", most_nbytes: int = MOST_NBYTES
+    ) -> memoryview | None:
         """As :meth:`get`, in the given memory, which the caller may change."""
         ...
 
@@ -122,10 +134,6 @@ class Objects(Protocol):
 
     def free_bytes(self) -> int | None:
         """Return free space in bytes, or None where the storage does not say."""
-        ...
-
-    def zarr_store(self) -> Any:
-        """Return a Zarr store over the same objects, for reading: writing is done here."""
         ...
 
 
@@ -227,21 +235,27 @@ class _ObstoreObjects:
     def _guard(self, verb: str, key: str, action: Callable[[], _T]) -> _T:
         return _patiently(verb, self.url, key, action)
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
         def action() -> bytes | None:
             try:
-                return obstore.get(self._store, key).bytes().to_bytes()
+                found = obstore.get(self._store, key)
             except FileNotFoundError:
                 return None
+            _refuse_too_large(found.meta["size"], most_nbytes)
+            return found.bytes().to_bytes()
 
         return self._guard("read", key, action)
 
-    def get_into(self, key: str, memory: ReusedMemory) -> memoryview | None:
+    def get_into(
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+    ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
-                return memory.filled(memoryview(obstore.get(self._store, key).bytes()))
+                found = obstore.get(self._store, key)
             except FileNotFoundError:
                 return None
+            _refuse_too_large(found.meta["size"], most_nbytes)
+            return memory.filled(memoryview(found.bytes()))
 
         return self._guard("read", key, action)
 
@@ -281,8 +295,15 @@ class _ObstoreObjects:
 
     def keys(self, prefix: str) -> Iterator[str]:
         batches = iter(self._guard("list", prefix, lambda: obstore.list(self._store, prefix)))
-        while batch := self._guard("list", prefix, lambda: next(batches, None)):
+        while batch := self._next(prefix, batches):
             yield from (meta["path"] for meta in batch)
+
+    def _next(self, prefix: str, batches: Iterator[Any]) -> Any:
+        # Not tried again here: a listing that broke off must not look like one that ended.
+        try:
+            return next(batches, None)
+        except (BaseError, OSError) as error:
+            raise _storage_error("list", self.url, prefix, error) from error
 
     def children(self, prefix: str) -> list[str]:
         def action() -> list[str]:
@@ -316,19 +337,21 @@ class _ObstoreObjects:
     def free_bytes(self) -> int | None:
         return None
 
-    def zarr_store(self) -> Any:
-        from zarr.storage import ObjectStore
-
-        return ObjectStore(self._store, read_only=True)
-
 
 class _LocalObjects(_ObstoreObjects):
     """A directory; made by the first write, so that looking at a place never creates it.
 
     Chunks are read and written with plain system calls: one copy between them and the page cache.
+    The directory may be a symbolic link; within it, links that lead out of it are refused: who
+    sends a store must not choose which other files are read or written. Links within it are
+    followed, but not where objects are listed.
     """
 
     streams = 1
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._checked: dict[str, float] = {}
 
     def _connect(self) -> Any:
         return LocalStore(self.url, mkdir=True)
@@ -337,15 +360,16 @@ class _LocalObjects(_ObstoreObjects):
     def _exists(self) -> bool:
         return Path(self.url).is_dir()
 
-    def get(self, key: str) -> bytes | None:
-        found = self.get_into(key, ReusedMemory())
+    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+        found = self.get_into(key, ReusedMemory(), most_nbytes)
         return None if found is None else bytes(found)
 
-    def get_into(self, key: str, memory: ReusedMemory) -> memoryview | None:
+    def get_into(
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+    ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
-                # O_NONBLOCK: opening a pipe that lies there must not wait for a writer.
-                descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                descriptor = self._open_to_read(key)
             except (FileNotFoundError, NotADirectoryError):
                 return None
             try:
@@ -354,6 +378,7 @@ class _LocalObjects(_ObstoreObjects):
                     return None
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError("expected a file")
+                _refuse_too_large(status.st_size, most_nbytes)
                 target = memory.of(status.st_size)
                 n_read = 0
                 while n := os.readv(descriptor, [target[n_read:]]):
@@ -363,6 +388,21 @@ class _LocalObjects(_ObstoreObjects):
                 os.close(descriptor)
 
         return self._guard("read", key, action)
+
+    def _open_to_read(self, key: str) -> int:
+        # O_NONBLOCK: opening a pipe that lies there must not wait for a writer.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        path = self._path(key)
+        try:
+            return os.open(path, flags)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EMLINK):  # the latter on FreeBSD
+                raise
+        return os.open(self._resolved(path), flags)
+
+    def create(self, key: str, data: bytes) -> bool:
+        self._guard("create", key, lambda: self._path(key))
+        return super().create(key, data)
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         def action() -> None:
@@ -383,27 +423,57 @@ class _LocalObjects(_ObstoreObjects):
         self._guard("write", key, action)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        return super().sizes(prefix) if self._exists else {}
+        def action() -> dict[str, int]:
+            found = ((self._key(e), e.stat(follow_symlinks=False)) for e in self._walk(prefix))
+            return {key: status.st_size for key, status in found}
+
+        return self._guard("list", prefix, action)
 
     def size(self, key: str) -> int | None:
         def action() -> int | None:
             try:
-                return Path(self._path(key)).stat().st_size
+                return Path(self._resolved(self._path(key))).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
         return self._guard("look up", key, action)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        return super().keys(prefix) if self._exists else iter(())
+        return map(self._key, self._walk(prefix))
 
     def children(self, prefix: str) -> list[str]:
-        return super().children(prefix) if self._exists else []
+        def action() -> list[str]:
+            return sorted(entry.name for entry in self._entries(prefix) if entry.is_dir())
+
+        return self._guard("list", prefix, action)
+
+    def _key(self, entry: "os.DirEntry[str]") -> str:
+        return entry.path[len(self.url.rstrip("/")) + 1 :]
+
+    def _entries(self, prefix: str) -> "list[os.DirEntry[str]]":
+        """What is in a folder of the store; nothing where there is none."""
+        try:
+            with os.scandir(self._path(f"{prefix}/" if prefix else "")) as entries:
+                return list(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _walk(self, prefix: str) -> "Iterator[os.DirEntry[str]]":
+        """All files below a prefix; links are not followed."""
+        folders = [prefix]
+        while folders:
+            folder = folders.pop()
+            for entry in self._guard("list", folder, partial(self._entries, folder)):
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}/{entry.name}" if folder else entry.name)
+                elif entry.is_file(follow_symlinks=False) and not _STAGED.search(entry.name):
+                    yield entry
 
     def delete(self, prefix: str, keep: str | None = None) -> None:
         target = Path(self.url, prefix) if prefix else Path(self.url)
 
         def action() -> None:
+            self._path(prefix)
             if keep is None:
                 shutil.rmtree(target)
                 return
@@ -432,7 +502,7 @@ class _LocalObjects(_ObstoreObjects):
 
     def tidy(self, prefix: str) -> None:
         def action() -> None:
-            for folder, _, names in os.walk(Path(self.url, prefix)):
+            for folder, _, names in os.walk(self._path(f"{prefix}/" if prefix else "")):
                 for name in names:
                     if _STAGED.search(name):
                         Path(folder, name).unlink(missing_ok=True)
@@ -451,7 +521,30 @@ class _LocalObjects(_ObstoreObjects):
             self._guard("write to the disk", "", action)
 
     def _path(self, key: str) -> str:
+        """Return the path of an object, of which no folder may lie outside the store.
+
+        Raises
+        ------
+        OSError
+            A link leads there.
+        """
+        folder, _, _ = key.rpartition("/")
+        now = time.monotonic()
+        if not now - self._checked.get(folder, -math.inf) < _CHECKED_SECONDS:
+            self._resolved(f"{self.url}/{folder}")
+            if len(self._checked) >= _MOST_CHECKED:
+                self._checked.clear()
+            self._checked[folder] = now
         return f"{self.url}/{key}"
+
+    def _resolved(self, path: str) -> str:
+        real = os.path.realpath(path)
+        if real != self.url and not real.startswith(f"{self.url.rstrip('/')}/"):
+            raise OSError(
+                f"it is, or lies behind, a symbolic link that leads out of the store, to {real}; "
+                "put what it should be in its place"
+            )
+        return real
 
     def free_bytes(self) -> int | None:
         place = Path(self.url)
@@ -483,17 +576,21 @@ class _FsspecObjects:
     def _path(self, key: str) -> str:
         return f"{self._root.rstrip('/')}/{key}" if key else self._root
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
         def action() -> bytes | None:
             try:
-                return cast(bytes, self._fs.cat_file(self._path(key)))
+                found = cast(bytes, self._fs.cat_file(self._path(key)))
             except FileNotFoundError:
                 return None
+            _refuse_too_large(len(found), most_nbytes)  # not all of them know before they read
+            return found
 
         return self._guard("read", key, action)
 
-    def get_into(self, key: str, memory: ReusedMemory) -> memoryview | None:
-        found = self.get(key)
+    def get_into(
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+    ) -> memoryview | None:
+        found = self.get(key, most_nbytes)
         return None if found is None else memory.filled(memoryview(found))
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
@@ -572,11 +669,6 @@ class _FsspecObjects:
     def free_bytes(self) -> int | None:
         return None
 
-    def zarr_store(self) -> Any:
-        from zarr.storage import FsspecStore
-
-        return FsspecStore.from_url(self.url, read_only=True)
-
 
 def _patiently(verb: str, url: str, key: str, action: Callable[[], _T]) -> _T:
     """Do something with a place; again where it fails for a reason that may pass.
@@ -590,6 +682,8 @@ def _patiently(verb: str, url: str, key: str, action: Callable[[], _T]) -> _T:
     for pause in PAUSES_SECONDS:
         try:
             return action()
+        except StorageError:  # of something that was done for it
+            raise
         except (BaseError, OSError) as error:
             if not _may_pass(error):
                 raise _storage_error(verb, url, key, error) from error
@@ -621,6 +715,11 @@ def _sync_file_system(descriptor: int) -> None:
     elif syncfs(descriptor):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def _refuse_too_large(nbytes: int, most_nbytes: int) -> None:
+    if nbytes > most_nbytes:
+        raise OSError(f"expected at most {most_nbytes:,} bytes, got {nbytes:,}")
 
 
 def _open_new(path: Path) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -25,6 +25,12 @@ Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
 NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
 ALSO_SEEN = "also_seen"
+
+_MAX_NBYTES = 2**30
+"""Of a CSV file that is read: some six million particles."""
+
+_MAX_CHARACTERS = 2**28
+"""Of a column of text: a gigabyte, with every row as wide as the longest."""
 
 _ROWS_SHOWN = 10
 """How many particles a notebook shows."""
@@ -368,6 +374,12 @@ def _read_rows(path: str | PathLike[str]) -> tuple[list[str], list[list[str]]]:
     if not place.is_file():
         raise InvalidInputError(f"{place}: expected a CSV file, got nothing there")
     try:
+        nbytes = place.stat().st_size
+        if nbytes > _MAX_NBYTES:
+            raise InvalidInputError(
+                f"{place}: expected at most {_MAX_NBYTES:,} bytes, got {nbytes:,}; is it a table "
+                "of particles?"
+            )
         with place.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
             rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -395,7 +407,8 @@ def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
     """Numbers of texts, and what is wrong with the first that is none or does not fit."""
     kind = np.dtype(dtype)
     if kind.kind == "U":
-        return np.array(texts, dtype=kind), []
+        values, problem = text_array(texts)
+        return values, [problem] if problem else []
     convert: Any = int if kind.kind == "i" else float
     widest = np.dtype(np.int64 if kind.kind == "i" else np.float64)
     try:
@@ -413,6 +426,26 @@ def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
     return np.empty(0, kind), [
         f"line {line}: expected {dtype}, got {text!r}{_and_more(len(bad) - 1)}"
     ]
+
+
+def text_array(texts: Sequence[object]) -> tuple[AnyArray, str | None]:
+    """Text as NumPy has it, each as wide as the longest, and why it cannot be had.
+
+    Parameters
+    ----------
+    texts
+        One for each particle.
+    """
+    other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        return np.empty(0, str), f"expected text, got {other}"
+    longest = max((len(cast("str", text)) for text in texts), default=0)
+    if longest * len(texts) > _MAX_CHARACTERS:
+        return np.empty(0, str), (
+            f"expected at most {_MAX_CHARACTERS // len(texts):,} characters in each of "
+            f"{len(texts):,} rows, got {longest:,}"
+        )
+    return np.array(texts, str), None
 
 
 def _fits(text: str, convert: Any) -> bool:

@@ -472,7 +472,6 @@ def merge(
         objects.sync()  # so that what is called complete stays complete
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})
         store.update_attributes(objects, "", fmt.dump_attributes(finished))
-        objects.sync()
     return MergeReport(
         output=objects.url,
         n_tiles=len(ready.plan.grid),

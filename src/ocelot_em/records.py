@@ -25,6 +25,7 @@ from ocelot_em.canvas import Region, ceil_div
 from ocelot_em.collected import (
     CANDIDATE_FIELDS,
     EDGES,
+    EXTREMES,
     N_FLAT,
     NEIGHBOUR_FIELDS,
     NEIGHBOURS,
@@ -36,8 +37,24 @@ from ocelot_em.collected import (
     candidate_capacity,
     candidate_level,
 )
-from ocelot_em.errors import ChunkError, FormatError, IncompleteError, MissingChunkError
-from ocelot_em.maps import SCALED_MIP, AnyArray, Float64
+from ocelot_em.errors import (
+    CorruptChunkError,
+    FormatError,
+    IncompleteError,
+    MissingChunkError,
+    OcelotError,
+)
+from ocelot_em.frames import most_encoded_nbytes
+from ocelot_em.maps import (
+    BEST_PARTIAL,
+    COUNT,
+    INDEX,
+    SCALED_MIP,
+    AnyArray,
+    Float64,
+    MapSet,
+    PoseForm,
+)
 from ocelot_em.montage import SHOWN_FIELDS
 from ocelot_em.objects import Objects, ReusedMemory, open_objects, return_free_memory
 from ocelot_em.plan import MergePlan, PlannedExposure
@@ -107,18 +124,23 @@ class Layout:
         Which one.
     tile
         Height and width of a tile.
-    is_montage
-        Whether there are others.
+    maps
+        Which maps the result has.
     """
 
     exposure: PlannedExposure
     tile: tuple[int, int]
-    is_montage: bool
+    maps: MapSet
 
     @classmethod
     def of(cls, plan: MergePlan, exposure: PlannedExposure) -> "Layout":
         """Return the layout of one of the exposures of a plan."""
-        return cls(exposure, plan.tile, plan.is_montage)
+        return cls(exposure, plan.tile, plan.maps)
+
+    @property
+    def is_montage(self) -> bool:
+        """Whether there are other exposures."""
+        return self.maps.exposures
 
     @property
     def folder(self) -> str:
@@ -194,8 +216,7 @@ class Layout:
     def statistics(self, objects: Objects, number: int) -> TileStatistics:
         """Read the statistics of a record."""
         flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
-        own = flat[: self.n_statistics].copy()
-        return TileStatistics.from_flat(own, len(self.exposure.contributions))
+        return self._statistics(objects, number, flat[: self.n_statistics].copy())
 
     def numbers(self, objects: Objects, number: int) -> Numbers:
         """Read the statistics, the candidates and the edges of a record."""
@@ -205,34 +226,85 @@ class Layout:
             flat, [self.n_statistics, self.n_statistics + rows * columns]
         )
         candidates = candidates.reshape(self.candidates_shape)
-        return Numbers(
-            TileStatistics.from_flat(own, len(self.exposure.contributions)),
-            candidates[~np.isnan(candidates[:, 0])],
-            edges.reshape(self.edges_shape),
-        )
+        candidates = candidates[~np.isnan(candidates[:, 0])]
+        statistics = self._statistics(objects, number, own)
+        if wrong := self._wrong_candidates(candidates, number):
+            place = self._place(objects, NUMBERS, number)
+            raise CorruptChunkError(f"{place}: {wrong}; merge again")
+        return Numbers(statistics, candidates, edges.reshape(self.edges_shape))
+
+    def _statistics(self, objects: Objects, number: int, own: Float64) -> TileStatistics:
+        n_partials = len(self.exposure.contributions)
+        counts = own[len(EXTREMES) : len(TILE_FIELDS) + n_partials]
+        wrong = counts[~_are_integers(counts, 0, 2**53)]
+        if wrong.size:
+            raise CorruptChunkError(
+                f"{self._place(objects, NUMBERS, number)}: expected counts of pixels, got "
+                f"{wrong[0]}; merge again"
+            )
+        return TileStatistics.from_flat(own, n_partials)
+
+    def _wrong_candidates(self, rows: Float64, number: int) -> str:
+        """Say where a candidate lies, or what it points to, if that cannot be."""
+        region, n_partials = self.region_of(number), len(self.exposure.contributions)
+        bounds = [
+            ("y", region.y0, region.y1 - 1),
+            ("x", region.x0, region.x1 - 1),
+            (BEST_PARTIAL, 0, n_partials - 1),
+        ]
+        if self.maps.form is PoseForm.INDEXED:
+            bounds.append((INDEX, 0, 2**31 - 2))
+        if self.maps.counts:
+            bounds.append((COUNT, 0, 2**62))
+        for name, low, high in bounds:
+            values = rows[:, CANDIDATE_FIELDS.index(name)]
+            wrong = values[~_are_integers(values, low, high)]
+            if wrong.size:
+                return f"{name} of candidates: expected {low} to {high}, got {wrong[0]}"
+        if np.isnan(rows[:, CANDIDATE_FIELDS.index(SCALED_MIP)]).any():
+            return "expected z-scores of candidates, got NaN"
+        return ""
 
     def shown(self, objects: Objects, number: int) -> Float64:
         """Read what is shown of a record's pixels; of a montage only."""
         return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64").copy()
 
+    def check(self, objects: Objects, number: int) -> None:
+        """Raise unless a record can be read.
+
+        Raises
+        ------
+        ChunkError
+        """
+        self.counts(objects, number)
+        self.statistics(objects, number)
+        if self.is_montage:
+            self.shown(objects, number)
+
     def _read(self, objects: Objects, what: str, number: int, n: int, dtype: str) -> AnyArray:
         path = f"{self.folder}/{what}"
         key = f"{path}/c/{number}"
-        # Fresh memory for each of thousands of records would be scattered, and add up.
-        memory = _memory_of_thread(what)
-        values = np.frombuffer(memory.of(n * np.dtype(dtype).itemsize), dtype)
-        encoded = objects.get(key)
+        nbytes = n * np.dtype(dtype).itemsize
+        encoded = objects.get(key, most_encoded_nbytes(nbytes))
         if encoded is None:
             raise MissingChunkError(
                 f"{objects.url}: {path}: the record of pixels {self.region_of(number)} is missing: "
                 f"expected an object {key}; merge again"
             )
-        store.decode_chunk(
-            encoded,
-            values,
-            f"{objects.url}: {path}: record {number}, pixels {self.region_of(number)}",
-        )
-        return values
+        # Fresh memory for each of thousands of records would be scattered, and add up.
+        memory, place = _memory_of_thread(what), self._place(objects, what, number)
+        return np.frombuffer(store.decode_chunk(encoded, nbytes, memory, place), dtype)
+
+    def _place(self, objects: Objects, what: str, number: int) -> str:
+        """How errors call a record."""
+        path = f"{self.folder}/{what}"
+        return f"{objects.url}: {path}: record {number}, pixels {self.region_of(number)}"
+
+
+def _are_integers(values: Float64, low: int, high: int) -> AnyArray:
+    """Which values are integers within these bounds; NaN is none."""
+    integers: AnyArray = (values >= low) & (values <= high) & (values == np.floor(values))
+    return integers
 
 
 def create_records(objects: Objects, plan: MergePlan) -> None:
@@ -526,11 +598,18 @@ def summary_at(objects: Objects, path: str) -> Summary | None:
     attributes = store.group_attributes(objects, path)
     if attributes is None:
         return None
-    names = MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM
-    return Summary(
-        fmt.parse_attributes(fmt.StatisticsAttributes, attributes, f"{objects.url}/{path}"),
-        Histograms(*(store.read_table(objects, f"{path}/{name}") for name in names)),
-    )
+    about = fmt.parse_attributes(fmt.StatisticsAttributes, attributes, f"{objects.url}/{path}")
+    names, expected = (MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM), Histograms.empty("int64")
+    tables = []
+    for name, like in zip(names, (expected.mip, expected.z, expected.joint), strict=True):
+        table = store.read_table(objects, f"{path}/{name}", max_nbytes=like.nbytes)
+        if (table.shape, table.dtype) != (like.shape, like.dtype) or (table < 0).any():
+            raise FormatError(
+                f"{objects.url}/{path}/{name}: expected {like.dtype} counts of shape {like.shape}, "
+                f"got {table.dtype} of shape {table.shape}, the lowest {table.min()}"
+            )
+        tables.append(table)
+    return Summary(about, Histograms(*tables))
 
 
 def read_exposure_statistics(
@@ -639,7 +718,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
             for read in reads:
                 try:
                     read(objects, number)
-                except ChunkError as error:
+                except OcelotError as error:
                     found.append(str(error))
             return found
 
@@ -651,7 +730,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
             if read_summary(objects.url, number) is None:
                 path = "statistics" if number is None else statistics_path(number)
                 yield f"{objects.url}: the group {path!r} is missing; merge again"
-        except FormatError as error:
+        except OcelotError as error:
             yield str(error)
 
 

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from itertools import pairwise
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from ocelot_em import format as fmt
 from ocelot_em import store
@@ -367,9 +367,11 @@ class PartialWriter:
                 "give every writer a name of its own"
             )
         self._objects.tidy(self._path)
+        self._objects.sync()  # so that what is called complete stays complete
         attributes = fmt.dump_attributes(self._attributes("complete"))
         store.update_attributes(self._objects, self._path, attributes)
         _refresh_total(self._objects, self._exposure_id)
+        self._objects.sync()
 
     def _taken_problems(self) -> list[str]:
         if store.group_attributes(self._objects, self._path) is None:
@@ -613,12 +615,17 @@ def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
         raise InvalidInputError(problems)
 
 
+_NUMBER = re.compile("0|[1-9][0-9]{0,9}")
+
+
 def _claim_number(objects: Objects, exposure: str) -> int:
     """Take the next number; two processes never get the same. One that dies now leaves a gap."""
     store.create_group(objects, fmt.EXPOSURE_NUMBERS, {})
     claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
-    taken = (int(n) for n in objects.children(fmt.EXPOSURE_NUMBERS) if n.isdecimal())
+    taken = (int(n) for n in objects.children(fmt.EXPOSURE_NUMBERS) if _NUMBER.fullmatch(n))
     number = max(taken, default=-1) + 1
+    if number > 2**31 - 2:
+        raise FormatError(f"{objects.url}/{fmt.EXPOSURE_NUMBERS}: there is no number left")
     while not store.create_group(objects, f"{fmt.EXPOSURE_NUMBERS}/{number}", claim):
         number += 1
     return number
@@ -638,6 +645,8 @@ def search_attributes(
     valid_shape, size = shape, info.pixel_size_angstrom
     if not all(1 <= n < 2**31 for n in shape):
         problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
+    elif (n := len(TileGrid(shape, (fmt.DEFAULT_CHUNK,) * 2))) > fmt.MOST_CHUNKS:
+        problems.append(f"shape: expected at most {fmt.MOST_CHUNKS:,} chunks, got {n:,}")
     elif exposure is None or exposure.valid_shape is None:
         try:
             valid_shape = info.valid_shape(shape)
@@ -751,12 +760,8 @@ def read_exposures(
                 total_projections=attributes.total_projections,
             )
         ]
-    names = objects.children(fmt.EXPOSURES)
-    found = [
-        read_exposure(objects, name)
-        for name in names
-        if objects.get(f"{exposure_path(name)}/zarr.json") is not None
-    ]
+    names = _names_of_groups(objects, fmt.EXPOSURES, "exposure id")
+    found = [read_exposure(objects, name) for name in names]
     found.sort(key=lambda exposure: exposure.number)
     for one, other in pairwise(found):
         if one.number == other.number:
@@ -786,7 +791,10 @@ def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | Non
     if digest is None:
         return None
     tables = (store.read_table(objects, f"{fmt.SEARCH_SPACE}/{name}") for name in TABLES)
-    space = SearchSpace.from_tables(*tables)
+    try:
+        space = SearchSpace.from_tables(*tables)
+    except InvalidInputError as error:
+        raise FormatError(f"{objects.url}/{fmt.SEARCH_SPACE}: {error}") from None
     if space.digest != digest:
         raise FormatError(
             f"{objects.url}/{fmt.SEARCH_SPACE}: the tables are not the ones the search was "
@@ -827,11 +835,25 @@ def read_partial_attributes(
 
 
 def partial_names(objects: Objects, exposure: str = "") -> list[str]:
-    """Names of all partials of an exposure, complete or not, in alphabetical order."""
-    names = set()
-    for name in objects.children(partials_path(exposure)):
-        if objects.get(f"{partial_path(name, exposure)}/zarr.json") is not None:
-            names.add(name)
+    """Names of all partials of an exposure, complete or not, in alphabetical order.
+
+    Raises
+    ------
+    FormatError
+        A group has a name that no partial has.
+    """
+    return _names_of_groups(objects, partials_path(exposure), "partial name")
+
+
+def _names_of_groups(objects: Objects, path: str, what: str) -> list[str]:
+    names = {
+        name
+        for name in objects.children(path)
+        if objects.get(f"{path}/{name}/zarr.json") is not None
+    }
+    problems = [problem for name in names for problem in name_problems(name, what)]
+    if problems:
+        raise FormatError(f"{objects.url}/{path}: {'; '.join(sorted(problems)[:20])}")
     return sorted(names)
 
 
@@ -875,7 +897,19 @@ def open_partial_maps(
     for chunked in maps.values():
         if shape is not None and chunked.shape != shape:
             raise FormatError(f"{chunked.place}: expected shape {shape}, got {chunked.shape}")
+        if wrong := chunk_problem(chunked, next(iter(maps.values()))):
+            raise FormatError(wrong)
     return maps
+
+
+def chunk_problem(chunked: store.ChunkedMap, other: store.ChunkedMap) -> str:
+    """Say so where maps of one partial, or of one merged result, have different chunks."""
+    if chunked.grid == other.grid:
+        return ""
+    return (
+        f"{chunked.place}: expected chunks of {other.grid.cell} pixels in {other.shape}, as "
+        f"{other.path} has them, got {chunked.grid.cell} in {chunked.shape}"
+    )
 
 
 def _place(url: str, path: str, name: str) -> str:
@@ -905,6 +939,11 @@ def _refresh_total(objects: Objects, exposure: str) -> None:
         written = total
 
 
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}"
+_GROUP = rf"^(({fmt.EXPOSURES}/{_NAME}/)?{fmt.PARTIALS}/{_NAME})?$"
+"""Paths of groups that can be merged: a partial, or all of an earlier result."""
+
+
 class Source(fmt.Attributes):
     """One input of a merge: a partial of a search, or an earlier merged result.
 
@@ -927,12 +966,12 @@ class Source(fmt.Attributes):
     """
 
     url: str
-    path: str
+    path: Annotated[str, StringConstraints(pattern=_GROUP)]
     name: str
     id: str
-    total_projections: int
-    first_number: int
-    contributions: tuple[fmt.Contribution, ...]
+    total_projections: fmt.Count
+    first_number: fmt.Number
+    contributions: fmt.Several[fmt.Contribution]
     has_counts: bool
 
     @property

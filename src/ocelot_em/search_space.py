@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ocelot_em.errors import InvalidInputError
+from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.maps import AnyArray, Float32
 
 TABLES = ("euler_angles", "defocus_values", "pixel_values")
@@ -91,7 +91,16 @@ class SearchSpace:
         tuple
             phi, theta, psi (degrees), defocus (Å), pixel-size offset (Å), each float32 of the
             shape of ``index``; NaN where the index is -1.
+
+        Raises
+        ------
+        InvalidDataError
+            An index is beyond the search space.
         """
+        if index.size and not -1 <= int(index.min()) <= int(index.max()) < self.n_poses:
+            raise InvalidDataError(
+                f"index: expected -1 to {self.n_poses - 1}, got {index.min()} to {index.max()}"
+            )
         n_orientations, n_defocus = len(self.euler_angles), len(self.defocus_values)
         searched = index >= 0
         safe = np.where(searched, index, 0).astype(np.int64)

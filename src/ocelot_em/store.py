@@ -1,15 +1,16 @@
 """Zarr stores of searches and merged results; the only importer of zarr.
 
-Metadata is created and parsed by zarr. Chunks are read and written here, straight between their
-bytes and memory that the caller owns: zarr returns fill values for chunks that are missing, cannot
-decode into given memory and sends all threads through one event loop. What is written is plain
-Zarr v3 that any reader opens.
+Metadata is created by zarr; what is read of it, :mod:`ocelot_em.metadata` parses. Chunks are read
+and written here, straight between their bytes and memory that the caller owns: zarr returns fill
+values for chunks that are missing, cannot decode into given memory and sends all threads through
+one event loop. What is written is plain Zarr v3 that any reader opens.
 """
 
 import contextlib
 import json
+import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,23 +19,27 @@ import zarr
 from numcodecs.blosc import Blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
-from zarr.errors import BaseZarrError
 from zarr.storage import MemoryStore
 
-from ocelot_em.canvas import Region, Tile, TileGrid
-from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
+from ocelot_em.canvas import Region, Tile, TileGrid, ceil_div
+from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError, MissingChunkError
 from ocelot_em.format import (
     DIMENSIONS,
     MAX_CHUNK_NBYTES,
+    MAX_METADATA_NBYTES,
     fill_value,
     map_attributes,
     shuffle_of,
 )
-from ocelot_em.frames import Frame, encode
+from ocelot_em.frames import Frame, encode, most_encoded_nbytes
 from ocelot_em.maps import MAPS, AnyArray
+from ocelot_em.metadata import ArrayInfo, BloscSettings, parse_array, parse_group
 from ocelot_em.objects import Objects, ReusedMemory
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+
+TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
+"""Stored types of arrays that are no maps."""
 
 _of_thread = threading.local()
 
@@ -52,19 +57,8 @@ def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
     FormatError
         Its metadata is not that of a Zarr v3 group.
     """
-    encoded = objects.get(_join(path, "zarr.json"))
-    if encoded is None:
-        return None
-    with _metadata_errors(objects, path):
-        # zarr itself takes a millisecond for it, and a montage has thousands of groups.
-        content = json.loads(encoded)
-        kind = content["zarr_format"], content["node_type"]
-        if kind != (3, "group"):
-            raise FormatError(
-                f"{_join(objects.url, path)}: expected a group of Zarr format 3, got "
-                f"{kind[1]!r} of format {kind[0]!r}"
-            )
-        return dict(content.get("attributes", {}))
+    encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
+    return None if encoded is None else parse_group(encoded, _join(objects.url, path))
 
 
 def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
@@ -75,7 +69,13 @@ def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -
 
 def _group_metadata(attributes: dict[str, Any]) -> bytes:
     content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return json.dumps(content, indent=2).encode()
+    encoded = json.dumps(content, indent=2).encode()
+    if len(encoded) > MAX_METADATA_NBYTES:
+        raise InvalidInputError(
+            f"metadata: expected at most {MAX_METADATA_NBYTES:,} bytes, which is all that is read, "
+            f"got {len(encoded):,}; merge some of the inputs first, then the results"
+        )
+    return encoded
 
 
 def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple
     write_chunk(objects, key, np.ascontiguousarray(values))
 
 
-def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**32) -> AnyArray:
+def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyArray:
     """Read a small array whole.
 
     Raises
@@ -102,15 +102,32 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**32) -> AnyAr
     FormatError
         It is not there, too large, or cannot be decoded.
     """
-    with _metadata_errors(objects, path):
-        array = zarr.open_array(objects.zarr_store(), path=path, mode="r")
-        if array.nbytes > max_nbytes:
-            raise FormatError(
-                f"{objects.url}/{path}: expected at most {max_nbytes} bytes, got {array.nbytes}"
-            )
-        if array.nchunks_initialized != array.nchunks:
-            raise FormatError(f"{objects.url}/{path}: the table's chunk is missing")
-        return np.asarray(array[...])
+    place = f"{objects.url}/{path}"
+    about = _read_array(objects, path, place, TABLE_DTYPES, most_chunk_nbytes=max_nbytes)
+    if (nbytes := math.prod(about.shape) * about.dtype.itemsize) > max_nbytes:
+        raise FormatError(f"{place}: expected at most {max_nbytes} bytes, got {nbytes}")
+    nbytes = math.prod(about.chunk) * about.dtype.itemsize
+    values = whole = np.empty(0, about.dtype)
+    counts = [ceil_div(n, cell) for n, cell in zip(about.shape, about.chunk, strict=True)]
+    for index in np.ndindex(*counts):
+        key = "/".join([path, "c", *map(str, index)])
+        encoded = objects.get(key, most_encoded_nbytes(nbytes))
+        if encoded is None:
+            raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
+        try:
+            frame = Frame(memoryview(encoded), nbytes)
+            if not any(index):  # only now is it known that there is something to put there
+                values = whole = np.empty(about.shape, about.dtype)
+                if about.chunk != about.shape:
+                    whole = np.empty(about.chunk, about.dtype)
+            frame.decode(whole)
+        except ValueError as error:
+            raise FormatError(f"{place}: chunk {key} is corrupt: {error}") from error
+        if whole is not values:
+            cells = zip(index, about.chunk, strict=True)
+            target = values[tuple(slice(i * n, (i + 1) * n) for i, n in cells)]
+            target[...] = whole[tuple(map(slice, target.shape))]
+    return values
 
 
 def create_map(
@@ -262,14 +279,15 @@ class ChunkedMap:
         MissingChunkError, CorruptChunkError
             Naming store, partial, map and chunk.
         """
-        encoded = self.objects.get_into(self.key(chunk), memory)
+        nbytes = self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize
+        encoded = self.objects.get_into(self.key(chunk), memory, most_encoded_nbytes(nbytes))
         if encoded is None:
             raise MissingChunkError(
                 f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
                 f"missing: expected an object {self.key(chunk)}; write the partial again"
             )
         try:
-            return Frame(encoded, self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize)
+            return Frame(encoded, nbytes)
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
 
@@ -385,8 +403,13 @@ def encode_chunk(values: AnyArray) -> list[bytes]:
     return encode(values, _BLOSC)
 
 
-def decode_chunk(encoded: bytes, out: AnyArray, place: str) -> None:
-    """Decode a chunk into C-contiguous values of its size.
+def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) -> memoryview:
+    """Decode a chunk that shall have this size.
+
+    Returns
+    -------
+    memoryview
+        In the memory, valid until that is used again; it is asked for no more than the chunk has.
 
     Raises
     ------
@@ -394,7 +417,10 @@ def decode_chunk(encoded: bytes, out: AnyArray, place: str) -> None:
         With the place.
     """
     try:
-        Frame(memoryview(encoded), out.nbytes).decode(out)
+        frame = Frame(memoryview(encoded), nbytes)
+        decoded = memory.of(nbytes)
+        frame.decode(np.frombuffer(decoded, np.uint8))
+        return decoded
     except ValueError as error:
         raise CorruptChunkError(f"{place}: is corrupt: {error}; merge again") from error
 
@@ -415,58 +441,42 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
         It is not there; or its dimensions, type, chunks, codecs or key encoding are not those of
         ``docs/format.md``. All problems are named.
     """
-    if objects.get(_join(path, "zarr.json")) is None:
-        raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
-    with _metadata_errors(objects, path):
-        array = zarr.open_array(objects.zarr_store(), path=path, mode="r", zarr_format=3)
-    metadata = cast(Any, array.metadata)
-    allowed = tuple(dtypes)
-    problems = []
-    if array.ndim != 2 or metadata.dimension_names != DIMENSIONS:
-        problems.append(
-            f"expected dimensions {DIMENSIONS}, got shape {array.shape} "
-            f"named {metadata.dimension_names}"
-        )
-    if array.dtype.name not in allowed:
-        problems.append(f"expected dtype {' or '.join(allowed)}, got {array.dtype}")
-    grid = metadata.chunk_grid.to_dict()
-    if grid["name"] != "regular":
-        problems.append(f"expected a regular chunk grid, got {grid['name']}")
-    elif np.prod([int(n) for n in array.chunks], dtype=object) * array.dtype.itemsize > (
-        MAX_CHUNK_NBYTES
-    ):
-        problems.append(f"chunks of {array.chunks} are larger than {MAX_CHUNK_NBYTES} bytes")
-    codecs = [codec.to_dict() for codec in metadata.codecs]
-    names = [codec["name"] for codec in codecs]
-    if names != ["bytes", "blosc", "crc32c"]:
-        problems.append(f"expected codecs bytes, blosc, crc32c, got {', '.join(names)}")
-    elif codecs[0].get("configuration", {}).get("endian", "little") != "little":
-        problems.append("expected little-endian bytes, got big-endian")
-    encoding = metadata.chunk_key_encoding.to_dict()
-    if encoding["name"] != "default" or metadata.encode_chunk_key((0, 0)) != "c/0/0":
-        problems.append("expected the default chunk key encoding with separator '/'")
-    if problems:
-        raise FormatError(f"{place}: {'; '.join(problems)}")
-    height, width = array.shape
+    about = _read_array(objects, path, place, tuple(dtypes), DIMENSIONS)
+    (height, width), (chunk_height, chunk_width) = about.shape, about.chunk
     return ChunkedMap(
         objects=objects,
         path=path,
         place=place,
-        grid=TileGrid((height, width), (array.chunks[0], array.chunks[1])),
-        dtype=array.dtype.newbyteorder("="),
-        fill=array.fill_value.item(),
-        codec=_codec(codecs[1]["configuration"]),
+        grid=TileGrid((height, width), (chunk_height, chunk_width)),
+        dtype=about.dtype,
+        fill=about.fill,
+        codec=_codec(about.blosc),
     )
 
 
-def _codec(configuration: dict[str, Any]) -> Blosc:
+def _read_array(
+    objects: Objects,
+    path: str,
+    place: str,
+    dtypes: Sequence[str],
+    dimensions: tuple[str, ...] | None = None,
+    most_chunk_nbytes: int = MAX_CHUNK_NBYTES,
+) -> ArrayInfo:
+    encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
+    if encoded is None:
+        raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
+    where = f"{objects.url}/{path}"
+    return parse_array(encoded, where, place, dtypes, dimensions, most_chunk_nbytes)
+
+
+def _codec(settings: BloscSettings) -> Blosc:
     """Make the codec that an array's metadata names."""
     shuffle = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
     return Blosc(
-        cname=configuration["cname"],
-        clevel=configuration["clevel"],
-        shuffle=shuffle.get(configuration["shuffle"], Blosc.BITSHUFFLE),
-        blocksize=configuration["blocksize"],
+        cname=settings.cname,
+        clevel=settings.clevel,
+        shuffle=shuffle.get(settings.shuffle, Blosc.BITSHUFFLE),
+        blocksize=settings.blocksize,
     )
 
 
@@ -482,23 +492,6 @@ def _memory_of_thread() -> ReusedMemory:
     if not hasattr(_of_thread, "memory"):
         _of_thread.memory = ReusedMemory()
     return cast(ReusedMemory, _of_thread.memory)
-
-
-@contextlib.contextmanager
-def _metadata_errors(objects: Objects, path: str) -> Iterator[None]:
-    try:
-        yield
-    except FormatError:
-        raise
-    except (
-        BaseZarrError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        FileNotFoundError,
-    ) as error:
-        raise FormatError(f"{_join(objects.url, path)}: cannot be read as Zarr: {error}") from error
 
 
 def _join(*parts: str) -> str:

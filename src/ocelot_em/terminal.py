@@ -34,6 +34,7 @@ class MergeProgress(Observer):
         self._n_tiles = self._n_done = self._at_start = 0
         self._failed: set[tuple[int, int]] = set()
         self._stop: Callable[[], None] | None = None
+        self._is_to_stop = False
         self._nbytes = 0
         self._started = self._told = time.perf_counter()
 
@@ -52,6 +53,8 @@ class MergeProgress(Observer):
     def locked(self, stop: Callable[[], None]) -> None:
         """Know how to stop the run."""
         self._stop = stop
+        if self._is_to_stop:  # whoever was told first took it for an error of its own
+            stop()
 
     def stop(self, why: str) -> None:
         """Have the run end after the tiles in hand.
@@ -61,6 +64,7 @@ class MergeProgress(Observer):
         StoppedError
             It has not begun yet.
         """
+        self._is_to_stop = True
         if self._stop is None:
             raise StoppedError(f"{why}: stopped before anything was merged")
         self.console.print(f"{why}: stopping after the tiles in hand", markup=False)

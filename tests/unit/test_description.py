@@ -317,7 +317,7 @@ def test_exposures_that_are_nowhere(montage):
 @pytest.mark.parametrize(
     ("origins", "problem"),
     [
-        ("NONE.csv", "NONE.csv: expected a file, got none"),
+        ("NONE.csv", "NONE.csv: expected a file with origins of exposures, got no file"),
         ("RUN.yaml", "RUN.yaml: expected a name that ends in .csv, .star or .mdoc"),
         ({"file": "o.csv", "flip_y": True}, "o.csv: origins of a .csv file are taken as they are"),
         ({"file": "o.csv", "flip": True}, "RUN.yaml: origins.flip: Extra inputs are not permitted"),

@@ -127,6 +127,15 @@ def test_wild_offsets_with_a_good_checksum_do_no_harm(where, value):
             continue
 
 
+@pytest.mark.parametrize("block", [0, 1, 3, 1023, 2**31, 2**32 - 1])
+def test_a_table_of_blocks_that_nobody_needs_is_not_made(block):
+    values = np.zeros(2**20, np.uint8)
+    data = bytearray(stored(values, cname="lz4", blocksize=1024)[:-4]) + bytes(2**22)
+    struct.pack_into("<I", data, 8, block)
+    struct.pack_into("<I", data, 12, len(data))
+    assert Frame(with_crc(data), values.nbytes).n_blocks == 1
+
+
 def test_read_only_bytes_are_decoded_whole(rng):
     values = rng.normal(size=(1024, 1024)).astype(np.float32)
     frame = Frame(memoryview(bytes(stored(values, cname="lz4", clevel=5))), values.nbytes)

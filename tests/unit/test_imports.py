@@ -21,7 +21,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 HOME = {
-    "zarr": {"store", "objects", "interop.ome_zarr"},
+    "zarr": {"store", "interop.ome_zarr"},
     "numcodecs": {"doctor", "frames", "store"},
     "google_crc32c": {"doctor", "frames"},
     "obstore": {"objects"},
@@ -36,7 +36,7 @@ HOME = {
     "cupy": {"device", "arrays"},
     "cupyx": {"device"},
     "dask_cuda": {"cluster"},
-    "torch": {"arrays", "interop.leopard", "process_results"},
+    "torch": {"arrays", "process_results"},
     "rich": {"cli", "terminal"},
     "matplotlib": {"plots", "report"},
     "mrcfile": {"interop.mrc"},
@@ -87,11 +87,6 @@ def test_a_package_is_imported_only_where_it_belongs(package):
         if any(module.partition(".")[0] == package for module in imports(tree))
     }
     assert users <= HOME[package]
-
-
-def test_objects_know_nothing_of_zarr_but_its_store_classes():
-    names = {m for m in imports(TREES["ocelot_em.objects"]) if m.partition(".")[0] == "zarr"}
-    assert names == {"zarr.storage"}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from ocelot_em import (
     read_search_space_file,
 )
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.interop.result_file import open_result_file
 from ocelot_em.maps import COUNT, INDEX, MIP, POSES, SUM
 from ocelot_em.search_space import TABLES
 
@@ -121,14 +122,6 @@ def test_files_of_both_kinds_and_forms(tmp_path, small_chunks, kind, indexed):
     assert describe(tmp_path / "R").attributes.total_projections == 9
     assert shares == sorted(shares)
     assert shares[-1] == ("convert", 1.0)
-
-
-def test_legacy_files_of_torch(tmp_path):
-    maps = explicit_maps()
-    content = {key: torch.from_numpy(values) for key, values in maps.items()} | {COUNT: 9}
-    torch.save(content, tmp_path / "gpu0.pt", _use_new_zipfile_serialization=False)
-    import_results([tmp_path / "gpu0.pt"], tmp_path / "R")
-    assert_imported(tmp_path / "R", "gpu0", maps)
 
 
 def test_real_crops_in_both_forms(tmp_path, crops, tables):
@@ -224,8 +217,8 @@ def test_no_files(tmp_path):
         ("a.npz", None, "expected a file, got nothing there"),
         ("a.npz", b"", "expected a .npz or .pt dictionary"),
         ("a.npz", b"hello", "expected a .npz or .pt dictionary"),
-        ("a.pt", b"", "cannot be read without unpickling"),
-        ("a.pt", b"hello", "cannot be read without unpickling"),
+        ("a.pt", b"", "expected a .npz or .pt dictionary of arrays; save it again with torch 1.6"),
+        ("a.pt", b"hello", "expected a .npz or .pt dictionary"),
         ("a.npz", b"PK\x03\x04", "cannot be opened"),
         ("a.pt", b"PK\x03\x04", "cannot be opened"),
     ],
@@ -292,8 +285,8 @@ def test_pickled_objects_are_refused_and_never_executed(tmp_path):
     assert_mentions(
         problems,
         f"{npz}: config.npy: holds Python objects, which are never unpickled",
-        f"{pt}: cannot be read without unpickling, which is never done",
-        f"{legacy}: cannot be read without unpickling, which is never done",
+        f"{pt}: b/data.pkl: cannot be read without unpickling, which is never done: it would run",
+        f"{legacy}: expected a .npz or .pt dictionary of arrays; save it again with torch 1.6",
     )
     assert not (tmp_path / "sprung").exists()
 
@@ -313,11 +306,57 @@ def test_other_keys_of_a_pt_file_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros((5, 6), dtype=torch.bfloat16), torch.zeros(5, 6).to_sparse()]
+    ("tensor", "problem"),
+    [
+        (torch.zeros((5, 6), dtype=torch.bfloat16), f"{SUM}: NumPy has nothing like torch's BFlo"),
+        (torch.zeros(5, 6).to_sparse(), "would run 'torch._utils._rebuild_sparse_tensor'"),
+        (torch.zeros(1).expand(5, 6), "expected a value for each element of tensors, got 1"),
+        ([1.0], f"{SUM}: expected a tensor or a number, got list"),
+    ],
 )
-def test_tensors_that_numpy_cannot_hold(tmp_path, tensor):
+def test_tensors_that_cannot_be_read(tmp_path, tensor, problem):
     file = save_pt(tmp_path / "a.pt", explicit_maps(), **{SUM: tensor})
-    assert_mentions(refusal_of([file], tmp_path / "R"), f"a.pt: {SUM}: ")
+    assert_mentions(refusal_of([file], tmp_path / "R"), problem)
+
+
+def test_a_compressed_archive_of_torch(tmp_path):
+    file = save_pt(tmp_path / "a.pt", explicit_maps())
+    with zipfile.ZipFile(file) as given:
+        members = {member: given.read(member) for member in given.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as written:
+        for member, content in members.items():
+            written.writestr(member, content)
+    problems = refusal_of([file], tmp_path / "R")
+    assert_mentions(problems, "data.pkl: is compressed, which torch does not do")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_tensors_are_read_as_torch_reads_them(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("tensors") / "a.pt"
+    names = ["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    tensor = torch.arange(60).to(getattr(torch, data.draw(st.sampled_from(names))))
+    tensor = data.draw(
+        st.sampled_from(
+            [
+                tensor,
+                tensor.reshape(5, 12),
+                tensor.reshape(5, 12).T,
+                tensor.reshape(3, 4, 5)[:, 1],
+                tensor[7:50:3],
+                tensor[:0],
+                tensor[9],
+                tensor.reshape(12, 5)[2:4],
+            ]
+        )
+    )
+    other = tensor.view(tensor.shape)
+    torch.save({MIP: tensor, SUM: other, "x": [(1, None), {}], 3: 2**70, "c": 1 + 0.5}, path)
+    file = open_result_file(path)
+    for key in (MIP, SUM):
+        assert same_bits(file.small(key), tensor.numpy())
+        assert file.info()[key] == (tuple(tensor.shape), tensor.numpy().dtype)
+    file.close()
 
 
 def test_column_major_maps(tmp_path):

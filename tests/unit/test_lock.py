@@ -96,12 +96,19 @@ def test_a_lock_of_elsewhere_that_changes_is_respected(place):
         beating.join()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'{"pid": 1e400}', b"[" * 10**5])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'{"pid": 1e400}', b"[" * 60_000])
 def test_a_lock_that_says_nothing_is_watched_too(place, content):
     place.put("lock/4", [content])
     with OutputLock(place) as held:
         assert held.key == "lock/5"
         assert keys(place) == ["lock/5"]
+
+
+def test_other_files_beside_a_lock_do_not_matter(place):
+    for name in ("x", "-1", "1.stop", "\u0663", "9" * 200, "3/4"):
+        place.put(f"lock/{name}", [b"{}"])
+    with OutputLock(place) as held:
+        assert held.key == "lock/0"
 
 
 def test_of_many_that_want_a_left_lock_one_gets_it(place):

@@ -739,9 +739,13 @@ def test_other_kinds_of_files_are_refused(write, name):
 
 @pytest.mark.parametrize("name", ["o.csv", "o.star", "o.mdoc"])
 def test_no_file(tmp_path, name):
-    assert problems_of(tmp_path / name) == ["expected a file, got none"]
+    assert problems_of(tmp_path / name) == [
+        "expected a file with origins of exposures, got no file"
+    ]
     (tmp_path / name).mkdir()
-    assert problems_of(tmp_path / name) == ["expected a file, got none"]
+    assert problems_of(tmp_path / name) == [
+        "expected a file with origins of exposures, got no file"
+    ]
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.star", "o.mdoc"])
@@ -751,8 +755,7 @@ def test_large_files_are_refused_unread(tmp_path, name, monkeypatch):
         file.truncate(256_000_001)  # takes no room on the disk
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: pytest.fail("was read"))
     (problem,) = problems_of(path)
-    assert "256 MB" in problem
-    assert "256000001" in problem
+    assert "at most 256,000,000 bytes, got 256,000,001" in problem
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.star", "o.mdoc"])

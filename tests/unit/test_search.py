@@ -467,6 +467,12 @@ def test_a_writer_of_no_map_is_refused(tmp_path, shape):
     assert not (tmp_path / "R").exists()
 
 
+def test_a_writer_of_more_chunks_than_are_read_is_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match="at most 4,194,304 chunks"):
+        PartialWriter(tmp_path / "RUN", "gpu0", (2**31 - 1, 2**31 - 1), total_projections=1)
+    assert snapshot(tmp_path) == {}
+
+
 def test_making_a_writer_writes_nothing(tmp_path):
     PartialWriter(tmp_path / "R", "a", (5, 6), total_projections=9)
     assert not (tmp_path / "R").exists()

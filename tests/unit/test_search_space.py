@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from builders import SPACE
 from ocelot_em import SearchSpace
-from ocelot_em.errors import InvalidInputError
+from ocelot_em.errors import InvalidDataError, InvalidInputError
 
 
 def numbered_tables(n_orientations, n_defocus, n_pixel):
@@ -39,7 +39,7 @@ def test_not_searched_decodes_to_nan_and_never_to_the_last_orientation():
 
 
 def test_an_index_beyond_the_search_space_is_not_decoded():
-    with pytest.raises(IndexError):
+    with pytest.raises(InvalidDataError, match="expected -1 to"):
         SPACE.decode(np.array([SPACE.n_poses]))
 
 

@@ -186,10 +186,6 @@ def test_long_texts(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xff\xfea\x00",
-        "a: é".encode("latin-1"),
-        "a: é".encode("utf-16"),
-        b"a: \x00",
         b"a: \x1b[0m",
         b"PK\x03\x04",
         b"a: [1",
@@ -212,17 +208,43 @@ def test_what_cannot_be_read(tmp_path, content):
     assert problem.startswith("cannot be read as YAML: ")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff\xfea: 1", "expected text in UTF-8"),
+        ("a: é".encode("latin-1"), "expected text in UTF-8"),
+        ("a: é".encode("utf-16"), "expected text, got binary data"),
+        (b"a: \x00", "expected text, got binary data"),
+    ],
+)
+def test_what_is_no_text(tmp_path, content, problem):
+    assert refusal_of(written(tmp_path, content))[0].startswith(problem)
+
+
 def test_what_is_not_there(tmp_path):
-    for path in (tmp_path / "NONE.yaml", tmp_path, tmp_path / ("x" * 300)):
-        (problem,) = refusal_of(path)
-        assert problem.startswith("cannot be read as YAML: ")
+    for path in (tmp_path / "NONE.yaml", tmp_path):
+        assert refusal_of(path) == ("expected a list of things to do, got no file",)
+    (problem,) = refusal_of(tmp_path / ("x" * 300))
+    assert problem == "cannot be read: File name too long"
+
+
+def test_what_has_no_end_is_not_read():
+    (problem,) = refusal_of(Path("/dev/zero"))
+    assert problem == "expected a list of things to do, got no file"
+
+
+def test_more_values_than_anybody_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("ocelot_em.interop.yaml_file.MAX_VALUES", 7)
+    assert read_yaml(written(tmp_path, "a: [1, 2, 3, 4]"), "x") == {"a": [1, 2, 3, 4]}
+    (problem,) = refusal_of(written(tmp_path, "a: [1, 2, 3, 4,\n 5]"))
+    assert problem == "line 2: expected at most 7 values and keys, got more"
 
 
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
     path = written(tmp_path, "a: 1\n")
     with path.open("r+b") as file:
         file.truncate(MAX_NBYTES + 1)
-    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: pytest.fail("it was read"))
     (problem,) = refusal_of(path)
     assert problem == (
         "expected a list of things to do of at most 64,000,000 bytes, got 64,000,001"

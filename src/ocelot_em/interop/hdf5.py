@@ -41,6 +41,9 @@ GZIP_LEVEL = 4
 CHUNK = 512
 """Edge of a chunk in pixels: 1 MiB, which HDF5 keeps in its cache while it is read in parts."""
 
+MAX_CHUNK_NBYTES = 2**30
+"""Of a file that is read: HDF5 reads a chunk whole."""
+
 PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
 """Ours, beside Leopard-EM's own attributes; it ignores what it does not know."""
 
@@ -155,26 +158,63 @@ def import_hdf5(
     with ExitStack() as stack:
         try:
             file = stack.enter_context(h5py.File(place, "r"))
-            group = file.get(GROUP)
-            stored = {} if group is None else dict(group.items())
-            maps = {
-                name: stored[name]
-                for name in OUR_NAMES
-                if isinstance(stored.get(name), h5py.Dataset)
-            }
+            maps, problems = _maps(h5py, file)
             count = file.attrs.get("total_projections")
             size = file.attrs.get(PIXEL_SIZE_ATTRIBUTE)
-        except (OSError, KeyError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # h5py has no list of what it raises
             raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error
+        if problems:
+            raise InvalidInputError(f"{place}: {problem}" for problem in problems)
         files = MapFiles(
             place=str(place),
             name=place.stem,
             maps=maps,
             paths=[place],
             pixel_size_angstrom=_positive(size),
-            total_projections=count if np.any(count) else None,  # 0 if it was never set
+            total_projections=count,
         )
         return import_map_files(files, output, about or FinishedSearch(), on_progress)
+
+
+def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:
+    """Datasets of the maps, and what is wrong with them; nothing outside the file is touched."""
+    maps, problems = dict[str, Any](), list[str]()
+    for path in (GROUP, *(f"{GROUP}/{name}" for name in OUR_NAMES)):
+        link = file.get(path, getlink=True)
+        if link is None:
+            continue
+        if not isinstance(link, h5py.HardLink):
+            problems.append(f"{path}: expected it in this file, got a link")
+            if path == GROUP:
+                break
+            continue
+        found = file[path]
+        if path == GROUP or not isinstance(found, h5py.Dataset):
+            continue
+        problem = _dataset_problem(found)
+        if problem:
+            problems.append(f"{path}: {problem}")
+        maps[path.rpartition("/")[2]] = found
+    return maps, problems
+
+
+def _dataset_problem(dataset: Any) -> str | None:
+    """Say why a map should not be read, if it should not."""
+    shape, chunk = dataset.shape, dataset.chunks
+    if shape is None:
+        return "expected a map (y, x), got nothing"
+    if dataset.is_virtual or dataset.external:
+        return "expected its values in this file, got a reference to others"
+    # Where there is nothing, HDF5 makes up values: a map of any size would fit into few bytes.
+    if chunk is None:
+        expected, got = dataset.nbytes, dataset.id.get_storage_size()
+        return f"expected {expected:,} bytes, got {got:,}" if got < expected else None
+    nbytes = math.prod(chunk) * dataset.dtype.itemsize
+    if nbytes > MAX_CHUNK_NBYTES:
+        return f"expected chunks of at most {MAX_CHUNK_NBYTES:,} bytes, got {nbytes:,}"
+    expected = math.prod(map(ceil_div, shape, chunk))
+    got = dataset.id.get_num_chunks()
+    return f"expected {expected:,} chunks, got {got:,}" if got != expected else None
 
 
 def _h5py() -> Any:

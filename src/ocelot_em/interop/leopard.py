@@ -1,40 +1,32 @@
-"""Result files of Leopard-EM's devices: ``.npz`` and ``.pt`` dictionaries, converted in bands.
-
-Nothing is ever unpickled: ``.npz`` members are parsed as plain ``.npy`` streams, ``.pt`` files are
-loaded with ``weights_only=True``.
-"""
+"""Result files of Leopard-EM's devices, as partials of a search, converted in bands."""
 
 import hashlib
 import logging
-import lzma
-import zipfile
-import zlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from os.path import realpath
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
-from numpy.lib import format as npy
 
-from ocelot_em.arrays import as_numpy, exact_count
+from ocelot_em.arrays import exact_count
 from ocelot_em.canvas import Region, TileGrid
-from ocelot_em.errors import InvalidDataError, InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.format import DEFAULT_CHUNK
+from ocelot_em.interop.result_file import ResultFile, open_result_file
 from ocelot_em.maps import (
     COUNT,
     INDEX,
-    MAPS,
     MIP,
     PIXEL_SIZE,
     POSES,
     SQUARED_SUM,
     SUM,
-    AnyArray,
     MapSet,
     PoseForm,
 )
@@ -55,219 +47,8 @@ from ocelot_em.search_space import TABLES, SearchSpace
 
 log = logging.getLogger(__name__)
 
-MAX_TABLE_NBYTES = 2**30
-"""Largest table of a search space that is read whole: 90 million orientations."""
-
-
-_KEYS = {*MAPS, *TABLES}
-"""What is looked for in a file; other keys are ignored."""
-
-
-class ResultFile(Protocol):
-    """A dictionary of arrays in a file, of which bands of rows can be read."""
-
-    path: Path
-
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        """Shape and dtype of every array."""
-        ...
-
-    def small(self, key: str) -> AnyArray:
-        """Read a scalar or a table whole."""
-        ...
-
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        """Return a reader of rows ``y0:y1`` of a map, to be called downwards without gaps."""
-        ...
-
-    def close(self) -> None:
-        """Close the file."""
-        ...
-
-
-def open_result_file(path: str | PathLike[str]) -> ResultFile:
-    """Open a ``.npz`` or ``.pt`` file by its content.
-
-    Raises
-    ------
-    InvalidInputError
-        It is not there, or neither of the two, or would have to be unpickled.
-    """
-    place = Path(path)
-    try:
-        if not place.is_file():
-            raise InvalidInputError(f"{place}: expected a file, got nothing there")
-        with place.open("rb") as file:
-            head = file.read(8)
-        if head[:2] == b"PK":
-            with zipfile.ZipFile(place) as archive:
-                members = archive.namelist()
-            if any(member.endswith("/data.pkl") for member in members):
-                return _TorchFile(place)
-            return _NpzFile(place)
-        if place.suffix in (".pt", ".pth"):
-            return _TorchFile(place)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
-    raise InvalidInputError(f"{place}: expected a .npz or .pt dictionary of arrays")
-
-
-class _NpzFile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._archive = zipfile.ZipFile(path)
-        self._stack = ExitStack()
-        self._stack.callback(self._archive.close)
-
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        found = {}
-        for member in self._archive.namelist():
-            if member.endswith(".npy"):
-                with self._open(member) as stream:
-                    shape, dtype = self._header(stream, member)
-                found[member.removesuffix(".npy")] = (shape, dtype)
-        return found
-
-    def _open(self, member: str) -> Any:
-        with self._refusing(member):
-            return self._archive.open(member)
-
-    @contextmanager
-    def _refusing(self, member: str) -> Iterator[None]:
-        """Turn whatever broken and hostile archives make zipfile, zlib and numpy raise."""
-        try:
-            yield
-        except InvalidInputError:
-            raise
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            lzma.LZMAError,
-            OSError,
-            EOFError,
-            ValueError,
-            RuntimeError,  # encrypted; and, as NotImplementedError, compressed in an unknown way
-        ) as error:
-            raise InvalidInputError(f"{self.path}: {member}: {error}") from error
-
-    def _header(self, stream: Any, member: str) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
-        with self._refusing(member):
-            major, minor = npy.read_magic(stream)
-            reader = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}.get(major)
-            if reader is None:
-                raise ValueError(f".npy version {major}.{minor}")
-            shape, fortran, dtype = reader(stream)
-        if dtype.hasobject:
-            raise InvalidInputError(
-                f"{self.path}: {member}: holds Python objects, which are never unpickled"
-            )
-        if fortran and len(shape) > 1:
-            raise InvalidInputError(
-                f"{self.path}: {member}: expected row-major order, got column-major; save "
-                "np.ascontiguousarray(map)"
-            )
-        return shape, dtype
-
-    def small(self, key: str) -> AnyArray:
-        with self._open(f"{key}.npy") as stream:
-            shape, dtype = self._header(stream, key)
-            nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if nbytes > MAX_TABLE_NBYTES:
-                raise InvalidInputError(
-                    f"{self.path}: {key}: expected at most {MAX_TABLE_NBYTES} bytes, got {nbytes}"
-                )
-            data = self._exactly(stream, nbytes, key)
-            self._end(stream, key)
-            return np.frombuffer(data, dtype).reshape(shape)
-
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        stream = self._stack.enter_context(self._open(f"{key}.npy"))
-        (height, width), dtype = self._header(stream, key)
-        position = 0
-
-        def read(y0: int, y1: int) -> AnyArray:
-            nonlocal position
-            assert y0 == position, "bands are read downwards without gaps"
-            position = y1
-            data = self._exactly(stream, (y1 - y0) * width * dtype.itemsize, key)
-            if y1 == height:
-                self._end(stream, key)
-            band = np.frombuffer(data, dtype).reshape(y1 - y0, width)
-            return band.astype(dtype.newbyteorder("="), copy=False)
-
-        return read
-
-    def _exactly(self, stream: Any, nbytes: int, key: str) -> bytes:
-        with self._refusing(key):
-            data = cast(bytes, stream.read(nbytes))
-        if len(data) != nbytes:
-            raise InvalidInputError(
-                f"{self.path}: {key}: the file ends early: expected {nbytes} more bytes, got "
-                f"{len(data)}"
-            )
-        return data
-
-    def _end(self, stream: Any, key: str) -> None:
-        """Read the end of a member: only there is its CRC checked."""
-        with self._refusing(key):
-            if stream.read(1):
-                raise ValueError("expected the array's values only, got more bytes after them")
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-class _TorchFile:
-    def __init__(self, path: Path) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"{path}: reading .pt files needs torch: pip install 'ocelot-em[torch]'"
-            ) from error
-        self.path = path
-        content: object = None
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch before 1.6 cannot be memory-mapped
-            content = self._load_whole(torch)
-        except Exception as error:
-            raise self._refusal(error) from error
-        if not isinstance(content, dict):
-            raise InvalidInputError(
-                f"{path}: expected a dictionary of tensors, got {type(content).__name__}"
-            )
-        self._content = {str(key): value for key, value in content.items()}
-
-    def _load_whole(self, torch: Any) -> object:
-        try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: Exception) -> InvalidInputError:
-        reason = str(error).partition("\n")[0]
-        return InvalidInputError(
-            f"{self.path}: cannot be read without unpickling, which is never done: {reason}; save "
-            "a dictionary of tensors"
-        )
-
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        arrays = {key: self.small(key) for key in self._content if key in _KEYS}
-        return {key: (array.shape, array.dtype) for key, array in arrays.items()}
-
-    def small(self, key: str) -> AnyArray:
-        try:
-            return as_numpy(self._content[key])
-        except (TypeError, ValueError, RuntimeError) as error:  # such as bfloat16, or sparse
-            raise InvalidInputError(f"{self.path}: {key}: {error}") from error
-
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        values = self.small(key)
-        return lambda y0, y1: values[y0:y1]
-
-    def close(self) -> None:
-        self._content = {}
+MAX_BAND_PX = 2**27
+"""Pixels of a map that are in memory at a time: half a gigabyte of float32."""
 
 
 def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
@@ -616,7 +397,7 @@ def _read_counts(candidates: Sequence[_Candidate], batch: Batch) -> list[str]:
         stored: int | None = None
         if COUNT in candidate.arrays:
             try:
-                stored = exact_count(candidate.file.small(COUNT))
+                stored = exact_count(_one_number(candidate, COUNT))
             except ValueError as error:
                 problems.append(f"{place}: {error}")
                 continue
@@ -636,6 +417,14 @@ def _read_counts(candidates: Sequence[_Candidate], batch: Batch) -> list[str]:
             problems.append(f"{place}: the file says {stored}, {option} says {wanted}")
         candidate.count = stored if wanted is None else wanted
     return problems
+
+
+def _one_number(candidate: _Candidate, key: str) -> object:
+    """Read an array of one element; of others, which may be huge, the header is enough."""
+    shape, dtype = candidate.arrays[key]
+    if math.prod(shape) != 1 or dtype.kind not in "biufcO":
+        raise ValueError(f"expected one integer, got {dtype} of shape {shape}")
+    return candidate.file.small(key)
 
 
 def _search_space(
@@ -690,6 +479,12 @@ def _layout_problems(candidates: Sequence[_Candidate], info: SearchInfo, batch: 
             search_attributes((common[0], common[1]), info, exposure)
         except InvalidInputError as error:
             problems += [f"{of}{problem}" for problem in error.problems]
+        rows = min(DEFAULT_CHUNK, common[0])
+        if rows * common[1] > MAX_BAND_PX:
+            problems.append(
+                f"{of}{MIP}: expected at most {MAX_BAND_PX // rows:,} columns, of which {rows:,} "
+                f"rows are read at a time, got shape {common}; cut the maps"
+            )
     elif shapes:
         problems.append(f"{of}{MIP}: expected maps (y, x), got shape {common}")
     for candidate in candidates:

@@ -253,7 +253,7 @@ class MapFiles:
         for name, values in self.maps.items():
             try:
                 read[name] = np.asarray(values[region.slices], np.float32)
-            except OSError as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise InvalidInputError(
                     f"{self.place}: {name}: pixels {region} cannot be read: {error}"
                 ) from error
@@ -343,7 +343,14 @@ def _layout_problems(files: MapFiles) -> list[str]:
 
 def _count(files: MapFiles, about: FinishedSearch) -> int:
     place = f"{files.place}: total_projections"
-    stored, given = files.total_projections, about.total_projections
+    try:
+        stored, given = (
+            None if count is None else exact_count(count)
+            for count in (files.total_projections, about.total_projections)
+        )
+    except ValueError as error:
+        raise InvalidInputError(f"{place}: {error}") from None
+    stored = stored or None  # 0 if it was never set
     if given is None and stored is None:
         raise InvalidInputError(
             f"{place}: the files do not say how many cross-correlations their mean is of; give it "
@@ -351,11 +358,8 @@ def _count(files: MapFiles, about: FinishedSearch) -> int:
         )
     if given is not None and stored is not None and given != stored:
         raise InvalidInputError(f"{place}: the file says {stored}, {given} was given")
-    try:
-        count = exact_count(stored if given is None else given)
-    except ValueError as error:
-        raise InvalidInputError(f"{place}: {error}") from None
-    if count < 1:
+    count = stored if given is None else given
+    if not count:
         raise InvalidInputError(f"{place}: expected at least 1, got {count}")
     return count
 

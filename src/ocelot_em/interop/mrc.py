@@ -5,6 +5,7 @@ Maps are written and read in bands through memory maps: files may be larger than
 
 import math
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -226,13 +227,26 @@ class _Statistics:
 def _opened(mrcfile: Any, path: Path) -> Iterator[Any]:
     """Memory-map a file whose header and size agree."""
     try:
+        _check_extended_header(mrcfile, path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # mrcfile only warns of files that are too long
             file = mrcfile.mmap(path, mode="r")
-    except (ValueError, OSError, RuntimeWarning) as error:
+    except Exception as error:  # neither mrcfile nor NumPy nor mmap has a list of what it raises
         raise InvalidInputError(f"{path}: cannot be read as an MRC file: {error}") from error
     with file:
         yield file
+
+
+def _check_extended_header(mrcfile: Any, path: Path) -> None:
+    """Refuse one that is longer than the file: mrcfile makes room for it before it reads it."""
+    with path.open("rb") as file:
+        header = file.read(1024)
+    if len(header) < 1024:
+        raise ValueError(f"expected a header of 1024 bytes, got {len(header)}")
+    order = mrcfile.utils.byte_order_from_machine_stamp(header[212:216])
+    (nbytes,) = struct.unpack_from(f"{order}i", header, 92)
+    if not 0 <= nbytes <= path.stat().st_size - 1024:
+        raise ValueError(f"expected room for an extended header, got none for {nbytes:,} bytes")
 
 
 def _picture(data: AnyArray) -> AnyArray:
@@ -242,5 +256,6 @@ def _picture(data: AnyArray) -> AnyArray:
 
 def _pixel_size(file: Any) -> float | None:
     """Pixel size of a header, without the digits that float32 adds; None where there is none."""
-    size = float(f"{float(file.voxel_size.x):.6g}")
+    n = int(file.header.mx)
+    size = float(f"{float(file.header.cella.x) / n:.6g}") if n else 0.0
     return size if math.isfinite(size) and size > 0 else None

@@ -24,7 +24,6 @@ nothing is flipped. An image whose first row is its top, as TIFF files have it, 
 
 import csv
 import io
-import linecache
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.interop.star_file import load_starfile
+from ocelot_em.interop.star_file import parse_star
+from ocelot_em.interop.text_file import read_text
 
 _MAX_NBYTES = 256_000_000
 _MAX_COORDINATE_PX = 2**31
@@ -183,11 +183,12 @@ def read_origins(
             f"{place}: origins of a {suffix} file are taken as they are; leave out flip_y and "
             "coordinates, which are for .mdoc files"
         )
-    text = _read_text(place, lenient=suffix == ".mdoc")
+    what = "a file with origins of exposures"
+    text = read_text(place, _MAX_NBYTES, what, lenient=suffix == ".mdoc")
     if suffix == ".mdoc":
         origins, problems = _read_mdoc(text, flip_y, coordinates)
     else:
-        rows, problems = _csv_rows(text) if suffix == ".csv" else _star_rows(place, text)
+        rows, problems = _csv_rows(text) if suffix == ".csv" else _star_rows(text)
         origins, found = _from_rows(rows)
         problems += found
         if not problems and not origins:
@@ -197,31 +198,6 @@ def read_origins(
         shown = problems[:_PROBLEMS_SHOWN] + ([f"and {more} more problems"] if more > 0 else [])
         raise InvalidInputError(f"{place}: {problem}" for problem in shown)
     return origins
-
-
-def _read_text(place: Path, *, lenient: bool) -> str:
-    """Return a file's text; lenient: with U+FFFD for what is not UTF-8."""
-    if not place.is_file():
-        raise InvalidInputError(f"{place}: expected a file, got none")
-    try:
-        nbytes = place.stat().st_size
-        if nbytes > _MAX_NBYTES:
-            raise InvalidInputError(
-                f"{place}: expected at most {_MAX_NBYTES} bytes (256 MB), got {nbytes}; is it a "
-                "file with origins of exposures?"
-            )
-        data = place.read_bytes()
-        if b"\0" in data:
-            raise InvalidInputError(
-                f"{place}: expected text, got binary data; save it as text in UTF-8"
-            )
-        return data.decode("utf-8-sig", "replace" if lenient else "strict")
-    except OSError as error:
-        raise InvalidInputError(f"{place}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(
-            f"{place}: expected text in UTF-8: {error}; save it in that encoding"
-        ) from error
 
 
 def _from_rows(rows: Iterable[_Row]) -> tuple[dict[str, Origin], list[str]]:
@@ -321,8 +297,7 @@ def _csv_rows(text: str) -> tuple[list[_Row], list[str]]:
     ], ragged
 
 
-def _star_rows(place: Path, text: str) -> tuple[list[_Row], list[str]]:
-    starfile = load_starfile()
+def _star_rows(text: str) -> tuple[list[_Row], list[str]]:
     lines = [line.strip() for line in io.StringIO(text, newline=None)]
     headers = [line.removeprefix("data_") for line in lines if line.startswith("data_")]
     rows = [name for name in headers if len(name.split()) > 1]
@@ -331,15 +306,11 @@ def _star_rows(place: Path, text: str) -> tuple[list[_Row], list[str]]:
             "expected no rows that start with 'data_', as blocks do, got "
             f"{_quoted('data_' + row for row in rows)}; have the ids in another column"
         ]
-    # starfile reads lines through this cache, and leaves them there if it cannot read a file.
-    linecache.checkcache(str(place))
-    # All that is read is to stay text: "00" would be the number 0.
-    texts = [name for names in _STAR_COLUMNS.values() for name in names]
     try:
-        blocks = starfile.read(place, always_dict=True, parse_as_string=texts)
-    except (ValueError, LookupError, TypeError, OSError) as error:
+        blocks = parse_star(text, [name for names in _STAR_COLUMNS.values() for name in names])
+    except ValueError as error:
         return [], [
-            f"cannot be read as a STAR file: {str(error).strip()}; expected blocks that start with "
+            f"cannot be read as a STAR file: {error}; expected blocks that start with "
             "'data_' and have a table each, with as many values in every row as there are columns"
         ]
     if len(blocks) != len(headers):  # of several with one name, the last is kept

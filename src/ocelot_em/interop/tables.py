@@ -16,7 +16,9 @@ import io
 import json
 import math
 import struct
+import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
@@ -27,7 +29,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.interop.star_file import load_starfile
+from ocelot_em.interop.star_file import load_starfile, parse_star
+from ocelot_em.interop.text_file import read_text
 from ocelot_em.interop.yaml_file import read_yaml
 from ocelot_em.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles import (
@@ -38,6 +41,7 @@ from ocelot_em.particles import (
     About,
     ParticleTable,
     as_text,
+    text_array,
     write_file,
 )
 
@@ -59,6 +63,12 @@ LEOPARD_ABERRATIONS = ("even_zernikes", "odd_zernikes", "mag_matrix")
 LEOPARD_ONLY = (*LEOPARD_ABERRATIONS, *LEOPARD_MAPS)
 
 _PARQUET_KEY = b"ocelot_em.about"
+MAX_PARTICLES = 2**24
+"""Of a table that is read; they take two gigabytes of memory."""
+
+_MAX_STAR_NBYTES = 2**30
+_MAX_COORDINATE_PX = 2**30
+_TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
 _STAR_TEXTS = ["rlnMicrographName", "rlnOpticsGroupName"]
 _NAMES_SHOWN = 5
 
@@ -82,7 +92,7 @@ class _Quantity:
         if not isinstance(value, int | float) or isinstance(value, bool):
             return expected
         within = self.above < value and self.least <= value <= self.most
-        return None if within and math.isfinite(value) else expected
+        return None if within and abs(value) <= sys.float_info.max else expected
 
 
 _QUANTITIES: Mapping[str, _Quantity] = {
@@ -276,7 +286,10 @@ def _number(value: object) -> object:
 def _leopard_text(value: object) -> object:
     """Aberrations as Leopard-EM's table has them."""
     if isinstance(value, Mapping):
-        return json.dumps(value, default=str)
+        try:
+            return json.dumps(value, default=str)
+        except TypeError:  # of keys such as dates
+            return value
     if isinstance(value, list):
         return str(value)
     return "" if value is None else value
@@ -284,15 +297,17 @@ def _leopard_text(value: object) -> object:
 
 def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
     """Edge of a cubic MRC volume, or why it is not known."""
-    place = next((p for p in (Path(template), beside / template) if p.is_file()), None)
-    hint = "; say how large the template is (template_box_px)"
-    if place is None:
-        return None, [f"template_volume_path: expected a file, got {template!r}{hint}"]
+    place, hint = None, "; say how large the template is (template_box_px)"
     try:
+        place = next((p for p in (Path(template), beside / template) if p.is_file()), None)
+        if place is None:
+            return None, [f"template_volume_path: expected a file, got {template!r}{hint}"]
         with place.open("rb") as file:
             header = file.read(1024)
     except OSError as error:
-        return None, [f"template_volume_path: {place} cannot be read: {error.strerror}{hint}"]
+        return None, [
+            f"template_volume_path: {place or template} cannot be read: {error.strerror}{hint}"
+        ]
     if len(header) == 1024 and header[208:212] == b"MAP ":
         shapes = [struct.unpack_from(f"{order}3i", header) for order in "<>"]
         # In the wrong byte order small numbers are enormous.
@@ -505,8 +520,9 @@ def read_relion_star(path: str | PathLike[str], optics: Optics) -> ParticleTable
         BEST_PARTIAL: np.full(len(particles), -1),
     }
     for axis in "yx":
-        coordinate = number(f"rlnCoordinate{axis.upper()}", needed=True)
-        origin = number(f"rlnOrigin{axis.upper()}Angst")
+        name = axis.upper()
+        coordinate = number(f"rlnCoordinate{name}", needed=True, most=_MAX_COORDINATE_PX)
+        origin = number(f"rlnOrigin{name}Angst", most=_MAX_COORDINATE_PX)
         columns[f"pos_{axis}"] = np.floor(coordinate) - half
         columns[f"pos_{axis}_subpixel"] = coordinate - half - np.nan_to_num(origin) / size
     if problems:
@@ -613,8 +629,10 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
     """
     pa = _pyarrow()
     try:
-        found = pa.parquet.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
+        found = _read_arrow(pa, Path(path))
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{path}: {problem}" for problem in error.problems) from None
+    except Exception as error:  # pyarrow has no list of what it raises
         raise InvalidInputError(f"{path}: cannot be read as Parquet: {error}") from error
     metadata = found.schema.metadata or {}
     problems = [
@@ -632,17 +650,48 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
         ]
     if not problems:
         try:
-            return ParticleTable({c: _as_numpy(found[c], c) for c in found.column_names}, about)
+            return ParticleTable(_to_columns(found), about)
         except InvalidInputError as error:
             problems += error.problems
     raise InvalidInputError(f"{path}: {problem}" for problem in problems)
 
 
-def _as_numpy(column: Any, name: str) -> AnyArray:
-    """Values of a column; text as NumPy has it."""
-    values: AnyArray = column.to_numpy()
-    is_text = name in MONTAGE_COLUMNS and MONTAGE_COLUMNS[name].dtype == "str"
-    return values.astype(str) if is_text and values.dtype == object else values
+def _read_arrow(pa: Any, path: Path) -> Any:
+    """The table of a file, after a look at what it says that it has."""
+    if not path.is_file():
+        raise ValueError("expected a file, got nothing there")
+    names = pa.parquet.read_schema(path).names
+    texts = [name for name in _TEXT_COLUMNS if name in names]
+    # A text that stands in many rows is in memory once.
+    with pa.parquet.ParquetFile(path, read_dictionary=texts) as file:
+        n = file.metadata.num_rows
+        if n > MAX_PARTICLES:
+            raise InvalidInputError(f"expected at most {MAX_PARTICLES:,} particles, got {n:,}")
+        _to_columns(file.schema_arrow.empty_table())
+        table = file.read()
+    table.validate(full=True)
+    return table
+
+
+def _to_columns(table: Any) -> dict[str, AnyArray]:
+    """Columns of an Arrow table, text as NumPy has it.
+
+    Raises
+    ------
+    InvalidInputError
+        They are not those of particles, or text is so long that its rows do not fit into memory.
+    """
+    counts = Counter(table.column_names)
+    problems = [f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1]
+    columns = dict[str, AnyArray]()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        columns[name] = column.to_numpy()
+        if name in _TEXT_COLUMNS and columns[name].dtype == object:
+            columns[name], problem = text_array(columns[name].tolist())
+            problems += [f"{name}: {problem}"] if problem else []
+    if problems:
+        raise InvalidInputError(problems)
+    return dict(ParticleTable(columns).columns)
 
 
 def _require_same_search(table: ParticleTable, optics: Optics) -> None:
@@ -730,12 +779,10 @@ def _write_star(
 
 def _read_particles(path: str | PathLike[str]) -> Any:
     """The particles block of a STAR file, as a data frame."""
-    starfile = load_starfile()
-    if not Path(path).is_file():
-        raise InvalidInputError(f"{path}: expected a STAR file, got nothing there")
+    text = read_text(Path(path), _MAX_STAR_NBYTES, "a STAR file")
     try:
-        blocks = starfile.read(path, always_dict=True, parse_as_string=_STAR_TEXTS)
-    except (ValueError, LookupError, TypeError, OSError) as error:
+        blocks = parse_star(text, _STAR_TEXTS)
+    except ValueError as error:
         raise InvalidInputError(f"{path}: cannot be read as a STAR file: {error}") from error
     particles = blocks.get("particles")
     if particles is None or isinstance(particles, dict):
@@ -743,6 +790,9 @@ def _read_particles(path: str | PathLike[str]) -> Any:
             f"{path}: expected a block of particles as RELION 3.1 and later have it, got blocks "
             f"{', '.join(map(repr, blocks)) or 'of no kind'}"
         )
+    twice = sorted(set(particles.columns[particles.columns.duplicated()]))
+    if twice:
+        raise InvalidInputError(f"{path}: {name}: is there more than once" for name in twice)
     return particles
 
 
@@ -750,7 +800,7 @@ def _numbers_of(particles: Any, path: str | PathLike[str]) -> tuple[Any, list[st
     """Return what reads a column as float64, NaN where there is none, and its list of problems."""
     problems: list[str] = []
 
-    def number(name: str, *, needed: bool = False) -> AnyArray:
+    def number(name: str, *, needed: bool = False, most: float | None = None) -> AnyArray:
         nan = np.full(len(particles), np.nan)
         if name not in particles:
             problems.extend([f"{path}: {name}: missing"] if needed else [])
@@ -758,11 +808,20 @@ def _numbers_of(particles: Any, path: str | PathLike[str]) -> tuple[Any, list[st
         values: AnyArray = nan
         try:
             values = particles[name].to_numpy(np.float64)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             problems.append(f"{path}: {name}: expected numbers: {error}")
             return nan
-        if needed and not np.isfinite(values).all():
+        if needed and np.isnan(values).any():
             problems.append(f"{path}: {name}: expected a number for each particle, got NaN")
+        if most is None:  # what a table can hold
+            with np.errstate(over="ignore"):
+                beyond = np.isinf(values.astype(np.float32)) & np.isfinite(values)
+        else:
+            beyond = np.abs(values) > most
+        if beyond.any():
+            bound, found = most or np.finfo(np.float32).max, values[np.argmax(beyond)]
+            problems.append(f"{path}: {name}: expected numbers up to {bound:g}, got {found:g}")
+            return nan
         return values
 
     return number, problems

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.interop.text_file import read_text
 
 MAX_NBYTES = 64_000_000
 """Of a file; a description of thousands of exposures has a few."""
 
 MAX_DEPTH = 50
 """How deep values are nested; a description is four deep."""
+
+MAX_VALUES = 1_000_000
+"""How many values and keys there are in all; read, each takes a kilobyte of memory."""
 
 MAX_UNQUOTED = 3000
 """Characters of a value that YAML may take for a number, whose digits Python would refuse."""
@@ -41,13 +45,8 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
 
     place = Path(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text = read_text(place, MAX_NBYTES, what)
     try:
-        nbytes = place.stat().st_size
-        if nbytes > MAX_NBYTES:
-            raise InvalidInputError(
-                f"{path}: expected {what} of at most {MAX_NBYTES:,} bytes, got {nbytes:,}"
-            )
-        text = place.read_text(encoding="utf-8")
         problem = _first_unwanted(yaml.parse(text, Loader=loader))
         if problem:
             raise InvalidInputError(f"{path}: {problem}")
@@ -58,7 +57,7 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
         content = yaml.load(text, Loader=loader)
     except InvalidInputError:
         raise
-    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:
+    except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise InvalidInputError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(content, Mapping):
         got = "nothing" if content is None else type(content).__name__
@@ -70,8 +69,9 @@ def _first_unwanted(events: Iterable[Any]) -> str | None:
     """Say what is there first of what nobody means; all of it might take forever to read."""
     import yaml
 
-    depth = 0
+    depth = n_values = 0
     for event in events:
+        n_values += isinstance(event, yaml.NodeEvent)  # a collection, a value or a key
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         problem = None
@@ -79,6 +79,8 @@ def _first_unwanted(events: Iterable[Any]) -> str | None:
             problem = f"expected no aliases, got *{event.anchor}; write the value out"
         elif getattr(event, "tag", None) is not None:
             problem = f"expected no tags, got {event.tag}; write text between quotation marks"
+        elif n_values > MAX_VALUES:
+            problem = f"expected at most {MAX_VALUES:,} values and keys, got more"
         elif depth > MAX_DEPTH:
             problem = f"expected values nested at most {MAX_DEPTH} deep, got deeper ones"
         elif (

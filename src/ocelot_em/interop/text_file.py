@@ -1,0 +1,46 @@
+"""Text files that other programs and people wrote."""
+
+from pathlib import Path
+
+from ocelot_em.errors import InvalidInputError
+
+
+def read_text(place: Path, max_nbytes: int, what: str, *, lenient: bool = False) -> str:
+    """Return a file's text.
+
+    Parameters
+    ----------
+    place
+        The file.
+    max_nbytes
+        It may be as large as this.
+    what
+        What it should be, for errors.
+    lenient
+        With U+FFFD for what is not UTF-8.
+
+    Raises
+    ------
+    InvalidInputError
+        It is not there, too large, binary or no UTF-8, or cannot be read.
+    """
+    try:
+        if not place.is_file():
+            raise InvalidInputError(f"{place}: expected {what}, got no file")
+        nbytes = place.stat().st_size
+        if nbytes > max_nbytes:
+            raise InvalidInputError(
+                f"{place}: expected {what} of at most {max_nbytes:,} bytes, got {nbytes:,}"
+            )
+        data = place.read_bytes()
+        if b"\0" in data:
+            raise InvalidInputError(
+                f"{place}: expected text, got binary data; save it as text in UTF-8"
+            )
+        return data.decode("utf-8-sig", "replace" if lenient else "strict")
+    except OSError as error:
+        raise InvalidInputError(f"{place}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"{place}: expected text in UTF-8: {error}; save it in that encoding"
+        ) from error

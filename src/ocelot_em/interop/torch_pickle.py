@@ -1,0 +1,224 @@
+"""What stands in the pickle of a torch file, without unpickling: nothing in it is ever called.
+
+torch writes a dictionary of tensors with few of the pickle machine's instructions, and these are
+followed here. What they build are values that can do nothing: even a hostile pickle takes time and
+memory in proportion to its own length only.
+"""
+
+import math
+import pickletools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+MAX_NBYTES = 2**20
+"""Of a pickle; that of a dictionary with a hundred tensors has 20 kB."""
+
+STORAGE_DTYPES: Mapping[str, str | None] = {
+    "FloatStorage": "f4",
+    "DoubleStorage": "f8",
+    "HalfStorage": "f2",
+    "BFloat16Storage": None,
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+    "ShortStorage": "i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+    "ComplexFloatStorage": "c8",
+    "ComplexDoubleStorage": "c16",
+}
+"""NumPy's dtypes of torch's storages; None where it has none."""
+
+_ORDERED_DICT = "collections OrderedDict"
+_TENSOR = "torch._utils _rebuild_tensor_v2"
+_PARAMETER = "torch._utils _rebuild_parameter"
+_STORAGE = {f"torch {name}": name for name in STORAGE_DTYPES}
+_KNOWN = {_ORDERED_DICT, _TENSOR, _PARAMETER, *_STORAGE}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Numbers in a row: the name of their kind and of their member, and how many there are."""
+
+    kind: str
+    key: str
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where a tensor's values are in a storage: offset and strides count values."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A function or a class that the pickle names."""
+
+    name: str
+
+
+def parse(pickle: bytes) -> object:
+    """Follow a pickle.
+
+    Parameters
+    ----------
+    pickle
+        As torch writes it.
+
+    Returns
+    -------
+    object
+        Dictionaries, lists, tuples, text, numbers and :class:`Tensor`, as they are nested.
+
+    Raises
+    ------
+    ValueError
+        It holds anything else, breaks off or is longer than :data:`MAX_NBYTES`.
+    """
+    if len(pickle) > MAX_NBYTES:
+        raise ValueError(f"expected a pickle of at most {MAX_NBYTES:,} bytes, got {len(pickle):,}")
+    machine = _Machine()
+    try:
+        for instruction, argument, _ in pickletools.genops(pickle):
+            if instruction.name == "STOP":
+                return machine.stack.pop()
+            machine.step(instruction.name, argument)
+    except (IndexError, KeyError, TypeError) as error:  # it takes what is not there
+        raise ValueError(f"is damaged: {error!r}") from error
+    raise ValueError("is damaged: it breaks off")
+
+
+class _Machine:
+    """The stack, the marks on it and the memory of the pickle machine."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memory: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Follow one instruction."""
+        stack = self.stack
+        if name in ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "MARK":
+            self._marks.append(len(stack))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple([stack.pop() for _ in range(int(name[-1]))][::-1]))
+        elif name == "TUPLE":
+            stack.append(tuple(self._to_mark()))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memory[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self._memory[argument])
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._to_mark()
+            _set_items(stack[-1], items)
+        elif name in ("APPEND", "APPENDS"):
+            values = [stack.pop()] if name == "APPEND" else self._to_mark()
+            _instance(stack[-1], list).extend(values)
+        elif name == "GLOBAL":
+            if argument not in _KNOWN:
+                raise ValueError(_never(argument))
+            stack.append(_Name(argument))
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop()))
+        elif name == "REDUCE":
+            arguments = _instance(stack.pop(), tuple)
+            stack.append(_made(_instance(stack.pop(), _Name).name, arguments))
+        elif name != "PROTO":
+            raise ValueError(
+                f"cannot be read without unpickling, which is never done: it has an instruction "
+                f"{name}; save a dictionary of tensors"
+            )
+
+    def _to_mark(self) -> list[Any]:
+        start = self._marks.pop()
+        if start > len(self.stack):
+            raise ValueError("is damaged: a mark is gone")
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+
+_CONSTANTS: Mapping[str, object] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+}
+
+
+def _instance(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        expected = kind.__name__.removeprefix("_")
+        raise ValueError(f"is damaged: expected a {expected} in it, got {type(value)}")
+    return value
+
+
+def _never(name: str) -> str:
+    return (
+        "cannot be read without unpickling, which is never done: it would run "
+        f"{name.replace(' ', '.')!r}; save a dictionary of tensors"
+    )
+
+
+def _set_items(target: Any, items: Sequence[Any]) -> None:
+    found = _instance(target, dict)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        # To hash a nested tuple can take forever.
+        if not isinstance(key, str | int | float | None):
+            raise ValueError(f"expected keys that are text, got a {type(key).__name__}")
+        found[key] = value
+
+
+def _count(value: Any) -> int:
+    number = _instance(value, int)
+    if isinstance(number, bool) or not 0 <= number < 2**62:
+        raise ValueError(f"is damaged: expected a size or a place, got {number:.4g}")
+    return cast("int", number)
+
+
+def _storage(identity: Any) -> Storage:
+    said, name, key, _device, n = _instance(identity, tuple)
+    kind = _STORAGE.get(_instance(name, _Name).name)
+    if said != "storage" or kind is None:
+        raise ValueError("is damaged: it refers to something that is no storage")
+    return Storage(kind, _instance(key, str), _count(n))
+
+
+def _made(name: str, arguments: tuple[Any, ...]) -> object:
+    """What a call would return."""
+    if name == _ORDERED_DICT and not arguments:
+        return {}
+    if name == _PARAMETER:
+        return _instance(arguments[0], Tensor)
+    if name != _TENSOR or len(arguments) != 6:  # a seventh is what users attached to the tensor
+        raise ValueError(_never(name))
+    storage, offset, shape, strides = arguments[:4]
+    tensor = Tensor(
+        _instance(storage, Storage),
+        _count(offset),
+        tuple(map(_count, _instance(shape, tuple))),
+        tuple(map(_count, _instance(strides, tuple))),
+    )
+    if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 32:
+        raise ValueError(f"is damaged: a tensor with {len(tensor.shape)} axes")
+    n = math.prod(tensor.shape)
+    last = sum((k - 1) * stride for k, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if n and (n > tensor.storage.n or tensor.offset + last >= tensor.storage.n):
+        raise ValueError(
+            f"expected a value for each element of tensors, got {tensor.storage.n:,} for one of "
+            f"shape {tensor.shape}; save tensor.contiguous()"
+        )
+    return tensor

@@ -1,0 +1,219 @@
+"""Hosts of a cluster that are cut off: namespaces on a bridge, with one disk that all see."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from chaos_common import (
+    Undisturbed,
+    do,
+    end,
+    merge_command,
+    require,
+    start,
+    tiles_done,
+    undisturbed,
+    wait_for,
+)
+
+pytestmark = pytest.mark.chaos
+
+HOSTS = {"driver": 1, "scheduler": 2, "a": 3, "b": 4}
+"""Names, and the last number of their addresses."""
+
+TIMEOUTS = {
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "15s",
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "15s",
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "30s",
+}
+
+LOST_SECONDS = 120.0
+"""In which a driver that is cut off from its scheduler has to end."""
+
+
+@dataclass
+class Network:
+    """Hosts of which each has one interface, ``eth0``, on one bridge."""
+
+    folder: Path
+    name: str = field(default_factory=lambda: f"oc{uuid.uuid4().hex[:6]}")
+    started: "list[subprocess.Popen[str]]" = field(default_factory=list)
+
+    def make(self) -> None:
+        """Make the hosts; skip where that cannot be done."""
+        bridge = ["ip", "link", "add", self.name, "type", "bridge"]
+        tried = subprocess.run(bridge, capture_output=True, text=True)
+        if tried.returncode:
+            pytest.skip(f"cannot make networks here: {tried.stderr.strip()}")
+        do("ip", "link", "set", self.name, "up")
+        for host, number in HOSTS.items():
+            space, cable = self._space(host), f"{self.name}v{number}"
+            do("ip", "netns", "add", space)
+            do("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+            do("ip", "link", "set", cable, "master", self.name, "up")
+            do("ip", "-n", space, "link", "set", "lo", "up")
+            do("ip", "-n", space, "addr", "add", f"{address(host)}/24", "dev", "eth0")
+            do("ip", "-n", space, "link", "set", "eth0", "up")
+
+    def remove(self) -> None:
+        """End what was started, and take the hosts away."""
+        for process in self.started:
+            end(process)
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "delete", self._space(host)], capture_output=True)
+        subprocess.run(["ip", "link", "delete", self.name], capture_output=True)
+
+    def start(self, host: str, *command: str, log: Path | None = None) -> "subprocess.Popen[str]":
+        """Start a command on a host."""
+        started = start(["ip", "netns", "exec", self._space(host), *command], TIMEOUTS, log)
+        self.started.append(started)
+        return started
+
+    def cut(self, host: str) -> None:
+        """Take a host's network away."""
+        do("ip", "-n", self._space(host), "link", "set", "eth0", "down")
+
+    def mend(self, host: str) -> None:
+        """Give it back."""
+        do("ip", "-n", self._space(host), "link", "set", "eth0", "up")
+
+    def _space(self, host: str) -> str:
+        return f"{self.name}-{host}"
+
+
+def address(host: str) -> str:
+    return f"10.77.0.{HOSTS[host]}"
+
+
+SCHEDULER = f"tcp://{address('scheduler')}:8786"
+DASK = [sys.executable, "-m", "dask"]
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+    require("ip")
+    folder = tmp_path_factory.mktemp("network")
+    yield undisturbed(folder, 640, 32)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    """Hosts with a scheduler, and two with a worker of one thread each."""
+    made = Network(tmp_path)
+    try:
+        made.make()
+        here = address("scheduler")
+        options = ["--host", here, "--port", "8786", "--no-dashboard"]
+        made.start("scheduler", *DASK, "scheduler", *options, log=tmp_path / "scheduler.log")
+        for host in ("a", "b"):
+            asked = ["--nthreads", "1", "--memory-limit", "0", "--death-timeout", "60"]
+            made.start(
+                *(host, *DASK, "worker", SCHEDULER, *asked, "--no-dashboard"),
+                *("--local-directory", str(tmp_path / host)),
+                log=tmp_path / f"{host}.log",
+            )
+        wait_for(lambda: _registered(tmp_path) >= 2, "two workers")
+        yield made
+    finally:
+        made.remove()
+
+
+def _registered(folder: Path) -> int:
+    return (folder / "scheduler.log").read_text().count("Register worker")
+
+
+@dataclass
+class Run:
+    """A merge whose driver is on a host of its own."""
+
+    network: Network
+    search: Undisturbed
+    _struck: float = 0.0
+
+    @property
+    def output(self) -> Path:
+        return self.network.folder / "OUT.zarr"
+
+    def start(self) -> None:
+        """Start it, and wait until it is well under way."""
+        log = str(self.network.folder / "log.jsonl")
+        command = merge_command(self.search.run, self.output, self.search.tile)
+        self.driver = self.network.start("driver", *command, "--cluster", SCHEDULER, "--log", log)
+        self._began = time.monotonic()
+
+    def under_way(self) -> None:
+        wait_for(lambda: tiles_done(self.output) > 40, "tiles", alive=self.driver)
+        self._struck = time.monotonic()
+
+    def ended(self) -> str:
+        """Wait for its end; what it printed."""
+        told, _ = self.driver.communicate(timeout=300)
+        now = time.monotonic()
+        lines = (self.network.folder / "log.jsonl").read_text().splitlines()
+        tiles = [line for line in map(json.loads, lines) if line["event"] == "tile"]
+        workers = Counter(line["worker"] for line in tiles)
+        after = f", {now - self._struck:.1f} s after the fault" if self._struck else ""
+        print(f"{now - self._began:.1f} s{after}; {len(tiles)} tiles: {sorted(workers.values())}")
+        return told
+
+    def finished(self) -> None:
+        told = self.ended()
+        assert self.driver.returncode == 0, told
+        self.search.assert_finished(self.output)
+
+
+@pytest.fixture
+def run(network: Network, search: Undisturbed) -> Run:
+    return Run(network, search)
+
+
+def test_hosts_that_stay(run: Run) -> None:
+    run.start()
+    run.finished()
+
+
+def test_a_host_that_is_away_for_a_while_costs_time_only(run: Run, network: Network) -> None:
+    run.start()
+    run.under_way()
+    network.cut("a")
+    time.sleep(20)
+    network.mend("a")
+    run.finished()
+
+
+def test_the_work_of_a_host_that_stays_away_is_done_by_others(run: Run, network: Network) -> None:
+    run.start()
+    run.under_way()
+    network.cut("a")
+    run.finished()
+
+
+def test_a_driver_that_is_cut_off_ends_in_time_and_goes_on_later(
+    run: Run, network: Network
+) -> None:
+    run.start()
+    run.under_way()
+    network.cut("driver")
+    since = time.monotonic()
+    told = run.ended()
+    assert run.driver.returncode == 75, told
+    assert "the Dask scheduler is gone, or cannot be reached" in told
+    assert "run the same command again" in told
+    assert time.monotonic() - since < LOST_SECONDS
+    assert "Traceback" not in told
+    assert list(run.output.glob("lock/*")) == []
+    done = tiles_done(run.output)
+    assert 40 < done < run.search.n_tiles
+    network.mend("driver")
+    run.start()
+    run.finished()

@@ -1,0 +1,286 @@
+"""A bucket that misbehaves: behind a proxy that answers as it should not."""
+
+import http.client
+import logging
+import os
+import random
+import re
+import socket
+import struct
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from chaos_common import Undisturbed, digests, fetched, merge_command, start, undisturbed, wait_for
+from ocelot_em import check, describe, merge, objects
+from ocelot_em.errors import TilesFailedError
+from ocelot_em.objects import open_objects
+
+boto3 = pytest.importorskip("boto3")
+moto_server = pytest.importorskip("moto.server")
+
+pytestmark = pytest.mark.chaos
+
+BUCKET = "ocelot-chaos"
+RUN, OUT = f"s3://{BUCKET}/x/RUN.zarr", f"s3://{BUCKET}/x/OUT.zarr"
+CHUNK = re.compile(r"\.zarr/(?P<path>.*/c(/\d+)+)$")
+
+Fault = Callable[[str, str], str]
+"""What befalls a request for a chunk, of a method and a key: a word of :class:`Proxy`, or none."""
+
+
+@dataclass
+class Faults:
+    """What the proxy does to requests for chunks of maps, and how often it did."""
+
+    fault: Fault | None = None
+    struck: Counter[str] = field(default_factory=Counter)
+    asked: int = 0
+    counting: threading.Lock = field(default_factory=threading.Lock)
+
+    def next(self, method: str, path: str) -> str:
+        """Choose what befalls a request."""
+        found = CHUNK.search(path)
+        if found is None or self.fault is None:
+            return ""
+        with self.counting:
+            self.asked += 1
+            chosen = self.fault(method, found["path"])
+            if chosen:
+                self.struck[f"{method} {chosen}"] += 1
+        return chosen
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Passes requests on, or answers ``503``, ``404``, ``slow``, or with a ``reset`` on the way."""
+
+    protocol_version = "HTTP/1.1"
+    behind: ClassVar[tuple[str, int]]
+    faults: ClassVar[Faults]
+
+    def _any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.faults.next(self.command, self.path.partition("?")[0])
+        if fault in ("503", "404"):
+            code = {"503": "SlowDown", "404": "NoSuchKey"}[fault]
+            content = f"<Error><Code>{code}</Code><Message>said the test</Message></Error>".encode()
+            self._answer(int(fault), [("Content-Type", "application/xml")], content, len(content))
+            return
+        if fault == "slow":
+            time.sleep(0.3)
+        if fault == "reset" and self.command != "GET":
+            self._reset()
+            return
+        connection = http.client.HTTPConnection(*self.behind, timeout=60)
+        try:
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+        finally:
+            connection.close()
+        length = int(answer.headers.get("Content-Length") or len(content))
+        if fault == "reset":
+            self._answer(answer.status, answer.getheaders(), content[: len(content) // 2], length)
+            self._reset()
+            return
+        self._answer(answer.status, answer.getheaders(), content, length)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _any  # noqa: N815
+
+    def _answer(
+        self, status: int, headers: list[tuple[str, str]], content: bytes, length: int
+    ) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("connection", "content-length", "transfer-encoding"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _reset(self) -> None:
+        """Close the connection at once, which the other side sees as a reset."""
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing: connections break here on purpose."""
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(tmp_path_factory.mktemp("store"), 200, 64, n_partials=2)
+
+
+@pytest.fixture(scope="module")
+def behind() -> Iterator[tuple[str, int]]:
+    logger = logging.getLogger("werkzeug")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    moto = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    yield moto.get_host_and_port()
+    moto.stop()
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def faults(behind, search: Undisturbed, monkeypatch) -> Iterator[Faults]:
+    """A bucket with the search in it, behind a proxy that does no harm yet."""
+    server = f"http://{behind[0]}:{behind[1]}"
+    made = Faults()
+    handler = type("Handler", (Proxy,), {"behind": behind, "faults": made})
+    proxy = Server(("127.0.0.1", 0), handler)
+    serving = threading.Thread(target=proxy.serve_forever, daemon=True)
+    serving.start()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_address[1]}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "false",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # A process opens each place once, with the environment of that moment.
+    objects._open.cache_clear()
+    client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
+    client.create_bucket(Bucket=BUCKET)
+    for path in search.run.rglob("*"):
+        if path.is_file():
+            key = f"x/RUN.zarr/{path.relative_to(search.run)}"
+            client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
+    client.close()
+    yield made
+    objects._open.cache_clear()
+    proxy.shutdown()
+    serving.join()
+    proxy.server_close()
+    urllib.request.urlopen(f"{server}/moto-api/reset", data=b"").close()
+
+
+def assert_finished(search: Undisturbed, faults: Faults, folder: Path) -> None:
+    faults.fault = None
+    assert check(OUT) == []
+    search.assert_finished(fetched(OUT, folder / "fetched-output"))
+    assert digests(fetched(RUN, folder / "fetched-input")) == search.inputs
+    print(f"struck {dict(faults.struck)} of {faults.asked} requests for chunks")
+
+
+def sometimes(fault: str, share: float) -> Fault:
+    """A fault of a share of the requests, by chance."""
+    chance = random.Random(fault)
+    return lambda _method, _path: fault if chance.random() < share else ""
+
+
+@pytest.mark.parametrize("share", [0.3])
+def test_a_busy_bucket_slows_a_merge_but_harms_nothing(search, faults, tmp_path, share) -> None:
+    faults.fault = sometimes("503", share)
+    assert merge(RUN, OUT, tile_size=search.tile, threads=4).n_merged == search.n_tiles
+    assert 0.2 * faults.asked < faults.struck.total() < 0.4 * faults.asked
+    assert faults.struck["GET 503"] > 10
+    assert faults.struck["PUT 503"] > 10
+    assert_finished(search, faults, tmp_path)
+
+
+def test_a_slow_bucket_harms_nothing(search, faults, tmp_path) -> None:
+    faults.fault = lambda _method, _path: "slow"
+    started = time.monotonic()
+    merge(RUN, OUT, tile_size=search.tile, threads=4)
+    took = time.monotonic() - started
+    print(f"{took:.1f} s, of {0.3 * faults.asked:.0f} s that answers took one after another")
+    assert took < 0.3 * faults.asked / 4  # they were waited for together
+    assert_finished(search, faults, tmp_path)
+
+
+def test_connections_that_break_half_way_harm_nothing(search, faults, tmp_path) -> None:
+    faults.fault = sometimes("reset", 0.2)
+    merge(RUN, OUT, tile_size=search.tile, threads=4)
+    assert faults.struck["GET reset"] > 10
+    assert faults.struck["PUT reset"] > 10
+    assert_finished(search, faults, tmp_path)
+
+
+def test_a_chunk_that_is_not_found_for_a_while_is_no_empty_chunk(search, faults, tmp_path) -> None:
+    seen: Counter[str] = Counter()
+
+    def not_at_first(method: str, path: str) -> str:
+        seen[path] += method == "GET"
+        return "404" if method == "GET" and "mip" in path and seen[path] == 1 else ""
+
+    faults.fault = not_at_first
+    merge(RUN, OUT, tile_size=search.tile, threads=4)
+    assert faults.struck["GET 404"] > 0
+    assert_finished(search, faults, tmp_path)
+
+
+def test_a_chunk_that_is_not_found_fails_by_name_and_a_rerun_finishes(
+    search, faults, tmp_path
+) -> None:
+    def is_gone(method: str, path: str) -> str:
+        return "404" if method == "GET" and path == "partials/p1/mip/c/0/0" else ""
+
+    faults.fault = is_gone
+    run = start(merge_command(RUN, OUT, search.tile))
+    told, _ = run.communicate(timeout=120)
+    assert run.returncode == 1, told
+    assert re.search(r"MissingChunkError: .*partial 'p1': mip: chunk \(0, 0\).* is missing", told)
+    info = describe(OUT)
+    assert info.attributes.state == "writing"
+    assert info.tiles_done < search.n_tiles
+    left = search.n_tiles - info.tiles_done
+    assert f"{left} of {search.n_tiles} tiles failed" in told
+    with pytest.raises(TilesFailedError, match="MissingChunkError"):
+        merge(RUN, OUT, tile_size=search.tile)
+    faults.fault = None
+    assert merge(RUN, OUT, tile_size=search.tile).n_merged == left
+    assert_finished(search, faults, tmp_path)
+
+
+def test_one_run_at_a_time_writes_an_output_in_a_bucket(search, faults, tmp_path) -> None:
+    faults.fault = lambda _method, _path: "slow"
+    first = start(merge_command(RUN, OUT, search.tile, "--threads", "1"))
+    marks = open_objects(OUT)
+    wait_for(
+        lambda: len(marks.sizes("progress/tile_summary/c")) > 2, "tiles of the first", alive=first
+    )
+    second = start(merge_command(RUN, OUT, search.tile))
+    told, _ = second.communicate(timeout=60)
+    assert second.returncode == 2, told
+    assert f"another run is writing it: process {first.pid} on" in told
+    faults.fault = None
+    told, _ = first.communicate(timeout=200)
+    assert first.returncode == 0, told
+    assert_finished(search, faults, tmp_path)
+
+
+def test_a_lock_that_a_killed_run_left_in_a_bucket_is_taken_over(search, faults, tmp_path) -> None:
+    faults.fault = lambda _method, _path: "slow"
+    first = start(merge_command(RUN, OUT, search.tile, "--threads", "1"))
+    marks = open_objects(OUT)
+    wait_for(
+        lambda: len(marks.sizes("progress/tile_summary/c")) > 2, "tiles of the first", alive=first
+    )
+    os.kill(first.pid, 9)
+    first.communicate()
+    assert len(marks.sizes("lock")) == 1
+    faults.fault = None
+    assert 0 < merge(RUN, OUT, tile_size=search.tile).n_merged < search.n_tiles
+    assert_finished(search, faults, tmp_path)

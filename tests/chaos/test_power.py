@@ -1,0 +1,291 @@
+"""A loss of power: what had not reached the disk is gone, and nothing wrong is left.
+
+Outputs are on a file system in a file. A copy of that file is what its disk had at that moment:
+what the system still kept in memory is not in it.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import ocelot_em
+from chaos_common import (
+    OCELOT,
+    Undisturbed,
+    digests,
+    do,
+    end,
+    merge_command,
+    require,
+    start,
+    tiles_done,
+    undisturbed,
+    wait_for,
+)
+from helpers import make_result, write_search
+from ocelot_em import store
+from ocelot_em.objects import open_objects
+
+pytestmark = pytest.mark.chaos
+
+DISK_NBYTES = 200 * 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+    require("mkfs.ext4", "mount", "umount", "findmnt")
+    folder = tmp_path_factory.mktemp("power")
+    yield undisturbed(folder, 640, 32)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def mounted(image: Path, folder: Path, options: str = "") -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    do("mount", "-o", ",".join(["loop", *filter(None, [options])]), image, folder)
+    try:
+        yield folder
+    finally:
+        do("umount", folder)
+
+
+@dataclass
+class Disk:
+    """A file system in a file, and copies of it as they were without power."""
+
+    image: Path
+    folder: Path
+
+    def __post_init__(self) -> None:
+        device = do("findmnt", "-n", "-o", "SOURCE", self.folder).strip()
+        self._statistics = Path("/sys/block", Path(device).name, "stat")
+
+    def without_power(self) -> Path:
+        """Copy what is on the disk now, all of one moment."""
+        copy = self.image.with_name("without-power.img")
+        deadline = time.monotonic() + 60
+        while True:
+            before = self._written()
+            do("cp", "--sparse=always", self.image, copy)
+            if self._written() == before:
+                return copy
+            assert time.monotonic() < deadline, "the disk is never at rest"
+
+    def _written(self) -> tuple[str, ...]:
+        """Writes that the disk has completed, and whether any is under way."""
+        # Fields 5 and 9 of Documentation/block/stat.rst.
+        fields = self._statistics.read_text().split()
+        return fields[4], fields[8]
+
+
+@pytest.fixture
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    """A small disk, of which a file that nobody waited for is shown not to be there yet."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(DISK_NBYTES)
+    do("mkfs.ext4", "-q", "-F", image)
+    probe = subprocess.run(
+        ["mount", "-o", "loop", image, _made(tmp_path / "probe")], capture_output=True, text=True
+    )
+    if probe.returncode:
+        pytest.skip(f"cannot mount a disk here: {probe.stderr.strip()}")
+    do("umount", tmp_path / "probe")
+    with mounted(image, tmp_path / "disk", getattr(request, "param", "")) as folder:
+        made = Disk(image, folder)
+        (folder / "asked-for").write_bytes(b"yes")
+        do("sync", "-f", folder)
+        (folder / "never-asked-for").write_bytes(b"no")
+        with mounted(made.without_power(), tmp_path / "probe") as left:
+            assert (left / "asked-for").read_bytes() == b"yes"
+            lost = left / "never-asked-for"
+            assert not lost.exists() or lost.read_bytes() == b""
+        yield made
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def started_again(copy: Path, folder: Path) -> Iterator[Path]:
+    """Mount a disk after the power has come back: locks on it are of before."""
+    with mounted(copy, folder) as disk:
+        for lock in disk.glob("OUT.zarr/lock/*"):
+            if content := lock.read_bytes():
+                lock.write_text(json.dumps({**json.loads(content), "boot": "the one before"}))
+        yield disk
+
+
+def merge_again(search: Undisturbed, output: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Merge after the power has come back, with less patience; tiles that it merged."""
+    monkeypatch.setattr("ocelot_em.lock.STALE_SECONDS", 1.0)
+    monkeypatch.setattr("ocelot_em.lock.LOOK_SECONDS", 0.2)
+    return ocelot_em.merge(search.run, output, tile_size=search.tile).n_merged
+
+
+@contextmanager
+def merging(search: Undisturbed, disk: Disk, n_tiles: int) -> Iterator["subprocess.Popen[str]"]:
+    """A merge onto a disk that has done some tiles; killed in the end."""
+    output = disk.folder / "OUT.zarr"
+    run = start(merge_command(search.run, output, search.tile, "--threads", "1"))
+    try:
+        wait_for(lambda: tiles_done(output) >= n_tiles, f"{n_tiles} tiles", alive=run)
+        yield run
+    finally:
+        end(run)
+
+
+def torn_files(output: Path) -> list[Path]:
+    """Files whose names reached the disk, but not what is in them."""
+    return [path for path in output.rglob("*") if path.is_file() and path.stat().st_size == 0]
+
+
+OPTIONS = ["", "commit=1,noauto_da_alloc"]
+"""A disk as it is by default; and one that writes names each second, and content no sooner when a
+file replaces another, as other file systems do."""
+
+
+@pytest.mark.parametrize(
+    ("disk", "seed"), [(OPTIONS[seed % 2], seed) for seed in range(4)], indirect=["disk"]
+)
+def test_a_run_that_power_was_taken_from_goes_on(search, tmp_path, disk, seed, monkeypatch) -> None:
+    moment = random.Random(seed).randrange(10, search.n_tiles - 40)
+    with merging(search, disk, moment):
+        copy = disk.without_power()
+        there = tiles_done(disk.folder / "OUT.zarr")
+    with started_again(copy, tmp_path / "again") as again:
+        output = again / "OUT.zarr"
+        left, n_torn = tiles_done(output), len(torn_files(output))
+        merged = merge_again(search, output, monkeypatch)
+        print(f"{there} tiles, {left} of them on the disk, {n_torn} torn files, {merged} merged")
+        assert search.n_tiles - left <= merged <= search.n_tiles
+        search.assert_finished(output)
+
+
+def without_power_when(
+    disk: Disk, probe: Path, holds: Callable[[Path], bool], name: str = "OUT.zarr"
+) -> Path:
+    """A copy of the disk as soon as something holds for a store on it."""
+    deadline = time.monotonic() + 40
+    while True:
+        copy = disk.without_power()
+        with mounted(copy, probe) as left:
+            if holds(left / name):
+                break
+        assert time.monotonic() < deadline, "it never held"
+        time.sleep(0.5)
+    return copy
+
+
+def test_tiles_whose_marks_alone_reached_the_disk_are_merged_again(
+    search, tmp_path, disk, monkeypatch
+) -> None:
+    with merging(search, disk, 100) as run:
+        os.killpg(run.pid, signal.SIGSTOP)  # so that names are written, but nothing new comes
+        wait_for(lambda: psutil.Process(run.pid).status() == "stopped", "the run's standstill")
+        done = tiles_done(disk.folder / "OUT.zarr")
+        copy = without_power_when(disk, tmp_path / "probe", lambda out: tiles_done(out) == done)
+    with started_again(copy, tmp_path / "again") as again:
+        output = again / "OUT.zarr"
+        torn = torn_files(output)
+        assert len(torn) > done, "the file system wrote everything: this shows nothing"
+        assert merge_again(search, output, monkeypatch) == search.n_tiles
+        search.assert_finished(output)
+
+
+def test_a_stopped_run_that_power_is_taken_from_later_goes_on(
+    search, tmp_path, disk, monkeypatch
+) -> None:
+    output = disk.folder / "OUT.zarr"
+    with merging(search, disk, 100) as run:
+        run.send_signal(signal.SIGTERM)
+        told, _ = run.communicate(timeout=60)
+        assert run.returncode == 75, told
+        done = tiles_done(output)
+        copy = without_power_when(
+            disk, tmp_path / "probe", lambda out: not list(out.glob("lock/*"))
+        )
+    with started_again(copy, tmp_path / "again") as again:
+        assert torn_files(again / "OUT.zarr") == []
+        assert merge_again(search, again / "OUT.zarr", monkeypatch) == search.n_tiles - done
+        search.assert_finished(again / "OUT.zarr")
+
+
+@pytest.mark.parametrize("disk", OPTIONS, indirect=True)
+def test_what_is_called_complete_stays_complete(search, tmp_path, disk, monkeypatch) -> None:
+    with merging(search, disk, 0) as run:
+        told, _ = run.communicate(timeout=200)
+        copy = disk.without_power()
+        assert run.returncode == 0, told
+    with started_again(copy, tmp_path / "again") as again:
+        output = again / "OUT.zarr"
+        assert ocelot_em.describe(output).attributes.state == "complete"
+        assert ocelot_em.check(output) == []
+        assert merge_again(search, output, monkeypatch) == 0
+        search.assert_finished(output)
+
+
+@pytest.mark.parametrize("disk", OPTIONS, indirect=True)
+def test_a_partial_that_is_written_stays_written(tmp_path, disk) -> None:
+    rng = np.random.default_rng(8)
+    for number in range(2):
+        write_search(
+            disk.folder / "RUN.zarr", [make_result(rng, (300, 200), 1000)], [1000], first=number
+        )
+        copy = disk.without_power()
+        with mounted(copy, tmp_path / "again") as again:
+            assert ocelot_em.check(again / "RUN.zarr") == []
+            found = ocelot_em.describe(again / "RUN.zarr")
+            assert [state for _, state, _ in found.partials] == ["complete"] * (number + 1)
+            assert found.attributes.total_projections == 1000 * (number + 1)
+            np.testing.assert_array_equal(
+                ocelot_em.open_partials(again / "RUN.zarr")["mip"],
+                ocelot_em.open_partials(disk.folder / "RUN.zarr")["mip"],
+            )
+
+
+@pytest.mark.parametrize("disk", OPTIONS, indirect=True)
+def test_metadata_that_is_replaced_is_never_lost(tmp_path, disk) -> None:
+    run = disk.folder / "RUN.zarr"
+    write_search(run, [make_result(np.random.default_rng(8), (30, 20), 1000)], [1000])
+    do("sync", "-f", disk.folder)
+    before = (run / "zarr.json").read_bytes()
+    store.update_attributes(open_objects(run), "", {"of-another-program": 1})
+    copy = without_power_when(
+        disk,
+        tmp_path / "probe",
+        lambda there: (there / "zarr.json").read_bytes() != before,
+        "RUN.zarr",
+    )
+    with mounted(copy, tmp_path / "again") as again:
+        assert (again / "RUN.zarr" / "zarr.json").read_bytes() == (run / "zarr.json").read_bytes()
+        assert ocelot_em.check(again / "RUN.zarr") == []
+
+
+@pytest.mark.parametrize("disk", OPTIONS, indirect=True)
+def test_files_that_are_imported_stay_imported(tmp_path, disk, crops, tables) -> None:
+    run = disk.folder / "RUN.zarr"
+    files = [str(crop) for crop in crops]
+    importing = start(
+        [*OCELOT, "import", *files, "--output", str(run), "--search-space", str(tables)]
+    )
+    told, _ = importing.communicate(timeout=120)
+    copy = disk.without_power()
+    assert importing.returncode == 0, told
+    with mounted(copy, tmp_path / "again") as again:
+        assert ocelot_em.check(again / "RUN.zarr") == []
+        assert digests(again / "RUN.zarr") == digests(run)

@@ -1,0 +1,170 @@
+"""Searches that faults strike while they are merged, and what must hold when the run has ended."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ocelot_em
+from helpers import chunk_bytes, make_result, write_search
+from ocelot_em.objects import open_objects
+
+OCELOT = [sys.executable, "-m", "ocelot_em"]
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A search, and what a merge of it gives that nothing disturbs.
+
+    Parameters
+    ----------
+    run
+        The search.
+    tile
+        Edge of the tiles, in pixels.
+    n_tiles
+        Of the canvas.
+    merged
+        Bytes of all chunks of the merged maps, by key.
+    inputs
+        Digests of all files of the search, by path.
+    seconds
+        That the merge took, in threads here.
+    """
+
+    run: Path
+    tile: int
+    n_tiles: int
+    merged: Mapping[str, bytes]
+    inputs: Mapping[str, str]
+    seconds: float
+
+    def assert_finished(self, output: Path) -> None:
+        """The output is whole and right, nothing is left beside it, and the inputs are as before.
+
+        Parameters
+        ----------
+        output
+            A merged store on this machine.
+        """
+        assert chunk_bytes(output) == self.merged
+        assert ocelot_em.check(output) == []
+        left_over = [path for path in output.rglob("*") if "#" in path.name]
+        assert left_over + list(output.glob("lock/*")) == []
+        self.assert_inputs_untouched()
+
+    def assert_inputs_untouched(self) -> None:
+        """The search is byte for byte what it was."""
+        assert digests(self.run) == self.inputs
+
+
+def undisturbed(folder: Path, edge: int, tile: int, n_partials: int = 3) -> Undisturbed:
+    """Write a square search of some pixels a side, and merge it with nothing in the way."""
+    rng = np.random.default_rng(edge + tile)
+    results = [make_result(rng, (edge, edge), 1000 + i, ties=True) for i in range(n_partials)]
+    write_search(folder / "RUN.zarr", results, [1000 + i for i in range(n_partials)])
+    inputs = digests(folder / "RUN.zarr")
+    started = time.monotonic()
+    ocelot_em.merge(folder / "RUN.zarr", folder / "EXPECTED.zarr", tile_size=tile)
+    seconds = time.monotonic() - started
+    merged = chunk_bytes(folder / "EXPECTED.zarr")
+    shutil.rmtree(folder / "EXPECTED.zarr")
+    return Undisturbed(folder / "RUN.zarr", tile, (-(-edge // tile)) ** 2, merged, inputs, seconds)
+
+
+def digests(store: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    return {
+        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+def fetched(url: str, folder: Path) -> Path:
+    """Copy all objects of a store in a bucket to a folder, to look at them there."""
+    objects = open_objects(url)
+    for key in objects.sizes(""):
+        target = folder / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = objects.get(key)
+        assert content is not None, key
+        target.write_bytes(content)
+    return folder
+
+
+def merge_command(run: Path | str, output: Path | str, tile: int, *options: str) -> list[str]:
+    """The command line of a merge."""
+    named = ["--output", str(output), "--tile-size", str(tile)]
+    return [*OCELOT, "merge", str(run), *named, *options]
+
+
+def start(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> "subprocess.Popen[str]":
+    """Start a command in a session of its own; both its outputs are in one pipe, or in a file."""
+    with log.open("a") if log else contextlib.nullcontext(subprocess.PIPE) as output:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Kill what :func:`start` started, with all that it started itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def tiles_done(output: Path) -> int:
+    """Tiles of an output on this machine that are marked as done."""
+    return len(list(output.glob("progress/tile_summary/c/*/*/0")))
+
+
+def wait_for(
+    holds: Callable[[], bool],
+    what: str,
+    seconds: float = 120,
+    alive: "subprocess.Popen[str] | None" = None,
+) -> None:
+    """Wait until something holds, unless it takes too long, or a process ends meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if alive is not None and alive.poll() is not None:
+            told = alive.stdout.read() if alive.stdout else ""
+            raise AssertionError(f"it ended ({alive.returncode}) before there was {what}: {told}")
+        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def do(*command: str | Path) -> str:
+    """Run a command that has to go well; what it printed."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def require(*programs: str) -> None:
+    """Skip where programs are not there, or root's rights to make networks, disks or groups."""
+    lacks = [program for program in programs if shutil.which(program) is None]
+    if os.geteuid() != 0:
+        lacks.append("the rights of root")
+    if lacks:
+        pytest.skip(f"not here: {', '.join(lacks)}")
