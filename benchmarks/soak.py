@@ -138,10 +138,10 @@ class Soak:
                 break
         self.n_runs += 1
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        merged = [
-            tuple(x["tile"]) for x in lines if x["event"] == "tile" and x["state"] == "merged"
-        ]
-        self.n_merged += len(merged)
+        tiles = [line for line in lines if line["event"] == "tile"]
+        merged = [tuple(line["tile"]) for line in tiles if line["state"] == "merged"]
+        self.n_again += len(merged) - len(set(merged))
+        self.n_failed += len(tiles) - len(merged)
         self.n_tiles += (SHAPE[0] // TILE) * (SHAPE[1] // TILE)
         found = bytes_of(output)
         self.n_differing += sum(

@@ -6,10 +6,10 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dask
 from dask.system import CPU_COUNT
@@ -30,6 +30,8 @@ from ocelot_em.plan import DeviceChoice, MergeOptions, n_threads
 from ocelot_em.security import security_of_run, warn_if_open
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 DASHBOARD_PORT = 8787
 """Dask's usual one; another where it is taken."""
@@ -190,7 +192,7 @@ USABLE_SHARE = 0.9
 def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
     """Ask the workers of a running cluster for their GPUs; and the most threads of one."""
     with client_of(options.cluster) as client:
-        answers = list(client.run(_facts_or_reason).values())
+        answers = _ask_workers(client, _facts_or_reason)
         threads = max(client.nthreads().values(), default=1)
     found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
     if answers and len(found) == len(answers):
@@ -201,6 +203,20 @@ def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
         first = next((answer for answer in answers if isinstance(answer, str)), "no workers")
         raise DeviceError(f"device cuda: {without} at {options.cluster}: {first}")
     return DeviceChoice("cpu", f"auto: {without}"), threads
+
+
+def _ask_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
+    """Ask all workers; those that are gone before they answer are left out.
+
+    Raises
+    ------
+    ClusterLostError
+        The scheduler is gone.
+    """
+    try:
+        return list(client.run(question, on_error="ignore").values())
+    except (OSError, TimeoutError, RuntimeError) as error:
+        raise ClusterLostError(f"the Dask scheduler is gone: {error}") from error
 
 
 def _facts_or_reason() -> DeviceFacts | str:
@@ -412,6 +428,6 @@ def _make_ready(client: Any, options: MergeOptions) -> None:
     """
     if options.device != "cuda":
         return
-    reasons = [reason for reason in client.run(_open_or_reason).values() if reason]
+    reasons = [reason for reason in _ask_workers(client, _open_or_reason) if reason]
     if reasons:
         raise DeviceError(f"{len(reasons)} workers cannot use their GPU: {reasons[0]}")

@@ -5,8 +5,9 @@ Histograms, extremes and special pixels; how often each partial won, and its own
 of them. Only valid pixels count. The numbers of tiles add up to those of the map.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -46,15 +47,16 @@ PIXELS_PER_CANDIDATE = 512
 FEWEST_CANDIDATES = 64
 """For which a record has room, however small the tile."""
 
-_RATE = round(1 / MIP_AXIS.width)
-_AXES = (
-    (np.int32(round(MIP_AXIS.low * _RATE)), np.int32(MIP_AXIS.bins)),
-    (np.int32(round(Z_AXIS.low * _RATE)), np.int32(Z_AXIS.bins)),
-    np.float32(_RATE),
-    round(JOINT_MIP_AXIS.width / MIP_AXIS.width).bit_length() - 1,
+_AXES = tuple(
+    (np.int32(round(axis.low / axis.width)), np.int32(axis.bins), np.float32(1 / axis.width))
+    for axis in (MIP_AXIS, Z_AXIS, JOINT_MIP_AXIS, JOINT_Z_AXIS)
 )
-"""As :func:`ocelot_em.kernels.collect.count_pixels` takes them: first bins and numbers of bins,
-bins per unit, and how many of them make one of the joint histogram, as a shift of bits."""
+"""As :func:`ocelot_em.kernels.collect.count_pixels` takes them: first bins, numbers of bins, bins
+per unit."""
+
+_JOINT_SHAPE = (JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins + 16)
+"""Of the joint histogram while pixels are counted, with a cache line more in each row: most pixels
+lie in a few columns, and in rows of a power of two these would share a few places in the cache."""
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Offsets (y, x) of the pixels whose z-score is kept with a candidate."""
@@ -86,7 +88,7 @@ def candidate_capacity(tile: tuple[int, int]) -> int:
 def collection_nbytes(tile: tuple[int, int]) -> int:
     """Memory of what is collected of a tile."""
     numbers = candidate_capacity(tile) * len(CANDIDATE_FIELDS) + len(EDGES) * max(tile)
-    return 4 * N_FLAT + 8 * numbers
+    return 4 * (N_FLAT + prod(_JOINT_SHAPE)) + 8 * numbers
 
 
 @dataclass
@@ -251,8 +253,9 @@ neighbours of candidates in the next piece, which no map may have."""
 class Collection:
     """What is collected of one tile after another, as their maps are made, in memory that is kept.
 
-    The order of calls: :meth:`begin` with a tile, :meth:`add` for every source, then :meth:`look`,
-    then :meth:`take` for every map that has not been seen by then.
+    The order of calls: :meth:`begin` with a tile; :meth:`add` for every source, :meth:`count_wins`
+    and :meth:`count` for runs of pixels; then :meth:`look`; then :meth:`take` for every map that
+    has not been seen by then.
 
     Parameters
     ----------
@@ -272,22 +275,29 @@ class Collection:
         self._kernel = kernels.load_collect()
         self.counts = np.zeros(N_FLAT, np.uint32)
         self._histograms = Histograms.from_flat(self.counts)
+        self._joint = np.zeros(_JOINT_SHAPE, np.uint32)
+        self._joint_rows = slice(None)
         self.candidates = np.empty((self.capacity, len(CANDIDATE_FIELDS)))
         self.edges = np.empty((len(EDGES), self.longest_edge), np.float64)
         self._found = np.empty(4 * self.capacity, np.int32)
 
     def begin(self, region: Region, of: Counting) -> None:
         """Forget everything, and start with a region of an exposure."""
-        self.region, self._level = region, of.level
+        self.region, self._level = region, np.float32(of.level)
         self.statistics = TileStatistics.empty(of.n_partials, of.n_sources)
-        self.counts.fill(0)
+        self._histograms.mip.fill(0)
+        self._histograms.z.fill(0)
+        self._histograms.joint[self._joint_rows] = self._joint[self._joint_rows] = 0
+        self._joint_rows = slice(None)  # until it is known which ones have counts
+        self._ranks = self._kernel.no_ranks()
         self.candidates.fill(np.nan)
         self.edges.fill(np.nan)
         valid = of.region.intersect(region).relative_to(region)
         # What counts begins with the first pixel of each region: edges that are left out, are left
         # out of what is merged, too.
         self._valid = valid.shape
-        self._where = np.empty(0, np.intp), np.empty(0, np.intp)
+        self._any_counted = False
+        self._where = np.empty(0, np.intp)
 
     def add(
         self, number: int, name: str, start: int, values: AnyArray, total: AnyArray | None = None
@@ -309,39 +319,70 @@ class Collection:
             Whether any of them was found to be NaN, while they were added.
         """
         into = self.statistics.moments[number, 0 if name == SUM else 1]
-        place = start, self.region.shape[1], self._valid
+        place = self._place(start)
         if total is None:
             self._kernel.add_moments(values, place, into)
             return False
         bad: bool = self._kernel.add_and_measure(values, total, number == 0, place, into)
         return bad
 
-    def look(self, maps: dict[str, AnyArray]) -> None:
-        """Count the pixels, and find the candidates.
+    def _place(self, start: int) -> tuple[int, int, tuple[int, int]]:
+        return start, self.region.shape[1], self._valid
+
+    def count(self, start: int, maps: Mapping[str, AnyArray]) -> None:
+        """Count a run of the tile's pixels from ``start`` on, and find the candidates among them.
+
+        Run after run, in the order of the pixels: best when the maps of a run have just been
+        computed and are in the cache.
 
         Parameters
         ----------
         maps
-            ``mip``, z-score, standard deviation, number of the partial, and all others that will
-            not be handed to :meth:`take`; of the tile's shape.
+            ``mip``, z-score and standard deviation, among others; of the run, C-contiguous, of any
+            shape.
         """
+        looked_at = tuple(maps[name].reshape(-1) for name in (MIP, SCALED_MIP, STD))
+        own, histograms = self.statistics, self._histograms
+        own.n_candidates = self._kernel.count_pixels(
+            looked_at,
+            self._place(start),
+            _AXES,
+            (histograms.mip, histograms.z, self._joint, own.counts, self._ranks),
+            (self._level, self._found, own.n_candidates),
+        )
+        self._any_counted = True
+
+    def count_wins(self, start: int, numbers: AnyArray) -> None:
+        """Count how many of a run of the tile's pixels, from ``start`` on, each partial won."""
+        self._kernel.count_wins(numbers.reshape(-1), self._place(start), self.statistics.wins)
+
+    def look(self, maps: Mapping[str, AnyArray]) -> None:
+        """Look up the candidates, when all pixels have been counted.
+
+        If none has been, all are counted first, and what each partial won.
+
+        Parameters
+        ----------
+        maps
+            The z-score and all others that will not be handed to :meth:`take`; if nothing has been
+            counted, also ``mip``, standard deviation and number of the partial. C-contiguous, of
+            the tile's shape.
+        """
+        if not self._any_counted:
+            self.count(0, maps)
+            self.count_wins(0, maps[BEST_PARTIAL])
+        extremes = self.statistics.extremes
+        extremes[:] = self._kernel.values_of(self._ranks)
+        rows = np.floor((extremes[:2] - JOINT_MIP_AXIS.low) / JOINT_MIP_AXIS.width)
+        first, last = map(int, rows.clip(0, JOINT_MIP_AXIS.bins - 1))
+        self._joint_rows = slice(first, last + 1)
+        own = self._joint[self._joint_rows, : JOINT_Z_AXIS.bins]
+        self._histograms.joint[self._joint_rows] = own
         n_rows, n_columns = self._valid
         if not n_rows or not n_columns:
             return
-        valid = {name: values[:n_rows, :n_columns] for name, values in maps.items()}
-        own, histograms = self.statistics, self._histograms
-        into = histograms.mip, histograms.z, histograms.joint, own.counts
-        mip, z = valid[MIP], valid[SCALED_MIP]
-        self._kernel.count_pixels(mip, z, valid[STD], _AXES, into)
-        if own.counts.any():
-            counted = (mip > -np.inf) & ~np.isnan(z)
-            mip, own_z = mip[counted], z[counted]
-        else:
-            own_z = z
-        if mip.size:
-            own.extremes[:] = mip.min(), mip.max(), own_z.min(), own_z.max()
-        self._kernel.count_wins(valid[BEST_PARTIAL], own.wins)
-        self._find_candidates(z)
+        self._find_candidates(maps[SCALED_MIP])
+        z = maps[SCALED_MIP][:n_rows, :n_columns]
         if self.longest_edge:
             for kept, edge in zip(self.edges, (z[0], z[-1], z[:, 0], z[:, -1]), strict=True):
                 kept[: edge.size] = edge
@@ -349,34 +390,25 @@ class Collection:
             self.take(name, values)
 
     def _find_candidates(self, z: AnyArray) -> None:
-        where = self._found
-        found = self._kernel.find_above(z, np.float32(self._level), where)
-        self.statistics.n_candidates = int(found)
-        if found > where.size:
-            where = np.empty(found, np.int32)
-            self._kernel.find_above(z, np.float32(self._level), where)
-        numbers = where[:found]
+        found, width, (n_rows, n_columns) = self.statistics.n_candidates, z.shape[1], self._valid
+        where = self._found[:found].astype(np.intp)
         if found > self.capacity:  # the highest ones
-            heights = z.reshape(-1)[numbers] if z.flags.c_contiguous else z[self._at(numbers, z)]
+            if found > self._found.size:
+                y, x = np.nonzero(z[:n_rows, :n_columns] >= self._level)
+                where = y * width + x
+            heights = z.reshape(-1)[where]
             best = np.argpartition(-heights, self.capacity - 1)[: self.capacity]
-            numbers = np.sort(numbers[best])
-        y, x = self._where = self._at(numbers, z)
-        n, places = len(y), CANDIDATE_FIELDS.index
-        self.candidates[:n, places("y")] = y + self.region.y0
-        self.candidates[:n, places("x")] = x + self.region.x0
-        for name, beside in neighbours_of(z, y, x):
-            self.candidates[:n, places(name)] = beside
-
-    @staticmethod
-    def _at(numbers: AnyArray, z: AnyArray) -> tuple[AnyArray, AnyArray]:
-        y, x = np.divmod(numbers, z.shape[1])
-        return y.astype(np.intp), x.astype(np.intp)
+            where = np.sort(where[best])
+        self._where, rows = where, self.candidates[: len(where)]
+        places, beside = rows[:, :2], rows[:, -len(NEIGHBOUR_FIELDS) :]
+        self._kernel.look_around(where, z.reshape(-1), width, self._valid, (places, beside))
+        places += self.region.y0, self.region.x0
 
     def take(self, name: str, values: AnyArray) -> None:
         """Keep a map's values at the candidates."""
-        if name in GATHERED and len(self._where[0]):
+        if name in GATHERED and len(self._where):
             place = CANDIDATE_FIELDS.index(name)
-            self.candidates[: len(self._where[0]), place] = values[self._where]
+            self.candidates[: len(self._where), place] = values.reshape(-1)[self._where]
 
 
 def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, Float64]]:

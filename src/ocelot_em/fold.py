@@ -186,7 +186,7 @@ class Fold:
             mip.fill(-np.inf)
             winner.fill(-1)
             index.fill(NOT_SEARCHED)
-        unsearched = 0
+        unsearched, several = 0, self._several()
         for number, part, new in self.parts(tile, work, names, everyone):
             if self.space is not None:
                 kept = mip[part], index[part], winner[part]
@@ -200,6 +200,8 @@ class Fold:
             if number == everyone[-1]:
                 unsearched += int(self._planes.count_unsearched(winner[part]))
                 self._planes.number_winners(winner[part], firsts, best_partial[part])
+                if tile.collection is not None and not several:
+                    tile.collection.count_wins(part.start, best_partial[part])
         tile.write(MIP, work.array(MIP, "f4"))
         if self.space is not None:
             tile.write(INDEX, work.array(INDEX, "i4"))
@@ -223,7 +225,7 @@ class Fold:
     def _best_partial(self, tile: TileMaps, work: Workspace) -> None:
         """Write what the winners are called; in a source of several, which of them."""
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
-        several = [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
+        several = self._several()
         for number, part, (new,) in self.parts(tile, work, (BEST_PARTIAL,), several):
             self._planes.take_number(
                 new,
@@ -232,7 +234,13 @@ class Fold:
                 winner[part],
                 best_partial[part],
             )
+        if tile.collection is not None and several:
+            tile.collection.count_wins(0, best_partial)
         tile.write(BEST_PARTIAL, work.array(BEST_PARTIAL, "i4"))
+
+    def _several(self) -> list[int]:
+        """Numbers of the sources that are several partials, merged before."""
+        return [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
 
     def _sums(self, tile: TileMaps, work: Workspace) -> None:
         """Add the counts and sums, and compute and write what follows from them."""
@@ -254,7 +262,7 @@ class Fold:
                 if bad:
                     tile.look_closer(number)
                 if name == SQUARED_SUM and number == everyone[-1]:
-                    self._compute(self._accumulator(work, part), work, part)
+                    self._compute(self._accumulator(work, part), tile, work, part)
         self._look_and_write(tile, work)
 
     def _accumulator(self, work: Workspace, part: slice) -> Accumulator:
@@ -355,7 +363,9 @@ class Fold:
                 tile.look_closer(number)
         tile.write(MIP, accumulator.mip)
         tile.write(BEST_PARTIAL, accumulator.best_partial)
-        self._compute(accumulator, work, slice(None))
+        self._compute(accumulator, tile, work, slice(0, work.n_pixels))
+        if tile.collection is not None:
+            tile.collection.count_wins(0, accumulator.best_partial)
         self._look_and_write(tile, work)
         for name, values in zip(maps.pose, accumulator.pose, strict=True):
             write_and_keep(tile, name, values)
@@ -366,23 +376,28 @@ class Fold:
         """Names of the maps that are computed, when everything has come."""
         return (*STATISTICS, *self.maps.computed_poses)
 
-    def _compute(self, accumulator: Accumulator, work: Workspace, part: slice) -> None:
-        flat = work.flat if accumulator.mip.ndim == 1 else work.array
-        out = {name: flat(f"merged {name}", "f4")[part] for name in self._computed}
-        self._kernel.finalise(accumulator, self.maps, self.space, out)
+    def _compute(
+        self, accumulator: Accumulator, tile: TileMaps, work: Workspace, part: slice
+    ) -> None:
+        """Compute what follows from the sums of some pixels, and have them counted."""
+        out = {name: work.flat(f"merged {name}", "f4")[part] for name in self._computed}
+        shaped = {name: values.reshape(accumulator.mip.shape) for name, values in out.items()}
+        self._kernel.finalise(accumulator, self.maps, self.space, shaped)
+        if tile.collection is not None:
+            tile.collection.count(part.start, {MIP: accumulator.mip, **out})
 
     def _look_and_write(self, tile: TileMaps, work: Workspace) -> None:
         """Look at what is known of the whole tile now, and write what was computed."""
-        if tile.collection is not None:
-            seen = {name: work.array(f"merged {name}", "f4") for name in (SCALED_MIP, STD)}
-            seen |= {MIP: work.array(MIP, "f4"), BEST_PARTIAL: work.array(BEST_PARTIAL, "i4")}
-            if self.space is not None:
-                seen[INDEX] = work.array(INDEX, "i4")
-            tile.collection.look(seen)
-        for name in self._computed:
-            write_and_keep(tile, name, work.array(f"merged {name}", "f4"))
+        computed = {name: work.array(f"merged {name}", "f4") for name in self._computed}
         if self.maps.counts:
-            write_and_keep(tile, COUNT, work.array(COUNT, "i8"))
+            computed[COUNT] = work.array(COUNT, "i8")
+        if tile.collection is not None:
+            known = {MIP: work.array(MIP, "f4"), BEST_PARTIAL: work.array(BEST_PARTIAL, "i4")}
+            if self.space is not None:
+                known[INDEX] = work.array(INDEX, "i4")
+            tile.collection.look(known | computed)
+        for name, values in computed.items():
+            tile.write(name, values)
 
 
 def write_and_keep(tile: TileMaps, name: str, values: AnyArray) -> None:

@@ -38,8 +38,6 @@ network keep what they have read before they look again."""
 LOOK_SECONDS = 1.0
 """Between two looks at a lock that may be left behind, and at one's own by workers."""
 
-_STOP = ".stop"
-
 _KEY = re.compile(f"{FOLDER}/([0-9]{{1,15}})")
 
 _MOST_NBYTES = 2**16
@@ -61,7 +59,9 @@ class OutputLock:
         self, objects: Objects, on_wait: Callable[[str], None] = lambda _says: None
     ) -> None:
         self._objects, self._on_wait = objects, on_wait
-        self._holder = {"id": uuid.uuid4().hex, **_this_process()}
+        self.id = uuid.uuid4().hex
+        """Of this holder: numbers come again."""
+        self._holder = {"id": self.id, **_this_process()}
         self._number = 0
         self._beat = 0
         self._wake = threading.Event()
@@ -116,7 +116,6 @@ class OutputLock:
         if self._beating is not None:
             self._beating.join()
         with contextlib.suppress(StorageError):  # it will be found left behind
-            self._objects.delete_one(self.key + _STOP)
             self._objects.delete_one(self.key)
 
     def _taken(self) -> bool:
@@ -131,7 +130,6 @@ class OutputLock:
         if _highest(self._objects) != self._number:  # others were faster, twice
             return False
         for number in range(self._number):
-            self._objects.delete_one(f"{FOLDER}/{number}{_STOP}")
             self._objects.delete_one(f"{FOLDER}/{number}")
         return True
 
@@ -174,14 +172,14 @@ class OutputLock:
 
     def _is_mine(self) -> bool:
         found = self._objects.get(self.key, _MOST_NBYTES)
-        return found is not None and _parsed(found).get("id") == self._holder["id"]
+        return found is not None and _parsed(found).get("id") == self.id
 
     def _content(self) -> bytes:
-        return json.dumps({**self._holder, "beat": self._beat}).encode()
+        state = {"beat": self._beat, "stops": self.stopping.is_set()}
+        return json.dumps({**self._holder, **state}).encode()
 
     def _keep(self) -> None:
         """Write the lock anew, again and again, until it is given back or lost."""
-        said_stop = False
         while True:
             self._wake.wait(BEAT_SECONDS)
             self._wake.clear()
@@ -192,9 +190,6 @@ class OutputLock:
                     self.lost.set()
                     self.stopping.set()
                     return
-                if self.stopping.is_set() and not said_stop:
-                    self._objects.put(self.key + _STOP, [b""])
-                    said_stop = True
                 self._beat += 1
                 self._objects.put(self.key, [self._content()])
             except StorageError as error:
@@ -208,12 +203,12 @@ class Leave:
     ----------
     objects
         The output.
-    key
+    key, holder
         Of the run's lock.
     """
 
-    def __init__(self, objects: Objects, key: str) -> None:
-        self._objects, self._key = objects, key
+    def __init__(self, objects: Objects, key: str, holder: str) -> None:
+        self._objects, self._key, self._holder = objects, key, holder
         self._looking = threading.Lock()
         self._looked = float("-inf")
         self._goes_on = True
@@ -229,8 +224,9 @@ class Leave:
         """
         with self._looking:
             if self._goes_on and time.monotonic() - self._looked > LOOK_SECONDS:
-                there = set(self._objects.keys(FOLDER))
-                self._goes_on = self._key in there and self._key + _STOP not in there
+                content = _parsed(self._objects.get(self._key, _MOST_NBYTES) or b"{}")
+                stops = content.get("stops", True)
+                self._goes_on = content.get("id") == self._holder and not stops
                 self._looked = time.monotonic()
             return self._goes_on
 

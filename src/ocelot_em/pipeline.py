@@ -148,8 +148,8 @@ class Work:
         The prepared output, which holds the plan.
     run_id
         Its identity.
-    lock
-        Key of the lock that the run holds; tasks stop without it. Empty: there is none.
+    lock, holder
+        Key of the lock that the run holds, and its id; tasks stop without it. Empty: there is none.
     partials_on_device
         How many partials a thread has on the GPU at a time; 0 to merge on the CPU.
     """
@@ -157,6 +157,7 @@ class Work:
     output: str
     run_id: str
     lock: str = ""
+    holder: str = ""
     partials_on_device: int = 0
 
 
@@ -456,7 +457,8 @@ def merge(
     attributes = _create_output(objects, ready, options)
     tally = Tally(on_outcome, lock.stop)
     tiles = ready.missing
-    work = Work(objects.url, attributes.id, lock.key, ready.forecast.partials_on_device)
+    on_device = ready.forecast.partials_on_device
+    work = Work(objects.url, attributes.id, lock.key, lock.id, on_device)
     try:
         for _ in range(1 + TRIED_AGAIN):
             if tiles and not lock.stopping.is_set():
@@ -869,7 +871,7 @@ class Job:
         partials_on_device = 0 if work is None else work.partials_on_device
         self._leave = None
         if objects is not None and work is not None and work.lock:
-            self._leave = Leave(objects, work.lock)
+            self._leave = Leave(objects, work.lock, work.holder)
         first = plan.exposures[0].sources[0]
         self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
         self._lanes = None

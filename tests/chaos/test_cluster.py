@@ -16,8 +16,8 @@ import pytest
 
 import ocelot_em
 from helpers import chunk_bytes, make_result, write_search
-from ocelot_em.api import Observer, plan_merge
-from ocelot_em.cluster import Cluster, open_cluster
+from ocelot_em.api import plan_merge
+from ocelot_em.cluster import open_cluster
 from ocelot_em.errors import OutputLockedError, TilesFailedError
 from ocelot_em.execute import ClientExecutor
 from ocelot_em.lock import OutputLock
@@ -80,6 +80,9 @@ def finish(place: Path, output: Path) -> str:
     assert again.returncode == 0, told
     assert_undisturbed(place, output)
     return told
+
+
+Start = Callable[[int], tuple[str, list["subprocess.Popen[bytes]"]]]
 
 
 @pytest.fixture
@@ -162,11 +165,25 @@ def test_a_killed_driver_leaves_no_process_and_no_lock(place, tmp_path, cluster)
 
 def test_a_killed_driver_of_a_running_cluster_stops_its_tasks(place, tmp_path, scheduler) -> None:
     output = tmp_path / "OUT.zarr"
-    address, processes = scheduler(2)
+    address, _ = scheduler(2)
     driver = start(place, output, "--cluster", address)
     wait_for(lambda: tiles_done(output) > 20, "tiles")
     driver.kill()
     driver.communicate()
+    again = start(place, output, "--cluster", address)
+    told, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, told
+    assert_undisturbed(place, output)
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_same_workers(place, tmp_path, scheduler) -> None:
+    output = tmp_path / "OUT.zarr"
+    address, _ = scheduler(2)
+    driver = start(place, output, "--cluster", address)
+    wait_for(lambda: tiles_done(output) > 20, "tiles")
+    driver.terminate()
+    told, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 75, told
     again = start(place, output, "--cluster", address)
     told, _ = again.communicate(timeout=200)
     assert again.returncode == 0, told
@@ -212,17 +229,6 @@ def poisoned(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     return attempt_tiles(work, tiles)
 
 
-class Poisoned(Observer):
-    """Has workers of a cluster die of a tile."""
-
-    def __init__(self) -> None:
-        self.failed: list[Outcome] = []
-
-    def tile_ended(self, outcome: Outcome) -> None:
-        if outcome.summary is None:
-            self.failed.append(outcome)
-
-
 def test_a_tile_that_always_kills_its_worker_is_named_and_the_others_finish(
     place: Path, tmp_path: Path
 ) -> None:
@@ -238,16 +244,13 @@ def test_a_tile_that_always_kills_its_worker_is_named_and_the_others_finish(
         if outcome.summary is None:
             failed.append(outcome)
 
-    with (
-        OutputLock(open_objects(output)) as lock,
-        open_cluster(options) as cluster,
-        pytest.raises(TilesFailedError, match=r"1 of 400 tiles failed.*\n.*tile \(3, 5\)") as told,
-    ):
-        assert isinstance(cluster, Cluster)
+    with OutputLock(open_objects(output)) as lock, open_cluster(options) as cluster:
         executor = cluster.executor
         assert isinstance(executor, ClientExecutor)
         executor.attempt = poisoned
-        merge(ready, options, executor, lock, note)
+        one = r"1 of 400 tiles failed.*\n.*tile \(3, 5\)"
+        with pytest.raises(TilesFailedError, match=one) as told:
+            merge(ready, options, executor, lock, note)
     assert "KilledWorker" in str(told.value)
     assert [(end.iy, end.ix) for end in failed] == [(3, 5)]
     assert tiles_done(output) == N_TILES - 1

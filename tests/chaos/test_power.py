@@ -42,10 +42,12 @@ pytestmark = pytest.mark.chaos
 
 DISK_NBYTES = 200 * 1024 * 1024
 
+PROGRAMS = "mkfs.ext4", "mount", "umount", "findmnt"
+
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
-    require("mkfs.ext4", "mount", "umount", "findmnt")
+    require(*PROGRAMS)
     folder = tmp_path_factory.mktemp("power")
     yield undisturbed(folder, 640, 32)
     shutil.rmtree(folder)
@@ -93,6 +95,7 @@ class Disk:
 @pytest.fixture
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
     """A small disk, of which a file that nobody waited for is shown not to be there yet."""
+    require(*PROGRAMS)
     image = tmp_path / "disk.img"
     with image.open("wb") as file:
         file.truncate(DISK_NBYTES)
@@ -154,6 +157,11 @@ def torn_files(output: Path) -> list[Path]:
     return [path for path in output.rglob("*") if path.is_file() and path.stat().st_size == 0]
 
 
+def is_marked(output: Path, chunk: Path) -> bool:
+    """Whether the tile of a chunk is marked as done: tiles here are chunks."""
+    return (output / "progress/tile_summary/c" / chunk.parent.name / chunk.name / "0").exists()
+
+
 OPTIONS = ["", "commit=1,noauto_da_alloc"]
 """A disk as it is by default; and one that writes names each second, and content no sooner when a
 file replaces another, as other file systems do."""
@@ -201,9 +209,13 @@ def test_tiles_whose_marks_alone_reached_the_disk_are_merged_again(
         copy = without_power_when(disk, tmp_path / "probe", lambda out: tiles_done(out) == done)
     with started_again(copy, tmp_path / "again") as again:
         output = again / "OUT.zarr"
-        torn = torn_files(output)
-        assert len(torn) > done, "the file system wrote everything: this shows nothing"
-        assert merge_again(search, output, monkeypatch) == search.n_tiles
+        torn = [path for path in torn_files(output / "mip") if is_marked(output, path)]
+        print(f"{done} tiles done, {len(torn)} of them torn")
+        if not torn:
+            pytest.skip("something made the system write everything at that moment")
+        # Of other tiles, another map than this one may be torn.
+        merged = merge_again(search, output, monkeypatch)
+        assert search.n_tiles - done + len(torn) <= merged <= search.n_tiles
         search.assert_finished(output)
 
 
@@ -262,18 +274,18 @@ def test_a_partial_that_is_written_stays_written(tmp_path, disk) -> None:
 def test_metadata_that_is_replaced_is_never_lost(tmp_path, disk) -> None:
     run = disk.folder / "RUN.zarr"
     write_search(run, [make_result(np.random.default_rng(8), (30, 20), 1000)], [1000])
-    do("sync", "-f", disk.folder)
-    before = (run / "zarr.json").read_bytes()
-    store.update_attributes(open_objects(run), "", {"of-another-program": 1})
-    copy = without_power_when(
-        disk,
-        tmp_path / "probe",
-        lambda there: (there / "zarr.json").read_bytes() != before,
-        "RUN.zarr",
-    )
-    with mounted(copy, tmp_path / "again") as again:
-        assert (again / "RUN.zarr" / "zarr.json").read_bytes() == (run / "zarr.json").read_bytes()
-        assert ocelot_em.check(again / "RUN.zarr") == []
+    for number in range(3):
+        do("sync", "-f", disk.folder)
+        before = (run / "zarr.json").read_bytes()
+        store.update_attributes(open_objects(run), "", {"of-another-program": number})
+
+        def is_replaced(there: Path, before: bytes = before) -> bool:
+            return (there / "zarr.json").read_bytes() != before
+
+        copy = without_power_when(disk, tmp_path / "probe", is_replaced, "RUN.zarr")
+        with mounted(copy, tmp_path / "again") as again:
+            assert digests(again / "RUN.zarr") == digests(run)
+            assert ocelot_em.check(again / "RUN.zarr") == []
 
 
 @pytest.mark.parametrize("disk", OPTIONS, indirect=True)

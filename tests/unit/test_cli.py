@@ -162,7 +162,7 @@ def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, t
         (("--memory-limit", "much"), "memory_limit"),
         (("--workers", 0), "option workers"),
         (("--workers", 3), "cluster 'threads' is one process"),
-        (("--cluster", "cloud"), "cluster: expected threads, local, cuda, slurm, slurm-job, or the address"),
+        (("--cluster", "cloud"), "cluster: expected threads, local, cuda, slurm, slurm-job, or"),
         (("--nan", "ignore"), "invalid choice: 'ignore'"),
         (("--tile-size", "big"), "invalid int value"),
         (("--tile", 16), "unrecognized arguments"),

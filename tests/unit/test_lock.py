@@ -38,7 +38,7 @@ def test_a_lock_is_there_as_long_as_it_is_held(place):
     with OutputLock(place) as held:
         assert keys(place) == [held.key] == ["lock/0"]
         content = json.loads(place.get(held.key))
-        assert {"id", "host", "boot", "pid", "process_started", "beat"} == set(content)
+        assert {"id", "host", "boot", "pid", "process_started", "beat", "stops"} == set(content)
         assert held.left_behind is None
         assert not held.power_was_lost
     assert keys(place) == []
@@ -105,7 +105,7 @@ def test_a_lock_that_says_nothing_is_watched_too(place, content):
 
 
 def test_other_files_beside_a_lock_do_not_matter(place):
-    for name in ("x", "-1", "1.stop", "\u0663", "9" * 200, "3/4"):
+    for name in ("x", "-1", "1.old", "\u0663", "9" * 200, "3/4"):
         place.put(f"lock/{name}", [b"{}"])
     with OutputLock(place) as held:
         assert held.key == "lock/0"
@@ -146,12 +146,17 @@ def test_a_holder_that_was_replaced_notices(place):
 
 def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place):
     with OutputLock(place) as held:
-        leave = Leave(place, held.key)
+        leave = Leave(place, held.key, held.id)
         assert leave.goes_on
+        assert not Leave(place, held.key, "another").goes_on
         held.stop()
         deadline = time.monotonic() + 5
         while leave.goes_on:
             assert time.monotonic() < deadline
             time.sleep(LOOK)
     assert keys(place) == []
-    assert not Leave(place, held.key).goes_on
+    assert not Leave(place, held.key, held.id).goes_on
+    with OutputLock(place) as again:
+        # The number is the same, but it is another run's.
+        assert again.key == held.key
+        assert not Leave(place, held.key, held.id).goes_on

@@ -1,6 +1,7 @@
 """What a merge collects, against counting in the finished maps."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,9 +10,17 @@ import ocelot_em
 from helpers import SPACE, make_result, read_maps, write_search
 from host_device import LateDevice, host_kernels
 from ocelot_em import cluster, collected, pipeline
-from ocelot_em.collected import CANDIDATE_FIELDS
+from ocelot_em.canvas import Region
+from ocelot_em.collected import (
+    CANDIDATE_FIELDS,
+    Collection,
+    Counting,
+    Histograms,
+    neighbours_of,
+)
 from ocelot_em.device import DeviceFacts
 from ocelot_em.errors import FormatError, MissingChunkError
+from ocelot_em.kernels import load_collect
 from ocelot_em.maps import MapSet
 from ocelot_em.picking import all_candidates
 from ocelot_em.records import read_summary
@@ -194,12 +203,105 @@ def test_collections_add_up(rng):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
 
 
+TILE, COUNTED, LEVEL = Region(0, 8, 100, 1300), Region(0, 7, 100, 1290), 8.0
+
+
+def tile_maps(rng, n_partials=3):
+    """Maps of a tile, with all that is special, each in a row of its own."""
+    shape = TILE.shape
+    maps = {
+        "mip": rng.normal(6, 2, shape).astype(np.float32),
+        "scaled_mip": 0.1 + abs(rng.normal(5, 2, shape)).astype(np.float32),
+        "correlation_std": np.ones(shape, np.float32),
+        "best_partial": rng.integers(-1, n_partials, shape, dtype=np.int32),
+    }
+    mip, z = maps["mip"], maps["scaled_mip"]
+    mip[0, :3], z[0, :3], mip[0, 1100] = -np.inf, np.nan, -np.inf  # nobody searched
+    mip[1, 6:9], z[1, 6:9] = (-40, 40, 3e38), (70, 20, 3e38)  # beyond histograms
+    z[2, 10:12], maps["correlation_std"][2, 10] = 0, 0
+    z[3, 5] = np.nan
+    mip[4, 5] = np.nan
+    z[5, 5], maps["correlation_std"][5, 5] = -0.0, 0
+    z[6, 5], z[6, 6] = -3, np.copysign(np.nan, -1)
+    return maps
+
+
+def collect(collection, maps, cuts):
+    """Hand a tile over in runs of pixels."""
+    collection.begin(TILE, Counting(COUNTED, LEVEL, 3, 1))
+    flat = {name: values.reshape(-1) for name, values in maps.items()}
+    for start, end in pairwise((0, *cuts, TILE.size)):
+        run = {name: values[start:end] for name, values in flat.items()}
+        collection.count(start, run)
+        collection.count_wins(start, run["best_partial"])
+    collection.look(maps)
+
+
+@pytest.mark.parametrize("capacity", [2000, 300, 100], ids=["room", "some room", "little room"])
+@pytest.mark.parametrize("cuts", [(), (1200, 6000), (7, 1201, 7111)], ids=str)
+def test_a_tile_is_counted_at_once_or_in_runs(rng, cuts, capacity):
+    collection = Collection(capacity)
+    collect(collection, tile_maps(rng), (600,))  # what an earlier tile left behind
+    maps = tile_maps(rng)
+    collect(collection, maps, cuts)
+    own = {name: values[:7, :1190] for name, values in maps.items()}
+    mip, z = own["mip"], own["scaled_mip"]
+    counted = (mip > -np.inf) & ~np.isnan(z)
+    histograms = Histograms.from_flat(collection.counts.astype(np.int64))
+    for values, found, axis in (
+        (mip, histograms.of_mip(), MIP_AXIS),
+        (z, histograms.of_z(), Z_AXIS),
+    ):
+        expected = Histogram1D.of(values[counted], axis)
+        np.testing.assert_array_equal(found.counts, expected.counts)
+        assert (found.underflow, found.overflow) == (expected.underflow, expected.overflow)
+        assert found.overflow > 0
+    joint = JointHistogram.of(mip[counted], z[counted])
+    np.testing.assert_array_equal(histograms.joint, joint.counts)
+    statistics = collection.statistics
+    assert list(statistics.extremes) == [
+        -40,
+        mip[counted].max(),
+        z[counted].min(),
+        z[counted].max(),
+    ]
+    assert list(statistics.counts) == [3, 2, 4]
+    wins = [np.count_nonzero(own["best_partial"] == number) for number in range(3)]
+    assert list(statistics.wins) == wins
+    places = np.argwhere(z >= LEVEL)
+    assert 4 * 100 < statistics.n_candidates == len(places) < 4 * 300
+    if len(places) > capacity:
+        order = np.argsort(-z[z >= LEVEL], kind="stable")[:capacity]
+        places = places[np.sort(order)]
+    rows = collection.candidates[: len(places)]
+    assert np.isnan(collection.candidates[len(places) :]).all()
+    np.testing.assert_array_equal(rows[:, :2] - (0, 100), places)
+    y, x = places.T
+    np.testing.assert_array_equal(rows[:, CANDIDATE_FIELDS.index("mip")], mip[y, x])
+    for name, beside in neighbours_of(z, y, x):
+        np.testing.assert_array_equal(rows[:, CANDIDATE_FIELDS.index(name)], beside)
+
+
+def test_a_tile_that_failed_leaves_nothing_behind(rng):
+    collection, maps = Collection(2000), tile_maps(rng)
+    plain = {**maps, "mip": np.full(TILE.shape, 6, np.float32)}
+    collect(collection, maps, ())
+    expected = collection.counts.copy()
+    collect(collection, plain, ())
+    collection.begin(TILE, Counting(COUNTED, LEVEL, 3, 1))
+    collection.count(0, maps)  # and it is never looked at
+    collect(collection, maps, ())
+    np.testing.assert_array_equal(collection.counts, expected)
+    collection.begin(TILE, Counting(Region(50, 60, 0, 9), LEVEL, 3, 1))  # no pixel of it counts
+    collection.look(maps)
+    assert not collection.counts.any()
+    assert not np.isfinite(collection.statistics.extremes).any()
+
+
 @pytest.mark.parametrize("n_partials", [1, 8, 9, 40])
 def test_wins_of_few_and_of_many(rng, n_partials):
-    from ocelot_em.kernels import load_collect
-
-    numbers = rng.integers(-1, n_partials, (33, 70), dtype=np.int32)
+    numbers = tile_maps(rng, n_partials)["best_partial"]
     wins = np.zeros(n_partials, np.int64)
-    load_collect().count_wins(numbers[:, 3:61], wins)
-    expected = np.bincount(numbers[:, 3:61].ravel() + 1, minlength=n_partials + 1)[1:]
+    load_collect().count_wins(numbers.reshape(-1), (0, 1200, (7, 1190)), wins)
+    expected = np.bincount(numbers[:7, :1190].ravel() + 1, minlength=n_partials + 1)[1:]
     np.testing.assert_array_equal(wins, expected)
