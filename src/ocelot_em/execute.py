@@ -258,6 +258,11 @@ class _Window:
                 self._again.extend((tile,) for tile in run)
             else:
                 reason = f"{type(error).__name__}: {error}"
+                if type(error).__name__ == "KilledWorker":
+                    reason += (
+                        "; mostly that is want of memory: try fewer threads, or a smaller "
+                        "--memory-limit, which makes tiles smaller"
+                    )
                 self._on_outcome(Outcome(*run[0], None, f"its task was lost: {reason}"))
             return
         try:

@@ -108,15 +108,23 @@ class OutputLock:
 
     def __exit__(self, *_: object) -> None:
         """Give the lock back."""
-        with contextlib.suppress(StorageError):
+        try:
             # Without a lock nobody would doubt, after a loss of power, what was written under it.
             self._objects.sync()
+        except StorageError as error:
+            log.warning("the lock stays: %s", error)
+        else:
+            self._end_beating()
+            with contextlib.suppress(StorageError):  # it will be found left behind
+                self._objects.delete_one(self.key)
+        finally:
+            self._end_beating()
+
+    def _end_beating(self) -> None:
         self._ended = True
         self._wake.set()
         if self._beating is not None:
             self._beating.join()
-        with contextlib.suppress(StorageError):  # it will be found left behind
-            self._objects.delete_one(self.key)
 
     def _taken(self) -> bool:
         """Try to take the lock."""

@@ -412,6 +412,10 @@ class _LocalObjects(_ObstoreObjects):
                 descriptor = _open_new(staged)
                 try:
                     _write_all(descriptor, parts)
+                    if key.endswith(".json") and Path(self._path(key)).exists():
+                        # Of metadata that is replaced, a loss of power must not take both: not
+                        # every file system writes content before names.
+                        os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
                 staged.rename(self._path(key))

@@ -93,7 +93,7 @@ def shared_credentials(folder: Path, *, is_maker: bool) -> dict[str, str]:
 
 
 def forget(folder: Path) -> None:
-    """Remove the certificates that :func:`shared_security` made."""
+    """Remove the certificates that :func:`shared_credentials` made."""
     for name in (_CERTIFICATE, _KEY):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
