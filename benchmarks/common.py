@@ -28,9 +28,20 @@ from ocelot_em import format as fmt
 from ocelot_em import store
 from ocelot_em.canvas import ceil_div
 from ocelot_em.format import DEFAULT_CHUNK
+from ocelot_em.lock import OutputLock
 from ocelot_em.maps import MAPS, MapSet, PoseForm
 from ocelot_em.objects import Objects, open_objects
-from ocelot_em.pipeline import SUMMARY_FIELDS, Outcome, TileSummary, Work
+from ocelot_em.pipeline import (
+    SUMMARY_FIELDS,
+    Executor,
+    MergeReport,
+    Outcome,
+    Preparation,
+    TileSummary,
+    Work,
+    merge,
+)
+from ocelot_em.plan import MergeOptions
 from ocelot_em.search import (
     partial_path,
     read_attributes,
@@ -239,6 +250,17 @@ def _repeat_map(source: Path, large: Objects, path: str, side: int, n_rows: int 
         row.mkdir(parents=True)
         for ix in range(n):
             row.joinpath(str(ix)).hardlink_to(source / f"c/{iy % n_small}/{ix % n_small}")
+
+
+def merge_alone(
+    ready: Preparation,
+    options: MergeOptions,
+    executor: Executor,
+    on_outcome: Callable[[Outcome], None] = lambda _: None,
+) -> MergeReport:
+    """Merge what is prepared, with an executor of one's own."""
+    with OutputLock(open_objects(ready.output)) as lock:
+        return merge(ready, options, executor, lock, on_outcome)
 
 
 def do_nothing(_work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:

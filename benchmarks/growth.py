@@ -31,7 +31,7 @@ from ocelot_em.cluster import open_cluster
 from ocelot_em.execute import ClientExecutor, ThreadExecutor
 from ocelot_em.format import DEFAULT_CHUNK
 from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, merge, prepare
+from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, prepare
 from ocelot_em.plan import MergeOptions
 
 N_THREADS = 2
@@ -198,8 +198,9 @@ def measure_scheduling(data: Path, where: str, n_tiles: int) -> dict[str, float]
         gc.collect()
         before = common.resident_nbytes()
         started = time.perf_counter()
-        with nothing_collected():  # tiles that do nothing have no records to add up
-            report = merge(ready, options, executor, lambda _: None)
+        # Tiles that do nothing have no records to add up.
+        with nothing_collected():
+            report = common.merge_alone(ready, options, executor)
         seconds = time.perf_counter() - started
         grown, peak = common.resident_nbytes() - before, common.peak_nbytes() - before
     assert report.n_merged == n_tiles

@@ -21,7 +21,7 @@ from ocelot_em.cluster import open_cluster
 from ocelot_em.errors import TilesFailedError
 from ocelot_em.execute import ClientExecutor
 from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, merge, prepare
+from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, prepare
 from ocelot_em.plan import MergeOptions
 
 N_PARTIALS, QUICK_N_PARTIALS = (4, 64), (4,)
@@ -99,7 +99,7 @@ def run_one(search: str, n_tiles: int, chosen: Mapping[str, Any]) -> Memory:
         ready = prepare([search], Path(folder, "OUT.zarr"), options)
         executor = FirstTiles(cluster.executor, n_tiles)
         try:
-            merge(ready, options, executor, outcomes.append)
+            common.merge_alone(ready, options, executor, outcomes.append)
         except TilesFailedError:
             if len(outcomes) != n_tiles or any(outcome.error for outcome in outcomes):
                 raise

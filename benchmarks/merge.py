@@ -23,9 +23,7 @@ from benchmarks.common import Run
 from ocelot_em import pipeline
 from ocelot_em.cluster import WORKER_ENVIRONMENT
 from ocelot_em.execute import Attempt, ClientExecutor, ThreadExecutor
-from ocelot_em.lock import OutputLock
 from ocelot_em.maps import PoseForm
-from ocelot_em.objects import open_objects
 from ocelot_em.pipeline import Executor, MergeReport
 from ocelot_em.plan import MergeOptions
 
@@ -47,8 +45,7 @@ def merge_once(
     output = folder / "output.zarr"
     try:
         ready = pipeline.prepare([search], output, options)
-        with OutputLock(open_objects(ready.output)) as lock:
-            return pipeline.merge(ready, options, executor, lock, lambda _: None)
+        return common.merge_alone(ready, options, executor)
     finally:
         shutil.rmtree(output, ignore_errors=True)
         os.sync()  # the next one should not wait for this one's pages to reach the disk
@@ -106,8 +103,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=search.parent) as name:
         folder, options = Path(name), CASES[case][1]
         ready = pipeline.prepare([search], folder / _floor.FINISHED, options)
-        with OutputLock(open_objects(ready.output)) as lock:
-            pipeline.merge(ready, options, ThreadExecutor(N_WORKERS), lock, lambda _: None)
+        common.merge_alone(ready, options, ThreadExecutor(N_WORKERS))
 
         def before() -> None:
             fill()

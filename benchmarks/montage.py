@@ -21,10 +21,9 @@ from benchmarks.common import Run
 from ocelot_em import format as fmt
 from ocelot_em import store
 from ocelot_em.execute import ThreadExecutor
-from ocelot_em.lock import OutputLock
 from ocelot_em.maps import PoseForm
 from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import merge, prepare
+from ocelot_em.pipeline import prepare
 from ocelot_em.plan import MergeOptions
 from ocelot_em.search import (
     Exposure,
@@ -74,8 +73,7 @@ def montage_of(search: Path, n_rows: int, place: Path) -> Path:
 def merge_once(search: Path, folder: Path, options: MergeOptions) -> Run:
     output = folder / "OUT.zarr"
     ready = prepare([search], output, options)
-    with OutputLock(open_objects(ready.output)) as lock:
-        report = merge(ready, options, ThreadExecutor(N_THREADS), lock, lambda _: None)
+    report = common.merge_alone(ready, options, ThreadExecutor(N_THREADS))
     shutil.rmtree(output)
     return Run(report.seconds)
 
@@ -89,8 +87,7 @@ def peak_of(search: Path, folder: Path) -> tuple[int, int]:
 def measure_memory(search: str, folder: str) -> tuple[int, int]:
     options = MergeOptions(threads=N_THREADS)
     ready = prepare([search], Path(folder) / "OUT.zarr", options)
-    with OutputLock(open_objects(ready.output)) as lock:
-        merge(ready, options, ThreadExecutor(N_THREADS), lock, lambda _: None)
+    common.merge_alone(ready, options, ThreadExecutor(N_THREADS))
     shutil.rmtree(Path(folder) / "OUT.zarr")
     return ready.forecast.worker_nbytes, common.peak_nbytes()
 

@@ -50,8 +50,8 @@ that a request per chunk costs little; measured in ``docs/design.md``."""
 MAX_CHUNK_NBYTES = 256 * 2**20
 """Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
 
-MOST_CHUNKS = 2**22
-"""Chunks of an array, or tiles of a merge, that are read: two million pixels squared in chunks of
+MOST_CHUNKS = 2**24
+"""Chunks of an array, or tiles of a merge, that are read: four million pixels squared in chunks of
 the default size. Lists of them must fit into memory, also of those that are only said to be there.
 """
 

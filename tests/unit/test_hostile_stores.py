@@ -413,7 +413,7 @@ def test_a_merge_of_more_tiles_than_are_read_is_refused(stores, tmp_path):
     def merge(place):
         return ocelot_em.merge(place, tmp_path / "OUT", tile_size=1)
 
-    assert "at most 4,194,304 chunks of a map, got 67,108,864" in refusal(place, merge)
+    assert "at most 16,777,216 chunks of a map, got 67,108,864" in refusal(place, merge)
     assert not (tmp_path / "OUT").exists()
 
 
