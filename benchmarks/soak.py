@@ -7,7 +7,6 @@ now and then the scheduler is killed. A merge that ended early is started again,
 complete; then its bytes are compared with those of one that nothing disturbed.
 """
 
-import argparse
 import collections
 import contextlib
 import json
@@ -27,7 +26,7 @@ import ocelot_em
 from benchmarks import common
 from ocelot_em.simulation import Simulation, simulate
 
-SHAPE = (1600, 1600)
+SIDE = 1600
 TILE = 32
 N_PARTIALS = 3
 N_WORKERS = 3
@@ -105,15 +104,18 @@ class Soak:
         For everything.
     choices
         Decides.
+    side
+        Pixels of the maps, in each direction.
     """
 
-    def __init__(self, folder: Path, choices: random.Random) -> None:
+    def __init__(self, folder: Path, choices: random.Random, side: int) -> None:
         self._folder, self._choices = folder, choices
+        self._tiles_of_a_run = (side // TILE) ** 2
         self.faults: collections.Counter[str] = collections.Counter()
         self.exits: collections.Counter[str] = collections.Counter()
         self.n_runs = self.n_tiles = self.n_again = self.n_failed = 0
         self.n_differing = self.n_orphans = 0
-        simulation = Simulation(SHAPE, n_partials=N_PARTIALS, n_particles=20, seed=1)
+        simulation = Simulation((side, side), n_partials=N_PARTIALS, n_particles=20, seed=1)
         self._search = simulate(folder, simulation, n_threads=2)
         ocelot_em.merge(self._search, folder / "EXPECTED.zarr", tile_size=TILE)
         self._expected = bytes_of(folder / "EXPECTED.zarr")
@@ -148,7 +150,7 @@ class Soak:
         merged = [line for line in tiles if line["state"] == "merged"]
         self.n_again += marks.end()
         self.n_failed += len(tiles) - len(merged)
-        self.n_tiles += (SHAPE[0] // TILE) * (SHAPE[1] // TILE)
+        self.n_tiles += self._tiles_of_a_run
         found = bytes_of(output)
         self.n_differing += sum(
             found.get(name) != content for name, content in self._expected.items()
@@ -251,15 +253,14 @@ def folder_in(place: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
     print(common.machine())
     with folder_in(asked.data) as folder:
-        soak = Soak(folder, random.Random(asked.seed))
-        soak.run_for(asked.minutes * 60)
+        soak = Soak(folder, random.Random(asked.seed), 256 if asked.quick else SIDE)
+        soak.run_for(5 if asked.quick else asked.minutes * 60)
     rows = [
         ("faults", f"{sum(soak.faults.values())}"),
         *((f"  {fault}", f"{count}") for fault, count in sorted(soak.faults.items())),

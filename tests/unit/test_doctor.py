@@ -401,11 +401,11 @@ def test_what_is_no_scheduler(fast, tmp_path):
         (finding,) = doctor._of_cluster(tmp_path, address)
         assert time.monotonic() - started < 10
     assert finding.state == "problem"
-    assert finding.says.startswith(f"no Dask scheduler answers at {address}: no answer; start one")
+    assert f"no Dask scheduler answers at {address}: TimeoutError" in finding.says
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         (finding,) = doctor._of_cluster(tmp_path, address)
         assert finding.state == "problem"
-        assert finding.says.startswith(f"no Dask scheduler answers at {address}: ")
+        assert f"no Dask scheduler answers at {address}: " in finding.says
 
 
 def test_what_workers_answer_is_judged(tmp_path):

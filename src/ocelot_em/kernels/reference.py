@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ocelot_em.errors import InvalidDataError
 from ocelot_em.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -198,7 +199,11 @@ def finalise(
             SQUARED_SUM: acc.correlation_squared_sum.astype(np.float32),
         }
     if space is not None and maps.computed_poses:
-        computed |= dict(zip(maps.computed_poses, space.decode(acc.pose[0]), strict=True))
+        try:
+            poses = space.decode(acc.pose[0])
+        except InvalidDataError as error:
+            raise IndexError(str(error)) from None
+        computed |= dict(zip(maps.computed_poses, poses, strict=True))
     for name, array in (out or {}).items():
         if name in computed:
             array[...] = computed[name]
