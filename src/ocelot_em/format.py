@@ -50,10 +50,12 @@ that a request per chunk costs little; measured in ``docs/design.md``."""
 MAX_CHUNK_NBYTES = 256 * 2**20
 """Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
 
-MOST_CHUNKS = 2**24
-"""Chunks of an array, or tiles of a merge, that are read: four million pixels squared in chunks of
-the default size. Lists of them must fit into memory, also of those that are only said to be there.
-"""
+MOST_CHUNKS = 2**28
+"""Chunks of an array that is read. They may only be said to be there."""
+
+MOST_TILES = 2**24
+"""Of a merge: four million pixels squared in tiles of the default size. Lists of them must fit into
+memory, also of those that are only said to be there."""
 
 MAX_METADATA_NBYTES = 64 * 2**20
 """Largest ``zarr.json`` that is read or written: a merge of some sixty thousand partials."""

@@ -478,8 +478,8 @@ def _impossible(plan: MergePlan) -> list[str]:
         problems.append(f"total_projections: expected at most 2**62, got {total}")
     if max(plan.tile) > LARGEST_TILE:
         problems.append(f"tile: expected at most {LARGEST_TILE:,} pixels, got {plan.tile}")
-    if (n := len(TileGrid(plan.shape, plan.chunk))) > fmt.MOST_CHUNKS:
-        problems.append(f"tile: expected at most {fmt.MOST_CHUNKS:,} chunks, got {n:,}")
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > fmt.MOST_TILES:
+        problems.append(f"tile: expected at most {fmt.MOST_TILES:,} chunks, got {n:,}")
     return problems
 
 
@@ -583,9 +583,9 @@ def make_plan(
         overlap=options.overlap if several else "earliest",
         erode_px=options.erode,
     )
-    if (n := len(TileGrid(plan.shape, plan.chunk))) > fmt.MOST_CHUNKS:
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > fmt.MOST_TILES:
         raise PlanError(
-            f"tile size: expected at most {fmt.MOST_CHUNKS:,} chunks of a map, got {n:,} for "
+            f"tile size: expected at most {fmt.MOST_TILES:,} chunks of a map, got {n:,} for "
             f"{shape[0]} x {shape[1]} pixels; use larger tiles"
         )
     return plan

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.common import do_nothing, repeated, resident_nbytes
+from benchmarks.common import do_nothing, merge_alone, repeated, resident_nbytes
 from benchmarks.memory import Memory, measure
 
 import ocelot_em
@@ -23,7 +23,7 @@ from ocelot_em.execute import ClientExecutor, ThreadExecutor
 from ocelot_em.format import PARTIALS
 from ocelot_em.maps import MAPS, PoseForm
 from ocelot_em.objects import _LocalObjects, open_objects
-from ocelot_em.pipeline import Tiles, Work, attempt_tiles, merge, prepare
+from ocelot_em.pipeline import Tiles, Work, attempt_tiles, prepare
 from ocelot_em.plan import MergeOptions
 from ocelot_em.simulation import Simulation, simulate
 from ocelot_em.store import ChunkedMap
@@ -292,14 +292,14 @@ class SlowStorage:
     def _slowed(self, name):
         method = getattr(_LocalObjects, name)
 
-        def slow(objects, key, data):
+        def slow(objects, key, data, *limits):
             path, is_chunk, place = key.partition("/c/")
             if is_chunk and not path.startswith("statistics/"):  # those are of no tile
                 parts = [*map(int, place.split("/"))]  # records are numbered through
                 tile = tuple(parts[:2]) if len(parts) > 1 else divmod(parts[0], 3)
                 self.asked.append((name, "progress" in path, tile))
                 time.sleep(self._seconds)
-            return method(objects, key, data)
+            return method(objects, key, data, *limits)
 
         return slow
 
@@ -316,7 +316,7 @@ class SlowStorage:
 
 def merge_in_one_run(search, output):
     options = MergeOptions(tile_size=128, threads=1, overwrite=True)
-    return merge(prepare([search], output, options), options, OneRun(), lambda _: None)
+    return merge_alone(prepare([search], output, options), options, OneRun())
 
 
 @pytest.fixture(params=[False, True], ids=FORMS)

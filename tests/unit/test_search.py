@@ -468,7 +468,7 @@ def test_a_writer_of_no_map_is_refused(tmp_path, shape):
 
 
 def test_a_writer_of_more_chunks_than_are_read_is_refused(tmp_path):
-    with pytest.raises(InvalidInputError, match="at most 16,777,216 chunks"):
+    with pytest.raises(InvalidInputError, match="at most 268,435,456 chunks"):
         PartialWriter(tmp_path / "RUN", "gpu0", (2**31 - 1, 2**31 - 1), total_projections=1)
     assert snapshot(tmp_path) == {}
 

@@ -123,7 +123,7 @@ def test_tls_needs_an_address_with_tls(tmp_path):
     from distributed import LocalCluster
 
     with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         pytest.raises(PlanError, match="must begin with tls://"),
         open_cluster(MergeOptions(cluster=cluster.scheduler_address, tls=True, device="cpu")),
     ):

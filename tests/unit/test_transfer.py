@@ -59,9 +59,9 @@ class Slow:
         with self._lock:
             self.running -= 1
 
-    def get_into(self, key, memory):
+    def get_into(self, key, memory, *most_nbytes):
         self._take_time()
-        return self._objects.get_into(key, memory)
+        return self._objects.get_into(key, memory, *most_nbytes)
 
     def put(self, key, parts):
         self._take_time()
