@@ -34,6 +34,9 @@ LEAVE_SECONDS = 60
 ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
 """Of the end of a job's time, and of its preemption."""
 
+DEATH_SECONDS = 60
+"""For a worker to find the scheduler; without one it ends."""
+
 TASKS_BESIDES = 2
 """Of a job: one is the scheduler, one the driver; all others are workers."""
 
@@ -225,7 +228,14 @@ def _runner(options: MergeOptions, scheduler_file: str) -> Any:
         scheduler_file=scheduler_file,
         scheduler_options={"dashboard_address": "127.0.0.1:0", **said},
         worker_class="distributed.Nanny",
-        worker_options={"nthreads": threads, "memory_limit": 0, **said},
+        worker_options={
+            "nthreads": threads,
+            "memory_limit": 0,
+            # One that its nanny starts anew while everything ends must not look for a scheduler
+            # until the job's time is over.
+            "death_timeout": DEATH_SECONDS,
+            **said,
+        },
     )
     signal.signal(signal.SIGINT, interrupt)
     return runner
@@ -234,7 +244,6 @@ def _runner(options: MergeOptions, scheduler_file: str) -> Any:
 def _end(address: str) -> None:
     """Have a scheduler and its workers end."""
     with client_of(address) as client:
-        client.retire_workers()
         client.shutdown()
 
 

@@ -100,18 +100,21 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
 ) -> None:
     # SLURM looks at times now and then: the signal comes up to a minute early, here perhaps before
     # there is anything to stop.
-    job = submit(lab, search, tmp_path, "--signal=USR1@40", "--time=1")
+    few = "--ntasks=3", "--ntasks-per-node=2"  # one worker, which has not done all by then
+    small = "--tile-size 16"
+    job = submit(lab, search, tmp_path, *few, "--signal=USR1@40", "--time=1", more=small)
     lab.wait(job, "RUNNING", seconds=60)
     lab.wait(job, "PENDING", seconds=120)
     assert "SIGUSR1: stop" in printed(tmp_path)
     done = tiles_done(tmp_path / "OUT.zarr")
-    assert done < N_TILES
+    assert done < 4 * N_TILES
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     lab.run_now(job)
     lab.wait(job, "COMPLETED")
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
-    assert len(events(tmp_path, "tile")) == N_TILES  # no tile was done twice
-    assert_undisturbed(search, tmp_path)
+    assert len(events(tmp_path, "tile")) == 4 * N_TILES  # no tile was done twice
+    ocelot_em.merge(search / "RUN.zarr", tmp_path / "EXPECTED.zarr", tile_size=16)
+    assert_undisturbed(tmp_path, tmp_path)
 
 
 def test_a_preempted_job_makes_room_and_goes_on(lab, search: Path, tmp_path: Path) -> None:
