@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,8 @@ class Undisturbed:
     run: Path
     tile: int
     n_tiles: int
-    merged: Mapping[str, bytes]
-    inputs: Mapping[str, str]
+    merged: Mapping[str, bytes] = field(repr=False)
+    inputs: Mapping[str, str] = field(repr=False)
     seconds: float
 
     def assert_finished(self, output: Path) -> None:
