@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,8 @@ class Failing:
     """System calls that fail now and then; how often they did."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, every: int) -> None:
-        self.n_failed = self._n_calls = 0
+        self.n_failed = 0
+        self._of_thread = threading.local()
         self._number, self._every = number, every
         for name in ("readv", "writev"):
             monkeypatch.setattr(os, name, self._failing(getattr(os, name)))
@@ -45,8 +47,9 @@ class Failing:
 
     def _failing(self, call):
         def sometimes(*arguments):
-            self._n_calls += 1
-            if self._n_calls % self._every == 0:
+            # Of a thread's own calls: so nothing fails twice in a row.
+            self._of_thread.n_calls = getattr(self._of_thread, "n_calls", 0) + 1
+            if self._of_thread.n_calls % self._every == 0:
                 self.n_failed += 1
                 raise OSError(self._number, os.strerror(self._number))
             return call(*arguments)
