@@ -109,8 +109,7 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     done = tiles_done(tmp_path / "OUT.zarr")
     assert done < 4 * N_TILES
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    lab.run_now(job)
-    lab.wait(job, "COMPLETED", seconds=400)
+    lab.finish(job, seconds=400)
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
     assert len(events(tmp_path, "tile")) == 4 * N_TILES  # no tile was done twice
     ocelot_em.merge(search / "RUN.zarr", tmp_path / "EXPECTED.zarr", tile_size=16)
@@ -131,8 +130,7 @@ def test_a_preempted_job_makes_room_and_goes_on(lab, search: Path, tmp_path: Pat
     assert end["state"] == "StoppedError"
     assert "SIGTERM: stopping after the tiles in hand" in printed(tmp_path)
     lab.wait(job, "PENDING")
-    lab.run_now(job)
-    lab.wait(job, "COMPLETED")
+    lab.finish(job, seconds=400)
     assert len(events(tmp_path, "tile")) == N_TILES
     assert_undisturbed(search, tmp_path)
 
