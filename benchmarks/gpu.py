@@ -8,6 +8,9 @@ once) against a copy from device to device, which is counted in the same way. Wh
 explicit partials, 1 to 8 threads, against the same threads without a GPU, against the same chunks
 decoded and encoded with nothing in between, and against the copies over PCIe alone. Page cache
 warm.
+
+Results that are on the device already: merging 8 of them there and writing one partial, against
+writing all 8.
 """
 
 import shutil
@@ -205,6 +208,50 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
     common.table((*header, "floor to GPU", "CPU to GPU"), rows)
 
 
+def arrays_table(side: int, repeats: int, data: Path) -> None:
+    """Print what merging results on the device, before anything is written, is worth."""
+    import cupy
+
+    maps = MapSet(PoseForm.EXPLICIT)
+    results = [
+        dict(
+            zip(
+                maps.partial,
+                (p.mip, *p.pose, p.correlation_sum, p.correlation_squared_sum),
+                strict=True,
+            )
+        )
+        | {"total_projections": p.count}
+        for p in random_partials(open_device(), side, PoseForm.EXPLICIT)
+    ]
+    cupy.cuda.Device().synchronize()
+
+    with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=data) as name:
+        store = Path(name, "run.zarr")
+
+        def merge_there() -> dict[str, Any]:
+            merged = ocelot_em.merge_arrays(results)
+            cupy.cuda.Device().synchronize()
+            return merged
+
+        def write(several: list[dict[str, Any]]) -> None:
+            shutil.rmtree(store, ignore_errors=True)
+            for number, result in enumerate(several):
+                ocelot_em.write_partial(store, f"p{number}", result, total_projections=1000)
+
+        measured = common.in_turn(
+            {
+                "merge_arrays": merge_there,
+                "merge_arrays, write one partial": lambda: write([merge_there()]),
+                "write all partials": lambda: write(results),
+            },
+            repeats,
+        )
+    rows = [(way, f"{m.median:.3f}", m.spread) for way, m in measured.items()]
+    print(f"\n{N_IN_KERNEL} results x {side}^2 on the device, medians of {repeats}\n")
+    common.table(("way", "seconds", "shortest - longest"), rows)
+
+
 def main() -> None:
     asked = common.arguments(__doc__).parse_args()
     print(common.machine())
@@ -218,6 +265,7 @@ def main() -> None:
     asked.data.mkdir(parents=True, exist_ok=True)
     kernel_table(512 if asked.quick else 4096, repeats)
     merge_table(1024 if asked.quick else 8192, repeats, asked.data, quick=asked.quick)
+    arrays_table(512 if asked.quick else 4096, repeats, asked.data)
 
 
 if __name__ == "__main__":

@@ -371,6 +371,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     has_dashboard = importlib.util.find_spec("bokeh") is not None
     with (
         dask.config.set(TIMEOUTS),
+        _environment_kept(),
         _taking_another_port_quietly(),
         cluster_class(
             n_workers=workers,
@@ -394,6 +395,19 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             f"{workers} {what} of {threads} threads",
             cluster.dashboard_link if has_dashboard else None,
         )
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take back what Dask's nannies leave in this process's environment for their workers."""
+    names = (*WORKER_ENVIRONMENT, "PYTHONHASHSEED")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _dashboard_address() -> str:

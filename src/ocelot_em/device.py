@@ -21,8 +21,8 @@ from ocelot_em.maps import AnyArray
 
 _THREADS_PER_BLOCK = 256
 
-_COMPILE_OPTIONS = ("--fmad=false",)
-"""Products and sums are rounded one by one, as on the CPU."""
+_COMPILE_OPTIONS = ("--fmad=false", "--ftz=false")
+"""As on the CPU, products and sums are rounded one by one, and subnormal values are kept."""
 
 
 class Mark(Protocol):
@@ -220,10 +220,11 @@ class CudaDevice:
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
         self._of_thread = threading.local()
-        module = cupy.RawModule(code=kernel_source(), options=_COMPILE_OPTIONS)
+        self._module = cupy.cuda.Module()
         try:
-            module.compile()
-            self._module = module
+            # A RawModule is always told to take subnormal values for zero.
+            compiled, _ = cupy.cuda.compiler.compile_using_nvrtc(kernel_source(), _COMPILE_OPTIONS)
+            self._module.load(compiled)
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
             raise DeviceError(

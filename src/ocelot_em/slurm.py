@@ -156,15 +156,20 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     """
     require_jobqueue()
     number, name = _task_and_name()
-    if number != 1:
+    is_driver = number == 1
+    if not is_driver:
+        # A worker process inherits that they are ignored; a handler of ours it would not.
         for announcement in ANNOUNCEMENTS:
             signal.signal(announcement, signal.SIG_IGN)
         _print_elsewhere()
     credentials = Path(f"{name}.tls")
     named = shared_credentials(credentials, is_maker=number == 0) if options.tls else {}
     _take_gpu()
+    deferred: contextlib.AbstractContextManager[list[int]] = (
+        _deferred_signals() if is_driver else contextlib.nullcontext([])
+    )
     with dask.config.set(named):
-        with _deferred_signals() as came:
+        with deferred as came:
             runner = _runner(options, f"{name}.json")
         try:
             for number_of_signal in came:  # now that the other tasks can be told to end, too

@@ -82,6 +82,11 @@ def printed(folder: Path) -> str:
     return "".join(file.read_text() for file in sorted(folder.glob("ocelot-merge-*[0-9].log")))
 
 
+def assert_no_worker_was_lost(folder: Path) -> None:
+    (log,) = folder.glob("ocelot-merge-*-workers.log")
+    assert "Restarting worker" not in log.read_text()
+
+
 @pytest.mark.parametrize("more", ["", "--tls"])
 def test_a_job_of_two_nodes(lab, search: Path, tmp_path: Path, more: str) -> None:
     job = submit(lab, search, tmp_path, more=more)
@@ -100,7 +105,7 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
 ) -> None:
     # SLURM looks at times now and then: the signal comes up to a minute early, here perhaps before
     # there is anything to stop.
-    few = "--ntasks=3", "--ntasks-per-node=2"  # one worker, which has not done all by then
+    few = "--nodes=1", "--ntasks=3"  # one worker, which has not done all by then
     small = "--tile-size 16"
     job = submit(lab, search, tmp_path, *few, "--signal=USR1@40", "--time=1", more=small)
     lab.wait(job, "RUNNING", seconds=60)
@@ -112,6 +117,7 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     lab.finish(job, seconds=400)
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
     assert len(events(tmp_path, "tile")) == 4 * N_TILES  # no tile was done twice
+    assert_no_worker_was_lost(tmp_path)
     ocelot_em.merge(search / "RUN.zarr", tmp_path / "EXPECTED.zarr", tile_size=16)
     assert_undisturbed(tmp_path, tmp_path)
 
@@ -132,6 +138,7 @@ def test_a_preempted_job_makes_room_and_goes_on(lab, search: Path, tmp_path: Pat
     lab.wait(job, "PENDING")
     lab.finish(job, seconds=400)
     assert len(events(tmp_path, "tile")) == N_TILES
+    assert_no_worker_was_lost(tmp_path)
     assert_undisturbed(search, tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Merging from partials to maps: bits, order, resumption, refusals, damage."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -380,10 +381,11 @@ def test_worker_processes_and_an_attached_cluster_give_the_same_bytes(
     search: Path, tmp_path: Path
 ) -> None:
     merge(search, tmp_path / "A.zarr", tile_size=20)
-    noted = Noting()
+    noted, environment = Noting(), dict(os.environ)
     ocelot_em.merge(
         search, tmp_path / "B.zarr", tile_size=20, cluster="local", workers=2, observer=noted
     )
+    assert dict(os.environ) == environment
     assert len(noted.outcomes) == 20
     dashboard = noted.clusters[0].dashboard
     assert dashboard is not None

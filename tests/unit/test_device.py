@@ -89,15 +89,12 @@ def test_no_cupy(monkeypatch, tmp_path):
 
 
 def test_kernels_that_cannot_be_compiled(install):
-    class RawModule:
-        def __init__(self, **_):
-            pass
-
-        def compile(self):
-            raise RuntimeError("cannot open source file cuda_fp16.h\n and much more")
+    def refuse(*_):
+        raise RuntimeError("cannot open source file cuda_fp16.h\n and much more")
 
     cupy = fake_cupy()
-    cupy.RawModule = RawModule
+    cupy.cuda.Module = object
+    cupy.cuda.compiler = types.SimpleNamespace(compile_using_nvrtc=refuse)
     with pytest.raises(DeviceError, match=r"compiled: RuntimeError: cannot open .*cuda-toolkit"):
         CudaDevice(cupy)
 

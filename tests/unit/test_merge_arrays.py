@@ -492,9 +492,12 @@ def log(monkeypatch):
 
     module = types.ModuleType("cupy")
     module.cuda = types.SimpleNamespace(
-        Device=Device, Stream=Stream, get_current_stream=get_current_stream
+        Device=Device,
+        Stream=Stream,
+        get_current_stream=get_current_stream,
+        Module=lambda: types.SimpleNamespace(load=lambda _: None),
+        compiler=types.SimpleNamespace(compile_using_nvrtc=lambda *_: (b"", {})),
     )
-    module.RawModule = lambda **_: types.SimpleNamespace(compile=lambda: None)
     module.ascontiguousarray = lambda values: act("see", values)
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(device, "find_devices", list)
