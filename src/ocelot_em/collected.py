@@ -33,6 +33,7 @@ from ocelot_em.significance import (
     JOINT_Z_AXIS,
     MIP_AXIS,
     Z_AXIS,
+    Axis,
     Histogram1D,
     JointHistogram,
 )
@@ -276,7 +277,7 @@ class Collection:
         self.counts = np.zeros(N_FLAT, np.uint32)
         self._histograms = Histograms.from_flat(self.counts)
         self._joint = np.zeros(_JOINT_SHAPE, np.uint32)
-        self._joint_rows = slice(None)
+        self._joint_used: tuple[slice, ...] = (slice(None), slice(JOINT_Z_AXIS.bins))
         self.candidates = np.empty((self.capacity, len(CANDIDATE_FIELDS)))
         self.edges = np.empty((len(EDGES), self.longest_edge), np.float64)
         self._found = np.empty(4 * self.capacity, np.int32)
@@ -287,8 +288,9 @@ class Collection:
         self.statistics = TileStatistics.empty(of.n_partials, of.n_sources)
         self._histograms.mip.fill(0)
         self._histograms.z.fill(0)
-        self._histograms.joint[self._joint_rows] = self._joint[self._joint_rows] = 0
-        self._joint_rows = slice(None)  # until it is known which ones have counts
+        self._histograms.joint[self._joint_used] = self._joint[self._joint_used] = 0
+        # Until it is known which rows and columns have counts.
+        self._joint_used = slice(None), slice(JOINT_Z_AXIS.bins)
         self._ranks = self._kernel.no_ranks()
         self.candidates.fill(np.nan)
         self.edges.fill(np.nan)
@@ -373,11 +375,12 @@ class Collection:
             self.count_wins(0, maps[BEST_PARTIAL])
         extremes = self.statistics.extremes
         extremes[:] = self._kernel.values_of(self._ranks)
-        rows = np.floor((extremes[:2] - JOINT_MIP_AXIS.low) / JOINT_MIP_AXIS.width)
-        first, last = map(int, rows.clip(0, JOINT_MIP_AXIS.bins - 1))
-        self._joint_rows = slice(first, last + 1)
-        own = self._joint[self._joint_rows, : JOINT_Z_AXIS.bins]
-        self._histograms.joint[self._joint_rows] = own
+        # Counts elsewhere are 0: to touch them all takes longer than to count a tile's pixels.
+        self._joint_used = (
+            _bins_between(JOINT_MIP_AXIS, extremes[:2]),
+            _bins_between(JOINT_Z_AXIS, extremes[2:]),
+        )
+        self._histograms.joint[self._joint_used] = self._joint[self._joint_used]
         n_rows, n_columns = self._valid
         if not n_rows or not n_columns:
             return
@@ -409,6 +412,12 @@ class Collection:
         if name in GATHERED and len(self._where):
             place = CANDIDATE_FIELDS.index(name)
             self.candidates[: len(self._where), place] = values.reshape(-1)[self._where]
+
+
+def _bins_between(axis: Axis, ends: Float64) -> slice:
+    """Bins of the lowest and the highest value and between; what lies beyond is in the nearest."""
+    first, last = np.floor((ends - axis.low) / axis.width).clip(0, axis.bins - 1)
+    return slice(int(first), int(last) + 1)
 
 
 def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, Float64]]:

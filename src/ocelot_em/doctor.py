@@ -29,7 +29,7 @@ import numpy as np
 from ocelot_em import __version__
 from ocelot_em.api import memory_nbytes
 from ocelot_em.connect import ANSWER_SECONDS, client_of, within
-from ocelot_em.device import find_devices
+from ocelot_em.device import find_devices, open_device
 from ocelot_em.errors import DeviceError, MissingDependencyError, OcelotError
 from ocelot_em.format import DEFAULT_CHUNK
 from ocelot_em.frames import Frame, encode
@@ -60,6 +60,7 @@ SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "num
 """Packages of which workers must have the version that the driver has."""
 
 _NOT_FOR_USERS = ("all", "test")
+_ONE_OF_THESE = {"cuda12", "cuda13"}
 _TRANSIENT = ("tmpfs", "ramfs", "overlay")
 
 State = Literal["ok", "warning", "problem"]
@@ -151,14 +152,14 @@ def _versions() -> tuple[State, str]:
 
 def _extras() -> tuple[State, str]:
     extras = importlib.metadata.metadata("ocelot-em").get_all("Provides-Extra") or []
-    complete, others, state = list[str](), list[str](), "ok"
-    for extra in sorted({*extras} - {*_NOT_FOR_USERS}):
-        _, missing = _installed(extra)
-        if missing:
-            others.append(f"{', '.join(missing)}: pip install 'ocelot-em[{extra}]'")
-            state = "warning" if any("expected" in text for text in missing) else state
-        else:
-            complete.append(extra)
+    missing = {extra: _installed(extra)[1] for extra in sorted({*extras} - {*_NOT_FOR_USERS})}
+    complete = [extra for extra, packages in missing.items() if not packages]
+    has_one = not _ONE_OF_THESE.isdisjoint(complete)
+    others, state = list[str](), "ok"
+    for extra, packages in missing.items():
+        if packages and not (has_one and extra in _ONE_OF_THESE):
+            others.append(f"{', '.join(packages)}: pip install 'ocelot-em[{extra}]'")
+            state = "warning" if any("expected" in text for text in packages) else state
     says = "; ".join([f"installed: {', '.join(complete) or 'none'}", *others])
     return ("warning" if state == "warning" else "ok"), says
 
@@ -193,6 +194,7 @@ _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 def _gpus() -> tuple[State, str]:
     try:
         found = find_devices()
+        open_device()
     except (DeviceError, MissingDependencyError) as error:
         n_there = len(list(_NVIDIA_GPUS.glob("*")))
         if n_there:

@@ -106,19 +106,19 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     # SLURM looks at times now and then: the signal comes up to a minute early, here perhaps before
     # there is anything to stop.
     few = "--nodes=1", "--ntasks=3"  # one worker, which has not done all by then
-    small = "--tile-size 16"
+    small, n_tiles = "--tile-size 24", 40 * 40
     job = submit(lab, search, tmp_path, *few, "--signal=USR1@40", "--time=1", more=small)
     lab.wait(job, "RUNNING", seconds=60)
     lab.wait(job, "PENDING", seconds=120)
     assert "SIGUSR1: stop" in printed(tmp_path)
     done = tiles_done(tmp_path / "OUT.zarr")
-    assert done < 4 * N_TILES
+    assert done < n_tiles
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     lab.finish(job, seconds=400)
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
-    assert len(events(tmp_path, "tile")) == 4 * N_TILES  # no tile was done twice
+    assert len(events(tmp_path, "tile")) == n_tiles  # no tile was done twice
     assert_no_worker_was_lost(tmp_path)
-    ocelot_em.merge(search / "RUN.zarr", tmp_path / "EXPECTED.zarr", tile_size=16)
+    ocelot_em.merge(search / "RUN.zarr", tmp_path / "EXPECTED.zarr", tile_size=24)
     assert_undisturbed(tmp_path, tmp_path)
 
 

@@ -103,6 +103,9 @@ def test_extras(monkeypatch):
     assert state == "warning"
     assert says.startswith("installed: none; zarr: expected >=99, got ")
     assert says.endswith(": pip install 'ocelot-em[old]'")
+    of_drivers = ["numpy>=99; extra == 'cuda12'", "numpy>=1; extra == 'cuda13'"]
+    require(monkeypatch, *of_drivers, extras=["cuda12", "cuda13"])
+    assert doctor._extras() == ("ok", "installed: cuda13")
 
 
 def test_gpus(monkeypatch, tmp_path):
@@ -110,8 +113,9 @@ def test_gpus(monkeypatch, tmp_path):
         raise DeviceError("cuda: the driver is for CUDA 11")
 
     monkeypatch.setattr(doctor, "find_devices", lambda: [DeviceFacts("H100", 80 * 10**9)] * 2)
+    monkeypatch.setattr(doctor, "open_device", lambda: None)
     assert doctor._gpus() == ("ok", "H100 with 80.0 GB, H100 with 80.0 GB")
-    monkeypatch.setattr(doctor, "find_devices", none)
+    monkeypatch.setattr(doctor, "open_device", none)
     monkeypatch.setattr(doctor, "_NVIDIA_GPUS", tmp_path)
     assert doctor._gpus() == ("ok", "none; the CPU will do the arithmetic")
     (tmp_path / "0000:01:00.0").mkdir()

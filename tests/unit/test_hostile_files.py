@@ -363,6 +363,7 @@ TENSOR += b"OrderedDict\n)RtR"
         (key_and(TENSOR % b"K\0J\0\0\0\x70J\0\0\0\x70\x86K\0K\0\x86"), "expected a value for"),
         (key_and(TENSOR % b"K\x01K\x05K\x06\x86K\x06K\x01\x86"), "expected a value for each"),
         (key_and(TENSOR % b"K\0K\x05K\x06\x86J\xff\xff\xff\xffK\x01\x86"), "is damaged"),
+        (key_and(TENSOR % (b"\x8a\xff" + b"\x7f" * 255 + b"))")), "expected a size or a place"),
         (key_and(TENSOR % (b"K\0" + 2 * (b"(" + b"K\x01" * 90 + b"t"))), "a tensor with 90 axes"),
         (key_and(b"\x8a\xff" + b"\x7f" * 255), "mip"),
         (b"\x80\x02].", "expected a dictionary of tensors, got list"),

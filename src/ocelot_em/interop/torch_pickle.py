@@ -7,6 +7,7 @@ memory in proportion to its own length only.
 
 import math
 import pickletools
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -185,7 +186,7 @@ def _set_items(target: Any, items: Sequence[Any]) -> None:
 def _count(value: Any) -> int:
     number = _instance(value, int)
     if isinstance(number, bool) or not 0 <= number < 2**62:
-        raise ValueError(f"is damaged: expected a size or a place, got {number:.4g}")
+        raise ValueError(f"is damaged: expected a size or a place, got {reprlib.repr(number)}")
     return cast("int", number)
 
 
