@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import ipaddress
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import dask
 from dask.system import CPU_COUNT
@@ -291,7 +293,7 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
             _make_ready(client, options)
             n = len(client.nthreads())
             yield Cluster(
-                _executor(client, options), f"{n} workers of {kind}", client.dashboard_link or None
+                _executor(client, options), f"{n} workers of {kind}", _dashboard_of(client)
             )
     else:
         raise PlanError(f"cluster {kind}: the tasks of the job have not been divided")
@@ -347,7 +349,7 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
         yield Cluster(
             _executor(client, options),
             f"{jobs} SLURM jobs of {asked.cores} threads, when they start",
-            cluster.dashboard_link,
+            _dashboard_of(client),
         )
 
 
@@ -393,7 +395,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         yield Cluster(
             _executor(client, options),
             f"{workers} {what} of {threads} threads",
-            cluster.dashboard_link if has_dashboard else None,
+            _dashboard_of(client) if has_dashboard else None,
         )
 
 
@@ -408,6 +410,18 @@ def _environment_kept() -> Iterator[None]:
         for name in names:
             os.environ.pop(name, None)
         os.environ.update(before)
+
+
+def _dashboard_of(client: Any) -> str | None:
+    """Return the link to a dashboard, for browsers of its host if it can be seen there only."""
+    link: str | None = client.dashboard_link or None
+    with contextlib.suppress(Exception):  # a scheduler of another version, or one that has gone
+        # Dask names the scheduler's host whatever the dashboard listens to. Code that comes along
+        # as a lambda needs no ocelot_em there.
+        bound = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.http_server.address)
+        if link and ipaddress.ip_address(bound).is_loopback:
+            return str(urlsplit(link)._replace(netloc=f"{bound}:{urlsplit(link).port}").geturl())
+    return link
 
 
 def _dashboard_address() -> str:

@@ -95,6 +95,7 @@ def test_a_job_of_two_nodes(lab, search: Path, tmp_path: Path, more: str) -> Non
     told = printed(tmp_path)
     assert f"merged {N_TILES} tiles" in told
     assert "Traceback" not in told
+    assert "dashboard: http://127.0.0.1:" in told
     assert ("asks nobody who they are" in told) == (more == "")
     assert ("tls://" in told) == (more == "--tls")
     assert len({line["worker"] for line in events(tmp_path, "tile")}) == 4

@@ -119,6 +119,21 @@ def test_a_local_cluster_listens_to_this_machine_alone_and_tells_its_metrics(tmp
     assert seconds == pytest.approx(report.totals.fold_seconds)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_link_to_a_dashboard_names_the_host_that_it_listens_on(host):
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=0, host="0.0.0.0", dashboard_address=f"{host}:0") as scheduler,
+        open_cluster(MergeOptions(cluster=scheduler.scheduler_address, device="cpu")) as cluster,
+    ):
+        assert scheduler.dashboard_link is not None
+        if host == "127.0.0.1":
+            assert cluster.dashboard.startswith("http://127.0.0.1:")
+        else:
+            assert cluster.dashboard == scheduler.dashboard_link
+
+
 def test_tls_needs_an_address_with_tls(tmp_path):
     from distributed import LocalCluster
 
