@@ -375,7 +375,7 @@ class Collection:
             self.count_wins(0, maps[BEST_PARTIAL])
         extremes = self.statistics.extremes
         extremes[:] = self._kernel.values_of(self._ranks)
-        # Counts elsewhere are 0: to touch them all takes longer than to count a tile's pixels.
+        # All other counts are 0, in both places.
         self._joint_used = (
             _bins_between(JOINT_MIP_AXIS, extremes[:2]),
             _bins_between(JOINT_Z_AXIS, extremes[2:]),

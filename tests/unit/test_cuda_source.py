@@ -21,7 +21,8 @@ def compiled(architecture, *options):
         return values[0] if values else None
 
     def read(of, name):
-        content = b" " * checked(getattr(nvrtc, f"nvrtcGet{name}Size")(of))
+        # It is written to where it is. Of a single byte, Python has one object for everybody.
+        content = bytes(1 + checked(getattr(nvrtc, f"nvrtcGet{name}Size")(of)))
         checked(getattr(nvrtc, f"nvrtcGet{name}")(of, content))
         return content.rstrip(b"\x00")
 
