@@ -70,16 +70,17 @@ class Undisturbed:
 
 def undisturbed(folder: Path, edge: int, tile: int, n_partials: int = 3) -> Undisturbed:
     """Write a square search of some pixels a side, and merge it with nothing in the way."""
+    run = folder / "RUN.zarr"
     rng = np.random.default_rng(edge + tile)
     results = [make_result(rng, (edge, edge), 1000 + i, ties=True) for i in range(n_partials)]
-    write_search(folder / "RUN.zarr", results, [1000 + i for i in range(n_partials)])
-    inputs = digests(folder / "RUN.zarr")
+    write_search(run, results, [1000 + i for i in range(n_partials)])
+    inputs, output = digests(run), folder / "EXPECTED.zarr"
     started = time.monotonic()
-    ocelot_em.merge(folder / "RUN.zarr", folder / "EXPECTED.zarr", tile_size=tile)
+    ocelot_em.merge(run, output, tile_size=tile)
     seconds = time.monotonic() - started
-    merged = chunk_bytes(folder / "EXPECTED.zarr")
-    shutil.rmtree(folder / "EXPECTED.zarr")
-    return Undisturbed(folder / "RUN.zarr", tile, (-(-edge // tile)) ** 2, merged, inputs, seconds)
+    merged = chunk_bytes(output)
+    shutil.rmtree(output)
+    return Undisturbed(run, tile, (-(-edge // tile)) ** 2, merged, inputs, seconds)
 
 
 def digests(store: Path) -> dict[str, str]:

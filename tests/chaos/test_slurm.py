@@ -5,25 +5,25 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import ocelot_em
 import slurm_lab
-from helpers import chunk_bytes, make_result, write_search
+from chaos_common import (
+    Undisturbed,
+    merge_command,
+    tiles_done,
+    undisturbed,
+    wait_for,
+)
 
 pytestmark = [
     pytest.mark.chaos,
     pytest.mark.skipif(bool(slurm_lab.missing()), reason=f"no SLURM: {slurm_lab.missing()}"),
 ]
 
-TILE = 32
-SHAPE = (960, 960)
-N_TILES = 900
 JOB_FILE = Path(__file__).parents[2] / "examples" / "slurm" / "merge.sbatch"
 
 
@@ -35,32 +35,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_lab.Slurm]:
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place, rng = tmp_path_factory.mktemp("search"), np.random.default_rng(5)
-    results = [make_result(rng, SHAPE, 1000 + i, ties=True) for i in range(3)]
-    write_search(place / "RUN.zarr", results, [1000, 1001, 1002])
-    ocelot_em.merge(place / "RUN.zarr", place / "EXPECTED.zarr", tile_size=TILE)
-    return place
+def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(tmp_path_factory.mktemp("search"), 960, 32)
 
 
-def submit(lab: slurm_lab.Slurm, search: Path, cwd: Path, *sbatch: str, more: str = "") -> str:
+def submit(
+    lab: slurm_lab.Slurm, search: Undisturbed, cwd: Path, *sbatch: str, more: str = ""
+) -> str:
     return lab.submit(
         *("--nodes=2", "--ntasks=6", "--ntasks-per-node=3", "--mem-per-cpu=1000M", *sbatch),
-        *(str(JOB_FILE), str(search / "RUN.zarr"), "--output", "OUT.zarr"),
-        *("--tile-size", str(TILE), "--log", "log.jsonl", *more.split()),
+        *(str(JOB_FILE), str(search.run), "--output", "OUT.zarr"),
+        *("--tile-size", str(search.tile), "--log", "log.jsonl", *more.split()),
         cwd=cwd,
     )
-
-
-def tiles_done(output: Path) -> int:
-    return len(list(output.glob("progress/tile_summary/c/*/*/0")))
-
-
-def wait_for_tiles(output: Path, n: int) -> None:
-    deadline = time.monotonic() + 120
-    while tiles_done(output) < n:
-        assert time.monotonic() < deadline, "no tile was done in time"
-        time.sleep(0.02)
 
 
 def events(folder: Path, kind: str) -> list[dict[str, object]]:
@@ -68,14 +55,9 @@ def events(folder: Path, kind: str) -> list[dict[str, object]]:
     return [line for line in map(json.loads, lines) if line["event"] == kind]
 
 
-def assert_undisturbed(search: Path, folder: Path) -> None:
-    """The result is that of a merge that nothing disturbed, and nothing else is left."""
-    output = folder / "OUT.zarr"
-    assert chunk_bytes(output) == chunk_bytes(search / "EXPECTED.zarr")
-    assert ocelot_em.check(output) == []
-    assert (
-        not list(output.rglob("*#*")) + list(output.glob("lock/*")) + list(folder.glob(".ocelot*"))
-    )
+def assert_finished(search: Undisturbed, folder: Path) -> None:
+    search.assert_finished(folder / "OUT.zarr")
+    assert list(folder.glob(".ocelot*")) == []
 
 
 def printed(folder: Path) -> str:
@@ -88,12 +70,12 @@ def assert_no_worker_was_lost(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("more", ["", "--tls"])
-def test_a_job_of_two_nodes(lab, search: Path, tmp_path: Path, more: str) -> None:
+def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str) -> None:
     job = submit(lab, search, tmp_path, more=more)
     lab.wait(job, "COMPLETED")
-    assert_undisturbed(search, tmp_path)
+    assert_finished(search, tmp_path)
     told = printed(tmp_path)
-    assert f"merged {N_TILES} tiles" in told
+    assert f"merged {search.n_tiles} tiles" in told
     assert "Traceback" not in told
     assert "dashboard: http://127.0.0.1:" in told
     assert ("asks nobody who they are" in told) == (more == "")
@@ -102,56 +84,53 @@ def test_a_job_of_two_nodes(lab, search: Path, tmp_path: Path, more: str) -> Non
 
 
 def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
-    lab, search: Path, tmp_path: Path
+    lab, search: Undisturbed, tmp_path: Path
 ) -> None:
     # SLURM looks at times now and then: the signal comes up to a minute early, here perhaps before
     # there is anything to stop.
     few = "--nodes=1", "--ntasks=3"  # one worker, which has not done all by then
-    small, n_tiles = "--tile-size 24", 40 * 40
-    job = submit(lab, search, tmp_path, *few, "--signal=USR1@40", "--time=1", more=small)
+    job = submit(lab, search, tmp_path, *few, "--signal=USR1@40", "--time=1")
     lab.wait(job, "RUNNING", seconds=60)
     lab.wait(job, "PENDING", seconds=120)
     assert "SIGUSR1: stop" in printed(tmp_path)
     done = tiles_done(tmp_path / "OUT.zarr")
-    assert done < n_tiles
+    assert done < search.n_tiles
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     lab.finish(job, seconds=400)
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
-    assert len(events(tmp_path, "tile")) == n_tiles  # no tile was done twice
+    assert len(events(tmp_path, "tile")) == search.n_tiles  # no tile was done twice
     assert_no_worker_was_lost(tmp_path)
-    ocelot_em.merge(search / "RUN.zarr", tmp_path / "EXPECTED.zarr", tile_size=24)
-    assert_undisturbed(tmp_path, tmp_path)
+    assert_finished(search, tmp_path)
 
 
-def test_a_preempted_job_makes_room_and_goes_on(lab, search: Path, tmp_path: Path) -> None:
+def test_a_preempted_job_makes_room_and_goes_on(lab, search: Undisturbed, tmp_path: Path) -> None:
     job = submit(lab, search, tmp_path)
-    wait_for_tiles(tmp_path / "OUT.zarr", 20)
+    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
     urgent = lab.submit(
         *("--partition=urgent", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"),
         *("--output=urgent.log", "--wrap", "sleep 1"),
         cwd=tmp_path,
     )
     lab.wait(urgent, "COMPLETED")
-    assert tiles_done(tmp_path / "OUT.zarr") < N_TILES
+    assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
     (end,) = events(tmp_path, "ended")
     assert end["state"] == "StoppedError"
     assert "SIGTERM: stopping after the tiles in hand" in printed(tmp_path)
     lab.wait(job, "PENDING")
     lab.finish(job, seconds=400)
-    assert len(events(tmp_path, "tile")) == N_TILES
+    assert len(events(tmp_path, "tile")) == search.n_tiles
     assert_no_worker_was_lost(tmp_path)
-    assert_undisturbed(search, tmp_path)
+    assert_finished(search, tmp_path)
 
 
-def start_driver(lab: slurm_lab.Slurm, search: Path, cwd: Path) -> "subprocess.Popen[str]":
+def start_driver(lab: slurm_lab.Slurm, search: Undisturbed, cwd: Path) -> "subprocess.Popen[str]":
     """A driver here, whose workers are jobs; they sit on the loopback interface."""
     environment = {**lab.environment, "DASK_JOBQUEUE__SLURM__SCHEDULER_OPTIONS__HOST": "127.0.0.1"}
     asks = ("interface=lo", "memory=1500MB", "cores=1", "walltime=00:10:00", "log_directory=logs")
+    options = ["--cluster", "slurm", "--workers", "2", "--log", "log.jsonl"]
+    options += [word for ask in asks for word in ("--slurm", ask)]
     return subprocess.Popen(
-        [sys.executable, "-m", "ocelot_em", "merge", str(search / "RUN.zarr")]
-        + ["--output", "OUT.zarr", "--tile-size", str(TILE), "--cluster", "slurm", "--workers", "2"]
-        + [word for ask in asks for word in ("--slurm", ask)]
-        + ["--log", "log.jsonl"],
+        merge_command(search.run, "OUT.zarr", search.tile, *options),
         env=environment,
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -166,33 +145,29 @@ def worker_jobs(lab: slurm_lab.Slurm) -> list[str]:
     ).split()
 
 
-def test_a_cancelled_worker_is_replaced(lab, search: Path, tmp_path: Path) -> None:
+def test_a_cancelled_worker_is_replaced(lab, search: Undisturbed, tmp_path: Path) -> None:
     driver = start_driver(lab, search, tmp_path)
-    wait_for_tiles(tmp_path / "OUT.zarr", 20)
+    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
     first = worker_jobs(lab)
     lab.call("scancel", first[0])
     told, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, told
     assert len(first) == 2
-    assert_undisturbed(search, tmp_path)
-    deadline = time.monotonic() + 30
-    while worker_jobs(lab):
-        assert time.monotonic() < deadline, "worker jobs are left"
-        time.sleep(0.2)
+    assert_finished(search, tmp_path)
+    wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs", 30)
 
 
-def test_a_driver_that_is_stopped_cancels_its_jobs(lab, search: Path, tmp_path: Path) -> None:
+def test_a_driver_that_is_stopped_cancels_its_jobs(
+    lab, search: Undisturbed, tmp_path: Path
+) -> None:
     driver = start_driver(lab, search, tmp_path)
-    wait_for_tiles(tmp_path / "OUT.zarr", 20)
+    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
     driver.send_signal(signal.SIGTERM)
     told, _ = driver.communicate(timeout=60)
     assert driver.returncode == 75, told
     assert "the same command goes on" in told
-    deadline = time.monotonic() + 30
-    while worker_jobs(lab):
-        assert time.monotonic() < deadline, "worker jobs are left"
-        time.sleep(0.2)
+    wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs", 30)
     again = start_driver(lab, search, tmp_path)
     told, _ = again.communicate(timeout=200)
     assert again.returncode == 0, told
-    assert_undisturbed(search, tmp_path)
+    assert_finished(search, tmp_path)
