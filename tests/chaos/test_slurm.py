@@ -11,13 +11,7 @@ from pathlib import Path
 import pytest
 
 import slurm_lab
-from chaos_common import (
-    Undisturbed,
-    merge_command,
-    tiles_done,
-    undisturbed,
-    wait_for,
-)
+from chaos_common import Undisturbed, merge_command, tiles_done, undisturbed, wait_for
 
 pytestmark = [
     pytest.mark.chaos,

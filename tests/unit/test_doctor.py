@@ -115,14 +115,15 @@ def test_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_devices", lambda: [DeviceFacts("H100", 80 * 10**9)] * 2)
     monkeypatch.setattr(doctor, "open_device", lambda: None)
     assert doctor._gpus() == ("ok", "H100 with 80.0 GB, H100 with 80.0 GB")
-    monkeypatch.setattr(doctor, "open_device", none)
     monkeypatch.setattr(doctor, "_NVIDIA_GPUS", tmp_path)
-    assert doctor._gpus() == ("ok", "none; the CPU will do the arithmetic")
+    unusable = "1 on this machine, but none can be used: cuda: the driver is for CUDA 11"
+    monkeypatch.setattr(doctor, "open_device", none)
     (tmp_path / "0000:01:00.0").mkdir()
-    assert doctor._gpus() == (
-        "warning",
-        "1 on this machine, but none can be used: cuda: the driver is for CUDA 11",
-    )
+    assert doctor._gpus() == ("warning", unusable)
+    monkeypatch.setattr(doctor, "find_devices", none)
+    assert doctor._gpus() == ("warning", unusable)
+    (tmp_path / "0000:01:00.0").rmdir()
+    assert doctor._gpus() == ("ok", "none; the CPU will do the arithmetic")
 
 
 def test_kernels_that_compute_something_else(monkeypatch):
