@@ -217,6 +217,8 @@ def _ask_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
     """
     try:
         return list(client.run(question, on_error="ignore").values())
+    except OcelotError:  # such as that of a signal that came meanwhile
+        raise
     except (OSError, TimeoutError, RuntimeError) as error:
         raise ClusterLostError(f"the Dask scheduler is gone: {error}") from error
 

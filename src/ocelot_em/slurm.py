@@ -1,18 +1,22 @@
 """Workers that SLURM starts: a job for each, or tasks of the job that this process belongs to."""
 
+import asyncio
 import contextlib
 import importlib.util
 import logging
 import os
 import shlex
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import dask
 
-from ocelot_em.connect import client_of
+from ocelot_em.connect import CONNECT_SECONDS, client_of
 from ocelot_em.errors import MissingDependencyError, PlanError
 from ocelot_em.plan import MergeOptions, SlurmJobs
 from ocelot_em.security import (
@@ -36,6 +40,18 @@ ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
 
 DEATH_SECONDS = 60
 """For a worker to find the scheduler; without one it ends."""
+
+START_SECONDS = 300
+"""For all tasks of a job to start and find each other."""
+
+DRIVER_GONE_SECONDS = 20
+"""So long a scheduler goes on without a driver."""
+
+LEAVE_WITH_DRIVER_SECONDS = 10
+"""For workers to end by themselves after the driver."""
+
+DRIVER = 1
+"""Number of the task that is the driver."""
 
 TASKS_BESIDES = 2
 """Of a job: one is the scheduler, one the driver; all others are workers."""
@@ -142,7 +158,8 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     """Divide the tasks of this job: the first is the scheduler, the second goes on from here.
 
     All others are workers. They, and the scheduler, never return from here: they exit when the
-    second does. Signals that announce the end of the job's time are for the second alone.
+    second does. Signals that announce the end of the job's time are for the second alone, and the
+    exit code of the job is its.
 
     Yields
     ------
@@ -152,38 +169,136 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     Raises
     ------
     PlanError
-        This is no task of a SLURM job, or there are too few.
+        This is no task of a SLURM job, there are too few, or no scheduler comes.
     """
     require_jobqueue()
     number, name = _task_and_name()
-    is_driver = number == 1
-    if not is_driver:
+    if number != DRIVER:
+        _serve(options, name, is_scheduler=number == 0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_clean_up, name)
+        with _deferred_signals() as came:
+            stack.enter_context(_credentials(options, name, is_maker=False))
+            _wait_for_scheduler(name)
+            runner = _runner(options, name)
+        stack.callback(_end, runner)
+        for number_of_signal in came:  # now that the other tasks can be told to end, too
+            signal.raise_signal(number_of_signal)
+        stack.enter_context(_known_as_driver(runner.scheduler_address))
+        yield runner.scheduler_address
+
+
+def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
+    """Be the scheduler or a worker until the driver has ended.
+
+    srun's exit code is the highest of all tasks: that of this one is 0, whatever befalls it.
+    """
+    for announcement in ANNOUNCEMENTS:
         # A worker process inherits that they are ignored; a handler of ours it would not.
-        for announcement in ANNOUNCEMENTS:
-            signal.signal(announcement, signal.SIG_IGN)
-        _print_elsewhere()
-    credentials = Path(f"{name}.tls")
-    named = shared_credentials(credentials, is_maker=number == 0) if options.tls else {}
-    _take_gpu()
-    deferred: contextlib.AbstractContextManager[list[int]] = (
-        _deferred_signals() if is_driver else contextlib.nullcontext([])
-    )
+        signal.signal(announcement, signal.SIG_IGN)
+    _print_elsewhere()
+    if not is_scheduler:
+        # One that has not found the scheduler yet cannot be told by it.
+        threading.Thread(target=_exit_after, args=(_file_of(name),), daemon=True).start()
+    try:
+        with _credentials(options, name, is_maker=is_scheduler):
+            if not is_scheduler:
+                _wait_for_scheduler(name)
+                _take_gpu()
+            _runner(options, name)
+    except Exception:
+        log.exception("a task ends early")
+    finally:
+        if is_scheduler:  # a driver that was killed has not
+            _clean_up(name)
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _wait_for_scheduler(name: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _file_of(name).exists():
+        if time.monotonic() > deadline:
+            raise PlanError(
+                f"cluster slurm-job: no scheduler has come in {START_SECONDS} s; what it said is "
+                f"in {_log_of_workers()}"
+            )
+        time.sleep(0.2)
+
+
+def _exit_after(scheduler_file: Path) -> None:
+    """End this process when a file is gone for some seconds that was there, or did not come."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(OSError):  # whether it is there cannot be said
+            if scheduler_file.exists():
+                deadline = time.monotonic() + LEAVE_WITH_DRIVER_SECONDS
+        if time.monotonic() > deadline:
+            os._exit(0)
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def _credentials(options: MergeOptions, name: str, *, is_maker: bool) -> Iterator[None]:
+    named = shared_credentials(_folder_of(name), is_maker=is_maker) if options.tls else {}
     with dask.config.set(named):
-        with deferred as came:
-            runner = _runner(options, f"{name}.json")
-        try:
-            for number_of_signal in came:  # now that the other tasks can be told to end, too
-                signal.raise_signal(number_of_signal)
-            yield runner.scheduler_address
-        finally:
-            with contextlib.suppress(
-                PlanError, OSError, TimeoutError, ValueError
-            ):  # it has ended before
-                _end(runner.scheduler_address)
-            runner.scheduler_comm = None
-            runner.close()
-            Path(f"{name}.json").unlink(missing_ok=True)
-            forget(credentials)
+        yield
+
+
+def _file_of(name: str) -> Path:
+    """By which the other tasks find the scheduler."""
+    return Path(f"{name}.json")
+
+
+def _folder_of(name: str) -> Path:
+    return Path(f"{name}.tls")
+
+
+def _clean_up(name: str) -> None:
+    _file_of(name).unlink(missing_ok=True)
+    forget(_folder_of(name))
+
+
+@contextlib.contextmanager
+def _known_as_driver(address: str) -> Iterator[None]:
+    """Stay connected, so that the scheduler knows that its driver lives."""
+    from distributed import Client
+
+    client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    try:
+        yield
+    finally:
+        client.close()
+
+
+def _end_with_driver() -> Any:
+    """Make a plugin that closes a scheduler whose driver was killed, or never came."""
+    from distributed import Scheduler
+    from distributed.diagnostics.plugin import SchedulerPlugin
+
+    class EndWithDriver(SchedulerPlugin):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._clients: set[str] = set()
+
+        async def start(self, scheduler: Scheduler) -> None:
+            self._watching = asyncio.create_task(self._watch(scheduler))
+
+        def add_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
+            self._clients.add(client)
+
+        def remove_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
+            self._clients.discard(client)
+
+        async def _watch(self, scheduler: Scheduler) -> None:
+            deadline = time.monotonic() + START_SECONDS
+            while time.monotonic() < deadline:
+                await asyncio.sleep(1)
+                if self._clients:
+                    deadline = time.monotonic() + DRIVER_GONE_SECONDS
+            log.error("no driver: the scheduler and its workers end")
+            await scheduler.close(reason="the driver is gone")
+
+    return EndWithDriver()
 
 
 @contextlib.contextmanager
@@ -210,13 +325,17 @@ def _deferred_signals() -> Iterator[list[int]]:
 
 def _print_elsewhere() -> None:
     """Have what scheduler and workers say, most of it when they end, not disturb the driver."""
-    job = os.environ.get("SLURM_JOB_NAME", "ocelot"), os.environ["SLURM_JOB_ID"]
-    with Path("{}-{}-workers.log".format(*job)).open("a") as log_of_workers:
+    with _log_of_workers().open("a") as log_of_workers:
         for stream in (1, 2):
             os.dup2(log_of_workers.fileno(), stream)
 
 
-def _runner(options: MergeOptions, scheduler_file: str) -> Any:
+def _log_of_workers() -> Path:
+    job = os.environ.get("SLURM_JOB_NAME", "ocelot"), os.environ["SLURM_JOB_ID"]
+    return Path("{}-{}-workers.log".format(*job))
+
+
+def _runner(options: MergeOptions, name: str) -> Any:
     """Take this task's part; returns in the driver alone."""
     interrupt = signal.getsignal(signal.SIGINT)
     logging.getLogger("distributed").setLevel(logging.WARNING)
@@ -230,8 +349,12 @@ def _runner(options: MergeOptions, scheduler_file: str) -> Any:
         said["interface"] = options.slurm.interface
     threads = options.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     runner = SLURMRunner(
-        scheduler_file=scheduler_file,
-        scheduler_options={"dashboard_address": "127.0.0.1:0", **said},
+        scheduler_file=str(_file_of(name)),
+        scheduler_options={
+            "dashboard_address": "127.0.0.1:0",
+            "plugins": [_end_with_driver()],
+            **said,
+        },
         worker_class="distributed.Nanny",
         worker_options={
             "nthreads": threads,
@@ -246,10 +369,16 @@ def _runner(options: MergeOptions, scheduler_file: str) -> Any:
     return runner
 
 
-def _end(address: str) -> None:
-    """Have a scheduler and its workers end."""
-    with client_of(address) as client:
+def _end(runner: Any) -> None:
+    """Have the scheduler and its workers end."""
+    # It may have ended before.
+    with (
+        contextlib.suppress(PlanError, OSError, TimeoutError, ValueError),
+        client_of(runner.scheduler_address) as client,
+    ):
         client.shutdown()
+    runner.scheduler_comm = None
+    runner.close()
 
 
 def _task_and_name() -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """Merges in the jobs of a real SLURM with two nodes on this machine."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import slurm_lab
 from chaos_common import Undisturbed, merge_command, tiles_done, undisturbed, wait_for
+from ocelot_em import slurm
 
 pytestmark = [
     pytest.mark.chaos,
@@ -80,10 +83,9 @@ def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str)
 def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     lab, search: Undisturbed, tmp_path: Path
 ) -> None:
-    # SLURM looks at times now and then: the signal comes up to a minute early, here perhaps before
-    # there is anything to stop.
+    # SLURM looks at times twice a minute: the signal comes up to 30 s early, here after 10 to 40 s.
     few = "--nodes=1", "--ntasks=3"  # one worker, which has not done all by then
-    job = submit(lab, search, tmp_path, *few, "--signal=USR1@40", "--time=1")
+    job = submit(lab, search, tmp_path, *few, "--signal=USR1@20", "--time=1")
     lab.wait(job, "RUNNING", seconds=60)
     lab.wait(job, "PENDING", seconds=120)
     assert "SIGUSR1: stop" in printed(tmp_path)
@@ -94,6 +96,30 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
     assert len(events(tmp_path, "tile")) == search.n_tiles  # no tile was done twice
     assert_no_worker_was_lost(tmp_path)
+    assert_finished(search, tmp_path)
+
+
+def test_a_job_that_is_told_before_it_listens_is_queued_again(
+    lab, search: Undisturbed, tmp_path: Path
+) -> None:
+    job = submit(lab, search, tmp_path)
+    lab.wait(job, "RUNNING", seconds=60)
+    lab.call("scancel", "--signal=USR1", job)
+    lab.wait(job, "PENDING", seconds=60)
+    assert "was stopped, and is queued again" in printed(tmp_path)
+    lab.call("scancel", job)
+
+
+def test_a_job_whose_driver_is_killed_ends(lab, search: Undisturbed, tmp_path: Path) -> None:
+    job = submit(lab, search, tmp_path)
+    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
+    (driver,) = processes_of_task(job, slurm.DRIVER)
+    driver.kill()
+    lab.wait(job, "FAILED", seconds=90)
+    assert lab.exit_code(job) == "137:0"
+    assert list(tmp_path.glob(".ocelot*")) == []
+    assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
+    lab.wait(submit(lab, search, tmp_path), "COMPLETED", seconds=300)
     assert_finished(search, tmp_path)
 
 
@@ -115,6 +141,16 @@ def test_a_preempted_job_makes_room_and_goes_on(lab, search: Undisturbed, tmp_pa
     assert len(events(tmp_path, "tile")) == search.n_tiles
     assert_no_worker_was_lost(tmp_path)
     assert_finished(search, tmp_path)
+
+
+def processes_of_task(job: str, number: int) -> list[psutil.Process]:
+    named = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(number)}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if named.items() <= process.environ().items():
+                found.append(process)
+    return found
 
 
 def start_driver(lab: slurm_lab.Slurm, search: Undisturbed, cwd: Path) -> "subprocess.Popen[str]":
