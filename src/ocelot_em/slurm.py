@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import dask
 
 from ocelot_em.connect import CONNECT_SECONDS, client_of
-from ocelot_em.errors import MissingDependencyError, PlanError
+from ocelot_em.errors import ClusterLostError, MissingDependencyError, PlanError
 from ocelot_em.plan import MergeOptions, SlurmJobs
 from ocelot_em.security import (
     configured_security,
@@ -170,6 +170,8 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     ------
     PlanError
         This is no task of a SLURM job, there are too few, or no scheduler comes.
+    ClusterLostError
+        The scheduler has gone at once.
     """
     require_jobqueue()
     number, name = _task_and_name()
@@ -264,7 +266,10 @@ def _known_as_driver(address: str) -> Iterator[None]:
     """Stay connected, so that the scheduler knows that its driver lives."""
     from distributed import Client
 
-    client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, TimeoutError) as error:
+        raise ClusterLostError(f"the Dask scheduler at {address} is gone: {error}") from error
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_lab.Slurm]:
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tmp_path_factory.mktemp("search"), 960, 32)
+    return undisturbed(tmp_path_factory.mktemp("search"), 640, 32)
 
 
 def submit(
@@ -80,9 +80,8 @@ def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str)
     assert len({line["worker"] for line in events(tmp_path, "tile")}) == 4
 
 
-def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
-    lab, search: Undisturbed, tmp_path: Path
-) -> None:
+def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(lab, tmp_path: Path) -> None:
+    search = undisturbed(tmp_path, 960, 32)
     # SLURM looks at times twice a minute: the signal comes up to 30 s early, here after 10 to 40 s.
     few = "--nodes=1", "--ntasks=3"  # one worker, which has not done all by then
     job = submit(lab, search, tmp_path, *few, "--signal=USR1@20", "--time=1")
