@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ocelot_em.errors import OcelotError, PlanError
+from ocelot_em.errors import ClusterLostError, OcelotError, PlanError
+
+log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 15.0
 """For a scheduler to answer."""
@@ -46,6 +50,69 @@ def client_of(address: str) -> Iterator[Any]:
         ) from error
     with client:
         yield client
+
+
+@contextlib.contextmanager
+def staying_connected(address: str) -> Iterator[None]:
+    """Be a client of a scheduler that does nothing but show that this process lives.
+
+    Raises
+    ------
+    ClusterLostError
+        None answers.
+    """
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, TimeoutError) as error:
+        raise ClusterLostError(f"the Dask scheduler at {address} is gone: {error}") from error
+    try:
+        yield
+    finally:
+        client.close()
+
+
+def closing_without_clients(first_seconds: float, seconds: float) -> Any:
+    """Make a plugin that closes a scheduler, and so its workers, that nobody needs any more.
+
+    Parameters
+    ----------
+    first_seconds
+        For a client to come.
+    seconds
+        The scheduler goes on without clients, once there were some.
+
+    Returns
+    -------
+    distributed.diagnostics.plugin.SchedulerPlugin
+    """
+    from distributed import Scheduler
+    from distributed.diagnostics.plugin import SchedulerPlugin
+
+    class ClosesWithoutClients(SchedulerPlugin):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._clients: set[str] = set()
+
+        async def start(self, scheduler: Scheduler) -> None:
+            self._watching = asyncio.create_task(self._watch(scheduler))
+
+        def add_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
+            self._clients.add(client)
+
+        def remove_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
+            self._clients.discard(client)
+
+        async def _watch(self, scheduler: Scheduler) -> None:
+            deadline = time.monotonic() + first_seconds
+            while time.monotonic() < deadline:
+                await asyncio.sleep(min(seconds / 4, 1))
+                if self._clients:
+                    deadline = time.monotonic() + seconds
+            log.error("the driver is gone: the scheduler and its workers end")
+            await scheduler.close(reason="the driver is gone")
+
+    return ClosesWithoutClients()
 
 
 async def _greet(address: str) -> None:

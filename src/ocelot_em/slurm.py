@@ -1,6 +1,5 @@
 """Workers that SLURM starts: a job for each, or tasks of the job that this process belongs to."""
 
-import asyncio
 import contextlib
 import importlib.util
 import logging
@@ -16,8 +15,8 @@ from typing import Any, NoReturn
 
 import dask
 
-from ocelot_em.connect import CONNECT_SECONDS, client_of
-from ocelot_em.errors import ClusterLostError, MissingDependencyError, PlanError
+from ocelot_em.connect import client_of, closing_without_clients, staying_connected
+from ocelot_em.errors import MissingDependencyError, PlanError
 from ocelot_em.plan import MergeOptions, SlurmJobs
 from ocelot_em.security import (
     configured_security,
@@ -186,7 +185,7 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
         stack.callback(_end, runner)
         for number_of_signal in came:  # now that the other tasks can be told to end, too
             signal.raise_signal(number_of_signal)
-        stack.enter_context(_known_as_driver(runner.scheduler_address))
+        stack.enter_context(staying_connected(runner.scheduler_address))  # it ends without a driver
         yield runner.scheduler_address
 
 
@@ -262,51 +261,6 @@ def _clean_up(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _known_as_driver(address: str) -> Iterator[None]:
-    """Stay connected, so that the scheduler knows that its driver lives."""
-    from distributed import Client
-
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError) as error:
-        raise ClusterLostError(f"the Dask scheduler at {address} is gone: {error}") from error
-    try:
-        yield
-    finally:
-        client.close()
-
-
-def _end_with_driver() -> Any:
-    """Make a plugin that closes a scheduler whose driver was killed, or never came."""
-    from distributed import Scheduler
-    from distributed.diagnostics.plugin import SchedulerPlugin
-
-    class EndWithDriver(SchedulerPlugin):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._clients: set[str] = set()
-
-        async def start(self, scheduler: Scheduler) -> None:
-            self._watching = asyncio.create_task(self._watch(scheduler))
-
-        def add_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
-            self._clients.add(client)
-
-        def remove_client(self, scheduler: Scheduler, client: str) -> None:  # noqa: ARG002
-            self._clients.discard(client)
-
-        async def _watch(self, scheduler: Scheduler) -> None:
-            deadline = time.monotonic() + START_SECONDS
-            while time.monotonic() < deadline:
-                await asyncio.sleep(1)
-                if self._clients:
-                    deadline = time.monotonic() + DRIVER_GONE_SECONDS
-            log.error("no driver: the scheduler and its workers end")
-            await scheduler.close(reason="the driver is gone")
-
-    return EndWithDriver()
-
-
-@contextlib.contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
     """Collect announcements of the end that come meanwhile; the second is not deferred."""
     came: list[int] = []
@@ -357,7 +311,7 @@ def _runner(options: MergeOptions, name: str) -> Any:
         scheduler_file=str(_file_of(name)),
         scheduler_options={
             "dashboard_address": "127.0.0.1:0",
-            "plugins": [_end_with_driver()],
+            "plugins": [closing_without_clients(START_SECONDS, DRIVER_GONE_SECONDS)],
             **said,
         },
         worker_class="distributed.Nanny",

@@ -6,11 +6,12 @@ exception, a warning, a dead process, too much memory (``-rss_limit_mb``), too m
 (``-timeout``).
 """
 
+import os
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path
@@ -59,6 +60,39 @@ def tolerant(target: Callable[[bytes], object]) -> Callable[[bytes], None]:
                     raise AssertionError("an error without a message") from error
 
     return call
+
+
+def main(
+    kinds: Mapping[str, Callable[[Path], tuple[Iterable[bytes], Callable[[bytes], object]]]],
+    arguments: Sequence[str],
+    usage: str,
+) -> None:
+    """Fuzz what is named, one after another; end this process at the first finding, with its code.
+
+    Each has a process of its own, a copy of this one: instrumenting takes longer than some tests.
+
+    Parameters
+    ----------
+    kinds
+        Make seeds and a target, given a folder for files.
+    arguments
+        Names of kinds, then options of libFuzzer.
+    usage
+        Printed when none is named.
+    """
+    named = [argument for argument in arguments if argument in kinds]
+    options = arguments[len(named) :]
+    if not named or named != [*arguments[: len(named)]]:
+        sys.exit(f"{usage}\nKIND: {', '.join(kinds)}")
+    for kind in named:
+        child = os.fork()
+        if child == 0:
+            seeds, target = kinds[kind](folder_until_exit())
+            run(target, seeds, options)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(f"{kind}: ended with {code}", file=sys.stderr, flush=True)
+        if code:
+            sys.exit(abs(code))
 
 
 def run(

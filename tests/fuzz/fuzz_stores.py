@@ -1,6 +1,6 @@
 """Fuzz what reads stores until libFuzzer's options end it, or something is found.
 
-``python -m tests.fuzz.fuzz_stores KIND [-max_total_time=60 ...]``, from the repository's root; a
+``python -m tests.fuzz.fuzz_stores KIND... [-max_total_time=60 ...]``, from the repository's root; a
 file instead of options is read once, as when a finding is looked into.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
-from tests.fuzz.common import folder_until_exit, instrumented, run
+from tests.fuzz.common import instrumented, main
 
 with instrumented():
     from tests.builders import INDEXED, explicit_maps, indexed_maps
@@ -206,8 +206,4 @@ def whole_store(folder: Path) -> tuple[list[bytes], Reader]:
 KINDS = {"metadata": metadata, "frame": frame, "store": whole_store}
 
 if __name__ == "__main__":
-    kind, *options = sys.argv[1:] or [""]
-    if kind not in KINDS:
-        sys.exit(f"{__doc__}\nKIND: {', '.join(KINDS)}")
-    seeds, read = KINDS[kind](folder_until_exit())
-    run(read, seeds, options)
+    main(KINDS, sys.argv[1:], __doc__ or "")
