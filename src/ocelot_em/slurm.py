@@ -173,9 +173,11 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
         The scheduler has gone at once.
     """
     require_jobqueue()
-    number, name = _task_and_name()
+    number, name, earlier = _task_and_names()
     if number != DRIVER:
         _serve(options, name, is_scheduler=number == 0)
+    for killed in earlier:  # as a whole, so that nobody could
+        _clean_up(killed)
     with contextlib.ExitStack() as stack:
         stack.callback(_clean_up, name)
         with _deferred_signals() as came:
@@ -231,9 +233,12 @@ def _exit_after(scheduler_file: Path) -> None:
     """End this process when a file is gone for some seconds that was there, or did not come."""
     deadline = time.monotonic() + START_SECONDS
     while True:
-        with contextlib.suppress(OSError):  # whether it is there cannot be said
-            if scheduler_file.exists():
-                deadline = time.monotonic() + LEAVE_WITH_DRIVER_SECONDS
+        try:
+            is_there = scheduler_file.exists()
+        except OSError:  # a network's file system is away
+            is_there = True
+        if is_there:
+            deadline = time.monotonic() + LEAVE_WITH_DRIVER_SECONDS
         if time.monotonic() > deadline:
             os._exit(0)
         time.sleep(1)
@@ -340,8 +345,11 @@ def _end(runner: Any) -> None:
     runner.close()
 
 
-def _task_and_name() -> tuple[int, str]:
-    """Return the number of this task, and a name that all tasks of its step agree on."""
+def _task_and_names() -> tuple[int, str, list[str]]:
+    """Return the number of this task, a name that all tasks of its step agree on, and earlier ones.
+
+    A job that is started again keeps its number; those are the names of its earlier starts.
+    """
     try:
         number, n_tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
         job, step = os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"]
@@ -355,9 +363,9 @@ def _task_and_name() -> tuple[int, str]:
             f"cluster slurm-job: expected at least {TASKS_BESIDES + 1} tasks (a scheduler, a "
             f"driver, workers), got {n_tasks}; use sbatch --ntasks"
         )
-    # A job that is started again keeps its number.
-    again = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return number, f".ocelot-{job}-{again}-{step}"
+    again = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    *earlier, name = (f".ocelot-{job}-{start}-{step}" for start in range(again + 1))
+    return number, name, earlier
 
 
 def _take_gpu() -> None:

@@ -136,6 +136,7 @@ def test_a_preempted_job_makes_room_and_goes_on(lab, search: Undisturbed, tmp_pa
     assert end["state"] == "StoppedError"
     assert "SIGTERM: stopping after the tiles in hand" in printed(tmp_path)
     lab.wait(job, "PENDING")
+    (tmp_path / f".ocelot-{job}-0-0.json").touch()  # as if all of its tasks had been killed
     lab.finish(job, seconds=400)
     assert len(events(tmp_path, "tile")) == search.n_tiles
     assert_no_worker_was_lost(tmp_path)
