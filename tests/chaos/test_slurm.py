@@ -109,6 +109,17 @@ def test_a_job_that_is_told_before_it_listens_is_queued_again(
     lab.call("scancel", job)
 
 
+def test_a_cancelled_job_is_not_queued_again(lab, search: Undisturbed, tmp_path: Path) -> None:
+    job = submit(lab, search, tmp_path)
+    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
+    lab.call("scancel", job)
+    lab.wait(job, "CANCELLED", seconds=60)
+    assert "stopping after the tiles in hand" in printed(tmp_path)
+    assert "queued again" not in printed(tmp_path).replace("not queued again", "")
+    assert list(tmp_path.glob("OUT.zarr/lock/*")) == []
+    assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
+
+
 def test_a_job_whose_driver_is_killed_ends(lab, search: Undisturbed, tmp_path: Path) -> None:
     job = submit(lab, search, tmp_path)
     wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
