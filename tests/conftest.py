@@ -5,12 +5,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 DATA = Path(__file__).parent / "data"
 CROPS = [DATA / f"A_crop_shard{i}.npz" for i in range(4)]
 _BESIDE = Path(__file__).parents[2] / "shared" / "data"
 SHARED = Path(os.environ.get("OCELOT_SHARED_DATA", _BESIDE)) / "leopard_em_shards"
 """The whole real search, where it exists: too large for the repository."""
+
+
+# One profile for all hypothesis tests: no verdict depends on how busy the machine is, and the first
+# example may compile. "thorough" only draws more: pytest --hypothesis-profile=thorough -m hypothesis
+settings.register_profile(
+    "lean",
+    deadline=None,
+    max_examples=15,
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.differing_executors,
+    ],
+)
+settings.register_profile("thorough", settings.get_profile("lean"), max_examples=100)
+settings.load_profile("lean")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Chaos tests, and those that run alone, are of the second tier."""
+    for item in items:
+        if item.get_closest_marker("chaos") or item.get_closest_marker("alone"):
+            item.add_marker("slow")
 
 
 @pytest.fixture
