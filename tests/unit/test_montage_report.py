@@ -7,7 +7,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 from scipy.special import ndtr, ndtri
@@ -40,6 +40,7 @@ from ocelot_em.plots import (
 )
 from ocelot_em.records import open_merged_result, read_exposure_statistics, read_summary
 from ocelot_em.report import save_overview, write_report
+from report_pages import FIGURES, tell_figures
 
 SHAPE = (60, 70)
 VALID = (56, 66)
@@ -105,7 +106,15 @@ def montage(montages):
     return montages / "earliest.zarr"
 
 
-def words_of(store, tmp_path, **options):
+@pytest.fixture(params=FIGURES)
+def words_of(request, monkeypatch):
+    """Writes a report; what its figures show is only told in the fast tier."""
+    if request.param == "told":
+        tell_figures(monkeypatch)
+    return words_of_drawn
+
+
+def words_of_drawn(store, tmp_path, **options):
     page = write_report(store, tmp_path / "page.html", **options).read_text(encoding="utf-8")
     assert len(page) < 3e6
     ids = re.findall(r' id="([^"]*)"', page)
@@ -115,7 +124,7 @@ def words_of(store, tmp_path, **options):
 
 
 def test_the_page_tells_of_the_montage(montage, tmp_path):
-    words = words_of(montage, tmp_path)
+    words = words_of_drawn(montage, tmp_path)
     for told in (
         "3 exposures",
         "102 × 119 pixels of the canvas, 30.6 × 35.7 nm",
@@ -138,7 +147,7 @@ def test_the_page_tells_of_the_montage(montage, tmp_path):
     assert f"below 2 46, 13 3,696 {shown[2]:,}" in words
 
 
-def test_other_results_tell_of_no_montage(tmp_path):
+def test_other_results_tell_of_no_montage(words_of, tmp_path):
     write_partial(tmp_path / "RUN.zarr", "p", explicit_maps((20, 20)), total_projections=1000)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     words = words_of(tmp_path / "OUT.zarr", tmp_path)
@@ -149,7 +158,7 @@ def test_other_results_tell_of_no_montage(tmp_path):
             plot(tmp_path / "OUT.zarr")
 
 
-def test_particles_are_where_they_lie_on_the_canvas(montage, tmp_path, monkeypatch):
+def test_particles_are_where_they_lie_on_the_canvas(words_of, montage, tmp_path, monkeypatch):
     particles = find_peaks(montage)
     y, x = (particles.columns[f"canvas_{axis}"] for axis in "yx")
     drawn = plot_zscore(montage, particles=particles).collections[-1].get_offsets()
@@ -178,7 +187,7 @@ def test_particles_of_something_else_are_refused(montage, tmp_path, rng):
     assert not page.exists()
 
 
-def test_other_ways_of_picking_have_a_page(montage, tmp_path):
+def test_other_ways_of_picking_have_a_page(words_of, montage, tmp_path):
     particles = find_peaks(montage, per="montage")
     words = words_of(montage, tmp_path, particles=particles)
     assert "cutoff in the montage (gaussian)" in words
@@ -222,7 +231,6 @@ regions = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(regions, min_size=1, max_size=8), st.integers(1, 60))
 def test_coverage_is_counted_pixel_by_pixel(drawn, longest_edge_px):
     canvas = SimpleNamespace(
@@ -303,7 +311,7 @@ def test_exposures_are_outlined_and_named_where_there_is_room(montage, tmp_path)
     assert labelled(41, 2, 20) == 0  # too many
 
 
-def test_partials_are_compared_within_their_exposure(tmp_path, rng):
+def test_partials_are_compared_within_their_exposure(words_of, tmp_path, rng):
     """Not with those of an exposure whose correlations are others."""
     scales = {"a": 1.0, "b": 3.0}
     for number, (name, scale) in enumerate(scales.items()):
@@ -326,7 +334,7 @@ def test_partials_are_compared_within_their_exposure(tmp_path, rng):
     assert bad[0].get_ydata().tolist() == [1]
 
 
-def test_a_seam_is_reported(montages, tmp_path, monkeypatch):
+def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     """The highest of two z-scores is higher than one: overlaps look brighter."""
     for module in ("health", "montage_plots"):
         monkeypatch.setattr(f"ocelot_em.{module}.FEWEST_SHOWN", 100)
@@ -350,7 +358,7 @@ def test_a_seam_is_reported(montages, tmp_path, monkeypatch):
     np.testing.assert_allclose(sorted(drawn), sorted(shift.values()))
 
 
-def test_more_exposures_than_rows(tmp_path, rng, monkeypatch):
+def test_more_exposures_than_rows(words_of, tmp_path, rng, monkeypatch):
     monkeypatch.setattr("ocelot_em.montage_plots.MOST_BARS", 5)
     monkeypatch.setattr("ocelot_em.montage_plots.MOST_LABELS", 5)
     monkeypatch.setattr("ocelot_em.montage_plots.ROWS_SHOWN", 6)
@@ -376,7 +384,7 @@ def test_more_exposures_than_rows(tmp_path, rng, monkeypatch):
     assert (np.diff(means) >= 0).all()
 
 
-def test_exposures_of_which_nothing_is_known(tmp_path, rng):
+def test_exposures_of_which_nothing_is_known(words_of, tmp_path, rng):
     """One that nobody searched, one of which nothing is shown, one with a single partial."""
     idle = idle_maps(explicit_maps((20, 20)))
     hidden = noise(rng, (8, 8), 100)
@@ -399,7 +407,7 @@ def test_exposures_of_which_nothing_is_known(tmp_path, rng):
     }
 
 
-def test_a_montage_of_one_exposure_that_nobody_searched(tmp_path):
+def test_a_montage_of_one_exposure_that_nobody_searched(words_of, tmp_path):
     idle = idle_maps(explicit_maps((12, 9)))
     write_exposure(tmp_path, "only", (0, 0), 0, [(idle, 0), (idle, 0)], (12, 9))
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")

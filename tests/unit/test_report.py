@@ -23,6 +23,7 @@ from ocelot_em.objects import open_objects
 from ocelot_em.particles import ParticleTable
 from ocelot_em.picking import MergedMaps, find_peaks
 from ocelot_em.plots import (
+    MOST_BARS,
     plot_correlations,
     plot_crop,
     plot_defocus,
@@ -37,7 +38,9 @@ from ocelot_em.plots import (
 )
 from ocelot_em.records import open_merged_result, read_summary
 from ocelot_em.report import write_report
+from ocelot_em.simulation import Simulation, simulate
 from ocelot_em.store import update_attributes, write_chunk
+from report_pages import FIGURES, tell_figures
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'$x^2$.zarr"
 SECTIONS = {"particles", "significance", "poses", "partials", "timings", "provenance"}
@@ -69,8 +72,12 @@ class Page(HTMLParser):
             self.words += f"{data} "
 
 
-def report_of(store, tmp_path, **options):
-    place = write_report(store, tmp_path / "report.html", **options)
+def drawn_report_of(store, tmp_path, **options):
+    return checked(write_report(store, tmp_path / "report.html", **options))
+
+
+def checked(place):
+    """The page, which stands alone."""
     assert place.stat().st_size < 5e6
     page = Page(place.read_text(encoding="utf-8"))
     assert set(page.ids) >= SECTIONS
@@ -83,6 +90,14 @@ def report_of(store, tmp_path, **options):
     return page
 
 
+@pytest.fixture(params=FIGURES)
+def report_of(request, monkeypatch):
+    """Writes a report of a store; what its figures show is only told in the fast tier."""
+    if request.param == "told":
+        tell_figures(monkeypatch)
+    return drawn_report_of
+
+
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
     """A merge of the real crops; nobody changes it."""
@@ -92,6 +107,12 @@ def crops(tmp_path_factory):
     import_results(CROPS, place / "RUN.zarr", ImportOptions(pixel_size_angstrom=2.5))
     ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", tile_size=50)
     return place / "OUT.zarr"
+
+
+@pytest.fixture(scope="module")
+def crops_page(crops):
+    """The report of the crops, drawn."""
+    return write_report(crops, crops.parent / "report.html")
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +129,8 @@ def merge_of(place, maps_of_partials, count=1000, **options):
     return place / "OUT.zarr"
 
 
-def test_the_page_says_what_is_known(crops, tmp_path):
-    page = report_of(crops, tmp_path)
+def test_the_page_says_what_is_known(crops, crops_page):
+    page = checked(crops_page)
     particles = find_peaks(crops)
     assert 0 < len(particles) < 12
     for words in (
@@ -130,12 +151,22 @@ def test_the_page_says_what_is_known(crops, tmp_path):
     assert "https:" not in page.text
 
 
-def test_the_same_merge_gives_the_same_page(crops, tmp_path):
-    once, again = (write_report(crops, tmp_path / name).read_bytes() for name in ("a", "b"))
-    assert once == again
+def test_the_same_merge_gives_the_same_page(crops, crops_page, tmp_path):
+    assert write_report(crops, tmp_path / "again").read_bytes() == crops_page.read_bytes()
 
 
-def test_names_are_text(tmp_path, rng):
+def test_the_page_of_a_simulated_search(tmp_path):
+    """As the demonstration writes it."""
+    simulation = Simulation(shape=(160, 200), n_partials=4, n_particles=5, seed=20)
+    search = simulate(tmp_path, simulation)
+    ocelot_em.merge(search, tmp_path / "MERGED.zarr")
+    page = drawn_report_of(tmp_path / "MERGED.zarr", tmp_path)
+    assert "160 × 200" in page.words
+    assert len(find_peaks(tmp_path / "MERGED.zarr")) > 0
+    assert page.tags.count("svg") == 8
+
+
+def test_names_are_text(report_of, tmp_path):
     place = tmp_path / HOSTILE
     place.mkdir()
     merged = merge_of(place, [explicit_maps((20, 20))])
@@ -145,7 +176,7 @@ def test_names_are_text(tmp_path, rng):
     assert f"{place}/RUN.zarr" in page.words
 
 
-def test_given_particles_are_shown(crops, tmp_path):
+def test_given_particles_are_shown(report_of, crops, tmp_path):
     page = report_of(crops, tmp_path, particles=find_peaks(crops, method="pvalue"))
     assert "-ln p" in page.words
     assert "cutoff 8" in page.words
@@ -155,28 +186,28 @@ def test_given_particles_are_shown(crops, tmp_path):
     assert "no cutoff" in report_of(crops, tmp_path, particles=ParticleTable.read_csv(csv)).words
 
 
-def test_without_particles(crops, tmp_path):
+def test_without_particles(report_of, crops, tmp_path):
     page = report_of(crops, tmp_path, particles=find_peaks(crops, cutoff=1e6))
     assert "There are no particles" in page.words
     assert page.tags.count("svg") == 5
 
 
 @pytest.mark.parametrize("max_zooms", [-1, 0, 1, 2])
-def test_as_many_zooms_as_wanted(crops, tmp_path, max_zooms):
+def test_as_many_zooms_as_wanted(report_of, crops, tmp_path, max_zooms):
     page = report_of(crops, tmp_path, max_zooms=max_zooms)
     assert len(re.findall(r"\d: z = ", page.words)) == max(max_zooms, 0)
 
 
-def test_one_pixel(tmp_path):
+def test_one_pixel(report_of, tmp_path):
     report_of(merge_of(tmp_path, [explicit_maps((1, 1))]), tmp_path)
 
 
-def test_one_pixel_of_one_projection(tmp_path):
+def test_one_pixel_of_one_projection(report_of, tmp_path):
     page = report_of(merge_of(tmp_path, [explicit_maps((1, 1))], count=1), tmp_path)
     assert "No particles could be picked" in page.words
 
 
-def test_nothing_searched(tmp_path):
+def test_nothing_searched(report_of, tmp_path):
     idle = idle_maps(explicit_maps((12, 9)))
     page = report_of(merge_of(tmp_path, [idle, idle], count=0), tmp_path)
     assert "108 valid pixels are searched by no partial" in page.words
@@ -196,19 +227,19 @@ def test_nan_without_variance_and_unsearched(tmp_path, rng):
     maps["mip"][30, 2] = np.nan
     write_chunk(open_objects(tmp_path / "RUN.zarr/partials/p0/mip/c/0"), "0", maps["mip"])
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", nan="mask")
-    page = report_of(tmp_path / "OUT.zarr", tmp_path)
+    page = drawn_report_of(tmp_path / "OUT.zarr", tmp_path)
     assert "without variance" in page.words
     assert "searched by no partial" in page.words
 
 
-def test_particles_without_poses(crops, tmp_path):
+def test_particles_without_poses(report_of, crops, tmp_path):
     found = dict(find_peaks(crops).columns)
     for name in ("phi", "theta", "psi", "relative_defocus"):
         found[name] = np.full_like(found[name], np.nan)
     assert "no poses" in report_of(crops, tmp_path, particles=ParticleTable(found)).words
 
 
-def test_a_partial_out_of_line_is_named(tmp_path, rng):
+def test_a_partial_out_of_line_is_named(report_of, tmp_path, rng):
     results = [make_result(rng, (80, 80), 1000) for _ in range(3)]
     results[1]["mip"] += 2
     write_search(tmp_path / "RUN.zarr", results, [1000] * 3)
@@ -218,11 +249,13 @@ def test_a_partial_out_of_line_is_named(tmp_path, rng):
     assert "Nothing is out of line" not in page.words
 
 
-def test_many_partials_and_particles(tmp_path, rng, monkeypatch):
+@pytest.mark.parametrize("n_partials", [13, pytest.param(60, marks=pytest.mark.slow)])
+def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_partials):
     for module in ("plots", "report"):
         monkeypatch.setattr(f"ocelot_em.{module}.MOST_CIRCLES", 1000)
-    results = [make_result(rng, (60, 60), 1000) for _ in range(60)]
-    write_search(tmp_path / "RUN.zarr", results, [1000] * 60)
+    monkeypatch.setattr("ocelot_em.plots.MOST_BARS", min(n_partials - 1, MOST_BARS))
+    results = [make_result(rng, (60, 60), 1000) for _ in range(n_partials)]
+    write_search(tmp_path / "RUN.zarr", results, [1000] * n_partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     particles = find_peaks(tmp_path / "OUT.zarr", cutoff=0, min_distance=1)
     assert len(particles) == 3600
@@ -230,20 +263,23 @@ def test_many_partials_and_particles(tmp_path, rng, monkeypatch):
     assert "The best 1,000 are in circles" in page.words
 
 
-def test_a_map_much_wider_than_high(tmp_path):
+def test_a_map_much_wider_than_high(report_of, tmp_path):
     report_of(merge_of(tmp_path, [explicit_maps((9, 200))]), tmp_path)
 
 
-@pytest.fixture
-def montage(tmp_path, rng, small_chunks):
-    """A map of several chunks, none of which is read with another."""
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory):
+    """A map of several chunks, none of which is read with another; nobody changes it."""
+    place, rng = tmp_path_factory.mktemp("chunked"), np.random.default_rng(3)
     results = [make_result(rng, (90, 150), 1000) for _ in range(2)]
-    write_search(tmp_path / "RUN.zarr", results, [1000, 1000])
-    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=32)
-    return tmp_path / "OUT.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
+        write_search(place / "RUN.zarr", results, [1000, 1000])
+        ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", tile_size=32)
+    return place / "OUT.zarr"
 
 
-def test_maps_are_read_in_parts(montage, tmp_path, monkeypatch):
+def test_maps_are_read_in_parts(report_of, chunked, tmp_path, monkeypatch):
     read, sizes = MergedMaps.read, []
 
     def watched(self, region: Region, name: str):
@@ -251,15 +287,15 @@ def test_maps_are_read_in_parts(montage, tmp_path, monkeypatch):
         return read(self, region, name)
 
     monkeypatch.setattr(MergedMaps, "read", watched)
-    report_of(montage, tmp_path, particles=find_peaks(montage, cutoff=6))
+    report_of(chunked, tmp_path, particles=find_peaks(chunked, cutoff=6))
     assert len(sizes) > 15
     assert np.max(sizes) <= 41
 
 
 @pytest.mark.parametrize("longest_edge_px", [1, 7, 40, 149, 150, 1000])
-def test_pooling_does_not_depend_on_chunks(montage, longest_edge_px):
-    pooled, factor = pooled_zscore(montage, longest_edge_px)
-    z = read_maps(montage)["scaled_mip"]
+def test_pooling_does_not_depend_on_chunks(chunked, longest_edge_px):
+    pooled, factor = pooled_zscore(chunked, longest_edge_px)
+    z = read_maps(chunked)["scaled_mip"]
     rows, columns = (-(-n // factor) for n in z.shape)
     assert pooled.shape == (rows, columns)
     assert max(pooled.shape) <= longest_edge_px
@@ -268,10 +304,10 @@ def test_pooling_does_not_depend_on_chunks(montage, longest_edge_px):
         assert pooled[y, x] == block.max()
 
 
-def test_the_overview_may_come_from_a_pyramid(montage, crops, tmp_path, monkeypatch):
-    picture = write_ome_zarr(montage, tmp_path / "picture.zarr")
+def test_the_overview_may_come_from_a_pyramid(report_of, chunked, crops, tmp_path, monkeypatch):
+    picture = write_ome_zarr(chunked, tmp_path / "picture.zarr")
     monkeypatch.setattr("ocelot_em.report.pooled_zscore", lambda *_: pytest.fail("read the map"))
-    report_of(montage, tmp_path, pyramid=picture)
+    report_of(chunked, tmp_path, pyramid=picture)
     with pytest.raises(InvalidInputError, match=r"expected a picture of .*, got \(90, 150\)"):
         write_report(crops, tmp_path / "none.html", pyramid=picture)
     assert not (tmp_path / "none.html").exists()
@@ -390,8 +426,7 @@ def test_quantities_in_words(text, expected):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here to open the page with")
-def test_a_browser_shows_it_and_asks_for_nothing(crops, tmp_path):
-    page = write_report(crops, tmp_path / "report.html")
+def test_a_browser_shows_it_and_asks_for_nothing(crops_page, tmp_path):
     picture = tmp_path / "picture.png"
     done = subprocess.run(
         [
@@ -402,7 +437,7 @@ def test_a_browser_shows_it_and_asks_for_nothing(crops, tmp_path):
             f"--user-data-dir={tmp_path / 'profile'}",
             "--window-size=1366,5000",
             f"--screenshot={picture}",
-            page.as_uri(),
+            crops_page.as_uri(),
         ],
         capture_output=True,
         text=True,
