@@ -1,9 +1,12 @@
 """Small searches to merge, and maps to compare."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import zarr
 
 from ocelot_em.format import dump_attributes
@@ -16,6 +19,17 @@ from ocelot_em.store import update_attributes
 SPACE = SearchSpace.from_tables(
     np.linspace(0, 350, 36).reshape(12, 3), [-300.0, 0.0, 300.0], [-0.1, 0.1]
 )
+
+
+def combinations(*axes: Sequence[object], fast: Collection[tuple[object, ...]]) -> list[Any]:
+    """Every combination of some values: the named ones for the fast tier, the others marked slow.
+
+    Named should be corners, so that every value is in one of them.
+    """
+    every = list(product(*axes))
+    assert set(fast) <= set(every)
+    assert all({one[n] for one in fast} == set(axis) for n, axis in enumerate(axes))
+    return [pytest.param(*one, marks=() if one in fast else pytest.mark.slow) for one in every]
 
 
 def make_result(

@@ -1,17 +1,10 @@
 """Random stacks of partial results, with all that is awkward in them, and how they are compared."""
 
 import numpy as np
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from ocelot_em.maps import Accumulator, MapSet, PartialMaps, PoseForm
 from ocelot_em.search_space import SearchSpace
-
-checked = settings(
-    max_examples=60,
-    deadline=None,  # the first example compiles
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
-)
 
 SPACE = SearchSpace.from_tables(
     np.random.default_rng(1).uniform(0, 360, (7, 3)), [-100.0, 0.0, 100.0], [0.0, 0.01]

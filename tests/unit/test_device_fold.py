@@ -7,7 +7,14 @@ import pytest
 import zarr
 
 import ocelot_em
-from helpers import assert_same_maps, chunk_bytes, make_result, read_maps, write_search
+from helpers import (
+    assert_same_maps,
+    chunk_bytes,
+    combinations,
+    make_result,
+    read_maps,
+    write_search,
+)
 from host_device import HostDevice, LateDevice, host_kernels
 from montages import SHOTS, write_shots
 from ocelot_em import cluster, pipeline
@@ -47,13 +54,22 @@ def merge(search, output, **options):
     return ocelot_em.merge(search, output, threads=2, **options)
 
 
-@pytest.mark.parametrize("make_device", [HostDevice, LateDevice])
-@pytest.mark.parametrize("tile_size", [16, 33, None])
-@pytest.mark.parametrize("nan", ["raise", "mask"])
-@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+@pytest.mark.parametrize(
+    ("form", "nan", "tile_size", "make_device"),
+    combinations(
+        *(FORMS, ["raise", "mask"], [16, 33, None], [HostDevice, LateDevice]),
+        fast=[
+            ("explicit", "raise", 33, HostDevice),
+            ("indexed", "mask", 33, LateDevice),
+            ("explicit", "mask", 16, LateDevice),
+            ("indexed", "raise", None, HostDevice),
+        ],
+    ),
+)
 def test_a_device_gives_the_bytes_of_the_cpu(
-    tmp_path, rng, lend, indexed, nan, tile_size, make_device
+    tmp_path, rng, lend, form, nan, tile_size, make_device
 ):
+    indexed = form == "indexed"
     results = results_of(rng)
     results[1]["mip"][:3] = -np.inf
     results[1]["best_global_index"][:3] = -1
@@ -86,11 +102,15 @@ def test_earlier_merges_go_on_on_a_device(tmp_path, rng, lend, indexed):
     assert_same_maps(read_maps(tmp_path / "GPU.zarr"), read_maps(tmp_path / "CPU.zarr"))
 
 
-@pytest.mark.parametrize("overlap", ["earliest", "max-zscore"])
-@pytest.mark.parametrize("nan", ["raise", "mask"])
-@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
-def test_montages_are_merged_on_a_device(tmp_path, lend, indexed, nan, overlap):
-    search = write_shots(tmp_path / "RUN.zarr", SHOTS, indexed=indexed)
+@pytest.mark.parametrize(
+    ("form", "nan", "overlap"),
+    combinations(
+        *(FORMS, ["raise", "mask"], ["earliest", "max-zscore"]),
+        fast=[("explicit", "mask", "earliest"), ("indexed", "raise", "max-zscore")],
+    ),
+)
+def test_montages_are_merged_on_a_device(tmp_path, lend, form, nan, overlap):
+    search = write_shots(tmp_path / "RUN.zarr", SHOTS, indexed=form == "indexed")
     options = {"tile_size": 16, "nan": nan, "overlap": overlap}
     merge(search, tmp_path / "CPU.zarr", **options)
     device = lend(LateDevice())
@@ -103,7 +123,7 @@ def test_montages_are_merged_on_a_device(tmp_path, lend, indexed, nan, overlap):
         np.testing.assert_array_equal(values, tables[1].columns[name], err_msg=name)
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+@pytest.mark.parametrize("indexed", [pytest.param(False, marks=pytest.mark.slow), True], ids=FORMS)
 def test_device_memory_is_predicted_and_kept(tmp_path, rng, lend, indexed):
     shape, counts = (512, 700), (10,) * 24
     results = results_of(rng, shape, counts)

@@ -14,7 +14,6 @@ from ocelot_em.search import Source
 from ocelot_em.transfer import READ_TOGETHER
 from stacks import (
     assert_same_bits,
-    checked,
     draw_partial,
     fold_each,
     map_sets,
@@ -102,7 +101,6 @@ def merge(maps, partials, *, mask_nan=False, n_parts=1):
     return tile, searched
 
 
-@checked
 @given(stack=stacks(nan=True, max_partials=10), n_parts=st.sampled_from([1, 2, 3, 5]))
 def test_map_by_map_is_partial_by_partial(stack, n_parts):
     maps, partials = stack
@@ -117,7 +115,6 @@ def test_map_by_map_is_partial_by_partial(stack, n_parts):
         assert any(np.isnan(pose).any() for pose in partials[number].pose)
 
 
-@checked
 @given(stack=stacks(nan=True, sets=map_sets.filter(lambda m: m.counts)))
 def test_masking_nan_folds_what_is_left(stack):
     maps, partials = stack

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
@@ -19,7 +19,6 @@ from stacks import (
     as_partial,
     assert_same_accumulators,
     assert_same_bits,
-    checked,
     draw_partial,
     fold_at_once,
     fold_each,
@@ -48,7 +47,6 @@ def assert_is_oracle(merged, acc, maps, partials):
 
 
 @every_kernel
-@checked
 @given(stack=stacks(nan=True))
 def test_agrees_with_the_whole_stack_oracle(kernels, stack):
     maps, partials = stack
@@ -63,7 +61,6 @@ def test_agrees_with_the_whole_stack_oracle(kernels, stack):
             assert report.invalid_indices == 0
 
 
-@checked
 @given(stack=stacks(nan=True))
 def test_kernels_agree_bit_by_bit(stack):
     maps, partials = stack
@@ -79,7 +76,6 @@ def test_kernels_agree_bit_by_bit(stack):
 
 
 @every_kernel
-@settings(checked, max_examples=100)
 @given(stack=stacks(nan=True, max_partials=10), cut=st.integers(0, 10))
 def test_folding_all_is_folding_one_by_one(kernels, stack, cut):
     maps, partials = stack
@@ -131,7 +127,6 @@ def test_folding_none_changes_nothing(kernels):
 
 
 @every_kernel
-@checked
 @given(stack=stacks(), cut=st.integers(0, 6))
 def test_merging_merged_results_is_merging_at_once(kernels, stack, cut):
     maps, partials = stack
@@ -148,7 +143,6 @@ def test_merging_merged_results_is_merging_at_once(kernels, stack, cut):
 
 
 @every_kernel
-@checked
 @given(stack=stacks(sets=map_sets.filter(lambda m: m.form is PoseForm.INDEXED)), data=st.data())
 def test_indexed_merge_does_not_depend_on_the_order(kernels, stack, data):
     maps, partials = stack
@@ -160,7 +154,6 @@ def test_indexed_merge_does_not_depend_on_the_order(kernels, stack, data):
 
 
 @every_kernel
-@checked
 @given(stack=stacks(), at=st.integers(0, 6))
 def test_an_idle_partial_changes_nothing(kernels, stack, at):
     maps, partials = stack
@@ -172,7 +165,6 @@ def test_an_idle_partial_changes_nothing(kernels, stack, at):
 
 
 @every_kernel
-@settings(checked, max_examples=30)
 @given(stack=stacks(shapes=SHAPES[:4], nan=True))
 def test_masking_nan_is_leaving_the_partial_out_there(kernels, stack):
     maps, partials = stack
@@ -195,7 +187,6 @@ def test_masking_nan_is_leaving_the_partial_out_there(kernels, stack):
 
 
 @every_kernel
-@settings(checked, max_examples=30)
 @given(stack=stacks())
 def test_a_reset_accumulator_is_as_good_as_new(kernels, stack):
     maps, partials = stack
@@ -207,7 +198,6 @@ def test_a_reset_accumulator_is_as_good_as_new(kernels, stack):
 
 
 @every_kernel
-@settings(checked, max_examples=30)
 @given(stack=stacks())
 def test_finalise_fills_the_arrays_it_is_given(kernels, stack):
     maps, partials = stack

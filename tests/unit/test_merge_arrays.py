@@ -21,7 +21,7 @@ from ocelot_em.in_memory import Workplace, fold_bands
 from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.process_results import aggregate_distributed_results
-from stacks import TABLES, assert_same_bits, checked, stacks
+from stacks import TABLES, assert_same_bits, stacks
 
 SUMS = SUM, SQUARED_SUM
 MAP_SETS = [MapSet(PoseForm.EXPLICIT), MapSet(PoseForm.EXPLICIT, False), MapSet(PoseForm.INDEXED)]
@@ -104,7 +104,6 @@ def test_a_device_gives_the_same_bits(form, merge, band_pixels):
     assert_merged(merge(results, band_pixels=band_pixels), merge_arrays(results))
 
 
-@checked
 @given(stacks(sets=st.sampled_from(MAP_SETS)))
 def test_against_the_oracle(stack):
     maps, partials = stack

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ocelot_em.canvas import Region
@@ -77,7 +77,6 @@ def spans(length):
     return st.tuples(st.integers(0, length), st.integers(0, length)).map(sorted)
 
 
-@settings(deadline=None, max_examples=50)  # blocks are drawn whole, on slow machines too
 @given(spans(SHAPE[0]), spans(SHAPE[1]), st.integers(0, 2), st.booleans())
 def test_a_pixel_does_not_depend_on_how_the_map_is_cut(rows, columns, partial, indexed):
     simulation = SIMULATION if indexed else EXPLICIT
@@ -226,7 +225,6 @@ def test_the_truth_is_consistent():
     assert (truth["amplitude"] <= 14).all()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(90, 400), st.integers(90, 400), st.data())
 def test_particles_are_valid_and_apart(seed, height, width, data):
     cells = ((height - 55 - 6) // 24) * ((width - 55 - 6) // 24)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec
 
@@ -34,7 +34,6 @@ sizes = st.one_of(
     st.sampled_from([(1, 1), (1, 37), (37, 1)]), st.tuples(st.integers(1, 40), st.integers(1, 40))
 )
 chunks = st.tuples(st.integers(1, 17), st.integers(1, 17))
-quick = settings(deadline=None, max_examples=15)
 
 
 @contextlib.contextmanager
@@ -82,7 +81,6 @@ def zarr_array(objects, **changes):
 # What is written is read
 
 
-@quick
 @given(st.sampled_from(NAMES), sizes, chunks)
 def test_zarr_reads_what_we_write(name, shape, chunk):
     values = random_map(name, shape)
@@ -91,10 +89,9 @@ def test_zarr_reads_what_we_write(name, shape, chunk):
         array = zarr.open_array(objects.url, path="m", mode="r")
         assert same_bits(array[...], values)
         assert array.metadata.dimension_names == ("y", "x")
-        assert chunked.stored_chunks().keys() == {(t.iy, t.ix) for t in chunked.grid}
+        assert objects.sizes("m/c").keys() == {chunked.key(cell) for cell in chunked.grid}
 
 
-@quick
 @given(sizes, chunks)
 def test_we_read_what_zarr_writes(shape, chunk):
     values = random_map(MIP, shape)
@@ -103,7 +100,6 @@ def test_we_read_what_zarr_writes(shape, chunk):
         assert same_bits(open_as(objects, MIP).read(Region.whole(shape))[0], values)
 
 
-@quick
 @given(sizes, chunks, st.data())
 def test_any_region_is_read_like_a_slice_into_given_memory_or_new(shape, chunk, data):
     y0, y1 = sorted(data.draw(st.tuples(*[st.integers(0, shape[0])] * 2)))
@@ -122,7 +118,6 @@ def test_any_region_is_read_like_a_slice_into_given_memory_or_new(shape, chunk, 
     assert nbytes == sum(stored[key] for key in touched)
 
 
-@quick
 @given(sizes, chunks, st.randoms())
 def test_a_map_written_chunk_by_chunk_in_any_order_is_the_same(shape, chunk, random):
     values = random_map(MIP, shape)
@@ -141,7 +136,6 @@ def test_a_map_written_chunk_by_chunk_in_any_order_is_the_same(shape, chunk, ran
 def test_constant_maps_leave_all_their_chunks_on_disk(tmp_path, name):
     fill = np.full((9, 7), MAPS[name].fill, MAPS[name].dtypes[0])
     chunked = written(open_objects(tmp_path), name, fill, (4, 4))
-    assert list(chunked.missing_chunks()) == []
     assert len(snapshot(tmp_path / "m" / "c")) == 6
     assert same_bits(chunked.read(Region.whole((9, 7)))[0], fill)
 
@@ -191,7 +185,6 @@ def assert_refused(chunked, values, error):
         assert same_bits(chunked.read(region)[0], values[region.slices])
 
 
-@quick
 @given(st.data())
 def test_a_flipped_byte_anywhere_in_a_chunk_is_noticed(data):
     with one_map() as (chunked, values, file):
@@ -200,7 +193,6 @@ def test_a_flipped_byte_anywhere_in_a_chunk_is_noticed(data):
         assert_refused(chunked, values, CorruptChunkError)
 
 
-@quick
 @given(st.data())
 def test_a_truncated_or_empty_chunk_is_noticed(data):
     with one_map() as (chunked, values, file):
@@ -215,7 +207,6 @@ def test_a_chunk_with_more_bytes_than_written_is_noticed():
         assert_refused(chunked, values, CorruptChunkError)
 
 
-@settings(deadline=None, max_examples=10)
 @given(st.binary(min_size=16, max_size=80))
 def test_foreign_bytes_with_a_right_checksum_are_noticed(frame):
     with one_map() as (chunked, values, file):
@@ -233,7 +224,6 @@ def test_a_deleted_chunk_is_noticed():
     with one_map() as (chunked, values, file):
         file.unlink()
         assert_refused(chunked, values, MissingChunkError)
-        assert [(tile.iy, tile.ix) for tile in chunked.missing_chunks()] == [(1, 1)]
 
 
 def test_a_chunk_that_cannot_be_read_is_an_error_of_the_storage():
@@ -298,7 +288,6 @@ def json_places(value, place=()):
             yield from json_places(inner, (*place, key))
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     st.data(),
     st.sampled_from([None, "x", -1, 0, 1.5, 10**30, [], {}, [1, 2, 3], {"name": "x"}, "delete"]),
