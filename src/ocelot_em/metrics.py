@@ -22,9 +22,6 @@ MEANINGS = {
 EVERY_SECONDS = 2.0
 """Between two times that numbers are passed on."""
 
-EVERY_SECONDS = 2.0
-"""Between two times that numbers are passed on."""
-
 Increments = dict[tuple[str, str], float]
 """What to add, by counter and part."""
 

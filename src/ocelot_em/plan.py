@@ -697,14 +697,11 @@ class StorageShape(NamedTuple):
         Bytes of a value of the inputs' sums.
     streams
         Transfers at a time that the storage is worth, see :class:`ocelot_em.objects.Objects`.
-    n_exposures
-        That are put together; 0 if it is no montage.
     """
 
     chunk: tuple[int, int]
     sum_itemsize: int
     streams: int
-    n_exposures: int = 0
 
 
 def storage_shape(
@@ -725,7 +722,6 @@ def storage_shape(
         chunk=(max(height for height, _ in cells), max(width for _, width in cells)),
         sum_itemsize=max(chunked.dtype.itemsize for chunked in sums),
         streams=max(open_objects(place).streams for place in places),
-        n_exposures=len(exposures) if exposures[0].id else 0,
     )
 
 

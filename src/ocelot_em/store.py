@@ -6,7 +6,6 @@ values for chunks that are missing, cannot decode into given memory and sends al
 one event loop. What is written is plain Zarr v3 that any reader opens.
 """
 
-import contextlib
 import json
 import math
 import threading
@@ -374,21 +373,6 @@ class ChunkedMap:
     def encode_blank(self) -> list[bytes]:
         """Encode a chunk that holds nothing but the fill value; the parts of its object."""
         return encode(np.full(self.grid.cell, self.fill, self.dtype), self.codec)
-
-    def stored_chunks(self) -> dict[tuple[int, int], int]:
-        """Grid position and encoded size of the chunks that are there."""
-        prefix = f"{self.path}/c/"
-        found = {}
-        for key, size in self.objects.sizes(f"{self.path}/c").items():
-            with contextlib.suppress(ValueError):
-                iy, ix = key.removeprefix(prefix).split("/")
-                found[int(iy), int(ix)] = size
-        return found
-
-    def missing_chunks(self) -> Iterator[Tile]:
-        """All chunks of the grid that have no object."""
-        stored = self.stored_chunks()
-        return (chunk for chunk in self.grid if (chunk.iy, chunk.ix) not in stored)
 
 
 def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:

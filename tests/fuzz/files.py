@@ -22,13 +22,7 @@ from ocelot_em.interop.hdf5 import GROUP, import_hdf5
 from ocelot_em.interop.map_set import OUR_NAMES, FinishedSearch
 from ocelot_em.interop.mrc import import_mrc_set
 from ocelot_em.interop.origins import read_origins
-from ocelot_em.interop.tables import (
-    Optics,
-    read_parquet,
-    read_relion_star,
-    write_parquet,
-    write_relion_star,
-)
+from ocelot_em.interop.tables import Optics, read_parquet, write_parquet
 from ocelot_em.interop.yaml_file import read_yaml
 from ocelot_em.maps import COUNT, MIP
 from ocelot_em.particles import COLUMNS, MONTAGE_COLUMNS, NEG_LOG_P, About, ParticleTable
@@ -40,19 +34,6 @@ Kind = Callable[[Path], tuple[list[bytes], Reader]]
 SHAPE = (5, 6)
 N_PROJECTIONS = 1000
 TABLE_ARRAYS = {name: getattr(SPACE, name) for name in TABLES}
-OPTICS = Optics(
-    voltage_kv=300.0,
-    spherical_aberration_mm=2.7,
-    amplitude_contrast=0.07,
-    pixel_size_angstrom=1.06,
-    defocus_u_angstrom=9123.4,
-    defocus_v_angstrom=8600.0,
-    astigmatism_angle_degrees=30.5,
-    phase_shift_degrees=0.0,
-    micrograph="M1.mrc",
-    template="T.mrc",
-    template_box_px=57,
-)
 
 
 def in_file(path: Path, read: Callable[[Path], object]) -> Reader:
@@ -320,12 +301,6 @@ def particles_parquet(folder: Path) -> tuple[list[bytes], Reader]:
     return seeds, in_file(path, read_parquet)
 
 
-def particles_star(folder: Path) -> tuple[list[bytes], Reader]:
-    path = folder / "P.star"
-    write_relion_star(particles(2), OPTICS, path)
-    return [path.read_bytes()], in_file(path, lambda p: read_relion_star(p, OPTICS))
-
-
 KINDS: Mapping[str, Kind] = {
     kind.__name__: kind
     for kind in (
@@ -345,7 +320,6 @@ KINDS: Mapping[str, Kind] = {
         leopard_config,
         particles_csv,
         particles_parquet,
-        particles_star,
     )
 }
 """By their names, in the order of what they read."""

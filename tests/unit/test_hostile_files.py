@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fuzz.files import (
     KINDS,
-    OPTICS,
     SHAPE,
     TABLE_ARRAYS,
     finished_maps,
@@ -40,7 +39,7 @@ from ocelot_em.interop.hdf5 import GROUP, import_hdf5
 from ocelot_em.interop.map_set import FinishedSearch
 from ocelot_em.interop.mrc import import_mrc_set
 from ocelot_em.interop.origins import Origin, read_origins
-from ocelot_em.interop.tables import Optics, read_parquet, read_relion_star, write_parquet
+from ocelot_em.interop.tables import Optics, read_parquet, write_parquet
 from ocelot_em.interop.yaml_file import read_yaml
 from ocelot_em.maps import COUNT, MIP
 from ocelot_em.particles import ParticleTable
@@ -161,7 +160,6 @@ def test_whatever_is_in_a_file_it_is_read_or_refused(kinds, name, data):
         ("F.yaml", lambda path: read_yaml(path, "a mapping")),
         ("F.csv", ParticleTable.read_csv),
         ("F.parquet", read_parquet),
-        ("F.star", lambda path: read_relion_star(path, OPTICS)),
     ],
 )
 @pytest.mark.parametrize("kind", ["pipe", "endless", "folder", "link to itself"])
@@ -606,58 +604,7 @@ def test_a_star_file_of_many_lines_takes_time_in_proportion(tmp_path):
             assert len(read_origins(path)) == 20_001
         assert time.process_time() - started < SECONDS
     path.write_bytes(f"{STAR}{rows}".encode() + b"\xff\xfe 1 2\n")
-    assert "expected text in UTF-8" in refusal_of(read_relion_star, path, OPTICS)
-
-
-RELION = "data_particles\n\nloop_\n"
-
-
-@pytest.mark.parametrize(
-    ("columns", "row", "problem"),
-    [
-        ("XY", "1e30 5", "rlnCoordinateX: expected numbers up to 1.07374e+09, got 1e+30"),
-        ("XY", "5 -1e10", "rlnCoordinateY: expected numbers up to 1.07374e+09, got -1e+10"),
-        ("XY", "inf 5", "rlnCoordinateX: expected numbers up to"),
-        ("XY", "nan 5", "rlnCoordinateX: expected a number for each particle, got NaN"),
-        ("XY", "5", "star"),
-        ("XY", "5 6 7", "star"),
-        ("XY", '"5 6', "star"),
-        ("XY", "x 6", "rlnCoordinateX: expected numbers"),
-        ("XY", f"1{'0' * 400} 6", "star"),
-        ("XXY", "5 6 7", "rlnCoordinateX: is there more than once"),
-        ("X", "5", "rlnCoordinateY: missing"),
-        ("XY", "", "rln"),
-    ],
-)
-def test_tables_of_relion_that_cannot_be(tmp_path, columns, row, problem):
-    path = tmp_path / "p.star"
-    header = "".join(f"_rlnCoordinate{name} #{i}\n" for i, name in enumerate(columns, 1))
-    path.write_text(f"{RELION}{header}{row}\n")
-    if not row:  # no particles are a table, too
-        assert len(read_relion_star(path, OPTICS)) == 0
-        return
-    assert problem in refusal_of(read_relion_star, path, OPTICS)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "bad"),
-    [
-        ("rlnAnglePsi", "1e300", True),
-        ("rlnDefocusU", "-1e39", True),
-        ("rlnOriginXAngst", "inf", True),
-        ("rlnAutopickFigureOfMerit", "inf", False),
-        ("rlnAutopickFigureOfMerit", "3.4028235e+38", False),  # float32's largest, as text
-        ("rlnAnglePsi", "nan", False),
-        ("rlnOriginXAngst", "nan", False),
-    ],
-)
-def test_numbers_of_relion_that_do_not_fit(tmp_path, name, value, bad):
-    path = tmp_path / "p.star"
-    path.write_text(f"{RELION}_rlnCoordinateX\n_rlnCoordinateY\n_{name}\n5 6 {value}\n")
-    if bad:
-        assert f"{name}: expected numbers up to" in refusal_of(read_relion_star, path, OPTICS)
-    else:
-        assert len(read_relion_star(path, OPTICS)) == 1
+    assert "expected text in UTF-8" in refusal_of(read_origins, path)
 
 
 @pytest.mark.parametrize(

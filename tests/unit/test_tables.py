@@ -22,7 +22,6 @@ from ocelot_em.interop.tables import (
     LEOPARD_MAPS,
     Optics,
     read_parquet,
-    read_relion_star,
     write_cistem_star,
     write_leopard_csv,
     write_parquet,
@@ -317,6 +316,29 @@ IN_STAR = (
     *("pos_y", "pos_x", "scaled_mip", "psi", "theta", "phi", "relative_defocus"),
     *("pos_y_subpixel", "pos_x_subpixel"),
 )
+STAR_TEXTS = ["rlnMicrographName", "rlnOpticsGroupName"]
+
+
+def columns_in_star(path, optics):
+    """Columns of ours as they follow from those of a RELION file."""
+    found = starfile.read(path, always_dict=True, parse_as_string=STAR_TEXTS)["particles"]
+    columns = {
+        "psi": found["rlnAnglePsi"],
+        "theta": found["rlnAngleTilt"],
+        "phi": found["rlnAngleRot"],
+        "scaled_mip": found["rlnAutopickFigureOfMerit"],
+        "relative_defocus": found["rlnDefocusU"] - optics.defocus_u_angstrom,
+    }
+    for axis in "yx":
+        corner = found[f"rlnCoordinate{axis.upper()}"] - optics.template_box_px // 2
+        origin = found[f"rlnOrigin{axis.upper()}Angst"] / optics.pixel_size_angstrom
+        columns |= {f"pos_{axis}": corner, f"pos_{axis}_subpixel": corner - origin}
+    return {name: columns[name].to_numpy(COLUMNS[name].dtype) for name in IN_STAR}
+
+
+def assert_in_star(table, path, optics):
+    for name, values in columns_in_star(path, optics).items():
+        np.testing.assert_array_equal(values, table.columns[name], err_msg=name)
 
 
 @st.composite
@@ -341,11 +363,7 @@ def particles(draw):
 def test_a_relion_file_keeps_what_it_has_columns_for(tmp_path, table, box):
     optics = replace(OPTICS, template_box_px=box)
     write_relion_star(table, optics, tmp_path / "P.star")
-    again = read_relion_star(tmp_path / "P.star", optics)
-    assert_same(table, again, IN_STAR)
-    assert np.isnan(again.columns["mip"]).all()
-    assert (again.columns["total_correlations"] == 0).all()
-    assert (again.columns["best_partial"] == -1).all()
+    assert_in_star(table, tmp_path / "P.star", optics)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -394,78 +412,17 @@ def test_a_particle_whose_place_between_pixels_is_not_known_is_at_its_pixel(tmp_
     table = make_table(2)
     table.columns["pos_x_subpixel"][0] = np.nan
     write_relion_star(table, OPTICS, tmp_path / "P.star")
-    again = read_relion_star(tmp_path / "P.star", OPTICS)
-    assert again.columns["pos_x_subpixel"][0] == table.columns["pos_x"][0]
-
-
-def write_star(path, particles, **blocks):
-    starfile.write({**blocks, "particles": pd.DataFrame(particles)}, path)
-    return path
-
-
-def test_other_programs_star_files_are_read_as_far_as_they_go(tmp_path):
-    path = write_star(tmp_path / "P.star", {"rlnCoordinateX": [100.75], "rlnCoordinateY": [50]})
-    table = read_relion_star(path, replace(OPTICS, template_box_px=56))
-    own = table.columns
-    assert (own["pos_y"][0], own["pos_x"][0]) == (22, 72)
-    assert (own["pos_y_subpixel"][0], own["pos_x_subpixel"][0]) == (22.0, 72.75)
-    assert np.isnan(own["phi"][0])
-    assert np.isnan(own["relative_defocus"][0])
-
-
-def test_particles_of_other_micrographs_are_left_out(tmp_path):
-    names = ["M1.mrc", "007", "M1.mrc"]
-    columns = {"rlnCoordinateX": [1, 2, 3], "rlnCoordinateY": 0, "rlnMicrographName": names}
-    path = write_star(tmp_path / "P.star", columns)
-    optics = replace(OPTICS, template_box_px=1)
-    read = read_relion_star(path, replace(optics, micrograph="M1.mrc"))
-    assert read.columns["pos_x"].tolist() == [1, 3]
-    assert read_relion_star(path, replace(optics, micrograph="007")).columns["pos_x"] == [2]
-    (problem,) = refused(read_relion_star, path, replace(optics, micrograph="M2.mrc"))
-    assert "expected particles of micrograph 'M2.mrc', got those of 'M1.mrc', '007'" in problem
-
-
-def test_columns_that_are_missing_or_no_numbers_are_named(tmp_path):
-    path = write_star(tmp_path / "P.star", {"rlnCoordinateX": ["left"], "rlnAngleRot": ["none"]})
-    assert [p.removeprefix(f"{path}: ")[:32] for p in refused(read_relion_star, path, OPTICS)] == [
-        "rlnAngleRot: expected numbers: c",
-        "rlnCoordinateY: missing",
-        "rlnCoordinateX: expected numbers",
-    ]
-    path = write_star(tmp_path / "N.star", {"rlnCoordinateX": [np.nan], "rlnCoordinateY": [1e300]})
-    assert "expected a number for each" in "".join(refused(read_relion_star, path, OPTICS))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xff\xfe\x00\x01",
-        b"data_particles\n",
-        b"data_\n\nloop_\n_rlnCoordinateX #1\n1\n",
-        b"data_particles\n\n_rlnCoordinateX 1\n",
-        b"data_particles\n\nloop_\n_rlnCoordinateX #1\n1 2 3\n1\n",
-    ],
-)
-def test_what_is_no_star_file_of_particles_is_refused(tmp_path, content):
-    (tmp_path / "P.star").write_bytes(content)
-    problems = refused(read_relion_star, tmp_path / "P.star", OPTICS)
-    assert all(problem.startswith(f"{tmp_path / 'P.star'}: ") for problem in problems)
-
-
-def test_a_missing_star_file_is_refused(tmp_path):
-    (problem,) = refused(read_relion_star, tmp_path / "P.star", OPTICS)
-    assert "expected a STAR file, got no file" in problem
+    again = columns_in_star(tmp_path / "P.star", OPTICS)
+    assert again["pos_x_subpixel"][0] == table.columns["pos_x"][0]
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_relion_files_keep_names(tmp_path, name):
     optics = replace(OPTICS, micrograph=name, label=f"{name} group")
     write_relion_star(make_table(2), optics, tmp_path / "P.star")
-    blocks = starfile.read(tmp_path / "P.star", parse_as_string=["rlnMicrographName"])
+    blocks = starfile.read(tmp_path / "P.star", parse_as_string=STAR_TEXTS)
     assert blocks["particles"]["rlnMicrographName"].tolist() == [name, name]
     assert blocks["optics"]["rlnOpticsGroupName"].tolist() == [f"{name} group"]
-    assert len(read_relion_star(tmp_path / "P.star", optics)) == 2
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -483,8 +440,10 @@ def test_relion_files_keep_a_name_or_refuse_it(tmp_path, name):
     optics, problems = attempt()
     assert all(problem.startswith(("micrograph: ", "label: ")) for problem in problems)
     if optics:
-        again = read_relion_star(tmp_path / "P.star", optics)
-        assert_same(make_table(2), again, ("pos_x", "relative_defocus"))
+        blocks = starfile.read(tmp_path / "P.star", parse_as_string=STAR_TEXTS)
+        assert blocks["particles"]["rlnMicrographName"].tolist() == [name, name]
+        assert blocks["optics"]["rlnOpticsGroupName"].tolist() == [name]
+        assert_in_star(make_table(2), tmp_path / "P.star", optics)
 
 
 @pytest.mark.parametrize("name", ["a'b", 'a"b', "a#b", "nan", "NaN", "<NA>", "a\xa0"])
@@ -619,7 +578,7 @@ def test_the_suffix_names_the_format(tmp_path):
     assert_same(table, ParticleTable.read_csv(tmp_path / "T.csv"))
     assert_same(table, ParticleTable.read_csv(tmp_path / "T.CSV"))
     assert read_parquet(tmp_path / "T.parquet").about == ABOUT
-    assert_same(table, read_relion_star(tmp_path / "T.star", OPTICS), IN_STAR)
+    assert_in_star(table, tmp_path / "T.star", OPTICS)
     write_table(table, str(tmp_path / "U.csv"))
     for name in ("T.txt", "T", "T.csv.gz"):
         (problem,) = refused(write_table, table, tmp_path / name, OPTICS)
@@ -647,7 +606,6 @@ def test_optics_of_another_search_are_refused(tmp_path, write):
     [
         ("starfile", lambda place: write_relion_star(make_table(1), OPTICS, place)),
         ("starfile", lambda place: write_cistem_star(make_table(1), OPTICS, place)),
-        ("starfile", lambda place: read_relion_star(place, OPTICS)),
         ("pyarrow", lambda place: write_parquet(make_table(1), place)),
         ("pyarrow", read_parquet),
     ],

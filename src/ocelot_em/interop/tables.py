@@ -29,15 +29,12 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.interop.star_file import load_starfile, parse_star
-from ocelot_em.interop.text_file import read_text
+from ocelot_em.interop.star_file import load_starfile
 from ocelot_em.interop.yaml_file import read_yaml
-from ocelot_em.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
+from ocelot_em.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles import (
     ALL_COLUMNS,
-    COLUMNS,
     MONTAGE_COLUMNS,
-    NEG_LOG_P,
     About,
     ParticleTable,
     as_text,
@@ -66,11 +63,7 @@ _PARQUET_KEY = b"ocelot_em.about"
 MAX_PARTICLES = 2**24
 """Of a table that is read; they take two gigabytes of memory."""
 
-_MAX_STAR_NBYTES = 2**30
-_MAX_COORDINATE_PX = 2**30
 _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
-_STAR_TEXTS = ["rlnMicrographName", "rlnOpticsGroupName"]
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,71 +465,6 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
     _write_star({"optics": group, "particles": particles}, path)
 
 
-def read_relion_star(path: str | PathLike[str], optics: Optics) -> ParticleTable:
-    """Read the particles of one micrograph from a STAR file of RELION 3.1 and later.
-
-    Parameters
-    ----------
-    path
-        The STAR file; of its particles those are taken whose ``rlnMicrographName`` is the
-        micrograph of the optics, or all if it has no such column.
-    optics
-        Of the micrograph: what positions and relative defocus are measured from.
-
-    Returns
-    -------
-    ParticleTable
-        Positions, and angles, relative defocus (from ``rlnDefocusU``) and z-score as far as the
-        file has them. What a STAR file does not have is NaN, 0 in ``total_correlations`` and -1 in
-        ``best_partial``.
-
-    Raises
-    ------
-    InvalidInputError
-        No STAR file with particles, no numbers in a column, or none of the micrograph's particles.
-    MissingDependencyError
-        starfile is not installed.
-    """
-    particles = _read_particles(path)
-    names = particles.get("rlnMicrographName")
-    if names is not None and len(names):
-        mine = (names == optics.micrograph).to_numpy()
-        if not mine.any():
-            others = ", ".join(map(repr, names.unique()[:_NAMES_SHOWN].tolist()))
-            raise InvalidInputError(
-                f"{path}: expected particles of micrograph {optics.micrograph!r}, got those of "
-                f"{others}; give optics with its name as it is there"
-            )
-        particles = particles[mine]
-    number, problems = _numbers_of(particles, path)
-    half, size = optics.template_box_px // 2, optics.pixel_size_angstrom
-    columns: dict[str, AnyArray] = {
-        "psi": number("rlnAnglePsi"),
-        "theta": number("rlnAngleTilt"),
-        "phi": number("rlnAngleRot"),
-        "relative_defocus": number("rlnDefocusU") - optics.defocus_u_angstrom,
-        SCALED_MIP: number("rlnAutopickFigureOfMerit"),
-        "total_correlations": np.zeros(len(particles), np.int64),
-        BEST_PARTIAL: np.full(len(particles), -1),
-    }
-    for axis in "yx":
-        name = axis.upper()
-        coordinate = number(f"rlnCoordinate{name}", needed=True, most=_MAX_COORDINATE_PX)
-        origin = number(f"rlnOrigin{name}Angst", most=_MAX_COORDINATE_PX)
-        columns[f"pos_{axis}"] = np.floor(coordinate) - half
-        columns[f"pos_{axis}_subpixel"] = coordinate - half - np.nan_to_num(origin) / size
-    if problems:
-        raise InvalidInputError(problems)
-    nan = np.full(len(particles), np.nan)
-    return ParticleTable(
-        {
-            name: columns.get(name, nan).astype(column.dtype)
-            for name, column in COLUMNS.items()
-            if name != NEG_LOG_P
-        }
-    )
-
-
 def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
     """Write template matches as cisTEM's own STAR files have them.
 
@@ -775,53 +703,3 @@ def _write_star(
 
     frames = {name: pd.DataFrame(columns, dtype=object) for name, columns in blocks.items()}
     write_file(path, starfile.to_string(frames).encode())
-
-
-def _read_particles(path: str | PathLike[str]) -> Any:
-    """The particles block of a STAR file, as a data frame."""
-    text = read_text(Path(path), _MAX_STAR_NBYTES, "a STAR file")
-    try:
-        blocks = parse_star(text, _STAR_TEXTS)
-    except ValueError as error:
-        raise InvalidInputError(f"{path}: cannot be read as a STAR file: {error}") from error
-    particles = blocks.get("particles")
-    if particles is None or isinstance(particles, dict):
-        raise InvalidInputError(
-            f"{path}: expected a block of particles as RELION 3.1 and later have it, got blocks "
-            f"{', '.join(map(repr, blocks)) or 'of no kind'}"
-        )
-    twice = sorted(set(particles.columns[particles.columns.duplicated()]))
-    if twice:
-        raise InvalidInputError(f"{path}: {name}: is there more than once" for name in twice)
-    return particles
-
-
-def _numbers_of(particles: Any, path: str | PathLike[str]) -> tuple[Any, list[str]]:
-    """Return what reads a column as float64, NaN where there is none, and its list of problems."""
-    problems: list[str] = []
-
-    def number(name: str, *, needed: bool = False, most: float | None = None) -> AnyArray:
-        nan = np.full(len(particles), np.nan)
-        if name not in particles:
-            problems.extend([f"{path}: {name}: missing"] if needed else [])
-            return nan
-        values: AnyArray = nan
-        try:
-            values = particles[name].to_numpy(np.float64)
-        except (ValueError, TypeError, OverflowError) as error:
-            problems.append(f"{path}: {name}: expected numbers: {error}")
-            return nan
-        if needed and np.isnan(values).any():
-            problems.append(f"{path}: {name}: expected a number for each particle, got NaN")
-        if most is None:  # what a table can hold
-            with np.errstate(over="ignore"):
-                beyond = np.isinf(values.astype(np.float32)) & np.isfinite(values)
-        else:
-            beyond = np.abs(values) > most
-        if beyond.any():
-            bound, found = most or np.finfo(np.float32).max, values[np.argmax(beyond)]
-            problems.append(f"{path}: {name}: expected numbers up to {bound:g}, got {found:g}")
-            return nan
-        return values
-
-    return number, problems
