@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tracemalloc
 import warnings
 
@@ -53,14 +54,24 @@ def small_pieces(small_chunks, monkeypatch):
     return 16
 
 
-@pytest.fixture
-def merged(tmp_path, small_pieces):
+@pytest.fixture(scope="module")
+def merged_once(tmp_path_factory):
     """A merge of explicit partials of which the last rows and columns are not valid."""
+    place = tmp_path_factory.mktemp("merged")
     info = SearchInfo(template_box=BOX, pixel_size_angstrom=2.5)
-    for number in range(2):
-        maps = explicit_maps(SHAPE, number)
-        write_partial(tmp_path / "R", f"p{number}", maps, total_projections=1000, search=info)
-    merge(tmp_path / "R", tmp_path / "M", tile_size=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
+        for number in range(2):
+            maps = explicit_maps(SHAPE, number)
+            write_partial(place / "R", f"p{number}", maps, total_projections=1000, search=info)
+        merge(place / "R", place / "M", tile_size=32)
+    return place
+
+
+@pytest.fixture
+def merged(merged_once, tmp_path, small_pieces):
+    """A copy of it, beside its search."""
+    shutil.copytree(merged_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "M"
 
 
@@ -144,7 +155,17 @@ def test_an_unknown_pixel_size_has_no_unit(tmp_path, small_pieces):
     Image.from_zarr(zarr.open_group(picture, mode="r"))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 100), (100, 1), (16, 16), (33, 65), (129, 31)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        (1, 100),
+        pytest.param((100, 1), marks=pytest.mark.slow),
+        pytest.param((16, 16), marks=pytest.mark.slow),
+        (33, 65),
+        pytest.param((129, 31), marks=pytest.mark.slow),
+    ],
+)
 def test_pixels_strips_and_uneven_shapes(tmp_path, small_pieces, shape):
     merge(write_explicit_search(tmp_path / "R", shape, 2), tmp_path / "M")
     picture = write_ome_zarr(tmp_path / "M", tmp_path / "P.zarr", maps=("mip", "scaled_mip"))
@@ -201,7 +222,7 @@ def test_a_map_of_one_value_has_contrast(tmp_path, small_pieces):
 
 
 def test_a_single_peak_is_on_every_level(tmp_path, small_pieces):
-    maps = explicit_maps((130, 130))
+    maps = explicit_maps((130, 50))
     maps[MIP][97, 41] = 100
     write_partial(tmp_path / "R", "p", maps, total_projections=1000)
     merge(tmp_path / "R", tmp_path / "M")
@@ -240,6 +261,7 @@ def test_every_pixel_of_the_store_is_read_once_and_few_at_a_time(merged, monkeyp
     assert (seen == 1).all()
 
 
+@pytest.mark.alone
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "CHUNK", 64)
     monkeypatch.setattr(ome_zarr, "BLOCK", 128)

@@ -54,10 +54,12 @@ def make_picture(folder, channels=("scaled_mip",), unit="angstrom"):
     return folder
 
 
-@pytest.fixture
-def picture(tmp_path):
-    (tmp_path / "secret.txt").write_text("secret")
-    return make_picture(tmp_path / "P.zarr")
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """Beside a file that is nobody's business; tests only add files."""
+    place = tmp_path_factory.mktemp("pictures")
+    (place / "secret.txt").write_text("secret")
+    return make_picture(place / "P.zarr")
 
 
 @pytest.fixture
@@ -80,9 +82,13 @@ def client(monkeypatch):
     return addresses
 
 
-@pytest.fixture
-def served(picture, no_client):
-    with view(picture) as opened:
+@pytest.fixture(scope="module")
+def served(picture):
+    """Opened once: a server takes a tenth of a second to stop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "neuroglancer", None)
+        opened = view(picture)
+    with opened:
         yield opened
 
 
@@ -178,10 +184,10 @@ def test_an_empty_file_is_served(served, picture):
     assert status_of(served.url + "empty", Range="bytes=0-") == 416
 
 
-def test_there_is_no_way_out_of_the_folder(served, picture, tmp_path):
+def test_there_is_no_way_out_of_the_folder(served, picture):
     word = urlsplit(served.url).path
-    (picture / "link").symlink_to(tmp_path / "secret.txt")
-    (picture / "up").symlink_to(tmp_path)
+    (picture / "link").symlink_to(picture.parent / "secret.txt")
+    (picture / "up").symlink_to(picture.parent)
     (picture / "circle").symlink_to(picture / "circle")
     (picture / "inside").symlink_to(picture / "0")
     os.mkfifo(picture / "pipe")
@@ -193,8 +199,8 @@ def test_there_is_no_way_out_of_the_folder(served, picture, tmp_path):
         "./zarr.json",
         "/zarr.json",
         "0//c/0/0",
-        f"%2F{tmp_path}/secret.txt",
-        str(tmp_path / "secret.txt"),
+        f"%2F{picture.parent}/secret.txt",
+        str(picture.parent / "secret.txt"),
         "link",
         "up/secret.txt",
         "circle",
