@@ -58,9 +58,8 @@ BLANK_RATIO = 1 / 128
 
 PROCESS_NBYTES = 288 * 2**20
 """Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and what
-pandas and numba import of pyarrow and SciPy where they are installed. Measured;
-``docs/design.md`` says how."""
-
+pandas and numba import of pyarrow and SciPy where they are installed. What whole workers need is
+measured by ``python -m benchmarks.memory``; figures are in ``docs/benchmarks.md``."""
 
 DEVICE_TABLES_NBYTES = 64 * 2**20
 """Memory on a device for all that does not grow with tiles: tables of poses, rounding."""

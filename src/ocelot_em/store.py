@@ -1,4 +1,4 @@
-"""Zarr stores of searches and merged results; the only importer of zarr.
+"""Zarr stores of searches and merged results; only they, and pictures, are made with zarr.
 
 Metadata is created by zarr; what is read of it, :mod:`ocelot_em.metadata` parses. Chunks are read
 and written here, straight between their bytes and memory that the caller owns: zarr returns fill
