@@ -33,6 +33,24 @@ def calls_of(action: Callable[[], object]) -> int:
     return calls.n
 
 
+def lines_of(action: Callable[[], object]) -> int:
+    """Return how many lines of Python an action runs, also within loops that call nothing."""
+    n = 0
+
+    def count(_frame: FrameType, event: str, _argument: object) -> Callable[..., object]:
+        nonlocal n
+        n += event == "line"
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return n
+
+
 def assert_linear(work: Callable[[int], int], n: int) -> None:
     """Fail if work on n, 2 n and 4 n things grows faster than the things do.
 

@@ -1,7 +1,6 @@
 """Chunks on their way: order, errors, overlap, bounds."""
 
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -41,36 +40,53 @@ def requests_for(chunked):
     return [Request((c.iy, c.ix), chunked, c.region) for c in chunked.grid]
 
 
-class Slow:
-    """Objects that take their time, and count what goes on at once."""
+HANGING_SECONDS = 60
+"""Nothing here takes long: whoever waits so long waits in vain."""
 
-    def __init__(self, objects, seconds):
-        self._objects, self._seconds = objects, seconds
+
+class Watched:
+    """Objects that count what goes on at once.
+
+    The first ``together`` requests wait for each other: they come back only if all of them are
+    under way at the same time.
+    """
+
+    def __init__(self, objects, together=1):
+        self._objects, self._together = objects, together
         self.url, self.streams = objects.url, objects.streams
         self.running = self.most_running = self.started = 0
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._barrier = threading.Barrier(together, timeout=HANGING_SECONDS)
 
-    def _take_time(self):
-        with self._lock:
+    def _watch(self, action, *arguments):
+        with self._changed:
             self.started += 1
             self.running += 1
             self.most_running = max(self.most_running, self.running)
-        time.sleep(self._seconds)
-        with self._lock:
-            self.running -= 1
+            is_first = self.started <= self._together
+            self._changed.notify_all()
+        try:
+            if is_first:
+                self._barrier.wait()
+            return action(*arguments)
+        finally:
+            with self._changed:
+                self.running -= 1
+
+    def wait_until_started(self, n):
+        with self._changed:
+            return self._changed.wait_for(lambda: self.started >= n, HANGING_SECONDS)
 
     def get_into(self, key, memory, *most_nbytes):
-        self._take_time()
-        return self._objects.get_into(key, memory, *most_nbytes)
+        return self._watch(self._objects.get_into, key, memory, *most_nbytes)
 
     def put(self, key, parts):
-        self._take_time()
-        self._objects.put(key, parts)
+        self._watch(self._objects.put, key, parts)
 
 
-def slowed(chunked, seconds):
-    slow = Slow(chunked.objects, seconds)
-    return slow, store.ChunkedMap(**{**vars(chunked), "objects": slow})
+def watched(chunked, together=1):
+    objects = Watched(chunked.objects, together)
+    return objects, store.ChunkedMap(**{**vars(chunked), "objects": objects})
 
 
 @pytest.mark.parametrize("streams", [1, 3, 8])
@@ -117,51 +133,58 @@ def test_an_error_comes_to_the_one_who_asks(stored):
 
 
 def test_the_next_chunks_are_fetched_while_one_is_used(stored):
-    slow, chunked = slowed(stored[0], 0.02)
+    objects, chunked = watched(stored[0])
     requests = requests_for(chunked)
     out = np.empty((4, 4), np.float32)
     with ReadAhead(requests, 1, memory(1)) as incoming:
-        started = time.perf_counter()
-        for request in requests[:10]:
-            read(incoming, request, out)
-            time.sleep(0.02)
-        seconds = time.perf_counter() - started
-    assert seconds < 10 * 0.04 * 0.85  # one after the other takes 0.4 s
-    assert slow.most_running == 1
+        for number, request in enumerate(requests[:10]):
+            arrival = incoming.open(request, out)
+            assert objects.wait_until_started(number + 2)
+            arrival.decode(0, 1, out.reshape(-1))
+            incoming.close()
+    assert objects.most_running == 1
 
 
 def test_no_more_is_fetched_than_is_said(stored):
-    slow, chunked = slowed(stored[0], 0.0)
+    objects, chunked = watched(stored[0])
     requests = requests_for(chunked)
-    with ReadAhead(requests, 3, memory(3)) as incoming:
+    taken = []
+
+    def announced():
+        for request in requests:
+            taken.append(request)
+            yield request
+
+    with ReadAhead(announced(), 3, memory(3)) as incoming:
         read(incoming, requests[0], np.empty((4, 4), np.float32))
-        time.sleep(0.1)
-        assert slow.started <= chunks_ahead(3) + 1
-    assert slow.started <= chunks_ahead(3) + 1
+        # Whatever is taken is fetched, sooner or later.
+        assert len(taken) == chunks_ahead(3) + 1
+        assert objects.wait_until_started(len(taken))
+    assert objects.started == len(taken)
 
 
 def test_streams_are_used_at_once(stored):
-    slow, chunked = slowed(stored[0], 0.02)
+    objects, chunked = watched(stored[0], together=4)
     requests = requests_for(chunked)
     with ReadAhead(requests, 4, memory(4)) as incoming:
         for request in requests:
             read(incoming, request, np.empty((4, 4), np.float32))
         assert incoming.waited_seconds > 0
-    assert slow.most_running == 4
+    assert objects.most_running == 4
 
 
 def test_writes_arrive_and_are_bounded(tmp_path):
-    slow = Slow(open_objects(tmp_path / "store"), 0.01)
+    watching = Watched(open_objects(tmp_path / "store"), together=2)
     with WriteBehind(2) as outgoing:
         written = []
         for number in range(12):
-            written.append(outgoing.put(slow, f"a/{number}", [bytes([number])]))
+            written.append(outgoing.put(watching, f"a/{number}", [bytes([number])]))
             assert sum(not future.done() for future in written) <= chunks_behind(2)
         outgoing.wait(written)
         assert all(future.done() for future in written)
     objects = open_objects(tmp_path / "store")
     assert [objects.get(f"a/{n}") for n in range(12)] == [bytes([n]) for n in range(12)]
-    assert slow.most_running == 2
+    assert watching.most_running == 2
 
 
 def test_a_failed_write_is_told_to_the_one_who_waits_for_it(tmp_path):
