@@ -11,15 +11,37 @@ from ocelot_em.errors import OutputLockedError
 from ocelot_em.lock import Leave, OutputLock
 from ocelot_em.objects import open_objects
 
-STALE, LOOK = 0.6, 0.05
+HANGING_SECONDS = 60
+"""For a thread to do what it does every tenth of a second."""
+
+
+class Clock:
+    """Whoever sleeps by it, makes it later."""
+
+    def __init__(self):
+        self.now, self.slept, self.at_each_sleep = 1000.0, 0.0, lambda: None
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.slept += seconds
+        self.at_each_sleep()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which locks are watched."""
+    clock = Clock()
+    monkeypatch.setattr(lock, "time", clock)
+    return clock
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request, tmp_path, monkeypatch):
-    """An output; waits are short."""
+def place(request, tmp_path, monkeypatch, clock):
+    """An output; its lock is written anew often, and nobody really waits."""
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lock, "STALE_SECONDS", STALE)
-    monkeypatch.setattr(lock, "LOOK_SECONDS", LOOK)
     url = tmp_path / "OUT.zarr" if request.param == "local" else f"memory://{tmp_path}/OUT.zarr"
     return open_objects(url)
 
@@ -44,62 +66,54 @@ def test_a_lock_is_there_as_long_as_it_is_held(place):
     assert keys(place) == []
 
 
-def test_a_second_holder_is_refused_at_once_and_told_who_holds_it(place):
+def test_a_second_holder_is_refused_at_once_and_told_who_holds_it(place, clock):
     with OutputLock(place):
-        since = time.monotonic()
         with pytest.raises(OutputLockedError, match=r"another run is writing it: process \d+ on"):
             OutputLock(place).__enter__()
-        assert time.monotonic() - since < STALE
+        assert clock.slept == 0
     with OutputLock(place):
         pass
 
 
-def test_the_lock_of_a_process_that_is_gone_is_replaced_at_once(place):
+def test_the_lock_of_a_process_that_is_gone_is_replaced_at_once(place, clock):
     left_by(place, process_started=1.0)
-    since = time.monotonic()
     with OutputLock(place) as held:
-        assert time.monotonic() - since < STALE
+        assert clock.slept == 0
         assert keys(place) == [held.key] == ["lock/1"]
         assert held.left_behind["beat"] == 3
         assert not held.power_was_lost  # this machine still runs
 
 
 @pytest.mark.parametrize("changes", [{"host": "another"}, {"boot": "before"}, {"pid": "no number"}])
-def test_a_lock_of_elsewhere_is_watched_and_replaced_if_it_does_not_change(place, changes):
+def test_a_lock_of_elsewhere_is_watched_and_replaced_if_it_does_not_change(place, clock, changes):
     left_by(place, **changes)
     told = []
-    since = time.monotonic()
     with OutputLock(place, told.append) as held:
-        assert time.monotonic() - since >= STALE
+        assert 0 <= clock.slept - lock.STALE_SECONDS < lock.LOOK_SECONDS
         assert held.power_was_lost == ("boot" in changes)
     assert len(told) == 1
     assert "to see whether that run still lives" in told[0]
 
 
-def test_a_lock_of_elsewhere_that_changes_is_respected(place):
+@pytest.mark.parametrize("looks", [1, 80])
+def test_a_lock_of_elsewhere_that_changes_is_respected(place, clock, looks):
     left_by(place, host="another")
-    stop = threading.Event()
 
     def beat():
-        number = 3
-        while not stop.wait(0.1):
-            number += 1
-            left_by(place, host="another", beat=number)
+        if clock.slept >= looks * lock.LOOK_SECONDS:
+            left_by(place, host="another", beat=4)
 
-    beating = threading.Thread(target=beat)
-    beating.start()
-    try:
-        with pytest.raises(OutputLockedError, match="on another"):
-            OutputLock(place).__enter__()
-    finally:
-        stop.set()
-        beating.join()
+    clock.at_each_sleep = beat
+    with pytest.raises(OutputLockedError, match="on another"):
+        OutputLock(place).__enter__()
+    assert clock.slept == looks * lock.LOOK_SECONDS
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'{"pid": 1e400}', b"[" * 60_000])
-def test_a_lock_that_says_nothing_is_watched_too(place, content):
+def test_a_lock_that_says_nothing_is_watched_too(place, clock, content):
     place.put("lock/4", [content])
     with OutputLock(place) as held:
+        assert clock.slept >= lock.STALE_SECONDS
         assert held.key == "lock/5"
         assert keys(place) == ["lock/5"]
 
@@ -139,21 +153,24 @@ def test_of_many_that_want_a_left_lock_one_gets_it(place):
 def test_a_holder_that_was_replaced_notices(place):
     with OutputLock(place) as held:
         left_by(place, number=7)
-        assert held.lost.wait(5)
+        assert held.lost.wait(HANGING_SECONDS)
         assert held.stopping.is_set()
     assert keys(place) == ["lock/7"]
 
 
-def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place):
+def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place, clock):
     with OutputLock(place) as held:
         leave = Leave(place, held.key, held.id)
         assert leave.goes_on
         assert not Leave(place, held.key, "another").goes_on
         held.stop()
-        deadline = time.monotonic() + 5
-        while leave.goes_on:
+        deadline = time.monotonic() + HANGING_SECONDS
+        while not json.loads(place.get(held.key))["stops"]:
             assert time.monotonic() < deadline
-            time.sleep(LOOK)
+            time.sleep(0.01)
+        assert leave.goes_on  # it does not look again for a moment
+        clock.now += 1.5 * lock.LOOK_SECONDS
+        assert not leave.goes_on
     assert keys(place) == []
     assert not Leave(place, held.key, held.id).goes_on
     with OutputLock(place) as again:
