@@ -1,0 +1,399 @@
+"""What the documentation names is there: commands, options, files, headings, modules, numbers."""
+
+import argparse
+import ast
+import re
+import shlex
+from functools import cache
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+import ocelot_em
+from ocelot_em import cli, cluster, collected, execute, lock, maps, pipeline, plan, slurm
+from ocelot_em import format as fmt
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "ocelot_em"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docker").glob("*.md"),
+        ROOT / "tests" / "data" / "README.md",
+    )
+}
+OF_OTHERS = {"--build-arg", "--gpus", "--gpus-per-node", "--ntasks", "--plugin", "--profile"}
+OF_OTHERS |= {"--user"}
+"""Options of other programs that are named without the program."""
+
+TOP = {path.name for path in ROOT.iterdir()}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def prose(text):
+    return BLOCK.sub("", text)
+
+
+def spans(text):
+    """What stands between backticks in a line."""
+    return re.findall(r"`([^`\n]+)`", prose(text))
+
+
+def command_lines(text):
+    """Whole commands of code blocks, fenced or indented."""
+    fenced = "\n".join(block for language, block in BLOCK.findall(text) if language != "python")
+    indented = re.findall(r"^ {4}(\S.*)$", prose(text), re.MULTILINE)
+    joined = re.sub(r"\\\n\s*", "", "\n".join((fenced, *indented)))
+    return re.findall(r"^ocelot .*$", joined, re.MULTILINE)
+
+
+@cache
+def commands():
+    """The parser of each command."""
+    (subparsers,) = (
+        action
+        for action in cli._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    return subparsers.choices
+
+
+@cache
+def options_of(command):
+    return {name: a for a in commands()[command]._actions for name in a.option_strings}
+
+
+def wrong_options(words, known):
+    """Options that are not known, or are given a value that they do not have."""
+    for word, value in zip_longest(words, words[1:], fillvalue=""):
+        name, _, after = word.partition("=")
+        if not re.fullmatch(r"--[a-z][a-z-]*", name) or name in OF_OTHERS:
+            continue
+        actions = [options[name] for options in known if name in options]
+        if not actions:
+            yield f"{name}: no such option"
+            continue
+        value = after or value
+        choices = {choice for action in actions for choice in action.choices or ()}
+        if choices and re.fullmatch(r"[a-z][a-z-]*", value) and value not in choices:
+            yield f"{name} {value}: no such choice"
+
+
+def wrong(what, is_right):
+    """What is found in the pages that is not right, with its page."""
+    found = [(page, item) for page, text in PAGES.items() for item in what(text)]
+    assert found
+    return [f"{page}: {item}" for page, item in sorted(set(found)) if not is_right(page, item)]
+
+
+def shaped(pattern):
+    """What stands between backticks and is of a shape."""
+    return lambda text: [span for span in spans(text) if re.fullmatch(pattern, span)]
+
+
+# The command line
+
+
+def test_commands_in_code_blocks_are_understood():
+    def is_understood(_page, line):
+        try:
+            cli._parser().parse_args(shlex.split(line, comments=True)[1:])
+        except SystemExit:
+            return False
+        return True
+
+    assert wrong(command_lines, is_understood) == []
+
+
+def test_commands_in_sentences_exist():
+    def exists(_page, span):
+        _, command, *words = span.replace("[", " ").replace("]", " ").split()
+        return command in commands() and not [*wrong_options(words, [options_of(command)])]
+
+    assert wrong(shaped(r"ocelot [a-z].*"), exists) == []
+
+
+def test_options_in_sentences_exist():
+    known = [options_of(command) for command in commands()]
+    assert wrong(shaped("--.*"), lambda _, span: not [*wrong_options(span.split(), known)]) == []
+
+
+def test_every_command_is_described():
+    text = "".join(PAGES.values())
+    assert [name for name in commands() if f"ocelot {name}" not in text] == []
+
+
+def test_exit_codes_are_those_of_the_command_line():
+    codes = (cli.DONE, cli.FAILED, cli.REFUSED, cli.STOPPED, cli.INTERRUPTED)
+    section = section_of("docs/operations.md", "Exit codes")
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)] == [*codes]
+    assert [int(code) for code in re.findall(r"^  (\d+) ", cli.EXIT_CODES, re.MULTILINE)] == [
+        *codes
+    ]
+
+
+def test_events_of_the_log_are_described():
+    calls = r"\.event\(\s*\"(\w+)\""
+    sources = [(PACKAGE / name).read_text(encoding="utf-8") for name in ("runlog.py", "cli.py")]
+    written = {"message", *(name for text in sources for name in re.findall(calls, text))}
+    assert {*first_column("docs/operations.md", "The log")} - {"merged", "failed"} == written - {
+        "merged"
+    }
+
+
+# Files and headings
+
+
+@cache
+def anchors(path):
+    """Names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    def leads(page, link):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        return target.exists() and (not anchor or anchor in anchors(target))
+
+    links = r"\]\(((?!https?:)[^)\s]+)\)"
+    assert wrong(lambda text: re.findall(links, prose(text)), leads) == []
+
+
+def test_pages_are_linked_from_the_readme():
+    readme = PAGES["README.md"]
+    assert [p for p in PAGES if p.startswith("docs/") and f"({p})" not in readme] == []
+
+
+def test_paths_in_sentences_exist():
+    paths = rf"({'|'.join(map(re.escape, TOP))})/[\w./-]*"
+    assert wrong(shaped(paths), lambda _, span: (ROOT / span).exists()) == []
+
+
+@cache
+def file_names():
+    folders = ("src", "tests", "docs", "benchmarks", "docker", "examples", "notebooks")
+    inside = (path.name for folder in folders for path in (ROOT / folder).rglob("*.*"))
+    return {*inside, *TOP}
+
+
+def test_files_in_sentences_exist():
+    files = r"[\w-]+\.(py|cu|md|toml|def)"
+    assert wrong(shaped(files), lambda _, span: span in file_names()) == []
+
+
+def test_tests_in_sentences_exist():
+    tests = ROOT / "tests"
+    assert wrong(shaped(r"test_\w+"), lambda _, span: any(tests.rglob(f"{span}.py"))) == []
+
+
+def test_pages_that_the_code_names_exist():
+    sources = [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    named = {name for path in sources for name in re.findall(r"docs/\w+\.md", path.read_text())}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+# Modules and what is in them
+
+
+@cache
+def names_in(path):
+    """Names that a module defines or imports, and those of its classes' members."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name): set() for alias in node.names}
+        elif isinstance(node, ast.ClassDef):
+            members = {target for child in node.body for target in _defined(child)}
+            found[node.name] = members
+        else:
+            found |= {name: set() for name in _defined(node)}
+    return found
+
+
+def _defined(node):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.AnnAssign):
+        yield ast.unparse(node.target)
+    elif isinstance(node, ast.Assign):
+        yield from (n.id for target in node.targets for n in ast.walk(target) if hasattr(n, "id"))
+
+
+def is_there(dotted):
+    """Whether a dotted name is a module, or something in one."""
+    package, *rest = dotted.split(".")
+    place = {"ocelot_em": PACKAGE, "benchmarks": ROOT / "benchmarks"}[package]
+    while rest and (place / rest[0]).is_dir():
+        place /= rest.pop(0)
+    if rest and (place / f"{rest[0]}.py").exists():
+        names = names_in(place / f"{rest.pop(0)}.py")
+    else:
+        public = ocelot_em.__all__ if package == "ocelot_em" else ()
+        names = names_in(place / "__init__.py") | {name: set() for name in public}
+    if not rest:
+        return True
+    return rest[0] in names and (len(rest) == 1 or rest[1] in names[rest[0]])
+
+
+DOTTED = re.compile(r"\b(?<![./])((?:ocelot_em|benchmarks)(?:\.\w+)+)")
+
+
+def test_modules_and_functions_exist():
+    def dotted(text):
+        return [name for name in DOTTED.findall(text) if not name.endswith((".py", ".md"))]
+
+    assert wrong(dotted, lambda _, name: is_there(name)) == []
+
+
+def test_what_modules_have_is_there():
+    modules = "|".join(path.stem for path in PACKAGE.glob("*.py"))
+    members = rf"({modules})\.(?!html\b|json\b|md\b|npz\b|py\b|yaml\b)\w+"
+    assert wrong(shaped(members), lambda _, span: is_there(f"ocelot_em.{span}")) == []
+
+
+def test_what_docstrings_refer_to_exists():
+    roles = r":(?:mod|class|func|data|meth|attr):`~?(ocelot_em[^`]*)`"
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    found = [(path.name, name) for path, t in texts.items() for name in re.findall(roles, t)]
+    assert found
+    assert [(path, name) for path, name in found if not is_there(name)] == []
+
+
+def test_modules_that_are_run_exist():
+    run = r"python -m ((?:benchmarks|tests|ocelot_em)[\w.]*)"
+    assert wrong(lambda text: re.findall(run, text), lambda _, m: find_spec(m) is not None) == []
+
+
+def module_rows():
+    """Modules by row of the table in ``docs/design.md``."""
+    lines = section_of("docs/design.md", "The data's way").splitlines()
+    rows = [line.split("|")[1] for line in lines if line.startswith("| `")]
+    return {m: n for n, row in enumerate(rows) for m in re.findall(r"`(\w+)/?`", row)}
+
+
+def test_the_table_of_modules_is_complete_and_in_the_order_of_imports():
+    row = module_rows()
+    modules = {
+        p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert row.keys() == modules - {"__init__", "__main__"}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("ocelot"):
+                continue
+            _, *names = node.module.split(".")
+            imported |= {names[0]} if names else {alias.name for alias in node.names}
+        below = [m for m in imported & row.keys() if row[m] > row.get(name, len(row))]
+        assert not below, f"{name} imports {below}, which stand below it"
+
+
+# What is written about the format, and numbers
+
+
+def section_of(page, title):
+    """A section of a page, without those below it."""
+    text = PAGES[page]
+    start = re.search(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    end = re.search(r"^#", text[start.end() :], re.MULTILINE)
+    return text[start.end() : start.end() + end.start() if end else len(text)]
+
+
+def first_column(page, *titles):
+    """Names in the first columns of the tables of some sections."""
+    cells = [
+        line.split("|")[1]
+        for title in titles
+        for line in section_of(page, title).splitlines()
+        if line.startswith("| `")
+    ]
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+
+
+FORMAT, BOTH = "docs/format.md", "Root, both kinds"
+
+
+@pytest.mark.parametrize(
+    ("titles", "names"),
+    [
+        ((BOTH,), fmt.SearchAttributes.model_fields),
+        ((BOTH, "Root of a merged result"), fmt.MergedAttributes.model_fields),
+        (("Exposure",), fmt.ExposureAttributes.model_fields),
+        (("Partial",), fmt.PartialAttributes.model_fields),
+        (("Provenance",), fmt.Provenance.model_fields),
+        (("Montages",), {*fmt.MergedExposure.model_fields}),
+        (("Statistics",), {*fmt.StatisticsAttributes.model_fields} - {"exposures"}),
+        (("Tiles and their records",), {*pipeline.SUMMARY_FIELDS, "progress"}),
+        (("Maps",), maps.MAPS),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_tables_of_the_format_have_what_the_code_has(titles, names):
+    found = [name for name in first_column(FORMAT, *titles) if name not in ("counts", "numbers")]
+    assert sorted(found) == sorted({*names} - {"progress"})
+
+
+def megabytes(**changes):
+    """Predicted memory of one worker with 1 and with 2 threads, MB."""
+    chosen = {"form": maps.PoseForm.EXPLICIT, "streams": 1, "exposures": False} | changes
+    kinds = maps.MapSet(chosen["form"], pixel_size=True, exposures=chosen["exposures"])
+    storage = plan.StorageShape((fmt.DEFAULT_CHUNK,) * 2, 4, chosen["streams"])
+    one, two = (
+        plan.worker_nbytes((plan.DEFAULT_TILE,) * 2, storage, kinds, plan.MergeOptions(threads=n))
+        for n in (1, 2)
+    )
+    return (two - one) / 1e6
+
+
+EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("docs/design.md", f"first tile ({plan.PROCESS_NBYTES // 2**20} MiB:"),
+        ("docs/design.md", f"not changed for {lock.STALE_SECONDS:.0f} seconds"),
+        ("docs/design.md", f"a run of up to {execute.MOST_TILES_PER_TASK} neighbouring tiles"),
+        ("docs/design.md", f"one candidate in {collected.PIXELS_PER_CANDIDATE} pixels"),
+        ("docs/design.md", f"({fmt.DEFAULT_CHUNK} x {fmt.DEFAULT_CHUNK} by default)"),
+        ("docs/scaling.md", f"{plan.PROCESS_NBYTES / 1e6:.0f} MB for each process"),
+        ("docs/scaling.md", f"{EXPLICIT:.0f} (explicit) to {INDEXED:.0f} MB (indexed)"),
+        ("docs/scaling.md", f"{megabytes(streams=8) - EXPLICIT:.0f} MB more for each thread"),
+        *(
+            ("docs/scaling.md", f"`{name}={cluster.WORKER_ENVIRONMENT[name]}`")
+            for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+        ),
+        ("docs/operations.md", f"`--worker-timeout` seconds: {execute.WORKER_TIMEOUT_SECONDS:.0f}"),
+        ("docs/operations.md", f"{slurm.DEFAULT_JOBS} jobs of {slurm.DEFAULT_CORES} cores"),
+        ("docs/operations.md", f"from another one after {lock.STALE_SECONDS:.0f} s"),
+        ("docs/reliability.md", f"else after {lock.STALE_SECONDS:.0f} s"),
+        ("docs/gpu.md", f"its share of the cores, up to {cluster.MOST_GPU_THREADS}."),
+        ("docs/format.md", f"has not changed for {lock.STALE_SECONDS:.0f} seconds"),
+        ("docs/format.md", f"at most {fmt.MAX_CHUNK_NBYTES // 2**20} MiB decoded"),
+        ("docs/format.md", f"a `zarr.json` of more than {fmt.MAX_METADATA_NBYTES // 2**20} MiB"),
+        ("docs/format.md", f"# The stored format, version {fmt.FORMAT_VERSION}"),
+        ("docs/format.md", f"{collected.N_FLAT} counts:"),
+    ],
+)
+def test_a_number_is_that_of_the_code(page, says):
+    assert says in PAGES[page]
+
+
+def test_what_statistics_cost_is_said_once():
+    cost = "6 to 8 % of"
+    assert cost in PAGES["README.md"]
+    assert cost in PAGES["docs/particles.md"]
+
+
+def test_the_changelog_has_one_unreleased_section():
+    headings = re.findall(r"^## (.+)$", PAGES["CHANGELOG.md"], re.MULTILINE)
+    assert [h for h in headings if "unreleased" in h.lower()] == ["[Unreleased]"]
+    assert len(headings) == len(set(headings))
