@@ -7,7 +7,6 @@ up over tiles, so that everything here works from them. The Gaussian noise model
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -139,16 +138,6 @@ class Histogram1D:
         """All that were counted, also beyond the axis."""
         return int(self.counts.sum()) + self.underflow + self.overflow
 
-    def __add__(self, other: "Histogram1D") -> "Histogram1D":
-        """Histogram of both sets of pixels; the axes must be equal."""
-        _check_same_axes((self.axis,), (other.axis,))
-        return Histogram1D(
-            self.axis,
-            self.counts + other.counts,
-            self.underflow + other.underflow,
-            self.overflow + other.overflow,
-        )
-
     def below(self, values: ArrayLike) -> Float64:
         """Pixels with a lower value, and half of those with the same: the rank less a half.
 
@@ -231,11 +220,6 @@ class JointHistogram:
     def pixels(self) -> int:
         """All that were counted."""
         return int(self.counts.sum())
-
-    def __add__(self, other: "JointHistogram") -> "JointHistogram":
-        """Histogram of both sets of pixels; the axes must be equal."""
-        _check_same_axes((self.mip_axis, self.z_axis), (other.mip_axis, other.z_axis))
-        return JointHistogram(self.mip_axis, self.z_axis, self.counts + other.counts)
 
 
 def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
@@ -345,35 +329,6 @@ def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
     return float(genextreme.isf(false_positives / pixels, *fit_gev(z_histogram)))
 
 
-class Ranks(Protocol):
-    """Something that knows where a value stands among all pixels of a map."""
-
-    @property
-    def pixels(self) -> int:
-        """How many there are."""
-
-    def below(self, values: ArrayLike) -> Float64:
-        """Pixels with a lower value, and half of those with the same."""
-
-
-@dataclass(frozen=True, eq=False)
-class SortedPixels:
-    """Exact ranks: all values of a map, sorted, as float64."""
-
-    values: Float64
-
-    @property
-    def pixels(self) -> int:
-        """How many there are."""
-        return self.values.size
-
-    def below(self, values: ArrayLike) -> Float64:
-        """Pixels with a lower value, and half of those with the same."""
-        numbers = np.asarray(values, np.float64)
-        first = np.searchsorted(self.values, numbers, side="left")
-        return np.asarray((first + np.searchsorted(self.values, numbers, side="right")) / 2)
-
-
 @dataclass(frozen=True, eq=False)
 class PValueModel:
     """The 2DTM p-value: how rarely noise has both a ``mip`` and a z-score that stand out so far.
@@ -400,8 +355,8 @@ class PValueModel:
         Of the two normal scores.
     """
 
-    mip_ranks: Ranks
-    z_ranks: Ranks
+    mip_ranks: Histogram1D
+    z_ranks: Histogram1D
     mip_rms: float
     z_rms: float
     correlation: float
@@ -412,7 +367,7 @@ class PValueModel:
     ) -> "PValueModel":
         """Estimate the model from histograms of all valid pixels.
 
-        With the axes of this module, -ln p from 7 to 9 differs from that of :meth:`from_maps` by
+        With the axes of this module, -ln p from 7 to 9 differs from that of exact ranks by
         less than 0.03 (10^4 to 10^7 pixels, simulated and real). Far out, where a bin may hold two
         of a map's very highest pixels, it is up to 0.7, because their order is not known. Pixels
         beyond an axis are all the same to it.
@@ -452,31 +407,6 @@ class PValueModel:
         correlation = product / (mip_rms * z_rms * mip_seen * z_seen)
         return cls(mip_histogram, z_histogram, mip_rms, z_rms, _within(correlation))
 
-    @classmethod
-    def from_maps(cls, mip: ArrayLike, z: ArrayLike) -> "PValueModel":
-        """Estimate the model from whole maps in memory: the definition.
-
-        Parameters
-        ----------
-        mip, z
-            Valid pixels, of equal shape; where either is not finite, nothing was searched and the
-            pixel is not counted.
-
-        Raises
-        ------
-        InvalidInputError
-            No pixel is left.
-        """
-        mips, zs = _searched(mip, z)
-        if not mips.size:
-            raise InvalidInputError("mip and z: expected at least one finite pixel, got none")
-        mip_ranks, z_ranks = SortedPixels(np.sort(mips)), SortedPixels(np.sort(zs))
-        x = _normal_score(mip_ranks.below(mips), mips.size)
-        y = _normal_score(z_ranks.below(zs), zs.size)
-        mip_rms, z_rms = _rms(x), _rms(y)
-        correlation = _within(float(x @ y) / x.size / (mip_rms * z_rms))
-        return cls(mip_ranks, z_ranks, mip_rms, z_rms, correlation)
-
     def neg_log_p(self, mip: ArrayLike, z: ArrayLike) -> Float64:
         """-ln p of pixels; significant from :data:`NEG_LOG_P_CUTOFF` on.
 
@@ -510,11 +440,6 @@ def _normal_score(below: Float64, pixels: int) -> Float64:
     # From the upper end, so that the highest of 10^9 pixels keeps its digits.
     above = np.clip(pixels - below, 0.5, pixels - 0.5)
     return np.asarray(-ndtri(above / pixels), np.float64)
-
-
-def _rms(scores: Float64) -> float:
-    """Root of the second moment; 1 where all pixels are equal and it is 0."""
-    return math.sqrt(float(scores @ scores) / scores.size) or 1.0
 
 
 def _within(correlation: float) -> float:
@@ -563,8 +488,3 @@ def _count_problems(counts: Int64, shape: tuple[int, ...]) -> list[str]:
     if counts.min() < 0:
         return [f"counts: expected 0 or more pixels in each bin, got {counts.min()}"]
     return []
-
-
-def _check_same_axes(first: tuple[Axis, ...], second: tuple[Axis, ...]) -> None:
-    if first != second:
-        raise InvalidInputError(f"histograms: expected equal axes, got {first} and {second}")
