@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -38,8 +39,6 @@ class Undisturbed:
         Bytes of all chunks of the merged maps, by key.
     inputs
         Digests of all files of the search, by path.
-    seconds
-        That the merge took, in threads here.
     """
 
     run: Path
@@ -47,7 +46,6 @@ class Undisturbed:
     n_tiles: int
     merged: Mapping[str, bytes] = field(repr=False)
     inputs: Mapping[str, str] = field(repr=False)
-    seconds: float
 
     def assert_finished(self, output: Path) -> None:
         """The output is whole and right, nothing is left beside it, and the inputs are as before.
@@ -75,12 +73,74 @@ def undisturbed(folder: Path, edge: int, tile: int, n_partials: int = 3) -> Undi
     results = [make_result(rng, (edge, edge), 1000 + i, ties=True) for i in range(n_partials)]
     write_search(run, results, [1000 + i for i in range(n_partials)])
     inputs, output = digests(run), folder / "EXPECTED.zarr"
-    started = time.monotonic()
     ocelot_em.merge(run, output, tile_size=tile)
-    seconds = time.monotonic() - started
     merged = chunk_bytes(output)
     shutil.rmtree(output)
-    return Undisturbed(run, tile, (-(-edge // tile)) ** 2, merged, inputs, seconds)
+    return Undisturbed(run, tile, (-(-edge // tile)) ** 2, merged, inputs)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Lets some tiles of a merge be done, and holds the others until it is opened.
+
+    So a fault strikes while tiles are left, however fast or busy the machine is.
+
+    Parameters
+    ----------
+    folder
+        That the processes of the merge can see; new.
+    n_tiles
+        That may be done before it is opened.
+    """
+
+    folder: Path
+    n_tiles: int
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the driver and of the workers."""
+        return {
+            "PYTHONPATH": str(Path(__file__).parent / "chaos" / "gate"),
+            "OCELOT_TEST_GATE": str(self.folder),
+            "OCELOT_TEST_GATE_TILES": str(self.n_tiles),
+        }
+
+    def wait_until_reached(
+        self, output: Path, alive: "subprocess.Popen[str] | None" = None, seconds: float = 300
+    ) -> None:
+        """Wait until the first tiles are done, so that all others are held or not begun."""
+        wait_for(lambda: tiles_done(output) >= self.n_tiles, "tiles", seconds, alive)
+        assert tiles_done(output) == self.n_tiles
+
+    def n_held(self) -> int:
+        """Processes that have had to wait with a tile."""
+        return len(list(self.folder.glob("held-*")))
+
+    def open(self, pause: float = 0) -> None:
+        """Let all tiles go, each after a pause in seconds: a run that is to stop has to notice."""
+        new = self.folder / "new"
+        new.write_text(str(pause))
+        new.rename(self.folder / "open")
+
+    def open_for_a_run_that_stops(self, output: Path) -> None:
+        """Let the tiles in hand go as soon as all processes of a run can see that it is stopped.
+
+        They look once a second, so that tiles that take a while go no further.
+        """
+        wait_for(lambda: is_stopping(output), "a run that is stopped")
+        self.open(pause=0.5)
+
+
+def is_stopping(output: Path) -> bool:
+    """Whether the lock of an output says that its run is being stopped."""
+    for lock in output.glob("lock/*"):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            if json.loads(lock.read_bytes())["stops"]:
+                return True
+    return False
 
 
 def digests(store: Path) -> dict[str, str]:
@@ -114,6 +174,7 @@ def start(
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
+    cwd: Path | None = None,
 ) -> "subprocess.Popen[str]":
     """Start a command in a session of its own; both its outputs are in one pipe, or in a file."""
     with log.open("a") if log else contextlib.nullcontext(subprocess.PIPE) as output:
@@ -123,6 +184,7 @@ def start(
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            cwd=cwd,
             env={**os.environ, **(environment or {})},
         )
 
@@ -131,7 +193,10 @@ def end(process: "subprocess.Popen[str]") -> None:
     """Kill what :func:`start` started, with all that it started itself."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    if process.stdout is None or process.stdout.closed:
+        process.wait()
+    else:
+        process.communicate()
 
 
 def tiles_done(output: Path) -> int:
@@ -142,10 +207,10 @@ def tiles_done(output: Path) -> int:
 def wait_for(
     holds: Callable[[], bool],
     what: str,
-    seconds: float = 120,
+    seconds: float = 300,
     alive: "subprocess.Popen[str] | None" = None,
 ) -> None:
-    """Wait until something holds, unless it takes too long, or a process ends meanwhile."""
+    """Wait until something holds, unless a process ends meanwhile; the time only ends a hang."""
     deadline = time.monotonic() + seconds
     while not holds():
         if alive is not None and alive.poll() is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -41,7 +42,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2,requeue_delay=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=10
+KillWait=60
 MailProg=/bin/true
 MinJobAge=3600
 ReturnToService=2
@@ -49,7 +50,7 @@ SlurmdParameters=config_overrides
 NodeName=DEFAULT CPUs=4 RealMemory=8000
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_port}-{last_port}]
 PartitionName=DEFAULT Nodes=n[1-2] MaxTime=INFINITE State=UP
-PartitionName=normal Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=normal Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=urgent PriorityTier=10 GraceTime=0
 """
 
@@ -83,15 +84,15 @@ class Slurm:
         told = self.call("scontrol", "show", "job", job).split()
         return next(word for word in told if word.startswith("ExitCode=")).removeprefix("ExitCode=")
 
-    def wait(self, job: str, *states: str, seconds: float = 120) -> str:
-        """Wait until a job is in one of some states."""
+    def wait(self, job: str, *states: str, seconds: float = 400) -> str:
+        """Wait until a job is in one of some states; the time only ends a hang."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state}, not {states}"
             time.sleep(0.2)
         return state
 
-    def finish(self, job: str, seconds: float) -> None:
+    def finish(self, job: str, seconds: float = 400) -> None:
         """Have a job that was requeued begin at once, not in two minutes; wait for its end."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) != "COMPLETED":
@@ -145,7 +146,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
             stack.callback(daemon.terminate)
             time.sleep(0.5)
         made = Slurm(folder, environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while made.call("sinfo", "-h", "-p", "normal", "-o", "%T %D") != "idle 2":
             assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(0.5)
@@ -167,7 +168,8 @@ MUNGE_FILES = {
 
 def _free_ports(n: int) -> int:
     """The first of some ports in a row that nobody listens on."""
-    for first in range(21000, 60000, 10):
+    # Those of another SLURM that starts at this moment are others, in all likelihood.
+    for first in random.SystemRandom().sample(range(21000, 32000, 10), 1000):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + n):
                 probe = stack.enter_context(socket.socket())

@@ -7,8 +7,8 @@ import random
 import re
 import socket
 import struct
+import subprocess
 import threading
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +19,17 @@ from typing import ClassVar
 
 import pytest
 
-from chaos_common import Undisturbed, digests, fetched, merge_command, start, undisturbed, wait_for
+from chaos_common import (
+    Gate,
+    Undisturbed,
+    digests,
+    end,
+    fetched,
+    merge_command,
+    start,
+    undisturbed,
+    wait_for,
+)
 from ocelot_em import check, describe, merge, objects
 from ocelot_em.errors import TilesFailedError
 from ocelot_em.objects import open_objects
@@ -45,6 +55,7 @@ class Faults:
     struck: Counter[str] = field(default_factory=Counter)
     asked: int = 0
     counting: threading.Lock = field(default_factory=threading.Lock)
+    company: "Company" = field(default_factory=lambda: Company())
 
     def next(self, method: str, path: str) -> str:
         """Choose what befalls a request."""
@@ -57,6 +68,34 @@ class Faults:
             if chosen:
                 self.struck[f"{method} {chosen}"] += 1
         return chosen
+
+
+class Company:
+    """Requests that are answered only when several wait, or when no more come.
+
+    So many answers together are a round; one request at a time would need a round for each.
+    """
+
+    SIZE = 6
+
+    ALONE_SECONDS = 1.0
+    """Requests that wait so long are answered although they are few, as the last ones are."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self._waiting = 0
+        self._together = threading.Condition()
+
+    def join(self) -> None:
+        """Wait for the others of a round."""
+        with self._together:
+            mine = self.rounds
+            self._waiting += 1
+            if self._waiting < self.SIZE:
+                self._together.wait_for(lambda: self.rounds != mine, self.ALONE_SECONDS)
+            if self.rounds == mine:
+                self.rounds, self._waiting = mine + 1, 0
+                self._together.notify_all()
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -75,7 +114,7 @@ class Proxy(BaseHTTPRequestHandler):
             self._answer(int(fault), [("Content-Type", "application/xml")], content, len(content))
             return
         if fault == "slow":
-            time.sleep(0.3)
+            self.faults.company.join()
         if fault == "reset" and self.command != "GET":
             self._reset()
             return
@@ -202,11 +241,10 @@ def test_a_busy_bucket_slows_a_merge_but_harms_nothing(search, faults, tmp_path,
 
 def test_a_slow_bucket_harms_nothing(search, faults, tmp_path) -> None:
     faults.fault = lambda _method, _path: "slow"
-    started = time.monotonic()
     merge(RUN, OUT, tile_size=search.tile, threads=4)
-    took = time.monotonic() - started
-    print(f"{took:.1f} s, of {0.3 * faults.asked:.0f} s that answers took one after another")
-    assert took < 0.3 * faults.asked / 4  # they were waited for together
+    rounds = faults.company.rounds
+    print(f"{rounds} rounds of {faults.asked} answers")
+    assert rounds < faults.asked / 4  # they were waited for together
     assert_finished(search, faults, tmp_path)
 
 
@@ -239,7 +277,7 @@ def test_a_chunk_that_is_not_found_fails_by_name_and_a_rerun_finishes(
 
     faults.fault = is_gone
     run = start(merge_command(RUN, OUT, search.tile))
-    told, _ = run.communicate(timeout=120)
+    told, _ = run.communicate(timeout=300)
     assert run.returncode == 1, told
     assert re.search(r"MissingChunkError: .*partial 'p1': mip: chunk \(0, 0\).* is missing", told)
     info = describe(OUT)
@@ -254,33 +292,42 @@ def test_a_chunk_that_is_not_found_fails_by_name_and_a_rerun_finishes(
     assert_finished(search, faults, tmp_path)
 
 
-def test_one_run_at_a_time_writes_an_output_in_a_bucket(search, faults, tmp_path) -> None:
-    faults.fault = lambda _method, _path: "slow"
-    first = start(merge_command(RUN, OUT, search.tile, "--threads", "1"))
-    marks = open_objects(OUT)
-    wait_for(
-        lambda: len(marks.sizes("progress/tile_summary/c")) > 2, "tiles of the first", alive=first
-    )
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate", 3)
+
+
+@pytest.fixture
+def first(search, faults, gate: Gate) -> Iterator["subprocess.Popen[str]"]:
+    """A run that has done some tiles, and holds the others until the gate is opened."""
+    run = start(merge_command(RUN, OUT, search.tile), gate.environment)
+    try:
+        marks = open_objects(OUT)
+        folder = "progress/tile_summary/c"
+        wait_for(lambda: len(marks.sizes(folder)) >= gate.n_tiles, "tiles of the first", alive=run)
+        yield run
+    finally:
+        end(run)
+
+
+def test_one_run_at_a_time_writes_an_output_in_a_bucket(
+    search, faults, tmp_path, first, gate
+) -> None:
     second = start(merge_command(RUN, OUT, search.tile))
-    told, _ = second.communicate(timeout=60)
+    told, _ = second.communicate(timeout=300)
     assert second.returncode == 2, told
     assert f"another run is writing it: process {first.pid} on" in told
-    faults.fault = None
-    told, _ = first.communicate(timeout=200)
+    gate.open()
+    told, _ = first.communicate(timeout=300)
     assert first.returncode == 0, told
     assert_finished(search, faults, tmp_path)
 
 
-def test_a_lock_that_a_killed_run_left_in_a_bucket_is_taken_over(search, faults, tmp_path) -> None:
-    faults.fault = lambda _method, _path: "slow"
-    first = start(merge_command(RUN, OUT, search.tile, "--threads", "1"))
-    marks = open_objects(OUT)
-    wait_for(
-        lambda: len(marks.sizes("progress/tile_summary/c")) > 2, "tiles of the first", alive=first
-    )
+def test_a_lock_that_a_killed_run_left_in_a_bucket_is_taken_over(
+    search, faults, tmp_path, first, gate
+) -> None:
     os.kill(first.pid, 9)
     first.communicate()
-    assert len(marks.sizes("lock")) == 1
-    faults.fault = None
-    assert 0 < merge(RUN, OUT, tile_size=search.tile).n_merged < search.n_tiles
+    assert len(open_objects(OUT).sizes("lock")) == 1
+    assert merge(RUN, OUT, tile_size=search.tile).n_merged == search.n_tiles - gate.n_tiles
     assert_finished(search, faults, tmp_path)

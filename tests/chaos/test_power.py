@@ -7,7 +7,6 @@ what the system still kept in memory is not in it.
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -23,6 +22,7 @@ import pytest
 import ocelot_em
 from chaos_common import (
     OCELOT,
+    Gate,
     Undisturbed,
     digests,
     do,
@@ -40,17 +40,15 @@ from ocelot_em.objects import open_objects
 
 pytestmark = pytest.mark.chaos
 
-DISK_NBYTES = 200 * 1024 * 1024
+DISK_NBYTES = 64 * 1024 * 1024
 
 PROGRAMS = "mkfs.ext4", "mount", "umount", "findmnt"
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     require(*PROGRAMS)
-    folder = tmp_path_factory.mktemp("power")
-    yield undisturbed(folder, 640, 32)
-    shutil.rmtree(folder)
+    return undisturbed(tmp_path_factory.mktemp("power"), 60, 8)
 
 
 @contextmanager
@@ -77,7 +75,7 @@ class Disk:
     def without_power(self) -> Path:
         """Copy what is on the disk now, all of one moment."""
         copy = self.image.with_name("without-power.img")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             before = self._written()
             do("cp", "--sparse=always", self.image, copy)
@@ -141,12 +139,13 @@ def merge_again(search: Undisturbed, output: Path, monkeypatch: pytest.MonkeyPat
 
 
 @contextmanager
-def merging(search: Undisturbed, disk: Disk, n_tiles: int) -> Iterator["subprocess.Popen[str]"]:
-    """A merge onto a disk that has done some tiles; killed in the end."""
+def merging(search: Undisturbed, disk: Disk, gate: Gate) -> Iterator["subprocess.Popen[str]"]:
+    """A merge onto a disk that has done the tiles before the gate; killed in the end."""
     output = disk.folder / "OUT.zarr"
-    run = start(merge_command(search.run, output, search.tile, "--threads", "1"))
+    command = merge_command(search.run, output, search.tile, "--threads", "1")
+    run = start(command, gate.environment)
     try:
-        wait_for(lambda: tiles_done(output) >= n_tiles, f"{n_tiles} tiles", alive=run)
+        gate.wait_until_reached(output, run)
         yield run
     finally:
         end(run)
@@ -171,8 +170,8 @@ file replaces another, as other file systems do."""
     ("disk", "seed"), [(OPTIONS[seed % 2], seed) for seed in range(4)], indirect=["disk"]
 )
 def test_a_run_that_power_was_taken_from_goes_on(search, tmp_path, disk, seed, monkeypatch) -> None:
-    moment = random.Random(seed).randrange(10, search.n_tiles - 40)
-    with merging(search, disk, moment):
+    moment = random.Random(seed).randrange(5, search.n_tiles - 5)
+    with merging(search, disk, Gate(tmp_path / "gate", moment)):
         copy = disk.without_power()
         there = tiles_done(disk.folder / "OUT.zarr")
     with started_again(copy, tmp_path / "again") as again:
@@ -188,7 +187,7 @@ def without_power_when(
     disk: Disk, probe: Path, holds: Callable[[Path], bool], name: str = "OUT.zarr"
 ) -> Path:
     """A copy of the disk as soon as something holds for a store on it."""
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 300
     while True:
         copy = disk.without_power()
         with mounted(copy, probe) as left:
@@ -202,7 +201,7 @@ def without_power_when(
 def test_tiles_whose_marks_alone_reached_the_disk_are_merged_again(
     search, tmp_path, disk, monkeypatch
 ) -> None:
-    with merging(search, disk, 100) as run:
+    with merging(search, disk, Gate(tmp_path / "gate", 20)) as run:
         os.killpg(run.pid, signal.SIGSTOP)  # so that names are written, but nothing new comes
         wait_for(lambda: psutil.Process(run.pid).status() == "stopped", "the run's standstill")
         done = tiles_done(disk.folder / "OUT.zarr")
@@ -222,12 +221,14 @@ def test_tiles_whose_marks_alone_reached_the_disk_are_merged_again(
 def test_a_stopped_run_that_power_is_taken_from_later_goes_on(
     search, tmp_path, disk, monkeypatch
 ) -> None:
-    output = disk.folder / "OUT.zarr"
-    with merging(search, disk, 100) as run:
+    output, gate = disk.folder / "OUT.zarr", Gate(tmp_path / "gate", 20)
+    with merging(search, disk, gate) as run:
         run.send_signal(signal.SIGTERM)
-        told, _ = run.communicate(timeout=60)
+        gate.open_for_a_run_that_stops(output)
+        told, _ = run.communicate(timeout=300)
         assert run.returncode == 75, told
         done = tiles_done(output)
+        assert gate.n_tiles < done < search.n_tiles
         copy = without_power_when(
             disk, tmp_path / "probe", lambda out: not list(out.glob("lock/*"))
         )
@@ -239,10 +240,13 @@ def test_a_stopped_run_that_power_is_taken_from_later_goes_on(
 
 @pytest.mark.parametrize("disk", OPTIONS, indirect=True)
 def test_what_is_called_complete_stays_complete(search, tmp_path, disk, monkeypatch) -> None:
-    with merging(search, disk, 0) as run:
-        told, _ = run.communicate(timeout=200)
+    run = start(merge_command(search.run, disk.folder / "OUT.zarr", search.tile, "--threads", "1"))
+    try:
+        told, _ = run.communicate(timeout=300)
         copy = disk.without_power()
         assert run.returncode == 0, told
+    finally:
+        end(run)
     with started_again(copy, tmp_path / "again") as again:
         output = again / "OUT.zarr"
         assert ocelot_em.describe(output).attributes.state == "complete"
@@ -295,7 +299,7 @@ def test_files_that_are_imported_stay_imported(tmp_path, disk, crops, tables) ->
     importing = start(
         [*OCELOT, "import", *files, "--output", str(run), "--search-space", str(tables)]
     )
-    told, _ = importing.communicate(timeout=120)
+    told, _ = importing.communicate(timeout=300)
     copy = disk.without_power()
     assert importing.returncode == 0, told
     with mounted(copy, tmp_path / "again") as again:

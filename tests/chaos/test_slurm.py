@@ -1,19 +1,29 @@
 """Merges in the jobs of a real SLURM with two nodes on this machine."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 import slurm_lab
-from chaos_common import Undisturbed, merge_command, tiles_done, undisturbed, wait_for
+from chaos_common import (
+    Gate,
+    Undisturbed,
+    end,
+    merge_command,
+    start,
+    tiles_done,
+    undisturbed,
+    wait_for,
+)
 from ocelot_em import slurm
 
 pytestmark = [
@@ -33,7 +43,17 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_lab.Slurm]:
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tmp_path_factory.mktemp("search"), 640, 32)
+    return undisturbed(tmp_path_factory.mktemp("search"), 60, 8)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate", 10)
+
+
+def through(gate: Gate, lab: slurm_lab.Slurm) -> slurm_lab.Slurm:
+    """Submit jobs whose tiles go through a gate."""
+    return dataclasses.replace(lab, environment={**lab.environment, **gate.environment})
 
 
 def submit(
@@ -68,7 +88,10 @@ def assert_no_worker_was_lost(folder: Path) -> None:
 
 @pytest.mark.parametrize("more", ["", "--tls"])
 def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str) -> None:
-    job = submit(lab, search, tmp_path, more=more)
+    gate = Gate(tmp_path / "gate", 0)
+    job = submit(through(gate, lab), search, tmp_path, more=more)
+    wait_for(lambda: gate.n_held() == 4, "four workers with a tile each")
+    gate.open()
     lab.wait(job, "COMPLETED")
     assert_finished(search, tmp_path)
     told = printed(tmp_path)
@@ -80,18 +103,20 @@ def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str)
     assert len({line["worker"] for line in events(tmp_path, "tile")}) == 4
 
 
-def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(lab, tmp_path: Path) -> None:
-    search = undisturbed(tmp_path, 960, 32)
+def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
+    lab, search: Undisturbed, tmp_path: Path, gate: Gate
+) -> None:
     # SLURM looks at times twice a minute: the signal comes up to 30 s early, here after 10 to 40 s.
-    few = "--nodes=1", "--ntasks=3"  # one worker, which has not done all by then
-    job = submit(lab, search, tmp_path, *few, "--signal=USR1@20", "--time=1")
-    lab.wait(job, "RUNNING", seconds=60)
-    lab.wait(job, "PENDING", seconds=120)
+    few = "--nodes=1", "--ntasks=3"  # one worker
+    job = submit(through(gate, lab), search, tmp_path, *few, "--signal=USR1@20", "--time=1")
+    gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
+    lab.wait(job, "PENDING")
     assert "SIGUSR1: stop" in printed(tmp_path)
     done = tiles_done(tmp_path / "OUT.zarr")
     assert done < search.n_tiles
+    gate.open()
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    lab.finish(job, seconds=400)
+    lab.finish(job)
     assert f"{done} of them done before" in printed(tmp_path) or done == 0
     assert len(events(tmp_path, "tile")) == search.n_tiles  # no tile was done twice
     assert_no_worker_was_lost(tmp_path)
@@ -101,46 +126,56 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(lab, tmp_path:
 def test_a_job_that_is_told_before_it_listens_is_queued_again(
     lab, search: Undisturbed, tmp_path: Path
 ) -> None:
-    job = submit(lab, search, tmp_path)
-    lab.wait(job, "RUNNING", seconds=60)
+    gate = Gate(tmp_path / "gate", 0)
+    job = submit(through(gate, lab), search, tmp_path)
+    lab.wait(job, "RUNNING")
     lab.call("scancel", "--signal=USR1", job)
-    lab.wait(job, "PENDING", seconds=60)
+    gate.open(pause=1)  # should it listen already, it finds tiles left
+    lab.wait(job, "PENDING")
     assert "was stopped, and is queued again" in printed(tmp_path)
     lab.call("scancel", job)
 
 
-def test_a_cancelled_job_is_not_queued_again(lab, search: Undisturbed, tmp_path: Path) -> None:
-    job = submit(lab, search, tmp_path)
-    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
+def test_a_cancelled_job_is_not_queued_again(
+    lab, search: Undisturbed, tmp_path: Path, gate: Gate
+) -> None:
+    job = submit(through(gate, lab), search, tmp_path)
+    gate.wait_until_reached(tmp_path / "OUT.zarr")
     lab.call("scancel", job)
-    lab.wait(job, "CANCELLED", seconds=60)
+    gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
+    lab.wait(job, "CANCELLED")
     assert "stopping after the tiles in hand" in printed(tmp_path)
     assert "queued again" not in printed(tmp_path).replace("not queued again", "")
     assert list(tmp_path.glob("OUT.zarr/lock/*")) == []
     assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
 
 
-def test_a_job_whose_driver_is_killed_ends(lab, search: Undisturbed, tmp_path: Path) -> None:
-    job = submit(lab, search, tmp_path)
-    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
-    (driver,) = processes_of_task(job, slurm.DRIVER)
+def test_a_job_whose_driver_is_killed_ends(
+    lab, search: Undisturbed, tmp_path: Path, gate: Gate
+) -> None:
+    job = submit(through(gate, lab), search, tmp_path)
+    gate.wait_until_reached(tmp_path / "OUT.zarr")
+    (driver,) = processes_of_task(lab, job, slurm.DRIVER)
     driver.kill()
-    lab.wait(job, "FAILED", seconds=90)
+    lab.wait(job, "FAILED")
     assert lab.exit_code(job) == "137:0"
     assert list(tmp_path.glob(".ocelot*")) == []
-    assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
-    lab.wait(submit(lab, search, tmp_path), "COMPLETED", seconds=300)
+    assert tiles_done(tmp_path / "OUT.zarr") == gate.n_tiles
+    lab.wait(submit(lab, search, tmp_path), "COMPLETED")
     assert_finished(search, tmp_path)
 
 
-def test_a_preempted_job_makes_room_and_goes_on(lab, search: Undisturbed, tmp_path: Path) -> None:
-    job = submit(lab, search, tmp_path)
-    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
+def test_a_preempted_job_makes_room_and_goes_on(
+    lab, search: Undisturbed, tmp_path: Path, gate: Gate
+) -> None:
+    job = submit(through(gate, lab), search, tmp_path)
+    gate.wait_until_reached(tmp_path / "OUT.zarr")
     urgent = lab.submit(
         *("--partition=urgent", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"),
         *("--output=urgent.log", "--wrap", "sleep 1"),
         cwd=tmp_path,
     )
+    gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
     lab.wait(urgent, "COMPLETED")
     assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
     (end,) = events(tmp_path, "ended")
@@ -148,14 +183,16 @@ def test_a_preempted_job_makes_room_and_goes_on(lab, search: Undisturbed, tmp_pa
     assert "SIGTERM: stopping after the tiles in hand" in printed(tmp_path)
     lab.wait(job, "PENDING")
     (tmp_path / f".ocelot-{job}-0-0.json").touch()  # as if all of its tasks had been killed
-    lab.finish(job, seconds=400)
+    gate.open()
+    lab.finish(job)
     assert len(events(tmp_path, "tile")) == search.n_tiles
     assert_no_worker_was_lost(tmp_path)
     assert_finished(search, tmp_path)
 
 
-def processes_of_task(job: str, number: int) -> list[psutil.Process]:
-    named = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(number)}
+def processes_of_task(lab: slurm_lab.Slurm, job: str, number: int) -> list[psutil.Process]:
+    conf = lab.environment["SLURM_CONF"]  # another SLURM here has a job of this number, too
+    named = {"SLURM_CONF": conf, "SLURM_JOB_ID": job, "SLURM_PROCID": str(number)}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -164,20 +201,26 @@ def processes_of_task(job: str, number: int) -> list[psutil.Process]:
     return found
 
 
-def start_driver(lab: slurm_lab.Slurm, search: Undisturbed, cwd: Path) -> "subprocess.Popen[str]":
-    """A driver here, whose workers are jobs; they sit on the loopback interface."""
-    environment = {**lab.environment, "DASK_JOBQUEUE__SLURM__SCHEDULER_OPTIONS__HOST": "127.0.0.1"}
+@pytest.fixture
+def start_driver(
+    lab: slurm_lab.Slurm, search: Undisturbed, tmp_path: Path
+) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Start drivers here, whose workers are jobs; they sit on the loopback interface."""
+    started: list[subprocess.Popen[str]] = []
     asks = ("interface=lo", "memory=1500MB", "cores=1", "walltime=00:10:00", "log_directory=logs")
     options = ["--cluster", "slurm", "--workers", "2", "--log", "log.jsonl"]
     options += [word for ask in asks for word in ("--slurm", ask)]
-    return subprocess.Popen(
-        merge_command(search.run, "OUT.zarr", search.tile, *options),
-        env=environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    local = {"DASK_JOBQUEUE__SLURM__SCHEDULER_OPTIONS__HOST": "127.0.0.1"}
+
+    def begin(gate: Gate | None = None) -> "subprocess.Popen[str]":
+        environment = {**lab.environment, **local, **(gate.environment if gate else {})}
+        command = merge_command(search.run, "OUT.zarr", search.tile, *options)
+        started.append(start(command, environment, cwd=tmp_path))
+        return started[-1]
+
+    yield begin
+    for driver in started:
+        end(driver)
 
 
 def worker_jobs(lab: slurm_lab.Slurm) -> list[str]:
@@ -186,29 +229,34 @@ def worker_jobs(lab: slurm_lab.Slurm) -> list[str]:
     ).split()
 
 
-def test_a_cancelled_worker_is_replaced(lab, search: Undisturbed, tmp_path: Path) -> None:
-    driver = start_driver(lab, search, tmp_path)
-    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
+def test_a_cancelled_worker_is_replaced(
+    lab, search: Undisturbed, tmp_path: Path, start_driver, gate: Gate
+) -> None:
+    driver = start_driver(gate)
+    gate.wait_until_reached(tmp_path / "OUT.zarr", driver)
     first = worker_jobs(lab)
     lab.call("scancel", first[0])
-    told, _ = driver.communicate(timeout=200)
+    wait_for(lambda: bool({*worker_jobs(lab)} - {*first}), "another worker", alive=driver)
+    gate.open()
+    told, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, told
     assert len(first) == 2
     assert_finished(search, tmp_path)
-    wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs", 30)
+    wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs")
 
 
 def test_a_driver_that_is_stopped_cancels_its_jobs(
-    lab, search: Undisturbed, tmp_path: Path
+    lab, search: Undisturbed, tmp_path: Path, start_driver, gate: Gate
 ) -> None:
-    driver = start_driver(lab, search, tmp_path)
-    wait_for(lambda: tiles_done(tmp_path / "OUT.zarr") > 20, "tiles")
+    driver = start_driver(gate)
+    gate.wait_until_reached(tmp_path / "OUT.zarr", driver)
     driver.send_signal(signal.SIGTERM)
-    told, _ = driver.communicate(timeout=60)
+    gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
+    told, _ = driver.communicate(timeout=300)
     assert driver.returncode == 75, told
     assert "the same command goes on" in told
-    wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs", 30)
-    again = start_driver(lab, search, tmp_path)
-    told, _ = again.communicate(timeout=200)
+    wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs")
+    again = start_driver()
+    told, _ = again.communicate(timeout=300)
     assert again.returncode == 0, told
     assert_finished(search, tmp_path)
