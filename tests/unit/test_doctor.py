@@ -1,5 +1,6 @@
 """What the doctor finds: on this machine, and where something is wrong on purpose."""
 
+import asyncio
 import importlib.metadata
 import os
 import resource
@@ -29,10 +30,8 @@ NAMES = [
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Write and read little, and wait for nothing long."""
+    """Write and read little."""
     monkeypatch.setattr(doctor, "SPEED_NBYTES", 10**7)
-    monkeypatch.setattr(connect, "CONNECT_SECONDS", 1.0)
-    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 5.0)
 
 
 def test_this_machine(fast, tmp_path):
@@ -63,11 +62,9 @@ def test_a_check_that_raises_or_hangs_is_a_finding(monkeypatch):
     assert doctor._finding("x", broken) == Finding("x", "problem", "ZeroDivisionError: of nothing")
     monkeypatch.setattr(doctor, "CHECK_SECONDS", 0.2)
     release = threading.Event()
-    started = time.monotonic()
-    finding = doctor._finding("x", lambda: release.wait(20))
+    finding = doctor._finding("x", release.wait)  # it comes back while that still waits
     release.set()
     assert finding == Finding("x", "problem", "no answer in 0.2 s")
-    assert time.monotonic() - started < 10
 
 
 # the installation
@@ -354,8 +351,16 @@ def test_a_cluster_whose_workers_have_other_versions(cluster, monkeypatch, tmp_p
     )
 
 
-def test_a_worker_that_does_not_answer(cluster, fast, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 3.0)
+def test_a_worker_that_does_not_answer(cluster, monkeypatch, tmp_path):
+    timeouts = []
+
+    async def wait(asked, timeout):
+        """Let the time be up when one has answered, however long that takes."""
+        timeouts.append(timeout)
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+
+    hurried = types.SimpleNamespace(**vars(asyncio) | {"wait": wait})
+    monkeypatch.setattr(doctor, "asyncio", hurried)
     pid = next(iter(cluster.workers.values())).pid
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -369,7 +374,8 @@ def test_a_worker_that_does_not_answer(cluster, fast, monkeypatch, tmp_path):
         ("workers' folder", "ok"),
         ("workers' clocks", "ok"),
     ]
-    assert findings[1].says.startswith("no answer in 3 s (1 worker on 127.0.0.1); ")
+    assert findings[1].says.startswith("no answer in 30 s (1 worker on 127.0.0.1); ")
+    assert timeouts == [doctor.ANSWER_SECONDS]
     assert findings[3].says == f"1 worker can read and write {tmp_path}"
 
 
@@ -397,14 +403,13 @@ def examine_cluster(place: Path, address: str) -> list[Finding]:
     return [f for f in examine(place, address) if f.name not in NAMES]
 
 
-def test_what_is_no_scheduler(fast, tmp_path):
+def test_what_is_no_scheduler(monkeypatch, tmp_path):
+    monkeypatch.setattr(connect, "CONNECT_SECONDS", 0.2)
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
-        started = time.monotonic()
         (finding,) = doctor._of_cluster(tmp_path, address)
-        assert time.monotonic() - started < 10
     assert finding.state == "problem"
     assert f"no Dask scheduler answers at {address}: TimeoutError" in finding.says
     for address in ("tcp://127.0.0.1:9", "nonsense"):
