@@ -5,6 +5,7 @@ from os import PathLike
 from typing import Any
 
 from ocelot_em.cluster import Cluster, choose_device, n_workers, open_cluster, within_job
+from ocelot_em.execute import ThreadExecutor
 from ocelot_em.lock import OutputLock
 from ocelot_em.objects import open_objects
 from ocelot_em.pipeline import MergeReport, Outcome, Preparation, confirm, prepare
@@ -31,6 +32,12 @@ class Observer:
 
     def started(self, cluster: Cluster) -> None:
         """The workers are there."""
+
+    def compiling(self) -> None:
+        """Kernels are compiled in this process, once after an installation; no tile has begun."""
+
+    def compiled(self, seconds: float) -> None:
+        """They are, since ``seconds`` ago; tiles begin."""
 
     def tile_ended(self, outcome: Outcome) -> None:
         """A tile is done, or has failed."""
@@ -67,6 +74,16 @@ class Observers(Observer):
         """Tell them."""
         for observer in self._observers:
             observer.started(cluster)
+
+    def compiling(self) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.compiling()
+
+    def compiled(self, seconds: float) -> None:
+        """Tell them."""
+        for observer in self._observers:
+            observer.compiled(seconds)
 
     def tile_ended(self, outcome: Outcome) -> None:
         """Tell them."""
@@ -155,7 +172,8 @@ def _merge(
     with open_cluster(options) as cluster:
         watcher.started(cluster)
         try:
-            return merge_tiles(ready, options, cluster.executor, lock, watcher.tile_ended)
+            here = watcher if isinstance(cluster.executor, ThreadExecutor) else None
+            return merge_tiles(ready, options, cluster.executor, lock, watcher.tile_ended, here)
         finally:
             watcher.ending()
 

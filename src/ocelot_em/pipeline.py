@@ -78,6 +78,7 @@ from ocelot_em.search import (
 )
 from ocelot_em.search_space import SearchSpace
 from ocelot_em.transfer import Arrival, ReadAhead, Request, WriteBehind, chunks_ahead
+from ocelot_em.warm_up import Compiling, Logged, compile_kernels
 
 log = logging.getLogger(__name__)
 
@@ -195,9 +196,11 @@ class MergeReport:
     n_tiles, n_merged
         Tiles in all, and those merged by this run (the others were done before).
     seconds
-        Wall-clock time of this run.
+        Wall-clock time of this run, after compiling.
     totals
         Sums over the tiles of this run.
+    compile_seconds
+        What compiling kernels in this process took before, once after an installation.
     """
 
     output: str
@@ -205,6 +208,7 @@ class MergeReport:
     n_merged: int
     seconds: float
     totals: TileSummary
+    compile_seconds: float = 0.0
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -439,10 +443,12 @@ def merge(
     executor: Executor,
     lock: OutputLock,
     on_outcome: Callable[[Outcome], None],
+    compiling: Compiling | None = None,
 ) -> MergeReport:
     """Merge all missing tiles, and mark the output complete.
 
-    Tiles that fail for a reason that may pass are tried again when all others are done.
+    Tiles that fail for a reason that may pass are tried again when all others are done. Where tiles
+    run in this process, ``compiling`` is told if kernels have to be compiled first.
 
     Raises
     ------
@@ -459,7 +465,11 @@ def merge(
     tiles = ready.missing
     on_device = ready.forecast.partials_on_device
     work = Work(objects.url, attributes.id, lock.key, lock.id, on_device)
+    compile_seconds = 0.0
     try:
+        if tiles and compiling is not None:
+            with suppress(Exception):  # the tiles will say what is wrong
+                compile_seconds = open_job(work, compiling).compile_seconds
         for _ in range(1 + TRIED_AGAIN):
             if tiles and not lock.stopping.is_set():
                 executor.run(work, tiles, tally.count, lock.stopping)
@@ -478,8 +488,9 @@ def merge(
         output=objects.url,
         n_tiles=len(ready.plan.grid),
         n_merged=tally.n_merged,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started - compile_seconds,
         totals=tally.totals,
+        compile_seconds=compile_seconds,
     )
 
 
@@ -829,6 +840,10 @@ class OpenedExposure:
         source = self._maps[number][name]
         return Request((tile.iy, tile.ix, piece.exposure, number, name), source, piece.region)
 
+    def dtype_of(self, number: int, name: str) -> "np.dtype[np.generic]":
+        """Type of the values of a map of a source."""
+        return self._maps[number][name].dtype
+
     def requests(self, tile: Tile, piece: Piece) -> Iterator[Request]:
         """All that a piece reads, in order."""
         return (self.request(tile, piece, number, name) for number, name in self.fold.order())
@@ -889,6 +904,8 @@ class Job:
         self._blank: dict[str, list[bytes]] = {}
         self._opened: OrderedDict[int, OpenedExposure] = OrderedDict()
         self._opening = threading.Lock()
+        self._is_compiled = False
+        self.compile_seconds = 0.0
 
     @property
     def goes_on(self) -> bool:
@@ -907,6 +924,18 @@ class Job:
                     self._opened.popitem(last=False)
             self._opened.move_to_end(piece.exposure)
             return found
+
+    def compile(self, watcher: Compiling) -> None:
+        """Have the kernels at hand, so that no tile's time is that of compiling them."""
+        if self._is_compiled:
+            return
+        self._is_compiled = True
+        if self._lanes is None:  # most of those of a GPU are others
+            exposure = self.plan.exposures[0]
+            opened = self.opened(Piece(0, exposure.region, exposure.region))
+            self.compile_seconds = compile_kernels(
+                self.plan, exposure, self._space, opened.dtype_of, watcher
+            )
 
     def requests(self, tiles: Sequence[Tile]) -> Iterator[Request]:
         """All that some tiles read, in order."""
@@ -990,10 +1019,13 @@ def mark_of(iy: int, ix: int) -> str:
     return f"{fmt.TILE_SUMMARY}/c/{iy}/{ix}"
 
 
-def open_job(work: Work) -> Job:
+def open_job(work: Work, watcher: Compiling | None = None) -> Job:
     """Open a prepared output once per process; the run's id keeps old ones from being taken."""
     with _opening:
-        return _open_job(work)
+        job = _open_job(work)
+        with suppress(OcelotError):  # of the first exposure, which other tiles may not need
+            job.compile(watcher or Logged())
+        return job
 
 
 _opening = threading.Lock()

@@ -111,6 +111,14 @@ class RunLog(Observer):
         """Write where it runs."""
         self.event("started", cluster=cluster.description, dashboard=cluster.dashboard)
 
+    def compiling(self) -> None:
+        """Write that kernels are compiled."""
+        self.event("compiling")
+
+    def compiled(self, seconds: float) -> None:
+        """Write how long it took."""
+        self.event("compiled", seconds=round(seconds, 3))
+
     def tile_ended(self, outcome: Outcome) -> None:
         """Write how a tile ended."""
         tile = outcome.summary
@@ -135,6 +143,7 @@ class RunLog(Observer):
             tiles=report.n_tiles,
             tiles_merged=report.n_merged,
             seconds=round(report.seconds, 3),
+            compile_seconds=round(report.compile_seconds, 3),
             totals=dataclasses.asdict(report.totals),
         )
 

@@ -90,6 +90,19 @@ class MergeProgress(Observer):
             )
             self._bar.start()
 
+    def compiling(self) -> None:
+        """Say so; no bar is shown meanwhile."""
+        self.console.print("compiling kernels (once after an installation; about 10 s)")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, visible=False)
+
+    def compiled(self, seconds: float) -> None:
+        """Say how long it took, which is not the time of the tiles."""
+        self.console.print(f"compiled kernels in {duration(seconds)}")
+        self._started = self._told = time.perf_counter()
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, completed=self._n_done, visible=True)
+
     def tile_ended(self, outcome: Outcome) -> None:
         """Count a tile."""
         where = outcome.iy, outcome.ix

@@ -1,6 +1,6 @@
 """Kernels: the arithmetic of a merge, one module per kind of processor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
@@ -81,6 +81,26 @@ def load(name: str) -> Kernels:
 
         return reference
     raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -> float:
+    """Call ``work``, and measure how long the kernels were compiled that it calls.
+
+    Parameters
+    ----------
+    work
+        Calls kernels.
+    compiling
+        Called if one is not on the disk and has to be compiled, before the first.
+
+    Returns
+    -------
+    float
+        Seconds from then to the end of ``work``; 0 if nothing was compiled.
+    """
+    from ocelot_em.kernels import cpu
+
+    return cpu.seconds_compiling(work, compiling)
 
 
 def load_cuda(device: Device) -> Kernels:

@@ -16,11 +16,13 @@ Compiled functions take the arrays as tables of addresses, so that one compilati
 number of partials and every combination of optional maps.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import carray, njit, types
+from numba.core import event
 from numba.extending import intrinsic
 
 from ocelot_em.kernels.reference import identity, mask_nan, merged_maps, reset
@@ -79,6 +81,29 @@ def summed(function: _Function) -> _Function:
     """Compile as :func:`compiled` does, but add the terms of a sum in any order."""
     jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
     return cast("_Function", jit(function))
+
+
+class _FirstStart(event.Listener):  # type: ignore[misc]
+    """Notes when the first function is compiled that was not on the disk."""
+
+    def __init__(self, compiling: Callable[[], None]) -> None:
+        self._compiling, self.at = compiling, 0.0
+
+    def on_start(self, _event: Any) -> None:
+        if not self.at:
+            self.at = time.perf_counter()
+            self._compiling()
+
+    def on_end(self, _event: Any) -> None:
+        pass
+
+
+def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -> float:
+    """See :func:`ocelot_em.kernels.seconds_compiling`."""
+    first = _FirstStart(compiling)
+    with event.install_listener("numba:compile", first):
+        work()
+    return time.perf_counter() - first.at if first.at else 0.0
 
 
 def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
