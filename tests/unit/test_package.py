@@ -1,0 +1,41 @@
+"""What is shipped: the sources and what they need to run, and nothing that lies beside them."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "src"
+SHIPPED_SUFFIXES = {".py", ".cu"}
+SHIPPED_NAMES = {"py.typed"}
+
+
+def files_of_sources() -> set[str]:
+    """Whatever lies in ``src``, whether Git knows it or not, except what Python compiles."""
+    found = (path.relative_to(SOURCES) for path in SOURCES.rglob("*") if not path.is_dir())
+    return {path.as_posix() for path in found if "__pycache__" not in path.parts}
+
+
+def test_sources_have_nothing_that_is_not_to_be_shipped() -> None:
+    found = files_of_sources()
+    assert {"ocelot_em/__init__.py", "ocelot_em/py.typed", "ocelot_em/kernels/merge.cu"} <= found
+    others = {
+        name
+        for name in found
+        if Path(name).suffix not in SHIPPED_SUFFIXES and Path(name).name not in SHIPPED_NAMES
+    }
+    assert others == set()
+    assert {name.partition("/")[0] for name in found} == {"ocelot_em"}
+
+
+def test_a_wheel_has_the_sources_and_nothing_else(tmp_path: Path) -> None:
+    wheel = pytest.importorskip(
+        "hatchling.builders.wheel", reason="hatchling, which builds wheels, is not installed"
+    )
+    (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as archive:
+        names = set(archive.namelist())
+    about = {name for name in names if ".dist-info/" in name}
+    assert {Path(name).name for name in about} >= {"METADATA", "RECORD", "WHEEL", "LICENSE"}
+    assert names - about == files_of_sources()
