@@ -27,7 +27,8 @@ def test_a_log_has_a_line_for_every_tile_with_phases_seconds_and_bytes(search, t
     with RunLog(tmp_path / "deep" / "log.jsonl") as log:
         merge(search, tmp_path / "OUT.zarr", tile_size=16, observer=log)
     found = lines(tmp_path / "deep" / "log.jsonl")
-    kinds = [line["event"] for line in found]
+    # The first merge after an installation compiles.
+    kinds = [line["event"] for line in found if "compil" not in line["event"]]
     assert kinds == ["planned", "locked", "started", *["tile"] * 12, "merged"]
     assert {line["run"] for line in found} == {log.run_id}
     tiles = [line for line in found if line["event"] == "tile"]

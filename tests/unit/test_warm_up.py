@@ -1,0 +1,271 @@
+"""Compiling kernels before the first tile: that it is told, and that nothing is left to compile."""
+
+import io
+import json
+import logging
+from functools import partial
+
+import numpy as np
+import pytest
+from numba import njit, typeof
+from numba.core.dispatcher import Dispatcher
+from rich.console import Console
+
+from builders import explicit_maps, write_explicit_search
+from helpers import make_result, write_search
+from ocelot_em import Exposure, kernels, merge, pipeline, terminal, write_partial
+from ocelot_em.api import Observer
+from ocelot_em.cluster import Cluster
+from ocelot_em.kernels import by_map, collect, cpu, place
+from ocelot_em.lock import OutputLock
+from ocelot_em.objects import open_objects
+from ocelot_em.pipeline import Outcome, TileSummary
+from ocelot_em.plan import MergeOptions
+from ocelot_em.runlog import RunLog
+from ocelot_em.terminal import MergeProgress
+
+
+class Calls:
+    """Which compiled functions Python calls, with arguments of which types, and when."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.seen = "elsewhere", {"warm-up": set(), "elsewhere": set()}
+        for name in ("_fold", "_statistics", "_decode", "_start_of"):
+            monkeypatch.setattr(cpu, name, self.noted(name, getattr(cpu, name)))
+        for module in (by_map, collect, place):
+            loader = f"load_{module.__name__.rpartition('.')[2]}"
+            monkeypatch.setattr(kernels, loader, partial(self.of, module))
+        monkeypatch.setattr(pipeline, "compile_kernels", self.warm_up(pipeline.compile_kernels))
+
+    def noted(self, name, function):
+        def call(*arguments):
+            self.seen[self.now].add((name, tuple(map(typeof, arguments))))
+            return function(*arguments)
+
+        return call
+
+    def of(self, module):
+        calls = self
+
+        class Watched:
+            def __getattr__(self, name):
+                value = getattr(module, name)
+                return calls.noted(name, value) if isinstance(value, Dispatcher) else value
+
+        return Watched()
+
+    def warm_up(self, function):
+        def call(*arguments):
+            self.now = "warm-up"
+            try:
+                return function(*arguments)
+            finally:
+                self.now = "elsewhere"
+
+        return call
+
+
+def searches(place, rng, kind):
+    """Inputs of a merge, with pixels that nobody searched, and many candidates."""
+    shape = (70, 90)
+    if kind == "montage":
+        for number, origin in enumerate([(0, 0), (0, 50), (46, 10)]):
+            for own in range(2):
+                maps = explicit_maps(shape, 2 * number + own)
+                exposure = Exposure(f"e{number}", origin, number, (60, 80))
+                name = f"{number}-{own}"
+                write_partial(
+                    place / "M", name, maps, total_projections=9, order=own, exposure=exposure
+                )
+        return place / "M"
+    results = [make_result(rng, shape, 1000) for _ in range(3)]
+    for number, result in enumerate(results):
+        result["mip"][:9, :9] = -np.inf
+        result["best_global_index"][:9, :9] = -1
+        result["mip"][20:40] += 20
+        for name in ("correlation_sum", "correlation_squared_sum"):
+            if kind == "wide" or (kind == "mixed" and number == 1):
+                result[name] = result[name].astype("f8")
+    search = write_search(place / "R", results, [1000, 900, 800], indexed=kind == "indexed")
+    if kind not in ("again", "counts"):
+        return search
+    merge(search, place / "ONCE", nan="mask" if kind == "counts" else "raise")
+    return [place / "ONCE", write_search(place / "R2", [make_result(rng, shape, 90)], [90])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("explicit", {}),
+        ("explicit", {"nan": "mask"}),
+        ("indexed", {}),
+        ("indexed", {"nan": "mask", "poses": "index"}),
+        ("mixed", {}),
+        ("wide", {}),
+        ("again", {}),
+        ("counts", {}),
+        ("montage", {"overlap": "earliest"}),
+        ("montage", {"overlap": "max-zscore", "nan": "mask"}),
+        ("montage", {"overlap": "farthest-from-edge", "erode": 2}),
+    ],
+)
+def test_tiles_call_nothing_that_was_not_compiled_before(tmp_path, rng, monkeypatch, kind, options):
+    inputs = searches(tmp_path, rng, kind)
+    calls = Calls(monkeypatch)
+    for tile_size in (64, 1024):
+        merge(inputs, tmp_path / f"OUT-{tile_size}", tile_size=tile_size, **options)
+    called = {name for name, _ in calls.seen["elsewhere"]}
+    assert {"count_pixels", "look_around", "_statistics"} <= called
+    assert calls.seen["elsewhere"] <= calls.seen["warm-up"]
+
+
+def test_compiling_is_told_before_the_first_function_and_only_then():
+    one, two = njit(lambda x: x + 1), njit(lambda x: x * 2)
+    told = []
+
+    def work():
+        told.append(one(1) + two(1))
+
+    assert cpu.seconds_compiling(work, lambda: told.append("compiling")) > 0
+    assert told == ["compiling", 4]
+    assert cpu.seconds_compiling(work, lambda: told.append("compiling")) == 0
+    assert told == ["compiling", 4, 4]
+
+
+class Told(Observer):
+    def __init__(self):
+        self.events = []
+
+    def started(self, cluster):
+        self.events.append("started")
+
+    def compiling(self):
+        self.events.append("compiling")
+
+    def compiled(self, seconds):
+        self.events.append(("compiled", seconds))
+
+    def tile_ended(self, outcome):
+        assert outcome.summary is not None, outcome.error
+        self.events.append("tile")
+
+
+@pytest.fixture
+def search(tmp_path):
+    return write_explicit_search(tmp_path / "RUN.zarr", (20, 30), n_partials=2)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """As after an installation, but for the time that it takes; its seconds."""
+
+    def seconds_compiling(work, compiling):
+        compiling()
+        work()
+        return 1e6
+
+    monkeypatch.setattr(kernels, "seconds_compiling", seconds_compiling)
+    return 1e6
+
+
+def test_nothing_is_told_where_kernels_are_at_hand(search, tmp_path):
+    merge(search, tmp_path / "ONCE.zarr")
+    told = Told()
+    report = merge(search, tmp_path / "AGAIN.zarr", observer=told)
+    assert told.events == ["started", "tile"]
+    assert report.compile_seconds == 0
+
+
+def test_compiling_is_a_phase_of_its_own(search, tmp_path, nothing_compiled):
+    told = Told()
+    report = merge(search, tmp_path / "OUT.zarr", observer=told, tile_size=16)
+    compiled = ["compiling", ("compiled", nothing_compiled)]
+    assert told.events == ["started", *compiled, *["tile"] * 4]
+    assert report.compile_seconds == nothing_compiled
+    assert -nothing_compiled < report.seconds < 0  # which has what really passed, without it
+    assert sum(report.shares.values()) == pytest.approx(1)
+    assert report.totals.fold_seconds < nothing_compiled
+
+
+def test_compiling_is_in_the_log(search, tmp_path, nothing_compiled):
+    with RunLog(tmp_path / "log.jsonl") as log:
+        merge(search, tmp_path / "OUT.zarr", observer=log)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    events = ["planned", "locked", "started", "compiling", "compiled", "tile", "merged"]
+    assert [line["event"] for line in lines] == events
+    assert lines[4]["seconds"] == nothing_compiled
+    assert lines[6]["compile_seconds"] == nothing_compiled
+
+
+def test_workers_compile_before_their_first_tile(search, tmp_path, nothing_compiled, caplog):
+    class Elsewhere:
+        def run(self, work, tiles, on_outcome, stopping):
+            for outcome in pipeline.attempt_tiles(work, tiles):
+                on_outcome(outcome)
+
+    caplog.set_level(logging.INFO, "ocelot_em")
+    options, outcomes = MergeOptions(), []
+    ready = pipeline.prepare([search], tmp_path / "OUT.zarr", options)
+    with OutputLock(open_objects(ready.output)) as lock:
+        report = pipeline.merge(ready, options, Elsewhere(), lock, outcomes.append)
+    assert report.compile_seconds == 0
+    assert report.seconds > 0
+    assert outcomes[0].summary.fold_seconds < nothing_compiled
+    said = [record.getMessage() for record in caplog.records]
+    assert [words for words in said if "kernels" in words] == [
+        "compiling kernels",
+        "compiled kernels in 1000000.0 s",
+    ]
+
+
+def test_tiles_are_merged_where_nothing_can_be_compiled_before(search, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no place for a cache")
+
+    monkeypatch.setattr(kernels, "seconds_compiling", broken)
+    assert merge(search, tmp_path / "OUT.zarr").n_merged == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that a terminal is told; a list of one."""
+    at = [100.0]
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: at[0])
+    return at
+
+
+def progress(**console):
+    shown = MergeProgress(Console(file=io.StringIO(), width=100, **console))
+    shown._n_tiles = 3
+    shown.started(Cluster(None, "2 threads in this process", None))
+    return shown
+
+
+def test_the_time_left_is_reckoned_without_compiling(clock):
+    shown = progress(force_terminal=False)
+    shown.compiling()
+    clock[0] = 112.5
+    shown.compiled(12.5)
+    clock[0] = 122.5
+    shown.tile_ended(Outcome(0, 0, TileSummary(1, 1, 1, 1, 1, 0, 1, 5 * 10**6, 1)))
+    assert shown.console.file.getvalue().splitlines() == [
+        "running on 2 threads in this process",
+        "compiling kernels (once after an installation; about 10 s)",
+        "compiled kernels in 12.5 s",
+        "1 of 3 tiles, 500.0 kB/s, about 20.0 s left",
+    ]
+
+
+def test_a_terminal_has_no_bar_while_kernels_are_compiled():
+    with progress(force_terminal=True, color_system=None) as shown:
+        (task,) = shown._bar.tasks
+        assert task.visible
+        shown.compiling()
+        assert not task.visible
+        task.start_time = -1.0
+        shown.compiled(12.5)
+        assert task.visible
+        assert task.start_time > 0  # the time left is reckoned from now on
+    text = shown.console.file.getvalue()
+    assert "compiling kernels (once after an installation; about 10 s)" in text
+    assert "compiled kernels in 12.5 s" in text
