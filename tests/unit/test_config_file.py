@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ocelot_em import cli
@@ -452,7 +452,6 @@ def test_values_of_every_kind(tmp_path):
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@settings(deadline=None, max_examples=300)
 @example(["\x85", "a\rb", "\u2028", "a\x85 b\n"], "\n", None, None, False)
 @given(
     st.lists(texts, min_size=1, max_size=3),

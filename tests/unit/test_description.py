@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ocelot_em
@@ -841,7 +841,6 @@ contents = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=150)
 @given(contents)
 def test_anything_is_a_description_or_a_clean_refusal(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "RUN.yaml"

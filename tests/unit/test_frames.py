@@ -5,7 +5,7 @@ import struct
 import google_crc32c
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import blosc
 from numcodecs.blosc import Blosc
@@ -51,7 +51,6 @@ def test_blocks_are_the_whole(seed, dtype, side, shuffle, cname, blocksize, kind
     assert bytes(encoded) == before
 
 
-@settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, 99),
     st.sampled_from([0, 16384]),

@@ -1,5 +1,6 @@
 """Leopard-EM's HDF5 file out of a merged store, and back in as one partial of a search."""
 
+import shutil
 import sys
 import tracemalloc
 
@@ -40,28 +41,44 @@ COUNT = 2001
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-@pytest.fixture
-def small_pieces(small_chunks, monkeypatch):
+def use_small_pieces(monkeypatch):
     """Chunks of 32 pixels, of 16 in files, and bands of few, so that small maps have many."""
+    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 32)
     monkeypatch.setattr(map_set, "LEAST_ROWS", 20)
     monkeypatch.setattr(map_set, "BAND_PX", 1500)
     monkeypatch.setattr(hdf5, "CHUNK", 16)
 
 
 @pytest.fixture
-def merged(tmp_path):
+def small_pieces(monkeypatch):
+    use_small_pieces(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
     """A merge of explicit partials of which the last rows and columns are not valid."""
+    place = tmp_path_factory.mktemp("made")
     info = SearchInfo(template_box=BOX, pixel_size_angstrom=1.06)
-    for number in range(2):
-        maps, count = explicit_maps(SHAPE, number), 1000 + number
-        write_partial(tmp_path / "R", f"p{number}", maps, total_projections=count, search=info)
-    merge(tmp_path / "R", tmp_path / "M", tile_size=32)
-    return tmp_path / "M"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_small_pieces(monkeypatch)
+        for number in range(2):
+            maps, count = explicit_maps(SHAPE, number), 1000 + number
+            write_partial(place / "R", f"p{number}", maps, total_projections=count, search=info)
+        merge(place / "R", place / "M", tile_size=32)
+        write_hdf5(place / "M", place / "RESULT.h5")
+    return place
 
 
 @pytest.fixture
-def file(merged, tmp_path):
-    return write_hdf5(merged, tmp_path / "RESULT.h5")
+def merged(made_once, tmp_path):
+    shutil.copytree(made_once / "R", tmp_path / "R")
+    return shutil.copytree(made_once / "M", tmp_path / "M")
+
+
+@pytest.fixture
+def file(made_once, tmp_path):
+    return shutil.copy(made_once / "RESULT.h5", tmp_path / "RESULT.h5")
 
 
 def read_as_leopard_does(path):
@@ -261,6 +278,7 @@ def test_every_chunk_is_written_once(merged, tmp_path, monkeypatch):
     assert len(written) == len(set(written)) == 8 * 4 * 4
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
     monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import (
@@ -244,7 +244,6 @@ def test_a_truncated_file(tmp_path, save):
         assert_mentions(refusal_of([file], tmp_path / "R"), "a.")
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.data(), st.booleans())
 def test_a_flipped_byte_of_an_npz_is_refused_or_harmless(tmp_path_factory, data, compressed):
     folder = tmp_path_factory.mktemp("flip")
@@ -330,7 +329,6 @@ def test_a_compressed_archive_of_torch(tmp_path):
     assert_mentions(problems, "data.pkl: is compressed, which torch does not do")
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_tensors_are_read_as_torch_reads_them(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("tensors") / "a.pt"

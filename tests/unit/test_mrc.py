@@ -50,11 +50,17 @@ COUNT = 2001
 pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
-@pytest.fixture
-def small_pieces(small_chunks, monkeypatch):
+def use_small_pieces(monkeypatch):
     """Chunks of 32 pixels and bands of few, so that small maps have many."""
+    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 32)
     monkeypatch.setattr(map_set, "LEAST_ROWS", 20)
     monkeypatch.setattr(map_set, "BAND_PX", 1500)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    use_small_pieces(monkeypatch)
 
 
 def merged_store(place, info=None, shape=SHAPE):
@@ -67,16 +73,26 @@ def merged_store(place, info=None, shape=SHAPE):
     return place / "M"
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    """A search, its merge, and the files of that."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_small_pieces(monkeypatch)
+        write_mrc_set(merged_store(place), place / "SET")
+    return place
+
+
 @pytest.fixture
-def merged(tmp_path):
+def merged(made_once, tmp_path):
     """A merge of explicit partials of which the last rows and columns are not valid."""
-    return merged_store(tmp_path)
+    shutil.copytree(made_once / "R", tmp_path / "R")
+    return shutil.copytree(made_once / "M", tmp_path / "M")
 
 
 @pytest.fixture
-def mrc_set(merged, tmp_path):
-    write_mrc_set(merged, tmp_path / "SET")
-    return tmp_path / "SET"
+def mrc_set(made_once, tmp_path):
+    return shutil.copytree(made_once / "SET", tmp_path / "SET")
 
 
 def read_set(folder, prefix=""):
@@ -515,6 +531,7 @@ def test_chunks_are_read_once_per_map(merged, tmp_path, monkeypatch):
     assert len(read) == len(set(read)) == 8 * 2 * 2  # the last row and column are not valid
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
     monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
@@ -557,7 +574,14 @@ def test_leopard_em_itself_reads_the_files(merged, tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the whole real search is not on this machine")
-@pytest.mark.parametrize("poses", ["explicit", "decoded", "index"])
+@pytest.mark.parametrize(
+    "poses",
+    [
+        pytest.param("explicit", marks=pytest.mark.slow),
+        "decoded",
+        pytest.param("index", marks=pytest.mark.slow),
+    ],
+)
 def test_a_real_search_is_what_leopard_writes(tmp_path, poses, monkeypatch):
     monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
     monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 128)

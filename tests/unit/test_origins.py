@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import starfile
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
@@ -314,7 +314,6 @@ CELLS = st.text(
 COORDINATES = st.floats(-(2.0**31), 2.0**31)
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         CELLS,
@@ -705,7 +704,6 @@ def test_no_montage(write, content, problem):
     assert problem in found
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=200) | st.binary(max_size=200))
 @example("[" * 100_000)
 @example("[ZValue = a" + " " * 100_000 + "b")

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -127,7 +127,6 @@ def test_the_template_box_follows_from_the_shapes_if_it_can():
 # CSV
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(tables())
 def test_csv_keeps_every_number(tmp_path, table):
     table.to_csv(tmp_path / "T.csv")

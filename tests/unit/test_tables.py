@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import starfile
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -358,7 +358,6 @@ def particles(draw):
     return table
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(particles(), st.integers(1, 512))
 def test_a_relion_file_keeps_what_it_has_columns_for(tmp_path, table, box):
     optics = replace(OPTICS, template_box_px=box)
@@ -425,7 +424,6 @@ def test_relion_files_keep_names(tmp_path, name):
     assert blocks["optics"]["rlnOpticsGroupName"].tolist() == [f"{name} group"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.text(min_size=1, max_size=12))
 @example("a\u3000")
 def test_relion_files_keep_a_name_or_refuse_it(tmp_path, name):
@@ -517,7 +515,6 @@ def any_table(draw):
     return ParticleTable(columns, draw(st.sampled_from([None, replace(ABOUT, store=store)])))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(any_table())
 def test_parquet_keeps_everything(tmp_path, table):
     write_parquet(table, tmp_path / "P.parquet")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ocelot_em.errors import InvalidInputError
@@ -268,7 +268,6 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text(max_size=9), plain, max_size=5), st.booleans())
 def test_what_was_written_is_read(tmp_path_factory, values, flow):
     text = yaml.safe_dump(values, default_flow_style=flow, sort_keys=False)
@@ -280,7 +279,6 @@ pieces = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.lists(pieces, max_size=30).map("".join) | st.text(max_size=30))
 @example("a: 1:1.5e99")
 def test_anything_is_a_mapping_or_a_clean_refusal(tmp_path_factory, text):
