@@ -1,6 +1,7 @@
 """Who imports whom: one way, and heavy packages only where they belong and when they are needed."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -62,8 +63,13 @@ def imports(tree):
                 yield full if full in MODULES else node.module
 
 
+@functools.cache
+def imports_of(name):
+    return frozenset(imports(TREES[name]))
+
+
 def own_imports(name):
-    return {m for m in imports(TREES[name]) if m in MODULES} - {PACKAGE, name}
+    return {m for m in imports_of(name) if m in MODULES} - {PACKAGE, name}
 
 
 def everything_below(name, seen=None):
@@ -83,8 +89,8 @@ def test_imports_go_one_way():
 def test_a_package_is_imported_only_where_it_belongs(package):
     users = {
         name.removeprefix(f"{PACKAGE}.")
-        for name, tree in TREES.items()
-        if any(module.partition(".")[0] == package for module in imports(tree))
+        for name in MODULES
+        if any(module.partition(".")[0] == package for module in imports_of(name))
     }
     assert users <= HOME[package]
 

@@ -97,7 +97,7 @@ class Looks(Observer):
             self.metrics = answer.read().decode()
 
 
-@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_local_cluster_listens_to_this_machine_alone_and_tells_its_metrics(tmp_path, tls):
     search = write_explicit_search(tmp_path / "RUN.zarr", (40, 50))
     looks = Looks()
