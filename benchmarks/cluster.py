@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    size, repeats = (512, 1) if arguments.quick else (arguments.size, arguments.repeats)
+    size, repeats = (256, 1) if arguments.quick else (arguments.size, arguments.repeats)
     cores = os.cpu_count() or 1
     ways = {
         f"threads x {cores}": ["--cluster", "threads", "--threads", str(cores)],

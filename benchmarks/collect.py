@@ -65,7 +65,7 @@ class Merges:
 
 def main() -> None:
     asked = common.arguments(__doc__).parse_args()
-    side, repeats = (2048, 1) if asked.quick else (8192, asked.repeats)
+    side, repeats = (256, 1) if asked.quick else (8192, asked.repeats)
     asked.data.mkdir(parents=True, exist_ok=True)
     print(common.machine())
     rows = []

@@ -70,7 +70,7 @@ class Sizes:
 FULL = Sizes(
     2048, (4096, 8192, 16384), 32768, (2, 4, 8, 16, 32, 64), (50 * 50, 200 * 200, 632 * 632)
 )
-QUICK = Sizes(256, (512, 1024), None, (1, 2, 3), (10 * 10, 30 * 30))
+QUICK = Sizes(256, (256, 512), None, (1, 2), (10 * 10,))
 
 
 def timed_merge(search: Path) -> Run:

@@ -166,8 +166,8 @@ def run(form: PoseForm, side: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="512^2 instead of 2048^2")
-    side = 512 if parser.parse_args().quick else 2048
+    parser.add_argument("--quick", action="store_true", help="256^2 instead of 2048^2")
+    side = 256 if parser.parse_args().quick else 2048
     for form in (PoseForm.EXPLICIT, PoseForm.INDEXED):
         run(form, side)
 

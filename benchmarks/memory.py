@@ -25,9 +25,9 @@ from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, prepare
 from ocelot_em.plan import MergeOptions
 
 N_PARTIALS, QUICK_N_PARTIALS = (4, 64), (4,)
-SIDES, QUICK_SIDES = (8192, 32768), (2048,)
+SIDES, QUICK_SIDES = (8192, 32768), (1024,)
 N_SIMULATED, SIMULATED_SIDE = 4, 1024
-N_TILES, QUICK_N_TILES = 24, 2
+N_TILES, QUICK_N_TILES = 24, 1
 N_ROWS = 3
 """Rows of chunks that hold as many tiles in the smaller search."""
 

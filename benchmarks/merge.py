@@ -151,7 +151,7 @@ def profile_of(runs: Runs, n_tiles: int) -> list[str]:
 
 def main() -> None:
     asked = common.arguments(__doc__).parse_args()
-    side, repeats = (2048, 1) if asked.quick else (8192, asked.repeats)
+    side, repeats = (256, 1) if asked.quick else (8192, asked.repeats)
     print(common.machine())
     asked.data.mkdir(parents=True, exist_ok=True)
     with (

@@ -51,7 +51,7 @@ def main() -> None:
     asked = common.arguments(__doc__).parse_args()
     print(common.machine())
     asked.data.mkdir(parents=True, exist_ok=True)
-    side, small, repeats = (1024, 256, 1) if asked.quick else (32768, 2048, asked.repeats)
+    side, small, repeats = (256, 256, 1) if asked.quick else (32768, 2048, asked.repeats)
     done = (asked.data / f"peaks-{side}" / "done").exists()
     if not asked.quick and not done and shutil.disk_usage(asked.data).free < NEEDED_NBYTES:
         print(f"nothing was measured: {NEEDED_NBYTES / 1e9:.0f} GB of free disk are needed")

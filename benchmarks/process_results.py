@@ -93,11 +93,11 @@ def run_one(way: str, form: str, side: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1024^2 instead of 4096^2")
+    parser.add_argument("--quick", action="store_true", help="256^2 instead of 4096^2")
     parser.add_argument("--side", type=int, help="pixels along one side of a map")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FORM"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    side = asked.side or (1024 if asked.quick else 4096)
+    side = asked.side or (256 if asked.quick else 4096)
     if asked.one:
         run_one(*asked.one, side)
         return

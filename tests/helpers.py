@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from hypothesis import settings
 
 from ocelot_em.format import dump_attributes
 from ocelot_em.maps import INDEX, POSES, AnyArray
@@ -15,6 +16,9 @@ from ocelot_em.objects import open_objects
 from ocelot_em.search import SearchInfo, partial_path, read_partial_attributes, write_partial
 from ocelot_em.search_space import SearchSpace
 from ocelot_em.store import update_attributes
+
+expensive = settings(max_examples=settings.default.max_examples // 4)
+"""For drawn examples that merge: fewer than usual, in whatever profile."""
 
 SPACE = SearchSpace.from_tables(
     np.linspace(0, 350, 36).reshape(12, 3), [-300.0, 0.0, 300.0], [-0.1, 0.1]

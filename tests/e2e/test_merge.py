@@ -4,21 +4,23 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ocelot_em
 from helpers import (
     assert_same_maps,
     chunk_bytes,
+    combinations,
+    expensive,
     make_result,
     read_maps,
     unfinish,
@@ -57,10 +59,25 @@ COUNTS = (1000, 2**31 + 7, 300, 25)
 SHAPE = (70, 90)
 
 
-@pytest.fixture(params=[False, True], ids=["explicit", "indexed"])
-def search(request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator) -> Path:
+FORMS = ["explicit", "indexed"]
+both_forms = pytest.mark.parametrize("search", FORMS, indirect=True)
+"""For what may depend on the form of the poses; of all else the second tier has both."""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Searches by form, and what they merge to; nobody may change them."""
+    place, rng = tmp_path_factory.mktemp("written"), np.random.default_rng(20260101)
     results = [make_result(rng, SHAPE, count, ties=True) for count in COUNTS]
-    return write_search(tmp_path / "RUN.zarr", results, COUNTS, indexed=request.param)
+    for form in FORMS:
+        search = write_search(place / form, results, COUNTS, indexed=form == "indexed")
+        merge(search, place / f"{form}-merged")
+    return place
+
+
+@pytest.fixture(params=["explicit", pytest.param("indexed", marks=pytest.mark.slow)])
+def search(request: pytest.FixtureRequest, written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written / request.param, tmp_path / "RUN.zarr"))
 
 
 def merge(inputs: object, output: Path, **options: object) -> MergeReport:
@@ -68,12 +85,12 @@ def merge(inputs: object, output: Path, **options: object) -> MergeReport:
 
 
 @pytest.mark.parametrize("tile_size", [16, 33, 70, None])
+@pytest.mark.parametrize("form", FORMS)
 def test_any_tile_size_gives_the_same_bits(
-    search: Path, tmp_path: Path, tile_size: int | None
+    written: Path, form: str, tmp_path: Path, tile_size: int | None
 ) -> None:
-    merge(search, tmp_path / "A.zarr")
-    merge(search, tmp_path / "B.zarr", tile_size=tile_size)
-    assert_same_maps(read_maps(tmp_path / "A.zarr"), read_maps(tmp_path / "B.zarr"))
+    merge(written / form, tmp_path / "B.zarr", tile_size=tile_size)
+    assert_same_maps(read_maps(written / f"{form}-merged"), read_maps(tmp_path / "B.zarr"))
 
 
 def test_equals_stacking_everything(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -98,11 +115,14 @@ def test_equals_stacking_everything(tmp_path: Path, rng: np.random.Generator) ->
     np.testing.assert_allclose(maps[SCALED_MIP], (maps["mip"] - mean) / std, rtol=3e-7)
 
 
-@pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize("indexed", [False, True], ids=["explicit", "indexed"])
+@pytest.mark.parametrize(
+    ("form", "split"),
+    combinations(FORMS, [1, 2, 3], fast=[("explicit", 2), ("indexed", 1), ("indexed", 3)]),
+)
 def test_two_steps_equal_one(
-    tmp_path: Path, rng: np.random.Generator, indexed: bool, split: int
+    tmp_path: Path, rng: np.random.Generator, form: str, split: int
 ) -> None:
+    indexed = form == "indexed"
     results = [make_result(rng, SHAPE, count, ties=True) for count in COUNTS]
     write_search(tmp_path / "all.zarr", results, COUNTS, indexed=indexed)
     write_search(tmp_path / "a.zarr", results[:split], COUNTS[:split], indexed=indexed)
@@ -117,21 +137,24 @@ def test_two_steps_equal_one(
     assert [p.name for p in attributes[1].partials] == ["p0", "p1", "p2", "p3"]
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("most_tiles", [6, pytest.param(20, marks=pytest.mark.slow)])
+@expensive
 @given(
-    shape=st.sampled_from([(1, 1), (1, 77), (53, 1), (3, 1030), (40, 41)]),
+    shape=st.sampled_from([(1, 1), (1, 6), (5, 4), (1, 77), (53, 1), (3, 1030), (40, 41)]),
     n=st.integers(1, 4),
     tile_size=st.sampled_from((1, 2, 13, 64)),
     seed=st.integers(0, 99),
 )
 def test_thin_maps_and_tiny_tiles(
     tmp_path_factory: pytest.TempPathFactory,
+    most_tiles: int,
     shape: tuple[int, int],
     n: int,
     tile_size: int,
     seed: int,
 ) -> None:
-    tile_size = max(tile_size, max(shape) // 20)
+    """At most so many in each direction, for every tile is several files."""
+    tile_size = max(tile_size, max(shape) // most_tiles)
     place, rng = tmp_path_factory.mktemp("thin"), np.random.default_rng(seed)
     results = [make_result(rng, shape, 10, ties=True) for _ in range(n)]
     write_search(place / "RUN.zarr", results, [10] * n)
@@ -177,6 +200,7 @@ class Interrupting(Observer):
             raise KeyboardInterrupt
 
 
+@both_forms
 def test_resuming_does_only_what_is_missing_and_gives_the_same_bytes(
     search: Path, tmp_path: Path
 ) -> None:
@@ -377,6 +401,7 @@ class Noting(Observer):
 
 
 @pytest.mark.slow
+@both_forms
 def test_worker_processes_and_an_attached_cluster_give_the_same_bytes(
     search: Path, tmp_path: Path
 ) -> None:
@@ -402,7 +427,11 @@ def test_worker_processes_and_an_attached_cluster_give_the_same_bytes(
     assert chunk_bytes(tmp_path / "A.zarr") == chunk_bytes(tmp_path / "C.zarr")
 
 
-def test_no_scheduler_at_the_address_is_said_plainly(search: Path, tmp_path: Path) -> None:
+def test_no_scheduler_at_the_address_is_said_plainly(
+    search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A scheduler may be about to start: a refused connection is tried again all that time.
+    monkeypatch.setattr("ocelot_em.connect.CONNECT_SECONDS", 0.5)
     with pytest.raises(PlanError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):
         merge(search, tmp_path / "OUT.zarr", cluster="tcp://127.0.0.1:9")
 
@@ -500,14 +529,26 @@ def test_tasks_whose_result_is_lost_with_its_worker_are_done_again() -> None:
     assert all(outcome.summary for outcome in ended)
 
 
-def test_a_cluster_without_workers_is_waited_for_only_so_long() -> None:
+def test_a_cluster_without_workers_is_waited_for_only_so_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+
+    def ask() -> dict[str, int]:
+        """There are workers for a while, and each question takes a minute."""
+        nonlocal now
+        now += 60
+        return {"worker": 1} if now <= 1180 else {}
+
     client = FakeClient()
-    client.nthreads = dict  # type: ignore[method-assign]
+    client.nthreads = ask  # type: ignore[method-assign]
     client.submit = lambda *_, key, **__: Unending(key)  # type: ignore[method-assign, misc]
-    started, executor = time.monotonic(), ClientExecutor(client, worker_timeout_seconds=1.5)
-    with pytest.raises(ClusterLostError, match="had no workers for 2 s"):
+    monkeypatch.setattr("ocelot_em.execute.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("ocelot_em.execute.LOOK_SECONDS", 0.001)
+    executor = ClientExecutor(client, worker_timeout_seconds=150)
+    with pytest.raises(ClusterLostError, match="had no workers for 150 s"):
         executor.run(Work("out", "r"), Tiles(9, np.arange(9)), print, threading.Event())
-    assert 1.5 < time.monotonic() - started < 6
+    assert 1180 + 150 < now <= 1180 + 150 + 2 * 60  # two questions in a round, at most
 
 
 class Unending(FakeFuture):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ocelot_em
 from conftest import SHARED
+from helpers import expensive
 from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.cli import run
 from ocelot_em.errors import InvalidInputError
@@ -140,6 +141,17 @@ def test_the_command_line_picks_and_exports_one_exposure(real, tmp_path, capsys)
     assert "take one exposure's with --exposure ID" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module", params=["earliest", "max-zscore", "farthest-from-edge"])
+def tiled(request, tmp_path_factory) -> list[Path]:
+    """One montage merged in one tile and in many."""
+    folder = tmp_path_factory.mktemp("tiled")
+    search = write_shots(folder / "RUN.zarr", SHOTS)
+    outputs = [folder / "ONE.zarr", folder / "MANY.zarr"]
+    for output, size in zip(outputs, (1024, 13), strict=True):
+        ocelot_em.merge(search, output, tile_size=size, overlap=request.param)
+    return outputs
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -152,14 +164,8 @@ def test_the_command_line_picks_and_exports_one_exposure(real, tmp_path, capsys)
         {"method": "pvalue", "cutoff": 1.5, "per": "montage"},
     ],
 )
-@pytest.mark.parametrize("overlap", ["earliest", "max-zscore", "farthest-from-edge"])
-def test_particles_do_not_depend_on_tiles(tmp_path, options, overlap):
-    search = write_shots(tmp_path / "RUN.zarr", SHOTS)
-    tables = []
-    for size in (1024, 13):
-        output = tmp_path / f"{size}.zarr"
-        ocelot_em.merge(search, output, tile_size=size, overlap=overlap)
-        tables.append(find_peaks(output, same_angle=90, **options))
+def test_particles_do_not_depend_on_tiles(tiled, options):
+    tables = [find_peaks(output, same_angle=90, **options) for output in tiled]
     assert_equal(*tables)
     assert len(tables[0]) > 0
 
@@ -200,9 +206,7 @@ def test_statistics_of_exposures_are_of_all_their_pixels(tmp_path):
         assert sum(sums) == pytest.approx(own_z.sum(), rel=1e-9)
 
 
-@settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@expensive
 @given(st.integers(-6, 6), st.integers(-6, 6))
 def test_an_exposure_on_top_of_another_adds_no_particle(tmp_path_factory, dy, dx):
     """The same maps at the same place: everything is seen twice, and reported once."""

@@ -37,16 +37,20 @@ def particles_of(rng):
     return results
 
 
-@pytest.fixture(params=["explicit", "decoded", "index"])
-def merged(request, tmp_path, rng):
-    """The same search merged in one tile and in small ones."""
+@pytest.fixture(
+    scope="module",
+    params=["explicit", pytest.param("decoded", marks=pytest.mark.slow), "index"],
+)
+def merged(request, tmp_path_factory):
+    """The same search merged in one tile and in small ones; nobody may change them."""
+    place, rng = tmp_path_factory.mktemp("merged"), np.random.default_rng(20260101)
     indexed = request.param != "explicit"
-    search = write_search(tmp_path / "RUN.zarr", particles_of(rng), COUNTS, indexed=indexed)
+    search = write_search(place / "RUN.zarr", particles_of(rng), COUNTS, indexed=indexed)
     poses = "index" if request.param == "index" else "decoded"
     for tile_size in (None, 16, 33):
-        output = tmp_path / f"{tile_size}.zarr"
+        output = place / f"{tile_size}.zarr"
         ocelot_em.merge(search, output, threads=2, tile_size=tile_size, poses=poses)
-    return tmp_path
+    return place
 
 
 def tables_equal(one, other):
@@ -149,21 +153,26 @@ def test_what_cannot_be_picked(tmp_path, rng):
         find_peaks(tmp_path / "M.zarr")
 
 
+@pytest.fixture(scope="module", params=["explicit", "indexed"])
+def real(request, tmp_path_factory):
+    """The merged result of a real search."""
+    place, indexed = tmp_path_factory.mktemp("real"), request.param == "indexed"
+    options = ocelot_em.ImportOptions(
+        search_space=SHARED / "search_space.npz" if indexed else None, template_box=56
+    )
+    shards = [SHARED / f"A_shard{number}.npz" for number in range(4)]
+    ocelot_em.import_results(shards, place / "RUN.zarr", options)
+    ocelot_em.merge(place / "RUN.zarr", place / "M.zarr", tile_size=100, threads=2)
+    return place / "M.zarr"
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason=f"the larger real data is not at {SHARED}")
-@pytest.mark.parametrize("indexed", [False, True], ids=["explicit", "indexed"])
 @pytest.mark.parametrize(
     ("method", "file"), [("gaussian", "zscore"), ("gev", "gev"), ("pvalue", "pvalue")]
 )
-def test_the_particles_of_a_real_search(tmp_path, method, file, indexed):
-    data = SHARED
-    options = ocelot_em.ImportOptions(
-        search_space=data / "search_space.npz" if indexed else None, template_box=56
-    )
-    shards = [data / f"A_shard{number}.npz" for number in range(4)]
-    ocelot_em.import_results(shards, tmp_path / "RUN.zarr", options)
-    ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "M.zarr", tile_size=100, threads=2)
-    picked = find_peaks(tmp_path / "M.zarr", method=method)
-    with (data / f"A_official_peaks_{file}.csv").open() as lines:
+def test_the_particles_of_a_real_search(real, method, file):
+    picked = find_peaks(real, method=method)
+    with (SHARED / f"A_official_peaks_{file}.csv").open() as lines:
         theirs = list(csv.DictReader(lines))
     assert len(picked) == len(theirs) == (24 if file == "pvalue" else 16)
     if method == "gaussian":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ocelot_em
-from helpers import SPACE, make_result, read_maps, write_search
+from helpers import SPACE, combinations, make_result, read_maps, write_search
 from host_device import LateDevice, host_kernels
 from ocelot_em import cluster, collected, pipeline
 from ocelot_em.canvas import Region
@@ -69,12 +69,23 @@ def valid_of(maps):
     return {name: values[: VALID[0], : VALID[1]] for name, values in maps.items()}
 
 
-@pytest.mark.parametrize("nan", ["raise", "mask"])
-@pytest.mark.parametrize("tile_size", [16, 33, None])
-@pytest.mark.parametrize("indexed", [False, True], ids=["explicit", "indexed"])
+@pytest.mark.parametrize(
+    ("device", "form", "tile_size", "nan"),
+    combinations(
+        *(["cpu", "cuda"], ["explicit", "indexed"], [16, 33, None], ["raise", "mask"]),
+        fast=[
+            ("cpu", "explicit", 16, "raise"),
+            ("cpu", "indexed", 33, "mask"),
+            ("cuda", "explicit", None, "mask"),
+            ("cuda", "indexed", 33, "raise"),
+        ],
+    ),
+    indirect=["device"],
+)
 def test_everything_is_what_the_finished_maps_say(
-    tmp_path, rng, low_level, device, indexed, tile_size, nan
+    tmp_path, rng, low_level, device, form, tile_size, nan
 ):
+    indexed = form == "indexed"
     search, results = make_search(tmp_path / "RUN.zarr", rng, indexed=indexed)
     output = tmp_path / "OUT.zarr"
     ocelot_em.merge(search, output, threads=2, tile_size=tile_size, device=device, nan=nan)
