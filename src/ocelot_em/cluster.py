@@ -280,7 +280,9 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
         threads = n_threads(options)
         if options.device == "cuda":
             open_device()
-        yield Cluster(ThreadExecutor(threads), f"{threads} threads in this process", None)
+        yield Cluster(
+            ThreadExecutor(threads), f"{_counted(threads, 'thread')} in this process", None
+        )
     elif kind in ("local", "cuda"):
         with _local_cluster(options) as cluster:
             yield cluster
@@ -355,19 +357,24 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
         )
 
 
+def _counted(n: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{n} {what}{plural * (n != 1)}"
+
+
 @contextlib.contextmanager
 def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     workers, threads = n_workers(options), n_threads(options)
-    what, special = "worker processes", dict[str, Any]()
+    what, special = "worker process", dict[str, Any]()
     cluster_class: Any = LocalCluster
     if options.cluster == "cuda":
         from dask_cuda import LocalCUDACluster
 
         # Nothing is left on a device between tasks for Dask to spill, and tasks return summaries
         # only, so that TCP is as good as anything.
-        what, cluster_class = "GPU workers", LocalCUDACluster
+        what, cluster_class = "GPU worker", LocalCUDACluster
         special = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
         if options.rmm_pool_size is not None:
             special["rmm_pool_size"] = options.rmm_pool_size
@@ -396,7 +403,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             log.warning("no dashboard: pip install 'ocelot-em[viz]' for the bokeh that it needs")
         yield Cluster(
             _executor(client, options),
-            f"{workers} {what} of {threads} threads",
+            f"{_counted(workers, what)} of {_counted(threads, 'thread')}",
             _dashboard_of(client) if has_dashboard else None,
         )
 

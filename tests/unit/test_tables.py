@@ -162,7 +162,7 @@ def test_everything_that_is_wrong_with_a_configuration_is_named(tmp_path):
     assert [problem.removeprefix(f"{path}: ") for problem in problems] == [
         "match_template_result: expected keys and values, got ['mip.mrc']",
         "template_volume_path: expected a file, got 'NONE.mrc'; say how large the template is "
-        "(template_box_px)",
+        "(--template-box, template_box_px)",
         "optics_group.voltage: expected a number above 0 (kV), got 'high'",
         "optics_group.amplitude_contrast_ratio: expected a number from 0 to 1 (fraction), got 7.0",
         "optics_group.pixel_size: expected a number above 0 (Å), got 0.0",

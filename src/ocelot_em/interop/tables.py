@@ -290,7 +290,7 @@ def _leopard_text(value: object) -> object:
 
 def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
     """Edge of a cubic MRC volume, or why it is not known."""
-    place, hint = None, "; say how large the template is (template_box_px)"
+    place, hint = None, "; say how large the template is (--template-box, template_box_px)"
     try:
         place = next((p for p in (Path(template), beside / template) if p.is_file()), None)
         if place is None:
