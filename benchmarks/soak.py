@@ -259,7 +259,7 @@ def main() -> None:
     asked = parser.parse_args()
     print(common.machine())
     with folder_in(asked.data) as folder:
-        soak = Soak(folder, random.Random(asked.seed), 128 if asked.quick else SIDE)
+        soak = Soak(folder, random.Random(asked.seed), 256 if asked.quick else SIDE)
         soak.run_for(1 if asked.quick else asked.minutes * 60)
     rows = [
         ("faults", f"{sum(soak.faults.values())}"),

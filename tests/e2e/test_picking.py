@@ -7,13 +7,14 @@ import pytest
 
 import ocelot_em
 from conftest import SHARED
+from exact_ranks import from_maps
 from helpers import make_result, read_maps, write_search
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.maps import MIP, POSES, SCALED_MIP
 from ocelot_em.peaks import select_peaks
 from ocelot_em.picking import find_peaks
 from ocelot_em.records import Candidates
-from ocelot_em.significance import Z_AXIS, Histogram1D, PValueModel, gev_cutoff
+from ocelot_em.significance import Z_AXIS, Histogram1D, gev_cutoff
 from ocelot_em.statistics import gaussian_cutoff
 
 SHAPE, COUNTS = (150, 190), (1000, 700, 300)
@@ -100,7 +101,7 @@ def test_cutoffs_are_those_of_the_whole_map(merged):
     assert cutoffs["gaussian"] == gaussian_cutoff(z.size, sum(COUNTS))
     assert cutoffs["gev"] == gev_cutoff(Histogram1D.of(z, Z_AXIS))
     picked = find_peaks(merged / "33.zarr", method="pvalue")
-    exact = PValueModel.from_maps(mip, z).neg_log_p(mip, z)
+    exact = from_maps(mip, z).neg_log_p(mip, z)
     y, x = picked.columns["pos_y"], picked.columns["pos_x"]
     assert cutoffs["pvalue"] == 8.0
     # Ranks from histograms are off by little, but for the order of those at the very top.
