@@ -18,6 +18,7 @@ from chaos_common import (
     Gate,
     Undisturbed,
     end,
+    is_stopping,
     merge_command,
     start,
     tiles_done,
@@ -106,10 +107,17 @@ def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str)
 def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     lab, search: Undisturbed, tmp_path: Path, gate: Gate
 ) -> None:
-    # SLURM looks at times twice a minute: the signal comes up to 30 s early, here after 10 to 40 s.
+    # SLURM looks at times twice a minute: the signal comes up to 30 s early, here after 30 to 60 s.
     few = "--nodes=1", "--ntasks=3"  # one worker
-    job = submit(through(gate, lab), search, tmp_path, *few, "--signal=USR1@20", "--time=1")
-    gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
+    job = submit(through(gate, lab), search, tmp_path, *few, "--signal=USR1@60", "--time=2")
+
+    def is_told() -> bool:
+        # On a busy machine it may be told before it listens; then it is queued again, too.
+        lab.hurry(job)
+        return is_stopping(tmp_path / "OUT.zarr")
+
+    wait_for(is_told, "a run that is told to stop", 500)
+    gate.open(pause=0.5)
     lab.wait(job, "PENDING")
     assert "SIGUSR1: stop" in printed(tmp_path)
     done = tiles_done(tmp_path / "OUT.zarr")
@@ -117,7 +125,7 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     gate.open()
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     lab.finish(job)
-    assert f"{done} of them done before" in printed(tmp_path) or done == 0
+    assert f"{done} of them done before" in printed(tmp_path)
     assert len(events(tmp_path, "tile")) == search.n_tiles  # no tile was done twice
     assert_no_worker_was_lost(tmp_path)
     assert_finished(search, tmp_path)
@@ -128,7 +136,8 @@ def test_a_job_that_is_told_before_it_listens_is_queued_again(
 ) -> None:
     gate = Gate(tmp_path / "gate", 0)
     job = submit(through(gate, lab), search, tmp_path)
-    lab.wait(job, "RUNNING")
+    # Before there are tasks, there is nobody to be told.
+    wait_for(lambda: all(processes_of_task(lab, job, n) for n in range(6)), "six tasks")
     lab.call("scancel", "--signal=USR1", job)
     gate.open(pause=1)  # should it listen already, it finds tiles left
     lab.wait(job, "PENDING")
