@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import dask
 import google_crc32c
 import numpy as np
 import pytest
@@ -1012,11 +1013,12 @@ def test_work_is_in_proportion_to_the_entries_of_a_list(stores, tmp_path, reader
     place = shutil.copytree(stores / "explicit_merged", tmp_path / "LONG")
 
     def look():
-        with contextlib.suppress(OcelotError):
+        # Threads that wait for each other call functions as often as they happen to wait.
+        with contextlib.suppress(OcelotError), dask.config.set(scheduler="synchronous"):
             READERS[reader](place)
 
     def work(n):
         make_long(place, n)
         return calls_of(look)
 
-    assert_linear(work, 1000)
+    assert_linear(work, 4000)  # what Dask does besides varies by a thousand calls or two
