@@ -288,6 +288,7 @@ def test_memory_is_as_predicted_and_does_not_grow_with_partials_and_size(memory,
     assert large.peak <= 1.15 * small.peak
 
 
+@pytest.mark.alone
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("n_partials", [4, 64])
 @pytest.mark.parametrize("side", SIDES)
@@ -296,6 +297,7 @@ def test_memory_is_as_predicted(memory, form, side, n_partials):
     check_memory(memory(form, side, n_partials))
 
 
+@pytest.mark.alone
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_does_not_grow_with_partials_or_size(memory, form):
