@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import SHARED
+from exact_ranks import from_maps
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.interop.leopard import read_search_space_file
 from ocelot_em.maps import POSES
@@ -182,7 +183,7 @@ def test_leopard_em_picks_the_same(method, exact):
     if method == "pvalue":
         fine = Histogram1D.of(mip, MIP_AXIS), Histogram1D.of(z, Z_AXIS)
         model = (
-            PValueModel.from_maps(mip, z)
+            from_maps(mip, z)
             if exact
             else PValueModel.from_histogram(JointHistogram.of(mip, z), *fine)
         )
