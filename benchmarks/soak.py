@@ -122,10 +122,10 @@ class Soak:
 
     def run_for(self, seconds: float) -> None:
         """Merge again and again; the last one is finished, too."""
-        end = time.monotonic() + seconds
         cluster = Cluster(self._folder)
+        end = time.monotonic() + seconds
         try:
-            while time.monotonic() < end:
+            while self.n_runs == 0 or time.monotonic() < end:
                 self._one(cluster, end)
         finally:
             cluster.close()

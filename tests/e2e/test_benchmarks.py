@@ -8,15 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
-LONG = {"soak"}
-"""At their quick size, too: it waits for what it has killed."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.exhaustive if name in LONG else ()) for name in NAMES],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_quick_benchmark_prints_its_table(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick"],
