@@ -15,7 +15,7 @@ SHARED = Path(os.environ.get("OCELOT_SHARED_DATA", _BESIDE)) / "leopard_em_shard
 
 
 # One profile for all hypothesis tests: no verdict depends on how busy the machine is, and the first
-# example may compile. "thorough" only draws more: pytest --hypothesis-profile=thorough -m hypothesis
+# example may compile. "thorough" only draws more.
 settings.register_profile(
     "lean",
     deadline=None,
@@ -62,8 +62,9 @@ def crops_search(crops: list[Path], tmp_path: Path) -> Path:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Write chunks of 32 instead of 1024 pixels, so that small maps have several; their edge."""
     edge = 32
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", edge)
+    # The importer first: it would take the changed edge for its own if it were imported after.
     monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", edge)
+    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", edge)
     return edge
 
 
