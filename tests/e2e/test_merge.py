@@ -421,7 +421,9 @@ def test_worker_processes_and_an_attached_cluster_give_the_same_bytes(
 
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, dashboard_address="127.0.0.1:0"
+    ) as cluster:
         address = cluster.scheduler_address
         ocelot_em.merge(search, tmp_path / "C.zarr", tile_size=20, cluster=address)
     assert chunk_bytes(tmp_path / "A.zarr") == chunk_bytes(tmp_path / "C.zarr")

@@ -175,7 +175,7 @@ def test_a_corner_reads_only_its_own_chunks(broken_but_for_a_corner):
 def test_a_corner_reads_only_its_own_chunks_on_a_cluster(broken_but_for_a_corner):
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0"
         ) as cluster,
         Client(cluster),
     ):

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import dask
+import psutil
 import pytest
 
 from builders import write_explicit_search
@@ -73,26 +74,30 @@ def test_a_scheduler_that_everybody_can_reach_is_warned_of(address, is_open, cap
     assert ("whoever reaches it can run code with your rights" in caplog.text) == is_open
 
 
+def listening():
+    """Addresses at which this process, or one that it started, waits for connections."""
+    me = psutil.Process()
+    return {
+        connection.laddr
+        for process in (me, *me.children(recursive=True))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
 class Looks(Observer):
     """Looks at what listens, and asks for metrics, while a cluster lives."""
 
     def __init__(self):
         self.listening, self.metrics, self.scheduler = [], "", ""
+        self.before = listening()  # what other tests of this process have left is none of its
 
     def started(self, cluster):
         self.client, self.dashboard = cluster.executor.client, cluster.dashboard
         self.scheduler = self.client.scheduler.address
 
     def ending(self):
-        import psutil
-
-        me = psutil.Process()
-        for process in (me, *me.children(recursive=True)):
-            self.listening += [
-                connection.laddr.ip
-                for connection in process.net_connections()
-                if connection.status == psutil.CONN_LISTEN
-            ]
+        self.listening = [address.ip for address in listening() - self.before]
         with urllib.request.urlopen(self.dashboard.replace("/status", "/metrics")) as answer:
             self.metrics = answer.read().decode()
 
