@@ -425,4 +425,4 @@ def test_planning_many_exposures_reads_little_of_each(tmp_path, monkeypatch, n):
     assert len(of_others) <= 2 * n + 10  # of the exposure and of its one partial
     assert ready.plan.shape == (85 * (n - 1) + 290, 64_720 * (n - 1) // n + 270)
     touched = sum(bool(ready.plan.pieces(tile)) for tile in ready.plan.grid)
-    assert 0 < touched < len(ready.plan.grid) / 4
+    assert 0 < touched < len(ready.plan.grid) / (10 if n == 1000 else 4)  # they lie in a row
