@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ocelot_em import pipeline
-from ocelot_em.canvas import Region
-from ocelot_em.fold import Fold, TileMaps, Workspace
-from ocelot_em.maps import COUNT, INDEX, MIP, SQUARED_SUM, SUM, AnyArray
-from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import Outcome, Work
-from ocelot_em.search import open_partial_maps
+from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.fold import Fold, TileMaps, Workspace
+from ocelot_em.merge.merge import Outcome, Work
+from ocelot_em.model.maps import COUNT, INDEX, MIP, SQUARED_SUM, SUM, AnyArray
+from ocelot_em.model.regions import Region
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import open_partial_maps
 
 FINISHED = "finished.zarr"
 """Name of the finished merge, beside the outputs."""
@@ -55,7 +55,7 @@ class Copy(Fold):
 
 
 def attempt_copy(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
-    """Do as :func:`ocelot_em.pipeline.attempt_tiles` does, without merging."""
+    """Do as :func:`ocelot_em.merge.merge.attempt_tiles` does, without merging."""
     job = pipeline.open_job(work)
     (piece,) = job.plan.pieces(job.plan.grid[0])
     opened = job.opened(piece)

@@ -22,11 +22,11 @@ from numcodecs.blosc import Blosc
 
 import ocelot_em
 from benchmarks import common
-from ocelot_em import store
-from ocelot_em.canvas import Region, Tile
-from ocelot_em.maps import MAPS, MIP, AnyArray, PoseForm
-from ocelot_em.objects import open_objects
-from ocelot_em.search import open_partial_maps
+from ocelot_em.model.maps import MAPS, MIP, AnyArray, PoseForm
+from ocelot_em.model.regions import Region, Tile
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import open_partial_maps
 
 N_PARTIALS = 4
 

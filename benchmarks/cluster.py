@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ocelot_em.simulation import Simulation, simulate
+from ocelot_em.testing.simulation import Simulation, simulate
 
 
 def main() -> None:

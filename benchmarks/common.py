@@ -24,14 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em import format as fmt
-from ocelot_em import store
-from ocelot_em.canvas import ceil_div
-from ocelot_em.format import DEFAULT_CHUNK
-from ocelot_em.lock import OutputLock
-from ocelot_em.maps import MAPS, MapSet, PoseForm
-from ocelot_em.objects import Objects, open_objects
-from ocelot_em.pipeline import (
+from ocelot_em.merge.merge import (
     SUMMARY_FIELDS,
     Executor,
     MergeReport,
@@ -41,15 +34,22 @@ from ocelot_em.pipeline import (
     Work,
     merge,
 )
-from ocelot_em.plan import MergeOptions
-from ocelot_em.search import (
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import MAPS, MapSet, PoseForm
+from ocelot_em.model.regions import ceil_div
+from ocelot_em.store import arrays as store
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store.attributes import DEFAULT_CHUNK
+from ocelot_em.store.lock import OutputLock
+from ocelot_em.store.objects import Objects, open_objects
+from ocelot_em.store.search import (
     partial_path,
     read_attributes,
     read_partials,
     read_search_space,
     write_search_space,
 )
-from ocelot_em.simulation import STORE_NAME, TRUTH_NAME, Simulation, simulate
+from ocelot_em.testing.simulation import STORE_NAME, TRUTH_NAME, Simulation, simulate
 
 PROJECTIONS_PER_POSE = 159
 """Makes 20.5 million cross-correlations, as many as a usual search has."""

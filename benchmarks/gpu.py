@@ -27,14 +27,14 @@ import ocelot_em
 from benchmarks import _floor, common
 from benchmarks.common import Run
 from benchmarks.merge import merge_once
-from ocelot_em import pipeline
-from ocelot_em.device import Device, find_devices, open_device
 from ocelot_em.errors import OcelotError
-from ocelot_em.execute import ThreadExecutor
 from ocelot_em.kernels import load_cuda
-from ocelot_em.maps import MapSet, PartialMaps, PoseForm
-from ocelot_em.plan import MergeOptions
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.kernels.device import Device, find_devices, open_device
+from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.run.executors import ThreadExecutor
 
 N_IN_KERNEL, N_PARTIALS = 8, 4
 THREADS = (1, 2, 4, 8)

@@ -27,12 +27,12 @@ import ocelot_em
 from benchmarks import common
 from benchmarks.collect import nothing_collected
 from benchmarks.common import Run
-from ocelot_em.cluster import open_cluster
-from ocelot_em.execute import ClientExecutor, ThreadExecutor
-from ocelot_em.format import DEFAULT_CHUNK
-from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, prepare
-from ocelot_em.plan import MergeOptions
+from ocelot_em.merge.merge import Executor, Outcome, Tiles, Work, prepare
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import PoseForm
+from ocelot_em.run.clusters import open_cluster
+from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
+from ocelot_em.store.attributes import DEFAULT_CHUNK
 
 N_THREADS = 2
 N_PARTIALS = 4

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ocelot_em.kernels import cpu
-from ocelot_em.maps import BEST_PARTIAL, MIP, SUM, Accumulator, MapSet, PartialMaps, PoseForm
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.model.maps import BEST_PARTIAL, MIP, SUM, Accumulator, MapSet, PartialMaps, PoseForm
+from ocelot_em.model.search_space import SearchSpace
 
 N_PARTIALS, REPEATS, BAND_PIXELS = 8, 5, 64 * 1024
 

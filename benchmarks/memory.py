@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from ocelot_em.cluster import open_cluster
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.execute import ClientExecutor
-from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, Outcome, Tiles, Work, prepare
-from ocelot_em.plan import MergeOptions
+from ocelot_em.merge.merge import Executor, Outcome, Tiles, Work, prepare
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import PoseForm
+from ocelot_em.run.clusters import open_cluster
+from ocelot_em.run.executors import ClientExecutor
 
 N_PARTIALS, QUICK_N_PARTIALS = (4, 64), (4,)
 SIDES, QUICK_SIDES = (8192, 32768), (1024,)
@@ -66,7 +66,7 @@ class FirstTiles:
         on_outcome: Callable[[Outcome], None],
         stopping: threading.Event,
     ) -> None:
-        """See :class:`ocelot_em.pipeline.Executor`."""
+        """See :class:`ocelot_em.merge.merge.Executor`."""
         self._executor.run(work, tiles[: self._n_tiles], on_outcome, stopping)
 
 
@@ -80,7 +80,7 @@ def measure(search: Path, n_tiles: int, **options: object) -> Memory:
     n_tiles
         How many tiles.
     **options
-        Of :class:`ocelot_em.plan.MergeOptions`.
+        Of :class:`ocelot_em.merge.plan.MergeOptions`.
     """
     found = common.in_own_process(
         "benchmarks.memory", str(search), str(n_tiles), json.dumps(options)

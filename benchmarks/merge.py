@@ -20,12 +20,12 @@ import dask
 
 from benchmarks import _floor, common
 from benchmarks.common import Run
-from ocelot_em import pipeline
-from ocelot_em.cluster import WORKER_ENVIRONMENT
-from ocelot_em.execute import Attempt, ClientExecutor, ThreadExecutor
-from ocelot_em.maps import PoseForm
-from ocelot_em.pipeline import Executor, MergeReport
-from ocelot_em.plan import MergeOptions
+from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.merge import Executor, MergeReport
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import PoseForm
+from ocelot_em.run.clusters import WORKER_ENVIRONMENT
+from ocelot_em.run.executors import Attempt, ClientExecutor, ThreadExecutor
 
 N_PARTIALS, N_WORKERS = 4, 2
 

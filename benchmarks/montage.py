@@ -18,14 +18,14 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.common import Run
-from ocelot_em import format as fmt
-from ocelot_em import store
-from ocelot_em.execute import ThreadExecutor
-from ocelot_em.maps import PoseForm
-from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import prepare
-from ocelot_em.plan import MergeOptions
-from ocelot_em.search import (
+from ocelot_em.merge.merge import prepare
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import PoseForm
+from ocelot_em.run.executors import ThreadExecutor
+from ocelot_em.store import arrays as store
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import (
     Exposure,
     SearchInfo,
     ensure_search,

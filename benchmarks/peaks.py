@@ -14,8 +14,8 @@ from pathlib import Path
 
 import ocelot_em
 from benchmarks import common
-from ocelot_em.maps import PoseForm
-from ocelot_em.picking import all_candidates, find_peaks
+from ocelot_em.model.maps import PoseForm
+from ocelot_em.particles.picking import all_candidates, find_peaks
 
 METHODS = ("gaussian", "gev", "pvalue")
 NEEDED_NBYTES = 30 * 10**9

@@ -29,9 +29,7 @@ import zarr
 import ocelot_em
 from benchmarks import common
 from benchmarks.common import Measured, Run
-from ocelot_em import store
-from ocelot_em.cluster import WORKER_ENVIRONMENT
-from ocelot_em.maps import (
+from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
     MAPS,
@@ -46,7 +44,9 @@ from ocelot_em.maps import (
     MapSet,
     PoseForm,
 )
-from ocelot_em.objects import open_objects
+from ocelot_em.run.clusters import WORKER_ENVIRONMENT
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import open_objects
 
 N_PARTIALS, N_WORKERS = 4, 2
 SIDES = (8192, 4096, 2048)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import ocelot_em
 from benchmarks import common
-from ocelot_em.simulation import Simulation, simulate
+from ocelot_em.testing.simulation import Simulation, simulate
 
 SIDE = 1600
 TILE = 32

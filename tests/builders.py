@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ocelot_em import SearchInfo, SearchSpace, write_partial
-from ocelot_em.maps import INDEX, MIP, POSES, SQUARED_SUM, SUM
+from ocelot_em.model.maps import INDEX, MIP, POSES, SQUARED_SUM, SUM
 
 SPACE = SearchSpace.from_tables(
     np.random.default_rng(0).uniform(0, 360, (7, 3)).astype(np.float32),

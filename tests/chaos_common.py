@@ -18,7 +18,7 @@ import pytest
 
 import ocelot_em
 from helpers import chunk_bytes, make_result, write_search
-from ocelot_em.objects import open_objects
+from ocelot_em.store.objects import open_objects
 
 OCELOT = [sys.executable, "-m", "ocelot_em"]
 

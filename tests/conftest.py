@@ -63,8 +63,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Write chunks of 32 instead of 1024 pixels, so that small maps have several; their edge."""
     edge = 32
     # The importer first: it would take the changed edge for its own if it were imported after.
-    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", edge)
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", edge)
+    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", edge)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", edge)
     return edge
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from ocelot_em.significance import PValueModel
+from ocelot_em.particles.significance import PValueModel
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from host_device import HostDevice, host_kernels
-from ocelot_em.device import find_devices, open_device
 from ocelot_em.errors import OcelotError
 from ocelot_em.kernels import load, load_cuda
 from ocelot_em.kernels.cuda import CudaKernels
-from ocelot_em.maps import Accumulator
+from ocelot_em.kernels.device import find_devices, open_device
+from ocelot_em.model.maps import Accumulator
 
 
 def why_no_gpu():

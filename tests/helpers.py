@@ -10,12 +10,12 @@ import pytest
 import zarr
 from hypothesis import settings
 
-from ocelot_em.format import dump_attributes
-from ocelot_em.maps import INDEX, POSES, AnyArray
-from ocelot_em.objects import open_objects
-from ocelot_em.search import SearchInfo, partial_path, read_partial_attributes, write_partial
-from ocelot_em.search_space import SearchSpace
-from ocelot_em.store import update_attributes
+from ocelot_em.model.maps import INDEX, POSES, AnyArray
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.store.arrays import update_attributes
+from ocelot_em.store.attributes import dump_attributes
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import SearchInfo, partial_path, read_partial_attributes, write_partial
 
 expensive = settings(max_examples=settings.default.max_examples // 4)
 """For drawn examples that merge: fewer than usual, in whatever profile."""

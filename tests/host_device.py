@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ocelot_em.device import kernel_source
 from ocelot_em.errors import DeviceMemoryError
+from ocelot_em.kernels.device import kernel_source
 
 PRELUDE = """
 #include <cmath>

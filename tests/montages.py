@@ -8,8 +8,8 @@ import numpy as np
 
 import ocelot_em
 from helpers import SPACE, make_result, read_maps
-from ocelot_em.maps import AnyArray
-from ocelot_em.search import Exposure, SearchInfo, write_partial
+from ocelot_em.model.maps import AnyArray
+from ocelot_em.store.search import Exposure, SearchInfo, write_partial
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ocelot_em.markup import Markup, element
-from ocelot_em.plots import new_figure
+from ocelot_em.model.markup import Markup, element
+from ocelot_em.view.plots import new_figure
 
 FIGURES = ["told", pytest.param("drawn", marks=pytest.mark.slow)]
 """Parameters of a fixture: the same tests draw their pages in the second tier."""
@@ -18,7 +18,7 @@ FIGURES = ["told", pytest.param("drawn", marks=pytest.mark.slow)]
 
 def tell_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have reports name what is in their figures, and leave out the rendering."""
-    monkeypatch.setattr("ocelot_em.report._drawing", _told)
+    monkeypatch.setattr("ocelot_em.view.report._drawing", _told)
 
 
 def _told(

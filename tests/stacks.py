@@ -3,8 +3,8 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from ocelot_em.maps import Accumulator, MapSet, PartialMaps, PoseForm
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.model.maps import Accumulator, MapSet, PartialMaps, PoseForm
+from ocelot_em.model.search_space import SearchSpace
 
 SPACE = SearchSpace.from_tables(
     np.random.default_rng(1).uniform(0, 360, (7, 3)), [-100.0, 0.0, 100.0], [0.0, 0.01]

@@ -4,56 +4,54 @@ The names below are the public interface; they are imported when they are first 
 ``import ocelot_em`` costs nothing and changes nothing in the process.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ocelot_em.api import Observer, merge
-    from ocelot_em.canvas import Region
     from ocelot_em.errors import OcelotError
-    from ocelot_em.in_memory import merge_arrays
-    from ocelot_em.inspection import StoreInfo, check, describe
-    from ocelot_em.interop.leopard import (
-        ImportOptions,
-        import_results,
-        read_search_space_file,
-    )
-    from ocelot_em.lazy import lazy_merge, open_merged, open_partials
-    from ocelot_em.particles import ParticleTable
-    from ocelot_em.picking import find_peaks
-    from ocelot_em.pipeline import MergeReport
-    from ocelot_em.plan import MergeOptions
-    from ocelot_em.search import Exposure, PartialWriter, SearchInfo, write_partial
-    from ocelot_em.search_space import SearchSpace
-    from ocelot_em.simulation import Simulation, simulate
+    from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
+    from ocelot_em.merge.in_memory import merge_arrays
+    from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
+    from ocelot_em.merge.merge import MergeReport
+    from ocelot_em.merge.plan import MergeOptions
+    from ocelot_em.model.regions import Region
+    from ocelot_em.model.search_space import SearchSpace
+    from ocelot_em.particles.picking import find_peaks
+    from ocelot_em.particles.table import ParticleTable
+    from ocelot_em.run.api import Observer, merge
+    from ocelot_em.store.search import Exposure, PartialWriter, SearchInfo, write_partial
+    from ocelot_em.testing.simulation import Simulation, simulate
+    from ocelot_em.view.inspection import StoreInfo, check, describe
 
 _HOME = {
-    "Exposure": "search",
-    "ImportOptions": "interop.leopard",
-    "MergeOptions": "plan",
-    "MergeReport": "pipeline",
-    "Observer": "api",
+    "Exposure": "store.search",
+    "ImportOptions": "io.leopard",
+    "MergeOptions": "merge.plan",
+    "MergeReport": "merge.merge",
+    "Observer": "run.api",
     "OcelotError": "errors",
-    "PartialWriter": "search",
-    "ParticleTable": "particles",
-    "Region": "canvas",
-    "SearchInfo": "search",
-    "SearchSpace": "search_space",
-    "Simulation": "simulation",
-    "StoreInfo": "inspection",
-    "check": "inspection",
-    "describe": "inspection",
-    "find_peaks": "picking",
-    "import_results": "interop.leopard",
-    "lazy_merge": "lazy",
-    "merge": "api",
-    "merge_arrays": "in_memory",
-    "open_merged": "lazy",
-    "open_partials": "lazy",
-    "read_search_space_file": "interop.leopard",
-    "simulate": "simulation",
-    "write_partial": "search",
+    "PartialWriter": "store.search",
+    "ParticleTable": "particles.table",
+    "Region": "model.regions",
+    "SearchInfo": "store.search",
+    "SearchSpace": "model.search_space",
+    "Simulation": "testing.simulation",
+    "StoreInfo": "view.inspection",
+    "check": "view.inspection",
+    "describe": "view.inspection",
+    "find_peaks": "particles.picking",
+    "import_results": "io.leopard",
+    "lazy_merge": "merge.lazy",
+    "merge": "run.api",
+    "merge_arrays": "merge.in_memory",
+    "open_merged": "merge.lazy",
+    "open_partials": "merge.lazy",
+    "read_search_space_file": "io.leopard",
+    "simulate": "testing.simulation",
+    "write_partial": "store.search",
 }
 
 __all__ = [  # noqa: RUF022 - grouped as people look for them
@@ -84,6 +82,20 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "OcelotError",
     "__version__",
 ]
+
+
+class _Package(ModuleType):
+    """A package whose attribute ``merge`` is a function, not the folder of that name.
+
+    Importing anything from a folder sets the folder as an attribute of the package above it.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "merge" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

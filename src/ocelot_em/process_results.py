@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ocelot_em import in_memory
-from ocelot_em.arrays import NUMPY, TORCH, as_numpy
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.in_memory import Findings, MapChecks, at_least_1d, on_host
 from ocelot_em.kernels import load
-from ocelot_em.maps import (
+from ocelot_em.merge import in_memory
+from ocelot_em.merge.in_memory import Findings, MapChecks, at_least_1d, on_host
+from ocelot_em.model.arrays import NUMPY, TORCH, as_numpy
+from ocelot_em.model.maps import (
     INDEX,
     MAPS,
     MEAN,

@@ -23,14 +23,14 @@ from chaos_common import (
     undisturbed,
     wait_for,
 )
-from ocelot_em.api import plan_merge
-from ocelot_em.cluster import open_cluster
 from ocelot_em.errors import OutputLockedError, TilesFailedError
-from ocelot_em.execute import ClientExecutor
-from ocelot_em.lock import OutputLock
-from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import Outcome, Work, attempt_tiles, merge
-from ocelot_em.plan import MergeOptions
+from ocelot_em.merge.merge import Outcome, Work, attempt_tiles, merge
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.run.api import plan_merge
+from ocelot_em.run.clusters import open_cluster
+from ocelot_em.run.executors import ClientExecutor
+from ocelot_em.store.lock import OutputLock
+from ocelot_em.store.objects import open_objects
 
 pytestmark = pytest.mark.chaos
 

@@ -9,9 +9,9 @@ import pytest
 
 import ocelot_em
 from chaos_common import Undisturbed, undisturbed
-from ocelot_em.api import Observer
 from ocelot_em.errors import PlanError, TilesFailedError
-from ocelot_em.pipeline import Outcome
+from ocelot_em.merge.merge import Outcome
+from ocelot_em.run.api import Observer
 
 pytestmark = pytest.mark.chaos
 

@@ -30,9 +30,10 @@ from chaos_common import (
     undisturbed,
     wait_for,
 )
-from ocelot_em import check, describe, merge, objects
+from ocelot_em import check, describe, merge
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.objects import open_objects
+from ocelot_em.store import objects
+from ocelot_em.store.objects import open_objects
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")

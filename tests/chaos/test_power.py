@@ -35,8 +35,8 @@ from chaos_common import (
     wait_for,
 )
 from helpers import make_result, write_search
-from ocelot_em import store
-from ocelot_em.objects import open_objects
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import open_objects
 
 pytestmark = pytest.mark.chaos
 
@@ -133,8 +133,8 @@ def started_again(copy: Path, folder: Path) -> Iterator[Path]:
 
 def merge_again(search: Undisturbed, output: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Merge after the power has come back, with less patience; tiles that it merged."""
-    monkeypatch.setattr("ocelot_em.lock.STALE_SECONDS", 1.0)
-    monkeypatch.setattr("ocelot_em.lock.LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("ocelot_em.store.lock.STALE_SECONDS", 1.0)
+    monkeypatch.setattr("ocelot_em.store.lock.LOOK_SECONDS", 0.2)
     return ocelot_em.merge(search.run, output, tile_size=search.tile).n_merged
 
 

@@ -25,7 +25,7 @@ from chaos_common import (
     undisturbed,
     wait_for,
 )
-from ocelot_em import slurm
+from ocelot_em.run import slurm
 
 pytestmark = [
     pytest.mark.chaos,

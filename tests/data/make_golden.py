@@ -12,7 +12,7 @@ import numpy as np
 import ocelot_em
 from helpers import make_result, write_search
 from montages import SHOTS, write_shots
-from ocelot_em.format import FORMAT_VERSION
+from ocelot_em.store.attributes import FORMAT_VERSION
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ import starfile
 
 from conftest import CROPS, DATA
 from helpers import chunk_bytes, read_maps
-from ocelot_em import demo, describe, doctor
-from ocelot_em.cli import DONE, run
-from ocelot_em.interop.ome_zarr import read_level
-from ocelot_em.particles import ParticleTable
-from ocelot_em.simulation import Simulation
+from ocelot_em import describe
+from ocelot_em.cli import demo, doctor
+from ocelot_em.cli.main import DONE, run
+from ocelot_em.io.ome_zarr import read_level
+from ocelot_em.particles.table import ParticleTable
+from ocelot_em.testing.simulation import Simulation
 
 OPTICS = """\
 micrograph_path: M.mrc

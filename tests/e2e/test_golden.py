@@ -10,8 +10,8 @@ import pytest
 import ocelot_em
 from conftest import DATA
 from helpers import SPACE, assert_same_maps, make_result, read_maps
-from ocelot_em.picking import all_candidates
-from ocelot_em.records import read_summary
+from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.particles.picking import all_candidates
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
 STATISTICS = sorted(DATA.glob("golden_v*/statistics.zarr"))

@@ -16,10 +16,10 @@ import pytest
 import ocelot_em
 from conftest import SHARED
 from helpers import read_maps
-from ocelot_em.interop.mrc import write_mrc_set
-from ocelot_em.interop.tables import LEOPARD_MAPS, Optics, with_maps_in, write_leopard_csv
-from ocelot_em.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray
-from ocelot_em.picking import find_peaks
+from ocelot_em.io.mrc import write_mrc_set
+from ocelot_em.io.tables import LEOPARD_MAPS, Optics, with_maps_in, write_leopard_csv
+from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray
+from ocelot_em.particles.picking import find_peaks
 
 pytest.importorskip(
     "leopard_em",

@@ -26,9 +26,6 @@ from helpers import (
     unfinish,
     write_search,
 )
-from ocelot_em import store
-from ocelot_em.api import Observer
-from ocelot_em.cluster import Cluster
 from ocelot_em.errors import (
     ClusterLostError,
     FormatError,
@@ -39,8 +36,8 @@ from ocelot_em.errors import (
     PlanError,
     TilesFailedError,
 )
-from ocelot_em.execute import ClientExecutor
-from ocelot_em.maps import (
+from ocelot_em.merge.merge import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary, Work
+from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
     INDEX,
@@ -51,8 +48,11 @@ from ocelot_em.maps import (
     STD,
     SUM,
 )
-from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary, Work
+from ocelot_em.run.api import Observer
+from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.executors import ClientExecutor
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import open_objects
 
 SUMMED = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
 COUNTS = (1000, 2**31 + 7, 300, 25)
@@ -433,7 +433,7 @@ def test_no_scheduler_at_the_address_is_said_plainly(
     search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A scheduler may be about to start: a refused connection is tried again all that time.
-    monkeypatch.setattr("ocelot_em.connect.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("ocelot_em.run.connect.CONNECT_SECONDS", 0.5)
     with pytest.raises(PlanError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):
         merge(search, tmp_path / "OUT.zarr", cluster="tcp://127.0.0.1:9")
 
@@ -545,8 +545,8 @@ def test_a_cluster_without_workers_is_waited_for_only_so_long(
     client = FakeClient()
     client.nthreads = ask  # type: ignore[method-assign]
     client.submit = lambda *_, key, **__: Unending(key)  # type: ignore[method-assign, misc]
-    monkeypatch.setattr("ocelot_em.execute.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("ocelot_em.execute.LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("ocelot_em.run.executors.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("ocelot_em.run.executors.LOOK_SECONDS", 0.001)
     executor = ClientExecutor(client, worker_timeout_seconds=150)
     with pytest.raises(ClusterLostError, match="had no workers for 150 s"):
         executor.run(Work("out", "r"), Tiles(9, np.arange(9)), print, threading.Event())

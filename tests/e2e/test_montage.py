@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import ocelot_em
 from helpers import assert_same_maps, chunk_bytes, combinations, expensive, read_maps
 from montages import SHOTS, Shot, merged_alone, write_shots
-from ocelot_em.api import plan_merge
 from ocelot_em.errors import (
     FormatError,
     IncompleteError,
@@ -23,13 +22,14 @@ from ocelot_em.errors import (
     OutputExistsError,
     TilesFailedError,
 )
-from ocelot_em.interop.hdf5 import write_hdf5
-from ocelot_em.interop.ome_zarr import read_level, write_ome_zarr
-from ocelot_em.maps import MAPS, AnyArray, PoseForm
-from ocelot_em.objects import _LocalObjects, open_objects
-from ocelot_em.plan import MergeOptions
-from ocelot_em.search import Exposure, SearchInfo, ensure_search, write_partial
-from ocelot_em.simulation import Simulation, simulate
+from ocelot_em.io.hdf5 import write_hdf5
+from ocelot_em.io.ome_zarr import read_level, write_ome_zarr
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import MAPS, AnyArray, PoseForm
+from ocelot_em.run.api import plan_merge
+from ocelot_em.store.objects import _LocalObjects, open_objects
+from ocelot_em.store.search import Exposure, SearchInfo, ensure_search, write_partial
+from ocelot_em.testing.simulation import Simulation, simulate
 
 FILL = {name: info.fill for name, info in MAPS.items()}
 
@@ -212,7 +212,8 @@ def test_an_update_that_died_is_gone_on_with(tmp_path, monkeypatch):
     write_shots(search, SHOTS[2:4])
     with monkeypatch.context() as patch:
         patch.setattr(
-            "ocelot_em.pipeline.store.create_map", lambda *_: (_ for _ in ()).throw(MemoryError())
+            "ocelot_em.merge.merge.store.create_map",
+            lambda *_: (_ for _ in ()).throw(MemoryError()),
         )
         with pytest.raises(MemoryError):
             ocelot_em.merge(search, output, tile_size=16)
@@ -290,7 +291,7 @@ def test_nan_can_be_masked_in_a_montage(tmp_path):
     late = SHOTS[0].results()[0]
     late["mip"][5, 6] = np.nan
     # A partial with NaN cannot be written, so that it is put there behind the writer's back.
-    from ocelot_em.search import open_partial_maps
+    from ocelot_em.store.search import open_partial_maps
 
     maps = open_partial_maps(open_objects(search), "exposures/late/partials/gpu0", "gpu0", ("mip",))
     maps["mip"].write(ocelot_em.Region.whole(SHOTS[0].shape), late["mip"])

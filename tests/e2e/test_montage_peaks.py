@@ -12,12 +12,12 @@ import ocelot_em
 from conftest import SHARED
 from helpers import expensive
 from montages import SHOTS, Shot, merged_alone, write_shots
-from ocelot_em.cli import run
+from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.particles import ParticleTable
-from ocelot_em.picking import find_peaks
-from ocelot_em.records import read_summary
-from ocelot_em.statistics import gaussian_cutoff
+from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.picking import find_peaks
+from ocelot_em.particles.table import ParticleTable
 
 REAL = SHARED.with_name("leopard_em_montage")
 ORIGINS = {"00": (2, 0), "01": (0, 287), "02": (3, 576)}

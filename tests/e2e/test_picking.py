@@ -10,12 +10,13 @@ from conftest import SHARED
 from exact_ranks import from_maps
 from helpers import make_result, read_maps, write_search
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
-from ocelot_em.maps import MIP, POSES, SCALED_MIP
-from ocelot_em.peaks import select_peaks
-from ocelot_em.picking import find_peaks
-from ocelot_em.records import Candidates
-from ocelot_em.significance import Z_AXIS, Histogram1D, gev_cutoff
-from ocelot_em.statistics import gaussian_cutoff
+from ocelot_em.merge.stats.records import Candidates
+from ocelot_em.model.histograms import Z_AXIS, Histogram1D
+from ocelot_em.model.maps import MIP, POSES, SCALED_MIP
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.peaks import select_peaks
+from ocelot_em.particles.picking import find_peaks
+from ocelot_em.particles.significance import gev_cutoff
 
 SHAPE, COUNTS = (150, 190), (1000, 700, 300)
 METHODS = ("gaussian", "gev", "pvalue")
@@ -73,7 +74,8 @@ def test_candidates_and_maps_say_the_same(merged, cutoff, monkeypatch):
     """Low cutoffs read the maps, high ones the records."""
     picked = find_peaks(merged / "33.zarr", cutoff=cutoff)
     monkeypatch.setattr(
-        "ocelot_em.picking.read_candidates", lambda *_: Candidates(np.empty((0, 21)), np.inf)
+        "ocelot_em.particles.picking.read_candidates",
+        lambda *_: Candidates(np.empty((0, 21)), np.inf),
     )
     tables_equal(find_peaks(merged / "33.zarr", cutoff=cutoff), picked)
     maps = {n: m.to_numpy() for n, m in ocelot_em.open_merged(merged / "33.zarr").items()}

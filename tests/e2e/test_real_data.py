@@ -8,8 +8,8 @@ import pytest
 import ocelot_em
 from conftest import DATA, SHARED
 from helpers import read_maps
-from ocelot_em.interop.leopard import ImportOptions, import_results, read_search_space_file
-from ocelot_em.maps import POSES, AnyArray
+from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
+from ocelot_em.model.maps import POSES, AnyArray
 
 
 def merged_maps(

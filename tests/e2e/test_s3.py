@@ -12,15 +12,14 @@ from builders import explicit_maps, same_bits, write_explicit_search
 from ocelot_em import (
     ImportOptions,
     check,
-    cli,
     describe,
     import_results,
     merge,
-    objects,
     open_merged,
     open_partials,
     write_partial,
 )
+from ocelot_em.cli import main as cli
 from ocelot_em.errors import (
     IncompleteError,
     MissingChunkError,
@@ -29,7 +28,8 @@ from ocelot_em.errors import (
     StoreNotFoundError,
     TilesFailedError,
 )
-from ocelot_em.maps import MIP
+from ocelot_em.model.maps import MIP
+from ocelot_em.store import objects
 
 BUCKET = "ocelot-tests"
 

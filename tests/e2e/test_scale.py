@@ -20,17 +20,17 @@ from benchmarks.memory import Memory, measure
 
 import ocelot_em
 from helpers import assert_same_maps, combinations, make_result, read_maps, write_search
-from ocelot_em import store
-from ocelot_em.cluster import open_cluster
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.execute import ClientExecutor, ThreadExecutor
-from ocelot_em.format import PARTIALS
-from ocelot_em.maps import MAPS, PoseForm
-from ocelot_em.objects import _LocalObjects, open_objects
-from ocelot_em.pipeline import Tiles, Work, attempt_tiles, prepare
-from ocelot_em.plan import MergeOptions
-from ocelot_em.simulation import Simulation, simulate
-from ocelot_em.store import ChunkedMap
+from ocelot_em.merge.merge import Tiles, Work, attempt_tiles, prepare
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.maps import MAPS, PoseForm
+from ocelot_em.run.clusters import open_cluster
+from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
+from ocelot_em.store import arrays as store
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.attributes import PARTIALS
+from ocelot_em.store.objects import _LocalObjects, open_objects
+from ocelot_em.testing.simulation import Simulation, simulate
 
 FORMS = [form.value for form in PoseForm]
 SIDES = 8192, 32768

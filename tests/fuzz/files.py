@@ -17,16 +17,16 @@ import torch
 from tests.builders import SPACE, explicit_maps, indexed_maps
 
 from ocelot_em import import_results, read_search_space_file
-from ocelot_em.interop.description import placed_exposures, read_description
-from ocelot_em.interop.hdf5 import GROUP, import_hdf5
-from ocelot_em.interop.map_set import OUR_NAMES, FinishedSearch
-from ocelot_em.interop.mrc import import_mrc_set
-from ocelot_em.interop.origins import read_origins
-from ocelot_em.interop.tables import Optics, read_parquet, write_parquet
-from ocelot_em.interop.yaml_file import read_yaml
-from ocelot_em.maps import COUNT, MIP
-from ocelot_em.particles import COLUMNS, MONTAGE_COLUMNS, NEG_LOG_P, About, ParticleTable
-from ocelot_em.search_space import TABLES
+from ocelot_em.io.description import placed_exposures, read_description
+from ocelot_em.io.hdf5 import GROUP, import_hdf5
+from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch
+from ocelot_em.io.mrc import import_mrc_set
+from ocelot_em.io.origins import read_origins
+from ocelot_em.io.tables import Optics, read_parquet, write_parquet
+from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.model.maps import COUNT, MIP
+from ocelot_em.model.search_space import TABLES
+from ocelot_em.particles.table import COLUMNS, MONTAGE_COLUMNS, NEG_LOG_P, About, ParticleTable
 
 Reader = Callable[[bytes], object]
 Kind = Callable[[Path], tuple[list[bytes], Reader]]

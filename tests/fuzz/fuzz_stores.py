@@ -20,13 +20,13 @@ with instrumented():
     from tests.builders import INDEXED, explicit_maps, indexed_maps
 
     import ocelot_em
-    from ocelot_em import format as fmt
     from ocelot_em.errors import OcelotError
-    from ocelot_em.frames import Frame, encode
-    from ocelot_em.metadata import parse_array, parse_group
-    from ocelot_em.plan import read_plan
-    from ocelot_em.records import read_summary
-    from ocelot_em.search import Exposure, SearchInfo, write_partial
+    from ocelot_em.merge.plan import read_plan
+    from ocelot_em.merge.stats.records import read_summary
+    from ocelot_em.store import attributes as fmt
+    from ocelot_em.store.blosc import Frame, encode
+    from ocelot_em.store.metadata import parse_array, parse_group
+    from ocelot_em.store.search import Exposure, SearchInfo, write_partial
 
 Reader = Callable[[bytes], object]
 

@@ -6,10 +6,11 @@ import pytest
 from builders import SPACE, same_bits
 from gpu_kernels import needs_gpu
 from helpers import make_result
-from ocelot_em import SearchInfo, in_memory, merge_arrays, open_partials, write_partial
-from ocelot_em.arrays import as_numpy
+from ocelot_em import SearchInfo, merge_arrays, open_partials, write_partial
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM
+from ocelot_em.merge import in_memory
+from ocelot_em.model.arrays import as_numpy
+from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM
 from stacks import assert_same_bits
 
 pytestmark = needs_gpu

@@ -8,9 +8,9 @@ import pytest
 import ocelot_em
 from gpu_kernels import needs_gpu
 from helpers import chunk_bytes, make_result, write_search
-from ocelot_em.device import find_devices, open_device
 from ocelot_em.errors import DeviceMemoryError
-from ocelot_em.simulation import Simulation, simulate
+from ocelot_em.kernels.device import find_devices, open_device
+from ocelot_em.testing.simulation import Simulation, simulate
 
 pytestmark = needs_gpu
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocelot_em.canvas import Region, TileGrid
+from ocelot_em.model.regions import Region, TileGrid
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 grids = st.builds(TileGrid, sizes, sizes)

@@ -12,7 +12,8 @@ from builders import (
     snapshot,
     write_explicit_search,
 )
-from ocelot_em import __version__, cli, describe, open_merged
+from ocelot_em import __version__, describe, open_merged
+from ocelot_em.cli import main as cli
 
 SHAPE = (40, 50)
 
@@ -265,7 +266,7 @@ def test_an_interrupt_exits_130(ocelot, run, tmp_path, monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ocelot_em.api.merge", interrupt)
+    monkeypatch.setattr("ocelot_em.run.api.merge", interrupt)
     code, _, err = ocelot("merge", run, "--output", tmp_path / "M")
     assert code == 130
     assert "the same command goes on where it stopped" in err

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ocelot_em import cli
-from ocelot_em.config_file import add_config_option, apply_config, parse_arguments, write_config
+from ocelot_em.cli import main as cli
+from ocelot_em.cli.config_file import add_config_option, apply_config, parse_arguments, write_config
 from ocelot_em.errors import InvalidInputError, StorageError
-from ocelot_em.plan import MergeOptions
+from ocelot_em.merge.plan import MergeOptions
 
 
 def even(text):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from distributed import Client, Scheduler, default_client
 
-from ocelot_em import connect
-from ocelot_em.connect import closing_without_clients, staying_connected
 from ocelot_em.errors import ClusterLostError
+from ocelot_em.run import connect
+from ocelot_em.run.connect import closing_without_clients, staying_connected
 
 HANGING_SECONDS = 60
 """Nothing here takes long: whoever waits so long waits in vain."""
@@ -123,7 +123,7 @@ def test_staying_connected_keeps_a_scheduler_and_is_nobodys_default(clock: Clock
 
 
 def test_a_scheduler_that_is_gone_is_named(monkeypatch) -> None:
-    monkeypatch.setattr("ocelot_em.connect.CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("ocelot_em.run.connect.CONNECT_SECONDS", 0.2)
     with (
         pytest.raises(ClusterLostError, match=r"tcp://127\.0\.0\.1:9 is gone"),
         staying_connected("tcp://127.0.0.1:9"),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ocelot_em.device import _COMPILE_OPTIONS, kernel_source
+from ocelot_em.kernels.device import _COMPILE_OPTIONS, kernel_source
 
 KERNELS = {"fold_indexed", "fold_four_poses", "fold_five_poses", "finalise", "mask_nan"}
 

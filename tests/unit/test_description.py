@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 import ocelot_em
 from builders import same_bits, snapshot
 from helpers import SPACE, assert_same_maps, make_result, read_maps
-from ocelot_em.cli import run
+from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidDataError, InvalidInputError
-from ocelot_em.interop import leopard
-from ocelot_em.interop.description import (
+from ocelot_em.io import leopard
+from ocelot_em.io.description import (
     Description,
     import_description,
     placed_exposures,
     read_description,
 )
-from ocelot_em.maps import COUNT, INDEX, MIP, PIXEL_SIZE, POSES, SUM
-from ocelot_em.search import Exposure, SearchInfo, write_partial
-from ocelot_em.search_space import TABLES, SearchSpace
+from ocelot_em.model.maps import COUNT, INDEX, MIP, PIXEL_SIZE, POSES, SUM
+from ocelot_em.model.search_space import TABLES, SearchSpace
+from ocelot_em.store.search import Exposure, SearchInfo, write_partial
 
 SHAPES = {"00": (12, 14), "01": (10, 16)}
 COUNTS = {"00": (70_000, 20_000), "01": (50_000, 40_000)}

@@ -5,11 +5,11 @@ import types
 
 import pytest
 
-from ocelot_em import cluster
-from ocelot_em.api import merge
-from ocelot_em.device import CudaDevice, DeviceFacts, find_devices, open_device
 from ocelot_em.errors import DeviceError, MissingDependencyError
-from ocelot_em.plan import MergeOptions
+from ocelot_em.kernels.device import CudaDevice, DeviceFacts, find_devices, open_device
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.run import clusters as cluster
+from ocelot_em.run.api import merge
 
 
 class CUDARuntimeError(RuntimeError):

@@ -17,12 +17,13 @@ from helpers import (
 )
 from host_device import HostDevice, LateDevice, host_kernels
 from montages import SHOTS, write_shots
-from ocelot_em import cluster, pipeline
-from ocelot_em.device import DeviceFacts
 from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.kernels.cuda import MOST_SOURCES, CudaKernels
-from ocelot_em.maps import MapSet, PartialMaps, PoseForm
-from ocelot_em.plan import DEVICE_TABLES_NBYTES
+from ocelot_em.kernels.device import DeviceFacts
+from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.plan import DEVICE_TABLES_NBYTES
+from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.run import clusters as cluster
 from stacks import SPACE as TEST_SPACE
 from stacks import as_partial, assert_same_accumulators, draw_partial, fold_at_once
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from distributed import LocalCluster
 
-from ocelot_em import __version__, connect, doctor
-from ocelot_em.device import DeviceFacts
-from ocelot_em.doctor import Finding, WorkerFacts, examine
+from ocelot_em import __version__
+from ocelot_em.cli import doctor
+from ocelot_em.cli.doctor import Finding, WorkerFacts, examine
 from ocelot_em.errors import DeviceError
 from ocelot_em.kernels import load
+from ocelot_em.kernels.device import DeviceFacts
+from ocelot_em.run import connect
 
 NAMES = [
     *("versions", "extras", "GPUs", "kernels", "codecs", "memory", "CPU cores"),

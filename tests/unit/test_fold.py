@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ocelot_em import kernels
-from ocelot_em.fold import Fold, Workspace
-from ocelot_em.format import Contribution
 from ocelot_em.kernels import by_map
-from ocelot_em.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
-from ocelot_em.search import Source
-from ocelot_em.transfer import READ_TOGETHER
+from ocelot_em.merge.fold import Fold, Workspace
+from ocelot_em.model.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
+from ocelot_em.store.attributes import Contribution
+from ocelot_em.store.search import Source
+from ocelot_em.store.transfer import READ_TOGETHER
 from stacks import (
     assert_same_bits,
     draw_partial,

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from ocelot_em import format as fmt
 from ocelot_em.errors import FormatError
-from ocelot_em.maps import MAPS, PoseForm
+from ocelot_em.model.maps import MAPS, PoseForm
+from ocelot_em.store import attributes as fmt
 
 PROVENANCE = fmt.Provenance(created="2026-01-01T00:00:00+00:00", versions={"ocelot-em": "0.1.0"})
 SEARCH = fmt.SearchAttributes(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numcodecs import blosc
 from numcodecs.blosc import Blosc
 
-from ocelot_em.frames import Frame, encode
+from ocelot_em.store.blosc import Frame, encode
 
 
 def stored(values, **how):

@@ -20,7 +20,6 @@ from builders import (
 from conftest import SHARED
 from helpers import read_maps
 from ocelot_em import SearchInfo, describe, merge, open_merged, write_partial
-from ocelot_em.canvas import TileGrid
 from ocelot_em.errors import (
     CorruptChunkError,
     InvalidInputError,
@@ -28,12 +27,14 @@ from ocelot_em.errors import (
     OutputExistsError,
     StorageError,
 )
-from ocelot_em.interop import hdf5, map_set
-from ocelot_em.interop.hdf5 import import_hdf5, write_hdf5
-from ocelot_em.interop.leopard import ImportOptions, import_results
-from ocelot_em.interop.map_set import OUR_NAMES, FinishedSearch
-from ocelot_em.interop.mrc import import_mrc_set, write_mrc_set
-from ocelot_em.maps import SCALED_MIP
+from ocelot_em.io import hdf5
+from ocelot_em.io import leopard_maps as map_set
+from ocelot_em.io.hdf5 import import_hdf5, write_hdf5
+from ocelot_em.io.leopard import ImportOptions, import_results
+from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch
+from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
+from ocelot_em.model.maps import SCALED_MIP
+from ocelot_em.model.regions import TileGrid
 
 SHAPE, BOX, VALID = (70, 61), 8, (63, 54)
 COUNT = 2001
@@ -43,8 +44,8 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 def use_small_pieces(monkeypatch):
     """Chunks of 32 pixels, of 16 in files, and bands of few, so that small maps have many."""
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
-    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 32)
     monkeypatch.setattr(map_set, "LEAST_ROWS", 20)
     monkeypatch.setattr(map_set, "BAND_PX", 1500)
     monkeypatch.setattr(hdf5, "CHUNK", 16)
@@ -280,7 +281,7 @@ def test_every_chunk_is_written_once(merged, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     monkeypatch.setattr(hdf5, "CHUNK", 64)
     shape, whole = (1024, 512), 4 * 1024 * 512
@@ -302,8 +303,8 @@ def test_writing_does_not_touch_the_store(merged, tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the whole real search is not on this machine")
 def test_a_real_search_makes_the_round_trip(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
-    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     monkeypatch.setattr(hdf5, "CHUNK", 64)
     options = ImportOptions(

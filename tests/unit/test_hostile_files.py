@@ -34,14 +34,14 @@ from tests.fuzz.files import (
 from builders import explicit_maps
 from ocelot_em import import_results, read_search_space_file
 from ocelot_em.errors import InvalidInputError, OcelotError
-from ocelot_em.interop.hdf5 import GROUP, import_hdf5
-from ocelot_em.interop.map_set import FinishedSearch
-from ocelot_em.interop.mrc import import_mrc_set
-from ocelot_em.interop.origins import Origin, read_origins
-from ocelot_em.interop.tables import Optics, read_parquet, write_parquet
-from ocelot_em.interop.yaml_file import read_yaml
-from ocelot_em.maps import COUNT, MIP
-from ocelot_em.particles import ParticleTable
+from ocelot_em.io.hdf5 import GROUP, import_hdf5
+from ocelot_em.io.leopard_maps import FinishedSearch
+from ocelot_em.io.mrc import import_mrc_set
+from ocelot_em.io.origins import Origin, read_origins
+from ocelot_em.io.tables import Optics, read_parquet, write_parquet
+from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.model.maps import COUNT, MIP
+from ocelot_em.particles.table import ParticleTable
 from work import assert_linear, calls_of, counted_calls
 
 MEMORY_NBYTES = 50_000_000
@@ -644,7 +644,7 @@ def test_configurations_that_cannot_be(tmp_path, text, problem):
 
 
 def test_long_text_in_one_row_of_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.particles._MAX_CHARACTERS", 100)
+    monkeypatch.setattr("ocelot_em.particles.table._MAX_CHARACTERS", 100)
     table, path = particles(20, montage=True), tmp_path / "P.csv"
     table.to_csv(path)
     assert ParticleTable.read_csv(path).columns["exposure"][19] == "e19"
@@ -663,7 +663,7 @@ def test_a_table_larger_than_any(tmp_path, monkeypatch):
         file.truncate(2**30 + 1)  # takes no room on the disk
     assert "expected at most 1,073,741,824 bytes" in refusal_of(ParticleTable.read_csv, path)
     write_parquet(particles(3), tmp_path / "P.parquet")
-    monkeypatch.setattr("ocelot_em.interop.tables.MAX_PARTICLES", 2)
+    monkeypatch.setattr("ocelot_em.io.tables.MAX_PARTICLES", 2)
     problem = refusal_of(read_parquet, tmp_path / "P.parquet")
     assert "expected at most 2 particles, got 3" in problem
 

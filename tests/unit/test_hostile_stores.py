@@ -30,7 +30,6 @@ from builders import (
     write_explicit_search,
     write_indexed_search,
 )
-from ocelot_em import store
 from ocelot_em.errors import (
     CorruptChunkError,
     FormatError,
@@ -38,11 +37,12 @@ from ocelot_em.errors import (
     OcelotError,
     StorageError,
 )
-from ocelot_em.objects import _CHECKED_SECONDS, open_objects
-from ocelot_em.picking import all_candidates
-from ocelot_em.plan import MergeOptions, make_plan
-from ocelot_em.records import read_summary
-from ocelot_em.search import Exposure, SearchInfo, write_partial
+from ocelot_em.merge.plan import MergeOptions, make_plan
+from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.particles.picking import all_candidates
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import _CHECKED_SECONDS, open_objects
+from ocelot_em.store.search import Exposure, SearchInfo, write_partial
 from work import assert_linear, calls_of
 
 SHAPE = (40, 50)
@@ -535,7 +535,7 @@ NUMBERS = "progress/numbers/c/0"
     ],
 )
 def test_records_of_impossible_numbers_are_corrupt(stores, field, value):
-    from ocelot_em.collected import CANDIDATE_FIELDS, EXTREMES, TILE_FIELDS
+    from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, EXTREMES, TILE_FIELDS
 
     place = stores / "index_only_merged"
     file, about = place / NUMBERS, json.loads((place / "progress/numbers/zarr.json").read_text())
@@ -728,7 +728,7 @@ LEAVING = "leads out of the store"
     ],
 )
 def test_a_link_that_leads_out_is_not_read(stores, tmp_path, monkeypatch, outside, at, reads):
-    monkeypatch.setattr("ocelot_em.objects._CHECKED_SECONDS", 0.0)
+    monkeypatch.setattr("ocelot_em.store.objects._CHECKED_SECONDS", 0.0)
     place = shutil.copytree(stores / "explicit", tmp_path / "RUN")
     reads(place)  # what was looked at before, is looked at again
     target = place / at
@@ -744,7 +744,7 @@ def test_folders_that_were_looked_at_are_looked_at_again_after_a_while(
     stores, tmp_path, monkeypatch, outside
 ):
     now = [1000.0]
-    monkeypatch.setattr("ocelot_em.objects.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("ocelot_em.store.objects.time", SimpleNamespace(monotonic=lambda: now[0]))
     place = shutil.copytree(stores / "explicit", tmp_path / "RUN")
     objects, key = open_objects(place), "partials/gpu0/mip/zarr.json"
     before = objects.get(key)

@@ -13,11 +13,12 @@ from builders import (
     write_explicit_search,
     write_indexed_search,
 )
-from ocelot_em import check, describe, merge, store
-from ocelot_em.canvas import Region
+from ocelot_em import check, describe, merge
 from ocelot_em.errors import FormatError, StoreNotFoundError
-from ocelot_em.maps import INDEX, MAPS, MIP, SUM
-from ocelot_em.objects import open_objects
+from ocelot_em.model.maps import INDEX, MAPS, MIP, SUM
+from ocelot_em.model.regions import Region
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import open_objects
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 

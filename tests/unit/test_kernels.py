@@ -11,7 +11,7 @@ import oracle
 from gpu_kernels import all_kernels
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.kernels import load
-from ocelot_em.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from stacks import (
     SHAPES,
     SPACE,

@@ -15,7 +15,7 @@ from builders import (
     write_explicit_search,
     write_indexed_search,
 )
-from ocelot_em import lazy, lazy_merge, merge, open_merged, open_partials
+from ocelot_em import lazy_merge, merge, open_merged, open_partials
 from ocelot_em.errors import (
     CorruptChunkError,
     FormatError,
@@ -25,7 +25,8 @@ from ocelot_em.errors import (
     PlanError,
     StoreNotFoundError,
 )
-from ocelot_em.maps import MIP, SCALED_MIP
+from ocelot_em.merge import lazy
+from ocelot_em.model.maps import MIP, SCALED_MIP
 
 SHAPE, EDGE = (70, 60), 32
 WRITERS = {"explicit": write_explicit_search, "indexed": write_indexed_search}
@@ -104,7 +105,7 @@ def test_maps_of_a_tile_are_merged_once(tmp_path, monkeypatch):
         calls.append((iy, ix))
         return real(plan, iy, ix)
 
-    monkeypatch.setattr("ocelot_em.lazy._merge_for_dask", counted)
+    monkeypatch.setattr(lazy, "_merge_for_dask", counted)
     lazy_merge(write_explicit_search(tmp_path / "R", SHAPE), tile_size=EDGE).compute()
     assert sorted(calls) == [(iy, ix) for iy in range(3) for ix in range(2)]
 

@@ -31,9 +31,9 @@ from ocelot_em import (
     read_search_space_file,
 )
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.interop.result_file import open_result_file
-from ocelot_em.maps import COUNT, INDEX, MIP, POSES, SUM
-from ocelot_em.search_space import TABLES
+from ocelot_em.io.result_file import open_result_file
+from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SUM
+from ocelot_em.model.search_space import TABLES
 
 TABLE_ARRAYS = {name: getattr(SPACE, name) for name in TABLES}
 

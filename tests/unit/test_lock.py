@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from ocelot_em import lock
 from ocelot_em.errors import OutputLockedError
-from ocelot_em.lock import Leave, OutputLock
-from ocelot_em.objects import open_objects
+from ocelot_em.store import lock
+from ocelot_em.store.lock import Leave, OutputLock
+from ocelot_em.store.objects import open_objects
 
 HANGING_SECONDS = 60
 """For a thread to do what it does every tenth of a second."""

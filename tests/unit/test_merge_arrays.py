@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 import oracle
 from builders import SPACE, explicit_maps, idle_maps, indexed_maps, same_bits
 from host_device import HostDevice, LateDevice, host_kernels
-from ocelot_em import SearchInfo, arrays, device, in_memory, merge_arrays, open_partials
+from ocelot_em import SearchInfo, merge_arrays, open_partials
 from ocelot_em import write_partial as write
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.in_memory import Workplace, fold_bands
+from ocelot_em.kernels import device
 from ocelot_em.kernels.cuda import CudaKernels
-from ocelot_em.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, MapSet, PoseForm
+from ocelot_em.merge import in_memory
+from ocelot_em.merge.in_memory import Workplace, fold_bands
+from ocelot_em.model import arrays
+from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.process_results import aggregate_distributed_results
 from stacks import TABLES, assert_same_bits, stacks
 

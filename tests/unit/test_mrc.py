@@ -25,7 +25,6 @@ from builders import (
 from conftest import SHARED
 from helpers import read_maps
 from ocelot_em import SearchInfo, describe, merge, open_merged, write_partial
-from ocelot_em.canvas import Region
 from ocelot_em.errors import (
     CorruptChunkError,
     FormatError,
@@ -36,13 +35,14 @@ from ocelot_em.errors import (
     StorageError,
     StoreNotFoundError,
 )
-from ocelot_em.interop import map_set
-from ocelot_em.interop.leopard import ImportOptions, import_results, read_search_space_file
-from ocelot_em.interop.map_set import OUR_NAMES, FinishedMaps, FinishedSearch, band_grid
-from ocelot_em.interop.mrc import import_mrc_set, write_mrc_set
-from ocelot_em.maps import MEAN, MIP, PIXEL_SIZE, SCALED_MIP, SQUARED_SUM, STD, SUM
-from ocelot_em.objects import open_objects
-from ocelot_em.store import ChunkedMap, write_chunk
+from ocelot_em.io import leopard_maps as map_set
+from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
+from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedMaps, FinishedSearch, band_grid
+from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
+from ocelot_em.model.maps import MEAN, MIP, PIXEL_SIZE, SCALED_MIP, SQUARED_SUM, STD, SUM
+from ocelot_em.model.regions import Region
+from ocelot_em.store.arrays import ChunkedMap, write_chunk
+from ocelot_em.store.objects import open_objects
 
 SHAPE, BOX, VALID = (70, 61), 8, (63, 54)
 COUNT = 2001
@@ -52,8 +52,8 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 def use_small_pieces(monkeypatch):
     """Chunks of 32 pixels and bands of few, so that small maps have many."""
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
-    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 32)
     monkeypatch.setattr(map_set, "LEAST_ROWS", 20)
     monkeypatch.setattr(map_set, "BAND_PX", 1500)
 
@@ -533,7 +533,7 @@ def test_chunks_are_read_once_per_map(merged, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     shape = (1024, 1024)
     whole = 4 * 1024 * 1024
@@ -583,8 +583,8 @@ def test_leopard_em_itself_reads_the_files(merged, tmp_path):
     ],
 )
 def test_a_real_search_is_what_leopard_writes(tmp_path, poses, monkeypatch):
-    monkeypatch.setattr("ocelot_em.format.DEFAULT_CHUNK", 128)
-    monkeypatch.setattr("ocelot_em.interop.leopard.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     tables = SHARED / "search_space.npz"
     options = ImportOptions(

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ocelot_em.errors import StorageError
-from ocelot_em.objects import ReusedMemory, open_objects
+from ocelot_em.store.objects import ReusedMemory, open_objects
 
 
 @pytest.fixture

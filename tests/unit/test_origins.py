@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.interop.origins import Origin, read_origins
+from ocelot_em.io.origins import Origin, read_origins
 
 TABLE = """\
 exposure,y,x,acquired,defocus

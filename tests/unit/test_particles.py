@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ocelot_em.errors import InvalidInputError, StorageError
-from ocelot_em.particles import (
+from ocelot_em.particles.table import (
     ALL_COLUMNS,
     COLUMNS,
     NEG_LOG_P,

@@ -10,19 +10,12 @@ from hypothesis import strategies as st
 from conftest import SHARED
 from exact_ranks import from_maps
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.interop.leopard import read_search_space_file
-from ocelot_em.maps import POSES
-from ocelot_em.peaks import select_peaks, subpixel_offsets
-from ocelot_em.significance import (
-    MIP_AXIS,
-    NEG_LOG_P_CUTOFF,
-    Z_AXIS,
-    Histogram1D,
-    JointHistogram,
-    PValueModel,
-    gev_cutoff,
-)
-from ocelot_em.statistics import gaussian_cutoff
+from ocelot_em.io.leopard import read_search_space_file
+from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
+from ocelot_em.model.maps import POSES
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
+from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
 from work import assert_linear, lines_of
 
 VALID = np.s_[:377, :425]

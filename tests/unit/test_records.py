@@ -9,23 +9,25 @@ import pytest
 import ocelot_em
 from helpers import SPACE, combinations, make_result, read_maps, write_search
 from host_device import LateDevice, host_kernels
-from ocelot_em import cluster, collected, pipeline
-from ocelot_em.canvas import Region
-from ocelot_em.collected import (
+from ocelot_em.errors import FormatError, MissingChunkError
+from ocelot_em.kernels import load_collect
+from ocelot_em.kernels.device import DeviceFacts
+from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.stats import collected, records
+from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
     Collection,
     Counting,
     Histograms,
     neighbours_of,
 )
-from ocelot_em.device import DeviceFacts
-from ocelot_em.errors import FormatError, MissingChunkError
-from ocelot_em.kernels import load_collect
-from ocelot_em.maps import MapSet
-from ocelot_em.picking import all_candidates
-from ocelot_em.records import read_summary
-from ocelot_em.search import SearchInfo, write_partial
-from ocelot_em.significance import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
+from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
+from ocelot_em.model.maps import MapSet
+from ocelot_em.model.regions import Region
+from ocelot_em.particles.picking import all_candidates
+from ocelot_em.run import clusters as cluster
+from ocelot_em.store.search import SearchInfo, write_partial
 
 COUNTS = (1000, 2**31 + 7, 300, 25)
 SHAPE, BOX = (70, 90), 11
@@ -50,8 +52,8 @@ def make_search(place, rng, *, indexed=False):
 @pytest.fixture
 def low_level(monkeypatch):
     """Makes a fortieth of the pixels candidates, with room for all."""
-    monkeypatch.setattr("ocelot_em.records.candidate_level", lambda _: 6.5)
-    monkeypatch.setattr("ocelot_em.collected.FEWEST_CANDIDATES", 6300)
+    monkeypatch.setattr(records, "candidate_level", lambda _: 6.5)
+    monkeypatch.setattr(collected, "FEWEST_CANDIDATES", 6300)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -146,7 +148,7 @@ def assert_candidates(output, maps, indexed):
 
 
 def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr("ocelot_em.records.candidate_level", lambda _: 4.0)
+    monkeypatch.setattr(records, "candidate_level", lambda _: 4.0)
     search, _ = make_search(tmp_path / "RUN.zarr", rng)
     ocelot_em.merge(search, tmp_path / "OUT.zarr", threads=2, tile_size=33)
     z = valid_of(read_maps(tmp_path / "OUT.zarr"))["scaled_mip"]

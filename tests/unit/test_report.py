@@ -14,15 +14,18 @@ import ocelot_em
 from builders import explicit_maps, idle_maps
 from helpers import make_result, read_maps, write_search
 from ocelot_em import ImportOptions, import_results, write_partial
-from ocelot_em.canvas import Region
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
-from ocelot_em.format import dump_attributes
-from ocelot_em.interop.ome_zarr import write_ome_zarr
-from ocelot_em.markup import Markup, element, nbytes_text, seconds_text, table
-from ocelot_em.objects import open_objects
-from ocelot_em.particles import ParticleTable
-from ocelot_em.picking import MergedMaps, find_peaks
-from ocelot_em.plots import (
+from ocelot_em.io.ome_zarr import write_ome_zarr
+from ocelot_em.merge.stats.records import open_merged_result, read_summary
+from ocelot_em.model.markup import Markup, element, nbytes_text, seconds_text, table
+from ocelot_em.model.regions import Region
+from ocelot_em.particles.picking import MergedMaps, find_peaks
+from ocelot_em.particles.table import ParticleTable
+from ocelot_em.store.arrays import update_attributes, write_chunk
+from ocelot_em.store.attributes import dump_attributes
+from ocelot_em.store.objects import open_objects
+from ocelot_em.testing.simulation import Simulation, simulate
+from ocelot_em.view.plots import (
     MOST_BARS,
     plot_correlations,
     plot_crop,
@@ -36,10 +39,7 @@ from ocelot_em.plots import (
     plot_zscore,
     pooled_zscore,
 )
-from ocelot_em.records import open_merged_result, read_summary
-from ocelot_em.report import write_report
-from ocelot_em.simulation import Simulation, simulate
-from ocelot_em.store import update_attributes, write_chunk
+from ocelot_em.view.report import write_report
 from report_pages import FIGURES, tell_figures
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'$x^2$.zarr"
@@ -253,7 +253,7 @@ def test_a_partial_out_of_line_is_named(report_of, tmp_path, rng):
 def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_partials):
     for module in ("plots", "report"):
         monkeypatch.setattr(f"ocelot_em.{module}.MOST_CIRCLES", 1000)
-    monkeypatch.setattr("ocelot_em.plots.MOST_BARS", min(n_partials - 1, MOST_BARS))
+    monkeypatch.setattr("ocelot_em.view.plots.MOST_BARS", min(n_partials - 1, MOST_BARS))
     results = [make_result(rng, (60, 60), 1000) for _ in range(n_partials)]
     write_search(tmp_path / "RUN.zarr", results, [1000] * n_partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
@@ -273,7 +273,7 @@ def chunked(tmp_path_factory):
     place, rng = tmp_path_factory.mktemp("chunked"), np.random.default_rng(3)
     results = [make_result(rng, (90, 150), 1000) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ocelot_em.format.DEFAULT_CHUNK", 32)
+        patch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
         write_search(place / "RUN.zarr", results, [1000, 1000])
         ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", tile_size=32)
     return place / "OUT.zarr"
@@ -306,7 +306,9 @@ def test_pooling_does_not_depend_on_chunks(chunked, longest_edge_px):
 
 def test_the_overview_may_come_from_a_pyramid(report_of, chunked, crops, tmp_path, monkeypatch):
     picture = write_ome_zarr(chunked, tmp_path / "picture.zarr")
-    monkeypatch.setattr("ocelot_em.report.pooled_zscore", lambda *_: pytest.fail("read the map"))
+    monkeypatch.setattr(
+        "ocelot_em.view.report.pooled_zscore", lambda *_: pytest.fail("read the map")
+    )
     report_of(chunked, tmp_path, pyramid=picture)
     with pytest.raises(InvalidInputError, match=r"expected a picture of .*, got \(90, 150\)"):
         write_report(crops, tmp_path / "none.html", pyramid=picture)

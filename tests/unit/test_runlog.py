@@ -8,10 +8,11 @@ import stat
 import pytest
 
 from builders import write_explicit_search
-from ocelot_em import cli, merge
+from ocelot_em import merge
+from ocelot_em.cli import main as cli
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.interop.yaml_file import read_yaml
-from ocelot_em.runlog import RunLog
+from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.run.runlog import RunLog
 from report_pages import tell_figures
 
 

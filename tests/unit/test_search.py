@@ -38,7 +38,6 @@ from ocelot_em import (
     open_partials,
     write_partial,
 )
-from ocelot_em import search as searches
 from ocelot_em.errors import (
     FormatError,
     IncompleteError,
@@ -46,8 +45,9 @@ from ocelot_em.errors import (
     InvalidInputError,
     StoreNotFoundError,
 )
-from ocelot_em.maps import INDEX, MIP, PIXEL_SIZE, SUM
-from ocelot_em.objects import open_objects
+from ocelot_em.model.maps import INDEX, MIP, PIXEL_SIZE, SUM
+from ocelot_em.store import search as searches
+from ocelot_em.store.objects import open_objects
 
 
 def refusal_of(call, *arguments, **options):

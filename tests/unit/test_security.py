@@ -13,11 +13,14 @@ import psutil
 import pytest
 
 from builders import write_explicit_search
-from ocelot_em import cli, merge, objects, security
-from ocelot_em.api import Observer
-from ocelot_em.cluster import open_cluster
+from ocelot_em import merge
+from ocelot_em.cli import main as cli
 from ocelot_em.errors import InvalidInputError, PlanError
-from ocelot_em.plan import MergeOptions
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.run import security
+from ocelot_em.run.api import Observer
+from ocelot_em.run.clusters import open_cluster
+from ocelot_em.store import objects
 
 SECRET = "dont-tell"
 
@@ -186,7 +189,7 @@ def test_containers_run_as_a_user():
 def test_importing_the_package_starts_and_changes_nothing():
     code = (
         "import signal, logging, os; before = dict(os.environ), signal.getsignal(signal.SIGINT); "
-        "import ocelot_em, ocelot_em.cli, ocelot_em.slurm, ocelot_em.security; "
+        "import ocelot_em, ocelot_em.cli.main, ocelot_em.run.slurm, ocelot_em.run.security; "
         "assert before == (dict(os.environ), signal.getsignal(signal.SIGINT))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

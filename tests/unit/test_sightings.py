@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.sightings import Peaks, Tolerances, join_sightings, rotation_between
+from ocelot_em.particles.duplicates import Peaks, Tolerances, join_sightings, rotation_between
 
 
 def peaks_of(*rows):

@@ -13,21 +13,23 @@ from scipy.stats import genextreme, norm, rankdata
 from conftest import DATA, SHARED
 from exact_ranks import from_maps
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.significance import (
-    GEV_LIMIT,
+from ocelot_em.model.histograms import (
     JOINT_MIP_AXIS,
     JOINT_Z_AXIS,
     MIP_AXIS,
-    NEG_LOG_P_CUTOFF,
     Z_AXIS,
     Axis,
     Histogram1D,
     JointHistogram,
+)
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.significance import (
+    GEV_LIMIT,
+    NEG_LOG_P_CUTOFF,
     PValueModel,
     fit_gev,
     gev_cutoff,
 )
-from ocelot_em.statistics import gaussian_cutoff
 
 needs_whole_search = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the whole real search is not on this machine"

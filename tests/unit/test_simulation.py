@@ -12,10 +12,9 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ocelot_em.canvas import Region
 from ocelot_em.errors import InvalidInputError, OutputExistsError
 from ocelot_em.kernels import reference
-from ocelot_em.maps import (
+from ocelot_em.model.maps import (
     INDEX,
     MIP,
     POSES,
@@ -26,7 +25,9 @@ from ocelot_em.maps import (
     PartialMaps,
     PoseForm,
 )
-from ocelot_em.simulation import (
+from ocelot_em.model.regions import Region
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.testing.simulation import (
     _TRUTH_POSES,
     MIN_SPACING_PX,
     TRUTH_DTYPE,
@@ -37,7 +38,6 @@ from ocelot_em.simulation import (
     simulate,
     write_truth,
 )
-from ocelot_em.statistics import gaussian_cutoff
 
 SHAPE = (530, 600)
 SIMULATION = Simulation(SHAPE, n_partials=3, n_particles=40, seed=11, form=PoseForm.INDEXED)

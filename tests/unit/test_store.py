@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec
 
 from builders import flip_byte, same_bits, snapshot, write_explicit_search
-from ocelot_em import merge, open_merged, store
-from ocelot_em.canvas import Region, TileGrid
+from ocelot_em import merge, open_merged
 from ocelot_em.errors import (
     ChunkError,
     CorruptChunkError,
@@ -24,8 +23,10 @@ from ocelot_em.errors import (
     MissingChunkError,
     StorageError,
 )
-from ocelot_em.maps import COUNT, INDEX, MAPS, MIP
-from ocelot_em.objects import open_objects
+from ocelot_em.model.maps import COUNT, INDEX, MAPS, MIP
+from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import open_objects
 
 NAMES = [MIP, INDEX, COUNT]
 PLACE = "RUN.zarr: partial 'gpu0': mip"

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from conftest import SHARED
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.interop.tables import (
+from ocelot_em.io.tables import (
     LEOPARD_MAPS,
     Optics,
     read_parquet,
@@ -28,7 +28,7 @@ from ocelot_em.interop.tables import (
     write_relion_star,
     write_table,
 )
-from ocelot_em.particles import COLUMNS, NEG_LOG_P, About, ParticleTable
+from ocelot_em.particles.table import COLUMNS, NEG_LOG_P, About, ParticleTable
 
 LEOPARD_HEADER = (
     "particle_index,mip,scaled_mip,correlation_mean,correlation_variance,total_correlations,pos_x,"
@@ -615,8 +615,8 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, package
 
 
 def test_leopards_table_can_name_our_maps(tmp_path):
-    from ocelot_em.interop.map_set import OUR_NAMES
-    from ocelot_em.interop.tables import LEOPARD_MAPS, with_maps_in
+    from ocelot_em.io.leopard_maps import OUR_NAMES
+    from ocelot_em.io.tables import LEOPARD_MAPS, with_maps_in
 
     optics = replace(OPTICS, leopard_columns={"mag_matrix": "kept"})
     named = with_maps_in(optics, tmp_path, "out_").leopard_columns

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ocelot_em import store
-from ocelot_em.canvas import Region
 from ocelot_em.errors import CorruptChunkError, MissingChunkError, StorageError
-from ocelot_em.maps import MAPS, MIP
-from ocelot_em.objects import ReusedMemory, open_objects
-from ocelot_em.transfer import ReadAhead, Request, WriteBehind, chunks_ahead, chunks_behind
+from ocelot_em.model.maps import MAPS, MIP
+from ocelot_em.model.regions import Region
+from ocelot_em.store import arrays as store
+from ocelot_em.store.objects import ReusedMemory, open_objects
+from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead, chunks_behind
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from ocelot_em import viewer
 from ocelot_em.errors import InvalidInputError, StorageError
-from ocelot_em.viewer import PUBLIC_CLIENT, view
+from ocelot_em.view import viewer
+from ocelot_em.view.viewer import PUBLIC_CLIENT, view
 
 CHUNK = bytes(range(256)) * 4
 

@@ -13,16 +13,18 @@ from rich.console import Console
 
 from builders import explicit_maps, write_explicit_search
 from helpers import make_result, write_search
-from ocelot_em import Exposure, kernels, merge, pipeline, terminal, write_partial
-from ocelot_em.api import Observer
-from ocelot_em.cluster import Cluster
+from ocelot_em import Exposure, kernels, merge, write_partial
+from ocelot_em.cli import terminal
+from ocelot_em.cli.terminal import MergeProgress
 from ocelot_em.kernels import by_map, collect, cpu, place
-from ocelot_em.lock import OutputLock
-from ocelot_em.objects import open_objects
-from ocelot_em.pipeline import Outcome, TileSummary
-from ocelot_em.plan import MergeOptions
-from ocelot_em.runlog import RunLog
-from ocelot_em.terminal import MergeProgress
+from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.merge import Outcome, TileSummary
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.run.api import Observer
+from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.runlog import RunLog
+from ocelot_em.store.lock import OutputLock
+from ocelot_em.store.objects import open_objects
 
 
 class Calls:

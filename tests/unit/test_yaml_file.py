@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.interop.yaml_file import MAX_DEPTH, MAX_NBYTES, MAX_UNQUOTED, read_yaml
+from ocelot_em.io.yaml_file import MAX_DEPTH, MAX_NBYTES, MAX_UNQUOTED, read_yaml
 
 
 def written(folder: Path, content: str | bytes) -> Path:
@@ -234,7 +234,7 @@ def test_what_has_no_end_is_not_read():
 
 
 def test_more_values_than_anybody_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.interop.yaml_file.MAX_VALUES", 7)
+    monkeypatch.setattr("ocelot_em.io.yaml_file.MAX_VALUES", 7)
     assert read_yaml(written(tmp_path, "a: [1, 2, 3, 4]"), "x") == {"a": [1, 2, 3, 4]}
     (problem,) = refusal_of(written(tmp_path, "a: [1, 2, 3, 4,\n 5]"))
     assert problem == "line 2: expected at most 7 values and keys, got more"

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
-from ocelot_em.device import Device
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.maps import Accumulator, AnyArray, FoldReport, MapSet, PartialMaps
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.kernels.device import Device
+from ocelot_em.model.maps import Accumulator, AnyArray, FoldReport, MapSet, PartialMaps
+from ocelot_em.model.search_space import SearchSpace
 
 NAMES = ("cpu", "reference")
 """The kernels that :func:`load` knows."""

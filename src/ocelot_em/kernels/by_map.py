@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.kernels.cpu import compiled
-from ocelot_em.maps import NOT_SEARCHED
+from ocelot_em.model.maps import NOT_SEARCHED
 
 
 @compiled

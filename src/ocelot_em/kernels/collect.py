@@ -1,4 +1,6 @@
-"""Counts over the pixels of a tile, compiled by numba; what they mean: ``ocelot_em.collected``.
+"""Counts over the pixels of a tile, compiled by numba.
+
+What they mean is in ``ocelot_em.merge.stats.collected``.
 
 Maps are handed in as flat runs of a tile's pixels, with a ``place`` that says which: number of the
 first pixel in its tile, width of the tile, and the rows and columns that count. Additions may be

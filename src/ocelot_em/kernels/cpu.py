@@ -26,7 +26,7 @@ from numba.core import event
 from numba.extending import intrinsic
 
 from ocelot_em.kernels.reference import identity, mask_nan, merged_maps, reset
-from ocelot_em.maps import (
+from ocelot_em.model.maps import (
     MEAN,
     NOT_SEARCHED,
     SCALED_MIP,
@@ -39,7 +39,7 @@ from ocelot_em.maps import (
     MapSet,
     PartialMaps,
 )
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.model.search_space import SearchSpace
 
 __all__ = ["finalise", "fold", "fold_all", "identity", "mask_nan", "reset"]
 

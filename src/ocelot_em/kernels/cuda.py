@@ -1,7 +1,7 @@
 """The merge on a CUDA device: one fused pass over all maps of several partials.
 
 Same interface and same bits as :mod:`ocelot_em.kernels.reference`, for arrays that lie on a
-:class:`ocelot_em.device.Device`. The arithmetic is in ``merge.cu``; this module hands over
+:class:`ocelot_em.kernels.device.Device`. The arithmetic is in ``merge.cu``; this module hands over
 addresses.
 """
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.device import Device
+from ocelot_em.kernels.device import Device
 from ocelot_em.kernels.reference import check_counts, merged_maps, reset
-from ocelot_em.maps import (
+from ocelot_em.model.maps import (
     MEAN,
     NOT_SEARCHED,
     POSES,
@@ -27,7 +27,7 @@ from ocelot_em.maps import (
     PartialMaps,
     PoseForm,
 )
-from ocelot_em.search_space import TABLES, SearchSpace
+from ocelot_em.model.search_space import TABLES, SearchSpace
 
 PIXELS_PER_THREAD = 4
 """``VECTOR`` of ``merge.cu``."""

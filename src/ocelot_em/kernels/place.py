@@ -1,4 +1,4 @@
-"""Which exposure a pixel of a montage shows, compiled by numba; rules: ``ocelot_em.montage``.
+"""Which exposure a pixel of a montage shows, compiled by numba; rules: ``ocelot_em.merge.overlap``.
 
 Arrays are two-dimensional. Those of a piece are C-contiguous; those of the canvas are views of the
 same shape.

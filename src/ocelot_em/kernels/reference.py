@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ocelot_em.errors import InvalidDataError
-from ocelot_em.maps import (
+from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
     MEAN,
@@ -27,7 +27,7 @@ from ocelot_em.maps import (
     PartialMaps,
     PoseForm,
 )
-from ocelot_em.search_space import SearchSpace
+from ocelot_em.model.search_space import SearchSpace
 
 
 def identity(shape: tuple[int, int], maps: MapSet) -> Accumulator:

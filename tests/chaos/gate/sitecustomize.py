@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-GATED = "ocelot_em.pipeline"
+GATED = "ocelot_em.merge.merge"
 
 
 def pass_gate(folder: Path, n_tiles: int) -> None:

@@ -1,0 +1,85 @@
+"""The demonstration: simulate a search, merge it, compare with the truth, picture and report."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from ocelot_em.errors import OutputExistsError
+from ocelot_em.merge.lazy import open_merged
+from ocelot_em.merge.merge import MergeReport
+from ocelot_em.model.maps import AnyArray
+from ocelot_em.model.regions import Region
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.run.api import Observer, merge
+from ocelot_em.testing.simulation import Recovery, Simulation, compare_with_truth, simulate
+
+DEMO = Simulation(shape=(1024, 1280), n_partials=4, n_particles=60, seed=20)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demonstration found.
+
+    Parameters
+    ----------
+    report
+        Of the merge.
+    cutoff
+        z-score above which noise is expected once.
+    recovery
+        How many planted particles are above it, with which pose.
+    picture, page
+        Files of a picture and of the report, or None without matplotlib.
+    """
+
+    report: MergeReport
+    cutoff: float
+    recovery: Recovery
+    picture: Path | None
+    page: Path | None
+
+
+def demo(
+    directory: str | PathLike[str], observer: Observer, say: Callable[[str], None]
+) -> DemoResult:
+    """Run the demonstration in a directory of its own; an earlier demonstration is replaced.
+
+    Raises
+    ------
+    OutputExistsError
+        The directory holds something else.
+    """
+    place = Path(directory)
+    mark = place / ".ocelot-demo"
+    if place.exists() and any(place.iterdir()) and not mark.exists():
+        raise OutputExistsError(f"{place}: expected nothing or an earlier demo, got other files")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    mark.touch()
+    height, width = DEMO.shape
+    say(
+        f"simulating {DEMO.n_partials} devices' results of {height} x {width} pixels with "
+        f"{DEMO.n_particles} particles"
+    )
+    search = simulate(place, DEMO, n_threads=2)
+    report = merge(search, place / "MERGED.zarr", observer=observer)
+    merged = open_merged(report.output)
+    valid = merged.attrs["valid_shape"]
+    cutoff = gaussian_cutoff(valid[0] * valid[1], merged.attrs["total_projections"])
+
+    def read(name: str, region: Region) -> AnyArray:
+        values: AnyArray = merged[name][region.slices].to_numpy()
+        return values
+
+    recovery = compare_with_truth(DEMO.truth, read, cutoff)
+    picture = page = None
+    if importlib.util.find_spec("matplotlib") is not None:
+        from ocelot_em.view.report import save_overview, write_report
+
+        picture = place / "zscore.png"
+        save_overview(report.output, picture, cutoff=cutoff, truth=DEMO.truth)
+        page = write_report(report.output, place / "report.html")
+    return DemoResult(report, cutoff, recovery, picture, page)

@@ -1,0 +1,635 @@
+"""What is wrong with an installation, or may be: looked at and tried out, told as data.
+
+Every check is done in a thread of its own and given up after a while, so that a file system or a
+driver that no longer answers is a finding, too, and not the end.
+"""
+
+import asyncio
+import importlib
+import importlib.metadata
+import os
+import platform
+import resource
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from ocelot_em import __version__
+from ocelot_em.errors import DeviceError, MissingDependencyError, OcelotError
+from ocelot_em.kernels import Kernels, load
+from ocelot_em.kernels.device import find_devices, open_device
+from ocelot_em.merge.plan import MergeOptions, StorageShape, n_threads, worker_nbytes
+from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.run.api import memory_nbytes
+from ocelot_em.run.connect import ANSWER_SECONDS, client_of, within
+from ocelot_em.store.attributes import DEFAULT_CHUNK
+from ocelot_em.store.blosc import Frame, encode
+from ocelot_em.store.objects import open_objects
+
+CHECK_SECONDS = 180.0
+"""After which a check is given up; compiling all kernels takes a minute on a slow machine."""
+
+SPEED_NBYTES = 256 * 10**6
+SPEED_SECONDS = 20.0
+"""What is written and read to measure a disk, at most, and how long that may take each."""
+
+SLOW_NBYTES_PER_SECOND = 50e6
+"""Below it a merge does little but wait for the disk."""
+
+LITTLE_NBYTES, FEW_FILES, FEW_DESCRIPTORS = 2 * 10**9, 10_000, 1024
+"""Free space, free inodes and descriptors that are hardly enough for anything."""
+
+MOST_CLOCK_SECONDS = 3.0
+"""By which clocks may differ."""
+
+HOSTS_NAMED = 5
+
+SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
+"""Packages of which workers must have the version that the driver has."""
+
+_NOT_FOR_USERS = ("all", "test")
+_ONE_OF_THESE = {"cuda12", "cuda13"}
+_TRANSIENT = ("tmpfs", "ramfs", "overlay")
+
+State = Literal["ok", "warning", "problem"]
+Check = Callable[[], tuple[State, str]]
+_T = TypeVar("_T")
+
+
+class Finding(NamedTuple):
+    """What one check has found.
+
+    Parameters
+    ----------
+    name
+        Of the check, such as ``disk speed``.
+    state
+        ``problem``: something will not work. ``warning``: it may work badly.
+    says
+        What was found, and what to do about it if it is not ``ok``.
+    """
+
+    name: str
+    state: State
+    says: str
+
+
+def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Finding]:
+    """Look at this installation and machine, at a folder, and at a cluster's workers.
+
+    Nothing is left behind: what is written into the folder to try it out, at most 256 MB at a time,
+    is removed. It takes some seconds; where something does not answer, some minutes.
+
+    Parameters
+    ----------
+    folder
+        On the file system where results are to be written; it must exist.
+    cluster
+        Address of a Dask scheduler, such as ``tcp://host:8786``. None: no cluster.
+
+    Returns
+    -------
+    findings
+        One for each check, in a fixed order; what a check raises is its problem.
+    """
+    place = Path(folder).absolute()
+    checks: dict[str, Check] = {
+        "versions": _versions,
+        "extras": _extras,
+        "GPUs": _gpus,
+        "kernels": _kernels,
+        "codecs": _codecs,
+        "memory": _memory,
+        "CPU cores": _cores,
+        "file descriptors": _file_descriptors,
+        "file mode": _file_mode,
+        "file system": partial(_file_system, place),
+        "disk space": partial(_disk_space, place),
+        "disk speed": partial(_disk_speed, place),
+        "clock": partial(_clock, place),
+    }
+    findings = [_finding(name, check) for name, check in checks.items()]
+    return findings + ([] if cluster is None else _of_cluster(place, cluster))
+
+
+def _finding(name: str, check: Check) -> Finding:
+    try:
+        return Finding(name, *within(CHECK_SECONDS, check))
+    except Exception as error:
+        return Finding(name, "problem", _named(error))
+
+
+def _named(error: BaseException) -> str:
+    """Say what went wrong, with the kind of error where its text may not be enough."""
+    # Dask turns what it cannot send into plain exceptions that say what they were.
+    if isinstance(error, (OcelotError, TimeoutError)) or type(error) is Exception:
+        return str(error) or "no answer"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+# the installation
+
+
+def _versions() -> tuple[State, str]:
+    found, missing = _installed(extra="")
+    names = [f"python {platform.python_version()}", f"ocelot_em {__version__}", *found]
+    if missing:
+        return "problem", f"{'; '.join(missing)}: pip install --upgrade ocelot-em"
+    return "ok", ", ".join(names)
+
+
+def _extras() -> tuple[State, str]:
+    extras = importlib.metadata.metadata("ocelot-em").get_all("Provides-Extra") or []
+    missing = {extra: _installed(extra)[1] for extra in sorted({*extras} - {*_NOT_FOR_USERS})}
+    complete = [extra for extra, packages in missing.items() if not packages]
+    has_one = not _ONE_OF_THESE.isdisjoint(complete)
+    others, state = list[str](), "ok"
+    for extra, packages in missing.items():
+        if packages and not (has_one and extra in _ONE_OF_THESE):
+            others.append(f"{', '.join(packages)}: pip install 'ocelot-em[{extra}]'")
+            state = "warning" if any("expected" in text for text in packages) else state
+    says = "; ".join([f"installed: {', '.join(complete) or 'none'}", *others])
+    return ("warning" if state == "warning" else "ok"), says
+
+
+def _installed(extra: str) -> tuple[list[str], list[str]]:
+    """Look for what an extra needs, or what is always needed; what is there, and what is not."""
+    from packaging.requirements import Requirement
+
+    found, missing = [], []
+    for text in importlib.metadata.requires("ocelot-em") or []:
+        need = Requirement(text)
+        marker = need.marker
+        is_of_extra = marker is not None and not marker.evaluate({"extra": ""})
+        if is_of_extra != bool(extra) or (marker and not marker.evaluate({"extra": extra})):
+            continue
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(f"{need.name} is missing")
+            continue
+        if need.specifier.contains(version, prereleases=True):
+            found.append(f"{need.name} {version}")
+        else:
+            missing.append(f"{need.name}: expected {need.specifier}, got {version}")
+    return found, missing
+
+
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""Where the driver of NVIDIA lists its GPUs."""
+
+
+def _gpus() -> tuple[State, str]:
+    try:
+        found = find_devices()
+        open_device()
+    except (DeviceError, MissingDependencyError) as error:
+        n_there = len(list(_NVIDIA_GPUS.glob("*")))
+        if n_there:
+            return "warning", f"{n_there} on this machine, but none can be used: {error}"
+        return "ok", "none; the CPU will do the arithmetic"
+    return "ok", ", ".join(f"{facts.name} with {_size(facts.memory_nbytes)}" for facts in found)
+
+
+def _kernels() -> tuple[State, str]:
+    random = np.random.default_rng(1)
+    shape, maps = (64, 256), MapSet(PoseForm.EXPLICIT)
+    partials = [
+        PartialMaps(
+            random.normal(5, 1, shape).astype(np.float32),
+            tuple(random.normal(size=shape).astype(np.float32) for _ in maps.pose),
+            random.normal(size=shape).astype(np.float32),
+            random.uniform(9, 10, shape).astype(np.float32),
+            10,
+            number,
+        )
+        for number in range(3)
+    ]
+
+    def merged(kernels: Kernels) -> Mapping[str, Any]:
+        acc = kernels.identity(shape, maps)
+        kernels.fold_all(acc, partials, None)
+        return kernels.finalise(acc, maps, None)
+
+    started = time.perf_counter()
+    compiled = merged(load("cpu"))
+    seconds = time.perf_counter() - started
+    plain = merged(load("reference"))
+    wrong = [name for name in plain if compiled[name].tobytes() != plain[name].tobytes()]
+    if wrong:
+        return "problem", (
+            f"the compiled ones compute {', '.join(wrong)} wrongly; remove the folder __pycache__ "
+            "of ocelot_em.kernels, or what NUMBA_CACHE_DIR names, and report it if that is no cure"
+        )
+    says = f"loaded and right after {seconds:.1f} s"
+    if seconds > 10:
+        return "warning", (
+            f"{says}: they were compiled; if that happens every time, let NUMBA_CACHE_DIR name a "
+            "folder that can be written"
+        )
+    return "ok", says
+
+
+def _codecs() -> tuple[State, str]:
+    import google_crc32c
+    from numcodecs.blosc import Blosc
+
+    if google_crc32c.value(b"123456789") != 0xE3069283:
+        return "problem", "CRC32C is computed wrongly: pip install --force-reinstall google-crc32c"
+    random = np.random.default_rng(1)
+    values = random.normal(5, 1, (DEFAULT_CHUNK, DEFAULT_CHUNK)).astype(np.float32)
+    speeds = []
+    for name in ("lz4", "zstd"):
+        started = time.perf_counter()
+        parts = encode(values, Blosc(cname=name, clevel=5, shuffle=Blosc.SHUFFLE))
+        encoded = time.perf_counter()
+        back = np.empty_like(values)
+        Frame(memoryview(bytearray().join(parts)), values.nbytes).decode(back)
+        ended = time.perf_counter()
+        if back.tobytes() != values.tobytes():
+            return "problem", (
+                f"{name} does not give back what it was given: "
+                "pip install --force-reinstall numcodecs"
+            )
+        rates = [_rate(values.nbytes, s) for s in (encoded - started, ended - encoded)]
+        speeds.append(f"{name} encodes {rates[0]}, decodes {rates[1]}")
+    says = f"with CRC32C, in one thread: {'; '.join(speeds)}"
+    if google_crc32c.implementation != "c":
+        return "warning", (
+            f"{says}; CRC32C is computed in Python, which is slow: "
+            "pip install --force-reinstall google-crc32c"
+        )
+    return "ok", says
+
+
+# the machine
+
+
+def _memory() -> tuple[State, str]:
+    import psutil
+
+    limit = memory_nbytes()
+    available = min(limit, psutil.virtual_memory().available)
+    threads = n_threads(MergeOptions())
+    per_worker = _worker_nbytes(threads)
+    says = (
+        f"{_size(limit)}, {_size(available)} of it available now; a merge with {threads} threads "
+        f"needs about {_size(per_worker)}"
+    )
+    if per_worker <= available:
+        return "ok", says
+    fitting = [n for n in range(1, threads) if _worker_nbytes(n) <= available]
+    hint = f"--threads {fitting[-1]}" if fitting else "a smaller --tile-size"
+    return "warning", f"{says}: use {hint}, or free some"
+
+
+def _worker_nbytes(threads: int) -> int:
+    """Memory of a worker that merges the usual maps on a local disk."""
+    shape, maps = (DEFAULT_CHUNK, DEFAULT_CHUNK), MapSet(PoseForm.EXPLICIT)
+    storage = StorageShape(shape, sum_itemsize=4, streams=1)
+    return worker_nbytes(shape, storage, maps, MergeOptions(threads=threads))
+
+
+def _cores() -> tuple[State, str]:
+    allowed, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    threads = n_threads(MergeOptions())
+    says = f"{allowed} of {there} may be used; a merge uses {threads} threads"
+    if threads > allowed:
+        return "warning", f"{says}, which is more: use --threads {allowed}"
+    return "ok", says
+
+
+def _file_descriptors() -> tuple[State, str]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = ["unlimited" if n == resource.RLIM_INFINITY else str(n) for n in (soft, hard)]
+    says = f"{shown[0]} may be open, {shown[1]} if asked for (ulimit -n)"
+    few = soft != resource.RLIM_INFINITY and soft < FEW_DESCRIPTORS
+    return ("warning", f"{says}; expected at least {FEW_DESCRIPTORS}") if few else ("ok", says)
+
+
+def _file_mode() -> tuple[State, str]:
+    # Asking the system for it means setting it, for all threads.
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    masks = [int(line.split()[1], 8) for line in lines if line.startswith("Umask:")]
+    if not masks:
+        return "ok", "not known on this system"
+    mask = masks[0]
+    says = f"umask {mask:04o}: new files are for "
+    if mask & 0o700:
+        return "problem", f"{says}nobody, not even you; set another: umask 022"
+    others = "everybody to read" if not mask & 0o005 else "your group to read"
+    return "ok", says + (others if not mask & 0o050 else "you alone")
+
+
+# the folder
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    """Make a folder for trials; removed in the end."""
+    with tempfile.TemporaryDirectory(prefix=".ocelot-doctor-", dir=place) as scratch:
+        yield Path(scratch)
+
+
+def _file_system(place: Path) -> tuple[State, str]:
+    kind, mount = _mount_of(place)
+    with _scratch(place) as scratch:
+        objects = open_objects(scratch)
+        won = [objects.create("a", b"first"), objects.create("a", b"second")]
+        objects.put("b", [b"old"])
+        objects.put("b", [b"new"])
+        found = {key: objects.get(key) for key in objects.sizes("")}
+    says = f"{place} is on {kind}, mounted at {mount}"
+    if won != [True, False] or found != {"a": b"first", "b": b"new"}:
+        return "problem", (
+            f"{says}, which does not keep what a merge needs: files that are created by one only, "
+            "and replaced whole; use another"
+        )
+    says += "; files are created by one only, and replaced whole"
+    if kind in _TRANSIENT:
+        return "warning", f"{says}; what is there is lost with this machine or container"
+    return "ok", says
+
+
+def _mount_of(place: Path) -> tuple[str, str]:
+    import psutil
+
+    real = place.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
+    if not mounts:
+        return "an unknown file system", "an unknown place"
+    # Of several that are mounted at one place, the last hides the others.
+    best = max(enumerate(mounts), key=lambda pair: (len(pair[1].mountpoint), pair[0]))[1]
+    return best.fstype, best.mountpoint
+
+
+def _disk_space(place: Path) -> tuple[State, str]:
+    usage, facts = shutil.disk_usage(place), os.statvfs(place)
+    says = f"{_size(usage.free)} of {_size(usage.total)} are free"
+    if usage.free < LITTLE_NBYTES:
+        return "warning", f"{says}, which is little"
+    # File systems that make inodes as they are needed say that they have none at all.
+    if facts.f_files and facts.f_favail < FEW_FILES:
+        return "warning", f"{says}, but only {facts.f_favail:,} files more may be made"
+    return "ok", says
+
+
+def _disk_speed(place: Path) -> tuple[State, str]:
+    if shutil.disk_usage(place).free < 2 * SPEED_NBYTES:
+        return "warning", f"not measured: less than {_size(2 * SPEED_NBYTES)} are free"
+    block = np.random.default_rng(1).bytes(8 * 10**6)  # which no file system can compress
+    # It has no name, so that nothing stays even if this process is killed.
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        started, written = time.perf_counter(), 0
+        while written < SPEED_NBYTES and time.perf_counter() - started < SPEED_SECONDS:
+            written += file.write(block[: SPEED_NBYTES - written])
+        os.fsync(file.fileno())
+        write_seconds = time.perf_counter() - started
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        started, read = time.perf_counter(), 0
+        while time.perf_counter() - started < SPEED_SECONDS and (data := file.read(len(block))):
+            if data != block[: len(data)]:
+                return "problem", f"what was written at byte {read:,} is not what was read"
+            read += len(data)
+        read_seconds = time.perf_counter() - started
+    says = (
+        f"writes {_rate(written, write_seconds)}, with fsync; reads {_rate(read, read_seconds)}, "
+        "perhaps from a cache: this machine's was asked to forget the file"
+    )
+    if min(written / write_seconds, read / read_seconds) < SLOW_NBYTES_PER_SECOND:
+        return "warning", f"{says}; a merge will wait for it: a local disk may be faster"
+    return "ok", says
+
+
+def _clock(place: Path) -> tuple[State, str]:
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        before = time.time()
+        file.write(b"x")
+        os.fsync(file.fileno())
+        stamp, after = os.fstat(file.fileno()).st_mtime, time.time()
+    off = min(stamp - before, 0.0) + max(stamp - after, 0.0)
+    says = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    if abs(off) > MOST_CLOCK_SECONDS:
+        return "warning", (
+            f"{says}; the file system's clock is {_ahead(off)}: let both follow one time server"
+        )
+    return "ok", f"{says}; the file system's clock agrees"
+
+
+def _ahead(seconds: float) -> str:
+    return f"{abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
+
+
+# the cluster
+
+
+class WorkerFacts(NamedTuple):
+    """What a worker finds out.
+
+    Parameters
+    ----------
+    started, ended
+        What its clock said, in seconds since 1970.
+    versions
+        As :func:`loaded_versions` returns them.
+    folder_trouble
+        As :func:`try_folder` returns it.
+    """
+
+    started: float
+    ended: float
+    versions: dict[str, str]
+    folder_trouble: str
+
+
+class _Answer(NamedTuple):
+    """Of a worker: what it found out, or why not; and when it was asked and had answered."""
+
+    facts: WorkerFacts | BaseException
+    before: float
+    after: float
+
+
+_Troubles = dict[str, list[str]]
+"""Addresses of workers by what is wrong with them."""
+
+
+def _of_cluster(place: Path, address: str) -> list[Finding]:
+    findings = list[Finding]()
+    try:
+        with client_of(address) as client:
+            threads: dict[str, int] = within(ANSWER_SECONDS, client.nthreads)
+            findings.append(Finding("cluster", *_workers(address, threads)))
+            if threads:
+                findings += _of_workers(place, _ask(client, list(threads), place))
+    except Exception as error:
+        findings.append(Finding("cluster", "problem", _named(error)))
+    return findings
+
+
+def _workers(address: str, threads: Mapping[str, int]) -> tuple[State, str]:
+    if not threads:
+        return "problem", f"{address} has no workers; start some with 'dask worker {address}'"
+    n_hosts = len({urlsplit(worker).hostname for worker in threads})
+    return "ok", (
+        f"{address}: {_count(len(threads), 'worker')} with "
+        f"{_count(sum(threads.values()), 'thread')} on {_count(n_hosts, 'host')}"
+    )
+
+
+def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
+    """Have every worker look around; what each answers."""
+    content = secrets.token_bytes(32)
+
+    async def one(worker: str, path: str) -> _Answer:
+        before = time.time()
+        run = client.run(look_around, path, content, workers=[worker], on_error="return")
+        return _Answer((await run)[worker], before, time.time())
+
+    async def everyone(path: str) -> dict[str, _Answer]:
+        asked = {worker: asyncio.ensure_future(one(worker, path)) for worker in workers}
+        await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+        return {worker: answered(task) for worker, task in asked.items()}
+
+    def answered(task: asyncio.Future[_Answer]) -> _Answer:
+        if not task.done():
+            task.cancel()
+            return _Answer(TimeoutError(f"no answer in {ANSWER_SECONDS:g} s"), 0, 0)
+        error = task.exception()
+        return task.result() if error is None else _Answer(error, 0, 0)
+
+    with _scratch(place) as scratch:
+        scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may be another user's
+        file = scratch / "of-the-driver"
+        file.write_bytes(content)
+        answers: dict[str, _Answer] = within(
+            2 * ANSWER_SECONDS, partial(client.sync, everyone, str(file))
+        )
+    return answers
+
+
+def look_around(path: str, content: bytes) -> WorkerFacts:
+    """Find out what the driver wants to know of a worker; see :func:`try_folder`."""
+    started = time.time()
+    versions, trouble = loaded_versions(), try_folder(path, content)
+    return WorkerFacts(started, time.time(), versions, trouble)
+
+
+def loaded_versions() -> dict[str, str]:
+    """Import what has to be the same on all workers; versions, or why one cannot be imported."""
+    found = {"python": platform.python_version()}
+    for name in SAME_EVERYWHERE:
+        try:
+            found[name] = str(importlib.import_module(name).__version__)
+        except Exception as error:
+            found[name] = f"none that can be imported: {type(error).__name__}: {error}"
+    return found
+
+
+def try_folder(path: str, content: bytes) -> str:
+    """Read a file that another process has written, and write beside it; what is wrong, or ""."""
+    own = Path(f"{path}-{secrets.token_hex(8)}")
+    try:
+        found = Path(path).read_bytes()
+    except OSError as error:
+        return f"cannot read what is written there: {error.strerror}"
+    if found != content:
+        return "reads something else than what is written there"
+    try:
+        own.write_bytes(content)
+        own.unlink()
+    except OSError as error:
+        return f"cannot write there: {error.strerror}"
+    return ""
+
+
+def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
+    """Judge what workers have answered; of those that have not, that."""
+    silent, versions, folder, clocks = _Troubles(), _Troubles(), _Troubles(), _Troubles()
+    here, farthest = loaded_versions(), 0.0
+    for worker, (facts, before, after) in answers.items():
+        if isinstance(facts, BaseException):
+            silent.setdefault(_named(facts), []).append(worker)
+            continue
+        for name, version in facts.versions.items():
+            if version != here.get(name):
+                trouble = f"{name}: expected {here.get(name)} as here, got {version}"
+                versions.setdefault(trouble, []).append(worker)
+        if facts.folder_trouble:
+            folder.setdefault(facts.folder_trouble, []).append(worker)
+        off = min(facts.started - before, 0.0) + max(facts.ended - after, 0.0)
+        farthest = max(farthest, abs(off))
+        if abs(off) > MOST_CLOCK_SECONDS:
+            clocks.setdefault(_ahead(off), []).append(worker)
+    n_answered = len(answers) - sum(map(len, silent.values()))
+    findings = []
+    if silent:
+        hint = "they must be able to import this ocelot_em, and to answer"
+        findings.append(Finding("workers", "problem", f"{_told(silent)}; {hint}"))
+    if not n_answered:
+        return findings
+    judged: list[tuple[str, _Troubles, State, str, str]] = [
+        (
+            "workers' versions",
+            versions,
+            "problem",
+            "install the same on all machines",
+            f"the same as here: {', '.join(here)}",
+        ),
+        (
+            "workers' folder",
+            folder,
+            "problem",
+            "use a folder that all machines share, under one name",
+            f"{_count(n_answered, 'worker')} can read and write {place}",
+        ),
+        (
+            "workers' clocks",
+            clocks,
+            "warning",
+            "let all machines follow one time server",
+            f"within {farthest:.1f} s of this machine's",
+        ),
+    ]
+    for name, troubles, state, hint, praise in judged:
+        if troubles:
+            findings.append(Finding(name, state, f"{_told(troubles)}; {hint}"))
+        else:
+            findings.append(Finding(name, "ok", praise))
+    return findings
+
+
+def _told(troubles: _Troubles) -> str:
+    """Put troubles into words, each with the hosts of the workers that have it."""
+    sentences = []
+    for trouble, workers in troubles.items():
+        hosts = list(dict.fromkeys(urlsplit(worker).hostname or worker for worker in workers))
+        more = f" and {len(hosts) - HOSTS_NAMED} more" if len(hosts) > HOSTS_NAMED else ""
+        named = ", ".join(hosts[:HOSTS_NAMED])
+        sentences.append(f"{trouble} ({_count(len(workers), 'worker')} on {named}{more})")
+    return "; ".join(sentences)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB"
+
+
+def _rate(nbytes: float, seconds: float) -> str:
+    return f"{nbytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s"

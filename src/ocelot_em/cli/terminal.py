@@ -1,0 +1,224 @@
+"""What the command line shows of a merge: its plan, its progress, its result."""
+
+import time
+from collections.abc import Callable
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from ocelot_em.errors import StoppedError
+from ocelot_em.merge.merge import MergeReport, Outcome, Preparation
+from ocelot_em.merge.plan import Forecast, MergeOptions, MergePlan, n_threads
+from ocelot_em.run.api import Observer
+from ocelot_em.run.clusters import Cluster, n_workers
+
+PLAIN_SECONDS = 5.0
+"""Time between lines of progress where there is no terminal."""
+
+
+class MergeProgress(Observer):
+    """Shows how a merge goes: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._n_tiles = self._n_done = self._at_start = 0
+        self._failed: set[tuple[int, int]] = set()
+        self._stop: Callable[[], None] | None = None
+        self._is_to_stop = False
+        self._nbytes = 0
+        self._started = self._told = time.perf_counter()
+
+    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+        """Print the plan; what was done before counts as done."""
+        print_plan(self.console, ready, options)
+        self._n_tiles = ready.forecast.n_tiles
+        self._n_done = self._at_start = ready.forecast.n_done
+        if self._n_done == self._n_tiles:
+            self.console.print("all tiles were done before; nothing is left to do")
+
+    def waiting(self, why: str) -> None:
+        """Say why nothing goes on."""
+        self.console.print(why, markup=False)
+
+    def locked(self, stop: Callable[[], None]) -> None:
+        """Know how to stop the run."""
+        self._stop = stop
+        if self._is_to_stop:  # whoever was told first took it for an error of its own
+            stop()
+
+    def stop(self, why: str) -> None:
+        """Have the run end after the tiles in hand.
+
+        Raises
+        ------
+        StoppedError
+            It has not begun yet.
+        """
+        self._is_to_stop = True
+        if self._stop is None:
+            raise StoppedError(f"{why}: stopped before anything was merged")
+        self.console.print(f"{why}: stopping after the tiles in hand", markup=False)
+        self._stop()
+
+    def started(self, cluster: Cluster) -> None:
+        """Say where it runs, and start the bar."""
+        self.console.print(f"running on {cluster.description}", markup=False)
+        if cluster.dashboard:
+            self.console.print(f"dashboard: {cluster.dashboard}", markup=False)
+        self._started = self._told = time.perf_counter()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("merging"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("tiles  {task.fields[rate]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(
+                "merge", total=self._n_tiles, completed=self._n_done, rate=""
+            )
+            self._bar.start()
+
+    def compiling(self) -> None:
+        """Say so; no bar is shown meanwhile."""
+        self.console.print("compiling kernels (once after an installation; about 10 s)")
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, visible=False)
+
+    def compiled(self, seconds: float) -> None:
+        """Say how long it took, which is not the time of the tiles."""
+        self.console.print(f"compiled kernels in {duration(seconds)}")
+        self._started = self._told = time.perf_counter()
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, completed=self._n_done, visible=True)
+
+    def tile_ended(self, outcome: Outcome) -> None:
+        """Count a tile."""
+        where = outcome.iy, outcome.ix
+        if outcome.summary is None:
+            again = outcome.may_pass and where not in self._failed
+            self._failed.add(where)
+            self.console.print(
+                f"tile {where} failed{', to be tried again' * again}: {outcome.error}",
+                markup=False,
+            )
+        else:
+            self._failed.discard(where)
+            self._n_done += 1
+            self._nbytes += outcome.summary.decoded_nbytes
+        now = time.perf_counter()
+        rate = f"{size(round(self._nbytes / max(now - self._started, 1e-9)))}/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._n_done, rate=rate)
+        elif not self.console.is_terminal and now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            here = self._n_done - self._at_start
+            left = (now - self._started) / max(here, 1) * (self._n_tiles - self._n_done)
+            failed = f", {len(self._failed)} failed" if self._failed else ""
+            self.console.print(
+                f"{self._n_done} of {self._n_tiles} tiles{failed}, {rate}, "
+                f"about {duration(left)} left"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> None:
+    """Print what a merge will do and cost."""
+    plan, cost = ready.plan, ready.forecast
+    workers = n_workers(options)
+    free = "unknown" if cost.free_nbytes is None else size(cost.free_nbytes)
+    done = f", {cost.n_done} of them done before" if cost.n_done else ""
+    if ready.stale:
+        done += f", {len(ready.stale)} again, because exposures or partials have come since"
+    rows = (
+        *_what(plan),
+        ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),
+        ("tiles", f"{cost.n_tiles} of {plan.tile[0]} x {plan.tile[1]} pixels{done}"),
+        ("to read", f"{size(cost.stored_nbytes_in)} ({size(cost.decoded_nbytes_in)} decoded)"),
+        (
+            "to write",
+            f"about {size(cost.stored_nbytes_out)} ({size(cost.decoded_nbytes_out)} decoded) "
+            f"to {ready.output}",
+        ),
+        (
+            "memory",
+            f"{size(cost.worker_nbytes)} in each worker"
+            + (f" ({workers} x {n_threads(options)} threads)" if workers else ""),
+        ),
+        ("free disk", free),
+        ("device", _device(cost)),
+    )
+    for label, value in rows:
+        console.print(f"{label:10}  {value}", markup=False)
+
+
+def _what(plan: MergePlan) -> list[tuple[str, str]]:
+    """Say what is merged."""
+    if not plan.is_montage:
+        n, projections = len(plan.contributions), plan.total_projections
+        return [("partials", f"{n}, {projections:,} projections")]
+    edge = f", without {plan.erode_px} pixels at their edges" if plan.erode_px else ""
+    return [
+        ("exposures", f"{len(plan.exposures):,} of {len(plan.contributions):,} partials{edge}"),
+        ("overlaps", plan.overlap),
+    ]
+
+
+def _device(cost: Forecast) -> str:
+    """Say where the arithmetic is done."""
+    where = f"{cost.device.kind} ({cost.device.reason})"
+    if cost.partials_on_device:
+        where += (
+            f", {size(cost.device_nbytes)} of each GPU, {cost.partials_on_device} partials of a "
+            "tile at a time"
+        )
+    return where
+
+
+def print_report(console: Console, report: MergeReport) -> None:
+    """Print what a merge has done."""
+    if report.n_merged:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
+        console.print(
+            f"merged {report.n_merged} tile{'s' * (report.n_merged != 1)} "
+            f"in {duration(report.seconds)}: "
+            f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
+            f"waiting for storage {report.waiting_share:.0%}"
+        )
+    console.print(f"result: {report.output}", markup=False)
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,1 +1,0 @@
-"""Foreign formats in and out."""

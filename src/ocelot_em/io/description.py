@@ -1,0 +1,244 @@
+"""The description of a montage: a YAML file that says which exposures there are, and where.
+
+::
+
+    pixel_size: 3.0               # optional, in Å
+    search_space: space.npz       # of indexed poses
+    template_box: 40              # of maps of the micrograph's shape; or valid_shape of exposures
+    origins: origins.csv          # optional: see ocelot_em.io.origins
+    exposures:
+      - id: "00"
+        origin: [2, 0]            # y, x; not needed if a file has them
+        acquired: 0               # order of acquisition; not needed if a file has it
+        valid_shape: [265, 297]   # optional
+        partials: [dev0.npz, dev1.npz]
+        total_projections: [17232, 9264]   # where the files do not say
+
+Files are looked for beside the description.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import date
+from os import PathLike
+from os.path import realpath
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.leopard import Batch, ImportOptions, import_batches
+from ocelot_em.io.origins import Origin, read_origins
+from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store.search import Exposure
+
+
+def _as_number(value: object) -> object:
+    """A number where YAML took one, such as 1e4, for text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, int | float | date):
+        raise ValueError(
+            f"YAML takes it for the {type(value).__name__} {value}; write it between quotation "
+            "marks"
+        )
+    return value
+
+
+def _as_origins_file(value: object) -> object:
+    """What a table of origins with nothing but a name is short for."""
+    return {"file": value} if isinstance(value, str) else value
+
+
+_FileName = Annotated[
+    str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4095), BeforeValidator(_as_text)
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class OriginsFile(_Strict):
+    """A table of origins; see :func:`ocelot_em.io.origins.read_origins`."""
+
+    file: _FileName
+    flip_y: bool = False
+    coordinates: Literal["aligned", "aligned-vs", "piece"] | None = None
+
+
+class ExposureEntry(_Strict):
+    """One exposure of a description."""
+
+    id: Annotated[fmt.PartialName, BeforeValidator(_as_text)]
+    origin: (
+        Annotated[
+            list[Annotated[fmt.Origin, BeforeValidator(_as_number)]],
+            Field(min_length=2, max_length=2),
+        ]
+        | None
+    ) = None
+    acquired: fmt.Acquired | None = None
+    valid_shape: Annotated[list[fmt.PixelCount], Field(min_length=2, max_length=2)] | None = None
+    partials: Annotated[list[_FileName], Field(min_length=1)]
+    total_projections: list[fmt.Count] = []
+
+
+class Description(_Strict):
+    """What a file says; see the top of :mod:`ocelot_em.io.description`."""
+
+    pixel_size: Annotated[fmt.Angstrom, BeforeValidator(_as_number)] | None = None
+    search_space: _FileName | None = None
+    template_box: fmt.PixelCount | None = None
+    origins: Annotated[OriginsFile, BeforeValidator(_as_origins_file)] | None = None
+    exposures: Annotated[list[ExposureEntry], Field(min_length=1)]
+
+
+def import_description(
+    path: str | PathLike[str],
+    output: str | PathLike[str],
+    on_progress: Callable[[str, float], None] | None = None,
+) -> list[str]:
+    """Convert the result files of a montage's exposures into a search.
+
+    All files are read through and checked first; nothing is written unless all is in order. Into
+    an existing search, partials and exposures are added; those that are there already, with the
+    same content, are left alone, so that a description can grow.
+
+    Parameters
+    ----------
+    path
+        The description.
+    output
+        Path or URL of the search.
+    on_progress
+        As for :func:`ocelot_em.import_results`.
+
+    Returns
+    -------
+    list of str
+        Exposures and names of the new partials, as ``exposure/partial``.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming everything that is wrong with the description, or with all files.
+    """
+    place = Path(path)
+    description = read_description(place)
+    exposures = placed_exposures(description, place)
+    options = ImportOptions(
+        search_space=None
+        if description.search_space is None
+        else place.parent / description.search_space,
+        template_box=description.template_box,
+        pixel_size_angstrom=description.pixel_size,
+    )
+    batches = [
+        Batch(
+            [place.parent / file for file in entry.partials],
+            entry.total_projections,
+            exposure,
+        )
+        for entry, exposure in zip(description.exposures, exposures, strict=True)
+    ]
+    return import_batches(batches, output, options, on_progress)
+
+
+def read_description(path: Path) -> Description:
+    """Read and check a description.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every problem with its place.
+    """
+    content = read_yaml(path, "a description of a montage's exposures")
+    try:
+        described = Description.model_validate(dict(content))
+    except ValidationError as error:
+        raise InvalidInputError(
+            f"{path}: {_place(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}, "
+            f"got {problem['input']!r:.100}"
+            for problem in error.errors()
+        ) from None
+    counts = Counter(entry.id for entry in described.exposures)
+    problems = [f"{path}: exposure {i!r}: is there {n} times" for i, n in counts.items() if n > 1]
+    used = Counter(realpath(path.parent / f) for e in described.exposures for f in e.partials)
+    problems += [f"{path}: {file}: given {n} times" for file, n in used.items() if n > 1]
+    if problems:
+        raise InvalidInputError(problems)
+    return described
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """Where in a description: ``exposures[3].origin``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".") or "description"
+
+
+def placed_exposures(description: Description, path: Path) -> list[Exposure]:
+    """Exposures with their origins, of the description itself or of the file that it names.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every exposure without an origin or an order of acquisition, or with two.
+    """
+    known: dict[str, Origin] = {}
+    asked = description.origins
+    if asked is not None:
+        known = read_origins(
+            path.parent / asked.file, flip_y=asked.flip_y, coordinates=asked.coordinates
+        )
+    exposures, problems = [], []
+    for entry in description.exposures:
+        found, place = known.get(entry.id), f"{path}: exposure {entry.id!r}"
+        origin = tuple(entry.origin) if entry.origin is not None else None
+        acquired = entry.acquired
+        told = None if found is None else found.acquired
+        if acquired is not None and told is not None and acquired != told:
+            problems.append(
+                f"{place}: acquired: the description says {acquired}, the file of origins {told}"
+            )
+        if found is not None and origin is not None and origin != (found.y, found.x):
+            problems.append(
+                f"{place}: origin: the description says {origin}, the file of origins "
+                f"{(found.y, found.x)}"
+            )
+        if found is not None:
+            origin = found.y, found.x
+            acquired = told if acquired is None else acquired
+        if origin is None:
+            problems.append(f"{place}: origin: missing" + (" in the file of origins" * bool(known)))
+        if acquired is None:
+            problems.append(f"{place}: acquired: missing: its place in the order of acquisition")
+        if origin is not None and acquired is not None:
+            valid = entry.valid_shape
+            exposures.append(
+                Exposure(
+                    entry.id,
+                    (origin[0], origin[1]),
+                    acquired,
+                    None if valid is None else (valid[0], valid[1]),
+                )
+            )
+    if problems:
+        raise InvalidInputError(problems)
+    return exposures

@@ -1,0 +1,501 @@
+"""The eight maps of a finished search as Leopard-EM names them: what its file formats share.
+
+Out: the valid pixels of a merged result, read band by band. In: one partial of a search, whose sums
+are reconstructed from mean and standard deviation.
+"""
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.errors import (
+    InvalidDataError,
+    InvalidInputError,
+    OcelotError,
+    OutputExistsError,
+    StorageError,
+)
+from ocelot_em.merge.lazy import open_merged
+from ocelot_em.model.arrays import exact_count
+from ocelot_em.model.maps import (
+    MEAN,
+    MIP,
+    PIXEL_SIZE,
+    SCALED_MIP,
+    SQUARED_SUM,
+    STD,
+    SUM,
+    AnyArray,
+    Float64,
+)
+from ocelot_em.model.regions import Region, TileGrid, ceil_div
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import PartialWriter, SearchInfo, name_problems, read_partials
+
+OUR_NAMES: Mapping[str, str] = {
+    "mip": MIP,
+    "scaled_mip": SCALED_MIP,
+    "correlation_average": MEAN,
+    "correlation_variance": STD,  # the name is wrong, there and since 1.0: it is not squared
+    "orientation_psi": "best_psi",
+    "orientation_theta": "best_theta",
+    "orientation_phi": "best_phi",
+    "relative_defocus": "best_defocus",
+}
+"""Leopard-EM's names of the maps, and ours."""
+
+Tell = Callable[[str, float], None]
+"""Is told the phase (``check`` or ``convert``) and the share of it that is done, 0 to 1."""
+
+BAND_PX = 4 * 2**20
+"""Pixels of a map that are in memory at a time, unless chunks are larger."""
+
+LEAST_ROWS = 1024
+"""Bands are at least as high, and of whole chunks: neither many nor read in pieces."""
+
+
+def band_grid(shape: tuple[int, int], block: tuple[int, int]) -> TileGrid:
+    """Cut a map into bands made of whole blocks, each of about :data:`BAND_PX` pixels.
+
+    Wide maps are cut along both axes: a row of chunks of a montage can be gigabytes.
+    """
+    rows = ceil_div(LEAST_ROWS, block[0]) * block[0]
+    columns = max(BAND_PX // (rows * block[1]), 1) * block[1]
+    return TileGrid(shape, (min(rows, shape[0]), min(columns, shape[1])))
+
+
+class FinishedMaps:
+    """The valid pixels of a merged result, read region by region.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a complete merged result.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+        As :func:`ocelot_em.open_merged`.
+    """
+
+    def __init__(self, store: str | PathLike[str]) -> None:
+        self._dataset = open_merged(store)
+        self.shape: tuple[int, int] = self._dataset.attrs["valid_shape"]
+        self.chunk: tuple[int, int] = self._dataset[MIP].data.chunksize
+        self.pixel_size_angstrom: float | None = self._dataset.attrs["pixel_size_angstrom"]
+
+    @property
+    def total_projections(self) -> int:
+        """Cross-correlations of every pixel.
+
+        Raises
+        ------
+        InvalidInputError
+            The exposures of a montage have different numbers.
+        """
+        attributes = self._dataset.attrs
+        counts = set(attributes.get("exposure_projections", [attributes["total_projections"]]))
+        if len(counts) > 1:
+            raise InvalidInputError(
+                f"total_projections: expected one number for all pixels, got {min(counts):,} to "
+                f"{max(counts):,} in different exposures; export the exposures one by one"
+            )
+        return int(counts.pop())
+
+    def read(self, name: str, region: Region) -> AnyArray:
+        """Read a map over a region of the valid pixels; poses that are not stored are decoded."""
+        rows, columns = region.slices
+        lazily = self._dataset[name].isel(y=rows, x=columns)
+        values: AnyArray = lazily.compute(scheduler="threads").to_numpy()
+        return values
+
+
+def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
+    """Refuse to write over files.
+
+    Raises
+    ------
+    OutputExistsError
+        Naming all that are there.
+    """
+    there = [] if overwrite else [str(path) for path in paths if path.exists()]
+    if there:
+        raise OutputExistsError(
+            f"{', '.join(there)}: already there; choose another place, or ask to overwrite"
+        )
+
+
+@contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside a file: it becomes the file at the end, or vanishes.
+
+    Raises
+    ------
+    StorageError
+        For every OSError on the way.
+    """
+    staged = path.with_name(f"{path.name}#{uuid.uuid4().int}")
+    try:
+        with storage_errors(path):
+            yield staged
+            staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Say where it was that the file system failed."""
+    try:
+        yield
+    except OcelotError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {place}: {error.strerror or error}; check the free space and the "
+            "permissions of that place and run it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class FinishedSearch:
+    """What the files of a finished search do not say.
+
+    Parameters
+    ----------
+    total_projections
+        How many cross-correlations mean and standard deviation are of, exactly. Leopard-EM has it
+        in its configuration file, and in HDF5 files.
+    template_box
+        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``).
+        None: all pixels are valid, as Leopard-EM writes them by default.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å; None: what the files say.
+    pixel_size_offset_angstrom
+        The one pixel-size offset in Å at which everything was searched: 0 if the pixel size was
+        not varied. None: the poses have no pixel size, and merge only with such that have none.
+    name
+        Name of the partial; None: after the files.
+    """
+
+    total_projections: int | None = None
+    template_box: int | None = None
+    pixel_size_angstrom: float | None = None
+    pixel_size_offset_angstrom: float | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class ImportedSearch:
+    """A finished search that became a partial.
+
+    Parameters
+    ----------
+    name
+        Of the partial.
+    notes
+        What the files lack and what was reconstructed, one sentence each.
+    """
+
+    name: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MapFiles:
+    """The maps of a finished search in files that are open.
+
+    Parameters
+    ----------
+    place
+        How errors call it.
+    name
+        Of the partial, unless another is given.
+    maps
+        By Leopard-EM's names: float32 (y, x), of which regions are read by slicing. Of the eight
+        only ``scaled_mip`` may be missing.
+    paths
+        The files, in a fixed order.
+    pixel_size_angstrom, total_projections
+        What the files say; None if they do not.
+    """
+
+    place: str
+    name: str
+    maps: Mapping[str, Any]
+    paths: Sequence[Path]
+    pixel_size_angstrom: float | None = None
+    total_projections: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.maps["mip"].shape
+        return height, width
+
+    def read(self, region: Region) -> dict[str, AnyArray]:
+        """Read all maps over a region.
+
+        Raises
+        ------
+        InvalidInputError
+            A file is damaged there.
+        """
+        read = {}
+        for name, values in self.maps.items():
+            try:
+                read[name] = np.asarray(values[region.slices], np.float32)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise InvalidInputError(
+                    f"{self.place}: {name}: pixels {region} cannot be read: {error}"
+                ) from error
+        return read
+
+
+def import_map_files(
+    files: MapFiles, output: str | PathLike[str], about: FinishedSearch, tell: Tell | None = None
+) -> ImportedSearch:
+    """Convert the maps of a finished search into a partial; into an existing one it is appended.
+
+    Everything is read and checked first; nothing is written unless it is in order.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong.
+    """
+    tell = tell or (lambda _phase, _share: None)
+    name = about.name or files.name
+    problems, count = _layout_problems(files), 0
+    try:
+        count = _count(files, about)
+    except InvalidInputError as error:
+        problems += error.problems
+    if problems:
+        raise InvalidInputError([*problems, *name_problems(name)])
+    existing = read_partials(open_objects(output))
+    digest = _digest(files.paths)
+    problems += [
+        f"{files.place}: its content is already there as partial {there!r} of {output}; its "
+        "projections would be counted twice"
+        for there, partial in existing
+        if partial.state == "complete" and partial.provenance.input_sha256 == digest
+    ]
+    try:
+        writer = PartialWriter(
+            output,
+            name,
+            files.shape,
+            total_projections=count,
+            order=1 + max((partial.order for _, partial in existing), default=-1),
+            search=_search_info(files, about),
+        )
+    except InvalidInputError as error:
+        raise InvalidInputError([*problems, *error.problems]) from None
+    if problems:
+        raise InvalidInputError(problems)
+    grid = band_grid(files.shape, writer.chunk)
+    for band in grid:
+        problems = _value_problems(files.place, files.read(band.region), band.region)
+        if problems:
+            raise InvalidDataError(problems)
+        tell("check", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
+    writer.describe(file=files.place.rpartition("/")[2], sha256=digest)
+    with writer:
+        for band in grid:
+            maps = _as_partial(files.read(band.region), count, about.pixel_size_offset_angstrom)
+            writer.write(band.region, maps)
+            tell("convert", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
+    return ImportedSearch(name, tuple(_notes(files, about)))
+
+
+def _layout_problems(files: MapFiles) -> list[str]:
+    """Maps that are missing, or are not pictures of one shape in float32."""
+    problems = [
+        f"{files.place}: {name}: missing"
+        for name in OUR_NAMES
+        if name not in files.maps and name != "scaled_mip"
+    ]
+    shapes = {name: tuple(values.shape) for name, values in files.maps.items()}
+    for name, values in files.maps.items():
+        place = f"{files.place}: {name}"
+        if values.dtype.newbyteorder("=").name != "float32":
+            problems.append(
+                f"{place}: expected float32 values, as Leopard-EM writes them, got {values.dtype}"
+            )
+        first = next(iter(shapes))
+        if len(shapes[name]) != 2:
+            problems.append(f"{place}: expected a map (y, x), got shape {shapes[name]}")
+        elif shapes[name] != shapes[first]:
+            problems.append(
+                f"{place}: expected shape {shapes[first]}, as {first} has, got {shapes[name]}"
+            )
+    return problems
+
+
+def _count(files: MapFiles, about: FinishedSearch) -> int:
+    place = f"{files.place}: total_projections"
+    try:
+        stored, given = (
+            None if count is None else exact_count(count)
+            for count in (files.total_projections, about.total_projections)
+        )
+    except ValueError as error:
+        raise InvalidInputError(f"{place}: {error}") from None
+    stored = stored or None  # 0 if it was never set
+    if given is None and stored is None:
+        raise InvalidInputError(
+            f"{place}: the files do not say how many cross-correlations their mean is of; give it "
+            "(Leopard-EM's configuration file has it below match_template_result)"
+        )
+    if given is not None and stored is not None and given != stored:
+        raise InvalidInputError(f"{place}: the file says {stored}, {given} was given")
+    count = stored if given is None else given
+    if not count:
+        raise InvalidInputError(f"{place}: expected at least 1, got {count}")
+    return count
+
+
+def _search_info(files: MapFiles, about: FinishedSearch) -> SearchInfo:
+    info = SearchInfo(
+        template_box=about.template_box,
+        pixel_size_angstrom=about.pixel_size_angstrom,
+        has_pixel_size=about.pixel_size_offset_angstrom is not None,
+        float64_sums=True,
+    )
+    if about.pixel_size_angstrom is None:
+        info = replace(info, pixel_size_angstrom=files.pixel_size_angstrom)
+    return info
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """A fingerprint of the files' bytes."""
+    hasher = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()
+
+
+def _value_problems(place: str, maps: Mapping[str, AnyArray], region: Region) -> list[str]:
+    """NaN and infinities where none may be, and a z-score that does not follow from the rest."""
+    searched = maps["mip"] != -np.inf
+    problems = []
+    for name, values in maps.items():
+        bad = ~np.isfinite(values)
+        if name not in ("correlation_average", "correlation_variance"):
+            bad &= searched
+        elif (bad & ~searched).any():
+            problems.append(
+                f"{place}: {name}: not a number {_where(bad & ~searched, region)}, where nobody "
+                "searched: a partial has one count at every pixel, and cannot say that it is 0 "
+                "there; merge the search's own partials instead"
+            )
+            bad &= searched
+        if bad.any():
+            problems.append(f"{place}: {name}: not a finite number {_where(bad, region)}")
+    negative = maps["correlation_variance"] < 0
+    if negative.any():
+        problems.append(f"{place}: correlation_variance: below 0 {_where(negative, region)}")
+    return problems or _zscore_problems(place, maps, region, searched)
+
+
+def _zscore_problems(
+    place: str, maps: Mapping[str, AnyArray], region: Region, searched: AnyArray
+) -> list[str]:
+    if "scaled_mip" not in maps:
+        return []
+    wrong = _disagrees(maps, maps["correlation_variance"]) & searched
+    if not wrong.any():
+        return []
+    hint = "are these files of one search?"
+    if not (_disagrees(maps, np.sqrt(maps["correlation_variance"])) & searched).any():
+        hint = (
+            "correlation_variance seems to be a variance; Leopard-EM stores the standard deviation "
+            "under that name: replace it by its square root"
+        )
+    return [
+        f"{place}: scaled_mip: expected (mip - correlation_average) / correlation_variance, got "
+        f"something else {_where(wrong, region)}; {hint}"
+    ]
+
+
+def _disagrees(maps: Mapping[str, AnyArray], std: AnyArray) -> AnyArray:
+    """Where the z-score is not the one of this standard deviation, by more than rounding."""
+    mip, mean, wide = (
+        np.asarray(values, np.float64) for values in (maps["mip"], maps["correlation_average"], std)
+    )
+    with np.errstate(all="ignore"):
+        expected = np.where(wide == 0, 0, (mip - mean) / wide)
+        rounding = np.where(wide == 0, 0, 1e-6 * (np.abs(mip) + np.abs(mean)) / wide)
+        tolerance = 1e-3 * (1 + np.abs(expected)) + rounding
+        wrong: AnyArray = ~(np.abs(maps["scaled_mip"] - expected) <= tolerance)
+    return wrong
+
+
+def _where(bad: AnyArray, region: Region) -> str:
+    y, x = np.unravel_index(int(np.argmax(bad)), bad.shape)
+    n = int(np.count_nonzero(bad))
+    return f"at {n} pixel{'s' * (n > 1)} of {region}, first ({region.y0 + y}, {region.x0 + x})"
+
+
+def _as_partial(
+    maps: Mapping[str, AnyArray], count: int, pixel_size_offset: float | None
+) -> dict[str, AnyArray]:
+    """Maps of a partial: as they are, and the sums that give this mean and deviation."""
+    mean, std = (
+        maps[name].astype(np.float64) for name in ("correlation_average", "correlation_variance")
+    )
+    partial: dict[str, AnyArray] = {
+        OUR_NAMES[name]: values
+        for name, values in maps.items()
+        if name == "mip" or name.startswith(("orientation", "relative"))
+    }
+    if pixel_size_offset is not None:
+        searched = maps["mip"] != -np.inf
+        partial[PIXEL_SIZE] = np.where(searched, np.float32(pixel_size_offset), np.float32(np.nan))
+    return partial | {SUM: mean * count, SQUARED_SUM: _squared_sum(mean, std, count)}
+
+
+def _squared_sum(mean: Float64, std: Float64, count: int) -> Float64:
+    squared: Float64 = (std * std + mean * mean) * count
+    # Rounding must not make a small deviation of none at all, which would give a huge z-score: a
+    # sum that is too small by more than all roundings together gives 0 again.
+    squared[std == 0] *= 1 - 2.0**-49
+    return squared
+
+
+def _notes(files: MapFiles, about: FinishedSearch) -> Iterator[str]:
+    yield (
+        "correlation_sum, correlation_squared_sum: reconstructed from mean, standard deviation and "
+        "the number of projections, with the precision of float32 that those are stored in"
+    )
+    if about.pixel_size_offset_angstrom is None:
+        yield (
+            "best_pixel_size: the files have no map of pixel-size offsets, so that this merges "
+            "only with searches without one; if all was searched at one offset, give it (0 if the "
+            "pixel size was not varied)"
+        )
+    else:
+        yield f"best_pixel_size: {about.pixel_size_offset_angstrom} Å everywhere, as given"
+    yield (
+        "best_partial: the files do not say which device found what; the search counts as one "
+        "partial with explicit poses"
+    )
+    if "scaled_mip" not in files.maps:
+        yield "scaled_mip: missing, so that the maps could not be checked against it"
+    if about.template_box is None:
+        yield "template box: not given; all pixels are taken as valid"
+    stored, given = files.pixel_size_angstrom, about.pixel_size_angstrom
+    if stored is None and given is None:
+        yield "pixel size: neither in the files nor given; it stays unknown"
+    elif None not in (stored, given) and stored != given:
+        yield f"pixel size: the files say {stored} Å; {given} Å was given and taken"

@@ -1,0 +1,261 @@
+"""The eight MRC files of a Leopard-EM result, out of a merged store and in as a partial.
+
+Maps are written and read in bands through memory maps: files may be larger than memory.
+"""
+
+import math
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.io.leopard_maps import (
+    OUR_NAMES,
+    FinishedMaps,
+    FinishedSearch,
+    ImportedSearch,
+    MapFiles,
+    Tell,
+    band_grid,
+    import_map_files,
+    refuse_existing,
+    storage_errors,
+    whole_or_nothing,
+)
+from ocelot_em.model.maps import AnyArray
+
+_FLOAT32 = 2
+"""MRC's mode of float32 values."""
+
+
+def write_mrc_set(
+    store: str | PathLike[str],
+    folder: str | PathLike[str],
+    *,
+    prefix: str = "",
+    overwrite: bool = False,
+) -> dict[str, Path]:
+    """Write a merged result as the MRC files that Leopard-EM writes and refines from.
+
+    Only the valid pixels are written, which is what Leopard-EM's files hold by default; a pixel
+    stays the upper left corner of the template box. ``correlation_variance`` holds the standard
+    deviation, as Leopard-EM's does. Pixels that nobody searched are NaN, and -inf in ``mip``.
+    Pixel-size offsets have no place in these files.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a complete merged result.
+    folder
+        Made if it is not there.
+    prefix
+        Put before the names, as in ``output_mip.mrc`` of Leopard-EM's examples; by default files
+        are called ``mip.mrc``, ``scaled_mip.mrc``, ``correlation_average.mrc``,
+        ``correlation_variance.mrc``, ``orientation_psi.mrc``, ``orientation_theta.mrc``,
+        ``orientation_phi.mrc`` and ``relative_defocus.mrc``.
+    overwrite
+        Whether to replace files that are there.
+
+    Returns
+    -------
+    dict
+        The eight paths by Leopard-EM's names of the maps.
+
+    Raises
+    ------
+    MissingDependencyError
+        mrcfile is not installed.
+    StoreNotFoundError, FormatError, IncompleteError, ChunkError
+        The store cannot be read.
+    OutputExistsError
+        Naming all files that are there.
+    StorageError
+        Writing failed, or there is not enough space; nothing is left behind.
+    """
+    mrcfile = _mrcfile()
+    maps, place = FinishedMaps(store), Path(folder)
+    paths = _paths(place, prefix)
+    refuse_existing(paths.values(), overwrite)
+    with storage_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for name, path in paths.items():
+            staged = stack.enter_context(whole_or_nothing(path))
+            _write_map(mrcfile, staged, maps, OUR_NAMES[name])
+    return paths
+
+
+def import_mrc_set(
+    folder: str | PathLike[str],
+    output: str | PathLike[str],
+    about: FinishedSearch,
+    *,
+    prefix: str = "",
+    on_progress: Tell | None = None,
+) -> ImportedSearch:
+    """Read the MRC files of a finished search as a partial, as far as they carry what it needs.
+
+    The files have mean and standard deviation and no sums: with the number of projections ``N``
+    these are ``mean * N`` and ``(std**2 + mean**2) * N``, stored as float64. A merge of nothing but
+    this partial has the files' mean and standard deviation to the bit.
+
+    Parameters
+    ----------
+    folder, prefix
+        As for :func:`write_mrc_set`. ``scaled_mip`` may be missing; if it is there the maps must
+        agree with it.
+    output
+        Path or URL of a search, made if it is not there.
+    about
+        What the files do not say; ``total_projections`` is needed.
+    on_progress
+        Called with the phase (``check`` or ``convert``) and the share done, 0 to 1.
+
+    Returns
+    -------
+    ImportedSearch
+        The partial's name, and in words what the files lack.
+
+    Raises
+    ------
+    MissingDependencyError
+        mrcfile is not installed.
+    InvalidInputError
+        Listing everything that is wrong: files that are missing or no float32 pictures of one
+        shape, NaN, a z-score of another search, a search at ``output`` that differs.
+    """
+    mrcfile = _mrcfile()
+    paths = _paths(Path(folder), prefix)
+    found = {name: path for name, path in paths.items() if path.is_file()}
+    with ExitStack() as stack:
+        opened: dict[str, Any] = {}
+        problems: list[str] = []
+        for name, path in found.items():
+            try:
+                opened[name] = stack.enter_context(_opened(mrcfile, path))
+            except InvalidInputError as error:
+                problems += error.problems
+        if problems:
+            raise InvalidInputError(problems)
+        files = MapFiles(
+            place=str(Path(folder) / f"{prefix}*.mrc"),
+            name=prefix.rstrip("_-.") or Path(folder).absolute().name,
+            maps={name: _picture(file.data) for name, file in opened.items()},
+            paths=list(found.values()),
+            pixel_size_angstrom=_pixel_size(opened["mip"]) if "mip" in opened else None,
+        )
+        return import_map_files(files, output, about, on_progress)
+
+
+def _mrcfile() -> Any:
+    try:
+        import mrcfile
+    except ImportError as error:
+        raise MissingDependencyError(
+            "MRC files need mrcfile: pip install 'ocelot-em[maps]'"
+        ) from error
+    return mrcfile
+
+
+def _paths(folder: Path, prefix: str) -> dict[str, Path]:
+    if prefix and Path(prefix).name != prefix:
+        raise InvalidInputError(
+            f"prefix {prefix!r}: expected the beginning of file names, got a path; give the folder "
+            "by itself"
+        )
+    return {name: folder / f"{prefix}{name}.mrc" for name in OUR_NAMES}
+
+
+def _write_map(mrcfile: Any, path: Path, maps: FinishedMaps, name: str) -> None:
+    values = _Statistics()
+    with mrcfile.new_mmap(path, maps.shape, mrc_mode=_FLOAT32) as file:
+        # Where there is no space, writing to mapped memory would kill the process.
+        with path.open("r+b") as reserved:
+            os.posix_fallocate(reserved.fileno(), 0, path.stat().st_size)
+        for band in band_grid(maps.shape, maps.chunk):
+            read = maps.read(name, band.region)
+            file.data[band.region.slices] = read
+            values.add(read)
+        if maps.pixel_size_angstrom is not None:
+            file.voxel_size = maps.pixel_size_angstrom
+        for field, value in values.header().items():
+            file.header[field] = value
+
+
+@dataclass
+class _Statistics:
+    """Statistics of the finite values of a map, as its header has them."""
+
+    n: int = 0
+    lowest: float = math.inf
+    highest: float = -math.inf
+    total: float = 0.0
+    squared_total: float = 0.0
+
+    def add(self, values: AnyArray) -> None:
+        finite = values[np.isfinite(values)].astype(np.float64)
+        if finite.size:
+            self.n += finite.size
+            self.lowest = min(self.lowest, float(finite.min()))
+            self.highest = max(self.highest, float(finite.max()))
+            self.total += float(finite.sum())
+            self.squared_total += float(np.square(finite, out=finite).sum())
+
+    def header(self) -> dict[str, float]:
+        """Fields of the header; the format's signs for unknown ones if there are no values."""
+        if not self.n:
+            return {"dmin": 0, "dmax": -1, "dmean": -2, "rms": -1}
+        mean = self.total / self.n
+        variance = max(self.squared_total / self.n - mean * mean, 0)
+        return {
+            "dmin": self.lowest,
+            "dmax": self.highest,
+            "dmean": mean,
+            "rms": math.sqrt(variance),
+        }
+
+
+@contextmanager
+def _opened(mrcfile: Any, path: Path) -> Iterator[Any]:
+    """Memory-map a file whose header and size agree."""
+    try:
+        _check_extended_header(mrcfile, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # mrcfile only warns of files that are too long
+            file = mrcfile.mmap(path, mode="r")
+    except Exception as error:  # neither mrcfile nor NumPy nor mmap has a list of what it raises
+        raise InvalidInputError(f"{path}: cannot be read as an MRC file: {error}") from error
+    with file:
+        yield file
+
+
+def _check_extended_header(mrcfile: Any, path: Path) -> None:
+    """Refuse one that is longer than the file: mrcfile makes room for it before it reads it."""
+    with path.open("rb") as file:
+        header = file.read(1024)
+    if len(header) < 1024:
+        raise ValueError(f"expected a header of 1024 bytes, got {len(header)}")
+    order = mrcfile.utils.byte_order_from_machine_stamp(header[212:216])
+    (nbytes,) = struct.unpack_from(f"{order}i", header, 92)
+    if not 0 <= nbytes <= path.stat().st_size - 1024:
+        raise ValueError(f"expected room for an extended header, got none for {nbytes:,} bytes")
+
+
+def _picture(data: AnyArray) -> AnyArray:
+    """The picture of a volume of one section, which some programs write."""
+    return data[0] if data.ndim == 3 and len(data) == 1 else data
+
+
+def _pixel_size(file: Any) -> float | None:
+    """Pixel size of a header, without the digits that float32 adds; None where there is none."""
+    n = int(file.header.mx)
+    size = float(f"{float(file.header.cella.x) / n:.6g}") if n else 0.0
+    return size if math.isfinite(size) and size > 0 else None

@@ -1,0 +1,327 @@
+"""Pictures of merged maps for image viewers: OME-Zarr 0.5, pooled by maximum.
+
+A pyramid is made in one pass: blocks of the full map are read once, and each gives its share to the
+levels above. Memory is a few blocks per level, whatever the size of the map.
+"""
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.errors import BaseZarrError
+
+from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, StoreNotFoundError
+from ocelot_em.io.leopard_maps import FinishedMaps, storage_errors
+from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
+from ocelot_em.model.regions import Region, TileGrid, ceil_div
+from ocelot_em.store.objects import is_local, normalise_url
+
+VERSION = "0.5"
+AXES = ("c", "y", "x")
+POOLED = (SCALED_MIP, MIP, MEAN, STD)
+"""Maps of which a maximum says something; that of an angle or an index does not."""
+
+CHUNK = 512
+"""Edge of a chunk in pixels, and the longest edge of the last level: that is one chunk."""
+
+BLOCK = 2048
+"""Edge in pixels, of any level, of what is read, pooled and written at a time."""
+
+
+def write_ome_zarr(
+    store: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    maps: Sequence[str] = (SCALED_MIP,),
+    overwrite: bool = False,
+) -> Path:
+    """Write maps of a merged result as a picture of several resolutions, for image viewers.
+
+    Level 0 has the valid pixels as they are. Each further level has the maximum of 2 x 2 pixels of
+    the one before, so that a peak is seen from any distance; the last has no edge longer than 512
+    pixels. Pixels that nobody searched are NaN, on coarser levels where that holds for all.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a complete merged result.
+    output
+        Folder of the picture.
+    maps
+        Which maps, each a channel: ``scaled_mip``, ``mip``, ``correlation_mean``,
+        ``correlation_std``.
+    overwrite
+        Whether to replace a picture that is there; anything else is never replaced.
+
+    Returns
+    -------
+    pathlib.Path
+        The picture: axes c, y, x in float32, in Å if the pixel size is known. A pixel's place is
+        its centre, and that of the upper left one of level 0 is the origin. Contrast goes from
+        the median to the 99.99 percentile of the last level.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError, ChunkError
+        The store cannot be read.
+    InvalidInputError
+        Maps that are unknown or cannot be pooled; an output that is no local folder.
+    OutputExistsError
+        Something is at the output.
+    StorageError
+        Writing failed; nothing is left behind.
+    """
+    problems = [
+        f"map {name!r}: expected one of {', '.join(POOLED)}, of which a maximum says something"
+        for name in maps
+        if name not in POOLED
+    ]
+    if not maps or len(set(maps)) < len(maps):
+        problems.append(f"maps: expected one or more different ones, got {tuple(maps)}")
+    url = normalise_url(output)
+    if not is_local(url):
+        problems.append(f"{url}: expected a folder of this machine; copy the picture there later")
+    if problems:
+        raise InvalidInputError(problems)
+    merged, place = FinishedMaps(store), Path(url)
+    _refuse_existing(place, overwrite)
+    staged = place.with_name(f"{place.name}#{uuid.uuid4().int}")
+    try:
+        with storage_errors(place):
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            group = zarr.create_group(staged, zarr_format=3)
+            pyramid = _Pyramid(merged, group, len(maps))
+            for channel, name in enumerate(maps):
+                pyramid.write(channel, name)
+            group.attrs["ome"] = _metadata(place.name, merged, pyramid, maps)
+            _put_in_place(staged, place)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return place
+
+
+def read_level(
+    path: str | PathLike[str], longest_edge_px: int, name: str = SCALED_MIP
+) -> tuple[Float32, int]:
+    """Read an overview: the finest level that is not larger than asked for.
+
+    Parameters
+    ----------
+    path
+        A picture that :func:`write_ome_zarr` wrote.
+    longest_edge_px
+        Most rows or columns to return, at least 1. Below what the last level has, that is pooled
+        further.
+    name
+        Which of its maps.
+
+    Returns
+    -------
+    values : array
+        (y, x) float32; NaN where nobody searched.
+    factor : int
+        Edge in full-size pixels of a square of which a value is the maximum.
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is nothing.
+    FormatError
+        It is no such picture.
+    InvalidInputError
+        It has no such map.
+    """
+    if longest_edge_px < 1:
+        raise InvalidInputError(f"longest edge: expected at least 1 pixel, got {longest_edge_px}")
+    place = Path(path)
+    if not place.exists():
+        raise StoreNotFoundError(f"{place}: expected an OME-Zarr picture, got nothing there")
+    try:
+        group = zarr.open_group(place, mode="r", zarr_format=3)
+        ome = cast("dict[str, Any]", group.attrs["ome"])
+        levels = [level["path"] for level in ome["multiscales"][0]["datasets"]]
+        names = [channel["label"] for channel in ome["omero"]["channels"]]
+        arrays = [cast("zarr.Array[Any]", group[level]) for level in levels]
+        shapes = [array.shape[1:] for array in arrays]
+    except (BaseZarrError, ValueError, LookupError, TypeError, OSError) as error:
+        raise FormatError(
+            f"{place}: expected a picture that ocelot-em wrote, got something else: {error}"
+        ) from error
+    if name not in names:
+        raise InvalidInputError(
+            f"{place}: expected one of its maps, {', '.join(names)}; got {name}"
+        )
+    fitting = (k for k, shape in enumerate(shapes) if max(shape) <= longest_edge_px)
+    level = next(fitting, len(levels) - 1)
+    values = np.asarray(arrays[level][names.index(name)], np.float32)
+    while max(values.shape) > longest_edge_px:
+        values, level = pool(values), level + 1
+    return values, 2**level
+
+
+def pool(values: Float32) -> Float32:
+    """Maximum of 2 x 2 pixels, of fewer at the lower and right edge; NaN where all are NaN."""
+    height, width = values.shape
+    rows = values[0::2].copy()
+    np.fmax(rows[: height // 2], values[1::2], out=rows[: height // 2])
+    pooled = rows[:, 0::2].copy()
+    np.fmax(pooled[:, : width // 2], rows[:, 1::2], out=pooled[:, : width // 2])
+    return pooled
+
+
+class _Pyramid:
+    """The levels of a picture, written block by block from the bottom up."""
+
+    def __init__(self, merged: FinishedMaps, group: zarr.Group, n_channels: int) -> None:
+        self._merged = merged
+        self._grids = [TileGrid(shape, (BLOCK, BLOCK)) for shape in _level_shapes(merged.shape)]
+        self._arrays = [
+            group.create_array(
+                str(level),
+                shape=(n_channels, *grid.shape),
+                chunks=(1, CHUNK, CHUNK),
+                dtype="float32",
+                fill_value=np.nan,
+                compressors=BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="shuffle"),
+                dimension_names=AXES,
+            )
+            for level, grid in enumerate(self._grids)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def write(self, channel: int, name: str) -> None:
+        """Write all levels of a map."""
+        for block in self._grids[-1]:
+            self._write_block(channel, name, len(self) - 1, (block.iy, block.ix))
+
+    def last(self, channel: int) -> Float32:
+        """Read the last level back."""
+        return np.asarray(self._arrays[-1][channel], np.float32)
+
+    def _write_block(self, channel: int, name: str, level: int, at: tuple[int, int]) -> Float32:
+        """Write a block and all that is below it; what it gives to the level above."""
+        region = self._grids[level].at(*at).region
+        if level == 0:
+            values = self._merged.read(name, region)
+            values = np.where(np.isneginf(values), np.float32(np.nan), values)
+        else:
+            values = np.empty(region.shape, np.float32)
+            for below in self._grids[level - 1].touching(_doubled(region)):
+                share = self._write_block(channel, name, level - 1, (below.iy, below.ix))
+                y0, x0 = below.region.y0 // 2 - region.y0, below.region.x0 // 2 - region.x0
+                values[y0 : y0 + share.shape[0], x0 : x0 + share.shape[1]] = share
+        self._arrays[level][(channel, *region.slices)] = values
+        return pool(values)
+
+
+def _level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    shapes = [shape]
+    while max(shapes[-1]) > CHUNK:
+        height, width = shapes[-1]
+        shapes.append((ceil_div(height, 2), ceil_div(width, 2)))
+    return shapes
+
+
+def _doubled(region: Region) -> Region:
+    """The same pixels on the level below."""
+    return Region(2 * region.y0, 2 * region.y1, 2 * region.x0, 2 * region.x1)
+
+
+def _metadata(
+    name: str, merged: FinishedMaps, pyramid: _Pyramid, maps: Sequence[str]
+) -> dict[str, Any]:
+    size = merged.pixel_size_angstrom
+    unit = {} if size is None else {"unit": "angstrom"}
+    datasets = []
+    for level in range(len(pyramid)):
+        edge = 2.0**level
+        offset = (edge - 1) / 2  # of the centre of a pooled pixel
+        transforms = [
+            {"type": kind, "scale" if kind == "scale" else "translation": values}
+            for kind, values in (
+                ("scale", [1.0, edge * (size or 1), edge * (size or 1)]),
+                ("translation", [0.0, offset * (size or 1), offset * (size or 1)]),
+            )
+        ]
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+    return {
+        "version": VERSION,
+        "multiscales": [
+            {
+                "name": name,
+                "axes": [
+                    {"name": "c", "type": "channel"},
+                    {"name": "y", "type": "space", **unit},
+                    {"name": "x", "type": "space", **unit},
+                ],
+                "datasets": datasets,
+                "type": "maximum",
+                "metadata": {
+                    "description": "Maximum of 2 x 2 pixels of the level before, NaN left out. A "
+                    "pixel is the upper left corner of the template box.",
+                    "method": "numpy.fmax",
+                },
+            }
+        ],
+        "omero": {
+            "channels": [
+                {
+                    "label": channel,
+                    "active": number == 0,
+                    "color": "FFFFFF",
+                    "window": _window(pyramid.last(number)),
+                }
+                for number, channel in enumerate(maps)
+            ],
+            "rdefs": {"model": "greyscale"},
+        },
+    }
+
+
+def _window(values: Float32) -> dict[str, float]:
+    """Contrast limits: from the middle of the noise to the peaks."""
+    known = values[np.isfinite(values)].astype(np.float64)
+    if not known.size:
+        return {"min": 0.0, "max": 1.0, "start": 0.0, "end": 1.0}
+    start, end = np.percentile(known, (50, 99.99))
+    if end <= start:
+        end = start + 1
+    low, high = float(known.min()), max(float(known.max()), float(end))
+    return {"min": low, "max": high, "start": float(start), "end": float(end)}
+
+
+def _refuse_existing(place: Path, overwrite: bool) -> None:
+    if not place.exists():
+        return
+    if not overwrite:
+        raise OutputExistsError(
+            f"{place}: already there; choose another place, or ask to overwrite"
+        )
+    try:
+        is_picture = "ome" in zarr.open_group(place, mode="r").attrs
+    except (BaseZarrError, ValueError, OSError):
+        is_picture = False
+    if not is_picture:
+        raise OutputExistsError(
+            f"{place}: expected an OME-Zarr picture to overwrite, got something else, which is not "
+            "replaced; choose another place, or delete it yourself"
+        )
+
+
+def _put_in_place(staged: Path, place: Path) -> None:
+    """Give a whole picture its name, and only then delete what had it before."""
+    if place.exists():
+        old = place.with_name(f"{place.name}#{uuid.uuid4().int}")
+        place.rename(old)
+        staged.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        staged.rename(place)

@@ -1,0 +1,121 @@
+"""YAML files that people wrote: read as plain values, with all that YAML lets slip refused."""
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.text_file import read_text
+
+MAX_NBYTES = 64_000_000
+"""Of a file; a description of thousands of exposures has a few."""
+
+MAX_DEPTH = 50
+"""How deep values are nested; a description is four deep."""
+
+MAX_VALUES = 1_000_000
+"""How many values and keys there are in all; read, each takes a kilobyte of memory."""
+
+MAX_UNQUOTED = 3000
+"""Characters of a value that YAML may take for a number, whose digits Python would refuse."""
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
+    """Read a mapping.
+
+    Parameters
+    ----------
+    path
+        The file. Nothing in it is executed; numbers such as ``1e4``, which YAML 1.1 takes for
+        text, stay text.
+    what
+        What it should be, for errors.
+
+    Raises
+    ------
+    InvalidInputError
+        It cannot be read; has a key twice, or ``<<``, of which YAML would take one without a word;
+        has aliases, which can make a small file endless, or tags, or values that are nested without
+        end; or is no mapping.
+    """
+    import yaml
+
+    place = Path(path)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text = read_text(place, MAX_NBYTES, what)
+    try:
+        problem = _first_unwanted(yaml.parse(text, Loader=loader))
+        if problem:
+            raise InvalidInputError(f"{path}: {problem}")
+        node = yaml.compose(text, Loader=loader)
+        repeated = [f"{path}: {problem}" for problem in _repeated_keys(node)]
+        if repeated:
+            raise InvalidInputError(repeated)
+        content = yaml.load(text, Loader=loader)
+    except InvalidInputError:
+        raise
+    except (ValueError, OverflowError, yaml.YAMLError) as error:
+        raise InvalidInputError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        got = "nothing" if content is None else type(content).__name__
+        raise InvalidInputError(f"{path}: expected {what}, got {got}")
+    return content
+
+
+def _first_unwanted(events: Iterable[Any]) -> str | None:
+    """Say what is there first of what nobody means; all of it might take forever to read."""
+    import yaml
+
+    depth = n_values = 0
+    for event in events:
+        n_values += isinstance(event, yaml.NodeEvent)  # a collection, a value or a key
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"expected no aliases, got *{event.anchor}; write the value out"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"expected no tags, got {event.tag}; write text between quotation marks"
+        elif n_values > MAX_VALUES:
+            problem = f"expected at most {MAX_VALUES:,} values and keys, got more"
+        elif depth > MAX_DEPTH:
+            problem = f"expected values nested at most {MAX_DEPTH} deep, got deeper ones"
+        elif (
+            isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and len(event.value) > MAX_UNQUOTED
+        ):
+            problem = (
+                f"expected at most {MAX_UNQUOTED} characters of a value, got {len(event.value)}; "
+                "write text between quotation marks"
+            )
+        if problem:
+            return f"line {event.start_mark.line + 1}: {problem}"
+    return None
+
+
+def _repeated_keys(root: Any) -> list[str]:
+    """Keys that stand twice in one mapping, or may, with the line."""
+    import yaml
+
+    problems, todo = list[tuple[int, str]](), [root]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.tag == _MERGE:
+                    problems.append((line, "expected no <<; write the keys out"))
+                elif isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        first = f"is there twice, first on line {seen[key.value]}"
+                        problems.append((line, f"{key.value!r}: {first}"))
+                    seen.setdefault(key.value, line)
+                todo.append(value)
+    return [f"line {line}: {problem}" for line, problem in sorted(problems)]

@@ -1,0 +1,313 @@
+"""A CUDA device as the merge sees it: memory, copies and kernel launches, in order on a stream.
+
+:class:`Device` is all that the rest of the package knows of GPUs; :class:`CudaDevice` is the only
+user of CuPy besides :mod:`ocelot_em.model.arrays`. Each thread has a stream of its own. Importing
+this module needs neither CuPy nor a GPU.
+"""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from ocelot_em.errors import DeviceError, DeviceMemoryError, MissingDependencyError
+from ocelot_em.model.maps import AnyArray
+
+_THREADS_PER_BLOCK = 256
+
+_COMPILE_OPTIONS = ("--fmad=false", "--ftz=false")
+"""As on the CPU, products and sums are rounded one by one, and subnormal values are kept."""
+
+
+class Mark(Protocol):
+    """A point in a stream."""
+
+    def synchronize(self) -> None:
+        """Wait until everything before it is done."""
+        ...
+
+
+class Device(Protocol):
+    """Memory and kernels of one device. Calls of one thread are carried out in their order."""
+
+    def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
+        """Allocate ``n`` values on the device.
+
+        Raises
+        ------
+        DeviceMemoryError
+        """
+        ...
+
+    def pinned(self, nbytes: int) -> AnyArray:
+        """Allocate host memory (uint8) that is copied from and to the device without a detour."""
+        ...
+
+    def copy_in(self, host: AnyArray, values: AnyArray) -> Mark:
+        """Copy contiguous values to the device, later: the host's must stay until the mark."""
+        ...
+
+    def copy_out(self, values: AnyArray, host: AnyArray) -> Mark:
+        """Copy contiguous values to the host, later: they are there at the mark."""
+        ...
+
+    def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
+        """Start a kernel of ``kernels/merge.cu`` on at least so many threads.
+
+        Arguments are integers and floats of NumPy, structures as arrays of one record, and arrays
+        on the device.
+        """
+        ...
+
+    def address(self, values: AnyArray) -> int:
+        """Where an array lies on the device."""
+        ...
+
+
+def kernel_source() -> str:
+    """Return the CUDA source of all kernels."""
+    return files("ocelot_em.kernels").joinpath("merge.cu").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is known of a device before anything is started on it.
+
+    Parameters
+    ----------
+    name
+        As its maker calls it.
+    memory_nbytes
+        Bytes that may be allocated on it: its memory, or CuPy's limit where one is set.
+    """
+
+    name: str
+    memory_nbytes: int
+
+
+def find_devices() -> list[DeviceFacts]:
+    """Look for devices that this process can use; starts nothing on them.
+
+    Raises
+    ------
+    MissingDependencyError
+        CuPy is not installed.
+    DeviceError
+        There is no driver or no visible device, or the driver is too old; in one sentence.
+    """
+    cupy = _cupy()
+    runtime = cupy.cuda.runtime
+    try:
+        n_devices = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise DeviceError(_why_no_device(runtime, error)) from error
+    if n_devices == 0:
+        raise DeviceError(_NO_DEVICE.format(visible=os.environ.get("CUDA_VISIBLE_DEVICES")))
+    limit = cupy.get_default_memory_pool().get_limit()
+    found = []
+    for number in range(n_devices):
+        properties = runtime.getDeviceProperties(number)
+        total = int(properties["totalGlobalMem"])
+        found.append(DeviceFacts(properties["name"].decode(), min(limit or total, total)))
+    return found
+
+
+_NO_DEVICE = (
+    "cuda: expected a GPU, none is visible (CUDA_VISIBLE_DEVICES is {visible!r}); "
+    "use --device cpu, or run where there is one"
+)
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "cuda: CuPy is not installed, or cannot be loaded: pip install 'ocelot-em[cuda13]', or "
+            f"'ocelot-em[cuda12]' for drivers of CUDA 12 ({error})"
+        ) from error
+    return cupy
+
+
+def _why_no_device(runtime: Any, error: Exception) -> str:
+    needed, found = runtime.runtimeGetVersion(), runtime.driverGetVersion()
+    if found == 0:
+        return "cuda: expected an NVIDIA driver, found none on this machine; use --device cpu"
+    if found // 1000 < needed // 1000:
+        return (
+            f"cuda: the driver is for CUDA {_dotted(found)}, the installed CuPy needs "
+            f"{_dotted(needed)}: update the driver, or install 'ocelot-em[cuda{found // 1000}]'"
+        )
+    if "NoDevice" in str(error):
+        return _NO_DEVICE.format(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return f"cuda: the GPU cannot be used: {error}; use --device cpu"
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@lru_cache(maxsize=1)
+def open_device() -> Device:
+    """Return this process's device, with all kernels compiled.
+
+    Raises
+    ------
+    MissingDependencyError, DeviceError
+        As :func:`find_devices`; or the kernels cannot be compiled.
+    """
+    find_devices()
+    return CudaDevice(_cupy())
+
+
+@contextmanager
+def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice"]:
+    """Lend a GPU for arrays that are on it already, when all that fills them is done.
+
+    Inside it is CuPy's current device; in the end all that was started on it is done, and the
+    caller's device and stream are the current ones again.
+
+    Parameters
+    ----------
+    number
+        Of the GPU, as CUDA counts those that are visible.
+    producers
+        Numbers of all GPUs on which something may have been started that has to be done first.
+
+    Raises
+    ------
+    MissingDependencyError, DeviceError
+        As :func:`open_device`.
+    """
+    cuda = _cupy().cuda
+    device = _open_at(number)
+    # Whoever filled the arrays may have done so on any stream of any thread.
+    for producer in producers:
+        cuda.Device(producer).synchronize()
+    with cuda.Device(number):
+        before = cuda.get_current_stream()
+        try:
+            yield device
+        finally:
+            device.finish()
+            before.use()
+
+
+@lru_cache
+def _open_at(number: int) -> "CudaDevice":
+    # Its kernels and streams belong to the GPU that is current when they are made.
+    find_devices()
+    cupy = _cupy()
+    with cupy.cuda.Device(number):
+        return CudaDevice(cupy)
+
+
+class CudaDevice:
+    """The first visible CUDA device, through CuPy; see :class:`Device`.
+
+    Parameters
+    ----------
+    cupy
+        The imported package.
+    """
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._of_thread = threading.local()
+        self._module = cupy.cuda.Module()
+        try:
+            # A RawModule is always told to take subnormal values for zero.
+            compiled, _ = cupy.cuda.compiler.compile_using_nvrtc(kernel_source(), _COMPILE_OPTIONS)
+            self._module.load(compiled)
+        except Exception as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise DeviceError(
+                f"cuda: the kernels cannot be compiled: {type(error).__name__}: {first_line}; "
+                "CuPy needs the compiler and headers of its CUDA: pip install "
+                "'cuda-toolkit[cudart,nvrtc]' of that version"
+            ) from error
+
+    @property
+    def _stream(self) -> Any:
+        """Stream of this thread, made current."""
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = self._cupy.cuda.Stream(non_blocking=True)
+        stream = self._of_thread.stream
+        stream.use()
+        return stream
+
+    def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
+        """Allocate on the device."""
+        _ = self._stream  # what is done with the array goes there, too
+        try:
+            return cast("AnyArray", self._cupy.empty(n, dtype))
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            nbytes = n * np.dtype(dtype).itemsize
+            free, total = self._cupy.cuda.runtime.memGetInfo()
+            held = self._cupy.get_default_memory_pool().total_bytes()
+            raise DeviceMemoryError(
+                f"cuda: {nbytes:,} bytes more do not fit: of {total:,} bytes {free:,} are free, "
+                f"this process holds {held:,}; other processes may hold the rest: wait for them, "
+                "or use fewer threads or a smaller --tile-size"
+            ) from error
+
+    def pinned(self, nbytes: int) -> AnyArray:
+        """Allocate page-locked host memory."""
+        import cupyx
+
+        return cast("AnyArray", cupyx.empty_pinned((nbytes,), np.uint8))
+
+    def copy_in(self, host: AnyArray, values: AnyArray) -> Mark:
+        """Copy to the device on this thread's stream."""
+        stream = self._stream
+        cast("Any", values).data.copy_from_host_async(host.ctypes.data, host.nbytes, stream)
+        return self._mark(stream)
+
+    def copy_out(self, values: AnyArray, host: AnyArray) -> Mark:
+        """Copy to the host on this thread's stream."""
+        stream = self._stream
+        cast("Any", values).data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
+        return self._mark(stream)
+
+    def _mark(self, stream: Any) -> Mark:
+        # Waiting for a blocking event leaves the core to threads that decode.
+        event = self._cupy.cuda.Event(block=True, disable_timing=True)
+        event.record(stream)
+        return cast("Mark", event)
+
+    def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
+        """Start a kernel on this thread's stream."""
+        stream = self._stream
+        blocks = -(-n_threads // _THREADS_PER_BLOCK)
+        function = self._module.get_function(kernel)
+        function((blocks,), (_THREADS_PER_BLOCK,), tuple(arguments), stream=stream)
+
+    def address(self, values: AnyArray) -> int:
+        """Return the device address."""
+        return int(cast("Any", values).data.ptr)
+
+    def bring(self, values: Any) -> AnyArray:
+        """Return an array of CuPy, on any GPU, as a C-contiguous one on the current GPU.
+
+        It is copied only where it has to be.
+        """
+        cupy, stream = self._cupy, self._stream
+        if values.device.id == cupy.cuda.Device().id:
+            return cast("AnyArray", cupy.ascontiguousarray(values))
+        # Copies between GPUs have not been run on two of them yet.
+        with values.device:
+            there = cupy.ascontiguousarray(values)
+            cupy.cuda.get_current_stream().synchronize()
+        here = there.copy()
+        stream.synchronize()  # the memory of what was made contiguous may be used again
+        return cast("AnyArray", here)
+
+    def finish(self) -> None:
+        """Wait for all that this thread has started on the device."""
+        self._stream.synchronize()

@@ -1,0 +1,1 @@
+"""The merge: the story is in :mod:`ocelot_em.merge.merge`."""

@@ -1,0 +1,473 @@
+"""Merging results that are in memory, where they lie: on the CPU or on a GPU.
+
+:func:`merge_arrays` is what search programs call. :mod:`ocelot_em.process_results` has Leopard-EM's
+functions over the same checks, bands and fold.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.kernels import Kernels, load, load_cuda
+from ocelot_em.kernels.device import borrow_device
+from ocelot_em.model.arrays import (
+    CUPY,
+    NUMPY,
+    TORCH_CPU,
+    TORCH_CUDA,
+    as_cupy,
+    as_numpy,
+    dtype_name,
+    gpu_number,
+    kind_of,
+    new_like,
+)
+from ocelot_em.model.maps import (
+    COUNT,
+    INDEX,
+    MAPS,
+    MIP,
+    NOT_SEARCHED,
+    PIXEL_SIZE,
+    POSES,
+    SQUARED_SUM,
+    SUM,
+    Accumulator,
+    AnyArray,
+    MapSet,
+    PartialMaps,
+    PoseForm,
+)
+from ocelot_em.model.search_space import SearchSpace
+
+BAND_PIXELS = 256 * 1024
+"""Pixels folded at a time: the accumulator's band stays in the processor's cache."""
+
+_GPU_BAND_PIXELS = 4 * 2**20
+"""The same on a GPU: long enough for its memory to stream, and 80 MiB for the sums of a band."""
+
+_TOGETHER = 4
+"""Devices folded at a time; where their bands have to be copied, as many are held."""
+
+_Band = tuple[int | slice, ...]
+
+
+def merge_arrays(
+    results: Sequence[Mapping[str, Any]], *, search_space: SearchSpace | None = None
+) -> dict[str, Any]:
+    """Merge the results of the devices of a node where they lie, without writing anything.
+
+    The highest ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier device,
+    indexed poses the lower index. Sums are added in float64 and rounded once. Where no device
+    searched (``mip`` -inf), ``mip`` is -inf, pose NaN, index -1. So merging in two steps picks the
+    same as merging all at once.
+
+    On a GPU the maps are read where they are (of torch tensors through DLPack); besides the result
+    the memory of a band of pixels is taken. Results on other GPUs are copied band by band to the
+    first one's. All that was started on these GPUs before is waited for, and the merged maps are
+    complete when they are returned.
+
+    Parameters
+    ----------
+    results
+        One dictionary per device, earlier ones first: ``mip``, ``correlation_sum``,
+        ``correlation_squared_sum`` and the pose, which is explicit (``best_phi``, ``best_theta``,
+        ``best_psi``, ``best_defocus``, optionally ``best_pixel_size``), or indexed
+        (``best_global_index``), or both: then the explicit rule decides, and the index is that of
+        the same winner. ``total_projections``: optional, an integer. Other keys are ignored.
+
+        Maps are of any shape that all of them share, and of one kind: NumPy arrays, CuPy arrays,
+        torch tensors on the CPU or torch tensors on a GPU. They are float32, the index int32, the
+        sums float32 or float64. They are not changed.
+    search_space
+        The tables of an indexed search. With them indices beyond the search space are refused, and
+        explicit poses are ignored, as :func:`~ocelot_em.write_partial` does.
+
+    Returns
+    -------
+    dict
+        New arrays of the same kind by the same names, on the device of the first result's ``mip``;
+        :func:`~ocelot_em.write_partial` takes it as it is. Both sums are float32, or float64 if any
+        device has float64 sums. ``total_projections`` is an exact integer, and is there if the
+        devices have it.
+
+    Raises
+    ------
+    InvalidInputError
+        With every problem found: no devices, missing keys, other kinds, shapes or dtypes, a count
+        that only some devices have; or, each with its number and first pixel, NaN (except in a
+        pose where ``mip`` is -inf), and indices outside the search space or missing where
+        something was searched.
+    MissingDependencyError, DeviceError
+        Arrays are on a GPU, and CuPy is not installed or cannot use it.
+
+    Examples
+    --------
+    >>> merged = merge_arrays([result_of_gpu0, result_of_gpu1])  # doctest: +SKIP
+    """
+    checks = MapChecks((NUMPY, CUPY, TORCH_CPU, TORCH_CUDA), one_kind=True)
+    names = check_results(results, checks, indexed=search_space is not None)
+    devices = [{name: result[name] for name in names} for result in results]
+    wide = any(dtype_name(d[name]) == "float64" for d in devices for name in (SUM, SQUARED_SUM))
+    first = devices[0][MIP]
+    merged = {
+        name: new_like(first, "float64" if wide and name in (SUM, SQUARED_SUM) else dtype)
+        for name, dtype in ((name, MAPS[name].dtypes[0]) for name in names)
+    }
+    if kind_of(first) in (CUPY, TORCH_CUDA):
+        producers = {gpu_number(array) for maps in (*devices, merged) for array in maps.values()}
+        with borrow_device(gpu_number(first), producers) as device:
+            place = Workplace(load_cuda(device), device.empty, device.bring, _GPU_BAND_PIXELS)
+            fold_bands(
+                [_viewed(maps, as_cupy) for maps in devices],
+                _viewed(merged, as_cupy),
+                place,
+                search_space,
+            )
+    else:
+        fold_bands(
+            [_viewed(maps, as_numpy) for maps in devices],
+            _viewed(merged, as_numpy),
+            on_the_cpu(BAND_PIXELS),
+            search_space,
+        )
+    return merged | total_count(results)
+
+
+def _viewed(maps: Mapping[str, Any], view: Callable[[Any], AnyArray]) -> dict[str, AnyArray]:
+    return {name: at_least_1d(view(array)) for name, array in maps.items()}
+
+
+# -- what was handed in ------------------------------------------------------------------------
+
+
+class MapChecks:
+    """Collects why values are not maps, all of one shape.
+
+    Parameters
+    ----------
+    kinds
+        What they may be: beginnings of what :func:`~ocelot_em.model.arrays.kind_of` says.
+    one_kind
+        Whether all have to be of the same kind.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], *, one_kind: bool = False) -> None:
+        self.problems: list[str] = []
+        self._kinds, self._one_kind = kinds, one_kind
+        self._reference: tuple[str, tuple[int, ...], str] | None = None
+
+    def check(self, place: str, value: Any, dtypes: tuple[str, ...]) -> None:
+        """Look at one value."""
+        kind = kind_of(value)
+        if not kind.startswith(self._kinds):
+            expected = " or a ".join(self._kinds)
+            self.problems.append(f"{place}: expected a {expected}, got {kind}")
+            return
+        dtype, shape = dtype_name(value), tuple(value.shape)
+        if dtype not in dtypes:
+            expected = " or ".join(dtypes)
+            self.problems.append(f"{place}: expected dtype {expected}, got {dtype}; convert it")
+        if self._reference is None:
+            self._reference = place, shape, kind
+        other, expected_shape, expected_kind = self._reference
+        if shape != expected_shape:
+            self.problems.append(
+                f"{place}: expected shape {expected_shape} as {other}, got {shape}"
+            )
+        if self._one_kind and kind != expected_kind:
+            self.problems.append(
+                f"{place}: expected a {expected_kind} as {other}, got a {kind}; "
+                "hand in arrays of one kind"
+            )
+
+
+def check_results(
+    results: Sequence[Mapping[str, Any]], checks: MapChecks, *, indexed: bool = False
+) -> tuple[str, ...]:
+    """Refuse what cannot be merged; otherwise the names of the maps to merge.
+
+    Parameters
+    ----------
+    results
+        One dictionary per device.
+    checks
+        Says which kinds of maps are taken.
+    indexed
+        Take the index, whether there are explicit poses or not.
+    """
+    if not isinstance(results, Sequence) or not results:
+        raise InvalidInputError(
+            "results: expected a list of at least one dictionary, one per device, "
+            f"got {'an empty one' if isinstance(results, Sequence) else type(results).__name__}"
+        )
+    problems = checks.problems
+    problems += [
+        f"device {number}: expected a dictionary of maps, got {type(result).__name__}"
+        for number, result in enumerate(results)
+        if not isinstance(result, Mapping)
+    ]
+    if problems:
+        raise InvalidInputError(problems)
+    given = {key for result in results for key in result}
+    poses: tuple[str, ...] = ()
+    if indexed or (INDEX in given and not given.intersection(POSES)):
+        poses = (INDEX,)
+    elif given.intersection(POSES):
+        poses = tuple(name for name in POSES if name != PIXEL_SIZE or name in given)
+        if all(INDEX in result for result in results):
+            poses += (INDEX,)
+    else:
+        problems.append(f"no device has a pose: expected {', '.join(POSES[:4])}, or {INDEX}")
+    names = MIP, *poses, SUM, SQUARED_SUM
+    for number, result in enumerate(results):
+        for name in names:
+            if name in result:
+                checks.check(f"device {number}, {name}", result[name], MAPS[name].dtypes)
+            else:
+                problems.append(
+                    f"device {number}, {name}: missing; all devices need the same maps, "
+                    f"and it has {', '.join(sorted(map(str, result))) or 'none'}"
+                )
+        if COUNT in result:
+            problems += count_problems(f"device {number}, {COUNT}", result[COUNT], 0)
+        elif COUNT in given:
+            problems.append(
+                f"device {number}, {COUNT}: missing, but other devices have it; "
+                "give it for all of them, or for none"
+            )
+    if problems:
+        raise InvalidInputError(problems)
+    return names
+
+
+def count_problems(place: str, value: Any, least: int) -> list[str]:
+    """Say why a value is not a count."""
+    expected = "a positive integer" if least else "an integer, 0 or more"
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise TypeError
+        number = _as_integer(value)
+    except TypeError:
+        return [f"{place}: expected {expected}, got {value!r} ({type(value).__name__})"]
+    return [] if number >= least else [f"{place}: expected {expected}, got {number}"]
+
+
+def total_count(results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the sum of all counts by its name; empty if the results have none."""
+    if COUNT not in results[0]:
+        return {}
+    return {COUNT: sum(_as_integer(result[COUNT]) for result in results)}
+
+
+def _as_integer(value: Any) -> int:
+    # CuPy's integers are no indices for Python.
+    return operator.index(cast("int", as_numpy(value) if kind_of(value) == CUPY else value))
+
+
+class Findings:
+    """Values that no search produces: how many per map, and where the first is.
+
+    Parameters
+    ----------
+    place
+        How to name a map, with device number and name to be filled in.
+    space
+        What indices point into; None: unknown tables, which may have any size.
+    """
+
+    def __init__(self, place: str, space: SearchSpace | None = None) -> None:
+        self._place, self._n_poses = place, (space or _space_of_unknown_tables()).n_poses
+        self._beyond = f"beyond {self._n_poses - 1}, " if space is not None else ""
+        self._found: dict[tuple[int, str], tuple[int, tuple[int, ...]]] = {}
+
+    def look_into(
+        self, device: int, part: Mapping[str, AnyArray], names: Iterable[str], band: "_Band"
+    ) -> None:
+        """Note what is wrong in one band of the named maps of a device, where they lie."""
+        for name in names:
+            if name == INDEX:
+                bad = self._unusable(part[INDEX], part[MIP])
+            else:
+                bad = np.isnan(part[name])
+                if name in POSES:
+                    bad &= part[MIP] > -np.inf
+            if bad.any():
+                first = np.unravel_index(int(bad.argmax()), bad.shape)
+                *leading, rows = band
+                start = cast("slice", rows).start
+                at = (*cast("list[int]", leading), start + int(first[0]), *map(int, first[1:]))
+                count, at = self._found.get((device, name), (0, at))
+                self._found[device, name] = count + int(np.count_nonzero(bad)), at
+
+    def _unusable(self, index: AnyArray, mip: AnyArray) -> AnyArray:
+        """Mark indices that the search space does not hold."""
+        nothing = (index == NOT_SEARCHED) & (mip > -np.inf)
+        return cast("AnyArray", (index < NOT_SEARCHED) | (index >= self._n_poses) | nothing)
+
+    def refuse(self, problems: Iterable[str] = ()) -> None:
+        """Raise with these problems and all that was found, if there are any."""
+        problems = list(problems)
+        indices = f"indices below -1, {self._beyond}or -1 where something was searched,"
+        for (device, name), (count, at) in sorted(self._found.items()):
+            problems.append(
+                f"{self._place.format(device, name)}: {indices if name == INDEX else 'NaN'} in "
+                f"{count} pixels, the first at {at}; a search does not write that, so search "
+                "again or leave it out"
+            )
+        if problems:
+            raise InvalidInputError(problems)
+
+
+def _space_of_unknown_tables() -> SearchSpace:
+    """Return a space that holds every index: results do not carry their tables.
+
+    The table takes no memory; only its length is read.
+    """
+    zeros = np.zeros(1, np.float32)
+    return SearchSpace(np.broadcast_to(zeros, (np.iinfo(np.int32).max, 3)), zeros, zeros)
+
+
+# -- bands and the fold ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where bands are folded.
+
+    Parameters
+    ----------
+    kernels
+        What folds them.
+    empty
+        Allocates so many values of a dtype there.
+    bring
+        Makes one band of a map an array that the kernels take, copied only where it has to be.
+    band_pixels
+        Pixels folded at a time, at most.
+    """
+
+    kernels: Kernels
+    empty: Callable[[int, str], AnyArray]
+    bring: Callable[[Any], AnyArray]
+    band_pixels: int
+
+
+def on_the_cpu(band_pixels: int) -> Workplace:
+    """Return the workplace of this process."""
+    return Workplace(load("cpu"), np.empty, on_host, band_pixels)
+
+
+def on_host(part: Any) -> AnyArray:
+    """Return one band of a map as the CPU's kernels take it."""
+    return np.require(as_numpy(part), requirements=["C", "A"])
+
+
+def at_least_1d(values: Any) -> Any:
+    """Give an array of any kind an axis if it has none."""
+    return values if values.ndim else values.reshape(1)
+
+
+def fold_bands(
+    devices: Sequence[Mapping[str, Any]],
+    merged: Mapping[str, AnyArray],
+    place: Workplace,
+    space: SearchSpace | None,
+) -> None:
+    """Merge maps of devices into given memory.
+
+    Parameters
+    ----------
+    devices
+        Their maps by name, in their order, each of at least one axis.
+    merged
+        The maps to fill, C-contiguous, where the kernels work. Explicit poses among them decide;
+        the index is then that of the winner.
+    place
+        Where it is done.
+    space
+        What indices point into, if it is known.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming all maps with values that no search produces; the merged maps are then of no use.
+    """
+    poses = tuple(name for name in merged if name in POSES)
+    maps = MapSet(PoseForm.EXPLICIT if poses else PoseForm.INDEXED, PIXEL_SIZE in poses)
+    carried = (INDEX,) if poses and INDEX in merged else ()
+    folded_space = None if poses else space or _space_of_unknown_tables()
+    shape = merged[MIP].shape
+    scratch = Scratch(shape, place.band_pixels, place.empty)
+    findings = Findings("device {}, {}", space)
+    for band in bands(shape, place.band_pixels):
+        target = {name: array[band] for name, array in merged.items()}
+        acc = scratch.accumulator(target[MIP], tuple(target[name] for name in maps.pose))
+        for start in range(0, len(devices), _TOGETHER):
+            parts = {
+                start + i: {name: place.bring(array[band]) for name, array in device.items()}
+                for i, device in enumerate(devices[start : start + _TOGETHER])
+            }
+            # The counts are one per device and are added apart.
+            partials = [
+                PartialMaps(
+                    part[MIP],
+                    tuple(part[name] for name in maps.pose),
+                    part[SUM],
+                    part[SQUARED_SUM],
+                    0,
+                    number,
+                )
+                for number, part in parts.items()
+            ]
+            report = place.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
+            bad = report.nan_pixels or report.invalid_indices
+            for number, part in parts.items():
+                findings.look_into(number, part, tuple(merged) if bad else carried, band)
+                for name in carried:
+                    np.copyto(target[name], part[name], where=acc.best_partial == number)
+        for name in carried:
+            np.copyto(target[name], NOT_SEARCHED, where=acc.best_partial == NOT_SEARCHED)
+        with np.errstate(over="ignore"):
+            np.copyto(target[SUM], acc.correlation_sum, casting="same_kind")
+            np.copyto(target[SQUARED_SUM], acc.correlation_squared_sum, casting="same_kind")
+    findings.refuse()
+
+
+def bands(shape: tuple[int, ...], band_pixels: int) -> Iterator[_Band]:
+    """Cut a map into runs of rows that are contiguous where the map is; none without pixels."""
+    if not math.prod(shape):
+        return
+    inner = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    axis = next(axis for axis, size in enumerate(inner) if size <= band_pixels)
+    rows = band_pixels // inner[axis]
+    for leading in np.ndindex(shape[:axis]):
+        for start in range(0, shape[axis], rows):
+            yield (*leading, slice(start, start + rows))
+
+
+class Scratch:
+    """Memory for one band, used again for every band of a map of this shape."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        band_pixels: int,
+        empty: Callable[[int, str], AnyArray] = np.empty,
+    ) -> None:
+        size = min(band_pixels, math.prod(shape))
+        self._numbers = empty(size, "int32")
+        self._sums = empty(size, "float64"), empty(size, "float64")
+
+    def accumulator(self, mip: AnyArray, pose: tuple[AnyArray, ...]) -> Accumulator:
+        """Return an accumulator that keeps its picks in the given maps, and its sums here."""
+        size, shape = mip.size, mip.shape
+        total, squared_total = (row[:size].reshape(shape) for row in self._sums)
+        return Accumulator(
+            mip, pose, self._numbers[:size].reshape(shape), total, squared_total, None
+        )

@@ -1,0 +1,258 @@
+"""Stores and merges as xarray datasets of Dask arrays: a corner costs only that corner's chunks."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from os import PathLike
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.merge.merge import Job, TileInMemory
+from ocelot_em.merge.plan import MergeOptions, MergePlan, make_plan
+from ocelot_em.model.maps import INDEX, MAPS, AnyArray
+from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.attributes import (
+    DIMENSIONS,
+    Contribution,
+    MergedAttributes,
+    SearchAttributes,
+    map_attributes,
+)
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import (
+    open_partial_maps,
+    open_sources,
+    read_attributes,
+    read_search_space,
+)
+
+
+def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr.Dataset:
+    """Open a search, or one of its exposures, lazily.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a search whose partials are all complete.
+    exposure
+        Id of an exposure, if the search has any.
+
+    Returns
+    -------
+    xarray.Dataset
+        Maps with dimensions ``partial`` (in the stated order), ``y``, ``x``; coordinates
+        ``partial`` (names) and ``total_projections`` (exact counts).
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+        When it is opened.
+    InvalidInputError
+        There is no such exposure; or it was not said which of them.
+    ChunkError
+        When a chunk that is missing or corrupt is computed.
+    """
+    objects = open_objects(store)
+    attributes, exposures = open_sources(objects)
+    if not isinstance(attributes, SearchAttributes):
+        raise FormatError(f"{objects.url}: is a merged result; use open_merged")
+    by_id = {about.id: (about, sources) for about, sources in exposures}
+    if (exposure or "") not in by_id:
+        raise InvalidInputError(
+            f"{objects.url}: exposure: expected one of {', '.join(by_id)}, got {exposure!r}"
+            if attributes.has_exposures
+            else f"{objects.url}: exposure: expected none, since it has none, got {exposure!r}"
+        )
+    about, sources = by_id[exposure or ""]
+    names = attributes.maps.partial
+    opened = [open_partial_maps(objects, s.path, s.name, names, about.shape) for s in sources]
+    return xr.Dataset(
+        {
+            name: (
+                ("partial", *DIMENSIONS),
+                da.stack([_as_dask(m[name], s.id) for s, m in zip(sources, opened, strict=True)]),
+                map_attributes(name),
+            )
+            for name in names
+        },
+        coords={
+            "partial": [source.name for source in sources],
+            "total_projections": ("partial", [source.total_projections for source in sources]),
+        },
+        attrs={
+            "total_projections": about.total_projections,
+            "valid_shape": about.valid_shape,
+            "pixel_size_angstrom": attributes.pixel_size_angstrom,
+        },
+    )
+
+
+def open_merged(store: str | PathLike[str]) -> xr.Dataset:
+    """Open a merged result lazily.
+
+    Returns
+    -------
+    xarray.Dataset
+        Maps with dimensions ``y``, ``x``; pose maps that are not stored are decoded from the index.
+        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful. Of a montage,
+        ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes).
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+        It is not there, or a search.
+    IncompleteError
+        The merge was never finished.
+    """
+    objects = open_objects(store)
+    attributes = read_attributes(objects)
+    if not isinstance(attributes, MergedAttributes):
+        raise FormatError(f"{objects.url}: is a search; use open_partials, or merge it first")
+    if attributes.state != "complete":
+        raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
+    maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
+    arrays = {name: _as_dask(chunked, attributes.id) for name, chunked in maps.items()}
+    if INDEX in arrays and not attributes.maps.decoded:
+        space = read_search_space(objects, attributes.search_space_digest)
+        for number, name in enumerate(attributes.maps.explicit_poses):
+            arrays[name] = arrays[INDEX].map_blocks(_decoded, space, number, dtype="float32")
+    names = replace(attributes.maps, decoded=True).merged
+    return xr.Dataset(
+        {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
+        attrs=_dataset_attributes(attributes, attributes.partials),
+    )
+
+
+def _decoded(index: AnyArray, space: SearchSpace, number: int) -> AnyArray:
+    """One of the pose maps of a block of indices."""
+    return space.decode(index)[number]
+
+
+def lazy_merge(
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    **options: Any,
+) -> xr.Dataset:
+    """Merge when, and where, values are computed; nothing is written.
+
+    Parameters
+    ----------
+    inputs
+        One or more searches or merged results.
+    **options
+        Those of :class:`ocelot_em.MergeOptions` that decide what is merged, and in which tiles:
+        ``tile_size``, ``nan``, ``poses``, ``overlap``, ``erode``, ``origins``.
+
+    Returns
+    -------
+    xarray.Dataset
+        The same maps, bit for bit, that a merge writes, as Dask arrays of one chunk per tile.
+
+    Raises
+    ------
+    OcelotError
+        As :func:`ocelot_em.merge`.
+    """
+    places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
+    plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))
+    token = tokenize(plan.model_dump_json())
+    plan_key, tile_layer = f"plan-{token}", f"merge_tile-{token}"
+    grid = plan.grid
+    tiles: dict[Any, Any] = {plan_key: plan.model_dump_json()}
+    for tile in grid:
+        tiles[tile_layer, tile.iy, tile.ix] = (_merge_for_dask, plan_key, tile.iy, tile.ix)
+    chunks = da.core.normalize_chunks(plan.tile, plan.shape)
+
+    def lazy_map(name: str) -> da.Array:
+        layer = f"{name}-{token}"
+        picks = {
+            (layer, t.iy, t.ix): (operator.getitem, (tile_layer, t.iy, t.ix), name) for t in grid
+        }
+        graph = HighLevelGraph(
+            {layer: picks, tile_layer: tiles}, {layer: {tile_layer}, tile_layer: set()}
+        )
+        return da.Array(graph, layer, chunks, dtype=MAPS[name].dtypes[0])
+
+    return xr.Dataset(
+        {name: (DIMENSIONS, lazy_map(name), map_attributes(name)) for name in plan.maps.merged},
+        attrs=_dataset_attributes(plan, plan.contributions),
+    )
+
+
+def _merge_for_dask(plan: str, iy: int, ix: int) -> dict[str, AnyArray]:
+    job = _open_lazy_job(plan)
+    return TileInMemory(job, job.plan.grid.at(iy, ix)).merge()
+
+
+@lru_cache(maxsize=8)
+def _open_lazy_job(plan: str) -> Job:
+    return Job(MergePlan.model_validate_json(plan), None)
+
+
+class _Lazily:
+    """Enough of an array for Dask to cut blocks from a stored map."""
+
+    ndim = 2
+
+    def __init__(self, chunked: ChunkedMap) -> None:
+        self.chunked, self.shape, self.dtype = chunked, chunked.shape, chunked.dtype
+
+    def __getitem__(self, index: tuple[int | slice, ...]) -> AnyArray:
+        # Dask joins later indexing with the cutting of blocks, so numbers and steps come, too.
+        (y0, y1, rows), (x0, x1, columns) = map(_bounds, index, self.shape)
+        picked: AnyArray = self.chunked.read(Region(y0, y1, x0, x1))[0][rows, columns]
+        return picked
+
+
+def _bounds(index: int | slice, length: int) -> tuple[int, int, int | slice]:
+    """Half-open bounds of what an index picks from an axis, and the index within them."""
+    if not isinstance(index, slice):
+        position = range(length)[index]
+        return position, position + 1, 0
+    picked = range(length)[index]
+    if not picked:
+        return 0, 0, index
+    return min(picked), max(picked) + 1, slice(None, None, picked.step)
+
+
+def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
+    """Blocks of a stored map; ``identity`` tells it from what was at the same place before."""
+    token = tokenize(chunked.objects.url, chunked.path, identity)
+    name = f"read-{chunked.path.replace('/', '.')}-{token}"
+    grid: TileGrid = chunked.grid
+    return da.from_array(
+        _Lazily(chunked),
+        chunks=grid.cell,
+        name=name,
+        asarray=False,
+        fancy=False,
+        lock=False,
+        meta=np.empty((0, 0), chunked.dtype),
+    )
+
+
+def _dataset_attributes(
+    merged: MergedAttributes | MergePlan, partials: Sequence[Contribution]
+) -> dict[str, Any]:
+    """What a dataset of merged maps says of itself."""
+    exposures = [e for e in merged.exposures if e.id]
+    of_montage = {
+        "exposures": [exposure.id for exposure in exposures],
+        "exposure_numbers": [exposure.number for exposure in exposures],
+        "exposure_projections": [exposure.total_projections for exposure in exposures],
+    }
+    return {
+        "total_projections": merged.total_projections,
+        "valid_shape": merged.valid_shape,
+        "pixel_size_angstrom": merged.pixel_size_angstrom,
+        "partials": [partial.name for partial in partials],
+        **(of_montage if exposures else {}),
+    }

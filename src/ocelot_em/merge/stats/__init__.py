@@ -1,0 +1,1 @@
+"""What is collected of a tile while it is merged, and its stored record."""

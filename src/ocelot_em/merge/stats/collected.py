@@ -1,0 +1,429 @@
+"""What is collected of a tile while it is merged, so that nobody has to read all maps again.
+
+Histograms, extremes and special pixels; how often each partial won, and its own sums; and the
+*candidates*: pixels whose z-score is so high that a particle may be there, with all that is known
+of them. Only valid pixels count. The numbers of tiles add up to those of the map.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from ocelot_em import kernels
+from ocelot_em.model.histograms import (
+    JOINT_MIP_AXIS,
+    JOINT_Z_AXIS,
+    MIP_AXIS,
+    Z_AXIS,
+    Axis,
+    Histogram1D,
+    JointHistogram,
+)
+from ocelot_em.model.maps import (
+    BEST_PARTIAL,
+    COUNT,
+    INDEX,
+    MEAN,
+    MIP,
+    POSES,
+    SCALED_MIP,
+    STD,
+    SUM,
+    AnyArray,
+    Float64,
+)
+from ocelot_em.model.regions import Region
+
+CANDIDATE_SHARE = 1e-3
+"""Share of pixels that noise alone makes candidates, if it is Gaussian: with as many, a tile's
+record stays small, and every usual threshold lies above."""
+
+PIXELS_PER_CANDIDATE = 512
+"""A record has room for one candidate in so many pixels of a tile."""
+
+FEWEST_CANDIDATES = 64
+"""For which a record has room, however small the tile."""
+
+_AXES = tuple(
+    (np.int32(round(axis.low / axis.width)), np.int32(axis.bins), np.float32(1 / axis.width))
+    for axis in (MIP_AXIS, Z_AXIS, JOINT_MIP_AXIS, JOINT_Z_AXIS)
+)
+"""As :func:`ocelot_em.kernels.collect.count_pixels` takes them: first bins, numbers of bins, bins
+per unit."""
+
+_JOINT_SHAPE = (JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins + 16)
+"""Of the joint histogram while pixels are counted, with a cache line more in each row: most pixels
+lie in a few columns, and in rows of a power of two these would share a few places in the cache."""
+
+NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+"""Offsets (y, x) of the pixels whose z-score is kept with a candidate."""
+
+NEIGHBOUR_FIELDS = ("z_above", "z_below", "z_left", "z_right")
+GATHERED = (MIP, SCALED_MIP, MEAN, STD, BEST_PARTIAL, COUNT, INDEX, *POSES)
+CANDIDATE_FIELDS = ("y", "x", *GATHERED, *NEIGHBOUR_FIELDS)
+"""What is known of a candidate: pixel of the map, the values of all maps there, neighbours."""
+
+EXTREMES = ("lowest_mip", "highest_mip", "lowest_z", "highest_z")
+COUNTS = ("nan_pixels", "zero_std_pixels", "unsearched_pixels")
+TILE_FIELDS = (*EXTREMES, *COUNTS, "n_candidates")
+MOMENTS = ("n", "total", "squared_total")
+"""Of one kind of sums of a source: pixels, their sum, the sum of their squares."""
+
+
+def candidate_level(total_projections: int) -> float:
+    """z-score from which on a pixel is a candidate; infinite if nothing was searched."""
+    if total_projections <= 0:
+        return float("inf")
+    return -NormalDist().inv_cdf(CANDIDATE_SHARE / max(total_projections, 1))
+
+
+def candidate_capacity(tile: tuple[int, int]) -> int:
+    """For how many candidates a tile's record has room."""
+    return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, FEWEST_CANDIDATES)
+
+
+def collection_nbytes(tile: tuple[int, int]) -> int:
+    """Memory of what is collected of a tile."""
+    numbers = candidate_capacity(tile) * len(CANDIDATE_FIELDS) + len(EDGES) * max(tile)
+    return 4 * (N_FLAT + prod(_JOINT_SHAPE)) + 8 * numbers
+
+
+@dataclass
+class Histograms:
+    """Valid, searched pixels by ``mip``, by z-score, and by both.
+
+    Parameters
+    ----------
+    mip, z
+        Counts over :data:`ocelot_em.model.histograms.MIP_AXIS` and ``Z_AXIS``, with those
+        below it first and those beyond it last.
+    joint
+        Counts over ``JOINT_MIP_AXIS`` (rows) and ``JOINT_Z_AXIS`` (columns).
+    """
+
+    mip: AnyArray
+    z: AnyArray
+    joint: AnyArray
+
+    @classmethod
+    def empty(cls, dtype: str) -> "Histograms":
+        """Nothing counted."""
+        mip, z = np.zeros(MIP_AXIS.bins + 2, dtype), np.zeros(Z_AXIS.bins + 2, dtype)
+        return cls(mip, z, np.zeros((JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins), dtype))
+
+    @classmethod
+    def from_flat(cls, flat: AnyArray) -> "Histograms":
+        """Take apart what :meth:`flat` has put together."""
+        n_mip, n_z = MIP_AXIS.bins + 2, Z_AXIS.bins + 2
+        mip, z, joint = np.split(flat, [n_mip, n_mip + n_z])
+        return cls(mip, z, joint.reshape(JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins))
+
+    @property
+    def flat(self) -> AnyArray:
+        """All counts in one row."""
+        return np.concatenate([self.mip, self.z, self.joint.reshape(-1)])
+
+    def add(self, other: "Histograms") -> None:
+        """Take the counts of other pixels in."""
+        self.mip += other.mip
+        self.z += other.z
+        self.joint += other.joint
+
+    def clear(self) -> None:
+        """Forget all counts."""
+        for counts in (self.mip, self.z, self.joint):
+            counts.fill(0)
+
+    def of_mip(self) -> Histogram1D:
+        """Return the one of ``mip``, to be worked with."""
+        return Histogram1D(MIP_AXIS, self.mip[1:-1], int(self.mip[0]), int(self.mip[-1]))
+
+    def of_z(self) -> Histogram1D:
+        """Return the one of z-scores, to be worked with."""
+        return Histogram1D(Z_AXIS, self.z[1:-1], int(self.z[0]), int(self.z[-1]))
+
+    def of_both(self) -> JointHistogram:
+        """Return the one of both, to be worked with."""
+        return JointHistogram(JOINT_MIP_AXIS, JOINT_Z_AXIS, self.joint)
+
+
+N_FLAT = MIP_AXIS.bins + 2 + Z_AXIS.bins + 2 + JOINT_MIP_AXIS.bins * JOINT_Z_AXIS.bins
+"""Counts of :attr:`Histograms.flat`."""
+
+
+@dataclass
+class TileStatistics:
+    """Numbers of one tile, or of several together.
+
+    Parameters
+    ----------
+    extremes
+        In the order of :data:`EXTREMES`; infinite where there is no pixel.
+    counts
+        In the order of :data:`COUNTS`.
+    n_candidates
+        Pixels at or above the level, also where the record had no room for all.
+    wins
+        Pixels won, by number of the partial.
+    moments
+        By source, kind of sum (plain, squared) and :data:`MOMENTS`.
+    """
+
+    extremes: Float64
+    counts: AnyArray
+    n_candidates: int
+    wins: AnyArray
+    moments: Float64
+
+    @classmethod
+    def empty(cls, n_partials: int, n_sources: int) -> "TileStatistics":
+        """Of no pixels."""
+        return cls(
+            extremes=np.array([np.inf, -np.inf, np.inf, -np.inf]),
+            counts=np.zeros(len(COUNTS), np.int64),
+            n_candidates=0,
+            wins=np.zeros(n_partials, np.int64),
+            moments=np.zeros((n_sources, 2, len(MOMENTS))),
+        )
+
+    @property
+    def flat(self) -> Float64:
+        """All numbers in one row; counts of pixels are far below 2**53."""
+        own = [*self.extremes, *self.counts, self.n_candidates]
+        return np.concatenate([own, self.wins, self.moments.reshape(-1)])
+
+    @classmethod
+    def from_flat(cls, flat: AnyArray, n_partials: int) -> "TileStatistics":
+        """Take apart what :attr:`flat` has put together."""
+        n_own, n_extremes = len(TILE_FIELDS), len(EXTREMES)
+        moments = flat[n_own + n_partials :].reshape(-1, 2, len(MOMENTS))
+        return cls(
+            extremes=flat[:n_extremes],
+            counts=flat[n_extremes : n_own - 1].astype(np.int64),
+            n_candidates=int(flat[n_own - 1]),
+            wins=flat[n_own : n_own + n_partials].astype(np.int64),
+            moments=moments,
+        )
+
+    @staticmethod
+    def n_flat(n_partials: int, n_sources: int) -> int:
+        """Numbers of :attr:`flat`."""
+        return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
+
+    def add(self, other: "TileStatistics") -> None:
+        """Take the numbers of other pixels in."""
+        low, high = self.extremes.copy(), other.extremes
+        self.extremes = np.array(
+            [min(low[0], high[0]), max(low[1], high[1]), min(low[2], high[2]), max(low[3], high[3])]
+        )
+        self.counts = self.counts + other.counts
+        self.n_candidates += other.n_candidates
+        self.wins = self.wins + other.wins
+        self.moments = self.moments + other.moments
+
+
+class Counting(NamedTuple):
+    """What the pixels belong to that something is collected of: an exposure.
+
+    Parameters
+    ----------
+    region
+        Its pixels that count; others are left out.
+    level
+        z-score from which on a pixel is a candidate.
+    n_partials, n_sources
+        That are merged there.
+    """
+
+    region: Region
+    level: float
+    n_partials: int
+    n_sources: int
+
+
+EDGES = ("top", "bottom", "left", "right")
+"""Outermost rows and columns of a piece of an exposure, whose z-scores are kept in this order: the
+neighbours of candidates in the next piece, which no map may have."""
+
+
+@dataclass
+class Collection:
+    """What is collected of one tile after another, as their maps are made, in memory that is kept.
+
+    The order of calls: :meth:`begin` with a tile; :meth:`add` for every source, :meth:`count_wins`
+    and :meth:`count` for runs of pixels; then :meth:`look`; then :meth:`take` for every map that
+    has not been seen by then.
+
+    Parameters
+    ----------
+    capacity
+        For how many candidates there is room.
+    longest_edge
+        For how long edges of pieces there is room; 0 if they are not kept.
+    """
+
+    capacity: int
+    longest_edge: int = 0
+    statistics: TileStatistics = field(init=False)
+    counts: AnyArray = field(init=False)
+    candidates: Float64 = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._kernel = kernels.load_collect()
+        self.counts = np.zeros(N_FLAT, np.uint32)
+        self._histograms = Histograms.from_flat(self.counts)
+        self._joint = np.zeros(_JOINT_SHAPE, np.uint32)
+        self._joint_used: tuple[slice, ...] = (slice(None), slice(JOINT_Z_AXIS.bins))
+        self.candidates = np.empty((self.capacity, len(CANDIDATE_FIELDS)))
+        self.edges = np.empty((len(EDGES), self.longest_edge), np.float64)
+        self._found = np.empty(4 * self.capacity, np.int32)
+
+    def begin(self, region: Region, of: Counting) -> None:
+        """Forget everything, and start with a region of an exposure."""
+        self.region, self._level = region, np.float32(of.level)
+        self.statistics = TileStatistics.empty(of.n_partials, of.n_sources)
+        self._histograms.mip.fill(0)
+        self._histograms.z.fill(0)
+        self._histograms.joint[self._joint_used] = self._joint[self._joint_used] = 0
+        # Until it is known which rows and columns have counts.
+        self._joint_used = slice(None), slice(JOINT_Z_AXIS.bins)
+        self._ranks = self._kernel.no_ranks()
+        self.candidates.fill(np.nan)
+        self.edges.fill(np.nan)
+        valid = of.region.intersect(region).relative_to(region)
+        # What counts begins with the first pixel of each region: edges that are left out, are left
+        # out of what is merged, too.
+        self._valid = valid.shape
+        self._any_counted = False
+        self._where = np.empty(0, np.intp)
+
+    def add(
+        self, number: int, name: str, start: int, values: AnyArray, total: AnyArray | None = None
+    ) -> bool:
+        """Take note of the sums of a source, over a run of the tile's pixels from ``start`` on.
+
+        Parameters
+        ----------
+        number, name
+            Of the source and of the kind of sum.
+        start, values
+            The run.
+        total
+            Where to add the values, too, while they are at hand; None: nowhere.
+
+        Returns
+        -------
+        bool
+            Whether any of them was found to be NaN, while they were added.
+        """
+        into = self.statistics.moments[number, 0 if name == SUM else 1]
+        place = self._place(start)
+        if total is None:
+            self._kernel.add_moments(values, place, into)
+            return False
+        bad: bool = self._kernel.add_and_measure(values, total, number == 0, place, into)
+        return bad
+
+    def _place(self, start: int) -> tuple[int, int, tuple[int, int]]:
+        return start, self.region.shape[1], self._valid
+
+    def count(self, start: int, maps: Mapping[str, AnyArray]) -> None:
+        """Count a run of the tile's pixels from ``start`` on, and find the candidates among them.
+
+        Run after run, in the order of the pixels: best when the maps of a run have just been
+        computed and are in the cache.
+
+        Parameters
+        ----------
+        maps
+            ``mip``, z-score and standard deviation, among others; of the run, C-contiguous, of any
+            shape.
+        """
+        looked_at = tuple(maps[name].reshape(-1) for name in (MIP, SCALED_MIP, STD))
+        own, histograms = self.statistics, self._histograms
+        own.n_candidates = self._kernel.count_pixels(
+            looked_at,
+            self._place(start),
+            _AXES,
+            (histograms.mip, histograms.z, self._joint, own.counts, self._ranks),
+            (self._level, self._found, own.n_candidates),
+        )
+        self._any_counted = True
+
+    def count_wins(self, start: int, numbers: AnyArray) -> None:
+        """Count how many of a run of the tile's pixels, from ``start`` on, each partial won."""
+        self._kernel.count_wins(numbers.reshape(-1), self._place(start), self.statistics.wins)
+
+    def look(self, maps: Mapping[str, AnyArray]) -> None:
+        """Look up the candidates, when all pixels have been counted.
+
+        If none has been, all are counted first, and what each partial won.
+
+        Parameters
+        ----------
+        maps
+            The z-score and all others that will not be handed to :meth:`take`; if nothing has been
+            counted, also ``mip``, standard deviation and number of the partial. C-contiguous, of
+            the tile's shape.
+        """
+        if not self._any_counted:
+            self.count(0, maps)
+            self.count_wins(0, maps[BEST_PARTIAL])
+        extremes = self.statistics.extremes
+        extremes[:] = self._kernel.values_of(self._ranks)
+        # All other counts are 0, in both places.
+        self._joint_used = (
+            _bins_between(JOINT_MIP_AXIS, extremes[:2]),
+            _bins_between(JOINT_Z_AXIS, extremes[2:]),
+        )
+        self._histograms.joint[self._joint_used] = self._joint[self._joint_used]
+        n_rows, n_columns = self._valid
+        if not n_rows or not n_columns:
+            return
+        self._find_candidates(maps[SCALED_MIP])
+        z = maps[SCALED_MIP][:n_rows, :n_columns]
+        if self.longest_edge:
+            for kept, edge in zip(self.edges, (z[0], z[-1], z[:, 0], z[:, -1]), strict=True):
+                kept[: edge.size] = edge
+        for name, values in maps.items():
+            self.take(name, values)
+
+    def _find_candidates(self, z: AnyArray) -> None:
+        found, width, (n_rows, n_columns) = self.statistics.n_candidates, z.shape[1], self._valid
+        where = self._found[:found].astype(np.intp)
+        if found > self.capacity:  # the highest ones
+            if found > self._found.size:
+                y, x = np.nonzero(z[:n_rows, :n_columns] >= self._level)
+                where = y * width + x
+            heights = z.reshape(-1)[where]
+            best = np.argpartition(-heights, self.capacity - 1)[: self.capacity]
+            where = np.sort(where[best])
+        self._where, rows = where, self.candidates[: len(where)]
+        places, beside = rows[:, :2], rows[:, -len(NEIGHBOUR_FIELDS) :]
+        self._kernel.look_around(where, z.reshape(-1), width, self._valid, (places, beside))
+        places += self.region.y0, self.region.x0
+
+    def take(self, name: str, values: AnyArray) -> None:
+        """Keep a map's values at the candidates."""
+        if name in GATHERED and len(self._where):
+            place = CANDIDATE_FIELDS.index(name)
+            self.candidates[: len(self._where), place] = values.reshape(-1)[self._where]
+
+
+def _bins_between(axis: Axis, ends: Float64) -> slice:
+    """Bins of the lowest and the highest value and between; what lies beyond is in the nearest."""
+    first, last = np.floor((ends - axis.low) / axis.width).clip(0, axis.bins - 1)
+    return slice(int(first), int(last) + 1)
+
+
+def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, Float64]]:
+    """Look up the neighbours of pixels, by the names of :data:`NEIGHBOUR_FIELDS`; NaN beyond."""
+    for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
+        inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
+        beside = np.full(len(y), np.nan)
+        beside[inside] = z[y[inside] + dy, x[inside] + dx]
+        yield name, beside

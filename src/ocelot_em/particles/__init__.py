@@ -1,0 +1,1 @@
+"""From a merged result to particles: significance, peaks, duplicates, the table."""

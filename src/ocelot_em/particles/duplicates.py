@@ -1,0 +1,174 @@
+"""Peaks of several exposures that are one particle: near each other, and in the same pose."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.model.maps import AnyArray, Float64, Int64
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How much two sightings of one particle may differ.
+
+    Parameters
+    ----------
+    distance_px
+        Their positions on the canvas are strictly nearer than this. Has room for errors of the
+        exposures' origins.
+    angle_degrees
+        Their orientations differ by a rotation of at most this angle. At least the angular step of
+        the search; 180 for all, as for a molecule whose symmetry makes equal poses look different.
+    defocus_angstrom
+        Their defoci differ by at most this.
+    """
+
+    distance_px: float = 5.0
+    angle_degrees: float = 10.0
+    defocus_angstrom: float = 500.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}: expected 0 or more, got {value}"
+            for name, value in (
+                ("distance_px", self.distance_px),
+                ("angle_degrees", self.angle_degrees),
+                ("defocus_angstrom", self.defocus_angstrom),
+            )
+            if not value >= 0
+        ]
+        if problems:
+            raise InvalidInputError(problems)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Peaks by column, (n,) each.
+
+    Parameters
+    ----------
+    exposure
+        Number of the exposure.
+    y, x
+        Pixels of the canvas.
+    phi, theta, psi
+        Euler angles (ZYZ) in degrees.
+    defocus_angstrom
+        Relative to the micrograph's.
+    """
+
+    exposure: AnyArray
+    y: AnyArray
+    x: AnyArray
+    phi: AnyArray
+    theta: AnyArray
+    psi: AnyArray
+    defocus_angstrom: AnyArray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+def join_sightings(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> Int64:
+    """Find out which peaks of different exposures are one particle.
+
+    Peaks are taken in the given order. One that agrees with a particle of other exposures is
+    another sighting of it (of the first such particle, if there are several), all others are new
+    particles. A particle has at most one sighting in an exposure.
+
+    Parameters
+    ----------
+    peaks
+        Of all exposures.
+    order
+        (n,) indices of all peaks, the preferred sightings first.
+    tolerances
+        How much sightings may differ. A pose that is NaN agrees with none.
+
+    Returns
+    -------
+    NDArray[np.int64]
+        (n,) for every peak the index of the sighting that stands for its particle: its own, if it
+        does.
+    """
+    from scipy.spatial import cKDTree
+
+    stands_for = np.arange(len(peaks), dtype=np.int64)
+    if not len(peaks) or tolerances.distance_px == 0:
+        return stands_for
+    positions = np.column_stack([peaks.y, peaks.x]).astype(np.float64)
+    # Distances are of whole pixels: what is less than a distance is at most a little less.
+    near = cKDTree(positions).query_pairs(tolerances.distance_px, output_type="ndarray")
+    i, j = near[:, 0], near[:, 1]
+    squared = np.square(positions[i] - positions[j]).sum(axis=1)
+    agree = (squared < tolerances.distance_px**2) & (peaks.exposure[i] != peaks.exposure[j])
+    i, j = i[agree], j[agree]
+    agree = _poses_agree(peaks, i, j, tolerances)
+    i, j = i[agree], j[agree]
+    rank = np.empty(len(peaks), np.int64)
+    rank[np.asarray(order, np.int64)] = np.arange(len(peaks))
+    # Each pair from the later to the earlier one; by the later one's rank, then the earlier's.
+    earlier, later = np.where(rank[i] < rank[j], i, j), np.where(rank[i] < rank[j], j, i)
+    in_turn = np.lexsort((rank[earlier], rank[later]))
+    seen_in: dict[int, set[int]] = {}
+    for first, second in zip(earlier[in_turn].tolist(), later[in_turn].tolist(), strict=True):
+        if stands_for[second] != second or stands_for[first] != first:
+            continue
+        known = seen_in.setdefault(first, {int(peaks.exposure[first])})
+        exposure = int(peaks.exposure[second])
+        if exposure not in known:
+            known.add(exposure)
+            stands_for[second] = first
+    return stands_for
+
+
+def _poses_agree(peaks: Peaks, i: Int64, j: Int64, tolerances: Tolerances) -> AnyArray:
+    defocus = peaks.defocus_angstrom.astype(np.float64)
+    agree: AnyArray = np.abs(defocus[i] - defocus[j]) <= tolerances.defocus_angstrom
+    if tolerances.angle_degrees < 180:
+        angle = rotation_between(*((a[i], a[j]) for a in (peaks.phi, peaks.theta, peaks.psi)))
+        # Angles near 0 come out with the square root of the rounding of their cosine.
+        agree &= angle <= tolerances.angle_degrees + 1e-4
+    return agree
+
+
+def rotation_between(
+    phi: tuple[AnyArray, AnyArray],
+    theta: tuple[AnyArray, AnyArray],
+    psi: tuple[AnyArray, AnyArray],
+) -> Float64:
+    """Angle in degrees of the rotation that turns one orientation into another.
+
+    Parameters
+    ----------
+    phi, theta, psi
+        Euler angles (ZYZ) in degrees of the ones and the others, (n,) each.
+
+    Returns
+    -------
+    NDArray[np.float64]
+        (n,) from 0 to 180; NaN where an angle is.
+    """
+    one, other = (
+        _quaternions(*(np.radians(np.asarray(angle[k], np.float64)) for angle in (phi, theta, psi)))
+        for k in (0, 1)
+    )
+    cosine = np.abs((one * other).sum(axis=-1))
+    angle: Float64 = 2 * np.degrees(np.arccos(np.minimum(cosine, 1.0)))
+    return angle
+
+
+def _quaternions(phi: Float64, theta: Float64, psi: Float64) -> Float64:
+    """Unit quaternions (n, 4) of Rz(phi) Ry(theta) Rz(psi), angles in radians."""
+    plus, minus, half = (phi + psi) / 2, (phi - psi) / 2, theta / 2
+    return np.stack(
+        [
+            np.cos(half) * np.cos(plus),
+            -np.sin(half) * np.sin(minus),
+            np.sin(half) * np.cos(minus),
+            np.cos(half) * np.sin(plus),
+        ],
+        axis=-1,
+    )

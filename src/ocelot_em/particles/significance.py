@@ -1,0 +1,269 @@
+"""What is called significant: cutoffs and p-values of peaks, from histograms of whole maps.
+
+Ranks and distributions belong to a whole map, which need not fit into memory. Histograms of it add
+up over tiles, so that everything here works from them. The Gaussian noise model needs only counts:
+:func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.model.histograms import (
+    Axis,
+    Histogram1D,
+    JointHistogram,
+    normal_score,
+)
+from ocelot_em.model.maps import Float64
+
+GEV_LIMIT = 8.5
+"""z-scores from here on are taken for particles when noise is fitted, as in Leopard-EM."""
+
+NEG_LOG_P_CUTOFF = 8.0
+"""-ln p from which a pixel counts as significant, as in Leopard-EM."""
+
+_HIGHEST_CORRELATION = 0.999  # closer to 1, what tells both ranks apart is below a bin's width
+_LEAST_RESOLVED = 0.75  # share of the second moment that the bins of a joint histogram must see
+_IMPOSSIBLE = -1e5  # ln p of a pixel that a trial distribution excludes; finite for the optimiser
+
+
+def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
+    """Fit a generalised extreme value distribution to the z-scores of noise.
+
+    A z-score is the highest of many correlations, so that noise follows such a distribution. As in
+    Leopard-EM, pixels up to :data:`GEV_LIMIT` are fitted by maximum likelihood and the others are
+    left out; here the likelihood is that of the counts in the bins. The bin that holds 0 and those
+    below are left out too: a z-score of 0 marks a pixel without variance.
+
+    Parameters
+    ----------
+    z_histogram
+        Of the whole map's valid pixels.
+
+    Returns
+    -------
+    tuple of float
+        Shape, location and scale as :data:`scipy.stats.genextreme` takes them: its shape is the
+        negative of the one usually called xi.
+
+    Raises
+    ------
+    InvalidInputError
+        Fewer than three bins hold pixels, or no best fit was found.
+    """
+    from scipy.optimize import minimize
+    from scipy.stats import genextreme
+
+    edges = z_histogram.axis.edges
+    used = (edges[:-1] > 0) & (edges[1:] <= GEV_LIMIT) & (z_histogram.counts > 0)
+    lower, upper = edges[:-1][used], edges[1:][used]
+    if lower.size < 3:
+        raise InvalidInputError(
+            f"z histogram: expected at least 3 bins with pixels between 0 and {GEV_LIMIT} to fit "
+            f"a generalised extreme value distribution to, got {lower.size} (of "
+            f"{z_histogram.pixels} pixels); use another method, or give a cutoff"
+        )
+    share = z_histogram.counts[used] / z_histogram.counts[used].sum()
+    middle = (lower + upper) / 2
+    mean = float(share @ middle)
+    std = math.sqrt(float(share @ (middle - mean) ** 2))
+
+    def parameters(free: Float64) -> tuple[float, float, float]:
+        return float(free[0]), mean + std * float(free[1]), std * math.exp(float(free[2]))
+
+    def cost(free: Float64) -> float:
+        with np.errstate(all="ignore"):
+            s0, s1 = (-genextreme.logcdf(edge, *parameters(free)) for edge in (lower, upper))
+            # exp(-s1) - exp(-s0), without losing either end of the distribution
+            log_p = np.log(-np.expm1(s1 - s0)) - s1
+        return -float(share @ np.nan_to_num(log_p, nan=_IMPOSSIBLE, neginf=_IMPOSSIBLE))
+
+    # A Gumbel distribution of the same mean and variance excludes no pixel.
+    gumbel = np.array(
+        [0.0, -np.euler_gamma * math.sqrt(6) / math.pi, math.log(math.sqrt(6) / math.pi)]
+    )
+    fit = minimize(
+        cost,
+        gumbel,
+        method="Nelder-Mead",
+        options={
+            "initial_simplex": gumbel + np.vstack([np.zeros(3), 0.1 * np.eye(3)]),
+            "xatol": 1e-7,
+            "fatol": 1e-12,
+            "maxiter": 2000,
+        },
+    )
+    if not fit.success or -fit.fun <= _IMPOSSIBLE:
+        raise InvalidInputError(
+            f"z histogram: no generalised extreme value distribution fits its {z_histogram.pixels} "
+            f"pixels (mean {mean:.4g}, standard deviation {std:.4g}): {fit.message}"
+        )
+    return parameters(fit.x)
+
+
+def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
+    """z-score that noise exceeds a given number of times, by its fitted distribution.
+
+    Parameters
+    ----------
+    z_histogram
+        Of the whole map's valid pixels; all of them count, also those that are not fitted.
+    false_positives
+        How many are accepted, over all pixels.
+
+    Returns
+    -------
+    float
+        Where the survival function of :func:`fit_gev`, times the number of pixels, is
+        ``false_positives``. With bins of 1/256 or finer it is within 0.001 of an
+        unbinned fit's in maps of 10^5 pixels.
+
+    Raises
+    ------
+    InvalidInputError
+        ``false_positives`` is not above 0 and below the number of pixels, or there is no fit.
+    """
+    from scipy.stats import genextreme
+
+    pixels = z_histogram.pixels
+    if not 0 < false_positives < pixels:
+        raise InvalidInputError(
+            f"false_positives: expected more than 0 and less than the {pixels} pixels of the z "
+            f"histogram, got {false_positives}"
+        )
+    return float(genextreme.isf(false_positives / pixels, *fit_gev(z_histogram)))
+
+
+@dataclass(frozen=True, eq=False)
+class PValueModel:
+    """The 2DTM p-value: how rarely noise has both a ``mip`` and a z-score that stand out so far.
+
+    The ranks of ``mip`` and of ``scaled_mip`` among all valid pixels become normal scores: the
+    standard normal quantile of the rank less a half, over the number of pixels (equal pixels share
+    their mean rank). Noise is a Gaussian about 0 with the second moments of both scores. The
+    p-value of a pixel is the probability of what lies in the first quadrant, where both are above
+    their medians, and is at least as far out in the Gaussian's own metric:
+    ``exp(-r**2 / 2) * (pi / 2 + asin(correlation)) / (2 * pi)`` with r the Mahalanobis distance.
+    See Zhang et al. (2025), IUCrJ 12, 155-176 (eh5020). Leopard-EM's ``pvalue`` is the same, but
+    for the order of equal pixels and its float32.
+
+    Correlations above 0.999 are taken as 0.999: then ``mip`` and z say the same, and how far they
+    differ cannot be told.
+
+    Parameters
+    ----------
+    mip_ranks, z_ranks
+        Of the same pixels.
+    mip_rms, z_rms
+        Roots of the second moments of the normal scores; about 1.
+    correlation
+        Of the two normal scores.
+    """
+
+    mip_ranks: Histogram1D
+    z_ranks: Histogram1D
+    mip_rms: float
+    z_rms: float
+    correlation: float
+
+    @classmethod
+    def from_histogram(
+        cls, joint: JointHistogram, mip_histogram: Histogram1D, z_histogram: Histogram1D
+    ) -> "PValueModel":
+        """Estimate the model from histograms of all valid pixels.
+
+        With the axes of this module, -ln p from 7 to 9 differs from that of exact ranks by
+        less than 0.03 (10^4 to 10^7 pixels, simulated and real). Far out, where a bin may hold two
+        of a map's very highest pixels, it is up to 0.7, because their order is not known. Pixels
+        beyond an axis are all the same to it.
+
+        Parameters
+        ----------
+        joint
+            For the correlation; coarse bins suffice. Scores within a bin are replaced by their
+            mean, and the correlation that is lost by this is given back as for a Gaussian.
+        mip_histogram, z_histogram
+            For the ranks; fine bins.
+
+        Raises
+        ------
+        InvalidInputError
+            The histograms are not of equally many pixels, of none, mostly beyond an axis, or too
+            coarse.
+        """
+        named = {"mip histogram": mip_histogram, "z histogram": z_histogram}
+        pixels = {"joint histogram": joint.pixels} | {k: h.pixels for k, h in named.items()}
+        problems = []
+        if len(set(pixels.values())) > 1 or 0 in pixels.values():
+            found = ", ".join(f"{number} in the {name}" for name, number in pixels.items())
+            problems.append(f"pixels: expected the same number above 0 everywhere, got {found}")
+        for name, histogram in named.items():
+            beyond = histogram.underflow + histogram.overflow
+            if 2 * beyond > histogram.pixels:
+                problems.append(
+                    f"{name}: expected most of its {histogram.pixels} pixels from "
+                    f"{histogram.axis.low:g} to {histogram.axis.high:g}, got {beyond} beyond"
+                )
+        if problems:
+            raise InvalidInputError(problems)
+        mip_scores, mip_rms, mip_seen = _coarse_scores(mip_histogram, joint.mip_axis, "mip")
+        z_scores, z_rms, z_seen = _coarse_scores(z_histogram, joint.z_axis, "scaled_mip")
+        product = float(mip_scores @ joint.counts @ z_scores) / joint.pixels
+        correlation = product / (mip_rms * z_rms * mip_seen * z_seen)
+        return cls(mip_histogram, z_histogram, mip_rms, z_rms, _within(correlation))
+
+    def neg_log_p(self, mip: ArrayLike, z: ArrayLike) -> Float64:
+        """-ln p of pixels; significant from :data:`NEG_LOG_P_CUTOFF` on.
+
+        Parameters
+        ----------
+        mip, z
+            Values of the same pixels, of equal shape.
+
+        Returns
+        -------
+        NDArray[np.float64]
+            Of the same shape: 0 where ``mip`` or z is not above its median, NaN where either is not
+            finite (not searched).
+        """
+        mips, zs = np.asarray(mip, np.float64), np.asarray(z, np.float64)
+        result = np.full(np.broadcast_shapes(mips.shape, zs.shape), np.nan)
+        searched = np.isfinite(mips) & np.isfinite(zs)
+        x = normal_score(self.mip_ranks.below(mips[searched]), self.mip_ranks.pixels)
+        y = normal_score(self.z_ranks.below(zs[searched]), self.z_ranks.pixels)
+        u, v = x / self.mip_rms, y / self.z_rms
+        r_squared = (u * u - 2 * self.correlation * u * v + v * v) / (1 - self.correlation**2)
+        quadrant = (math.pi / 2 + math.asin(self.correlation)) / (2 * math.pi)
+        result[searched] = np.where((u > 0) & (v > 0), r_squared / 2 - math.log(quadrant), 0.0)
+        return result
+
+
+def _within(correlation: float) -> float:
+    return min(max(correlation, -_HIGHEST_CORRELATION), _HIGHEST_CORRELATION)
+
+
+def _coarse_scores(histogram: Histogram1D, axis: Axis, name: str) -> tuple[Float64, float, float]:
+    """Mean normal score in each bin of a coarser axis, rms of all scores, and what is left of it.
+
+    The last is the second moment of the means over that of the scores: the regression of one score
+    on the other is as much flatter if means stand for scores.
+    """
+    scores, counts = histogram.normal_scores()
+    edges = histogram.axis.edges
+    middles = np.concatenate((edges[:1] - 1, (edges[:-1] + edges[1:]) / 2, edges[-1:]))
+    coarse = np.clip(axis.bin_of(middles), 0, axis.bins - 1)
+    pixels = np.bincount(coarse, counts, minlength=axis.bins)
+    means = np.bincount(coarse, counts * scores, minlength=axis.bins) / np.maximum(pixels, 1)
+    total, seen = float(counts @ scores**2), float(pixels @ means**2)
+    if not total:  # all pixels equal
+        return means, 1.0, 1.0
+    if seen < _LEAST_RESOLVED * total:
+        raise InvalidInputError(
+            f"joint histogram, {name}: expected bins that tell its pixels apart, got bins of "
+            f"{axis.width:g} that hold only {seen / total:.0%} of the spread of their ranks"
+        )
+    return means, math.sqrt(total / histogram.pixels), seen / total

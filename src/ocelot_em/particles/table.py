@@ -1,0 +1,456 @@
+"""Particle tables: one row for each peak of a merged result, and what they were picked by."""
+
+import csv
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from html import escape
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+
+from ocelot_em.errors import InvalidInputError, StorageError
+from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
+"""How a cutoff was found: noise model, extreme values, p-value; or given."""
+
+NEG_LOG_P = "neg_log_p"
+EXPOSURE = "exposure"
+ALSO_SEEN = "also_seen"
+
+_MAX_NBYTES = 2**30
+"""Of a CSV file that is read: some six million particles."""
+
+_MAX_CHARACTERS = 2**28
+"""Of a column of text: a gigabyte, with every row as wide as the longest."""
+
+_ROWS_SHOWN = 10
+"""How many particles a notebook shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What a column holds."""
+
+    dtype: str
+    unit: str
+    meaning: str
+
+
+COLUMNS: Mapping[str, Column] = {
+    "pos_y": Column("int32", "pixel", "row of the template box's upper left corner in the map"),
+    "pos_x": Column("int32", "pixel", "column of that corner"),
+    MIP: Column("float32", "1", "highest cross-correlation"),
+    SCALED_MIP: Column("float32", "1", "z-score: (mip - mean) / std"),
+    "psi": Column("float32", "degree", "Euler angle psi (ZYZ)"),
+    "theta": Column("float32", "degree", "Euler angle theta (ZYZ)"),
+    "phi": Column("float32", "degree", "Euler angle phi (ZYZ)"),
+    "relative_defocus": Column("float32", "angstrom", "defocus relative to the micrograph's"),
+    "pixel_size_offset": Column("float32", "angstrom", "offset to the micrograph's pixel size"),
+    MEAN: Column("float32", "1", "mean of all cross-correlations of the pixel"),
+    STD: Column("float32", "1", "standard deviation of all cross-correlations of the pixel"),
+    "total_correlations": Column("int64", "1", "number of these cross-correlations"),
+    BEST_PARTIAL: Column("int32", "1", "number of the partial that won"),
+    "pos_y_subpixel": Column("float32", "pixel", "pos_y of the maximum between pixels"),
+    "pos_x_subpixel": Column("float32", "pixel", "pos_x of the maximum between pixels"),
+    NEG_LOG_P: Column("float64", "1", "-ln of the p-value"),
+}
+"""Columns in their order; the last is optional."""
+
+MONTAGE_COLUMNS: Mapping[str, Column] = {
+    EXPOSURE: Column("str", "", "id of the exposure that pos_y and pos_x are of"),
+    "canvas_y": Column("int32", "pixel", "row of pos_y on the montage"),
+    "canvas_x": Column("int32", "pixel", "column of pos_x on the montage"),
+    ALSO_SEEN: Column("str", "", "other exposures that it was seen in, as id:pos_y:pos_x"),
+}
+"""What particles of a montage have besides, all or none of them."""
+
+ALL_COLUMNS: Mapping[str, Column] = {**COLUMNS, **MONTAGE_COLUMNS}
+
+_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS))
+"""Columns that may be left out, each with those that go with it."""
+
+_OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What particles were picked from, and by what.
+
+    Parameters
+    ----------
+    store
+        Path or URL of the merged result.
+    method
+        How the cutoff was found.
+    cutoff
+        What a particle had to reach, in the method's own scale: z-score, or -ln p.
+    min_distance_px
+        No two particles are closer.
+    false_positives
+        How many the cutoff was to let through; None for a cutoff that was given.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å, if known.
+    shape, valid_shape
+        (y, x) in pixels, of the maps and of their part that means anything.
+    per
+        Of a montage: whether every exposure had a cutoff of its own, which let so many false
+        positives through in each, or the montage one.
+    exposure_cutoffs
+        The cutoffs of exposures by their ids; ``cutoff`` is the lowest of them.
+    exposure_shapes
+        Shape and valid shape of the exposures' own maps, by their ids.
+    """
+
+    store: str
+    method: Method
+    cutoff: float
+    min_distance_px: float
+    false_positives: float | None
+    pixel_size_angstrom: float | None
+    shape: tuple[int, int]
+    valid_shape: tuple[int, int]
+    per: Literal["exposure", "montage"] | None = None
+    exposure_cutoffs: tuple[tuple[str, float], ...] = ()
+    exposure_shapes: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = ()
+
+    @property
+    def cutoff_text(self) -> str:
+        """The cutoff, or the range of those of exposures."""
+        highest = max((own for _, own in self.exposure_cutoffs), default=self.cutoff)
+        if f"{highest:.4f}" == f"{self.cutoff:.4f}":
+            return f"{self.cutoff:.4f}"
+        return f"{self.cutoff:.4f} to {highest:.4f}"
+
+    @property
+    def template_box_px(self) -> int | None:
+        """Edge of the template box in pixels, as the shapes tell it; None if they do not."""
+        boxes = {full - valid + 1 for full, valid in zip(self.shape, self.valid_shape, strict=True)}
+        return boxes.pop() if len(boxes) == 1 and self.shape != self.valid_shape else None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ParticleTable:
+    """Particles by column.
+
+    Parameters
+    ----------
+    columns
+        One-dimensional arrays of equal length, by the names and of the dtypes of :data:`COLUMNS`
+        and :data:`MONTAGE_COLUMNS`; ``neg_log_p`` may be left out, and so may those that only
+        particles of a montage have. Kept as they are, in that order. NaN is allowed; text has no
+        commas, quotation marks and line breaks.
+    about
+        What they were picked by, if known.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every column that is missing, unknown, of another dtype or length.
+    """
+
+    columns: Mapping[str, AnyArray]
+    about: About | None = None
+
+    def __post_init__(self) -> None:
+        problems = _column_problems(self.columns)
+        if problems:
+            raise InvalidInputError(problems)
+        ordered = {name: self.columns[name] for name in ALL_COLUMNS if name in self.columns}
+        object.__setattr__(self, "columns", ordered)
+
+    @classmethod
+    def empty(cls, about: About | None = None, *, neg_log_p: bool = False) -> "ParticleTable":
+        """Return a table without particles, with or without the optional column."""
+        names = [name for name in COLUMNS if neg_log_p or name != NEG_LOG_P]
+        return cls({name: np.empty(0, ALL_COLUMNS[name].dtype) for name in names}, about)
+
+    @property
+    def is_of_montage(self) -> bool:
+        """Whether the particles are of several exposures."""
+        return EXPOSURE in self.columns
+
+    def of_exposure(self, exposure: str) -> "ParticleTable":
+        """Return the particles of one exposure of a montage, as those of a micrograph.
+
+        Raises
+        ------
+        InvalidInputError
+            The particles are not of a montage.
+        """
+        if not self.is_of_montage:
+            raise InvalidInputError("exposure: the particles are not of a montage")
+        own = self.columns[EXPOSURE] == exposure
+        shapes = dict(self.about.exposure_shapes) if self.about else {}
+        about = self.about
+        if about is not None and exposure in shapes:
+            shape, valid_shape = shapes[exposure]
+            about = replace(about, shape=shape, valid_shape=valid_shape, per=None)
+        columns = {n: v[own] for n, v in self.columns.items() if n not in MONTAGE_COLUMNS}
+        return ParticleTable(columns, about)
+
+    @classmethod
+    def read_csv(cls, path: str | PathLike[str]) -> "ParticleTable":
+        """Read what :meth:`to_csv` wrote, exactly; columns may be in any order.
+
+        A CSV file does not say what particles were picked by: ``about`` is None.
+
+        Raises
+        ------
+        InvalidInputError
+            Naming every column and the first line that cannot be read.
+        """
+        names, rows = _read_rows(path)
+        problems = _name_problems(names)
+        problems += _ragged(rows, len(names))
+        if problems:
+            raise InvalidInputError(f"{path}: {problem}" for problem in problems)
+        texts = zip(*rows, strict=True) if rows else [() for _ in names]
+        columns = {}
+        for name, column in zip(names, texts, strict=True):
+            columns[name], found = _parse(column, ALL_COLUMNS[name].dtype)
+            problems += [f"{path}: {name}: {problem}" for problem in found]
+        if problems:
+            raise InvalidInputError(problems)
+        return cls(columns)
+
+    def __len__(self) -> int:
+        return len(self.columns["pos_y"])
+
+    def __repr__(self) -> str:
+        return f"<{self._summary()}>"
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write a header line and one line for each particle; an existing file is replaced.
+
+        Floating-point numbers have as many digits as tell them from their neighbours, so that
+        :meth:`read_csv` gives the same bits; NaN is ``nan``.
+
+        Raises
+        ------
+        StorageError
+            The file cannot be written.
+        """
+        rows = zip(*(as_text(values) for values in self.columns.values()), strict=True)
+        lines = [",".join(self.columns), *(",".join(row) for row in rows)]
+        write_file(path, ("\n".join(lines) + "\n").encode())
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the columns as a pandas data frame, without what they were picked by."""
+        import pandas as pd
+
+        return pd.DataFrame(dict(self.columns))
+
+    def _summary(self) -> str:
+        plural = "" if len(self) == 1 else "s"
+        parts = [f"{len(self)} particle{plural}"]
+        if self.about is not None:
+            about = self.about
+            parts[0] += f" of {about.store}"
+            parts.append(f"method {about.method}")
+            parts.append(f"cutoff {about.cutoff_text}")
+            if about.false_positives is not None:
+                each = " in each exposure" if about.per == "exposure" else ""
+                parts.append(f"false positives {about.false_positives:g}{each}")
+            parts.append(f"minimum distance {about.min_distance_px:g} px")
+        return ", ".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Summarise the table for a notebook: what it is, and its first rows."""
+        shown = min(len(self), _ROWS_SHOWN)
+        titles = {n: f"{ALL_COLUMNS[n].meaning} ({ALL_COLUMNS[n].unit})" for n in self.columns}
+        header = "".join(
+            f'<th title="{escape(title)}">{name}</th>' for name, title in titles.items()
+        )
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{_short(v[i])}</td>" for v in self.columns.values()) + "</tr>"
+            for i in range(shown)
+        )
+        more = f"<p>{len(self) - shown} more</p>" if len(self) > shown else ""
+        return (
+            f"<p>{escape(self._summary())}</p>"
+            f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>{more}"
+        )
+
+
+def _short(value: np.generic) -> str:
+    return f"{value:.6g}" if isinstance(value, np.floating) else escape(str(value))
+
+
+def as_text(values: AnyArray) -> list[str]:
+    """Numbers as text that reads back as the same numbers, each with the fewest digits.
+
+    Parameters
+    ----------
+    values
+        (n,) integers, float32, float64 or text.
+    """
+    # float32 has to be turned into text itself: as a Python float it would have too many digits.
+    return [str(v) for v in (values if values.dtype == np.float32 else values.tolist())]
+
+
+def write_file(path: str | PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all; an existing one is replaced.
+
+    Raises
+    ------
+    StorageError
+        It cannot be written; what was there before is still there.
+    """
+    place = Path(path)
+    # Devices and pipes are written to, not replaced.
+    special = place.exists() and not place.is_file()
+    written = place if special else place.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        written.write_bytes(data)
+        if not special:
+            written.replace(place)
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if not special:
+            with suppress(OSError):
+                written.unlink()
+
+
+def _name_problems(names: Iterable[str]) -> list[str]:
+    counts = Counter(list(names))
+    known = ", ".join(ALL_COLUMNS)
+    return [
+        *(f"{n}: missing" for n in ALL_COLUMNS if n not in counts and n not in _OPTIONAL),
+        *(
+            f"{n}: missing, though {', '.join(m for m in group if m in counts)} is there"
+            for group in _ALONE_OR_TOGETHER
+            for n in group
+            if n not in counts and any(m in counts for m in group)
+        ),
+        *(f"{n!r}: expected one of {known}" for n in counts if n not in ALL_COLUMNS),
+        *(f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1),
+    ]
+
+
+_NOT_IN_TEXT = frozenset(',"\n\r')
+
+
+def _column_problems(columns: Mapping[str, object]) -> list[str]:
+    problems = _name_problems(columns)
+    lengths = {}
+    for name, values in columns.items():
+        if name not in ALL_COLUMNS:
+            continue
+        expected = np.dtype(ALL_COLUMNS[name].dtype)
+        if not isinstance(values, np.ndarray):
+            problems.append(f"{name}: expected an array, got {type(values).__name__}")
+            continue
+        if expected.kind == "U" and values.dtype.kind == "U":
+            if any(set(text) & _NOT_IN_TEXT for text in values.ravel().tolist()):
+                problems.append(f"{name}: expected no commas, quotation marks and line breaks")
+        elif values.dtype != expected:
+            problems.append(f"{name}: expected dtype {expected}, got {values.dtype}")
+        if values.ndim != 1:
+            problems.append(f"{name}: expected one dimension, got shape {values.shape}")
+        else:
+            lengths[name] = len(values)
+    usual = Counter(lengths.values()).most_common(1)
+    problems += [
+        f"{name}: expected {usual[0][0]} values, as in most columns, got {n}"
+        for name, n in lengths.items()
+        if n != usual[0][0]
+    ]
+    return problems
+
+
+def _read_rows(path: str | PathLike[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV file, as text."""
+    place = Path(path)
+    if not place.is_file():
+        raise InvalidInputError(f"{place}: expected a CSV file, got nothing there")
+    try:
+        nbytes = place.stat().st_size
+        if nbytes > _MAX_NBYTES:
+            raise InvalidInputError(
+                f"{place}: expected at most {_MAX_NBYTES:,} bytes, got {nbytes:,}; is it a table "
+                "of particles?"
+            )
+        with place.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
+            rows = list(csv.reader(file, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidInputError(f"{place}: cannot be read as CSV: {error}") from error
+    while rows and not rows[-1]:
+        rows.pop()
+    if not rows:
+        raise InvalidInputError(f"{place}: expected a header line with the columns, got no line")
+    return rows[0], rows[1:]
+
+
+def _ragged(rows: Sequence[Sequence[str]], n_columns: int) -> list[str]:
+    bad = [(line, len(row)) for line, row in enumerate(rows, 2) if len(row) != n_columns]
+    if not bad:
+        return []
+    line, n = bad[0]
+    return [f"line {line}: expected {n_columns} values, got {n}{_and_more(len(bad) - 1)}"]
+
+
+def _and_more(n: int) -> str:
+    return f"; and {n} more such line{'' if n == 1 else 's'}" if n else ""
+
+
+def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
+    """Numbers of texts, and what is wrong with the first that is none or does not fit."""
+    kind = np.dtype(dtype)
+    if kind.kind == "U":
+        values, problem = text_array(texts)
+        return values, [problem] if problem else []
+    convert: Any = int if kind.kind == "i" else float
+    widest = np.dtype(np.int64 if kind.kind == "i" else np.float64)
+    try:
+        wide = np.fromiter(map(convert, texts), widest, len(texts))
+        with np.errstate(over="ignore"):
+            values = wide.astype(kind)
+    except (ValueError, OverflowError):
+        bad = [(line, text) for line, text in enumerate(texts, 2) if not _fits(text, convert)]
+    else:
+        same = (values == wide) if kind.kind == "i" else (np.isinf(values) == np.isinf(wide))
+        bad = [(i + 2, texts[i]) for i in np.flatnonzero(~same).tolist()]
+        if not bad:
+            return values, []
+    line, text = bad[0]
+    return np.empty(0, kind), [
+        f"line {line}: expected {dtype}, got {text!r}{_and_more(len(bad) - 1)}"
+    ]
+
+
+def text_array(texts: Sequence[object]) -> tuple[AnyArray, str | None]:
+    """Text as NumPy has it, each as wide as the longest, and why it cannot be had.
+
+    Parameters
+    ----------
+    texts
+        One for each particle.
+    """
+    other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        return np.empty(0, str), f"expected text, got {other}"
+    longest = max((len(cast("str", text)) for text in texts), default=0)
+    if longest * len(texts) > _MAX_CHARACTERS:
+        return np.empty(0, str), (
+            f"expected at most {_MAX_CHARACTERS // len(texts):,} characters in each of "
+            f"{len(texts):,} rows, got {longest:,}"
+        )
+    return np.array(texts, str), None
+
+
+def _fits(text: str, convert: Any) -> bool:
+    try:
+        number = convert(text)
+    except ValueError:
+        return False
+    return convert is float or -(2**63) <= number < 2**63

@@ -1,0 +1,470 @@
+"""Where tiles run: threads here, worker processes or GPU workers on this machine, a scheduler."""
+
+import contextlib
+import importlib.util
+import ipaddress
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import dask
+from dask.system import CPU_COUNT
+
+from ocelot_em.errors import (
+    ClusterLostError,
+    DeviceError,
+    MissingDependencyError,
+    OcelotError,
+    PlanError,
+)
+from ocelot_em.kernels.device import DeviceFacts, find_devices, open_device
+from ocelot_em.merge.merge import Executor
+from ocelot_em.merge.plan import DeviceChoice, MergeOptions, n_threads
+from ocelot_em.run import slurm
+from ocelot_em.run.connect import client_of
+from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
+from ocelot_em.run.security import security_of_run, warn_if_open
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+DASHBOARD_PORT = 8787
+"""Dask's usual one; another where it is taken."""
+
+WORKER_ENVIRONMENT = {
+    # Keep freed memory and reuse it: Dask's default returns it to the system, and every chunk
+    # would be decoded into pages that have to be mapped anew.
+    "MALLOC_TRIM_THRESHOLD_": "2147483648",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # That connections come and go is no news, and at the end of a run all of them go.
+    "DASK_LOGGING__DISTRIBUTED": os.environ.get("DASK_LOGGING__DISTRIBUTED", "warning"),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A place to run tiles.
+
+    Parameters
+    ----------
+    executor
+        Runs them.
+    description
+        What it is, for people.
+    dashboard
+        URL of the Dask dashboard, if there is one.
+    """
+
+    executor: Executor
+    description: str
+    dashboard: str | None
+
+    def recorded(self, path: Path) -> contextlib.AbstractContextManager[object]:
+        """Record how tasks spend their time: a page that opens without a network, when it ends."""
+        if importlib.util.find_spec("bokeh") is None:
+            log.warning("no performance report: pip install 'ocelot-em[viz]' for bokeh")
+            return contextlib.nullcontext()
+        if isinstance(self.executor, ClientExecutor):
+            from distributed import performance_report
+
+            recorded: contextlib.AbstractContextManager[object] = performance_report(
+                path, mode="inline"
+            )
+            return recorded
+        return _profiled(path)
+
+
+KINDS = ("threads", "local", "cuda", "slurm", "slurm-job")
+"""Of clusters, besides the address of one."""
+
+ASSUMED_GPU_NBYTES = 8 * 10**9
+"""Of a GPU that is not there yet, because SLURM has not given it out."""
+
+WORKER_TIMEOUT_IN_QUEUE_SECONDS = 86_400.0
+"""How long to wait by default for workers that stand in a queue."""
+
+TIMEOUTS = {
+    # A host that is cut off is missed in seconds, and what it had in hand is done elsewhere; with
+    # less than this, Dask takes workers for lost that only have much to do.
+    "distributed.comm.timeouts.tcp": "15s",
+    "distributed.comm.timeouts.connect": "15s",
+    "distributed.scheduler.worker-ttl": "30s",
+    "distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT,
+}
+
+
+@contextlib.contextmanager
+def _profiled(path: Path) -> Iterator[None]:
+    """Record what Dask's scheduler of threads does; it has no report of its own."""
+    from dask.diagnostics import Profiler, visualize
+
+    profiler = Profiler()
+    with profiler:
+        yield
+    if profiler.results:
+        visualize([profiler], filename=str(path), show=False, mode="inline")
+
+
+MOST_GPU_THREADS = 16
+"""Threads of a GPU worker by default, at most: they decode, and the GPU waits for them."""
+
+
+def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
+    """Decide where the arithmetic is done, before anything is planned or started.
+
+    Returns
+    -------
+    device
+        The choice, and why.
+    options
+        With what follows from it: the device, and for GPU workers their number and threads.
+
+    Raises
+    ------
+    PlanError
+        The device and the cluster do not go together.
+    MissingDependencyError, DeviceError
+        A GPU was asked for and cannot be used; one sentence says why.
+    """
+    asked, cluster = options.device, options.cluster
+    if cluster not in KINDS and ":" not in cluster:
+        raise PlanError(
+            f"cluster: expected {', '.join(KINDS)}, or the address of a Dask scheduler such as "
+            f"tcp://host:8786, got {cluster!r}"
+        )
+    if cluster == "cuda" and asked == "cpu":
+        raise PlanError("device cpu: cluster 'cuda' is for GPUs; use --cluster local or threads")
+    if cluster == "local" and asked == "cuda":
+        raise PlanError(
+            "device cuda: the processes of cluster 'local' would share the GPUs blindly; use "
+            "--cluster cuda, or threads for one GPU"
+        )
+    if asked == "cpu":
+        choice = DeviceChoice("cpu", "asked for")
+    elif cluster == "cuda" or (cluster == "threads" and asked == "cuda"):
+        found = find_devices()
+        if cluster == "cuda":
+            _require_dask_cuda()
+        n_devices = min(options.workers or len(found), len(found)) if cluster == "cuda" else 1
+        choice = _cuda(found[:n_devices], "asked for", options)
+    elif cluster == "slurm" and asked == "cuda":
+        memory = options.rmm_pool_size or ASSUMED_GPU_NBYTES
+        jobs = options.workers or slurm.DEFAULT_JOBS
+        choice = DeviceChoice("cuda", "asked for, of SLURM jobs", jobs, memory)
+    elif ":" in cluster:
+        choice, threads = _of_workers(options)
+        if choice.kind == "cuda":
+            options = options.model_copy(update={"threads": options.threads or threads})
+    else:
+        choice = DeviceChoice("cpu", "auto: reading and decoding take the time, not the arithmetic")
+    changes: dict[str, Any] = {"device": choice.kind}
+    if cluster == "slurm":
+        jobs_ask = slurm.completed(options.slurm)
+        share = max((jobs_ask.cores or 1) // (jobs_ask.processes or 1), 1)
+        changes |= {"slurm": jobs_ask, "threads": options.threads or share}
+    if cluster == "cuda":
+        share = max(min(int(CPU_COUNT) // choice.n_devices, MOST_GPU_THREADS), 1)
+        changes |= {"workers": choice.n_devices, "threads": options.threads or share}
+    return choice, options.model_copy(update=changes)
+
+
+def _cuda(found: list[DeviceFacts], reason: str, options: MergeOptions) -> DeviceChoice:
+    memory = min(facts.memory_nbytes for facts in found)
+    names = " and ".join(dict.fromkeys(facts.name for facts in found))
+    usable = int(memory * USABLE_SHARE)
+    if options.rmm_pool_size is not None:
+        usable = min(usable, options.rmm_pool_size)
+    return DeviceChoice("cuda", f"{reason}: {len(found)} x {names}", len(found), usable)
+
+
+USABLE_SHARE = 0.9
+"""Of a GPU's memory: its driver and other libraries need some for themselves."""
+
+
+def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
+    """Ask the workers of a running cluster for their GPUs; and the most threads of one."""
+    with client_of(options.cluster) as client:
+        answers = _ask_workers(client, _facts_or_reason)
+        threads = max(client.nthreads().values(), default=1)
+    found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
+    if answers and len(found) == len(answers):
+        kind = "asked for" if options.device == "cuda" else "auto"
+        return _cuda(found, f"{kind}, and all workers have a GPU", options), threads
+    without = f"{len(answers) - len(found)} of {len(answers)} workers have no GPU"
+    if options.device == "cuda":
+        first = next((answer for answer in answers if isinstance(answer, str)), "no workers")
+        raise DeviceError(f"device cuda: {without} at {options.cluster}: {first}")
+    return DeviceChoice("cpu", f"auto: {without}"), threads
+
+
+def _ask_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
+    """Ask all workers; those that are gone before they answer are left out.
+
+    Raises
+    ------
+    ClusterLostError
+        The scheduler is gone.
+    """
+    try:
+        return list(client.run(question, on_error="ignore").values())
+    except OcelotError:  # such as that of a signal that came meanwhile
+        raise
+    except (OSError, TimeoutError, RuntimeError) as error:
+        raise ClusterLostError(f"the Dask scheduler is gone: {error}") from error
+
+
+def _facts_or_reason() -> DeviceFacts | str:
+    """Say what this process's first GPU is, or why there is none."""
+    try:
+        return find_devices()[0]
+    except OcelotError as error:
+        return str(error)
+
+
+def _open_or_reason() -> str:
+    """Get this process's GPU ready; why that is impossible, if it is."""
+    try:
+        open_device()
+    except OcelotError as error:
+        return str(error)
+    return ""
+
+
+def _require_dask_cuda() -> None:
+    if importlib.util.find_spec("dask_cuda") is None:
+        raise MissingDependencyError(
+            "cluster cuda: dask-cuda is not installed: pip install 'ocelot-em[cuda13]', or "
+            "'ocelot-em[cuda12]' for drivers of CUDA 12"
+        )
+
+
+def n_workers(options: MergeOptions) -> int:
+    """Workers that share this machine's memory: 1 for threads, 0 for a cluster elsewhere."""
+    if options.cluster == "threads":
+        return 1
+    if options.cluster == "cuda":
+        return options.workers or 1
+    if options.cluster == "local":
+        return options.workers or max(int(CPU_COUNT) // n_threads(options), 1)
+    return 0
+
+
+@contextlib.contextmanager
+def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
+    """Start or attach to what the options name; stopped at the end if it was started here.
+
+    Raises
+    ------
+    PlanError
+        The cluster's name is not known, or there is no scheduler at the address.
+    DeviceError
+        The workers' GPUs cannot be made ready.
+    """
+    kind = options.cluster
+    if kind == "threads":
+        if options.workers not in (None, 1):
+            raise PlanError(
+                f"workers: cluster 'threads' is one process, got {options.workers}; use --threads, "
+                "or --cluster local"
+            )
+        threads = n_threads(options)
+        if options.device == "cuda":
+            open_device()
+        yield Cluster(
+            ThreadExecutor(threads), f"{_counted(threads, 'thread')} in this process", None
+        )
+    elif kind in ("local", "cuda"):
+        with _local_cluster(options) as cluster:
+            yield cluster
+    elif kind == "slurm":
+        with _slurm_cluster(options) as cluster:
+            yield cluster
+    elif ":" in kind:
+        with client_of(kind) as client:
+            if options.tls and not kind.startswith("tls:"):
+                raise PlanError(f"cluster {kind}: with --tls its address must begin with tls://")
+            warn_if_open(kind)
+            _make_ready(client, options)
+            n = len(client.nthreads())
+            yield Cluster(
+                _executor(client, options), f"{n} workers of {kind}", _dashboard_of(client)
+            )
+    else:
+        raise PlanError(f"cluster {kind}: the tasks of the job have not been divided")
+
+
+@contextlib.contextmanager
+def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
+    """Divide the tasks of a SLURM job, if this process is one of them, before anything else.
+
+    Yields
+    ------
+    MergeOptions
+        For the one that is the driver, with the address of the scheduler. The others do not get
+        here: they exit when the driver has.
+    """
+    if options.cluster != "slurm-job":
+        yield options
+        return
+    with dask.config.set(TIMEOUTS), slurm.slurm_tasks(options) as address:
+        _wait_for_a_worker(address, options)
+        yield options.model_copy(update={"cluster": address})
+
+
+def _wait_for_a_worker(address: str, options: MergeOptions) -> None:
+    timeout = options.worker_timeout or WORKER_TIMEOUT_SECONDS
+    with client_of(address) as client:
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+        except TimeoutError:
+            raise ClusterLostError(f"no worker has come in {timeout:.0f} s to {address}") from None
+
+
+def _executor(client: Any, options: MergeOptions) -> ClientExecutor:
+    queues = options.cluster == "slurm"
+    default = WORKER_TIMEOUT_IN_QUEUE_SECONDS if queues else WORKER_TIMEOUT_SECONDS
+    timeout = options.worker_timeout or default
+    return ClientExecutor(client, worker_timeout_seconds=timeout)
+
+
+@contextlib.contextmanager
+def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
+    from distributed import Client
+
+    jobs = options.workers or slurm.DEFAULT_JOBS
+    with (
+        dask.config.set(TIMEOUTS),
+        _taking_another_port_quietly(),
+        slurm.slurm_cluster(options, WORKER_ENVIRONMENT) as cluster,
+        Client(cluster) as client,
+    ):
+        warn_if_open(cluster.scheduler_address)
+        asked = options.slurm
+        yield Cluster(
+            _executor(client, options),
+            f"{jobs} SLURM jobs of {asked.cores} threads, when they start",
+            _dashboard_of(client),
+        )
+
+
+def _counted(n: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{n} {what}{plural * (n != 1)}"
+
+
+@contextlib.contextmanager
+def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
+    from distributed import Client, LocalCluster
+
+    workers, threads = n_workers(options), n_threads(options)
+    what, special = "worker process", dict[str, Any]()
+    cluster_class: Any = LocalCluster
+    if options.cluster == "cuda":
+        from dask_cuda import LocalCUDACluster
+
+        # Nothing is left on a device between tasks for Dask to spill, and tasks return summaries
+        # only, so that TCP is as good as anything.
+        what, cluster_class = "GPU worker", LocalCUDACluster
+        special = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
+        if options.rmm_pool_size is not None:
+            special["rmm_pool_size"] = options.rmm_pool_size
+            special["rmm_allocator_external_lib_list"] = "cupy"
+    has_dashboard = importlib.util.find_spec("bokeh") is not None
+    with (
+        dask.config.set(TIMEOUTS),
+        _environment_kept(),
+        _taking_another_port_quietly(),
+        cluster_class(
+            n_workers=workers,
+            threads_per_worker=threads,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=_dashboard_address() if has_dashboard else None,
+            # The plan keeps workers within their memory; Dask's own limits would pause or
+            # restart a worker that is doing what was planned.
+            memory_limit=0,
+            security=security_of_run() if options.tls else None,
+            **special,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        _make_ready(client, options)
+        if not has_dashboard:
+            log.warning("no dashboard: pip install 'ocelot-em[viz]' for the bokeh that it needs")
+        yield Cluster(
+            _executor(client, options),
+            f"{_counted(workers, what)} of {_counted(threads, 'thread')}",
+            _dashboard_of(client) if has_dashboard else None,
+        )
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take back what Dask's nannies leave in this process's environment for their workers."""
+    names = (*WORKER_ENVIRONMENT, "PYTHONHASHSEED")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _dashboard_of(client: Any) -> str | None:
+    """Return the link to a dashboard, for browsers of its host if it can be seen there only."""
+    link: str | None = client.dashboard_link or None
+    with contextlib.suppress(Exception):  # a scheduler of another version, or one that has gone
+        # Dask names the scheduler's host whatever the dashboard listens to. Code that comes along
+        # as a lambda needs no ocelot_em there.
+        bound = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.http_server.address)
+        if link and ipaddress.ip_address(bound).is_loopback:
+            return str(urlsplit(link)._replace(netloc=f"{bound}:{urlsplit(link).port}").geturl())
+    return link
+
+
+def _dashboard_address() -> str:
+    """Return the usual address, or any port of it where that is taken.
+
+    Dask would find out itself, and leave a socket open.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", DASHBOARD_PORT))
+        except OSError:
+            return "127.0.0.1:0"
+    return f"127.0.0.1:{DASHBOARD_PORT}"
+
+
+@contextlib.contextmanager
+def _taking_another_port_quietly() -> Iterator[None]:
+    """Let Dask choose another port for the dashboard; its link is printed anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
+        yield
+
+
+def _make_ready(client: Any, options: MergeOptions) -> None:
+    """Have all workers open their GPU, before anything is written.
+
+    Raises
+    ------
+    DeviceError
+        With the reason of the first that cannot.
+    """
+    if options.device != "cuda":
+        return
+    reasons = [reason for reason in _ask_workers(client, _open_or_reason) if reason]
+    if reasons:
+        raise DeviceError(f"{len(reasons)} workers cannot use their GPU: {reasons[0]}")

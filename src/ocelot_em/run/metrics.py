@@ -1,0 +1,84 @@
+"""Numbers of a run for Prometheus, where Dask's scheduler serves its own: at ``/metrics``."""
+
+import importlib.util
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from ocelot_em.merge.merge import Outcome
+
+log = logging.getLogger(__name__)
+
+MEANINGS = {
+    "ocelot_tiles": ("state", "Tiles that were merged, or failed."),
+    "ocelot_bytes": ("kind", "Bytes read and written as stored, and decoded."),
+    "ocelot_seconds": ("phase", "Seconds that workers spent on tiles; waited is a part of others."),
+}
+"""What is counted since a run began, and what tells its parts from each other."""
+
+EVERY_SECONDS = 2.0
+"""Between two times that numbers are passed on."""
+
+Increments = dict[tuple[str, str], float]
+"""What to add, by counter and part."""
+
+
+class Metrics:
+    """Adds up how tiles end, and passes it on to the scheduler.
+
+    Parameters
+    ----------
+    run_id
+        Of the run: a label of every number.
+    call
+        Calls a function in the process of the scheduler.
+    """
+
+    def __init__(self, run_id: str, call: Callable[..., object]) -> None:
+        self._run_id, self._call = run_id, call
+        self._since: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._next = float("-inf")
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a tile."""
+        tile, since = outcome.summary, self._since
+        since["ocelot_tiles", "failed" if tile is None else "merged"] += 1
+        if tile is None:
+            return
+        for phase, seconds in tile.seconds.items():
+            since["ocelot_seconds", phase] += seconds
+        for kind, nbytes in tile.nbytes.items():
+            since["ocelot_bytes", kind] += nbytes
+
+    def publish(self, *, at_once: bool = False) -> None:
+        """Pass on what came since the last time, if that was not just now."""
+        if not self._since or (not at_once and time.monotonic() < self._next):
+            return
+        since: Increments = dict(self._since)
+        self._since.clear()
+        self._next = time.monotonic() + EVERY_SECONDS
+        try:
+            self._call(add, self._run_id, since)
+        except Exception as error:
+            # A run must not end because nobody can count it: a scheduler without this package.
+            log.info("metrics are not published: %r", error)
+            self._next = float("inf")
+
+
+def add(run_id: str, increments: Increments) -> None:
+    """Add to this process's counters; without prometheus-client nobody could ask for them."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        return
+    for (name, part), value in increments.items():
+        _counter(name).labels(run_id, part).inc(value)
+
+
+@lru_cache
+def _counter(name: str) -> Any:
+    from prometheus_client import Counter as PrometheusCounter
+
+    label, meaning = MEANINGS[name]
+    return PrometheusCounter(name, meaning, ("run", label))

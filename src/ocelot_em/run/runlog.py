@@ -1,0 +1,262 @@
+"""What a run leaves for those who look later: a log of JSON lines, and a folder of its own."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from ocelot_em.errors import InvalidInputError, OcelotError
+from ocelot_em.merge.merge import MergeReport, Outcome, Preparation
+from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.run.api import Observer
+from ocelot_em.run.clusters import Cluster
+from ocelot_em.store.objects import is_local, normalise_url
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    *("ocelot-em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba", "obstore"),
+    *("dask-jobqueue", "dask-cuda", "cupy-cuda12x", "cupy-cuda13x"),
+)
+"""Whose versions a run's folder tells, if they are installed."""
+
+
+class RunLog(Observer):
+    """Writes how a merge goes, and what is logged meanwhile, as lines of JSON.
+
+    A context manager. Every line has ``time`` (UTC), ``run`` (the same in all lines of a run, and
+    another when it goes on later) and ``event``.
+
+    Parameters
+    ----------
+    path
+        File to append to; ``-`` is the standard error.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.run_id = uuid.uuid4().hex[:12]
+        self._path = os.fspath(path)
+        self._writing = threading.Lock()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Open the file.
+
+        Raises
+        ------
+        InvalidInputError
+            It cannot be written.
+        """
+        if self._path == "-":
+            self._file = self._stack.enter_context(open(2, "w", closefd=False))
+        else:
+            try:
+                Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+                # One write for each line, so that lines of several runs stay whole.
+                self._file = self._stack.enter_context(Path(self._path).open("a", buffering=1))
+            except OSError as error:
+                raise InvalidInputError(f"log {self._path}: cannot be written: {error}") from error
+        self._stack.enter_context(_passed_on(_Handler(self.event)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def event(self, event: str, **fields: object) -> None:
+        """Write a line; a full disk must not end a run for its log's sake."""
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": at, "run": self.run_id, "event": event, **fields}, default=str)
+        with self._writing, contextlib.suppress(OSError, ValueError):
+            self._file.write(line + "\n")
+
+    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+        """Write what is to be done."""
+        cost = ready.forecast
+        self.event(
+            "planned",
+            output=ready.output,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            tiles=cost.n_tiles,
+            tiles_done=cost.n_done,
+            partials=len(ready.plan.contributions),
+            bytes_to_read=cost.stored_nbytes_in,
+            bytes_to_write=cost.stored_nbytes_out,
+            worker_bytes=cost.worker_nbytes,
+            device=cost.device.kind,
+            options=options.model_dump(mode="json"),
+        )
+
+    def waiting(self, why: str) -> None:
+        """Write why nothing goes on."""
+        self.event("waiting", why=why)
+
+    def locked(self, stop: Callable[[], None]) -> None:  # noqa: ARG002
+        """Write that nobody else writes the output."""
+        self.event("locked")
+
+    def started(self, cluster: Cluster) -> None:
+        """Write where it runs."""
+        self.event("started", cluster=cluster.description, dashboard=cluster.dashboard)
+
+    def compiling(self) -> None:
+        """Write that kernels are compiled."""
+        self.event("compiling")
+
+    def compiled(self, seconds: float) -> None:
+        """Write how long it took."""
+        self.event("compiled", seconds=round(seconds, 3))
+
+    def tile_ended(self, outcome: Outcome) -> None:
+        """Write how a tile ended."""
+        tile = outcome.summary
+        told: dict[str, object] = {"error": outcome.error, "tried_again": outcome.may_pass}
+        if tile is not None:
+            seconds = {
+                phase: round(getattr(tile, f"{phase}_seconds"), 6)
+                for phase in ("read", "fold", "write", "waited")
+            }
+            nbytes = {
+                kind: int(getattr(tile, f"{kind}_nbytes"))
+                for kind in ("read", "decoded", "written")
+            }
+            told = {"seconds": seconds, "bytes": nbytes}
+        state = "failed" if tile is None else "merged"
+        self.event("tile", tile=[outcome.iy, outcome.ix], state=state, worker=outcome.where, **told)
+
+    def merged(self, report: MergeReport) -> None:
+        """Write what was done."""
+        self.event(
+            "merged",
+            tiles=report.n_tiles,
+            tiles_merged=report.n_merged,
+            seconds=round(report.seconds, 3),
+            compile_seconds=round(report.compile_seconds, 3),
+            totals=dataclasses.asdict(report.totals),
+        )
+
+
+class _Handler(logging.Handler):
+    """Passes on what this package logs, and the warnings of others."""
+
+    def __init__(self, event: Callable[..., None]) -> None:
+        super().__init__(logging.INFO)
+        self._event = event
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and not record.name.startswith("ocelot_em"):
+            return
+        with contextlib.suppress(Exception):  # as logging itself: no log may end a run
+            self._event(
+                "message",
+                level=record.levelname.lower(),
+                logger=record.name,
+                says=record.getMessage(),
+            )
+
+
+@contextlib.contextmanager
+def _passed_on(handler: logging.Handler) -> Iterator[None]:
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+class RunFolder(Observer):
+    """Keeps all that a run leaves: configuration, versions, log, performance, statistics, report.
+
+    A context manager. A run that goes on keeps to its folder: the log is appended to, and every
+    part of it has a performance report of its own.
+
+    Parameters
+    ----------
+    path
+        Folder of this machine, made if it is not there.
+    write_config
+        Writes the effective options to a file.
+    """
+
+    def __init__(self, path: str | PathLike[str], write_config: Callable[[Path], None]) -> None:
+        if not is_local(normalise_url(path)):
+            raise InvalidInputError(f"run folder {path}: expected a folder of this machine")
+        self.path = Path(normalise_url(path))
+        self._write_config = write_config
+        self._performance = contextlib.ExitStack()
+
+    @property
+    def log_file(self) -> Path:
+        """Where the log of the run belongs."""
+        return self.path / "log.jsonl"
+
+    def __enter__(self) -> Self:
+        """Make the folder, and write what is known before anything is done.
+
+        Raises
+        ------
+        InvalidInputError
+            It cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_config(self.path / "config.yaml")
+            self._write("versions.json", _versions())
+        except OSError as error:
+            raise InvalidInputError(f"run folder {self.path}: {error}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ending()
+
+    def started(self, cluster: Cluster) -> None:
+        """Begin to record how the workers spend their time."""
+        number = sum(1 for _ in self.path.glob("performance*.html")) + 1
+        name = "performance.html" if number == 1 else f"performance-{number}.html"
+        self._performance.enter_context(cluster.recorded(self.path / name))
+
+    def ending(self) -> None:
+        """Write the performance report."""
+        try:
+            self._performance.close()
+        except Exception as error:  # of a cluster that is lost there is none
+            log.warning("no performance report: %s", error)
+
+    def merged(self, report: MergeReport) -> None:
+        """Write the statistics, and the report where pictures can be drawn."""
+        summary = read_summary(report.output)
+        if summary is not None:
+            self._write("statistics.json", summary.attributes.model_dump(mode="json"))
+        try:
+            from ocelot_em.particles.picking import find_peaks
+            from ocelot_em.view.report import write_report
+
+            write_report(
+                report.output, self.path / "report.html", particles=find_peaks(report.output)
+            )
+        except (OcelotError, ImportError) as error:
+            log.warning("no report: %s", error)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,372 @@
+"""Workers that SLURM starts: a job for each, or tasks of the job that this process belongs to."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import dask
+
+from ocelot_em.errors import MissingDependencyError, PlanError
+from ocelot_em.merge.plan import MergeOptions, SlurmJobs
+from ocelot_em.run.connect import client_of, closing_without_clients, staying_connected
+from ocelot_em.run.security import configured_security, forget, security_of_run, shared_credentials
+
+log = logging.getLogger(__name__)
+
+DEFAULT_JOBS = 2
+DEFAULT_CORES = 4
+DEFAULT_MEMORY_OF_THREAD = 10**9
+
+LEAVE_SECONDS = 60
+"""Before the end of their time, workers finish what they have in hand and leave."""
+
+ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
+"""Of the end of a job's time, and of its preemption."""
+
+DEATH_SECONDS = 60
+"""For a worker to find the scheduler; without one it ends."""
+
+START_SECONDS = 300
+"""For all tasks of a job to start and find each other."""
+
+DRIVER_GONE_SECONDS = 20
+"""So long a scheduler goes on without a driver."""
+
+LEAVE_WITH_DRIVER_SECONDS = 10
+"""For workers to end by themselves after the driver."""
+
+DRIVER = 1
+"""Number of the task that is the driver."""
+
+TASKS_BESIDES = 2
+"""Of a job: one is the scheduler, one the driver; all others are workers."""
+
+
+def require_jobqueue() -> None:
+    """Raise unless dask-jobqueue is installed.
+
+    Raises
+    ------
+    MissingDependencyError
+    """
+    if importlib.util.find_spec("dask_jobqueue") is None:
+        raise MissingDependencyError(
+            "cluster slurm: dask-jobqueue is not installed: pip install 'ocelot-em[cluster]'"
+        )
+
+
+def completed(jobs: SlurmJobs) -> SlurmJobs:
+    """Return what jobs ask for, with Dask's configuration and defaults where nothing is said."""
+    require_jobqueue()
+    import dask_jobqueue  # noqa: F401  (it adds its own defaults to Dask's configuration)
+
+    def choose(name: str, default: Any, key: str = "") -> Any:
+        said = getattr(jobs, name)
+        if said is None:
+            said = dask.config.get(f"jobqueue.slurm.{key or name}", None)
+        return default if said is None else said
+
+    cores = int(choose("cores", DEFAULT_CORES))
+    return jobs.model_copy(
+        update={
+            "cores": cores,
+            "processes": int(choose("processes", 1)),
+            "memory": str(choose("memory", f"{cores * DEFAULT_MEMORY_OF_THREAD}B")),
+            "walltime": choose("walltime", None),
+            "log_directory": choose("log_directory", None, "log-directory"),
+        }
+    )
+
+
+@contextlib.contextmanager
+def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterator[Any]:
+    """Ask SLURM for workers and keep asking for those that go; all are cancelled in the end.
+
+    Yields
+    ------
+    dask_jobqueue.SLURMCluster
+
+    Raises
+    ------
+    PlanError
+        ``sbatch`` cannot be run or refuses.
+    """
+    from dask_jobqueue import SLURMCluster
+
+    jobs, n_jobs = completed(options.slurm), options.workers or DEFAULT_JOBS
+    prologue = [*(dask.config.get("jobqueue.slurm.job-script-prologue", None) or [])]
+    prologue += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    arguments = [*(dask.config.get("jobqueue.slurm.worker-extra-args", None) or [])]
+    if jobs.walltime is not None and "--lifetime" not in arguments:
+        left = max(_seconds(jobs.walltime) - LEAVE_SECONDS, LEAVE_SECONDS)
+        arguments += ["--lifetime", f"{left}s", "--lifetime-stagger", f"{left // 20}s"]
+    said = {
+        "queue": jobs.partition,
+        "account": jobs.account,
+        "walltime": jobs.walltime,
+        "interface": jobs.interface,
+        "log_directory": jobs.log_directory,
+        "job_extra_directives": [*jobs.directives] or None,
+        "security": security_of_run() if options.tls else None,
+    }
+    scheduler = dict(dask.config.get("jobqueue.slurm.scheduler-options", None) or {})
+    scheduler.setdefault("dashboard_address", "127.0.0.1:0")
+    try:
+        with SLURMCluster(
+            cores=jobs.cores,
+            processes=jobs.processes,
+            memory=jobs.memory,
+            job_script_prologue=prologue,
+            worker_extra_args=arguments,
+            scheduler_options=scheduler,
+            **{name: value for name, value in said.items() if value is not None},
+        ) as cluster:
+            log.debug("job script:\n%s", cluster.job_script())
+            # A job that goes, because it was cancelled, preempted or had its time, is replaced.
+            cluster.adapt(minimum_jobs=n_jobs, maximum_jobs=n_jobs)
+            yield cluster
+    except (FileNotFoundError, RuntimeError) as error:
+        if "sbatch" not in str(error):
+            raise
+        raise PlanError(f"cluster slurm: sbatch does not take the job: {error}") from error
+
+
+def _seconds(walltime: str) -> int:
+    days, _, rest = walltime.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = (*parts, 0, 0)[:3] if len(parts) == 3 or days else (0, *parts)
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+@contextlib.contextmanager
+def slurm_tasks(options: MergeOptions) -> Iterator[str]:
+    """Divide the tasks of this job: the first is the scheduler, the second goes on from here.
+
+    All others are workers. They, and the scheduler, never return from here: they exit when the
+    second does. Signals that announce the end of the job's time are for the second alone, and the
+    exit code of the job is its.
+
+    Yields
+    ------
+    str
+        Address of the scheduler.
+
+    Raises
+    ------
+    PlanError
+        This is no task of a SLURM job, there are too few, or no scheduler comes.
+    ClusterLostError
+        The scheduler has gone at once.
+    """
+    require_jobqueue()
+    number, name, earlier = _task_and_names()
+    if number != DRIVER:
+        _serve(options, name, is_scheduler=number == 0)
+    for killed in earlier:  # as a whole, so that nobody could
+        _clean_up(killed)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_clean_up, name)
+        with _deferred_signals() as came:
+            stack.enter_context(_credentials(options, name, is_maker=False))
+            _wait_for_scheduler(name)
+            runner = _runner(options, name)
+        stack.callback(_end, runner)
+        for number_of_signal in came:  # now that the other tasks can be told to end, too
+            signal.raise_signal(number_of_signal)
+        stack.enter_context(staying_connected(runner.scheduler_address))  # it ends without a driver
+        yield runner.scheduler_address
+
+
+def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
+    """Be the scheduler or a worker until the driver has ended.
+
+    srun's exit code is the highest of all tasks: that of this one is 0, whatever befalls it.
+    """
+    for announcement in ANNOUNCEMENTS:
+        # A worker process inherits that they are ignored; a handler of ours it would not.
+        signal.signal(announcement, signal.SIG_IGN)
+    _print_elsewhere()
+    if not is_scheduler:
+        # One that has not found the scheduler yet cannot be told by it.
+        threading.Thread(target=_exit_after, args=(_file_of(name),), daemon=True).start()
+    try:
+        with _credentials(options, name, is_maker=is_scheduler):
+            if not is_scheduler:
+                _wait_for_scheduler(name)
+                _take_gpu()
+            _runner(options, name)
+    except Exception:
+        log.exception("a task ends early")
+    finally:
+        if is_scheduler:  # a driver that was killed has not
+            _clean_up(name)
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _wait_for_scheduler(name: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _file_of(name).exists():
+        if time.monotonic() > deadline:
+            raise PlanError(
+                f"cluster slurm-job: no scheduler has come in {START_SECONDS} s; what it said is "
+                f"in {_log_of_workers()}"
+            )
+        time.sleep(0.2)
+
+
+def _exit_after(scheduler_file: Path) -> None:
+    """End this process when a file is gone for some seconds that was there, or did not come."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            is_there = scheduler_file.exists()
+        except OSError:  # a network's file system is away
+            is_there = True
+        if is_there:
+            deadline = time.monotonic() + LEAVE_WITH_DRIVER_SECONDS
+        if time.monotonic() > deadline:
+            os._exit(0)
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def _credentials(options: MergeOptions, name: str, *, is_maker: bool) -> Iterator[None]:
+    named = shared_credentials(_folder_of(name), is_maker=is_maker) if options.tls else {}
+    with dask.config.set(named):
+        yield
+
+
+def _file_of(name: str) -> Path:
+    """By which the other tasks find the scheduler."""
+    return Path(f"{name}.json")
+
+
+def _folder_of(name: str) -> Path:
+    return Path(f"{name}.tls")
+
+
+def _clean_up(name: str) -> None:
+    _file_of(name).unlink(missing_ok=True)
+    forget(_folder_of(name))
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[list[int]]:
+    """Collect announcements of the end that come meanwhile; the second is not deferred."""
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in ANNOUNCEMENTS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _frame: object) -> None:
+        came.append(number)
+        restore()
+
+    for number in ANNOUNCEMENTS:
+        signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        restore()
+
+
+def _print_elsewhere() -> None:
+    """Have what scheduler and workers say, most of it when they end, not disturb the driver."""
+    with _log_of_workers().open("a") as log_of_workers:
+        for stream in (1, 2):
+            os.dup2(log_of_workers.fileno(), stream)
+
+
+def _log_of_workers() -> Path:
+    job = os.environ.get("SLURM_JOB_NAME", "ocelot"), os.environ["SLURM_JOB_ID"]
+    return Path("{}-{}-workers.log".format(*job))
+
+
+def _runner(options: MergeOptions, name: str) -> Any:
+    """Take this task's part; returns in the driver alone."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    # It takes the interrupt for itself as it is imported; in the other tasks, to end with it.
+    from dask_jobqueue.slurm import SLURMRunner
+
+    said: dict[str, Any] = {"protocol": "tls", "security": configured_security()}
+    if not options.tls:
+        said.clear()
+    if options.slurm.interface is not None:
+        said["interface"] = options.slurm.interface
+    threads = options.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    runner = SLURMRunner(
+        scheduler_file=str(_file_of(name)),
+        scheduler_options={
+            "dashboard_address": "127.0.0.1:0",
+            "plugins": [closing_without_clients(START_SECONDS, DRIVER_GONE_SECONDS)],
+            **said,
+        },
+        worker_class="distributed.Nanny",
+        worker_options={
+            "nthreads": threads,
+            "memory_limit": 0,
+            # One that its nanny starts anew while everything ends must not look for a scheduler
+            # until the job's time is over.
+            "death_timeout": DEATH_SECONDS,
+            **said,
+        },
+    )
+    signal.signal(signal.SIGINT, interrupt)
+    return runner
+
+
+def _end(runner: Any) -> None:
+    """Have the scheduler and its workers end."""
+    # It may have ended before.
+    with (
+        contextlib.suppress(PlanError, OSError, TimeoutError, ValueError),
+        client_of(runner.scheduler_address) as client,
+    ):
+        client.shutdown()
+    runner.scheduler_comm = None
+    runner.close()
+
+
+def _task_and_names() -> tuple[int, str, list[str]]:
+    """Return the number of this task, a name that all tasks of its step agree on, and earlier ones.
+
+    A job that is started again keeps its number; those are the names of its earlier starts.
+    """
+    try:
+        number, n_tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        job, step = os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"]
+    except (KeyError, ValueError):
+        raise PlanError(
+            "cluster slurm-job: this is no task of a SLURM job; submit examples/slurm/merge.sbatch "
+            "with sbatch, or use --cluster slurm to have workers submitted"
+        ) from None
+    if n_tasks <= TASKS_BESIDES:
+        raise PlanError(
+            f"cluster slurm-job: expected at least {TASKS_BESIDES + 1} tasks (a scheduler, a "
+            f"driver, workers), got {n_tasks}; use sbatch --ntasks"
+        )
+    again = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    *earlier, name = (f".ocelot-{job}-{start}-{step}" for start in range(again + 1))
+    return number, name, earlier
+
+
+def _take_gpu() -> None:
+    """Have each task of a node see a GPU of its own, as far as there are."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible:
+        devices = visible.split(",")
+        local = int(os.environ.get("SLURM_LOCALID", "0"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]

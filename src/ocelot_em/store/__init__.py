@@ -1,0 +1,1 @@
+"""Searches and results on disk or in a bucket."""

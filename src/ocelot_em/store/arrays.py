@@ -1,0 +1,482 @@
+"""Zarr stores of searches and merged results; only they, and pictures, are made with zarr.
+
+Metadata is created by zarr; what is read of it, :mod:`ocelot_em.store.metadata` parses. Chunks are
+read and written here, straight between their bytes and memory that the caller owns: zarr returns
+fill values for chunks that are missing, cannot decode into given memory and sends all threads
+through one event loop. What is written is plain Zarr v3 that any reader opens.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError, MissingChunkError
+from ocelot_em.model.maps import MAPS, AnyArray
+from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
+from ocelot_em.store.attributes import (
+    DIMENSIONS,
+    MAX_CHUNK_NBYTES,
+    MAX_METADATA_NBYTES,
+    fill_value,
+    map_attributes,
+    shuffle_of,
+)
+from ocelot_em.store.blosc import Frame, encode, most_encoded_nbytes
+from ocelot_em.store.metadata import ArrayInfo, BloscSettings, parse_array, parse_group
+from ocelot_em.store.objects import Objects, ReusedMemory
+
+_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+
+TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
+"""Stored types of arrays that are no maps."""
+
+_of_thread = threading.local()
+
+
+def create_group(objects: Objects, path: str, attributes: dict[str, Any]) -> bool:
+    """Create a group unless something is there; whether it was created, atomically."""
+    return objects.create(_join(path, "zarr.json"), _group_metadata(attributes))
+
+
+def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
+    """Attributes of a group, or None where there is no group.
+
+    Raises
+    ------
+    FormatError
+        Its metadata is not that of a Zarr v3 group.
+    """
+    encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
+    return None if encoded is None else parse_group(encoded, _join(objects.url, path))
+
+
+def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
+    """Set attributes of an existing group, keeping the others; readers see all old or all new."""
+    kept = group_attributes(objects, path) or {}
+    objects.put(_join(path, "zarr.json"), [_group_metadata({**kept, **attributes})])
+
+
+def _group_metadata(attributes: dict[str, Any]) -> bytes:
+    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    encoded = json.dumps(content, indent=2).encode()
+    if len(encoded) > MAX_METADATA_NBYTES:
+        raise InvalidInputError(
+            f"metadata: expected at most {MAX_METADATA_NBYTES:,} bytes, which is all that is read, "
+            f"got {len(encoded):,}; merge some of the inputs first, then the results"
+        )
+    return encoded
+
+
+def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple[str, ...]) -> None:
+    """Write a small array in one chunk."""
+    create_array(
+        objects,
+        path,
+        shape=values.shape,
+        chunk=values.shape,
+        dtype=values.dtype.name,
+        fill=float("nan"),
+        dimensions=dimensions,
+        attributes={},
+    )
+    key = "/".join([path, "c", *("0" for _ in values.shape)])
+    write_chunk(objects, key, np.ascontiguousarray(values))
+
+
+def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyArray:
+    """Read a small array whole.
+
+    Raises
+    ------
+    FormatError
+        It is not there, too large, or cannot be decoded.
+    """
+    place = f"{objects.url}/{path}"
+    about = _read_array(objects, path, place, TABLE_DTYPES, most_chunk_nbytes=max_nbytes)
+    if (nbytes := math.prod(about.shape) * about.dtype.itemsize) > max_nbytes:
+        raise FormatError(f"{place}: expected at most {max_nbytes} bytes, got {nbytes}")
+    nbytes = math.prod(about.chunk) * about.dtype.itemsize
+    values = whole = np.empty(0, about.dtype)
+    counts = [ceil_div(n, cell) for n, cell in zip(about.shape, about.chunk, strict=True)]
+    for index in np.ndindex(*counts):
+        key = "/".join([path, "c", *map(str, index)])
+        encoded = objects.get(key, most_encoded_nbytes(nbytes))
+        if encoded is None:
+            raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
+        try:
+            frame = Frame(memoryview(encoded), nbytes)
+            if not any(index):  # only now is it known that there is something to put there
+                values = whole = np.empty(about.shape, about.dtype)
+                if about.chunk != about.shape:
+                    whole = np.empty(about.chunk, about.dtype)
+            frame.decode(whole)
+        except ValueError as error:
+            raise FormatError(f"{place}: chunk {key} is corrupt: {error}") from error
+        if whole is not values:
+            cells = zip(index, about.chunk, strict=True)
+            target = values[tuple(slice(i * n, (i + 1) * n) for i, n in cells)]
+            target[...] = whole[tuple(map(slice, target.shape))]
+    return values
+
+
+def create_map(
+    objects: Objects,
+    path: str,
+    name: str,
+    shape: tuple[int, int],
+    chunk: tuple[int, int],
+    dtype: str | None = None,
+) -> None:
+    """Create the array of a map, by default of the dtype we write; no chunk is written."""
+    create_array(
+        objects,
+        path,
+        shape=shape,
+        chunk=chunk,
+        dtype=dtype or MAPS[name].dtypes[0],
+        fill=fill_value(name),
+        dimensions=DIMENSIONS,
+        attributes=map_attributes(name),
+        shuffle=shuffle_of(name),
+    )
+
+
+def create_array(
+    objects: Objects,
+    path: str,
+    *,
+    shape: tuple[int, ...],
+    chunk: tuple[int, ...],
+    dtype: str,
+    fill: float | int,
+    dimensions: tuple[str, ...],
+    attributes: dict[str, Any],
+    shuffle: Literal["shuffle", "bitshuffle"] = "shuffle",
+) -> None:
+    """Write the metadata of an array with this package's codecs; chunks stay as they are.
+
+    One atomic write that can be repeated: zarr's own creation would also make parent groups, and
+    refuse arrays that are there.
+    """
+    metadata: dict[str, Buffer] = {}
+    itemsize = np.dtype(dtype).itemsize
+    zarr.create_array(
+        MemoryStore(metadata),
+        shape=shape,
+        chunks=chunk,
+        dtype=dtype,
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=[
+            BloscCodec(typesize=itemsize, cname="lz4", clevel=5, shuffle=shuffle, blocksize=0),
+            Crc32cCodec(),
+        ],
+        fill_value=fill,
+        dimension_names=dimensions,
+        attributes=attributes,
+    )
+    objects.put(_join(path, "zarr.json"), [metadata["zarr.json"].to_bytes()])
+
+
+@dataclass(frozen=True)
+class ChunkedMap:
+    """A two-dimensional array of a store, opened for reading or writing chunks.
+
+    Parameters
+    ----------
+    objects
+        The store.
+    path
+        Path of the array within it.
+    place
+        How errors call it: store, partial and map.
+    grid
+        Its shape and chunks.
+    dtype
+        Its type.
+    fill
+        Value that pads chunks at the lower and right edge.
+    codec
+        Encodes chunks that are written.
+    """
+
+    objects: Objects
+    path: str
+    place: str
+    grid: TileGrid
+    dtype: "np.dtype[Any]"
+    fill: float | int
+    codec: Blosc
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.grid.shape
+
+    @property
+    def _row_nbytes(self) -> int:
+        """Decoded bytes of a row of pixels of a chunk."""
+        return self.grid.cell[1] * self.dtype.itemsize
+
+    def key(self, chunk: Tile) -> str:
+        """Key of the object that holds a chunk."""
+        return f"{self.path}/c/{chunk.iy}/{chunk.ix}"
+
+    def read(self, region: Region, out: AnyArray | None = None) -> tuple[AnyArray, int]:
+        """Decode the chunks that touch a region.
+
+        Parameters
+        ----------
+        region
+            Pixels within the map.
+        out
+            Where to put them: C-contiguous, of the region's shape and the map's dtype.
+
+        Returns
+        -------
+        values : array
+            ``out``, or a new array.
+        nbytes : int
+            Encoded bytes that were read.
+
+        Raises
+        ------
+        MissingChunkError, CorruptChunkError
+            Naming store, partial, map and chunk.
+        """
+        if out is None:
+            out = np.empty(region.shape, self.dtype)
+        nbytes = 0
+        for chunk in self.grid.touching(region):
+            frame = self.fetch(chunk, _memory_of_thread())
+            nbytes += frame.encoded_nbytes
+            self.decode(frame, chunk, region, out)
+        return out, nbytes
+
+    def fetch(self, chunk: Tile, memory: ReusedMemory) -> Frame:
+        """Read a chunk and check it, without decoding it.
+
+        Parameters
+        ----------
+        chunk
+            Of :attr:`grid`.
+        memory
+            Where to put it; it is valid until that is used again.
+
+        Raises
+        ------
+        MissingChunkError, CorruptChunkError
+            Naming store, partial, map and chunk.
+        """
+        nbytes = self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize
+        encoded = self.objects.get_into(self.key(chunk), memory, most_encoded_nbytes(nbytes))
+        if encoded is None:
+            raise MissingChunkError(
+                f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
+                f"missing: expected an object {self.key(chunk)}; write the partial again"
+            )
+        try:
+            return Frame(encoded, nbytes)
+        except ValueError as error:
+            raise self.corrupt(chunk, error) from error
+
+    def decode(self, frame: Frame, chunk: Tile, region: Region, out: AnyArray) -> None:
+        """Decode what a chunk has of a region.
+
+        Parameters
+        ----------
+        frame
+            From :meth:`fetch`.
+        region
+            Of the map; touches the chunk.
+        out
+            Of the region's shape and the map's dtype; only the chunk's pixels are written.
+
+        Raises
+        ------
+        CorruptChunkError
+            Naming store, partial, map and chunk.
+        """
+        wanted = chunk.region.intersect(region)
+        target = out[wanted.relative_to(region).slices]
+        fits = wanted.shape == self.grid.cell and target.flags.c_contiguous
+        inside = wanted.relative_to(chunk.region)
+        whole = target if fits else _scratch_array(self.grid.cell, self.dtype)
+        try:
+            if fits:
+                frame.decode(whole)
+            else:
+                frame.decode_part(inside.y0 * self._row_nbytes, inside.y1 * self._row_nbytes, whole)
+        except ValueError as error:
+            raise self.corrupt(chunk, error) from error
+        if not fits:
+            target[...] = whole[inside.slices]
+
+    def corrupt(self, chunk: Tile, complaint: ValueError) -> CorruptChunkError:
+        """Say where it is what a :class:`Frame` complains of."""
+        return CorruptChunkError(
+            f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
+            f"{complaint} (object {self.key(chunk)}); write the partial again"
+        )
+
+    def write(self, region: Region, values: AnyArray) -> int:
+        """Encode and write whole chunks.
+
+        Parameters
+        ----------
+        region
+            Made of whole chunks: no chunk is ever written in two halves.
+        values
+            Of the region's shape; converted to the map's dtype if that loses nothing.
+
+        Returns
+        -------
+        int
+            Encoded bytes written.
+        """
+        nbytes = 0
+        for chunk, parts in self.encode(region, values):
+            self.objects.put(self.key(chunk), parts)
+            nbytes += sum(map(len, parts))
+        return nbytes
+
+    def encode(self, region: Region, values: AnyArray) -> Iterator[tuple[Tile, list[bytes]]]:
+        """As :meth:`write`, but only encode: the chunks, and the parts of their objects."""
+        if not self.grid.is_aligned(region):
+            raise ValueError(
+                f"{self.place}: region {region} is not made of whole chunks of {self.grid.cell}"
+            )
+        for chunk in self.grid.touching(region):
+            source = values[chunk.region.relative_to(region).slices]
+            if (
+                source.shape != self.grid.cell
+                or not source.flags.c_contiguous
+                or source.dtype != self.dtype
+            ):
+                whole = _scratch_array(self.grid.cell, self.dtype)
+                if source.shape != self.grid.cell:
+                    whole.fill(self.fill)
+                whole[: source.shape[0], : source.shape[1]] = source
+                source = whole
+            yield chunk, encode(source, self.codec)
+
+    def encode_blank(self) -> list[bytes]:
+        """Encode a chunk that holds nothing but the fill value; the parts of its object."""
+        return encode(np.full(self.grid.cell, self.fill, self.dtype), self.codec)
+
+
+def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
+    """Encode C-contiguous values as one chunk; the encoded bytes written."""
+    parts = encode_chunk(values)
+    objects.put(key, parts)
+    return sum(map(len, parts))
+
+
+def encode_chunk(values: AnyArray) -> list[bytes]:
+    """Encode C-contiguous values as one chunk; the parts of its object."""
+    return encode(values, _BLOSC)
+
+
+def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) -> memoryview:
+    """Decode a chunk that shall have this size.
+
+    Returns
+    -------
+    memoryview
+        In the memory, valid until that is used again; it is asked for no more than the chunk has.
+
+    Raises
+    ------
+    CorruptChunkError
+        With the place.
+    """
+    try:
+        frame = Frame(memoryview(encoded), nbytes)
+        decoded = memory.of(nbytes)
+        frame.decode(np.frombuffer(decoded, np.uint8))
+        return decoded
+    except ValueError as error:
+        raise CorruptChunkError(f"{place}: is corrupt: {error}; merge again") from error
+
+
+def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:
+    """Open a two-dimensional array and check that it follows the format.
+
+    Parameters
+    ----------
+    place
+        How errors call it.
+    dtypes
+        The stored types that are allowed.
+
+    Raises
+    ------
+    FormatError
+        It is not there; or its dimensions, type, chunks, codecs or key encoding are not those of
+        ``docs/format.md``. All problems are named.
+    """
+    about = _read_array(objects, path, place, tuple(dtypes), DIMENSIONS)
+    (height, width), (chunk_height, chunk_width) = about.shape, about.chunk
+    return ChunkedMap(
+        objects=objects,
+        path=path,
+        place=place,
+        grid=TileGrid((height, width), (chunk_height, chunk_width)),
+        dtype=about.dtype,
+        fill=about.fill,
+        codec=_codec(about.blosc),
+    )
+
+
+def _read_array(
+    objects: Objects,
+    path: str,
+    place: str,
+    dtypes: Sequence[str],
+    dimensions: tuple[str, ...] | None = None,
+    most_chunk_nbytes: int = MAX_CHUNK_NBYTES,
+) -> ArrayInfo:
+    encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
+    if encoded is None:
+        raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
+    where = f"{objects.url}/{path}"
+    return parse_array(encoded, where, place, dtypes, dimensions, most_chunk_nbytes)
+
+
+def _codec(settings: BloscSettings) -> Blosc:
+    """Make the codec that an array's metadata names."""
+    shuffle = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
+    return Blosc(
+        cname=settings.cname,
+        clevel=settings.clevel,
+        shuffle=shuffle.get(settings.shuffle, Blosc.BITSHUFFLE),
+        blocksize=settings.blocksize,
+    )
+
+
+def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
+    """Return this thread's buffer for one chunk; valid until the thread asks for the next."""
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = ReusedMemory()
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    return np.frombuffer(_of_thread.scratch.of(nbytes), dtype).reshape(shape)
+
+
+def _memory_of_thread() -> ReusedMemory:
+    if not hasattr(_of_thread, "memory"):
+        _of_thread.memory = ReusedMemory()
+    return cast(ReusedMemory, _of_thread.memory)
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)

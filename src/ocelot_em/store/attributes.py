@@ -1,0 +1,559 @@
+"""The stored format, version 2: names and attributes. Pure; ``docs/format.md`` is normative.
+
+Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
+reports every problem with its place. Stores of version 1 are read as what they are in version 2.
+"""
+
+import json
+import reprlib
+from dataclasses import replace
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from ocelot_em.errors import FormatError
+from ocelot_em.model.maps import (
+    INDEX,
+    MAPS,
+    MEAN,
+    MIP,
+    SCALED_MIP,
+    SQUARED_SUM,
+    STD,
+    SUM,
+    MapSet,
+    PoseForm,
+)
+from ocelot_em.model.regions import Region
+
+FORMAT_VERSION: Final = 2
+ATTRIBUTE_KEY = "ocelot"
+PARTIALS = "partials"
+EXPOSURES = "exposures"
+EXPOSURE_NUMBERS = "exposure_numbers"
+SEARCH_SPACE = "search_space"
+TILE_SUMMARY = "progress/tile_summary"
+DIMENSIONS = ("y", "x")
+
+DEFAULT_CHUNK = 1024
+"""Edge of a chunk in pixels. 4 MiB decoded: small enough to stay near the caches, large enough
+that a request per chunk costs little; ``docs/format.md`` has what was measured."""
+
+MAX_CHUNK_NBYTES = 256 * 2**20
+"""Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
+
+MOST_CHUNKS = 2**28
+"""Chunks of an array that is read. They may only be said to be there."""
+
+MOST_TILES = 2**24
+"""Of a merge: four million pixels squared in tiles of the default size. Lists of them must fit into
+memory, also of those that are only said to be there."""
+
+MAX_METADATA_NBYTES = 64 * 2**20
+"""Largest ``zarr.json`` that is read or written: a merge of some sixty thousand partials."""
+
+PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
+ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
+"""Empty for the one exposure of a search that has no others."""
+
+PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Shape = tuple[PixelCount, PixelCount]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Number = Annotated[int, Field(ge=0, le=2**31 - 2)]
+Acquired = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Origin = Annotated[float, Field(ge=-(2**31), le=2**31, allow_inf_nan=False)]
+Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+CanvasPixel = Annotated[int, Field(ge=-(2**33), le=2**33)]
+"""Row or column of a canvas, which begins up to 2**31 pixels before or after where it is counted
+from."""
+
+
+_Item = TypeVar("_Item")
+Several = Annotated[tuple[_Item, ...], FailFast()]
+"""However many of them are wrong, one is named: complaints of millions would fill the memory."""
+
+
+class Attributes(BaseModel):
+    """Strictly read, never changed records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Provenance(Attributes):
+    """Where something came from, for people; ``input_sha256`` also tells files given twice.
+
+    Parameters
+    ----------
+    created
+        Time, in UTC (ISO 8601).
+    versions
+        Of the packages that made it.
+    inputs
+        Stores that were merged, or the file a partial was imported from.
+    input_sha256
+        Hash of that file.
+    options
+        What was asked for.
+    """
+
+    created: str
+    versions: dict[str, str]
+    inputs: Several[str] = ()
+    input_sha256: str = ""
+    options: dict[str, Any] = {}
+
+
+def _too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
+    """Say so where valid pixels are more than there are."""
+    if valid_shape[0] > shape[0] or valid_shape[1] > shape[1]:
+        return f"valid_shape: expected at most shape {shape}, got {valid_shape}"
+    return ""
+
+
+class _Result(Attributes):
+    """What a search and a merged result have in common."""
+
+    format_version: Literal[2]
+    pixel_size_angstrom: Angstrom | None
+    pose_form: PoseForm
+    has_pixel_size: bool
+    has_counts: bool
+    search_space_digest: str | None
+    total_projections: Count
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if (self.pose_form is PoseForm.INDEXED) != (self.search_space_digest is not None):
+            raise ValueError(
+                "search_space_digest: expected one for indexed poses and none for explicit ones, "
+                f"got {self.search_space_digest} for {self.pose_form.value} ones"
+            )
+        if self.pose_form is PoseForm.INDEXED and not self.has_pixel_size:
+            raise ValueError("has_pixel_size: expected true for indexed poses, got false")
+        return self
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps there are."""
+        return MapSet(self.pose_form, self.has_pixel_size, self.has_counts)
+
+
+SHARED_BY_PARTIALS = (
+    "shape",
+    "valid_shape",
+    "pixel_size_angstrom",
+    "pose_form",
+    "has_pixel_size",
+    "search_space_digest",
+)
+"""Fields that must agree between all partials of a search, and between the inputs of a merge."""
+
+
+class SearchAttributes(_Result):
+    """Root of a search: what all its partials share.
+
+    ``total_projections`` is the sum over the complete partials when the last of them was
+    finished; the partials' own counts are authoritative. A search of several exposures has no
+    shapes, and no total: its exposures have.
+    """
+
+    kind: Literal["search"]
+    has_counts: Literal[False]
+    shape: Shape | None
+    valid_shape: Shape | None
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if (self.shape is None) != (self.valid_shape is None):
+            raise ValueError(
+                "valid_shape: expected one where there is a shape, and none where there is none, "
+                f"got {self.valid_shape} for shape {self.shape}"
+            )
+        if self.shape and self.valid_shape and (wrong := _too_large(self.shape, self.valid_shape)):
+            raise ValueError(wrong)
+        return self
+
+    @property
+    def has_exposures(self) -> bool:
+        """Whether the partials belong to exposures."""
+        return self.shape is None
+
+
+class ExposureAttributes(Attributes):
+    """One exposure of a search.
+
+    Parameters
+    ----------
+    id
+        Its name; empty for the one exposure of a search that has no others.
+    number
+        Never changes, so that maps can name exposures by it.
+    origin
+        Row and column of its first pixel on the canvas; may be fractional, or negative.
+    acquired
+        Order of acquisition.
+    shape, valid_shape
+        Of its maps.
+    total_projections
+        As in :class:`SearchAttributes`.
+    """
+
+    id: ExposureId
+    number: Number
+    origin: tuple[Origin, Origin]
+    acquired: Acquired
+    shape: Shape
+    valid_shape: Shape
+    total_projections: Count
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if wrong := _too_large(self.shape, self.valid_shape):
+            raise ValueError(wrong)
+        return self
+
+
+SHARED_BY_EXPOSURE = ("origin", "acquired", "shape", "valid_shape")
+"""Fields that must agree between all partials of an exposure."""
+
+
+class NumberAttributes(Attributes):
+    """Whose number it is; see ``docs/format.md``."""
+
+    exposure: ExposureId
+
+
+class PartialAttributes(Attributes):
+    """One partial. ``state`` becomes ``complete`` after its last chunk is written."""
+
+    id: str
+    order: int
+    total_projections: Count
+    state: Literal["writing", "complete"]
+    provenance: Provenance
+
+
+class Contribution(Attributes):
+    """A partial that went into a merged result; its place in the list is its ``best_partial``."""
+
+    name: PartialName
+    id: str
+    total_projections: Count
+
+
+class PlacedExposure(Attributes):
+    """Where an exposure lies on a canvas, and what of it is taken.
+
+    Parameters
+    ----------
+    id, number, acquired, shape, valid_shape
+        As in :class:`ExposureAttributes`; ``source_exposure`` holds the number.
+    origin
+        Row and column of the merged maps in which its first pixel lies; may be negative.
+    taken
+        First row, end of the rows, first column, end of the columns of the pixels that are taken,
+        in the exposure.
+    """
+
+    id: ExposureId
+    number: Number
+    acquired: Acquired
+    origin: tuple[CanvasPixel, CanvasPixel]
+    shape: Shape
+    valid_shape: Shape
+    taken: tuple[CanvasPixel, CanvasPixel, CanvasPixel, CanvasPixel]
+
+    @property
+    def region(self) -> Region:
+        """The pixels that are taken, in the exposure."""
+        return Region(*self.taken)
+
+    @property
+    def on_canvas(self) -> Region:
+        """The same pixels in the merged maps."""
+        return self.region.shifted(*self.origin)
+
+
+def not_taken(exposure: PlacedExposure) -> str:
+    """Say why the pixels that are taken of an exposure cannot be, if they cannot."""
+    whole, region = Region.whole(exposure.shape), exposure.region
+    if wrong := _too_large(exposure.shape, exposure.valid_shape):
+        return wrong
+    if region.size and region.intersect(whole) == region:
+        return ""
+    return f"taken: expected pixels of {whole}, got {region}"
+
+
+class MergedExposure(PlacedExposure):
+    """An exposure of a merged result.
+
+    Parameters
+    ----------
+    total_projections
+        Of all its partials.
+    first_partial, n_partials
+        Which of the result's ``partials`` are its; ``best_partial`` counts from the first.
+    """
+
+    total_projections: Count
+    first_partial: Number
+    n_partials: Number
+
+
+class MergedAttributes(_Result):
+    """Root of a merged result. ``state`` becomes ``complete`` after the last tile.
+
+    Parameters
+    ----------
+    exposures
+        Of a montage, by number; none otherwise.
+    canvas_origin
+        What the origins of exposures were counted from: the row and column, in the search, of the
+        merged maps' first pixel.
+    """
+
+    kind: Literal["merged"]
+    shape: Shape
+    valid_shape: Shape
+    exposures: Several[MergedExposure] = ()
+    canvas_origin: tuple[CanvasPixel, CanvasPixel] = (0, 0)
+    id: str
+    state: Literal["writing", "complete"]
+    partials: Several[Contribution]
+    plan: dict[str, Any]
+    finished: str | None = None
+    has_decoded_poses: bool = True
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if wrong := _too_large(self.shape, self.valid_shape):
+            raise ValueError(wrong)
+        next_partial = 0
+        for exposure in self.exposures:
+            if wrong := not_taken(exposure):
+                raise ValueError(f"exposures: {exposure.id}: {wrong}")
+            if exposure.first_partial != next_partial:
+                raise ValueError(
+                    f"exposures: expected the partials of exposure {exposure.number} to begin with "
+                    f"{next_partial}, got {exposure.first_partial}"
+                )
+            next_partial += exposure.n_partials
+        if self.exposures and next_partial != len(self.partials):
+            raise ValueError(
+                f"exposures: expected all {len(self.partials)} partials to be one's, got "
+                f"{next_partial}"
+            )
+        return self
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps there are."""
+        decoded, several = self.has_decoded_poses, bool(self.exposures)
+        return replace(super().maps, decoded=decoded, exposures=several)
+
+
+class PartialStatistics(Attributes):
+    """How often a partial won, of the valid pixels."""
+
+    name: str
+    total_projections: Count
+    won_pixels: Count
+
+
+class SourceStatistics(Attributes):
+    """An input's own correlations, over the valid pixels; None where nothing is known.
+
+    Parameters
+    ----------
+    mean, mean_spread
+        Mean over the pixels of the mean correlation, and its standard deviation over the pixels.
+    std
+        Standard deviation of the correlations at one pixel, in the quadratic mean over the pixels.
+    correlation_sum, correlation_squared_sum
+        Sums over all pixels; equal ones give away a share that was searched twice.
+    """
+
+    name: str
+    total_projections: Count
+    mean: float | None = None
+    mean_spread: float | None = None
+    std: float | None = None
+    correlation_sum: float | None = None
+    correlation_squared_sum: float | None = None
+
+
+class ShownStatistics(Attributes):
+    """z-scores of some of the pixels that a montage shows; None where there are none."""
+
+    pixels: Count
+    mean: float | None = None
+    std: float | None = None
+
+
+class ExposureStatistics(Attributes):
+    """An exposure of a montage.
+
+    Parameters
+    ----------
+    id, number, total_projections
+        Of the exposure.
+    valid_pixels, searched_pixels
+        Of the exposure, shown or not.
+    alone, overlap
+        Its pixels that the montage shows: where no other exposure lies, and where others do.
+    """
+
+    id: ExposureId
+    number: Number
+    total_projections: Count
+    valid_pixels: Count
+    searched_pixels: Count
+    alone: ShownStatistics
+    overlap: ShownStatistics
+
+    @property
+    def shown_pixels(self) -> int:
+        """All that the montage shows of it."""
+        return self.alone.pixels + self.overlap.pixels
+
+
+class StatisticsAttributes(Attributes):
+    """What was counted over the valid pixels of a merged result.
+
+    Of a montage: over those of all exposures, shown or not; and what is shown of each.
+    """
+
+    valid_pixels: Count
+    searched_pixels: Count
+    unsearched_pixels: Count
+    nan_pixels: Count
+    zero_std_pixels: Count
+    mip_range: tuple[float, float] | None
+    scaled_mip_range: tuple[float, float] | None
+    candidate_level: float | None
+    n_candidates: Count
+    partials: Several[PartialStatistics]
+    sources: Several[SourceStatistics]
+    exposures: Several[ExposureStatistics] = ()
+
+
+_Model = TypeVar("_Model", bound=Attributes)
+
+
+def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Model:
+    """Read the ``ocelot`` attributes of a group.
+
+    Raises
+    ------
+    FormatError
+        Naming the place and every problem; a store of a later version is said to be that.
+    """
+    content = attributes.get(ATTRIBUTE_KEY) if isinstance(attributes, dict) else None
+    if not isinstance(content, dict):
+        raise FormatError(
+            f"{where}: expected an attribute {ATTRIBUTE_KEY!r}, got none; not an ocelot-em store"
+        )
+    content = upgraded(content)
+    version = content.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise FormatError(
+            f"{where}: expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}; "
+            "read it with the version of ocelot-em that wrote it, or a newer one"
+        )
+    return validated(model, content, where)
+
+
+def validated(model: type[_Model], content: object, where: str) -> _Model:
+    """Check what was read of a JSON document.
+
+    Raises
+    ------
+    FormatError
+        Naming the place and the problems.
+    """
+    try:
+        return model.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        problems = [f"{_place_of(p['loc'])}: {p['msg']}" for p in error.errors()[:_MOST_PROBLEMS]]
+        if (n_more := error.error_count() - len(problems)) > 0:
+            problems.append(f"and {n_more} more problems")
+        raise FormatError(f"{where}: {'; '.join(problems)}") from None
+    except RecursionError:
+        raise FormatError(f"{where}: the attributes are nested too deeply") from None
+
+
+_MOST_PROBLEMS = 20
+
+
+def _place_of(steps: tuple[int | str, ...]) -> str:
+    """Show where in a document something is; keys may be anything that somebody has written."""
+    names = (str(step) if str(step).isidentifier() else reprlib.repr(step) for step in steps[:8])
+    return ".".join(name[:_LONGEST_NAME] for name in names) or "attributes"
+
+
+_LONGEST_NAME = 60
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of an earlier version as those of this one.
+
+    Version 1 knew no exposures; its fields mean what they do now, but that a merge's plan had its
+    sources where it now has exposures.
+    """
+    if content.get("format_version") != 1 or isinstance(content["format_version"], bool):
+        return content
+    new = {**content, "format_version": 2}
+    plan = content.get("plan")
+    if isinstance(plan, dict) and isinstance(plan.get("sources"), list):
+        shapes = {key: plan.get(key) for key in ("shape", "valid_shape")}
+        rest = {key: value for key, value in plan.items() if key != "sources"}
+        # What is no shape, is refused as such later.
+        edges = plan.get("shape")
+        rows, columns = edges if isinstance(edges, list) and len(edges) == 2 else (0, 0)
+        only = {
+            "id": "",
+            "number": 0,
+            "acquired": 0,
+            "origin": [0, 0],
+            **shapes,
+            "taken": [0, rows, 0, columns],
+            "sources": plan["sources"],
+        }
+        new["plan"] = {**rest, "exposures": [only]}
+    return new
+
+
+def dump_attributes(model: Attributes) -> dict[str, Any]:
+    """Return the group attributes that :func:`parse_attributes` reads."""
+    return {ATTRIBUTE_KEY: model.model_dump(mode="json")}
+
+
+def fill_value(name: str) -> float | int:
+    """Fill value of a map: NaN, or for the integer maps -1 (index, partial) and 0 (count)."""
+    return MAPS[name].fill
+
+
+def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
+    """How a map is shuffled before it is compressed: what measured best, see ``docs/format.md``.
+
+    Maps of few different values compress better by bits. Noise compresses to the same size by
+    bytes, which are decoded two to four times faster.
+    """
+    return (
+        "shuffle" if name in (MIP, INDEX, SUM, SQUARED_SUM, SCALED_MIP, MEAN, STD) else "bitshuffle"
+    )
+
+
+def map_attributes(name: str) -> dict[str, str]:
+    """Attributes of a map's array, in the names that xarray and CF readers look for."""
+    info = MAPS[name]
+    return {"long_name": info.meaning, "units": info.unit}

@@ -1,0 +1,1 @@
+"""Simulated searches, for tests, demonstrations and benchmarks."""

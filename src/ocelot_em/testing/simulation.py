@@ -1,0 +1,570 @@
+"""Simulated searches of any size, with planted particles: for demonstrations and benchmarks.
+
+Maps look like those of a real search in what a merge and a peak search use of them: smooth mean and
+standard deviation, a ``mip`` that is the maximum of as many Gaussian draws as there are
+projections, sums that agree with both, poses from the partial's own share. Noise is not correlated
+from pixel to pixel. A pixel depends only on the seed, the partial and its place, so that maps are
+made region by region and need not fit into memory.
+"""
+
+import csv
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from os import PathLike
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ocelot_em.errors import InvalidInputError, OutputExistsError
+from ocelot_em.model.maps import (
+    INDEX,
+    MAPS,
+    MIP,
+    POSES,
+    SCALED_MIP,
+    SQUARED_SUM,
+    SUM,
+    AnyArray,
+    Float32,
+    Int32,
+    MapSet,
+    PoseForm,
+)
+from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.store.search import PartialWriter, SearchInfo
+
+STORE_NAME = "RUN.zarr"
+TRUTH_NAME = "truth.csv"
+MIN_SPACING_PX = 12
+MAX_PARTIALS = 1000
+PIXEL_SIZE_ANGSTROM = 2.5
+
+TRUTH_DTYPE = np.dtype(
+    [
+        ("y", np.int64),
+        ("x", np.int64),
+        ("phi", np.float32),
+        ("theta", np.float32),
+        ("psi", np.float32),
+        ("defocus_angstrom", np.float32),
+        ("pixel_size_offset_angstrom", np.float32),
+        ("global_index", np.int32),
+        ("partial", np.int32),
+        ("amplitude", np.float32),
+    ]
+)
+"""Columns of a table of planted particles. ``y`` and ``x`` are the corner of the template box in
+pixels, angles are in degrees, ``amplitude`` is in standard deviations: about the expected z."""
+
+_TRUTH_POSES = ("phi", "theta", "psi", "defocus_angstrom", "pixel_size_offset_angstrom")
+
+_BLOCK = 256
+"""Edge of the blocks that random numbers are drawn for; a block's arrays stay in the caches."""
+
+_PLACEMENT_CELL_PX = 2 * MIN_SPACING_PX
+_PEAK_RADIUS_PX = 2
+_PLACEMENT_MARGIN_PX = _PEAK_RADIUS_PX + 1
+_PEAK_SIGMA_PX = 1.2
+
+# First number of the spawn keys of numpy.random.SeedSequence: one kind of draw each.
+_TRUTH_STREAM, _FIELD_STREAM, _BLOCK_STREAM = range(3)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A search with planted particles; equal parameters give equal maps.
+
+    Parameters
+    ----------
+    shape
+        Height and width of the maps in pixels, as of the micrograph (mode ``same``).
+    n_partials
+        How many devices share the search.
+    n_particles
+        How many particles are planted in the valid region, at least :data:`MIN_SPACING_PX` apart
+        along one axis.
+    seed
+        Not negative.
+    form
+        Explicit poses, or one index into :attr:`search_space`.
+    template_box
+        Edge of the template box in pixels.
+    projections_per_pose
+        Cross-correlations per pose of the search space: stands in for a finer search. 159 makes
+        20.5 million.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every parameter that cannot be used.
+    """
+
+    shape: tuple[int, int]
+    n_partials: int
+    n_particles: int
+    seed: int
+    form: PoseForm = PoseForm.EXPLICIT
+    template_box: int = 56
+    projections_per_pose: int = 1
+
+    def __post_init__(self) -> None:
+        problems = []
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            problems.append(f"shape: expected a height and a width above 0, got {self.shape}")
+        elif not 1 <= self.template_box <= min(self.shape):
+            problems.append(
+                f"template_box: expected 1 to {min(self.shape)} pixels for maps of {self.shape}, "
+                f"got {self.template_box}"
+            )
+        else:
+            capacity = math.prod(self._placement_cells)
+            if not 0 <= self.n_particles <= capacity:
+                problems.append(
+                    f"n_particles: expected 0 to {capacity}, as {self.valid_shape} valid pixels "
+                    f"hold, got {self.n_particles}; make the maps larger or plant fewer"
+                )
+        if not 1 <= self.n_partials <= MAX_PARTIALS:
+            problems.append(f"n_partials: expected 1 to {MAX_PARTIALS}, got {self.n_partials}")
+        if self.seed < 0:
+            problems.append(f"seed: expected 0 or more, got {self.seed}")
+        if self.form not in tuple(PoseForm):
+            problems.append(f"form: expected {' or '.join(PoseForm)}, got {self.form!r}")
+        if self.projections_per_pose < 1:
+            problems.append(
+                f"projections_per_pose: expected 1 or more, got {self.projections_per_pose}"
+            )
+        if problems:
+            raise InvalidInputError(problems)
+
+    @property
+    def valid_shape(self) -> tuple[int, int]:
+        """Height and width of the pixels where the template box lies within the micrograph."""
+        return self.shape[0] - self.template_box + 1, self.shape[1] - self.template_box + 1
+
+    @property
+    def search_space(self) -> SearchSpace:
+        """A ZYZ grid of 12 degrees, five defoci and three pixel-size offsets."""
+        return _search_space()
+
+    @property
+    def orientation_ranges(self) -> tuple[tuple[int, int], ...]:
+        """First orientation of each partial's share, and the one after its last.
+
+        Shares shrink from the first partial to the last, to about half.
+        """
+        n = self.n_partials
+        weights = np.arange(2 * n, n, -1)
+        ends = np.cumsum(weights) * len(self.search_space.euler_angles) // weights.sum()
+        starts = np.concatenate([[0], ends[:-1]])
+        return tuple(zip(starts.tolist(), ends.tolist(), strict=True))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Cross-correlations of each partial.
+
+        They differ, and add up to ``search_space.n_poses * projections_per_pose``.
+        """
+        space = self.search_space
+        per_orientation = space.n_poses // len(space.euler_angles) * self.projections_per_pose
+        return tuple((end - start) * per_orientation for start, end in self.orientation_ranges)
+
+    @cached_property
+    def truth(self) -> NDArray[np.void]:
+        """The planted particles, (n_particles,) of :data:`TRUTH_DTYPE`, from top to bottom."""
+        rng = _generator(self.seed, _TRUTH_STREAM)
+        cells = self._placement_cells
+        space = self.search_space
+        table = np.zeros(self.n_particles, TRUTH_DTYPE)
+        if self.n_particles:
+            # One particle at most per cell, within the part of it that keeps the distance to any
+            # place that the neighbouring cells may choose.
+            chosen = rng.choice(math.prod(cells), self.n_particles, replace=False)
+            for axis, cell in zip(("y", "x"), np.unravel_index(chosen, cells), strict=True):
+                jitter = rng.integers(
+                    0, _PLACEMENT_CELL_PX - MIN_SPACING_PX, self.n_particles, endpoint=True
+                )
+                table[axis] = _PLACEMENT_MARGIN_PX + cell * _PLACEMENT_CELL_PX + jitter
+        table["global_index"] = rng.integers(0, space.n_poses, self.n_particles)
+        for name, values in zip(_TRUTH_POSES, space.decode(table["global_index"]), strict=True):
+            table[name] = values
+        ends = [end for _, end in self.orientation_ranges]
+        orientation = table["global_index"] % len(space.euler_angles)
+        table["partial"] = np.searchsorted(ends, orientation, side="right")
+        table["amplitude"] = rng.uniform(9.5, 13.5, self.n_particles)
+        table.sort(order=("y", "x"))
+        table.setflags(write=False)
+        return table
+
+    @property
+    def _placement_cells(self) -> tuple[int, int]:
+        """Rows and columns of the cells that hold a particle each."""
+        height, width = (
+            max(edge - 2 * _PLACEMENT_MARGIN_PX, 0) // _PLACEMENT_CELL_PX
+            for edge in self.valid_shape
+        )
+        return height, width
+
+    def partial_block(self, partial: int, region: Region) -> dict[str, AnyArray]:
+        """Maps of one partial over one region; the same pixels however the map is cut.
+
+        Fastest for regions made of 256 x 256 blocks, as whole chunks are.
+
+        Parameters
+        ----------
+        partial
+            Number of the partial, 0 <= partial < n_partials.
+        region
+            Pixels within the map; may be empty.
+
+        Returns
+        -------
+        dict
+            The maps of :attr:`~ocelot_em.model.maps.MapSet.partial`, each of the region's shape in
+            the dtype that it is stored in; no NaN, no unsearched pixel.
+
+        Raises
+        ------
+        InvalidInputError
+            There is no such partial, or the region leaves the map.
+        """
+        problems = []
+        if not 0 <= partial < self.n_partials:
+            problems.append(f"partial: expected 0 to {self.n_partials - 1}, got {partial}")
+        if region != region.intersect(Region.whole(self.shape)):
+            problems.append(f"region: expected pixels of a map of {self.shape}, got {region}")
+        if problems:
+            raise InvalidInputError(problems)
+        maps = {
+            name: np.empty(region.shape, MAPS[name].dtypes[0]) for name in MapSet(self.form).partial
+        }
+        for block in TileGrid(self.shape, (_BLOCK, _BLOCK)).touching(region):
+            wanted = block.region.intersect(region)
+            source = wanted.relative_to(block.region).slices
+            target = wanted.relative_to(region).slices
+            for name, values in self._draw_block(partial, block.iy, block.ix).items():
+                if name in maps:
+                    maps[name][target] = values[source]
+                else:
+                    for pose, table in zip(POSES, _pose_tables(), strict=True):
+                        maps[pose][target] = table.take(values[source])
+        return maps
+
+    def _draw_block(self, partial: int, iy: int, ix: int) -> dict[str, AnyArray]:
+        """Indexed maps of one whole block, beyond the map's edges too."""
+        shape = (_BLOCK, _BLOCK)
+        count = self.counts[partial]
+        rng = _generator(self.seed, _BLOCK_STREAM, partial, iy, ix)
+        # In place where possible: at this size a new array costs as much as its arithmetic.
+        mean = _waves(self.seed, 0, iy, ix, amplitude=0.2)
+        mean += _waves(self.seed, 2 + partial, iy, ix, amplitude=0.1)
+        # 0.84 to 1.5 and mostly near 1, as in real searches; the same for all devices.
+        std = _waves(self.seed, 1, iy, ix, amplitude=1.0)
+        std += 1
+        std *= std
+        std *= np.float32(0.165)
+        std += np.float32(0.84)
+
+        mip = _maximum_of_normals(rng.standard_exponential(shape), count)
+        mip *= std
+        mip += mean
+        correlation_sum = rng.standard_normal(shape, np.float32)  # so far, of the mean's error
+        correlation_sum *= std
+        correlation_sum *= np.float32(math.sqrt(count) / count)
+        correlation_sum += mean
+        squared_sum = std * std
+        squared_sum += correlation_sum * correlation_sum
+        squared_sum *= np.float32(count)
+        correlation_sum *= np.float32(count)
+        index = self._draw_poses(rng, partial, shape)
+
+        block = Region(iy * _BLOCK, (iy + 1) * _BLOCK, ix * _BLOCK, (ix + 1) * _BLOCK)
+        for particle in self._particles_near(partial, block):
+            window = _window(particle)
+            at = window.intersect(block).relative_to(block).slices
+            profile = _peak_profile()[window.intersect(block).relative_to(window).slices]
+            peak = mean[at] + particle["amplitude"] * std[at] * profile
+            higher = peak > mip[at]
+            mip[at] = np.where(higher, peak, mip[at])
+            index[at] = np.where(higher, particle["global_index"], index[at])
+        return {MIP: mip, INDEX: index, SUM: correlation_sum, SQUARED_SUM: squared_sum}
+
+    def _draw_poses(self, rng: np.random.Generator, partial: int, shape: tuple[int, int]) -> Int32:
+        """Draw global indices uniformly from a partial's share."""
+        space = self.search_space
+        n_orientations = len(space.euler_angles)
+        start, end = self.orientation_ranges[partial]
+        n_other = space.n_poses // n_orientations
+        index = rng.integers(0, (end - start) * n_other, shape, np.int32)
+        # From (other, orientation in the share) to (other, orientation in the search space).
+        skipped = index // np.int32(end - start)
+        skipped *= np.int32(n_orientations - (end - start))
+        index += skipped
+        index += np.int32(start)
+        return index
+
+    def _particles_near(self, partial: int, block: Region) -> NDArray[np.void]:
+        reach = _PEAK_RADIUS_PX
+        first, last = np.searchsorted(self.truth["y"], (block.y0 - reach, block.y1 + reach))
+        band = self.truth[first:last]
+        near = (band["x"] >= block.x0 - reach) & (band["x"] < block.x1 + reach)
+        mine: NDArray[np.void] = band[near & (band["partial"] == partial)]
+        return mine
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How many planted particles came back.
+
+    Parameters
+    ----------
+    n
+        Particles planted.
+    found
+        Those whose peak exceeds the cutoff.
+    pose_right
+        Those found with exactly the pose that was planted.
+    """
+
+    n: int
+    found: int
+    pose_right: int
+
+
+def compare_with_truth(
+    truth: NDArray[np.void], read: Callable[[str, Region], AnyArray], cutoff: float
+) -> Recovery:
+    """Look for planted particles in merged maps.
+
+    A particle is found if the highest ``scaled_mip`` within two pixels of it along each axis
+    exceeds the cutoff; its pose is read at that pixel. NaN is never found; of equal values the
+    first in row order counts.
+
+    Parameters
+    ----------
+    truth
+        (n,) of :data:`TRUTH_DTYPE`, in the coordinates of the merged maps and at least two pixels
+        from their edges, as :attr:`Simulation.truth` is.
+    read
+        Returns one merged map over one region: ``scaled_mip`` and the five maps of
+        :data:`~ocelot_em.model.maps.POSES`.
+    cutoff
+        See :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
+    """
+    found = pose_right = 0
+    for particle in truth:
+        window = _window(particle)
+        z = read(SCALED_MIP, window)
+        z = np.where(np.isnan(z), -np.inf, z)
+        y, x = (int(i) for i in np.unravel_index(np.argmax(z), z.shape))
+        if not z[y, x] > cutoff:
+            continue
+        found += 1
+        pixel = Region(window.y0 + y, window.y0 + y + 1, window.x0 + x, window.x0 + x + 1)
+        pose_right += all(
+            read(name, pixel).item() == particle[column].item()
+            for name, column in zip(POSES, _TRUTH_POSES, strict=True)
+        )
+    return Recovery(len(truth), found, pose_right)
+
+
+def write_truth(simulation: Simulation, path: str | PathLike[str]) -> None:
+    """Write the planted particles as CSV, with the columns of :data:`TRUTH_DTYPE` as header.
+
+    Angles and offsets are written in the shortest form that reads back as the same float32. What
+    is at ``path`` is replaced.
+    """
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(TRUTH_DTYPE.names or ())
+        rows.writerows([str(value) for value in particle] for particle in simulation.truth)
+
+
+def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_threads: int = 1) -> Path:
+    """Write a simulated search as a store, chunk by chunk, and its truth beside it.
+
+    Memory is a few chunks per thread, whatever the size of the maps. The truth is written last:
+    where it is missing, the search is incomplete.
+
+    Parameters
+    ----------
+    directory
+        Local directory, made if it is not there; gets ``RUN.zarr`` and ``truth.csv``.
+    simulation
+        What to write; its partials are called ``device_0``, ``device_1``, ... with leading zeros.
+    n_threads
+        How many chunks are made at the same time.
+
+    Returns
+    -------
+    Path
+        The store.
+
+    Raises
+    ------
+    OutputExistsError
+        The directory already holds a search or a truth; nothing is changed.
+    InvalidInputError
+        ``n_threads`` is below 1.
+    """
+    if n_threads < 1:
+        raise InvalidInputError(f"n_threads: expected 1 or more, got {n_threads}")
+    store, truth = Path(directory, STORE_NAME), Path(directory, TRUTH_NAME)
+    for path in (store, truth):
+        if path.exists():
+            raise OutputExistsError(
+                f"{path}: already there; choose another directory, or remove it first"
+            )
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    indexed = simulation.form == PoseForm.INDEXED
+    info = SearchInfo(
+        template_box=simulation.template_box,
+        pixel_size_angstrom=PIXEL_SIZE_ANGSTROM,
+        search_space=simulation.search_space if indexed else None,
+    )
+    digits = len(str(simulation.n_partials - 1))
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                PartialWriter(
+                    store,
+                    f"device_{number:0{digits}}",
+                    simulation.shape,
+                    total_projections=count,
+                    order=number,
+                    search=info,
+                )
+            )
+            for number, count in enumerate(simulation.counts)
+        ]
+
+        def write_chunk(partial: int, region: Region) -> None:
+            writers[partial].write(region, simulation.partial_block(partial, region))
+
+        # Left before the writers are, so that no chunk is still on its way when they finish.
+        pool = stack.enter_context(ThreadPoolExecutor(n_threads, "ocelot-simulate"))
+        pending: deque[Future[None]] = deque()
+        stack.callback(lambda: [future.cancel() for future in pending])
+        chunks = TileGrid(simulation.shape, writers[0].chunk)
+        for partial, number in product(range(simulation.n_partials), range(len(chunks))):
+            # A submitted job is small, but a million of them are not.
+            if len(pending) >= 2 * n_threads:
+                pending.popleft().result()
+            pending.append(pool.submit(write_chunk, partial, chunks[number].region))
+        while pending:
+            pending.popleft().result()
+    write_truth(simulation, truth)
+    return store
+
+
+@lru_cache(maxsize=1)
+def _search_space() -> SearchSpace:
+    # As in real searches, psi varies slowest, and rows of theta near the poles have fewer phi.
+    step = 12
+    rows = [
+        (phi, theta)
+        for theta in range(0, 180 + step, step)
+        for phi in np.linspace(
+            0, 360, max(1, round(360 / step * math.sin(math.radians(theta)))), endpoint=False
+        )
+    ]
+    angles = [(phi, theta, psi) for psi in range(0, 360, step) for phi, theta in rows]
+    space = SearchSpace.from_tables(angles, [-600.0, -300.0, 0.0, 300.0, 600.0], [-0.15, 0.0, 0.15])
+    for table in (space.euler_angles, space.defocus_values, space.pixel_values):
+        table.setflags(write=False)  # shared by everyone who asks
+    return space
+
+
+@lru_cache(maxsize=1)
+def _pose_tables() -> tuple[Float32, ...]:
+    """Pose of every global index: looking it up is faster than decoding it."""
+    space = _search_space()
+    return space.decode(np.arange(space.n_poses, dtype=np.int32))
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    # SFC64 is NumPy's fastest; independence comes from the spawn key.
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
+
+
+@lru_cache(maxsize=4096)
+def _wave_parameters(seed: int, field: int) -> NDArray[np.float64]:
+    """(axis, frequency or phase, wave, 1) of three waves 60 to 600 px long."""
+    rng = _generator(seed, _FIELD_STREAM, field)
+    frequency = 2 * np.pi / np.exp(rng.uniform(math.log(60), math.log(600), (2, 3, 1)))
+    return np.stack([frequency, rng.uniform(0, 2 * np.pi, (2, 3, 1))], axis=1)
+
+
+def _waves(seed: int, field: int, iy: int, ix: int, *, amplitude: float) -> Float32:
+    """Return a smooth random function over one whole block, between -amplitude and amplitude."""
+    along = []
+    for (frequency, phase), block in zip(_wave_parameters(seed, field), (iy, ix), strict=True):
+        position = block * _BLOCK + np.arange(_BLOCK)
+        along.append(np.cos(frequency * position + phase))
+    rows = (along[0] * (amplitude / len(along[0]))).astype(np.float32)[:, :, None]
+    columns = along[1].astype(np.float32)
+    total: Float32 = rows[0] * columns[0]
+    wave = np.empty_like(total)
+    for row, column in zip(rows[1:], columns[1:], strict=True):
+        total += np.multiply(row, column, out=wave)
+    return total
+
+
+# The table's argument is a standard exponential draw e = -log(u), cut finely on a logarithmic
+# scale: the upper bits of a float64 are its exponent and the first bits of its mantissa.
+_SEGMENT_BITS = 6
+_SEGMENT_SHIFT = 52 - _SEGMENT_BITS
+_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -54, 6  # draws beyond happen once in 1e16 and are clipped
+
+
+@lru_cache(maxsize=MAX_PARTIALS)
+def _maximum_table(n: int) -> tuple[Float32, Float32]:
+    """Maximum of n normal draws at the segments' starts, and its change over each segment."""
+    octaves = np.exp2(np.arange(_LOWEST_EXPONENT, _HIGHEST_EXPONENT))
+    within = 1 + np.arange(2**_SEGMENT_BITS) / 2**_SEGMENT_BITS
+    edges = np.append(np.outer(octaves, within).ravel(), 2.0**_HIGHEST_EXPONENT)
+    normal = NormalDist()
+    z = np.empty(len(edges))
+    for i, e in enumerate((edges / n).tolist()):
+        # Of the two tails, the one whose probability float64 holds without loss.
+        upper = -math.expm1(-e)
+        z[i] = -normal.inv_cdf(upper) if upper < 0.5 else normal.inv_cdf(math.exp(-e))
+    return z[:-1].astype(np.float32), np.diff(z).astype(np.float32)
+
+
+def _maximum_of_normals(exponential: NDArray[np.float64], n: int) -> Float32:
+    """Turn standard exponential draws into draws of the maximum of n standard normal ones.
+
+    The maximum's distribution function is ``Phi(z)**n``; with ``u = exp(-exponential)`` uniform,
+    ``z = Phi^-1(1 - p)``, ``p = -expm1(log(u) / n)``. Interpolated from a table, to 1e-4.
+    """
+    values, changes = _maximum_table(n)
+    bits = exponential.view(np.int64)
+    segment = bits >> _SEGMENT_SHIFT
+    segment -= (1023 + _LOWEST_EXPONENT) << _SEGMENT_BITS
+    fraction = (bits & ((1 << _SEGMENT_SHIFT) - 1)).astype(np.float32)
+    fraction *= np.float32(2.0**-_SEGMENT_SHIFT)
+    fraction *= changes.take(segment, mode="clip")
+    fraction += values.take(segment, mode="clip")
+    return fraction
+
+
+def _window(particle: np.void) -> Region:
+    """Return the pixels of a particle's peak."""
+    y, x, reach = int(particle["y"]), int(particle["x"]), _PEAK_RADIUS_PX
+    return Region(y - reach, y + reach + 1, x - reach, x + reach + 1)
+
+
+@lru_cache(maxsize=1)
+def _peak_profile() -> Float32:
+    distance = np.arange(-_PEAK_RADIUS_PX, _PEAK_RADIUS_PX + 1)
+    along = np.exp(-np.square(distance) / (2 * _PEAK_SIGMA_PX**2))
+    return np.outer(along, along).astype(np.float32)

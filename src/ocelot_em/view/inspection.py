@@ -1,0 +1,311 @@
+"""What a store is, and everything that is wrong with it."""
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+
+from ocelot_em.errors import OcelotError
+from ocelot_em.merge.merge import done_tiles
+from ocelot_em.merge.plan import read_plan
+from ocelot_em.merge.stats.records import record_problems
+from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
+from ocelot_em.model.regions import Region
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.objects import Objects, open_objects
+from ocelot_em.store.search import (
+    SearchInfo,
+    chunk_problem,
+    open_partial_maps,
+    partial_names,
+    partial_path,
+    read_attributes,
+    read_exposures,
+    read_partial_attributes,
+    read_partials,
+    read_search_space,
+    value_problems,
+)
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store says of itself.
+
+    Parameters
+    ----------
+    url
+        Where it is.
+    attributes
+        Of its root.
+    partials
+        Of a search: name, state, count; names of several exposures' partials begin with that of
+        their exposure and a slash. Of a merged result: what went into it, all complete.
+    exposures
+        If there are several.
+    tiles_done, n_tiles
+        Progress of a merge; 0 for a search.
+    stored_nbytes
+        Size of all its objects.
+    """
+
+    url: str
+    attributes: fmt.SearchAttributes | fmt.MergedAttributes
+    partials: tuple[tuple[str, str, int], ...]
+    exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...]
+    tiles_done: int
+    n_tiles: int
+    stored_nbytes: int
+
+
+def describe(store: str | PathLike[str]) -> StoreInfo:
+    """Read what a store says of itself; reads no maps.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+    """
+    objects = open_objects(store)
+    attributes = read_attributes(objects)
+    tiles_done = n_tiles = 0
+    exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...] = ()
+    if isinstance(attributes, fmt.MergedAttributes):
+        exposures = attributes.exposures
+        owners = [f"{e.id}/" for e in attributes.exposures for _ in range(e.n_partials)]
+        partials = tuple(
+            (f"{owner}{c.name}", "complete", c.total_projections)
+            for owner, c in zip_longest(owners, attributes.partials, fillvalue="")
+            if not isinstance(c, str)
+        )
+        grid = read_plan(attributes, objects.url).grid
+        n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
+    else:
+        found = read_exposures(objects, attributes)
+        exposures = tuple(found) if attributes.has_exposures else ()
+        partials = tuple(
+            (f"{exposure.id}/{name}" if exposure.id else name, p.state, p.total_projections)
+            for exposure in found
+            for name, p in read_partials(objects, exposure.id)
+        )
+    return StoreInfo(
+        url=objects.url,
+        attributes=attributes,
+        partials=partials,
+        exposures=exposures,
+        tiles_done=tiles_done,
+        n_tiles=n_tiles,
+        stored_nbytes=sum(objects.sizes("").values()),
+    )
+
+
+def check(
+    store: str | PathLike[str], on_progress: Callable[[float], None] | None = None
+) -> list[str]:
+    """Read a whole store and name everything that is wrong with it.
+
+    Checked are the metadata, that every chunk is there and holds the bytes that were written, that
+    no partial has NaN or an index outside the search space, that partials and merges are finished,
+    and that counts add up.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a search or a merged result.
+    on_progress
+        Called with the share done, 0 to 1.
+
+    Returns
+    -------
+    list of str
+        One sentence per problem; empty if there is none. Of very many, the first.
+    """
+    objects = open_objects(store)
+    found = _problems(objects, on_progress)
+    problems = list(islice(found, MOST_PROBLEMS))
+    if next(found, None) is not None:
+        problems.append(
+            f"{objects.url}: there are more than {MOST_PROBLEMS:,} problems; the rest was not "
+            "looked at"
+        )
+    found.close()
+    return problems
+
+
+MOST_NBYTES = 2**30
+"""Decoded chunks at a time, unless those at one place alone are more."""
+
+MOST_PROBLEMS = 1000
+"""That are named of a store: of all chunks that a hostile one only says to have, nobody reads."""
+
+
+def _problems(
+    objects: Objects, on_progress: Callable[[float], None] | None
+) -> Generator[str, None, None]:
+    """Everything that is wrong with a store, one after another."""
+    try:
+        attributes = read_attributes(objects)
+    except OcelotError as error:
+        yield str(error)
+        return
+    space: SearchSpace | None = None
+    try:
+        space = read_search_space(objects, attributes.search_space_digest)
+    except OcelotError as error:
+        yield str(error)
+    groups: list[_Group] = []
+    try:
+        if isinstance(attributes, fmt.MergedAttributes):
+            groups.append(_Group("", "", attributes.shape))
+            yield from _merge_problems(objects, attributes)
+        else:
+            exposures = read_exposures(objects, attributes)
+            if not exposures:
+                yield f"{objects.url}: the search has no exposures"
+            for exposure in exposures:
+                found, names = _search_problems(objects, exposure)
+                groups += [_Group(partial_path(n, exposure.id), n, exposure.shape) for n in names]
+                yield from found
+    except OcelotError as error:
+        yield str(error)
+    info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
+    for number, group in enumerate(groups):
+        yield from _group_problems(objects, group, attributes, info)
+        if on_progress is not None:
+            on_progress((number + 1) / len(groups))
+
+
+class _Group(NamedTuple):
+    """A group of maps: its path, the name of its partial, and the shape that they shall have."""
+
+    path: str
+    name: str
+    shape: tuple[int, int]
+
+
+def _search_problems(
+    objects: Objects, exposure: fmt.ExposureAttributes
+) -> tuple[list[str], list[str]]:
+    """Problems of the partials' attributes, and names of the partials whose maps can be read."""
+    problems: list[str] = []
+    complete: dict[str, int] = {}
+    names = partial_names(objects, exposure.id)
+    place = f"{objects.url}: exposure {exposure.id!r}" if exposure.id else objects.url
+    for name in names:
+        try:
+            partial = read_partial_attributes(objects, name, exposure.id)
+        except OcelotError as error:
+            problems.append(str(error))
+            continue
+        if partial.state == "complete":
+            complete[name] = partial.total_projections
+        else:
+            problems.append(f"{place}: partial {name!r} was never finished")
+    if not names:
+        what = "exposure" if exposure.id else "search"
+        problems.append(f"{place}: the {what} has no partials")
+    total = sum(complete.values())
+    if total != exposure.total_projections:
+        who = "exposure" if exposure.id else "root"
+        problems.append(
+            f"{place}: total_projections: the partials add up to {total}, the {who} says "
+            f"{exposure.total_projections}; a writer died just before its end"
+        )
+    return problems, list(complete)
+
+
+def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Iterator[str]:
+    n_tiles = n_done = 0
+    try:
+        plan = read_plan(attributes, objects.url)
+        n_tiles, n_done = len(plan.grid), int(done_tiles(objects, plan.grid).sum())
+        if attributes.state == "complete":
+            yield from record_problems(objects, plan)
+    except OcelotError as error:
+        yield str(error)
+    if attributes.state != "complete":
+        yield (
+            f"{objects.url}: the merge was never finished: {n_done} of {n_tiles} "
+            "tiles are done; run the command that made it again"
+        )
+    total = sum(partial.total_projections for partial in attributes.partials)
+    if total != attributes.total_projections:
+        yield (
+            f"{objects.url}: total_projections: its partials add up to {total}, the root says "
+            f"{attributes.total_projections}"
+        )
+
+
+def _group_problems(
+    objects: Objects,
+    group: _Group,
+    attributes: fmt.SearchAttributes | fmt.MergedAttributes,
+    info: SearchInfo,
+) -> Iterator[str]:
+    """Everything that is wrong with a group of maps, chunk by chunk."""
+    path, name, shape = group
+    merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
+    keys = attributes.maps.merged if merged else attributes.maps.partial
+    maps: dict[str, ChunkedMap] = {}
+    for key in keys:
+        try:
+            chunked = open_partial_maps(objects, path, name, (key,), shape)[key]
+        except OcelotError as error:
+            yield str(error)
+            continue
+        if wrong := chunk_problem(chunked, next(iter(maps.values()), chunked)):
+            yield wrong
+        else:
+            maps[key] = chunked
+    if not maps:
+        return
+    grid = next(iter(maps.values())).grid
+
+    def at_chunk(region: Region) -> list[str]:
+        found, arrays = [], {}
+        for key, chunked in maps.items():
+            try:
+                arrays[key], _ = chunked.read(region)
+            except OcelotError as error:
+                found.append(str(error))
+        if set(info.maps.partial) <= set(arrays):
+            place = next(iter(maps.values())).place.rpartition(": ")[0]
+            if merged and merged.exposures:
+                arrays = _blanks_as_unsearched(arrays)
+            found += value_problems(arrays, region, info, place)
+        if merged and BEST_PARTIAL in arrays:
+            numbers, n = arrays[BEST_PARTIAL], len(merged.partials)
+            if merged.exposures:
+                n = max(exposure.n_partials for exposure in merged.exposures)
+            if numbers.min() < NOT_SEARCHED or numbers.max() >= n:
+                found.append(
+                    f"{maps[BEST_PARTIAL].place}: expected -1 to {n - 1} for {n} partials, got "
+                    f"{numbers.min()} to {numbers.max()} in {region}"
+                )
+        return found
+
+    nbytes = sum(grid.cell[0] * grid.cell[1] * chunked.dtype.itemsize for chunked in maps.values())
+    n_threads = max(min(os.cpu_count() or 1, MOST_NBYTES // nbytes), 1)
+    regions = (cell.region for cell in grid)
+    with ThreadPoolExecutor(n_threads) as pool:
+        while batch := list(islice(regions, 16 * n_threads)):
+            for found in pool.map(at_chunk, batch):
+                yield from found
+
+
+def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:
+    """Maps of a montage in which pixels where nothing lies are like those that nobody searched."""
+    if SOURCE_EXPOSURE not in arrays:
+        return arrays
+    blank = arrays[SOURCE_EXPOSURE] == NOT_SEARCHED
+    filled = dict(arrays)
+    for name, values in arrays.items():
+        if values.dtype.kind == "f":
+            filled[name] = np.where(blank, -np.inf if name == MIP else 0, values)
+    return filled
