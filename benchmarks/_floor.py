@@ -10,10 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge.fold import Fold, TileMaps, Workspace
-from ocelot_em.merge.merge import Outcome, Work
-from ocelot_em.model.maps import COUNT, INDEX, MIP, SQUARED_SUM, SUM, AnyArray
+from ocelot_em.merge.fold import Fold, Incoming, Merged, Notes
+from ocelot_em.merge.job import Work, open_job
+from ocelot_em.merge.outcome import Outcome
+from ocelot_em.model.maps import COUNT, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.regions import Region
+from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import open_partial_maps
 
@@ -28,37 +30,34 @@ class Copy(Fold):
         vars(self).update(vars(fold))
         self._written = written
 
-    def merge(self, tile: TileMaps, work: Workspace) -> int:
+    def merge(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
         """Read and write in the order of a merge."""
+        notes.searched_pixels = 0
         left = dict(self._written)
-        everyone = range(len(self.sources))
-        first = (MIP,) if self.space is None else (MIP, INDEX)
-        self._read(tile, work, first, everyone)
+        first, poses = self.maps.phases[0], set(self.maps.pose)
+        self._read(incoming, work, first)
         for name in first:
-            tile.write(name, left.pop(name))
+            yield name, left.pop(name)
         for name in (SUM, SQUARED_SUM):
-            self._read(tile, work, (name,), everyone)
-        poses = [name for name in self.maps.pose if name not in first]
+            self._read(incoming, work, (name,))
         for name, values in left.items():
             if name not in poses:
-                tile.write(name, values)
-        for name in poses:
-            self._read(tile, work, (name,), everyone)
-            tile.write(name, left[name])
-        return 0
+                yield name, values
+        for name in self.maps.pose:
+            if name in left:
+                self._read(incoming, work, (name,))
+                yield name, left[name]
 
-    def _read(
-        self, tile: TileMaps, work: Workspace, names: Sequence[str], numbers: Sequence[int]
-    ) -> None:
-        for _ in self.parts(tile, work, names, numbers):
+    def _read(self, incoming: Incoming, work: Workspace, names: Sequence[str]) -> None:
+        for _ in self.parts(incoming, work, names, range(len(self.sources))):
             pass
 
 
 def attempt_copy(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Do as :func:`ocelot_em.merge.merge.attempt_tiles` does, without merging."""
-    job = pipeline.open_job(work)
+    job = open_job(work)
     (piece,) = job.plan.pieces(job.plan.grid[0])
-    opened = job.opened(piece)
+    opened = job.open(piece)
     if not isinstance(opened.fold, Copy):
         assert COUNT not in job.plan.maps.merged
         finished = str(Path(work.output).with_name(FINISHED))

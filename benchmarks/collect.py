@@ -18,15 +18,16 @@ from unittest import mock
 from benchmarks import common
 from benchmarks.common import Run
 from benchmarks.merge import CASES, N_PARTIALS, N_WORKERS, merge_once
-from ocelot_em.merge.merge import MergeReport
+from ocelot_em.merge.outcome import MergeReport
+from ocelot_em.merge.stats import records
 from ocelot_em.run.executors import ThreadExecutor
 
 
 @contextlib.contextmanager
 def nothing_collected() -> Iterator[None]:
     with (
-        mock.patch("ocelot_em.merge.merge.records.new_collection", return_value=None),
-        mock.patch("ocelot_em.merge.merge.records.finish", return_value=None),
+        mock.patch.object(records, "new_tile_statistics", return_value=None),
+        mock.patch.object(records, "finish", return_value=None),
     ):
         yield
 

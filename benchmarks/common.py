@@ -24,17 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.merge.merge import (
-    SUMMARY_FIELDS,
-    Executor,
-    MergeReport,
-    Outcome,
-    Preparation,
-    TileSummary,
-    Work,
-    merge,
-)
+from ocelot_em.merge.job import Work
+from ocelot_em.merge.merge import Executor, merge
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, TileSummary
 from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.resume import Preparation
 from ocelot_em.model.maps import MAPS, MapSet, PoseForm
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store import arrays as store

@@ -18,8 +18,11 @@ from typing import Any
 
 from benchmarks import common
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.merge.merge import Executor, Outcome, Tiles, Work, prepare
+from ocelot_em.merge.job import Work
+from ocelot_em.merge.merge import Executor
+from ocelot_em.merge.outcome import Outcome, Tiles
 from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor

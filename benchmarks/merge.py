@@ -21,8 +21,10 @@ import dask
 from benchmarks import _floor, common
 from benchmarks.common import Run
 from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge.merge import Executor, MergeReport
+from ocelot_em.merge.merge import Executor
+from ocelot_em.merge.outcome import MergeReport
 from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
 from ocelot_em.run.clusters import WORKER_ENVIRONMENT
 from ocelot_em.run.executors import Attempt, ClientExecutor, ThreadExecutor
@@ -44,7 +46,7 @@ def merge_once(
     """Merge into a new output, which is deleted."""
     output = folder / "output.zarr"
     try:
-        ready = pipeline.prepare([search], output, options)
+        ready = prepare([search], output, options)
         return common.merge_alone(ready, options, executor)
     finally:
         shutil.rmtree(output, ignore_errors=True)
@@ -102,7 +104,7 @@ def compare(
     """Print the tables of one case; the median seconds of a merge by kind of workers."""
     with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=search.parent) as name:
         folder, options = Path(name), CASES[case][1]
-        ready = pipeline.prepare([search], folder / _floor.FINISHED, options)
+        ready = prepare([search], folder / _floor.FINISHED, options)
         common.merge_alone(ready, options, ThreadExecutor(N_WORKERS))
 
         def before() -> None:

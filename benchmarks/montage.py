@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.common import Run
-from ocelot_em.merge.merge import prepare
 from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.store import arrays as store

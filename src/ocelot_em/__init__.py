@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
     from ocelot_em.merge.in_memory import merge_arrays
     from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
-    from ocelot_em.merge.merge import MergeReport
+    from ocelot_em.merge.outcome import MergeReport
     from ocelot_em.merge.plan import MergeOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
@@ -30,7 +30,7 @@ _HOME = {
     "Exposure": "store.search",
     "ImportOptions": "io.leopard",
     "MergeOptions": "merge.plan",
-    "MergeReport": "merge.merge",
+    "MergeReport": "merge.outcome",
     "Observer": "run.api",
     "OcelotError": "errors",
     "PartialWriter": "store.search",

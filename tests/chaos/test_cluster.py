@@ -24,7 +24,9 @@ from chaos_common import (
     wait_for,
 )
 from ocelot_em.errors import OutputLockedError, TilesFailedError
-from ocelot_em.merge.merge import Outcome, Work, attempt_tiles, merge
+from ocelot_em.merge.job import Work
+from ocelot_em.merge.merge import attempt_tiles, merge
+from ocelot_em.merge.outcome import Outcome
 from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.run.api import plan_merge
 from ocelot_em.run.clusters import open_cluster

@@ -10,7 +10,7 @@ import pytest
 import ocelot_em
 from chaos_common import Undisturbed, undisturbed
 from ocelot_em.errors import PlanError, TilesFailedError
-from ocelot_em.merge.merge import Outcome
+from ocelot_em.merge.outcome import Outcome
 from ocelot_em.run.api import Observer
 
 pytestmark = pytest.mark.chaos

@@ -13,7 +13,7 @@ import pytest
 import ocelot_em
 from helpers import chunk_bytes, make_result, write_search
 from ocelot_em.errors import StorageError, TilesFailedError
-from ocelot_em.merge.merge import Outcome
+from ocelot_em.merge.outcome import Outcome
 from ocelot_em.run.api import Observer
 from ocelot_em.store import objects
 

@@ -36,7 +36,8 @@ from ocelot_em.errors import (
     PlanError,
     TilesFailedError,
 )
-from ocelot_em.merge.merge import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary, Work
+from ocelot_em.merge.job import Work
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,

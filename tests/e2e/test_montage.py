@@ -24,6 +24,7 @@ from ocelot_em.errors import (
 )
 from ocelot_em.io.hdf5 import write_hdf5
 from ocelot_em.io.ome_zarr import read_level, write_ome_zarr
+from ocelot_em.merge import resume
 from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.model.maps import MAPS, AnyArray, PoseForm
 from ocelot_em.run.api import plan_merge
@@ -211,10 +212,7 @@ def test_an_update_that_died_is_gone_on_with(tmp_path, monkeypatch):
     ocelot_em.merge(search, output, tile_size=16)
     write_shots(search, SHOTS[2:4])
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "ocelot_em.merge.merge.store.create_map",
-            lambda *_: (_ for _ in ()).throw(MemoryError()),
-        )
+        patch.setattr(resume.store, "create_map", lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             ocelot_em.merge(search, output, tile_size=16)
     with pytest.raises(IncompleteError):

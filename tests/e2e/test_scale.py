@@ -21,8 +21,11 @@ from benchmarks.memory import Memory, measure
 import ocelot_em
 from helpers import assert_same_maps, combinations, make_result, read_maps, write_search
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.merge.merge import Tiles, Work, attempt_tiles, prepare
+from ocelot_em.merge.job import Work
+from ocelot_em.merge.merge import attempt_tiles
+from ocelot_em.merge.outcome import Tiles
 from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import MAPS, PoseForm
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor

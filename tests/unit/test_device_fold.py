@@ -20,7 +20,7 @@ from montages import SHOTS, write_shots
 from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.kernels.cuda import MOST_SOURCES, CudaKernels
 from ocelot_em.kernels.device import DeviceFacts
-from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge import job
 from ocelot_em.merge.plan import DEVICE_TABLES_NBYTES
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.run import clusters as cluster
@@ -41,7 +41,7 @@ def lend(monkeypatch):
         facts = [DeviceFacts("stand-in", memory_nbytes)]
         monkeypatch.setattr(cluster, "find_devices", lambda: facts)
         monkeypatch.setattr(cluster, "open_device", lambda: device)
-        monkeypatch.setattr(pipeline, "open_device", lambda: device)
+        monkeypatch.setattr(job, "open_device", lambda: device)
         return device
 
     return lend

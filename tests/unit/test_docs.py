@@ -13,8 +13,7 @@ import pytest
 
 import ocelot_em
 from ocelot_em.cli import main as cli
-from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge import plan
+from ocelot_em.merge import outcome, plan
 from ocelot_em.merge.stats import collected
 from ocelot_em.model import maps
 from ocelot_em.run import clusters as cluster
@@ -347,7 +346,7 @@ FORMAT, BOTH = "docs/format.md", "Root, both kinds"
         (("Provenance",), fmt.Provenance.model_fields),
         (("Montages",), {*fmt.MergedExposure.model_fields}),
         (("Statistics",), {*fmt.StatisticsAttributes.model_fields} - {"exposures"}),
-        (("Tiles and their records",), {*pipeline.SUMMARY_FIELDS, "progress"}),
+        (("Tiles and their records",), {*outcome.SUMMARY_FIELDS, "progress"}),
         (("Maps",), maps.MAPS),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",

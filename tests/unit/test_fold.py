@@ -1,5 +1,7 @@
 """Merging a tile in memory: map by map and partial by partial, against the kernels' reference."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 
 from ocelot_em import kernels
 from ocelot_em.kernels import by_map
-from ocelot_em.merge.fold import Fold, Workspace
+from ocelot_em.merge.fold import Fold, Notes
 from ocelot_em.model.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
+from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.attributes import Contribution
 from ocelot_em.store.search import Source
 from ocelot_em.store.transfer import READ_TOGETHER
@@ -48,20 +51,21 @@ class MemoryArrival:
         out[...] = self.values[part * size : (part + 1) * size]
 
 
-class MemoryTile:
-    """Hands out the maps of partials, strictly in the announced order."""
+class MemoryPiece:
+    """Hands out the maps of partials, strictly in the order that the fold states."""
 
-    collection = None
-
-    def __init__(self, fold, work, partials, n_parts=1):
+    def __init__(self, fold, partials, n_parts=1):
         self.announced = list(fold.order())
-        self.work, self.partials, self.maps = work, partials, fold.maps
-        self.merged, self.suspects, self.n_open, self.n_parts = {}, set(), 0, n_parts
+        self.partials, self.maps = partials, fold.maps
+        self.n_parts = n_parts
 
-    def open(self, number, name, spare):
-        self.n_open += 1
-        assert self.n_open <= READ_TOGETHER
-        assert self.announced.pop(0) == (number, name)
+    @contextmanager
+    def take(self, n):
+        assert n <= READ_TOGETHER
+        yield [self.next_one() for _ in range(n)]
+
+    def next_one(self):
+        number, name = self.announced.pop(0)
         partial = self.partials[number]
         maps = dict(zip(self.maps.pose, partial.pose, strict=True)) | {
             MIP: partial.mip,
@@ -71,16 +75,6 @@ class MemoryTile:
             BEST_PARTIAL: partial.best_partial,
         }
         return MemoryArrival(maps[name], self.n_parts)
-
-    def close(self):
-        self.n_open = 0
-
-    def write(self, name, values):
-        assert name not in self.merged
-        self.merged[name] = values.copy()
-
-    def look_closer(self, number):
-        self.suspects.add(number)
 
 
 def merge(maps, partials, *, mask_nan=False, n_parts=1):
@@ -94,24 +88,27 @@ def merge(maps, partials, *, mask_nan=False, n_parts=1):
     for use, dtype in (("incoming", "f4"), (MIP, "f4"), (SUM, "f8"), ("winner", "i2")):
         work.array(use, dtype).fill(7)  # what an earlier tile left behind
     work.shape = partials[0].mip.shape
-    tile = MemoryTile(fold, work, partials, n_parts)
-    searched = fold.merge(tile, work)
-    assert tile.announced == []
-    assert set(tile.merged) == set(maps.merged)
-    return tile, searched
+    piece, notes = MemoryPiece(fold, partials, n_parts), Notes()
+    merged = {}
+    for name, values in fold.merge(piece, work, notes):
+        assert name not in merged
+        merged[name] = values.copy()
+    assert piece.announced == []
+    assert set(merged) == set(maps.merged)
+    return merged, notes
 
 
 @given(stack=stacks(nan=True, max_partials=10), n_parts=st.sampled_from([1, 2, 3, 5]))
 def test_map_by_map_is_partial_by_partial(stack, n_parts):
     maps, partials = stack
     acc, reports = fold_each(REFERENCE, maps, partials)
-    tile, searched = merge(maps, partials, n_parts=n_parts)
+    merged, notes = merge(maps, partials, n_parts=n_parts)
     for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
-        assert_same_bits(tile.merged[name], expected, name)
-    assert searched == np.count_nonzero(acc.mip > -np.inf)
+        assert_same_bits(merged[name], expected, name)
+    assert notes.searched_pixels == np.count_nonzero(acc.mip > -np.inf)
     reported = {n for n, r in enumerate(reports) if r.nan_pixels or r.invalid_indices}
-    assert reported <= tile.suspects
-    for number in tile.suspects - reported:  # a pose may be NaN where nothing was searched
+    assert reported <= set(notes.suspects)
+    for number in set(notes.suspects) - reported:  # a pose may be NaN where nothing was searched
         assert any(np.isnan(pose).any() for pose in partials[number].pose)
 
 
@@ -120,10 +117,10 @@ def test_masking_nan_folds_what_is_left(stack):
     maps, partials = stack
     masked = [REFERENCE.mask_nan(partial) for partial in partials]
     acc, _ = fold_each(REFERENCE, maps, masked)
-    tile, _ = merge(maps, partials, mask_nan=True)
+    merged, notes = merge(maps, partials, mask_nan=True)
     for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
-        assert_same_bits(tile.merged[name], expected, name)
-    assert not tile.suspects
+        assert_same_bits(merged[name], expected, name)
+    assert not notes.suspects
 
 
 def test_an_invalid_index_is_looked_at():
@@ -143,6 +140,7 @@ def test_memory_of_a_tile_does_not_grow_with_the_partials():
         fold = Fold([source_of(p, i) for i, p in enumerate(partials)], maps, None, mask_nan=False)
         work = Workspace(64)
         work.shape = (8, 8)
-        fold.merge(MemoryTile(fold, work, partials), work)
+        for _ in fold.merge(MemoryPiece(fold, partials), work, Notes()):
+            pass
         held.append(work.nbytes)
     assert held[0] == pytest.approx(held[1], rel=0.2)

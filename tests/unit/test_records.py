@@ -12,13 +12,13 @@ from host_device import LateDevice, host_kernels
 from ocelot_em.errors import FormatError, MissingChunkError
 from ocelot_em.kernels import load_collect
 from ocelot_em.kernels.device import DeviceFacts
-from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge import job
 from ocelot_em.merge.stats import collected, records
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
-    Collection,
     Counting,
     Histograms,
+    TileStatistics,
     neighbours_of,
 )
 from ocelot_em.merge.stats.records import read_summary
@@ -63,7 +63,7 @@ def device(request, monkeypatch):
         device = LateDevice()
         monkeypatch.setattr(cluster, "find_devices", lambda: [DeviceFacts("stand-in", 2**30)])
         monkeypatch.setattr(cluster, "open_device", lambda: device)
-        monkeypatch.setattr(pipeline, "open_device", lambda: device)
+        monkeypatch.setattr(job, "open_device", lambda: device)
     return request.param
 
 
@@ -206,12 +206,12 @@ def test_nothing_searched(tmp_path, rng):
 
 
 def test_collections_add_up(rng):
-    one, other = (collected.TileStatistics.empty(2, 1) for _ in range(2))
+    one, other = (collected.TileNumbers.empty(2, 1) for _ in range(2))
     one.extremes, other.extremes = np.array([1.0, 5, -1, 3]), np.array([0.0, 4, 0, 9])
     one.counts += 1
     one.add(other)
     assert list(one.extremes) == [0, 5, -1, 9]
-    again = collected.TileStatistics.from_flat(one.flat, 2)
+    again = collected.TileNumbers.from_flat(one.flat, 2)
     for field in dataclasses.fields(one):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
 
@@ -253,7 +253,7 @@ def collect(collection, maps, cuts):
 @pytest.mark.parametrize("capacity", [2000, 300, 100], ids=["room", "some room", "little room"])
 @pytest.mark.parametrize("cuts", [(), (1200, 6000), (7, 1201, 7111)], ids=str)
 def test_a_tile_is_counted_at_once_or_in_runs(rng, cuts, capacity):
-    collection = Collection(capacity)
+    collection = TileStatistics(capacity)
     collect(collection, tile_maps(rng), (600,))  # what an earlier tile left behind
     maps = tile_maps(rng)
     collect(collection, maps, cuts)
@@ -296,7 +296,7 @@ def test_a_tile_is_counted_at_once_or_in_runs(rng, cuts, capacity):
 
 
 def test_a_tile_that_failed_leaves_nothing_behind(rng):
-    collection, maps = Collection(2000), tile_maps(rng)
+    collection, maps = TileStatistics(2000), tile_maps(rng)
     plain = {**maps, "mip": np.full(TILE.shape, 6, np.float32)}
     collect(collection, maps, ())
     expected = collection.counts.copy()

@@ -30,10 +30,10 @@ def memory(streams):
     return [ReusedMemory() for _ in range(chunks_ahead(streams))]
 
 
-def read(incoming, request, out):
-    arrival = incoming.open(request, out)
-    arrival.decode(0, 1, out.reshape(-1))
-    incoming.close()
+def read(reader, request, out):
+    incoming = reader.group(request.group, lambda *_: np.empty(out.shape, out.dtype))
+    with incoming.take(1) as (arrival,):
+        arrival.decode(0, 1, out.reshape(-1))
 
 
 def requests_for(chunked):
@@ -112,6 +112,25 @@ def test_requests_may_be_left_out_but_not_repeated(stored):
             read(incoming, requests[3], np.empty((4, 4), np.float32))
 
 
+def test_a_group_has_what_was_announced_for_it_and_no_more(stored):
+    chunked, values = stored
+    regions = [chunk.region for chunk in chunked.grid]
+    requests = [Request("ab"[number > 2], chunked, region) for number, region in enumerate(regions)]
+    out = np.empty((4, 4), np.float32)
+    with ReadAhead(requests, 2, memory(2)) as reader:
+        first = reader.group("a", None)
+        with first.take(2) as arrivals:
+            for arrival, region in zip(arrivals, regions, strict=False):
+                arrival.decode(0, 1, out.reshape(-1))
+                np.testing.assert_array_equal(out, values[region.slices])
+        with pytest.raises(LookupError), first.take(2):
+            pass
+        second = reader.group("b", None)
+        with second.take(1) as (arrival,):
+            arrival.decode(0, 1, out.reshape(-1))
+        np.testing.assert_array_equal(out, values[regions[3].slices])
+
+
 def test_an_error_comes_to_the_one_who_asks(stored):
     chunked, values = stored
     requests = requests_for(chunked)
@@ -138,10 +157,9 @@ def test_the_next_chunks_are_fetched_while_one_is_used(stored):
     out = np.empty((4, 4), np.float32)
     with ReadAhead(requests, 1, memory(1)) as incoming:
         for number, request in enumerate(requests[:10]):
-            arrival = incoming.open(request, out)
-            assert objects.wait_until_started(number + 2)
-            arrival.decode(0, 1, out.reshape(-1))
-            incoming.close()
+            with incoming.group(request.group, None).take(1) as (arrival,):
+                assert objects.wait_until_started(number + 2)
+                arrival.decode(0, 1, out.reshape(-1))
     assert objects.most_running == 1
 
 
@@ -169,7 +187,7 @@ def test_streams_are_used_at_once(stored):
     with ReadAhead(requests, 4, memory(4)) as incoming:
         for request in requests:
             read(incoming, request, np.empty((4, 4), np.float32))
-        assert incoming.waited_seconds > 0
+        assert incoming.meter.waited_seconds > 0
     assert objects.most_running == 4
 
 

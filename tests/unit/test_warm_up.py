@@ -17,8 +17,9 @@ from ocelot_em import Exposure, kernels, merge, write_partial
 from ocelot_em.cli import terminal
 from ocelot_em.cli.terminal import MergeProgress
 from ocelot_em.kernels import by_map, collect, cpu, place
+from ocelot_em.merge import job, resume
 from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge.merge import Outcome, TileSummary
+from ocelot_em.merge.outcome import Outcome, TileSummary
 from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
@@ -37,7 +38,7 @@ class Calls:
         for module in (by_map, collect, place):
             loader = f"load_{module.__name__.rpartition('.')[2]}"
             monkeypatch.setattr(kernels, loader, partial(self.of, module))
-        monkeypatch.setattr(pipeline, "compile_kernels", self.warm_up(pipeline.compile_kernels))
+        monkeypatch.setattr(job, "compile_kernels", self.warm_up(job.compile_kernels))
 
     def noted(self, name, function):
         def call(*arguments):
@@ -207,7 +208,7 @@ def test_workers_compile_before_their_first_tile(search, tmp_path, nothing_compi
 
     caplog.set_level(logging.INFO, "ocelot_em")
     options, outcomes = MergeOptions(), []
-    ready = pipeline.prepare([search], tmp_path / "OUT.zarr", options)
+    ready = resume.prepare([search], tmp_path / "OUT.zarr", options)
     with OutputLock(open_objects(ready.output)) as lock:
         report = pipeline.merge(ready, options, Elsewhere(), lock, outcomes.append)
     assert report.compile_seconds == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ocelot_em.errors import OutputExistsError
 from ocelot_em.merge.lazy import open_merged
-from ocelot_em.merge.merge import MergeReport
+from ocelot_em.merge.outcome import MergeReport
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.gaussian import gaussian_cutoff

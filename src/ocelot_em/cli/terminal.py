@@ -15,8 +15,9 @@ from rich.progress import (
 )
 
 from ocelot_em.errors import StoppedError
-from ocelot_em.merge.merge import MergeReport, Outcome, Preparation
+from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.plan import Forecast, MergeOptions, MergePlan, n_threads
+from ocelot_em.merge.resume import Preparation
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
 

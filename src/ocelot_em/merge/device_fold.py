@@ -17,7 +17,7 @@ import numpy as np
 from ocelot_em import kernels
 from ocelot_em.errors import DeviceMemoryError
 from ocelot_em.kernels.device import Device, Mark
-from ocelot_em.merge.fold import SPARES, STATISTICS, TileMaps, Workspace, write_and_keep
+from ocelot_em.merge.fold import Incoming, Merged, Notes, look_up_candidates
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -35,6 +35,7 @@ from ocelot_em.model.maps import (
     PoseForm,
 )
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.search import Source
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ WIDEST_NBYTES = 8
 
 def accumulator_nbytes_per_pixel(maps: MapSet) -> int:
     """Bytes on the device that a thread needs for each pixel of a tile, whatever its partials."""
-    computed = len(STATISTICS) + len(maps.computed_poses)
+    computed = len(maps.computed)
     counts = 8 if maps.counts else 0
     return 4 + 4 * len(maps.pose) + 4 + 8 + 8 + counts + 4 * computed
 
@@ -92,53 +93,53 @@ class DeviceFold:
         for number, source in enumerate(self.sources):
             yield from ((number, name) for name in source.map_names(self.maps))
 
-    def merge(self, tile: TileMaps, work: Workspace) -> int:
-        """Merge one tile; in how many pixels something was searched.
+    def merge(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
+        """Merge one piece, as :meth:`ocelot_em.merge.fold.Fold.merge`.
 
         Raises
         ------
-        InvalidDataError, StorageError
-            As ``tile`` does.
+        StorageError
+            As ``incoming`` does.
         DeviceMemoryError
             Not even one partial fits.
         """
-        lane, n = self._lanes.of_thread(work.most_pixels), work.n_pixels
+        lane, n = self._lanes.of_thread(work.max_pixels), work.n_pixels
         accumulator = lane.accumulator(n)
         for start in range(0, len(self.sources), lane.together):
             numbers = range(len(self.sources))[start : start + lane.together]
             partials = [
-                self._send(number, slot, tile, lane, n) for slot, number in enumerate(numbers)
+                self._send((number, slot), incoming, lane, n, notes)
+                for slot, number in enumerate(numbers)
             ]
             if self._mask_nan:
                 partials = [self._kernels.mask_nan(partial) for partial in partials]
             report = self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0)
             if report.nan_pixels or report.invalid_indices:
-                for number in numbers:
-                    tile.look_closer(number)
+                notes.suspect(*numbers)
         merged = self._kernels.finalise(accumulator, self.maps, self.space, lane.computed(n))
         first = [name for name in LOOKED_AT if name in merged]
-        if tile.collection is not None:
+        if notes.statistics is not None:
             looked_at = {name: work.array(name, merged[name].dtype) for name in first}
             for name, values in lane.fetch(merged, first):
                 looked_at[name][...] = values.reshape(work.shape)
-            tile.collection.look(looked_at)
-        searched = 0
+            notes.statistics.look(looked_at)
         for name, values in lane.fetch(merged, list(merged)):
             if name == MIP:
-                searched = int(np.count_nonzero(values > -np.inf))
-            write_and_keep(tile, name, values.reshape(work.shape))
-        return searched
+                notes.searched_pixels = int(np.count_nonzero(values > -np.inf))
+            yield name, look_up_candidates(notes, name, values.reshape(work.shape))
 
-    def _send(self, number: int, slot: int, tile: TileMaps, lane: "Lane", n: int) -> PartialMaps:
-        """Read a partial and start its way to the device."""
-        source, there = self.sources[number], {}
+    def _send(
+        self, which: tuple[int, int], incoming: Incoming, lane: "Lane", n: int, notes: Notes
+    ) -> PartialMaps:
+        """Read a partial (number of the source, slot on the device) and start its copy there."""
+        (number, slot), there = which, {}
+        source = self.sources[number]
         for name in source.map_names(self.maps):
-            arrival = tile.open(number, name, SPARES[0])
-            values = lane.pinned(n, arrival.dtype)
-            arrival.decode(0, 1, values)
-            tile.close()
-            if tile.collection is not None and name in (SUM, SQUARED_SUM):
-                tile.collection.add(number, name, 0, values)
+            with incoming.take(1) as (arrival,):
+                values = lane.pinned(n, arrival.dtype)
+                arrival.decode(0, 1, values)
+            if notes.statistics is not None and name in (SUM, SQUARED_SUM):
+                notes.statistics.add(number, name, 0, values)
             if name == BEST_PARTIAL:
                 np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
             there[name] = lane.send(values, slot, name)
@@ -263,8 +264,7 @@ class Lane:
 
     def computed(self, n: int) -> dict[str, AnyArray]:
         """Return memory for the maps that are computed at the end."""
-        names = (*STATISTICS, *self._maps.computed_poses)
-        return {name: self._plane(-2, name, "float32", n) for name in names}
+        return {name: self._plane(-2, name, "float32", n) for name in self._maps.computed}
 
     def pinned(self, n: int, dtype: "np.dtype[np.generic]") -> AnyArray:
         """Return pinned memory for a map, when its last copy is done."""

@@ -14,7 +14,8 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
-from ocelot_em.merge.merge import Job, TileInMemory
+from ocelot_em.merge.job import Job
+from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergeOptions, MergePlan, make_plan
 from ocelot_em.model.maps import INDEX, MAPS, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
@@ -189,7 +190,7 @@ def lazy_merge(
 
 def _merge_for_dask(plan: str, iy: int, ix: int) -> dict[str, AnyArray]:
     job = _open_lazy_job(plan)
-    return TileInMemory(job, job.plan.grid.at(iy, ix)).merge()
+    return merge_in_memory(job, job.plan.grid.at(iy, ix))
 
 
 @lru_cache(maxsize=8)

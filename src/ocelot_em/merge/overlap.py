@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ocelot_em import kernels
-from ocelot_em.merge.fold import Workspace
 from ocelot_em.model.maps import MAPS, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64, MapSet
 from ocelot_em.model.regions import Overlap, Region
+from ocelot_em.model.workspace import Workspace
 
 SHOWN_FIELDS = (
     "pixels_alone",
@@ -27,11 +27,52 @@ SHOWN_FIELDS = (
 too; pixels, their z-scores, the squares of these."""
 
 
+Maps = Iterator[tuple[str, AnyArray]]
+"""Maps of a tile that are finished, by name."""
+
+
+class WholeTile:
+    """A tile that one exposure covers alone: its maps are finished as they come.
+
+    Parameters
+    ----------
+    number
+        Of the exposure.
+    maps
+        Which maps there are; those of a montage include the number of the exposure.
+    shape
+        Of the tile.
+    """
+
+    def __init__(self, number: int, maps: MapSet, shape: tuple[int, int]) -> None:
+        self._number, self._is_montage, self._shape = number, maps.exposures, shape
+        self._shown = np.zeros(len(SHOWN_FIELDS))
+
+    def place(self, *_: object) -> None:
+        """Nothing has to be known of the exposure."""
+
+    def put(self, name: str, values: AnyArray) -> Maps:
+        """Pass a map on."""
+        yield name, values
+        if self._is_montage and name == SCALED_MIP:
+            tally = kernels.load_place().tally_alone(values.reshape(-1))
+            self._shown[: len(tally)] = tally
+
+    def maps(self) -> Maps:
+        """Give the number of the exposure of every pixel, in a montage."""
+        if self._is_montage:
+            yield SOURCE_EXPOSURE, np.full(self._shape, self._number, np.int32)
+
+    def shown(self, *_: object) -> Float64:
+        """Return what the tile shows of the exposure: :data:`SHOWN_FIELDS`."""
+        return self._shown
+
+
 class Canvas:
     """One tile of a canvas after another, in memory that is kept.
 
-    The order of calls: :meth:`begin` with a tile; for every exposure :meth:`lay`, then :meth:`put`
-    for each of its maps; then :meth:`maps` and :meth:`shown`.
+    The order of calls: :meth:`begin` with a tile; for every exposure :meth:`place`, then
+    :meth:`put` for each of its maps; then :meth:`maps` and :meth:`shown`.
 
     Parameters
     ----------
@@ -64,7 +105,7 @@ class Canvas:
         for region in covered:
             covers[region.slices] += 1
 
-    def lay(self, number: int, within: Region, of: tuple[Region, Region]) -> None:
+    def place(self, number: int, within: Region, of: tuple[Region, Region]) -> None:
         """Start with what an exposure has of the tile.
 
         Parameters
@@ -82,27 +123,28 @@ class Canvas:
         self._is_chosen = False
         self._reach = _distances_from_edge(*of)
 
-    def put(self, name: str, values: AnyArray) -> None:
-        """Take a map of the exposure; its memory is not needed afterwards."""
+    def put(self, name: str, values: AnyArray) -> Maps:
+        """Take a map of the exposure; its memory is not needed afterwards.
+
+        Returns
+        -------
+        Iterator
+            Nothing: no map of the tile is finished before the last exposure is placed.
+        """
         if self._is_chosen:
             self._put(name, values)
-            return
-        if name != SCALED_MIP:  # nobody knows yet who wins
+        elif name != SCALED_MIP:  # it is not known yet which exposure wins
             held = self._piece.array(f"held {name}", values.dtype)
             held[...] = values
             self._held[name] = held
-            return
-        piece = self._held[MIP], values, self._reach
-        canvas = tuple(self._part(key) for key in (SOURCE_EXPOSURE, MIP, SCALED_MIP))
-        reaches = self._tile.array("reach", "i4")[self._within.slices]
-        taken = self._piece.array("taken", "?")
-        self._kernel.choose(piece, np.int32(self._number), self._rule, (*canvas, reaches), taken)
-        self._is_chosen = True
-        for earlier, held in self._held.items():
-            self._put(earlier, held)
-        self._put(name, values)
+        else:
+            self._choose(values)
+            for earlier, held in self._held.items():
+                self._put(earlier, held)
+            self._put(name, values)
+        return iter(())
 
-    def maps(self) -> Iterator[tuple[str, AnyArray]]:
+    def maps(self) -> Maps:
         """Give all maps of the tile, by name."""
         return ((name, self._plane(name)) for name in (*self._names, SOURCE_EXPOSURE))
 
@@ -113,6 +155,15 @@ class Canvas:
         numbers, zs = (self._plane(n)[within.slices] for n in (SOURCE_EXPOSURE, SCALED_MIP))
         self._kernel.tally(numbers, np.int32(number), covers[within.slices], zs, into)
         return into.reshape(-1)
+
+    def _choose(self, z: AnyArray) -> None:
+        """Find out in which pixels the exposure wins, from its z-scores."""
+        piece = self._held[MIP], z, self._reach
+        canvas = tuple(self._part(key) for key in (SOURCE_EXPOSURE, MIP, SCALED_MIP))
+        reaches = self._tile.array("reach", "i4")[self._within.slices]
+        taken = self._piece.array("taken", "?")
+        self._kernel.choose(piece, np.int32(self._number), self._rule, (*canvas, reaches), taken)
+        self._is_chosen = True
 
     def _put(self, name: str, values: AnyArray) -> None:
         self._kernel.put(values, self._piece.array("taken", "?"), self._part(name))
@@ -130,8 +181,3 @@ def _distances_from_edge(region: Region, taken: Region) -> AnyArray:
     rows = np.minimum(y - taken.y0, taken.y1 - 1 - y).astype(np.int32)
     columns = np.minimum(x - taken.x0, taken.x1 - 1 - x).astype(np.int32)
     return np.minimum(rows[:, None], columns[None, :])
-
-
-def shown_alone(zs: AnyArray) -> Float64:
-    """Add up what a tile shows that belongs to one exposure alone: :data:`SHOWN_FIELDS`."""
-    return np.array([*kernels.load_place().tally_alone(zs.reshape(-1)), 0.0, 0.0, 0.0])

@@ -22,7 +22,7 @@ from ocelot_em.merge.device_fold import (
     accumulator_nbytes_per_pixel,
     partial_nbytes_per_pixel,
 )
-from ocelot_em.merge.stats.collected import collection_nbytes
+from ocelot_em.merge.stats.collected import tile_statistics_nbytes
 from ocelot_em.model.maps import MAPS, MIP, SUM, Int64, MapSet, PoseForm
 from ocelot_em.model.regions import Overlap, Region, Tile, TileGrid, ceil_div
 from ocelot_em.store import attributes as fmt
@@ -841,7 +841,7 @@ def worker_nbytes(
         tile[0] * tile[1] * per_pixel
         + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
         + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
-        + 3 * collection_nbytes(tile)  # what is collected, a record of it, and its bytes
+        + 3 * tile_statistics_nbytes(tile)  # what is collected, a record of it, and its bytes
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread
 

@@ -7,19 +7,22 @@ machine code is there, it takes no longer than the first tile would have.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
 from ocelot_em import kernels
-from ocelot_em.merge.fold import Fold, Workspace
-from ocelot_em.merge.overlap import Canvas, shown_alone
+from ocelot_em.merge.fold import Fold, Notes
+from ocelot_em.merge.overlap import Canvas, WholeTile
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
-from ocelot_em.merge.stats.collected import Collection, Counting
-from ocelot_em.model.maps import BEST_PARTIAL, INDEX, MIP, NOT_SEARCHED, AnyArray
+from ocelot_em.merge.stats.collected import Counting, TileStatistics
+from ocelot_em.model.maps import BEST_PARTIAL, INDEX, MIP, NOT_SEARCHED, SCALED_MIP, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -94,19 +97,24 @@ def _merge_few_pixels(
     # Arrays that are contiguous and those that are not are of different types: candidates, if there
     # are several, and pieces that are narrower than their tile.
     for level, width in ((0.0, 2), (np.inf, 1)):
+        statistics = TileStatistics(capacity=3, longest_edge=3)
         counting = Counting(pixels, level, len(exposure.contributions), len(sources))
-        tile = _FewPixels(lambda number, name: dtype_of(chosen[number], name), counting)
-        if not plan.is_montage:
-            fold.merge(tile, work)
-            continue
-        canvas = Canvas(plan.maps, plan.overlap, 6)
-        canvas.begin((3, width), [pixels])
-        canvas.lay(0, pixels, (pixels, pixels))
-        tile.write = canvas.put
-        fold.merge(tile, work)
+        statistics.begin(pixels, counting)
+        incoming = _FewPixels(fold, lambda number, name: dtype_of(chosen[number], name))
+        canvas: Canvas | WholeTile = WholeTile(0, plan.maps, pixels.shape)
+        if plan.is_montage:
+            canvas = Canvas(plan.maps, plan.overlap, 6)
+            canvas.begin((3, width), [pixels])
+        canvas.place(0, pixels, (pixels, pixels))
+        for name, values in fold.merge(incoming, work, Notes(statistics)):
+            for _ in canvas.put(name, values):
+                pass
         canvas.shown(0, pixels)
     if plan.is_montage:
-        shown_alone(np.zeros(pixels.shape, np.float32))
+        for _ in WholeTile(0, plan.maps, pixels.shape).put(
+            SCALED_MIP, work.array(SCALED_MIP, "f4")
+        ):
+            pass
 
 
 def _different_ones(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTypeOf) -> list[int]:
@@ -120,22 +128,14 @@ def _different_ones(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTypeO
 
 
 class _FewPixels:
-    """A tile of which the last pixel was not searched."""
+    """Maps of which the last pixel was not searched; :class:`ocelot_em.merge.fold.Incoming`."""
 
-    def __init__(self, dtype_of: DTypeOf, counting: Counting) -> None:
-        self._dtype_of = dtype_of
-        self.collection = Collection(capacity=3, longest_edge=3)
-        self.collection.begin(counting.region, counting)
-        self.write: Callable[[str, AnyArray], None] = _forget
+    def __init__(self, fold: Fold, dtype_of: DTypeOf) -> None:
+        self._order, self._dtype_of = fold.order(), dtype_of
 
-    def open(self, number: int, name: str, _spare: str) -> "_Arrival":
-        return _Arrival(name, self._dtype_of(number, name))
-
-    def close(self) -> None:
-        pass
-
-    def look_closer(self, number: int) -> None:
-        pass
+    @contextmanager
+    def take(self, n: int) -> Iterator[Sequence["_Arrival"]]:
+        yield [_Arrival(name, self._dtype_of(k, name)) for k, name in islice(self._order, n)]
 
 
 class _Arrival:
@@ -150,7 +150,3 @@ class _Arrival:
 
 _UNSEARCHED = {MIP: -np.inf, INDEX: NOT_SEARCHED, BEST_PARTIAL: NOT_SEARCHED}
 """What maps have where nobody searched, if it is not 0."""
-
-
-def _forget(_name: str, _values: AnyArray) -> None:
-    pass

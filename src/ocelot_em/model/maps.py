@@ -31,14 +31,38 @@ NOT_SEARCHED = -1
 """Value of the integer maps where no device searched, or nothing lies."""
 
 
+class Combine(StrEnum):
+    """How the merged value of a pixel follows from those of the partials."""
+
+    DECIDES = "decides"
+    """The partials' values decide which partial wins; the merged value is the winner's."""
+    FOLLOWS = "follows"
+    """The winner's value."""
+    ADDS = "adds"
+    """The sum over all partials."""
+    COMPUTED = "computed"
+    """From other merged maps of the same pixel, when they are known."""
+    PLACED = "placed"
+    """From the overlap of exposures on the canvas."""
+
+
 @dataclass(frozen=True, slots=True)
 class MapInfo:
     """What a map holds.
 
-    ``dtypes`` lists the stored types that are allowed, the one we write by default first; ``fill``
-    is the fill value of the stored array.
+    Parameters
+    ----------
+    combine
+        How it is merged.
+    dtypes
+        The stored types that are allowed, the one we write by default first.
+    unit, meaning
+        For people.
+    fill
+        Fill value of the stored array.
     """
 
+    combine: Combine
     dtypes: tuple[str, ...]
     unit: str
     meaning: str
@@ -46,25 +70,53 @@ class MapInfo:
 
 
 _NAN = float("nan")
+_DECIDES, _FOLLOWS, _ADDS = Combine.DECIDES, Combine.FOLLOWS, Combine.ADDS
+_COMPUTED = Combine.COMPUTED
 MAPS: Mapping[str, MapInfo] = {
-    MIP: MapInfo(("float32",), "1", "highest cross-correlation", _NAN),
-    "best_phi": MapInfo(("float32",), "degree", "Euler angle phi (ZYZ) of the highest", _NAN),
-    "best_theta": MapInfo(("float32",), "degree", "Euler angle theta (ZYZ) of the highest", _NAN),
-    "best_psi": MapInfo(("float32",), "degree", "Euler angle psi (ZYZ) of the highest", _NAN),
-    "best_defocus": MapInfo(("float32",), "angstrom", "relative defocus of the highest", _NAN),
-    PIXEL_SIZE: MapInfo(("float32",), "angstrom", "pixel-size offset of the highest", _NAN),
-    INDEX: MapInfo(("int32",), "1", "index of the highest in the search space", NOT_SEARCHED),
-    SUM: MapInfo(("float32", "float64"), "1", "sum over all cross-correlations", _NAN),
-    SQUARED_SUM: MapInfo(("float32", "float64"), "1", "sum of squared cross-correlations", _NAN),
-    COUNT: MapInfo(("int64",), "1", "number of cross-correlations in the sums", 0),
-    BEST_PARTIAL: MapInfo(("int32",), "1", "number of the partial that won", NOT_SEARCHED),
-    SCALED_MIP: MapInfo(("float32",), "1", "z-score: (mip - mean) / std", _NAN),
-    MEAN: MapInfo(("float32",), "1", "mean of all cross-correlations", _NAN),
-    STD: MapInfo(("float32",), "1", "standard deviation of all cross-correlations", _NAN),
+    MIP: MapInfo(_DECIDES, ("float32",), "1", "highest cross-correlation", _NAN),
+    "best_phi": MapInfo(
+        _FOLLOWS, ("float32",), "degree", "Euler angle phi (ZYZ) of the highest", _NAN
+    ),
+    "best_theta": MapInfo(
+        _FOLLOWS, ("float32",), "degree", "Euler angle theta (ZYZ) of the highest", _NAN
+    ),
+    "best_psi": MapInfo(
+        _FOLLOWS, ("float32",), "degree", "Euler angle psi (ZYZ) of the highest", _NAN
+    ),
+    "best_defocus": MapInfo(
+        _FOLLOWS, ("float32",), "angstrom", "relative defocus of the highest", _NAN
+    ),
+    PIXEL_SIZE: MapInfo(
+        _FOLLOWS, ("float32",), "angstrom", "pixel-size offset of the highest", _NAN
+    ),
+    INDEX: MapInfo(
+        _DECIDES, ("int32",), "1", "index of the highest in the search space", NOT_SEARCHED
+    ),
+    SUM: MapInfo(_ADDS, ("float32", "float64"), "1", "sum over all cross-correlations", _NAN),
+    SQUARED_SUM: MapInfo(
+        _ADDS, ("float32", "float64"), "1", "sum of squared cross-correlations", _NAN
+    ),
+    COUNT: MapInfo(_ADDS, ("int64",), "1", "number of cross-correlations in the sums", 0),
+    BEST_PARTIAL: MapInfo(
+        _FOLLOWS, ("int32",), "1", "number of the partial that won", NOT_SEARCHED
+    ),
+    SCALED_MIP: MapInfo(_COMPUTED, ("float32",), "1", "z-score: (mip - mean) / std", _NAN),
+    MEAN: MapInfo(_COMPUTED, ("float32",), "1", "mean of all cross-correlations", _NAN),
+    STD: MapInfo(
+        _COMPUTED, ("float32",), "1", "standard deviation of all cross-correlations", _NAN
+    ),
     SOURCE_EXPOSURE: MapInfo(
-        ("int32",), "1", "number of the exposure that all maps come from", NOT_SEARCHED
+        Combine.PLACED,
+        ("int32",),
+        "1",
+        "number of the exposure that all maps come from",
+        NOT_SEARCHED,
     ),
 }
+
+
+_ADDED = (COUNT, SUM, SQUARED_SUM)
+"""The order in which sums are read: the statistics of a pixel can be computed with the last."""
 
 
 class PoseForm(StrEnum):
@@ -113,6 +165,27 @@ class MapSet:
         """Names of the pose maps of a merged result that are decoded from its index."""
         indexed = self.form is PoseForm.INDEXED
         return self.explicit_poses if indexed and self.decoded else ()
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Names of the maps that are computed when all partials have been merged.
+
+        The sums are among them: they are stored as float32, and kept as float64 until then.
+        """
+        return (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *self.computed_poses)
+
+    @property
+    def phases(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the maps that are read together, in the order in which a merge needs them.
+
+        First what decides who wins; then what the statistics need; then what follows the winner.
+        Within a phase all partials are read before the next phase begins.
+        """
+        names = (*self.partial, BEST_PARTIAL)
+        decide = tuple(name for name in names if MAPS[name].combine is Combine.DECIDES)
+        add = sorted((n for n in names if MAPS[n].combine is Combine.ADDS), key=_ADDED.index)
+        poses = [n for n in self.pose if MAPS[n].combine is Combine.FOLLOWS]
+        return decide, (BEST_PARTIAL,), *((name,) for name in (*add, *poses))
 
     @property
     def partial(self) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ import dask.threaded
 from dask.callbacks import Callback
 
 from ocelot_em.errors import ClusterLostError
-from ocelot_em.merge.merge import Outcome, Tiles, Work, attempt_tiles
+from ocelot_em.merge.job import Work
+from ocelot_em.merge.merge import attempt_tiles
+from ocelot_em.merge.outcome import Outcome, Tiles
 from ocelot_em.run.metrics import Metrics
 
 log = logging.getLogger(__name__)

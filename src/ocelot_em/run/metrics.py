@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ocelot_em.merge.merge import Outcome
+from ocelot_em.merge.outcome import Outcome
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ocelot_em.errors import InvalidInputError, OcelotError
-from ocelot_em.merge.merge import MergeReport, Outcome, Preparation
+from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.merge.resume import Preparation
 from ocelot_em.merge.stats.records import read_summary
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster

@@ -6,10 +6,13 @@ What is under way is bounded, in chunks.
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
+
+import numpy as np
 
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile
@@ -32,9 +35,19 @@ def chunks_behind(streams: int) -> int:
 
 
 class Request(NamedTuple):
-    """A region of a map that will be asked for, under a name that no other request has."""
+    """A region of a map that will be read.
 
-    name: Hashable
+    Parameters
+    ----------
+    group
+        What it is read for; the requests of a group come one after another.
+    source
+        The map.
+    region
+        Its pixels.
+    """
+
+    group: Hashable
     source: ChunkedMap
     region: Region
 
@@ -42,35 +55,37 @@ class Request(NamedTuple):
 class _Piece(NamedTuple):
     request: Request
     chunk: Tile
+    is_last: bool
     memory: ReusedMemory
-    frame: "Future[Frame]"
+    encoded: "Future[Frame]"
 
 
 class Arrival:
-    """A region of a map that has arrived, and can be decoded in equal parts of its pixels.
+    """A region of a map that has been read, and can be decoded in equal parts of its pixels.
 
     Parameters
     ----------
-    request
-        What was asked for.
-    frame
-        The chunk, if the region is one chunk.
-    chunk
-        Which one.
+    source
+        The map.
+    chunk, encoded
+        The chunk, if the region is one chunk: it is decoded when it is asked for.
     values
-        The region's values, if it is not: decoded already.
+        The region's values otherwise: they are decoded already.
+    meter
+        Counts the time of decoding.
     """
 
     def __init__(
         self,
-        request: Request,
-        frame: Frame | None,
-        chunk: Tile | None,
-        values: AnyArray | None,
+        source: ChunkedMap,
+        meter: "Meter",
+        chunk: tuple[Tile, Frame] | None = None,
+        values: AnyArray | None = None,
     ) -> None:
-        self.dtype = request.source.dtype
-        self._source, self._frame, self._chunk, self._values = request.source, frame, chunk, values
-        self.n_parts = 1 if frame is None else frame.n_blocks
+        self.dtype = source.dtype
+        self._source, self._meter, self._chunk, self._values = source, meter, chunk, values
+        self.n_parts = 1 if chunk is None else chunk[1].n_blocks
+        """Equal parts of the pixels in which it can be decoded."""
 
     def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
         """Decode a part into a flat array of its size.
@@ -88,26 +103,69 @@ class Arrival:
         ------
         CorruptChunkError
         """
-        if self._frame is None or self._chunk is None:
+        started = time.perf_counter()
+        if self._chunk is None:
             assert self._values is not None
             out[...] = self._values.reshape(-1)
-            return
-        try:
-            if n_parts == 1:
-                self._frame.decode(out)
-            else:
-                self._frame.decode_block(part, out)
-        except ValueError as error:
-            raise self._source.corrupt(self._chunk, error) from error
+        else:
+            chunk, encoded = self._chunk
+            try:
+                if n_parts == 1:
+                    encoded.decode(out)
+                else:
+                    encoded.decode_block(part, out)
+            except ValueError as error:
+                raise self._source.corrupt(chunk, error) from error
+        self._meter.seconds += time.perf_counter() - started
+
+
+@dataclass(slots=True)
+class Meter:
+    """What transfers have cost the thread that asked for them.
+
+    Parameters
+    ----------
+    seconds
+        In all, with decoding.
+    waited_seconds
+        The part in which there was nothing to do but wait for the storage.
+    nbytes
+        Encoded bytes.
+    """
+
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+    nbytes: int = 0
+
+    def since(self, earlier: "Meter") -> "Meter":
+        """Return what was added since an earlier :meth:`copy`."""
+        return Meter(
+            self.seconds - earlier.seconds,
+            self.waited_seconds - earlier.waited_seconds,
+            self.nbytes - earlier.nbytes,
+        )
+
+    def copy(self) -> "Meter":
+        """Return the present numbers."""
+        return replace(self)
+
+
+Spare = Callable[[int, "np.dtype[np.generic]"], AnyArray]
+"""Memory for a region that is not one whole chunk, by number (below :data:`READ_TOGETHER`) and
+dtype:
+of the region's shape."""
 
 
 class ReadAhead:
-    """Reads regions in a known order; the next ones are fetched meanwhile.
+    """Reads regions in the order in which they were announced; the next ones are fetched meanwhile.
+
+    A reader cannot ask for anything else than what comes next, so that the announced and the
+    actual order never differ.
 
     Parameters
     ----------
     requests
-        In the order in which they will be read. Some may be left out then, but none be repeated.
+        Everything that will be read, in order.
     streams
         Chunks fetched at a time.
     memory
@@ -121,82 +179,97 @@ class ReadAhead:
         self._todo = self._pieces(requests)
         self._free = list(memory)
         self._under_way: deque[_Piece] = deque()
-        self._open: list[ReusedMemory] = []
-        self.waited_seconds = 0.0
-        """Time in which the reader had nothing to decode."""
-        self.read_nbytes = 0
-        """Encoded bytes that were asked for."""
+        self._in_use: list[ReusedMemory] = []
+        self.meter = Meter()
 
-    def open(self, request: Request, spare: AnyArray) -> Arrival:
-        """Wait until a region has arrived.
+    def group(self, group: Hashable, spare: Spare) -> "Incoming":
+        """Go forward to the requests of a group; whatever is left of those before it is skipped.
 
         Parameters
         ----------
-        request
-            One of the announced ones, not before the last one that was read.
+        group
+            As in the requests.
         spare
-            Of the region's shape and the map's dtype: for values that have to be decoded at once,
-            because the region is not one whole chunk.
+            Memory for its regions that are not whole chunks.
+        """
+        self._release()
+        while self._under_way and self._under_way[0].request.group != group:
+            self._skip(self._under_way.popleft())
+        return Incoming(self, group, spare)
 
-        Returns
-        -------
-        Arrival
-            Valid until :meth:`close`; of those of one chunk, at most :data:`READ_TOGETHER` can be
-            open.
+    @contextmanager
+    def take(self, n: int, group: Hashable, spare: Spare) -> Iterator[list[Arrival]]:
+        """Wait for the next regions of a group; they are valid within the context.
+
+        Parameters
+        ----------
+        n
+            How many, at most :data:`READ_TOGETHER`.
+        group, spare
+            As for :meth:`group`.
 
         Raises
         ------
         MissingChunkError, CorruptChunkError, StorageError
+        LookupError
+            The group has fewer regions.
         """
+        started = time.perf_counter()
+        arrivals = [self._next(group, number, spare) for number in range(n)]
+        self.meter.seconds += time.perf_counter() - started
+        yield arrivals
+        self._release()
+
+    def _next(self, group: Hashable, number: int, spare: Spare) -> Arrival:
         self._top_up()
-        while self._under_way and self._under_way[0].request.name != request.name:
-            self._leave_out(self._under_way.popleft())
-        if not self._under_way:
-            raise LookupError(f"{request.name}: was not announced, or has been read before")
+        if not self._under_way or self._under_way[0].request.group != group:
+            raise LookupError(f"{group}: everything that was announced has been read")
         piece = self._under_way[0]
-        if piece.chunk.region == request.region and request.source.grid.is_whole(piece.chunk):
-            self._open.append(self._under_way.popleft().memory)
-            return Arrival(request, self._arrived(piece), piece.chunk, None)
-        while self._under_way and self._under_way[0].request.name == request.name:
+        source, region = piece.request.source, piece.request.region
+        if piece.chunk.region == region and source.grid.is_whole(piece.chunk):
+            self._in_use.append(self._under_way.popleft().memory)
+            return Arrival(source, self.meter, chunk=(piece.chunk, self._arrived(piece)))
+        values = spare(number, source.dtype)
+        while True:
             piece = self._under_way.popleft()
             try:
-                request.source.decode(self._arrived(piece), piece.chunk, request.region, spare)
+                source.decode(self._arrived(piece), piece.chunk, region, values)
             finally:
                 self._free.append(piece.memory)
                 self._top_up()
-        return Arrival(request, None, None, spare)
-
-    def close(self) -> None:
-        """Give back what is open, so that more can be fetched."""
-        self._free += self._open
-        self._open.clear()
-        self._top_up()
+            if piece.is_last:
+                return Arrival(source, self.meter, values=values)
 
     def _arrived(self, piece: _Piece) -> Frame:
         started = time.perf_counter()
-        frame = piece.frame.result()
-        self.waited_seconds += time.perf_counter() - started
-        self.read_nbytes += frame.encoded_nbytes
-        return frame
+        encoded = piece.encoded.result()
+        self.meter.waited_seconds += time.perf_counter() - started
+        self.meter.nbytes += encoded.encoded_nbytes
+        return encoded
 
-    def _pieces(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tile]]:
+    def _pieces(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Tile, bool]]:
         for request in requests:
-            for chunk in request.source.grid.touching(request.region):
-                yield request, chunk
+            chunks = list(request.source.grid.touching(request.region))
+            for chunk in chunks:
+                yield request, chunk, chunk is chunks[-1]
 
     def _top_up(self) -> None:
-        while self._free:
-            request, chunk = next(self._todo, (None, None))
-            if request is None or chunk is None:
-                return
+        while self._free and (found := next(self._todo, None)) is not None:
+            request, chunk, is_last = found
             memory = self._free.pop()
-            frame = self._pool.submit(request.source.fetch, chunk, memory)
-            self._under_way.append(_Piece(request, chunk, memory, frame))
+            encoded = self._pool.submit(request.source.fetch, chunk, memory)
+            self._under_way.append(_Piece(request, chunk, is_last, memory, encoded))
 
-    def _leave_out(self, piece: _Piece) -> None:
-        if not piece.frame.cancel():
-            with suppress(Exception):  # nobody asks for it, so nobody needs to know
-                piece.frame.result()
+    def _release(self) -> None:
+        """Reuse the memory of what was taken, so that more can be fetched."""
+        self._free += self._in_use
+        self._in_use.clear()
+        self._top_up()
+
+    def _skip(self, piece: _Piece) -> None:
+        if not piece.encoded.cancel():
+            with suppress(Exception):  # nobody asks for it, so its error does not matter
+                piece.encoded.result()
         self._free.append(piece.memory)
         self._top_up()
 
@@ -205,6 +278,18 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+class Incoming(NamedTuple):
+    """The regions of one group, as whoever merges them takes them."""
+
+    reader: ReadAhead
+    group: Hashable
+    spare: Spare
+
+    def take(self, n: int) -> AbstractContextManager[Sequence[Arrival]]:
+        """Wait for the next ``n`` regions, as :meth:`ReadAhead.take`."""
+        return self.reader.take(n, self.group, self.spare)
 
 
 class WriteBehind:
@@ -220,11 +305,20 @@ class WriteBehind:
         self._pool = ThreadPoolExecutor(streams, "ocelot-write")
         self._most = chunks_behind(streams)
         self._under_way: deque[Future[None]] = deque()
-        self.waited_seconds = 0.0
-        """Time in which the writer could take no more."""
+        self.meter = Meter()
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """Count the time within the context, in which something is encoded and handed in."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.meter.seconds += time.perf_counter() - started
 
     def put(self, objects: Objects, key: str, parts: Sequence[bytes]) -> "Future[None]":
         """Write an object, soon; the result says that it is written, or raises."""
+        self.meter.nbytes += sum(map(len, parts))
         while len(self._under_way) >= self._most:
             self.wait([self._under_way.popleft()], quietly=True)
         written = self._pool.submit(objects.put, key, parts)
@@ -246,7 +340,7 @@ class WriteBehind:
                 if error is not None and not quietly:
                     raise error
         finally:
-            self.waited_seconds += time.perf_counter() - started
+            self.meter.waited_seconds += time.perf_counter() - started
 
     def __enter__(self) -> Self:
         return self

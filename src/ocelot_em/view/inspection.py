@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ocelot_em.errors import OcelotError
-from ocelot_em.merge.merge import done_tiles
 from ocelot_em.merge.plan import read_plan
+from ocelot_em.merge.resume import done_tiles
 from ocelot_em.merge.stats.records import record_problems
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.model.regions import Region

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.errors import IncompleteError, InvalidInputError
-from ocelot_em.merge.merge import SUMMARY_FIELDS
+from ocelot_em.merge.outcome import SUMMARY_FIELDS
 from ocelot_em.merge.stats.records import (
     Summary,
     open_merged_result,

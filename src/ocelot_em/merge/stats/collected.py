@@ -86,7 +86,7 @@ def candidate_capacity(tile: tuple[int, int]) -> int:
     return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, FEWEST_CANDIDATES)
 
 
-def collection_nbytes(tile: tuple[int, int]) -> int:
+def tile_statistics_nbytes(tile: tuple[int, int]) -> int:
     """Memory of what is collected of a tile."""
     numbers = candidate_capacity(tile) * len(CANDIDATE_FIELDS) + len(EDGES) * max(tile)
     return 4 * (N_FLAT + prod(_JOINT_SHAPE)) + 8 * numbers
@@ -156,7 +156,7 @@ N_FLAT = MIP_AXIS.bins + 2 + Z_AXIS.bins + 2 + JOINT_MIP_AXIS.bins * JOINT_Z_AXI
 
 
 @dataclass
-class TileStatistics:
+class TileNumbers:
     """Numbers of one tile, or of several together.
 
     Parameters
@@ -180,7 +180,7 @@ class TileStatistics:
     moments: Float64
 
     @classmethod
-    def empty(cls, n_partials: int, n_sources: int) -> "TileStatistics":
+    def empty(cls, n_partials: int, n_sources: int) -> "TileNumbers":
         """Of no pixels."""
         return cls(
             extremes=np.array([np.inf, -np.inf, np.inf, -np.inf]),
@@ -197,7 +197,7 @@ class TileStatistics:
         return np.concatenate([own, self.wins, self.moments.reshape(-1)])
 
     @classmethod
-    def from_flat(cls, flat: AnyArray, n_partials: int) -> "TileStatistics":
+    def from_flat(cls, flat: AnyArray, n_partials: int) -> "TileNumbers":
         """Take apart what :attr:`flat` has put together."""
         n_own, n_extremes = len(TILE_FIELDS), len(EXTREMES)
         moments = flat[n_own + n_partials :].reshape(-1, 2, len(MOMENTS))
@@ -214,7 +214,7 @@ class TileStatistics:
         """Numbers of :attr:`flat`."""
         return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
 
-    def add(self, other: "TileStatistics") -> None:
+    def add(self, other: "TileNumbers") -> None:
         """Take the numbers of other pixels in."""
         low, high = self.extremes.copy(), other.extremes
         self.extremes = np.array(
@@ -251,7 +251,7 @@ neighbours of candidates in the next piece, which no map may have."""
 
 
 @dataclass
-class Collection:
+class TileStatistics:
     """What is collected of one tile after another, as their maps are made, in memory that is kept.
 
     The order of calls: :meth:`begin` with a tile; :meth:`add` for every source, :meth:`count_wins`
@@ -268,7 +268,7 @@ class Collection:
 
     capacity: int
     longest_edge: int = 0
-    statistics: TileStatistics = field(init=False)
+    statistics: TileNumbers = field(init=False)
     counts: AnyArray = field(init=False)
     candidates: Float64 = field(init=False)
 
@@ -285,7 +285,7 @@ class Collection:
     def begin(self, region: Region, of: Counting) -> None:
         """Forget everything, and start with a region of an exposure."""
         self.region, self._level = region, np.float32(of.level)
-        self.statistics = TileStatistics.empty(of.n_partials, of.n_sources)
+        self.statistics = TileNumbers.empty(of.n_partials, of.n_sources)
         self._histograms.mip.fill(0)
         self._histograms.z.fill(0)
         self._histograms.joint[self._joint_used] = self._joint[self._joint_used] = 0

@@ -36,9 +36,9 @@ from ocelot_em.merge.stats.collected import (
     NEIGHBOUR_FIELDS,
     NEIGHBOURS,
     TILE_FIELDS,
-    Collection,
     Counting,
     Histograms,
+    TileNumbers,
     TileStatistics,
     candidate_capacity,
     candidate_level,
@@ -77,9 +77,9 @@ Z_HISTOGRAM = "scaled_mip_histogram"
 JOINT_HISTOGRAM = "joint_histogram"
 
 
-def new_collection(plan: MergePlan) -> Collection:
+def new_tile_statistics(plan: MergePlan) -> TileStatistics:
     """Make a place for what is collected of pieces of exposures, one after another."""
-    return Collection(candidate_capacity(plan.tile), max(plan.tile) if plan.is_montage else 0)
+    return TileStatistics(candidate_capacity(plan.tile), max(plan.tile) if plan.is_montage else 0)
 
 
 class Numbers(NamedTuple):
@@ -96,7 +96,7 @@ class Numbers(NamedTuple):
         search.
     """
 
-    statistics: TileStatistics
+    statistics: TileNumbers
     candidates: Float64
     edges: Float64
 
@@ -190,9 +190,9 @@ class Layout:
 
     @property
     def n_statistics(self) -> int:
-        """Numbers of :class:`TileStatistics`, at the beginning of a record."""
+        """Numbers of :class:`TileNumbers`, at the beginning of a record."""
         of = self.counting
-        return TileStatistics.n_flat(of.n_partials, of.n_sources)
+        return TileNumbers.n_flat(of.n_partials, of.n_sources)
 
     @property
     def candidates_shape(self) -> tuple[int, int]:
@@ -214,7 +214,7 @@ class Layout:
         """Read the histograms of a record; valid until this thread reads the next."""
         return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
 
-    def statistics(self, objects: Objects, number: int) -> TileStatistics:
+    def statistics(self, objects: Objects, number: int) -> TileNumbers:
         """Read the statistics of a record."""
         flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
         return self._statistics(objects, number, flat[: self.n_statistics].copy())
@@ -234,7 +234,7 @@ class Layout:
             raise CorruptChunkError(f"{place}: {wrong}; merge again")
         return Numbers(statistics, candidates, edges.reshape(self.edges_shape))
 
-    def _statistics(self, objects: Objects, number: int, own: Float64) -> TileStatistics:
+    def _statistics(self, objects: Objects, number: int, own: Float64) -> TileNumbers:
         n_partials = len(self.exposure.contributions)
         counts = own[len(EXTREMES) : len(TILE_FIELDS) + n_partials]
         wrong = counts[~_are_integers(counts, 0, 2**53)]
@@ -243,7 +243,7 @@ class Layout:
                 f"{self._place(objects, NUMBERS, number)}: expected counts of pixels, got "
                 f"{wrong[0]}; merge again"
             )
-        return TileStatistics.from_flat(own, n_partials)
+        return TileNumbers.from_flat(own, n_partials)
 
     def _wrong_candidates(self, rows: Float64, number: int) -> str:
         """Say where a candidate lies, or what it points to, if that cannot be."""
@@ -346,7 +346,7 @@ def has_records(objects: Objects, plan: MergePlan) -> bool:
 
 
 def encode_records(
-    layout: Layout, collection: Collection, number: int
+    layout: Layout, collection: TileStatistics, number: int
 ) -> Iterator[tuple[str, list[bytes]]]:
     """Give the objects of a record: keys, and parts of their bytes."""
     numbers = np.concatenate(
@@ -406,18 +406,18 @@ def finish(objects: Objects, plan: MergePlan) -> None:
     _write_summary(objects, "statistics", everything, totals, tuple(about))
 
 
-def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileStatistics:
+def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNumbers:
     """Add the records of an exposure up, its histograms to those that are given."""
     lock = threading.Lock()
 
-    def read(number: int) -> TileStatistics:
+    def read(number: int) -> TileNumbers:
         counted = layout.counts(objects, number)
         with lock:
             histograms.add(counted)
         return layout.statistics(objects, number)
 
     of = layout.counting
-    total = TileStatistics.empty(of.n_partials, of.n_sources)
+    total = TileNumbers.empty(of.n_partials, of.n_sources)
     for statistics in _in_threads(read, len(layout)):
         total.add(statistics)
     return total
@@ -432,7 +432,7 @@ def _write_summary(
     objects: Objects,
     path: str,
     histograms: Histograms,
-    totals: Sequence[tuple[PlannedExposure, TileStatistics]],
+    totals: Sequence[tuple[PlannedExposure, TileNumbers]],
     exposures: tuple[fmt.ExposureStatistics, ...],
 ) -> None:
     groups = path.split("/")
@@ -483,7 +483,7 @@ def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequen
 
 
 def _attributes(
-    totals: Sequence[tuple[PlannedExposure, TileStatistics]],
+    totals: Sequence[tuple[PlannedExposure, TileNumbers]],
     searched: int,
     exposures: tuple[fmt.ExposureStatistics, ...],
 ) -> fmt.StatisticsAttributes:

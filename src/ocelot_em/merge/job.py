@@ -1,0 +1,335 @@
+"""A merge as a worker sees it: the plan, with everything opened that its tiles need."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from ocelot_em.errors import InvalidDataError, OcelotError, StoreNotFoundError
+from ocelot_em.kernels.device import open_device
+from ocelot_em.merge.device_fold import DeviceFold, Lanes
+from ocelot_em.merge.fold import Fold, Notes
+from ocelot_em.merge.overlap import Canvas, WholeTile
+from ocelot_em.merge.plan import MergePlan, Piece, PlannedExposure, read_plan
+from ocelot_em.merge.stats import records
+from ocelot_em.merge.stats.collected import TileStatistics
+from ocelot_em.merge.warm_up import Compiling, Logged, compile_kernels
+from ocelot_em.model.maps import SUM
+from ocelot_em.model.regions import Region, Tile
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.workspace import Workspace
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store.lock import Leave
+from ocelot_em.store.objects import Objects, ReusedMemory, open_objects
+from ocelot_em.store.search import (
+    SearchInfo,
+    open_one,
+    open_partial_maps,
+    open_source_maps,
+    read_attributes,
+    read_search_space,
+    value_problems,
+)
+from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead
+
+Group = tuple[int, int, int]
+"""What is read for a piece: row and column of the tile, and number of the exposure in the plan."""
+
+MAX_OPEN_EXPOSURES = 64
+"""Exposures that a worker has open; others are opened again when they are needed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Which merge a task belongs to; all that a worker is told besides the tiles.
+
+    Parameters
+    ----------
+    output
+        The prepared output, which holds the plan.
+    run_id
+        Its identity.
+    lock, holder
+        Key of the lock that the run holds, and its id; tasks stop without it. Empty: there is none.
+    partials_on_device
+        How many partials a thread has on the GPU at a time; 0 to merge on the CPU.
+    """
+
+    output: str
+    run_id: str
+    lock: str = ""
+    holder: str = ""
+    partials_on_device: int = 0
+
+
+class OpenExposure:
+    """An exposure as a worker sees it: everything opened that its pieces need.
+
+    Parameters
+    ----------
+    plan
+        The merge.
+    exposure
+        Which one of it.
+    space
+        The search space of indexed poses.
+    lanes
+        The device on which it is merged, with its memory; None: the CPU.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        exposure: PlannedExposure,
+        space: SearchSpace | None,
+        lanes: Lanes | None,
+    ) -> None:
+        self._plan, self._exposure, self._space = plan, exposure, space
+        maps, mask_nan = plan.maps_of_exposure, plan.nan == "mask"
+        self._maps = [open_source_maps(source, maps, exposure.shape) for source in exposure.sources]
+        self.fold: Fold | DeviceFold = Fold(exposure.sources, maps, space, mask_nan=mask_nan)
+        if lanes is not None:
+            self.fold = DeviceFold(exposure.sources, maps, space, mask_nan=mask_nan, lanes=lanes)
+        self.layout = records.Layout.of(plan, exposure)
+        self.number, self.region = exposure.number, exposure.region
+        self.decoded_nbytes_per_pixel = sum(
+            chunked.dtype.itemsize for maps in self._maps for chunked in maps.values()
+        )
+
+    def dtype_of(self, number: int, name: str) -> "np.dtype[np.generic]":
+        """Return the dtype of a map of a source."""
+        return self._maps[number][name].dtype
+
+    def requests(self, group: Group, piece: Piece) -> Iterator[Request]:
+        """Everything that a piece reads, in order."""
+        for number, name in self.fold.order():
+            yield Request(group, self._maps[number][name], piece.region)
+
+    def look_closer(self, region: Region, notes: Notes) -> None:
+        """Raise if a suspect source has NaN or an invalid index: by map, with the first pixel.
+
+        Raises
+        ------
+        InvalidDataError
+        """
+        while notes.suspects:
+            number = notes.suspects.pop(0)
+            maps = {name: chunked.read(region)[0] for name, chunked in self._maps[number].items()}
+            info = SearchInfo(search_space=self._space, has_pixel_size=self._plan.maps.pixel_size)
+            place = self._exposure.sources[number].place
+            wanted = {name: maps[name] for name in info.maps.partial}
+            if problems := value_problems(wanted, region, info, place):
+                hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
+                raise InvalidDataError(f"pixels {region}: {'; '.join(problems)}; {hint}")
+
+
+class TileMemory:
+    """Memory of one thread, for one tile after another; each part is made when it is first used.
+
+    Parameters
+    ----------
+    plan
+        What is merged.
+    streams
+        Chunks that are fetched at a time.
+    """
+
+    def __init__(self, plan: MergePlan, streams: int) -> None:
+        self._plan, self._streams = plan, streams
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """For the maps of a piece."""
+        return Workspace(self._plan.tile[0] * self._plan.tile[1])
+
+    @cached_property
+    def canvas(self) -> Canvas:
+        """For the maps of a tile on which exposures are placed."""
+        most_pixels = self._plan.tile[0] * self._plan.tile[1]
+        return Canvas(self._plan.maps, self._plan.overlap, most_pixels)
+
+    @cached_property
+    def statistics(self) -> TileStatistics | None:
+        """For what is collected of a piece."""
+        return records.new_tile_statistics(self._plan)
+
+    @cached_property
+    def chunks(self) -> Sequence[ReusedMemory]:
+        """For encoded chunks."""
+        return [ReusedMemory() for _ in range(chunks_ahead(self._streams))]
+
+
+class Job:
+    """A merge as a worker sees it: the plan, and everything opened that its tiles need.
+
+    Parameters
+    ----------
+    plan
+        Which exposures, which tiles.
+    objects
+        The prepared output; None to merge without writing.
+    work
+        As the task names it.
+    """
+
+    def __init__(self, plan: MergePlan, objects: Objects | None, work: Work | None = None) -> None:
+        self.plan, self.objects = plan, objects
+        partials_on_device = 0 if work is None else work.partials_on_device
+        self._lease = None
+        if objects is not None and work is not None and work.lock:
+            self._lease = Leave(objects, work.lock, work.holder)
+        first = plan.exposures[0].sources[0]
+        self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
+        self._lanes = None
+        if partials_on_device:
+            dtype = open_one(first, SUM).dtype.name
+            self._lanes = Lanes(open_device(), plan.maps_of_exposure, partials_on_device, dtype)
+        self.written = (
+            {} if objects is None else open_partial_maps(objects, "", "", plan.maps.merged)
+        )
+        urls = {source.url for source in plan.sources}
+        self._streams_in = max(open_objects(url).streams for url in urls)
+        self._streams_out = 1 if objects is None else objects.streams
+        self._of_thread = threading.local()
+        self._blank: dict[str, list[bytes]] = {}
+        self._opened: OrderedDict[int, OpenExposure] = OrderedDict()
+        self._opening = threading.Lock()
+        self._is_compiled = False
+        self.compile_seconds = 0.0
+        """Time that compiling kernels took in this process; 0 where they were on the disk."""
+
+    def compile(self, watcher: Compiling) -> None:
+        """Compile or load the kernels, so that their compilation is not part of a tile's time."""
+        if self._is_compiled:
+            return
+        self._is_compiled = True
+        if self._lanes is None:  # on a GPU most kernels are others
+            exposure = self.plan.exposures[0]
+            opened = self.open(Piece(0, exposure.region, exposure.region))
+            self.compile_seconds = compile_kernels(
+                self.plan, exposure, self._space, opened.dtype_of, watcher
+            )
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether another tile may be begun: the run still owns the output, and is not stopping."""
+        return self._lease is None or self._lease.goes_on
+
+    @property
+    def memory(self) -> TileMemory:
+        """Memory of this thread."""
+        if not hasattr(self._of_thread, "memory"):
+            self._of_thread.memory = TileMemory(self.plan, self._streams_in)
+        memory: TileMemory = self._of_thread.memory
+        return memory
+
+    def release_memory(self) -> None:
+        """Give this thread's memory back."""
+        self._of_thread.__dict__.clear()
+
+    def open(self, piece: Piece) -> OpenExposure:
+        """Return the exposure of a piece, opened; the last ones that were used are kept."""
+        with self._opening:
+            found = self._opened.get(piece.exposure)
+            if found is None:
+                exposure = self.plan.exposures[piece.exposure]
+                found = OpenExposure(self.plan, exposure, self._space, self._lanes)
+                self._opened[piece.exposure] = found
+                if len(self._opened) > MAX_OPEN_EXPOSURES:
+                    self._opened.popitem(last=False)
+            self._opened.move_to_end(piece.exposure)
+            return found
+
+    def read_ahead(self, tiles: Sequence[Tile]) -> ReadAhead:
+        """Return a reader of everything that some tiles need, in order."""
+        return ReadAhead(self._requests(tiles), self._streams_in, self.memory.chunks)
+
+    def write_behind(self) -> WriteBehind:
+        """Return a writer for the output."""
+        return WriteBehind(self._streams_out)
+
+    def canvas(self, tile: Tile, pieces: Sequence[Piece]) -> Canvas | WholeTile:
+        """Return what the pieces of a tile are placed on."""
+        if covers_alone(pieces, tile):
+            number = self.plan.exposures[pieces[0].exposure].number
+            return WholeTile(number, self.plan.maps, tile.region.shape)
+        canvas = self.memory.canvas
+        canvas.begin(tile.region.shape, [piece.within for piece in pieces])
+        return canvas
+
+    def notes(self, piece: Piece) -> Notes:
+        """Return empty notes for a piece, with this thread's statistics if they are collected."""
+        statistics = self.memory.statistics
+        if statistics is not None:
+            statistics.begin(piece.region, self.open(piece).layout.counting)
+        return Notes(statistics)
+
+    def workspace(self, piece: Piece) -> Workspace:
+        """Return this thread's workspace, laid out for a piece."""
+        work = self.memory.workspace
+        work.shape = piece.region.shape
+        return work
+
+    def blank_chunk(self, name: str) -> list[bytes]:
+        """Return the encoded chunk of a map where no exposure is; encoded once."""
+        if name not in self._blank:
+            self._blank[name] = self.written[name].encode_blank()
+        return self._blank[name]
+
+    def decoded_nbytes(self, tile: Tile) -> int:
+        """Decoded bytes that a tile reads."""
+        return sum(
+            self.open(piece).decoded_nbytes_per_pixel * piece.region.size
+            for piece in self.plan.pieces(tile)
+        )
+
+    def _requests(self, tiles: Sequence[Tile]) -> Iterator[Request]:
+        for tile in tiles:
+            for piece in self.plan.pieces(tile):
+                # An exposure that cannot be opened is an error of the tile that needs it, and must
+                # not end those before it.
+                with suppress(OcelotError):
+                    yield from self.open(piece).requests(group_of(tile, piece), piece)
+
+
+def group_of(tile: Tile, piece: Piece) -> Group:
+    """Name what is read for a piece of a tile."""
+    return tile.iy, tile.ix, piece.exposure
+
+
+def covers_alone(pieces: Sequence[Piece], tile: Tile) -> bool:
+    """Whether one exposure has all pixels of a tile, and no other has any."""
+    return len(pieces) == 1 and pieces[0].within.shape == tile.region.shape
+
+
+def open_job(work: Work, watcher: Compiling | None = None) -> Job:
+    """Open a prepared output once per process; the run's id keeps old ones from being taken."""
+    with _opening:
+        job = _open_job(work)
+        with suppress(OcelotError):  # of the first exposure, which other tiles may not need
+            job.compile(watcher or Logged())
+        return job
+
+
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _open_job(work: Work) -> Job:
+    objects = open_objects(work.output)
+    attributes = read_attributes(objects)
+    if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != work.run_id:
+        raise StoreNotFoundError(
+            f"{work.output}: expected the output of run {work.run_id[:8]}, got something else; "
+            "workers must see the same storage as the driver"
+        )
+    return Job(read_plan(attributes, work.output), objects, work)
+
+
+def close_job() -> None:
+    """Give this process's tile buffers back."""
+    _open_job.cache_clear()

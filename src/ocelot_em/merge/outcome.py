@@ -1,0 +1,222 @@
+"""How tiles and merges end: summaries, outcomes, their count, and the report of a merge."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ocelot_em.errors import FormatError, InvalidInputError
+from ocelot_em.model.markup import pairs, seconds_text
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 50
+"""Failures after which a run is given up: the disk is full or the network is gone."""
+
+MAX_FAILURES_SHOWN = 20
+"""Failed tiles that an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileSummary:
+    """What is known about a tile after it was written; kept in the output as its done-mark.
+
+    Seconds are of the thread that merged it. Reading includes decoding, writing includes encoding,
+    and ``waited_seconds`` is the part of both in which there was nothing to do but wait for the
+    storage.
+    """
+
+    pixels: int
+    searched_pixels: int
+    read_seconds: float
+    fold_seconds: float
+    write_seconds: float
+    waited_seconds: float
+    read_nbytes: int
+    decoded_nbytes: int
+    written_nbytes: int
+
+    def __add__(self, other: "TileSummary") -> "TileSummary":
+        """Return the summary of both tiles together."""
+        added = {name: getattr(self, name) + getattr(other, name) for name in SUMMARY_FIELDS}
+        return replace(self, **added)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By what they were spent on; ``waited`` is a part of the others."""
+        names = "read", "fold", "write", "waited"
+        return {name: getattr(self, f"{name}_seconds") for name in names}
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """By what was done with them."""
+        return {name: getattr(self, f"{name}_nbytes") for name in ("read", "decoded", "written")}
+
+
+SUMMARY_FIELDS = tuple(TileSummary.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one tile ended: with a summary, or with an error in words."""
+
+    iy: int
+    ix: int
+    summary: TileSummary | None
+    error: str = ""
+    may_pass: bool = False
+    """Whether another try may go better: not for what lies in the data."""
+    where: str = ""
+    """Host and process that merged it."""
+
+
+class Tiles(Sequence[tuple[int, int]]):
+    """Rows and columns of some tiles of a grid, in eight bytes each.
+
+    Parameters
+    ----------
+    n_columns
+        Of the grid.
+    numbers
+        Of the tiles, counted row by row.
+    """
+
+    def __init__(self, n_columns: int, numbers: NDArray[np.int64]) -> None:
+        self._n_columns, self._numbers = n_columns, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Tiles": ...
+    def __getitem__(self, index: int | slice) -> "tuple[int, int] | Tiles":
+        if isinstance(index, slice):
+            return Tiles(self._n_columns, self._numbers[index])
+        return divmod(int(self._numbers[index]), self._n_columns)
+
+
+class Tally:
+    """Counts how tiles end.
+
+    Parameters
+    ----------
+    on_outcome
+        Is told, too.
+    give_up
+        Called when nothing but failures come.
+    """
+
+    def __init__(self, on_outcome: Callable[[Outcome], None], give_up: Callable[[], None]) -> None:
+        self._on_outcome, self._give_up = on_outcome, give_up
+        self._in_a_row = 0
+        self.totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
+        self.n_merged = 0
+        self.failed: dict[tuple[int, int], Outcome] = {}
+        self.has_given_up = False
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a tile, which may have failed before."""
+        where = outcome.iy, outcome.ix
+        if outcome.summary is None:
+            self.failed[where] = outcome
+            self._in_a_row += 1
+            log.error("tile (%d, %d): %s", *where, outcome.error)
+        else:
+            self.failed.pop(where, None)
+            self.totals = self.totals + outcome.summary
+            self.n_merged += 1
+            self._in_a_row = 0
+        self._on_outcome(outcome)
+        if self._in_a_row == MAX_FAILURES_IN_A_ROW:
+            self.has_given_up = True
+            self._give_up()
+
+    def may_pass(self, n_columns: int) -> "Tiles":
+        """Tiles that are worth another try."""
+        numbers = [iy * n_columns + ix for (iy, ix), end in self.failed.items() if end.may_pass]
+        return Tiles(n_columns, np.array(sorted(numbers), np.int64))
+
+    def in_words(self) -> str:
+        """Name the tiles that failed."""
+        shown = [
+            f"\n  - tile ({end.iy}, {end.ix}): {end.error}"
+            for end in islice(self.failed.values(), MAX_FAILURES_SHOWN)
+        ]
+        more = len(self.failed) - len(shown)
+        return "".join(shown) + (f"\n  ... and {more} more" if more else "")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Parameters
+    ----------
+    output
+        The merged store.
+    n_tiles, n_merged
+        Tiles in all, and those merged by this run (the others were done before).
+    seconds
+        Wall-clock time of this run, after compiling.
+    totals
+        Sums over the tiles of this run.
+    compile_seconds
+        What compiling kernels in this process took before, once after an installation.
+    """
+
+    output: str
+    n_tiles: int
+    n_merged: int
+    seconds: float
+    totals: TileSummary
+    compile_seconds: float = 0.0
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Decoded input bytes over wall-clock time."""
+        return self.totals.decoded_nbytes / max(self.seconds, 1e-9) / 1e9
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the workers' time spent in reading, folding and writing."""
+        seconds = {
+            "read": self.totals.read_seconds,
+            "fold": self.totals.fold_seconds,
+            "write": self.totals.write_seconds,
+        }
+        total = sum(seconds.values()) or 1.0
+        return {name: value / total for name, value in seconds.items()}
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the same time in which workers only waited for the storage."""
+        totals = self.totals
+        busy = totals.read_seconds + totals.fold_seconds + totals.write_seconds
+        return totals.waited_seconds / (busy or 1.0)
+
+    def _repr_html_(self) -> str:
+        """Summarise the merge for a notebook."""
+        shares = [f"{name} {share:.0%}" for name, share in self.shares.items()]
+        return pairs(
+            (
+                ("merged", self.output),
+                ("tiles", f"{self.n_merged:,} of {self.n_tiles:,} by this run"),
+                ("time", f"{seconds_text(self.seconds)}: {', '.join(shares)}"),
+                ("rate", f"{self.gigabytes_per_second:.3g} GB/s of decoded input"),
+            )
+        )
+
+
+def failure(iy: int, ix: int, error: Exception) -> Outcome:
+    """Return the outcome of a tile that failed.
+
+    Invalid data fail again; anything else may be a transient error.
+    """
+    in_data = isinstance(error, (InvalidInputError, FormatError))
+    return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", may_pass=not in_data)

@@ -1,0 +1,290 @@
+"""What is at an output: prepared for a merge, left by an interrupted one, or in the way."""
+
+import logging
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ocelot_em.errors import ChunkError, OutputExistsError, StoreNotFoundError
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, Tiles
+from ocelot_em.merge.plan import (
+    ON_CPU,
+    DeviceChoice,
+    Forecast,
+    MergeOptions,
+    MergePlan,
+    forecast,
+    make_plan,
+    plan_differences,
+    read_plan,
+    tile_size_of,
+    tiles_changed,
+)
+from ocelot_em.merge.stats import records
+from ocelot_em.model.regions import TileGrid
+from ocelot_em.store import arrays as store
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store.lock import FOLDER as LOCK_FOLDER
+from ocelot_em.store.lock import OutputLock
+from ocelot_em.store.objects import Objects, ReusedMemory, open_objects
+from ocelot_em.store.search import (
+    open_partial_maps,
+    provenance,
+    read_attributes,
+    read_search_space,
+    write_search_space,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A merge that can start: its plan, its forecast and the tiles that are missing.
+
+    Parameters
+    ----------
+    existing
+        What an earlier run left at the output, if anything, to go on with.
+    overwrites
+        Whether whatever is at the output is replaced.
+    stale
+        Tiles that it did, of which there is more to merge now.
+    """
+
+    plan: MergePlan
+    output: str
+    forecast: Forecast
+    existing: fmt.MergedAttributes | None
+    missing: Tiles
+    stale: Tiles
+    overwrites: bool = False
+
+
+def prepare(
+    inputs: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: MergeOptions,
+    device: DeviceChoice = ON_CPU,
+) -> Preparation:
+    """Plan a merge and find out what an interrupted run has done already; writes nothing.
+
+    Raises
+    ------
+    OcelotError
+        As :func:`ocelot_em.merge.plan.make_plan`; and :class:`OutputExistsError` where something
+        else is at the output.
+    """
+    objects = open_objects(output)
+    found = _existing_output(objects)  # also refuses to overwrite what is no merged result
+    existing = None if options.overwrite else found
+    if existing is not None and options.tile_size is None:
+        # The tile size was chosen by the run that is resumed.
+        earlier = tile_size_of(read_plan(existing, objects.url))
+        options = options.model_copy(update={"tile_size": earlier})
+    plan = make_plan(inputs, output, options, device)
+    done = np.zeros(plan.grid.counts, np.bool_)
+    stale = np.zeros(plan.grid.counts, np.bool_)
+    if existing is not None:
+        earlier_plan = read_plan(existing, objects.url)
+        differences = plan_differences(earlier_plan, plan)
+        if differences:
+            raise OutputExistsError(
+                f"{objects.url}: is already there, from another merge: {'; '.join(differences)}; "
+                "choose another output, or --overwrite to replace it"
+            )
+        for tile in tiles_changed(earlier_plan, plan):
+            stale[tile.iy, tile.ix] = True
+        # What an early version left unfinished has no records, without which it cannot be finished.
+        if existing.state == "complete" or records.has_records(objects, earlier_plan):
+            done = done_tiles(objects, plan.grid) & ~stale
+    n_columns = plan.grid.counts[1]
+    missing = Tiles(n_columns, np.flatnonzero(~done))
+    n_done = len(plan.grid) - len(missing)
+    prediction = forecast(plan, output, options, n_done, device)
+    return Preparation(
+        plan,
+        objects.url,
+        prediction,
+        existing,
+        missing,
+        Tiles(n_columns, np.flatnonzero(stale)),
+        options.overwrite,
+    )
+
+
+def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
+    """Look again, now that nobody else writes, at what an earlier run has done.
+
+    Returns
+    -------
+    Preparation
+        With all tiles as missing that are marked as done but are not on the disk, after a machine
+        lost its power.
+
+    Raises
+    ------
+    OutputExistsError
+        Another run has changed the output since the merge was planned.
+    """
+    objects = open_objects(ready.output)
+    there = None if ready.overwrites else _existing_output(objects)
+    if not ready.overwrites and there != ready.existing:
+        raise OutputExistsError(
+            f"{objects.url}: another run has changed it meanwhile; run the same command again"
+        )
+    if there is None or there.state == "complete" or not lock.power_was_lost:
+        return ready
+    earlier = read_plan(there, objects.url)
+    done = done_tiles(objects, earlier.grid)
+    torn = _torn_tiles(objects, earlier, Tiles(earlier.grid.counts[1], np.flatnonzero(done)))
+    for iy, ix in torn:
+        log.warning("tile (%d, %d) did not reach the disk, and is merged again", iy, ix)
+        objects.delete(mark_of(iy, ix))
+        done[iy, ix] = False
+    if torn:
+        missing = ready.plan.grid.counts[1], np.flatnonzero(~done)
+        n_done = len(ready.plan.grid) - len(missing[1])
+        ready = replace(
+            ready, missing=Tiles(*missing), forecast=replace(ready.forecast, n_done=n_done)
+        )
+    return ready
+
+
+def mark_of(iy: int, ix: int) -> str:
+    """Where the done-mark of a tile is."""
+    return f"{fmt.TILE_SUMMARY}/c/{iy}/{ix}"
+
+
+def create_output(
+    objects: Objects, ready: Preparation, options: MergeOptions
+) -> fmt.MergedAttributes:
+    """Write all metadata of the output; only this driver does, workers fill in chunks."""
+    plan = ready.plan
+    attributes = ready.existing
+    if attributes is None:
+        if options.overwrite:
+            objects.delete("", keep=LOCK_FOLDER)
+        attributes = _attributes_of(ready, options)
+        if not store.create_group(objects, "", fmt.dump_attributes(attributes)):
+            raise OutputExistsError(f"{objects.url}: another run has just created it")
+    elif ready.stale:
+        # Whoever reads now, or goes on after a crash, finds an unfinished merge without marks at
+        # tiles that are not what they will be.
+        unfinished = attributes.model_copy(update={"state": "writing", "finished": None})
+        store.update_attributes(objects, "", fmt.dump_attributes(unfinished))
+        for iy, ix in ready.stale:
+            objects.delete(mark_of(iy, ix))
+        attributes = _attributes_of(ready, options)
+        store.update_attributes(objects, "", fmt.dump_attributes(attributes))
+    elif attributes.state == "complete":
+        return attributes
+    for name in plan.maps.merged:
+        store.create_map(objects, name, name, plan.shape, plan.chunk)
+    if plan.search_space_digest is not None:
+        first = open_objects(plan.sources[0].url)
+        space = read_search_space(first, plan.search_space_digest)
+        if space is not None:
+            write_search_space(objects, space)
+    store.create_group(objects, fmt.TILE_SUMMARY.partition("/")[0], {})
+    records.create_records(objects, plan)
+    store.create_array(
+        objects,
+        fmt.TILE_SUMMARY,
+        shape=(*plan.grid.counts, len(SUMMARY_FIELDS)),
+        chunk=(1, 1, len(SUMMARY_FIELDS)),
+        dtype="float64",
+        fill=float("nan"),
+        dimensions=("tile_y", "tile_x", "field"),
+        attributes={"fields": list(SUMMARY_FIELDS)},
+    )
+    objects.sync()
+    return attributes
+
+
+def _attributes_of(ready: Preparation, options: MergeOptions) -> fmt.MergedAttributes:
+    """What an output that nothing is written of yet says of itself."""
+    plan, device = ready.plan, ready.forecast.device
+    return fmt.MergedAttributes(
+        format_version=fmt.FORMAT_VERSION,
+        kind="merged",
+        id=uuid.uuid4().hex,
+        state="writing",
+        shape=plan.shape,
+        valid_shape=plan.valid_shape,
+        exposures=plan.merged_exposures(),
+        canvas_origin=plan.canvas_origin,
+        pixel_size_angstrom=plan.pixel_size_angstrom,
+        pose_form=plan.pose_form,
+        has_pixel_size=plan.has_pixel_size,
+        has_counts=plan.has_counts,
+        has_decoded_poses=plan.has_decoded_poses,
+        search_space_digest=plan.search_space_digest,
+        total_projections=plan.total_projections,
+        partials=plan.contributions,
+        plan=plan.model_dump(mode="json"),
+        provenance=provenance(
+            inputs=list(dict.fromkeys(source.url for source in plan.sources)),
+            options=options.model_dump(mode="json")
+            | {"device": device.kind, "device_reason": device.reason},
+        ),
+    )
+
+
+def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
+    """Read what an earlier run left at the output; None if there is nothing."""
+    try:
+        attributes = read_attributes(objects)
+    except StoreNotFoundError:
+        if any(not key.startswith(f"{LOCK_FOLDER}/") for key in objects.sizes("")):
+            raise OutputExistsError(
+                f"{objects.url}: expected nothing or a merged result, got other files; choose "
+                "another output"
+            ) from None
+        return None
+    if not isinstance(attributes, fmt.MergedAttributes):
+        raise OutputExistsError(
+            f"{objects.url}: is a search, not a merged result; choose another output"
+        )
+    return attributes
+
+
+def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
+    """Which tiles are marked as done, by row and column; other files there are ignored."""
+    done = np.zeros(grid.counts, np.bool_)
+    prefix = f"{fmt.TILE_SUMMARY}/c/"
+    for key in objects.keys(prefix.rstrip("/")):
+        record = key.removeprefix(prefix).split("/")
+        if len(record) == 3 and all(part.isdecimal() for part in record):
+            with suppress(IndexError):
+                done[int(record[0]), int(record[1])] = True
+    return done
+
+
+def _torn_tiles(objects: Objects, plan: MergePlan, tiles: Tiles) -> list[tuple[int, int]]:
+    """Which of some tiles are marked as done but cannot be read."""
+    maps = open_partial_maps(objects, "", "", plan.maps.merged)
+    layouts = [records.Layout.of(plan, exposure) for exposure in plan.exposures]
+
+    def is_torn(where: tuple[int, int]) -> bool:
+        tile, memory = plan.grid.at(*where), ReusedMemory()
+        try:
+            for chunked in maps.values():
+                for chunk in chunked.grid.touching(tile.region):
+                    chunked.fetch(chunk, memory)
+            for piece in plan.pieces(tile):
+                layout = layouts[piece.exposure]
+                layout.check(objects, layout.number_of(*where))
+        except ChunkError:
+            return True
+        return False
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(is_torn, tiles)
+        return [where for where, torn in zip(tiles, found, strict=True) if torn]

@@ -1,0 +1,184 @@
+"""A tile on its way to the storage, or into memory."""
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+import numpy as np
+
+from ocelot_em.merge.fold import Notes
+from ocelot_em.merge.job import Job
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, TileSummary, failure
+from ocelot_em.merge.plan import Piece
+from ocelot_em.merge.resume import mark_of
+from ocelot_em.merge.stats import records
+from ocelot_em.model.maps import MAPS, AnyArray, Float64
+from ocelot_em.model.regions import Tile
+from ocelot_em.store import arrays as store
+from ocelot_em.store.transfer import Meter, ReadAhead, WriteBehind
+
+log = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+    """Where the maps of one tile go."""
+
+    def map(self, name: str, values: AnyArray) -> None:
+        """Take a merged map; its memory is used again afterwards."""
+        ...
+
+    def statistics(self, piece: Piece, notes: Notes) -> None:
+        """Take what was collected of a piece."""
+        ...
+
+    def shown(self, piece: Piece, shown: Float64) -> None:
+        """Take what the tile shows of a piece of a montage."""
+        ...
+
+    def blank(self) -> None:
+        """Take note that no exposure touches the tile."""
+        ...
+
+
+class KeptMaps:
+    """Keeps the maps of a tile in memory.
+
+    Parameters
+    ----------
+    job
+        The merge.
+    tile
+        Which one.
+    """
+
+    def __init__(self, job: Job, tile: Tile) -> None:
+        self._names, self._shape = job.plan.maps.merged, tile.region.shape
+        self.maps: dict[str, AnyArray] = {}
+
+    def map(self, name: str, values: AnyArray) -> None:
+        """Keep a copy, if the map is wanted."""
+        if name in self._names:
+            self.maps[name] = values.copy()
+
+    def statistics(self, piece: Piece, notes: Notes) -> None:
+        """Nothing is kept of them."""
+
+    def shown(self, piece: Piece, shown: Float64) -> None:
+        """Nothing is kept of it."""
+
+    def blank(self) -> None:
+        """Fill all maps with what says that nothing is there."""
+        for name in self._names:
+            about = MAPS[name]
+            self.maps[name] = np.full(self._shape, about.fill, about.dtypes[0])
+
+
+class TileWriter:
+    """Writes one tile, and says how long everything took that was done for it.
+
+    Parameters
+    ----------
+    job
+        The merge it belongs to.
+    tile
+        Which one.
+    incoming, outgoing
+        The reader and the writer of the thread.
+    """
+
+    def __init__(self, job: Job, tile: Tile, incoming: ReadAhead, outgoing: WriteBehind) -> None:
+        self._job, self._tile, self._outgoing = job, tile, outgoing
+        self._incoming = incoming
+        self._written: list[Future[None]] = []
+        self._searched_pixels = 0
+        self._read, self._write = Meter(), Meter()
+        self._fold_seconds = 0.0
+        self._error: Exception | None = None
+
+    def __enter__(self) -> "TileWriter":
+        """Begin the tile; an error within the context is kept for :meth:`finish`."""
+        self._started = time.perf_counter()
+        self._before = self._incoming.meter.copy(), self._outgoing.meter.copy()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        read, write = self._before
+        self._read = self._incoming.meter.since(read)
+        self._write = self._outgoing.meter.since(write)
+        seconds = time.perf_counter() - self._started
+        self._fold_seconds = seconds - self._read.seconds - self._write.seconds
+        if isinstance(error, Exception):
+            log.debug("%s failed", self._tile, exc_info=error)
+            self._error = error
+        return self._error is not None
+
+    def map(self, name: str, values: AnyArray) -> None:
+        """Encode a map of the tile, and have it written."""
+        with self._outgoing.metered():
+            target = self._job.written[name]
+            for chunk, parts in target.encode(self._tile.region, values):
+                self._put(target.key(chunk), parts)
+
+    def statistics(self, piece: Piece, notes: Notes) -> None:
+        """Encode what was collected of a piece, and have it written."""
+        self._searched_pixels += notes.searched_pixels
+        if notes.statistics is not None:
+            with self._outgoing.metered():
+                layout, number = self._record_of(piece)
+                for key, parts in records.encode_records(layout, notes.statistics, number):
+                    self._put(key, parts)
+
+    def shown(self, piece: Piece, shown: Float64) -> None:
+        """Encode what the tile shows of a piece of a montage, and have it written."""
+        with self._outgoing.metered():
+            layout, number = self._record_of(piece)
+            self._put(*records.encode_shown(layout, shown, number))
+
+    def blank(self) -> None:
+        """Have a tile written that no exposure touches."""
+        with self._outgoing.metered():
+            for name, target in self._job.written.items():
+                for chunk in target.grid.touching(self._tile.region):
+                    self._put(target.key(chunk), self._job.blank_chunk(name))
+
+    def finish(self) -> Outcome:
+        """Wait until everything is written, and mark the tile as done."""
+        tile, started, before = self._tile, time.perf_counter(), self._outgoing.meter.copy()
+        try:
+            self._outgoing.wait(self._written)
+            if self._error is not None:
+                raise self._error
+            waited = self._outgoing.meter.since(before).waited_seconds
+            summary = TileSummary(
+                pixels=tile.region.size,
+                searched_pixels=self._searched_pixels,
+                read_seconds=self._read.seconds,
+                fold_seconds=self._fold_seconds,
+                write_seconds=self._write.seconds + time.perf_counter() - started,
+                waited_seconds=self._read.waited_seconds + self._write.waited_seconds + waited,
+                read_nbytes=self._read.nbytes,
+                decoded_nbytes=self._job.decoded_nbytes(tile),
+                written_nbytes=self._write.nbytes,
+            )
+            self._mark_done(summary)
+        except Exception as error:
+            log.debug("%s failed", tile, exc_info=True)
+            return failure(tile.iy, tile.ix, self._error or error)
+        return Outcome(tile.iy, tile.ix, summary)
+
+    def _put(self, key: str, parts: Sequence[bytes]) -> None:
+        assert self._job.objects is not None
+        self._written.append(self._outgoing.put(self._job.objects, key, parts))
+
+    def _record_of(self, piece: Piece) -> tuple[records.Layout, int]:
+        """Return where the records of a piece's exposure are, and the number of this tile's."""
+        layout = self._job.open(piece).layout
+        return layout, layout.number_of(self._tile.iy, self._tile.ix)
+
+    def _mark_done(self, summary: TileSummary) -> None:
+        """Record that the tile is written; comes after its last chunk."""
+        assert self._job.objects is not None
+        values = np.array([[[getattr(summary, name) for name in SUMMARY_FIELDS]]], np.float64)
+        store.write_chunk(self._job.objects, f"{mark_of(self._tile.iy, self._tile.ix)}/0", values)
