@@ -19,7 +19,7 @@ from benchmarks import common
 from benchmarks.common import Run
 from benchmarks.merge import CASES, N_PARTIALS, N_WORKERS, merge_once
 from ocelot_em.merge.outcome import MergeReport
-from ocelot_em.merge.stats import records
+from ocelot_em.merge.stats import records, summary
 from ocelot_em.run.executors import ThreadExecutor
 
 
@@ -27,7 +27,7 @@ from ocelot_em.run.executors import ThreadExecutor
 def nothing_collected() -> Iterator[None]:
     with (
         mock.patch.object(records, "new_tile_statistics", return_value=None),
-        mock.patch.object(records, "finish", return_value=None),
+        mock.patch.object(summary, "finish", return_value=None),
     ):
         yield
 

@@ -27,22 +27,19 @@ import numpy as np
 from ocelot_em.merge.job import Work
 from ocelot_em.merge.merge import Executor, merge
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, TileSummary
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import Preparation
 from ocelot_em.model.maps import MAPS, MapSet, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store.attributes import DEFAULT_CHUNK
+from ocelot_em.store import constants
+from ocelot_em.store.constants import DEFAULT_CHUNK
+from ocelot_em.store.contract import Objects
 from ocelot_em.store.lock import OutputLock
-from ocelot_em.store.objects import Objects, open_objects
-from ocelot_em.store.search import (
-    partial_path,
-    read_attributes,
-    read_partials,
-    read_search_space,
-    write_search_space,
-)
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.partials import write_search_space
+from ocelot_em.store.search import partial_path, read_attributes, read_partials, read_search_space
 from ocelot_em.testing.simulation import STORE_NAME, TRUTH_NAME, Simulation, simulate
 
 PROJECTIONS_PER_POSE = 159
@@ -219,7 +216,7 @@ def repeated(
         "total_projections": sum(attributes.total_projections for _, attributes in taken),
     }
     store.create_group(large, "", fmt.dump_attributes(about.model_copy(update=changes)))
-    store.create_group(large, fmt.PARTIALS, {})
+    store.create_group(large, constants.PARTIALS, {})
     space = read_search_space(small, about.search_space_digest)
     if space is not None:
         write_search_space(large, space)

@@ -31,8 +31,8 @@ from ocelot_em.errors import OcelotError
 from ocelot_em.kernels import load_cuda
 from ocelot_em.kernels.device import Device, find_devices, open_device
 from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.run.executors import ThreadExecutor
 

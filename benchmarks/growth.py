@@ -30,12 +30,12 @@ from benchmarks.common import Run
 from ocelot_em.merge.job import Work
 from ocelot_em.merge.merge import Executor
 from ocelot_em.merge.outcome import Outcome, Tiles
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
-from ocelot_em.store.attributes import DEFAULT_CHUNK
+from ocelot_em.store.constants import DEFAULT_CHUNK
 
 N_THREADS = 2
 N_PARTIALS = 4

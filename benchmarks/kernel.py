@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ocelot_em.kernels import cpu
+from ocelot_em.kernels import cpu, cpu_statistics
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, SUM, Accumulator, MapSet, PartialMaps, PoseForm
 from ocelot_em.model.search_space import SearchSpace
 
@@ -71,7 +71,7 @@ def merge_rows(
         acc = Accumulator(here[MIP], picks, here[BEST_PARTIAL], total, squared_total, None)
         cpu.reset(acc)
         cpu.fold_all(acc, [cut(partial, band) for partial in partials], space)
-        cpu.finalise(acc, maps, space, here)
+        cpu_statistics.finalise(acc, maps, space, here)
 
 
 def stack(partials: list[PartialMaps]) -> list[np.ndarray]:

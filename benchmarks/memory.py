@@ -21,9 +21,9 @@ from ocelot_em.errors import TilesFailedError
 from ocelot_em.merge.job import Work
 from ocelot_em.merge.merge import Executor
 from ocelot_em.merge.outcome import Outcome, Tiles
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor
 
@@ -83,7 +83,7 @@ def measure(search: Path, n_tiles: int, **options: object) -> Memory:
     n_tiles
         How many tiles.
     **options
-        Of :class:`ocelot_em.merge.plan.MergeOptions`.
+        Of :class:`ocelot_em.model.options.MergeOptions`.
     """
     found = common.in_own_process(
         "benchmarks.memory", str(search), str(n_tiles), json.dumps(options)

@@ -23,9 +23,9 @@ from benchmarks.common import Run
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.merge.merge import Executor
 from ocelot_em.merge.outcome import MergeReport
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import WORKER_ENVIRONMENT
 from ocelot_em.run.executors import Attempt, ClientExecutor, ThreadExecutor
 

@@ -18,22 +18,16 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.common import Run
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import (
-    Exposure,
-    SearchInfo,
-    ensure_search,
-    partial_path,
-    read_attributes,
-    read_partials,
-    read_search_space,
-)
+from ocelot_em.store.partials import ensure_search
+from ocelot_em.store.search import partial_path, read_attributes, read_partials, read_search_space
+from ocelot_em.store.search_info import Exposure, SearchInfo
 
 SIDE, QUICK_SIDE = 2048, 256
 N_PARTIALS = 4

@@ -62,9 +62,7 @@ def crops_search(crops: list[Path], tmp_path: Path) -> Path:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Write chunks of 32 instead of 1024 pixels, so that small maps have several; their edge."""
     edge = 32
-    # The importer first: it would take the changed edge for its own if it were imported after.
-    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", edge)
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", edge)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", edge)
     return edge
 
 

@@ -15,7 +15,9 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.arrays import update_attributes
 from ocelot_em.store.attributes import dump_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import SearchInfo, partial_path, read_partial_attributes, write_partial
+from ocelot_em.store.partials import write_partial
+from ocelot_em.store.search import partial_path, read_partial_attributes
+from ocelot_em.store.search_info import SearchInfo
 
 expensive = settings(max_examples=settings.default.max_examples // 4)
 """For drawn examples that merge: fewer than usual, in whatever profile."""

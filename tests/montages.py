@@ -9,7 +9,8 @@ import numpy as np
 import ocelot_em
 from helpers import SPACE, make_result, read_maps
 from ocelot_em.model.maps import AnyArray
-from ocelot_em.store.search import Exposure, SearchInfo, write_partial
+from ocelot_em.store.partials import write_partial
+from ocelot_em.store.search_info import Exposure, SearchInfo
 
 
 @dataclass(frozen=True)

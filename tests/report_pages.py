@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ocelot_em.model.markup import Markup, element
-from ocelot_em.view.plots import new_figure
+from ocelot_em.view import report, report_sections
+from ocelot_em.view.figures import new_figure
 
 FIGURES = ["told", pytest.param("drawn", marks=pytest.mark.slow)]
 """Parameters of a fixture: the same tests draw their pages in the second tier."""
@@ -18,7 +19,8 @@ FIGURES = ["told", pytest.param("drawn", marks=pytest.mark.slow)]
 
 def tell_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have reports name what is in their figures, and leave out the rendering."""
-    monkeypatch.setattr("ocelot_em.view.report._drawing", _told)
+    for module in (report, report_sections):
+        monkeypatch.setattr(module, "drawing", _told)
 
 
 def _told(

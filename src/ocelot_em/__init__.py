@@ -12,31 +12,33 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ocelot_em.errors import OcelotError
-    from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
+    from ocelot_em.io.import_options import ImportOptions, read_search_space_file
+    from ocelot_em.io.leopard import import_results
     from ocelot_em.merge.in_memory import merge_arrays
     from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
     from ocelot_em.merge.outcome import MergeReport
-    from ocelot_em.merge.plan import MergeOptions
+    from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.run.api import Observer, merge
-    from ocelot_em.store.search import Exposure, PartialWriter, SearchInfo, write_partial
+    from ocelot_em.store.partials import PartialWriter, write_partial
+    from ocelot_em.store.search_info import Exposure, SearchInfo
     from ocelot_em.testing.simulation import Simulation, simulate
     from ocelot_em.view.inspection import StoreInfo, check, describe
 
 _HOME = {
-    "Exposure": "store.search",
-    "ImportOptions": "io.leopard",
-    "MergeOptions": "merge.plan",
+    "Exposure": "store.search_info",
+    "ImportOptions": "io.import_options",
+    "MergeOptions": "model.options",
     "MergeReport": "merge.outcome",
     "Observer": "run.api",
     "OcelotError": "errors",
-    "PartialWriter": "store.search",
+    "PartialWriter": "store.partials",
     "ParticleTable": "particles.table",
     "Region": "model.regions",
-    "SearchInfo": "store.search",
+    "SearchInfo": "store.search_info",
     "SearchSpace": "model.search_space",
     "Simulation": "testing.simulation",
     "StoreInfo": "view.inspection",
@@ -49,9 +51,9 @@ _HOME = {
     "merge_arrays": "merge.in_memory",
     "open_merged": "merge.lazy",
     "open_partials": "merge.lazy",
-    "read_search_space_file": "io.leopard",
+    "read_search_space_file": "io.import_options",
     "simulate": "testing.simulation",
-    "write_partial": "store.search",
+    "write_partial": "store.partials",
 }
 
 __all__ = [  # noqa: RUF022 - grouped as people look for them

@@ -27,7 +27,7 @@ from ocelot_em.errors import OutputLockedError, TilesFailedError
 from ocelot_em.merge.job import Work
 from ocelot_em.merge.merge import attempt_tiles, merge
 from ocelot_em.merge.outcome import Outcome
-from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import plan_merge
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor

@@ -32,7 +32,7 @@ from chaos_common import (
 )
 from ocelot_em import check, describe, merge
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.store import objects
+from ocelot_em.store.bucket import BucketObjects
 from ocelot_em.store.objects import open_objects
 
 boto3 = pytest.importorskip("boto3")
@@ -200,7 +200,7 @@ def faults(behind, search: Undisturbed, monkeypatch) -> Iterator[Faults]:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     # A process opens each place once, with the environment of that moment.
-    objects._open.cache_clear()
+    BucketObjects.opened.cache_clear()
     client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
     client.create_bucket(Bucket=BUCKET)
     for path in search.run.rglob("*"):
@@ -209,7 +209,7 @@ def faults(behind, search: Undisturbed, monkeypatch) -> Iterator[Faults]:
             client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
     client.close()
     yield made
-    objects._open.cache_clear()
+    BucketObjects.opened.cache_clear()
     proxy.shutdown()
     serving.join()
     proxy.server_close()

@@ -15,7 +15,7 @@ from helpers import chunk_bytes, make_result, write_search
 from ocelot_em.errors import StorageError, TilesFailedError
 from ocelot_em.merge.outcome import Outcome
 from ocelot_em.run.api import Observer
-from ocelot_em.store import objects
+from ocelot_em.store import contract, local
 
 pytestmark = pytest.mark.chaos
 
@@ -43,7 +43,7 @@ class Failing:
         self._number, self._every = number, every
         for name in ("readv", "writev"):
             monkeypatch.setattr(os, name, self._failing(getattr(os, name)))
-        monkeypatch.setattr(objects, "PAUSES_SECONDS", (0.001, 0.002, 0.004))
+        monkeypatch.setattr(contract, "PAUSES_SECONDS", (0.001, 0.002, 0.004))
 
     def _failing(self, call):
         def sometimes(*arguments):
@@ -80,7 +80,7 @@ def test_errors_that_pass_are_tried_again(place, tmp_path, monkeypatch, number) 
 def test_a_tile_that_failed_is_tried_again_when_the_others_are_done(
     place, tmp_path, monkeypatch
 ) -> None:
-    put, n_failed = objects._LocalObjects.put, 0
+    put, n_failed = local.LocalObjects.put, 0
 
     def fails_twice(self, key, parts):
         nonlocal n_failed
@@ -89,7 +89,7 @@ def test_a_tile_that_failed_is_tried_again_when_the_others_are_done(
             raise StorageError(f"cannot write {key}: a server was restarted")
         put(self, key, parts)
 
-    monkeypatch.setattr(objects._LocalObjects, "put", fails_twice)
+    monkeypatch.setattr(local.LocalObjects, "put", fails_twice)
     seen = Outcomes()
     with pytest.raises(TilesFailedError, match=r"1 of 16 tiles failed.*\n.*a server was restarted"):
         ocelot_em.merge(place / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=TILE, observer=seen)

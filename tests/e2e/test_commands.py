@@ -13,7 +13,8 @@ from conftest import CROPS, DATA
 from helpers import chunk_bytes, read_maps
 from ocelot_em import describe
 from ocelot_em.cli import demo, doctor
-from ocelot_em.cli.main import DONE, run
+from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.main import run
 from ocelot_em.io.ome_zarr import read_level
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.testing.simulation import Simulation

@@ -17,7 +17,8 @@ import ocelot_em
 from conftest import SHARED
 from helpers import read_maps
 from ocelot_em.io.mrc import write_mrc_set
-from ocelot_em.io.tables import LEOPARD_MAPS, Optics, with_maps_in, write_leopard_csv
+from ocelot_em.io.optics import LEOPARD_MAPS, Optics, with_maps_in
+from ocelot_em.io.tables import write_leopard_csv
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray
 from ocelot_em.particles.picking import find_peaks
 

@@ -25,11 +25,13 @@ from ocelot_em.errors import (
 from ocelot_em.io.hdf5 import write_hdf5
 from ocelot_em.io.ome_zarr import read_level, write_ome_zarr
 from ocelot_em.merge import resume
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.model.maps import MAPS, AnyArray, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import plan_merge
-from ocelot_em.store.objects import _LocalObjects, open_objects
-from ocelot_em.store.search import Exposure, SearchInfo, ensure_search, write_partial
+from ocelot_em.store.local import LocalObjects
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.partials import ensure_search, write_partial
+from ocelot_em.store.search_info import Exposure, SearchInfo
 from ocelot_em.testing.simulation import Simulation, simulate
 
 FILL = {name: info.fill for name, info in MAPS.items()}
@@ -405,7 +407,7 @@ def test_planning_many_exposures_reads_little_of_each(tmp_path, monkeypatch, n):
     read = Counter()
 
     def count(name):
-        method = getattr(_LocalObjects, name)
+        method = getattr(LocalObjects, name)
 
         def counted(self, key, *rest):
             read[key] += 1
@@ -415,7 +417,7 @@ def test_planning_many_exposures_reads_little_of_each(tmp_path, monkeypatch, n):
 
     with monkeypatch.context() as patched:
         for name in ("get", "get_into"):
-            patched.setattr(_LocalObjects, name, count(name))
+            patched.setattr(LocalObjects, name, count(name))
         ready, _ = plan_merge(search, tmp_path / "OUT.zarr", MergeOptions())
     assert max(read.values()) <= 4
     of_maps = [key for key in read if key.count("/") == 5]

@@ -14,7 +14,7 @@ from helpers import expensive
 from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.merge.stats.summary import read_summary
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable

@@ -10,7 +10,7 @@ from conftest import SHARED
 from exact_ranks import from_maps
 from helpers import make_result, read_maps, write_search
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
-from ocelot_em.merge.stats.records import Candidates
+from ocelot_em.merge.stats.candidates import Candidates
 from ocelot_em.model.histograms import Z_AXIS, Histogram1D
 from ocelot_em.model.maps import MIP, POSES, SCALED_MIP
 from ocelot_em.particles.gaussian import gaussian_cutoff

@@ -8,7 +8,8 @@ import pytest
 import ocelot_em
 from conftest import DATA, SHARED
 from helpers import read_maps
-from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
+from ocelot_em.io.import_options import ImportOptions, read_search_space_file
+from ocelot_em.io.leopard import import_results
 from ocelot_em.model.maps import POSES, AnyArray
 
 

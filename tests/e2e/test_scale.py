@@ -24,15 +24,16 @@ from ocelot_em.errors import TilesFailedError
 from ocelot_em.merge.job import Work
 from ocelot_em.merge.merge import attempt_tiles
 from ocelot_em.merge.outcome import Tiles
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import MAPS, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
 from ocelot_em.store import arrays as store
 from ocelot_em.store.arrays import ChunkedMap
-from ocelot_em.store.attributes import PARTIALS
-from ocelot_em.store.objects import _LocalObjects, open_objects
+from ocelot_em.store.constants import PARTIALS
+from ocelot_em.store.local import LocalObjects
+from ocelot_em.store.objects import open_objects
 from ocelot_em.testing.simulation import Simulation, simulate
 
 FORMS = [form.value for form in PoseForm]
@@ -199,7 +200,7 @@ def counting_requests():
 
     with pytest.MonkeyPatch.context() as patched:
         for name in ("get", "get_into", "size", "sizes", "children", "put"):
-            patched.setattr(_LocalObjects, name, counted(name, getattr(_LocalObjects, name)))
+            patched.setattr(LocalObjects, name, counted(name, getattr(LocalObjects, name)))
         yield requests
 
 
@@ -436,10 +437,10 @@ class WaitingStorage:
         self._reading = {tile: threading.Event() for tile in tiles}
         self._writing = {tile: threading.Event() for tile in tiles}
         for name, before in (("get_into", self._before_get), ("put", self._before_put)):
-            monkeypatch.setattr(_LocalObjects, name, self._watched(name, before))
+            monkeypatch.setattr(LocalObjects, name, self._watched(name, before))
 
     def _watched(self, name, before):
-        method = getattr(_LocalObjects, name)
+        method = getattr(LocalObjects, name)
 
         def watched(objects, key, data, *limits):
             path, is_chunk, place = key.partition("/c/")

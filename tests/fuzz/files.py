@@ -21,8 +21,9 @@ from ocelot_em.io.description import placed_exposures, read_description
 from ocelot_em.io.hdf5 import GROUP, import_hdf5
 from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch
 from ocelot_em.io.mrc import import_mrc_set
+from ocelot_em.io.optics import Optics
 from ocelot_em.io.origins import read_origins
-from ocelot_em.io.tables import Optics, read_parquet, write_parquet
+from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.yaml_file import read_yaml
 from ocelot_em.model.maps import COUNT, MIP
 from ocelot_em.model.search_space import TABLES

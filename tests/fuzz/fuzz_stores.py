@@ -22,11 +22,13 @@ with instrumented():
     import ocelot_em
     from ocelot_em.errors import OcelotError
     from ocelot_em.merge.plan import read_plan
-    from ocelot_em.merge.stats.records import read_summary
+    from ocelot_em.merge.stats.summary import read_summary
     from ocelot_em.store import attributes as fmt
+    from ocelot_em.store import constants, statistics_attributes
     from ocelot_em.store.blosc import Frame, encode
     from ocelot_em.store.metadata import parse_array, parse_group
-    from ocelot_em.store.search import Exposure, SearchInfo, write_partial
+    from ocelot_em.store.partials import write_partial
+    from ocelot_em.store.search_info import Exposure, SearchInfo
 
 Reader = Callable[[bytes], object]
 
@@ -78,7 +80,7 @@ def metadata(folder: Path) -> tuple[list[bytes], Reader]:
         fmt.SearchAttributes,
         fmt.PartialAttributes,
         fmt.ExposureAttributes,
-        fmt.StatisticsAttributes,
+        statistics_attributes.StatisticsAttributes,
     ]
 
     def read(data: bytes) -> None:
@@ -93,7 +95,7 @@ def metadata(folder: Path) -> tuple[list[bytes], Reader]:
 
         each(
             array,
-            lambda: parse_array(data, "here", "here", ("float32",), fmt.DIMENSIONS),
+            lambda: parse_array(data, "here", "here", ("float32",), constants.DIMENSIONS),
             merged,
             *(
                 lambda model=model: fmt.parse_attributes(model, parse_group(data, "here"), "here")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ocelot_em.cli import main as cli
 from ocelot_em.cli.config_file import add_config_option, apply_config, parse_arguments, write_config
 from ocelot_em.errors import InvalidInputError, StorageError
-from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.options import MergeOptions
 
 
 def even(text):

@@ -18,7 +18,7 @@ from builders import same_bits, snapshot
 from helpers import SPACE, assert_same_maps, make_result, read_maps
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidDataError, InvalidInputError
-from ocelot_em.io import leopard
+from ocelot_em.io import import_options, leopard
 from ocelot_em.io.description import (
     Description,
     import_description,
@@ -27,7 +27,8 @@ from ocelot_em.io.description import (
 )
 from ocelot_em.model.maps import COUNT, INDEX, MIP, PIXEL_SIZE, POSES, SUM
 from ocelot_em.model.search_space import TABLES, SearchSpace
-from ocelot_em.store.search import Exposure, SearchInfo, write_partial
+from ocelot_em.store.partials import write_partial
+from ocelot_em.store.search_info import Exposure, SearchInfo
 
 SHAPES = {"00": (12, 14), "01": (10, 16)}
 COUNTS = {"00": (70_000, 20_000), "01": (50_000, 40_000)}
@@ -558,7 +559,7 @@ def test_a_search_space_that_cannot_be_read_is_named_once(montage):
 def test_a_search_space_is_read_once(montage, monkeypatch):
     np.savez(montage.folder / "space.npz", **{name: getattr(SPACE, name) for name in TABLES})
     montage.content["search_space"] = "space.npz"
-    calls, read = [], leopard.read_search_space_file
+    calls, read = [], import_options.read_search_space_file
     monkeypatch.setattr(leopard, "read_search_space_file", lambda p: calls.append(p) or read(p))
     montage.imported()
     assert calls == [montage.folder / "space.npz"]

@@ -7,7 +7,7 @@ import pytest
 
 from ocelot_em.errors import DeviceError, MissingDependencyError
 from ocelot_em.kernels.device import CudaDevice, DeviceFacts, find_devices, open_device
-from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import clusters as cluster
 from ocelot_em.run.api import merge
 

@@ -21,7 +21,7 @@ from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.kernels.cuda import MOST_SOURCES, CudaKernels
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.merge import job
-from ocelot_em.merge.plan import DEVICE_TABLES_NBYTES
+from ocelot_em.merge.memory_model import DEVICE_TABLES_NBYTES
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.run import clusters as cluster
 from stacks import SPACE as TEST_SPACE

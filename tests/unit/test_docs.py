@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 
 import ocelot_em
+from ocelot_em.cli import exit_codes
 from ocelot_em.cli import main as cli
-from ocelot_em.merge import outcome, plan
+from ocelot_em.merge import memory_model, outcome
 from ocelot_em.merge.stats import collected
 from ocelot_em.model import maps
+from ocelot_em.model import options as options_module
 from ocelot_em.run import clusters as cluster
 from ocelot_em.run import executors as execute
 from ocelot_em.run import slurm
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import lock
+from ocelot_em.store import constants, lock, statistics_attributes
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "ocelot_em"
@@ -135,19 +137,24 @@ def test_every_command_is_described():
 
 
 def test_exit_codes_are_those_of_the_command_line():
-    codes = (cli.DONE, cli.FAILED, cli.REFUSED, cli.STOPPED, cli.INTERRUPTED)
+    codes = (
+        exit_codes.DONE,
+        exit_codes.FAILED,
+        exit_codes.REFUSED,
+        exit_codes.STOPPED,
+        exit_codes.INTERRUPTED,
+    )
     section = section_of("docs/operations.md", "Exit codes")
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)] == [*codes]
-    assert [int(code) for code in re.findall(r"^  (\d+) ", cli.EXIT_CODES, re.MULTILINE)] == [
-        *codes
-    ]
+    assert [
+        int(code) for code in re.findall(r"^  (\d+) ", exit_codes.EXIT_CODES, re.MULTILINE)
+    ] == [*codes]
 
 
 def test_events_of_the_log_are_described():
     calls = r"\.event\(\s*\"(\w+)\""
-    sources = [
-        (PACKAGE / name).read_text(encoding="utf-8") for name in ("run/runlog.py", "cli/main.py")
-    ]
+    writers = (PACKAGE / "run/runlog.py", *PACKAGE.glob("cli/*.py"))
+    sources = [path.read_text(encoding="utf-8") for path in writers]
     written = {"message", *(name for text in sources for name in re.findall(calls, text))}
     assert {*first_column("docs/operations.md", "The log")} - {"merged", "failed"} == written - {
         "merged"
@@ -345,7 +352,10 @@ FORMAT, BOTH = "docs/format.md", "Root, both kinds"
         (("Partial",), fmt.PartialAttributes.model_fields),
         (("Provenance",), fmt.Provenance.model_fields),
         (("Montages",), {*fmt.MergedExposure.model_fields}),
-        (("Statistics",), {*fmt.StatisticsAttributes.model_fields} - {"exposures"}),
+        (
+            ("Statistics",),
+            {*statistics_attributes.StatisticsAttributes.model_fields} - {"exposures"},
+        ),
         (("Tiles and their records",), {*outcome.SUMMARY_FIELDS, "progress"}),
         (("Maps",), maps.MAPS),
     ],
@@ -360,9 +370,11 @@ def megabytes(**changes):
     """Predicted memory of one worker with 1 and with 2 threads, MB."""
     chosen = {"form": maps.PoseForm.EXPLICIT, "streams": 1, "exposures": False} | changes
     kinds = maps.MapSet(chosen["form"], pixel_size=True, exposures=chosen["exposures"])
-    storage = plan.StorageShape((fmt.DEFAULT_CHUNK,) * 2, 4, chosen["streams"])
+    storage = memory_model.StorageShape((constants.DEFAULT_CHUNK,) * 2, 4, chosen["streams"])
     one, two = (
-        plan.worker_nbytes((plan.DEFAULT_TILE,) * 2, storage, kinds, plan.MergeOptions(threads=n))
+        memory_model.worker_nbytes(
+            (memory_model.DEFAULT_TILE,) * 2, storage, kinds, options_module.MergeOptions(threads=n)
+        )
         for n in (1, 2)
     )
     return (two - one) / 1e6
@@ -374,12 +386,12 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
 @pytest.mark.parametrize(
     ("page", "says"),
     [
-        ("docs/design.md", f"first tile ({plan.PROCESS_NBYTES // 2**20} MiB:"),
+        ("docs/design.md", f"first tile ({memory_model.PROCESS_NBYTES // 2**20} MiB:"),
         ("docs/design.md", f"not changed for {lock.STALE_SECONDS:.0f} seconds"),
         ("docs/design.md", f"a run of up to {execute.MOST_TILES_PER_TASK} neighbouring tiles"),
         ("docs/design.md", f"one candidate in {collected.PIXELS_PER_CANDIDATE} pixels"),
-        ("docs/design.md", f"({fmt.DEFAULT_CHUNK} x {fmt.DEFAULT_CHUNK} by default)"),
-        ("docs/scaling.md", f"{plan.PROCESS_NBYTES / 1e6:.0f} MB for each process"),
+        ("docs/design.md", f"({constants.DEFAULT_CHUNK} x {constants.DEFAULT_CHUNK} by default)"),
+        ("docs/scaling.md", f"{memory_model.PROCESS_NBYTES / 1e6:.0f} MB for each process"),
         ("docs/scaling.md", f"{EXPLICIT:.0f} (explicit) to {INDEXED:.0f} MB (indexed)"),
         ("docs/scaling.md", f"{megabytes(streams=8) - EXPLICIT:.0f} MB more for each thread"),
         *(
@@ -392,9 +404,12 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
         ("docs/reliability.md", f"else after {lock.STALE_SECONDS:.0f} s"),
         ("docs/gpu.md", f"its share of the cores, up to {cluster.MOST_GPU_THREADS}."),
         ("docs/format.md", f"has not changed for {lock.STALE_SECONDS:.0f} seconds"),
-        ("docs/format.md", f"at most {fmt.MAX_CHUNK_NBYTES // 2**20} MiB decoded"),
-        ("docs/format.md", f"a `zarr.json` of more than {fmt.MAX_METADATA_NBYTES // 2**20} MiB"),
-        ("docs/format.md", f"# The stored format, version {fmt.FORMAT_VERSION}"),
+        ("docs/format.md", f"at most {constants.MAX_CHUNK_NBYTES // 2**20} MiB decoded"),
+        (
+            "docs/format.md",
+            f"a `zarr.json` of more than {constants.MAX_METADATA_NBYTES // 2**20} MiB",
+        ),
+        ("docs/format.md", f"# The stored format, version {constants.FORMAT_VERSION}"),
         ("docs/format.md", f"{collected.N_FLAT} counts:"),
     ],
 )

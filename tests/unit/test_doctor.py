@@ -17,8 +17,10 @@ import pytest
 from distributed import LocalCluster
 
 from ocelot_em import __version__
-from ocelot_em.cli import doctor
-from ocelot_em.cli.doctor import Finding, WorkerFacts, examine
+from ocelot_em.cli import doctor, doctor_cluster
+from ocelot_em.cli.doctor import examine
+from ocelot_em.cli.doctor_cluster import WorkerFacts
+from ocelot_em.cli.finding import Finding
 from ocelot_em.errors import DeviceError
 from ocelot_em.kernels import load
 from ocelot_em.kernels.device import DeviceFacts
@@ -328,7 +330,7 @@ def cluster():
 
 
 def test_a_cluster(cluster, tmp_path):
-    findings = doctor._of_cluster(tmp_path, cluster.scheduler_address)
+    findings = doctor_cluster.of_cluster(tmp_path, cluster.scheduler_address)
     assert [(finding.name, finding.state) for finding in findings] == [
         ("cluster", "ok"),
         ("workers' versions", "ok"),
@@ -342,9 +344,9 @@ def test_a_cluster(cluster, tmp_path):
 
 
 def test_a_cluster_whose_workers_have_other_versions(cluster, monkeypatch, tmp_path):
-    here = doctor.loaded_versions()
-    monkeypatch.setattr(doctor, "loaded_versions", lambda: here | {"zarr": "2.0"})
-    findings = {f.name: f for f in doctor._of_cluster(tmp_path, cluster.scheduler_address)}
+    here = doctor_cluster.loaded_versions()
+    monkeypatch.setattr(doctor_cluster, "loaded_versions", lambda: here | {"zarr": "2.0"})
+    findings = {f.name: f for f in doctor_cluster.of_cluster(tmp_path, cluster.scheduler_address)}
     assert findings["workers' versions"] == Finding(
         "workers' versions",
         "problem",
@@ -362,11 +364,11 @@ def test_a_worker_that_does_not_answer(cluster, monkeypatch, tmp_path):
         await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
 
     hurried = types.SimpleNamespace(**vars(asyncio) | {"wait": wait})
-    monkeypatch.setattr(doctor, "asyncio", hurried)
+    monkeypatch.setattr(doctor_cluster, "asyncio", hurried)
     pid = next(iter(cluster.workers.values())).pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        findings = doctor._of_cluster(tmp_path, cluster.scheduler_address)
+        findings = doctor_cluster.of_cluster(tmp_path, cluster.scheduler_address)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert [(finding.name, finding.state) for finding in findings] == [
@@ -377,7 +379,7 @@ def test_a_worker_that_does_not_answer(cluster, monkeypatch, tmp_path):
         ("workers' clocks", "ok"),
     ]
     assert findings[1].says.startswith("no answer in 30 s (1 worker on 127.0.0.1); ")
-    assert timeouts == [doctor.ANSWER_SECONDS]
+    assert timeouts == [doctor_cluster.ANSWER_SECONDS]
     assert findings[3].says == f"1 worker can read and write {tmp_path}"
 
 
@@ -385,8 +387,8 @@ def test_workers_that_cannot_load_what_they_are_asked(cluster, monkeypatch, tmp_
     stranger = types.ModuleType("only_here")
     exec("def look_around(path, content): pass", stranger.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", stranger)
-    monkeypatch.setattr(doctor, "look_around", stranger.look_around)
-    findings = doctor._of_cluster(tmp_path, cluster.scheduler_address)
+    monkeypatch.setattr(doctor_cluster, "look_around", stranger.look_around)
+    findings = doctor_cluster.of_cluster(tmp_path, cluster.scheduler_address)
     assert [finding.name for finding in findings] == ["cluster", "workers"]
     assert findings[1].says == (
         """ModuleNotFoundError("No module named 'only_here'") (2 workers on 127.0.0.1); they """
@@ -411,26 +413,30 @@ def test_what_is_no_scheduler(monkeypatch, tmp_path):
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
-        (finding,) = doctor._of_cluster(tmp_path, address)
+        (finding,) = doctor_cluster.of_cluster(tmp_path, address)
     assert finding.state == "problem"
     assert f"no Dask scheduler answers at {address}: TimeoutError" in finding.says
     for address in ("tcp://127.0.0.1:9", "nonsense"):
-        (finding,) = doctor._of_cluster(tmp_path, address)
+        (finding,) = doctor_cluster.of_cluster(tmp_path, address)
         assert finding.state == "problem"
         assert f"no Dask scheduler answers at {address}: " in finding.says
 
 
 def test_what_workers_answer_is_judged(tmp_path):
-    here = doctor.loaded_versions()
+    here = doctor_cluster.loaded_versions()
     unlike = here | {"numba": "none that can be imported: ImportError: x"}
     answers = {
-        "tcp://a:1": doctor._Answer(WorkerFacts(100.0, 101.0, here, ""), 100.5, 102.0),
-        "tcp://b:1": doctor._Answer(WorkerFacts(80.0, 81.0, unlike, "cannot write"), 100.0, 102.0),
-        "tcp://b:2": doctor._Answer(WorkerFacts(80.0, 81.0, unlike, "cannot write"), 100.0, 102.0),
-        "tcp://c:1": doctor._Answer(WorkerFacts(100.5, 112.0, here, ""), 100.0, 102.0),
-        "tcp://d:1": doctor._Answer(OSError("gone"), 0, 0),
+        "tcp://a:1": doctor_cluster._Answer(WorkerFacts(100.0, 101.0, here, ""), 100.5, 102.0),
+        "tcp://b:1": doctor_cluster._Answer(
+            WorkerFacts(80.0, 81.0, unlike, "cannot write"), 100.0, 102.0
+        ),
+        "tcp://b:2": doctor_cluster._Answer(
+            WorkerFacts(80.0, 81.0, unlike, "cannot write"), 100.0, 102.0
+        ),
+        "tcp://c:1": doctor_cluster._Answer(WorkerFacts(100.5, 112.0, here, ""), 100.0, 102.0),
+        "tcp://d:1": doctor_cluster._Answer(OSError("gone"), 0, 0),
     }
-    assert doctor._of_workers(tmp_path, answers) == [
+    assert doctor_cluster._of_workers(tmp_path, answers) == [
         Finding(
             "workers",
             "problem",
@@ -459,30 +465,33 @@ def test_what_workers_answer_is_judged(tmp_path):
 
 def test_many_hosts_are_counted():
     workers = [f"tcp://host{n}:1" for n in range(8)]
-    assert doctor._told({"bad": workers}) == (
+    assert doctor_cluster._told({"bad": workers}) == (
         "bad (8 workers on host0, host1, host2, host3, host4 and 3 more)"
     )
 
 
 def test_a_folder_that_workers_do_not_share(monkeypatch, tmp_path):
     file = tmp_path / "F"
-    assert doctor.try_folder(str(file), b"x") == (
+    assert doctor_cluster.try_folder(str(file), b"x") == (
         "cannot read what is written there: No such file or directory"
     )
     file.write_bytes(b"y")
-    assert doctor.try_folder(str(file), b"x") == "reads something else than what is written there"
-    assert doctor.try_folder(str(file), b"y") == ""
+    assert (
+        doctor_cluster.try_folder(str(file), b"x")
+        == "reads something else than what is written there"
+    )
+    assert doctor_cluster.try_folder(str(file), b"y") == ""
     assert list(tmp_path.iterdir()) == [file]
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    assert doctor.try_folder(str(file), b"y") == "cannot write there: Permission denied"
+    assert doctor_cluster.try_folder(str(file), b"y") == "cannot write there: Permission denied"
 
 
 def test_packages_that_cannot_be_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    versions = doctor.loaded_versions()
+    versions = doctor_cluster.loaded_versions()
     assert versions["numba"].startswith("none that can be imported: ModuleNotFoundError: ")
     assert versions["numpy"] == np.__version__

@@ -13,7 +13,7 @@ from ocelot_em.merge.fold import Fold, Notes
 from ocelot_em.model.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.attributes import Contribution
-from ocelot_em.store.search import Source
+from ocelot_em.store.sources import Source
 from ocelot_em.store.transfer import READ_TOGETHER
 from stacks import (
     assert_same_bits,

@@ -8,6 +8,7 @@ import pytest
 from ocelot_em.errors import FormatError
 from ocelot_em.model.maps import MAPS, PoseForm
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants
 
 PROVENANCE = fmt.Provenance(created="2026-01-01T00:00:00+00:00", versions={"ocelot-em": "0.1.0"})
 SEARCH = fmt.SearchAttributes(
@@ -132,15 +133,15 @@ def test_another_zarr_group_is_not_a_store(attributes):
 
 
 def test_fill_values_say_not_searched():
-    assert fmt.fill_value("best_global_index") == fmt.fill_value("best_partial") == -1
-    assert fmt.fill_value("total_projections") == 0
-    assert fmt.fill_value("source_exposure") == -1
+    assert constants.fill_value("best_global_index") == constants.fill_value("best_partial") == -1
+    assert constants.fill_value("total_projections") == 0
+    assert constants.fill_value("source_exposure") == -1
     integers = {"best_global_index", "best_partial", "source_exposure", "total_projections"}
-    assert all(math.isnan(fmt.fill_value(name)) for name in MAPS if name not in integers)
+    assert all(math.isnan(constants.fill_value(name)) for name in MAPS if name not in integers)
 
 
 def test_every_map_says_its_meaning_and_unit():
     for name in MAPS:
-        attributes = fmt.map_attributes(name)
+        attributes = constants.map_attributes(name)
         assert attributes["long_name"]
         assert attributes["units"] in ("1", "degree", "angstrom")

@@ -30,7 +30,8 @@ from ocelot_em.errors import (
 from ocelot_em.io import hdf5
 from ocelot_em.io import leopard_maps as map_set
 from ocelot_em.io.hdf5 import import_hdf5, write_hdf5
-from ocelot_em.io.leopard import ImportOptions, import_results
+from ocelot_em.io.import_options import ImportOptions
+from ocelot_em.io.leopard import import_results
 from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch
 from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
 from ocelot_em.model.maps import SCALED_MIP
@@ -44,8 +45,7 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 def use_small_pieces(monkeypatch):
     """Chunks of 32 pixels, of 16 in files, and bands of few, so that small maps have many."""
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
-    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 32)
     monkeypatch.setattr(map_set, "LEAST_ROWS", 20)
     monkeypatch.setattr(map_set, "BAND_PX", 1500)
     monkeypatch.setattr(hdf5, "CHUNK", 16)
@@ -281,7 +281,7 @@ def test_every_chunk_is_written_once(merged, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     monkeypatch.setattr(hdf5, "CHUNK", 64)
     shape, whole = (1024, 512), 4 * 1024 * 512
@@ -303,8 +303,7 @@ def test_writing_does_not_touch_the_store(merged, tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the whole real search is not on this machine")
 def test_a_real_search_makes_the_round_trip(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
-    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     monkeypatch.setattr(hdf5, "CHUNK", 64)
     options = ImportOptions(

@@ -5,9 +5,9 @@ import pytest
 
 import ocelot_em
 from helpers import make_result
-from ocelot_em.merge.stats.records import read_exposure_statistics, read_summary
+from ocelot_em.merge.stats.summary import read_exposure_statistics, read_summary
 from ocelot_em.particles.quality import montage_out_of_line, partials_out_of_line
-from ocelot_em.store.search import write_partial
+from ocelot_em.store.partials import write_partial
 
 SHAPE, COUNTS = (120, 130), (1000, 2000, 1500)
 

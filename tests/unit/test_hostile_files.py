@@ -37,8 +37,10 @@ from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.io.hdf5 import GROUP, import_hdf5
 from ocelot_em.io.leopard_maps import FinishedSearch
 from ocelot_em.io.mrc import import_mrc_set
-from ocelot_em.io.origins import Origin, read_origins
-from ocelot_em.io.tables import Optics, read_parquet, write_parquet
+from ocelot_em.io.optics import Optics
+from ocelot_em.io.origin import Origin
+from ocelot_em.io.origins import read_origins
+from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.yaml_file import read_yaml
 from ocelot_em.model.maps import COUNT, MIP
 from ocelot_em.particles.table import ParticleTable
@@ -663,7 +665,7 @@ def test_a_table_larger_than_any(tmp_path, monkeypatch):
         file.truncate(2**30 + 1)  # takes no room on the disk
     assert "expected at most 1,073,741,824 bytes" in refusal_of(ParticleTable.read_csv, path)
     write_parquet(particles(3), tmp_path / "P.parquet")
-    monkeypatch.setattr("ocelot_em.io.tables.MAX_PARTICLES", 2)
+    monkeypatch.setattr("ocelot_em.io.parquet.MAX_PARTICLES", 2)
     problem = refusal_of(read_parquet, tmp_path / "P.parquet")
     assert "expected at most 2 particles, got 3" in problem
 

@@ -37,12 +37,15 @@ from ocelot_em.errors import (
     OcelotError,
     StorageError,
 )
-from ocelot_em.merge.plan import MergeOptions, make_plan
-from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.merge.planning import make_plan
+from ocelot_em.merge.stats.summary import read_summary
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.particles.picking import all_candidates
 from ocelot_em.store import arrays as store
-from ocelot_em.store.objects import _CHECKED_SECONDS, open_objects
-from ocelot_em.store.search import Exposure, SearchInfo, write_partial
+from ocelot_em.store.local import _CHECKED_SECONDS
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.partials import write_partial
+from ocelot_em.store.search_info import Exposure, SearchInfo
 from work import assert_linear, calls_of
 
 SHAPE = (40, 50)
@@ -728,7 +731,7 @@ LEAVING = "leads out of the store"
     ],
 )
 def test_a_link_that_leads_out_is_not_read(stores, tmp_path, monkeypatch, outside, at, reads):
-    monkeypatch.setattr("ocelot_em.store.objects._CHECKED_SECONDS", 0.0)
+    monkeypatch.setattr("ocelot_em.store.local._CHECKED_SECONDS", 0.0)
     place = shutil.copytree(stores / "explicit", tmp_path / "RUN")
     reads(place)  # what was looked at before, is looked at again
     target = place / at
@@ -744,7 +747,7 @@ def test_folders_that_were_looked_at_are_looked_at_again_after_a_while(
     stores, tmp_path, monkeypatch, outside
 ):
     now = [1000.0]
-    monkeypatch.setattr("ocelot_em.store.objects.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("ocelot_em.store.local.time", SimpleNamespace(monotonic=lambda: now[0]))
     place = shutil.copytree(stores / "explicit", tmp_path / "RUN")
     objects, key = open_objects(place), "partials/gpu0/mip/zarr.json"
     before = objects.get(key)

@@ -17,29 +17,27 @@ from builders import explicit_maps, idle_maps
 from helpers import read_maps
 from ocelot_em import Exposure, SearchInfo, write_partial
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.records import open_merged_result, read_exposure_statistics, read_summary
+from ocelot_em.merge.stats.summary import open_merged_result, read_exposure_statistics, read_summary
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.objects import open_objects
+from ocelot_em.view.montage import Coverage, Montage
 from ocelot_em.view.montage_plots import (
-    Coverage,
-    Montage,
     outline_exposures,
     plot_exposures,
     plot_partials_of_exposures,
     plot_seams,
 )
-from ocelot_em.view.plots import (
-    RED,
+from ocelot_em.view.plots import RED, plot_zscore
+from ocelot_em.view.report import save_overview, write_report
+from ocelot_em.view.statistics_plots import (
     plot_correlations,
     plot_distributions,
     plot_joint,
     plot_partials,
     plot_survival,
-    plot_zscore,
 )
-from ocelot_em.view.report import save_overview, write_report
 from report_pages import FIGURES, tell_figures
 
 SHAPE = (60, 70)
@@ -164,7 +162,9 @@ def test_particles_are_where_they_lie_on_the_canvas(words_of, montage, tmp_path,
     drawn = plot_zscore(montage, particles=particles).collections[-1].get_offsets()
     np.testing.assert_array_equal(drawn, np.stack([x, y], axis=1) + 0.5)
     cut_out = []
-    monkeypatch.setattr("ocelot_em.view.report.plot_crop", lambda *given: cut_out.append(given[1]))
+    monkeypatch.setattr(
+        "ocelot_em.view.report_sections.plot_crop", lambda *given: cut_out.append(given[1])
+    )
     words = words_of(montage, tmp_path, particles=particles, max_zooms=3)
     assert cut_out == list(zip(y[:3].tolist(), x[:3].tolist(), strict=True))
     assert "3: z = 9.50 (hidden)" in words
@@ -336,7 +336,7 @@ def test_partials_are_compared_within_their_exposure(words_of, tmp_path, rng):
 
 def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     """The highest of two z-scores is higher than one: overlaps look brighter."""
-    for module in ("health", "montage_plots"):
+    for module in ("particles.quality", "view.montage_plots", "view.montage_sections"):
         monkeypatch.setattr(f"ocelot_em.{module}.FEWEST_SHOWN", 100)
     store = montages / "max-zscore.zarr"
     shift = {
@@ -359,12 +359,14 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
 
 
 def test_more_exposures_than_rows(words_of, tmp_path, rng, monkeypatch):
-    monkeypatch.setattr("ocelot_em.view.montage_plots.MOST_BARS", 5)
+    for module in ("montage_plots", "montage_sections"):
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MOST_BARS", 5)
     monkeypatch.setattr("ocelot_em.view.montage_plots.MOST_LABELS", 5)
-    monkeypatch.setattr("ocelot_em.view.montage_plots.ROWS_SHOWN", 6)
-    monkeypatch.setattr("ocelot_em.view.montage_plots.FEWEST_SHOWN", 10)
-    monkeypatch.setattr("ocelot_em.view.report._PROBLEMS_SHOWN", 1)
-    monkeypatch.setattr("ocelot_em.view.report._PROBLEMS_LISTED", 2)
+    monkeypatch.setattr("ocelot_em.view.montage_sections.ROWS_SHOWN", 6)
+    for module in ("montage_plots", "montage_sections"):
+        monkeypatch.setattr(f"ocelot_em.view.{module}.FEWEST_SHOWN", 10)
+    monkeypatch.setattr("ocelot_em.view.report_sections._PROBLEMS_SHOWN", 1)
+    monkeypatch.setattr("ocelot_em.view.report_sections._PROBLEMS_LISTED", 2)
     for k in range(10):
         partials = [(noise(rng, (12, 12), 100), 100) for _ in range(2)]
         for maps, _ in partials:

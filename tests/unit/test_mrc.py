@@ -36,7 +36,8 @@ from ocelot_em.errors import (
     StoreNotFoundError,
 )
 from ocelot_em.io import leopard_maps as map_set
-from ocelot_em.io.leopard import ImportOptions, import_results, read_search_space_file
+from ocelot_em.io.import_options import ImportOptions, read_search_space_file
+from ocelot_em.io.leopard import import_results
 from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedMaps, FinishedSearch, band_grid
 from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
 from ocelot_em.model.maps import MEAN, MIP, PIXEL_SIZE, SCALED_MIP, SQUARED_SUM, STD, SUM
@@ -52,8 +53,7 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 def use_small_pieces(monkeypatch):
     """Chunks of 32 pixels and bands of few, so that small maps have many."""
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
-    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 32)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 32)
     monkeypatch.setattr(map_set, "LEAST_ROWS", 20)
     monkeypatch.setattr(map_set, "BAND_PX", 1500)
 
@@ -533,7 +533,7 @@ def test_chunks_are_read_once_per_map(merged, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     shape = (1024, 1024)
     whole = 4 * 1024 * 1024
@@ -583,8 +583,7 @@ def test_leopard_em_itself_reads_the_files(merged, tmp_path):
     ],
 )
 def test_a_real_search_is_what_leopard_writes(tmp_path, poses, monkeypatch):
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
-    monkeypatch.setattr("ocelot_em.io.leopard.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 128)
     monkeypatch.setattr(map_set, "BAND_PX", 2**15)
     tables = SHARED / "search_space.npz"
     options = ImportOptions(

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from ocelot_em.errors import StorageError
-from ocelot_em.store.objects import ReusedMemory, open_objects
+from ocelot_em.store.contract import ReusedMemory
+from ocelot_em.store.objects import open_objects
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def merged_once(tmp_path_factory):
     place = tmp_path_factory.mktemp("merged")
     info = SearchInfo(template_box=BOX, pixel_size_angstrom=2.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
+        patch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 32)
         for number in range(2):
             maps = explicit_maps(SHAPE, number)
             write_partial(place / "R", f"p{number}", maps, total_projections=1000, search=info)
@@ -265,7 +265,7 @@ def test_every_pixel_of_the_store_is_read_once_and_few_at_a_time(merged, monkeyp
 def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "CHUNK", 64)
     monkeypatch.setattr(ome_zarr, "BLOCK", 128)
-    monkeypatch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 128)
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 128)
     shape = (64, 16384)
     maps = explicit_maps(shape)
     write_partial(tmp_path / "R", "p", maps, total_projections=1000)

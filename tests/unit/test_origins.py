@@ -16,7 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.io.origins import Origin, read_origins
+from ocelot_em.io.origin import Origin
+from ocelot_em.io.origins import read_origins
 
 TABLE = """\
 exposure,y,x,acquired,defocus

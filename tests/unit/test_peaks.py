@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import SHARED
 from exact_ranks import from_maps
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.io.leopard import read_search_space_file
+from ocelot_em.io.import_options import read_search_space_file
 from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
 from ocelot_em.model.maps import POSES
 from ocelot_em.particles.gaussian import gaussian_cutoff

@@ -1,6 +1,7 @@
 """What a merge collects, against counting in the finished maps."""
 
 import dataclasses
+import importlib
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from ocelot_em.errors import FormatError, MissingChunkError
 from ocelot_em.kernels import load_collect
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.merge import job
-from ocelot_em.merge.stats import collected, records
+from ocelot_em.merge.stats import collected
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
     Counting,
@@ -21,13 +22,14 @@ from ocelot_em.merge.stats.collected import (
     TileStatistics,
     neighbours_of,
 )
-from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.merge.stats.summary import read_summary
 from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
 from ocelot_em.model.maps import MapSet
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.picking import all_candidates
 from ocelot_em.run import clusters as cluster
-from ocelot_em.store.search import SearchInfo, write_partial
+from ocelot_em.store.partials import write_partial
+from ocelot_em.store.search_info import SearchInfo
 
 COUNTS = (1000, 2**31 + 7, 300, 25)
 SHAPE, BOX = (70, 90), 11
@@ -52,7 +54,9 @@ def make_search(place, rng, *, indexed=False):
 @pytest.fixture
 def low_level(monkeypatch):
     """Makes a fortieth of the pixels candidates, with room for all."""
-    monkeypatch.setattr(records, "candidate_level", lambda _: 6.5)
+    for name in ("layout", "summary", "candidates"):
+        module = importlib.import_module(f"ocelot_em.merge.stats.{name}")
+        monkeypatch.setattr(module, "candidate_level", lambda _: 6.5)
     monkeypatch.setattr(collected, "FEWEST_CANDIDATES", 6300)
 
 
@@ -148,7 +152,9 @@ def assert_candidates(output, maps, indexed):
 
 
 def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(records, "candidate_level", lambda _: 4.0)
+    for name in ("layout", "summary", "candidates"):
+        module = importlib.import_module(f"ocelot_em.merge.stats.{name}")
+        monkeypatch.setattr(module, "candidate_level", lambda _: 4.0)
     search, _ = make_search(tmp_path / "RUN.zarr", rng)
     ocelot_em.merge(search, tmp_path / "OUT.zarr", threads=2, tile_size=33)
     z = valid_of(read_maps(tmp_path / "OUT.zarr"))["scaled_mip"]

@@ -16,30 +16,33 @@ from helpers import make_result, read_maps, write_search
 from ocelot_em import ImportOptions, import_results, write_partial
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.io.ome_zarr import write_ome_zarr
-from ocelot_em.merge.stats.records import open_merged_result, read_summary
+from ocelot_em.merge.result import MergedMaps
+from ocelot_em.merge.stats.summary import open_merged_result, read_summary
 from ocelot_em.model.markup import Markup, element, nbytes_text, seconds_text, table
 from ocelot_em.model.regions import Region
-from ocelot_em.particles.picking import MergedMaps, find_peaks
+from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.arrays import update_attributes, write_chunk
 from ocelot_em.store.attributes import dump_attributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.testing.simulation import Simulation, simulate
+from ocelot_em.view.figures import MOST_BARS
 from ocelot_em.view.plots import (
-    MOST_BARS,
-    plot_correlations,
     plot_crop,
     plot_defocus,
-    plot_distributions,
-    plot_joint,
-    plot_partials,
     plot_poses,
     plot_psi,
-    plot_survival,
     plot_zscore,
     pooled_zscore,
 )
 from ocelot_em.view.report import write_report
+from ocelot_em.view.statistics_plots import (
+    plot_correlations,
+    plot_distributions,
+    plot_joint,
+    plot_partials,
+    plot_survival,
+)
 from report_pages import FIGURES, tell_figures
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'$x^2$.zarr"
@@ -251,9 +254,10 @@ def test_a_partial_out_of_line_is_named(report_of, tmp_path, rng):
 
 @pytest.mark.parametrize("n_partials", [13, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_partials):
-    for module in ("plots", "report"):
-        monkeypatch.setattr(f"ocelot_em.{module}.MOST_CIRCLES", 1000)
-    monkeypatch.setattr("ocelot_em.view.plots.MOST_BARS", min(n_partials - 1, MOST_BARS))
+    for module in ("plots", "report_sections"):
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MOST_CIRCLES", 1000)
+    for module in ("figures", "statistics_plots"):
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MOST_BARS", min(n_partials - 1, MOST_BARS))
     results = [make_result(rng, (60, 60), 1000) for _ in range(n_partials)]
     write_search(tmp_path / "RUN.zarr", results, [1000] * n_partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
@@ -273,7 +277,7 @@ def chunked(tmp_path_factory):
     place, rng = tmp_path_factory.mktemp("chunked"), np.random.default_rng(3)
     results = [make_result(rng, (90, 150), 1000) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ocelot_em.store.attributes.DEFAULT_CHUNK", 32)
+        patch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 32)
         write_search(place / "RUN.zarr", results, [1000, 1000])
         ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", tile_size=32)
     return place / "OUT.zarr"

@@ -46,7 +46,9 @@ from ocelot_em.errors import (
     StoreNotFoundError,
 )
 from ocelot_em.model.maps import INDEX, MIP, PIXEL_SIZE, SUM
+from ocelot_em.store import partials
 from ocelot_em.store import search as searches
+from ocelot_em.store import sources as sources_module
 from ocelot_em.store.objects import open_objects
 
 
@@ -581,7 +583,7 @@ def test_partials_come_by_order_and_then_as_people_count(tmp_path):
         write_partial(tmp_path / "R", name, explicit_maps(), total_projections=1, order=order)
     expected = ["z", "gpu9", "gpu10", "node2-gpu1", "node10-gpu1", "last"]
     assert open_partials(tmp_path / "R").partial.values.tolist() == expected
-    _, [(exposure, sources)] = searches.open_sources(open_objects(tmp_path / "R"))
+    _, [(exposure, sources)] = sources_module.open_sources(open_objects(tmp_path / "R"))
     assert exposure.id == ""
     assert [source.name for source in sources] == expected
     assert [source.first_number for source in sources] == list(range(6))
@@ -589,14 +591,14 @@ def test_partials_come_by_order_and_then_as_people_count(tmp_path):
 
 def test_opening_what_is_not_there(tmp_path):
     with pytest.raises(StoreNotFoundError):
-        searches.open_sources(open_objects(tmp_path / "nothing"))
+        sources_module.open_sources(open_objects(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
 
 
 def test_a_search_without_partials_is_incomplete(tmp_path):
-    searches.ensure_search(open_objects(tmp_path / "R"), (5, 6), SearchInfo())
+    partials.ensure_search(open_objects(tmp_path / "R"), (5, 6), SearchInfo())
     with pytest.raises(IncompleteError, match="no partials"):
-        searches.open_sources(open_objects(tmp_path / "R"))
+        sources_module.open_sources(open_objects(tmp_path / "R"))
 
 
 def edit_json(file, *keys, value):

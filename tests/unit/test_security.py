@@ -16,7 +16,7 @@ from builders import write_explicit_search
 from ocelot_em import merge
 from ocelot_em.cli import main as cli
 from ocelot_em.errors import InvalidInputError, PlanError
-from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import security
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import open_cluster

@@ -27,17 +27,14 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.gaussian import gaussian_cutoff
-from ocelot_em.testing.simulation import (
-    _TRUTH_POSES,
-    MIN_SPACING_PX,
+from ocelot_em.testing.noise import maximum_of_normals
+from ocelot_em.testing.recovery import (
     TRUTH_DTYPE,
+    TRUTH_POSES,
     Recovery,
-    Simulation,
-    _maximum_of_normals,
     compare_with_truth,
-    simulate,
-    write_truth,
 )
+from ocelot_em.testing.simulation import MIN_SPACING_PX, Simulation, simulate, write_truth
 
 SHAPE = (530, 600)
 SIMULATION = Simulation(SHAPE, n_partials=3, n_particles=40, seed=11, form=PoseForm.INDEXED)
@@ -163,20 +160,20 @@ def test_the_table_is_accurate(n):
     for e in (draws / n).tolist():
         p = -math.expm1(-e)
         expected.append(-normal.inv_cdf(p) if p < 0.5 else normal.inv_cdf(math.exp(-e)))
-    np.testing.assert_allclose(_maximum_of_normals(draws, n), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(maximum_of_normals(draws, n), expected, atol=1e-4, rtol=0)
 
 
 def test_extreme_draws_stay_finite():
     draws = np.array([0.0, 5e-324, 1e-300, 63.9, 1e300])
-    assert np.isfinite(_maximum_of_normals(draws, 15)).all()
-    assert (np.diff(_maximum_of_normals(np.geomspace(1e-15, 60, 1000), 15)) <= 0).all()
+    assert np.isfinite(maximum_of_normals(draws, 15)).all()
+    assert (np.diff(maximum_of_normals(np.geomspace(1e-15, 60, 1000), 15)) <= 0).all()
 
 
 def test_the_maximum_is_distributed_as_brute_force():
     n, size = 40, 20_000
     rng = np.random.default_rng(3)
     brute = np.sort(rng.standard_normal((size, n)).max(axis=1))
-    fast = np.sort(_maximum_of_normals(rng.standard_exponential(size), n))
+    fast = np.sort(maximum_of_normals(rng.standard_exponential(size), n))
     both = np.concatenate([brute, fast])
     distance = np.abs(np.searchsorted(brute, both) - np.searchsorted(fast, both)).max() / size
     assert distance < 1.63 * math.sqrt(2 / size)  # Kolmogorov-Smirnov, 1 %
@@ -215,7 +212,7 @@ def test_the_truth_is_consistent():
     assert truth.shape == (40,)
     assert not truth.flags.writeable
     poses = space.decode(truth["global_index"])
-    for name, pose in zip(_TRUTH_POSES, poses, strict=True):
+    for name, pose in zip(TRUTH_POSES, poses, strict=True):
         np.testing.assert_array_equal(truth[name], pose)
     for particle in truth:
         start, end = SIMULATION.orientation_ranges[particle["partial"]]

@@ -18,16 +18,9 @@ from hypothesis.extra import numpy as hnp
 
 from conftest import SHARED
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
-from ocelot_em.io.tables import (
-    LEOPARD_MAPS,
-    Optics,
-    read_parquet,
-    write_cistem_star,
-    write_leopard_csv,
-    write_parquet,
-    write_relion_star,
-    write_table,
-)
+from ocelot_em.io.optics import LEOPARD_MAPS, Optics
+from ocelot_em.io.parquet import read_parquet, write_parquet
+from ocelot_em.io.tables import write_cistem_star, write_leopard_csv, write_relion_star, write_table
 from ocelot_em.particles.table import COLUMNS, NEG_LOG_P, About, ParticleTable
 
 LEOPARD_HEADER = (
@@ -616,7 +609,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, package
 
 def test_leopards_table_can_name_our_maps(tmp_path):
     from ocelot_em.io.leopard_maps import OUR_NAMES
-    from ocelot_em.io.tables import LEOPARD_MAPS, with_maps_in
+    from ocelot_em.io.optics import LEOPARD_MAPS, with_maps_in
 
     optics = replace(OPTICS, leopard_columns={"mag_matrix": "kept"})
     named = with_maps_in(optics, tmp_path, "out_").leopard_columns

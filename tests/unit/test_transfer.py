@@ -10,7 +10,8 @@ from ocelot_em.errors import CorruptChunkError, MissingChunkError, StorageError
 from ocelot_em.model.maps import MAPS, MIP
 from ocelot_em.model.regions import Region
 from ocelot_em.store import arrays as store
-from ocelot_em.store.objects import ReusedMemory, open_objects
+from ocelot_em.store.contract import ReusedMemory
+from ocelot_em.store.objects import open_objects
 from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead, chunks_behind
 
 

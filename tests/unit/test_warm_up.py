@@ -16,11 +16,12 @@ from helpers import make_result, write_search
 from ocelot_em import Exposure, kernels, merge, write_partial
 from ocelot_em.cli import terminal
 from ocelot_em.cli.terminal import MergeProgress
-from ocelot_em.kernels import by_map, collect, cpu, place
+from ocelot_em.kernels import by_map, collect, compiling, cpu, cpu_statistics, place
+from ocelot_em.kernels import compiling as compiling_module
 from ocelot_em.merge import job, resume
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.merge.outcome import Outcome, TileSummary
-from ocelot_em.merge.plan import MergeOptions
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
 from ocelot_em.run.runlog import RunLog
@@ -33,8 +34,13 @@ class Calls:
 
     def __init__(self, monkeypatch):
         self.now, self.seen = "elsewhere", {"warm-up": set(), "elsewhere": set()}
-        for name in ("_fold", "_statistics", "_decode", "_start_of"):
-            monkeypatch.setattr(cpu, name, self.noted(name, getattr(cpu, name)))
+        for module, name in (
+            (cpu, "_fold"),
+            (cpu_statistics, "_statistics"),
+            (cpu_statistics, "_decode"),
+            (compiling, "start_of"),
+        ):
+            monkeypatch.setattr(module, name, self.noted(name, getattr(module, name)))
         for module in (by_map, collect, place):
             loader = f"load_{module.__name__.rpartition('.')[2]}"
             monkeypatch.setattr(kernels, loader, partial(self.of, module))
@@ -129,9 +135,9 @@ def test_compiling_is_told_before_the_first_function_and_only_then():
     def work():
         told.append(one(1) + two(1))
 
-    assert cpu.seconds_compiling(work, lambda: told.append("compiling")) > 0
+    assert compiling_module.seconds_compiling(work, lambda: told.append("compiling")) > 0
     assert told == ["compiling", 4]
-    assert cpu.seconds_compiling(work, lambda: told.append("compiling")) == 0
+    assert compiling_module.seconds_compiling(work, lambda: told.append("compiling")) == 0
     assert told == ["compiling", 4, 4]
 
 

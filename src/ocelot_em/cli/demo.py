@@ -14,7 +14,8 @@ from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.run.api import Observer, merge
-from ocelot_em.testing.simulation import Recovery, Simulation, compare_with_truth, simulate
+from ocelot_em.testing.recovery import Recovery, compare_with_truth
+from ocelot_em.testing.simulation import Simulation, simulate
 
 DEMO = Simulation(shape=(1024, 1280), n_partials=4, n_particles=60, seed=20)
 

@@ -4,42 +4,48 @@ Every check is done in a thread of its own and given up after a while, so that a
 driver that no longer answers is a finding, too, and not the end.
 """
 
-import asyncio
 import importlib
 import importlib.metadata
 import os
 import platform
 import resource
-import secrets
 import shutil
-import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 
 from ocelot_em import __version__
-from ocelot_em.errors import DeviceError, MissingDependencyError, OcelotError
+from ocelot_em.cli.doctor_cluster import of_cluster
+from ocelot_em.cli.finding import (
+    CHECK_SECONDS,
+    MOST_CLOCK_SECONDS,
+    Check,
+    Finding,
+    State,
+    ahead_by,
+    named,
+    rate_of,
+    scratch_folder,
+    size_of,
+)
+from ocelot_em.errors import DeviceError, MissingDependencyError
 from ocelot_em.kernels import Kernels, load
 from ocelot_em.kernels.device import find_devices, open_device
-from ocelot_em.merge.plan import MergeOptions, StorageShape, n_threads, worker_nbytes
+from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import memory_nbytes
-from ocelot_em.run.connect import ANSWER_SECONDS, client_of, within
-from ocelot_em.store.attributes import DEFAULT_CHUNK
+from ocelot_em.run.connect import within
 from ocelot_em.store.blosc import Frame, encode
+from ocelot_em.store.constants import DEFAULT_CHUNK
 from ocelot_em.store.objects import open_objects
-
-CHECK_SECONDS = 180.0
-"""After which a check is given up; compiling all kernels takes a minute on a slow machine."""
 
 SPEED_NBYTES = 256 * 10**6
 SPEED_SECONDS = 20.0
@@ -51,39 +57,10 @@ SLOW_NBYTES_PER_SECOND = 50e6
 LITTLE_NBYTES, FEW_FILES, FEW_DESCRIPTORS = 2 * 10**9, 10_000, 1024
 """Free space, free inodes and descriptors that are hardly enough for anything."""
 
-MOST_CLOCK_SECONDS = 3.0
-"""By which clocks may differ."""
-
-HOSTS_NAMED = 5
-
-SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
-"""Packages of which workers must have the version that the driver has."""
 
 _NOT_FOR_USERS = ("all", "test")
 _ONE_OF_THESE = {"cuda12", "cuda13"}
 _TRANSIENT = ("tmpfs", "ramfs", "overlay")
-
-State = Literal["ok", "warning", "problem"]
-Check = Callable[[], tuple[State, str]]
-_T = TypeVar("_T")
-
-
-class Finding(NamedTuple):
-    """What one check has found.
-
-    Parameters
-    ----------
-    name
-        Of the check, such as ``disk speed``.
-    state
-        ``problem``: something will not work. ``warning``: it may work badly.
-    says
-        What was found, and what to do about it if it is not ``ok``.
-    """
-
-    name: str
-    state: State
-    says: str
 
 
 def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Finding]:
@@ -121,22 +98,14 @@ def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Fin
         "clock": partial(_clock, place),
     }
     findings = [_finding(name, check) for name, check in checks.items()]
-    return findings + ([] if cluster is None else _of_cluster(place, cluster))
+    return findings + ([] if cluster is None else of_cluster(place, cluster))
 
 
 def _finding(name: str, check: Check) -> Finding:
     try:
         return Finding(name, *within(CHECK_SECONDS, check))
     except Exception as error:
-        return Finding(name, "problem", _named(error))
-
-
-def _named(error: BaseException) -> str:
-    """Say what went wrong, with the kind of error where its text may not be enough."""
-    # Dask turns what it cannot send into plain exceptions that say what they were.
-    if isinstance(error, (OcelotError, TimeoutError)) or type(error) is Exception:
-        return str(error) or "no answer"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return Finding(name, "problem", named(error))
 
 
 # the installation
@@ -200,7 +169,7 @@ def _gpus() -> tuple[State, str]:
         if n_there:
             return "warning", f"{n_there} on this machine, but none can be used: {error}"
         return "ok", "none; the CPU will do the arithmetic"
-    return "ok", ", ".join(f"{facts.name} with {_size(facts.memory_nbytes)}" for facts in found)
+    return "ok", ", ".join(f"{facts.name} with {size_of(facts.memory_nbytes)}" for facts in found)
 
 
 def _kernels() -> tuple[State, str]:
@@ -263,7 +232,7 @@ def _codecs() -> tuple[State, str]:
                 f"{name} does not give back what it was given: "
                 "pip install --force-reinstall numcodecs"
             )
-        rates = [_rate(values.nbytes, s) for s in (encoded - started, ended - encoded)]
+        rates = [rate_of(values.nbytes, s) for s in (encoded - started, ended - encoded)]
         speeds.append(f"{name} encodes {rates[0]}, decodes {rates[1]}")
     says = f"with CRC32C, in one thread: {'; '.join(speeds)}"
     if google_crc32c.implementation != "c":
@@ -285,8 +254,8 @@ def _memory() -> tuple[State, str]:
     threads = n_threads(MergeOptions())
     per_worker = _worker_nbytes(threads)
     says = (
-        f"{_size(limit)}, {_size(available)} of it available now; a merge with {threads} threads "
-        f"needs about {_size(per_worker)}"
+        f"{size_of(limit)}, {size_of(available)} of it available now; a merge with "
+        f"{threads} threads needs about {size_of(per_worker)}"
     )
     if per_worker <= available:
         return "ok", says
@@ -336,16 +305,9 @@ def _file_mode() -> tuple[State, str]:
 # the folder
 
 
-@contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    """Make a folder for trials; removed in the end."""
-    with tempfile.TemporaryDirectory(prefix=".ocelot-doctor-", dir=place) as scratch:
-        yield Path(scratch)
-
-
 def _file_system(place: Path) -> tuple[State, str]:
     kind, mount = _mount_of(place)
-    with _scratch(place) as scratch:
+    with scratch_folder(place) as scratch:
         objects = open_objects(scratch)
         won = [objects.create("a", b"first"), objects.create("a", b"second")]
         objects.put("b", [b"old"])
@@ -377,7 +339,7 @@ def _mount_of(place: Path) -> tuple[str, str]:
 
 def _disk_space(place: Path) -> tuple[State, str]:
     usage, facts = shutil.disk_usage(place), os.statvfs(place)
-    says = f"{_size(usage.free)} of {_size(usage.total)} are free"
+    says = f"{size_of(usage.free)} of {size_of(usage.total)} are free"
     if usage.free < LITTLE_NBYTES:
         return "warning", f"{says}, which is little"
     # File systems that make inodes as they are needed say that they have none at all.
@@ -388,7 +350,7 @@ def _disk_space(place: Path) -> tuple[State, str]:
 
 def _disk_speed(place: Path) -> tuple[State, str]:
     if shutil.disk_usage(place).free < 2 * SPEED_NBYTES:
-        return "warning", f"not measured: less than {_size(2 * SPEED_NBYTES)} are free"
+        return "warning", f"not measured: less than {size_of(2 * SPEED_NBYTES)} are free"
     block = np.random.default_rng(1).bytes(8 * 10**6)  # which no file system can compress
     # It has no name, so that nothing stays even if this process is killed.
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:
@@ -406,8 +368,9 @@ def _disk_speed(place: Path) -> tuple[State, str]:
             read += len(data)
         read_seconds = time.perf_counter() - started
     says = (
-        f"writes {_rate(written, write_seconds)}, with fsync; reads {_rate(read, read_seconds)}, "
-        "perhaps from a cache: this machine's was asked to forget the file"
+        f"writes {rate_of(written, write_seconds)}, with fsync; "
+        f"reads {rate_of(read, read_seconds)}, perhaps from a cache: this machine's was asked to "
+        "forget the file"
     )
     if min(written / write_seconds, read / read_seconds) < SLOW_NBYTES_PER_SECOND:
         return "warning", f"{says}; a merge will wait for it: a local disk may be faster"
@@ -424,212 +387,9 @@ def _clock(place: Path) -> tuple[State, str]:
     says = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     if abs(off) > MOST_CLOCK_SECONDS:
         return "warning", (
-            f"{says}; the file system's clock is {_ahead(off)}: let both follow one time server"
+            f"{says}; the file system's clock is {ahead_by(off)}: let both follow one time server"
         )
     return "ok", f"{says}; the file system's clock agrees"
 
 
-def _ahead(seconds: float) -> str:
-    return f"{abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
-
-
 # the cluster
-
-
-class WorkerFacts(NamedTuple):
-    """What a worker finds out.
-
-    Parameters
-    ----------
-    started, ended
-        What its clock said, in seconds since 1970.
-    versions
-        As :func:`loaded_versions` returns them.
-    folder_trouble
-        As :func:`try_folder` returns it.
-    """
-
-    started: float
-    ended: float
-    versions: dict[str, str]
-    folder_trouble: str
-
-
-class _Answer(NamedTuple):
-    """Of a worker: what it found out, or why not; and when it was asked and had answered."""
-
-    facts: WorkerFacts | BaseException
-    before: float
-    after: float
-
-
-_Troubles = dict[str, list[str]]
-"""Addresses of workers by what is wrong with them."""
-
-
-def _of_cluster(place: Path, address: str) -> list[Finding]:
-    findings = list[Finding]()
-    try:
-        with client_of(address) as client:
-            threads: dict[str, int] = within(ANSWER_SECONDS, client.nthreads)
-            findings.append(Finding("cluster", *_workers(address, threads)))
-            if threads:
-                findings += _of_workers(place, _ask(client, list(threads), place))
-    except Exception as error:
-        findings.append(Finding("cluster", "problem", _named(error)))
-    return findings
-
-
-def _workers(address: str, threads: Mapping[str, int]) -> tuple[State, str]:
-    if not threads:
-        return "problem", f"{address} has no workers; start some with 'dask worker {address}'"
-    n_hosts = len({urlsplit(worker).hostname for worker in threads})
-    return "ok", (
-        f"{address}: {_count(len(threads), 'worker')} with "
-        f"{_count(sum(threads.values()), 'thread')} on {_count(n_hosts, 'host')}"
-    )
-
-
-def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
-    """Have every worker look around; what each answers."""
-    content = secrets.token_bytes(32)
-
-    async def one(worker: str, path: str) -> _Answer:
-        before = time.time()
-        run = client.run(look_around, path, content, workers=[worker], on_error="return")
-        return _Answer((await run)[worker], before, time.time())
-
-    async def everyone(path: str) -> dict[str, _Answer]:
-        asked = {worker: asyncio.ensure_future(one(worker, path)) for worker in workers}
-        await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
-        return {worker: answered(task) for worker, task in asked.items()}
-
-    def answered(task: asyncio.Future[_Answer]) -> _Answer:
-        if not task.done():
-            task.cancel()
-            return _Answer(TimeoutError(f"no answer in {ANSWER_SECONDS:g} s"), 0, 0)
-        error = task.exception()
-        return task.result() if error is None else _Answer(error, 0, 0)
-
-    with _scratch(place) as scratch:
-        scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may be another user's
-        file = scratch / "of-the-driver"
-        file.write_bytes(content)
-        answers: dict[str, _Answer] = within(
-            2 * ANSWER_SECONDS, partial(client.sync, everyone, str(file))
-        )
-    return answers
-
-
-def look_around(path: str, content: bytes) -> WorkerFacts:
-    """Find out what the driver wants to know of a worker; see :func:`try_folder`."""
-    started = time.time()
-    versions, trouble = loaded_versions(), try_folder(path, content)
-    return WorkerFacts(started, time.time(), versions, trouble)
-
-
-def loaded_versions() -> dict[str, str]:
-    """Import what has to be the same on all workers; versions, or why one cannot be imported."""
-    found = {"python": platform.python_version()}
-    for name in SAME_EVERYWHERE:
-        try:
-            found[name] = str(importlib.import_module(name).__version__)
-        except Exception as error:
-            found[name] = f"none that can be imported: {type(error).__name__}: {error}"
-    return found
-
-
-def try_folder(path: str, content: bytes) -> str:
-    """Read a file that another process has written, and write beside it; what is wrong, or ""."""
-    own = Path(f"{path}-{secrets.token_hex(8)}")
-    try:
-        found = Path(path).read_bytes()
-    except OSError as error:
-        return f"cannot read what is written there: {error.strerror}"
-    if found != content:
-        return "reads something else than what is written there"
-    try:
-        own.write_bytes(content)
-        own.unlink()
-    except OSError as error:
-        return f"cannot write there: {error.strerror}"
-    return ""
-
-
-def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
-    """Judge what workers have answered; of those that have not, that."""
-    silent, versions, folder, clocks = _Troubles(), _Troubles(), _Troubles(), _Troubles()
-    here, farthest = loaded_versions(), 0.0
-    for worker, (facts, before, after) in answers.items():
-        if isinstance(facts, BaseException):
-            silent.setdefault(_named(facts), []).append(worker)
-            continue
-        for name, version in facts.versions.items():
-            if version != here.get(name):
-                trouble = f"{name}: expected {here.get(name)} as here, got {version}"
-                versions.setdefault(trouble, []).append(worker)
-        if facts.folder_trouble:
-            folder.setdefault(facts.folder_trouble, []).append(worker)
-        off = min(facts.started - before, 0.0) + max(facts.ended - after, 0.0)
-        farthest = max(farthest, abs(off))
-        if abs(off) > MOST_CLOCK_SECONDS:
-            clocks.setdefault(_ahead(off), []).append(worker)
-    n_answered = len(answers) - sum(map(len, silent.values()))
-    findings = []
-    if silent:
-        hint = "they must be able to import this ocelot_em, and to answer"
-        findings.append(Finding("workers", "problem", f"{_told(silent)}; {hint}"))
-    if not n_answered:
-        return findings
-    judged: list[tuple[str, _Troubles, State, str, str]] = [
-        (
-            "workers' versions",
-            versions,
-            "problem",
-            "install the same on all machines",
-            f"the same as here: {', '.join(here)}",
-        ),
-        (
-            "workers' folder",
-            folder,
-            "problem",
-            "use a folder that all machines share, under one name",
-            f"{_count(n_answered, 'worker')} can read and write {place}",
-        ),
-        (
-            "workers' clocks",
-            clocks,
-            "warning",
-            "let all machines follow one time server",
-            f"within {farthest:.1f} s of this machine's",
-        ),
-    ]
-    for name, troubles, state, hint, praise in judged:
-        if troubles:
-            findings.append(Finding(name, state, f"{_told(troubles)}; {hint}"))
-        else:
-            findings.append(Finding(name, "ok", praise))
-    return findings
-
-
-def _told(troubles: _Troubles) -> str:
-    """Put troubles into words, each with the hosts of the workers that have it."""
-    sentences = []
-    for trouble, workers in troubles.items():
-        hosts = list(dict.fromkeys(urlsplit(worker).hostname or worker for worker in workers))
-        more = f" and {len(hosts) - HOSTS_NAMED} more" if len(hosts) > HOSTS_NAMED else ""
-        named = ", ".join(hosts[:HOSTS_NAMED])
-        sentences.append(f"{trouble} ({_count(len(workers), 'worker')} on {named}{more})")
-    return "; ".join(sentences)
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'s' * (n != 1)}"
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
-
-
-def _rate(nbytes: float, seconds: float) -> str:
-    return f"{nbytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s"

@@ -15,9 +15,12 @@ from rich.progress import (
 )
 
 from ocelot_em.errors import StoppedError
+from ocelot_em.merge.forecast import Forecast
+from ocelot_em.merge.memory_model import n_threads
 from ocelot_em.merge.outcome import MergeReport, Outcome
-from ocelot_em.merge.plan import Forecast, MergeOptions, MergePlan, n_threads
+from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.resume import Preparation
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
 

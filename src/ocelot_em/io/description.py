@@ -35,11 +35,13 @@ from pydantic import (
 )
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.io.leopard import Batch, ImportOptions, import_batches
-from ocelot_em.io.origins import Origin, read_origins
+from ocelot_em.io.import_options import Batch, ImportOptions
+from ocelot_em.io.leopard import import_batches
+from ocelot_em.io.origin import Origin
+from ocelot_em.io.origins import read_origins
 from ocelot_em.io.yaml_file import read_yaml
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store.search import Exposure
+from ocelot_em.store.search_info import Exposure
 
 
 def _as_number(value: object) -> object:

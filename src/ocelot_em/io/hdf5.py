@@ -27,10 +27,8 @@ from ocelot_em.io.leopard_maps import (
     Tell,
     band_grid,
     import_map_files,
-    refuse_existing,
-    storage_errors,
-    whole_or_nothing,
 )
+from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.store.objects import open_objects

@@ -5,9 +5,7 @@ are reconstructed from mean and standard deviation.
 """
 
 import hashlib
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -18,9 +16,6 @@ import numpy as np
 from ocelot_em.errors import (
     InvalidDataError,
     InvalidInputError,
-    OcelotError,
-    OutputExistsError,
-    StorageError,
 )
 from ocelot_em.merge.lazy import open_merged
 from ocelot_em.model.arrays import exact_count
@@ -37,7 +32,10 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import PartialWriter, SearchInfo, name_problems, read_partials
+from ocelot_em.store.partials import PartialWriter
+from ocelot_em.store.search import read_partials
+from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.validation import name_problems
 
 OUR_NAMES: Mapping[str, str] = {
     "mip": MIP,
@@ -115,54 +113,6 @@ class FinishedMaps:
         lazily = self._dataset[name].isel(y=rows, x=columns)
         values: AnyArray = lazily.compute(scheduler="threads").to_numpy()
         return values
-
-
-def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
-    """Refuse to write over files.
-
-    Raises
-    ------
-    OutputExistsError
-        Naming all that are there.
-    """
-    there = [] if overwrite else [str(path) for path in paths if path.exists()]
-    if there:
-        raise OutputExistsError(
-            f"{', '.join(there)}: already there; choose another place, or ask to overwrite"
-        )
-
-
-@contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside a file: it becomes the file at the end, or vanishes.
-
-    Raises
-    ------
-    StorageError
-        For every OSError on the way.
-    """
-    staged = path.with_name(f"{path.name}#{uuid.uuid4().int}")
-    try:
-        with storage_errors(path):
-            yield staged
-            staged.replace(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def storage_errors(place: Path) -> Iterator[None]:
-    """Say where it was that the file system failed."""
-    try:
-        yield
-    except OcelotError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {place}: {error.strerror or error}; check the free space and the "
-            "permissions of that place and run it again"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,8 @@ from ocelot_em.io.leopard_maps import (
     Tell,
     band_grid,
     import_map_files,
-    refuse_existing,
-    storage_errors,
-    whole_or_nothing,
 )
+from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.model.maps import AnyArray
 
 _FLOAT32 = 2

@@ -17,7 +17,8 @@ from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
 
 from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, StoreNotFoundError
-from ocelot_em.io.leopard_maps import FinishedMaps, storage_errors
+from ocelot_em.io.leopard_maps import FinishedMaps
+from ocelot_em.io.writing import storage_errors
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.objects import is_local, normalise_url

@@ -27,19 +27,26 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.mdoc import PIECE_KEYS, read_mdoc
+from ocelot_em.io.origin import (
+    NAMES_SHOWN,
+    Origin,
+    coordinate_of,
+    expected_coordinate,
+    id_problem,
+    integer_of,
+    stem_of,
+)
 from ocelot_em.io.star_file import parse_star
 from ocelot_em.io.text_file import read_text
 
 _MAX_NBYTES = 256_000_000
-_MAX_COORDINATE_PX = 2**31
 _PROBLEMS_SHOWN = 100
-_NAMES_SHOWN = 20
 
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("exposure", "id"),
@@ -57,39 +64,6 @@ _STAR_COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 
 _OPTIONAL = "acquired"
-_PIECE_KEYS: Mapping[str, str] = {
-    "aligned": "AlignedPieceCoords",
-    "aligned-vs": "AlignedPieceCoordsVS",
-    "piece": "PieceCoordinates",
-}
-"""What coordinates are called in an ``.mdoc`` file, the preferred first."""
-
-_MDOC_KEYS = {*_PIECE_KEYS.values(), "SubFramePath", "DateTime"}
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_TITLE = re.compile(r"\[\s*T\s*=")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_DATE = re.compile(
-    r"(?:([0-9]{1,2})-([A-Za-z]{3})-([0-9]{4}|[0-9]{2})|([0-9]{4})-([A-Za-z]{3})-([0-9]{1,2}))"
-    r"\s+([0-9]{1,2}):([0-9]{2}):([0-9]{2})"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where an exposure lies on the canvas, and when it was taken.
-
-    Parameters
-    ----------
-    y, x
-        Canvas row and column of the exposure's pixel (0, 0), in pixels. They may be fractional and
-        negative.
-    acquired
-        Place in the order of acquisition; None if the file does not tell it.
-    """
-
-    y: float
-    x: float
-    acquired: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +72,6 @@ class _Row:
 
     line: int
     values: Mapping[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A section of an ``.mdoc`` file: values and their lines by the keys that are read here."""
-
-    line: int
-    kind: str
-    name: str
-    values: dict[str, tuple[int, str]]
-
-    @property
-    def title(self) -> str:
-        return f"[{self.kind} = {self.name}]"
 
 
 def read_origins(
@@ -174,9 +134,9 @@ def read_origins(
         raise InvalidInputError(
             f"{place}: expected a name that ends in .csv, .star or .mdoc (SerialEM), got {suffix!r}"
         )
-    if coordinates is not None and coordinates not in _PIECE_KEYS:
+    if coordinates is not None and coordinates not in PIECE_KEYS:
         raise InvalidInputError(
-            f"coordinates: expected one of {_quoted(_PIECE_KEYS)} or None, got {coordinates!r}"
+            f"coordinates: expected one of {_quoted(PIECE_KEYS)} or None, got {coordinates!r}"
         )
     if suffix != ".mdoc" and (flip_y or coordinates is not None):
         raise InvalidInputError(
@@ -186,7 +146,7 @@ def read_origins(
     what = "a file with origins of exposures"
     text = read_text(place, _MAX_NBYTES, what, lenient=suffix == ".mdoc")
     if suffix == ".mdoc":
-        origins, problems = _read_mdoc(text, flip_y, coordinates)
+        origins, problems = read_mdoc(text, flip_y, coordinates)
     else:
         rows, problems = _csv_rows(text) if suffix == ".csv" else _star_rows(text)
         origins, found = _from_rows(rows)
@@ -205,16 +165,16 @@ def _from_rows(rows: Iterable[_Row]) -> tuple[dict[str, Origin], list[str]]:
     origins, lines, problems = dict[str, Origin](), dict[str, int](), list[str]()
     for row in rows:
         values = row.values
-        name, y, x = values["id"] or "", _coordinate(values["y"]), _coordinate(values["x"])
-        found = [_id_problem(name, row.line, lines)]
+        name, y, x = values["id"] or "", coordinate_of(values["y"]), coordinate_of(values["x"])
+        found = [id_problem(name, row.line, lines)]
         found += [
-            f"{axis}: {_expected_coordinate(values[axis])}"
+            f"{axis}: {expected_coordinate(values[axis])}"
             for axis, value in (("y", y), ("x", x))
             if value is None
         ]
         acquired = None
         if _OPTIONAL in values:
-            acquired = _integer(values[_OPTIONAL])
+            acquired = integer_of(values[_OPTIONAL])
             if acquired is None:
                 found.append(f"acquired: expected an integer, got {values[_OPTIONAL]!r}")
         problems += [f"line {row.line}: {problem}" for problem in found if problem]
@@ -223,37 +183,10 @@ def _from_rows(rows: Iterable[_Row]) -> tuple[dict[str, Origin], list[str]]:
     return origins, problems
 
 
-def _id_problem(name: str, line: int, lines: dict[str, int]) -> str | None:
-    """What is wrong with an id, if anything; ``lines`` has those before it, and gets it too."""
-    if not name:
-        return "expected the exposure's id, got nothing"
-    before = lines.setdefault(name, line)
-    return None if before == line else f"expected every id once, got {name!r} as on line {before}"
-
-
-def _coordinate(text: str | None) -> float | None:
-    # Python's own syntax has underscores in numbers, and digits of other scripts.
-    if text is None or not text.isascii() or "_" in text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if abs(value) <= _MAX_COORDINATE_PX else None  # which NaN is not
-
-
-def _expected_coordinate(text: str | None) -> str:
-    return f"expected a number of pixels from -2**31 to 2**31, got {text!r}"
-
-
-def _integer(text: str | None) -> int | None:
-    return int(text) if text is not None and _INTEGER.fullmatch(text) else None
-
-
 def _quoted(names: Iterable[str]) -> str:
     listed = list(names)
-    more = len(listed) - _NAMES_SHOWN
-    return ", ".join(map(repr, listed[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    more = len(listed) - NAMES_SHOWN
+    return ", ".join(map(repr, listed[:NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def _choose(
@@ -332,7 +265,7 @@ def _star_rows(text: str) -> tuple[list[_Row], list[str]]:
         got = [f"block {block!r} with {_quoted(names[block])}" for block in having or blocks]
         return [], [
             f"expected one block with one column of each of: {needed}; got "
-            f"{', '.join(got[:_NAMES_SHOWN]) or 'no block'}"
+            f"{', '.join(got[:NAMES_SHOWN]) or 'no block'}"
         ]
     (block,) = having
     chosen, problems = _choose(names[block], _STAR_COLUMNS)
@@ -370,7 +303,7 @@ def _star_block(
             value = columns[column][i]
             values[kind] = value.strip() if isinstance(value, str) else None
         if names[chosen["id"]] == "rlnMicrographName":
-            values["id"] = _stem(values["id"] or "")
+            values["id"] = stem_of(values["id"] or "")
         rows.append(_Row(at + 1, values))
     return rows, problems
 
@@ -389,151 +322,3 @@ def _loop_rows(lines: Sequence[str], start: int) -> list[int]:
             rows.append(at)
         at += 1
     return rows
-
-
-def _stem(path: str) -> str:
-    """Name of a file, of Windows or elsewhere, without folder and extension."""
-    name = re.split(r"[\\/]", path.rstrip("\\/"))[-1]
-    # What starts with a digit is no extension: folders are called tilt_-10.0.
-    return re.sub(r"(?<=.)\.[A-Za-z][^.]*$", "", name).strip()
-
-
-def _read_mdoc(
-    text: str, flip_y: bool, coordinates: Literal["aligned", "aligned-vs", "piece"] | None
-) -> tuple[dict[str, Origin], list[str]]:
-    sections, problems = _sections(text)
-    if not sections:
-        return {}, problems or ["expected sections [ZValue = ...] or [Image = ...], got none"]
-    if coordinates is None:
-        everywhere = [
-            kind
-            for kind, key in _PIECE_KEYS.items()
-            if all(key in section.values for section in sections)
-        ]
-        piece_key = _PIECE_KEYS[everywhere[0] if everywhere else "piece"]
-    else:
-        piece_key = _PIECE_KEYS[coordinates]
-    ids, found = _mdoc_ids(sections)
-    problems += found
-    pieces = list[tuple[float, float]]()
-    montages = dict[str, int]()
-    for section in sections:
-        key = piece_key
-        if key not in section.values:
-            problems.append(f"line {section.line}: {section.title}: expected {key}, got none")
-            continue
-        line, written = section.values[key]
-        numbers = [_coordinate(number) for number in written.split()]
-        if len(numbers) != 3 or None in numbers:
-            problems.append(
-                f"line {line}: {key}: expected x, y and z, numbers from -2**31 to 2**31, got "
-                f"{written!r}"
-            )
-            continue
-        x, y, z = (number for number in numbers if number is not None)
-        montages.setdefault(f"{z:g}", line)
-        pieces.append((y, x))
-    if len(montages) > 1:
-        listed = [f"{z} (line {line})" for z, line in montages.items()]
-        problems.append(
-            f"expected the pieces of one montage, got z = {', '.join(listed[:_NAMES_SHOWN])}; keep "
-            "the sections of each in a file of their own"
-        )
-    if problems:
-        return {}, problems
-    top, bottom, left = (max(pieces)[0], min(pieces)[0], min(x for _, x in pieces))
-    ranks = _acquired(sections)
-    return {
-        name: Origin(top - y if flip_y else y - bottom, x - left, rank)
-        for name, (y, x), rank in zip(ids, pieces, ranks, strict=True)
-    }, []
-
-
-def _sections(text: str) -> tuple[list[_Section], list[str]]:
-    """Sections of images, in the order of the file, and what is wrong with them."""
-    sections, problems = list[_Section](), list[str]()
-    titles = dict[str, int]()
-    current: _Section | None = None
-    for line, written in enumerate(io.StringIO(text, newline=None), 1):
-        content = written.strip()
-        if content.startswith("["):
-            current = None
-            kind, equals, name = (part.strip() for part in content[1:-1].partition("="))
-            if not (equals and content.endswith("]")):
-                if not _TITLE.match(content):  # these may be broken into lines
-                    problems.append(f"line {line}: expected [key = value], got {content!r}")
-                continue
-            if kind not in ("ZValue", "Image"):
-                continue
-            current = _Section(line, kind, name, {})
-            before = titles.setdefault(current.title, line)
-            if before != line:
-                problems.append(
-                    f"line {line}: expected every section once, got {current.title} as on line "
-                    f"{before}"
-                )
-            sections.append(current)
-        elif current is not None:
-            key, _, value = (part.strip() for part in content.partition("="))
-            if key not in _MDOC_KEYS:
-                continue
-            before, _ = current.values.setdefault(key, (line, value))
-            if before != line:
-                problems.append(
-                    f"line {line}: expected {key} once in {current.title}, got it as on line "
-                    f"{before}"
-                )
-    return sections, problems
-
-
-def _mdoc_ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
-    """Ids of the sections, and what is wrong with them."""
-    framed = all(section.values.get("SubFramePath", (0, ""))[1] for section in sections)
-    ids, lines, problems = list[str](), dict[str, int](), list[str]()
-    for section in sections:
-        line, name = section.line, section.name
-        if framed:
-            line, name = section.values["SubFramePath"]
-        if framed or section.kind == "Image":
-            name = _stem(name)
-        problem = _id_problem(name, line, lines)
-        if "\ufffd" in name:
-            problem = f"expected a name in UTF-8, got {name!r}; save the file in that encoding"
-        if problem:
-            source = "SubFramePath" if framed else section.title
-            problems.append(f"line {line}: {source}: {problem}")
-        ids.append(name)
-    return ids, problems
-
-
-def _acquired(sections: Sequence[_Section]) -> list[int]:
-    """Places of the sections in the order of acquisition, as far as they are known."""
-    times = [_time(section.values.get("DateTime", (0, ""))[1]) for section in sections]
-    known = [time for time in times if time is not None]
-    if len(known) == len(times):
-        order = sorted(range(len(known)), key=known.__getitem__)
-        ranks = [0] * len(order)
-        for rank, section in enumerate(order):
-            ranks[section] = rank
-        return ranks
-    numbers = [_integer(s.name) if s.kind == "ZValue" else None for s in sections]
-    known_numbers = [number for number in numbers if number is not None]
-    return known_numbers if len(known_numbers) == len(numbers) else list(range(len(sections)))
-
-
-def _time(text: str) -> datetime | None:
-    """Read SerialEM's day-month-year (two digits of it before version 4.1) or year-month-day."""
-    match = _DATE.fullmatch(text)
-    if match is None:
-        return None
-    groups = match.groups()
-    day, month, year = groups[:3] if groups[0] else groups[5:2:-1]
-    if month.lower() not in _MONTHS:
-        return None
-    century = 2000 if len(year) == 2 else 0
-    hour, minute, second = map(int, groups[6:])
-    number = _MONTHS.index(month.lower()) + 1
-    try:
-        return datetime(century + int(year), number, int(day), hour, minute, second)
-    except ValueError:
-        return None

@@ -98,9 +98,9 @@ def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -
     float
         Seconds from then to the end of ``work``; 0 if nothing was compiled.
     """
-    from ocelot_em.kernels import cpu
+    from ocelot_em.kernels import compiling as numba_kernels
 
-    return cpu.seconds_compiling(work, compiling)
+    return numba_kernels.seconds_compiling(work, compiling)
 
 
 def load_cuda(device: Device) -> Kernels:

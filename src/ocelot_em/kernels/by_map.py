@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.cpu import compiled
+from ocelot_em.kernels.compiling import compiled
 from ocelot_em.model.maps import NOT_SEARCHED
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.kernels.by_map import add, add_first
-from ocelot_em.kernels.cpu import compiled, summed
+from ocelot_em.kernels.compiling import compiled, summed
 
 NAN, ZERO_STD, UNSEARCHED = 0, 1, 2
 """Places in the counts of :func:`count_pixels`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.cpu import compiled, summed
+from ocelot_em.kernels.compiling import compiled, summed
 
 EARLIEST, MAX_ZSCORE, FARTHEST = 0, 1, 2
 """Rules."""

@@ -36,7 +36,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
-from ocelot_em.store.search import Source
+from ocelot_em.store.sources import Source
 
 log = logging.getLogger(__name__)
 

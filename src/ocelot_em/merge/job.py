@@ -15,7 +15,7 @@ from ocelot_em.merge.device_fold import DeviceFold, Lanes
 from ocelot_em.merge.fold import Fold, Notes
 from ocelot_em.merge.overlap import Canvas, WholeTile
 from ocelot_em.merge.plan import MergePlan, Piece, PlannedExposure, read_plan
-from ocelot_em.merge.stats import records
+from ocelot_em.merge.stats import layout, records
 from ocelot_em.merge.stats.collected import TileStatistics
 from ocelot_em.merge.warm_up import Compiling, Logged, compile_kernels
 from ocelot_em.model.maps import SUM
@@ -23,18 +23,14 @@ from ocelot_em.model.regions import Region, Tile
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.lock import Leave
-from ocelot_em.store.objects import Objects, ReusedMemory, open_objects
-from ocelot_em.store.search import (
-    SearchInfo,
-    open_one,
-    open_partial_maps,
-    open_source_maps,
-    read_attributes,
-    read_search_space,
-    value_problems,
-)
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.sources import open_one, open_source_maps
 from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead
+from ocelot_em.store.validation import value_problems
 
 Group = tuple[int, int, int]
 """What is read for a piece: row and column of the tile, and number of the exposure in the plan."""
@@ -94,7 +90,7 @@ class OpenExposure:
         self.fold: Fold | DeviceFold = Fold(exposure.sources, maps, space, mask_nan=mask_nan)
         if lanes is not None:
             self.fold = DeviceFold(exposure.sources, maps, space, mask_nan=mask_nan, lanes=lanes)
-        self.layout = records.Layout.of(plan, exposure)
+        self.layout = layout.Layout.of(plan, exposure)
         self.number, self.region = exposure.number, exposure.region
         self.decoded_nbytes_per_pixel = sum(
             chunked.dtype.itemsize for maps in self._maps for chunked in maps.values()

@@ -16,25 +16,18 @@ from dask.highlevelgraph import HighLevelGraph
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.merge.job import Job
 from ocelot_em.merge.merge import merge_in_memory
-from ocelot_em.merge.plan import MergeOptions, MergePlan, make_plan
+from ocelot_em.merge.plan import MergePlan
+from ocelot_em.merge.planning import make_plan
 from ocelot_em.model.maps import INDEX, MAPS, AnyArray
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.arrays import ChunkedMap
-from ocelot_em.store.attributes import (
-    DIMENSIONS,
-    Contribution,
-    MergedAttributes,
-    SearchAttributes,
-    map_attributes,
-)
+from ocelot_em.store.attributes import Contribution, MergedAttributes, SearchAttributes
+from ocelot_em.store.constants import DIMENSIONS, map_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import (
-    open_partial_maps,
-    open_sources,
-    read_attributes,
-    read_search_space,
-)
+from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.sources import open_sources
 
 
 def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr.Dataset:

@@ -22,18 +22,18 @@ from typing import Protocol
 from ocelot_em.errors import StoppedError, TilesFailedError
 from ocelot_em.merge.job import Job, Work, close_job, group_of, open_job
 from ocelot_em.merge.outcome import MergeReport, Outcome, Tally, Tiles, failure
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import Preparation, create_output
-from ocelot_em.merge.stats import records
+from ocelot_em.merge.stats import summary
 from ocelot_em.merge.tile import KeptMaps, TileWriter, Writer
 from ocelot_em.merge.warm_up import Compiling
 from ocelot_em.model.maps import AnyArray
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Tile
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.lock import STALE_SECONDS, OutputLock
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import now
+from ocelot_em.store.partials import now
 from ocelot_em.store.transfer import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def merge(
     if n_left := len(ready.missing) - tally.n_merged:
         raise _unfinished(ready, lock, tally, n_left)
     if attributes.state != "complete":
-        records.finish(objects, ready.plan)
+        summary.finish(objects, ready.plan)
         objects.tidy("")
         objects.sync()  # so that what is called complete stays complete
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})

@@ -12,34 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocelot_em.errors import ChunkError, OutputExistsError, StoreNotFoundError
+from ocelot_em.merge.forecast import Forecast, forecast
+from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, Tiles
-from ocelot_em.merge.plan import (
-    ON_CPU,
-    DeviceChoice,
-    Forecast,
-    MergeOptions,
-    MergePlan,
-    forecast,
-    make_plan,
-    plan_differences,
-    read_plan,
-    tile_size_of,
-    tiles_changed,
-)
+from ocelot_em.merge.plan import MergePlan, plan_differences, read_plan, tile_size_of, tiles_changed
+from ocelot_em.merge.planning import make_plan
+from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants
+from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.lock import FOLDER as LOCK_FOLDER
 from ocelot_em.store.lock import OutputLock
-from ocelot_em.store.objects import Objects, ReusedMemory, open_objects
-from ocelot_em.store.search import (
-    open_partial_maps,
-    provenance,
-    read_attributes,
-    read_search_space,
-    write_search_space,
-)
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.partials import provenance, write_search_space
+from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +68,8 @@ def prepare(
     Raises
     ------
     OcelotError
-        As :func:`ocelot_em.merge.plan.make_plan`; and :class:`OutputExistsError` where something
-        else is at the output.
+        As :func:`ocelot_em.merge.planning.make_plan`; and :class:`OutputExistsError` where
+        something else is at the output.
     """
     objects = open_objects(output)
     found = _existing_output(objects)  # also refuses to overwrite what is no merged result
@@ -159,7 +149,7 @@ def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
 
 def mark_of(iy: int, ix: int) -> str:
     """Where the done-mark of a tile is."""
-    return f"{fmt.TILE_SUMMARY}/c/{iy}/{ix}"
+    return f"{constants.TILE_SUMMARY}/c/{iy}/{ix}"
 
 
 def create_output(
@@ -192,11 +182,11 @@ def create_output(
         space = read_search_space(first, plan.search_space_digest)
         if space is not None:
             write_search_space(objects, space)
-    store.create_group(objects, fmt.TILE_SUMMARY.partition("/")[0], {})
+    store.create_group(objects, constants.TILE_SUMMARY.partition("/")[0], {})
     records.create_records(objects, plan)
     store.create_array(
         objects,
-        fmt.TILE_SUMMARY,
+        constants.TILE_SUMMARY,
         shape=(*plan.grid.counts, len(SUMMARY_FIELDS)),
         chunk=(1, 1, len(SUMMARY_FIELDS)),
         dtype="float64",
@@ -212,7 +202,7 @@ def _attributes_of(ready: Preparation, options: MergeOptions) -> fmt.MergedAttri
     """What an output that nothing is written of yet says of itself."""
     plan, device = ready.plan, ready.forecast.device
     return fmt.MergedAttributes(
-        format_version=fmt.FORMAT_VERSION,
+        format_version=constants.FORMAT_VERSION,
         kind="merged",
         id=uuid.uuid4().hex,
         state="writing",
@@ -258,7 +248,7 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
 def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
     """Which tiles are marked as done, by row and column; other files there are ignored."""
     done = np.zeros(grid.counts, np.bool_)
-    prefix = f"{fmt.TILE_SUMMARY}/c/"
+    prefix = f"{constants.TILE_SUMMARY}/c/"
     for key in objects.keys(prefix.rstrip("/")):
         record = key.removeprefix(prefix).split("/")
         if len(record) == 3 and all(part.isdecimal() for part in record):
@@ -270,7 +260,7 @@ def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
 def _torn_tiles(objects: Objects, plan: MergePlan, tiles: Tiles) -> list[tuple[int, int]]:
     """Which of some tiles are marked as done but cannot be read."""
     maps = open_partial_maps(objects, "", "", plan.maps.merged)
-    layouts = [records.Layout.of(plan, exposure) for exposure in plan.exposures]
+    layouts = [layout_module.Layout.of(plan, exposure) for exposure in plan.exposures]
 
     def is_torn(where: tuple[int, int]) -> bool:
         tile, memory = plan.grid.at(*where), ReusedMemory()

@@ -13,6 +13,7 @@ from ocelot_em.merge.job import Job
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, TileSummary, failure
 from ocelot_em.merge.plan import Piece
 from ocelot_em.merge.resume import mark_of
+from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
 from ocelot_em.model.maps import MAPS, AnyArray, Float64
 from ocelot_em.model.regions import Tile
@@ -172,7 +173,7 @@ class TileWriter:
         assert self._job.objects is not None
         self._written.append(self._outgoing.put(self._job.objects, key, parts))
 
-    def _record_of(self, piece: Piece) -> tuple[records.Layout, int]:
+    def _record_of(self, piece: Piece) -> tuple[layout_module.Layout, int]:
         """Return where the records of a piece's exposure are, and the number of this tile's."""
         layout = self._job.open(piece).layout
         return layout, layout.number_of(self._tile.iy, self._tile.ix)

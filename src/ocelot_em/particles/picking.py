@@ -4,36 +4,24 @@ What a merge has collected is enough for most; maps are read only where it is no
 tiles that can hold something.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from statistics import NormalDist
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from ocelot_em.errors import IncompleteError, InvalidInputError
-from ocelot_em.merge.plan import MergePlan, PlannedExposure, read_plan
+from ocelot_em.merge.plan import PlannedExposure, read_plan
+from ocelot_em.merge.result import MergedMaps
+from ocelot_em.merge.stats.candidates import Candidates, read_candidates
 from ocelot_em.merge.stats.collected import (
-    CANDIDATE_FIELDS,
-    GATHERED,
     NEIGHBOUR_FIELDS,
     NEIGHBOURS,
-    neighbours_of,
 )
-from ocelot_em.merge.stats.records import (
-    Candidates,
-    Layout,
-    Summary,
-    open_merged_result,
-    read_candidates,
-    read_summary,
-    statistics_path,
-    summary_at,
-)
+from ocelot_em.merge.stats.layout import Layout
+from ocelot_em.merge.stats.summary import open_merged_result, read_summary
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -42,69 +30,18 @@ from ocelot_em.model.maps import (
     MIP,
     POSES,
     SCALED_MIP,
-    SOURCE_EXPOSURE,
     STD,
     AnyArray,
     Float64,
     Int64,
 )
-from ocelot_em.model.regions import Region
-from ocelot_em.particles.duplicates import Peaks, Tolerances, join_sightings
-from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.duplicates import Peaks, join_sightings
+from ocelot_em.particles.judging import Judge, column, make_judges
+from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
-from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
+from ocelot_em.particles.scanning import scan
 from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, About, ParticleTable
-from ocelot_em.store import attributes as fmt
-from ocelot_em.store.arrays import ChunkedMap
-from ocelot_em.store.objects import Objects, open_objects
-from ocelot_em.store.search import open_partial_maps, read_search_space
-
-
-class PickOptions(BaseModel):
-    """How to pick particles; the same names as the command line's options.
-
-    Parameters
-    ----------
-    method
-        ``gaussian``: z-score that Gaussian noise exceeds ``false_positives`` times. ``gev``: the
-        same for the extreme value distribution that fits the map. ``pvalue``: -ln p of ranks of
-        ``mip`` and z-score.
-    false_positives
-        How many are accepted, over the whole map (``gaussian``, ``gev``).
-    cutoff
-        Taken instead of what the method finds, in the method's own scale: z-score, or -ln p, which
-        is 8 by default.
-    min_distance
-        No two peaks are closer, in pixels; of a montage, in the same exposure.
-    per
-        Of a montage. ``exposure``: every exposure has a cutoff of its own, with so many false
-        positives in each, and peaks are picked from all its valid pixels, shown or not.
-        ``montage``: there is one cutoff, with so many false positives in the whole montage, and
-        peaks are picked from the pixels that are shown. ``pvalue`` ranks are always those of an
-        exposure.
-    same_distance, same_angle, same_defocus
-        Peaks of different exposures are one particle if they are strictly closer than so many
-        pixels on the canvas (None: ``min_distance``; 0: they never are), and their poses differ by
-        at most so many degrees and Å; see :class:`ocelot_em.particles.duplicates.Tolerances`. The
-        particle is reported once, as it was seen where the montage's rule prefers it.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Literal["gaussian", "gev", "pvalue"] = "gaussian"
-    false_positives: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    cutoff: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    min_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
-    per: Literal["exposure", "montage"] = "exposure"
-    same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    same_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
-    same_defocus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0
-
-    @property
-    def tolerances(self) -> Tolerances:
-        """How much sightings of one particle may differ."""
-        distance = self.min_distance if self.same_distance is None else self.same_distance
-        return Tolerances(distance, self.same_angle, self.same_defocus)
+from ocelot_em.store.objects import open_objects
 
 
 def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
@@ -148,7 +85,7 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
         raise IncompleteError(
             f"{objects.url}: it was merged without statistics, by an earlier version; merge again"
         )
-    judges = _judges(asked, merged, summary)
+    judges = make_judges(asked, merged, summary)
     candidates = _candidates(merged, judges)
     found = [
         _Found(exposure, candidates[k], judges[k].height(candidates[k]))
@@ -163,131 +100,6 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
     return _table(merged, chosen, others, asked, about)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """What makes a pixel of an exposure a candidate.
-
-    Parameters
-    ----------
-    cutoff
-        What it has to reach: z-score, or -ln p.
-    model
-        Of p-values; None if z-scores are judged.
-    levels
-        ``mip`` and z-score of which a pixel that reaches a p-value's cutoff reaches at least one.
-    """
-
-    cutoff: float
-    model: PValueModel | None = None
-    levels: tuple[float, float] = (-np.inf, -np.inf)
-
-    def wanted(self, mip: AnyArray, z: AnyArray) -> AnyArray:
-        """Which pixels are candidates; the p-value is computed only where it can be low enough."""
-        if self.model is None:
-            high: AnyArray = z >= np.float32(self.cutoff)
-            return high
-        rare = ((mip >= self.levels[0]) | (z >= self.levels[1])) & (mip > -np.inf) & np.isfinite(z)
-        rare[rare] = self.model.neg_log_p(mip[rare], z[rare]) >= self.cutoff
-        return rare
-
-    def height(self, rows: Float64) -> Float64:
-        """By what candidates are compared."""
-        if self.model is None:
-            return _column(rows, SCALED_MIP)
-        return self.model.neg_log_p(_column(rows, MIP), _column(rows, SCALED_MIP))
-
-
-def _judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> list[Judge]:
-    """Return the judge of every exposure."""
-    plan = merged.plan
-    if asked.method == "pvalue":
-        cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
-        judges = []
-        for exposure in plan.exposures:
-            own = _summary_of(exposure, merged, summary)
-            model = p_value_model(own)
-            judges.append(Judge(cutoff, model, _levels_of(model, own, cutoff)))
-        return judges
-    if asked.cutoff is not None:
-        return [Judge(asked.cutoff)] * len(plan.exposures)
-    if plan.is_montage and asked.per == "montage":
-        return [Judge(_montage_cutoff(asked, merged, summary))] * len(plan.exposures)
-    judges = []
-    for exposure in plan.exposures:
-        if asked.method == "gev":
-            own = _summary_of(exposure, merged, summary)
-            cutoff = gev_cutoff(own.histograms.of_z(), asked.false_positives)
-        else:
-            cutoff = gaussian_cutoff(
-                exposure.counted.size, exposure.total_projections, asked.false_positives
-            )
-        judges.append(Judge(cutoff))
-    return judges
-
-
-def _summary_of(exposure: PlannedExposure, merged: "MergedMaps", of_all: Summary) -> Summary:
-    """Return the statistics of an exposure, which are those of all if there is no other."""
-    if not merged.plan.is_montage:
-        return of_all
-    path = statistics_path(exposure.number)
-    found = summary_at(merged.objects, path)
-    if found is None:
-        raise IncompleteError(f"{merged.url}: the group {path!r} is missing; merge again")
-    return found
-
-
-def _montage_cutoff(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> float:
-    """z-score that noise exceeds in so many of the pixels that could be shown.
-
-    Where the highest z-score wins a pixel, all exposures had a chance to show noise there, and all
-    their valid pixels count. Otherwise those count that are shown.
-    """
-    all_count = merged.plan.overlap == "max-zscore"
-    pixels = {
-        exposure.number: exposure.valid_pixels if all_count else exposure.shown_pixels
-        for exposure in summary.attributes.exposures
-    }
-    if asked.method == "gev":
-        histogram = summary.histograms.of_z()
-        share = sum(pixels.values()) / max(histogram.pixels, 1) if not all_count else 1.0
-        return gev_cutoff(histogram, asked.false_positives / (share or 1.0))
-    correlations = sum(
-        pixels.get(exposure.number, 0) * exposure.total_projections
-        for exposure in merged.plan.exposures
-    )
-    return gaussian_cutoff(correlations, 1, asked.false_positives)
-
-
-def p_value_model(summary: Summary) -> PValueModel:
-    """Return the p-value model of a whole map."""
-    counted = summary.histograms
-    return PValueModel.from_histogram(counted.of_both(), counted.of_mip(), counted.of_z())
-
-
-def _levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:
-    """``mip`` and z-score of which a pixel of so high a -ln p reaches at least one.
-
-    -ln p is ``r**2 / 2 - ln(quadrant)``, and with both normal scores from 0 to m (in units of their
-    root mean squares) ``r**2`` is at most ``m**2 max(1, 2 (1 - c)) / (1 - c**2)`` for a correlation
-    c: so one of them is at least the m of the cutoff.
-    """
-    c = model.correlation
-    quadrant = (np.pi / 2 + np.arcsin(c)) / (2 * np.pi)
-    squared = 2 * (1 - c**2) * (cutoff + np.log(quadrant)) / max(1.0, 2 * (1 - c))
-    least = float(np.sqrt(max(squared, 0.0)))
-    levels = []
-    for histogram, rms in (
-        (summary.histograms.of_mip(), model.mip_rms),
-        (summary.histograms.of_z(), model.z_rms),
-    ):
-        rank = histogram.pixels * NormalDist().cdf(least * rms)
-        edges = histogram.axis.edges
-        reached = histogram.below(edges[:-1]) >= rank
-        first = int(np.argmax(reached)) if reached.any() else len(edges) - 1
-        levels.append(float(edges[max(first - 1, 0)]) if first > 1 else -np.inf)
-    return levels[0], levels[1]
-
-
 def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
     """Candidates of every exposure, columns :data:`CANDIDATE_FIELDS`; pixels are the exposure's.
 
@@ -299,7 +111,7 @@ def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
         layout = Layout.of(merged.plan, exposure)
         rows, level = read_candidates(merged.objects, layout)
         incomplete |= judge.model is not None or judge.cutoff < level
-        mip, z = _column(rows, MIP), _column(rows, SCALED_MIP)
+        mip, z = column(rows, MIP), column(rows, SCALED_MIP)
         found.append(rows[judge.wanted(mip, z)])
     if not incomplete:
         return found
@@ -312,7 +124,7 @@ def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
 def _united(one: Float64, other: Float64) -> Float64:
     """Rows of both; those of the first where both have a pixel."""
     rows = np.concatenate([one, other])
-    keys = np.stack([_column(rows, "y"), _column(rows, "x")], axis=1)
+    keys = np.stack([column(rows, "y"), column(rows, "x")], axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)
     return rows[np.sort(first)]
 
@@ -341,7 +153,7 @@ class _Found:
     @property
     def pixels(self) -> tuple[Int64, Int64]:
         """Rows and columns in the exposure."""
-        y, x = (_column(self.rows, name).astype(np.int64) for name in ("y", "x"))
+        y, x = (column(self.rows, name).astype(np.int64) for name in ("y", "x"))
         return y, x
 
     @property
@@ -371,158 +183,6 @@ def _peaks_of_montage(
     hidden = [f.at(np.flatnonzero(~s)) for f, s in zip(found, is_shown, strict=True)]
     others = [f.at(select_peaks(*f.pixels, f.height, asked.min_distance)) for f in hidden]
     return chosen, others
-
-
-@dataclass(frozen=True)
-class MergedMaps:
-    """The stored maps of a merged result, read region by region.
-
-    Parameters
-    ----------
-    objects
-        The result.
-    attributes, plan
-        What it says of itself, and what it was made by.
-    maps
-        By name.
-    decode
-        Turns indices into poses, where these are not stored.
-    """
-
-    objects: Objects
-    attributes: fmt.MergedAttributes
-    plan: MergePlan
-    maps: dict[str, ChunkedMap]
-    decode: Callable[[AnyArray], tuple[AnyArray, ...]] | None
-
-    @classmethod
-    def open(cls, place: str | PathLike[str] | Objects) -> "MergedMaps":
-        """Open what is stored.
-
-        Raises
-        ------
-        StoreNotFoundError, FormatError, IncompleteError
-        """
-        objects = open_objects(place) if isinstance(place, (str, PathLike)) else place
-        attributes = open_merged_result(objects)
-        maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
-        space = read_search_space(objects, attributes.search_space_digest)
-        decode = space.decode if space is not None and not attributes.maps.decoded else None
-        return cls(objects, attributes, read_plan(attributes, objects.url), maps, decode)
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        return self.objects.url
-
-    @property
-    def valid_shape(self) -> tuple[int, int]:
-        """Of the maps' valid pixels."""
-        return self.attributes.valid_shape
-
-    def read(self, region: Region, name: str) -> AnyArray:
-        """Values of a map over a region."""
-        return self.maps[name].read(region)[0]
-
-    def regions(self) -> Iterator[Region]:
-        """The valid pixels, in whole chunks."""
-        for chunk in self.maps[SCALED_MIP].grid:
-            region = chunk.region.intersect(Region.whole(self.valid_shape))
-            if region.size:
-                yield region
-
-    def zscore(self, exposure: PlannedExposure, y: int, x: int) -> float:
-        """z-score of a pixel of an exposure; NaN where it is not valid, or not shown."""
-        pixel = Region(y, y + 1, x, x + 1)
-        if not pixel.intersect(exposure.counted).size:
-            return float("nan")
-        pixel = pixel.shifted(*exposure.origin)
-        if self.plan.is_montage and self.read(pixel, SOURCE_EXPOSURE)[0, 0] != exposure.number:
-            return float("nan")
-        return float(self.read(pixel, SCALED_MIP)[0, 0])
-
-    def shows(self, exposure: PlannedExposure, y: Int64, x: Int64) -> AnyArray:
-        """Whether pixels of the canvas show an exposure; only chunks in overlaps are read."""
-        own = exposure.on_canvas
-        shown = np.ones(len(y), np.bool_)
-        for place in self.plan.touching(own) if len(y) else ():
-            other = self.plan.exposures[place]
-            shared = other.on_canvas.intersect(own)
-            if other.number != exposure.number:
-                shown &= (y < shared.y0) | (y >= shared.y1) | (x < shared.x0) | (x >= shared.x1)
-        doubtful = np.flatnonzero(~shown)
-        grid = self.maps[SOURCE_EXPOSURE].grid
-        cells = (y[doubtful] // grid.cell[0]) * grid.counts[1] + x[doubtful] // grid.cell[1]
-        for cell in np.unique(cells).tolist():
-            region = grid[cell].region
-            numbers = self.read(region, SOURCE_EXPOSURE)
-            here = doubtful[cells == cell]
-            shown[here] = numbers[y[here] - region.y0, x[here] - region.x0] == exposure.number
-        return shown
-
-
-def scan(merged: MergedMaps, judges: Sequence[Judge]) -> list[Float64]:
-    """Read maps for candidates, chunk by chunk: those of every exposure that are shown.
-
-    Parameters
-    ----------
-    merged
-        The result.
-    judges
-        Of its exposures.
-
-    Returns
-    -------
-    list of NDArray[np.float64]
-        For each exposure rows of :data:`CANDIDATE_FIELDS`.
-    """
-
-    def look(region: Region) -> list[tuple[int, Float64]]:
-        there = merged.plan.touching(region)
-        if not there:
-            return []
-        mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
-        if not merged.plan.is_montage:
-            return [(0, rows_at(region, z, judges[0].wanted(mip, z), (0, 0)))]
-        numbers = merged.read(region, SOURCE_EXPOSURE)
-        found = []
-        for k in there:
-            exposure = merged.plan.exposures[k]
-            own = numbers == exposure.number
-            where = own.copy()
-            where[own] = judges[k].wanted(mip[own], z[own])
-            own_z = np.where(own, z, np.float32(np.nan))
-            found.append((k, rows_at(region, own_z, where, exposure.origin)))
-        return found
-
-    def rows_at(region: Region, z: AnyArray, where: AnyArray, origin: tuple[int, int]) -> Float64:
-        y, x = np.nonzero(where)
-        rows = np.full((len(y), len(CANDIDATE_FIELDS)), np.nan)
-        if not len(y):
-            return rows
-        _put(rows, "y", y + region.y0 - origin[0])
-        _put(rows, "x", x + region.x0 - origin[1])
-        for name in GATHERED:
-            if name in merged.maps:
-                _put(rows, name, merged.read(region, name)[y, x])
-        for name, beside in neighbours_of(z, y, x):
-            _put(rows, name, beside)
-        return rows
-
-    found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in judges]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for own in pool.map(look, merged.regions()):
-            for k, rows in own:
-                found[k].append(rows)
-    return [np.concatenate(rows) for rows in found]
-
-
-def _put(rows: Float64, name: str, values: AnyArray) -> None:
-    rows[:, CANDIDATE_FIELDS.index(name)] = values
-
-
-def _column(rows: Float64, name: str) -> Float64:
-    return rows[:, CANDIDATE_FIELDS.index(name)]
 
 
 def _about(asked: PickOptions, merged: MergedMaps, cutoffs: Sequence[float]) -> About:
@@ -584,7 +244,7 @@ def _preference(
     """Keys by which one of several sightings is preferred, the last one first: as pixels are."""
     plan = merged.plan
     acquired = np.array([e.acquired for e in plan.exposures])[exposures]
-    y, x = (_column(rows, name) for name in ("y", "x"))
+    y, x = (column(rows, name) for name in ("y", "x"))
     earliest = (x, y, -height, exposures, acquired)
     if plan.overlap == "earliest":
         return earliest
@@ -614,28 +274,28 @@ def _also_seen(columns: Mapping[str, AnyArray], stands_for: Int64) -> AnyArray:
 
 def _columns(merged: MergedMaps, rows: Float64, exposures: Int64) -> dict[str, AnyArray]:
     """What a table says of peaks in their exposures; positions between pixels, too."""
-    y, x = (_column(rows, name).astype(np.int32) for name in ("y", "x"))
+    y, x = (column(rows, name).astype(np.int32) for name in ("y", "x"))
     dy, dx = subpixel_offsets(_neighbourhoods(merged, rows, exposures))
-    poses = {name: _column(rows, name).astype(np.float32) for name in POSES}
+    poses = {name: column(rows, name).astype(np.float32) for name in POSES}
     if merged.decode is not None and len(rows):
-        index = _column(rows, INDEX).astype(np.int32)
+        index = column(rows, INDEX).astype(np.int32)
         poses = dict(zip(POSES, merged.decode(index), strict=True))
     totals = np.array([e.total_projections for e in merged.plan.exposures], np.int64)
     counts = totals[exposures]
     if merged.attributes.has_counts:
-        counts = _column(rows, COUNT).astype(np.int64)
+        counts = column(rows, COUNT).astype(np.int64)
     return {
         "pos_y": y,
         "pos_x": x,
-        **{name: _column(rows, name).astype(np.float32) for name in (MIP, SCALED_MIP)},
+        **{name: column(rows, name).astype(np.float32) for name in (MIP, SCALED_MIP)},
         "psi": poses["best_psi"],
         "theta": poses["best_theta"],
         "phi": poses["best_phi"],
         "relative_defocus": poses["best_defocus"],
         "pixel_size_offset": poses["best_pixel_size"],
-        **{name: _column(rows, name).astype(np.float32) for name in (MEAN, STD)},
+        **{name: column(rows, name).astype(np.float32) for name in (MEAN, STD)},
         "total_correlations": counts,
-        BEST_PARTIAL: _column(rows, BEST_PARTIAL).astype(np.int32),
+        BEST_PARTIAL: column(rows, BEST_PARTIAL).astype(np.int32),
         "pos_y_subpixel": (y + dy).astype(np.float32),
         "pos_x_subpixel": (x + dx).astype(np.float32),
     }
@@ -644,11 +304,11 @@ def _columns(merged: MergedMaps, rows: Float64, exposures: Int64) -> dict[str, A
 def _neighbourhoods(merged: MergedMaps, peaks: Float64, exposures: Int64) -> Float64:
     """z-scores (n, 3, 3) around peaks, NaN in the corners, which nobody looks at."""
     around = np.full((len(peaks), 3, 3), np.nan)
-    around[:, 1, 1] = _column(peaks, SCALED_MIP)
+    around[:, 1, 1] = column(peaks, SCALED_MIP)
     for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
-        beside = _column(peaks, name).copy()
+        beside = column(peaks, name).copy()
         for k in np.flatnonzero(np.isnan(beside)).tolist():
-            y, x = int(_column(peaks, "y")[k]) + dy, int(_column(peaks, "x")[k]) + dx
+            y, x = int(column(peaks, "y")[k]) + dy, int(column(peaks, "x")[k]) + dx
             beside[k] = merged.zscore(merged.plan.exposures[exposures[k]], y, x)
         around[:, 1 + dy, 1 + dx] = beside
     return around

@@ -3,7 +3,11 @@
 from collections.abc import Iterator, Mapping
 from statistics import median
 
-from ocelot_em.store.attributes import ShownStatistics, SourceStatistics, StatisticsAttributes
+from ocelot_em.store.statistics_attributes import (
+    ShownStatistics,
+    SourceStatistics,
+    StatisticsAttributes,
+)
 
 WIN_RATIO = 1.25
 """Pixels won may be so many times more, or fewer, than a partial's share of the projections. In the

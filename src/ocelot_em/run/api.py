@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
+from ocelot_em.merge.forecast import refuse_what_cannot_fit
 from ocelot_em.merge.merge import merge as merge_tiles
 from ocelot_em.merge.outcome import MergeReport, Outcome
-from ocelot_em.merge.plan import MergeOptions, refuse_what_cannot_fit
 from ocelot_em.merge.resume import Preparation, confirm, prepare
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import Cluster, choose_device, n_workers, open_cluster, within_job
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.store.lock import OutputLock

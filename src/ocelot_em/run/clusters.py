@@ -24,8 +24,9 @@ from ocelot_em.errors import (
     PlanError,
 )
 from ocelot_em.kernels.device import DeviceFacts, find_devices, open_device
+from ocelot_em.merge.memory_model import DeviceChoice, n_threads
 from ocelot_em.merge.merge import Executor
-from ocelot_em.merge.plan import DeviceChoice, MergeOptions, n_threads
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import slurm
 from ocelot_em.run.connect import client_of
 from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor

@@ -18,9 +18,9 @@ from typing import Any, Self
 
 from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.merge.outcome import MergeReport, Outcome
-from ocelot_em.merge.plan import MergeOptions
 from ocelot_em.merge.resume import Preparation
-from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.merge.stats.summary import read_summary
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
 from ocelot_em.store.objects import is_local, normalise_url

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import dask
 
 from ocelot_em.errors import MissingDependencyError, PlanError
-from ocelot_em.merge.plan import MergeOptions, SlurmJobs
+from ocelot_em.model.options import MergeOptions, SlurmJobs
 from ocelot_em.run.connect import client_of, closing_without_clients, staying_connected
 from ocelot_em.run.security import configured_security, forget, security_of_run, shared_credentials
 

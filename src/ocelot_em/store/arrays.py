@@ -23,7 +23,8 @@ from zarr.storage import MemoryStore
 from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
-from ocelot_em.store.attributes import (
+from ocelot_em.store.blosc import Frame, encode, most_encoded_nbytes
+from ocelot_em.store.constants import (
     DIMENSIONS,
     MAX_CHUNK_NBYTES,
     MAX_METADATA_NBYTES,
@@ -31,9 +32,8 @@ from ocelot_em.store.attributes import (
     map_attributes,
     shuffle_of,
 )
-from ocelot_em.store.blosc import Frame, encode, most_encoded_nbytes
+from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.metadata import ArrayInfo, BloscSettings, parse_array, parse_group
-from ocelot_em.store.objects import Objects, ReusedMemory
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 

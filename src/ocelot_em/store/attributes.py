@@ -7,7 +7,7 @@ reports every problem with its place. Stores of version 1 are read as what they 
 import json
 import reprlib
 from dataclasses import replace
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -21,44 +21,11 @@ from pydantic import (
 
 from ocelot_em.errors import FormatError
 from ocelot_em.model.maps import (
-    INDEX,
-    MAPS,
-    MEAN,
-    MIP,
-    SCALED_MIP,
-    SQUARED_SUM,
-    STD,
-    SUM,
     MapSet,
     PoseForm,
 )
 from ocelot_em.model.regions import Region
-
-FORMAT_VERSION: Final = 2
-ATTRIBUTE_KEY = "ocelot"
-PARTIALS = "partials"
-EXPOSURES = "exposures"
-EXPOSURE_NUMBERS = "exposure_numbers"
-SEARCH_SPACE = "search_space"
-TILE_SUMMARY = "progress/tile_summary"
-DIMENSIONS = ("y", "x")
-
-DEFAULT_CHUNK = 1024
-"""Edge of a chunk in pixels. 4 MiB decoded: small enough to stay near the caches, large enough
-that a request per chunk costs little; ``docs/format.md`` has what was measured."""
-
-MAX_CHUNK_NBYTES = 256 * 2**20
-"""Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
-
-MOST_CHUNKS = 2**28
-"""Chunks of an array that is read. They may only be said to be there."""
-
-MOST_TILES = 2**24
-"""Of a merge: four million pixels squared in tiles of the default size. Lists of them must fit into
-memory, also of those that are only said to be there."""
-
-MAX_METADATA_NBYTES = 64 * 2**20
-"""Largest ``zarr.json`` that is read or written: a merge of some sixty thousand partials."""
+from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
 
 PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
 ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
@@ -76,8 +43,8 @@ CanvasPixel = Annotated[int, Field(ge=-(2**33), le=2**33)]
 from."""
 
 
-_Item = TypeVar("_Item")
-Several = Annotated[tuple[_Item, ...], FailFast()]
+Item = TypeVar("Item")
+Several = Annotated[tuple[Item, ...], FailFast()]
 """However many of them are wrong, one is named: complaints of millions would fill the memory."""
 
 
@@ -111,7 +78,7 @@ class Provenance(Attributes):
     options: dict[str, Any] = {}
 
 
-def _too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
+def too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
     """Say so where valid pixels are more than there are."""
     if valid_shape[0] > shape[0] or valid_shape[1] > shape[1]:
         return f"valid_shape: expected at most shape {shape}, got {valid_shape}"
@@ -178,7 +145,7 @@ class SearchAttributes(_Result):
                 "valid_shape: expected one where there is a shape, and none where there is none, "
                 f"got {self.valid_shape} for shape {self.shape}"
             )
-        if self.shape and self.valid_shape and (wrong := _too_large(self.shape, self.valid_shape)):
+        if self.shape and self.valid_shape and (wrong := too_large(self.shape, self.valid_shape)):
             raise ValueError(wrong)
         return self
 
@@ -217,7 +184,7 @@ class ExposureAttributes(Attributes):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
-        if wrong := _too_large(self.shape, self.valid_shape):
+        if wrong := too_large(self.shape, self.valid_shape):
             raise ValueError(wrong)
         return self
 
@@ -286,7 +253,7 @@ class PlacedExposure(Attributes):
 def not_taken(exposure: PlacedExposure) -> str:
     """Say why the pixels that are taken of an exposure cannot be, if they cannot."""
     whole, region = Region.whole(exposure.shape), exposure.region
-    if wrong := _too_large(exposure.shape, exposure.valid_shape):
+    if wrong := too_large(exposure.shape, exposure.valid_shape):
         return wrong
     if region.size and region.intersect(whole) == region:
         return ""
@@ -335,7 +302,7 @@ class MergedAttributes(_Result):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
-        if wrong := _too_large(self.shape, self.valid_shape):
+        if wrong := too_large(self.shape, self.valid_shape):
             raise ValueError(wrong)
         next_partial = 0
         for exposure in self.exposures:
@@ -359,91 +326,6 @@ class MergedAttributes(_Result):
         """Which maps there are."""
         decoded, several = self.has_decoded_poses, bool(self.exposures)
         return replace(super().maps, decoded=decoded, exposures=several)
-
-
-class PartialStatistics(Attributes):
-    """How often a partial won, of the valid pixels."""
-
-    name: str
-    total_projections: Count
-    won_pixels: Count
-
-
-class SourceStatistics(Attributes):
-    """An input's own correlations, over the valid pixels; None where nothing is known.
-
-    Parameters
-    ----------
-    mean, mean_spread
-        Mean over the pixels of the mean correlation, and its standard deviation over the pixels.
-    std
-        Standard deviation of the correlations at one pixel, in the quadratic mean over the pixels.
-    correlation_sum, correlation_squared_sum
-        Sums over all pixels; equal ones give away a share that was searched twice.
-    """
-
-    name: str
-    total_projections: Count
-    mean: float | None = None
-    mean_spread: float | None = None
-    std: float | None = None
-    correlation_sum: float | None = None
-    correlation_squared_sum: float | None = None
-
-
-class ShownStatistics(Attributes):
-    """z-scores of some of the pixels that a montage shows; None where there are none."""
-
-    pixels: Count
-    mean: float | None = None
-    std: float | None = None
-
-
-class ExposureStatistics(Attributes):
-    """An exposure of a montage.
-
-    Parameters
-    ----------
-    id, number, total_projections
-        Of the exposure.
-    valid_pixels, searched_pixels
-        Of the exposure, shown or not.
-    alone, overlap
-        Its pixels that the montage shows: where no other exposure lies, and where others do.
-    """
-
-    id: ExposureId
-    number: Number
-    total_projections: Count
-    valid_pixels: Count
-    searched_pixels: Count
-    alone: ShownStatistics
-    overlap: ShownStatistics
-
-    @property
-    def shown_pixels(self) -> int:
-        """All that the montage shows of it."""
-        return self.alone.pixels + self.overlap.pixels
-
-
-class StatisticsAttributes(Attributes):
-    """What was counted over the valid pixels of a merged result.
-
-    Of a montage: over those of all exposures, shown or not; and what is shown of each.
-    """
-
-    valid_pixels: Count
-    searched_pixels: Count
-    unsearched_pixels: Count
-    nan_pixels: Count
-    zero_std_pixels: Count
-    mip_range: tuple[float, float] | None
-    scaled_mip_range: tuple[float, float] | None
-    candidate_level: float | None
-    n_candidates: Count
-    partials: Several[PartialStatistics]
-    sources: Several[SourceStatistics]
-    exposures: Several[ExposureStatistics] = ()
 
 
 _Model = TypeVar("_Model", bound=Attributes)
@@ -535,25 +417,3 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 def dump_attributes(model: Attributes) -> dict[str, Any]:
     """Return the group attributes that :func:`parse_attributes` reads."""
     return {ATTRIBUTE_KEY: model.model_dump(mode="json")}
-
-
-def fill_value(name: str) -> float | int:
-    """Fill value of a map: NaN, or for the integer maps -1 (index, partial) and 0 (count)."""
-    return MAPS[name].fill
-
-
-def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
-    """How a map is shuffled before it is compressed: what measured best, see ``docs/format.md``.
-
-    Maps of few different values compress better by bits. Noise compresses to the same size by
-    bytes, which are decoded two to four times faster.
-    """
-    return (
-        "shuffle" if name in (MIP, INDEX, SUM, SQUARED_SUM, SCALED_MIP, MEAN, STD) else "bitshuffle"
-    )
-
-
-def map_attributes(name: str) -> dict[str, str]:
-    """Attributes of a map's array, in the names that xarray and CF readers look for."""
-    info = MAPS[name]
-    return {"long_name": info.meaning, "units": info.unit}

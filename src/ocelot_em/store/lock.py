@@ -22,7 +22,7 @@ from typing import Self
 import psutil
 
 from ocelot_em.errors import OutputLockedError, StorageError
-from ocelot_em.store.objects import Objects
+from ocelot_em.store.contract import Objects
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ocelot_em.errors import FormatError
 from ocelot_em.model.regions import ceil_div
-from ocelot_em.store.attributes import MAX_CHUNK_NBYTES, MAX_METADATA_NBYTES, MOST_CHUNKS
+from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_METADATA_NBYTES, MOST_CHUNKS
 
 MOST_DIMENSIONS = 3
 

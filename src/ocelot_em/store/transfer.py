@@ -18,7 +18,7 @@ from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.blosc import Frame
-from ocelot_em.store.objects import Objects, ReusedMemory
+from ocelot_em.store.contract import Objects, ReusedMemory
 
 READ_TOGETHER = 4
 """Most requests of one chunk that can be open at the same time."""

@@ -10,7 +10,6 @@ made region by region and need not fit into memory.
 import csv
 import math
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from functools import cached_property, lru_cache
 from itertools import product
 from os import PathLike
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +27,6 @@ from ocelot_em.model.maps import (
     MAPS,
     MIP,
     POSES,
-    SCALED_MIP,
     SQUARED_SUM,
     SUM,
     AnyArray,
@@ -40,43 +37,30 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
-from ocelot_em.store.search import PartialWriter, SearchInfo
+from ocelot_em.store.partials import PartialWriter
+from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.testing.noise import (
+    BLOCK_PX,
+    BLOCK_STREAM,
+    MAX_PARTIALS,
+    PEAK_RADIUS_PX,
+    TRUTH_STREAM,
+    generator,
+    maximum_of_normals,
+    peak_profile,
+    waves,
+    window,
+)
+from ocelot_em.testing.recovery import TRUTH_DTYPE, TRUTH_POSES
 
 STORE_NAME = "RUN.zarr"
 TRUTH_NAME = "truth.csv"
 MIN_SPACING_PX = 12
-MAX_PARTIALS = 1000
 PIXEL_SIZE_ANGSTROM = 2.5
 
-TRUTH_DTYPE = np.dtype(
-    [
-        ("y", np.int64),
-        ("x", np.int64),
-        ("phi", np.float32),
-        ("theta", np.float32),
-        ("psi", np.float32),
-        ("defocus_angstrom", np.float32),
-        ("pixel_size_offset_angstrom", np.float32),
-        ("global_index", np.int32),
-        ("partial", np.int32),
-        ("amplitude", np.float32),
-    ]
-)
-"""Columns of a table of planted particles. ``y`` and ``x`` are the corner of the template box in
-pixels, angles are in degrees, ``amplitude`` is in standard deviations: about the expected z."""
-
-_TRUTH_POSES = ("phi", "theta", "psi", "defocus_angstrom", "pixel_size_offset_angstrom")
-
-_BLOCK = 256
-"""Edge of the blocks that random numbers are drawn for; a block's arrays stay in the caches."""
 
 _PLACEMENT_CELL_PX = 2 * MIN_SPACING_PX
-_PEAK_RADIUS_PX = 2
-_PLACEMENT_MARGIN_PX = _PEAK_RADIUS_PX + 1
-_PEAK_SIGMA_PX = 1.2
-
-# First number of the spawn keys of numpy.random.SeedSequence: one kind of draw each.
-_TRUTH_STREAM, _FIELD_STREAM, _BLOCK_STREAM = range(3)
+_PLACEMENT_MARGIN_PX = PEAK_RADIUS_PX + 1
 
 
 @dataclass(frozen=True)
@@ -180,7 +164,7 @@ class Simulation:
     @cached_property
     def truth(self) -> NDArray[np.void]:
         """The planted particles, (n_particles,) of :data:`TRUTH_DTYPE`, from top to bottom."""
-        rng = _generator(self.seed, _TRUTH_STREAM)
+        rng = generator(self.seed, TRUTH_STREAM)
         cells = self._placement_cells
         space = self.search_space
         table = np.zeros(self.n_particles, TRUTH_DTYPE)
@@ -194,7 +178,7 @@ class Simulation:
                 )
                 table[axis] = _PLACEMENT_MARGIN_PX + cell * _PLACEMENT_CELL_PX + jitter
         table["global_index"] = rng.integers(0, space.n_poses, self.n_particles)
-        for name, values in zip(_TRUTH_POSES, space.decode(table["global_index"]), strict=True):
+        for name, values in zip(TRUTH_POSES, space.decode(table["global_index"]), strict=True):
             table[name] = values
         ends = [end for _, end in self.orientation_ranges]
         orientation = table["global_index"] % len(space.euler_angles)
@@ -246,7 +230,7 @@ class Simulation:
         maps = {
             name: np.empty(region.shape, MAPS[name].dtypes[0]) for name in MapSet(self.form).partial
         }
-        for block in TileGrid(self.shape, (_BLOCK, _BLOCK)).touching(region):
+        for block in TileGrid(self.shape, (BLOCK_PX, BLOCK_PX)).touching(region):
             wanted = block.region.intersect(region)
             source = wanted.relative_to(block.region).slices
             target = wanted.relative_to(region).slices
@@ -260,20 +244,20 @@ class Simulation:
 
     def _draw_block(self, partial: int, iy: int, ix: int) -> dict[str, AnyArray]:
         """Indexed maps of one whole block, beyond the map's edges too."""
-        shape = (_BLOCK, _BLOCK)
+        shape = (BLOCK_PX, BLOCK_PX)
         count = self.counts[partial]
-        rng = _generator(self.seed, _BLOCK_STREAM, partial, iy, ix)
+        rng = generator(self.seed, BLOCK_STREAM, partial, iy, ix)
         # In place where possible: at this size a new array costs as much as its arithmetic.
-        mean = _waves(self.seed, 0, iy, ix, amplitude=0.2)
-        mean += _waves(self.seed, 2 + partial, iy, ix, amplitude=0.1)
+        mean = waves(self.seed, 0, iy, ix, amplitude=0.2)
+        mean += waves(self.seed, 2 + partial, iy, ix, amplitude=0.1)
         # 0.84 to 1.5 and mostly near 1, as in real searches; the same for all devices.
-        std = _waves(self.seed, 1, iy, ix, amplitude=1.0)
+        std = waves(self.seed, 1, iy, ix, amplitude=1.0)
         std += 1
         std *= std
         std *= np.float32(0.165)
         std += np.float32(0.84)
 
-        mip = _maximum_of_normals(rng.standard_exponential(shape), count)
+        mip = maximum_of_normals(rng.standard_exponential(shape), count)
         mip *= std
         mip += mean
         correlation_sum = rng.standard_normal(shape, np.float32)  # so far, of the mean's error
@@ -286,11 +270,11 @@ class Simulation:
         correlation_sum *= np.float32(count)
         index = self._draw_poses(rng, partial, shape)
 
-        block = Region(iy * _BLOCK, (iy + 1) * _BLOCK, ix * _BLOCK, (ix + 1) * _BLOCK)
+        block = Region(iy * BLOCK_PX, (iy + 1) * BLOCK_PX, ix * BLOCK_PX, (ix + 1) * BLOCK_PX)
         for particle in self._particles_near(partial, block):
-            window = _window(particle)
-            at = window.intersect(block).relative_to(block).slices
-            profile = _peak_profile()[window.intersect(block).relative_to(window).slices]
+            around = window(particle)
+            at = around.intersect(block).relative_to(block).slices
+            profile = peak_profile()[around.intersect(block).relative_to(around).slices]
             peak = mean[at] + particle["amplitude"] * std[at] * profile
             higher = peak > mip[at]
             mip[at] = np.where(higher, peak, mip[at])
@@ -312,68 +296,12 @@ class Simulation:
         return index
 
     def _particles_near(self, partial: int, block: Region) -> NDArray[np.void]:
-        reach = _PEAK_RADIUS_PX
+        reach = PEAK_RADIUS_PX
         first, last = np.searchsorted(self.truth["y"], (block.y0 - reach, block.y1 + reach))
         band = self.truth[first:last]
         near = (band["x"] >= block.x0 - reach) & (band["x"] < block.x1 + reach)
         mine: NDArray[np.void] = band[near & (band["partial"] == partial)]
         return mine
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """How many planted particles came back.
-
-    Parameters
-    ----------
-    n
-        Particles planted.
-    found
-        Those whose peak exceeds the cutoff.
-    pose_right
-        Those found with exactly the pose that was planted.
-    """
-
-    n: int
-    found: int
-    pose_right: int
-
-
-def compare_with_truth(
-    truth: NDArray[np.void], read: Callable[[str, Region], AnyArray], cutoff: float
-) -> Recovery:
-    """Look for planted particles in merged maps.
-
-    A particle is found if the highest ``scaled_mip`` within two pixels of it along each axis
-    exceeds the cutoff; its pose is read at that pixel. NaN is never found; of equal values the
-    first in row order counts.
-
-    Parameters
-    ----------
-    truth
-        (n,) of :data:`TRUTH_DTYPE`, in the coordinates of the merged maps and at least two pixels
-        from their edges, as :attr:`Simulation.truth` is.
-    read
-        Returns one merged map over one region: ``scaled_mip`` and the five maps of
-        :data:`~ocelot_em.model.maps.POSES`.
-    cutoff
-        See :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
-    """
-    found = pose_right = 0
-    for particle in truth:
-        window = _window(particle)
-        z = read(SCALED_MIP, window)
-        z = np.where(np.isnan(z), -np.inf, z)
-        y, x = (int(i) for i in np.unravel_index(np.argmax(z), z.shape))
-        if not z[y, x] > cutoff:
-            continue
-        found += 1
-        pixel = Region(window.y0 + y, window.y0 + y + 1, window.x0 + x, window.x0 + x + 1)
-        pose_right += all(
-            read(name, pixel).item() == particle[column].item()
-            for name, column in zip(POSES, _TRUTH_POSES, strict=True)
-        )
-    return Recovery(len(truth), found, pose_right)
 
 
 def write_truth(simulation: Simulation, path: str | PathLike[str]) -> None:
@@ -488,83 +416,3 @@ def _pose_tables() -> tuple[Float32, ...]:
     """Pose of every global index: looking it up is faster than decoding it."""
     space = _search_space()
     return space.decode(np.arange(space.n_poses, dtype=np.int32))
-
-
-def _generator(seed: int, *key: int) -> np.random.Generator:
-    # SFC64 is NumPy's fastest; independence comes from the spawn key.
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
-
-
-@lru_cache(maxsize=4096)
-def _wave_parameters(seed: int, field: int) -> NDArray[np.float64]:
-    """(axis, frequency or phase, wave, 1) of three waves 60 to 600 px long."""
-    rng = _generator(seed, _FIELD_STREAM, field)
-    frequency = 2 * np.pi / np.exp(rng.uniform(math.log(60), math.log(600), (2, 3, 1)))
-    return np.stack([frequency, rng.uniform(0, 2 * np.pi, (2, 3, 1))], axis=1)
-
-
-def _waves(seed: int, field: int, iy: int, ix: int, *, amplitude: float) -> Float32:
-    """Return a smooth random function over one whole block, between -amplitude and amplitude."""
-    along = []
-    for (frequency, phase), block in zip(_wave_parameters(seed, field), (iy, ix), strict=True):
-        position = block * _BLOCK + np.arange(_BLOCK)
-        along.append(np.cos(frequency * position + phase))
-    rows = (along[0] * (amplitude / len(along[0]))).astype(np.float32)[:, :, None]
-    columns = along[1].astype(np.float32)
-    total: Float32 = rows[0] * columns[0]
-    wave = np.empty_like(total)
-    for row, column in zip(rows[1:], columns[1:], strict=True):
-        total += np.multiply(row, column, out=wave)
-    return total
-
-
-# The table's argument is a standard exponential draw e = -log(u), cut finely on a logarithmic
-# scale: the upper bits of a float64 are its exponent and the first bits of its mantissa.
-_SEGMENT_BITS = 6
-_SEGMENT_SHIFT = 52 - _SEGMENT_BITS
-_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -54, 6  # draws beyond happen once in 1e16 and are clipped
-
-
-@lru_cache(maxsize=MAX_PARTIALS)
-def _maximum_table(n: int) -> tuple[Float32, Float32]:
-    """Maximum of n normal draws at the segments' starts, and its change over each segment."""
-    octaves = np.exp2(np.arange(_LOWEST_EXPONENT, _HIGHEST_EXPONENT))
-    within = 1 + np.arange(2**_SEGMENT_BITS) / 2**_SEGMENT_BITS
-    edges = np.append(np.outer(octaves, within).ravel(), 2.0**_HIGHEST_EXPONENT)
-    normal = NormalDist()
-    z = np.empty(len(edges))
-    for i, e in enumerate((edges / n).tolist()):
-        # Of the two tails, the one whose probability float64 holds without loss.
-        upper = -math.expm1(-e)
-        z[i] = -normal.inv_cdf(upper) if upper < 0.5 else normal.inv_cdf(math.exp(-e))
-    return z[:-1].astype(np.float32), np.diff(z).astype(np.float32)
-
-
-def _maximum_of_normals(exponential: NDArray[np.float64], n: int) -> Float32:
-    """Turn standard exponential draws into draws of the maximum of n standard normal ones.
-
-    The maximum's distribution function is ``Phi(z)**n``; with ``u = exp(-exponential)`` uniform,
-    ``z = Phi^-1(1 - p)``, ``p = -expm1(log(u) / n)``. Interpolated from a table, to 1e-4.
-    """
-    values, changes = _maximum_table(n)
-    bits = exponential.view(np.int64)
-    segment = bits >> _SEGMENT_SHIFT
-    segment -= (1023 + _LOWEST_EXPONENT) << _SEGMENT_BITS
-    fraction = (bits & ((1 << _SEGMENT_SHIFT) - 1)).astype(np.float32)
-    fraction *= np.float32(2.0**-_SEGMENT_SHIFT)
-    fraction *= changes.take(segment, mode="clip")
-    fraction += values.take(segment, mode="clip")
-    return fraction
-
-
-def _window(particle: np.void) -> Region:
-    """Return the pixels of a particle's peak."""
-    y, x, reach = int(particle["y"]), int(particle["x"]), _PEAK_RADIUS_PX
-    return Region(y - reach, y + reach + 1, x - reach, x + reach + 1)
-
-
-@lru_cache(maxsize=1)
-def _peak_profile() -> Float32:
-    distance = np.arange(-_PEAK_RADIUS_PX, _PEAK_RADIUS_PX + 1)
-    along = np.exp(-np.square(distance) / (2 * _PEAK_SIGMA_PX**2))
-    return np.outer(along, along).astype(np.float32)

@@ -19,9 +19,9 @@ from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
-from ocelot_em.store.objects import Objects, open_objects
+from ocelot_em.store.contract import Objects
+from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import (
-    SearchInfo,
     chunk_problem,
     open_partial_maps,
     partial_names,
@@ -31,8 +31,9 @@ from ocelot_em.store.search import (
     read_partial_attributes,
     read_partials,
     read_search_space,
-    value_problems,
 )
+from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.validation import value_problems
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,15 @@
 Nothing here reads a map: geometry and what the merge has counted tell it all.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.records import Summary, open_merged_result, read_exposure_statistics
-from ocelot_em.model.maps import Float64, Int64
-from ocelot_em.model.markup import Markup, captioned, element, join, length_text, percent, table
+from ocelot_em.merge.stats.summary import Summary
+from ocelot_em.model.maps import Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.quality import (
     FEWEST_EXPECTED_WINS,
@@ -23,23 +20,15 @@ from ocelot_em.particles.quality import (
     STD_RATIO,
     WIN_RATIO,
 )
-from ocelot_em.particles.table import EXPOSURE, ParticleTable
-from ocelot_em.store.attributes import (
+from ocelot_em.store.attributes import MergedAttributes, MergedExposure
+from ocelot_em.store.statistics_attributes import (
     ExposureStatistics,
-    MergedAttributes,
-    MergedExposure,
     PartialStatistics,
     ShownStatistics,
     SourceStatistics,
-    StatisticsAttributes,
 )
-from ocelot_em.store.objects import open_objects
-from ocelot_em.view.plots import (
-    BLUE,
+from ocelot_em.view.figures import (
     MOST_BARS,
-    ORANGE,
-    OVERVIEW_PX,
-    RED,
     Store,
     axes_or_new,
     foreground,
@@ -47,136 +36,18 @@ from ocelot_em.view.plots import (
     say,
     summary_of,
 )
+from ocelot_em.view.plots import BLUE, ORANGE, RED
 
 if TYPE_CHECKING:
     from ocelot_em.view.plots import Axes
-
-Draw = Callable[[str, tuple[float, float], Callable[[Any], object], str], Markup]
-"""Puts a picture on a page: its name there, size in inches, what draws into a figure, and what it
-shows in words."""
+from ocelot_em.view.montage import Coverage, Montage, attributes_of
 
 MOST_LABELS = 40
 """Exposures that are labelled; with more, nothing else is seen."""
 
-ROWS_SHOWN = 100
-"""Rows of a table, of which there may be thousands."""
 
 _LABEL_POINTS = 7.5
 _MOST_SHADES = 12
-
-
-@dataclass(frozen=True)
-class Montage:
-    """What is known of the exposures of a merged result.
-
-    Parameters
-    ----------
-    attributes
-        Of the result: where exposures lie.
-    summary
-        Of all exposures together.
-    of_exposures
-        What was counted of each, by their ids.
-    """
-
-    attributes: MergedAttributes
-    summary: Summary
-    of_exposures: Mapping[str, StatisticsAttributes]
-
-    @classmethod
-    def read(cls, store: Store) -> "Montage":
-        """Read it.
-
-        Raises
-        ------
-        StoreNotFoundError, FormatError, IncompleteError
-            It is not a finished merged result, or was merged without statistics.
-        InvalidInputError
-            It is not a montage.
-        """
-        attributes, summary = _attributes_of(store), summary_of(store)
-        return cls(attributes, summary, read_exposure_statistics(store, summary.attributes))
-
-    @property
-    def exposures(self) -> tuple[ExposureStatistics, ...]:
-        """What was counted of each, and what is shown of it."""
-        return self.summary.attributes.exposures
-
-
-def _attributes_of(store: Store) -> MergedAttributes:
-    objects = open_objects(store)
-    attributes = open_merged_result(objects)
-    if not attributes.exposures:
-        raise InvalidInputError(f"{objects.url}: expected a montage, got a result of one exposure")
-    return attributes
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many exposures cover the pixels of a canvas.
-
-    Parameters
-    ----------
-    most
-        (y, x) int64: the highest number in each block of pixels.
-    factor
-        Edge of the blocks in pixels.
-    areas
-        Pixels by number of exposures, from those that none covers.
-    """
-
-    most: Int64
-    factor: int
-    areas: tuple[int, ...]
-
-    @classmethod
-    def of(cls, attributes: MergedAttributes, longest_edge_px: int = OVERVIEW_PX) -> "Coverage":
-        """Count, exactly, from where the exposures lie.
-
-        Lines along all edges cut the canvas into cells in which all pixels have one number. Rows of
-        cells are counted one after another, so that memory grows with a row.
-        """
-        height, width = attributes.valid_shape
-        factor = ceil_div(max(height, width), longest_edge_px)
-        bounds = np.array([e.on_canvas.bounds for e in attributes.exposures], np.int64)
-        y0, y1, x0, x1 = bounds.reshape(-1, 4).clip(0, [height, height, width, width]).T
-        # Edges of blocks are lines, too, so that a cell lies in one block.
-        rows = np.unique(np.concatenate([y0, y1, np.arange(0, height, factor), [height]]))
-        columns = np.unique(np.concatenate([x0, x1, np.arange(0, width, factor), [width]]))
-        first_of_block = np.searchsorted(columns, np.arange(0, width, factor))
-        widths = np.diff(columns)
-        begins, ends = (np.searchsorted(columns, x) for x in (x0, x1))
-        first, last = (np.searchsorted(rows, y) for y in (y0, y1))
-        opening, closing = np.argsort(first, kind="stable"), np.argsort(last, kind="stable")
-        n_open = np.searchsorted(first[opening], np.arange(len(rows)), side="right")
-        n_closed = np.searchsorted(last[closing], np.arange(len(rows)), side="right")
-        most = np.zeros((ceil_div(height, factor), ceil_div(width, factor)), np.int64)
-        areas: Counter[int] = Counter()
-        steps = np.zeros(len(columns), np.int64)
-        opened = closed = 0
-        for row, (top, bottom) in enumerate(pairwise(rows.tolist())):
-            new, old = opening[opened : n_open[row]], closing[closed : n_closed[row]]
-            opened, closed = n_open[row], n_closed[row]
-            for change, exposures in ((1, new), (-1, old)):
-                np.add.at(steps, begins[exposures], change)
-                np.add.at(steps, ends[exposures], -change)
-            covers = np.cumsum(steps)[:-1]
-            for number, pixels in enumerate(np.bincount(covers, widths).tolist()):
-                areas[number] += int(pixels) * (bottom - top)
-            into = most[top // factor]
-            np.maximum(into, np.maximum.reduceat(covers, first_of_block), out=into)
-        highest = max((number for number, pixels in areas.items() if pixels), default=0)
-        return cls(most, factor, tuple(areas[number] for number in range(highest + 1)))
-
-    @property
-    def covered_pixels(self) -> int:
-        """Those that at least one exposure covers."""
-        return sum(self.areas[1:])
-
-    @property
-    def overlap_pixels(self) -> int:
-        """Those that several cover."""
-        return sum(self.areas[2:])
 
 
 def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) -> "Axes":
@@ -198,7 +69,7 @@ def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) ->
     InvalidInputError
         It is not a montage.
     """
-    attributes = store if isinstance(store, MergedAttributes) else _attributes_of(store)
+    attributes = store if isinstance(store, MergedAttributes) else attributes_of(store)
     coverage, ax = Coverage.of(attributes), axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor
     most = max(len(coverage.areas) - 1, 1)
@@ -369,7 +240,7 @@ def plot_seams(
 
 
 def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics], *, few: bool) -> None:
-    apart = np.array([_apart(exposure) for exposure in exposures])
+    apart = np.array([seam_of(exposure) for exposure in exposures])
     known = np.isfinite(apart)
     ax.set(title="overlaps less alone", xlabel="difference / std")
     widest = max(float(np.abs(apart[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
@@ -388,26 +259,27 @@ def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics], *, fe
         say(ax, "too few pixels to tell")
 
 
-def _apart(exposure: ExposureStatistics) -> float:
+def seam_of(exposure: ExposureStatistics) -> float:
     """Standard deviations between the mean in overlaps and that alone; NaN if few pixels tell."""
     alone, overlap = exposure.alone, exposure.overlap
     if min(alone.pixels, overlap.pixels) < FEWEST_SHOWN or not alone.std:
         return float("nan")
-    return (_number(overlap.mean) - _number(alone.mean)) / alone.std
+    return (short_number(overlap.mean) - short_number(alone.mean)) / alone.std
 
 
 def _shown(statistics: Iterator[ShownStatistics]) -> Float64:
     """(n, 2) means and standard deviations; NaN where nothing is shown."""
-    rows = [(_number(shown.mean), _number(shown.std)) for shown in statistics]
+    rows = [(short_number(shown.mean), short_number(shown.std)) for shown in statistics]
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
-def _number(value: float | None) -> float:
+def short_number(value: float | None) -> float:
+    """Return a number for a plot; NaN where there is none."""
     return float("nan") if value is None else value
 
 
 @dataclass(frozen=True)
-class _OwnPartial:
+class OwnPartial:
     """A partial among those of its exposure."""
 
     place: int
@@ -438,26 +310,27 @@ def _beyond(ratio: float, most: float) -> bool:
     return bool(np.isfinite(ratio)) and not 1 / most <= ratio <= most
 
 
-def _own_partials(montage: Montage) -> list[_OwnPartial]:
+def own_partials(montage: Montage) -> list[OwnPartial]:
+    """Return the partials of each exposure, with what is unusual."""
     found = []
     for place, (exposure, own) in enumerate(montage.of_exposures.items()):
         won = sum(partial.won_pixels for partial in own.partials)
         projections = sum(partial.total_projections for partial in own.partials)
-        stds = np.array([_number(source.std) for source in own.sources])
+        stds = np.array([short_number(source.std) for source in own.sources])
         usual = float(np.median(stds[np.isfinite(stds)])) if np.isfinite(stds).any() else 0.0
         several = len(own.partials) > 1
         # The sources of an exposure are its partials, because a montage is not merged again.
         for partial, source in zip(own.partials, own.sources, strict=True):
             expected = won * partial.total_projections / projections if projections else 0.0
             found.append(
-                _OwnPartial(
+                OwnPartial(
                     place,
                     exposure,
                     partial,
                     source,
                     expected,
                     partial.won_pixels / expected if several and expected else float("nan"),
-                    _number(source.std) / usual if several and usual else float("nan"),
+                    short_number(source.std) / usual if several and usual else float("nan"),
                 )
             )
     return found
@@ -489,7 +362,7 @@ def plot_partials_of_exposures(
     """
     montage = store if isinstance(store, Montage) else Montage.read(store)
     ax = axes_or_new(ax)
-    partials = _own_partials(montage)
+    partials = own_partials(montage)
     most = WIN_RATIO if value == "wins" else STD_RATIO
     ratios = np.array([p.won_ratio if value == "wins" else p.std_ratio for p in partials])
     places = np.array([p.place for p in partials])
@@ -521,199 +394,3 @@ def plot_partials_of_exposures(
     if not known.size:
         say(ax, "nothing to compare")
     return ax
-
-
-def montage_cards(montage: Montage, coverage: Coverage) -> list[tuple[str, str]]:
-    """Numbers for the head of a page, each with what it is."""
-    attributes = montage.attributes
-    height, width = attributes.valid_shape
-    size, pixels = attributes.pixel_size_angstrom, height * width
-    counts = [exposure.total_projections for exposure in montage.exposures]
-    lowest, highest = (f"{count:,}" for count in (min(counts), max(counts)))
-    several = percent(coverage.overlap_pixels / pixels)
-    area = "" if size is None else f", {length_text(height * size, width * size)}"
-    return [
-        (f"{len(montage.exposures):,}", "exposures"),
-        (f"{height:,} × {width:,}", f"pixels of the canvas{area}"),
-        (percent(coverage.covered_pixels / pixels), f"of it covered, {several} more than once"),
-        (
-            lowest if lowest == highest else f"{lowest} to {highest}",
-            "projections per pixel of an exposure",
-        ),
-    ]
-
-
-def montage_section(
-    montage: Montage, particles: ParticleTable, coverage: Coverage, draw: Draw
-) -> Markup:
-    """Tell of the exposures of a montage: where they lie, their seams, and a table."""
-    height, width = montage.attributes.valid_shape
-    wide = width > 2 * height
-    across = 11.6 if wide else 5.4
-    drawn = draw(
-        "coverage",
-        (across, float(np.clip((across - 1.4) * height / width, 1.2, 7.5)) + 0.8),
-        lambda page: plot_exposures(montage.attributes, page.subplots()),
-        "how many exposures cover each pixel",
-    )
-    told = "From where the exposures lie; what was left out of them does not count."
-    if coverage.factor > 1:
-        block = f"{coverage.factor} × {coverage.factor}"
-        told += f" A pixel of this picture is the highest number of {block}."
-    covered = captioned(drawn, told, "full" if wide else "half")
-    pictures = element("div", covered, _seams(montage, draw, wide=wide), class_="row")
-    return join([pictures, _exposure_table(montage, particles)])
-
-
-def _seams(montage: Montage, draw: Draw, *, wide: bool) -> Markup:
-    n = len(montage.exposures)
-    n_known = int(np.isfinite([_apart(exposure) for exposure in montage.exposures]).sum())
-    few = n <= MOST_BARS
-    beside = few or wide
-
-    def paint(page: Any) -> None:
-        if not n_known:
-            plot_seams(montage.summary, page.subplots())
-            return
-        ratios = {"width_ratios": (1.6, 1)} if beside else {"height_ratios": (1.4, 1)}
-        means, differences = page.subplots(*((1, 2) if beside else (2, 1)), **ratios)
-        plot_seams(montage.summary, means)
-        plot_seams(montage.summary, differences, value="difference")
-        if few:
-            differences.set_ylim(means.get_ylim())
-            differences.tick_params(labelleft=False)
-
-    tall = float(np.clip(0.25 * n + 1.7, 2.4, 12.0)) if few else 3.2 if beside else 5.2
-    drawn = draw("seams", (11.6 if wide else 5.4, tall), paint, "z-scores of exposures")
-    told = (
-        "z-scores that the montage shows of each exposure, where it is alone and where others "
-        f"lie, too: means, with standard deviations as {'bars' if few else 'bands'}. "
-    )
-    if n_known:
-        told += (
-            f"{'Right' if beside else 'Below'}: how far both means are apart, for the {n_known:,} "
-            f"of {n:,} exposures that show {FEWEST_SHOWN:,} pixels or more of both kinds; beyond "
-            "the grey band a seam can be seen."
-        )
-    else:
-        told += f"No exposure shows {FEWEST_SHOWN:,} pixels of both kinds, to tell them apart."
-    return captioned(drawn, told, "full" if wide else "half")
-
-
-def _exposure_table(montage: Montage, particles: ParticleTable) -> Markup:
-    header = (
-        "exposure",
-        "acquired",
-        "origin (y, x)",
-        "valid pixels",
-        "shown",
-        "of it in overlaps",
-        "projections",
-        "mean z alone",
-        "mean z in overlaps",
-        "apart (std)",
-        "particles",
-    )
-    found = Counter(particles.columns[EXPOSURE].tolist() if particles.is_of_montage else ())
-    apart = np.array([_apart(exposure) for exposure in montage.exposures])
-    rows = []
-    for k in _telling(np.abs(apart)):
-        exposure, lies = montage.exposures[k], montage.attributes.exposures[k]
-        shown = exposure.shown_pixels
-        rows.append(
-            (
-                exposure.id,
-                f"{lies.acquired:d}",
-                f"{lies.origin[0]:,}, {lies.origin[1]:,}",
-                f"{exposure.valid_pixels:,}",
-                f"{shown:,}",
-                percent(exposure.overlap.pixels / shown) if shown else "—",
-                f"{exposure.total_projections:,}",
-                _decimals(_number(exposure.alone.mean), 3),
-                _decimals(_number(exposure.overlap.mean), 3),
-                _decimals(float(apart[k]), 2),
-                f"{found[exposure.id]:,}",
-            )
-        )
-    told = "Origins are pixels of the canvas."
-    if any(montage.attributes.canvas_origin):
-        first = ", ".join(f"{position:,}" for position in montage.attributes.canvas_origin)
-        told = f"Origins are pixels of the canvas, whose first pixel is ({first}) of the search."
-    if len(apart) > len(rows):
-        told = f"Those with the largest differences, and {len(apart) - len(rows):,} more. {told}"
-    numbers = element("div", table(header, rows), class_="scroll numbers")
-    return join([numbers, element("p", told, class_="caption")])
-
-
-def partials_of_exposures_section(montage: Montage, draw: Draw) -> Markup:
-    """Tell of partials, each among those of its exposure."""
-    partials = _own_partials(montage)
-    few = len(montage.of_exposures) <= MOST_BARS
-
-    def paint(page: Any) -> None:
-        wins, stds = page.subplots(*((1, 2) if few else (2, 1)))
-        plot_partials_of_exposures(montage, wins, value="wins")
-        plot_partials_of_exposures(montage, stds, value="std")
-        if few:
-            stds.tick_params(labelleft=False)
-
-    parts = []
-    if any(np.isfinite(own.won_ratio) or np.isfinite(own.std_ratio) for own in partials):
-        tall = float(np.clip(0.34 * len(montage.of_exposures) + 1.3, 2.0, 12.0)) if few else 4.6
-        drawn = draw("partials-plot", (12.0, tall), paint, "health of the partial results")
-        told = (
-            "A dot is a partial, compared with the others of its exposure only. It should win the "
-            "share of the exposure's pixels that it has of its projections, about, and the "
-            "standard deviations of correlations should agree. Red ones are out of line."
-        )
-        parts.append(captioned(drawn, told, "full"))
-    else:
-        alone = "No exposure has several partials that could be compared with each other."
-        parts.append(element("p", alone, class_="caption"))
-    header = (
-        "exposure",
-        "partial",
-        "projections",
-        "share of them",
-        "pixels won",
-        "won / expected",
-        "mean",
-        "its spread",
-        "std",
-        "std / median",
-    )
-    rows = []
-    for k in _telling(np.array([own.unusual for own in partials])):
-        own = partials[k]
-        statistics = montage.of_exposures[own.exposure]
-        projections = max(sum(p.total_projections for p in statistics.partials), 1)
-        rows.append(
-            (
-                own.exposure,
-                own.partial.name,
-                f"{own.partial.total_projections:,}",
-                percent(own.partial.total_projections / projections),
-                f"{own.partial.won_pixels:,}",
-                _decimals(own.won_ratio, 2),
-                *(_decimals(_number(v), 5) for v in (own.source.mean, own.source.mean_spread)),
-                _decimals(_number(own.source.std), 5),
-                _decimals(own.std_ratio, 3),
-            )
-        )
-    parts.append(element("div", table(header, rows), class_="scroll numbers"))
-    if len(partials) > len(rows):
-        more = f"Those most unlike the others, and {len(partials) - len(rows):,} more."
-        parts.append(element("p", more, class_="caption"))
-    return join(parts)
-
-
-def _telling(interest: Float64) -> list[int]:
-    """Which rows are shown: all in their order, or the most interesting of too many."""
-    if len(interest) <= ROWS_SHOWN:
-        return list(range(len(interest)))
-    order: list[int] = np.argsort(-np.nan_to_num(interest), kind="stable").tolist()
-    return order[:ROWS_SHOWN]
-
-
-def _decimals(value: float, n: int) -> str:
-    return f"{value:.{n}f}" if np.isfinite(value) else "—"

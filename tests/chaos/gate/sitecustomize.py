@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-GATED = "ocelot_em.merge.merge"
+GATED = "ocelot_em.merge.tile"
 
 
 def pass_gate(folder: Path, n_tiles: int) -> None:
@@ -45,13 +45,13 @@ class GatedLoader(importlib.abc.Loader):
         self._loader.exec_module(module)
         folder = Path(os.environ["OCELOT_TEST_GATE"])
         n_tiles = int(os.environ["OCELOT_TEST_GATE_TILES"])
-        mark_done = module.Job.mark_done
+        mark_done = module.TileWriter._mark_done
 
         def mark_done_at_gate(*arguments):
             pass_gate(folder, n_tiles)
             return mark_done(*arguments)
 
-        module.Job.mark_done = mark_done_at_gate
+        module.TileWriter._mark_done = mark_done_at_gate
 
 
 class GatedFinder(importlib.abc.MetaPathFinder):

@@ -1,0 +1,219 @@
+"""What the doctor looks at on the workers of a cluster."""
+
+import asyncio
+import importlib
+import importlib.metadata
+import platform
+import secrets
+import stat
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from ocelot_em.cli.finding import (
+    MOST_CLOCK_SECONDS,
+    Finding,
+    State,
+    ahead_by,
+    count_of,
+    named,
+    scratch_folder,
+)
+from ocelot_em.run.connect import ANSWER_SECONDS, client_of, within
+
+HOSTS_NAMED = 5
+
+
+SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
+"""Packages of which workers must have the version that the driver has."""
+
+
+class WorkerFacts(NamedTuple):
+    """What a worker finds out.
+
+    Parameters
+    ----------
+    started, ended
+        What its clock said, in seconds since 1970.
+    versions
+        As :func:`loaded_versions` returns them.
+    folder_trouble
+        As :func:`try_folder` returns it.
+    """
+
+    started: float
+    ended: float
+    versions: dict[str, str]
+    folder_trouble: str
+
+
+class _Answer(NamedTuple):
+    """Of a worker: what it found out, or why not; and when it was asked and had answered."""
+
+    facts: WorkerFacts | BaseException
+    before: float
+    after: float
+
+
+_Troubles = dict[str, list[str]]
+"""Addresses of workers by what is wrong with them."""
+
+
+def of_cluster(place: Path, address: str) -> list[Finding]:
+    """Examine the workers of a running cluster."""
+    findings = list[Finding]()
+    try:
+        with client_of(address) as client:
+            threads: dict[str, int] = within(ANSWER_SECONDS, client.nthreads)
+            findings.append(Finding("cluster", *_workers(address, threads)))
+            if threads:
+                findings += _of_workers(place, _ask(client, list(threads), place))
+    except Exception as error:
+        findings.append(Finding("cluster", "problem", named(error)))
+    return findings
+
+
+def _workers(address: str, threads: Mapping[str, int]) -> tuple[State, str]:
+    if not threads:
+        return "problem", f"{address} has no workers; start some with 'dask worker {address}'"
+    n_hosts = len({urlsplit(worker).hostname for worker in threads})
+    return "ok", (
+        f"{address}: {count_of(len(threads), 'worker')} with "
+        f"{count_of(sum(threads.values()), 'thread')} on {count_of(n_hosts, 'host')}"
+    )
+
+
+def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
+    """Have every worker look around; what each answers."""
+    content = secrets.token_bytes(32)
+
+    async def one(worker: str, path: str) -> _Answer:
+        before = time.time()
+        run = client.run(look_around, path, content, workers=[worker], on_error="return")
+        return _Answer((await run)[worker], before, time.time())
+
+    async def everyone(path: str) -> dict[str, _Answer]:
+        asked = {worker: asyncio.ensure_future(one(worker, path)) for worker in workers}
+        await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+        return {worker: answered(task) for worker, task in asked.items()}
+
+    def answered(task: asyncio.Future[_Answer]) -> _Answer:
+        if not task.done():
+            task.cancel()
+            return _Answer(TimeoutError(f"no answer in {ANSWER_SECONDS:g} s"), 0, 0)
+        error = task.exception()
+        return task.result() if error is None else _Answer(error, 0, 0)
+
+    with scratch_folder(place) as scratch:
+        scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may be another user's
+        file = scratch / "of-the-driver"
+        file.write_bytes(content)
+        answers: dict[str, _Answer] = within(
+            2 * ANSWER_SECONDS, partial(client.sync, everyone, str(file))
+        )
+    return answers
+
+
+def look_around(path: str, content: bytes) -> WorkerFacts:
+    """Find out what the driver wants to know of a worker; see :func:`try_folder`."""
+    started = time.time()
+    versions, trouble = loaded_versions(), try_folder(path, content)
+    return WorkerFacts(started, time.time(), versions, trouble)
+
+
+def loaded_versions() -> dict[str, str]:
+    """Import what has to be the same on all workers; versions, or why one cannot be imported."""
+    found = {"python": platform.python_version()}
+    for name in SAME_EVERYWHERE:
+        try:
+            found[name] = str(importlib.import_module(name).__version__)
+        except Exception as error:
+            found[name] = f"none that can be imported: {type(error).__name__}: {error}"
+    return found
+
+
+def try_folder(path: str, content: bytes) -> str:
+    """Read a file that another process has written, and write beside it; what is wrong, or ""."""
+    own = Path(f"{path}-{secrets.token_hex(8)}")
+    try:
+        found = Path(path).read_bytes()
+    except OSError as error:
+        return f"cannot read what is written there: {error.strerror}"
+    if found != content:
+        return "reads something else than what is written there"
+    try:
+        own.write_bytes(content)
+        own.unlink()
+    except OSError as error:
+        return f"cannot write there: {error.strerror}"
+    return ""
+
+
+def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
+    """Judge what workers have answered; of those that have not, that."""
+    silent, versions, folder, clocks = _Troubles(), _Troubles(), _Troubles(), _Troubles()
+    here, farthest = loaded_versions(), 0.0
+    for worker, (facts, before, after) in answers.items():
+        if isinstance(facts, BaseException):
+            silent.setdefault(named(facts), []).append(worker)
+            continue
+        for name, version in facts.versions.items():
+            if version != here.get(name):
+                trouble = f"{name}: expected {here.get(name)} as here, got {version}"
+                versions.setdefault(trouble, []).append(worker)
+        if facts.folder_trouble:
+            folder.setdefault(facts.folder_trouble, []).append(worker)
+        off = min(facts.started - before, 0.0) + max(facts.ended - after, 0.0)
+        farthest = max(farthest, abs(off))
+        if abs(off) > MOST_CLOCK_SECONDS:
+            clocks.setdefault(ahead_by(off), []).append(worker)
+    n_answered = len(answers) - sum(map(len, silent.values()))
+    findings = []
+    if silent:
+        hint = "they must be able to import this ocelot_em, and to answer"
+        findings.append(Finding("workers", "problem", f"{_told(silent)}; {hint}"))
+    if not n_answered:
+        return findings
+    judged: list[tuple[str, _Troubles, State, str, str]] = [
+        (
+            "workers' versions",
+            versions,
+            "problem",
+            "install the same on all machines",
+            f"the same as here: {', '.join(here)}",
+        ),
+        (
+            "workers' folder",
+            folder,
+            "problem",
+            "use a folder that all machines share, under one name",
+            f"{count_of(n_answered, 'worker')} can read and write {place}",
+        ),
+        (
+            "workers' clocks",
+            clocks,
+            "warning",
+            "let all machines follow one time server",
+            f"within {farthest:.1f} s of this machine's",
+        ),
+    ]
+    for name, troubles, state, hint, praise in judged:
+        if troubles:
+            findings.append(Finding(name, state, f"{_told(troubles)}; {hint}"))
+        else:
+            findings.append(Finding(name, "ok", praise))
+    return findings
+
+
+def _told(troubles: _Troubles) -> str:
+    """Put troubles into words, each with the hosts of the workers that have it."""
+    sentences = []
+    for trouble, workers in troubles.items():
+        hosts = list(dict.fromkeys(urlsplit(worker).hostname or worker for worker in workers))
+        more = f" and {len(hosts) - HOSTS_NAMED} more" if len(hosts) > HOSTS_NAMED else ""
+        named = ", ".join(hosts[:HOSTS_NAMED])
+        sentences.append(f"{trouble} ({count_of(len(workers), 'worker')} on {named}{more})")
+    return "; ".join(sentences)

@@ -1,0 +1,167 @@
+"""The command ``info``: what a store is, in words."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ocelot_em.store.statistics_attributes import StatisticsAttributes
+    from ocelot_em.view.inspection import StoreInfo
+from ocelot_em.cli.exit_codes import DONE
+
+ROWS_SHOWN = 60
+"""Of a table; the rest is counted."""
+
+
+def info(parsed: argparse.Namespace, console: Console) -> int:
+    """Say what a store is."""
+    from ocelot_em.cli.terminal import size
+    from ocelot_em.store.attributes import MergedAttributes
+    from ocelot_em.view.inspection import describe
+
+    info = describe(parsed.store)
+    attributes = info.attributes
+    rows: list[tuple[str, object]] = [
+        ("store", info.url),
+        ("kind", f"{attributes.kind}, format version {attributes.format_version}"),
+        ("shape", pixels_text(attributes.shape)),
+        ("valid", pixels_text(attributes.valid_shape)),
+        (
+            "pixel size",
+            f"{attributes.pixel_size_angstrom} Å" if attributes.pixel_size_angstrom else "unknown",
+        ),
+        ("poses", attributes.pose_form.value),
+        ("maps", ", ".join(attributes.maps.merged if info.n_tiles else attributes.maps.partial)),
+        ("projections", projections_text(info)),
+        ("stored", size(info.stored_nbytes)),
+        ("created", attributes.provenance.created),
+    ]
+    if isinstance(attributes, MergedAttributes):
+        rows.append(("state", attributes.state))
+        rows.append(("tiles", f"{info.tiles_done} of {info.n_tiles} done"))
+        if attributes.finished:
+            rows.append(("finished", attributes.finished))
+    for label, value in rows:
+        console.print(f"{label:12}  {value}", markup=False)
+    if info.exposures:
+        say_exposures(console, info)
+    table = Table("partial", "state", "projections")
+    table.columns[2].justify = "right"
+    for name, state, count in info.partials[:ROWS_SHOWN]:
+        table.add_row(name, state, f"{count:,}")
+    console.print(table)
+    say_more(console, len(info.partials))
+    if isinstance(attributes, MergedAttributes) and attributes.state == "complete":
+        say_statistics(console, parsed.store)
+    return DONE
+
+
+def projections_text(info: "StoreInfo") -> str:
+    """How many cross-correlations a pixel has, of exposures perhaps not all as many."""
+    if not info.exposures:
+        return f"{info.attributes.total_projections:,}"
+    counts = sorted({exposure.total_projections for exposure in info.exposures})
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+
+
+def pixels_text(shape: tuple[int, int] | None) -> str:
+    """Say how many pixels there are."""
+    return "of each exposure" if shape is None else f"{shape[0]} x {shape[1]} pixels"
+
+
+def say_more(console: Console, n: int) -> None:
+    """Say how many more rows there are than are shown."""
+    if n > ROWS_SHOWN:
+        console.print(f"and {n - ROWS_SHOWN:,} more")
+
+
+def say_exposures(console: Console, info: "StoreInfo") -> None:
+    """Where each exposure lies, and what it has."""
+    table = Table("exposure", "number", "origin", "acquired", "valid", "projections")
+    for exposure in info.exposures[:ROWS_SHOWN]:
+        y, x = exposure.origin
+        table.add_row(
+            exposure.id,
+            f"{exposure.number}",
+            f"{y:g}, {x:g}",
+            f"{exposure.acquired}",
+            f"{exposure.valid_shape[0]} x {exposure.valid_shape[1]}",
+            f"{exposure.total_projections:,}",
+        )
+    console.print(table)
+    say_more(console, len(info.exposures))
+
+
+def say_statistics(console: Console, place: str) -> None:
+    """What the merge has counted, and which partials are out of line."""
+    from ocelot_em.merge.stats.summary import read_summary
+    from ocelot_em.particles.quality import partials_out_of_line
+
+    summary = read_summary(place)
+    if summary is None:
+        console.print("no statistics: merged by an earlier version")
+        return
+    counted = summary.attributes
+    rows = [
+        ("pixels", f"{counted.valid_pixels:,} valid, {counted.searched_pixels:,} searched"),
+        ("no variance", f"{counted.zero_std_pixels:,} pixels"),
+        ("NaN", f"{counted.nan_pixels:,} pixels"),
+    ]
+    if counted.mip_range is not None and counted.scaled_mip_range is not None:
+        rows.append(("mip", "{:.4g} to {:.4g}".format(*counted.mip_range)))
+        rows.append(("z-score", "{:.4g} to {:.4g}".format(*counted.scaled_mip_range)))
+    if counted.candidate_level is not None:
+        rows.append(
+            (
+                "candidates",
+                f"{counted.n_candidates:,} pixels above z = {counted.candidate_level:.2f}",
+            )
+        )
+    for label, value in rows:
+        console.print(f"{label:12}  {value}", markup=False)
+    if counted.exposures:
+        say_shown(console, place, counted)
+        return
+    table = Table("partial", "pixels won", "expected", title_justify="left")
+    total = sum(partial.total_projections for partial in counted.partials) or 1
+    won = sum(partial.won_pixels for partial in counted.partials)
+    for partial in counted.partials:
+        expected = won * partial.total_projections / total
+        table.add_row(partial.name, f"{partial.won_pixels:,}", f"{expected:,.0f}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    sources = Table("input", "mean", "spread of it", "standard deviation")
+    for source in counted.sources:
+        numbers = (source.mean, source.mean_spread, source.std)
+        sources.add_row(source.name, *("-" if n is None else f"{n:.4g}" for n in numbers))
+    console.print(sources)
+    for sentence in partials_out_of_line(counted):
+        console.print(f"  - {sentence}", markup=False)
+
+
+def say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> None:
+    """What a montage shows of each exposure, and what is out of line."""
+    from ocelot_em.merge.stats.summary import read_exposure_statistics
+    from ocelot_em.particles.quality import montage_out_of_line
+
+    table = Table(
+        "exposure", "valid pixels", "shown", "of them in overlaps", "mean z there", "else"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for exposure in counted.exposures[:ROWS_SHOWN]:
+        means = (exposure.overlap.mean, exposure.alone.mean)
+        table.add_row(
+            exposure.id,
+            f"{exposure.valid_pixels:,}",
+            f"{exposure.shown_pixels:,}",
+            f"{exposure.overlap.pixels:,}",
+            *("-" if mean is None else f"{mean:.4g}" for mean in means),
+        )
+    console.print(table)
+    say_more(console, len(counted.exposures))
+    for sentence in montage_out_of_line(counted, read_exposure_statistics(place, counted)):
+        console.print(f"  - {sentence}", markup=False)

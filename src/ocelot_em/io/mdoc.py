@@ -1,0 +1,188 @@
+"""Where exposures are, as SerialEM's ``.mdoc`` files tell it."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from ocelot_em.io.origin import NAMES_SHOWN, Origin, coordinate_of, id_problem, integer_of, stem_of
+
+PIECE_KEYS: Mapping[str, str] = {
+    "aligned": "AlignedPieceCoords",
+    "aligned-vs": "AlignedPieceCoordsVS",
+    "piece": "PieceCoordinates",
+}
+"""What coordinates are called in an ``.mdoc`` file, the preferred first."""
+
+
+_MDOC_KEYS = {*PIECE_KEYS.values(), "SubFramePath", "DateTime"}
+
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+
+
+_TITLE = re.compile(r"\[\s*T\s*=")
+
+
+_DATE = re.compile(
+    r"(?:([0-9]{1,2})-([A-Za-z]{3})-([0-9]{4}|[0-9]{2})|([0-9]{4})-([A-Za-z]{3})-([0-9]{1,2}))"
+    r"\s+([0-9]{1,2}):([0-9]{2}):([0-9]{2})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A section of an ``.mdoc`` file: values and their lines by the keys that are read here."""
+
+    line: int
+    kind: str
+    name: str
+    values: dict[str, tuple[int, str]]
+
+    @property
+    def title(self) -> str:
+        return f"[{self.kind} = {self.name}]"
+
+
+def read_mdoc(
+    text: str, flip_y: bool, coordinates: Literal["aligned", "aligned-vs", "piece"] | None
+) -> tuple[dict[str, Origin], list[str]]:
+    """Read origins from a SerialEM file."""
+    sections, problems = _sections(text)
+    if not sections:
+        return {}, problems or ["expected sections [ZValue = ...] or [Image = ...], got none"]
+    if coordinates is None:
+        everywhere = [
+            kind
+            for kind, key in PIECE_KEYS.items()
+            if all(key in section.values for section in sections)
+        ]
+        piece_key = PIECE_KEYS[everywhere[0] if everywhere else "piece"]
+    else:
+        piece_key = PIECE_KEYS[coordinates]
+    ids, found = _mdoc_ids(sections)
+    problems += found
+    pieces = list[tuple[float, float]]()
+    montages = dict[str, int]()
+    for section in sections:
+        key = piece_key
+        if key not in section.values:
+            problems.append(f"line {section.line}: {section.title}: expected {key}, got none")
+            continue
+        line, written = section.values[key]
+        numbers = [coordinate_of(number) for number in written.split()]
+        if len(numbers) != 3 or None in numbers:
+            problems.append(
+                f"line {line}: {key}: expected x, y and z, numbers from -2**31 to 2**31, got "
+                f"{written!r}"
+            )
+            continue
+        x, y, z = (number for number in numbers if number is not None)
+        montages.setdefault(f"{z:g}", line)
+        pieces.append((y, x))
+    if len(montages) > 1:
+        listed = [f"{z} (line {line})" for z, line in montages.items()]
+        problems.append(
+            f"expected the pieces of one montage, got z = {', '.join(listed[:NAMES_SHOWN])}; keep "
+            "the sections of each in a file of their own"
+        )
+    if problems:
+        return {}, problems
+    top, bottom, left = (max(pieces)[0], min(pieces)[0], min(x for _, x in pieces))
+    ranks = _acquired(sections)
+    return {
+        name: Origin(top - y if flip_y else y - bottom, x - left, rank)
+        for name, (y, x), rank in zip(ids, pieces, ranks, strict=True)
+    }, []
+
+
+def _sections(text: str) -> tuple[list[_Section], list[str]]:
+    """Sections of images, in the order of the file, and what is wrong with them."""
+    sections, problems = list[_Section](), list[str]()
+    titles = dict[str, int]()
+    current: _Section | None = None
+    for line, written in enumerate(io.StringIO(text, newline=None), 1):
+        content = written.strip()
+        if content.startswith("["):
+            current = None
+            kind, equals, name = (part.strip() for part in content[1:-1].partition("="))
+            if not (equals and content.endswith("]")):
+                if not _TITLE.match(content):  # these may be broken into lines
+                    problems.append(f"line {line}: expected [key = value], got {content!r}")
+                continue
+            if kind not in ("ZValue", "Image"):
+                continue
+            current = _Section(line, kind, name, {})
+            before = titles.setdefault(current.title, line)
+            if before != line:
+                problems.append(
+                    f"line {line}: expected every section once, got {current.title} as on line "
+                    f"{before}"
+                )
+            sections.append(current)
+        elif current is not None:
+            key, _, value = (part.strip() for part in content.partition("="))
+            if key not in _MDOC_KEYS:
+                continue
+            before, _ = current.values.setdefault(key, (line, value))
+            if before != line:
+                problems.append(
+                    f"line {line}: expected {key} once in {current.title}, got it as on line "
+                    f"{before}"
+                )
+    return sections, problems
+
+
+def _mdoc_ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
+    """Ids of the sections, and what is wrong with them."""
+    framed = all(section.values.get("SubFramePath", (0, ""))[1] for section in sections)
+    ids, lines, problems = list[str](), dict[str, int](), list[str]()
+    for section in sections:
+        line, name = section.line, section.name
+        if framed:
+            line, name = section.values["SubFramePath"]
+        if framed or section.kind == "Image":
+            name = stem_of(name)
+        problem = id_problem(name, line, lines)
+        if "\ufffd" in name:
+            problem = f"expected a name in UTF-8, got {name!r}; save the file in that encoding"
+        if problem:
+            source = "SubFramePath" if framed else section.title
+            problems.append(f"line {line}: {source}: {problem}")
+        ids.append(name)
+    return ids, problems
+
+
+def _acquired(sections: Sequence[_Section]) -> list[int]:
+    """Places of the sections in the order of acquisition, as far as they are known."""
+    times = [_time(section.values.get("DateTime", (0, ""))[1]) for section in sections]
+    known = [time for time in times if time is not None]
+    if len(known) == len(times):
+        order = sorted(range(len(known)), key=known.__getitem__)
+        ranks = [0] * len(order)
+        for rank, section in enumerate(order):
+            ranks[section] = rank
+        return ranks
+    numbers = [integer_of(s.name) if s.kind == "ZValue" else None for s in sections]
+    known_numbers = [number for number in numbers if number is not None]
+    return known_numbers if len(known_numbers) == len(numbers) else list(range(len(sections)))
+
+
+def _time(text: str) -> datetime | None:
+    """Read SerialEM's day-month-year (two digits of it before version 4.1) or year-month-day."""
+    match = _DATE.fullmatch(text)
+    if match is None:
+        return None
+    groups = match.groups()
+    day, month, year = groups[:3] if groups[0] else groups[5:2:-1]
+    if month.lower() not in _MONTHS:
+        return None
+    century = 2000 if len(year) == 2 else 0
+    hour, minute, second = map(int, groups[6:])
+    number = _MONTHS.index(month.lower()) + 1
+    try:
+        return datetime(century + int(year), number, int(day), hour, minute, second)
+    except ValueError:
+        return None

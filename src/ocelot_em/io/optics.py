@@ -1,0 +1,279 @@
+"""The optics that a table of particles needs besides the particles."""
+
+import json
+import math
+import struct
+import sys
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.yaml_file import read_yaml
+
+LEOPARD_MAPS: Mapping[str, str] = {
+    "mip_path": "mip_path",
+    "scaled_mip_path": "scaled_mip_path",
+    "psi_path": "orientation_psi_path",
+    "theta_path": "orientation_theta_path",
+    "phi_path": "orientation_phi_path",
+    "defocus_path": "relative_defocus_path",
+    "correlation_average_path": "correlation_average_path",
+    "correlation_variance_path": "correlation_variance_path",
+}
+"""Columns of Leopard-EM's table with paths of maps, and their keys in its configuration."""
+
+
+LEOPARD_ABERRATIONS = ("even_zernikes", "odd_zernikes", "mag_matrix")
+"""Columns of Leopard-EM's table with text of its own, and their keys in its configuration."""
+
+
+LEOPARD_ONLY = (*LEOPARD_ABERRATIONS, *LEOPARD_MAPS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantity:
+    """A number of :class:`Optics`: its key in Leopard-EM's configuration, its unit and bounds."""
+
+    key: str
+    unit: str
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
+    default: float | None = None
+
+    def problem(self, value: Any) -> str | None:
+        bounds = f" above {self.above:g}" if self.above > -math.inf else ""
+        bounds += f" from {self.least:g}" if self.least > -math.inf else ""
+        bounds += f" to {self.most:g}" if self.most < math.inf else ""
+        expected = f"expected a number{bounds} ({self.unit}), got {value!r}"
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return expected
+        within = self.above < value and self.least <= value <= self.most
+        return None if within and abs(value) <= sys.float_info.max else expected
+
+
+_QUANTITIES: Mapping[str, _Quantity] = {
+    "voltage_kv": _Quantity("voltage", "kV", above=0),
+    "spherical_aberration_mm": _Quantity("spherical_aberration", "mm", least=0, default=2.7),
+    "amplitude_contrast": _Quantity(
+        "amplitude_contrast_ratio", "fraction", least=0, most=1, default=0.07
+    ),
+    "pixel_size_angstrom": _Quantity("pixel_size", "Å", above=0),
+    "defocus_u_angstrom": _Quantity("defocus_u", "Å"),
+    "defocus_v_angstrom": _Quantity("defocus_v", "Å"),
+    "astigmatism_angle_degrees": _Quantity("astigmatism_angle", "degrees"),
+    "phase_shift_degrees": _Quantity("phase_shift", "degrees", default=0.0),
+    "ctf_b_factor_angstrom2": _Quantity("ctf_B_factor", "Å^2", least=0, default=0.0),
+}
+"""The defaults are what Leopard-EM searches with where its configuration says nothing."""
+
+
+_LEOPARD_PLACES: Mapping[str, str] = {
+    **{name: f"optics_group.{quantity.key}" for name, quantity in _QUANTITIES.items()},
+    "label": "optics_group.label",
+    "micrograph": "micrograph_path",
+    "template": "template_volume_path",
+    **{name: f"optics_group.{name}" for name in LEOPARD_ABERRATIONS},
+    **{c: f"match_template_result.{key}" for c, key in LEOPARD_MAPS.items()},
+}
+"""Where Leopard-EM's configuration has what :class:`Optics` has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Optics:
+    """How a micrograph was taken, and what was searched for in it.
+
+    Parameters
+    ----------
+    voltage_kv, spherical_aberration_mm, amplitude_contrast
+        Of the microscope; the contrast as a fraction.
+    pixel_size_angstrom
+        Of the micrograph.
+    defocus_u_angstrom, defocus_v_angstrom
+        Of the micrograph, positive for underfocus.
+    astigmatism_angle_degrees
+        Between the x axis and the direction of ``defocus_u_angstrom``.
+    phase_shift_degrees
+        Of a phase plate.
+    micrograph, template
+        Their names or paths.
+    template_box_px
+        Edge of the template.
+    label
+        Name of the optics group; RELION finds the micrograph's by it.
+    ctf_b_factor_angstrom2
+        Of the contrast transfer function, as Leopard-EM applies it.
+    leopard_columns
+        Text for the columns of Leopard-EM's table that are :data:`LEOPARD_ONLY`; what is left out
+        is empty there.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every value that cannot be: numbers out of bounds, names that are empty or hold line
+        breaks or other control characters.
+    """
+
+    voltage_kv: float
+    spherical_aberration_mm: float
+    amplitude_contrast: float
+    pixel_size_angstrom: float
+    defocus_u_angstrom: float
+    defocus_v_angstrom: float
+    astigmatism_angle_degrees: float
+    phase_shift_degrees: float
+    micrograph: str
+    template: str
+    template_box_px: int
+    label: str = "opticsGroup1"
+    ctf_b_factor_angstrom2: float = 0.0
+    leopard_columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        found = _optics_problems({f.name: getattr(self, f.name) for f in fields(self)})
+        if found:
+            raise InvalidInputError(f"{name}: {problem}" for name, problem in found.items())
+
+    @classmethod
+    def from_leopard_yaml(
+        cls, path: str | PathLike[str], template_box_px: int | None = None
+    ) -> "Optics":
+        """Read the configuration of a ``match_template`` run of Leopard-EM.
+
+        Parameters
+        ----------
+        path
+            The YAML file.
+        template_box_px
+            Edge of the template. None: read from the header of the template that is named there,
+            which is looked for from the working directory, as Leopard-EM does, then beside the
+            configuration.
+
+        Raises
+        ------
+        InvalidInputError
+            Naming every key that is missing or cannot be.
+        """
+        config, problems = read_yaml(path, "the configuration of a match_template run"), list[str]()
+        sections: dict[str, Mapping[str, Any]] = {}
+        for name in ("optics_group", "match_template_result"):
+            section = config.get(name) or {}
+            if not isinstance(section, Mapping):
+                problems.append(f"{name}: expected keys and values, got {section!r}")
+            sections[name] = section if isinstance(section, Mapping) else {}
+        group, results = sections["optics_group"], sections["match_template_result"]
+        texts = {c: _leopard_text(group.get(c)) for c in LEOPARD_ABERRATIONS}
+        texts |= {c: results.get(key, "") for c, key in LEOPARD_MAPS.items()}
+        template = config.get("template_volume_path")
+        if template_box_px is None and isinstance(template, str):
+            template_box_px, why_not = _template_edge(template, Path(path).parent)
+            problems += why_not
+        values: dict[str, Any] = {
+            **{name: _number(group.get(q.key, q.default)) for name, q in _QUANTITIES.items()},
+            "label": group.get("label", "opticsGroup1"),
+            "micrograph": config.get("micrograph_path"),
+            "template": template,
+            "template_box_px": template_box_px,
+            "leopard_columns": texts,
+        }
+        found = _optics_problems(values)
+        if template_box_px is None:  # why it could not be read has been said
+            found.pop("template_box_px")
+        problems += [f"{_LEOPARD_PLACES.get(name, name)}: {p}" for name, p in found.items()]
+        if problems:
+            raise InvalidInputError(f"{path}: {problem}" for problem in problems)
+        return cls(**values)
+
+
+def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") -> Optics:
+    """Have Leopard-EM's table name the MRC files of a folder, as ``write_mrc_set`` writes them.
+
+    Parameters
+    ----------
+    optics
+        Left as they are.
+    folder
+        Where the files are; their paths are written in full, because Leopard-EM looks for others
+        from the directory it is started in.
+    prefix
+        Of their names.
+    """
+    place = Path(folder).absolute()
+    paths = {
+        column: str(place / f"{prefix}{key.removesuffix('_path')}.mrc")
+        for column, key in LEOPARD_MAPS.items()
+    }
+    return replace(optics, leopard_columns={**optics.leopard_columns, **paths})
+
+
+def _optics_problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with values of :class:`Optics`, by name; of Leopard-EM's columns by theirs."""
+    found = {name: quantity.problem(values[name]) for name, quantity in _QUANTITIES.items()}
+    for name in ("micrograph", "template", "label"):
+        found[name] = _text_problem(values[name]) or (
+            None if values[name] else "expected a name, got none"
+        )
+    box = values["template_box_px"]
+    if not isinstance(box, int) or isinstance(box, bool) or box < 1:
+        found["template_box_px"] = f"expected 1 pixel or more, got {box!r}"
+    for name, text in values["leopard_columns"].items():
+        known = name in LEOPARD_ONLY
+        found[name] = _text_problem(text) if known else f"expected one of {', '.join(LEOPARD_ONLY)}"
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def _text_problem(value: object) -> str | None:
+    if not isinstance(value, str):
+        return f"expected text, got {value!r}"
+    # Control characters, halves of surrogate pairs, and separators of lines and paragraphs.
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+        return f"expected text without line breaks and control characters, got {value!r}"
+    return None
+
+
+def _number(value: object) -> object:
+    """A float where it can be one: YAML takes 300 for an integer, and 1e4 for text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def _leopard_text(value: object) -> object:
+    """Aberrations as Leopard-EM's table has them."""
+    if isinstance(value, Mapping):
+        try:
+            return json.dumps(value, default=str)
+        except TypeError:  # of keys such as dates
+            return value
+    if isinstance(value, list):
+        return str(value)
+    return "" if value is None else value
+
+
+def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
+    """Edge of a cubic MRC volume, or why it is not known."""
+    place, hint = None, "; say how large the template is (--template-box, template_box_px)"
+    try:
+        place = next((p for p in (Path(template), beside / template) if p.is_file()), None)
+        if place is None:
+            return None, [f"template_volume_path: expected a file, got {template!r}{hint}"]
+        with place.open("rb") as file:
+            header = file.read(1024)
+    except OSError as error:
+        return None, [
+            f"template_volume_path: {place or template} cannot be read: {error.strerror}{hint}"
+        ]
+    if len(header) == 1024 and header[208:212] == b"MAP ":
+        shapes = [struct.unpack_from(f"{order}3i", header) for order in "<>"]
+        # In the wrong byte order small numbers are enormous.
+        edges = min(shapes, key=lambda shape: max(map(abs, shape)))
+        if len(set(edges)) == 1 and edges[0] > 0:
+            return edges[0], []
+    return None, [f"template_volume_path: expected a cubic MRC volume in {place}{hint}"]

@@ -1,0 +1,150 @@
+"""Particle tables in Parquet files."""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.model.maps import AnyArray
+from ocelot_em.particles.table import (
+    ALL_COLUMNS,
+    MONTAGE_COLUMNS,
+    About,
+    ParticleTable,
+    text_array,
+    write_file,
+)
+
+_PARQUET_KEY = b"ocelot_em.about"
+
+
+MAX_PARTICLES = 2**24
+"""Of a table that is read; they take two gigabytes of memory."""
+
+
+_TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
+
+
+def write_parquet(table: ParticleTable, path: str | PathLike[str]) -> None:
+    """Write all columns with their units, and what they were picked by in the schema's metadata.
+
+    Raises
+    ------
+    MissingDependencyError
+        pyarrow is not installed.
+    StorageError
+        The file cannot be written.
+    """
+    pa = _pyarrow()
+    schema = pa.schema(
+        [
+            pa.field(
+                name,
+                pa.from_numpy_dtype(values.dtype),
+                nullable=False,
+                metadata={"unit": ALL_COLUMNS[name].unit, "meaning": ALL_COLUMNS[name].meaning},
+            )
+            for name, values in table.columns.items()
+        ],
+        metadata={_PARQUET_KEY: json.dumps(asdict(table.about)) if table.about else "null"},
+    )
+    arrays = [pa.array(values) for values in table.columns.values()]
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
+    write_file(path, buffer.getvalue().to_pybytes())
+
+
+def read_parquet(path: str | PathLike[str]) -> ParticleTable:
+    """Read what :func:`write_parquet` wrote, exactly.
+
+    A file with the same columns that another program wrote is read too, without what they were
+    picked by.
+
+    Raises
+    ------
+    InvalidInputError
+        No Parquet file, other columns, missing values, or a record that cannot be read.
+    MissingDependencyError
+        pyarrow is not installed.
+    """
+    pa = _pyarrow()
+    try:
+        found = _read_arrow(pa, Path(path))
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{path}: {problem}" for problem in error.problems) from None
+    except Exception as error:  # pyarrow has no list of what it raises
+        raise InvalidInputError(f"{path}: cannot be read as Parquet: {error}") from error
+    metadata = found.schema.metadata or {}
+    problems = [
+        f"{name}: expected a value for each particle, got {found[name].null_count} without"
+        for name in found.column_names
+        if found[name].null_count
+    ]
+    about = None
+    try:
+        about = TypeAdapter(About | None).validate_json(metadata.get(_PARQUET_KEY, b"null"))
+    except ValidationError as error:
+        problems += [
+            f"{_PARQUET_KEY.decode()}: {'.'.join(map(str, e['loc']))}: {e['msg']}"
+            for e in error.errors()
+        ]
+    if not problems:
+        try:
+            return ParticleTable(_to_columns(found), about)
+        except InvalidInputError as error:
+            problems += error.problems
+    raise InvalidInputError(f"{path}: {problem}" for problem in problems)
+
+
+def _read_arrow(pa: Any, path: Path) -> Any:
+    """The table of a file, after a look at what it says that it has."""
+    if not path.is_file():
+        raise ValueError("expected a file, got nothing there")
+    names = pa.parquet.read_schema(path).names
+    texts = [name for name in _TEXT_COLUMNS if name in names]
+    # A text that stands in many rows is in memory once.
+    with pa.parquet.ParquetFile(path, read_dictionary=texts) as file:
+        n = file.metadata.num_rows
+        if n > MAX_PARTICLES:
+            raise InvalidInputError(f"expected at most {MAX_PARTICLES:,} particles, got {n:,}")
+        _to_columns(file.schema_arrow.empty_table())
+        table = file.read()
+    table.validate(full=True)
+    return table
+
+
+def _to_columns(table: Any) -> dict[str, AnyArray]:
+    """Columns of an Arrow table, text as NumPy has it.
+
+    Raises
+    ------
+    InvalidInputError
+        They are not those of particles, or text is so long that its rows do not fit into memory.
+    """
+    counts = Counter(table.column_names)
+    problems = [f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1]
+    columns = dict[str, AnyArray]()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        columns[name] = column.to_numpy()
+        if name in _TEXT_COLUMNS and columns[name].dtype == object:
+            columns[name], problem = text_array(columns[name].tolist())
+            problems += [f"{name}: {problem}"] if problem else []
+    if problems:
+        raise InvalidInputError(problems)
+    return dict(ParticleTable(columns).columns)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Parquet files need pyarrow: pip install 'ocelot-em[tables]'"
+        ) from error
+    return pyarrow

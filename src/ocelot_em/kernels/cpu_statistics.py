@@ -1,0 +1,205 @@
+"""Statistics and decoded poses of merged pixels, compiled by numba."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.kernels.compiling import F4, F8, I4, I8, MISSING, address_of, compiled, plane
+from ocelot_em.kernels.reference import merged_maps
+from ocelot_em.model.maps import (
+    MEAN,
+    SCALED_MIP,
+    SQUARED_SUM,
+    STD,
+    SUM,
+    Accumulator,
+    AnyArray,
+    MapSet,
+)
+from ocelot_em.model.search_space import SearchSpace
+
+_SMALL_BLOCK = 1024
+"""Pixels per block where everything that is read again fits the first-level cache."""
+
+
+def finalise(
+    acc: Accumulator,
+    maps: MapSet,
+    space: SearchSpace | None,
+    out: Mapping[str, AnyArray] | None = None,
+) -> dict[str, AnyArray]:
+    """Turn an accumulator into the merged maps.
+
+    ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, ``z = (mip - mean) / std``, all in
+    float64 and rounded to float32 once. z is 0 where std is 0, and NaN where no device searched;
+    mean and std are NaN where the count is 0. Sums beyond float32 become infinite.
+
+    Parameters
+    ----------
+    acc
+        Left as it is.
+    maps
+        Which maps the result has.
+    space
+        The search space of an indexed search, None for explicit poses.
+    out
+        C-contiguous float32 arrays of the accumulator's shape to write computed maps into, by name:
+        z-score, mean, standard deviation, sums, decoded poses. Those not named are allocated.
+
+    Returns
+    -------
+    dict
+        The maps of :attr:`MapSet.merged`. Maps that need no computing are the accumulator's own.
+
+    Raises
+    ------
+    IndexError
+        If an index lies beyond the search space.
+    ValueError
+        If an array is not C-contiguous, or not of the accumulator's size or the right dtype.
+    """
+    n, shape = acc.mip.size, acc.mip.shape
+    names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses]
+    given = out or {}
+    computed = {
+        name: given[name] if name in given else np.empty(shape, np.float32) for name in names
+    }
+    targets = np.array(
+        [address_of(array, n, F4, changed=True) for array in computed.values()], np.int64
+    )
+    count_map = MISSING if acc.count_map is None else address_of(acc.count_map, n, I8)
+    sums = acc.correlation_sum, acc.correlation_squared_sum
+    inputs = address_of(acc.mip, n, F4), *(address_of(total, n, F8) for total in sums), count_map
+    _statistics(n, inputs, float(acc.count), targets)
+    if space is not None and maps.computed_poses:
+        tables = space.euler_angles, space.defocus_values, space.pixel_values
+        addresses = tuple(address_of(table, table.size, F4) for table in tables)
+        sizes = tuple(len(table) for table in tables)
+        outside = _decode(n, address_of(acc.pose[0], n, I4), addresses, sizes, targets[5:])
+        if outside:
+            raise IndexError(
+                f"{outside} pixels have an index beyond the search space of {space.n_poses} poses"
+            )
+    return merged_maps(acc, maps, computed)
+
+
+@compiled
+def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
+    """Z-score, mean, standard deviation, and the sums in float32, into the first five targets."""
+    mip_address, sum_address, squared_sum_address, count_address = inputs
+    counts_scratch = np.full(_SMALL_BLOCK, one_count)
+    for start in range(0, n, _SMALL_BLOCK):
+        size = min(n - start, _SMALL_BLOCK)
+        counts = counts_scratch[:size]
+        if count_address != MISSING:
+            count_map = plane(count_address, np.int64, start, size)
+            for i in range(size):
+                counts[i] = count_map[i]
+        total = plane(sum_address, np.float64, start, size)
+        squared_total = plane(squared_sum_address, np.float64, start, size)
+        _z_mean_std(
+            plane(targets[0], np.float32, start, size),
+            plane(targets[1], np.float32, start, size),
+            plane(targets[2], np.float32, start, size),
+            plane(mip_address, np.float32, start, size),
+            (total, squared_total, counts),
+        )
+        _round(plane(targets[3], np.float32, start, size), total)
+        _round(plane(targets[4], np.float32, start, size), squared_total)
+
+
+@compiled
+def _z_mean_std(z_map: Any, mean_map: Any, std_map: Any, mips: Any, sums: Any) -> None:
+    total, squared_total, counts = sums
+    for i in range(z_map.size):
+        mip, count = np.float64(mips[i]), counts[i]
+        mean = total[i] / count
+        variance = squared_total[i] / count - mean * mean
+        std = np.sqrt(0.0 if variance < 0 else variance)
+        ratio = (mip - mean) / std
+        z = 0.0 if std == 0 else ratio
+        z_map[i] = np.nan if mip == -np.inf else z
+        mean_map[i] = np.nan if count == 0 else mean
+        std_map[i] = np.nan if count == 0 else std
+
+
+@compiled
+def _round(target: Any, values: Any) -> None:
+    for i in range(target.size):
+        target[i] = values[i]
+
+
+@compiled
+def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -> int:
+    """Look up the pose maps; the number of indices beyond the tables, which become NaN."""
+    n_orientations, n_defocus, n_pixel_sizes = sizes
+    n_poses = n_orientations * n_defocus * n_pixel_sizes
+    angles = plane(tables[0], np.float32, 0, 3 * n_orientations)
+    defocus = plane(tables[1], np.float32, 0, n_defocus)
+    pixel_sizes = plane(tables[2], np.float32, 0, n_pixel_sizes)
+    scratch = np.empty((4, _SMALL_BLOCK), np.int32)
+    outside = 0
+    for start in range(0, n, _SMALL_BLOCK):
+        size = min(n - start, _SMALL_BLOCK)
+        index = plane(index_address, np.int32, start, size)
+        pose, orientation = scratch[0, :size], scratch[1, :size]
+        rest, number = scratch[2, :size], scratch[3, :size]
+        any_unknown = _usable(index, np.int32(n_poses), pose)
+        _divide(pose, np.int32(n_orientations), rest, orientation)
+        phi = plane(targets[0], np.float32, start, size)
+        theta = plane(targets[1], np.float32, start, size)
+        psi = plane(targets[2], np.float32, start, size)
+        for i in range(size):
+            row = np.int64(3) * np.int64(orientation[i])
+            phi[i], theta[i], psi[i] = angles[row], angles[row + 1], angles[row + 2]
+        _divide(rest, np.int32(n_defocus), number, orientation)
+        _look_up(plane(targets[3], np.float32, start, size), defocus, orientation)
+        _look_up(plane(targets[4], np.float32, start, size), pixel_sizes, number)
+        if any_unknown:
+            for i in range(size):
+                outside += int(index[i] >= n_poses)
+            for column in range(5):
+                _blank(plane(targets[column], np.float32, start, size), index, pose)
+    return outside
+
+
+@compiled
+def _usable(index: Any, n_poses: Any, pose: Any) -> Any:
+    """Replace what is no index by 0, which can be looked up; whether there was any."""
+    any_replaced, first = np.int32(0), np.int32(0)
+    for i in range(index.size):
+        number = index[i]
+        pose[i] = first if (number < 0) | (number >= n_poses) else number
+        any_replaced |= np.int32((number < 0) | (number >= n_poses))
+    return any_replaced
+
+
+@compiled
+def _divide(numbers: Any, divisor: Any, quotients: Any, rests: Any) -> None:
+    """Divide integers from 0.
+
+    In float64, as there is no vector instruction for integers: 53 bits are enough for the quotient
+    of two of 31 bits never to be rounded up to the next integer.
+    """
+    wide_divisor = np.float64(divisor)
+    for i in range(numbers.size):
+        number = numbers[i]
+        quotient = np.int32(np.float64(number) / wide_divisor)
+        quotients[i] = quotient
+        rests[i] = number - quotient * divisor
+
+
+@compiled
+def _look_up(target: Any, table: Any, numbers: Any) -> None:
+    for i in range(target.size):
+        target[i] = table[np.uint64(numbers[i])]
+
+
+@compiled
+def _blank(target: Any, index: Any, pose: Any) -> None:
+    """Make NaN what :func:`_usable` replaced."""
+    nan = np.float32(np.nan)
+    for i in range(target.size):
+        value, given, used = target[i], index[i], pose[i]
+        target[i] = value if given == used else nan

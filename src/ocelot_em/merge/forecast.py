@@ -1,0 +1,159 @@
+"""What a merge will read, write and need, before it starts."""
+
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+
+from ocelot_em.errors import PlanError
+from ocelot_em.merge.memory_model import (
+    ON_CPU,
+    DeviceChoice,
+    device_worker_nbytes,
+    partials_on_device,
+    sample_of,
+    storage_shape,
+    worker_nbytes,
+)
+from ocelot_em.merge.plan import MergePlan
+from ocelot_em.model.maps import MAPS, MIP, MapSet
+from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.regions import TileGrid
+from ocelot_em.store.contract import Objects
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.sources import Source, open_one
+
+CHUNKS_LISTED = 4096
+"""Chunks of a map up to which its size is added up; of a larger one, it is extrapolated."""
+
+
+CHUNKS_SAMPLED = 64
+"""Chunks that it is extrapolated from."""
+
+
+BLANK_RATIO = 1 / 128
+"""To which chunks shrink in which nothing lies."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan will cost.
+
+    Parameters
+    ----------
+    n_tiles, n_done
+        Tiles in all, and those an interrupted run has finished.
+    decoded_nbytes_in, stored_nbytes_in
+        Bytes of the inputs' maps in memory, and as stored.
+    decoded_nbytes_out, stored_nbytes_out
+        The same of the output; as stored it is estimated from how the inputs compressed.
+    worker_nbytes
+        Predicted peak memory of one worker.
+    free_nbytes
+        Free space at the output, or None where the storage does not say.
+    device
+        Where the arithmetic is done.
+    partials_on_device
+        How many a thread has on the device at a time; 0 on the CPU.
+    device_nbytes
+        Predicted memory of one worker on its device.
+    """
+
+    n_tiles: int
+    n_done: int
+    decoded_nbytes_in: int
+    stored_nbytes_in: int
+    decoded_nbytes_out: int
+    stored_nbytes_out: int
+    worker_nbytes: int
+    free_nbytes: int | None
+    device: DeviceChoice = ON_CPU
+    partials_on_device: int = 0
+    device_nbytes: int = 0
+
+
+def forecast(
+    plan: MergePlan,
+    output: str | PathLike[str],
+    options: MergeOptions,
+    n_done: int,
+    device: DeviceChoice = ON_CPU,
+) -> Forecast:
+    """Predict what a plan costs; lists the inputs' objects, reads none."""
+    decoded_in = 0
+    for exposure in plan.exposures:
+        for source in exposure.sources:
+            pixel = sum(np.dtype(MAPS[n].dtypes[0]).itemsize for n in source.map_names(plan.maps))
+            decoded_in += pixel * exposure.shape[0] * exposure.shape[1]
+    looked_at = sample_of(plan.sources)
+    stored_in = sum(_stored_nbytes_of(source, plan.maps) for source in looked_at)
+    stored_in = stored_in * len(plan.sources) // len(looked_at)
+    pixels = plan.shape[0] * plan.shape[1]
+    storage = storage_shape(plan.exposures, output)
+    together = partials_on_device(plan, storage, options, device)
+    per_pixel = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged)
+    covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
+    stored_out = covered * min(stored_in / max(decoded_in, 1), 1)
+    stored_out += (pixels - covered) * BLANK_RATIO  # where nothing lies
+    return Forecast(
+        n_tiles=len(plan.grid),
+        n_done=n_done,
+        decoded_nbytes_in=decoded_in,
+        stored_nbytes_in=stored_in,
+        decoded_nbytes_out=per_pixel * pixels,
+        stored_nbytes_out=int(per_pixel * stored_out),
+        worker_nbytes=worker_nbytes(plan.tile, storage, plan.maps, options),
+        free_nbytes=open_objects(output).free_bytes(),
+        device=device,
+        partials_on_device=together,
+        device_nbytes=together
+        and device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together),
+    )
+
+
+def _stored_nbytes_of(source: Source, maps: MapSet) -> int:
+    """Bytes of all maps of a source as stored."""
+    objects, mip = open_objects(source.url), open_one(source, MIP)
+    prefix = mip.path.removesuffix(MIP)
+    names = source.map_names(maps)
+    return sum(_stored_nbytes(objects, f"{prefix}{name}", mip.grid) for name in names)
+
+
+def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
+    """Bytes of a map as stored; of one with very many chunks, extrapolated from some."""
+    if len(grid) <= CHUNKS_LISTED:
+        return sum(objects.sizes(path).values())
+    some = (grid[int(number)] for number in np.linspace(0, len(grid) - 1, CHUNKS_SAMPLED))
+    sizes = (objects.size(f"{path}/c/{chunk.iy}/{chunk.ix}") for chunk in some)
+    return sum(size or 0 for size in sizes) * len(grid) // CHUNKS_SAMPLED
+
+
+def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
+    """Raise with numbers if the disk or the memory is too small.
+
+    Parameters
+    ----------
+    prediction
+        Of the plan.
+    n_workers
+        Workers that share this machine's memory.
+    memory_nbytes
+        Memory of this machine.
+
+    Raises
+    ------
+    PlanError
+    """
+    missing = 1 - prediction.n_done / prediction.n_tiles
+    needed = int(prediction.stored_nbytes_out * missing)
+    if prediction.free_nbytes is not None and needed > prediction.free_nbytes:
+        raise PlanError(
+            f"disk: the output needs about {needed:,} bytes more, {prediction.free_nbytes:,} are "
+            "free; free some space or choose another place"
+        )
+    total = n_workers * prediction.worker_nbytes
+    if total > memory_nbytes:
+        raise PlanError(
+            f"memory: {n_workers} workers of {prediction.worker_nbytes:,} bytes need {total:,}, "
+            f"this machine has {memory_nbytes:,}; use fewer workers or threads, or smaller tiles"
+        )

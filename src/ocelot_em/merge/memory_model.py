@@ -1,0 +1,267 @@
+"""How much memory a merge needs, and the largest tiles that fit.
+
+The constants were measured (``python -m benchmarks.memory``); ``tests/e2e/test_scale.py`` holds
+merges to them.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from ocelot_em.errors import PlanError
+from ocelot_em.merge.device_fold import (
+    PINNED_PLANES,
+    WIDEST_NBYTES,
+    accumulator_nbytes_per_pixel,
+    partial_nbytes_per_pixel,
+)
+from ocelot_em.merge.plan import MergePlan, PlannedExposure
+from ocelot_em.merge.stats.collected import tile_statistics_nbytes
+from ocelot_em.model.maps import MAPS, SUM, MapSet, PoseForm
+from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.regions import ceil_div
+from ocelot_em.store import constants
+from ocelot_em.store.objects import normalise_url, open_objects
+from ocelot_em.store.sources import open_one
+from ocelot_em.store.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
+
+DEFAULT_TILE = constants.DEFAULT_CHUNK
+
+
+LARGE_TILE_NBYTES = 10**9
+"""Tiles larger than the default, as inputs with larger chunks call for, keep workers below this."""
+
+
+SOURCES_SAMPLED = 256
+"""Sources up to which all are looked at to predict memory and size; of more, so many."""
+
+
+PROCESS_NBYTES = 288 * 2**20
+"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and what
+pandas and numba import of pyarrow and SciPy where they are installed. What whole workers need is
+measured by ``python -m benchmarks.memory``; figures are in ``docs/benchmarks.md``."""
+
+
+DEVICE_TABLES_NBYTES = 64 * 2**20
+"""Memory on a device for all that does not grow with tiles: tables of poses, rounding."""
+
+
+MOST_TOGETHER = 64
+"""Partials on a device at a time: more gain nothing."""
+
+
+class DeviceChoice(NamedTuple):
+    """Where the arithmetic of a merge is done, and why there.
+
+    Parameters
+    ----------
+    kind
+        ``cpu`` or ``cuda``.
+    reason
+        For people.
+    n_devices
+        GPUs, each with a worker; 0 for ``cpu``.
+    memory_nbytes
+        That may be allocated on the smallest of them.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    reason: str
+    n_devices: int = 0
+    memory_nbytes: int = 0
+
+
+ON_CPU = DeviceChoice("cpu", "as asked for")
+
+
+class StorageShape(NamedTuple):
+    """What the memory of a worker depends on, of inputs and output.
+
+    Parameters
+    ----------
+    chunk
+        Height and width in pixels of the largest chunk of an input.
+    sum_itemsize
+        Bytes of a value of the inputs' sums.
+    streams
+        Transfers at a time that the storage is worth, see
+        :class:`ocelot_em.store.contract.Objects`.
+    """
+
+    chunk: tuple[int, int]
+    sum_itemsize: int
+    streams: int
+
+
+def storage_shape(
+    exposures: Sequence[PlannedExposure], output: str | PathLike[str]
+) -> StorageShape:
+    """Look at the inputs' metadata: of all sources, or of some if there are very many.
+
+    Raises
+    ------
+    FormatError
+        A source has no usable sums.
+    """
+    sources = sample_of([source for exposure in exposures for source in exposure.sources])
+    sums = [open_one(source, SUM) for source in sources]
+    cells = [chunked.grid.cell for chunked in sums]
+    places = {*(source.url for e in exposures for source in e.sources), normalise_url(output)}
+    return StorageShape(
+        chunk=(max(height for height, _ in cells), max(width for _, width in cells)),
+        sum_itemsize=max(chunked.dtype.itemsize for chunked in sums),
+        streams=max(open_objects(place).streams for place in places),
+    )
+
+
+_Item = TypeVar("_Item")
+
+
+def sample_of(items: Sequence[_Item]) -> list[_Item]:
+    """All items; of very many, some at equal distances."""
+    if len(items) <= SOURCES_SAMPLED:
+        return list(items)
+    return [items[int(k)] for k in np.linspace(0, len(items) - 1, SOURCES_SAMPLED)]
+
+
+def choose_tile(
+    shape: tuple[int, int],
+    storage: StorageShape,
+    maps: MapSet,
+    options: MergeOptions,
+    device_nbytes: int,
+) -> tuple[int, int]:
+    """Choose the largest tile that fits; ``device_nbytes`` is 0 where there is no device."""
+    size = options.tile_size
+    if size is not None and size > constants.DEFAULT_CHUNK and size % constants.DEFAULT_CHUNK:
+        below = size - size % constants.DEFAULT_CHUNK
+        raise PlanError(
+            f"tile size: expected at most {constants.DEFAULT_CHUNK} or a multiple of it, so that "
+            f"tiles are made of whole chunks, got {size}; use {below} or "
+            f"{below + constants.DEFAULT_CHUNK}"
+        )
+    candidates = [size] if size is not None else _tile_candidates(storage.chunk)
+    predicted = on_device = 0
+    for candidate in candidates:
+        tile = min(candidate, shape[0]), min(candidate, shape[1])
+        if maps.exposures:  # another exposure may make the canvas larger, but not the tiles
+            tile = candidate, candidate
+        predicted = worker_nbytes(tile, storage, maps, options)
+        limit = options.memory_limit
+        if size is None and candidate > DEFAULT_TILE:
+            limit = min(limit or LARGE_TILE_NBYTES, LARGE_TILE_NBYTES)
+        if device_nbytes:
+            on_device = device_worker_nbytes(tile, storage, maps, options, together=1)
+        if on_device > device_nbytes:
+            continue
+        if limit is None or predicted <= limit:
+            return tile
+    if on_device > device_nbytes:
+        raise PlanError(
+            f"device memory of {device_nbytes:,} bytes: {n_threads(options)} threads with tiles of "
+            f"{candidates[-1]} pixels need {on_device:,} bytes for one partial at a time; use "
+            "fewer threads, smaller tiles, or --device cpu"
+        )
+    raise PlanError(
+        f"memory limit {options.memory_limit:,} bytes: one worker with {n_threads(options)} "
+        f"threads and tiles of {candidates[-1]} pixels needs {predicted:,} bytes, "
+        f"{PROCESS_NBYTES:,} of them before the first tile; "
+        "allow more, use fewer threads, or smaller tiles"
+    )
+
+
+def _tile_candidates(chunk: tuple[int, int]) -> list[int]:
+    """Tile sizes from the best to the smallest: tiles smaller than a chunk decode it repeatedly."""
+    n_chunks = min(ceil_div(max(chunk), constants.DEFAULT_CHUNK), 2**16 // constants.DEFAULT_CHUNK)
+    return [*(n * constants.DEFAULT_CHUNK for n in range(max(n_chunks, 1), 0, -1)), 512, 256, 128]
+
+
+def n_threads(options: MergeOptions) -> int:
+    """Threads in one worker."""
+    if options.threads is not None:
+        return options.threads
+    if options.cluster == "threads":
+        from dask.system import CPU_COUNT
+
+        return int(CPU_COUNT)
+    return 1
+
+
+def worker_nbytes(
+    tile: tuple[int, int], storage: StorageShape, maps: MapSet, options: MergeOptions
+) -> int:
+    """Predicted peak memory of one worker: the process, and per thread one tile.
+
+    A thread holds, of a tile: the highest correlation and who has it, the sums, one map that comes
+    in and those computed at the end; or, where NaN is masked, all maps of a partial, and copies.
+    It also holds the encoded chunks that are fetched ahead or not written yet.
+
+    Parameters
+    ----------
+    tile
+        Height and width of a tile in pixels.
+    storage
+        What is known of inputs and output.
+    maps
+        Which maps the result has.
+    options
+        Threads, and what happens to NaN.
+    """
+    poses, indexed = 4 * len(maps.pose), maps.form is PoseForm.INDEXED
+    wide = max(storage.sum_itemsize, 8 if maps.counts else 4)
+    computed = 4 * (5 + len(maps.computed_poses))
+    per_pixel = 4 + 4 + 8 + 8 + computed  # mip, best partial, sums
+    per_pixel += 8 if maps.counts else 0
+    if options.nan == "mask":
+        incoming = 4 + 4 + poses + 2 * storage.sum_itemsize + 8
+        per_pixel += poses + wide + 3 * incoming  # as read, masked, and in between
+    else:
+        per_pixel += 2 + 4 + (4 if indexed else 0)  # winner, and the pose or index that is kept
+        # Maps that come in, decoded: part by part, but whole at the edge of a map.
+        per_pixel += 2 * 4 + wide + READ_TOGETHER * wide
+    if maps.exposures:
+        # The canvas of a tile, how often and how far from an edge it is covered; and of a piece,
+        # its distance from the edge, where it wins, and the maps that come before that is known.
+        canvas = sum(np.dtype(MAPS[name].dtypes[0]).itemsize for name in maps.merged)
+        per_pixel += canvas + 2 + 4 + 4 + 1 + 4 * (3 + len(maps.explicit_poses))
+    written = min(tile[0], constants.DEFAULT_CHUNK) * min(tile[1], constants.DEFAULT_CHUNK)
+    encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to be cut
+    if options.device == "cuda":
+        per_pixel += PINNED_PLANES * WIDEST_NBYTES
+    per_thread = (
+        tile[0] * tile[1] * per_pixel
+        + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
+        + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
+        + 3 * tile_statistics_nbytes(tile)  # what is collected, a record of it, and its bytes
+    )
+    return PROCESS_NBYTES + n_threads(options) * per_thread
+
+
+def device_worker_nbytes(
+    tile: tuple[int, int],
+    storage: StorageShape,
+    maps: MapSet,
+    options: MergeOptions,
+    *,
+    together: int,
+) -> int:
+    """Predicted memory on the device of one worker, with so many partials of a tile at a time."""
+    partial = partial_nbytes_per_pixel(maps, storage.sum_itemsize, mask_nan=options.nan == "mask")
+    per_pixel = accumulator_nbytes_per_pixel(maps) + together * partial
+    return n_threads(options) * tile[0] * tile[1] * per_pixel + DEVICE_TABLES_NBYTES
+
+
+def partials_on_device(
+    plan: "MergePlan", storage: StorageShape, options: MergeOptions, device: DeviceChoice
+) -> int:
+    """Partials that a thread has on the device at a time: all of a tile, if they fit."""
+    if device.kind == "cpu":
+        return 0
+    n_sources = min(max(len(e.sources) for e in plan.exposures), MOST_TOGETHER)
+    for together in range(n_sources, 1, -1):
+        needed = device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together)
+        if needed <= device.memory_nbytes:
+            return together
+    return 1

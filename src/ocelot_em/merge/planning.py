@@ -1,0 +1,198 @@
+"""Making the plan of a merge from the stores that are merged."""
+
+from collections import Counter
+from collections.abc import Sequence
+from os import PathLike
+
+from ocelot_em.errors import InvalidInputError, PlanError
+from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice, choose_tile, storage_shape
+from ocelot_em.merge.plan import MOST_PROJECTIONS, MergePlan, PlannedExposure
+from ocelot_em.model.maps import MapSet, PoseForm
+from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.regions import TileGrid
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants
+from ocelot_em.store.objects import normalise_url, open_objects
+from ocelot_em.store.sources import Source, open_sources
+
+MOST_SOURCES = 2**15 - 1
+"""Winners are numbered in 16 bits while a tile is merged."""
+
+
+def make_plan(
+    inputs: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: MergeOptions,
+    device: DeviceChoice = ON_CPU,
+) -> MergePlan:
+    """Look at the inputs and decide how to merge them; reads metadata only.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+        An input cannot be read, or was never finished.
+    InvalidInputError
+        The inputs do not belong together; every difference is named.
+    PlanError
+        It cannot work: the tile size, the memory limit, or the device's memory.
+    """
+    urls = [normalise_url(place) for place in inputs]
+    if not urls:
+        raise InvalidInputError("merge: expected at least one input store, got none")
+    problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
+    if normalise_url(output) in urls:
+        problems.append(f"{normalise_url(output)}: is an input; inputs are never written")
+    if problems:
+        raise InvalidInputError(problems)
+
+    opened = [open_sources(open_objects(url)) for url in urls]
+    first = opened[0][0]
+    for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
+        for key in fmt.SHARED_BY_PARTIALS:
+            if getattr(attributes, key) != getattr(first, key):
+                problems.append(
+                    f"{url}: {key}: expected {getattr(first, key)} as in {urls[0]}, "
+                    f"got {getattr(attributes, key)}"
+                )
+    if problems:
+        raise InvalidInputError(problems)
+    joined, problems = _joined([exposures for _, exposures in opened])
+    placed, canvas_origin, shape, found = _placed(joined, options)
+    problems += found
+    sources = [source for exposure in placed for source in exposure.sources]
+    problems += _duplicates(sources)
+    problems += [
+        f"inputs: expected at most {MOST_SOURCES:,} partials at a time, got "
+        f"{len(exposure.sources):,}; merge some of them first, then the results"
+        for exposure in placed
+        if len(exposure.sources) > MOST_SOURCES
+    ]
+    if (total := sum(source.total_projections for source in sources)) > MOST_PROJECTIONS:
+        problems.append(f"inputs: expected at most 2**62 projections in all, got {total}")
+    if problems:
+        raise InvalidInputError(problems)
+    several = first.shape is None
+    maps = MapSet(
+        first.pose_form,
+        first.has_pixel_size,
+        counts=options.nan == "mask" or any(source.has_counts for source in sources),
+        decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
+        exposures=several,
+    )
+    plan = MergePlan(
+        exposures=placed,
+        shape=shape,
+        valid_shape=first.valid_shape or shape,
+        pixel_size_angstrom=first.pixel_size_angstrom,
+        pose_form=maps.form,
+        has_pixel_size=maps.pixel_size,
+        has_counts=maps.counts,
+        search_space_digest=first.search_space_digest,
+        tile=choose_tile(shape, storage_shape(placed, output), maps, options, device.memory_nbytes),
+        nan=options.nan,
+        has_decoded_poses=maps.decoded,
+        canvas_origin=canvas_origin,
+        overlap=options.overlap if several else "earliest",
+        erode_px=options.erode,
+    )
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MOST_TILES:
+        raise PlanError(
+            f"tile size: expected at most {constants.MOST_TILES:,} chunks of a map, got {n:,} for "
+            f"{shape[0]} x {shape[1]} pixels; use larger tiles"
+        )
+    return plan
+
+
+_Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]
+
+
+def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
+    """Exposures of several stores: those of one id are one, whose partials add up."""
+    joined: dict[str, tuple[fmt.ExposureAttributes, list[Source]]] = {}
+    problems, next_number = [], 0
+    for exposures in stores:
+        first_number = next_number
+        for exposure, sources in exposures:
+            if exposure.id not in joined:
+                number = first_number + exposure.number
+                own = exposure.model_copy(update={"number": number})
+                joined[exposure.id] = own, list(sources)
+                next_number = max(next_number, number + 1)
+                continue
+            found, known = joined[exposure.id]
+            known += sources
+            if exposure.id:
+                problems += [
+                    f"exposure {exposure.id!r}: {key}: {known[0].url} has {getattr(found, key)}, "
+                    f"{sources[0].url} has {getattr(exposure, key)}"
+                    for key in fmt.SHARED_BY_EXPOSURE
+                    if getattr(found, key) != getattr(exposure, key)
+                ]
+    return list(joined.values()), problems
+
+
+def _placed(
+    exposures: _Opened, options: MergeOptions
+) -> tuple[tuple[PlannedExposure, ...], tuple[int, int], tuple[int, int], list[str]]:
+    """Place exposures on a canvas; with its origin and shape, and what is wrong with them."""
+    problems, placed, erode = [], [], options.erode
+    for exposure, sources in exposures:
+        y, x = exposure.origin
+        if options.origins == "exact" and not (y.is_integer() and x.is_integer()):
+            problems.append(
+                f"exposure {exposure.id!r}: origin: expected whole pixels, got ({y}, {x}); maps "
+                "are never interpolated: ask for rounded origins with --origins round"
+            )
+        height, width = exposure.valid_shape if exposure.id or erode else exposure.shape
+        if min(height, width) <= 2 * erode:
+            of = f"exposure {exposure.id!r}" if exposure.id else "inputs"
+            problems.append(
+                f"{of}: erode: expected less than half of the valid {height} x {width} pixels, "
+                f"got {erode}"
+            )
+        placed.append(
+            PlannedExposure(
+                **exposure.model_dump(exclude={"origin", "total_projections"}),
+                origin=(round(y), round(x)),
+                taken=(erode, height - erode, erode, width - erode),
+                sources=_numbered(sources),
+            )
+        )
+    several = bool(placed[0].id)
+    corners = [exposure.on_canvas for exposure in placed]
+    top, left = (min(0, *(getattr(c, key) for c in corners)) for key in ("y0", "x0"))
+    shape = placed[0].shape
+    if several:
+        shape = max(c.y1 for c in corners) - top, max(c.x1 for c in corners) - left
+        placed = [
+            e.model_copy(update={"origin": (e.origin[0] - top, e.origin[1] - left)}) for e in placed
+        ]
+        if not all(1 <= n < 2**31 for n in shape):
+            problems.append(f"canvas: expected at most 2**31 - 1 rows and columns, got {shape}")
+            shape = 1, 1
+    return tuple(placed), (top, left), shape, problems
+
+
+def _numbered(sources: Sequence[Source]) -> tuple[Source, ...]:
+    numbered, number = [], 0
+    for source in sources:
+        numbered.append(source.model_copy(update={"first_number": number}))
+        number += len(source.contributions)
+    return tuple(numbered)
+
+
+def _duplicates(sources: Sequence[Source]) -> list[str]:
+    places: dict[str, list[str]] = {}
+    for source in sources:
+        for contribution in source.contributions:
+            places.setdefault(contribution.id, []).append(
+                source.place
+                if source.path
+                else f"{source.place} (which holds {contribution.name!r})"
+            )
+    return [
+        f"the same partial comes in {len(found)} times, and its projections would be counted so "
+        f"often: {'; '.join(found)}"
+        for found in places.values()
+        if len(found) > 1
+    ]

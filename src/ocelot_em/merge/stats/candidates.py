@@ -1,0 +1,89 @@
+"""Candidates of a merged result, read from the records of its tiles."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ocelot_em.merge.stats.collected import (
+    CANDIDATE_FIELDS,
+    EDGES,
+    NEIGHBOUR_FIELDS,
+    NEIGHBOURS,
+    candidate_level,
+)
+from ocelot_em.merge.stats.layout import NUMBERS, Layout, in_threads
+from ocelot_em.model.maps import (
+    SCALED_MIP,
+    Float64,
+)
+from ocelot_em.model.regions import Region
+from ocelot_em.store.contract import Objects
+
+
+class Candidates(NamedTuple):
+    """The candidates of an exposure.
+
+    Parameters
+    ----------
+    rows
+        One each, columns :data:`CANDIDATE_FIELDS`; pixels are those of the exposure. NaN in maps
+        that the result has not.
+    level
+        They are all pixels with a z-score of at least this; infinite if there are no records.
+    """
+
+    rows: Float64
+    level: float
+
+
+def read_candidates(objects: Objects, layout: Layout) -> Candidates:
+    """Read the candidates of an exposure of a merged result.
+
+    Neighbours that lie in another record are looked up there, if it has the edges of its pixels.
+
+    Raises
+    ------
+    FormatError, MissingChunkError
+    """
+    if objects.get(f"{layout.folder}/{NUMBERS}/zarr.json") is None:
+        return Candidates(np.empty((0, len(CANDIDATE_FIELDS))), float("inf"))
+    level = candidate_level(layout.exposure.total_projections)
+    z = CANDIDATE_FIELDS.index(SCALED_MIP)
+
+    def read(number: int) -> tuple[Float64, float, Float64]:
+        _, rows, edges = layout.numbers(objects, number)
+        full = len(rows) == layout.candidates_shape[0]
+        return rows, float(rows[:, z].min()) if full else level, edges
+
+    found, levels, edges = [np.empty((0, len(CANDIDATE_FIELDS)))], [level], []
+    for rows, complete_from, own_edges in in_threads(read, len(layout)):
+        found.append(rows)
+        levels.append(complete_from)
+        edges.append(own_edges)
+    candidates = np.concatenate(found)
+    if layout.is_montage:
+        _look_beyond(candidates, layout, edges)
+    return Candidates(candidates, max(levels))
+
+
+_EDGE_BESIDE = {"z_above": "bottom", "z_below": "top", "z_left": "right", "z_right": "left"}
+"""Edge of the next record that a neighbour beyond the edge of a record lies on."""
+
+
+def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) -> None:
+    """Fill in the neighbours of candidates that lie in other records of the exposure."""
+    (dy, dx), (height, width) = layout.exposure.origin, layout.tile
+    ys, xs = (candidates[:, CANDIDATE_FIELDS.index(n)].astype(np.int64) for n in ("y", "x"))
+    for name, (step_y, step_x) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
+        column = candidates[:, CANDIDATE_FIELDS.index(name)]
+        edge = EDGES.index(_EDGE_BESIDE[name])
+        for k in np.flatnonzero(np.isnan(column)).tolist():
+            y, x = int(ys[k]) + step_y, int(xs[k]) + step_x
+            if Region(y, y + 1, x, x + 1).intersect(layout.exposure.region).size:
+                number = layout.number_of((y + dy) // height, (x + dx) // width)
+                region = layout.region_of(number)
+                if region.y0 <= ys[k] < region.y1 and region.x0 <= xs[k] < region.x1:
+                    continue  # of the same record, so that it is NaN
+                along = x - region.x0 if step_y else y - region.y0
+                column[k] = edges[number][edge, along]

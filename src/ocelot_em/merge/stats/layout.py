@@ -1,0 +1,307 @@
+"""Where the records of tiles are stored, and how they are read and checked."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from ocelot_em.errors import (
+    CorruptChunkError,
+    MissingChunkError,
+)
+from ocelot_em.merge.overlap import SHOWN_FIELDS
+from ocelot_em.merge.plan import MergePlan, PlannedExposure
+from ocelot_em.merge.stats.collected import (
+    CANDIDATE_FIELDS,
+    EDGES,
+    EXTREMES,
+    N_FLAT,
+    TILE_FIELDS,
+    Counting,
+    Histograms,
+    TileNumbers,
+    candidate_capacity,
+    candidate_level,
+)
+from ocelot_em.model.maps import (
+    BEST_PARTIAL,
+    COUNT,
+    INDEX,
+    SCALED_MIP,
+    AnyArray,
+    Float64,
+    MapSet,
+    PoseForm,
+)
+from ocelot_em.model.regions import Region, ceil_div
+from ocelot_em.store import arrays as store
+from ocelot_em.store import constants
+from ocelot_em.store.blosc import most_encoded_nbytes
+from ocelot_em.store.contract import Objects, ReusedMemory
+
+_T = TypeVar("_T")
+
+
+COUNTS = "counts"
+
+
+NUMBERS = "numbers"
+
+
+SHOWN = "shown"
+"""Arrays of records, one after another in one dimension, so that a record is one file in a folder
+of all: histograms; statistics with candidates; what a montage shows."""
+
+
+class Numbers(NamedTuple):
+    """What a record holds besides histograms.
+
+    Parameters
+    ----------
+    statistics
+        Of its pixels.
+    candidates
+        Columns :data:`CANDIDATE_FIELDS`.
+    edges
+        z-scores along its edges, :data:`ocelot_em.merge.stats.collected.EDGES`; not of a whole
+        search.
+    """
+
+    statistics: TileNumbers
+    candidates: Float64
+    edges: Float64
+
+
+_of_thread = threading.local()
+
+
+def _memory_of_thread(what: str) -> ReusedMemory:
+    """Return this thread's memory for one kind of record."""
+    if not hasattr(_of_thread, what):
+        setattr(_of_thread, what, ReusedMemory())
+    memory: ReusedMemory = getattr(_of_thread, what)
+    return memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the records of an exposure are, and numbers in them.
+
+    There is one record for each tile that the exposure touches, numbered row by row. Another
+    exposure that comes later changes nothing of this.
+
+    Parameters
+    ----------
+    exposure
+        Which one.
+    tile
+        Height and width of a tile.
+    maps
+        Which maps the result has.
+    """
+
+    exposure: PlannedExposure
+    tile: tuple[int, int]
+    maps: MapSet
+
+    @classmethod
+    def of(cls, plan: MergePlan, exposure: PlannedExposure) -> "Layout":
+        """Return the layout of one of the exposures of a plan."""
+        return cls(exposure, plan.tile, plan.maps)
+
+    @property
+    def is_montage(self) -> bool:
+        """Whether there are other exposures."""
+        return self.maps.exposures
+
+    @property
+    def folder(self) -> str:
+        """Path of the group that the records are in."""
+        return (
+            f"progress/{constants.EXPOSURES}/{self.exposure.number}"
+            if self.is_montage
+            else "progress"
+        )
+
+    @property
+    def counting(self) -> Counting:
+        """What counts of the exposure."""
+        return Counting(
+            self.exposure.counted,
+            candidate_level(self.exposure.total_projections),
+            len(self.exposure.contributions),
+            len(self.exposure.sources),
+        )
+
+    @property
+    def _first(self) -> tuple[int, int]:
+        """Row and column of the first tile that is touched."""
+        on_canvas = self.exposure.on_canvas
+        return on_canvas.y0 // self.tile[0], on_canvas.x0 // self.tile[1]
+
+    @property
+    def counts_of_tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles that are touched."""
+        on_canvas, (iy, ix) = self.exposure.on_canvas, self._first
+        rows, columns = ceil_div(on_canvas.y1, self.tile[0]), ceil_div(on_canvas.x1, self.tile[1])
+        return rows - iy, columns - ix
+
+    def __len__(self) -> int:
+        rows, columns = self.counts_of_tiles
+        return rows * columns
+
+    def number_of(self, iy: int, ix: int) -> int:
+        """Number of the record of a tile: the chunk that it is."""
+        first_y, first_x = self._first
+        return (iy - first_y) * self.counts_of_tiles[1] + ix - first_x
+
+    def region_of(self, number: int) -> Region:
+        """Pixels that a record is of, in the exposure."""
+        (first_y, first_x), (_, n_columns) = self._first, self.counts_of_tiles
+        iy, ix = first_y + number // n_columns, first_x + number % n_columns
+        (height, width), (dy, dx) = self.tile, self.exposure.origin
+        cell = Region(iy * height, (iy + 1) * height, ix * width, (ix + 1) * width)
+        return cell.shifted(-dy, -dx).intersect(self.exposure.region)
+
+    @property
+    def n_statistics(self) -> int:
+        """Numbers of :class:`TileNumbers`, at the beginning of a record."""
+        of = self.counting
+        return TileNumbers.n_flat(of.n_partials, of.n_sources)
+
+    @property
+    def candidates_shape(self) -> tuple[int, int]:
+        """Of the candidates, which come next, row by row."""
+        return candidate_capacity(self.tile), len(CANDIDATE_FIELDS)
+
+    @property
+    def edges_shape(self) -> tuple[int, int]:
+        """Of the z-scores along the edges, which are the rest."""
+        return len(EDGES), max(self.tile) if self.is_montage else 0
+
+    @property
+    def n_numbers(self) -> int:
+        """Of a whole record."""
+        (rows, columns), (n_edges, length) = self.candidates_shape, self.edges_shape
+        return self.n_statistics + rows * columns + n_edges * length
+
+    def counts(self, objects: Objects, number: int) -> Histograms:
+        """Read the histograms of a record; valid until this thread reads the next."""
+        return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
+
+    def statistics(self, objects: Objects, number: int) -> TileNumbers:
+        """Read the statistics of a record."""
+        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
+        return self._statistics(objects, number, flat[: self.n_statistics].copy())
+
+    def numbers(self, objects: Objects, number: int) -> Numbers:
+        """Read the statistics, the candidates and the edges of a record."""
+        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64").copy()
+        rows, columns = self.candidates_shape
+        own, candidates, edges = np.split(
+            flat, [self.n_statistics, self.n_statistics + rows * columns]
+        )
+        candidates = candidates.reshape(self.candidates_shape)
+        candidates = candidates[~np.isnan(candidates[:, 0])]
+        statistics = self._statistics(objects, number, own)
+        if wrong := self._wrong_candidates(candidates, number):
+            place = self._place(objects, NUMBERS, number)
+            raise CorruptChunkError(f"{place}: {wrong}; merge again")
+        return Numbers(statistics, candidates, edges.reshape(self.edges_shape))
+
+    def _statistics(self, objects: Objects, number: int, own: Float64) -> TileNumbers:
+        n_partials = len(self.exposure.contributions)
+        counts = own[len(EXTREMES) : len(TILE_FIELDS) + n_partials]
+        wrong = counts[~_are_integers(counts, 0, 2**53)]
+        if wrong.size:
+            raise CorruptChunkError(
+                f"{self._place(objects, NUMBERS, number)}: expected counts of pixels, got "
+                f"{wrong[0]}; merge again"
+            )
+        return TileNumbers.from_flat(own, n_partials)
+
+    def _wrong_candidates(self, rows: Float64, number: int) -> str:
+        """Say where a candidate lies, or what it points to, if that cannot be."""
+        region, n_partials = self.region_of(number), len(self.exposure.contributions)
+        bounds = [
+            ("y", region.y0, region.y1 - 1),
+            ("x", region.x0, region.x1 - 1),
+            (BEST_PARTIAL, 0, n_partials - 1),
+        ]
+        if self.maps.form is PoseForm.INDEXED:
+            bounds.append((INDEX, 0, 2**31 - 2))
+        if self.maps.counts:
+            bounds.append((COUNT, 0, 2**62))
+        for name, low, high in bounds:
+            values = rows[:, CANDIDATE_FIELDS.index(name)]
+            wrong = values[~_are_integers(values, low, high)]
+            if wrong.size:
+                return f"{name} of candidates: expected {low} to {high}, got {wrong[0]}"
+        if np.isnan(rows[:, CANDIDATE_FIELDS.index(SCALED_MIP)]).any():
+            return "expected z-scores of candidates, got NaN"
+        return ""
+
+    def shown(self, objects: Objects, number: int) -> Float64:
+        """Read what is shown of a record's pixels; of a montage only."""
+        return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64").copy()
+
+    def check(self, objects: Objects, number: int) -> None:
+        """Raise unless a record can be read.
+
+        Raises
+        ------
+        ChunkError
+        """
+        self.counts(objects, number)
+        self.statistics(objects, number)
+        if self.is_montage:
+            self.shown(objects, number)
+
+    def _read(self, objects: Objects, what: str, number: int, n: int, dtype: str) -> AnyArray:
+        path = f"{self.folder}/{what}"
+        key = f"{path}/c/{number}"
+        nbytes = n * np.dtype(dtype).itemsize
+        encoded = objects.get(key, most_encoded_nbytes(nbytes))
+        if encoded is None:
+            raise MissingChunkError(
+                f"{objects.url}: {path}: the record of pixels {self.region_of(number)} is missing: "
+                f"expected an object {key}; merge again"
+            )
+        # Fresh memory for each of thousands of records would be scattered, and add up.
+        memory, place = _memory_of_thread(what), self._place(objects, what, number)
+        return np.frombuffer(store.decode_chunk(encoded, nbytes, memory, place), dtype)
+
+    def _place(self, objects: Objects, what: str, number: int) -> str:
+        """How errors call a record."""
+        path = f"{self.folder}/{what}"
+        return f"{objects.url}: {path}: record {number}, pixels {self.region_of(number)}"
+
+
+def _are_integers(values: Float64, low: int, high: int) -> AnyArray:
+    """Which values are integers within these bounds; NaN is none."""
+    integers: AnyArray = (values >= low) & (values <= high) & (values == np.floor(values))
+    return integers
+
+
+def n_threads() -> int:
+    """Return how many threads read or write records."""
+    return min(os.cpu_count() or 1, 8)
+
+
+@lru_cache(maxsize=1)
+def _readers() -> ThreadPoolExecutor:
+    """Threads that read records; the same for all exposures, since each new one takes memory."""
+    return ThreadPoolExecutor(n_threads(), "ocelot-records")
+
+
+def in_threads(read: Callable[[int], _T], n: int) -> Iterator[_T]:
+    """Read records by number, a bounded number of them ahead."""
+    numbers = iter(range(n))
+    while batch := list(islice(numbers, 16 * n_threads())):
+        yield from _readers().map(read, batch)

@@ -1,0 +1,319 @@
+"""The sum of all records of a merged result.
+
+It is written at the end of a merge, and read by everything that follows.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+
+import numpy as np
+
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+)
+from ocelot_em.merge.overlap import SHOWN_FIELDS
+from ocelot_em.merge.plan import MergePlan, PlannedExposure
+from ocelot_em.merge.stats.collected import (
+    Histograms,
+    TileNumbers,
+    candidate_level,
+)
+from ocelot_em.merge.stats.layout import Layout, in_threads
+from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
+from ocelot_em.model.maps import (
+    AnyArray,
+    Float64,
+)
+from ocelot_em.store import arrays as store
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants, statistics_attributes
+from ocelot_em.store.contract import Objects, return_free_memory
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_attributes
+
+EXPOSURES_BETWEEN_TIDYING = 32
+"""While the statistics of exposures are written, each leaves some hundred kB of freed memory."""
+
+
+MIP_HISTOGRAM = "mip_histogram"
+
+
+Z_HISTOGRAM = "scaled_mip_histogram"
+
+
+JOINT_HISTOGRAM = "joint_histogram"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a merged map without reading it.
+
+    Parameters
+    ----------
+    attributes
+        Counts of pixels, ranges, partials.
+    histograms
+        Of all valid, searched pixels.
+    """
+
+    attributes: statistics_attributes.StatisticsAttributes
+    histograms: Histograms
+
+
+def finish(objects: Objects, plan: MergePlan) -> None:
+    """Add up the records of all tiles, and write the sums: of exposures, and of all together."""
+    # The same memory for all exposures: new one for each would be scattered, and add up.
+    everything, histograms = Histograms.empty("int64"), Histograms.empty("int64")
+    totals, about = [], []
+    for place, exposure in enumerate(plan.exposures, 1):
+        layout = Layout.of(plan, exposure)
+        histograms.clear()
+        total = _add_up(objects, layout, histograms)
+        totals.append((exposure, total))
+        everything.add(histograms)
+        if not plan.is_montage:
+            continue
+        _write_summary(
+            objects, statistics_path(exposure.number), histograms, [(exposure, total)], ()
+        )
+        shown = np.zeros(len(SHOWN_FIELDS))
+        for own in in_threads(partial(layout.shown, objects), len(layout)):
+            shown += own
+        about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
+        if place % EXPOSURES_BETWEEN_TIDYING == 0:
+            return_free_memory()
+    _write_summary(objects, "statistics", everything, totals, tuple(about))
+
+
+def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNumbers:
+    """Add the records of an exposure up, its histograms to those that are given."""
+    lock = threading.Lock()
+
+    def read(number: int) -> TileNumbers:
+        counted = layout.counts(objects, number)
+        with lock:
+            histograms.add(counted)
+        return layout.statistics(objects, number)
+
+    of = layout.counting
+    total = TileNumbers.empty(of.n_partials, of.n_sources)
+    for statistics in in_threads(read, len(layout)):
+        total.add(statistics)
+    return total
+
+
+def statistics_path(number: int) -> str:
+    """Path of the group with the statistics of an exposure."""
+    return f"statistics/{constants.EXPOSURES}/{number}"
+
+
+def _write_summary(
+    objects: Objects,
+    path: str,
+    histograms: Histograms,
+    totals: Sequence[tuple[PlannedExposure, TileNumbers]],
+    exposures: tuple[statistics_attributes.ExposureStatistics, ...],
+) -> None:
+    groups = path.split("/")
+    for depth in range(1, len(groups) + 1):
+        store.create_group(objects, "/".join(groups[:depth]), {})
+    for name, counts, axes in (
+        (MIP_HISTOGRAM, histograms.mip, (MIP_AXIS,)),
+        (Z_HISTOGRAM, histograms.z, (Z_AXIS,)),
+        (JOINT_HISTOGRAM, histograms.joint, (JOINT_MIP_AXIS, JOINT_Z_AXIS)),
+    ):
+        _write_histogram(objects, f"{path}/{name}", counts, axes)
+    about = _attributes(totals, int(histograms.z.sum()), exposures)
+    store.update_attributes(objects, path, fmt.dump_attributes(about))
+
+
+def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:
+    is_mip = path.endswith(f"/{MIP_HISTOGRAM}")
+    dimensions = ("mip",) if is_mip else ("mip", "scaled_mip")[-counts.ndim :]
+    store.create_array(
+        objects,
+        path,
+        shape=counts.shape,
+        chunk=counts.shape,
+        dtype="int64",
+        fill=0,
+        dimensions=dimensions,
+        attributes={"low": [axis.low for axis in axes], "width": [axis.width for axis in axes]},
+    )
+    key = "/".join([path, "c", *("0" for _ in counts.shape)])
+    store.write_chunk(objects, key, np.ascontiguousarray(counts))
+
+
+def _attributes(
+    totals: Sequence[tuple[PlannedExposure, TileNumbers]],
+    searched: int,
+    exposures: tuple[statistics_attributes.ExposureStatistics, ...],
+) -> statistics_attributes.StatisticsAttributes:
+    """Put into words what was counted of exposures together."""
+    extremes = np.array([total.extremes for _, total in totals])
+    lowest_mip, lowest_z = map(float, extremes[:, (0, 2)].min(axis=0))
+    highest_mip, highest_z = map(float, extremes[:, (1, 3)].max(axis=0))
+    counts = np.sum([total.counts for _, total in totals], axis=0)
+    nan, zero_std, unsearched = map(int, counts)
+    level = max(candidate_level(exposure.total_projections) for exposure, _ in totals)
+    return statistics_attributes.StatisticsAttributes(
+        valid_pixels=sum(exposure.counted.size for exposure, _ in totals),
+        searched_pixels=searched,
+        unsearched_pixels=unsearched,
+        nan_pixels=nan,
+        zero_std_pixels=zero_std,
+        mip_range=(lowest_mip, highest_mip) if searched else None,
+        scaled_mip_range=(lowest_z, highest_z) if searched else None,
+        candidate_level=level if np.isfinite(level) else None,
+        n_candidates=sum(total.n_candidates for _, total in totals),
+        partials=tuple(
+            statistics_attributes.PartialStatistics(
+                name=contribution.name,
+                total_projections=contribution.total_projections,
+                won_pixels=int(won),
+            )
+            for exposure, total in totals
+            for contribution, won in zip(exposure.contributions, total.wins, strict=True)
+        ),
+        sources=tuple(
+            _source_statistics(source.name, source.total_projections, moments)
+            for exposure, total in totals
+            for source, moments in zip(exposure.sources, total.moments, strict=True)
+        ),
+        exposures=exposures,
+    )
+
+
+def _exposure_statistics(
+    exposure: PlannedExposure, searched: int, shown: Float64
+) -> statistics_attributes.ExposureStatistics:
+    alone, overlap = shown.reshape(2, -1)
+    return statistics_attributes.ExposureStatistics(
+        id=exposure.id,
+        number=exposure.number,
+        total_projections=exposure.total_projections,
+        valid_pixels=exposure.counted.size,
+        searched_pixels=searched,
+        alone=_shown_statistics(alone),
+        overlap=_shown_statistics(overlap),
+    )
+
+
+def _shown_statistics(sums: Float64) -> statistics_attributes.ShownStatistics:
+    pixels, total, squared_total = map(float, sums)
+    if not pixels:
+        return statistics_attributes.ShownStatistics(pixels=0)
+    mean = total / pixels
+    variance = max(squared_total / pixels - mean * mean, 0.0)
+    return statistics_attributes.ShownStatistics(pixels=int(pixels), mean=mean, std=variance**0.5)
+
+
+def _source_statistics(
+    name: str, count: int, moments: Float64
+) -> statistics_attributes.SourceStatistics:
+    """Turn sums over the pixels of a source's maps into statistics of its correlations."""
+    (n, total, squared_total), (n_squared, energy, _) = moments
+    known = n > 0 and n_squared > 0 and count > 0
+    if not known:
+        return statistics_attributes.SourceStatistics(name=name, total_projections=count)
+    mean = total / n
+    spread = max(squared_total / n - mean * mean, 0.0) ** 0.5
+    # Mean over pixels of Q / N - (S / N)**2.
+    variance = energy / n_squared / count - squared_total / n / count**2
+    return statistics_attributes.SourceStatistics(
+        name=name,
+        total_projections=count,
+        mean=mean / count,
+        mean_spread=spread / count,
+        std=max(variance, 0.0) ** 0.5,
+        correlation_sum=float(total),
+        correlation_squared_sum=float(energy),
+    )
+
+
+def read_summary(place: str | PathLike[str], exposure: int | None = None) -> Summary | None:
+    """Read the statistics of a merged result; None if it was merged without.
+
+    Parameters
+    ----------
+    place
+        Path or URL of the result.
+    exposure
+        Number of one of the exposures of a montage; None: of all together.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError
+        It is not a merged result.
+    IncompleteError
+        It was never finished.
+    """
+    objects = open_objects(place)
+    open_merged_result(objects)
+    return summary_at(objects, "statistics" if exposure is None else statistics_path(exposure))
+
+
+def summary_at(objects: Objects, path: str) -> Summary | None:
+    """Read the statistics of a group of a finished merged result; None if it is not there.
+
+    Raises
+    ------
+    FormatError
+    """
+    attributes = store.group_attributes(objects, path)
+    if attributes is None:
+        return None
+    about = fmt.parse_attributes(
+        statistics_attributes.StatisticsAttributes, attributes, f"{objects.url}/{path}"
+    )
+    names, expected = (MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM), Histograms.empty("int64")
+    tables = []
+    for name, like in zip(names, (expected.mip, expected.z, expected.joint), strict=True):
+        table = store.read_table(objects, f"{path}/{name}", max_nbytes=like.nbytes)
+        if (table.shape, table.dtype) != (like.shape, like.dtype) or (table < 0).any():
+            raise FormatError(
+                f"{objects.url}/{path}/{name}: expected {like.dtype} counts of shape {like.shape}, "
+                f"got {table.dtype} of shape {table.shape}, the lowest {table.min()}"
+            )
+        tables.append(table)
+    return Summary(about, Histograms(*tables))
+
+
+def read_exposure_statistics(
+    place: str | PathLike[str], statistics: statistics_attributes.StatisticsAttributes
+) -> dict[str, statistics_attributes.StatisticsAttributes]:
+    """Read what was counted of each exposure of a montage, by their ids.
+
+    Raises
+    ------
+    FormatError
+        It is missing, or cannot be read.
+    """
+    objects, found = open_objects(place), {}
+    for exposure in statistics.exposures:
+        path = statistics_path(exposure.number)
+        found[exposure.id] = fmt.parse_attributes(
+            statistics_attributes.StatisticsAttributes,
+            store.group_attributes(objects, path),
+            f"{objects.url}/{path}",
+        )
+    return found
+
+
+def open_merged_result(objects: Objects) -> fmt.MergedAttributes:
+    """Read the attributes of a finished merged result.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, IncompleteError
+    """
+    attributes = read_attributes(objects)
+    if not isinstance(attributes, fmt.MergedAttributes):
+        raise FormatError(f"{objects.url}: is a search, not a merged result; merge it first")
+    if attributes.state != "complete":
+        raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
+    return attributes

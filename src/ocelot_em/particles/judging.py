@@ -1,0 +1,153 @@
+"""Which pixels are significant: a rule for every exposure, by a cutoff or by p-values."""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from ocelot_em.errors import IncompleteError
+from ocelot_em.merge.plan import PlannedExposure
+from ocelot_em.merge.result import MergedMaps
+from ocelot_em.merge.stats.collected import (
+    CANDIDATE_FIELDS,
+)
+from ocelot_em.merge.stats.summary import Summary, statistics_path, summary_at
+from ocelot_em.model.maps import (
+    MIP,
+    SCALED_MIP,
+    AnyArray,
+    Float64,
+)
+from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.options import PickOptions
+from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What makes a pixel of an exposure a candidate.
+
+    Parameters
+    ----------
+    cutoff
+        What it has to reach: z-score, or -ln p.
+    model
+        Of p-values; None if z-scores are judged.
+    levels
+        ``mip`` and z-score of which a pixel that reaches a p-value's cutoff reaches at least one.
+    """
+
+    cutoff: float
+    model: PValueModel | None = None
+    levels: tuple[float, float] = (-np.inf, -np.inf)
+
+    def wanted(self, mip: AnyArray, z: AnyArray) -> AnyArray:
+        """Which pixels are candidates; the p-value is computed only where it can be low enough."""
+        if self.model is None:
+            high: AnyArray = z >= np.float32(self.cutoff)
+            return high
+        rare = ((mip >= self.levels[0]) | (z >= self.levels[1])) & (mip > -np.inf) & np.isfinite(z)
+        rare[rare] = self.model.neg_log_p(mip[rare], z[rare]) >= self.cutoff
+        return rare
+
+    def height(self, rows: Float64) -> Float64:
+        """By what candidates are compared."""
+        if self.model is None:
+            return column(rows, SCALED_MIP)
+        return self.model.neg_log_p(column(rows, MIP), column(rows, SCALED_MIP))
+
+
+def make_judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> list[Judge]:
+    """Return the judge of every exposure."""
+    plan = merged.plan
+    if asked.method == "pvalue":
+        cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
+        judges = []
+        for exposure in plan.exposures:
+            own = summary_of(exposure, merged, summary)
+            model = p_value_model(own)
+            judges.append(Judge(cutoff, model, levels_of(model, own, cutoff)))
+        return judges
+    if asked.cutoff is not None:
+        return [Judge(asked.cutoff)] * len(plan.exposures)
+    if plan.is_montage and asked.per == "montage":
+        return [Judge(_montage_cutoff(asked, merged, summary))] * len(plan.exposures)
+    judges = []
+    for exposure in plan.exposures:
+        if asked.method == "gev":
+            own = summary_of(exposure, merged, summary)
+            cutoff = gev_cutoff(own.histograms.of_z(), asked.false_positives)
+        else:
+            cutoff = gaussian_cutoff(
+                exposure.counted.size, exposure.total_projections, asked.false_positives
+            )
+        judges.append(Judge(cutoff))
+    return judges
+
+
+def summary_of(exposure: PlannedExposure, merged: "MergedMaps", of_all: Summary) -> Summary:
+    """Return the statistics of an exposure, which are those of all if there is no other."""
+    if not merged.plan.is_montage:
+        return of_all
+    path = statistics_path(exposure.number)
+    found = summary_at(merged.objects, path)
+    if found is None:
+        raise IncompleteError(f"{merged.url}: the group {path!r} is missing; merge again")
+    return found
+
+
+def _montage_cutoff(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> float:
+    """z-score that noise exceeds in so many of the pixels that could be shown.
+
+    Where the highest z-score wins a pixel, all exposures had a chance to show noise there, and all
+    their valid pixels count. Otherwise those count that are shown.
+    """
+    all_count = merged.plan.overlap == "max-zscore"
+    pixels = {
+        exposure.number: exposure.valid_pixels if all_count else exposure.shown_pixels
+        for exposure in summary.attributes.exposures
+    }
+    if asked.method == "gev":
+        histogram = summary.histograms.of_z()
+        share = sum(pixels.values()) / max(histogram.pixels, 1) if not all_count else 1.0
+        return gev_cutoff(histogram, asked.false_positives / (share or 1.0))
+    correlations = sum(
+        pixels.get(exposure.number, 0) * exposure.total_projections
+        for exposure in merged.plan.exposures
+    )
+    return gaussian_cutoff(correlations, 1, asked.false_positives)
+
+
+def p_value_model(summary: Summary) -> PValueModel:
+    """Return the p-value model of a whole map."""
+    counted = summary.histograms
+    return PValueModel.from_histogram(counted.of_both(), counted.of_mip(), counted.of_z())
+
+
+def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:
+    """``mip`` and z-score of which a pixel of so high a -ln p reaches at least one.
+
+    -ln p is ``r**2 / 2 - ln(quadrant)``, and with both normal scores from 0 to m (in units of their
+    root mean squares) ``r**2`` is at most ``m**2 max(1, 2 (1 - c)) / (1 - c**2)`` for a correlation
+    c: so one of them is at least the m of the cutoff.
+    """
+    c = model.correlation
+    quadrant = (np.pi / 2 + np.arcsin(c)) / (2 * np.pi)
+    squared = 2 * (1 - c**2) * (cutoff + np.log(quadrant)) / max(1.0, 2 * (1 - c))
+    least = float(np.sqrt(max(squared, 0.0)))
+    levels = []
+    for histogram, rms in (
+        (summary.histograms.of_mip(), model.mip_rms),
+        (summary.histograms.of_z(), model.z_rms),
+    ):
+        rank = histogram.pixels * NormalDist().cdf(least * rms)
+        edges = histogram.axis.edges
+        reached = histogram.below(edges[:-1]) >= rank
+        first = int(np.argmax(reached)) if reached.any() else len(edges) - 1
+        levels.append(float(edges[max(first - 1, 0)]) if first > 1 else -np.inf)
+    return levels[0], levels[1]
+
+
+def column(rows: Float64, name: str) -> Float64:
+    """Return a column of rows of candidates, by name."""
+    return rows[:, CANDIDATE_FIELDS.index(name)]

@@ -1,0 +1,161 @@
+"""Objects in a bucket, through obstore."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import MemoryStore
+
+from ocelot_em.store.contract import (
+    MOST_NBYTES,
+    ReusedMemory,
+    T,
+    refuse_too_large,
+    retrying,
+    storage_error,
+)
+
+
+class BucketObjects:
+    """Objects in a bucket; methods as in :class:`ocelot_em.store.contract.Objects`."""
+
+    streams = 8  # a request takes far longer to be answered than to be transferred
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def opened(cls, url: str) -> Self:
+        """Return the store at a normalised URL: the same one again, with what it remembers."""
+        return cls(url)
+
+    def __reduce__(self) -> tuple[Callable[[str], Self], tuple[str]]:
+        return self.opened, (self.url,)
+
+    @property
+    def _store(self) -> Any:
+        if not hasattr(self, "_opened"):
+            self._opened = self._guard("open", "", self._connect)
+        return self._opened
+
+    def _connect(self) -> Any:
+        return obstore.store.from_url(self.url)
+
+    def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
+        return retrying(verb, self.url, key, action)
+
+    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+        def action() -> bytes | None:
+            try:
+                found = obstore.get(self._store, key)
+            except FileNotFoundError:
+                return None
+            refuse_too_large(found.meta["size"], most_nbytes)
+            return found.bytes().to_bytes()
+
+        return self._guard("read", key, action)
+
+    def get_into(
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+    ) -> memoryview | None:
+        def action() -> memoryview | None:
+            try:
+                found = obstore.get(self._store, key)
+            except FileNotFoundError:
+                return None
+            refuse_too_large(found.meta["size"], most_nbytes)
+            return memory.filled(memoryview(found.bytes()))
+
+        return self._guard("read", key, action)
+
+    def put(self, key: str, parts: Sequence[bytes]) -> None:
+        # A single put is atomic everywhere; multipart uploads would need an abort path.
+        self._guard(
+            "write",
+            key,
+            lambda: obstore.put(self._store, key, b"".join(parts), use_multipart=False),
+        )
+
+    def create(self, key: str, data: bytes) -> bool:
+        def action() -> bool:
+            try:
+                obstore.put(self._store, key, data, mode="create")
+            except (AlreadyExistsError, FileExistsError):
+                return False
+            return True
+
+        return self._guard("create", key, action)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        def action() -> dict[str, int]:
+            batches = obstore.list(self._store, prefix or None)
+            return {meta["path"]: meta["size"] for batch in batches for meta in batch}
+
+        return self._guard("list", prefix, action)
+
+    def size(self, key: str) -> int | None:
+        def action() -> int | None:
+            try:
+                return int(obstore.head(self._store, key)["size"])
+            except FileNotFoundError:
+                return None
+
+        return self._guard("look up", key, action)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        batches = iter(self._guard("list", prefix, lambda: obstore.list(self._store, prefix)))
+        while batch := self._next(prefix, batches):
+            yield from (meta["path"] for meta in batch)
+
+    def _next(self, prefix: str, batches: Iterator[Any]) -> Any:
+        # Not tried again here: a listing that broke off must not look like one that ended.
+        try:
+            return next(batches, None)
+        except (BaseError, OSError) as error:
+            raise storage_error("list", self.url, prefix, error) from error
+
+    def children(self, prefix: str) -> list[str]:
+        def action() -> list[str]:
+            found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+            return [path.rstrip("/").rpartition("/")[2] for path in found]
+
+        return self._guard("list", prefix, action)
+
+    def delete(self, prefix: str, keep: str | None = None) -> None:
+        keys = [key for key in self.sizes(prefix) if keep is None or not key.startswith(f"{keep}/")]
+
+        def action() -> None:
+            if keys:
+                obstore.delete(self._store, keys)
+
+        self._guard("delete", prefix, action)
+
+    def delete_one(self, key: str) -> None:
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, key)
+
+        self._guard("delete", key, action)
+
+    def tidy(self, prefix: str) -> None:
+        """Do nothing: what was not sent whole is not there."""
+
+    def sync(self) -> None:
+        """Do nothing: a request is answered when what it brought is safe."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
+class MemoryObjects(BucketObjects):
+    """Objects in the memory of this process, which only it sees: for trials and tests."""
+
+    streams = 1
+    _stores: ClassVar[dict[str, MemoryStore]] = {}
+
+    def _connect(self) -> Any:
+        return self._stores.setdefault(self.url, MemoryStore())

@@ -1,0 +1,282 @@
+"""Objects in a directory: whole or not there, never outside of the store."""
+
+import contextlib
+import ctypes
+import errno
+import math
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from obstore.store import LocalStore
+
+from ocelot_em.store.bucket import BucketObjects
+from ocelot_em.store.contract import MOST_NBYTES, ReusedMemory, refuse_too_large
+
+_CHECKED_SECONDS = 1.0
+"""So long a folder counts as one of the store after it was looked at."""
+
+
+_MOST_CHECKED = 4096
+"""Folders that are remembered to have been looked at."""
+
+
+_STAGED = re.compile(r"#\d+$")
+"""How the names of files end that are not whole yet; listings leave them out."""
+
+
+class LocalObjects(BucketObjects):
+    """A directory; made by the first write, so that looking at a place never creates it.
+
+    Chunks are read and written with plain system calls: one copy between them and the page cache.
+    The directory may be a symbolic link; within it, links that lead out of it are refused: who
+    sends a store must not choose which other files are read or written. Links within it are
+    followed, but not where objects are listed.
+    """
+
+    streams = 1
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._checked: dict[str, float] = {}
+
+    def _connect(self) -> Any:
+        return LocalStore(self.url, mkdir=True)
+
+    @property
+    def _exists(self) -> bool:
+        return Path(self.url).is_dir()
+
+    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+        found = self.get_into(key, ReusedMemory(), most_nbytes)
+        return None if found is None else bytes(found)
+
+    def get_into(
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+    ) -> memoryview | None:
+        def action() -> memoryview | None:
+            try:
+                descriptor = self._open_to_read(key)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            try:
+                status = os.fstat(descriptor)
+                if stat.S_ISDIR(status.st_mode):
+                    return None
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError("expected a file")
+                refuse_too_large(status.st_size, most_nbytes)
+                target = memory.of(status.st_size)
+                n_read = 0
+                while n := os.readv(descriptor, [target[n_read:]]):
+                    n_read += n
+                return target[:n_read]
+            finally:
+                os.close(descriptor)
+
+        return self._guard("read", key, action)
+
+    def _open_to_read(self, key: str) -> int:
+        # O_NONBLOCK: opening a pipe that lies there must not wait for a writer.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        path = self._path(key)
+        try:
+            return os.open(path, flags)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EMLINK):  # the latter on FreeBSD
+                raise
+        return os.open(self._resolved(path), flags)
+
+    def create(self, key: str, data: bytes) -> bool:
+        self._guard("create", key, lambda: self._path(key))
+        return super().create(key, data)
+
+    def put(self, key: str, parts: Sequence[bytes]) -> None:
+        def action() -> None:
+            # Renamed when it is whole.
+            staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
+            try:
+                descriptor = open_new(staged)
+                try:
+                    write_all(descriptor, parts)
+                    if key.endswith(".json") and Path(self._path(key)).exists():
+                        # Of metadata that is replaced, a loss of power must not take both: not
+                        # every file system writes content before names.
+                        os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                staged.rename(self._path(key))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    staged.unlink()
+                raise
+
+        self._guard("write", key, action)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        def action() -> dict[str, int]:
+            found = ((self._key(e), e.stat(follow_symlinks=False)) for e in self._walk(prefix))
+            return {key: status.st_size for key, status in found}
+
+        return self._guard("list", prefix, action)
+
+    def size(self, key: str) -> int | None:
+        def action() -> int | None:
+            try:
+                return Path(self._resolved(self._path(key))).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        return self._guard("look up", key, action)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        return map(self._key, self._walk(prefix))
+
+    def children(self, prefix: str) -> list[str]:
+        def action() -> list[str]:
+            return sorted(entry.name for entry in self._entries(prefix) if entry.is_dir())
+
+        return self._guard("list", prefix, action)
+
+    def _key(self, entry: "os.DirEntry[str]") -> str:
+        return entry.path[len(self.url.rstrip("/")) + 1 :]
+
+    def _entries(self, prefix: str) -> "list[os.DirEntry[str]]":
+        """What is in a folder of the store; nothing where there is none."""
+        try:
+            with os.scandir(self._path(f"{prefix}/" if prefix else "")) as entries:
+                return list(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _walk(self, prefix: str) -> "Iterator[os.DirEntry[str]]":
+        """All files below a prefix; links are not followed."""
+        folders = [prefix]
+        while folders:
+            folder = folders.pop()
+            for entry in self._guard("list", folder, partial(self._entries, folder)):
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{folder}/{entry.name}" if folder else entry.name)
+                elif entry.is_file(follow_symlinks=False) and not _STAGED.search(entry.name):
+                    yield entry
+
+    def delete(self, prefix: str, keep: str | None = None) -> None:
+        target = Path(self.url, prefix) if prefix else Path(self.url)
+
+        def action() -> None:
+            self._path(prefix)
+            if keep is None:
+                shutil.rmtree(target)
+                return
+            for path in target.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    if path.name != keep:
+                        shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+        if target.is_dir():
+            self._guard("delete", prefix, action)
+        if not prefix and keep is None and hasattr(self, "_opened"):
+            del self._opened  # the directory is made anew by the next write
+
+    def delete_one(self, key: str) -> None:
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                Path(self._path(key)).unlink()
+                # Folders that are empty now would not be there in a bucket.
+                with contextlib.suppress(OSError):
+                    for folder in PurePosixPath(key).parents:
+                        Path(self.url, folder).rmdir()
+
+        self._guard("delete", key, action)
+
+    def tidy(self, prefix: str) -> None:
+        def action() -> None:
+            for folder, _, names in os.walk(self._path(f"{prefix}/" if prefix else "")):
+                for name in names:
+                    if _STAGED.search(name):
+                        Path(folder, name).unlink(missing_ok=True)
+
+        self._guard("tidy", prefix, action)
+
+    def sync(self) -> None:
+        def action() -> None:
+            descriptor = os.open(self.url, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                sync_file_system(descriptor)
+            finally:
+                os.close(descriptor)
+
+        if self._exists:
+            self._guard("write to the disk", "", action)
+
+    def _path(self, key: str) -> str:
+        """Return the path of an object, of which no folder may lie outside the store.
+
+        Raises
+        ------
+        OSError
+            A link leads there.
+        """
+        folder, _, _ = key.rpartition("/")
+        now = time.monotonic()
+        if not now - self._checked.get(folder, -math.inf) < _CHECKED_SECONDS:
+            self._resolved(f"{self.url}/{folder}")
+            if len(self._checked) >= _MOST_CHECKED:
+                self._checked.clear()
+            self._checked[folder] = now
+        return f"{self.url}/{key}"
+
+    def _resolved(self, path: str) -> str:
+        real = os.path.realpath(path)
+        if real != self.url and not real.startswith(f"{self.url.rstrip('/')}/"):
+            raise OSError(
+                f"it is, or lies behind, a symbolic link that leads out of the store, to {real}; "
+                "put what it should be in its place"
+            )
+        return real
+
+    def free_bytes(self) -> int | None:
+        place = Path(self.url)
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+
+def sync_file_system(descriptor: int) -> None:
+    """Wait until a file system has everything on its disk, where the system can do just that."""
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+    elif syncfs(descriptor):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def open_new(path: Path) -> int:
+    """Open a file that is not there yet, in folders that need not be, for writing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def write_all(descriptor: int, parts: Sequence[bytes]) -> None:
+    """Write all bytes to a file, however many the system takes at a time."""
+    left = [memoryview(part) for part in parts if part]
+    while left:
+        n_written = os.writev(descriptor, left)
+        while left and n_written >= len(left[0]):
+            n_written -= len(left.pop(0))
+        if n_written:
+            left[0] = left[0][n_written:]

@@ -1,0 +1,482 @@
+"""Writing partials of a search, from several processes at the same time."""
+
+import datetime
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from os import PathLike
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+    InvalidDataError,
+    InvalidInputError,
+)
+from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
+from ocelot_em.model.maps import (
+    MIP,
+    PIXEL_SIZE,
+    AnyArray,
+)
+from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.model.search_space import TABLES, SearchSpace
+from ocelot_em.store import arrays as store
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants
+from ocelot_em.store.contract import Objects
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import (
+    exposure_path,
+    open_partial_maps,
+    partial_path,
+    partials_path,
+    read_attributes,
+    read_exposure,
+    read_partial_attributes,
+    read_partials,
+)
+from ocelot_em.store.search_info import Exposure, SearchInfo
+from ocelot_em.store.validation import (
+    BadValues,
+    converted,
+    layout_problems,
+    name_problems,
+    value_problems,
+)
+
+
+def write_partial(
+    store: str | PathLike[str],
+    name: str,
+    result: Mapping[str, object],
+    *,
+    total_projections: int,
+    order: int = 0,
+    search: SearchInfo | None = None,
+    exposure: Exposure | None = None,
+) -> None:
+    """Write what one device found as a partial of a search.
+
+    Several processes may write different partials of one search at the same time; the first one
+    creates it. Nothing is written unless everything is in order.
+
+    Parameters
+    ----------
+    store
+        Path or URL of the search; made if it is not there.
+    name
+        Name of the partial, unique in the search: letters, digits, ``.``, ``_``, ``-``.
+    result
+        Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
+        where nothing was searched. Other keys are ignored. With a search space the indexed form
+        is taken, without it the explicit one. Sums keep their dtype, float32 or float64. Maps on
+        a GPU are brought to the host a band of rows at a time, twice: to check them, and to write.
+    total_projections
+        How many cross-correlations the sums hold, exactly.
+    order
+        Partials are merged in ascending order, then by name; earlier ones win ties.
+    search
+        What the partials share; by default explicit poses, all pixels valid.
+    exposure
+        Which exposure of a montage this is a partial of; the same for all its partials. Names of
+        partials need to be unique in their exposure only.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong: maps that are missing, of unequal shape or wrong dtype,
+        NaN, indices outside the search space, a name that is taken, a search or exposure that
+        differs.
+    """
+    info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
+    maps, problems = converted(result, info, name, HostRows)
+    wide = any(rows.dtype.name == "float64" for key, rows in maps.items() if key != MIP)
+    info = replace(info, float64_sums=info.float64_sums or wide)
+    given_shape = next((rows.shape for rows in maps.values()), ())
+    if len(given_shape) != 2:
+        raise InvalidInputError(
+            [*problems, f"{name}: expected maps (y, x), got shape {given_shape}"]
+        )
+    shape = given_shape[0], given_shape[1]
+    bands = [band.region for band in TileGrid(shape, (constants.DEFAULT_CHUNK, max(shape[1], 1)))]
+
+    def on_host(band: Region) -> dict[str, AnyArray]:
+        return {key: rows[band.slices[0]] for key, rows in maps.items()}
+
+    wrong_layout = layout_problems(maps, shape, info, name)
+    if not wrong_layout:
+        found = BadValues(info, name)
+        for band in bands:
+            found.look(on_host(band), band)
+        problems += found.problems()
+    problems += wrong_layout
+    try:
+        partial = PartialWriter(
+            store,
+            name,
+            shape,
+            total_projections=total_projections,
+            order=order,
+            search=info,
+            exposure=exposure,
+        )
+    except InvalidInputError as error:
+        raise InvalidInputError([*problems, *error.problems]) from None
+    if problems:
+        raise InvalidDataError(problems)
+    with partial as writer:
+        for band in bands:
+            writer.write(band, on_host(band))
+
+
+class PartialWriter:
+    """Writes a partial region by region, for maps larger than memory.
+
+    A context manager: leaving it normally checks that every pixel was written and marks the
+    partial complete; leaving it by an exception leaves it incomplete, and merging it is refused. A
+    partial that was left incomplete may be written again under its name.
+
+    Parameters
+    ----------
+    store, name, total_projections, order, search, exposure
+        As for :func:`write_partial`.
+    shape
+        Height and width of the maps in pixels.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing everything that is wrong.
+    """
+
+    def __init__(
+        self,
+        store: str | PathLike[str],
+        name: str,
+        shape: tuple[int, int],
+        *,
+        total_projections: int,
+        order: int = 0,
+        search: SearchInfo | None = None,
+        exposure: Exposure | None = None,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self.chunk = (
+            min(constants.DEFAULT_CHUNK, shape[0]),
+            min(constants.DEFAULT_CHUNK, shape[1]),
+        )
+        self._info = search or SearchInfo()
+        self._exposure = exposure
+        self._exposure_id = "" if exposure is None else exposure.id
+        self._path = partial_path(name, self._exposure_id)
+        self._objects = open_objects(store)
+        self._provenance = provenance(inputs=(), options={})
+        self._written: set[tuple[int, int]] = set()
+        self._id = uuid.uuid4().hex
+        self._order = order
+        problems = []
+        try:
+            self._count = exact_count(total_projections)
+        except ValueError as error:
+            problems.append(f"{name}: total_projections: {error}")
+        wrong_names = name_problems(name)
+        if exposure is not None:
+            wrong_names += name_problems(exposure.id, "exposure id")
+        problems += wrong_names or self._taken_problems()
+        if not wrong_names:
+            try:
+                problems += layout_differences(self._objects, shape, self._info, exposure)
+            except InvalidInputError as error:
+                problems += error.problems
+        if problems:
+            raise InvalidInputError(problems)
+
+    def describe(self, *, file: str, sha256: str) -> None:
+        """Record the file that the partial comes from; call it before entering the writer."""
+        self._provenance = provenance(inputs=(file,), input_sha256=sha256, options={})
+
+    def __enter__(self) -> Self:
+        ensure_search(self._objects, self.shape, self._info, self._exposure)
+        path = self._path
+        attributes = fmt.dump_attributes(self._attributes("writing"))
+        if not store.create_group(self._objects, path, attributes):
+            problems = self._taken_problems()
+            if problems:
+                raise InvalidInputError(problems)
+            store.update_attributes(self._objects, path, attributes)
+        for key in self._info.maps.partial:
+            dtype = self._info.stored_dtype(key)
+            store.create_map(self._objects, f"{path}/{key}", key, self.shape, self.chunk, dtype)
+        self._maps = open_partial_maps(self._objects, path, self.name, self._info.maps.partial)
+        return self
+
+    def write(self, region: Region, maps: Mapping[str, object]) -> None:
+        """Write all maps over one region, made of whole chunks of :attr:`chunk` pixels.
+
+        Raises
+        ------
+        InvalidDataError
+            Listing everything that is wrong with the maps; nothing of the region is written.
+        ValueError
+            The region is not made of whole chunks.
+        """
+        arrays, problems = converted(maps, self._info, self.name, as_numpy)
+        problems += layout_problems(arrays, region.shape, self._info, self.name) or value_problems(
+            arrays, region, self._info, self.name
+        )
+        if problems:
+            raise InvalidDataError(problems)
+        for key, chunked in self._maps.items():
+            chunked.write(region, arrays[key])
+        grid = TileGrid(self.shape, self.chunk)
+        self._written.update((chunk.iy, chunk.ix) for chunk in grid.touching(region))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._complete()
+
+    def _complete(self) -> None:
+        grid = TileGrid(self.shape, self.chunk)
+        missing = [cell for cell in grid if (cell.iy, cell.ix) not in self._written]
+        if missing:
+            raise IncompleteError(
+                f"{self._objects.url}: partial {self.name!r}: {len(missing)} of {len(grid)} chunks "
+                f"were not written, the first at pixels {missing[0].region}; it stays incomplete"
+            )
+        if read_partial_attributes(self._objects, self.name, self._exposure_id).id != self._id:
+            raise IncompleteError(
+                f"{self._objects.url}: partial {self.name!r} was taken over by another writer; "
+                "give every writer a name of its own"
+            )
+        self._objects.tidy(self._path)
+        self._objects.sync()  # so that what is called complete stays complete
+        attributes = fmt.dump_attributes(self._attributes("complete"))
+        store.update_attributes(self._objects, self._path, attributes)
+        refresh_total(self._objects, self._exposure_id)
+        self._objects.sync()
+
+    def _taken_problems(self) -> list[str]:
+        if store.group_attributes(self._objects, self._path) is None:
+            return []
+        found = read_partial_attributes(self._objects, self.name, self._exposure_id)
+        if found.state != "complete":
+            return []
+        of = f"exposure {self._exposure_id!r}: " if self._exposure_id else ""
+        return [
+            f"{self._objects.url}: {of}a partial {self.name!r} is already there and complete; "
+            "choose another name, or leave it out"
+        ]
+
+    def _attributes(self, state: Any) -> fmt.PartialAttributes:
+        return fmt.PartialAttributes(
+            id=self._id,
+            order=self._order,
+            total_projections=self._count,
+            state=state,
+            provenance=self._provenance,
+        )
+
+
+def provenance(
+    *, inputs: Sequence[str], options: Mapping[str, Any], input_sha256: str = ""
+) -> fmt.Provenance:
+    """Where and with what something was made, now."""
+    return fmt.Provenance(
+        created=now(),
+        versions={name: version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
+        inputs=tuple(inputs),
+        input_sha256=input_sha256,
+        options=dict(options),
+    )
+
+
+def now() -> str:
+    """Return the time, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def ensure_search(
+    objects: Objects,
+    shape: tuple[int, int],
+    info: SearchInfo,
+    exposure: Exposure | None = None,
+) -> None:
+    """Create the search and the exposure, or check that what is there has the same properties.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing every property that differs.
+    """
+    wanted = search_attributes(shape, info, exposure)
+    problems = layout_differences(objects, shape, info, exposure)
+    if problems:
+        raise InvalidInputError(problems)
+    if not store.create_group(objects, "", fmt.dump_attributes(wanted)):
+        # Another process may have been first just now, with other properties.
+        problems = search_problems(objects, wanted)
+        if problems:
+            raise InvalidInputError(problems)
+    if exposure is not None:
+        _ensure_exposure(objects, exposure.attributes(shape, info))
+    store.create_group(objects, partials_path("" if exposure is None else exposure.id), {})
+    # The tables are written one after another: the last one says whether their writer lived.
+    last = f"{constants.SEARCH_SPACE}/{TABLES[-1]}/c/0"
+    if info.search_space is not None and objects.get(last) is None:
+        write_search_space(objects, info.search_space)
+
+
+def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
+    """Create an exposure under a number that no other one has, unless it is there."""
+    store.create_group(objects, constants.EXPOSURES, {})
+    path = exposure_path(wanted.id)
+    if store.group_attributes(objects, path) is None:
+        numbered = wanted.model_copy(update={"number": _claim_number(objects, wanted.id)})
+        if store.create_group(objects, path, fmt.dump_attributes(numbered)):
+            return
+    if problems := exposure_problems(objects, wanted):
+        raise InvalidInputError(problems)
+
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,9}")
+
+
+def _claim_number(objects: Objects, exposure: str) -> int:
+    """Take the next number; two processes never get the same. One that dies now leaves a gap."""
+    store.create_group(objects, constants.EXPOSURE_NUMBERS, {})
+    claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
+    taken = (int(n) for n in objects.children(constants.EXPOSURE_NUMBERS) if _NUMBER.fullmatch(n))
+    number = max(taken, default=-1) + 1
+    if number > 2**31 - 2:
+        raise FormatError(f"{objects.url}/{constants.EXPOSURE_NUMBERS}: there is no number left")
+    while not store.create_group(objects, f"{constants.EXPOSURE_NUMBERS}/{number}", claim):
+        number += 1
+    return number
+
+
+def search_attributes(
+    shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None = None
+) -> fmt.SearchAttributes:
+    """Root attributes of a search with maps of this shape, before its first partial.
+
+    Raises
+    ------
+    InvalidInputError
+        The maps have no pixels, the template box does not fit, or the pixel size is not positive.
+    """
+    problems: list[str] = []
+    valid_shape, size = shape, info.pixel_size_angstrom
+    if not all(1 <= n < 2**31 for n in shape):
+        problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
+    elif (n := len(TileGrid(shape, (constants.DEFAULT_CHUNK,) * 2))) > constants.MOST_CHUNKS:
+        problems.append(f"shape: expected at most {constants.MOST_CHUNKS:,} chunks, got {n:,}")
+    elif exposure is None or exposure.valid_shape is None:
+        try:
+            valid_shape = info.valid_shape(shape)
+        except InvalidInputError as error:
+            problems += error.problems
+    if size is not None and not (np.isfinite(size) and size > 0):
+        problems.append(f"pixel size: expected a positive number of Å, got {size}")
+    if problems:
+        raise InvalidInputError(problems)
+    return fmt.SearchAttributes(
+        format_version=constants.FORMAT_VERSION,
+        kind="search",
+        shape=shape if exposure is None else None,
+        valid_shape=valid_shape if exposure is None else None,
+        pixel_size_angstrom=info.pixel_size_angstrom,
+        pose_form=info.maps.form,
+        has_pixel_size=info.maps.pixel_size,
+        has_counts=False,
+        search_space_digest=None if info.search_space is None else info.search_space.digest,
+        total_projections=0,
+        provenance=provenance(inputs=(), options={}),
+    )
+
+
+def layout_differences(
+    objects: Objects, shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None
+) -> list[str]:
+    """How the search and the exposure that are there differ from those of a new partial.
+
+    Raises
+    ------
+    InvalidInputError
+        What is wanted is impossible anyway.
+    """
+    problems = search_problems(objects, search_attributes(shape, info, exposure))
+    if exposure is not None:
+        problems += exposure_problems(objects, exposure.attributes(shape, info))
+    return problems
+
+
+def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
+    """How an existing search differs from the wanted one; empty if it does not, or is not there."""
+    attributes = store.group_attributes(objects, "")
+    if attributes is None:
+        return []
+    found = read_attributes(objects)
+    if isinstance(found, fmt.MergedAttributes):
+        return [f"{objects.url}: expected a search, got a merged result"]
+    if found.has_exposures != wanted.has_exposures:
+        return [
+            f"{objects.url}: the search has {'' if found.has_exposures else 'no '}exposures, the "
+            f"new partial belongs to {'one' if wanted.has_exposures else 'none'}"
+        ]
+    return [
+        f"{objects.url}: {key}: the search has {getattr(found, key)}, "
+        f"the new partial {getattr(wanted, key)}"
+        for key in fmt.SHARED_BY_PARTIALS
+        if getattr(found, key) != getattr(wanted, key)
+    ]
+
+
+def exposure_problems(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
+    """How an existing exposure differs from the wanted one; empty if it is not there."""
+    if objects.get(f"{exposure_path(wanted.id)}/zarr.json") is None:
+        return []
+    found = read_exposure(objects, wanted.id)
+    return [
+        f"{objects.url}: exposure {wanted.id!r}: {key}: the search has {getattr(found, key)}, "
+        f"the new partial {getattr(wanted, key)}"
+        for key in fmt.SHARED_BY_EXPOSURE
+        if getattr(found, key) != getattr(wanted, key)
+    ]
+
+
+def write_search_space(objects: Objects, space: SearchSpace) -> None:
+    """Write the tables of a search space."""
+    store.create_group(objects, constants.SEARCH_SPACE, {})
+    dimensions = (("orientation", "angle"), ("defocus",), ("pixel_size",))
+    for name, dims in zip(TABLES, dimensions, strict=True):
+        store.write_table(objects, f"{constants.SEARCH_SPACE}/{name}", getattr(space, name), dims)
+
+
+def refresh_total(objects: Objects, exposure: str) -> None:
+    """Write the sum of the complete partials' counts into the root, or into their exposure.
+
+    Writers that finish at the same time each look again after writing, so that the last one to
+    write has seen them all.
+    """
+    written = None
+    while True:
+        partials = read_partials(objects, exposure)
+        total = sum(p.total_projections for _, p in partials if p.state == "complete")
+        if total == written:
+            return
+        owner = read_exposure(objects, exposure) if exposure else read_attributes(objects)
+        changed = owner.model_copy(update={"total_projections": total})
+        store.update_attributes(objects, exposure_path(exposure), fmt.dump_attributes(changed))
+        written = total

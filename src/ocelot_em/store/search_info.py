@@ -1,0 +1,139 @@
+"""What a writer says of a search, and of an exposure."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from ocelot_em.errors import (
+    InvalidInputError,
+)
+from ocelot_em.model.arrays import HostRows
+from ocelot_em.model.maps import (
+    MAPS,
+    SQUARED_SUM,
+    SUM,
+    AnyArray,
+    MapSet,
+    PoseForm,
+)
+from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.store import attributes as fmt
+
+OneMap = TypeVar("OneMap", bound=AnyArray | HostRows)
+
+
+@dataclass(frozen=True)
+class SearchInfo:
+    """What all partials of a search share.
+
+    Parameters
+    ----------
+    template_box
+        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``):
+        the last ``template_box - 1`` rows and columns are wrapped around and not valid. None: all
+        pixels are valid.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å, if known.
+    search_space
+        The tables of an indexed search; None for explicit poses.
+    has_pixel_size
+        Whether explicit poses include ``best_pixel_size``.
+    float64_sums
+        Whether the sums are stored as float64; as float32, which most searches have, they take
+        half the space, and float64 sums are refused because they would be rounded.
+    """
+
+    template_box: int | None = None
+    pixel_size_angstrom: float | None = None
+    search_space: SearchSpace | None = None
+    has_pixel_size: bool = True
+    float64_sums: bool = False
+
+    def stored_dtype(self, name: str) -> str:
+        """Dtype that a map of a partial is stored in."""
+        wide = self.float64_sums and name in (SUM, SQUARED_SUM)
+        return "float64" if wide else MAPS[name].dtypes[0]
+
+    @property
+    def maps(self) -> MapSet:
+        """Which maps each partial has."""
+        if self.search_space is not None:
+            return MapSet(PoseForm.INDEXED)
+        return MapSet(PoseForm.EXPLICIT, self.has_pixel_size)
+
+    def valid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the valid pixels of maps of this shape.
+
+        Raises
+        ------
+        InvalidInputError
+            The template box does not fit.
+        """
+        if self.template_box is None:
+            return shape
+        box = self.template_box
+        if not 1 <= box <= min(shape):
+            raise InvalidInputError(
+                f"template box: expected 1 to {min(shape)} pixels for maps of {shape}, got {box}"
+            )
+        return shape[0] - box + 1, shape[1] - box + 1
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """One of several exposures of a search, which together cover a canvas.
+
+    Parameters
+    ----------
+    id
+        Name of the exposure, unique in the search: letters, digits, ``.``, ``_``, ``-``.
+    origin
+        Row and column (y, x) of its first pixel on the canvas, in pixels. May be negative, and
+        fractional, though a merge takes whole pixels only, or rounds when asked to.
+    acquired
+        Order of acquisition: lower is earlier.
+    valid_shape
+        Height and width of its valid pixels, from its first pixel on. None: what the search's
+        template box leaves.
+    """
+
+    id: str
+    origin: tuple[float, float]
+    acquired: int
+    valid_shape: tuple[int, int] | None = None
+
+    def attributes(self, shape: tuple[int, int], info: SearchInfo) -> fmt.ExposureAttributes:
+        """Return what is stored of it, with maps of this shape, but for its number.
+
+        Raises
+        ------
+        InvalidInputError
+            Naming everything that is wrong.
+        """
+        try:
+            valid = info.valid_shape(shape) if self.valid_shape is None else self.valid_shape
+            if not self.id:
+                raise InvalidInputError("exposure id: expected a name, got an empty one")
+            y, x = self.origin
+            return fmt.ExposureAttributes(
+                id=self.id,
+                number=0,
+                origin=(float(y), float(x)),
+                acquired=self.acquired,
+                shape=shape,
+                valid_shape=valid,
+                total_projections=0,
+            )
+        except ValidationError as error:
+            raise InvalidInputError(
+                f"exposure {self.id!r}: {'.'.join(map(str, p['loc'])) or 'shapes'}: {p['msg']}, "
+                f"got {p['input']!r}"
+                for p in error.errors()
+            ) from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(
+                f"exposure {self.id!r}: origin: expected two numbers (y, x), got {self.origin!r}"
+            ) from None

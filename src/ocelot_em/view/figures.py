@@ -1,0 +1,119 @@
+"""What all plots share: figures, axes, colours, labels."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ocelot_em.errors import IncompleteError, MissingDependencyError
+from ocelot_em.merge.stats.summary import Summary, read_summary
+from ocelot_em.model.histograms import Axis
+from ocelot_em.model.maps import AnyArray, Float64
+from ocelot_em.store.objects import open_objects
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
+
+
+Store = str | PathLike[str]
+
+
+MOST_BARS = 48
+"""Rows of a picture that have room for names."""
+
+
+MOST_VECTOR_MARKERS = 400  # more are drawn as pixels, or a page with them gets slow
+
+
+def new_figure(size_inches: tuple[float, float]) -> Any:
+    """Make a figure that no window belongs to.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib: pip install 'ocelot-em[viz]'"
+        ) from error
+    return Figure(figsize=size_inches, layout="constrained")
+
+
+def axes_or_new(ax: "Axes | None", **options: str) -> Any:
+    """Return axes that were given, or those of a new figure.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    """
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pictures need matplotlib: pip install 'ocelot-em[viz]'"
+        ) from error
+    return pyplot.figure(layout="constrained").add_subplot(**options)
+
+
+def summary_of(store: Store | Summary) -> Summary:
+    """Return a summary that was given, or that of a merged result.
+
+    Raises
+    ------
+    IncompleteError
+        It was merged without statistics.
+    """
+    if isinstance(store, Summary):
+        return store
+    summary = read_summary(store)
+    if summary is None:
+        raise IncompleteError(
+            f"{open_objects(store).url}: it was merged without statistics, by an earlier version; "
+            "merge again"
+        )
+    return summary
+
+
+def coarse(counts: AnyArray, axis: Axis, together: int) -> tuple[Float64, AnyArray]:
+    """Edges and counts of bins of which each has several of the axis's; these divide its bins."""
+    return axis.edges[::together], counts.reshape(-1, together).sum(axis=1)
+
+
+def name_rows(ax: "Axes", names: Sequence[str]) -> None:
+    """Label the rows, first on top; numbers if there are too many for names."""
+    if len(names) <= MOST_BARS:
+        # A name is text and no formula.
+        short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
+        ax.set_yticks(range(len(names)), labels=short, parse_math=False)
+    else:
+        ax.set_ylabel("number of the partial")
+    ax.set_ylim(max(len(names), 1) - 0.4, -0.6)
+
+
+def short_number(value: float | None) -> float:
+    """Return a number for a plot; NaN where there is none."""
+    return float("nan") if value is None else value
+
+
+def foreground() -> Any:
+    """Colour of text."""
+    from matplotlib import rcParams
+
+    return rcParams["text.color"]
+
+
+def magma() -> Any:
+    """Return the colours of maps."""
+    from matplotlib import colormaps
+
+    return colormaps["magma"].with_extremes(bad=(0.5, 0.5, 0.5, 0.35))
+
+
+def say(ax: "Axes", words: str) -> None:
+    """Write into axes why nothing is drawn."""
+    ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, alpha=0.7)

@@ -1,0 +1,143 @@
+"""The exposures of a merged montage: where they are, and what they cover."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.merge.stats.summary import Summary, open_merged_result, read_exposure_statistics
+from ocelot_em.model.maps import Int64
+from ocelot_em.model.regions import ceil_div
+from ocelot_em.store.attributes import MergedAttributes
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.statistics_attributes import (
+    ExposureStatistics,
+    StatisticsAttributes,
+)
+from ocelot_em.view.figures import (
+    Store,
+    summary_of,
+)
+from ocelot_em.view.plots import OVERVIEW_PX
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Montage:
+    """What is known of the exposures of a merged result.
+
+    Parameters
+    ----------
+    attributes
+        Of the result: where exposures lie.
+    summary
+        Of all exposures together.
+    of_exposures
+        What was counted of each, by their ids.
+    """
+
+    attributes: MergedAttributes
+    summary: Summary
+    of_exposures: Mapping[str, StatisticsAttributes]
+
+    @classmethod
+    def read(cls, store: Store) -> "Montage":
+        """Read it.
+
+        Raises
+        ------
+        StoreNotFoundError, FormatError, IncompleteError
+            It is not a finished merged result, or was merged without statistics.
+        InvalidInputError
+            It is not a montage.
+        """
+        attributes, summary = attributes_of(store), summary_of(store)
+        return cls(attributes, summary, read_exposure_statistics(store, summary.attributes))
+
+    @property
+    def exposures(self) -> tuple[ExposureStatistics, ...]:
+        """What was counted of each, and what is shown of it."""
+        return self.summary.attributes.exposures
+
+
+def attributes_of(store: Store) -> MergedAttributes:
+    """Return the attributes of a merged result, of a store or its path."""
+    objects = open_objects(store)
+    attributes = open_merged_result(objects)
+    if not attributes.exposures:
+        raise InvalidInputError(f"{objects.url}: expected a montage, got a result of one exposure")
+    return attributes
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many exposures cover the pixels of a canvas.
+
+    Parameters
+    ----------
+    most
+        (y, x) int64: the highest number in each block of pixels.
+    factor
+        Edge of the blocks in pixels.
+    areas
+        Pixels by number of exposures, from those that none covers.
+    """
+
+    most: Int64
+    factor: int
+    areas: tuple[int, ...]
+
+    @classmethod
+    def of(cls, attributes: MergedAttributes, longest_edge_px: int = OVERVIEW_PX) -> "Coverage":
+        """Count, exactly, from where the exposures lie.
+
+        Lines along all edges cut the canvas into cells in which all pixels have one number. Rows of
+        cells are counted one after another, so that memory grows with a row.
+        """
+        height, width = attributes.valid_shape
+        factor = ceil_div(max(height, width), longest_edge_px)
+        bounds = np.array([e.on_canvas.bounds for e in attributes.exposures], np.int64)
+        y0, y1, x0, x1 = bounds.reshape(-1, 4).clip(0, [height, height, width, width]).T
+        # Edges of blocks are lines, too, so that a cell lies in one block.
+        rows = np.unique(np.concatenate([y0, y1, np.arange(0, height, factor), [height]]))
+        columns = np.unique(np.concatenate([x0, x1, np.arange(0, width, factor), [width]]))
+        first_of_block = np.searchsorted(columns, np.arange(0, width, factor))
+        widths = np.diff(columns)
+        begins, ends = (np.searchsorted(columns, x) for x in (x0, x1))
+        first, last = (np.searchsorted(rows, y) for y in (y0, y1))
+        opening, closing = np.argsort(first, kind="stable"), np.argsort(last, kind="stable")
+        n_open = np.searchsorted(first[opening], np.arange(len(rows)), side="right")
+        n_closed = np.searchsorted(last[closing], np.arange(len(rows)), side="right")
+        most = np.zeros((ceil_div(height, factor), ceil_div(width, factor)), np.int64)
+        areas: Counter[int] = Counter()
+        steps = np.zeros(len(columns), np.int64)
+        opened = closed = 0
+        for row, (top, bottom) in enumerate(pairwise(rows.tolist())):
+            new, old = opening[opened : n_open[row]], closing[closed : n_closed[row]]
+            opened, closed = n_open[row], n_closed[row]
+            for change, exposures in ((1, new), (-1, old)):
+                np.add.at(steps, begins[exposures], change)
+                np.add.at(steps, ends[exposures], -change)
+            covers = np.cumsum(steps)[:-1]
+            for number, pixels in enumerate(np.bincount(covers, widths).tolist()):
+                areas[number] += int(pixels) * (bottom - top)
+            into = most[top // factor]
+            np.maximum(into, np.maximum.reduceat(covers, first_of_block), out=into)
+        highest = max((number for number, pixels in areas.items() if pixels), default=0)
+        return cls(most, factor, tuple(areas[number] for number in range(highest + 1)))
+
+    @property
+    def covered_pixels(self) -> int:
+        """Those that at least one exposure covers."""
+        return sum(self.areas[1:])
+
+    @property
+    def overlap_pixels(self) -> int:
+        """Those that several cover."""
+        return sum(self.areas[2:])

@@ -1,0 +1,308 @@
+"""Plots of the statistics of a merged result: distributions, partials, correlations."""
+
+from collections import Counter
+from math import erfc, sqrt
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
+from ocelot_em.merge.stats.summary import Summary
+from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS
+from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
+from ocelot_em.particles.table import ParticleTable
+from ocelot_em.store.statistics_attributes import StatisticsAttributes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
+from ocelot_em.view.figures import (
+    MOST_BARS,
+    MOST_VECTOR_MARKERS,
+    Store,
+    axes_or_new,
+    coarse,
+    foreground,
+    name_rows,
+    say,
+    short_number,
+    summary_of,
+)
+from ocelot_em.view.plots import BLUE, ORANGE, RED
+
+_MOST_CANDIDATES = 20_000
+
+
+def plot_survival(
+    store: Store | Summary,
+    ax: "Axes | None" = None,
+    cutoff: float | tuple[float, float] | None = None,
+) -> "Axes":
+    """Draw how many valid pixels reach a z-score, against what Gaussian noise would give.
+
+    The expectation is that of the maximum of as many independent Gaussian draws per pixel as the
+    search has projections; neighbouring projections are alike, so that real noise lies below it.
+    Of a montage, the valid pixels of all exposures count, shown or not, and the expectation is the
+    sum of those of the exposures, each with its own projections.
+
+    Parameters
+    ----------
+    store
+        A merged result, or its summary; the map is not read.
+    ax
+        Axes to draw into; new ones by default.
+    cutoff
+        z-score to mark; or the lowest and the highest of several.
+    """
+    summary, ax = summary_of(store), axes_or_new(ax)
+    cutoffs = cutoff if isinstance(cutoff, tuple) else () if cutoff is None else (cutoff, cutoff)
+    histogram = summary.histograms.of_z()
+    edges, counts = coarse(histogram.counts, Z_AXIS, 16)
+    above = histogram.overflow + counts[::-1].cumsum()[::-1]
+    pixels = summary.attributes.valid_pixels
+    found = np.flatnonzero(counts)
+    if histogram.pixels:
+        bounds = summary.attributes.scaled_mip_range or (0.0, 1.0)
+        last = min(int(found[-1]) + 2 if found.size else 2, len(counts))
+        first = max(int(found[0]) - 1 if found.size else 0, 0)
+        noise = _noise_above(edges[:-1], summary.attributes)
+        ax.semilogy(edges[:-1], noise, "--", color=foreground(), alpha=0.65, label="Gaussian noise")
+        shown = slice(first, last)
+        ax.step(
+            edges[:-1][shown],
+            np.maximum(above[shown], 0.5),
+            where="pre",
+            color=BLUE,
+            linewidth=1.8,
+            label="this search",
+        )
+        right = max(min(bounds[1], Z_AXIS.high), *cutoffs, 0.0)
+        ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, 2 * pixels))
+    else:
+        say(ax, "no pixel was searched")
+    if cutoffs:
+        lowest, highest = (f"{z:.2f}" for z in cutoffs)
+        several = f"cutoffs {lowest} to {highest}"
+        ax.axvline(
+            cutoffs[0],
+            color=RED,
+            linewidth=1.2,
+            label=f"cutoff {lowest}" if lowest == highest else several,
+        )
+        if lowest != highest:
+            ax.axvspan(*cutoffs, color=RED, alpha=0.25, linewidth=0)
+    ax.set(title="pixels above a z-score", xlabel="z-score", ylabel="pixels")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+    return ax
+
+
+def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
+    """Pixels of which the highest of independent Gaussian draws is above z-scores."""
+    draws: Counter[int] = Counter()
+    for exposure in attributes.exposures:
+        draws[exposure.total_projections] += exposure.valid_pixels
+    if not draws:
+        projections = sum(partial.total_projections for partial in attributes.partials)
+        draws[projections] = attributes.valid_pixels
+    tail = np.array([erfc(level / sqrt(2)) / 2 for level in z])
+    above = np.zeros(len(z))
+    for projections, pixels in draws.items():
+        above += pixels * -np.expm1(projections * np.log1p(-tail))
+    return above
+
+
+def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
+    """Draw how often ``mip`` and z-scores have which value.
+
+    Parameters
+    ----------
+    store
+        A merged result, or its summary; maps are not read. Of a montage, the pixels of all
+        exposures count, shown or not.
+    ax
+        Axes to draw into; new ones by default.
+    """
+    summary, ax = summary_of(store), axes_or_new(ax)
+    kinds = (
+        ("mip", summary.histograms.of_mip(), MIP_AXIS, ORANGE),
+        ("z-score", summary.histograms.of_z(), Z_AXIS, BLUE),
+    )
+    filled = [np.flatnonzero(histogram.counts) for _, histogram, _, _ in kinds]
+    widest = max((int(found[-1] - found[0]) for found in filled if found.size), default=0)
+    together = min(2 ** max((widest // 160).bit_length(), 1), 512)
+    for label, histogram, axis, colour in kinds:
+        edges, counts = coarse(histogram.counts, axis, together)
+        used = np.flatnonzero(counts)
+        if not used.size:
+            continue
+        shown = slice(int(used[0]), int(used[-1]) + 1)
+        ax.stairs(
+            counts[shown] / (edges[1] - edges[0]) / histogram.pixels,
+            edges[shown.start : shown.stop + 1],
+            color=colour,
+            linewidth=1.6,
+            label=label,
+        )
+    if ax.patches:
+        ax.set_yscale("log")
+        ax.legend()
+    else:
+        say(ax, "no pixel was searched")
+    ax.set(title="mip and z-score", xlabel="value", ylabel="share of pixels per unit")
+    return ax
+
+
+def plot_joint(
+    store: Store | Summary,
+    ax: "Axes | None" = None,
+    *,
+    particles: ParticleTable | None = None,
+    candidates: Float64 | None = None,
+) -> "Axes":
+    """Draw how many pixels have which ``mip`` and z-score, with candidates and particles.
+
+    Parameters
+    ----------
+    store
+        A merged result, or its summary; maps are not read. Of a montage, the pixels of all
+        exposures count, shown or not.
+    ax
+        Axes to draw into; new ones by default.
+    particles
+        Picked ones, in circles.
+    candidates
+        As :func:`ocelot_em.particles.picking.all_candidates` returns them, as dots: the highest
+        20,000.
+    """
+    from matplotlib.colors import LogNorm
+
+    summary, ax = summary_of(store), axes_or_new(ax)
+    joint = summary.histograms.joint
+    ax.set(title="mip and z-score of each pixel", xlabel="mip", ylabel="z-score")
+    used_rows, used_columns = np.nonzero(joint)
+    if not used_rows.size:
+        say(ax, "no pixel was searched")
+        return ax
+    y0, y1 = int(used_rows.min()), int(used_rows.max()) + 1
+    x0, x1 = int(used_columns.min()), int(used_columns.max()) + 1
+    shown = joint[y0:y1, x0:x1].T.astype(np.float64)
+    left, right = (float(JOINT_MIP_AXIS.edges[i]) for i in (y0, y1))
+    low, high = (float(JOINT_Z_AXIS.edges[i]) for i in (x0, x1))
+    image = ax.imshow(
+        np.where(shown > 0, shown, np.nan),
+        cmap="viridis",
+        norm=LogNorm(1, max(shown.max(), 2)),
+        origin="lower",
+        aspect="auto",
+        extent=(left, right, low, high),
+        interpolation="none",
+    )
+    ax.figure.colorbar(image, ax=ax, label="pixels", shrink=0.8)
+    if candidates is not None and len(candidates):
+        mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
+        best = np.argsort(-z, kind="stable")[:_MOST_CANDIDATES]
+        ax.scatter(
+            mip[best], z[best], s=2, color=ORANGE, linewidths=0, rasterized=True, label="candidates"
+        )
+    if particles is not None and len(particles):
+        many = len(particles) > MOST_VECTOR_MARKERS
+        ax.scatter(
+            particles.columns[MIP],
+            particles.columns[SCALED_MIP],
+            s=5 if many else 36,
+            facecolors="none",
+            edgecolors=RED,
+            linewidths=0.5 if many else 1.0,
+            label="particles",
+            rasterized=many,
+        )
+    margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
+    ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left")
+    return ax
+
+
+def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
+    """Draw the share of pixels that each partial won, and that expected from its projections.
+
+    Parameters
+    ----------
+    store
+        A merged result, or its summary; maps are not read. Of a montage, give the summary of an
+        exposure, because partials of different ones win different pixels; or see
+        :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
+    ax
+        Axes to draw into; new ones by default.
+    """
+    summary, ax = summary_of(store), axes_or_new(ax)
+    partials = summary.attributes.partials
+    won = np.array([partial.won_pixels for partial in partials], np.float64)
+    expected = np.array([partial.total_projections for partial in partials], np.float64)
+    won, expected = (100 * share / max(share.sum(), 1.0) for share in (won, expected))
+    places = np.arange(len(partials))
+    if len(partials) <= MOST_BARS:
+        ax.barh(places, won, height=0.62, color=BLUE, label="won")
+        ax.plot(
+            expected,
+            places,
+            linestyle="",
+            marker="|",
+            markersize=13,
+            markeredgewidth=2,
+            color=ORANGE,
+            label="expected",
+        )
+    else:
+        ax.plot(won, places, ".", color=BLUE, label="won", rasterized=True)
+        ax.plot(expected, places, "|", color=ORANGE, label="expected", rasterized=True)
+    name_rows(ax, [partial.name for partial in partials])
+    ax.set(title="pixels won", xlabel="share (%)")
+    ax.set_xlim(left=0)
+    if len(partials):
+        ax.legend()
+    return ax
+
+
+def plot_correlations(
+    store: Store | Summary,
+    ax: "Axes | None" = None,
+    *,
+    value: Literal["mean", "std"] = "mean",
+) -> "Axes":
+    """Draw the mean of each input's own correlations with its spread over pixels, or their std.
+
+    Parameters
+    ----------
+    store
+        A merged result, or its summary; maps are not read.
+    ax
+        Axes to draw into; new ones by default.
+    value
+        Which of both. Of healthy inputs of one search they are about the same.
+    """
+    summary, ax = summary_of(store), axes_or_new(ax)
+    sources = summary.attributes.sources
+    numbers = np.array([short_number(getattr(source, value)) for source in sources])
+    spread = np.array([short_number(source.mean_spread) for source in sources])
+    places = np.arange(len(sources))
+    ax.errorbar(
+        numbers,
+        places,
+        xerr=spread if value == "mean" and len(sources) else None,
+        fmt="o",
+        markersize=5 if len(sources) <= MOST_BARS else 2,
+        color=BLUE,
+        capsize=3 if len(sources) <= MOST_BARS else 0,
+    )
+    name_rows(ax, [source.name for source in sources])
+    known = numbers[np.isfinite(numbers)]
+    if value == "std" and known.size:
+        # Differences that nobody need care about should not look large.
+        middle = float(known.max() + known.min()) / 2
+        half = max(0.6 * float(np.ptp(known)), 0.02 * abs(middle), 1e-6)
+        ax.set_xlim(middle - half, middle + half)
+    ax.locator_params(axis="x", nbins=5)
+    what = "mean, and its spread over pixels" if value == "mean" else "standard deviation"
+    ax.set(title=f"own correlations: {value}", xlabel=what)
+    return ax
