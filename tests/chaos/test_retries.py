@@ -93,7 +93,7 @@ def test_a_tile_that_failed_is_tried_again_when_the_others_are_done(
     seen = Outcomes()
     with pytest.raises(TilesFailedError, match=r"1 of 16 tiles failed.*\n.*a server was restarted"):
         ocelot_em.merge(place / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=TILE, observer=seen)
-    assert [(end.iy, end.ix, end.may_pass) for end in seen.failed] == [(1, 2, True)] * 2
+    assert [(end.iy, end.ix, end.is_transient) for end in seen.failed] == [(1, 2, True)] * 2
     report = ocelot_em.merge(place / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=TILE)
     assert report.n_merged == 1
     n_failed, seen = 1, Outcomes()

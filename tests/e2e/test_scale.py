@@ -41,7 +41,7 @@ SIDES = 8192, 32768
 N_ROWS = 2
 """Rows of chunks that the first tiles need."""
 
-MOST_NBYTES = 10**9
+MAX_NBYTES = 10**9
 
 
 def rechunk(search: Path, place: Path, chunk: tuple[int, int]) -> Path:
@@ -280,7 +280,7 @@ def memory(tmp_path_factory):
 
 def check_memory(found: Memory) -> None:
     assert found.peak <= found.predicted
-    assert found.peak <= MOST_NBYTES
+    assert found.peak <= MAX_NBYTES
 
 
 @pytest.mark.alone

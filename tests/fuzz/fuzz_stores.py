@@ -25,7 +25,7 @@ with instrumented():
     from ocelot_em.merge.stats.summary import read_summary
     from ocelot_em.store import attributes as fmt
     from ocelot_em.store import constants, statistics_attributes
-    from ocelot_em.store.blosc import Frame, encode
+    from ocelot_em.store.blosc import BloscChunk, encode
     from ocelot_em.store.metadata import parse_array, parse_group
     from ocelot_em.store.partials import write_partial
     from ocelot_em.store.search_info import Exposure, SearchInfo
@@ -34,7 +34,7 @@ Reader = Callable[[bytes], object]
 
 SHAPE = (5, 6)
 VALUES = np.arange(2**12, dtype=np.float32)
-MOST_FILES = 64
+MAX_FILES = 64
 
 
 def each(*reads: Callable[[], object]) -> None:
@@ -124,17 +124,17 @@ def frame(_folder: Path) -> tuple[list[bytes], Reader]:
         encoded = data + google_crc32c.value(data).to_bytes(4, "little")
         whole = np.empty_like(VALUES)
 
-        def try_to(decode: Callable[[Frame], object]) -> None:
+        def try_to(decode: Callable[[BloscChunk], object]) -> None:
             for memory in (memoryview(bytearray(encoded)), memoryview(encoded)):
                 before = bytes(memory)
                 try:
-                    decode(Frame(memory, VALUES.nbytes))
+                    decode(BloscChunk(memory, VALUES.nbytes))
                 except ValueError:
                     continue
                 finally:
                     assert bytes(memory) == before
 
-        def blocks(opened: Frame) -> None:
+        def blocks(opened: BloscChunk) -> None:
             out = np.empty(VALUES.size // opened.n_blocks, np.float32)
             for number in range(opened.n_blocks):
                 opened.decode_block(number, out)
@@ -180,7 +180,7 @@ def whole_store(folder: Path) -> tuple[list[bytes], Reader]:
             shutil.copytree(originals[which], place)
             made[:] = [originals[which]]
         changed, rest = [], data[1:]
-        while len(rest) > 4 and len(changed) < MOST_FILES:
+        while len(rest) > 4 and len(changed) < MAX_FILES:
             number, has_crc, length = struct.unpack_from("<BBH", rest)
             content, rest = rest[4 : 4 + length], rest[4 + length :]
             if has_crc % 2:

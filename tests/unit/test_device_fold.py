@@ -18,7 +18,7 @@ from helpers import (
 from host_device import HostDevice, LateDevice, host_kernels
 from montages import SHOTS, write_shots
 from ocelot_em.errors import PlanError, TilesFailedError
-from ocelot_em.kernels.cuda import MOST_SOURCES, CudaKernels
+from ocelot_em.kernels.cuda import MAX_SOURCES, CudaKernels
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.merge import job
 from ocelot_em.merge.memory_model import DEVICE_TABLES_NBYTES
@@ -228,7 +228,7 @@ def cuda():
 def test_unaligned_maps_and_many_partials(cuda, form):
     from ocelot_em.kernels import load
 
-    rng, maps, n = np.random.default_rng(3), MapSet(form), 2 * MOST_SOURCES + 3
+    rng, maps, n = np.random.default_rng(3), MapSet(form), 2 * MAX_SOURCES + 3
     partials = [draw_partial(rng, (3, 37), maps, number) for number in range(n)]
     expected, _ = fold_at_once(load("cpu"), maps, partials)
     for offset in (0, 4):

@@ -388,7 +388,7 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
     [
         ("docs/design.md", f"first tile ({memory_model.PROCESS_NBYTES // 2**20} MiB:"),
         ("docs/design.md", f"not changed for {lock.STALE_SECONDS:.0f} seconds"),
-        ("docs/design.md", f"a run of up to {execute.MOST_TILES_PER_TASK} neighbouring tiles"),
+        ("docs/design.md", f"a run of up to {execute.MAX_TILES_PER_TASK} neighbouring tiles"),
         ("docs/design.md", f"one candidate in {collected.PIXELS_PER_CANDIDATE} pixels"),
         ("docs/design.md", f"({constants.DEFAULT_CHUNK} x {constants.DEFAULT_CHUNK} by default)"),
         ("docs/scaling.md", f"{memory_model.PROCESS_NBYTES / 1e6:.0f} MB for each process"),
@@ -402,7 +402,7 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
         ("docs/operations.md", f"{slurm.DEFAULT_JOBS} jobs of {slurm.DEFAULT_CORES} cores"),
         ("docs/operations.md", f"from another one after {lock.STALE_SECONDS:.0f} s"),
         ("docs/reliability.md", f"else after {lock.STALE_SECONDS:.0f} s"),
-        ("docs/gpu.md", f"its share of the cores, up to {cluster.MOST_GPU_THREADS}."),
+        ("docs/gpu.md", f"its share of the cores, up to {cluster.MAX_GPU_THREADS}."),
         ("docs/format.md", f"has not changed for {lock.STALE_SECONDS:.0f} seconds"),
         ("docs/format.md", f"at most {constants.MAX_CHUNK_NBYTES // 2**20} MiB decoded"),
         (

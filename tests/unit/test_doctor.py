@@ -146,7 +146,7 @@ def test_kernels_that_compute_something_else(monkeypatch):
 def test_codecs_that_do_not_give_back_what_they_got(monkeypatch):
     import google_crc32c
 
-    monkeypatch.setattr(doctor.Frame, "decode", lambda _self, out: out.fill(0))
+    monkeypatch.setattr(doctor.BloscChunk, "decode", lambda _self, out: out.fill(0))
     state, says = doctor._codecs()
     assert (state, says.partition(" ")[0]) == ("problem", "lz4")
     monkeypatch.undo()

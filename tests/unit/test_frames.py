@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numcodecs import blosc
 from numcodecs.blosc import Blosc
 
-from ocelot_em.store.blosc import Frame, encode
+from ocelot_em.store.blosc import BloscChunk, encode
 
 
 def stored(values, **how):
@@ -43,7 +43,7 @@ def test_blocks_are_the_whole(seed, dtype, side, shuffle, cname, blocksize, kind
     values = np.frombuffer(values, dtype).reshape(side)
     encoded = stored(values, cname=cname, clevel=3, shuffle=shuffle, blocksize=blocksize)
     before = bytes(encoded)
-    frame = Frame(encoded, values.nbytes)
+    frame = BloscChunk(encoded, values.nbytes)
     whole = np.empty_like(values)
     frame.decode(whole)
     assert whole.tobytes() == values.tobytes()
@@ -60,7 +60,7 @@ def test_a_part_is_that_part_of_the_whole(seed, blocksize, bounds):
     values = np.random.default_rng(seed).integers(0, 9, 2**18).astype(np.int32)
     start, end = bounds
     out = np.full_like(values, -1)
-    frame = Frame(
+    frame = BloscChunk(
         stored(values, cname="lz4", clevel=3, shuffle=1, blocksize=blocksize), values.nbytes
     )
     frame.decode_part(start, end, out)
@@ -73,7 +73,7 @@ def test_a_part_is_that_part_of_the_whole(seed, blocksize, bounds):
 
 def test_our_chunks_have_several_blocks(rng):
     values = rng.normal(size=(1024, 1024)).astype(np.float32)
-    assert Frame(stored(values, cname="lz4", clevel=5, shuffle=1), values.nbytes).n_blocks == 8
+    assert BloscChunk(stored(values, cname="lz4", clevel=5, shuffle=1), values.nbytes).n_blocks == 8
 
 
 def test_frames_written_by_several_threads(rng):
@@ -86,7 +86,7 @@ def test_frames_written_by_several_threads(rng):
     finally:
         blosc.use_threads = before
     for one in encoded:
-        assert by_blocks(Frame(one, values.nbytes), values).tobytes() == values.tobytes()
+        assert by_blocks(BloscChunk(one, values.nbytes), values).tobytes() == values.tobytes()
 
 
 def with_crc(data):
@@ -102,14 +102,14 @@ def test_sizes_that_do_not_agree_are_refused(rng, offset, value, message):
     data = bytearray(stored(values, cname="lz4")[:-4])
     struct.pack_into("<I", data, offset, value)
     with pytest.raises(ValueError, match=message):
-        Frame(with_crc(data), values.nbytes)
+        BloscChunk(with_crc(data), values.nbytes)
 
 
 def test_a_flipped_bit_is_refused(rng):
     encoded = stored(rng.normal(size=(64, 64)).astype(np.float32))
     encoded[100] ^= 1
     with pytest.raises(ValueError, match="CRC32C"):
-        Frame(encoded, 64 * 64 * 4)
+        BloscChunk(encoded, 64 * 64 * 4)
 
 
 @given(where=st.integers(16, 16 + 4 * 32), value=st.integers(0, 2**32 - 1))
@@ -117,7 +117,7 @@ def test_wild_offsets_with_a_good_checksum_do_no_harm(where, value):
     values = np.arange(2**18, dtype=np.float32)
     data = bytearray(stored(values, cname="lz4", blocksize=8192)[:-4])
     struct.pack_into("<I", data, where, value)
-    frame = Frame(with_crc(data), values.nbytes)
+    frame = BloscChunk(with_crc(data), values.nbytes)
     out = np.empty(values.size // frame.n_blocks, values.dtype)
     for number in range(frame.n_blocks):
         try:
@@ -132,11 +132,11 @@ def test_a_table_of_blocks_that_nobody_needs_is_not_made(block):
     data = bytearray(stored(values, cname="lz4", blocksize=1024)[:-4]) + bytes(2**22)
     struct.pack_into("<I", data, 8, block)
     struct.pack_into("<I", data, 12, len(data))
-    assert Frame(with_crc(data), values.nbytes).n_blocks == 1
+    assert BloscChunk(with_crc(data), values.nbytes).n_blocks == 1
 
 
 def test_read_only_bytes_are_decoded_whole(rng):
     values = rng.normal(size=(1024, 1024)).astype(np.float32)
-    frame = Frame(memoryview(bytes(stored(values, cname="lz4", clevel=5))), values.nbytes)
+    frame = BloscChunk(memoryview(bytes(stored(values, cname="lz4", clevel=5))), values.nbytes)
     assert frame.n_blocks == 1
     assert by_blocks(frame, values).tobytes() == values.tobytes()

@@ -49,7 +49,7 @@ from work import assert_linear, calls_of, counted_calls
 MEMORY_NBYTES = 50_000_000
 """No file here has more than a few kilobytes."""
 
-MOST_CALLS = 1_000_000
+MAX_CALLS = 1_000_000
 """Of functions, which take a few tenths of a second."""
 
 
@@ -64,7 +64,7 @@ def bounded() -> Iterator[None]:
     finally:
         tracemalloc.stop()
     assert peak < MEMORY_NBYTES
-    assert calls.n < MOST_CALLS
+    assert calls.n < MAX_CALLS
 
 
 def refusal_of(read, *arguments) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from ocelot_em.errors import OutputLockedError
 from ocelot_em.store import lock
-from ocelot_em.store.lock import Leave, OutputLock
+from ocelot_em.store.lock import OutputLock, RunLease
 from ocelot_em.store.objects import open_objects
 
 HANGING_SECONDS = 60
@@ -160,20 +160,20 @@ def test_a_holder_that_was_replaced_notices(place):
 
 def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place, clock):
     with OutputLock(place) as held:
-        leave = Leave(place, held.key, held.id)
-        assert leave.goes_on
-        assert not Leave(place, held.key, "another").goes_on
+        leave = RunLease(place, held.key, held.id)
+        assert leave.is_held
+        assert not RunLease(place, held.key, "another").is_held
         held.stop()
         deadline = time.monotonic() + HANGING_SECONDS
         while not json.loads(place.get(held.key))["stops"]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert leave.goes_on  # it does not look again for a moment
+        assert leave.is_held  # it does not look again for a moment
         clock.now += 1.5 * lock.LOOK_SECONDS
-        assert not leave.goes_on
+        assert not leave.is_held
     assert keys(place) == []
-    assert not Leave(place, held.key, held.id).goes_on
+    assert not RunLease(place, held.key, held.id).is_held
     with OutputLock(place) as again:
         # The number is the same, but it is another run's.
         assert again.key == held.key
-        assert not Leave(place, held.key, held.id).goes_on
+        assert not RunLease(place, held.key, held.id).is_held

@@ -337,7 +337,7 @@ def test_partials_are_compared_within_their_exposure(words_of, tmp_path, rng):
 def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     """The highest of two z-scores is higher than one: overlaps look brighter."""
     for module in ("particles.quality", "view.montage_plots", "view.montage_sections"):
-        monkeypatch.setattr(f"ocelot_em.{module}.FEWEST_SHOWN", 100)
+        monkeypatch.setattr(f"ocelot_em.{module}.MIN_SHOWN", 100)
     store = montages / "max-zscore.zarr"
     shift = {
         exposure.id: (exposure.overlap.mean - exposure.alone.mean) / exposure.alone.std
@@ -360,11 +360,11 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
 
 def test_more_exposures_than_rows(words_of, tmp_path, rng, monkeypatch):
     for module in ("montage_plots", "montage_sections"):
-        monkeypatch.setattr(f"ocelot_em.view.{module}.MOST_BARS", 5)
-    monkeypatch.setattr("ocelot_em.view.montage_plots.MOST_LABELS", 5)
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MAX_BARS", 5)
+    monkeypatch.setattr("ocelot_em.view.montage_plots.MAX_LABELS", 5)
     monkeypatch.setattr("ocelot_em.view.montage_sections.ROWS_SHOWN", 6)
     for module in ("montage_plots", "montage_sections"):
-        monkeypatch.setattr(f"ocelot_em.view.{module}.FEWEST_SHOWN", 10)
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MIN_SHOWN", 10)
     monkeypatch.setattr("ocelot_em.view.report_sections._PROBLEMS_SHOWN", 1)
     monkeypatch.setattr("ocelot_em.view.report_sections._PROBLEMS_LISTED", 2)
     for k in range(10):

@@ -57,7 +57,7 @@ def low_level(monkeypatch):
     for name in ("layout", "summary", "candidates"):
         module = importlib.import_module(f"ocelot_em.merge.stats.{name}")
         monkeypatch.setattr(module, "candidate_level", lambda _: 6.5)
-    monkeypatch.setattr(collected, "FEWEST_CANDIDATES", 6300)
+    monkeypatch.setattr(collected, "MIN_CANDIDATES", 6300)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -26,7 +26,7 @@ from ocelot_em.store.arrays import update_attributes, write_chunk
 from ocelot_em.store.attributes import dump_attributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.testing.simulation import Simulation, simulate
-from ocelot_em.view.figures import MOST_BARS
+from ocelot_em.view.figures import MAX_BARS
 from ocelot_em.view.plots import (
     plot_crop,
     plot_defocus,
@@ -255,9 +255,9 @@ def test_a_partial_out_of_line_is_named(report_of, tmp_path, rng):
 @pytest.mark.parametrize("n_partials", [13, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_partials):
     for module in ("plots", "report_sections"):
-        monkeypatch.setattr(f"ocelot_em.view.{module}.MOST_CIRCLES", 1000)
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MAX_CIRCLES", 1000)
     for module in ("figures", "statistics_plots"):
-        monkeypatch.setattr(f"ocelot_em.view.{module}.MOST_BARS", min(n_partials - 1, MOST_BARS))
+        monkeypatch.setattr(f"ocelot_em.view.{module}.MAX_BARS", min(n_partials - 1, MAX_BARS))
     results = [make_result(rng, (60, 60), 1000) for _ in range(n_partials)]
     write_search(tmp_path / "RUN.zarr", results, [1000] * n_partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")

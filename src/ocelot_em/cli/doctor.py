@@ -25,7 +25,7 @@ from ocelot_em import __version__
 from ocelot_em.cli.doctor_cluster import of_cluster
 from ocelot_em.cli.finding import (
     CHECK_SECONDS,
-    MOST_CLOCK_SECONDS,
+    MAX_CLOCK_SECONDS,
     Check,
     Finding,
     State,
@@ -43,7 +43,7 @@ from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import memory_nbytes
 from ocelot_em.run.connect import within
-from ocelot_em.store.blosc import Frame, encode
+from ocelot_em.store.blosc import BloscChunk, encode
 from ocelot_em.store.constants import DEFAULT_CHUNK
 from ocelot_em.store.objects import open_objects
 
@@ -225,7 +225,7 @@ def _codecs() -> tuple[State, str]:
         parts = encode(values, Blosc(cname=name, clevel=5, shuffle=Blosc.SHUFFLE))
         encoded = time.perf_counter()
         back = np.empty_like(values)
-        Frame(memoryview(bytearray().join(parts)), values.nbytes).decode(back)
+        BloscChunk(memoryview(bytearray().join(parts)), values.nbytes).decode(back)
         ended = time.perf_counter()
         if back.tobytes() != values.tobytes():
             return "problem", (
@@ -385,7 +385,7 @@ def _clock(place: Path) -> tuple[State, str]:
         stamp, after = os.fstat(file.fileno()).st_mtime, time.time()
     off = min(stamp - before, 0.0) + max(stamp - after, 0.0)
     says = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    if abs(off) > MOST_CLOCK_SECONDS:
+    if abs(off) > MAX_CLOCK_SECONDS:
         return "warning", (
             f"{says}; the file system's clock is {ahead_by(off)}: let both follow one time server"
         )

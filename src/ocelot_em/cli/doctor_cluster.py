@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ocelot_em.cli.finding import (
-    MOST_CLOCK_SECONDS,
+    MAX_CLOCK_SECONDS,
     Finding,
     State,
     ahead_by,
@@ -168,7 +168,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
             folder.setdefault(facts.folder_trouble, []).append(worker)
         off = min(facts.started - before, 0.0) + max(facts.ended - after, 0.0)
         farthest = max(farthest, abs(off))
-        if abs(off) > MOST_CLOCK_SECONDS:
+        if abs(off) > MAX_CLOCK_SECONDS:
             clocks.setdefault(ahead_by(off), []).append(worker)
     n_answered = len(answers) - sum(map(len, silent.values()))
     findings = []

@@ -12,7 +12,7 @@ CHECK_SECONDS = 180.0
 """After which a check is given up; compiling all kernels takes a minute on a slow machine."""
 
 
-MOST_CLOCK_SECONDS = 3.0
+MAX_CLOCK_SECONDS = 3.0
 """By which clocks may differ."""
 
 

@@ -97,7 +97,7 @@ def say_exposures(console: Console, info: "StoreInfo") -> None:
 def say_statistics(console: Console, place: str) -> None:
     """What the merge has counted, and which partials are out of line."""
     from ocelot_em.merge.stats.summary import read_summary
-    from ocelot_em.particles.quality import partials_out_of_line
+    from ocelot_em.particles.quality import partial_warnings
 
     summary = read_summary(place)
     if summary is None:
@@ -138,14 +138,14 @@ def say_statistics(console: Console, place: str) -> None:
         numbers = (source.mean, source.mean_spread, source.std)
         sources.add_row(source.name, *("-" if n is None else f"{n:.4g}" for n in numbers))
     console.print(sources)
-    for sentence in partials_out_of_line(counted):
+    for sentence in partial_warnings(counted):
         console.print(f"  - {sentence}", markup=False)
 
 
 def say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> None:
     """What a montage shows of each exposure, and what is out of line."""
     from ocelot_em.merge.stats.summary import read_exposure_statistics
-    from ocelot_em.particles.quality import montage_out_of_line
+    from ocelot_em.particles.quality import montage_warnings
 
     table = Table(
         "exposure", "valid pixels", "shown", "of them in overlaps", "mean z there", "else"
@@ -163,5 +163,5 @@ def say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> 
         )
     console.print(table)
     say_more(console, len(counted.exposures))
-    for sentence in montage_out_of_line(counted, read_exposure_statistics(place, counted)):
+    for sentence in montage_warnings(counted, read_exposure_statistics(place, counted)):
         console.print(f"  - {sentence}", markup=False)

@@ -111,7 +111,7 @@ class MergeProgress(Observer):
         """Count a tile."""
         where = outcome.iy, outcome.ix
         if outcome.summary is None:
-            again = outcome.may_pass and where not in self._failed
+            again = outcome.is_transient and where not in self._failed
             self._failed.add(where)
             self.console.print(
                 f"tile {where} failed{', to be tried again' * again}: {outcome.error}",

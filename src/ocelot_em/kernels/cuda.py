@@ -32,7 +32,7 @@ from ocelot_em.model.search_space import TABLES, SearchSpace
 PIXELS_PER_THREAD = 4
 """``VECTOR`` of ``merge.cu``."""
 
-MOST_SOURCES = 16
+MAX_SOURCES = 16
 """Partials in one pass over the accumulator; the same in ``merge.cu``."""
 
 _ALIGNMENT = 16
@@ -50,7 +50,7 @@ _SOURCE = np.dtype(
         *((name, _i8) for name in ("number", "one_count", "sum_nbytes", "squared_sum_nbytes")),
     ]
 )
-_SOURCES = np.dtype([("source", _SOURCE, (MOST_SOURCES,))])
+_SOURCES = np.dtype([("source", _SOURCE, (MAX_SOURCES,))])
 _FINISHED = np.dtype(
     [
         *((name, _i8) for name in ("mip", "sum", "squared_sum", "count", "index")),
@@ -147,8 +147,8 @@ class CudaKernels:
             return FoldReport(0, 0)
         kernel = "fold_indexed" if space is not None else _FOLDS[len(acc.pose)]
         findings = self._zeros(2)
-        for start in range(0, len(tables), MOST_SOURCES):
-            group = tables[start : start + MOST_SOURCES]
+        for start in range(0, len(tables), MAX_SOURCES):
+            group = tables[start : start + MAX_SOURCES]
             sources = np.zeros(1, _SOURCES)
             for number, table in enumerate(group):
                 sources[0]["source"][number] = table

@@ -24,7 +24,7 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.contract import Objects, ReusedMemory
-from ocelot_em.store.lock import Leave
+from ocelot_em.store.lock import RunLease
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
 from ocelot_em.store.search_info import SearchInfo
@@ -105,7 +105,7 @@ class OpenExposure:
         for number, name in self.fold.order():
             yield Request(group, self._maps[number][name], piece.region)
 
-    def look_closer(self, region: Region, notes: Notes) -> None:
+    def check_suspects(self, region: Region, notes: Notes) -> None:
         """Raise if a suspect source has NaN or an invalid index: by map, with the first pixel.
 
         Raises
@@ -177,7 +177,7 @@ class Job:
         partials_on_device = 0 if work is None else work.partials_on_device
         self._lease = None
         if objects is not None and work is not None and work.lock:
-            self._lease = Leave(objects, work.lock, work.holder)
+            self._lease = RunLease(objects, work.lock, work.holder)
         first = plan.exposures[0].sources[0]
         self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
         self._lanes = None
@@ -213,7 +213,7 @@ class Job:
     @property
     def may_begin(self) -> bool:
         """Whether another tile may be begun: the run still owns the output, and is not stopping."""
-        return self._lease is None or self._lease.goes_on
+        return self._lease is None or self._lease.is_held
 
     @property
     def memory(self) -> TileMemory:

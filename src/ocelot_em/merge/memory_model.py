@@ -48,7 +48,7 @@ DEVICE_TABLES_NBYTES = 64 * 2**20
 """Memory on a device for all that does not grow with tiles: tables of poses, rounding."""
 
 
-MOST_TOGETHER = 64
+MAX_TOGETHER = 64
 """Partials on a device at a time: more gain nothing."""
 
 
@@ -259,7 +259,7 @@ def partials_on_device(
     """Partials that a thread has on the device at a time: all of a tile, if they fit."""
     if device.kind == "cpu":
         return 0
-    n_sources = min(max(len(e.sources) for e in plan.exposures), MOST_TOGETHER)
+    n_sources = min(max(len(e.sources) for e in plan.exposures), MAX_TOGETHER)
     for together in range(n_sources, 1, -1):
         needed = device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together)
         if needed <= device.memory_nbytes:

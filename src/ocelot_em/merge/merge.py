@@ -101,7 +101,7 @@ def merge(
         for _ in range(1 + MAX_RETRIES):
             if tiles and not lock.stopping.is_set():
                 executor.run(work, tiles, tally.count, lock.stopping)
-                tiles = tally.may_pass(ready.plan.grid.counts[1])
+                tiles = tally.is_transient(ready.plan.grid.counts[1])
     finally:
         close_job()
     if n_left := len(ready.missing) - tally.n_merged:
@@ -196,7 +196,7 @@ def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
         canvas.place(exposure.number, piece.within, (piece.region, exposure.region))
         incoming = reader.group(group_of(tile, piece), work.spare)
         for name, values in exposure.fold.merge(incoming, work, notes):
-            exposure.look_closer(piece.region, notes)
+            exposure.check_suspects(piece.region, notes)
             for finished in canvas.put(name, values):
                 writer.map(*finished)
         writer.statistics(piece, notes)

@@ -68,7 +68,7 @@ class Outcome:
     ix: int
     summary: TileSummary | None
     error: str = ""
-    may_pass: bool = False
+    is_transient: bool = False
     """Whether another try may go better: not for what lies in the data."""
     where: str = ""
     """Host and process that merged it."""
@@ -137,9 +137,9 @@ class Tally:
             self.has_given_up = True
             self._give_up()
 
-    def may_pass(self, n_columns: int) -> "Tiles":
+    def is_transient(self, n_columns: int) -> "Tiles":
         """Tiles that are worth another try."""
-        numbers = [iy * n_columns + ix for (iy, ix), end in self.failed.items() if end.may_pass]
+        numbers = [iy * n_columns + ix for (iy, ix), end in self.failed.items() if end.is_transient]
         return Tiles(n_columns, np.array(sorted(numbers), np.int64))
 
     def in_words(self) -> str:
@@ -219,4 +219,4 @@ def failure(iy: int, ix: int, error: Exception) -> Outcome:
     Invalid data fail again; anything else may be a transient error.
     """
     in_data = isinstance(error, (InvalidInputError, FormatError))
-    return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", may_pass=not in_data)
+    return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", is_transient=not in_data)

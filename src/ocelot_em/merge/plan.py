@@ -20,7 +20,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.sources import Source
 
-MOST_PROJECTIONS = 2**62
+MAX_PROJECTIONS = 2**62
 """Of all partials together; they are added as 64-bit integers."""
 
 
@@ -253,12 +253,12 @@ def _impossible(plan: MergePlan) -> list[str]:
     numbers = [exposure.number for exposure in plan.exposures]
     if numbers != sorted(set(numbers)):
         problems.append("exposures: expected them by number, each once")
-    if (total := plan.total_projections) > MOST_PROJECTIONS:
+    if (total := plan.total_projections) > MAX_PROJECTIONS:
         problems.append(f"total_projections: expected at most 2**62, got {total}")
     if max(plan.tile) > LARGEST_TILE:
         problems.append(f"tile: expected at most {LARGEST_TILE:,} pixels, got {plan.tile}")
-    if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MOST_TILES:
-        problems.append(f"tile: expected at most {constants.MOST_TILES:,} chunks, got {n:,}")
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MAX_TILES:
+        problems.append(f"tile: expected at most {constants.MAX_TILES:,} chunks, got {n:,}")
     return problems
 
 

@@ -6,7 +6,7 @@ from os import PathLike
 
 from ocelot_em.errors import InvalidInputError, PlanError
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice, choose_tile, storage_shape
-from ocelot_em.merge.plan import MOST_PROJECTIONS, MergePlan, PlannedExposure
+from ocelot_em.merge.plan import MAX_PROJECTIONS, MergePlan, PlannedExposure
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
@@ -15,7 +15,7 @@ from ocelot_em.store import constants
 from ocelot_em.store.objects import normalise_url, open_objects
 from ocelot_em.store.sources import Source, open_sources
 
-MOST_SOURCES = 2**15 - 1
+MAX_SOURCES = 2**15 - 1
 """Winners are numbered in 16 bits while a tile is merged."""
 
 
@@ -62,12 +62,12 @@ def make_plan(
     sources = [source for exposure in placed for source in exposure.sources]
     problems += _duplicates(sources)
     problems += [
-        f"inputs: expected at most {MOST_SOURCES:,} partials at a time, got "
+        f"inputs: expected at most {MAX_SOURCES:,} partials at a time, got "
         f"{len(exposure.sources):,}; merge some of them first, then the results"
         for exposure in placed
-        if len(exposure.sources) > MOST_SOURCES
+        if len(exposure.sources) > MAX_SOURCES
     ]
-    if (total := sum(source.total_projections for source in sources)) > MOST_PROJECTIONS:
+    if (total := sum(source.total_projections for source in sources)) > MAX_PROJECTIONS:
         problems.append(f"inputs: expected at most 2**62 projections in all, got {total}")
     if problems:
         raise InvalidInputError(problems)
@@ -95,9 +95,9 @@ def make_plan(
         overlap=options.overlap if several else "earliest",
         erode_px=options.erode,
     )
-    if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MOST_TILES:
+    if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MAX_TILES:
         raise PlanError(
-            f"tile size: expected at most {constants.MOST_TILES:,} chunks of a map, got {n:,} for "
+            f"tile size: expected at most {constants.MAX_TILES:,} chunks of a map, got {n:,} for "
             f"{shape[0]} x {shape[1]} pixels; use larger tiles"
         )
     return plan

@@ -71,7 +71,7 @@ class Peaks:
         return len(self.y)
 
 
-def join_sightings(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> Int64:
+def join_duplicates(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> Int64:
     """Find out which peaks of different exposures are one particle.
 
     Peaks are taken in the given order. One that agrees with a particle of other exposures is

@@ -35,7 +35,7 @@ from ocelot_em.model.maps import (
     Float64,
     Int64,
 )
-from ocelot_em.particles.duplicates import Peaks, join_sightings
+from ocelot_em.particles.duplicates import Peaks, join_duplicates
 from ocelot_em.particles.judging import Judge, column, make_judges
 from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
@@ -230,7 +230,7 @@ def _table(
         columns[EXPOSURE] = np.array([e.id for e in merged.plan.exposures])[exposures]
         preferred = _preference(merged, exposures, rows, height)
         order = np.lexsort((*preferred, np.arange(len(rows)) >= n_chosen))
-        stands_for = join_sightings(_poses_on_canvas(columns), order, asked.tolerances)
+        stands_for = join_duplicates(_poses_on_canvas(columns), order, asked.tolerances)
         columns[ALSO_SEEN] = _also_seen(columns, stands_for)
         kept = np.flatnonzero(stands_for[:n_chosen] == np.arange(n_chosen))
     in_order = np.lexsort((exposures[kept], canvas_x[kept], canvas_y[kept], -height[kept]))

@@ -13,7 +13,7 @@ WIN_RATIO = 1.25
 """Pixels won may be so many times more, or fewer, than a partial's share of the projections. In the
 shards of a real search they were within 1 %."""
 
-FEWEST_EXPECTED_WINS = 1000
+MIN_EXPECTED_WINS = 1000
 """Below that, chance explains every ratio."""
 
 STD_RATIO = 1.05
@@ -30,11 +30,11 @@ sees the seam in a picture."""
 LIKE_COUNTS = 2
 """Exposures are compared with those of at most so many times more, or fewer, projections."""
 
-FEWEST_SHOWN = 1000
+MIN_SHOWN = 1000
 """Pixels on both sides of a seam; below that, chance and particles explain a difference."""
 
 
-def partials_out_of_line(statistics: StatisticsAttributes) -> list[str]:
+def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
     """Say what is unlike the other partials.
 
     Parameters
@@ -55,7 +55,7 @@ def partials_out_of_line(statistics: StatisticsAttributes) -> list[str]:
     ]
 
 
-def montage_out_of_line(
+def montage_warnings(
     statistics: StatisticsAttributes, of_exposures: Mapping[str, StatisticsAttributes]
 ) -> list[str]:
     """Say what of a montage is out of line: partials among those of their exposure, and seams.
@@ -76,7 +76,7 @@ def montage_out_of_line(
         *(
             f"exposure {name}: {sentence}"
             for name, own in of_exposures.items()
-            for sentence in partials_out_of_line(own)
+            for sentence in partial_warnings(own)
         ),
         *_seams(statistics),
     ]
@@ -105,7 +105,7 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
                 f"{overlap.mean:.3g} where other exposures lie, too, and of {alone.mean:.3g} where "
                 f"it is alone, {abs(difference):.2g} standard deviations apart"
             )
-    known = [e for e in statistics.exposures if e.alone.pixels >= FEWEST_SHOWN]
+    known = [e for e in statistics.exposures if e.alone.pixels >= MIN_SHOWN]
     for exposure in known:
         # The mean of the highest of N correlations grows with N.
         n = exposure.total_projections
@@ -140,7 +140,7 @@ def _together(parts: list[ShownStatistics]) -> ShownStatistics:
 
 def _difference(one: ShownStatistics, other: ShownStatistics) -> float | None:
     """Between means, in standard deviations of the other; None where too little is known."""
-    if min(one.pixels, other.pixels) < FEWEST_SHOWN or not other.std:
+    if min(one.pixels, other.pixels) < MIN_SHOWN or not other.std:
         return None
     return (_number(one.mean) - _number(other.mean)) / other.std
 
@@ -150,7 +150,7 @@ def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
     won = sum(partial.won_pixels for partial in statistics.partials)
     for partial in statistics.partials:
         expected = won * partial.total_projections / total if total else 0
-        if expected < FEWEST_EXPECTED_WINS:
+        if expected < MIN_EXPECTED_WINS:
             continue
         if partial.won_pixels == 0:
             yield (

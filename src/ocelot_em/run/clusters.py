@@ -116,7 +116,7 @@ def _profiled(path: Path) -> Iterator[None]:
         visualize([profiler], filename=str(path), show=False, mode="inline")
 
 
-MOST_GPU_THREADS = 16
+MAX_GPU_THREADS = 16
 """Threads of a GPU worker by default, at most: they decode, and the GPU waits for them."""
 
 
@@ -174,7 +174,7 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
         share = max((jobs_ask.cores or 1) // (jobs_ask.processes or 1), 1)
         changes |= {"slurm": jobs_ask, "threads": options.threads or share}
     if cluster == "cuda":
-        share = max(min(int(CPU_COUNT) // choice.n_devices, MOST_GPU_THREADS), 1)
+        share = max(min(int(CPU_COUNT) // choice.n_devices, MAX_GPU_THREADS), 1)
         changes |= {"workers": choice.n_devices, "threads": options.threads or share}
     return choice, options.model_copy(update=changes)
 

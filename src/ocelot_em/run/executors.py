@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 TASK_NAME = "merge_tiles"
 
-MOST_TILES_PER_TASK = 16
+MAX_TILES_PER_TASK = 16
 """A task costs Dask about as much as a small tile costs us; tiles of one task overlap."""
 
 RUNS_PER_THREAD = 2
@@ -288,6 +288,6 @@ def cut_into_runs(tiles: Sequence[tuple[int, int]], n_threads: Callable[[], int]
     start = 0
     while start < len(tiles):
         share = (len(tiles) - start) // (RUNS_PER_THREAD * max(n_threads(), 1))
-        stop = start + min(max(share, 1), MOST_TILES_PER_TASK)
+        stop = start + min(max(share, 1), MAX_TILES_PER_TASK)
         yield tuple(tiles[start:stop])
         start = stop

@@ -123,7 +123,7 @@ class RunLog(Observer):
     def tile_ended(self, outcome: Outcome) -> None:
         """Write how a tile ended."""
         tile = outcome.summary
-        told: dict[str, object] = {"error": outcome.error, "tried_again": outcome.may_pass}
+        told: dict[str, object] = {"error": outcome.error, "tried_again": outcome.is_transient}
         if tile is not None:
             seconds = {
                 phase: round(getattr(tile, f"{phase}_seconds"), 6)

@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
-from ocelot_em.store.blosc import Frame, encode, most_encoded_nbytes
+from ocelot_em.store.blosc import BloscChunk, encode, most_encoded_nbytes
 from ocelot_em.store.constants import (
     DIMENSIONS,
     MAX_CHUNK_NBYTES,
@@ -114,7 +114,7 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
         if encoded is None:
             raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
         try:
-            frame = Frame(memoryview(encoded), nbytes)
+            frame = BloscChunk(memoryview(encoded), nbytes)
             if not any(index):  # only now is it known that there is something to put there
                 values = whole = np.empty(about.shape, about.dtype)
                 if about.chunk != about.shape:
@@ -263,7 +263,7 @@ class ChunkedMap:
             self.decode(frame, chunk, region, out)
         return out, nbytes
 
-    def fetch(self, chunk: Tile, memory: ReusedMemory) -> Frame:
+    def fetch(self, chunk: Tile, memory: ReusedMemory) -> BloscChunk:
         """Read a chunk and check it, without decoding it.
 
         Parameters
@@ -286,11 +286,11 @@ class ChunkedMap:
                 f"missing: expected an object {self.key(chunk)}; write the partial again"
             )
         try:
-            return Frame(encoded, nbytes)
+            return BloscChunk(encoded, nbytes)
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
 
-    def decode(self, frame: Frame, chunk: Tile, region: Region, out: AnyArray) -> None:
+    def decode(self, frame: BloscChunk, chunk: Tile, region: Region, out: AnyArray) -> None:
         """Decode what a chunk has of a region.
 
         Parameters
@@ -323,7 +323,7 @@ class ChunkedMap:
             target[...] = whole[inside.slices]
 
     def corrupt(self, chunk: Tile, complaint: ValueError) -> CorruptChunkError:
-        """Say where it is what a :class:`Frame` complains of."""
+        """Say where it is what a :class:`BloscChunk` complains of."""
         return CorruptChunkError(
             f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
             f"{complaint} (object {self.key(chunk)}); write the partial again"
@@ -401,7 +401,7 @@ def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) 
         With the place.
     """
     try:
-        frame = Frame(memoryview(encoded), nbytes)
+        frame = BloscChunk(memoryview(encoded), nbytes)
         decoded = memory.of(nbytes)
         frame.decode(np.frombuffer(decoded, np.uint8))
         return decoded

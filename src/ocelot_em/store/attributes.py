@@ -365,7 +365,7 @@ def validated(model: type[_Model], content: object, where: str) -> _Model:
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        problems = [f"{_place_of(p['loc'])}: {p['msg']}" for p in error.errors()[:_MOST_PROBLEMS]]
+        problems = [f"{_place_of(p['loc'])}: {p['msg']}" for p in error.errors()[:_MAX_PROBLEMS]]
         if (n_more := error.error_count() - len(problems)) > 0:
             problems.append(f"and {n_more} more problems")
         raise FormatError(f"{where}: {'; '.join(problems)}") from None
@@ -373,7 +373,7 @@ def validated(model: type[_Model], content: object, where: str) -> _Model:
         raise FormatError(f"{where}: the attributes are nested too deeply") from None
 
 
-_MOST_PROBLEMS = 20
+_MAX_PROBLEMS = 20
 
 
 def _place_of(steps: tuple[int | str, ...]) -> str:

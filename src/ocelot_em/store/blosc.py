@@ -47,7 +47,7 @@ def most_encoded_nbytes(nbytes: int) -> int:
     return nbytes + nbytes // 16 + 2**16
 
 
-class Frame:
+class BloscChunk:
     """The object of a chunk.
 
     Parameters

@@ -10,7 +10,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import MemoryStore
 
 from ocelot_em.store.contract import (
-    MOST_NBYTES,
+    MAX_NBYTES,
     ReusedMemory,
     T,
     refuse_too_large,
@@ -48,7 +48,7 @@ class BucketObjects:
     def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
         return retrying(verb, self.url, key, action)
 
-    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+    def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
         def action() -> bytes | None:
             try:
                 found = obstore.get(self._store, key)
@@ -60,7 +60,7 @@ class BucketObjects:
         return self._guard("read", key, action)
 
     def get_into(
-        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:

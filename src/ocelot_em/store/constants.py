@@ -46,11 +46,11 @@ MAX_CHUNK_NBYTES = 256 * 2**20
 """Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
 
 
-MOST_CHUNKS = 2**28
+MAX_CHUNKS = 2**28
 """Chunks of an array that is read. They may only be said to be there."""
 
 
-MOST_TILES = 2**24
+MAX_TILES = 2**24
 """Of a merge: four million pixels squared in tiles of the default size. Lists of them must fit into
 memory, also of those that are only said to be there."""
 

@@ -17,7 +17,7 @@ from ocelot_em.errors import StorageError
 log = logging.getLogger(__name__)
 
 
-MOST_NBYTES = 2**31
+MAX_NBYTES = 2**31
 """Largest object that is read; Blosc frames are not larger."""
 
 
@@ -25,7 +25,7 @@ PAUSES_SECONDS = (0.1, 0.5, 2.0)
 """Before each of the next tries of what failed for a reason that may pass."""
 
 
-_MAY_PASS = {
+_TRANSIENT_ERRORS = {
     errno.EAGAIN,
     errno.EBUSY,
     errno.ECONNABORTED,
@@ -58,12 +58,12 @@ class Objects(Protocol):
     streams: int
     """Transfers that are worth having at a time, per thread that waits for them."""
 
-    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+    def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
         """Return the object's bytes, or None where there is none; a larger one is refused."""
         ...
 
     def get_into(
-        self, key: str, memory: "ReusedMemory", most_nbytes: int = MOST_NBYTES
+        self, key: str, memory: "ReusedMemory", most_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         """As :meth:`get`, in the given memory, which the caller may change."""
         ...
@@ -157,7 +157,7 @@ def retrying(verb: str, url: str, key: str, action: Callable[[], T]) -> T:
         except StorageError:  # of something that was done for it
             raise
         except (BaseError, OSError) as error:
-            if not _may_pass(error):
+            if not _is_transient(error):
                 raise storage_error(verb, url, key, error) from error
             log.warning("%s; trying again in %g s", storage_error(verb, url, key, error), pause)
         # Not all at the same moment.
@@ -168,11 +168,11 @@ def retrying(verb: str, url: str, key: str, action: Callable[[], T]) -> T:
         raise storage_error(verb, url, key, error) from error
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _MAY_PASS
+        return error.errno in _TRANSIENT_ERRORS
     found = _ERROR_NUMBER.search(str(error))
-    return found is not None and int(found[1]) in _MAY_PASS
+    return found is not None and int(found[1]) in _TRANSIENT_ERRORS
 
 
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")

@@ -18,13 +18,13 @@ from typing import Any
 from obstore.store import LocalStore
 
 from ocelot_em.store.bucket import BucketObjects
-from ocelot_em.store.contract import MOST_NBYTES, ReusedMemory, refuse_too_large
+from ocelot_em.store.contract import MAX_NBYTES, ReusedMemory, refuse_too_large
 
 _CHECKED_SECONDS = 1.0
 """So long a folder counts as one of the store after it was looked at."""
 
 
-_MOST_CHECKED = 4096
+_MAX_CHECKED = 4096
 """Folders that are remembered to have been looked at."""
 
 
@@ -54,12 +54,12 @@ class LocalObjects(BucketObjects):
     def _exists(self) -> bool:
         return Path(self.url).is_dir()
 
-    def get(self, key: str, most_nbytes: int = MOST_NBYTES) -> bytes | None:
+    def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
         found = self.get_into(key, ReusedMemory(), most_nbytes)
         return None if found is None else bytes(found)
 
     def get_into(
-        self, key: str, memory: ReusedMemory, most_nbytes: int = MOST_NBYTES
+        self, key: str, memory: ReusedMemory, most_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
@@ -230,7 +230,7 @@ class LocalObjects(BucketObjects):
         now = time.monotonic()
         if not now - self._checked.get(folder, -math.inf) < _CHECKED_SECONDS:
             self._resolved(f"{self.url}/{folder}")
-            if len(self._checked) >= _MOST_CHECKED:
+            if len(self._checked) >= _MAX_CHECKED:
                 self._checked.clear()
             self._checked[folder] = now
         return f"{self.url}/{key}"

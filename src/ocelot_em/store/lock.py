@@ -40,7 +40,7 @@ LOOK_SECONDS = 1.0
 
 _KEY = re.compile(f"{FOLDER}/([0-9]{{1,15}})")
 
-_MOST_NBYTES = 2**16
+_MAX_NBYTES = 2**16
 """Of a lock; whatever is larger was not written here."""
 
 
@@ -150,7 +150,7 @@ class OutputLock:
             It is not: its holder lives.
         """
         key = f"{FOLDER}/{number}"
-        first = self._objects.get(key, _MOST_NBYTES)
+        first = self._objects.get(key, _MAX_NBYTES)
         if first is None:
             return
         holder = _parsed(first)
@@ -165,7 +165,7 @@ class OutputLock:
                     f"{STALE_SECONDS:.0f} s to see whether that run still lives"
                 )
             time.sleep(LOOK_SECONDS)
-            content = self._objects.get(key, _MOST_NBYTES)
+            content = self._objects.get(key, _MAX_NBYTES)
             if content is None:
                 return
             if content != first:
@@ -179,7 +179,7 @@ class OutputLock:
         self.left_behind = holder
 
     def _is_mine(self) -> bool:
-        found = self._objects.get(self.key, _MOST_NBYTES)
+        found = self._objects.get(self.key, _MAX_NBYTES)
         return found is not None and _parsed(found).get("id") == self.id
 
     def _content(self) -> bytes:
@@ -204,7 +204,7 @@ class OutputLock:
                 log.warning("the lock could not be written: %s", error)
 
 
-class Leave:
+class RunLease:
     """What a worker may do: whether the run that it works for still goes on.
 
     Parameters
@@ -222,7 +222,7 @@ class Leave:
         self._goes_on = True
 
     @property
-    def goes_on(self) -> bool:
+    def is_held(self) -> bool:
         """As of a moment ago.
 
         Raises
@@ -232,7 +232,7 @@ class Leave:
         """
         with self._looking:
             if self._goes_on and time.monotonic() - self._looked > LOOK_SECONDS:
-                content = _parsed(self._objects.get(self._key, _MOST_NBYTES) or b"{}")
+                content = _parsed(self._objects.get(self._key, _MAX_NBYTES) or b"{}")
                 stops = content.get("stops", True)
                 self._goes_on = content.get("id") == self._holder and not stops
                 self._looked = time.monotonic()

@@ -17,11 +17,11 @@ import numpy as np
 
 from ocelot_em.errors import FormatError
 from ocelot_em.model.regions import ceil_div
-from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_METADATA_NBYTES, MOST_CHUNKS
+from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_CHUNKS, MAX_METADATA_NBYTES
 
-MOST_DIMENSIONS = 3
+MAX_DIMENSIONS = 3
 
-MOST_KEYS = 1000
+MAX_KEYS = 1000
 """Of one object: complaints of each of millions would fill the memory."""
 
 _ARRAY_KEYS = {
@@ -58,7 +58,7 @@ class ArrayInfo(NamedTuple):
     Parameters
     ----------
     shape, chunk
-        Lengths along 1 to :data:`MOST_DIMENSIONS` axes, of the array and of its chunks.
+        Lengths along 1 to :data:`MAX_DIMENSIONS` axes, of the array and of its chunks.
     dtype
         Of its values, in this machine's byte order.
     fill
@@ -154,7 +154,7 @@ class _Array:
         shape, names = _lengths(given), tuple(names) if isinstance(names, list) else names
         if shape is None:
             self.problems.append(
-                f"shape: expected 1 to {MOST_DIMENSIONS} lengths of 1 to 2**31 - 1, got "
+                f"shape: expected 1 to {MAX_DIMENSIONS} lengths of 1 to 2**31 - 1, got "
                 f"{_short(given)}"
             )
         if dimensions and (names != dimensions or (shape and len(shape) != len(dimensions))):
@@ -187,8 +187,8 @@ class _Array:
             self.problems.append(f"chunks of {chunk} are larger than {most_nbytes} bytes")
         elif shape:
             n = math.prod(ceil_div(n, cell) for n, cell in zip(shape, chunk, strict=True))
-            if n > MOST_CHUNKS:
-                self.problems.append(f"expected at most {MOST_CHUNKS:,} chunks, got {n:,}")
+            if n > MAX_CHUNKS:
+                self.problems.append(f"expected at most {MAX_CHUNKS:,} chunks, got {n:,}")
         return chunk
 
     def blosc(self) -> BloscSettings | None:
@@ -264,8 +264,8 @@ def _parse(encoded: bytes, kind: str, where: str) -> dict[str, Any]:
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object, unless readers may differ in what it says."""
-    if len(pairs) > MOST_KEYS:
-        raise ValueError(f"expected at most {MOST_KEYS} keys in an object, got {len(pairs)}")
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"expected at most {MAX_KEYS} keys in an object, got {len(pairs)}")
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
@@ -280,7 +280,7 @@ def _is_integer(value: object) -> bool:
 
 def _lengths(value: object) -> tuple[int, ...] | None:
     """Lengths along axes, if that is what it is."""
-    if not isinstance(value, list) or not 1 <= len(value) <= MOST_DIMENSIONS:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSIONS:
         return None
     return tuple(value) if all(_is_integer(n) and 1 <= n < 2**31 for n in value) else None
 

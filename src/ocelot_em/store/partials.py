@@ -380,8 +380,8 @@ def search_attributes(
     valid_shape, size = shape, info.pixel_size_angstrom
     if not all(1 <= n < 2**31 for n in shape):
         problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
-    elif (n := len(TileGrid(shape, (constants.DEFAULT_CHUNK,) * 2))) > constants.MOST_CHUNKS:
-        problems.append(f"shape: expected at most {constants.MOST_CHUNKS:,} chunks, got {n:,}")
+    elif (n := len(TileGrid(shape, (constants.DEFAULT_CHUNK,) * 2))) > constants.MAX_CHUNKS:
+        problems.append(f"shape: expected at most {constants.MAX_CHUNKS:,} chunks, got {n:,}")
     elif exposure is None or exposure.valid_shape is None:
         try:
             valid_shape = info.valid_shape(shape)

@@ -17,7 +17,7 @@ import numpy as np
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.store.arrays import ChunkedMap
-from ocelot_em.store.blosc import Frame
+from ocelot_em.store.blosc import BloscChunk
 from ocelot_em.store.contract import Objects, ReusedMemory
 
 READ_TOGETHER = 4
@@ -57,7 +57,7 @@ class _Piece(NamedTuple):
     chunk: Tile
     is_last: bool
     memory: ReusedMemory
-    encoded: "Future[Frame]"
+    encoded: "Future[BloscChunk]"
 
 
 class Arrival:
@@ -79,7 +79,7 @@ class Arrival:
         self,
         source: ChunkedMap,
         meter: "Meter",
-        chunk: tuple[Tile, Frame] | None = None,
+        chunk: tuple[Tile, BloscChunk] | None = None,
         values: AnyArray | None = None,
     ) -> None:
         self.dtype = source.dtype
@@ -240,7 +240,7 @@ class ReadAhead:
             if piece.is_last:
                 return Arrival(source, self.meter, values=values)
 
-    def _arrived(self, piece: _Piece) -> Frame:
+    def _arrived(self, piece: _Piece) -> BloscChunk:
         started = time.perf_counter()
         encoded = piece.encoded.result()
         self.meter.waited_seconds += time.perf_counter() - started

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 Store = str | PathLike[str]
 
 
-MOST_BARS = 48
+MAX_BARS = 48
 """Rows of a picture that have room for names."""
 
 
-MOST_VECTOR_MARKERS = 400  # more are drawn as pixels, or a page with them gets slow
+MAX_VECTOR_MARKERS = 400  # more are drawn as pixels, or a page with them gets slow
 
 
 def new_figure(size_inches: tuple[float, float]) -> Any:
@@ -86,7 +86,7 @@ def coarse(counts: AnyArray, axis: Axis, together: int) -> tuple[Float64, AnyArr
 
 def name_rows(ax: "Axes", names: Sequence[str]) -> None:
     """Label the rows, first on top; numbers if there are too many for names."""
-    if len(names) <= MOST_BARS:
+    if len(names) <= MAX_BARS:
         # A name is text and no formula.
         short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
         ax.set_yticks(range(len(names)), labels=short, parse_math=False)

@@ -129,20 +129,20 @@ def check(
     """
     objects = open_objects(store)
     found = _problems(objects, on_progress)
-    problems = list(islice(found, MOST_PROBLEMS))
+    problems = list(islice(found, MAX_PROBLEMS))
     if next(found, None) is not None:
         problems.append(
-            f"{objects.url}: there are more than {MOST_PROBLEMS:,} problems; the rest was not "
+            f"{objects.url}: there are more than {MAX_PROBLEMS:,} problems; the rest was not "
             "looked at"
         )
     found.close()
     return problems
 
 
-MOST_NBYTES = 2**30
+MAX_NBYTES = 2**30
 """Decoded chunks at a time, unless those at one place alone are more."""
 
-MOST_PROBLEMS = 1000
+MAX_PROBLEMS = 1000
 """That are named of a store: of all chunks that a hostile one only says to have, nobody reads."""
 
 
@@ -292,7 +292,7 @@ def _group_problems(
         return found
 
     nbytes = sum(grid.cell[0] * grid.cell[1] * chunked.dtype.itemsize for chunked in maps.values())
-    n_threads = max(min(os.cpu_count() or 1, MOST_NBYTES // nbytes), 1)
+    n_threads = max(min(os.cpu_count() or 1, MAX_NBYTES // nbytes), 1)
     regions = (cell.region for cell in grid)
     with ThreadPoolExecutor(n_threads) as pool:
         while batch := list(islice(regions, 16 * n_threads)):

@@ -14,8 +14,8 @@ from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.quality import (
-    FEWEST_EXPECTED_WINS,
-    FEWEST_SHOWN,
+    MIN_EXPECTED_WINS,
+    MIN_SHOWN,
     SEAM,
     STD_RATIO,
     WIN_RATIO,
@@ -28,7 +28,7 @@ from ocelot_em.store.statistics_attributes import (
     SourceStatistics,
 )
 from ocelot_em.view.figures import (
-    MOST_BARS,
+    MAX_BARS,
     Store,
     axes_or_new,
     foreground,
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from ocelot_em.view.plots import Axes
 from ocelot_em.view.montage import Coverage, Montage, attributes_of
 
-MOST_LABELS = 40
+MAX_LABELS = 40
 """Exposures that are labelled; with more, nothing else is seen."""
 
 
 _LABEL_POINTS = 7.5
-_MOST_SHADES = 12
+_MAX_SHADES = 12
 
 
 def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) -> "Axes":
@@ -82,8 +82,8 @@ def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) ->
         interpolation="none",
     )
     shades = image.get_cmap().with_extremes(bad=(0.5, 0.5, 0.5, 0.25))
-    image.set_cmap(shades.resampled(most) if most <= _MOST_SHADES else shades)
-    ticks = range(1, most + 1, ceil_div(most, _MOST_SHADES))
+    image.set_cmap(shades.resampled(most) if most <= _MAX_SHADES else shades)
+    ticks = range(1, most + 1, ceil_div(most, _MAX_SHADES))
     ax.figure.colorbar(image, ax=ax, label="exposures", shrink=0.8, ticks=ticks)
     height, width = attributes.valid_shape
     ax.set(title="exposures that cover a pixel", xlabel="x (pixels)", ylabel="y (pixels)")
@@ -100,7 +100,7 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
     ax
         Axes that show the canvas, in pixels.
     exposures
-        Of a merged result, if it has any; labelled if they are at most :data:`MOST_LABELS`.
+        Of a merged result, if it has any; labelled if they are at most :data:`MAX_LABELS`.
     """
     if not exposures:
         return
@@ -111,7 +111,7 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
         np.stack(corners, axis=1).ravel()
         for corners in ((x0, x1, x1, x0, x0, gap), (y0, y0, y1, y1, y0, gap))
     )
-    many = len(regions) > MOST_LABELS
+    many = len(regions) > MAX_LABELS
     # Light on dark, so that they are seen on maps and on both kinds of pages.
     for colour, thickness in (("black", 1.6), ("white", 0.7)):
         ax.plot(
@@ -195,7 +195,7 @@ def plot_seams(
     exposures, ax = summary_of(store).attributes.exposures, axes_or_new(ax)
     if not exposures:
         raise InvalidInputError("store: expected a montage, got a result of one exposure")
-    few = len(exposures) <= MOST_BARS
+    few = len(exposures) <= MAX_BARS
     if value == "difference":
         _draw_differences(ax, exposures, few=few)
         return ax
@@ -262,7 +262,7 @@ def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics], *, fe
 def seam_of(exposure: ExposureStatistics) -> float:
     """Standard deviations between the mean in overlaps and that alone; NaN if few pixels tell."""
     alone, overlap = exposure.alone, exposure.overlap
-    if min(alone.pixels, overlap.pixels) < FEWEST_SHOWN or not alone.std:
+    if min(alone.pixels, overlap.pixels) < MIN_SHOWN or not alone.std:
         return float("nan")
     return (short_number(overlap.mean) - short_number(alone.mean)) / alone.std
 
@@ -295,7 +295,7 @@ class OwnPartial:
     @property
     def is_out_of_line(self) -> bool:
         """As :mod:`ocelot_em.particles.quality` says it in words."""
-        wins = self.expected_pixels >= FEWEST_EXPECTED_WINS and _beyond(self.won_ratio, WIN_RATIO)
+        wins = self.expected_pixels >= MIN_EXPECTED_WINS and _beyond(self.won_ratio, WIN_RATIO)
         return wins or _beyond(self.std_ratio, STD_RATIO)
 
     @property
@@ -373,7 +373,7 @@ def plot_partials_of_exposures(
         ]
     )
     names = list(montage.of_exposures)
-    few = len(names) <= MOST_BARS
+    few = len(names) <= MAX_BARS
     mark, line = (ax.axvspan, ax.axvline) if few else (ax.axhspan, ax.axhline)
     mark(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
     line(1, color=foreground(), alpha=0.4, linewidth=0.8)

@@ -9,11 +9,11 @@ import numpy as np
 from ocelot_em.model.maps import Float64
 from ocelot_em.model.markup import Markup, captioned, element, join, length_text, percent, table
 from ocelot_em.particles.quality import (
-    FEWEST_SHOWN,
+    MIN_SHOWN,
 )
 from ocelot_em.particles.table import EXPOSURE, ParticleTable
 from ocelot_em.view.figures import (
-    MOST_BARS,
+    MAX_BARS,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def montage_section(
 def _seams(montage: Montage, draw: Draw, *, wide: bool) -> Markup:
     n = len(montage.exposures)
     n_known = int(np.isfinite([seam_of(exposure) for exposure in montage.exposures]).sum())
-    few = n <= MOST_BARS
+    few = n <= MAX_BARS
     beside = few or wide
 
     def paint(page: Any) -> None:
@@ -106,11 +106,11 @@ def _seams(montage: Montage, draw: Draw, *, wide: bool) -> Markup:
     if n_known:
         told += (
             f"{'Right' if beside else 'Below'}: how far both means are apart, for the {n_known:,} "
-            f"of {n:,} exposures that show {FEWEST_SHOWN:,} pixels or more of both kinds; beyond "
+            f"of {n:,} exposures that show {MIN_SHOWN:,} pixels or more of both kinds; beyond "
             "the grey band a seam can be seen."
         )
     else:
-        told += f"No exposure shows {FEWEST_SHOWN:,} pixels of both kinds, to tell them apart."
+        told += f"No exposure shows {MIN_SHOWN:,} pixels of both kinds, to tell them apart."
     return captioned(drawn, told, "full" if wide else "half")
 
 
@@ -162,7 +162,7 @@ def _exposure_table(montage: Montage, particles: ParticleTable) -> Markup:
 def partials_of_exposures_section(montage: Montage, draw: Draw) -> Markup:
     """Tell of partials, each among those of its exposure."""
     partials = own_partials(montage)
-    few = len(montage.of_exposures) <= MOST_BARS
+    few = len(montage.of_exposures) <= MAX_BARS
 
     def paint(page: Any) -> None:
         wins, stds = page.subplots(*((1, 2) if few else (2, 1)))

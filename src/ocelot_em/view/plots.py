@@ -17,7 +17,7 @@ from ocelot_em.particles.table import ParticleTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
-from ocelot_em.view.figures import MOST_VECTOR_MARKERS, Store, axes_or_new, foreground, magma, say
+from ocelot_em.view.figures import MAX_VECTOR_MARKERS, Store, axes_or_new, foreground, magma, say
 
 OVERVIEW_PX = 400
 """Longest edge of an overview: no more pixels than axes have, or drawing averages peaks away."""
@@ -25,7 +25,7 @@ OVERVIEW_PX = 400
 BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
 """Colours that are seen on white and on black."""
 
-MOST_CIRCLES = 5000
+MAX_CIRCLES = 5000
 """Particles that are circled: with more, nothing else is seen."""
 
 
@@ -91,7 +91,7 @@ def plot_zscore(
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
-        Picked ones; circled are the first :data:`MOST_CIRCLES`, which are the highest. Those of a
+        Picked ones; circled are the first :data:`MAX_CIRCLES`, which are the highest. Those of a
         montage are where they lie on the canvas.
 
     Returns
@@ -109,7 +109,7 @@ def plot_zscore(
         _circle(ax, truth["y"], truth["x"], "planted")
     if particles is not None and len(particles):
         y, x = map_positions(particles)
-        _circle(ax, y[:MOST_CIRCLES], x[:MOST_CIRCLES], "picked")
+        _circle(ax, y[:MAX_CIRCLES], x[:MAX_CIRCLES], "picked")
     if truth is not None:
         ax.legend(loc="upper right")
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
@@ -124,7 +124,7 @@ def map_positions(particles: ParticleTable) -> tuple[AnyArray, AnyArray]:
 
 
 def _circle(ax: "Axes", y: AnyArray, x: AnyArray, label: str) -> None:
-    many = len(y) > MOST_VECTOR_MARKERS
+    many = len(y) > MAX_VECTOR_MARKERS
     ax.scatter(
         np.asarray(x) + 0.5,
         np.asarray(y) + 0.5,
@@ -219,7 +219,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     polar.set_rlabel_position(67.5)
     polar.set_title("view directions (phi around, theta outwards)")
     if known.any():
-        many = int(known.sum()) > MOST_VECTOR_MARKERS
+        many = int(known.sum()) > MAX_VECTOR_MARKERS
         dots = polar.scatter(
             np.radians(phi[known]),
             np.sin(np.radians(theta[known]) / 2),

@@ -25,7 +25,7 @@ from ocelot_em.view.montage import Coverage
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.montage_sections import montage_cards, partials_of_exposures_section
 from ocelot_em.view.plots import (
-    MOST_CIRCLES,
+    MAX_CIRCLES,
     map_positions,
     plot_crop,
     plot_defocus,
@@ -114,7 +114,7 @@ def notes(subject: Subject) -> Markup:
 
 
 def _problems(subject: Subject) -> list[str]:
-    from ocelot_em.particles.quality import montage_out_of_line, partials_out_of_line
+    from ocelot_em.particles.quality import montage_warnings, partial_warnings
 
     statistics, montage = subject.summary.attributes, subject.montage
     counted = (
@@ -132,8 +132,8 @@ def _problems(subject: Subject) -> list[str]:
     if subject.trouble:
         problems.append(f"No particles could be picked: {subject.trouble}")
     if montage is not None:
-        return [*problems, *montage_out_of_line(statistics, montage.of_exposures)]
-    return [*partials_out_of_line(statistics), *problems]
+        return [*problems, *montage_warnings(statistics, montage.of_exposures)]
+    return [*partial_warnings(statistics), *problems]
 
 
 def particles_section(subject: Subject, overview: tuple[Float32, int], max_zooms: int) -> Markup:
@@ -158,8 +158,8 @@ def particles_section(subject: Subject, overview: tuple[Float32, int], max_zooms
     if overview[1] > 1:
         pooled = f"A pixel of this picture is the highest z-score of {overview[1]} × {overview[1]}."
         explained = f"{pooled} {explained}"
-    if len(particles) > MOST_CIRCLES:
-        explained += f" The best {MOST_CIRCLES:,} are in circles."
+    if len(particles) > MAX_CIRCLES:
+        explained += f" The best {MAX_CIRCLES:,} are in circles."
     parts = [captioned(whole, explained, "full" if wide else "wide")]
     best = _best_first(particles)
     zoomed = best[: max(max_zooms, 0)]

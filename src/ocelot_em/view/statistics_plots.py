@@ -16,8 +16,8 @@ from ocelot_em.store.statistics_attributes import StatisticsAttributes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
 from ocelot_em.view.figures import (
-    MOST_BARS,
-    MOST_VECTOR_MARKERS,
+    MAX_BARS,
+    MAX_VECTOR_MARKERS,
     Store,
     axes_or_new,
     coarse,
@@ -29,7 +29,7 @@ from ocelot_em.view.figures import (
 )
 from ocelot_em.view.plots import BLUE, ORANGE, RED
 
-_MOST_CANDIDATES = 20_000
+_MAX_CANDIDATES = 20_000
 
 
 def plot_survival(
@@ -200,12 +200,12 @@ def plot_joint(
     ax.figure.colorbar(image, ax=ax, label="pixels", shrink=0.8)
     if candidates is not None and len(candidates):
         mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
-        best = np.argsort(-z, kind="stable")[:_MOST_CANDIDATES]
+        best = np.argsort(-z, kind="stable")[:_MAX_CANDIDATES]
         ax.scatter(
             mip[best], z[best], s=2, color=ORANGE, linewidths=0, rasterized=True, label="candidates"
         )
     if particles is not None and len(particles):
-        many = len(particles) > MOST_VECTOR_MARKERS
+        many = len(particles) > MAX_VECTOR_MARKERS
         ax.scatter(
             particles.columns[MIP],
             particles.columns[SCALED_MIP],
@@ -241,7 +241,7 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     expected = np.array([partial.total_projections for partial in partials], np.float64)
     won, expected = (100 * share / max(share.sum(), 1.0) for share in (won, expected))
     places = np.arange(len(partials))
-    if len(partials) <= MOST_BARS:
+    if len(partials) <= MAX_BARS:
         ax.barh(places, won, height=0.62, color=BLUE, label="won")
         ax.plot(
             expected,
@@ -291,9 +291,9 @@ def plot_correlations(
         places,
         xerr=spread if value == "mean" and len(sources) else None,
         fmt="o",
-        markersize=5 if len(sources) <= MOST_BARS else 2,
+        markersize=5 if len(sources) <= MAX_BARS else 2,
         color=BLUE,
-        capsize=3 if len(sources) <= MOST_BARS else 0,
+        capsize=3 if len(sources) <= MAX_BARS else 0,
     )
     name_rows(ax, [source.name for source in sources])
     known = numbers[np.isfinite(numbers)]

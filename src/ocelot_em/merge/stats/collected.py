@@ -45,7 +45,7 @@ record stays small, and every usual threshold lies above."""
 PIXELS_PER_CANDIDATE = 512
 """A record has room for one candidate in so many pixels of a tile."""
 
-FEWEST_CANDIDATES = 64
+MIN_CANDIDATES = 64
 """For which a record has room, however small the tile."""
 
 _AXES = tuple(
@@ -83,7 +83,7 @@ def candidate_level(total_projections: int) -> float:
 
 def candidate_capacity(tile: tuple[int, int]) -> int:
     """For how many candidates a tile's record has room."""
-    return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, FEWEST_CANDIDATES)
+    return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, MIN_CANDIDATES)
 
 
 def tile_statistics_nbytes(tile: tuple[int, int]) -> int:

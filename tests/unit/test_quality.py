@@ -6,7 +6,7 @@ import pytest
 import ocelot_em
 from helpers import make_result
 from ocelot_em.merge.stats.summary import read_exposure_statistics, read_summary
-from ocelot_em.particles.quality import montage_out_of_line, partials_out_of_line
+from ocelot_em.particles.quality import montage_warnings, partial_warnings
 from ocelot_em.store.partials import write_partial
 
 SHAPE, COUNTS = (120, 130), (1000, 2000, 1500)
@@ -29,7 +29,7 @@ def words(place, results, counts=COUNTS):
     for number, (result, count) in enumerate(zip(results, counts, strict=True)):
         write_partial(place / "RUN.zarr", f"gpu{number}", result, total_projections=count)
     ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", threads=2)
-    return partials_out_of_line(read_summary(place / "OUT.zarr").attributes)
+    return partial_warnings(read_summary(place / "OUT.zarr").attributes)
 
 
 def test_nothing_is_said_of_a_sound_search(tmp_path, rng):
@@ -78,7 +78,7 @@ def montage_words(place, shots, **options):
     ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", threads=2, **options)
     statistics = read_summary(place / "OUT.zarr").attributes
     own = read_exposure_statistics(place / "OUT.zarr", statistics)
-    return montage_out_of_line(statistics, own)
+    return montage_warnings(statistics, own)
 
 
 def beside(rng, counts=COUNTS, n=3):

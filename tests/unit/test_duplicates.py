@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.particles.duplicates import Peaks, Tolerances, join_sightings, rotation_between
+from ocelot_em.particles.duplicates import Peaks, Tolerances, join_duplicates, rotation_between
 
 
 def peaks_of(*rows):
@@ -20,7 +20,7 @@ def peaks_of(*rows):
 def joined(rows, order=None, **tolerances):
     peaks = peaks_of(*rows)
     order = np.arange(len(peaks)) if order is None else order
-    return join_sightings(peaks, order, Tolerances(**tolerances)).tolist()
+    return join_duplicates(peaks, order, Tolerances(**tolerances)).tolist()
 
 
 A = (0, 10, 10, 20.0, 30.0, 40.0, 100.0)
@@ -103,7 +103,7 @@ def test_joining_is_what_comparing_all_pairs_gives(seed, distance):
         rng.integers(0, 3, n) * 300.0,
     )
     order = rng.permutation(n)
-    found = join_sightings(peaks, order, Tolerances(distance_px=distance))
+    found = join_duplicates(peaks, order, Tolerances(distance_px=distance))
     stands_for, sightings = list(range(n)), {}
     for rank, k in enumerate(order.tolist()):
         for first in order[:rank].tolist():
