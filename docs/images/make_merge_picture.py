@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch
 
 import ocelot_em as oe
 from ocelot_em.particles.gaussian import gaussian_cutoff
-from ocelot_em.view.report import plot_survival
+from ocelot_em.view.statistics_plots import plot_survival
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "tests" / "data"

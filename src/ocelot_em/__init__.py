@@ -1,7 +1,7 @@
 """Merge the partial results of 2D template matching out of core, tile by tile.
 
-The names below are the public interface; they are imported when they are first used, so that
-``import ocelot_em`` costs nothing and changes nothing in the process.
+The names below are the public interface. They are imported at their first use, so that
+``import ocelot_em`` is fast and changes nothing in the process.
 """
 
 import sys
@@ -87,9 +87,9 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
 
 
 class _Package(ModuleType):
-    """A package whose attribute ``merge`` is a function, not the folder of that name.
+    """A package whose attribute ``merge`` is a function, not the subpackage of that name.
 
-    Importing anything from a folder sets the folder as an attribute of the package above it.
+    Importing anything from a subpackage sets it as an attribute of its parent package.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

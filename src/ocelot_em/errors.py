@@ -1,19 +1,19 @@
-"""Every error that ocelot-em raises on purpose.
+"""All errors that ocelot-em raises on purpose.
 
-One root, :class:`OcelotError`, for callers that want to catch them all; each leaf is also a
-builtin, for callers that know only Python. A message says what is wrong, where (store, partial,
-map, tile), what was expected, what was found and what to do about it.
+:class:`OcelotError` is the base of all; each subclass also derives from a builtin exception.
+A message states the problem, its place (store, partial, map, tile), the expected and the actual
+value, and how to fix it.
 """
 
 from collections.abc import Iterable
 
 
 class OcelotError(Exception):
-    """Root of all errors raised by ocelot-em."""
+    """Base class of all errors raised by ocelot-em."""
 
 
 class InvalidInputError(OcelotError, ValueError):
-    """Something that was handed in cannot be used; carries every problem that was found.
+    """An input is invalid; lists every problem found.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class InvalidInputError(OcelotError, ValueError):
 
 
 class InvalidDataError(InvalidInputError):
-    """A map holds values that no search can produce: NaN, or an index outside the search space."""
+    """A map has values that no search can produce: NaN, or an index outside the search space."""
 
 
 class StoreNotFoundError(OcelotError, FileNotFoundError):
@@ -49,7 +49,7 @@ class IncompleteError(OcelotError, ValueError):
 
 
 class ChunkError(OcelotError, ValueError):
-    """A chunk cannot be read as it was written."""
+    """A chunk is missing or corrupt."""
 
 
 class MissingChunkError(ChunkError):
@@ -61,15 +61,15 @@ class CorruptChunkError(ChunkError):
 
 
 class StorageError(OcelotError, OSError):
-    """Reading from or writing to the storage failed (no space, no permission, no network)."""
+    """Reading from or writing to storage failed (no space, no permission, no network)."""
 
 
 class PlanError(OcelotError, ValueError):
-    """A merge cannot be carried out as asked; the message gives the numbers."""
+    """A merge is impossible with these options; the message gives the numbers."""
 
 
 class OutputExistsError(OcelotError, FileExistsError):
-    """The output is already there and is not the same merge, interrupted."""
+    """The output already exists and is not an interrupted run of the same merge."""
 
 
 class OutputLockedError(OcelotError, BlockingIOError):
@@ -77,18 +77,18 @@ class OutputLockedError(OcelotError, BlockingIOError):
 
 
 class StoppedError(OcelotError, RuntimeError):
-    """A run ended before all was done, because it was asked to or lost what it ran on.
+    """A run was stopped before it was complete, or lost its lock or its workers.
 
-    Whatever was finished is kept; the same command goes on.
+    Finished tiles are kept; the same command resumes the run.
     """
 
 
 class ClusterLostError(StoppedError):
-    """The scheduler is gone, or there are no workers and none come."""
+    """The scheduler is lost, or no workers became available."""
 
 
 class TilesFailedError(OcelotError, RuntimeError):
-    """Some tiles could not be merged; the others are done and are kept."""
+    """Some tiles could not be merged; the others are done and kept."""
 
 
 class MissingDependencyError(OcelotError, ImportError):
@@ -96,8 +96,8 @@ class MissingDependencyError(OcelotError, ImportError):
 
 
 class DeviceError(OcelotError, RuntimeError):
-    """A GPU was asked for and cannot be used; the message says why in one sentence."""
+    """A requested GPU cannot be used; the message gives the reason in one sentence."""
 
 
 class DeviceMemoryError(DeviceError, MemoryError):
-    """A GPU has not as much free memory as was planned."""
+    """A GPU has less free memory than planned."""

@@ -1,13 +1,13 @@
 """Leopard-EM's in-memory functions with the same names and arguments, in a quarter of the memory.
 
-Leopard-EM stacks the maps of all devices; these stream over the devices in bands of rows with the
-kernel that merges stores, so that only the results and one small band are held besides the inputs::
+Leopard-EM stacks the maps of all devices. These functions process bands of rows with the kernel
+that merges stores, and hold only the results and one small band in addition to the inputs::
 
     from ocelot_em.process_results import aggregate_distributed_results, scale_mip
 
-Inputs are torch tensors on any device or NumPy arrays, of any shape that all maps share. Results
-are torch tensors on the CPU. Inputs are never changed, except ``mip_scaled``, which is there to be
-filled. PyTorch is imported by the first call.
+Inputs are torch tensors on any device or NumPy arrays, all of one arbitrary shape. Results are
+torch tensors on the CPU. Inputs are never changed, except ``mip_scaled``, which is an output
+argument. PyTorch is imported by the first call.
 """
 
 import operator
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _BAND_PIXELS = in_memory.BAND_PIXELS
 
 _KINDS = TORCH, NUMPY
-"""Kinds of maps that are taken."""
+"""Allowed kinds of maps."""
 
 
 def aggregate_distributed_results(
@@ -50,9 +50,10 @@ def aggregate_distributed_results(
 ) -> "dict[str, torch.Tensor | int]":
     """Merge the results of the devices that searched one micrograph.
 
-    The highest ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier device,
-    indexed poses the lower index. Sums add in float64 and are rounded to float32 once. Where no
-    device searched (``mip`` -inf), ``mip`` is -inf, pose NaN, index -1.
+    At each pixel the device with the highest ``mip`` wins, and its pose is kept. Ties: the earlier
+    device wins with explicit poses, the lower index with indexed poses. Sums are added in float64
+    and rounded to float32 once. Where no device searched (``mip`` -inf), ``mip`` is -inf, the pose
+    NaN and the index -1.
 
     Parameters
     ----------
@@ -61,23 +62,23 @@ def aggregate_distributed_results(
         the pose, which is explicit (``best_phi``, ``best_theta``, ``best_psi``, ``best_defocus``,
         optionally ``best_pixel_size``), or indexed (``best_global_index``), or both: then the
         explicit rule decides, and the index is that of the same winner. Maps are float32, sums
-        float32 or float64, the index int32. ``total_projections``: optional, an integer. Other
+        float32 or float64, the index int32. ``total_projections`` is an optional integer. Other
         keys are ignored.
 
     Returns
     -------
     dict
-        The same keys, with tensors on the CPU; ``total_projections`` is an exact integer, and is
-        there if the devices have it.
+        The same keys, with tensors on the CPU; ``total_projections`` is an exact integer, present
+        if the devices have it.
 
     Raises
     ------
     InvalidInputError
-        With every problem found: no devices, missing keys, other shapes or dtypes, NaN (except in
-        a pose where ``mip`` is -inf), indices below -1 or missing where something was searched, a
-        count that only some devices have.
+        Lists every problem: no devices, missing keys, mismatched shapes or dtypes, NaN (except in a
+        pose where ``mip`` is -inf), indices below -1, or -1 where something was searched, a count
+        that only some devices have.
     MissingDependencyError
-        If PyTorch is not installed.
+        PyTorch is not installed.
     """
     torch = _torch()
     names = in_memory.check_results(results, MapChecks(_KINDS))
@@ -97,7 +98,7 @@ def correlation_sum_and_squared_sum_to_mean_and_variance(
     correlation_squared_sum: "torch.Tensor | AnyArray",
     total_correlation_positions: int,
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Turn the sums into mean and **standard deviation**; the name is Leopard-EM's.
+    """Compute mean and **standard deviation** from the sums; the name is Leopard-EM's.
 
     ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, in float64, rounded to float32 once.
 
@@ -116,10 +117,10 @@ def correlation_sum_and_squared_sum_to_mean_and_variance(
     Raises
     ------
     InvalidInputError
-        With every problem found: no maps, other shapes or dtypes, NaN, a count that is not a
+        Lists every problem: no maps, mismatched shapes or dtypes, NaN, a count that is not a
         positive integer.
     MissingDependencyError
-        If PyTorch is not installed.
+        PyTorch is not installed.
     """
     torch = _torch()
     inputs = {SUM: correlation_sum, SQUARED_SUM: correlation_squared_sum}
@@ -136,18 +137,18 @@ def scale_mip(
     correlation_squared_sum: "torch.Tensor | AnyArray",
     total_correlation_positions: int,
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]":
-    """Turn the highest correlations into z-scores, ``(mip - mean) / std``.
+    """Compute z-scores of the highest correlations, ``(mip - mean) / std``.
 
-    In float64, rounded to float32 once. z is 0 where the standard deviation is 0, and NaN where no
-    device searched (``mip`` -inf).
+    They are computed in float64 and rounded to float32 once. z is 0 where the standard deviation is
+    0, and NaN where no device searched (``mip`` -inf).
 
     Parameters
     ----------
     mip
         Highest cross-correlations, float32.
     mip_scaled
-        float32, of the same shape; is filled with the z-scores. Nothing is written to it if
-        anything is refused.
+        Output, float32, of the same shape; filled with the z-scores. Not written if an error is
+        raised.
     correlation_sum, correlation_squared_sum
         Sums over all cross-correlations and over their squares, float32 or float64; unchanged.
     total_correlation_positions
@@ -162,10 +163,10 @@ def scale_mip(
     Raises
     ------
     InvalidInputError
-        With every problem found: no maps, other shapes or dtypes, NaN, a count that is not a
-        positive integer, a ``mip_scaled`` that cannot be written or shares memory with an input.
+        Lists every problem: no maps, mismatched shapes or dtypes, NaN, a count that is not a
+        positive integer, a ``mip_scaled`` that is read-only or shares memory with an input.
     MissingDependencyError
-        If PyTorch is not installed.
+        PyTorch is not installed.
     """
     torch = _torch()
     inputs = {MIP: mip, SUM: correlation_sum, SQUARED_SUM: correlation_squared_sum}
@@ -192,13 +193,13 @@ def _torch() -> Any:
     return torch
 
 
-# -- what was handed in ------------------------------------------------------------------------
+# -- input checks ------------------------------------------------------------------------------
 
 
 def _check_inputs(
     inputs: Mapping[str, Any], count: object, out: tuple[str, Any] | None = None
 ) -> int:
-    """Refuse maps that give no statistics, before anything is written; otherwise the count."""
+    """Check the inputs before anything is written; return the count."""
     checks = MapChecks(_KINDS)
     for name, value in inputs.items():
         checks.check(name, value, MAPS[name].dtypes)
@@ -236,13 +237,13 @@ def _check_inputs(
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return a map's own memory as an array of at least one axis; a tensor if not on the CPU."""
+    """Return a map, without a copy, with at least one axis; a tensor if it is not on the CPU."""
     on_cpu = isinstance(value, np.ndarray) or value.device.type == "cpu"
     return at_least_1d(as_numpy(value) if on_cpu else value.detach())
 
 
 def _as_tensor(torch: Any, value: Any) -> Any:
-    """Return a map as a tensor on the CPU, over the same memory if PyTorch can do that."""
+    """Return a map as a tensor on the CPU, sharing its memory if PyTorch can."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     shareable = value.flags.writeable and all(stride >= 0 for stride in value.strides)
@@ -252,7 +253,7 @@ def _as_tensor(torch: Any, value: Any) -> Any:
 def _statistics(
     inputs: Mapping[str, Any], count: int, z_scores: Any | None = None
 ) -> tuple[AnyArray, AnyArray]:
-    """Mean and standard deviation of the sums, and z-scores of ``mip`` into ``z_scores``."""
+    """Compute mean and standard deviation; write the z-scores of ``mip`` to ``z_scores``."""
     shape = tuple(inputs[SUM].shape)
     mean, std = np.empty(shape, np.float32), np.empty(shape, np.float32)
     kernels, maps = load("cpu"), MapSet(PoseForm.EXPLICIT)
@@ -264,7 +265,7 @@ def _statistics(
     for band in in_memory.bands(shape, _BAND_PIXELS):
         in_band, n = mean[band].shape, mean[band].size
         mip = no_mip[:n].reshape(in_band) if no_mip is not None else on_host(inputs[MIP][band])
-        # Poses pass through finalise untouched, so any arrays do for them.
+        # finalise does not use poses; any arrays serve as placeholders.
         acc = scratch.accumulator(mip, (mip,) * len(POSES))
         np.copyto(acc.correlation_sum, on_host(inputs[SUM][band]))
         np.copyto(acc.correlation_squared_sum, on_host(inputs[SQUARED_SUM][band]))

@@ -57,7 +57,6 @@ SLOW_NBYTES_PER_SECOND = 50e6
 LITTLE_NBYTES, FEW_FILES, FEW_DESCRIPTORS = 2 * 10**9, 10_000, 1024
 """Free space, free inodes and descriptors that are hardly enough for anything."""
 
-
 _NOT_FOR_USERS = ("all", "test")
 _ONE_OF_THESE = {"cuda12", "cuda13"}
 _TRANSIENT = ("tmpfs", "ramfs", "overlay")

@@ -25,8 +25,6 @@ from ocelot_em.cli.finding import (
 from ocelot_em.run.connect import ANSWER_SECONDS, client_of, within
 
 HOSTS_NAMED = 5
-
-
 SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
 """Packages of which workers must have the version that the driver has."""
 

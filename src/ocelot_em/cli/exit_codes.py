@@ -1,11 +1,5 @@
 """What the exit codes of ``ocelot`` mean."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 DONE, FAILED, REFUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 

@@ -11,7 +11,6 @@ from ocelot_em.errors import OcelotError
 CHECK_SECONDS = 180.0
 """After which a check is given up; compiling all kernels takes a minute on a slow machine."""
 
-
 MAX_CLOCK_SECONDS = 3.0
 """By which clocks may differ."""
 

@@ -4,13 +4,10 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-if TYPE_CHECKING:
-    pass
 from ocelot_em.cli.exit_codes import DONE
 
 

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,10 +13,6 @@ from rich.text import Text
 
 from ocelot_em import __version__
 from ocelot_em.cli.config_file import add_config_option, parse_arguments
-from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
-
-if TYPE_CHECKING:
-    pass
 from ocelot_em.cli.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, REFUSED, STOPPED
 from ocelot_em.cli.import_commands import import_files
 from ocelot_em.cli.info_command import info
@@ -31,6 +26,7 @@ from ocelot_em.cli.particle_commands import (
     view_map,
 )
 from ocelot_em.cli.picking_options import add_optics, add_picking
+from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

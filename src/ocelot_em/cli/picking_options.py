@@ -1,10 +1,6 @@
 """Options that several commands about particles share."""
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_picking(p: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ PIECE_KEYS: Mapping[str, str] = {
 }
 """What coordinates are called in an ``.mdoc`` file, the preferred first."""
 
-
 _MDOC_KEYS = {*PIECE_KEYS.values(), "SubFramePath", "DateTime"}
 
 

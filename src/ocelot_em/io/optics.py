@@ -26,10 +26,8 @@ LEOPARD_MAPS: Mapping[str, str] = {
 }
 """Columns of Leopard-EM's table with paths of maps, and their keys in its configuration."""
 
-
 LEOPARD_ABERRATIONS = ("even_zernikes", "odd_zernikes", "mag_matrix")
 """Columns of Leopard-EM's table with text of its own, and their keys in its configuration."""
-
 
 LEOPARD_ONLY = (*LEOPARD_ABERRATIONS, *LEOPARD_MAPS)
 

@@ -4,8 +4,6 @@ import re
 from dataclasses import dataclass
 
 _MAX_COORDINATE_PX = 2**31
-
-
 NAMES_SHOWN = 20
 
 

@@ -21,11 +21,8 @@ from ocelot_em.particles.table import (
 )
 
 _PARQUET_KEY = b"ocelot_em.about"
-
-
 MAX_PARTICLES = 2**24
 """Of a table that is read; they take two gigabytes of memory."""
-
 
 _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
 

@@ -10,25 +10,25 @@ from ocelot_em.model.maps import Accumulator, AnyArray, FoldReport, MapSet, Part
 from ocelot_em.model.search_space import SearchSpace
 
 NAMES = ("cpu", "reference")
-"""The kernels that :func:`load` knows."""
+"""Names accepted by :func:`load`."""
 
 
 class Kernels(Protocol):
-    """What every kernel module offers; :mod:`ocelot_em.kernels.reference` says what each does.
+    """Interface of all kernel modules, documented in :mod:`ocelot_em.kernels.reference`.
 
-    All kernels give the same bits.
+    All kernels give bit-identical results.
     """
 
     def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
-        """Return the merge of nothing."""
+        """Return an empty accumulator."""
         ...
 
     def reset(self, acc: Accumulator) -> None:
-        """Turn an accumulator back into the merge of nothing, in place."""
+        """Reset an accumulator to the empty state, in place."""
         ...
 
     def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-        """Take one more partial into the accumulator, in place."""
+        """Fold one partial into the accumulator, in place."""
         ...
 
     def fold_all(
@@ -39,7 +39,7 @@ class Kernels(Protocol):
         *,
         fresh: bool = False,
     ) -> FoldReport:
-        """Take more partials into the accumulator, in place, in their order."""
+        """Fold partials into the accumulator, in place and in the given order."""
         ...
 
     def finalise(
@@ -49,7 +49,7 @@ class Kernels(Protocol):
         space: SearchSpace | None,
         out: Mapping[str, AnyArray] | None = None,
     ) -> dict[str, AnyArray]:
-        """Turn an accumulator into the merged maps."""
+        """Compute the merged maps from an accumulator."""
         ...
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
@@ -60,17 +60,17 @@ class Kernels(Protocol):
 def load(name: str) -> Kernels:
     """Import a kernel module.
 
-    Only here, so that neither the package nor its command line pays for numba before it is needed.
+    Kernels are imported on demand, so that the package and the command line start without numba.
 
     Parameters
     ----------
     name
-        ``"cpu"`` (numba) or ``"reference"`` (plain NumPy: slow, obvious).
+        ``"cpu"`` (numba) or ``"reference"`` (plain NumPy, slow).
 
     Raises
     ------
     InvalidInputError
-        If there is no kernel of this name.
+        If the name is unknown.
     """
     if name == "cpu":
         from ocelot_em.kernels import cpu
@@ -84,19 +84,19 @@ def load(name: str) -> Kernels:
 
 
 def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -> float:
-    """Call ``work``, and measure how long the kernels were compiled that it calls.
+    """Call ``work`` and time it from its first kernel compilation to its end.
 
     Parameters
     ----------
     work
-        Calls kernels.
+        Function that calls kernels.
     compiling
-        Called if one is not on the disk and has to be compiled, before the first.
+        Called before the first compilation of a kernel that is not in the cache.
 
     Returns
     -------
     float
-        Seconds from then to the end of ``work``; 0 if nothing was compiled.
+        Seconds; 0 if nothing was compiled.
     """
     from ocelot_em.kernels import compiling as numba_kernels
 
@@ -104,28 +104,28 @@ def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -
 
 
 def load_cuda(device: Device) -> Kernels:
-    """Return the kernels for a CUDA device; all their arrays lie on it."""
+    """Return the kernels for a CUDA device, which must hold all their arrays."""
     from ocelot_em.kernels.cuda import CudaKernels
 
     return CudaKernels(device)
 
 
 def load_collect() -> ModuleType:
-    """Import :mod:`ocelot_em.kernels.collect`; here for the same reason as :func:`load`."""
+    """Import :mod:`ocelot_em.kernels.collect` on demand, as :func:`load` does."""
     from ocelot_em.kernels import collect
 
     return collect
 
 
 def load_place() -> ModuleType:
-    """Import :mod:`ocelot_em.kernels.place`; here for the same reason as :func:`load`."""
+    """Import :mod:`ocelot_em.kernels.place` on demand, as :func:`load` does."""
     from ocelot_em.kernels import place
 
     return place
 
 
 def load_by_map() -> ModuleType:
-    """Import :mod:`ocelot_em.kernels.by_map`; here for the same reason as :func:`load`."""
+    """Import :mod:`ocelot_em.kernels.by_map` on demand, as :func:`load` does."""
     from ocelot_em.kernels import by_map
 
     return by_map

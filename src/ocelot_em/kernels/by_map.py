@@ -1,12 +1,12 @@
-"""The merge for the CPU, one map at a time: for maps that arrive one after another.
+"""CPU merge kernels for one map at a time, for maps that arrive one after another.
 
-First the highest correlations of all partials say which partial wins each pixel; then each map can
-be merged alone, while it is in the caches, and is done with when its last partial has come. Same
-bits as folding partial by partial (:mod:`ocelot_em.kernels.reference`).
+First, the ``mip`` maps of all partials determine the winner of each pixel. Each other map can then
+be merged separately while it is in the cache, and is complete after its last partial. Results are
+bit-identical to folding whole partials (:mod:`ocelot_em.kernels.reference`).
 
-All arrays are C-contiguous and of one size. Winners are numbers of partials, int16, -1 where no
-partial has searched. Functions that return a boolean say whether a value needs a closer look: NaN,
-or an index out of range.
+All arrays are C-contiguous and have the same size. Winners are partial numbers, int16, -1 where no
+partial has searched. Functions that return a boolean report whether a value is NaN, or an index out
+of range.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from ocelot_em.model.maps import NOT_SEARCHED
 
 @compiled
 def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
-    """Let a partial win where its ``mip`` is higher; -inf and NaN never win."""
+    """Update the winner where a partial's ``mip`` is higher; -inf and NaN never win."""
     any_nan = np.int32(0)
     for i in range(mip.size):
         value, old, won_before = new[i], mip[i], winner[i]
@@ -32,7 +32,7 @@ def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
 
 @compiled
 def contest_first(new: Any, mip: Any, winner: Any) -> Any:
-    """As :func:`contest` of the first partial, whatever is in the memory of the others."""
+    """Do the same as :func:`contest` for the first partial; initialise ``mip`` and ``winner``."""
     any_nan = np.int32(0)
     for i in range(mip.size):
         value = new[i]
@@ -45,9 +45,9 @@ def contest_first(new: Any, mip: Any, winner: Any) -> Any:
 
 @compiled
 def contest_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: Any) -> Any:
-    """As :func:`contest`, with equal correlations going to the lower index.
+    """Do the same as :func:`contest`; in a tie, the lower index wins.
 
-    ``kept`` are the ``mip``, the index and the winner.
+    ``kept`` holds the ``mip``, the index and the winner.
     """
     mip, index, winner = kept
     bad = np.int32(0)
@@ -69,7 +69,7 @@ def contest_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: A
 
 @compiled
 def take(new: Any, number: Any, winner: Any, kept: Any) -> Any:
-    """Take the values of a partial where it won; whether any of its values is NaN."""
+    """Copy a partial's values where it won; return whether any value is NaN."""
     any_nan = np.int32(0)
     for i in range(kept.size):
         value, old, won = new[i], kept[i], winner[i] == number
@@ -80,7 +80,7 @@ def take(new: Any, number: Any, winner: Any, kept: Any) -> Any:
 
 @compiled
 def has_nan(values: Any) -> Any:
-    """Whether any value is NaN."""
+    """Return whether any value is NaN."""
     any_nan = np.int32(0)
     for i in range(values.size):
         value = values[i]
@@ -90,7 +90,7 @@ def has_nan(values: Any) -> Any:
 
 @compiled
 def count_unsearched(winner: Any) -> int:
-    """In how many pixels nobody won."""
+    """Count pixels without a winner."""
     count = 0
     for i in range(winner.size):
         count += int(winner[i] < 0)
@@ -99,7 +99,7 @@ def count_unsearched(winner: Any) -> int:
 
 @compiled
 def blank(winner: Any, kept: Any) -> None:
-    """Set NaN where nobody won."""
+    """Set NaN where there is no winner."""
     for i in range(kept.size):
         old = kept[i]
         kept[i] = np.float32(np.nan) if winner[i] < 0 else old
@@ -107,7 +107,7 @@ def blank(winner: Any, kept: Any) -> None:
 
 @compiled
 def number_winners(winner: Any, numbers: Any, best_partial: Any) -> None:
-    """Look up what the winners are called; -1 where nobody won."""
+    """Look up the numbers of the winners; -1 where there is none."""
     for i in range(winner.size):
         won = winner[i]
         best_partial[i] = numbers[won] if won >= 0 else np.int32(NOT_SEARCHED)
@@ -115,7 +115,7 @@ def number_winners(winner: Any, numbers: Any, best_partial: Any) -> None:
 
 @compiled
 def take_number(new: Any, first: Any, number: Any, winner: Any, best_partial: Any) -> None:
-    """Take the numbers of a partial that has several in it, counted from ``first``."""
+    """Copy the numbers of a merged partial where it won, offset by ``first``."""
     for i in range(winner.size):
         value, old = new[i], best_partial[i]
         best_partial[i] = first + value if winner[i] == number else old
@@ -123,7 +123,7 @@ def take_number(new: Any, first: Any, number: Any, winner: Any, best_partial: An
 
 @compiled
 def add(new: Any, total: Any) -> Any:
-    """Add in float64; whether any new value is NaN."""
+    """Add in float64; return whether any new value is NaN."""
     any_nan = np.int32(0)
     for i in range(total.size):
         value, old = new[i], total[i]
@@ -134,10 +134,10 @@ def add(new: Any, total: Any) -> Any:
 
 @compiled
 def add_first(new: Any, total: Any) -> Any:
-    """As :func:`add` to a total of 0 everywhere, whatever is in its memory."""
+    """Do the same as :func:`add` for a total of 0; the contents of ``total`` are ignored."""
     any_nan = np.int32(0)
     for i in range(total.size):
         value = new[i]
-        total[i] = 0.0 + np.float64(value)  # -0.0 becomes 0.0, as if it were added
+        total[i] = 0.0 + np.float64(value)  # -0.0 becomes 0.0, as in an addition
         any_nan |= np.int32(value != value)
     return any_nan != 0

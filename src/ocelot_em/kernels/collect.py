@@ -1,12 +1,12 @@
-"""Counts over the pixels of a tile, compiled by numba.
+"""Statistics over the pixels of a tile, compiled by numba.
 
-What they mean is in ``ocelot_em.merge.stats.collected``.
+They are explained in ``ocelot_em.merge.stats.collected``.
 
-Maps are handed in as flat runs of a tile's pixels, with a ``place`` that says which: number of the
-first pixel in its tile, width of the tile, and the rows and columns that count. Additions may be
-reordered here: these numbers describe a map, they are not part of it.
+Maps are passed as flat runs of a tile's pixels with their ``place``: number of the first pixel in
+the tile, width of the tile, and (rows, columns) of its valid pixels. Additions may be reordered
+here, because these numbers only describe a map.
 
-numba computes with 64 bits wherever it is not told to keep 32, and half as many fit a vector.
+Casts keep values at 32 bits: numba defaults to 64, which halves the values per vector.
 """
 
 from typing import Any
@@ -17,61 +17,61 @@ from ocelot_em.kernels.by_map import add, add_first
 from ocelot_em.kernels.compiling import compiled, summed
 
 NAN, ZERO_STD, UNSEARCHED = 0, 1, 2
-"""Places in the counts of :func:`count_pixels`."""
+"""Positions in the counts of :func:`count_pixels`."""
 
 _FEW = 8
-"""Partials."""
+"""Maximum number of partials whose wins are counted by one vectorised pass each."""
 
 _RUN = 1024
-"""Pixels that are counted together: all that is computed of them fits the first-level cache."""
+"""Pixels counted together: all intermediate values fit the first-level cache."""
 
 _LOOK = 128
-"""Pixels of which it is asked first whether any is a candidate."""
+"""Pixels that are tested together for candidates."""
 
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 _HIGHEST_RANK = np.int32(0x7F800000)
-"""Of infinity; see :func:`_ranks`. NaN lies beyond."""
+"""Rank of infinity; see :func:`_ranks`. Positive NaN ranks above it."""
 
 _LOWEST_RANK = np.int32(-0x7F800001)
-"""Of -infinity. NaN of the other sign lies below."""
+"""Rank of -infinity. Negative NaN ranks below it."""
 
 
 def no_ranks() -> Any:
-    """Lowest and highest rank of nothing, twice; see :func:`_ranks`."""
+    """Return the initial lowest and highest ranks of two maps; see :func:`_ranks`."""
     return np.array([_HIGHEST_RANK, _LOWEST_RANK] * 2)
 
 
 def values_of(ranks: Any) -> Any:
-    """Return the float32 values that have these ranks; see :func:`_ranks`."""
+    """Return the float32 values with these ranks; see :func:`_ranks`."""
     return (ranks ^ ((ranks >> 31) & _ALL_BUT_SIGN)).view(np.float32)
 
 
 @compiled
 def count_pixels(maps: Any, place: Any, axes: Any, into: Any, found: Any) -> int:
-    """Count what lies in a run of pixels, of those that count; note where candidates are.
+    """Add the valid pixels of a run to histograms and counts, and record candidates.
 
     Parameters
     ----------
     maps
         ``mip``, z-score and standard deviation; flat.
     place
-        Which pixels they are.
+        Position of the pixels; see the module's docstring.
     axes
-        Of ``mip``, of z-score, and of both for the joint histogram: the first bin (its lower edge
-        times the bins per unit), the number of bins, and the bins per unit.
+        Axes of ``mip``, of z-score, and of both for the joint histogram, each given by the first
+        bin (its lower edge times the bins per unit), the number of bins, and the bins per unit.
     into
-        The histogram of each, with what lies below and beyond the axis in the first and last
-        place; that of both, in which it is in the nearest bin, and whose rows may be longer than
-        the axis; the counts; and the lowest and highest ranks of each, see :func:`_ranks`.
+        Outputs: the two histograms, with underflow first and overflow last; the joint histogram,
+        where outliers go to the nearest bin and rows may be longer than the axis; the counts; and
+        the lowest and highest ranks of both maps, see :func:`_ranks`.
     found
-        z-score from which on a pixel is a candidate; where to note their numbers in the tile, as
-        many as there is room for; and how many there have been.
+        Lowest z-score of a candidate; output for pixel numbers in the tile (further candidates are
+        only counted when it is full); and the number of candidates so far.
 
     Returns
     -------
     int
-        How many candidates there have been now.
+        Number of candidates so far, including this run.
     """
     mips, zs, stds = maps
     start, width, (n_rows, n_columns) = place
@@ -105,7 +105,7 @@ def _count_run(mips: Any, zs: Any, stds: Any, axes: Any, into: Any, memory: Any)
         lowest_z, highest_z = _ranks(zs)
     extremes[0], extremes[1] = min(extremes[0], lowest_mip), max(extremes[1], highest_mip)
     extremes[2], extremes[3] = min(extremes[2], lowest_z), max(extremes[3], highest_z)
-    # One histogram after the other: the lines of all three together do not fit the cache.
+    # One histogram at a time: the lines of all three do not fit the cache.
     bins = bins[: mips.size]
     _bins(mips, mip_axis, bins)
     _increment(mip_counts, bins)
@@ -117,10 +117,10 @@ def _count_run(mips: Any, zs: Any, stds: Any, axes: Any, into: Any, memory: Any)
 
 @compiled
 def _ranks(values: Any) -> Any:
-    """Lowest and highest of the integers that are ordered as the values are.
+    """Return the lowest and highest rank: an integer with the same order as the value.
 
-    That is their bits, all but the sign inverted where it is negative. Of integers the extremes
-    are found by vectors, because NaN cannot come between.
+    A rank is the bits of a float32, with all but the sign inverted if negative. Extremes of
+    integers can be vectorised, because there is no NaN.
     """
     lowest, highest = _HIGHEST_RANK, _LOWEST_RANK
     bits = values.view(np.int32)
@@ -133,7 +133,7 @@ def _ranks(values: Any) -> Any:
 
 @compiled
 def _without_special(mips: Any, zs: Any, stds: Any, counts: Any, kept: Any) -> int:
-    """Count what is special in a run of pixels; keep the others, and how many they are."""
+    """Count special pixels of a run; copy the others to ``kept`` and return their number."""
     n = 0
     for x in range(mips.size):
         mip, z = mips[x], zs[x]
@@ -150,9 +150,9 @@ def _without_special(mips: Any, zs: Any, stds: Any, counts: Any, kept: Any) -> i
 
 @compiled
 def _bins(values: Any, axis: Any, numbers: Any) -> None:
-    """Look up bins, from 1; 0 below the axis and one more than it has beyond it.
+    """Look up bin numbers, from 1; 0 is underflow, and the number of bins plus 1 is overflow.
 
-    Rates are powers of two, so that products and floors of float32 are exact.
+    Rates are powers of two, so products and floors of float32 are exact.
     """
     first, n_bins, rate = axis
     lowest, highest = np.float32(first - 1) / rate, np.float32(first + n_bins) / rate
@@ -165,9 +165,9 @@ def _bins(values: Any, axis: Any, numbers: Any) -> None:
 
 @compiled
 def _joint_bins(mips: Any, zs: Any, mip_axis: Any, z_axis: Any, into: Any) -> None:
-    """Look up bins of both, row by row; what lies beyond is in the nearest.
+    """Look up flat bin numbers of the joint histogram; outliers go to the nearest bin.
 
-    In float32, which is exact up to 2**24.
+    Uses float32, which is exact up to 2**24.
     """
     (first_row, n_rows, row_rate), (first_column, n_columns, column_rate) = mip_axis, z_axis
     width, numbers = into
@@ -191,7 +191,7 @@ def _increment(counts: Any, bins: Any) -> None:
 
 @compiled
 def count_wins(numbers: Any, place: Any, wins: Any) -> None:
-    """Count how many of a run of pixels each partial won, of those that count; -1 is nobody."""
+    """Count the valid pixels of a run that each partial won; -1 means no winner."""
     start, width, (n_rows, n_columns) = place
     at = 0
     while at < numbers.size:
@@ -200,7 +200,7 @@ def count_wins(numbers: Any, place: Any, wins: Any) -> None:
         n_valid = min(max(n_columns - x, 0), n)
         if y < n_rows and n_valid > 0:
             own = numbers[at : at + n_valid]
-            if wins.size <= _FEW:  # several vectorised looks are faster than one of pixel by pixel
+            if wins.size <= _FEW:  # several vectorised passes are faster than one scalar pass
                 for number in range(wins.size):
                     wins[number] += _count_equal(own, np.int32(number))
             else:
@@ -220,7 +220,7 @@ def _count_equal(values: Any, wanted: Any) -> Any:
 
 @compiled
 def _note_above(zs: Any, level: Any, first: int, where: Any, n: int) -> int:
-    """Note the numbers of the pixels with a z-score of at least ``level``, from ``n`` on."""
+    """Record the numbers of pixels with a z-score of at least ``level``, from position ``n``."""
     for start in range(0, zs.size, _LOOK):
         some = zs[start : start + _LOOK]
         if _any_above(some, level):
@@ -242,19 +242,19 @@ def _any_above(values: Any, level: Any) -> Any:
 
 @compiled
 def look_around(numbers: Any, zs: Any, width: int, valid: Any, into: Any) -> None:
-    """Look up pixels of a tile by their numbers.
+    """Look up positions and neighbours of pixels by their numbers.
 
     Parameters
     ----------
     numbers
-        Of the pixels that are looked for.
+        Numbers of the pixels in the tile.
     zs
         z-scores of the tile, flat.
     width, valid
-        Of the tile, and the rows and columns of it that count.
+        Width of the tile, and (rows, columns) of its valid pixels.
     into
-        One row a pixel: its place (y, x), and another one with the z-scores above, below, left and
-        right of it, NaN where these do not count.
+        Two outputs with one row per pixel: position (y, x), and the z-scores above, below, left and
+        right of it, NaN where not valid.
     """
     (n_rows, n_columns), (places, beside) = valid, into
     for i in range(numbers.size):
@@ -269,7 +269,7 @@ def look_around(numbers: Any, zs: Any, width: int, valid: Any, into: Any) -> Non
 
 @summed
 def _moments(values: Any) -> Any:
-    """Sum and sum of squares."""
+    """Return the sum and the sum of squares."""
     total, squared_total = 0.0, 0.0
     for i in range(values.size):
         value = np.float64(values[i])
@@ -280,7 +280,7 @@ def _moments(values: Any) -> Any:
 
 @summed
 def _add_with_moments(values: Any, into: Any) -> Any:
-    """Add to float64 totals, each by itself; sum and sum of squares of what was added."""
+    """Add values to float64 totals elementwise; return their sum and sum of squares."""
     total, squared_total = 0.0, 0.0
     for i in range(values.size):
         value, old = np.float64(values[i]), into[i]
@@ -292,11 +292,11 @@ def _add_with_moments(values: Any, into: Any) -> Any:
 
 @summed
 def _add_first_with_moments(values: Any, into: Any) -> Any:
-    """As :func:`_add_with_moments` to totals of 0 everywhere, whatever is in their memory."""
+    """Do the same as :func:`_add_with_moments` for totals of 0, ignoring their contents."""
     total, squared_total = 0.0, 0.0
     for i in range(values.size):
         value = np.float64(values[i])
-        into[i] = 0.0 + value  # -0.0 becomes 0.0, as if it were added
+        into[i] = 0.0 + value  # -0.0 becomes 0.0, as in an addition
         total += value
         squared_total += value * value
     return total, squared_total
@@ -304,9 +304,9 @@ def _add_first_with_moments(values: Any, into: Any) -> Any:
 
 @compiled
 def add_moments(values: Any, place: Any, into: Any) -> None:
-    """Add number, sum and sum of squares of a run of pixels, of those that count.
+    """Add the number, sum and sum of squares of the valid pixels of a run.
 
-    A run with NaN leaves its row of pixels out.
+    A row of pixels with NaN is left out.
     """
     start, width, (n_rows, n_columns) = place
     at = 0
@@ -325,7 +325,7 @@ def add_moments(values: Any, place: Any, into: Any) -> None:
 
 @compiled
 def add_and_measure(values: Any, total: Any, first: Any, place: Any, into: Any) -> Any:
-    """Add to the totals as ``by_map`` does, and as :func:`add_moments`; whether any is NaN."""
+    """Add to totals as in ``by_map``, and to moments; return whether any value is NaN."""
     start, width, (n_rows, n_columns) = place
     if n_columns < width or start + values.size > n_rows * width:
         bad = add_first(values, total) if first else add(values, total)

@@ -1,6 +1,6 @@
-"""Compiling kernels with numba, and handing them arrays as tables of addresses.
+"""Kernel compilation with numba, and array arguments as tables of addresses.
 
-One compilation serves every number of partials and every combination of optional maps.
+One compilation serves any number of partials and any combination of optional maps.
 """
 
 import time
@@ -17,7 +17,7 @@ from ocelot_em.model.maps import (
 )
 
 MISSING = 0
-"""Address of a map that is not there."""
+"""Address that stands for an absent map."""
 
 
 F4, F8, I4, I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
@@ -27,18 +27,18 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def compiled(function: _Function) -> _Function:
-    """Compile for use without the GIL; division by zero gives what NumPy gives."""
+    """Compile a function that releases the GIL and divides by zero as NumPy does."""
     return cast("_Function", njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
 def summed(function: _Function) -> _Function:
-    """Compile as :func:`compiled` does, but add the terms of a sum in any order."""
+    """Compile as :func:`compiled` does, but allow reordering of additions."""
     jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
     return cast("_Function", jit(function))
 
 
 class _FirstStart(event.Listener):  # type: ignore[misc]
-    """Notes when the first function is compiled that was not on the disk."""
+    """Record the time of the first compilation of an uncached function."""
 
     def __init__(self, compiling: Callable[[], None]) -> None:
         self._compiling, self.at = compiling, 0.0
@@ -61,7 +61,7 @@ def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -
 
 
 def address_of(array: AnyArray, size: int, dtype: np.dtype[Any], changed: bool = False) -> int:
-    """Return where an array's values are, after checking that compiled code may go there."""
+    """Return the address of an array after checking its layout, size and dtype."""
     flags = array.flags
     fit = flags.c_contiguous and flags.aligned and (flags.writeable or not changed)
     if not fit or array.size != size or array.dtype != dtype:
@@ -74,14 +74,14 @@ def address_of(array: AnyArray, size: int, dtype: np.dtype[Any], changed: bool =
 
 @compiled
 def start_of(array: Any) -> int:
-    """Several times faster than asking NumPy, which makes an object for it."""
+    """Return an array's address; several times faster than NumPy, which creates an object."""
     address: int = array.ctypes.data
     return address
 
 
 @intrinsic
 def pointer(_context: Any, _at: Any, _start: Any, dtype: Any) -> Any:
-    """Turn an address and a number of values beyond it into a pointer."""
+    """Convert an address and an offset in values to a pointer."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -92,13 +92,13 @@ def pointer(_context: Any, _at: Any, _start: Any, dtype: Any) -> Any:
 
 @compiled
 def plane(address: Any, dtype: Any, start: Any, size: Any) -> Any:
-    """Return ``size`` values of a map from ``start`` as an array."""
+    """Return ``size`` values of a map, from ``start``, as an array."""
     return carray(pointer(address, start, dtype), size)
 
 
 @compiled
 def planes(rows: Any, column: Any, dtype: Any, start: Any, size: Any) -> Any:
-    """Return one map of a group; a short group repeats its last, which never wins over itself."""
+    """Return one map of a group; short groups repeat the last partial, which cannot beat itself."""
     last = len(rows) - 1
     return (
         plane(rows[0, column], dtype, start, size),

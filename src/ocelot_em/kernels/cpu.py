@@ -1,19 +1,19 @@
-"""The merge for the CPU, compiled by numba: one pass over the maps in blocks that stay in cache.
+"""CPU merge kernels compiled by numba: one pass over the maps in cache-sized blocks.
 
-Same interface and same bits as :mod:`ocelot_em.kernels.reference`. The compiled functions release
-the GIL, so threads can merge different regions at once. They are compiled at first use, and the
-machine code is kept on disk.
+Same interface as :mod:`ocelot_em.kernels.reference`, with bit-identical results. The compiled
+functions release the GIL, so threads can merge regions in parallel. They are compiled at first use
+and cached on disk.
 
-Per block and four partials, first the winners as a mask, then one simple loop per map that reads
-the map of all four: so memory delivers four streams at once, and the accumulator is read and
-written a quarter as often. Two things keep the loops vectorised, without which they are four to
-five times slower: operands are loaded into locals before one of them is chosen, and a loop writes
-one array and reads few, because the compiler gives up when it would have to test more than eight
-pairs of arrays for overlap. ``fastmath`` stays off, because it would fuse and reorder the float64
-arithmetic.
+Each block is processed in groups of four partials: the winners are computed as a mask, then one
+simple loop per map reads that map of all four partials. Memory thus delivers four streams at once,
+and the accumulator is read and written a quarter as often. Two rules keep the loops vectorised
+(otherwise they are four to five times slower): operands are loaded into locals before one of them
+is selected, and a loop writes one array and reads few, because the compiler does not vectorise a
+loop that needs more than eight overlap tests between arrays. ``fastmath`` stays off because it
+would fuse and reorder the float64 arithmetic.
 
-Compiled functions take the arrays as tables of addresses, so that one compilation serves every
-number of partials and every combination of optional maps.
+Compiled functions take arrays as tables of addresses, so one compilation serves any number of
+partials and any combination of optional maps.
 """
 
 from collections.abc import Sequence
@@ -35,27 +35,26 @@ from ocelot_em.model.search_space import SearchSpace
 __all__ = ["finalise", "fold", "fold_all", "identity", "mask_nan", "reset"]
 
 _BLOCK = 16384
-"""Pixels per block of a fold: long enough for memory to stream, short enough to stay in cache."""
-
+"""Pixels per block of a fold: long enough for memory streaming, short enough for the cache."""
 
 _GROUP = 4
-"""Partials per pass over the accumulator; the names a, b, c, d stand for them."""
+"""Partials per pass over the accumulator, named a, b, c, d in the code."""
 
 _A, _B, _C, _D = np.int32(1), np.int32(2), np.int32(4), np.int32(8)
-"""Bits of a pixel in a block's mask: which of a group won, if any did."""
+"""Mask bits that mark which partial of a group won a pixel."""
 
 _SEARCHED_SHIFT = np.int32(4)
-"""The same bits, shifted by this, say which of a group searched the pixel."""
+"""Shift of the mask bits that mark which partials of a group searched a pixel."""
 
 _MIP, _BEST_PARTIAL, _SUM, _SQUARED_SUM, _COUNT, _POSE = range(6)
-"""Columns of a table of addresses, one row a partial; the pose takes the last and all after it."""
+"""Columns of an address table (one row per partial); pose maps start at the last of these."""
 
 _NUMBER, _ONE_COUNT, _SUM_BYTES, _SQUARED_SUM_BYTES = range(4)
-"""Columns of the table of numbers: what stands for a map that is not there, and sizes."""
+"""Columns of the number table: scalars that replace absent maps, and item sizes of the sums."""
 
 
 def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-    """Take one more partial into the accumulator: :func:`fold_all` of one."""
+    """Fold one partial into the accumulator; see :func:`fold_all`."""
     return fold_all(acc, (partial,), space)
 
 
@@ -66,37 +65,37 @@ def fold_all(
     *,
     fresh: bool = False,
 ) -> FoldReport:
-    """Take more partials into the accumulator, in place, in their order.
+    """Fold partials into the accumulator, in place and in the given order.
 
-    The higher ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier partial,
-    indexed poses the lower global index. -inf never wins. Sums and counts add.
+    The higher ``mip`` wins a pixel with its pose. In a tie, the earlier partial wins with explicit
+    poses, the lower global index with indexed poses. -inf never wins. Sums and counts are added.
 
-    NaN: a NaN ``mip`` never wins and NaN sums stay NaN; both are counted in the report, and the
-    caller decides.
+    A NaN ``mip`` never wins, and NaN sums stay NaN. Both are counted in the report; the caller
+    decides.
 
     Parameters
     ----------
     acc
-        Changed in place.
+        Accumulator, changed in place.
     partials
         Maps of the accumulator's shape.
     space
         The search space of an indexed search, None for explicit poses.
     fresh
-        Take the accumulator as the merge of nothing, whatever is in its memory.
+        Reset the accumulator first; its contents are ignored.
 
     Returns
     -------
     FoldReport
-        The sums over all partials: a pixel that is NaN in two partials counts twice.
+        Sums over all partials: a pixel that is NaN in two partials counts twice.
 
     Raises
     ------
     TypeError
-        If a partial's count is a map and the accumulator's is not; nothing is changed then.
+        If a partial's count is a map and the accumulator's is not; nothing is changed.
     ValueError
-        If an array is not C-contiguous, not of the accumulator's size or not of the dtype that
-        :class:`PartialMaps` states; nothing is changed then.
+        If an array is not C-contiguous, or its size differs from the accumulator's, or its dtype
+        from that of :class:`PartialMaps`; nothing is changed.
     """
     if not partials:
         if fresh:
@@ -156,7 +155,7 @@ def fold_all(
 
 @compiled
 def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
-    """Mark who wins and who searched; whether any mip is NaN."""
+    """Mark the winners and the partials that searched; return whether any mip is NaN."""
     a_mips, b_mips, c_mips, d_mips = mips
     any_nan, none = np.int32(0), np.int32(0)
     for i in range(state.size):
@@ -177,7 +176,7 @@ def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
 
 @compiled
 def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any) -> Any:
-    """Mark who of two wins, the earlier mark stays elsewhere; whether NaN or an invalid index."""
+    """Mark wins of two partials, keep other marks; return whether NaN or a bad index occurs."""
     (best, best_index), (a_mips, b_mips, a_indices, b_indices) = kept, new
     none, yes, lowest = np.int32(0), np.int32(1), np.int32(NOT_SEARCHED)
     a_bit, b_bit = (_C, _D) if second else (_A, _B)
@@ -204,7 +203,7 @@ def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any)
 
 @compiled
 def _take(state: Any, kept: Any, new: Any) -> None:
-    """Replace the kept values by those of the winners."""
+    """Replace the kept values with those of the winners."""
     a_values, b_values, c_values, d_values = new
     for i in range(state.size):
         won, value = state[i], kept[i]
@@ -217,7 +216,7 @@ def _take(state: Any, kept: Any, new: Any) -> None:
 
 @compiled
 def _take_pose(state: Any, kept: Any, new: Any) -> Any:
-    """Replace as :func:`_take` does; whether any value of a searched pixel is NaN."""
+    """Do the same as :func:`_take`; return whether a pose of a searched pixel is NaN."""
     a_values, b_values, c_values, d_values = new
     any_nan, none = np.int32(0), np.int32(0)
     for i in range(state.size):
@@ -235,7 +234,7 @@ def _take_pose(state: Any, kept: Any, new: Any) -> Any:
 
 @compiled
 def _take_numbers(state: Any, kept: Any, numbers: Any) -> None:
-    """Replace the kept values by the number of the winner."""
+    """Replace the kept values with the number of the winner."""
     a, b, c, d = numbers
     for i in range(state.size):
         won, value = state[i], kept[i]
@@ -247,7 +246,7 @@ def _take_numbers(state: Any, kept: Any, numbers: Any) -> None:
 
 @compiled
 def _take_map(state: Any, kept: Any, bit: Any, new: Any) -> None:
-    """Replace the kept values by those of the partial of this bit where it won."""
+    """Replace the kept values where the partial with this bit won."""
     for i in range(state.size):
         won, value, other = state[i], kept[i], new[i]
         kept[i] = other if won & bit else value
@@ -255,7 +254,7 @@ def _take_map(state: Any, kept: Any, bit: Any, new: Any) -> None:
 
 @compiled
 def _add_four(total: Any, new: Any) -> Any:
-    """Add in float64, one after another; whether any new value is NaN."""
+    """Add four maps in float64, in order; return whether any new value is NaN."""
     a_values, b_values, c_values, d_values = new
     any_nan = np.int32(0)
     for i in range(total.size):
@@ -267,7 +266,7 @@ def _add_four(total: Any, new: Any) -> Any:
 
 @compiled
 def _add(total: Any, new: Any) -> Any:
-    """Add in float64; whether any new value is NaN."""
+    """Add in float64; return whether any new value is NaN."""
     any_nan = np.int32(0)
     for i in range(total.size):
         value, a = total[i], new[i]
@@ -278,9 +277,9 @@ def _add(total: Any, new: Any) -> Any:
 
 @compiled
 def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int, int]:
-    """Fold; the number of pixels with NaN and of those with an invalid index.
+    """Fold partials; return the numbers of pixels with NaN and with an invalid index.
 
-    ``kept`` and ``rows`` are addresses, ``n_poses`` is 0 for explicit poses.
+    ``kept`` and ``rows`` hold addresses; ``n_poses`` is 0 for explicit poses.
     """
     state = np.empty(min(n, _BLOCK), np.int32)
     nan_pixels = invalid_indices = 0
@@ -297,7 +296,7 @@ def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int
             bad |= _add_sums(block, start, kept, group, values)
             if kept[_COUNT] != MISSING:
                 _add_counts(block, start, kept, group, values)
-            if bad:  # rare: only then is it worth finding out in how many pixels
+            if bad:  # rare, so pixels are counted only in this case
                 for number in range(len(group)):
                     nan_pixels += _count_nan(block, start, group[number], values[number], n_poses)
                     if n_poses:
@@ -307,7 +306,7 @@ def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int
 
 @compiled
 def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
-    """Mark the winners, take their mips and poses; whether anything is NaN."""
+    """Mark the winners and copy their mips and poses; return whether anything is NaN."""
     size = state.size
     best = plane(kept[_MIP], np.float32, start, size)
     bad = _explicit_winners(state, best, planes(rows, _MIP, np.float32, start, size))
@@ -320,12 +319,12 @@ def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
 
 @compiled
 def _pick_indexed(state: Any, start: Any, kept: Any, rows: Any, n_poses: Any) -> Any:
-    """Mark the winners, take their mips and indices; whether NaN or an invalid index."""
+    """Mark winners, copy mips and indices; return whether NaN or a bad index occurs."""
     size = state.size
     best = plane(kept[_MIP], np.float32, start, size)
     best_index = plane(kept[_POSE], np.int32, start, size)
     bad = np.int32(0)
-    # In pairs: four partials would be too many arrays in one loop to be vectorised.
+    # In pairs: a loop over the arrays of four partials would not be vectorised.
     for second in range(2 if len(rows) > 2 else 1):
         a, b = 2 * second, min(2 * second + 1, len(rows) - 1)
         new = (
@@ -342,14 +341,14 @@ def _pick_indexed(state: Any, start: Any, kept: Any, rows: Any, n_poses: Any) ->
 
 @compiled
 def _pick_bits(state: Any, start: Any, kept: Any, rows: Any, column: Any) -> None:
-    """Take a map of four bytes a value, whatever they mean, from the winners."""
+    """Copy the winners' values of a map of any four-byte dtype."""
     new = planes(rows, column, np.int32, start, state.size)
     _take(state, plane(kept[column], np.int32, start, state.size), new)
 
 
 @compiled
 def _pick_best_partial(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> None:
-    """Take the number of the winner: the partial's own, or from its map."""
+    """Store the winner's number: the partial's own, or from its ``best_partial`` map."""
     best, last = plane(kept[_BEST_PARTIAL], np.int32, start, state.size), len(rows) - 1
     a, b = np.int32(numbers[0, _NUMBER]), np.int32(numbers[min(1, last), _NUMBER])
     c, d = np.int32(numbers[min(2, last), _NUMBER]), np.int32(numbers[last, _NUMBER])
@@ -363,7 +362,7 @@ def _pick_best_partial(state: Any, start: Any, kept: Any, rows: Any, numbers: An
 
 @compiled
 def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any:
-    """Add both sums; whether any new value is NaN."""
+    """Add both sums; return whether any new value is NaN."""
     any_nan, size = np.int32(0), state.size
     for number in range(2):
         column, width = _SUM + number, _SUM_BYTES + number
@@ -383,7 +382,7 @@ def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any
 
 @compiled
 def _add_counts(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> None:
-    """Add to the map of counts: from the partial's map, or its one count everywhere."""
+    """Add each partial's count, a map or one number, to the count map."""
     total = plane(kept[_COUNT], np.int64, start, state.size)
     for number in range(len(rows)):
         if rows[number, _COUNT] != MISSING:
@@ -398,7 +397,7 @@ def _add_counts(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> N
 
 @compiled
 def _count_nan(bad: Any, start: Any, row: Any, numbers: Any, n_poses: Any) -> int:
-    """Count the pixels where any map of a partial is NaN; a pose only where it searched."""
+    """Count pixels where any map of a partial is NaN; poses only where it searched."""
     size = bad.size
     mip = plane(row[_MIP], np.float32, start, size)
     for i in range(size):
@@ -423,7 +422,7 @@ def _count_nan(bad: Any, start: Any, row: Any, numbers: Any, n_poses: Any) -> in
 
 @compiled
 def _count_invalid(state: Any, start: Any, row: Any, n_poses: Any) -> int:
-    """Count the pixels whose index is in no search space, or missing where it searched."""
+    """Count pixels whose index is outside the search space, or -1 where the partial searched."""
     mip = plane(row[_MIP], np.float32, start, state.size)
     index = plane(row[_POSE], np.int32, start, state.size)
     invalid = 0

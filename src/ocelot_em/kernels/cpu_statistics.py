@@ -20,7 +20,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 
 _SMALL_BLOCK = 1024
-"""Pixels per block where everything that is read again fits the first-level cache."""
+"""Pixels per block: all reused data fit the first-level cache."""
 
 
 def finalise(
@@ -29,35 +29,35 @@ def finalise(
     space: SearchSpace | None,
     out: Mapping[str, AnyArray] | None = None,
 ) -> dict[str, AnyArray]:
-    """Turn an accumulator into the merged maps.
+    """Compute the merged maps from an accumulator.
 
     ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, ``z = (mip - mean) / std``, all in
-    float64 and rounded to float32 once. z is 0 where std is 0, and NaN where no device searched;
-    mean and std are NaN where the count is 0. Sums beyond float32 become infinite.
+    float64, then rounded to float32. z is 0 where std is 0, and NaN where no device searched; mean
+    and std are NaN where the count is 0. Sums beyond the float32 range become infinite.
 
     Parameters
     ----------
     acc
-        Left as it is.
+        Accumulator; not changed.
     maps
-        Which maps the result has.
+        Maps of the result.
     space
         The search space of an indexed search, None for explicit poses.
     out
-        C-contiguous float32 arrays of the accumulator's shape to write computed maps into, by name:
-        z-score, mean, standard deviation, sums, decoded poses. Those not named are allocated.
+        C-contiguous float32 arrays of the accumulator's shape for computed maps, by name: z-score,
+        mean, standard deviation, sums, decoded poses. Missing ones are allocated.
 
     Returns
     -------
     dict
-        The maps of :attr:`MapSet.merged`. Maps that need no computing are the accumulator's own.
+        Maps of :attr:`MapSet.merged`. Maps that are not computed are the accumulator's own.
 
     Raises
     ------
     IndexError
-        If an index lies beyond the search space.
+        If an index is outside the search space.
     ValueError
-        If an array is not C-contiguous, or not of the accumulator's size or the right dtype.
+        If an array is not C-contiguous or has a wrong size or dtype.
     """
     n, shape = acc.mip.size, acc.mip.shape
     names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses]
@@ -86,7 +86,7 @@ def finalise(
 
 @compiled
 def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
-    """Z-score, mean, standard deviation, and the sums in float32, into the first five targets."""
+    """Write z-score, mean, standard deviation and float32 sums to the first five targets."""
     mip_address, sum_address, squared_sum_address, count_address = inputs
     counts_scratch = np.full(_SMALL_BLOCK, one_count)
     for start in range(0, n, _SMALL_BLOCK):
@@ -132,7 +132,7 @@ def _round(target: Any, values: Any) -> None:
 
 @compiled
 def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -> int:
-    """Look up the pose maps; the number of indices beyond the tables, which become NaN."""
+    """Decode the pose maps; return the number of indices beyond the tables (pose NaN)."""
     n_orientations, n_defocus, n_pixel_sizes = sizes
     n_poses = n_orientations * n_defocus * n_pixel_sizes
     angles = plane(tables[0], np.float32, 0, 3 * n_orientations)
@@ -166,7 +166,7 @@ def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -
 
 @compiled
 def _usable(index: Any, n_poses: Any, pose: Any) -> Any:
-    """Replace what is no index by 0, which can be looked up; whether there was any."""
+    """Replace invalid indices by 0 for the lookup; return whether there were any."""
     any_replaced, first = np.int32(0), np.int32(0)
     for i in range(index.size):
         number = index[i]
@@ -177,10 +177,10 @@ def _usable(index: Any, n_poses: Any, pose: Any) -> Any:
 
 @compiled
 def _divide(numbers: Any, divisor: Any, quotients: Any, rests: Any) -> None:
-    """Divide integers from 0.
+    """Divide non-negative integers.
 
-    In float64, as there is no vector instruction for integers: 53 bits are enough for the quotient
-    of two of 31 bits never to be rounded up to the next integer.
+    Uses float64, as there is no vector instruction for integer division: with 53 bits, the quotient
+    of two 31-bit integers is never rounded up to the next integer.
     """
     wide_divisor = np.float64(divisor)
     for i in range(numbers.size):
@@ -198,7 +198,7 @@ def _look_up(target: Any, table: Any, numbers: Any) -> None:
 
 @compiled
 def _blank(target: Any, index: Any, pose: Any) -> None:
-    """Make NaN what :func:`_usable` replaced."""
+    """Set values to NaN where :func:`_usable` replaced the index."""
     nan = np.float32(np.nan)
     for i in range(target.size):
         value, given, used = target[i], index[i], pose[i]

@@ -1,8 +1,8 @@
 """The merge on a CUDA device: one fused pass over all maps of several partials.
 
-Same interface and same bits as :mod:`ocelot_em.kernels.reference`, for arrays that lie on a
-:class:`ocelot_em.kernels.device.Device`. The arithmetic is in ``merge.cu``; this module hands over
-addresses.
+Same interface as :mod:`ocelot_em.kernels.reference`, with bit-identical results, for arrays on a
+:class:`ocelot_em.kernels.device.Device`. The arithmetic is in ``merge.cu``; this module passes
+addresses to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import TABLES, SearchSpace
 
 PIXELS_PER_THREAD = 4
-"""``VECTOR`` of ``merge.cu``."""
+"""Pixels per thread, equal to ``VECTOR`` in ``merge.cu``."""
 
 MAX_SOURCES = 16
-"""Partials in one pass over the accumulator; the same in ``merge.cu``."""
+"""Maximum number of partials per pass, as in ``merge.cu``."""
 
 _ALIGNMENT = 16
-"""Bytes to which all maps have to be aligned for wide loads."""
+"""Alignment in bytes that all maps need for wide loads."""
 
 _i8 = np.dtype("i8")
 _KEPT = np.dtype(
@@ -66,12 +66,12 @@ _F4, _F8, _I4, _I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
 
 
 class CudaKernels:
-    """The kernels of one device; see :class:`ocelot_em.kernels.Kernels`.
+    """Kernels of one device; see :class:`ocelot_em.kernels.Kernels`.
 
     Parameters
     ----------
     device
-        Where all arrays lie.
+        Device that holds all arrays.
     """
 
     reset = staticmethod(reset)
@@ -81,7 +81,7 @@ class CudaKernels:
         self._tables: tuple[SearchSpace, tuple[AnyArray, ...]] | None = None
 
     def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
-        """Return the merge of nothing."""
+        """Return an empty accumulator."""
         indexed = maps.form is PoseForm.INDEXED
 
         def plane(dtype: "np.dtype[Any]") -> AnyArray:
@@ -99,7 +99,7 @@ class CudaKernels:
         return acc
 
     def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-        """Take one more partial into the accumulator: :meth:`fold_all` of one."""
+        """Fold one partial into the accumulator; see :meth:`fold_all`."""
         return self.fold_all(acc, (partial,), space)
 
     def fold_all(
@@ -110,17 +110,17 @@ class CudaKernels:
         *,
         fresh: bool = False,
     ) -> FoldReport:
-        """Take more partials into the accumulator, in place, in their order.
+        """Fold partials into the accumulator, in place and in the given order.
 
-        Waits for the device, to say what it noticed.
+        Waits for the device to finish the report.
 
         Raises
         ------
         TypeError
-            If a partial's count is a map and the accumulator's is not; nothing is changed then.
+            If a partial's count is a map and the accumulator's is not; nothing is changed.
         ValueError
-            If an array is not C-contiguous, not of the accumulator's size or not of the dtype that
-            :class:`PartialMaps` states; nothing is changed then.
+            If an array is not C-contiguous, or its size differs from the accumulator's, or its
+            dtype from that of :class:`PartialMaps`; nothing is changed.
         """
         kept, n = np.zeros(1, _KEPT), acc.mip.size
         pose_type = _F4 if space is None else _I4
@@ -177,12 +177,12 @@ class CudaKernels:
         space: SearchSpace | None,
         out: Mapping[str, AnyArray] | None = None,
     ) -> dict[str, AnyArray]:
-        """Turn an accumulator into the merged maps; ``out`` lies on the device, too.
+        """Compute the merged maps from an accumulator; ``out`` must be on the device, too.
 
         Raises
         ------
         IndexError
-            If an index lies beyond the search space.
+            If an index is outside the search space.
         """
         n, shape, given = acc.mip.size, acc.mip.shape, out or {}
         names = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses)
@@ -216,7 +216,7 @@ class CudaKernels:
         return merged_maps(acc, maps, computed)
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
-        """Make a copy of a partial that is idle, count included, where any of its maps is NaN."""
+        """Copy a partial, made idle (count included) where any of its maps is NaN."""
         n, shape = partial.mip.size, partial.mip.shape
         indexed = partial.pose[0].dtype.kind == "i"
 
@@ -241,7 +241,7 @@ class CudaKernels:
     def _fill_source(
         self, table: Any, partial: PartialMaps, n: int, pose_type: "np.dtype[Any]"
     ) -> list[int]:
-        """Enter a partial into a table; the addresses of its maps."""
+        """Fill a table from a partial; return the addresses of its maps."""
         addresses = self._fill(table, "mip", partial.mip, n, _F4)
         addresses += self._fill_poses(table, partial.pose, n, pose_type)
         sums = partial.correlation_sum, partial.correlation_squared_sum
@@ -272,7 +272,7 @@ class CudaKernels:
         return [int(table[name])]
 
     def _address(self, values: AnyArray, n: int, dtype: "np.dtype[Any]") -> int:
-        """Return where an array's values are, after checking that a kernel may go there."""
+        """Return the address of an array after checking its layout, size and dtype."""
         if not values.flags.c_contiguous or values.size != n or values.dtype != dtype:
             raise ValueError(
                 f"expected a C-contiguous array of {n} values of {dtype}, got {values.dtype}, "
@@ -281,7 +281,7 @@ class CudaKernels:
         return self._device.address(values)
 
     def _on_device(self, space: SearchSpace) -> tuple[AnyArray, ...]:
-        """Return the tables of a search space on the device; copied once."""
+        """Return the tables of a search space on the device, copied only once."""
         if self._tables is None or self._tables[0] is not space:
             copies = []
             for name in TABLES:
@@ -298,7 +298,7 @@ class CudaKernels:
         return zeros
 
     def _read(self, values: AnyArray) -> list[int]:
-        """Wait for a few numbers."""
+        """Copy numbers to the host and wait."""
         host = np.empty(values.size, values.dtype)
         self._device.copy_out(values, host).synchronize()
         return [int(number) for number in host]

@@ -1,8 +1,8 @@
-"""A CUDA device as the merge sees it: memory, copies and kernel launches, in order on a stream.
+"""CUDA device interface of the merge: memory, copies and kernel launches, in stream order.
 
-:class:`Device` is all that the rest of the package knows of GPUs; :class:`CudaDevice` is the only
-user of CuPy besides :mod:`ocelot_em.model.arrays`. Each thread has a stream of its own. Importing
-this module needs neither CuPy nor a GPU.
+The rest of the package uses GPUs only through :class:`Device`; :class:`CudaDevice` is the only user
+of CuPy besides :mod:`ocelot_em.model.arrays`. Each thread has its own stream. Importing this module
+requires neither CuPy nor a GPU.
 """
 
 import os
@@ -22,19 +22,19 @@ from ocelot_em.model.maps import AnyArray
 _THREADS_PER_BLOCK = 256
 
 _COMPILE_OPTIONS = ("--fmad=false", "--ftz=false")
-"""As on the CPU, products and sums are rounded one by one, and subnormal values are kept."""
+"""As on the CPU, round each product and sum separately, and keep subnormal values."""
 
 
 class Mark(Protocol):
     """A point in a stream."""
 
     def synchronize(self) -> None:
-        """Wait until everything before it is done."""
+        """Wait until all earlier work in the stream is complete."""
         ...
 
 
 class Device(Protocol):
-    """Memory and kernels of one device. Calls of one thread are carried out in their order."""
+    """Memory and kernels of one device; the calls of one thread are executed in order."""
 
     def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
         """Allocate ``n`` values on the device.
@@ -46,27 +46,26 @@ class Device(Protocol):
         ...
 
     def pinned(self, nbytes: int) -> AnyArray:
-        """Allocate host memory (uint8) that is copied from and to the device without a detour."""
+        """Allocate page-locked host memory (uint8) for direct copies to and from the device."""
         ...
 
     def copy_in(self, host: AnyArray, values: AnyArray) -> Mark:
-        """Copy contiguous values to the device, later: the host's must stay until the mark."""
+        """Copy contiguous values to the device; ``host`` must not change before the mark."""
         ...
 
     def copy_out(self, values: AnyArray, host: AnyArray) -> Mark:
-        """Copy contiguous values to the host, later: they are there at the mark."""
+        """Copy contiguous values to the host; they are complete at the mark."""
         ...
 
     def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
-        """Start a kernel of ``kernels/merge.cu`` on at least so many threads.
+        """Start a kernel of ``kernels/merge.cu`` with at least ``n_threads`` threads.
 
-        Arguments are integers and floats of NumPy, structures as arrays of one record, and arrays
-        on the device.
+        Arguments are NumPy integers and floats, structures as one-record arrays, and device arrays.
         """
         ...
 
     def address(self, values: AnyArray) -> int:
-        """Where an array lies on the device."""
+        """Return the device address of an array."""
         ...
 
 
@@ -77,14 +76,14 @@ def kernel_source() -> str:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What is known of a device before anything is started on it.
+    """Properties of a device that are known before anything is started on it.
 
     Parameters
     ----------
     name
-        As its maker calls it.
+        Product name of the device.
     memory_nbytes
-        Bytes that may be allocated on it: its memory, or CuPy's limit where one is set.
+        Bytes that may be allocated: the device memory, or CuPy's limit if set and lower.
     """
 
     name: str
@@ -92,14 +91,14 @@ class DeviceFacts:
 
 
 def find_devices() -> list[DeviceFacts]:
-    """Look for devices that this process can use; starts nothing on them.
+    """List the devices that this process can use; nothing is started on them.
 
     Raises
     ------
     MissingDependencyError
-        CuPy is not installed.
+        If CuPy is not installed.
     DeviceError
-        There is no driver or no visible device, or the driver is too old; in one sentence.
+        If there is no driver or no visible device, or the driver is too old.
     """
     cupy = _cupy()
     runtime = cupy.cuda.runtime
@@ -155,12 +154,12 @@ def _dotted(version: int) -> str:
 
 @lru_cache(maxsize=1)
 def open_device() -> Device:
-    """Return this process's device, with all kernels compiled.
+    """Return the device of this process, with all kernels compiled.
 
     Raises
     ------
     MissingDependencyError, DeviceError
-        As :func:`find_devices`; or the kernels cannot be compiled.
+        As :func:`find_devices`, or if the kernels cannot be compiled.
     """
     find_devices()
     return CudaDevice(_cupy())
@@ -168,17 +167,17 @@ def open_device() -> Device:
 
 @contextmanager
 def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice"]:
-    """Lend a GPU for arrays that are on it already, when all that fills them is done.
+    """Use a GPU for arrays that are already on it, after waiting for their producers.
 
-    Inside it is CuPy's current device; in the end all that was started on it is done, and the
-    caller's device and stream are the current ones again.
+    Within the context, it is CuPy's current device. On exit, all work started on it is complete,
+    and the caller's device and stream are current again.
 
     Parameters
     ----------
     number
-        Of the GPU, as CUDA counts those that are visible.
+        CUDA number of the GPU among the visible ones.
     producers
-        Numbers of all GPUs on which something may have been started that has to be done first.
+        Numbers of all GPUs whose pending work must be complete first.
 
     Raises
     ------
@@ -187,7 +186,7 @@ def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice
     """
     cuda = _cupy().cuda
     device = _open_at(number)
-    # Whoever filled the arrays may have done so on any stream of any thread.
+    # The arrays may have been filled on any stream of any thread.
     for producer in producers:
         cuda.Device(producer).synchronize()
     with cuda.Device(number):
@@ -201,7 +200,7 @@ def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice
 
 @lru_cache
 def _open_at(number: int) -> "CudaDevice":
-    # Its kernels and streams belong to the GPU that is current when they are made.
+    # Kernels and streams belong to the GPU that is current when they are created.
     find_devices()
     cupy = _cupy()
     with cupy.cuda.Device(number):
@@ -209,12 +208,12 @@ def _open_at(number: int) -> "CudaDevice":
 
 
 class CudaDevice:
-    """The first visible CUDA device, through CuPy; see :class:`Device`.
+    """The current CUDA device, through CuPy; see :class:`Device`.
 
     Parameters
     ----------
     cupy
-        The imported package.
+        The imported CuPy package.
     """
 
     def __init__(self, cupy: Any) -> None:
@@ -222,7 +221,7 @@ class CudaDevice:
         self._of_thread = threading.local()
         self._module = cupy.cuda.Module()
         try:
-            # A RawModule is always told to take subnormal values for zero.
+            # A RawModule always flushes subnormal values to zero.
             compiled, _ = cupy.cuda.compiler.compile_using_nvrtc(kernel_source(), _COMPILE_OPTIONS)
             self._module.load(compiled)
         except Exception as error:
@@ -235,7 +234,7 @@ class CudaDevice:
 
     @property
     def _stream(self) -> Any:
-        """Stream of this thread, made current."""
+        """Stream of this thread, which becomes current."""
         if not hasattr(self._of_thread, "stream"):
             self._of_thread.stream = self._cupy.cuda.Stream(non_blocking=True)
         stream = self._of_thread.stream
@@ -244,7 +243,7 @@ class CudaDevice:
 
     def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
         """Allocate on the device."""
-        _ = self._stream  # what is done with the array goes there, too
+        _ = self._stream  # later work on the array uses this stream, too
         try:
             return cast("AnyArray", self._cupy.empty(n, dtype))
         except self._cupy.cuda.memory.OutOfMemoryError as error:
@@ -276,7 +275,7 @@ class CudaDevice:
         return self._mark(stream)
 
     def _mark(self, stream: Any) -> Mark:
-        # Waiting for a blocking event leaves the core to threads that decode.
+        # Waiting for a blocking event leaves the core to decoding threads.
         event = self._cupy.cuda.Event(block=True, disable_timing=True)
         event.record(stream)
         return cast("Mark", event)
@@ -293,21 +292,21 @@ class CudaDevice:
         return int(cast("Any", values).data.ptr)
 
     def bring(self, values: Any) -> AnyArray:
-        """Return an array of CuPy, on any GPU, as a C-contiguous one on the current GPU.
+        """Return a CuPy array from any GPU as a C-contiguous array on the current GPU.
 
-        It is copied only where it has to be.
+        The array is copied only if necessary.
         """
         cupy, stream = self._cupy, self._stream
         if values.device.id == cupy.cuda.Device().id:
             return cast("AnyArray", cupy.ascontiguousarray(values))
-        # Copies between GPUs have not been run on two of them yet.
+        # Copies between two GPUs are untested.
         with values.device:
             there = cupy.ascontiguousarray(values)
             cupy.cuda.get_current_stream().synchronize()
         here = there.copy()
-        stream.synchronize()  # the memory of what was made contiguous may be used again
+        stream.synchronize()  # the contiguous copy may now be freed
         return cast("AnyArray", here)
 
     def finish(self) -> None:
-        """Wait for all that this thread has started on the device."""
+        """Wait for all work that this thread has started on the device."""
         self._stream.synchronize()

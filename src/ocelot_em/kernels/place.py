@@ -1,7 +1,7 @@
-"""Which exposure a pixel of a montage shows, compiled by numba; rules: ``ocelot_em.merge.overlap``.
+"""Montage placement: which exposure each pixel shows, compiled by numba.
 
-Arrays are two-dimensional. Those of a piece are C-contiguous; those of the canvas are views of the
-same shape.
+The rules are described in ``ocelot_em.merge.overlap``. Arrays are two-dimensional. Those of a piece
+are C-contiguous; those of the canvas are views of the same shape.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ import numpy as np
 from ocelot_em.kernels.compiling import compiled, summed
 
 EARLIEST, MAX_ZSCORE, FARTHEST = 0, 1, 2
-"""Rules."""
+"""Overlap rules."""
 
 
 @compiled
 def choose(piece: Any, number: Any, rule: Any, canvas: Any, taken: Any) -> Any:
-    """Decide where a piece wins, and note its number there; in how many pixels.
+    """Decide where a piece wins, store its number there, and return the number of pixels won.
 
-    ``piece``: its ``mip``, its z-scores, and how far its pixels are from its edge. ``canvas``: what
-    is shown so far: number of the exposure (-1: none), ``mip``, z-score, distance. ``taken``: where
-    the piece wins, to be written.
+    ``piece``: ``mip``, z-scores, and distances of pixels from the edge. ``canvas``: what is shown
+    so far: exposure number (-1: none), ``mip``, z-score, distance. ``taken``: output mask of pixels
+    won.
     """
     mips, zs, reaches = piece
     numbers, kept_mips, kept_zs, kept_reaches = canvas
@@ -50,7 +50,7 @@ def choose(piece: Any, number: Any, rule: Any, canvas: Any, taken: Any) -> Any:
 
 @compiled
 def put(values: Any, taken: Any, into: Any) -> None:
-    """Copy the values of pixels that are taken."""
+    """Copy the values of taken pixels."""
     for y in range(values.shape[0]):
         for x in range(values.shape[1]):
             value, old = values[y, x], into[y, x]
@@ -59,7 +59,7 @@ def put(values: Any, taken: Any, into: Any) -> None:
 
 @summed
 def tally_alone(zs: Any) -> Any:
-    """Add up z-scores; pixels that have one, z-scores, squared z-scores."""
+    """Return the count, sum and sum of squares of z-scores that are not NaN."""
     n, total, squared_total = 0.0, 0.0, 0.0
     for i in range(zs.size):
         z = np.float64(zs[i])
@@ -73,9 +73,9 @@ def tally_alone(zs: Any) -> Any:
 
 @compiled
 def tally(numbers: Any, number: Any, covers: Any, zs: Any, into: Any) -> None:
-    """Add up what is shown of an exposure, where it is alone and where others lie, too.
+    """Sum the shown z-scores of an exposure, separately where it is alone and in overlaps.
 
-    ``into``: (2, 3) pixels, z-scores, squared z-scores; pixels without z-score are left out.
+    ``into``: (2, 3) counts, sums and sums of squares; NaN z-scores are ignored.
     """
     for y in range(numbers.shape[0]):
         for x in range(numbers.shape[1]):

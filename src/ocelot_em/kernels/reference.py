@@ -1,8 +1,8 @@
-"""The obvious merge in plain NumPy: the oracle that every faster kernel must agree with.
+"""Reference merge in plain NumPy, with which every faster kernel must agree.
 
-A merge is a monoid: :func:`identity` is the device that searched nothing, :func:`fold` takes one
-more partial in, :func:`finalise` turns the sums into mean, standard deviation and z-score. Arrays
-are changed in place where it says so. :class:`ocelot_em.kernels.Kernels` names the interface.
+A merge is a monoid: :func:`identity` is a device that searched nothing, :func:`fold` adds one
+partial, and :func:`finalise` computes mean, standard deviation and z-score from the sums. Arrays
+are changed in place only where stated. The interface is :class:`ocelot_em.kernels.Kernels`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from ocelot_em.model.search_space import SearchSpace
 
 
 def identity(shape: tuple[int, int], maps: MapSet) -> Accumulator:
-    """Return the merge of nothing: ``mip`` -inf, pose NaN or -1, sums and counts 0."""
+    """Return an empty accumulator: ``mip`` -inf, pose NaN or -1, sums and counts 0."""
     if maps.form is PoseForm.INDEXED:
         pose: tuple[AnyArray, ...] = (np.full(shape, NOT_SEARCHED, np.int32),)
     else:
@@ -47,7 +47,7 @@ def identity(shape: tuple[int, int], maps: MapSet) -> Accumulator:
 
 
 def reset(acc: Accumulator) -> None:
-    """Turn an accumulator back into the merge of nothing, in place, so that it can be reused."""
+    """Reset an accumulator to the empty state, in place, so that it can be reused."""
     acc.mip.fill(-np.inf)
     for pose in acc.pose:
         pose.fill(NOT_SEARCHED if pose.dtype.kind == "i" else np.nan)
@@ -60,18 +60,18 @@ def reset(acc: Accumulator) -> None:
 
 
 def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-    """Take one more partial into the accumulator, in place.
+    """Fold one partial into the accumulator, in place.
 
-    The higher ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier partial,
-    indexed poses the lower global index. -inf never wins. Sums and counts add.
+    The higher ``mip`` wins a pixel with its pose. In a tie, the earlier partial wins with explicit
+    poses, the lower global index with indexed poses. -inf never wins. Sums and counts are added.
 
-    NaN: a NaN ``mip`` never wins and NaN sums stay NaN; both are counted in the report, and the
-    caller decides.
+    A NaN ``mip`` never wins, and NaN sums stay NaN. Both are counted in the report; the caller
+    decides.
 
     Parameters
     ----------
     acc
-        Changed in place.
+        Accumulator, changed in place.
     partial
         Maps of the accumulator's shape.
     space
@@ -100,7 +100,7 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     for kept, new in zip(acc.pose, partial.pose, strict=True):
         np.copyto(kept, new, where=won)
     np.copyto(acc.best_partial, partial.best_partial, where=won)
-    with np.errstate(all="ignore"):  # inf - inf is NaN, as the docstring of finalise says
+    with np.errstate(all="ignore"):  # inf - inf is NaN
         acc.correlation_sum += partial.correlation_sum
         acc.correlation_squared_sum += partial.correlation_squared_sum
     if acc.count_map is not None:
@@ -117,19 +117,19 @@ def fold_all(
     *,
     fresh: bool = False,
 ) -> FoldReport:
-    """Take more partials into the accumulator, in place: :func:`fold` of each, in their order.
+    """Fold partials into the accumulator, in place and in the given order; see :func:`fold`.
 
     Parameters
     ----------
     acc, partials, space
         As for :func:`fold`.
     fresh
-        Take the accumulator as the merge of nothing, whatever is in its memory.
+        Reset the accumulator first; its contents are ignored.
 
     Returns
     -------
     FoldReport
-        The sums over all partials: a pixel that is NaN in two partials counts twice.
+        Sums over all partials: a pixel that is NaN in two partials counts twice.
 
     Raises
     ------
@@ -153,33 +153,33 @@ def finalise(
     space: SearchSpace | None,
     out: Mapping[str, AnyArray] | None = None,
 ) -> dict[str, AnyArray]:
-    """Turn an accumulator into the merged maps.
+    """Compute the merged maps from an accumulator.
 
     ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, ``z = (mip - mean) / std``, all in
-    float64 and rounded to float32 once. z is 0 where std is 0, and NaN where no device searched;
-    mean and std are NaN where the count is 0. Sums beyond float32 become infinite.
+    float64, then rounded to float32. z is 0 where std is 0, and NaN where no device searched; mean
+    and std are NaN where the count is 0. Sums beyond the float32 range become infinite.
 
     Parameters
     ----------
     acc
-        Left as it is.
+        Accumulator; not changed.
     maps
-        Which maps the result has.
+        Maps of the result.
     space
         The search space of an indexed search, None for explicit poses.
     out
-        C-contiguous float32 arrays of the accumulator's shape to write computed maps into, by name:
-        z-score, mean, standard deviation, sums, decoded poses. Those not named are allocated.
+        C-contiguous float32 arrays of the accumulator's shape for computed maps, by name: z-score,
+        mean, standard deviation, sums, decoded poses. Missing ones are allocated.
 
     Returns
     -------
     dict
-        The maps of :attr:`MapSet.merged`. Maps that need no computing are the accumulator's own.
+        Maps of :attr:`MapSet.merged`. Maps that are not computed are the accumulator's own.
 
     Raises
     ------
     IndexError
-        If an index lies beyond the search space.
+        If an index is outside the search space.
     """
     unsearched = acc.mip == -np.inf
     with np.errstate(all="ignore"):
@@ -231,7 +231,7 @@ def merged_maps(
 def mask_nan(partial: PartialMaps) -> PartialMaps:
     """Make a partial idle, count included, where any of its maps is NaN.
 
-    Pose NaN where ``mip`` is -inf is how an unsearched pixel looks, and is left alone.
+    A NaN pose where ``mip`` is -inf marks an unsearched pixel and is ignored.
 
     Returns
     -------

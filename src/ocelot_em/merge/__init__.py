@@ -1,1 +1,1 @@
-"""The merge: the story is in :mod:`ocelot_em.merge.merge`."""
+"""The merge; start reading at :mod:`ocelot_em.merge.merge`."""

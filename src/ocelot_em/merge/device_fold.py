@@ -1,10 +1,10 @@
-"""How a tile is merged on a device: partials go there map by map, one pass folds several of them.
+"""Merge of a tile on a device: partials are copied map by map, and one pass folds several of them.
 
-The same story as :mod:`ocelot_em.merge.fold`, for the same caller. A thread decodes a map into
-pinned memory and starts its copy; while the device takes it, the thread decodes the next one into
-other pinned memory. Merged maps come back the same way, each encoded while the next is copied.
-Every thread has memory of its own on the device, allocated once, and a stream of its own, so the
-threads of a worker overlap with each other, too.
+This is the device version of :mod:`ocelot_em.merge.fold`, for the same caller. A thread decodes a
+map into pinned memory and starts its copy; during the copy it decodes the next map into other
+pinned memory. Merged maps return the same way, each encoded while the next is copied. Every thread
+has its own device memory, allocated once, and its own stream, so the threads of a worker also
+overlap.
 """
 
 import logging
@@ -41,38 +41,38 @@ from ocelot_em.store.sources import Source
 log = logging.getLogger(__name__)
 
 PINNED_PLANES = 4
-"""Maps of a tile in pinned memory for each thread: one is decoded or encoded, others are copied."""
+"""Maps of a tile in pinned memory per thread: one is decoded or encoded, the others are copied."""
 
 LOOKED_AT = (MIP, SCALED_MIP, STD, BEST_PARTIAL)
-"""Maps of a whole tile that its statistics need together, on the host."""
+"""Maps of a whole tile that its statistics need on the host at the same time."""
 
 WIDEST_NBYTES = 8
-"""Bytes of a pixel of the widest map."""
+"""Bytes per pixel of the widest map."""
 
 
 def accumulator_nbytes_per_pixel(maps: MapSet) -> int:
-    """Bytes on the device that a thread needs for each pixel of a tile, whatever its partials."""
+    """Device bytes per thread and pixel of a tile, excluding those of its partials."""
     computed = len(maps.computed)
     counts = 8 if maps.counts else 0
     return 4 + 4 * len(maps.pose) + 4 + 8 + 8 + counts + 4 * computed
 
 
 def partial_nbytes_per_pixel(maps: MapSet, sum_nbytes: int, *, mask_nan: bool) -> int:
-    """Bytes on the device that a thread needs for each pixel of a tile and each partial on it."""
+    """Device bytes per thread, pixel of a tile and partial on the device."""
     read = 4 + 4 * len(maps.pose) + 2 * sum_nbytes
     masked = read + 8 if mask_nan else 0
-    return read + masked + 4 + (8 if maps.counts else 0)  # an earlier merge has numbers and counts
+    return read + masked + 4 + (8 if maps.counts else 0)  # merged results have numbers and counts
 
 
 class DeviceFold:
-    """Merges the tiles of a plan on a device; the same for every tile and every thread.
+    """Merges the pieces of an exposure on a device; shared by all tiles and threads.
 
     Parameters
     ----------
     sources, maps, space, mask_nan
         As for :class:`ocelot_em.merge.fold.Fold`.
     lanes
-        The device where it is done, and its memory.
+        The device and its memory.
     """
 
     def __init__(
@@ -89,17 +89,17 @@ class DeviceFold:
         self._kernels = lanes.kernels
 
     def order(self) -> Iterator[tuple[int, str]]:
-        """Number of the source and name of the map, in the order in which they are read."""
+        """Yield source number and map name, in the order in which maps are read."""
         for number, source in enumerate(self.sources):
             yield from ((number, name) for name in source.map_names(self.maps))
 
     def merge(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
-        """Merge one piece, as :meth:`ocelot_em.merge.fold.Fold.merge`.
+        """Merge one piece, like :meth:`ocelot_em.merge.fold.Fold.merge`.
 
         Raises
         ------
         StorageError
-            As ``incoming`` does.
+            Raised by ``incoming``.
         DeviceMemoryError
             Not even one partial fits.
         """
@@ -131,7 +131,7 @@ class DeviceFold:
     def _send(
         self, which: tuple[int, int], incoming: Incoming, lane: "Lane", n: int, notes: Notes
     ) -> PartialMaps:
-        """Read a partial (number of the source, slot on the device) and start its copy there."""
+        """Read a partial (source number, device slot) and start its copy to the device."""
         (number, slot), there = which, {}
         source = self.sources[number]
         for name in source.map_names(self.maps):
@@ -154,19 +154,18 @@ class DeviceFold:
 
 
 class Lanes:
-    """A device, and every thread's memory there; the same for all exposures of a merge.
+    """A device and the memory of every thread on it; shared by all exposures of a merge.
 
     Parameters
     ----------
     device
-        Where the arithmetic is done.
+        The device that merges.
     maps
-        Which maps the result has.
+        Maps of the result.
     together
-        Partials that are on the device at a time, for each thread; fewer where their memory cannot
-        be had.
+        Number of partials on the device at a time, per thread; fewer if memory is short.
     sum_dtype
-        Of the sums, as they are stored.
+        Stored dtype of the sums.
     """
 
     def __init__(
@@ -198,15 +197,15 @@ class Lane:
     Parameters
     ----------
     maps
-        Which maps the result has.
+        Maps of the result.
     device
-        Where the memory is.
+        The device that has the memory.
     most_pixels
-        Of a tile.
+        Maximum number of pixels of a tile.
     together
-        Partials at a time, at most; :attr:`together` is what could be had.
+        Maximum number of partials at a time; :attr:`together` is the number that fits.
     sum_dtype
-        Of the sums, as they are stored.
+        Stored dtype of the sums.
 
     Raises
     ------
@@ -239,7 +238,7 @@ class Lane:
         self._turn = 0
 
     def _allocate(self, sum_dtype: str) -> None:
-        """Allocate all that does not depend on the tile, so that nothing is short half-way."""
+        """Allocate all memory in advance, so that a merge does not run out of it."""
         self.accumulator(1)
         self.computed(1)
         for slot in range(self.together):
@@ -248,7 +247,7 @@ class Lane:
                 self._plane(slot, name, sum_dtype if is_sum else MAPS[name].dtypes[0], 1)
 
     def accumulator(self, n: int) -> Accumulator:
-        """Return the accumulator of the first ``n`` pixels, with what was left in it."""
+        """Return the accumulator of the first ``n`` pixels, with its previous contents."""
         indexed = self._maps.form is PoseForm.INDEXED
         return Accumulator(
             mip=self._plane(-1, MIP, "float32", n),
@@ -263,11 +262,11 @@ class Lane:
         )
 
     def computed(self, n: int) -> dict[str, AnyArray]:
-        """Return memory for the maps that are computed at the end."""
+        """Return memory for the maps computed at the end."""
         return {name: self._plane(-2, name, "float32", n) for name in self._maps.computed}
 
     def pinned(self, n: int, dtype: "np.dtype[np.generic]") -> AnyArray:
-        """Return pinned memory for a map, when its last copy is done."""
+        """Return pinned memory for a map, after waiting for the last copy from or to it."""
         self._turn = (self._turn + 1) % PINNED_PLANES
         mark = self._marks[self._turn]
         if mark is not None:
@@ -276,7 +275,7 @@ class Lane:
         return self._slabs[self._turn][: n * dtype.itemsize].view(dtype)
 
     def send(self, values: AnyArray, slot: int, name: str) -> AnyArray:
-        """Start the copy of what the last :meth:`pinned` memory holds; its place on the device."""
+        """Start copying the last :meth:`pinned` memory; return its device array."""
         there = self._plane(slot, name, values.dtype.name, values.size)
         self._marks[self._turn] = self._device.copy_in(values, there)
         return there
@@ -284,7 +283,7 @@ class Lane:
     def fetch(
         self, maps: Mapping[str, AnyArray], names: Sequence[str]
     ) -> Iterator[tuple[str, AnyArray]]:
-        """Copy maps of these names to the host; each is valid until the next is asked for."""
+        """Copy the named maps to the host; each is valid until the next one is requested."""
         on_the_way: deque[tuple[str, AnyArray, Mark]] = deque()
         for name in names:
             there = maps[name]

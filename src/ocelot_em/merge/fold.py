@@ -1,7 +1,7 @@
-"""How a tile is merged in memory: map by map, or partial by partial.
+"""In-memory merge of a tile: map by map, or partial by partial.
 
-The caller says how a map of a partial is read and where a merged map goes; nothing here knows of
-storage. Maps are read in one order that is known beforehand, so that they can be fetched ahead.
+The caller reads the maps of the partials and stores the merged maps; this module is independent of
+storage. Maps are read in an order that is known beforehand, so that they can be prefetched.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,15 +38,15 @@ class Arrival(Protocol):
 
     dtype: "np.dtype[np.generic]"
     n_parts: int
-    """Equal parts of its pixels in which it can be decoded."""
+    """Number of equal parts in which its pixels can be decoded."""
 
     def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
-        """Decode a part into a flat array of its size; ``n_parts`` is that above, or 1."""
+        """Decode a part into a flat array of its size; ``n_parts`` is the attribute, or 1."""
         ...
 
 
 class Incoming(Protocol):
-    """The encoded maps of one piece, in the order that :meth:`Fold.order` states."""
+    """The encoded maps of one piece, in the order of :meth:`Fold.order`."""
 
     def take(self, n: int) -> AbstractContextManager[Sequence[Arrival]]:
         """Wait for the next maps, at most :data:`READ_TOGETHER`; valid within the context."""
@@ -55,17 +55,17 @@ class Incoming(Protocol):
 
 @dataclass
 class Notes:
-    """What a fold notices of a piece while it merges it.
+    """Observations of a fold while it merges a piece.
 
     Parameters
     ----------
     statistics
-        Where statistics and candidates are collected; None: nowhere.
+        Collects statistics and candidates; None: they are not collected.
     searched_pixels
-        Pixels in which something was searched.
+        Number of pixels in which something was searched.
     suspects
-        Numbers of the sources with values that need a closer look: NaN, or an index out of range.
-        A NaN pose is legitimate where nothing was searched, so that not all of them are faulty.
+        Numbers of the sources to check because of NaN or an index out of range. They may be valid:
+        a NaN pose is allowed where nothing was searched.
     """
 
     statistics: TileStatistics | None = None
@@ -74,28 +74,28 @@ class Notes:
     _noted: set[int] = field(default_factory=set)
 
     def suspect(self, *numbers: int) -> None:
-        """Take note of sources that need a closer look; each is noted once."""
+        """Add sources that must be checked; each is added once."""
         self.suspects += [number for number in numbers if number not in self._noted]
         self._noted.update(numbers)
 
 
 Merged = Iterator[tuple[str, AnyArray]]
-"""Merged maps by name, each valid until the next is asked for."""
+"""Merged maps by name, each valid until the next one is requested."""
 
 
 class Fold:
-    """Merges the pieces of an exposure; the same for every tile and every thread.
+    """Merges the pieces of an exposure; shared by all tiles and threads.
 
     Parameters
     ----------
     sources
-        In the stated order.
+        Sources in the stated order.
     maps
-        Which maps the result has.
+        Maps of the result.
     space
         The search space of an indexed search.
     mask_nan
-        Leave a partial out where one of its maps is NaN.
+        Omit a partial where one of its maps is NaN.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Fold:
         self._planes = kernels.load_by_map()
 
     def order(self) -> Iterator[tuple[int, str]]:
-        """Number of the source and name of the map, in the order in which they are read."""
+        """Yield source number and map name, in the order in which maps are read."""
         names = [source.map_names(self.maps) for source in self.sources]
         if self._mask_nan:
             yield from ((number, name) for number, own in enumerate(names) for name in own)
@@ -127,11 +127,11 @@ class Fold:
         Parameters
         ----------
         incoming
-            Its maps, as :meth:`order` states.
+            Its maps, in the order of :meth:`order`.
         work
-            Memory, laid out for the piece.
+            Memory with the shape of the piece.
         notes
-            What is noticed is added there.
+            Observations are added here.
 
         Yields
         ------
@@ -141,7 +141,7 @@ class Fold:
         Raises
         ------
         StorageError
-            As ``incoming`` does.
+            Raised by ``incoming``.
         """
         if self._mask_nan:
             yield from self._by_partial(incoming, work, notes)
@@ -154,9 +154,9 @@ class Fold:
                 yield from self._pose(name, incoming, work, notes)
 
     def _winners(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
-        """Find out which source has the highest correlation.
+        """Find the source with the highest correlation at each pixel.
 
-        Leaves the number of the source, and what it is called in the result, in the workspace.
+        Stores the number of the source, and its number in the result, in the workspace.
         """
         mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
         best_partial = work.flat(BEST_PARTIAL, "i4")
@@ -189,11 +189,11 @@ class Fold:
             yield name, work.array(name, MAPS[name].dtypes[0])
 
     def _pose(self, name: str, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
-        """Take every pixel from its winner."""
+        """Take each pixel from its winner."""
         winner, kept = work.flat("winner", "i2"), work.flat("kept pose", "f4")
         everyone = range(len(self.sources))
         for number, part, (new,) in self.parts(incoming, work, (name,), everyone, first=kept):
-            if number == 0:  # its values are right wherever no other one wins
+            if number == 0:  # its values are correct wherever no other source wins
                 bad = self._planes.has_nan(new)
             else:
                 bad = self._planes.take(new, np.int16(number), winner[part], kept[part])
@@ -204,7 +204,7 @@ class Fold:
         yield name, look_up_candidates(notes, name, work.array("kept pose", "f4"))
 
     def _best_partial(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
-        """Give what the winners are called; in a source of several, which of them."""
+        """Yield the numbers of the winning partials, also within sources merged earlier."""
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
         several = self._several()
         for number, part, (new,) in self.parts(incoming, work, (BEST_PARTIAL,), several):
@@ -220,11 +220,11 @@ class Fold:
         yield BEST_PARTIAL, work.array(BEST_PARTIAL, "i4")
 
     def _several(self) -> list[int]:
-        """Numbers of the sources that are several partials, merged before."""
+        """Numbers of the sources that consist of several partials merged earlier."""
         return [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
 
     def _sums(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
-        """Add the counts and sums, and compute what follows from them."""
+        """Add the counts and sums, and compute the maps that depend on them."""
         everyone = range(len(self.sources))
         counts = work.flat(COUNT, "i8") if self.maps.counts else None
         if counts is not None:
@@ -247,11 +247,11 @@ class Fold:
         yield from self._computed(work, notes)
 
     def _accumulator(self, work: Workspace, part: slice) -> Accumulator:
-        """Some pixels of the workspace, as a kernel takes them."""
+        """Return the accumulator of some pixels of the workspace."""
         mip = work.flat(MIP, "f4")[part]
         return Accumulator(
             mip=mip,
-            # Explicit poses are written already, and nothing is computed from them.
+            # Explicit poses are not needed here; any arrays serve as placeholders.
             pose=(work.flat(INDEX, "i4")[part],) if self.space else (mip,) * len(self.maps.pose),
             best_partial=work.flat(BEST_PARTIAL, "i4")[part],
             correlation_sum=work.flat(SUM, "f8")[part],
@@ -268,29 +268,29 @@ class Fold:
         numbers: Sequence[int],
         first: AnyArray | None = None,
     ) -> Iterator[tuple[int, slice, list[AnyArray]]]:
-        """Decode maps of sources part by part: a part of all that fit, then the next.
+        """Decode maps of sources part by part: one part of each source, then the next part.
 
-        So what is merged of a part stays in the caches until its last source has come.
+        The merged values of a part thus stay in the caches until its last source is decoded.
 
         Parameters
         ----------
         incoming, work
-            What is merged, and where.
+            The encoded maps, and the memory.
         names
             Maps that are decoded together, of different dtypes.
         numbers
-            Of the sources.
+            Numbers of the sources.
         first
-            A flat array of the tile's size, to decode the first source into.
+            A flat array of the tile's size into which the first source is decoded.
 
         Yields
         ------
         number : int
-            Of the source.
+            Number of the source.
         part : slice
-            Of the tile's pixels, in one dimension.
+            The tile's pixels, in one dimension.
         values : list of array
-            Of the maps over these pixels, until the next is asked for.
+            Values of the maps in these pixels, valid until the next item is requested.
         """
         together = READ_TOGETHER // len(names)
         for start in range(0, len(numbers), together):
@@ -316,7 +316,7 @@ class Fold:
                         yield number, part, values
 
     def _by_partial(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
-        """Fold partial after partial: what is left out of one depends on all its maps."""
+        """Fold one partial after another: its mask depends on all its maps."""
         maps, statistics = self.maps, notes.statistics
         pose_dtype = "f4" if self.space is None else "i4"
         accumulator = Accumulator(
@@ -353,7 +353,7 @@ class Fold:
     def _compute(
         self, accumulator: Accumulator, work: Workspace, part: slice, notes: Notes
     ) -> None:
-        """Compute what follows from the sums of some pixels, and have them counted."""
+        """Compute the maps that depend on the sums for some pixels, and count these pixels."""
         out = {name: work.flat(f"merged {name}", "f4")[part] for name in self.maps.computed}
         shaped = {name: values.reshape(accumulator.mip.shape) for name, values in out.items()}
         self._kernel.finalise(accumulator, self.maps, self.space, shaped)
@@ -361,7 +361,7 @@ class Fold:
             notes.statistics.count(part.start, {MIP: accumulator.mip, **out})
 
     def _computed(self, work: Workspace, notes: Notes) -> Merged:
-        """Look up the candidates, now that the whole piece is known, and give what was computed."""
+        """Find the candidates of the complete piece, and yield the computed maps."""
         computed = {name: work.array(f"merged {name}", "f4") for name in self.maps.computed}
         if self.maps.counts:
             computed[COUNT] = work.array(COUNT, "i8")
@@ -374,14 +374,14 @@ class Fold:
 
 
 def look_up_candidates(notes: Notes, name: str, values: AnyArray) -> AnyArray:
-    """Keep a merged map's values at the candidates, once these are known; return the map."""
+    """Keep a merged map's values at the candidates, and return the map."""
     if notes.statistics is not None:
         notes.statistics.take(name, values)
     return values
 
 
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:
-    """Put the arrays of a source's maps together as a kernel takes them."""
+    """Combine the arrays of a source's maps for a kernel."""
     best: int | AnyArray = source.first_number
     if BEST_PARTIAL in arrays:
         numbers = arrays[BEST_PARTIAL]

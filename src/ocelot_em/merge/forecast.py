@@ -1,4 +1,4 @@
-"""What a merge will read, write and need, before it starts."""
+"""Prediction of a merge's input, output and memory."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -24,37 +24,35 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.sources import Source, open_one
 
 CHUNKS_LISTED = 4096
-"""Chunks of a map up to which its size is added up; of a larger one, it is extrapolated."""
-
+"""Maximum number of chunks of a map whose sizes are summed; larger maps are extrapolated."""
 
 CHUNKS_SAMPLED = 64
-"""Chunks that it is extrapolated from."""
-
+"""Number of chunks from which the stored size of a larger map is extrapolated."""
 
 BLANK_RATIO = 1 / 128
-"""To which chunks shrink in which nothing lies."""
+"""Stored size of a blank chunk, as a fraction of its decoded size."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan will cost.
+    """Predicted cost of a plan.
 
     Parameters
     ----------
     n_tiles, n_done
-        Tiles in all, and those an interrupted run has finished.
+        Total number of tiles, and number finished by an interrupted run.
     decoded_nbytes_in, stored_nbytes_in
         Bytes of the inputs' maps in memory, and as stored.
     decoded_nbytes_out, stored_nbytes_out
-        The same of the output; as stored it is estimated from how the inputs compressed.
+        The same for the output; the stored size is estimated from the inputs' compression ratio.
     worker_nbytes
         Predicted peak memory of one worker.
     free_nbytes
-        Free space at the output, or None where the storage does not say.
+        Free space at the output, or None if the storage does not report it.
     device
-        Where the arithmetic is done.
+        Device of the computation.
     partials_on_device
-        How many a thread has on the device at a time; 0 on the CPU.
+        Number of partials that a thread holds on the device at a time; 0 on the CPU.
     device_nbytes
         Predicted memory of one worker on its device.
     """
@@ -79,7 +77,7 @@ def forecast(
     n_done: int,
     device: DeviceChoice = ON_CPU,
 ) -> Forecast:
-    """Predict what a plan costs; lists the inputs' objects, reads none."""
+    """Predict the cost of a plan; lists the inputs' objects, but reads none."""
     decoded_in = 0
     for exposure in plan.exposures:
         for source in exposure.sources:
@@ -94,7 +92,7 @@ def forecast(
     per_pixel = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged)
     covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
     stored_out = covered * min(stored_in / max(decoded_in, 1), 1)
-    stored_out += (pixels - covered) * BLANK_RATIO  # where nothing lies
+    stored_out += (pixels - covered) * BLANK_RATIO  # pixels without an exposure
     return Forecast(
         n_tiles=len(plan.grid),
         n_done=n_done,
@@ -112,7 +110,7 @@ def forecast(
 
 
 def _stored_nbytes_of(source: Source, maps: MapSet) -> int:
-    """Bytes of all maps of a source as stored."""
+    """Return the stored bytes of all maps of a source."""
     objects, mip = open_objects(source.url), open_one(source, MIP)
     prefix = mip.path.removesuffix(MIP)
     names = source.map_names(maps)
@@ -120,7 +118,7 @@ def _stored_nbytes_of(source: Source, maps: MapSet) -> int:
 
 
 def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
-    """Bytes of a map as stored; of one with very many chunks, extrapolated from some."""
+    """Return the stored bytes of a map, extrapolated if it has many chunks."""
     if len(grid) <= CHUNKS_LISTED:
         return sum(objects.sizes(path).values())
     some = (grid[int(number)] for number in np.linspace(0, len(grid) - 1, CHUNKS_SAMPLED))
@@ -134,9 +132,9 @@ def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: 
     Parameters
     ----------
     prediction
-        Of the plan.
+        Forecast of the plan.
     n_workers
-        Workers that share this machine's memory.
+        Number of workers that share this machine's memory.
     memory_nbytes
         Memory of this machine.
 

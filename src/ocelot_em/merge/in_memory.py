@@ -1,7 +1,7 @@
-"""Merging results that are in memory, where they lie: on the CPU or on a GPU.
+"""In-memory merging of results, on the CPU or the GPU that holds them.
 
-:func:`merge_arrays` is what search programs call. :mod:`ocelot_em.process_results` has Leopard-EM's
-functions over the same checks, bands and fold.
+Search programs call :func:`merge_arrays`. :mod:`ocelot_em.process_results` provides Leopard-EM's
+functions on top of the same checks, bands and fold.
 """
 
 import math
@@ -46,13 +46,13 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 
 BAND_PIXELS = 256 * 1024
-"""Pixels folded at a time: the accumulator's band stays in the processor's cache."""
+"""Pixels folded at a time on the CPU; the accumulator's band stays in the processor's cache."""
 
 _GPU_BAND_PIXELS = 4 * 2**20
-"""The same on a GPU: long enough for its memory to stream, and 80 MiB for the sums of a band."""
+"""Pixels folded at a time on a GPU: enough to stream its memory; the band's sums take 80 MiB."""
 
 _TOGETHER = 4
-"""Devices folded at a time; where their bands have to be copied, as many are held."""
+"""Devices folded at a time, and the maximum number of copied bands that are held."""
 
 _Band = tuple[int | slice, ...]
 
@@ -60,17 +60,17 @@ _Band = tuple[int | slice, ...]
 def merge_arrays(
     results: Sequence[Mapping[str, Any]], *, search_space: SearchSpace | None = None
 ) -> dict[str, Any]:
-    """Merge the results of the devices of a node where they lie, without writing anything.
+    """Merge the results of the devices of a node in memory, without writing anything.
 
-    The highest ``mip`` wins a pixel with its pose. Equal: explicit poses keep the earlier device,
-    indexed poses the lower index. Sums are added in float64 and rounded once. Where no device
-    searched (``mip`` -inf), ``mip`` is -inf, pose NaN, index -1. So merging in two steps picks the
-    same as merging all at once.
+    At each pixel the device with the highest ``mip`` wins, and its pose is kept. Ties: the earlier
+    device wins with explicit poses, the lower index with indexed poses. Sums are added in float64
+    and rounded once. Where no device searched (``mip`` -inf), ``mip`` is -inf, the pose NaN and the
+    index -1. Merging in two steps therefore selects the same winners as merging all at once.
 
-    On a GPU the maps are read where they are (of torch tensors through DLPack); besides the result
-    the memory of a band of pixels is taken. Results on other GPUs are copied band by band to the
-    first one's. All that was started on these GPUs before is waited for, and the merged maps are
-    complete when they are returned.
+    Maps on a GPU are read in place (torch tensors through DLPack); only the result and one band of
+    pixels are allocated. Results on other GPUs are copied band by band to the GPU of the first one.
+    The function waits for all earlier work on these GPUs, and the merged maps are complete when it
+    returns.
 
     Parameters
     ----------
@@ -79,30 +79,30 @@ def merge_arrays(
         ``correlation_squared_sum`` and the pose, which is explicit (``best_phi``, ``best_theta``,
         ``best_psi``, ``best_defocus``, optionally ``best_pixel_size``), or indexed
         (``best_global_index``), or both: then the explicit rule decides, and the index is that of
-        the same winner. ``total_projections``: optional, an integer. Other keys are ignored.
+        the same winner. ``total_projections`` is an optional integer. Other keys are ignored.
 
-        Maps are of any shape that all of them share, and of one kind: NumPy arrays, CuPy arrays,
-        torch tensors on the CPU or torch tensors on a GPU. They are float32, the index int32, the
-        sums float32 or float64. They are not changed.
+        All maps have the same shape, which is arbitrary, and the same kind: NumPy arrays, CuPy
+        arrays, torch tensors on the CPU or torch tensors on a GPU. They are float32, the index
+        int32, the sums float32 or float64. They are not changed.
     search_space
-        The tables of an indexed search. With them indices beyond the search space are refused, and
-        explicit poses are ignored, as :func:`~ocelot_em.write_partial` does.
+        The tables of an indexed search. If given, indices outside the search space are an error,
+        and explicit poses are ignored, as in :func:`~ocelot_em.write_partial`.
 
     Returns
     -------
     dict
-        New arrays of the same kind by the same names, on the device of the first result's ``mip``;
-        :func:`~ocelot_em.write_partial` takes it as it is. Both sums are float32, or float64 if any
-        device has float64 sums. ``total_projections`` is an exact integer, and is there if the
-        devices have it.
+        New arrays of the same kind and names, on the device of the first result's ``mip``;
+        :func:`~ocelot_em.write_partial` accepts the dictionary unchanged. Both sums are float32, or
+        float64 if any device has float64 sums. ``total_projections`` is an exact integer, present
+        if the devices have it.
 
     Raises
     ------
     InvalidInputError
-        With every problem found: no devices, missing keys, other kinds, shapes or dtypes, a count
-        that only some devices have; or, each with its number and first pixel, NaN (except in a
-        pose where ``mip`` is -inf), and indices outside the search space or missing where
-        something was searched.
+        Lists every problem: no devices, missing keys, mismatched kinds, shapes or dtypes, a count
+        that only some devices have; or, with their number and first pixel, NaN (except in a pose
+        where ``mip`` is -inf), and indices that are outside the search space, or -1 where something
+        was searched.
     MissingDependencyError, DeviceError
         Arrays are on a GPU, and CuPy is not installed or cannot use it.
 
@@ -143,18 +143,18 @@ def _viewed(maps: Mapping[str, Any], view: Callable[[Any], AnyArray]) -> dict[st
     return {name: at_least_1d(view(array)) for name, array in maps.items()}
 
 
-# -- what was handed in ------------------------------------------------------------------------
+# -- input checks ------------------------------------------------------------------------------
 
 
 class MapChecks:
-    """Collects why values are not maps, all of one shape.
+    """Checks that values are maps of one shape, and collects the problems.
 
     Parameters
     ----------
     kinds
-        What they may be: beginnings of what :func:`~ocelot_em.model.arrays.kind_of` says.
+        Allowed kinds: prefixes of the results of :func:`~ocelot_em.model.arrays.kind_of`.
     one_kind
-        Whether all have to be of the same kind.
+        Whether all maps must be of the same kind.
     """
 
     def __init__(self, kinds: tuple[str, ...], *, one_kind: bool = False) -> None:
@@ -163,7 +163,7 @@ class MapChecks:
         self._reference: tuple[str, tuple[int, ...], str] | None = None
 
     def check(self, place: str, value: Any, dtypes: tuple[str, ...]) -> None:
-        """Look at one value."""
+        """Check one value."""
         kind = kind_of(value)
         if not kind.startswith(self._kinds):
             expected = " or a ".join(self._kinds)
@@ -190,16 +190,16 @@ class MapChecks:
 def check_results(
     results: Sequence[Mapping[str, Any]], checks: MapChecks, *, indexed: bool = False
 ) -> tuple[str, ...]:
-    """Refuse what cannot be merged; otherwise the names of the maps to merge.
+    """Reject results that cannot be merged; return the names of the maps to merge.
 
     Parameters
     ----------
     results
         One dictionary per device.
     checks
-        Says which kinds of maps are taken.
+        Defines the allowed kinds of maps.
     indexed
-        Take the index, whether there are explicit poses or not.
+        Use the index even if there are explicit poses.
     """
     if not isinstance(results, Sequence) or not results:
         raise InvalidInputError(
@@ -247,7 +247,7 @@ def check_results(
 
 
 def count_problems(place: str, value: Any, least: int) -> list[str]:
-    """Say why a value is not a count."""
+    """Return why a value is not a count."""
     expected = "a positive integer" if least else "an integer, 0 or more"
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
@@ -259,26 +259,26 @@ def count_problems(place: str, value: Any, least: int) -> list[str]:
 
 
 def total_count(results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the sum of all counts by its name; empty if the results have none."""
+    """Return the sum of all counts under its name; empty if the results have none."""
     if COUNT not in results[0]:
         return {}
     return {COUNT: sum(_as_integer(result[COUNT]) for result in results)}
 
 
 def _as_integer(value: Any) -> int:
-    # CuPy's integers are no indices for Python.
+    # operator.index does not accept CuPy's integers.
     return operator.index(cast("int", as_numpy(value) if kind_of(value) == CUPY else value))
 
 
 class Findings:
-    """Values that no search produces: how many per map, and where the first is.
+    """Values that no search produces: their number and first position in each map.
 
     Parameters
     ----------
     place
-        How to name a map, with device number and name to be filled in.
+        Format of a map's name in messages, filled in with device number and map name.
     space
-        What indices point into; None: unknown tables, which may have any size.
+        Search space of the indices; None: unknown tables, which may have any size.
     """
 
     def __init__(self, place: str, space: SearchSpace | None = None) -> None:
@@ -289,7 +289,7 @@ class Findings:
     def look_into(
         self, device: int, part: Mapping[str, AnyArray], names: Iterable[str], band: "_Band"
     ) -> None:
-        """Note what is wrong in one band of the named maps of a device, where they lie."""
+        """Record the invalid values in one band of the named maps of a device, in place."""
         for name in names:
             if name == INDEX:
                 bad = self._unusable(part[INDEX], part[MIP])
@@ -306,12 +306,12 @@ class Findings:
                 self._found[device, name] = count + int(np.count_nonzero(bad)), at
 
     def _unusable(self, index: AnyArray, mip: AnyArray) -> AnyArray:
-        """Mark indices that the search space does not hold."""
+        """Mark indices outside the search space, and -1 where something was searched."""
         nothing = (index == NOT_SEARCHED) & (mip > -np.inf)
         return cast("AnyArray", (index < NOT_SEARCHED) | (index >= self._n_poses) | nothing)
 
     def refuse(self, problems: Iterable[str] = ()) -> None:
-        """Raise with these problems and all that was found, if there are any."""
+        """Raise if there are any findings or other ``problems``."""
         problems = list(problems)
         indices = f"indices below -1, {self._beyond}or -1 where something was searched,"
         for (device, name), (count, at) in sorted(self._found.items()):
@@ -325,9 +325,9 @@ class Findings:
 
 
 def _space_of_unknown_tables() -> SearchSpace:
-    """Return a space that holds every index: results do not carry their tables.
+    """Return a space that contains every index, for results without tables.
 
-    The table takes no memory; only its length is read.
+    The table takes no memory; only its length is used.
     """
     zeros = np.zeros(1, np.float32)
     return SearchSpace(np.broadcast_to(zeros, (np.iinfo(np.int32).max, 3)), zeros, zeros)
@@ -338,18 +338,18 @@ def _space_of_unknown_tables() -> SearchSpace:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where bands are folded.
+    """The device on which bands are folded.
 
     Parameters
     ----------
     kernels
-        What folds them.
+        Kernels that fold them.
     empty
-        Allocates so many values of a dtype there.
+        Allocates a number of values of a dtype there.
     bring
-        Makes one band of a map an array that the kernels take, copied only where it has to be.
+        Converts one band of a map to an array for the kernels; copies only if necessary.
     band_pixels
-        Pixels folded at a time, at most.
+        Maximum number of pixels folded at a time.
     """
 
     kernels: Kernels
@@ -359,12 +359,12 @@ class Workplace:
 
 
 def on_the_cpu(band_pixels: int) -> Workplace:
-    """Return the workplace of this process."""
+    """Return the CPU as the workplace."""
     return Workplace(load("cpu"), np.empty, on_host, band_pixels)
 
 
 def on_host(part: Any) -> AnyArray:
-    """Return one band of a map as the CPU's kernels take it."""
+    """Return one band of a map as an array for the CPU kernels."""
     return np.require(as_numpy(part), requirements=["C", "A"])
 
 
@@ -384,19 +384,19 @@ def fold_bands(
     Parameters
     ----------
     devices
-        Their maps by name, in their order, each of at least one axis.
+        Maps of each device by name, in the stated order, each with at least one axis.
     merged
-        The maps to fill, C-contiguous, where the kernels work. Explicit poses among them decide;
-        the index is then that of the winner.
+        The maps to fill, C-contiguous, on the device of the kernels. If explicit poses are among
+        them, the explicit rule decides, and the index is that of the winner.
     place
-        Where it is done.
+        The device on which bands are folded.
     space
-        What indices point into, if it is known.
+        Search space of the indices, if known.
 
     Raises
     ------
     InvalidInputError
-        Naming all maps with values that no search produces; the merged maps are then of no use.
+        Names all maps with values that no search produces; the merged maps are then unusable.
     """
     poses = tuple(name for name in merged if name in POSES)
     maps = MapSet(PoseForm.EXPLICIT if poses else PoseForm.INDEXED, PIXEL_SIZE in poses)
@@ -413,7 +413,7 @@ def fold_bands(
                 start + i: {name: place.bring(array[band]) for name, array in device.items()}
                 for i, device in enumerate(devices[start : start + _TOGETHER])
             }
-            # The counts are one per device and are added apart.
+            # Each device has one count; total_count adds them.
             partials = [
                 PartialMaps(
                     part[MIP],
@@ -440,7 +440,7 @@ def fold_bands(
 
 
 def bands(shape: tuple[int, ...], band_pixels: int) -> Iterator[_Band]:
-    """Cut a map into runs of rows that are contiguous where the map is; none without pixels."""
+    """Cut a map into bands of rows, contiguous if the map is; yields none for an empty map."""
     if not math.prod(shape):
         return
     inner = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -452,7 +452,7 @@ def bands(shape: tuple[int, ...], band_pixels: int) -> Iterator[_Band]:
 
 
 class Scratch:
-    """Memory for one band, used again for every band of a map of this shape."""
+    """Memory for one band, reused for every band of a map of this shape."""
 
     def __init__(
         self,
@@ -465,7 +465,7 @@ class Scratch:
         self._sums = empty(size, "float64"), empty(size, "float64")
 
     def accumulator(self, mip: AnyArray, pose: tuple[AnyArray, ...]) -> Accumulator:
-        """Return an accumulator that keeps its picks in the given maps, and its sums here."""
+        """Return an accumulator that writes to the given maps and keeps its sums here."""
         size, shape = mip.size, mip.shape
         total, squared_total = (row[:size].reshape(shape) for row in self._sums)
         return Accumulator(

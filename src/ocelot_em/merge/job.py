@@ -1,4 +1,4 @@
-"""A merge as a worker sees it: the plan, with everything opened that its tiles need."""
+"""The worker's view of a merge: the plan and all open inputs and outputs."""
 
 import threading
 from collections import OrderedDict
@@ -33,26 +33,26 @@ from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahe
 from ocelot_em.store.validation import value_problems
 
 Group = tuple[int, int, int]
-"""What is read for a piece: row and column of the tile, and number of the exposure in the plan."""
+"""Key of a piece's reads: row and column of the tile, and number of the exposure in the plan."""
 
 MAX_OPEN_EXPOSURES = 64
-"""Exposures that a worker has open; others are opened again when they are needed again."""
+"""Maximum number of exposures that a worker keeps open; others are reopened when needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Which merge a task belongs to; all that a worker is told besides the tiles.
+    """Identifies the merge of a task; a worker receives only this and the tiles.
 
     Parameters
     ----------
     output
-        The prepared output, which holds the plan.
+        Path or URL of the prepared output, which contains the plan.
     run_id
-        Its identity.
+        Id of the output.
     lock, holder
-        Key of the lock that the run holds, and its id; tasks stop without it. Empty: there is none.
+        Key and id of the run's lock; tasks stop when the lock is lost. Empty: no lock.
     partials_on_device
-        How many partials a thread has on the GPU at a time; 0 to merge on the CPU.
+        Number of partials that a thread holds on the GPU at a time; 0 to merge on the CPU.
     """
 
     output: str
@@ -63,18 +63,18 @@ class Work:
 
 
 class OpenExposure:
-    """An exposure as a worker sees it: everything opened that its pieces need.
+    """An exposure with all open inputs that its pieces need.
 
     Parameters
     ----------
     plan
-        The merge.
+        Plan of the merge.
     exposure
-        Which one of it.
+        One exposure of the plan.
     space
         The search space of indexed poses.
     lanes
-        The device on which it is merged, with its memory; None: the CPU.
+        The device that merges the exposure, with its memory; None: the CPU.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class OpenExposure:
         return self._maps[number][name].dtype
 
     def requests(self, group: Group, piece: Piece) -> Iterator[Request]:
-        """Everything that a piece reads, in order."""
+        """All reads of a piece, in order."""
         for number, name in self.fold.order():
             yield Request(group, self._maps[number][name], piece.region)
 
     def check_suspects(self, region: Region, notes: Notes) -> None:
-        """Raise if a suspect source has NaN or an invalid index: by map, with the first pixel.
+        """Raise if a suspect source has NaN or an invalid index, naming map and first pixel.
 
         Raises
         ------
@@ -124,14 +124,14 @@ class OpenExposure:
 
 
 class TileMemory:
-    """Memory of one thread, for one tile after another; each part is made when it is first used.
+    """Memory of one thread, reused for every tile; each part is allocated at its first use.
 
     Parameters
     ----------
     plan
-        What is merged.
+        Plan of the merge.
     streams
-        Chunks that are fetched at a time.
+        Number of chunks that are fetched at a time.
     """
 
     def __init__(self, plan: MergePlan, streams: int) -> None:
@@ -139,37 +139,37 @@ class TileMemory:
 
     @cached_property
     def workspace(self) -> Workspace:
-        """For the maps of a piece."""
+        """Memory for the maps of a piece."""
         return Workspace(self._plan.tile[0] * self._plan.tile[1])
 
     @cached_property
     def canvas(self) -> Canvas:
-        """For the maps of a tile on which exposures are placed."""
+        """Memory for the maps of a tile on which exposures are placed."""
         most_pixels = self._plan.tile[0] * self._plan.tile[1]
         return Canvas(self._plan.maps, self._plan.overlap, most_pixels)
 
     @cached_property
     def statistics(self) -> TileStatistics | None:
-        """For what is collected of a piece."""
+        """Statistics of a piece; None if they are not collected."""
         return records.new_tile_statistics(self._plan)
 
     @cached_property
     def chunks(self) -> Sequence[ReusedMemory]:
-        """For encoded chunks."""
+        """Memory for encoded chunks."""
         return [ReusedMemory() for _ in range(chunks_ahead(self._streams))]
 
 
 class Job:
-    """A merge as a worker sees it: the plan, and everything opened that its tiles need.
+    """A merge on a worker: the plan and all open inputs and outputs.
 
     Parameters
     ----------
     plan
-        Which exposures, which tiles.
+        Plan of the merge.
     objects
         The prepared output; None to merge without writing.
     work
-        As the task names it.
+        Identifies the merge, its lock and its device.
     """
 
     def __init__(self, plan: MergePlan, objects: Objects | None, work: Work | None = None) -> None:
@@ -196,14 +196,14 @@ class Job:
         self._opening = threading.Lock()
         self._is_compiled = False
         self.compile_seconds = 0.0
-        """Time that compiling kernels took in this process; 0 where they were on the disk."""
+        """Time spent compiling kernels in this process; 0 if they were cached on disk."""
 
     def compile(self, watcher: Compiling) -> None:
-        """Compile or load the kernels, so that their compilation is not part of a tile's time."""
+        """Compile or load the kernels, so that compilation does not count as a tile's time."""
         if self._is_compiled:
             return
         self._is_compiled = True
-        if self._lanes is None:  # on a GPU most kernels are others
+        if self._lanes is None:  # a GPU uses mostly other kernels
             exposure = self.plan.exposures[0]
             opened = self.open(Piece(0, exposure.region, exposure.region))
             self.compile_seconds = compile_kernels(
@@ -212,7 +212,7 @@ class Job:
 
     @property
     def may_begin(self) -> bool:
-        """Whether another tile may be begun: the run still owns the output, and is not stopping."""
+        """Whether another tile may start: the run still holds the lock and is not stopping."""
         return self._lease is None or self._lease.is_held
 
     @property
@@ -224,11 +224,11 @@ class Job:
         return memory
 
     def release_memory(self) -> None:
-        """Give this thread's memory back."""
+        """Release this thread's memory."""
         self._of_thread.__dict__.clear()
 
     def open(self, piece: Piece) -> OpenExposure:
-        """Return the exposure of a piece, opened; the last ones that were used are kept."""
+        """Return the open exposure of a piece; the most recently used ones stay open."""
         with self._opening:
             found = self._opened.get(piece.exposure)
             if found is None:
@@ -241,7 +241,7 @@ class Job:
             return found
 
     def read_ahead(self, tiles: Sequence[Tile]) -> ReadAhead:
-        """Return a reader of everything that some tiles need, in order."""
+        """Return a reader of all chunks that some tiles need, in order."""
         return ReadAhead(self._requests(tiles), self._streams_in, self.memory.chunks)
 
     def write_behind(self) -> WriteBehind:
@@ -249,7 +249,7 @@ class Job:
         return WriteBehind(self._streams_out)
 
     def canvas(self, tile: Tile, pieces: Sequence[Piece]) -> Canvas | WholeTile:
-        """Return what the pieces of a tile are placed on."""
+        """Return the canvas on which the pieces of a tile are placed."""
         if covers_alone(pieces, tile):
             number = self.plan.exposures[pieces[0].exposure].number
             return WholeTile(number, self.plan.maps, tile.region.shape)
@@ -258,26 +258,26 @@ class Job:
         return canvas
 
     def notes(self, piece: Piece) -> Notes:
-        """Return empty notes for a piece, with this thread's statistics if they are collected."""
+        """Return empty notes for a piece, with this thread's statistics, if any."""
         statistics = self.memory.statistics
         if statistics is not None:
             statistics.begin(piece.region, self.open(piece).layout.counting)
         return Notes(statistics)
 
     def workspace(self, piece: Piece) -> Workspace:
-        """Return this thread's workspace, laid out for a piece."""
+        """Return this thread's workspace with the shape of a piece."""
         work = self.memory.workspace
         work.shape = piece.region.shape
         return work
 
     def blank_chunk(self, name: str) -> list[bytes]:
-        """Return the encoded chunk of a map where no exposure is; encoded once."""
+        """Return the encoded chunk of a map without exposures; it is encoded once."""
         if name not in self._blank:
             self._blank[name] = self.written[name].encode_blank()
         return self._blank[name]
 
     def decoded_nbytes(self, tile: Tile) -> int:
-        """Decoded bytes that a tile reads."""
+        """Number of decoded bytes that a tile reads."""
         return sum(
             self.open(piece).decoded_nbytes_per_pixel * piece.region.size
             for piece in self.plan.pieces(tile)
@@ -286,27 +286,27 @@ class Job:
     def _requests(self, tiles: Sequence[Tile]) -> Iterator[Request]:
         for tile in tiles:
             for piece in self.plan.pieces(tile):
-                # An exposure that cannot be opened is an error of the tile that needs it, and must
-                # not end those before it.
+                # If an exposure cannot be opened, only the tile that needs it fails, not those
+                # before it.
                 with suppress(OcelotError):
                     yield from self.open(piece).requests(group_of(tile, piece), piece)
 
 
 def group_of(tile: Tile, piece: Piece) -> Group:
-    """Name what is read for a piece of a tile."""
+    """Return the key of the reads for a piece of a tile."""
     return tile.iy, tile.ix, piece.exposure
 
 
 def covers_alone(pieces: Sequence[Piece], tile: Tile) -> bool:
-    """Whether one exposure has all pixels of a tile, and no other has any."""
+    """Whether a single exposure covers the whole tile and no other touches it."""
     return len(pieces) == 1 and pieces[0].within.shape == tile.region.shape
 
 
 def open_job(work: Work, watcher: Compiling | None = None) -> Job:
-    """Open a prepared output once per process; the run's id keeps old ones from being taken."""
+    """Open a prepared output once per process; the run's id prevents use of an old job."""
     with _opening:
         job = _open_job(work)
-        with suppress(OcelotError):  # of the first exposure, which other tiles may not need
+        with suppress(OcelotError):  # the first exposure fails; other tiles may not need it
             job.compile(watcher or Logged())
         return job
 
@@ -327,5 +327,5 @@ def _open_job(work: Work) -> Job:
 
 
 def close_job() -> None:
-    """Give this process's tile buffers back."""
+    """Release this process's tile buffers."""
     _open_job.cache_clear()

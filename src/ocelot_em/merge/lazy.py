@@ -1,4 +1,4 @@
-"""Stores and merges as xarray datasets of Dask arrays: a corner costs only that corner's chunks."""
+"""Stores and merges as lazy xarray datasets, which read only the chunks of the pixels computed."""
 
 import operator
 from collections.abc import Sequence
@@ -49,11 +49,11 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError
-        When it is opened.
+        The store cannot be opened.
     InvalidInputError
-        There is no such exposure; or it was not said which of them.
+        There is no such exposure, or an id is needed and was not given.
     ChunkError
-        When a chunk that is missing or corrupt is computed.
+        On computation, if a chunk is missing or corrupt.
     """
     objects = open_objects(store)
     attributes, exposures = open_sources(objects)
@@ -97,13 +97,13 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
     -------
     xarray.Dataset
         Maps with dimensions ``y``, ``x``; pose maps that are not stored are decoded from the index.
-        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful. Of a montage,
+        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful. In a montage,
         ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes).
 
     Raises
     ------
     StoreNotFoundError, FormatError
-        It is not there, or a search.
+        The store does not exist, or is a search.
     IncompleteError
         The merge was never finished.
     """
@@ -127,7 +127,7 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
 
 
 def _decoded(index: AnyArray, space: SearchSpace, number: int) -> AnyArray:
-    """One of the pose maps of a block of indices."""
+    """Decode one pose map from a block of indices."""
     return space.decode(index)[number]
 
 
@@ -135,25 +135,25 @@ def lazy_merge(
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
     **options: Any,
 ) -> xr.Dataset:
-    """Merge when, and where, values are computed; nothing is written.
+    """Merge lazily, only where values are computed; nothing is written.
 
     Parameters
     ----------
     inputs
         One or more searches or merged results.
     **options
-        Those of :class:`ocelot_em.MergeOptions` that decide what is merged, and in which tiles:
+        Options of :class:`ocelot_em.MergeOptions` that affect the merged maps or the tiles:
         ``tile_size``, ``nan``, ``poses``, ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------
     xarray.Dataset
-        The same maps, bit for bit, that a merge writes, as Dask arrays of one chunk per tile.
+        Maps identical to those that a merge writes, as Dask arrays with one chunk per tile.
 
     Raises
     ------
     OcelotError
-        As :func:`ocelot_em.merge`.
+        As in :func:`ocelot_em.merge`.
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
     plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))
@@ -192,7 +192,7 @@ def _open_lazy_job(plan: str) -> Job:
 
 
 class _Lazily:
-    """Enough of an array for Dask to cut blocks from a stored map."""
+    """Minimal array interface with which Dask slices blocks of a stored map."""
 
     ndim = 2
 
@@ -200,14 +200,14 @@ class _Lazily:
         self.chunked, self.shape, self.dtype = chunked, chunked.shape, chunked.dtype
 
     def __getitem__(self, index: tuple[int | slice, ...]) -> AnyArray:
-        # Dask joins later indexing with the cutting of blocks, so numbers and steps come, too.
+        # Dask fuses later indexing with the slicing of blocks, so integers and steps occur.
         (y0, y1, rows), (x0, x1, columns) = map(_bounds, index, self.shape)
         picked: AnyArray = self.chunked.read(Region(y0, y1, x0, x1))[0][rows, columns]
         return picked
 
 
 def _bounds(index: int | slice, length: int) -> tuple[int, int, int | slice]:
-    """Half-open bounds of what an index picks from an axis, and the index within them."""
+    """Return the half-open bounds of an index on an axis, and the index relative to them."""
     if not isinstance(index, slice):
         position = range(length)[index]
         return position, position + 1, 0
@@ -218,7 +218,7 @@ def _bounds(index: int | slice, length: int) -> tuple[int, int, int | slice]:
 
 
 def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
-    """Blocks of a stored map; ``identity`` tells it from what was at the same place before."""
+    """Return a stored map as a Dask array; ``identity`` tells it from earlier data at its path."""
     token = tokenize(chunked.objects.url, chunked.path, identity)
     name = f"read-{chunked.path.replace('/', '.')}-{token}"
     grid: TileGrid = chunked.grid
@@ -236,7 +236,7 @@ def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
 def _dataset_attributes(
     merged: MergedAttributes | MergePlan, partials: Sequence[Contribution]
 ) -> dict[str, Any]:
-    """What a dataset of merged maps says of itself."""
+    """Return the attributes of a dataset of merged maps."""
     exposures = [e for e in merged.exposures if e.id]
     of_montage = {
         "exposures": [exposure.id for exposure in exposures],

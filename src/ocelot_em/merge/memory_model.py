@@ -1,7 +1,7 @@
-"""How much memory a merge needs, and the largest tiles that fit.
+"""Memory needs of a merge, and the largest tiles that fit.
 
-The constants were measured (``python -m benchmarks.memory``); ``tests/e2e/test_scale.py`` holds
-merges to them.
+The constants were measured (``python -m benchmarks.memory``); ``tests/e2e/test_scale.py`` checks
+that merges stay within the predictions.
 """
 
 from collections.abc import Sequence
@@ -28,43 +28,38 @@ from ocelot_em.store.sources import open_one
 from ocelot_em.store.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
 
 DEFAULT_TILE = constants.DEFAULT_CHUNK
-
-
 LARGE_TILE_NBYTES = 10**9
-"""Tiles larger than the default, as inputs with larger chunks call for, keep workers below this."""
-
+"""Maximum memory of a worker with tiles larger than the default, for inputs with large chunks."""
 
 SOURCES_SAMPLED = 256
-"""Sources up to which all are looked at to predict memory and size; of more, so many."""
-
+"""Maximum number of sources that are inspected to predict memory and size."""
 
 PROCESS_NBYTES = 288 * 2**20
-"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and what
-pandas and numba import of pyarrow and SciPy where they are installed. What whole workers need is
-measured by ``python -m benchmarks.memory``; figures are in ``docs/benchmarks.md``."""
+"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and parts of
+pyarrow and SciPy that pandas and numba import if installed. ``python -m benchmarks.memory``
+measures whole workers; ``docs/benchmarks.md`` lists the results."""
 
 
 DEVICE_TABLES_NBYTES = 64 * 2**20
-"""Memory on a device for all that does not grow with tiles: tables of poses, rounding."""
-
+"""Device memory that does not depend on the tile size: tables of poses, rounding."""
 
 MAX_TOGETHER = 64
-"""Partials on a device at a time: more gain nothing."""
+"""Maximum number of partials on a device at a time; more are no faster."""
 
 
 class DeviceChoice(NamedTuple):
-    """Where the arithmetic of a merge is done, and why there.
+    """The device of a merge, and the reason for the choice.
 
     Parameters
     ----------
     kind
         ``cpu`` or ``cuda``.
     reason
-        For people.
+        Reason for users.
     n_devices
-        GPUs, each with a worker; 0 for ``cpu``.
+        Number of GPUs, each with a worker; 0 for ``cpu``.
     memory_nbytes
-        That may be allocated on the smallest of them.
+        Memory that may be allocated on the smallest of them.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -77,17 +72,16 @@ ON_CPU = DeviceChoice("cpu", "as asked for")
 
 
 class StorageShape(NamedTuple):
-    """What the memory of a worker depends on, of inputs and output.
+    """Properties of inputs and output that determine the memory of a worker.
 
     Parameters
     ----------
     chunk
         Height and width in pixels of the largest chunk of an input.
     sum_itemsize
-        Bytes of a value of the inputs' sums.
+        Bytes per value of the inputs' sums.
     streams
-        Transfers at a time that the storage is worth, see
-        :class:`ocelot_em.store.contract.Objects`.
+        Number of concurrent transfers, see :class:`ocelot_em.store.contract.Objects`.
     """
 
     chunk: tuple[int, int]
@@ -98,7 +92,7 @@ class StorageShape(NamedTuple):
 def storage_shape(
     exposures: Sequence[PlannedExposure], output: str | PathLike[str]
 ) -> StorageShape:
-    """Look at the inputs' metadata: of all sources, or of some if there are very many.
+    """Inspect the inputs' metadata: of all sources, or of a sample if there are many.
 
     Raises
     ------
@@ -120,7 +114,7 @@ _Item = TypeVar("_Item")
 
 
 def sample_of(items: Sequence[_Item]) -> list[_Item]:
-    """All items; of very many, some at equal distances."""
+    """Return all items, or an evenly spaced sample if there are many."""
     if len(items) <= SOURCES_SAMPLED:
         return list(items)
     return [items[int(k)] for k in np.linspace(0, len(items) - 1, SOURCES_SAMPLED)]
@@ -146,7 +140,7 @@ def choose_tile(
     predicted = on_device = 0
     for candidate in candidates:
         tile = min(candidate, shape[0]), min(candidate, shape[1])
-        if maps.exposures:  # another exposure may make the canvas larger, but not the tiles
+        if maps.exposures:  # another exposure may enlarge the canvas, but not the tiles
             tile = candidate, candidate
         predicted = worker_nbytes(tile, storage, maps, options)
         limit = options.memory_limit
@@ -173,13 +167,13 @@ def choose_tile(
 
 
 def _tile_candidates(chunk: tuple[int, int]) -> list[int]:
-    """Tile sizes from the best to the smallest: tiles smaller than a chunk decode it repeatedly."""
+    """Tile sizes, best first; several tiles in one chunk would each decode it."""
     n_chunks = min(ceil_div(max(chunk), constants.DEFAULT_CHUNK), 2**16 // constants.DEFAULT_CHUNK)
     return [*(n * constants.DEFAULT_CHUNK for n in range(max(n_chunks, 1), 0, -1)), 512, 256, 128]
 
 
 def n_threads(options: MergeOptions) -> int:
-    """Threads in one worker."""
+    """Return the number of threads in one worker."""
     if options.threads is not None:
         return options.threads
     if options.cluster == "threads":
@@ -192,22 +186,22 @@ def n_threads(options: MergeOptions) -> int:
 def worker_nbytes(
     tile: tuple[int, int], storage: StorageShape, maps: MapSet, options: MergeOptions
 ) -> int:
-    """Predicted peak memory of one worker: the process, and per thread one tile.
+    """Predicted peak memory of one worker: the process, and one tile per thread.
 
-    A thread holds, of a tile: the highest correlation and who has it, the sums, one map that comes
-    in and those computed at the end; or, where NaN is masked, all maps of a partial, and copies.
-    It also holds the encoded chunks that are fetched ahead or not written yet.
+    For a tile a thread holds the highest correlation and its source, the sums, incoming maps, and
+    the maps computed at the end; or, where NaN is masked, all maps of a partial and copies. It also
+    holds the encoded chunks that are prefetched or not written yet.
 
     Parameters
     ----------
     tile
         Height and width of a tile in pixels.
     storage
-        What is known of inputs and output.
+        Properties of inputs and output.
     maps
-        Which maps the result has.
+        Maps of the result.
     options
-        Threads, and what happens to NaN.
+        Threads and the treatment of NaN.
     """
     poses, indexed = 4 * len(maps.pose), maps.form is PoseForm.INDEXED
     wide = max(storage.sum_itemsize, 8 if maps.counts else 4)
@@ -218,23 +212,23 @@ def worker_nbytes(
         incoming = 4 + 4 + poses + 2 * storage.sum_itemsize + 8
         per_pixel += poses + wide + 3 * incoming  # as read, masked, and in between
     else:
-        per_pixel += 2 + 4 + (4 if indexed else 0)  # winner, and the pose or index that is kept
-        # Maps that come in, decoded: part by part, but whole at the edge of a map.
+        per_pixel += 2 + 4 + (4 if indexed else 0)  # winner, and the kept pose or index
+        # Decoded incoming maps: part by part, but whole at the edge of a map.
         per_pixel += 2 * 4 + wide + READ_TOGETHER * wide
     if maps.exposures:
-        # The canvas of a tile, how often and how far from an edge it is covered; and of a piece,
-        # its distance from the edge, where it wins, and the maps that come before that is known.
+        # For the canvas of a tile: maps, number of exposures, distance from the edge. For a piece:
+        # distance from the edge, where it wins, and the maps that arrive before that is known.
         canvas = sum(np.dtype(MAPS[name].dtypes[0]).itemsize for name in maps.merged)
         per_pixel += canvas + 2 + 4 + 4 + 1 + 4 * (3 + len(maps.explicit_poses))
     written = min(tile[0], constants.DEFAULT_CHUNK) * min(tile[1], constants.DEFAULT_CHUNK)
-    encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to be cut
+    encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to crop
     if options.device == "cuda":
         per_pixel += PINNED_PLANES * WIDEST_NBYTES
     per_thread = (
         tile[0] * tile[1] * per_pixel
         + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow
         + (chunks_behind(storage.streams) + 2) * written * wide  # 2: being encoded
-        + 3 * tile_statistics_nbytes(tile)  # what is collected, a record of it, and its bytes
+        + 3 * tile_statistics_nbytes(tile)  # statistics, their record, and its bytes
     )
     return PROCESS_NBYTES + n_threads(options) * per_thread
 
@@ -247,7 +241,7 @@ def device_worker_nbytes(
     *,
     together: int,
 ) -> int:
-    """Predicted memory on the device of one worker, with so many partials of a tile at a time."""
+    """Predicted device memory of a worker that holds ``together`` partials of a tile at a time."""
     partial = partial_nbytes_per_pixel(maps, storage.sum_itemsize, mask_nan=options.nan == "mask")
     per_pixel = accumulator_nbytes_per_pixel(maps) + together * partial
     return n_threads(options) * tile[0] * tile[1] * per_pixel + DEVICE_TABLES_NBYTES
@@ -256,7 +250,7 @@ def device_worker_nbytes(
 def partials_on_device(
     plan: "MergePlan", storage: StorageShape, options: MergeOptions, device: DeviceChoice
 ) -> int:
-    """Partials that a thread has on the device at a time: all of a tile, if they fit."""
+    """Number of partials that a thread holds on the device at a time: all, if they fit."""
     if device.kind == "cpu":
         return 0
     n_sources = min(max(len(e.sources) for e in plan.exposures), MAX_TOGETHER)

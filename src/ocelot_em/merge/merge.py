@@ -1,12 +1,12 @@
-"""The story of a merge, read top to bottom: partials -> tiles -> merged maps.
+"""The merge from top to bottom: partials -> tiles -> merged maps.
 
-:func:`merge` hands the missing tiles of a prepared output to an executor; :func:`attempt_tiles` is
-what a worker does with those it is given, :func:`merge_tile` what happens to one of them. Data go
-one way: the reader fetches encoded chunks, the fold merges the partials of an exposure, the canvas
-places exposures, the writer stores maps. A search without exposures is one exposure that covers
-the canvas alone. Nothing here knows of executors, Dask or Zarr.
+:func:`merge` passes the missing tiles of a prepared output to an executor, :func:`attempt_tiles`
+runs on a worker for a batch of tiles, and :func:`merge_tile` merges one tile. Data flow in one
+direction: the reader fetches encoded chunks, the fold merges the partials of an exposure, the
+canvas places exposures, the writer stores maps. A search without exposures is one exposure that
+covers the canvas alone. This module does not depend on executors, Dask or Zarr.
 
-What is prepared, and what an interrupted run has left: :mod:`ocelot_em.merge.resume`.
+:mod:`ocelot_em.merge.resume` prepares outputs and resumes interrupted runs.
 """
 
 import logging
@@ -43,7 +43,7 @@ MAX_RETRIES = 1
 
 
 class Executor(Protocol):
-    """Runs tiles somewhere: in threads here, or on a Dask cluster."""
+    """Runs tiles in threads of this process or on a Dask cluster."""
 
     def run(
         self,
@@ -52,15 +52,15 @@ class Executor(Protocol):
         on_outcome: Callable[[Outcome], None],
         stopping: threading.Event,
     ) -> None:
-        """Call :func:`attempt_tiles` for runs of tiles, each once, and pass on what it returns.
+        """Call :func:`attempt_tiles` once for each batch of tiles, and pass on the outcomes.
 
-        ``on_outcome`` is called in this thread. Once ``stopping`` is set nothing more starts, and
-        what has started is waited for.
+        ``on_outcome`` is called in this thread. Once ``stopping`` is set, no batch starts, and the
+        running ones are awaited.
 
         Raises
         ------
         ClusterLostError
-            There is nothing left to run tiles on.
+            No workers are left.
         """
         ...
 
@@ -75,16 +75,16 @@ def merge(
 ) -> MergeReport:
     """Merge all missing tiles, and mark the output complete.
 
-    Tiles that fail with a transient error are retried after all others. Where tiles run in this
-    process, ``compiling`` is told if kernels have to be compiled first.
+    Tiles that fail with a transient error are retried after all others. If tiles run in this
+    process, ``compiling`` is notified when kernels must be compiled first.
 
     Raises
     ------
     TilesFailedError
-        Naming the tiles that failed; all others are done, and a later run does only these.
+        Names the tiles that failed; later runs merge only these, since all others are done.
     StoppedError
-        The lock was told to stop, or was lost; or there is nothing left to run tiles on. Tiles that
-        were in hand are done.
+        A stop was requested, the lock was lost, or no workers are left. Running tiles were
+        finished.
     """
     started = time.perf_counter()
     objects = open_objects(ready.output)
@@ -96,7 +96,7 @@ def merge(
     compile_seconds = 0.0
     try:
         if tiles and compiling is not None:
-            with suppress(Exception):  # the tiles will say what is wrong
+            with suppress(Exception):  # the tiles will report the error
                 compile_seconds = open_job(work, compiling).compile_seconds
         for _ in range(1 + MAX_RETRIES):
             if tiles and not lock.stopping.is_set():
@@ -109,7 +109,7 @@ def merge(
     if attributes.state != "complete":
         summary.finish(objects, ready.plan)
         objects.tidy("")
-        objects.sync()  # so that what is called complete stays complete
+        objects.sync()  # data must be on disk before the output is marked complete
         finished = attributes.model_copy(update={"state": "complete", "finished": now()})
         store.update_attributes(objects, "", fmt.dump_attributes(finished))
     return MergeReport(
@@ -125,7 +125,7 @@ def merge(
 def _unfinished(
     ready: Preparation, lock: OutputLock, tally: Tally, n_left: int
 ) -> StoppedError | TilesFailedError:
-    """Say why tiles are left."""
+    """Return the error that explains why tiles are left."""
     n_tiles, n_failed = len(ready.plan.grid), len(tally.failed)
     if lock.lost.is_set():
         return StoppedError(
@@ -148,8 +148,8 @@ def _unfinished(
 def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Merge some tiles of a prepared output; never raises, so that the other tiles are merged.
 
-    This is the task that workers run. It takes names only: the worker reads the plan from the
-    output, once. Tiles that were not begun, because the run has ended or is being stopped, have no
+    This is the task of a worker. Its arguments are small: the worker reads the plan from the
+    output, once. Tiles that did not start, because the run has ended or is stopping, have no
     outcome.
     """
     try:
@@ -163,7 +163,7 @@ def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]
 
 
 def merge_tiles(job: Job, tiles: Sequence[Tile]) -> Iterator[Outcome]:
-    """Merge tiles one after another: one is folded while the next is read and the last written."""
+    """Merge tiles in order, while the next one is read and the previous one is written."""
     with job.read_ahead(tiles) as reader, job.write_behind() as outgoing:
         previous: TileWriter | None = None
         for tile in tiles:
@@ -179,12 +179,12 @@ def merge_tiles(job: Job, tiles: Sequence[Tile]) -> Iterator[Outcome]:
 
 
 def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
-    """Merge every exposure that touches a tile, and place what comes out on the canvas.
+    """Merge every exposure that touches a tile, and place the merged maps on the canvas.
 
     Raises
     ------
     OcelotError
-        A chunk cannot be read, or holds what cannot be merged.
+        A chunk cannot be read, or contains invalid values.
     """
     pieces = job.plan.pieces(tile)
     if not pieces:

@@ -1,4 +1,4 @@
-"""How tiles and merges end: summaries, outcomes, their count, and the report of a merge."""
+"""Results of tiles and merges: summaries, outcomes, their tally, and the report of a merge."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,19 +15,18 @@ from ocelot_em.model.markup import pairs, seconds_text
 log = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 50
-"""Failures after which a run is given up: the disk is full or the network is gone."""
+"""Consecutive failures after which a run is aborted, as with a full disk or a lost network."""
 
 MAX_FAILURES_SHOWN = 20
-"""Failed tiles that an error names."""
+"""Maximum number of failed tiles that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileSummary:
-    """What is known about a tile after it was written; kept in the output as its done-mark.
+    """Summary of a written tile, stored in the output as its done-mark.
 
-    Seconds are of the thread that merged it. Reading includes decoding, writing includes encoding,
-    and ``waited_seconds`` is the part of both in which there was nothing to do but wait for the
-    storage.
+    Seconds are those of the thread that merged it. Reading includes decoding, writing includes
+    encoding, and ``waited_seconds`` is the part of both spent waiting for the storage.
     """
 
     pixels: int
@@ -47,13 +46,13 @@ class TileSummary:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By what they were spent on; ``waited`` is a part of the others."""
+        """Seconds by activity; ``waited`` is included in the others."""
         names = "read", "fold", "write", "waited"
         return {name: getattr(self, f"{name}_seconds") for name in names}
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """By what was done with them."""
+        """Bytes read, decoded and written."""
         return {name: getattr(self, f"{name}_nbytes") for name in ("read", "decoded", "written")}
 
 
@@ -62,16 +61,16 @@ SUMMARY_FIELDS = tuple(TileSummary.__dataclass_fields__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one tile ended: with a summary, or with an error in words."""
+    """Outcome of one tile: a summary, or the text of an error."""
 
     iy: int
     ix: int
     summary: TileSummary | None
     error: str = ""
     is_transient: bool = False
-    """Whether another try may go better: not for what lies in the data."""
+    """Whether a retry may succeed; False if the data are the cause."""
     where: str = ""
-    """Host and process that merged it."""
+    """Host and process that merged the tile."""
 
 
 class Tiles(Sequence[tuple[int, int]]):
@@ -80,9 +79,9 @@ class Tiles(Sequence[tuple[int, int]]):
     Parameters
     ----------
     n_columns
-        Of the grid.
+        Number of columns of the grid.
     numbers
-        Of the tiles, counted row by row.
+        Numbers of the tiles, counted row by row.
     """
 
     def __init__(self, n_columns: int, numbers: NDArray[np.int64]) -> None:
@@ -102,14 +101,14 @@ class Tiles(Sequence[tuple[int, int]]):
 
 
 class Tally:
-    """Counts how tiles end.
+    """Counts merged and failed tiles.
 
     Parameters
     ----------
     on_outcome
-        Is told, too.
+        Called with every outcome.
     give_up
-        Called when nothing but failures come.
+        Called after :data:`MAX_FAILURES_IN_A_ROW` consecutive failures.
     """
 
     def __init__(self, on_outcome: Callable[[Outcome], None], give_up: Callable[[], None]) -> None:
@@ -138,7 +137,7 @@ class Tally:
             self._give_up()
 
     def is_transient(self, n_columns: int) -> "Tiles":
-        """Tiles that are worth another try."""
+        """Return the tiles that failed with a transient error."""
         numbers = [iy * n_columns + ix for (iy, ix), end in self.failed.items() if end.is_transient]
         return Tiles(n_columns, np.array(sorted(numbers), np.int64))
 
@@ -154,20 +153,20 @@ class Tally:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """Report of a merge.
 
     Parameters
     ----------
     output
-        The merged store.
+        Path or URL of the merged store.
     n_tiles, n_merged
-        Tiles in all, and those merged by this run (the others were done before).
+        Total number of tiles, and number merged by this run (the others were done before).
     seconds
-        Wall-clock time of this run, after compiling.
+        Wall-clock time of this run, excluding compilation.
     totals
         Sums over the tiles of this run.
     compile_seconds
-        What compiling kernels in this process took before, once after an installation.
+        Time spent compiling kernels in this process, only in the first run after an installation.
     """
 
     output: str
@@ -179,12 +178,12 @@ class MergeReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Decoded input bytes over wall-clock time."""
+        """Decoded input bytes per wall-clock time."""
         return self.totals.decoded_nbytes / max(self.seconds, 1e-9) / 1e9
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of the workers' time spent in reading, folding and writing."""
+        """Fractions of the workers' time spent reading, folding and writing."""
         seconds = {
             "read": self.totals.read_seconds,
             "fold": self.totals.fold_seconds,
@@ -195,7 +194,7 @@ class MergeReport:
 
     @property
     def waiting_share(self) -> float:
-        """Share of the same time in which workers only waited for the storage."""
+        """Fraction of this time that workers spent waiting for the storage."""
         totals = self.totals
         busy = totals.read_seconds + totals.fold_seconds + totals.write_seconds
         return totals.waited_seconds / (busy or 1.0)
@@ -216,7 +215,7 @@ class MergeReport:
 def failure(iy: int, ix: int, error: Exception) -> Outcome:
     """Return the outcome of a tile that failed.
 
-    Invalid data fail again; anything else may be a transient error.
+    Errors in the data are permanent; any other error may be transient.
     """
     in_data = isinstance(error, (InvalidInputError, FormatError))
     return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", is_transient=not in_data)

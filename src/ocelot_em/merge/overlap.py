@@ -1,9 +1,9 @@
-"""What a tile of a canvas shows: maps of exposures, laid one after another.
+"""Compositing of a canvas tile from the maps of exposures.
 
-One exposure wins a pixel, for every map. What nobody searched loses against what somebody did;
-apart from that, the earliest laid keeps its pixels (``earliest``), or a later one takes those where
-its z-score is higher (``max-zscore``) or its edge is farther (``farthest-from-edge``). Exposures
-are laid in the order of acquisition, so that ties go to the earliest.
+One exposure wins each pixel, for every map. A searched pixel always wins over an unsearched one.
+Otherwise the exposure placed first keeps its pixels (``earliest``), or a later one wins those where
+its z-score is higher (``max-zscore``) or its edge is farther away (``farthest-from-edge``).
+Exposures are placed in the order of acquisition, so that the earliest wins ties.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,25 +23,25 @@ SHOWN_FIELDS = (
     "z_overlap",
     "squared_z_overlap",
 )
-"""What is added up of the pixels that show an exposure: where it lies alone, and where others lie,
-too; pixels, their z-scores, the squares of these."""
+"""Sums over the pixels that show an exposure, outside and inside overlaps: number of pixels,
+z-scores, squared z-scores."""
 
 
 Maps = Iterator[tuple[str, AnyArray]]
-"""Maps of a tile that are finished, by name."""
+"""Finished maps of a tile, by name."""
 
 
 class WholeTile:
-    """A tile that one exposure covers alone: its maps are finished as they come.
+    """A tile covered by a single exposure, whose maps are final.
 
     Parameters
     ----------
     number
-        Of the exposure.
+        Number of the exposure.
     maps
-        Which maps there are; those of a montage include the number of the exposure.
+        Maps of the result; a montage also has the number of the exposure.
     shape
-        Of the tile.
+        Height and width of the tile.
     """
 
     def __init__(self, number: int, maps: MapSet, shape: tuple[int, int]) -> None:
@@ -49,39 +49,39 @@ class WholeTile:
         self._shown = np.zeros(len(SHOWN_FIELDS))
 
     def place(self, *_: object) -> None:
-        """Nothing has to be known of the exposure."""
+        """Do nothing; the exposure covers the whole tile."""
 
     def put(self, name: str, values: AnyArray) -> Maps:
-        """Pass a map on."""
+        """Yield the map unchanged."""
         yield name, values
         if self._is_montage and name == SCALED_MIP:
             tally = kernels.load_place().tally_alone(values.reshape(-1))
             self._shown[: len(tally)] = tally
 
     def maps(self) -> Maps:
-        """Give the number of the exposure of every pixel, in a montage."""
+        """Yield the map of exposure numbers, in a montage."""
         if self._is_montage:
             yield SOURCE_EXPOSURE, np.full(self._shape, self._number, np.int32)
 
     def shown(self, *_: object) -> Float64:
-        """Return what the tile shows of the exposure: :data:`SHOWN_FIELDS`."""
+        """Return :data:`SHOWN_FIELDS` of the exposure in the tile."""
         return self._shown
 
 
 class Canvas:
-    """One tile of a canvas after another, in memory that is kept.
+    """Composites one canvas tile after another in reused memory.
 
-    The order of calls: :meth:`begin` with a tile; for every exposure :meth:`place`, then
+    The order of calls: :meth:`begin` for a tile; for every exposure :meth:`place`, then
     :meth:`put` for each of its maps; then :meth:`maps` and :meth:`shown`.
 
     Parameters
     ----------
     maps
-        Which maps there are.
+        Maps of the result.
     overlap
-        Who wins a pixel.
+        Rule that selects the exposure in an overlap.
     most_pixels
-        Of a tile.
+        Maximum number of pixels of a tile.
     """
 
     def __init__(self, maps: MapSet, overlap: Overlap, most_pixels: int) -> None:
@@ -96,7 +96,7 @@ class Canvas:
         self._held: dict[str, AnyArray] = {}
 
     def begin(self, shape: tuple[int, int], covered: Sequence[Region]) -> None:
-        """Start with an empty tile of this shape; ``covered`` are the parts that exposures have."""
+        """Start an empty tile of this shape; ``covered`` are the regions of its exposures."""
         self._tile.shape = shape
         for name in (*self._names, SOURCE_EXPOSURE):
             self._plane(name).fill(MAPS[name].fill)
@@ -106,16 +106,16 @@ class Canvas:
             covers[region.slices] += 1
 
     def place(self, number: int, within: Region, of: tuple[Region, Region]) -> None:
-        """Start with what an exposure has of the tile.
+        """Start the piece of an exposure.
 
         Parameters
         ----------
         number
-            Of the exposure.
+            Number of the exposure.
         within
-            The pixels, in the tile.
+            Pixels of the piece, in tile coordinates.
         of
-            The pixels, and all that are taken, in the exposure.
+            Pixels of the piece and all merged pixels, in exposure coordinates.
         """
         self._number, self._within = number, within
         self._piece.shape = within.shape
@@ -124,12 +124,12 @@ class Canvas:
         self._reach = _distances_from_edge(*of)
 
     def put(self, name: str, values: AnyArray) -> Maps:
-        """Take a map of the exposure; its memory is not needed afterwards.
+        """Place a map of the exposure; its memory may be reused afterwards.
 
         Returns
         -------
         Iterator
-            Nothing: no map of the tile is finished before the last exposure is placed.
+            Empty, since no map of the tile is finished before the last exposure is placed.
         """
         if self._is_chosen:
             self._put(name, values)
@@ -145,11 +145,11 @@ class Canvas:
         return iter(())
 
     def maps(self) -> Maps:
-        """Give all maps of the tile, by name."""
+        """Return all maps of the tile by name."""
         return ((name, self._plane(name)) for name in (*self._names, SOURCE_EXPOSURE))
 
     def shown(self, number: int, within: Region) -> Float64:
-        """Add up what the tile shows of an exposure: :data:`SHOWN_FIELDS`."""
+        """Return :data:`SHOWN_FIELDS` of an exposure in the tile."""
         covers = self._tile.array("covers", "u2")
         into = np.zeros((2, len(SHOWN_FIELDS) // 2))
         numbers, zs = (self._plane(n)[within.slices] for n in (SOURCE_EXPOSURE, SCALED_MIP))
@@ -157,7 +157,7 @@ class Canvas:
         return into.reshape(-1)
 
     def _choose(self, z: AnyArray) -> None:
-        """Find out in which pixels the exposure wins, from its z-scores."""
+        """Determine the pixels that the exposure wins, from its z-scores."""
         piece = self._held[MIP], z, self._reach
         canvas = tuple(self._part(key) for key in (SOURCE_EXPOSURE, MIP, SCALED_MIP))
         reaches = self._tile.array("reach", "i4")[self._within.slices]
@@ -176,7 +176,7 @@ class Canvas:
 
 
 def _distances_from_edge(region: Region, taken: Region) -> AnyArray:
-    """How many pixels lie between each pixel and the nearest edge of what is taken, int32."""
+    """Number of pixels between each pixel and the nearest edge of the merged region, int32."""
     y, x = np.arange(region.y0, region.y1), np.arange(region.x0, region.x1)
     rows = np.minimum(y - taken.y0, taken.y1 - 1 - y).astype(np.int32)
     columns = np.minimum(x - taken.x0, taken.x1 - 1 - x).astype(np.int32)

@@ -1,7 +1,7 @@
-"""The plan of a merge: what is merged, in which tiles, with how much memory and disk.
+"""The plan of a merge: inputs, tiles and options that determine the output.
 
-Made before anything starts, printed by ``--dry-run``, kept in the output so that a run can be
-resumed, and refused with numbers where it cannot work.
+The plan is made before the merge starts, printed by ``--dry-run``, and stored in the output so that
+a run can be resumed. An impossible plan is rejected with numbers.
 """
 
 from collections.abc import Sequence
@@ -21,26 +21,26 @@ from ocelot_em.store import constants
 from ocelot_em.store.sources import Source
 
 MAX_PROJECTIONS = 2**62
-"""Of all partials together; they are added as 64-bit integers."""
+"""Maximum total of all partials' projections, which are added as 64-bit integers."""
 
 
 class PlannedExposure(fmt.PlacedExposure):
-    """An exposure, and what is merged of it.
+    """An exposure and its sources.
 
-    The one exposure of a search that has no others has an empty id, and all its pixels are taken,
+    A search without exposures is one exposure with an empty id, of which all pixels are merged,
     valid or not.
 
     Parameters
     ----------
     sources
-        Its partials, or what was merged of them before, numbered in the stated order.
+        Partials or earlier merged results, numbered in the stated order.
     """
 
     sources: Annotated[fmt.Several[Source], Field(min_length=1)]
 
     @property
     def counted(self) -> Region:
-        """The valid ones among them, in the exposure: those that statistics are of."""
+        """Valid merged pixels, in exposure coordinates; statistics cover only these."""
         return self.region.intersect(Region.whole(self.valid_shape))
 
     @property
@@ -55,16 +55,16 @@ class PlannedExposure(fmt.PlacedExposure):
 
 
 class Piece(NamedTuple):
-    """What an exposure has of a tile.
+    """The part of an exposure that is in a tile.
 
     Parameters
     ----------
     exposure
-        Its place in the plan.
+        Position of the exposure in the plan.
     region
-        The pixels, in the exposure.
+        The pixels, in exposure coordinates.
     within
-        The same pixels, in the tile.
+        The same pixels, in tile coordinates.
     """
 
     exposure: int
@@ -73,18 +73,18 @@ class Piece(NamedTuple):
 
 
 class MergePlan(fmt.Attributes):
-    """Everything that decides the bytes of the output; two equal plans give equal maps.
+    """Everything that determines the bytes of the output; two equal plans give equal maps.
 
     Parameters
     ----------
     exposures
-        The inputs, by number; the maps of a search that is none of several exposures are one.
+        The inputs, by number; a search without exposures is one exposure.
     shape, valid_shape
         Height and width of the maps, and of their valid pixels.
     pixel_size_angstrom
         Pixel size, if known.
     pose_form, has_pixel_size, has_counts
-        Which maps the output has.
+        Maps of the output.
     search_space_digest
         Fingerprint of the search space of indexed inputs.
     tile
@@ -92,13 +92,13 @@ class MergePlan(fmt.Attributes):
     nan
         ``raise`` or ``mask``.
     has_decoded_poses
-        Whether the output has pose maps beside an index.
+        Whether the output has pose maps in addition to an index.
     canvas_origin
         As in :class:`ocelot_em.store.attributes.MergedAttributes`.
     overlap
-        Which exposure wins a pixel that several have.
+        Rule that selects the exposure in an overlap.
     erode_px
-        Width of the edge that was left out of all exposures.
+        Width of the edge removed from all exposures.
     """
 
     exposures: Annotated[fmt.Several[PlannedExposure], Field(min_length=1)]
@@ -118,12 +118,12 @@ class MergePlan(fmt.Attributes):
 
     @property
     def is_montage(self) -> bool:
-        """Whether exposures are put together, rather than one search is merged."""
+        """Whether the output is a montage of exposures rather than a single search."""
         return bool(self.exposures[0].id)
 
     @property
     def maps(self) -> MapSet:
-        """Which maps the output has."""
+        """Maps of the output."""
         return MapSet(
             self.pose_form,
             self.has_pixel_size,
@@ -134,7 +134,7 @@ class MergePlan(fmt.Attributes):
 
     @property
     def maps_of_exposure(self) -> MapSet:
-        """Which maps there are of an exposure that is merged alone."""
+        """Maps of a single exposure."""
         return replace(self.maps, exposures=False)
 
     @property
@@ -144,7 +144,7 @@ class MergePlan(fmt.Attributes):
 
     @property
     def chunk(self) -> tuple[int, int]:
-        """Chunks of the output: those of a tile, or the tile itself if it is smaller."""
+        """Chunk shape of the output: the default, or the tile if it is smaller."""
         return min(self.tile[0], constants.DEFAULT_CHUNK), min(
             self.tile[1], constants.DEFAULT_CHUNK
         )
@@ -166,7 +166,7 @@ class MergePlan(fmt.Attributes):
 
     @cached_property
     def _bounds(self) -> Int64:
-        """Bounds of the exposures on the canvas, (n, 4); in the order in which they are laid."""
+        """Bounds of the exposures on the canvas, (n, 4), in the order in which they are placed."""
         return np.array([self.exposures[k].on_canvas.bounds for k in self._order], np.int64)
 
     @cached_property
@@ -175,7 +175,7 @@ class MergePlan(fmt.Attributes):
         return sorted(everyone, key=lambda k: (self.exposures[k].acquired, k))
 
     def pieces(self, tile: Tile) -> list[Piece]:
-        """Return what exposures have of a tile, the earliest acquired first; ties by number."""
+        """Return the pieces of a tile, the earliest acquired exposure first; ties by number."""
         own, pieces = tile.region, []
         for place in self.touching(own):
             exposure = self.exposures[place]
@@ -185,13 +185,13 @@ class MergePlan(fmt.Attributes):
         return pieces
 
     def touching(self, region: Region) -> list[int]:
-        """Places of the exposures that lie on some pixels of the canvas, in the same order."""
+        """Plan positions of the exposures that touch a region of the canvas, in the same order."""
         y0, y1, x0, x1 = self._bounds.T
         lies = (y0 < region.y1) & (y1 > region.y0) & (x0 < region.x1) & (x1 > region.x0)
         return [self._order[number] for number in np.flatnonzero(lies)]
 
     def merged_exposures(self) -> tuple[fmt.MergedExposure, ...]:
-        """Return what the output's attributes say of exposures; nothing if it is no montage."""
+        """Return the exposures for the output's attributes; empty if it is not a montage."""
         if not self.is_montage:
             return ()
         first, described = 0, []
@@ -210,12 +210,12 @@ class MergePlan(fmt.Attributes):
 
 
 def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
-    """Read the plan that a merged result was, or is being, made by.
+    """Read the plan of a merged result, finished or not.
 
     Raises
     ------
     FormatError
-        Naming the problems, or how it differs from what the result says of itself.
+        The plan is invalid, or differs from the attributes of the result.
     """
     plan = fmt.validated(MergePlan, attributes.plan, f"{url}: plan")
     if problems := _impossible(plan) or _disagreements(plan, attributes):
@@ -238,7 +238,7 @@ _REPEATED = (
 
 
 def _impossible(plan: MergePlan) -> list[str]:
-    """Say what no merge can have been made by."""
+    """Return the reasons why no merge can have this plan."""
     problems, canvas = [], Region.whole(plan.shape)
     for exposure in plan.exposures:
         place, region = f"exposure {exposure.id!r}", exposure.region
@@ -263,7 +263,7 @@ def _impossible(plan: MergePlan) -> list[str]:
 
 
 def _disagreements(plan: MergePlan, attributes: fmt.MergedAttributes) -> list[str]:
-    """Say where a plan is not that of a result with these attributes."""
+    """Return the differences between a plan and the attributes of its result."""
     problems = [
         f"{key}: expected {getattr(attributes, key)} as in the result, got {getattr(plan, key)}"
         for key in _REPEATED
@@ -277,7 +277,7 @@ def _disagreements(plan: MergePlan, attributes: fmt.MergedAttributes) -> list[st
 
 
 def tile_size_of(plan: MergePlan) -> int:
-    """Return a tile size that gives the plan's tiles again, also where the map cut them short."""
+    """Return a tile size that reproduces the plan's tiles, even if the map truncated them."""
     edge = max(plan.tile)
     if edge <= constants.DEFAULT_CHUNK:
         return edge
@@ -285,9 +285,9 @@ def tile_size_of(plan: MergePlan) -> int:
 
 
 def plan_differences(found: MergePlan, wanted: MergePlan) -> list[str]:
-    """Why what was merged by one plan cannot be gone on with by another; empty if it can.
+    """Return why a merge cannot be resumed with another plan; empty if it can.
 
-    A montage can be gone on with when exposures, or partials of exposures, have come since.
+    A montage can be resumed after exposures, or partials of exposures, were added.
     """
     if not (found.is_montage and wanted.is_montage):
         return _differences(found, wanted, but=())
@@ -325,7 +325,7 @@ def _inputs(old: Sequence[Source], new: Sequence[Source]) -> str:
 
 
 def tiles_changed(found: MergePlan, wanted: MergePlan) -> list[Tile]:
-    """Tiles of the wanted plan that exposures touch which the other has not, or not so."""
+    """Tiles of the wanted plan that touch an exposure which is new or has changed."""
     known = {exposure.id: exposure for exposure in found.exposures}
     changed = {
         (tile.iy, tile.ix)

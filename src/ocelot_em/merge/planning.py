@@ -1,4 +1,4 @@
-"""Making the plan of a merge from the stores that are merged."""
+"""Making the plan of a merge from its input stores."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ocelot_em.store.objects import normalise_url, open_objects
 from ocelot_em.store.sources import Source, open_sources
 
 MAX_SOURCES = 2**15 - 1
-"""Winners are numbered in 16 bits while a tile is merged."""
+"""Maximum number of sources of an exposure; winners are int16 while a tile is merged."""
 
 
 def make_plan(
@@ -25,16 +25,16 @@ def make_plan(
     options: MergeOptions,
     device: DeviceChoice = ON_CPU,
 ) -> MergePlan:
-    """Look at the inputs and decide how to merge them; reads metadata only.
+    """Plan the merge of some inputs; reads metadata only.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError
         An input cannot be read, or was never finished.
     InvalidInputError
-        The inputs do not belong together; every difference is named.
+        The inputs do not match; every difference is named.
     PlanError
-        It cannot work: the tile size, the memory limit, or the device's memory.
+        The tile size, the memory limit or the device's memory does not permit the merge.
     """
     urls = [normalise_url(place) for place in inputs]
     if not urls:
@@ -107,7 +107,7 @@ _Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]
 
 
 def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
-    """Exposures of several stores: those of one id are one, whose partials add up."""
+    """Combine the exposures of several stores; those with the same id are merged into one."""
     joined: dict[str, tuple[fmt.ExposureAttributes, list[Source]]] = {}
     problems, next_number = [], 0
     for exposures in stores:
@@ -134,7 +134,7 @@ def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
 def _placed(
     exposures: _Opened, options: MergeOptions
 ) -> tuple[tuple[PlannedExposure, ...], tuple[int, int], tuple[int, int], list[str]]:
-    """Place exposures on a canvas; with its origin and shape, and what is wrong with them."""
+    """Place exposures on a canvas; also return its origin and shape, and the problems found."""
     problems, placed, erode = [], [], options.erode
     for exposure, sources in exposures:
         y, x = exposure.origin

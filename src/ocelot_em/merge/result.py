@@ -1,4 +1,4 @@
-"""The maps of a merged result, opened once."""
+"""Read access to the maps of a merged result."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ class MergedMaps:
     Parameters
     ----------
     objects
-        The result.
+        The store of the result.
     attributes, plan
-        What it says of itself, and what it was made by.
+        Attributes and plan of the result.
     maps
-        By name.
+        Stored maps by name.
     decode
-        Turns indices into poses, where these are not stored.
+        Decodes poses from indices; None if the poses are stored.
     """
 
     objects: Objects
@@ -48,7 +48,7 @@ class MergedMaps:
 
     @classmethod
     def open(cls, place: str | PathLike[str] | Objects) -> "MergedMaps":
-        """Open what is stored.
+        """Open a merged result.
 
         Raises
         ------
@@ -63,27 +63,27 @@ class MergedMaps:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """URL of the result."""
         return self.objects.url
 
     @property
     def valid_shape(self) -> tuple[int, int]:
-        """Of the maps' valid pixels."""
+        """Height and width of the maps' valid pixels."""
         return self.attributes.valid_shape
 
     def read(self, region: Region, name: str) -> AnyArray:
-        """Values of a map over a region."""
+        """Read a map over a region."""
         return self.maps[name].read(region)[0]
 
     def regions(self) -> Iterator[Region]:
-        """The valid pixels, in whole chunks."""
+        """Yield the regions of valid pixels, chunk by chunk."""
         for chunk in self.maps[SCALED_MIP].grid:
             region = chunk.region.intersect(Region.whole(self.valid_shape))
             if region.size:
                 yield region
 
     def zscore(self, exposure: PlannedExposure, y: int, x: int) -> float:
-        """z-score of a pixel of an exposure; NaN where it is not valid, or not shown."""
+        """Return the z-score of a pixel of an exposure; NaN if it is not valid or not shown."""
         pixel = Region(y, y + 1, x, x + 1)
         if not pixel.intersect(exposure.counted).size:
             return float("nan")
@@ -93,7 +93,7 @@ class MergedMaps:
         return float(self.read(pixel, SCALED_MIP)[0, 0])
 
     def shows(self, exposure: PlannedExposure, y: Int64, x: Int64) -> AnyArray:
-        """Whether pixels of the canvas show an exposure; only chunks in overlaps are read."""
+        """Return whether canvas pixels show an exposure; only chunks in overlaps are read."""
         own = exposure.on_canvas
         shown = np.ones(len(y), np.bool_)
         for place in self.plan.touching(own) if len(y) else ():

@@ -1,4 +1,4 @@
-"""What is at an output: prepared for a merge, left by an interrupted one, or in the way."""
+"""Preparation of an output: new, or resumed from an interrupted merge."""
 
 import logging
 import uuid
@@ -36,16 +36,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """A merge that can start: its plan, its forecast and the tiles that are missing.
+    """A merge that can start: its plan, its forecast and the missing tiles.
 
     Parameters
     ----------
     existing
-        What an earlier run left at the output, if anything, to go on with.
-    overwrites
-        Whether whatever is at the output is replaced.
+        Attributes of the output of an earlier run that is resumed; None if there is none.
     stale
-        Tiles that it did, of which there is more to merge now.
+        Tiles to merge again, because their exposures are new or have changed.
+    overwrites
+        Whether an existing output is replaced.
     """
 
     plan: MergePlan
@@ -63,16 +63,16 @@ def prepare(
     options: MergeOptions,
     device: DeviceChoice = ON_CPU,
 ) -> Preparation:
-    """Plan a merge and find out what an interrupted run has done already; writes nothing.
+    """Plan a merge and find the tiles that an interrupted run has done; writes nothing.
 
     Raises
     ------
     OcelotError
-        As :func:`ocelot_em.merge.planning.make_plan`; and :class:`OutputExistsError` where
-        something else is at the output.
+        As in :func:`ocelot_em.merge.planning.make_plan`; also :class:`OutputExistsError` if
+        the output already holds something else.
     """
     objects = open_objects(output)
-    found = _existing_output(objects)  # also refuses to overwrite what is no merged result
+    found = _existing_output(objects)  # also raises if there is something else to overwrite
     existing = None if options.overwrite else found
     if existing is not None and options.tile_size is None:
         # The tile size was chosen by the run that is resumed.
@@ -91,7 +91,7 @@ def prepare(
             )
         for tile in tiles_changed(earlier_plan, plan):
             stale[tile.iy, tile.ix] = True
-        # What an early version left unfinished has no records, without which it cannot be finished.
+        # An unfinished merge of an early version has no records and cannot be resumed.
         if existing.state == "complete" or records.has_records(objects, earlier_plan):
             done = done_tiles(objects, plan.grid) & ~stale
     n_columns = plan.grid.counts[1]
@@ -110,13 +110,12 @@ def prepare(
 
 
 def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
-    """Look again, now that nobody else writes, at what an earlier run has done.
+    """Check the existing output again, now that this run holds the lock.
 
     Returns
     -------
     Preparation
-        With all tiles as missing that are marked as done but are not on the disk, after a machine
-        lost its power.
+        After a power loss, ``missing`` also has the tiles marked as done that are not on disk.
 
     Raises
     ------
@@ -148,14 +147,14 @@ def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
 
 
 def mark_of(iy: int, ix: int) -> str:
-    """Where the done-mark of a tile is."""
+    """Return the path of a tile's done-mark."""
     return f"{constants.TILE_SUMMARY}/c/{iy}/{ix}"
 
 
 def create_output(
     objects: Objects, ready: Preparation, options: MergeOptions
 ) -> fmt.MergedAttributes:
-    """Write all metadata of the output; only this driver does, workers fill in chunks."""
+    """Write all metadata of the output; only the driver does this, workers write chunks."""
     plan = ready.plan
     attributes = ready.existing
     if attributes is None:
@@ -165,8 +164,8 @@ def create_output(
         if not store.create_group(objects, "", fmt.dump_attributes(attributes)):
             raise OutputExistsError(f"{objects.url}: another run has just created it")
     elif ready.stale:
-        # Whoever reads now, or goes on after a crash, finds an unfinished merge without marks at
-        # tiles that are not what they will be.
+        # A reader, or a run resumed after a crash, must see an unfinished merge without done-marks
+        # of stale tiles.
         unfinished = attributes.model_copy(update={"state": "writing", "finished": None})
         store.update_attributes(objects, "", fmt.dump_attributes(unfinished))
         for iy, ix in ready.stale:
@@ -199,7 +198,7 @@ def create_output(
 
 
 def _attributes_of(ready: Preparation, options: MergeOptions) -> fmt.MergedAttributes:
-    """What an output that nothing is written of yet says of itself."""
+    """Return the attributes of a new output."""
     plan, device = ready.plan, ready.forecast.device
     return fmt.MergedAttributes(
         format_version=constants.FORMAT_VERSION,
@@ -228,7 +227,7 @@ def _attributes_of(ready: Preparation, options: MergeOptions) -> fmt.MergedAttri
 
 
 def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
-    """Read what an earlier run left at the output; None if there is nothing."""
+    """Read the attributes of an existing merged result; None if there is nothing."""
     try:
         attributes = read_attributes(objects)
     except StoreNotFoundError:
@@ -246,7 +245,7 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
 
 
 def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
-    """Which tiles are marked as done, by row and column; other files there are ignored."""
+    """Whether each tile is marked as done, by row and column; other files are ignored."""
     done = np.zeros(grid.counts, np.bool_)
     prefix = f"{constants.TILE_SUMMARY}/c/"
     for key in objects.keys(prefix.rstrip("/")):
@@ -258,7 +257,7 @@ def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
 
 
 def _torn_tiles(objects: Objects, plan: MergePlan, tiles: Tiles) -> list[tuple[int, int]]:
-    """Which of some tiles are marked as done but cannot be read."""
+    """Find the tiles that are marked as done but cannot be read."""
     maps = open_partial_maps(objects, "", "", plan.maps.merged)
     layouts = [layout_module.Layout.of(plan, exposure) for exposure in plan.exposures]
 

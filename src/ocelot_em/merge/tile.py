@@ -1,4 +1,4 @@
-"""A tile on its way to the storage, or into memory."""
+"""Writers of a merged tile, to storage or to memory."""
 
 import logging
 import time
@@ -24,22 +24,22 @@ log = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """Where the maps of one tile go."""
+    """Receives the maps of one tile."""
 
     def map(self, name: str, values: AnyArray) -> None:
-        """Take a merged map; its memory is used again afterwards."""
+        """Accept a merged map, whose memory is reused afterwards."""
         ...
 
     def statistics(self, piece: Piece, notes: Notes) -> None:
-        """Take what was collected of a piece."""
+        """Accept the statistics of a piece."""
         ...
 
     def shown(self, piece: Piece, shown: Float64) -> None:
-        """Take what the tile shows of a piece of a montage."""
+        """Accept statistics of the pixels in which a montage shows a piece."""
         ...
 
     def blank(self) -> None:
-        """Take note that no exposure touches the tile."""
+        """Accept a tile without exposures."""
         ...
 
 
@@ -51,7 +51,7 @@ class KeptMaps:
     job
         The merge.
     tile
-        Which one.
+        The tile.
     """
 
     def __init__(self, job: Job, tile: Tile) -> None:
@@ -64,27 +64,27 @@ class KeptMaps:
             self.maps[name] = values.copy()
 
     def statistics(self, piece: Piece, notes: Notes) -> None:
-        """Nothing is kept of them."""
+        """Discard the statistics."""
 
     def shown(self, piece: Piece, shown: Float64) -> None:
-        """Nothing is kept of it."""
+        """Discard the statistics."""
 
     def blank(self) -> None:
-        """Fill all maps with what says that nothing is there."""
+        """Fill all maps with their fill values."""
         for name in self._names:
             about = MAPS[name]
             self.maps[name] = np.full(self._shape, about.fill, about.dtypes[0])
 
 
 class TileWriter:
-    """Writes one tile, and says how long everything took that was done for it.
+    """Writes one tile and measures the time spent on it.
 
     Parameters
     ----------
     job
-        The merge it belongs to.
+        The merge of the tile.
     tile
-        Which one.
+        The tile.
     incoming, outgoing
         The reader and the writer of the thread.
     """
@@ -99,7 +99,7 @@ class TileWriter:
         self._error: Exception | None = None
 
     def __enter__(self) -> "TileWriter":
-        """Begin the tile; an error within the context is kept for :meth:`finish`."""
+        """Start the tile; an error within the context is kept for :meth:`finish`."""
         self._started = time.perf_counter()
         self._before = self._incoming.meter.copy(), self._outgoing.meter.copy()
         return self
@@ -116,14 +116,14 @@ class TileWriter:
         return self._error is not None
 
     def map(self, name: str, values: AnyArray) -> None:
-        """Encode a map of the tile, and have it written."""
+        """Encode a map of the tile and queue it for writing."""
         with self._outgoing.metered():
             target = self._job.written[name]
             for chunk, parts in target.encode(self._tile.region, values):
                 self._put(target.key(chunk), parts)
 
     def statistics(self, piece: Piece, notes: Notes) -> None:
-        """Encode what was collected of a piece, and have it written."""
+        """Encode the statistics of a piece and queue them for writing."""
         self._searched_pixels += notes.searched_pixels
         if notes.statistics is not None:
             with self._outgoing.metered():
@@ -132,13 +132,13 @@ class TileWriter:
                     self._put(key, parts)
 
     def shown(self, piece: Piece, shown: Float64) -> None:
-        """Encode what the tile shows of a piece of a montage, and have it written."""
+        """Encode statistics of the shown pixels of a piece and queue them for writing."""
         with self._outgoing.metered():
             layout, number = self._record_of(piece)
             self._put(*records.encode_shown(layout, shown, number))
 
     def blank(self) -> None:
-        """Have a tile written that no exposure touches."""
+        """Queue the chunks of a tile without exposures for writing."""
         with self._outgoing.metered():
             for name, target in self._job.written.items():
                 for chunk in target.grid.touching(self._tile.region):
@@ -174,12 +174,12 @@ class TileWriter:
         self._written.append(self._outgoing.put(self._job.objects, key, parts))
 
     def _record_of(self, piece: Piece) -> tuple[layout_module.Layout, int]:
-        """Return where the records of a piece's exposure are, and the number of this tile's."""
+        """Return the layout of a piece's exposure, and the record number of this tile."""
         layout = self._job.open(piece).layout
         return layout, layout.number_of(self._tile.iy, self._tile.ix)
 
     def _mark_done(self, summary: TileSummary) -> None:
-        """Record that the tile is written; comes after its last chunk."""
+        """Write the done-mark of the tile, after its last chunk."""
         assert self._job.objects is not None
         values = np.array([[[getattr(summary, name) for name in SUMMARY_FIELDS]]], np.float64)
         store.write_chunk(self._job.objects, f"{mark_of(self._tile.iy, self._tile.ix)}/0", values)

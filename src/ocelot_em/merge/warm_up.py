@@ -1,9 +1,9 @@
-"""Compiles the kernels that a merge needs before its first tile, whose time it is not.
+"""Compiles the kernels of a merge before its first tile, so that its time excludes compilation.
 
-numba compiles a kernel when it is first called with arguments of some types, and keeps the machine
-code on the disk. So a few pixels that nobody sees are merged first, of maps of the types that the
-sources have, by the same code as every tile: that calls all kernels with the right types. Where the
-machine code is there, it takes no longer than the first tile would have.
+numba compiles a kernel at its first call with given argument types, and caches the machine code on
+disk. Therefore the code of the tiles first merges a few dummy pixels with the dtypes of the
+sources, which calls all kernels with the right types. Loading cached kernels takes no longer than
+in the first tile.
 """
 
 import logging
@@ -27,30 +27,30 @@ from ocelot_em.model.workspace import Workspace
 log = logging.getLogger(__name__)
 
 DTypeOf = Callable[[int, str], "np.dtype[np.generic]"]
-"""Of a map of a source of the exposure, by the source's number and the map's name."""
+"""Returns the dtype of a map, given the number of its source and its name."""
 
 
 class Compiling(Protocol):
-    """Is told that kernels are compiled, which happens once after an installation."""
+    """Is notified when kernels are compiled, which happens once after an installation."""
 
     def compiling(self) -> None:
-        """The first kernel is being compiled."""
+        """Compilation of the first kernel has started."""
         ...
 
     def compiled(self, seconds: float) -> None:
-        """All are, since ``seconds`` ago."""
+        """All kernels are compiled, which took ``seconds``."""
         ...
 
 
 class Logged:
-    """Where nobody watches, as in a worker process."""
+    """Logs compilation, as in a worker process."""
 
     def compiling(self) -> None:
-        """Log it."""
+        """Log the start."""
         log.info("compiling kernels")
 
     def compiled(self, seconds: float) -> None:
-        """Log it."""
+        """Log the duration."""
         log.info("compiled kernels in %.1f s", seconds)
 
 
@@ -61,21 +61,21 @@ def compile_kernels(
     dtype_of: DTypeOf,
     watcher: Compiling,
 ) -> float:
-    """Compile or load what the tiles of a merge on the CPU call.
+    """Compile or load the kernels of a merge on the CPU.
 
     Parameters
     ----------
     plan
-        The merge.
+        Plan of the merge.
     exposure, space, dtype_of
-        One of its exposures, which stands for all.
+        One exposure, which represents all, its search space and dtypes.
     watcher
-        Is told, if anything has to be compiled.
+        Is notified if anything must be compiled.
 
     Returns
     -------
     float
-        Seconds that compiling took; 0 where everything was on the disk.
+        Seconds spent compiling; 0 if everything was cached on disk.
     """
     seconds = kernels.seconds_compiling(
         lambda: _merge_few_pixels(plan, exposure, space, dtype_of), watcher.compiling
@@ -94,8 +94,8 @@ def _merge_few_pixels(
     fold = Fold(sources, maps, space, mask_nan=mask_nan)
     pixels, work = Region(0, 3, 0, 1), Workspace(3)
     work.shape = pixels.shape
-    # Arrays that are contiguous and those that are not are of different types: candidates, if there
-    # are several, and pieces that are narrower than their tile.
+    # numba distinguishes contiguous and strided arrays: with several candidates, and with pieces
+    # narrower than their tile.
     for level, width in ((0.0, 2), (np.inf, 1)):
         statistics = TileStatistics(capacity=3, longest_edge=3)
         counting = Counting(pixels, level, len(exposure.contributions), len(sources))
@@ -118,7 +118,7 @@ def _merge_few_pixels(
 
 
 def _different_ones(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTypeOf) -> list[int]:
-    """Numbers of the first source, and of one of each kind among the others, as of the types."""
+    """Numbers of the first source, and of one other source for each combination of dtypes."""
     kinds: dict[object, int] = {}
     for number, source in enumerate(exposure.sources):
         names = source.map_names(plan.maps_of_exposure)
@@ -128,7 +128,7 @@ def _different_ones(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTypeO
 
 
 class _FewPixels:
-    """Maps of which the last pixel was not searched; :class:`ocelot_em.merge.fold.Incoming`."""
+    """Dummy :class:`ocelot_em.merge.fold.Incoming` whose last pixel was not searched."""
 
     def __init__(self, fold: Fold, dtype_of: DTypeOf) -> None:
         self._order, self._dtype_of = fold.order(), dtype_of
@@ -149,4 +149,4 @@ class _Arrival:
 
 
 _UNSEARCHED = {MIP: -np.inf, INDEX: NOT_SEARCHED, BEST_PARTIAL: NOT_SEARCHED}
-"""What maps have where nobody searched, if it is not 0."""
+"""Values other than 0 where nothing was searched, by map."""

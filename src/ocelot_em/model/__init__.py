@@ -1,1 +1,1 @@
-"""Vocabulary and geometry: maps, regions and tiles, search spaces, histograms. Pure."""
+"""Data model: maps, regions and tiles, search spaces, histograms. Pure."""

@@ -1,6 +1,6 @@
-"""Arrays of other libraries: what they are, and as arrays of NumPy or CuPy.
+"""Arrays of other libraries: their kind, and their conversion to NumPy or CuPy.
 
-None of those libraries is imported before one of its arrays is there.
+A library is imported only when one of its arrays is used.
 """
 
 import operator
@@ -12,11 +12,11 @@ from ocelot_em.model.maps import AnyArray
 
 NUMPY, CUPY, TORCH = "NumPy array", "CuPy array", "torch tensor"
 TORCH_CPU, TORCH_CUDA = f"{TORCH} on cpu", f"{TORCH} on cuda"
-"""What :func:`kind_of` says; tensors are also named by their kind of device."""
+"""Results of :func:`kind_of`; those of tensors include the type of device."""
 
 
 def kind_of(values: object) -> str:
-    """Say what kind of array this is; of anything else, the name of its type."""
+    """Return the kind of an array, or the type name of any other object."""
     if isinstance(values, np.ndarray):
         return NUMPY
     if hasattr(values, "detach") and hasattr(values, "device"):
@@ -27,7 +27,7 @@ def kind_of(values: object) -> str:
 
 
 def dtype_name(values: Any) -> str:
-    """Return the dtype of an array of any kind as NumPy calls it, and whether it is swapped."""
+    """Return NumPy's name for the dtype of an array of any kind, marked if it is byte-swapped."""
     dtype = values.dtype
     if kind_of(values).startswith(TORCH):
         return str(dtype).removeprefix("torch.")
@@ -35,13 +35,13 @@ def dtype_name(values: Any) -> str:
 
 
 def as_numpy(values: object) -> AnyArray:
-    """Return a NumPy array over the same memory, or a copy where the values live on a device.
+    """Return a NumPy array that shares the memory, or a copy if the values are on a device.
 
     Parameters
     ----------
     values
         NumPy array, torch tensor or CuPy array (any device), or anything that
-        :func:`numpy.asarray` takes.
+        :func:`numpy.asarray` accepts.
     """
     kind = kind_of(values)
     if kind == NUMPY:
@@ -54,24 +54,24 @@ def as_numpy(values: object) -> AnyArray:
 
 
 def as_cupy(values: Any) -> AnyArray:
-    """Return a CuPy array over the memory of a CuPy array or of a torch tensor on a GPU."""
+    """Return a CuPy array that shares the memory of a CuPy array or of a torch tensor on a GPU."""
     if kind_of(values) == CUPY:
         return cast(AnyArray, values)
     import cupy
     import torch
 
-    with torch.cuda.device(values.device):  # torch hands out only what is on its current device
+    with torch.cuda.device(values.device):  # torch exports only tensors on its current device
         return cast(AnyArray, cupy.from_dlpack(values.detach()))
 
 
 def gpu_number(values: Any) -> int:
-    """Return the number of the GPU on which a CuPy array or torch tensor lies."""
+    """Return the number of the GPU that holds a CuPy array or torch tensor."""
     device = values.device
     return int(device.id if kind_of(values) == CUPY else device.index)
 
 
 def new_like(values: Any, dtype: str) -> Any:
-    """Return an array of the same kind, shape and device, with whatever is in its memory."""
+    """Return an uninitialised array of the same kind, shape and device."""
     kind = kind_of(values)
     if kind.startswith(TORCH):
         import torch
@@ -86,17 +86,17 @@ def new_like(values: Any, dtype: str) -> Any:
 
 
 class HostRows:
-    """The rows of a map, brought to the host when they are asked for.
+    """The rows of a map, copied to the host on access.
 
     Parameters
     ----------
     values
-        As for :func:`as_numpy`; what has no shape, dtype or slices is converted here, whole.
+        As for :func:`as_numpy`; objects without shape, dtype or slicing are converted at once.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        The values cannot become a NumPy array.
+        The values cannot be converted to a NumPy array.
     """
 
     def __init__(self, values: Any) -> None:
@@ -115,13 +115,18 @@ def exact_count(value: object) -> int:
     Parameters
     ----------
     value
-        A Python integer, or an integer scalar or array of one element of NumPy, torch or CuPy.
+        A Python integer, or an integer scalar or one-element array of NumPy, torch or CuPy.
 
     Raises
     ------
     ValueError
-        It is not one non-negative integer. Floating point is refused even where it looks whole:
-        float32 cannot hold every count above 16.8 million.
+        The value is not one integer from 0 to 2**62. Floating point is an error even if integral,
+        since float32 cannot represent every count above 16.8 million.
+
+    Examples
+    --------
+    >>> exact_count(np.array([20_500_000]))
+    20500000
     """
     if not isinstance(value, (int, np.integer)):
         array = as_numpy(value)

@@ -1,6 +1,6 @@
-"""Histograms of whole maps: they add up over tiles, and give ranks and normal scores.
+"""Histograms of whole maps, which add up over tiles and give ranks and normal scores.
 
-Cutoffs and p-values that follow from them are in :mod:`ocelot_em.particles.significance`.
+:mod:`ocelot_em.particles.significance` computes cutoffs and p-values from them.
 """
 
 import math
@@ -17,17 +17,17 @@ from ocelot_em.model.maps import Float64, Int64
 class Axis:
     """Uniform bins: bin ``i`` holds ``low + i * width <= value < low + (i + 1) * width``.
 
-    That is ``floor((value - low) / width)``, evaluated in float64: in float32 the difference would
-    be rounded across edges.
+    The bin is ``floor((value - low) / width)``, evaluated in float64, since float32 could round the
+    difference across an edge.
 
     Parameters
     ----------
     low
         Lower edge of the first bin.
     width
-        Of each bin; positive.
+        Width of each bin; positive.
     bins
-        How many; at least 1.
+        Number of bins; at least 1.
 
     Raises
     ------
@@ -52,31 +52,28 @@ class Axis:
 
     @property
     def high(self) -> float:
-        """Upper edge of the last bin; it is beyond the axis."""
+        """Upper edge of the last bin, which excludes it."""
         return self.low + self.width * self.bins
 
     @property
     def edges(self) -> Float64:
-        """(bins + 1,) float64."""
+        """Edges of the bins, (bins + 1,) float64."""
         return self.low + self.width * np.arange(self.bins + 1, dtype=np.float64)
 
     def bin_of(self, values: ArrayLike) -> Int64:
-        """Bin of each value; -1 below the axis and ``bins`` beyond it. Values must be finite."""
+        """Bin of each finite value, int64; -1 below the axis and ``bins`` above it."""
         position = np.floor((np.asarray(values, np.float64) - self.low) / self.width)
         return np.clip(position, -1, self.bins).astype(np.int64)
 
 
 MIP_AXIS = Axis(-4.0, 1 / 1024, 64 * 1024)
-"""Bins for the ranks of ``mip``: fine, because the order of single pixels counts far out."""
-
+"""Bins for the ranks of ``mip``; narrow, since the order of single pixels matters in the tail."""
 
 Z_AXIS = Axis(0.0, 1 / 1024, 64 * 1024)
-"""Bins for the ranks of ``scaled_mip``, which is a maximum above a mean and so not negative."""
-
+"""Bins for the ranks of ``scaled_mip``, which is not negative, since a maximum exceeds the mean."""
 
 JOINT_MIP_AXIS = Axis(-4.0, 1 / 16, 32 * 16)
 """Bins of ``mip`` in a joint histogram."""
-
 
 JOINT_Z_AXIS = Axis(0.0, 1 / 16, 32 * 16)
 """Bins of ``scaled_mip`` in a joint histogram."""
@@ -84,7 +81,7 @@ JOINT_Z_AXIS = Axis(0.0, 1 / 16, 32 * 16)
 
 @dataclass(frozen=True, eq=False)
 class Histogram1D:
-    """How many of a map's valid pixels have which value.
+    """Histogram of a map's valid pixels.
 
     Parameters
     ----------
@@ -93,12 +90,12 @@ class Histogram1D:
     counts
         (axis.bins,) integer.
     underflow, overflow
-        Pixels below the axis and beyond it.
+        Number of pixels below and above the axis.
 
     Raises
     ------
     InvalidInputError
-        Counts of another shape, not integer, or negative.
+        Counts have another shape, are not integer, or are negative.
     """
 
     axis: Axis
@@ -118,7 +115,7 @@ class Histogram1D:
 
     @classmethod
     def of(cls, values: ArrayLike, axis: Axis) -> "Histogram1D":
-        """Count a whole map, of any shape: the definition. Pixels not finite are left out."""
+        """Count the finite pixels of a whole map of any shape; this is the definition."""
         numbers = np.asarray(values, np.float64)
         bins = axis.bin_of(numbers[np.isfinite(numbers)])
         counts = np.bincount(bins + 1, minlength=axis.bins + 2)
@@ -126,24 +123,24 @@ class Histogram1D:
 
     @property
     def pixels(self) -> int:
-        """All that were counted, also beyond the axis."""
+        """Number of counted pixels, including those off the axis."""
         return int(self.counts.sum()) + self.underflow + self.overflow
 
     def below(self, values: ArrayLike) -> Float64:
-        """Pixels with a lower value, and half of those with the same: the rank less a half.
+        """Number of pixels with a lower value plus half of those with the same value.
 
-        Within a bin, pixels are taken to be spread evenly; pixels off the axis to be all the same.
-        A bin of one pixel is exact.
+        This is the rank minus one half. Pixels are assumed to be evenly distributed within a bin,
+        and equal off the axis. A bin of one pixel is exact.
 
         Parameters
         ----------
         values
-            Finite.
+            Finite values.
 
         Returns
         -------
         NDArray[np.float64]
-            Of the values' shape; ascending with them, from 0 to :attr:`pixels`.
+            Array of the values' shape, from 0 to :attr:`pixels`, ascending with the values.
         """
         bins = self.axis.bin_of(values)
         position = (np.asarray(values, np.float64) - self.axis.low) / self.axis.width - bins
@@ -154,31 +151,31 @@ class Histogram1D:
         return np.asarray(first[bins + 1] + within, np.float64)
 
     def _ranked(self) -> tuple[Int64, Int64]:
-        """For underflow, each bin and overflow: pixels below it, and pixels in it."""
+        """Numbers of pixels below and in the underflow, each bin and the overflow."""
         counts = np.concatenate(([self.underflow], self.counts, [self.overflow])).astype(np.int64)
         return np.cumsum(counts) - counts, counts
 
     def normal_scores(self) -> tuple[Float64, Int64]:
-        """For underflow, each bin and overflow: normal score of its middle, and pixels in it."""
+        """Median normal score of and pixels in the underflow, each bin and the overflow."""
         first, counts = self._ranked()
         return normal_score(first + counts / 2, self.pixels), counts
 
 
 @dataclass(frozen=True, eq=False)
 class JointHistogram:
-    """How many of a map's valid pixels have which pair of ``mip`` and ``scaled_mip``.
+    """Joint histogram of ``mip`` and ``scaled_mip`` of a map's valid pixels.
 
     Parameters
     ----------
     mip_axis, z_axis
-        The bins. A pixel beyond them is counted in the nearest one.
+        The bins. A pixel off an axis is counted in the nearest bin.
     counts
         (mip_axis.bins, z_axis.bins) integer.
 
     Raises
     ------
     InvalidInputError
-        Counts of another shape, not integer, or negative.
+        Counts have another shape, are not integer, or are negative.
     """
 
     mip_axis: Axis
@@ -198,7 +195,7 @@ class JointHistogram:
         mip_axis: Axis = JOINT_MIP_AXIS,
         z_axis: Axis = JOINT_Z_AXIS,
     ) -> "JointHistogram":
-        """Count whole maps: the definition. Pixels where either is not finite are left out."""
+        """Count the pixels of whole maps where both are finite; this is the definition."""
         mips, zs = searched_pixels(mip, z)
         row = np.clip(mip_axis.bin_of(mips), 0, mip_axis.bins - 1)
         column = np.clip(z_axis.bin_of(zs), 0, z_axis.bins - 1)
@@ -209,21 +206,21 @@ class JointHistogram:
 
     @property
     def pixels(self) -> int:
-        """All that were counted."""
+        """Number of counted pixels."""
         return int(self.counts.sum())
 
 
 def normal_score(below: Float64, pixels: int) -> Float64:
-    """Standard normal quantile of a rank less a half; ends are those of the last pixels."""
+    """Standard normal quantile of a rank minus one half, clipped to the first and last pixel."""
     from scipy.special import ndtri
 
-    # From the upper end, so that the highest of 10^9 pixels keeps its digits.
+    # Counted from the upper end, so that the highest of 10^9 pixels keeps its precision.
     above = np.clip(pixels - below, 0.5, pixels - 0.5)
     return np.asarray(-ndtri(above / pixels), np.float64)
 
 
 def searched_pixels(mip: ArrayLike, z: ArrayLike) -> tuple[Float64, Float64]:
-    """Flat pixels where both maps are finite, as float64."""
+    """Values of the pixels where both maps are finite, one-dimensional float64."""
     mips, zs = np.asarray(mip, np.float64), np.asarray(z, np.float64)
     if mips.shape != zs.shape:
         raise InvalidInputError(

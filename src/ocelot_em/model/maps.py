@@ -1,4 +1,4 @@
-"""The vocabulary: names, dtypes, units and meaning of the maps, and the records that carry them."""
+"""Names, dtypes, units and meaning of the maps, and the classes that hold them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,36 +28,36 @@ STD = "correlation_std"
 SOURCE_EXPOSURE = "source_exposure"
 
 NOT_SEARCHED = -1
-"""Value of the integer maps where no device searched, or nothing lies."""
+"""Value of the integer maps where no device searched, or no exposure is placed."""
 
 
 class Combine(StrEnum):
-    """How the merged value of a pixel follows from those of the partials."""
+    """How the merged value of a pixel is derived from those of the partials."""
 
     DECIDES = "decides"
-    """The partials' values decide which partial wins; the merged value is the winner's."""
+    """The values determine which partial wins; the merged value is the winner's."""
     FOLLOWS = "follows"
     """The winner's value."""
     ADDS = "adds"
     """The sum over all partials."""
     COMPUTED = "computed"
-    """From other merged maps of the same pixel, when they are known."""
+    """Computed at the end from other merged maps of the same pixel."""
     PLACED = "placed"
-    """From the overlap of exposures on the canvas."""
+    """Determined when exposures are placed on the canvas."""
 
 
 @dataclass(frozen=True, slots=True)
 class MapInfo:
-    """What a map holds.
+    """Description of a map.
 
     Parameters
     ----------
     combine
         How it is merged.
     dtypes
-        The stored types that are allowed, the one we write by default first.
+        Allowed stored dtypes, the default first.
     unit, meaning
-        For people.
+        Texts for users.
     fill
         Fill value of the stored array.
     """
@@ -116,7 +116,7 @@ MAPS: Mapping[str, MapInfo] = {
 
 
 _ADDED = (COUNT, SUM, SQUARED_SUM)
-"""The order in which sums are read: the statistics of a pixel can be computed with the last."""
+"""The order in which sums are read; after the last one the statistics are computed."""
 
 
 class PoseForm(StrEnum):
@@ -128,20 +128,20 @@ class PoseForm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MapSet:
-    """Which maps a result has: its pose form, and the optional ones.
+    """The maps of a result: its pose form and optional maps.
 
     Parameters
     ----------
     form
         Explicit angles and offsets, or one index into the search space.
     pixel_size
-        Whether ``best_pixel_size`` is there (explicit form; a decoded index always gives it).
+        Whether it has ``best_pixel_size`` (explicit form; a decoded index always gives it).
     counts
         Whether the count differs from pixel to pixel and is a map.
     decoded
-        Whether a merged result has the pose maps of its indices, too.
+        Whether a merged result also has the pose maps of its indices.
     exposures
-        Whether a merged result is put together from several exposures.
+        Whether a merged result is a montage of exposures.
     """
 
     form: PoseForm
@@ -157,7 +157,7 @@ class MapSet:
 
     @property
     def pose(self) -> tuple[str, ...]:
-        """Names of the maps that say which pose won, as a device stores them."""
+        """Names of the maps of the winning pose, as a device stores them."""
         return (INDEX,) if self.form is PoseForm.INDEXED else self.explicit_poses
 
     @property
@@ -168,9 +168,9 @@ class MapSet:
 
     @property
     def computed(self) -> tuple[str, ...]:
-        """Names of the maps that are computed when all partials have been merged.
+        """Names of the maps computed after all partials have been merged.
 
-        The sums are among them: they are stored as float32, and kept as float64 until then.
+        They include the sums, which are kept as float64 until then and stored as float32.
         """
         return (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *self.computed_poses)
 
@@ -178,8 +178,8 @@ class MapSet:
     def phases(self) -> tuple[tuple[str, ...], ...]:
         """Names of the maps that are read together, in the order in which a merge needs them.
 
-        First what decides who wins; then what the statistics need; then what follows the winner.
-        Within a phase all partials are read before the next phase begins.
+        The first maps determine the winner, the next ones are for the statistics, the last ones
+        follow the winner. A phase starts after all partials have been read for the previous one.
         """
         names = (*self.partial, BEST_PARTIAL)
         decide = tuple(name for name in names if MAPS[name].combine is Combine.DECIDES)
@@ -217,7 +217,7 @@ class MapSet:
 
 @dataclass(frozen=True, slots=True)
 class PartialMaps:
-    """The maps of one partial over one region, as a kernel takes them.
+    """The maps of one partial over one region, as input of a kernel.
 
     Arrays are C-contiguous and of one shape (y, x).
 
@@ -246,10 +246,10 @@ class PartialMaps:
 
 @dataclass(slots=True)
 class Accumulator:
-    """The merge of the partials seen so far: (max, pose of it, sums in float64, count).
+    """The merge of the partials so far: running maximum, its pose, sums in float64, count.
 
-    Made by :func:`ocelot_em.kernels.reference.identity` or its faster twins; ``count_map`` is None
-    unless counts differ from pixel to pixel, and then holds them instead of ``count``.
+    Created by :func:`ocelot_em.kernels.reference.identity` or its faster equivalents. ``count_map``
+    replaces ``count`` if counts differ from pixel to pixel, and is None otherwise.
     """
 
     mip: Float32
@@ -263,14 +263,14 @@ class Accumulator:
 
 @dataclass(frozen=True, slots=True)
 class FoldReport:
-    """What a kernel noticed in a partial while folding it.
+    """Invalid values that a kernel found in a partial while folding it.
 
     Parameters
     ----------
     nan_pixels
-        Pixels where any map is NaN (a NaN pose does not count where ``mip`` is -inf).
+        Number of pixels where any map is NaN (a NaN pose does not count where ``mip`` is -inf).
     invalid_indices
-        Pixels whose index lies outside the search space, or is -1 where something was searched.
+        Number of pixels with an index outside the search space, or -1 where something was searched.
     """
 
     nan_pixels: int

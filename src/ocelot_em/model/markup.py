@@ -1,4 +1,4 @@
-"""Markup of pages and notebooks; text is escaped wherever it comes from. Pure."""
+"""HTML of pages and notebooks; all text is escaped. Pure."""
 
 from collections.abc import Iterable
 from html import escape
@@ -7,23 +7,23 @@ _WITHOUT_END = frozenset({"meta", "img", "br"})
 
 
 class Markup(str):
-    """HTML that may stand as it is; any other text is escaped when it is put into an element."""
+    """HTML that is inserted unchanged; any other text is escaped."""
 
     __slots__ = ()
 
 
 def element(tag: str, *children: str, **attributes: str) -> Markup:
-    """Put an HTML element together.
+    """Build an HTML element.
 
     Parameters
     ----------
     tag
-        Its name.
+        Name of the element.
     *children
-        What it holds: text, which is escaped, or markup.
+        Its contents: text, which is escaped, or markup.
     **attributes
-        Their values, which are escaped; underscores at the end of a name are left out, and those
-        within become hyphens.
+        Attribute values, which are escaped; trailing underscores of names are removed, others
+        become hyphens.
     """
     told = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"'
@@ -34,43 +34,43 @@ def element(tag: str, *children: str, **attributes: str) -> Markup:
 
 
 def join(parts: Iterable[str]) -> Markup:
-    """Put text, which is escaped, and markup after one another."""
+    """Concatenate text, which is escaped, and markup."""
     return Markup("".join(p if isinstance(p, Markup) else escape(p) for p in parts))
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Markup:
-    """Make a table with a line of headers."""
+    """Build a table with a header row."""
     head = element("tr", *(element("th", name) for name in header))
     body = (element("tr", *(element("td", cell) for cell in row)) for row in rows)
     return element("table", element("thead", head), element("tbody", *body))
 
 
 def pairs(facts: Iterable[tuple[str, str]]) -> Markup:
-    """Make a table of names and values."""
+    """Build a table of names and values."""
     rows = (element("tr", element("th", name), element("td", value)) for name, value in facts)
     return element("table", element("tbody", *rows))
 
 
 def captioned(drawing: Markup, caption: str, width: str) -> Markup:
-    """Put a drawing and its caption together; the width is a class of the page's style."""
+    """Build a figure with a caption; ``width`` is a CSS class of the page."""
     return element("figure", drawing, element("figcaption", caption), class_=width)
 
 
 def percent(share: float) -> str:
-    """A share, rounded; neither nothing nor all unless it is that."""
+    """Format a fraction as a percentage; only exact 0 and 1 give 0% and 100%."""
     if share in (0.0, 1.0):
         return f"{share:.0%}"
     return f"{min(max(share, 0.001), 0.999):.1%}"
 
 
 def length_text(height_angstrom: float, width_angstrom: float) -> str:
-    """Height and width in the unit that people use."""
+    """Format height and width in nm or µm."""
     unit, name = (1e4, "µm") if max(height_angstrom, width_angstrom) >= 1e4 else (10.0, "nm")
     return f"{height_angstrom / unit:.3g} × {width_angstrom / unit:.3g} {name}"
 
 
 def nbytes_text(nbytes: float) -> str:
-    """A size in the largest unit in which it is 1 or more."""
+    """Format a size in the largest unit in which it is 1 or more."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
@@ -79,7 +79,7 @@ def nbytes_text(nbytes: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration in the units that people use."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -88,7 +88,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def page(title: str, body: Iterable[Markup]) -> str:
-    """Make a whole page, for light and dark screens, that cannot load anything."""
+    """Build a complete page, with light and dark styles, that cannot load anything."""
     # The policy makes browsers refuse scripts and anything that is not in this file.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     head = element(

@@ -1,4 +1,4 @@
-"""The options of a merge: the one place where an option is described."""
+"""The options of a merge, with their only description."""
 
 import difflib
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.regions import Overlap
 
 LARGEST_TILE = 2**16
-"""Edge of a tile in pixels."""
+"""Maximum edge length of a tile in pixels."""
 
 
 def parse_size(text: object) -> object:
-    """Read a number of bytes such as ``800MB``, ``1GiB`` or ``2g``."""
+    """Parse a number of bytes such as ``800MB``, ``1GiB`` or ``2g``."""
     if not isinstance(text, str):
         return text
     from dask.utils import parse_bytes
@@ -23,7 +23,7 @@ def parse_size(text: object) -> object:
 
 
 def _by_key(value: object) -> object:
-    """Turn ``KEY=VALUE`` texts, as of a command line, into a mapping; keys may be repeated."""
+    """Parse ``KEY=VALUE`` texts from a command line into a mapping; keys may be repeated."""
     if not isinstance(value, list):
         return value
     found: dict[str, list[str]] = {}
@@ -36,26 +36,26 @@ def _by_key(value: object) -> object:
 
 
 class SlurmJobs(BaseModel):
-    """What each worker's SLURM job asks for; None: as Dask's configuration says (``jobqueue``).
+    """Resources of each worker's SLURM job; None: from Dask's configuration (``jobqueue``).
 
     Parameters
     ----------
     partition, account
-        Where it runs, and on whose account.
+        SLURM partition and account.
     walltime
-        Most time, as ``HH:MM:SS``; workers leave, and are replaced, before it ends.
+        Time limit, as ``HH:MM:SS``; workers are replaced before it expires.
     cores
-        Threads of a job in all; 4 if nothing says so.
+        Total number of threads of a job; 4 if not configured.
     processes
-        Worker processes of a job, which share the threads; 1 if nothing says so.
+        Number of worker processes of a job, which share the threads; 1 if not configured.
     memory
-        Of a job, as text such as ``"8GB"``; 1 GB for each thread if nothing says so.
+        Memory of a job, as text such as ``"8GB"``; 1 GB per thread if not configured.
     interface
-        Network on which they talk, such as ``ib0``.
+        Network interface, such as ``ib0``.
     directives
-        More options of ``sbatch``, such as ``--gres=gpu:1``.
+        Additional options of ``sbatch``, such as ``--gres=gpu:1``.
     log_directory
-        Folder, which all nodes see, of what the jobs print.
+        Folder on shared storage for the output of the jobs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,54 +72,55 @@ class SlurmJobs(BaseModel):
 
 
 class MergeOptions(BaseModel):
-    """How to merge; the same names as the command line's options.
+    """Options of a merge, with the same names as on the command line.
 
     Parameters
     ----------
     tile_size
-        Edge of a tile in pixels: at most 1024, or a multiple of it. None: chosen.
+        Edge length of a tile in pixels: at most 1024, or a multiple of it. None: automatic.
     memory_limit
-        Most memory of one worker, in bytes or as text such as ``"800MB"``. None: no limit but the
-        machine's.
+        Maximum memory of one worker, in bytes or as text such as ``"800MB"``. None: limited only by
+        the machine.
     nan
-        ``raise``: NaN in a partial is an error. ``mask``: at such pixels the partial is left out,
-        its count too.
+        ``raise``: NaN in a partial is an error. ``mask``: the partial and its count are omitted at
+        such pixels.
     overlap
-        Of a montage: which exposure wins a pixel that several have searched, for every map. The
-        ``earliest`` acquired; that of the highest z-score (``max-zscore``); or the one whose edge
-        is ``farthest-from-edge``. Ties: the earliest acquired, then the one with the lower number.
+        Rule for pixels that several exposures of a montage have searched; one wins, for every map:
+        the ``earliest`` acquired, the one with the highest z-score (``max-zscore``), or the one
+        whose edge is farthest away (``farthest-from-edge``). Ties: the earliest acquired, then the
+        lower number.
     erode
-        Width in pixels of the edge that is left out of every exposure's valid region.
+        Width in pixels of the edge removed from every exposure's valid region.
     origins
-        ``exact``: origins that are not whole pixels are refused. ``round``: they are rounded to the
-        nearest pixel, halves to even ones.
+        ``exact``: origins must be whole pixels. ``round``: they are rounded to the nearest pixel,
+        halves to even.
     poses
-        ``decoded``: the pose maps of indexed poses are stored beside the index. ``index``: they are
-        not, and are decoded by those who read them: a quarter less to write and to keep.
+        ``decoded``: the pose maps of indexed poses are stored in addition to the index. ``index``:
+        they are decoded when read, which reduces the output by a quarter.
     overwrite
         Replace an existing merged result, finished or not.
     cluster
         ``threads`` (this process), ``local`` (worker processes on this machine, with a dashboard),
         ``cuda`` (one worker process for each GPU of this machine), ``slurm`` (a SLURM job for each
-        worker), ``slurm-job`` (the tasks of the SLURM job that this process is one of) or the
+        worker), ``slurm-job`` (the tasks of the SLURM job that includes this process) or the
         address of a running Dask scheduler.
     workers, threads
-        Number of workers (of ``local`` and ``cuda``; of ``slurm`` the jobs), and of threads in
-        each. None: one thread per CPU core; two jobs.
+        Number of workers (``local`` and ``cuda``) or jobs (``slurm``), and of threads in each.
+        None: one thread per CPU core; two jobs.
     worker_timeout
-        Seconds to wait, of a cluster, while it has no workers. None: 300; of ``slurm``, whose jobs
-        stand in a queue, a day.
+        Seconds to wait for workers while a cluster has none. None: 300; a day for ``slurm``, whose
+        jobs may be queued.
     tls
-        Whether driver, scheduler and workers talk encrypted and know each other by certificates:
-        those of Dask's configuration, or such as are made for this run.
+        Whether driver, scheduler and workers use encryption and certificates, either those of
+        Dask's configuration or new ones for this run.
     slurm
-        What the jobs of ``slurm`` ask for.
+        Resources of the jobs of ``slurm``.
     device
-        Where the arithmetic is done: ``cpu``, ``cuda``, or ``auto``: ``cuda`` if all workers of the
+        Device of the computation: ``cpu``, ``cuda``, or ``auto``: ``cuda`` if all workers of the
         cluster have a GPU.
     rmm_pool_size
-        Device memory that each worker of ``cuda`` takes at its start, for RMM to give out, in bytes
-        or as text. None: CuPy's own pool, which grows as needed.
+        Size of the RMM pool that each worker of ``cuda`` allocates on its device at the start, in
+        bytes or as text. None: CuPy's own pool, which grows as needed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -148,7 +149,7 @@ class MergeOptions(BaseModel):
         Raises
         ------
         InvalidInputError
-            Naming every option that is unknown or has an unusable value.
+            Names every option that is unknown or has an invalid value.
         """
         try:
             return cls.model_validate(options)
@@ -157,7 +158,7 @@ class MergeOptions(BaseModel):
 
 
 def _in_words(problem: Any) -> str:
-    """Say what pydantic found wrong with an option."""
+    """Format a problem that pydantic found with an option."""
     *path, name = map(str, problem["loc"])
     says = f"option {'.'.join((*path, name))}: {problem['msg']}, got {problem['input']!r}"
     if problem["type"] != "extra_forbidden":

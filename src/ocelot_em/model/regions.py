@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Overlap = Literal["earliest", "max-zscore", "farthest-from-edge"]
-"""Which exposure wins a pixel that several have: the earliest acquired, that of the highest
-z-score, or the one whose edge is farthest."""
+"""Rule that selects the exposure in an overlap: the earliest acquired, the highest z-score, or the
+farthest edge."""
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -50,7 +50,7 @@ class Region:
         return slice(self.y0, self.y1), slice(self.x0, self.x1)
 
     def intersect(self, other: "Region") -> "Region":
-        """The pixels in both; empty (size 0) where they do not meet."""
+        """The pixels in both regions; empty (size 0) if there are none."""
         return Region(
             max(self.y0, other.y0),
             min(self.y1, other.y1),
@@ -74,7 +74,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One cell of a grid: its row and column in the grid, and its pixels."""
+    """One cell of a grid: its row, its column and its pixels."""
 
     iy: int
     ix: int
@@ -86,9 +86,9 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:
-    """A map cut into cells of one shape, smaller at the lower and right edge.
+    """A map divided into cells of one shape, smaller at the lower and right edges.
 
-    Chunks and tiles are both cells of such a grid.
+    Both chunks and tiles are cells of such a grid.
     """
 
     shape: tuple[int, int]
@@ -130,11 +130,11 @@ class TileGrid:
                 yield self.at(iy, ix)
 
     def is_whole(self, tile: Tile) -> bool:
-        """Whether a cell lies in the map with all its pixels."""
+        """Whether a cell is complete, not truncated by the edge of the map."""
         return tile.region.shape == self.cell
 
     def is_aligned(self, region: Region) -> bool:
-        """Whether the region is made of whole cells of the map."""
+        """Whether the region consists of whole cells of the map."""
         return (
             region == region.intersect(Region.whole(self.shape))
             and region.y0 % self.cell[0] == 0

@@ -1,4 +1,4 @@
-"""The search space of an indexed search: its tables, and global index <-> pose."""
+"""The search space of an indexed search: its tables, and poses of global indices."""
 
 import hashlib
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ class SearchSpace:
         Raises
         ------
         InvalidInputError
-            With every problem: wrong dimensions, empty, not finite, or more than 2**31 - 1 poses.
+            Lists every problem: not numeric, wrong shape, empty, not finite, or more than
+            2**31 - 1 poses.
         """
         tables = [np.asarray(t) for t in (euler_angles, defocus_values, pixel_values)]
         problems = []
@@ -66,12 +67,12 @@ class SearchSpace:
 
     @property
     def n_poses(self) -> int:
-        """Number of poses; valid indices are below it."""
+        """Number of poses; valid indices are smaller."""
         return len(self.euler_angles) * len(self.defocus_values) * len(self.pixel_values)
 
     @property
     def digest(self) -> str:
-        """A fingerprint of the tables; equal tables have equal fingerprints."""
+        """Fingerprint of the tables; equal tables have equal fingerprints."""
         hasher = hashlib.sha256()
         for table in (self.euler_angles, self.defocus_values, self.pixel_values):
             hasher.update(repr(table.shape).encode())
@@ -79,7 +80,7 @@ class SearchSpace:
         return hasher.hexdigest()
 
     def decode(self, index: AnyArray) -> tuple[Float32, Float32, Float32, Float32, Float32]:
-        """Poses of global indices.
+        """Return the poses of global indices.
 
         Parameters
         ----------
@@ -95,7 +96,7 @@ class SearchSpace:
         Raises
         ------
         InvalidDataError
-            An index is beyond the search space.
+            An index is outside the search space.
         """
         if index.size and not -1 <= int(index.min()) <= int(index.max()) < self.n_poses:
             raise InvalidDataError(

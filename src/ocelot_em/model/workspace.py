@@ -1,4 +1,4 @@
-"""Memory that one thread uses again and again, for one region after another."""
+"""Reusable memory of one thread for one region after another."""
 
 import numpy as np
 
@@ -6,22 +6,22 @@ from ocelot_em.model.maps import AnyArray
 
 
 class Workspace:
-    """Arrays of a region's shape, by what they are used for; allocated once, for the largest.
+    """Arrays of a region's shape, by use; allocated once, for the largest region.
 
     Parameters
     ----------
     max_pixels
-        Of a region.
+        Maximum number of pixels of a region.
     """
 
     def __init__(self, max_pixels: int) -> None:
         self.max_pixels = max_pixels
         self._memory: dict[tuple[str, str], AnyArray] = {}
         self.shape = (1, max_pixels)
-        """Of the region in hand; set it before asking for arrays."""
+        """Shape of the current region; set it before requesting arrays."""
 
     def array(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:
-        """Return the array for this use, of the region's shape, with what was left in it."""
+        """Return the array for a use, in the region's shape, with its previous contents."""
         key = use, np.dtype(dtype).name
         memory = self._memory.get(key)
         if memory is None:
@@ -29,19 +29,19 @@ class Workspace:
         return memory[: self.n_pixels].reshape(self.shape)
 
     def flat(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:
-        """Return the same in one dimension."""
+        """Return the same array in one dimension."""
         return self.array(use, dtype).reshape(-1)
 
     def spare(self, number: int, dtype: "np.dtype[np.generic]") -> AnyArray:
-        """Return memory for a map that has to be decoded before it is used."""
+        """Return memory for a map that must be decoded before use."""
         return self.array(f"spare {number}", dtype)
 
     @property
     def n_pixels(self) -> int:
-        """Of the region in hand."""
+        """Number of pixels of the current region."""
         return self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Number of allocated bytes."""
         return sum(memory.nbytes for memory in self._memory.values())

@@ -1,1 +1,1 @@
-"""From a merged result to particles: significance, peaks, duplicates, the table."""
+"""Particle picking from a merged result: significance, peaks, duplicates, tables."""

@@ -1,4 +1,4 @@
-"""Peaks of several exposures that are one particle: near each other, and in the same pose."""
+"""Duplicate peaks: the same particle in several exposures, at similar positions and poses."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,17 @@ from ocelot_em.model.maps import AnyArray, Float64, Int64
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How much two sightings of one particle may differ.
+    """Maximum differences between two peaks of one particle.
 
     Parameters
     ----------
     distance_px
-        Their positions on the canvas are strictly nearer than this. Has room for errors of the
-        exposures' origins.
+        Distance on the canvas in pixels, exclusive. Should cover errors of the exposures' origins.
     angle_degrees
-        Their orientations differ by a rotation of at most this angle. At least the angular step of
-        the search; 180 for all, as for a molecule whose symmetry makes equal poses look different.
+        Rotation between the orientations, inclusive. Should be at least the angular step of the
+        search; 180 accepts any, for example for a symmetric molecule with several equal poses.
     defocus_angstrom
-        Their defoci differ by at most this.
+        Defocus difference, inclusive.
     """
 
     distance_px: float = 5.0
@@ -52,11 +51,11 @@ class Peaks:
     exposure
         Number of the exposure.
     y, x
-        Pixels of the canvas.
+        Pixel on the canvas.
     phi, theta, psi
         Euler angles (ZYZ) in degrees.
     defocus_angstrom
-        Relative to the micrograph's.
+        Defocus relative to the micrograph's.
     """
 
     exposure: AnyArray
@@ -72,26 +71,25 @@ class Peaks:
 
 
 def join_duplicates(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> Int64:
-    """Find out which peaks of different exposures are one particle.
+    """Find peaks of different exposures that are the same particle.
 
-    Peaks are taken in the given order. One that agrees with a particle of other exposures is
-    another sighting of it (of the first such particle, if there are several), all others are new
-    particles. A particle has at most one sighting in an exposure.
+    Peaks are processed in the given order. A peak that matches a particle of other exposures is a
+    duplicate of it (of the first such particle, if there are several); any other peak is a new
+    particle. A particle has at most one peak per exposure.
 
     Parameters
     ----------
     peaks
-        Of all exposures.
+        Peaks of all exposures.
     order
-        (n,) indices of all peaks, the preferred sightings first.
+        (n,) indices of all peaks, preferred peaks first.
     tolerances
-        How much sightings may differ. A pose that is NaN agrees with none.
+        Maximum differences between duplicates. A NaN pose matches none.
 
     Returns
     -------
     NDArray[np.int64]
-        (n,) for every peak the index of the sighting that stands for its particle: its own, if it
-        does.
+        (n,) index of the peak that represents each peak's particle; its own index if it does.
     """
     from scipy.spatial import cKDTree
 
@@ -99,7 +97,7 @@ def join_duplicates(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> I
     if not len(peaks) or tolerances.distance_px == 0:
         return stands_for
     positions = np.column_stack([peaks.y, peaks.x]).astype(np.float64)
-    # Distances are of whole pixels: what is less than a distance is at most a little less.
+    # The tree includes pairs at exactly this distance; the strict comparison follows.
     near = cKDTree(positions).query_pairs(tolerances.distance_px, output_type="ndarray")
     i, j = near[:, 0], near[:, 1]
     squared = np.square(positions[i] - positions[j]).sum(axis=1)
@@ -109,7 +107,7 @@ def join_duplicates(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> I
     i, j = i[agree], j[agree]
     rank = np.empty(len(peaks), np.int64)
     rank[np.asarray(order, np.int64)] = np.arange(len(peaks))
-    # Each pair from the later to the earlier one; by the later one's rank, then the earlier's.
+    # Pairs in order of the later peak's rank, then of the earlier peak's.
     earlier, later = np.where(rank[i] < rank[j], i, j), np.where(rank[i] < rank[j], j, i)
     in_turn = np.lexsort((rank[earlier], rank[later]))
     seen_in: dict[int, set[int]] = {}
@@ -129,7 +127,7 @@ def _poses_agree(peaks: Peaks, i: Int64, j: Int64, tolerances: Tolerances) -> An
     agree: AnyArray = np.abs(defocus[i] - defocus[j]) <= tolerances.defocus_angstrom
     if tolerances.angle_degrees < 180:
         angle = rotation_between(*((a[i], a[j]) for a in (peaks.phi, peaks.theta, peaks.psi)))
-        # Angles near 0 come out with the square root of the rounding of their cosine.
+        # Near 0, the error of the angle is the square root of the rounding error of its cosine.
         agree &= angle <= tolerances.angle_degrees + 1e-4
     return agree
 
@@ -139,17 +137,17 @@ def rotation_between(
     theta: tuple[AnyArray, AnyArray],
     psi: tuple[AnyArray, AnyArray],
 ) -> Float64:
-    """Angle in degrees of the rotation that turns one orientation into another.
+    """Return the angle in degrees of the rotation between two orientations.
 
     Parameters
     ----------
     phi, theta, psi
-        Euler angles (ZYZ) in degrees of the ones and the others, (n,) each.
+        Euler angles (ZYZ) in degrees of both sets of orientations, (n,) each.
 
     Returns
     -------
     NDArray[np.float64]
-        (n,) from 0 to 180; NaN where an angle is.
+        (n,) from 0 to 180; NaN where an Euler angle is NaN.
     """
     one, other = (
         _quaternions(*(np.radians(np.asarray(angle[k], np.float64)) for angle in (phi, theta, psi)))
@@ -161,7 +159,7 @@ def rotation_between(
 
 
 def _quaternions(phi: Float64, theta: Float64, psi: Float64) -> Float64:
-    """Unit quaternions (n, 4) of Rz(phi) Ry(theta) Rz(psi), angles in radians."""
+    """Return unit quaternions (n, 4) of Rz(phi) Ry(theta) Rz(psi), angles in radians."""
     plus, minus, half = (phi + psi) / 2, (phi - psi) / 2, theta / 2
     return np.stack(
         [

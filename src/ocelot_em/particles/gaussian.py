@@ -1,4 +1,4 @@
-"""Numbers about merged maps: what to call significant."""
+"""Significance cutoff of the Gaussian noise model."""
 
 from statistics import NormalDist
 
@@ -8,32 +8,32 @@ from ocelot_em.errors import InvalidInputError
 def gaussian_cutoff(
     valid_pixels: int, total_projections: int, false_positives: float = 1.0
 ) -> float:
-    """z-score that noise alone exceeds a given number of times in a whole search.
+    """Return the z-score that Gaussian noise exceeds a given number of times in a search.
 
-    The Gaussian noise model of 2DTM: every cross-correlation of every pixel is an independent draw
-    of a standard normal distribution, so that
-    ``sqrt(2) * erfcinv(2 * false_positives / (valid_pixels * total_projections))`` is exceeded
-    ``false_positives`` times (Rickgauer, Grigorieff & Denk 2017, eLife 6:e25648; as in cisTEM and
-    Leopard-EM). Evaluated as the normal quantile, which is the same number.
+    The Gaussian noise model of 2DTM treats every cross-correlation of every pixel as an independent
+    standard normal draw, so ``false_positives`` of them exceed
+    ``sqrt(2) * erfcinv(2 * false_positives / (valid_pixels * total_projections))``
+    (Rickgauer, Grigorieff & Denk 2017, eLife 6:e25648; as in cisTEM and Leopard-EM). Computed as
+    the equivalent normal quantile.
 
     Parameters
     ----------
     valid_pixels
-        Pixels that are looked at; in the overlap of exposures, every candidate counts.
+        Number of searched pixels; in an overlap, a pixel counts once per exposure.
     total_projections
-        Cross-correlations per pixel.
+        Number of cross-correlations per pixel.
     false_positives
-        How many are accepted, over all pixels; below the number of cross-correlations.
+        Expected number of false positives over all pixels; below the number of cross-correlations.
 
     Returns
     -------
     float
-        Dimensionless; 7.774 for 3585**2 pixels and 20.5 million projections.
+        Cutoff, dimensionless; 7.774 for 3585**2 pixels and 20.5 million projections.
 
     Raises
     ------
     InvalidInputError
-        Naming every argument that is not positive, or too many false positives.
+        If any argument is not positive, or ``false_positives`` is too large.
     """
     problems = [
         f"{name}: expected more than 0, got {value}"

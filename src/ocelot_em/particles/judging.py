@@ -1,4 +1,4 @@
-"""Which pixels are significant: a rule for every exposure, by a cutoff or by p-values."""
+"""Significance of pixels: one rule per exposure, by z-score or by p-value."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -25,16 +25,16 @@ from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_
 
 @dataclass(frozen=True)
 class Judge:
-    """What makes a pixel of an exposure a candidate.
+    """Rule for the candidates of an exposure.
 
     Parameters
     ----------
     cutoff
-        What it has to reach: z-score, or -ln p.
+        Lowest accepted z-score, or -ln p.
     model
-        Of p-values; None if z-scores are judged.
+        p-value model; None for a z-score cutoff.
     levels
-        ``mip`` and z-score of which a pixel that reaches a p-value's cutoff reaches at least one.
+        ``mip`` and z-score; every pixel that reaches a p-value cutoff reaches at least one.
     """
 
     cutoff: float
@@ -42,7 +42,7 @@ class Judge:
     levels: tuple[float, float] = (-np.inf, -np.inf)
 
     def wanted(self, mip: AnyArray, z: AnyArray) -> AnyArray:
-        """Which pixels are candidates; the p-value is computed only where it can be low enough."""
+        """Return a mask of candidates; p-values are computed only where they can be low enough."""
         if self.model is None:
             high: AnyArray = z >= np.float32(self.cutoff)
             return high
@@ -51,7 +51,7 @@ class Judge:
         return rare
 
     def height(self, rows: Float64) -> Float64:
-        """By what candidates are compared."""
+        """Return the z-score or -ln p of candidates."""
         if self.model is None:
             return column(rows, SCALED_MIP)
         return self.model.neg_log_p(column(rows, MIP), column(rows, SCALED_MIP))
@@ -86,7 +86,7 @@ def make_judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> l
 
 
 def summary_of(exposure: PlannedExposure, merged: "MergedMaps", of_all: Summary) -> Summary:
-    """Return the statistics of an exposure, which are those of all if there is no other."""
+    """Return the statistics of an exposure; without a montage, those of the whole result."""
     if not merged.plan.is_montage:
         return of_all
     path = statistics_path(exposure.number)
@@ -97,10 +97,10 @@ def summary_of(exposure: PlannedExposure, merged: "MergedMaps", of_all: Summary)
 
 
 def _montage_cutoff(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> float:
-    """z-score that noise exceeds in so many of the pixels that could be shown.
+    """Return the z-score cutoff for the false positives of the whole montage.
 
-    Where the highest z-score wins a pixel, all exposures had a chance to show noise there, and all
-    their valid pixels count. Otherwise those count that are shown.
+    If the highest z-score wins a pixel, any exposure can contribute noise there, so all their valid
+    pixels count. Otherwise, only shown pixels count.
     """
     all_count = merged.plan.overlap == "max-zscore"
     pixels = {
@@ -125,11 +125,11 @@ def p_value_model(summary: Summary) -> PValueModel:
 
 
 def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:
-    """``mip`` and z-score of which a pixel of so high a -ln p reaches at least one.
+    """Return a ``mip`` and a z-score; pixels with this -ln p reach at least one of them.
 
-    -ln p is ``r**2 / 2 - ln(quadrant)``, and with both normal scores from 0 to m (in units of their
-    root mean squares) ``r**2`` is at most ``m**2 max(1, 2 (1 - c)) / (1 - c**2)`` for a correlation
-    c: so one of them is at least the m of the cutoff.
+    -ln p is ``r**2 / 2 - ln(quadrant)``. If both normal scores (in units of their root mean
+    squares) are from 0 to m, ``r**2`` is at most ``m**2 max(1, 2 (1 - c)) / (1 - c**2)`` for a
+    correlation c. At least one of them is therefore not below the m of the cutoff.
     """
     c = model.correlation
     quadrant = (np.pi / 2 + np.arcsin(c)) / (2 * np.pi)
@@ -149,5 +149,5 @@ def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[floa
 
 
 def column(rows: Float64, name: str) -> Float64:
-    """Return a column of rows of candidates, by name."""
+    """Return a named column of candidate rows."""
     return rows[:, CANDIDATE_FIELDS.index(name)]

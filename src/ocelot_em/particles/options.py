@@ -1,4 +1,4 @@
-"""How particles are picked."""
+"""Options for particle picking."""
 
 from typing import Annotated, Literal
 
@@ -8,32 +8,32 @@ from ocelot_em.particles.duplicates import Tolerances
 
 
 class PickOptions(BaseModel):
-    """How to pick particles; the same names as the command line's options.
+    """Options for particle picking, named as on the command line.
 
     Parameters
     ----------
     method
         ``gaussian``: z-score that Gaussian noise exceeds ``false_positives`` times. ``gev``: the
-        same for the extreme value distribution that fits the map. ``pvalue``: -ln p of ranks of
-        ``mip`` and z-score.
+        same for an extreme value distribution fitted to the map. ``pvalue``: -ln p from the ranks
+        of ``mip`` and z-score.
     false_positives
-        How many are accepted, over the whole map (``gaussian``, ``gev``).
+        Expected number of false positives in the whole map (``gaussian``, ``gev``).
     cutoff
-        Taken instead of what the method finds, in the method's own scale: z-score, or -ln p, which
-        is 8 by default.
+        Overrides the cutoff of the method, in the method's own scale: z-score, or -ln p (default
+        8).
     min_distance
-        No two peaks are closer, in pixels; of a montage, in the same exposure.
+        Minimum distance between peaks in pixels; in a montage, within one exposure.
     per
-        Of a montage. ``exposure``: every exposure has a cutoff of its own, with so many false
-        positives in each, and peaks are picked from all its valid pixels, shown or not.
-        ``montage``: there is one cutoff, with so many false positives in the whole montage, and
-        peaks are picked from the pixels that are shown. ``pvalue`` ranks are always those of an
-        exposure.
+        Scope of ``false_positives`` and cutoff in a montage. ``exposure``: each exposure has its
+        own cutoff, and peaks are picked from all its valid pixels, shown or hidden. ``montage``:
+        one cutoff applies to the whole montage, and peaks are picked from the shown pixels.
+        ``pvalue`` ranks are always per exposure.
     same_distance, same_angle, same_defocus
-        Peaks of different exposures are one particle if they are strictly closer than so many
-        pixels on the canvas (None: ``min_distance``; 0: they never are), and their poses differ by
-        at most so many degrees and Å; see :class:`ocelot_em.particles.duplicates.Tolerances`. The
-        particle is reported once, as it was seen where the montage's rule prefers it.
+        Peaks of different exposures are one particle if they are closer than ``same_distance``
+        pixels on the canvas (None: ``min_distance``; 0: never), and their poses differ by at most
+        ``same_angle`` degrees and ``same_defocus`` Å; see
+        :class:`ocelot_em.particles.duplicates.Tolerances`. The particle is reported once, from the
+        exposure that the montage's overlap rule prefers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +49,6 @@ class PickOptions(BaseModel):
 
     @property
     def tolerances(self) -> Tolerances:
-        """How much sightings of one particle may differ."""
+        """Maximum differences between duplicates of one particle."""
         distance = self.min_distance if self.same_distance is None else self.same_distance
         return Tolerances(distance, self.same_angle, self.same_defocus)

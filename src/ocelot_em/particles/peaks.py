@@ -1,4 +1,4 @@
-"""From candidates to particles: the highest of each neighbourhood, and where between its pixels."""
+"""Peak selection among candidates, and subpixel positions of peaks."""
 
 from itertools import chain
 from typing import cast
@@ -11,32 +11,32 @@ from ocelot_em.model.maps import AnyArray, Float64, Int64
 
 
 def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px: float) -> Int64:
-    """Choose peaks among candidates: highest first, each suppressing those too close to it.
+    """Select peaks among candidates: highest first, each suppressing its close neighbours.
 
-    What Leopard-EM does with all pairs. Here a candidate looks only at the chosen peaks around it,
-    of which there are few however many candidates crowd there, so that time grows with the number
-    of candidates (a few seconds for 10^6).
+    Leopard-EM does the same by comparing all pairs. Here, a candidate is compared only with the few
+    selected peaks around it, so the time is proportional to the number of candidates (a few seconds
+    for 10^6).
 
     Parameters
     ----------
     y, x
         (n,) integer pixels; several candidates may share one.
     height
-        (n,) float; z-score or -ln p. A candidate whose height is NaN is no candidate.
+        (n,) float; z-score or -ln p. Candidates with NaN height are ignored.
     min_distance_px
-        Candidates at a Euclidean distance strictly less than this are suppressed; 0 for none.
+        Candidates at a smaller Euclidean distance are suppressed; 0 suppresses none.
 
     Returns
     -------
     NDArray[np.int64]
-        Indices of the chosen, by descending height, ties by y, then x. Which peaks are chosen does
+        Indices of the selected peaks, by descending height, ties by y, then x. The selection does
         not depend on the order of the candidates.
 
     Raises
     ------
     InvalidInputError
-        Arrays that are not one-dimensional and equally long, positions that are not integer, or a
-        distance that is negative or NaN.
+        If arrays are not one-dimensional and of equal length, positions are not integers, or the
+        distance is negative or NaN.
     """
     ys, xs, heights = np.asarray(y), np.asarray(x), np.asarray(height, np.float64)
     _check(ys, xs, heights, min_distance_px)
@@ -45,14 +45,14 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
     if not order.size or min_distance_px == 0:
         return order
     rows, columns = ys[order].astype(np.int64), xs[order].astype(np.int64)
-    # What is closer than a cell's side is in the same cell or a neighbouring one. The side is a
-    # little more than the distance, so that rounding cannot push a pixel one cell too far.
+    # Pixels closer than a cell's side are in the same cell or a neighbouring one. The side is
+    # slightly larger than the distance, so rounding cannot move a pixel one cell too far.
     side = max(min_distance_px, 1.0) * (1 + 1e-6)
     cell_y, cell_x = (_cells(positions, side) for positions in (rows, columns))
     stride = int(cell_x.max()) + 2
     around = [dy * stride + dx for dy in (0, -1, 1) for dx in (0, -1, 1)]
     limit = min_distance_px**2
-    chosen: dict[int, list[tuple[int, int]]] = {}  # positions by cell: a handful each
+    chosen: dict[int, list[tuple[int, int]]] = {}  # a few positions per cell
     kept = []
     for place, (cell, row, column) in enumerate(
         zip((cell_y * stride + cell_x).tolist(), rows.tolist(), columns.tolist(), strict=True)
@@ -68,7 +68,7 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
 
 
 def _cells(positions: Int64, side: float) -> Int64:
-    """Number of each position's cell, counted from the lowest; one empty cell before it."""
+    """Return the cell number of each position; the lowest is 1, leaving an empty cell 0."""
     cells: Float64 = np.floor((positions - positions.min()) / side)
     return cells.astype(np.int64) + 1
 
@@ -92,24 +92,24 @@ def _check(ys: AnyArray, xs: AnyArray, heights: Float64, distance: float) -> Non
 
 
 def subpixel_offsets(neighbourhood: ArrayLike) -> tuple[Float64, Float64]:
-    """Where a peak lies between pixels: the vertex of a parabola through three values per axis.
+    """Return subpixel offsets of peaks: parabola vertices through three values per axis.
 
     Parameters
     ----------
     neighbourhood
-        (..., 3, 3) float: z-scores around peaks, axes (y, x), the peak's own pixel in the middle.
-        NaN where there is no pixel or it was not searched.
+        (..., 3, 3) float: z-scores around peaks, axes (y, x), with the peak in the middle. NaN
+        where there is no pixel or it was not searched.
 
     Returns
     -------
     tuple of NDArray[np.float64]
-        dy and dx in pixels, of the leading shape: from -0.5 to 0.5; 0 in an axis where a neighbour
-        or the middle is not finite, or where the three values have no maximum.
+        dy and dx in pixels, of the leading shape, from -0.5 to 0.5; 0 along an axis where any of
+        the three values is not finite, or where they have no maximum.
 
     Raises
     ------
     InvalidInputError
-        The last two axes are not 3 x 3.
+        If the last two axes are not 3 x 3.
     """
     values = np.asarray(neighbourhood, np.float64)
     if values.shape[-2:] != (3, 3):
@@ -120,7 +120,7 @@ def subpixel_offsets(neighbourhood: ArrayLike) -> tuple[Float64, Float64]:
 
 
 def _vertex(three: Float64) -> Float64:
-    """(...,) place of the maximum of parabolas through (..., 3) values at -1, 0 and 1."""
+    """Return the vertex (...,) of parabolas through (..., 3) values at -1, 0 and 1."""
     finite = np.isfinite(three).all(axis=-1, keepdims=True)
     before, middle, after = np.moveaxis(np.where(finite, three, 0.0), -1, 0)
     bend = 2 * middle - before - after

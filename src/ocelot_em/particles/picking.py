@@ -1,7 +1,7 @@
-"""From a merged result to particles: cutoff, candidates, peaks, table.
+"""Particle picking from a merged result: cutoff, candidates, peaks, table.
 
-What a merge has collected is enough for most; maps are read only where it is not: tile by tile, of
-tiles that can hold something.
+The candidates recorded by the merge usually suffice. Otherwise the maps are read, tile by tile,
+where they can contain candidates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,29 +47,30 @@ from ocelot_em.store.objects import open_objects
 def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
     """Pick particles from a merged result.
 
-    Candidates at or above the cutoff, highest first, each suppressing all others closer than
-    ``min_distance``. The result does not depend on the tiles of the merge. Only valid pixels are
-    looked at.
+    Candidates at or above the cutoff are processed highest first; each suppresses all others closer
+    than ``min_distance``. The result does not depend on the tiles of the merge. Only valid pixels
+    are used.
 
     Parameters
     ----------
     store
         Path or URL of the merged result.
     **options
-        The fields of :class:`PickOptions`: ``method``, ``false_positives``, ``cutoff``,
-        ``min_distance``; of a montage ``per``, ``same_distance``, ``same_angle``, ``same_defocus``.
+        Fields of :class:`PickOptions`: ``method``, ``false_positives``, ``cutoff``,
+        ``min_distance``; for a montage also ``per``, ``same_distance``, ``same_angle``,
+        ``same_defocus``.
 
     Returns
     -------
     ParticleTable
-        Highest first (z-score, or -ln p for ``pvalue``), ties by position.
+        Particles, highest first (z-score, or -ln p for ``pvalue``), ties by position.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError
-        It is not a finished merged result, or was merged without statistics.
+        If the store is not a finished merged result or has no statistics.
     InvalidInputError
-        Options that are unknown or unusable, or a distribution that cannot be fitted.
+        If options are unknown or invalid, or a distribution cannot be fitted.
     """
     try:
         asked = PickOptions.model_validate(options)
@@ -101,10 +102,10 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
 
 
 def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
-    """Candidates of every exposure, columns :data:`CANDIDATE_FIELDS`; pixels are the exposure's.
+    """Return candidates per exposure: columns :data:`CANDIDATE_FIELDS`, exposure pixels.
 
-    Those that the merge has collected, if that is all. Otherwise maps are read; of the pixels of a
-    montage that another exposure has won, only those are known that were collected.
+    Uses the candidates recorded by the merge if they are complete. Otherwise reads the maps;
+    montage pixels won by another exposure are then limited to the recorded candidates.
     """
     found, incomplete = [], False
     for exposure, judge in zip(merged.plan.exposures, judges, strict=True):
@@ -122,7 +123,7 @@ def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
 
 
 def _united(one: Float64, other: Float64) -> Float64:
-    """Rows of both; those of the first where both have a pixel."""
+    """Concatenate rows; for a pixel in both, keep the row of the first."""
     rows = np.concatenate([one, other])
     keys = np.stack([column(rows, "y"), column(rows, "x")], axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)
@@ -130,7 +131,7 @@ def _united(one: Float64, other: Float64) -> Float64:
 
 
 def all_candidates(store: str | PathLike[str]) -> Candidates:
-    """Read all that a merge has collected, of all exposures; their levels may differ.
+    """Read all candidates recorded by a merge; levels may differ between exposures.
 
     Raises
     ------
@@ -144,7 +145,7 @@ def all_candidates(store: str | PathLike[str]) -> Candidates:
 
 @dataclass(frozen=True)
 class _Found:
-    """Candidates, or peaks, of an exposure: rows of :data:`CANDIDATE_FIELDS` and their heights."""
+    """Candidates or peaks of an exposure: rows of :data:`CANDIDATE_FIELDS` and their heights."""
 
     exposure: PlannedExposure
     rows: Float64
@@ -152,25 +153,25 @@ class _Found:
 
     @property
     def pixels(self) -> tuple[Int64, Int64]:
-        """Rows and columns in the exposure."""
+        """Rows and columns of the pixels in the exposure."""
         y, x = (column(self.rows, name).astype(np.int64) for name in ("y", "x"))
         return y, x
 
     @property
     def on_canvas(self) -> tuple[Int64, Int64]:
-        """The same pixels of the canvas."""
+        """Rows and columns of the pixels on the canvas."""
         y, x = self.pixels
         return y + self.exposure.origin[0], x + self.exposure.origin[1]
 
     def at(self, which: AnyArray) -> "_Found":
-        """Return some of them."""
+        """Return a subset."""
         return _Found(self.exposure, self.rows[which], self.height[which])
 
 
 def _peaks_of_montage(
     merged: "MergedMaps", found: Sequence[_Found], asked: PickOptions
 ) -> tuple[list[_Found], list[_Found]]:
-    """Peaks of what the montage shows; and of what it does not, exposure by exposure."""
+    """Return peaks of the shown pixels of a montage, and of the hidden ones, per exposure."""
     is_shown = [merged.shows(f.exposure, *f.on_canvas) for f in found]
     shown = [f.at(np.flatnonzero(s)) for f, s in zip(found, is_shown, strict=True)]
     y, x = (np.concatenate([f.on_canvas[axis] for f in shown]) for axis in (0, 1))
@@ -211,11 +212,11 @@ def _table(
     asked: PickOptions,
     about: About,
 ) -> ParticleTable:
-    """Put a table together: of peaks that are one particle, one, with the others named.
+    """Build the table, highest first and ties by position; join duplicates.
 
-    Highest first, ties by position. ``others`` are only named.
+    ``others`` are only listed as duplicates.
     """
-    found = [*chosen, *others]  # each in the order of the plan
+    found = [*chosen, *others]  # each in plan order
     n_chosen = sum(len(f.rows) for f in chosen)
     places = [*range(len(chosen)), *range(len(others))]
     exposures = np.repeat(places, [len(f.rows) for f in found])
@@ -241,7 +242,7 @@ def _table(
 def _preference(
     merged: MergedMaps, exposures: Int64, rows: Float64, height: Float64
 ) -> tuple[AnyArray, ...]:
-    """Keys by which one of several sightings is preferred, the last one first: as pixels are."""
+    """Return sort keys (last is primary) that rank duplicates by the overlap rule."""
     plan = merged.plan
     acquired = np.array([e.acquired for e in plan.exposures])[exposures]
     y, x = (column(rows, name) for name in ("y", "x"))
@@ -264,7 +265,7 @@ def _poses_on_canvas(columns: Mapping[str, AnyArray]) -> Peaks:
 
 
 def _also_seen(columns: Mapping[str, AnyArray], stands_for: Int64) -> AnyArray:
-    """Name the other sightings of every particle."""
+    """List the duplicates of each particle as text."""
     texts: list[list[str]] = [[] for _ in stands_for]
     for k in np.flatnonzero(stands_for != np.arange(len(stands_for))).tolist():
         where = f"{columns[EXPOSURE][k]}:{columns['pos_y'][k]}:{columns['pos_x'][k]}"
@@ -273,7 +274,7 @@ def _also_seen(columns: Mapping[str, AnyArray], stands_for: Int64) -> AnyArray:
 
 
 def _columns(merged: MergedMaps, rows: Float64, exposures: Int64) -> dict[str, AnyArray]:
-    """What a table says of peaks in their exposures; positions between pixels, too."""
+    """Return the table columns of peaks in their exposures, including subpixel positions."""
     y, x = (column(rows, name).astype(np.int32) for name in ("y", "x"))
     dy, dx = subpixel_offsets(_neighbourhoods(merged, rows, exposures))
     poses = {name: column(rows, name).astype(np.float32) for name in POSES}
@@ -302,7 +303,7 @@ def _columns(merged: MergedMaps, rows: Float64, exposures: Int64) -> dict[str, A
 
 
 def _neighbourhoods(merged: MergedMaps, peaks: Float64, exposures: Int64) -> Float64:
-    """z-scores (n, 3, 3) around peaks, NaN in the corners, which nobody looks at."""
+    """Return z-scores (n, 3, 3) around peaks; the corners are unused and NaN."""
     around = np.full((len(peaks), 3, 3), np.nan)
     around[:, 1, 1] = column(peaks, SCALED_MIP)
     for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):

@@ -1,4 +1,4 @@
-"""What looks wrong, in words: a faulty device, a wrong count, a share searched twice, a seam."""
+"""Warnings about unusual results: faulty devices, wrong counts, duplicate shares, seams."""
 
 from collections.abc import Iterator, Mapping
 from statistics import median
@@ -10,43 +10,43 @@ from ocelot_em.store.statistics_attributes import (
 )
 
 WIN_RATIO = 1.25
-"""Pixels won may be so many times more, or fewer, than a partial's share of the projections. In the
-shards of a real search they were within 1 %."""
+"""Maximum factor between pixels won and pixels expected from a partial's share of projections;
+within 1 % in the shards of a real search."""
 
 MIN_EXPECTED_WINS = 1000
-"""Below that, chance explains every ratio."""
+"""Minimum expected wins; below it, any ratio can be due to chance."""
 
 STD_RATIO = 1.05
-"""Standard deviations of a partial's correlations may be so many times those of the others. In the
-shards of a real search they were within 0.3 %; a count that is wrong by a tenth makes 5 %."""
+"""Maximum factor between a partial's standard deviation and the median of all; within 0.3 % in the
+shards of a real search. A count that is 10 % wrong causes 5 %."""
 
 MEAN_DIFFERENCE = 0.05
-"""Their means may differ by so many standard deviations."""
+"""Maximum difference of a partial's mean from the median, in standard deviations."""
 
 SEAM = 0.25
-"""Means of shown z-scores may differ by so many standard deviations; from about there on an eye
-sees the seam in a picture."""
+"""Maximum difference between means of shown z-scores, in standard deviations; larger ones are
+visible."""
 
 LIKE_COUNTS = 2
-"""Exposures are compared with those of at most so many times more, or fewer, projections."""
+"""Maximum factor between projection counts of compared exposures."""
 
 MIN_SHOWN = 1000
-"""Pixels on both sides of a seam; below that, chance and particles explain a difference."""
+"""Minimum pixels per side of a seam; with fewer, chance and particles explain differences."""
 
 
 def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
-    """Say what is unlike the other partials.
+    """Return warnings about partials that differ from the others.
 
     Parameters
     ----------
     statistics
-        Of a merged result.
+        Statistics of a merged result.
 
     Returns
     -------
     list of str
-        One sentence each; empty if nothing stands out. Of one partial alone only its wins can be
-        judged.
+        One sentence per warning; empty if nothing is unusual. For a single partial, only its wins
+        can be checked.
     """
     return [
         *_wins(statistics),
@@ -58,19 +58,19 @@ def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
 def montage_warnings(
     statistics: StatisticsAttributes, of_exposures: Mapping[str, StatisticsAttributes]
 ) -> list[str]:
-    """Say what of a montage is out of line: partials among those of their exposure, and seams.
+    """Return warnings about a montage: unusual partials of each exposure, and seams.
 
     Parameters
     ----------
     statistics
-        Of the montage.
+        Statistics of the montage.
     of_exposures
-        Of its exposures, by their ids.
+        Statistics of its exposures, by exposure id.
 
     Returns
     -------
     list of str
-        One sentence each; empty if nothing stands out.
+        One sentence per warning; empty if nothing is unusual.
     """
     return [
         *(
@@ -83,7 +83,7 @@ def montage_warnings(
 
 
 def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
-    """Edges of exposures that can be seen in the shown z-scores."""
+    """Yield warnings about visible seams and unusual exposures."""
     alone, overlap = (
         _together([getattr(exposure, where) for exposure in statistics.exposures])
         for where in ("alone", "overlap")
@@ -125,7 +125,7 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
 
 
 def _together(parts: list[ShownStatistics]) -> ShownStatistics:
-    """Statistics of the pixels of several."""
+    """Pool the statistics of several sets of pixels."""
     pixels = sum(part.pixels for part in parts)
     if not pixels:
         return ShownStatistics(pixels=0)
@@ -139,7 +139,7 @@ def _together(parts: list[ShownStatistics]) -> ShownStatistics:
 
 
 def _difference(one: ShownStatistics, other: ShownStatistics) -> float | None:
-    """Between means, in standard deviations of the other; None where too little is known."""
+    """Return the difference of means in standard deviations of ``other``, or None."""
     if min(one.pixels, other.pixels) < MIN_SHOWN or not other.std:
         return None
     return (_number(one.mean) - _number(other.mean)) / other.std

@@ -1,4 +1,4 @@
-"""Reading the maps of a merged result for candidates that its records do not hold."""
+"""Search of merged maps for candidates that the merge did not record."""
 
 import os
 from collections.abc import Sequence
@@ -24,19 +24,19 @@ from ocelot_em.particles.judging import Judge
 
 
 def scan(merged: MergedMaps, judges: Sequence[Judge]) -> list[Float64]:
-    """Read maps for candidates, chunk by chunk: those of every exposure that are shown.
+    """Search maps chunk by chunk for the shown candidates of each exposure.
 
     Parameters
     ----------
     merged
-        The result.
+        Merged result.
     judges
-        Of its exposures.
+        Candidate rules, one per exposure.
 
     Returns
     -------
     list of NDArray[np.float64]
-        For each exposure rows of :data:`CANDIDATE_FIELDS`.
+        Rows of :data:`CANDIDATE_FIELDS` for each exposure.
     """
 
     def look(region: Region) -> list[tuple[int, Float64]]:

@@ -1,7 +1,7 @@
-"""What is called significant: cutoffs and p-values of peaks, from histograms of whole maps.
+"""Significance of peaks: cutoffs and p-values from histograms of whole maps.
 
-Ranks and distributions belong to a whole map, which need not fit into memory. Histograms of it add
-up over tiles, so that everything here works from them. The Gaussian noise model needs only counts:
+Ranks and distributions describe a whole map, which need not fit into memory. Everything here uses
+histograms, which can be added over tiles. The Gaussian noise model needs only counts; see
 :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
 """
 
@@ -21,39 +21,39 @@ from ocelot_em.model.histograms import (
 from ocelot_em.model.maps import Float64
 
 GEV_LIMIT = 8.5
-"""z-scores from here on are taken for particles when noise is fitted, as in Leopard-EM."""
+"""Upper limit of z-scores that are fitted as noise, as in Leopard-EM."""
 
 NEG_LOG_P_CUTOFF = 8.0
-"""-ln p from which a pixel counts as significant, as in Leopard-EM."""
+"""Lowest -ln p of a significant pixel, as in Leopard-EM."""
 
-_HIGHEST_CORRELATION = 0.999  # closer to 1, what tells both ranks apart is below a bin's width
-_LEAST_RESOLVED = 0.75  # share of the second moment that the bins of a joint histogram must see
-_IMPOSSIBLE = -1e5  # ln p of a pixel that a trial distribution excludes; finite for the optimiser
+_HIGHEST_CORRELATION = 0.999  # closer to 1, the ranks differ by less than a bin
+_LEAST_RESOLVED = 0.75  # share of the second moment that joint bins must resolve
+_IMPOSSIBLE = -1e5  # ln p of a pixel excluded by a trial distribution; finite for the optimiser
 
 
 def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
     """Fit a generalised extreme value distribution to the z-scores of noise.
 
-    A z-score is the highest of many correlations, so that noise follows such a distribution. As in
-    Leopard-EM, pixels up to :data:`GEV_LIMIT` are fitted by maximum likelihood and the others are
-    left out; here the likelihood is that of the counts in the bins. The bin that holds 0 and those
-    below are left out too: a z-score of 0 marks a pixel without variance.
+    A z-score is the highest of many correlations, so noise follows such a distribution. As in
+    Leopard-EM, only pixels up to :data:`GEV_LIMIT` are fitted by maximum likelihood; here, the
+    likelihood is that of the bin counts. The bin that contains 0 and all lower bins are excluded
+    too: a z-score of 0 marks a pixel without variance.
 
     Parameters
     ----------
     z_histogram
-        Of the whole map's valid pixels.
+        z-score histogram of all valid pixels of the map.
 
     Returns
     -------
     tuple of float
-        Shape, location and scale as :data:`scipy.stats.genextreme` takes them: its shape is the
-        negative of the one usually called xi.
+        Shape, location and scale as in :data:`scipy.stats.genextreme`, whose shape is the negative
+        of the usual xi.
 
     Raises
     ------
     InvalidInputError
-        Fewer than three bins hold pixels, or no best fit was found.
+        If fewer than three bins contain pixels, or the fit fails.
     """
     from scipy.optimize import minimize
     from scipy.stats import genextreme
@@ -78,11 +78,11 @@ def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
     def cost(free: Float64) -> float:
         with np.errstate(all="ignore"):
             s0, s1 = (-genextreme.logcdf(edge, *parameters(free)) for edge in (lower, upper))
-            # exp(-s1) - exp(-s0), without losing either end of the distribution
+            # exp(-s1) - exp(-s0), without loss of precision in either tail
             log_p = np.log(-np.expm1(s1 - s0)) - s1
         return -float(share @ np.nan_to_num(log_p, nan=_IMPOSSIBLE, neginf=_IMPOSSIBLE))
 
-    # A Gumbel distribution of the same mean and variance excludes no pixel.
+    # A Gumbel distribution with the same mean and variance excludes no pixel.
     gumbel = np.array(
         [0.0, -np.euler_gamma * math.sqrt(6) / math.pi, math.log(math.sqrt(6) / math.pi)]
     )
@@ -106,26 +106,26 @@ def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
 
 
 def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
-    """z-score that noise exceeds a given number of times, by its fitted distribution.
+    """Return the z-score that fitted noise exceeds a given number of times.
 
     Parameters
     ----------
     z_histogram
-        Of the whole map's valid pixels; all of them count, also those that are not fitted.
+        z-score histogram of all valid pixels of the map, including those that are not fitted.
     false_positives
-        How many are accepted, over all pixels.
+        Expected number of false positives over all pixels.
 
     Returns
     -------
     float
-        Where the survival function of :func:`fit_gev`, times the number of pixels, is
-        ``false_positives``. With bins of 1/256 or finer it is within 0.001 of an
-        unbinned fit's in maps of 10^5 pixels.
+        z-score where the survival function of :func:`fit_gev`, times the number of pixels, equals
+        ``false_positives``. With bins of 1/256 or finer, it differs by less than 0.001 from that of
+        an unbinned fit in maps of 10^5 pixels.
 
     Raises
     ------
     InvalidInputError
-        ``false_positives`` is not above 0 and below the number of pixels, or there is no fit.
+        If ``false_positives`` is not between 0 and the number of pixels, or the fit fails.
     """
     from scipy.stats import genextreme
 
@@ -140,28 +140,28 @@ def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
 
 @dataclass(frozen=True, eq=False)
 class PValueModel:
-    """The 2DTM p-value: how rarely noise has both a ``mip`` and a z-score that stand out so far.
+    """2DTM p-value: probability that noise has a ``mip`` and a z-score at least as extreme.
 
-    The ranks of ``mip`` and of ``scaled_mip`` among all valid pixels become normal scores: the
-    standard normal quantile of the rank less a half, over the number of pixels (equal pixels share
-    their mean rank). Noise is a Gaussian about 0 with the second moments of both scores. The
-    p-value of a pixel is the probability of what lies in the first quadrant, where both are above
-    their medians, and is at least as far out in the Gaussian's own metric:
-    ``exp(-r**2 / 2) * (pi / 2 + asin(correlation)) / (2 * pi)`` with r the Mahalanobis distance.
-    See Zhang et al. (2025), IUCrJ 12, 155-176 (eh5020). Leopard-EM's ``pvalue`` is the same, but
-    for the order of equal pixels and its float32.
+    The ranks of ``mip`` and of ``scaled_mip`` among all valid pixels are converted to normal
+    scores: the standard normal quantile of (rank - 1/2) / (number of pixels); equal pixels share
+    their mean rank. Noise is a Gaussian centred at 0 with the second moments of both scores. The
+    p-value of a pixel is the probability of the part of the first quadrant (both values above their
+    medians) at the same or a larger Mahalanobis distance r:
+    ``exp(-r**2 / 2) * (pi / 2 + asin(correlation)) / (2 * pi)``.
+    See Zhang et al. (2025), IUCrJ 12, 155-176 (eh5020). Leopard-EM's ``pvalue`` differs only in the
+    order of equal pixels and in using float32.
 
-    Correlations above 0.999 are taken as 0.999: then ``mip`` and z say the same, and how far they
-    differ cannot be told.
+    Correlations above 0.999 are limited to 0.999, because the difference between ``mip`` and z is
+    then not resolved.
 
     Parameters
     ----------
     mip_ranks, z_ranks
-        Of the same pixels.
+        Histograms of the same pixels.
     mip_rms, z_rms
-        Roots of the second moments of the normal scores; about 1.
+        Root mean squares of the normal scores; about 1.
     correlation
-        Of the two normal scores.
+        Correlation of the two normal scores.
     """
 
     mip_ranks: Histogram1D
@@ -176,24 +176,25 @@ class PValueModel:
     ) -> "PValueModel":
         """Estimate the model from histograms of all valid pixels.
 
-        With the axes of this module, -ln p from 7 to 9 differs from that of exact ranks by
-        less than 0.03 (10^4 to 10^7 pixels, simulated and real). Far out, where a bin may hold two
-        of a map's very highest pixels, it is up to 0.7, because their order is not known. Pixels
-        beyond an axis are all the same to it.
+        With the axes of this module, -ln p from 7 to 9 differs from that of exact ranks by less
+        than 0.03 (10^4 to 10^7 pixels, simulated and real). In the far tail, where two of the
+        highest pixels may share a bin, the difference is up to 0.7, because their order is unknown.
+        Pixels beyond an axis are treated as equal.
 
         Parameters
         ----------
         joint
-            For the correlation; coarse bins suffice. Scores within a bin are replaced by their
-            mean, and the correlation that is lost by this is given back as for a Gaussian.
+            Joint histogram for the correlation; coarse bins suffice. Scores within a bin are
+            replaced by their mean; the resulting loss of correlation is corrected as for a
+            Gaussian.
         mip_histogram, z_histogram
-            For the ranks; fine bins.
+            Histograms with fine bins, for the ranks.
 
         Raises
         ------
         InvalidInputError
-            The histograms are not of equally many pixels, of none, mostly beyond an axis, or too
-            coarse.
+            If the histograms are empty, too coarse, have different numbers of pixels, or have most
+            pixels beyond an axis.
         """
         named = {"mip histogram": mip_histogram, "z histogram": z_histogram}
         pixels = {"joint histogram": joint.pixels} | {k: h.pixels for k, h in named.items()}
@@ -217,7 +218,7 @@ class PValueModel:
         return cls(mip_histogram, z_histogram, mip_rms, z_rms, _within(correlation))
 
     def neg_log_p(self, mip: ArrayLike, z: ArrayLike) -> Float64:
-        """-ln p of pixels; significant from :data:`NEG_LOG_P_CUTOFF` on.
+        """Return -ln p of pixels; :data:`NEG_LOG_P_CUTOFF` or more is significant.
 
         Parameters
         ----------
@@ -227,8 +228,8 @@ class PValueModel:
         Returns
         -------
         NDArray[np.float64]
-            Of the same shape: 0 where ``mip`` or z is not above its median, NaN where either is not
-            finite (not searched).
+            Same shape: 0 where ``mip`` or z is not above its median, NaN where either is not finite
+            (not searched).
         """
         mips, zs = np.asarray(mip, np.float64), np.asarray(z, np.float64)
         result = np.full(np.broadcast_shapes(mips.shape, zs.shape), np.nan)
@@ -247,10 +248,10 @@ def _within(correlation: float) -> float:
 
 
 def _coarse_scores(histogram: Histogram1D, axis: Axis, name: str) -> tuple[Float64, float, float]:
-    """Mean normal score in each bin of a coarser axis, rms of all scores, and what is left of it.
+    """Return mean normal scores in bins of a coarser axis, the rms score, and the resolved share.
 
-    The last is the second moment of the means over that of the scores: the regression of one score
-    on the other is as much flatter if means stand for scores.
+    The resolved share is the second moment of the means divided by that of the scores. Using means
+    instead of scores flattens the regression of one score on the other by this factor.
     """
     scores, counts = histogram.normal_scores()
     edges = histogram.axis.edges

@@ -1,4 +1,4 @@
-"""Particle tables: one row for each peak of a merged result, and what they were picked by."""
+"""Particle tables: one row per peak of a merged result, with the picking parameters."""
 
 import csv
 import secrets
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
-"""How a cutoff was found: noise model, extreme values, p-value; or given."""
+"""How the cutoff was determined: Gaussian noise model, extreme values, p-value, or set by hand."""
 
 NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
 ALSO_SEEN = "also_seen"
 
 _MAX_NBYTES = 2**30
-"""Of a CSV file that is read: some six million particles."""
+"""Maximum size of a CSV file to read: about six million particles."""
 
 _MAX_CHARACTERS = 2**28
-"""Of a column of text: a gigabyte, with every row as wide as the longest."""
+"""Maximum size of a text column (1 GiB), padded to the longest row."""
 
 _ROWS_SHOWN = 10
-"""How many particles a notebook shows."""
+"""Number of rows shown in a notebook."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What a column holds."""
+    """Dtype, unit and meaning of a column."""
 
     dtype: str
     unit: str
@@ -63,7 +63,7 @@ COLUMNS: Mapping[str, Column] = {
     "pos_x_subpixel": Column("float32", "pixel", "pos_x of the maximum between pixels"),
     NEG_LOG_P: Column("float64", "1", "-ln of the p-value"),
 }
-"""Columns in their order; the last is optional."""
+"""Columns in order; the last is optional."""
 
 MONTAGE_COLUMNS: Mapping[str, Column] = {
     EXPOSURE: Column("str", "", "id of the exposure that pos_y and pos_x are of"),
@@ -71,43 +71,43 @@ MONTAGE_COLUMNS: Mapping[str, Column] = {
     "canvas_x": Column("int32", "pixel", "column of pos_x on the montage"),
     ALSO_SEEN: Column("str", "", "other exposures that it was seen in, as id:pos_y:pos_x"),
 }
-"""What particles of a montage have besides, all or none of them."""
+"""Additional columns for particles of a montage: all or none are present."""
 
 ALL_COLUMNS: Mapping[str, Column] = {**COLUMNS, **MONTAGE_COLUMNS}
 
 _ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS))
-"""Columns that may be left out, each with those that go with it."""
+"""Groups of optional columns; a group is present or absent as a whole."""
 
 _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What particles were picked from, and by what.
+    """Source and picking parameters of particles.
 
     Parameters
     ----------
     store
         Path or URL of the merged result.
     method
-        How the cutoff was found.
+        How the cutoff was determined.
     cutoff
-        What a particle had to reach, in the method's own scale: z-score, or -ln p.
+        Lowest accepted value in the method's own scale: z-score, or -ln p.
     min_distance_px
-        No two particles are closer.
+        Minimum distance between two particles in pixels.
     false_positives
-        How many the cutoff was to let through; None for a cutoff that was given.
+        Expected number of false positives; None where it did not set the cutoff.
     pixel_size_angstrom
         Pixel size of the micrograph in Å, if known.
     shape, valid_shape
-        (y, x) in pixels, of the maps and of their part that means anything.
+        (y, x) size in pixels of the maps and of their valid part.
     per
-        Of a montage: whether every exposure had a cutoff of its own, which let so many false
-        positives through in each, or the montage one.
+        Whether each exposure of a montage, or the whole montage, has its own cutoff;
+        ``false_positives`` is per exposure or in total, accordingly. None without a montage.
     exposure_cutoffs
-        The cutoffs of exposures by their ids; ``cutoff`` is the lowest of them.
+        Cutoffs by exposure id; ``cutoff`` is the lowest of them.
     exposure_shapes
-        Shape and valid shape of the exposures' own maps, by their ids.
+        Shape and valid shape of each exposure's maps, by exposure id.
     """
 
     store: str
@@ -124,7 +124,7 @@ class About:
 
     @property
     def cutoff_text(self) -> str:
-        """The cutoff, or the range of those of exposures."""
+        """The cutoff, or the range of the exposures' cutoffs."""
         highest = max((own for _, own in self.exposure_cutoffs), default=self.cutoff)
         if f"{highest:.4f}" == f"{self.cutoff:.4f}":
             return f"{self.cutoff:.4f}"
@@ -132,29 +132,29 @@ class About:
 
     @property
     def template_box_px(self) -> int | None:
-        """Edge of the template box in pixels, as the shapes tell it; None if they do not."""
+        """Edge of the template box in pixels, derived from the shapes; None if unknown."""
         boxes = {full - valid + 1 for full, valid in zip(self.shape, self.valid_shape, strict=True)}
         return boxes.pop() if len(boxes) == 1 and self.shape != self.valid_shape else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ParticleTable:
-    """Particles by column.
+    """Particles, stored by column.
 
     Parameters
     ----------
     columns
-        One-dimensional arrays of equal length, by the names and of the dtypes of :data:`COLUMNS`
-        and :data:`MONTAGE_COLUMNS`; ``neg_log_p`` may be left out, and so may those that only
-        particles of a montage have. Kept as they are, in that order. NaN is allowed; text has no
-        commas, quotation marks and line breaks.
+        One-dimensional arrays of equal length, with the names and dtypes of :data:`COLUMNS` and
+        :data:`MONTAGE_COLUMNS`; ``neg_log_p`` and the montage columns are optional. They are not
+        copied, only sorted into that order. NaN is allowed; text must not contain commas,
+        quotation marks or line breaks.
     about
-        What they were picked by, if known.
+        Picking parameters, if known.
 
     Raises
     ------
     InvalidInputError
-        Naming every column that is missing, unknown, of another dtype or length.
+        Lists every column that is missing, unknown, or has a wrong dtype or length.
     """
 
     columns: Mapping[str, AnyArray]
@@ -169,22 +169,22 @@ class ParticleTable:
 
     @classmethod
     def empty(cls, about: About | None = None, *, neg_log_p: bool = False) -> "ParticleTable":
-        """Return a table without particles, with or without the optional column."""
+        """Return an empty table, with or without ``neg_log_p``."""
         names = [name for name in COLUMNS if neg_log_p or name != NEG_LOG_P]
         return cls({name: np.empty(0, ALL_COLUMNS[name].dtype) for name in names}, about)
 
     @property
     def is_of_montage(self) -> bool:
-        """Whether the particles are of several exposures."""
+        """Whether the particles come from a montage."""
         return EXPOSURE in self.columns
 
     def of_exposure(self, exposure: str) -> "ParticleTable":
-        """Return the particles of one exposure of a montage, as those of a micrograph.
+        """Return the particles of one exposure of a montage, without the montage columns.
 
         Raises
         ------
         InvalidInputError
-            The particles are not of a montage.
+            If the particles do not come from a montage.
         """
         if not self.is_of_montage:
             raise InvalidInputError("exposure: the particles are not of a montage")
@@ -199,14 +199,14 @@ class ParticleTable:
 
     @classmethod
     def read_csv(cls, path: str | PathLike[str]) -> "ParticleTable":
-        """Read what :meth:`to_csv` wrote, exactly; columns may be in any order.
+        """Read a file written by :meth:`to_csv`, without loss; columns may be in any order.
 
-        A CSV file does not say what particles were picked by: ``about`` is None.
+        CSV files do not contain picking parameters: ``about`` is None.
 
         Raises
         ------
         InvalidInputError
-            Naming every column and the first line that cannot be read.
+            Lists every invalid column with its first invalid line.
         """
         names, rows = _read_rows(path)
         problems = _name_problems(names)
@@ -229,22 +229,22 @@ class ParticleTable:
         return f"<{self._summary()}>"
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write a header line and one line for each particle; an existing file is replaced.
+        """Write a header line and one line per particle; an existing file is replaced.
 
-        Floating-point numbers have as many digits as tell them from their neighbours, so that
-        :meth:`read_csv` gives the same bits; NaN is ``nan``.
+        Floating-point numbers have enough digits for :meth:`read_csv` to restore the same bits;
+        NaN is ``nan``.
 
         Raises
         ------
         StorageError
-            The file cannot be written.
+            If the file cannot be written.
         """
         rows = zip(*(as_text(values) for values in self.columns.values()), strict=True)
         lines = [",".join(self.columns), *(",".join(row) for row in rows)]
         write_file(path, ("\n".join(lines) + "\n").encode())
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return the columns as a pandas data frame, without what they were picked by."""
+        """Return the columns as a pandas DataFrame, without the picking parameters."""
         import pandas as pd
 
         return pd.DataFrame(dict(self.columns))
@@ -264,7 +264,7 @@ class ParticleTable:
         return ", ".join(parts)
 
     def _repr_html_(self) -> str:
-        """Summarise the table for a notebook: what it is, and its first rows."""
+        """Return an HTML summary with the first rows, for notebooks."""
         shown = min(len(self), _ROWS_SHOWN)
         titles = {n: f"{ALL_COLUMNS[n].meaning} ({ALL_COLUMNS[n].unit})" for n in self.columns}
         header = "".join(
@@ -286,27 +286,27 @@ def _short(value: np.generic) -> str:
 
 
 def as_text(values: AnyArray) -> list[str]:
-    """Numbers as text that reads back as the same numbers, each with the fewest digits.
+    """Convert values to the shortest text that reads back as the same values.
 
     Parameters
     ----------
     values
         (n,) integers, float32, float64 or text.
     """
-    # float32 has to be turned into text itself: as a Python float it would have too many digits.
+    # A float32 converted to a Python float would have too many digits.
     return [str(v) for v in (values if values.dtype == np.float32 else values.tolist())]
 
 
 def write_file(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all; an existing one is replaced.
+    """Write a file atomically; an existing one is replaced.
 
     Raises
     ------
     StorageError
-        It cannot be written; what was there before is still there.
+        If the file cannot be written; an existing file is unchanged.
     """
     place = Path(path)
-    # Devices and pipes are written to, not replaced.
+    # Write to devices and pipes directly; do not replace them.
     special = place.exists() and not place.is_file()
     written = place if special else place.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -369,7 +369,7 @@ def _column_problems(columns: Mapping[str, object]) -> list[str]:
 
 
 def _read_rows(path: str | PathLike[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a CSV file, as text."""
+    """Return the header and the rows of a CSV file as text."""
     place = Path(path)
     if not place.is_file():
         raise InvalidInputError(f"{place}: expected a CSV file, got nothing there")
@@ -404,7 +404,7 @@ def _and_more(n: int) -> str:
 
 
 def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
-    """Numbers of texts, and what is wrong with the first that is none or does not fit."""
+    """Parse a column; return its values and an error message for the first invalid text, if any."""
     kind = np.dtype(dtype)
     if kind.kind == "U":
         values, problem = text_array(texts)
@@ -429,12 +429,12 @@ def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
 
 
 def text_array(texts: Sequence[object]) -> tuple[AnyArray, str | None]:
-    """Text as NumPy has it, each as wide as the longest, and why it cannot be had.
+    """Return a fixed-width NumPy text array, and an error message or None.
 
     Parameters
     ----------
     texts
-        One for each particle.
+        One per particle.
     """
     other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
     if other is not None:

@@ -17,20 +17,14 @@ FORMAT_VERSION: Final = 2
 
 
 ATTRIBUTE_KEY = "ocelot"
-
-
 PARTIALS = "partials"
 
 
 EXPOSURES = "exposures"
-
-
 EXPOSURE_NUMBERS = "exposure_numbers"
 
 
 SEARCH_SPACE = "search_space"
-
-
 TILE_SUMMARY = "progress/tile_summary"
 
 
@@ -45,10 +39,8 @@ that a request per chunk costs little; ``docs/format.md`` has what was measured.
 MAX_CHUNK_NBYTES = 256 * 2**20
 """Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
 
-
 MAX_CHUNKS = 2**28
 """Chunks of an array that is read. They may only be said to be there."""
-
 
 MAX_TILES = 2**24
 """Of a merge: four million pixels squared in tiles of the default size. Lists of them must fit into

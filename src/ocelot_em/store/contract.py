@@ -20,10 +20,8 @@ log = logging.getLogger(__name__)
 MAX_NBYTES = 2**31
 """Largest object that is read; Blosc frames are not larger."""
 
-
 PAUSES_SECONDS = (0.1, 0.5, 2.0)
 """Before each of the next tries of what failed for a reason that may pass."""
-
 
 _TRANSIENT_ERRORS = {
     errno.EAGAIN,
@@ -42,7 +40,6 @@ _TRANSIENT_ERRORS = {
     errno.ETIMEDOUT,
 }
 """Numbers of errors of file systems that may pass; those of the network's among them."""
-
 
 T = TypeVar("T")
 

@@ -23,10 +23,8 @@ from ocelot_em.store.contract import MAX_NBYTES, ReusedMemory, refuse_too_large
 _CHECKED_SECONDS = 1.0
 """So long a folder counts as one of the store after it was looked at."""
 
-
 _MAX_CHECKED = 4096
 """Folders that are remembered to have been looked at."""
-
 
 _STAGED = re.compile(r"#\d+$")
 """How the names of files end that are not whole yet; listings leave them out."""

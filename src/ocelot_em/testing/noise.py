@@ -1,4 +1,4 @@
-"""The noise and the peaks of simulated maps."""
+"""Noise and peaks of simulated maps."""
 
 import math
 from functools import lru_cache
@@ -12,41 +12,36 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region
 
-# First number of the spawn keys of numpy.random.SeedSequence: one kind of draw each.
+# First element of the numpy.random.SeedSequence spawn key: one per kind of draw.
 TRUTH_STREAM, FIELD_STREAM, BLOCK_STREAM = range(3)
 
 
-LOWEST_EXPONENT, HIGHEST_EXPONENT = -54, 6  # draws beyond happen once in 1e16 and are clipped
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -54, 6  # draws outside occur once in 1e16 and are clipped
 
 MAX_PARTIALS = 1000
-
-
 BLOCK_PX = 256
-"""Edge of the blocks that random numbers are drawn for; a block's arrays stay in the caches."""
-
+"""Edge of the blocks for which random numbers are drawn; the arrays of a block fit the cache."""
 
 PEAK_RADIUS_PX = 2
-
-
 _PEAK_SIGMA_PX = 1.2
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
-    """Return the random numbers of a stream, which depend on the seed and the key only."""
-    # SFC64 is NumPy's fastest; independence comes from the spawn key.
+    """Return a random generator that depends only on the seed and the key."""
+    # SFC64 is NumPy's fastest; the spawn key makes streams independent.
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 @lru_cache(maxsize=4096)
 def _wave_parameters(seed: int, field: int) -> NDArray[np.float64]:
-    """(axis, frequency or phase, wave, 1) of three waves 60 to 600 px long."""
+    """Frequencies and phases (axis, frequency or phase, wave, 1) of three 60 to 600 px waves."""
     rng = generator(seed, FIELD_STREAM, field)
     frequency = 2 * np.pi / np.exp(rng.uniform(math.log(60), math.log(600), (2, 3, 1)))
     return np.stack([frequency, rng.uniform(0, 2 * np.pi, (2, 3, 1))], axis=1)
 
 
 def waves(seed: int, field: int, iy: int, ix: int, *, amplitude: float) -> Float32:
-    """Return a smooth random function over one whole block, between -amplitude and amplitude."""
+    """Return a smooth random function on one block, between -amplitude and amplitude."""
     along = []
     for (frequency, phase), block in zip(_wave_parameters(seed, field), (iy, ix), strict=True):
         position = block * BLOCK_PX + np.arange(BLOCK_PX)
@@ -60,34 +55,32 @@ def waves(seed: int, field: int, iy: int, ix: int, *, amplitude: float) -> Float
     return total
 
 
-# The table's argument is a standard exponential draw e = -log(u), cut finely on a logarithmic
-# scale: the upper bits of a float64 are its exponent and the first bits of its mantissa.
+# The table's argument is a standard exponential draw e = -log(u) on a fine logarithmic scale: the
+# upper bits of a float64 are its exponent and the first bits of its mantissa.
 _SEGMENT_BITS = 6
-
-
 _SEGMENT_SHIFT = 52 - _SEGMENT_BITS
 
 
 @lru_cache(maxsize=MAX_PARTIALS)
 def _maximum_table(n: int) -> tuple[Float32, Float32]:
-    """Maximum of n normal draws at the segments' starts, and its change over each segment."""
+    """Tabulate the maximum of n normal draws at segment starts, and its change per segment."""
     octaves = np.exp2(np.arange(LOWEST_EXPONENT, HIGHEST_EXPONENT))
     within = 1 + np.arange(2**_SEGMENT_BITS) / 2**_SEGMENT_BITS
     edges = np.append(np.outer(octaves, within).ravel(), 2.0**HIGHEST_EXPONENT)
     normal = NormalDist()
     z = np.empty(len(edges))
     for i, e in enumerate((edges / n).tolist()):
-        # Of the two tails, the one whose probability float64 holds without loss.
+        # Use the tail whose probability float64 represents without loss.
         upper = -math.expm1(-e)
         z[i] = -normal.inv_cdf(upper) if upper < 0.5 else normal.inv_cdf(math.exp(-e))
     return z[:-1].astype(np.float32), np.diff(z).astype(np.float32)
 
 
 def maximum_of_normals(exponential: NDArray[np.float64], n: int) -> Float32:
-    """Turn standard exponential draws into draws of the maximum of n standard normal ones.
+    """Convert standard exponential draws to draws of the maximum of n standard normals.
 
     The maximum's distribution function is ``Phi(z)**n``; with ``u = exp(-exponential)`` uniform,
-    ``z = Phi^-1(1 - p)``, ``p = -expm1(log(u) / n)``. Interpolated from a table, to 1e-4.
+    ``z = Phi^-1(1 - p)``, ``p = -expm1(log(u) / n)``. Table interpolation is accurate to 1e-4.
     """
     values, changes = _maximum_table(n)
     bits = exponential.view(np.int64)
@@ -101,14 +94,14 @@ def maximum_of_normals(exponential: NDArray[np.float64], n: int) -> Float32:
 
 
 def window(particle: np.void) -> Region:
-    """Return the pixels of a particle's peak."""
+    """Return the region of a particle's peak."""
     y, x, reach = int(particle["y"]), int(particle["x"]), PEAK_RADIUS_PX
     return Region(y - reach, y + reach + 1, x - reach, x + reach + 1)
 
 
 @lru_cache(maxsize=1)
 def peak_profile() -> Float32:
-    """Return the shape of a peak."""
+    """Return the profile of a peak: a Gaussian of height 1."""
     distance = np.arange(-PEAK_RADIUS_PX, PEAK_RADIUS_PX + 1)
     along = np.exp(-np.square(distance) / (2 * _PEAK_SIGMA_PX**2))
     return np.outer(along, along).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Comparing what was found with what was planted."""
+"""Comparison of found particles with planted ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ TRUTH_DTYPE = np.dtype(
         ("amplitude", np.float32),
     ]
 )
-"""Columns of a table of planted particles. ``y`` and ``x`` are the corner of the template box in
-pixels, angles are in degrees, ``amplitude`` is in standard deviations: about the expected z."""
+"""Fields of a truth table. ``y`` and ``x`` are the corner of the template box in pixels, angles are
+in degrees, and ``amplitude`` is in standard deviations, approximately the expected z-score."""
 
 
 TRUTH_POSES = ("phi", "theta", "psi", "defocus_angstrom", "pixel_size_offset_angstrom")
@@ -37,16 +37,16 @@ TRUTH_POSES = ("phi", "theta", "psi", "defocus_angstrom", "pixel_size_offset_ang
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """How many planted particles came back.
+    """Number of planted particles that were recovered.
 
     Parameters
     ----------
     n
-        Particles planted.
+        Number of planted particles.
     found
-        Those whose peak exceeds the cutoff.
+        Number of particles whose peak exceeds the cutoff.
     pose_right
-        Those found with exactly the pose that was planted.
+        Number of found particles with exactly the planted pose.
     """
 
     n: int
@@ -57,11 +57,11 @@ class Recovery:
 def compare_with_truth(
     truth: NDArray[np.void], read: Callable[[str, Region], AnyArray], cutoff: float
 ) -> Recovery:
-    """Look for planted particles in merged maps.
+    """Search merged maps for planted particles.
 
     A particle is found if the highest ``scaled_mip`` within two pixels of it along each axis
-    exceeds the cutoff; its pose is read at that pixel. NaN is never found; of equal values the
-    first in row order counts.
+    exceeds the cutoff; its pose is read at that pixel. NaN is ignored; in a tie the first pixel in
+    row order is used.
 
     Parameters
     ----------
@@ -69,10 +69,10 @@ def compare_with_truth(
         (n,) of :data:`TRUTH_DTYPE`, in the coordinates of the merged maps and at least two pixels
         from their edges, as :attr:`Simulation.truth` is.
     read
-        Returns one merged map over one region: ``scaled_mip`` and the five maps of
+        Function that reads a region of a merged map by name: ``scaled_mip`` or one of
         :data:`~ocelot_em.model.maps.POSES`.
     cutoff
-        See :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
+        z-score cutoff; see :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
     """
     found = pose_right = 0
     for particle in truth:

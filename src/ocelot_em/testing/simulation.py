@@ -1,10 +1,10 @@
-"""Simulated searches of any size, with planted particles: for demonstrations and benchmarks.
+"""Simulated searches of any size with planted particles, for demonstrations and benchmarks.
 
-Maps look like those of a real search in what a merge and a peak search use of them: smooth mean and
-standard deviation, a ``mip`` that is the maximum of as many Gaussian draws as there are
-projections, sums that agree with both, poses from the partial's own share. Noise is not correlated
-from pixel to pixel. A pixel depends only on the seed, the partial and its place, so that maps are
-made region by region and need not fit into memory.
+The maps have the properties of a real search that a merge and a peak search depend on: a smooth
+mean and standard deviation, a ``mip`` that is the maximum of one Gaussian draw per projection,
+consistent sums, and poses from the partial's own share. Noise is not correlated between pixels.
+A pixel depends only on the seed, the partial and its position, so maps can be generated region by
+region and need not fit into memory.
 """
 
 import csv
@@ -57,8 +57,6 @@ STORE_NAME = "RUN.zarr"
 TRUTH_NAME = "truth.csv"
 MIN_SPACING_PX = 12
 PIXEL_SIZE_ANGSTROM = 2.5
-
-
 _PLACEMENT_CELL_PX = 2 * MIN_SPACING_PX
 _PLACEMENT_MARGIN_PX = PEAK_RADIUS_PX + 1
 
@@ -70,26 +68,26 @@ class Simulation:
     Parameters
     ----------
     shape
-        Height and width of the maps in pixels, as of the micrograph (mode ``same``).
+        Height and width of the maps in pixels, equal to the micrograph's (mode ``same``).
     n_partials
-        How many devices share the search.
+        Number of devices that share the search.
     n_particles
-        How many particles are planted in the valid region, at least :data:`MIN_SPACING_PX` apart
+        Number of particles planted in the valid region, at least :data:`MIN_SPACING_PX` apart
         along one axis.
     seed
-        Not negative.
+        Random seed, 0 or more.
     form
         Explicit poses, or one index into :attr:`search_space`.
     template_box
         Edge of the template box in pixels.
     projections_per_pose
-        Cross-correlations per pose of the search space: stands in for a finer search. 159 makes
+        Cross-correlations per pose of the search space, to imitate a finer search; 159 gives
         20.5 million.
 
     Raises
     ------
     InvalidInputError
-        Naming every parameter that cannot be used.
+        Lists every invalid parameter.
     """
 
     shape: tuple[int, int]
@@ -131,19 +129,19 @@ class Simulation:
 
     @property
     def valid_shape(self) -> tuple[int, int]:
-        """Height and width of the pixels where the template box lies within the micrograph."""
+        """Height and width of the region where the template box is inside the micrograph."""
         return self.shape[0] - self.template_box + 1, self.shape[1] - self.template_box + 1
 
     @property
     def search_space(self) -> SearchSpace:
-        """A ZYZ grid of 12 degrees, five defoci and three pixel-size offsets."""
+        """A 12-degree ZYZ grid, five defoci and three pixel-size offsets."""
         return _search_space()
 
     @property
     def orientation_ranges(self) -> tuple[tuple[int, int], ...]:
-        """First orientation of each partial's share, and the one after its last.
+        """Half-open range of orientations of each partial.
 
-        Shares shrink from the first partial to the last, to about half.
+        Shares shrink from the first partial to the last, to about half the size.
         """
         n = self.n_partials
         weights = np.arange(2 * n, n, -1)
@@ -153,9 +151,9 @@ class Simulation:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Cross-correlations of each partial.
+        """Number of cross-correlations of each partial.
 
-        They differ, and add up to ``search_space.n_poses * projections_per_pose``.
+        The counts differ and add up to ``search_space.n_poses * projections_per_pose``.
         """
         space = self.search_space
         per_orientation = space.n_poses // len(space.euler_angles) * self.projections_per_pose
@@ -163,14 +161,14 @@ class Simulation:
 
     @cached_property
     def truth(self) -> NDArray[np.void]:
-        """The planted particles, (n_particles,) of :data:`TRUTH_DTYPE`, from top to bottom."""
+        """Planted particles, (n_particles,) of :data:`TRUTH_DTYPE`, sorted by y, then x."""
         rng = generator(self.seed, TRUTH_STREAM)
         cells = self._placement_cells
         space = self.search_space
         table = np.zeros(self.n_particles, TRUTH_DTYPE)
         if self.n_particles:
-            # One particle at most per cell, within the part of it that keeps the distance to any
-            # place that the neighbouring cells may choose.
+            # At most one particle per cell; limited jitter keeps the minimum spacing between
+            # particles of neighbouring cells.
             chosen = rng.choice(math.prod(cells), self.n_particles, replace=False)
             for axis, cell in zip(("y", "x"), np.unravel_index(chosen, cells), strict=True):
                 jitter = rng.integers(
@@ -190,7 +188,7 @@ class Simulation:
 
     @property
     def _placement_cells(self) -> tuple[int, int]:
-        """Rows and columns of the cells that hold a particle each."""
+        """Number of rows and columns of cells that can hold one particle each."""
         height, width = (
             max(edge - 2 * _PLACEMENT_MARGIN_PX, 0) // _PLACEMENT_CELL_PX
             for edge in self.valid_shape
@@ -198,27 +196,28 @@ class Simulation:
         return height, width
 
     def partial_block(self, partial: int, region: Region) -> dict[str, AnyArray]:
-        """Maps of one partial over one region; the same pixels however the map is cut.
+        """Generate the maps of one partial in one region.
 
-        Fastest for regions made of 256 x 256 blocks, as whole chunks are.
+        Pixel values do not depend on the region. Regions made of whole 256 x 256 blocks, such as
+        chunks, are fastest.
 
         Parameters
         ----------
         partial
             Number of the partial, 0 <= partial < n_partials.
         region
-            Pixels within the map; may be empty.
+            Region within the map; may be empty.
 
         Returns
         -------
         dict
-            The maps of :attr:`~ocelot_em.model.maps.MapSet.partial`, each of the region's shape in
-            the dtype that it is stored in; no NaN, no unsearched pixel.
+            The maps of :attr:`~ocelot_em.model.maps.MapSet.partial`, each with the region's shape
+            and its stored dtype, without NaN and unsearched pixels.
 
         Raises
         ------
         InvalidInputError
-            There is no such partial, or the region leaves the map.
+            If the partial does not exist or the region extends beyond the map.
         """
         problems = []
         if not 0 <= partial < self.n_partials:
@@ -243,11 +242,11 @@ class Simulation:
         return maps
 
     def _draw_block(self, partial: int, iy: int, ix: int) -> dict[str, AnyArray]:
-        """Indexed maps of one whole block, beyond the map's edges too."""
+        """Draw the indexed maps of one whole block, which may extend beyond the map."""
         shape = (BLOCK_PX, BLOCK_PX)
         count = self.counts[partial]
         rng = generator(self.seed, BLOCK_STREAM, partial, iy, ix)
-        # In place where possible: at this size a new array costs as much as its arithmetic.
+        # In place where possible: allocating an array costs as much as the arithmetic here.
         mean = waves(self.seed, 0, iy, ix, amplitude=0.2)
         mean += waves(self.seed, 2 + partial, iy, ix, amplitude=0.1)
         # 0.84 to 1.5 and mostly near 1, as in real searches; the same for all devices.
@@ -260,7 +259,7 @@ class Simulation:
         mip = maximum_of_normals(rng.standard_exponential(shape), count)
         mip *= std
         mip += mean
-        correlation_sum = rng.standard_normal(shape, np.float32)  # so far, of the mean's error
+        correlation_sum = rng.standard_normal(shape, np.float32)  # error of the mean
         correlation_sum *= std
         correlation_sum *= np.float32(math.sqrt(count) / count)
         correlation_sum += mean
@@ -288,7 +287,7 @@ class Simulation:
         start, end = self.orientation_ranges[partial]
         n_other = space.n_poses // n_orientations
         index = rng.integers(0, (end - start) * n_other, shape, np.int32)
-        # From (other, orientation in the share) to (other, orientation in the search space).
+        # Convert (other, orientation in share) to (other, orientation in search space).
         skipped = index // np.int32(end - start)
         skipped *= np.int32(n_orientations - (end - start))
         index += skipped
@@ -305,10 +304,10 @@ class Simulation:
 
 
 def write_truth(simulation: Simulation, path: str | PathLike[str]) -> None:
-    """Write the planted particles as CSV, with the columns of :data:`TRUTH_DTYPE` as header.
+    """Write the planted particles as CSV, with the field names of :data:`TRUTH_DTYPE` as header.
 
-    Angles and offsets are written in the shortest form that reads back as the same float32. What
-    is at ``path`` is replaced.
+    Angles and offsets use the shortest text that reads back as the same float32. An existing file
+    is replaced.
     """
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -317,31 +316,31 @@ def write_truth(simulation: Simulation, path: str | PathLike[str]) -> None:
 
 
 def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_threads: int = 1) -> Path:
-    """Write a simulated search as a store, chunk by chunk, and its truth beside it.
+    """Write a simulated search to a store, chunk by chunk, and its truth table next to it.
 
-    Memory is a few chunks per thread, whatever the size of the maps. The truth is written last:
-    where it is missing, the search is incomplete.
+    Memory use is a few chunks per thread, independent of the map size. The truth table is written
+    last: if it is missing, the search is incomplete.
 
     Parameters
     ----------
     directory
-        Local directory, made if it is not there; gets ``RUN.zarr`` and ``truth.csv``.
+        Local directory for ``RUN.zarr`` and ``truth.csv``; created if missing.
     simulation
-        What to write; its partials are called ``device_0``, ``device_1``, ... with leading zeros.
+        Search to write; its partials are named ``device_0``, ``device_1``, ... with leading zeros.
     n_threads
-        How many chunks are made at the same time.
+        Number of chunks generated in parallel.
 
     Returns
     -------
     Path
-        The store.
+        Path of the store.
 
     Raises
     ------
     OutputExistsError
-        The directory already holds a search or a truth; nothing is changed.
+        If the directory already contains a search or a truth table; nothing is changed.
     InvalidInputError
-        ``n_threads`` is below 1.
+        If ``n_threads`` is below 1.
     """
     if n_threads < 1:
         raise InvalidInputError(f"n_threads: expected 1 or more, got {n_threads}")
@@ -377,13 +376,13 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
         def write_chunk(partial: int, region: Region) -> None:
             writers[partial].write(region, simulation.partial_block(partial, region))
 
-        # Left before the writers are, so that no chunk is still on its way when they finish.
+        # Exits before the writers do, so that no chunk is still being written when they finish.
         pool = stack.enter_context(ThreadPoolExecutor(n_threads, "ocelot-simulate"))
         pending: deque[Future[None]] = deque()
         stack.callback(lambda: [future.cancel() for future in pending])
         chunks = TileGrid(simulation.shape, writers[0].chunk)
         for partial, number in product(range(simulation.n_partials), range(len(chunks))):
-            # A submitted job is small, but a million of them are not.
+            # Bounded, because a million submitted jobs would need much memory.
             if len(pending) >= 2 * n_threads:
                 pending.popleft().result()
             pending.append(pool.submit(write_chunk, partial, chunks[number].region))
@@ -395,7 +394,7 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
 
 @lru_cache(maxsize=1)
 def _search_space() -> SearchSpace:
-    # As in real searches, psi varies slowest, and rows of theta near the poles have fewer phi.
+    # As in real searches, psi varies slowest, and theta rows near the poles have fewer phi.
     step = 12
     rows = [
         (phi, theta)
@@ -407,12 +406,12 @@ def _search_space() -> SearchSpace:
     angles = [(phi, theta, psi) for psi in range(0, 360, step) for phi, theta in rows]
     space = SearchSpace.from_tables(angles, [-600.0, -300.0, 0.0, 300.0, 600.0], [-0.15, 0.0, 0.15])
     for table in (space.euler_angles, space.defocus_values, space.pixel_values):
-        table.setflags(write=False)  # shared by everyone who asks
+        table.setflags(write=False)  # shared by all callers
     return space
 
 
 @lru_cache(maxsize=1)
 def _pose_tables() -> tuple[Float32, ...]:
-    """Pose of every global index: looking it up is faster than decoding it."""
+    """Return the pose of every global index; a lookup is faster than decoding."""
     space = _search_space()
     return space.decode(np.arange(space.n_poses, dtype=np.int32))

@@ -1,1 +1,1 @@
-"""What people look at: plots, reports, inspection, viewers."""
+"""Plots, reports, store inspection and viewers."""

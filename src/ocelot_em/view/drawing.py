@@ -1,4 +1,4 @@
-"""Pictures of a report, drawn to be inlined."""
+"""Figures of a report as inline SVG."""
 
 import io
 import re
@@ -10,9 +10,7 @@ from ocelot_em.model.markup import (
 )
 from ocelot_em.view.figures import new_figure
 
-_INK = "#0a0b0c"  # stands for the page's own text colour, light or dark
-
-
+_INK = "#0a0b0c"  # placeholder for the page's text colour, light or dark
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -37,7 +35,7 @@ _STYLE = {
 def drawing(
     name: str, size_inches: tuple[float, float], draw: Callable[[Any], object], label: str
 ) -> Markup:
-    """Draw a figure in the page's own text colour."""
+    """Draw a figure in the text colour of the page."""
     figure = new_figure(size_inches)
     from matplotlib import rc_context
 
@@ -57,7 +55,7 @@ def drawing(
 
 
 def _inline(svg: str, name: str, label: str, max_width_px: int) -> Markup:
-    """Make an SVG file a part of a page: no names of its own, no fonts of this machine."""
+    """Make an SVG file part of a page: ids prefixed with ``name``, no local fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

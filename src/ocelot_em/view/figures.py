@@ -1,4 +1,4 @@
-"""What all plots share: figures, axes, colours, labels."""
+"""Figures, axes, colours and labels that all plots share."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -11,21 +11,20 @@ from ocelot_em.model.maps import AnyArray, Float64
 from ocelot_em.store.objects import open_objects
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
+    from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
 
 
 Store = str | PathLike[str]
 
 
 MAX_BARS = 48
-"""Rows of a picture that have room for names."""
+"""Maximum number of plot rows with room for names."""
 
-
-MAX_VECTOR_MARKERS = 400  # more are drawn as pixels, or a page with them gets slow
+MAX_VECTOR_MARKERS = 400  # more are rasterized: they would slow down a page
 
 
 def new_figure(size_inches: tuple[float, float]) -> Any:
-    """Make a figure that no window belongs to.
+    """Make a figure without a window.
 
     Raises
     ------
@@ -42,7 +41,7 @@ def new_figure(size_inches: tuple[float, float]) -> Any:
 
 
 def axes_or_new(ax: "Axes | None", **options: str) -> Any:
-    """Return axes that were given, or those of a new figure.
+    """Return the given axes, or those of a new figure.
 
     Raises
     ------
@@ -61,12 +60,12 @@ def axes_or_new(ax: "Axes | None", **options: str) -> Any:
 
 
 def summary_of(store: Store | Summary) -> Summary:
-    """Return a summary that was given, or that of a merged result.
+    """Return the given summary, or that of a merged result.
 
     Raises
     ------
     IncompleteError
-        It was merged without statistics.
+        The result was merged without statistics.
     """
     if isinstance(store, Summary):
         return store
@@ -80,14 +79,14 @@ def summary_of(store: Store | Summary) -> Summary:
 
 
 def coarse(counts: AnyArray, axis: Axis, together: int) -> tuple[Float64, AnyArray]:
-    """Edges and counts of bins of which each has several of the axis's; these divide its bins."""
+    """Return edges and counts with ``together`` bins merged into one; it divides their number."""
     return axis.edges[::together], counts.reshape(-1, together).sum(axis=1)
 
 
 def name_rows(ax: "Axes", names: Sequence[str]) -> None:
-    """Label the rows, first on top; numbers if there are too many for names."""
+    """Label the rows, the first on top; with numbers if there are too many for names."""
     if len(names) <= MAX_BARS:
-        # A name is text and no formula.
+        # Names are text, not formulas.
         short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
         ax.set_yticks(range(len(names)), labels=short, parse_math=False)
     else:
@@ -96,24 +95,24 @@ def name_rows(ax: "Axes", names: Sequence[str]) -> None:
 
 
 def short_number(value: float | None) -> float:
-    """Return a number for a plot; NaN where there is none."""
+    """Return a number for a plot; NaN for None."""
     return float("nan") if value is None else value
 
 
 def foreground() -> Any:
-    """Colour of text."""
+    """Return the colour of text."""
     from matplotlib import rcParams
 
     return rcParams["text.color"]
 
 
 def magma() -> Any:
-    """Return the colours of maps."""
+    """Return the colormap of maps."""
     from matplotlib import colormaps
 
     return colormaps["magma"].with_extremes(bad=(0.5, 0.5, 0.5, 0.35))
 
 
 def say(ax: "Axes", words: str) -> None:
-    """Write into axes why nothing is drawn."""
+    """Write into empty axes why nothing is drawn."""
     ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, alpha=0.7)

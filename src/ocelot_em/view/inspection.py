@@ -1,4 +1,4 @@
-"""What a store is, and everything that is wrong with it."""
+"""Description and validation of a store."""
 
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -38,23 +38,23 @@ from ocelot_em.store.validation import value_problems
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """What a store says of itself.
+    """Description of a store.
 
     Parameters
     ----------
     url
-        Where it is.
+        URL of the store.
     attributes
-        Of its root.
+        Attributes of the root group.
     partials
-        Of a search: name, state, count; names of several exposures' partials begin with that of
-        their exposure and a slash. Of a merged result: what went into it, all complete.
+        Name, state and number of projections of each partial of a search, or of each input of a
+        merged result (all complete). In a montage, names start with the exposure's id and a slash.
     exposures
-        If there are several.
+        Exposures, if the store has several.
     tiles_done, n_tiles
         Progress of a merge; 0 for a search.
     stored_nbytes
-        Size of all its objects.
+        Total size of all objects in bytes.
     """
 
     url: str
@@ -67,7 +67,7 @@ class StoreInfo:
 
 
 def describe(store: str | PathLike[str]) -> StoreInfo:
-    """Read what a store says of itself; reads no maps.
+    """Read the description of a store; no map is read.
 
     Raises
     ------
@@ -109,23 +109,23 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
 def check(
     store: str | PathLike[str], on_progress: Callable[[float], None] | None = None
 ) -> list[str]:
-    """Read a whole store and name everything that is wrong with it.
+    """Read a whole store and report all problems.
 
-    Checked are the metadata, that every chunk is there and holds the bytes that were written, that
-    no partial has NaN or an index outside the search space, that partials and merges are finished,
-    and that counts add up.
+    Checks the metadata, that every chunk exists and holds the bytes that were written, that no
+    partial has NaN or an index outside the search space, that partials and merges are finished, and
+    that counts add up.
 
     Parameters
     ----------
     store
         Path or URL of a search or a merged result.
     on_progress
-        Called with the share done, 0 to 1.
+        Called with the finished fraction, 0 to 1.
 
     Returns
     -------
     list of str
-        One sentence per problem; empty if there is none. Of very many, the first.
+        One sentence per problem, empty if there are none; the first :data:`MAX_PROBLEMS` only.
     """
     objects = open_objects(store)
     found = _problems(objects, on_progress)
@@ -140,16 +140,16 @@ def check(
 
 
 MAX_NBYTES = 2**30
-"""Decoded chunks at a time, unless those at one place alone are more."""
+"""Maximum size of decoded chunks in memory, unless those of one region alone are larger."""
 
 MAX_PROBLEMS = 1000
-"""That are named of a store: of all chunks that a hostile one only says to have, nobody reads."""
+"""Maximum number of problems reported; a hostile store may declare any number of chunks."""
 
 
 def _problems(
     objects: Objects, on_progress: Callable[[float], None] | None
 ) -> Generator[str, None, None]:
-    """Everything that is wrong with a store, one after another."""
+    """Yield all problems of a store."""
     try:
         attributes = read_attributes(objects)
     except OcelotError as error:
@@ -183,7 +183,7 @@ def _problems(
 
 
 class _Group(NamedTuple):
-    """A group of maps: its path, the name of its partial, and the shape that they shall have."""
+    """A group of maps: path, name of its partial, and expected shape."""
 
     path: str
     name: str
@@ -193,7 +193,7 @@ class _Group(NamedTuple):
 def _search_problems(
     objects: Objects, exposure: fmt.ExposureAttributes
 ) -> tuple[list[str], list[str]]:
-    """Problems of the partials' attributes, and names of the partials whose maps can be read."""
+    """Return problems of the partials' attributes, and names of the complete partials."""
     problems: list[str] = []
     complete: dict[str, int] = {}
     names = partial_names(objects, exposure.id)
@@ -249,7 +249,7 @@ def _group_problems(
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
 ) -> Iterator[str]:
-    """Everything that is wrong with a group of maps, chunk by chunk."""
+    """Yield all problems of a group of maps, chunk by chunk."""
     path, name, shape = group
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
     keys = attributes.maps.merged if merged else attributes.maps.partial
@@ -301,7 +301,7 @@ def _group_problems(
 
 
 def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:
-    """Maps of a montage in which pixels where nothing lies are like those that nobody searched."""
+    """Return maps of a montage in which pixels without an exposure look like unsearched ones."""
     if SOURCE_EXPOSURE not in arrays:
         return arrays
     blank = arrays[SOURCE_EXPOSURE] == NOT_SEARCHED

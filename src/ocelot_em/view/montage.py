@@ -1,10 +1,9 @@
-"""The exposures of a merged montage: where they are, and what they cover."""
+"""The exposures of a merged montage: placement and coverage."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,22 +23,19 @@ from ocelot_em.view.figures import (
 )
 from ocelot_em.view.plots import OVERVIEW_PX
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Montage:
-    """What is known of the exposures of a merged result.
+    """Placement and statistics of the exposures of a merged result.
 
     Parameters
     ----------
     attributes
-        Of the result: where exposures lie.
+        Attributes of the result, with the placement of exposures.
     summary
-        Of all exposures together.
+        Statistics of all exposures together.
     of_exposures
-        What was counted of each, by their ids.
+        Statistics of each exposure, by id.
     """
 
     attributes: MergedAttributes
@@ -48,26 +44,26 @@ class Montage:
 
     @classmethod
     def read(cls, store: Store) -> "Montage":
-        """Read it.
+        """Read the placement and statistics of a merged montage.
 
         Raises
         ------
         StoreNotFoundError, FormatError, IncompleteError
-            It is not a finished merged result, or was merged without statistics.
+            The store is not a finished merged result, or has no statistics.
         InvalidInputError
-            It is not a montage.
+            The result is not a montage.
         """
         attributes, summary = attributes_of(store), summary_of(store)
         return cls(attributes, summary, read_exposure_statistics(store, summary.attributes))
 
     @property
     def exposures(self) -> tuple[ExposureStatistics, ...]:
-        """What was counted of each, and what is shown of it."""
+        """Statistics of each exposure and of its shown pixels."""
         return self.summary.attributes.exposures
 
 
 def attributes_of(store: Store) -> MergedAttributes:
-    """Return the attributes of a merged result, of a store or its path."""
+    """Return the attributes of a merged montage."""
     objects = open_objects(store)
     attributes = open_merged_result(objects)
     if not attributes.exposures:
@@ -77,16 +73,16 @@ def attributes_of(store: Store) -> MergedAttributes:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many exposures cover the pixels of a canvas.
+    """Number of exposures that cover each pixel of a canvas.
 
     Parameters
     ----------
     most
-        (y, x) int64: the highest number in each block of pixels.
+        (y, x) int64: maximum number of exposures in each block of pixels.
     factor
         Edge of the blocks in pixels.
     areas
-        Pixels by number of exposures, from those that none covers.
+        Number of pixels covered by 0, 1, 2, ... exposures.
     """
 
     most: Int64
@@ -95,16 +91,16 @@ class Coverage:
 
     @classmethod
     def of(cls, attributes: MergedAttributes, longest_edge_px: int = OVERVIEW_PX) -> "Coverage":
-        """Count, exactly, from where the exposures lie.
+        """Count exactly, from the placement of exposures.
 
-        Lines along all edges cut the canvas into cells in which all pixels have one number. Rows of
-        cells are counted one after another, so that memory grows with a row.
+        Lines along all edges divide the canvas into cells of constant coverage. Rows of cells are
+        counted one after another, so that memory is proportional to one row.
         """
         height, width = attributes.valid_shape
         factor = ceil_div(max(height, width), longest_edge_px)
         bounds = np.array([e.on_canvas.bounds for e in attributes.exposures], np.int64)
         y0, y1, x0, x1 = bounds.reshape(-1, 4).clip(0, [height, height, width, width]).T
-        # Edges of blocks are lines, too, so that a cell lies in one block.
+        # Block edges are lines, too, so that each cell is in one block.
         rows = np.unique(np.concatenate([y0, y1, np.arange(0, height, factor), [height]]))
         columns = np.unique(np.concatenate([x0, x1, np.arange(0, width, factor), [width]]))
         first_of_block = np.searchsorted(columns, np.arange(0, width, factor))
@@ -134,10 +130,10 @@ class Coverage:
 
     @property
     def covered_pixels(self) -> int:
-        """Those that at least one exposure covers."""
+        """Number of pixels covered by at least one exposure."""
         return sum(self.areas[1:])
 
     @property
     def overlap_pixels(self) -> int:
-        """Those that several cover."""
+        """Number of pixels covered by several exposures."""
         return sum(self.areas[2:])

@@ -1,6 +1,6 @@
-"""Exposures of a montage in pictures and tables: where they lie, their seams, their partials.
+"""Plots of the exposures of a montage: placement, seams, partials.
 
-Nothing here reads a map: geometry and what the merge has counted tell it all.
+No map is read: all data come from the placement and the merge statistics.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 from ocelot_em.view.montage import Coverage, Montage, attributes_of
 
 MAX_LABELS = 40
-"""Exposures that are labelled; with more, nothing else is seen."""
-
+"""Maximum number of labelled exposures; more labels would hide the map."""
 
 _LABEL_POINTS = 7.5
 _MAX_SHADES = 12
@@ -67,7 +66,7 @@ def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) ->
     Raises
     ------
     InvalidInputError
-        It is not a montage.
+        The result is not a montage.
     """
     attributes = store if isinstance(store, MergedAttributes) else attributes_of(store)
     coverage, ax = Coverage.of(attributes), axes_or_new(ax)
@@ -93,14 +92,14 @@ def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) ->
 
 
 def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
-    """Draw thin lines around what was taken of exposures, with their ids where there is room.
+    """Draw thin outlines of exposures on the canvas, with their ids where there is room.
 
     Parameters
     ----------
     ax
-        Axes that show the canvas, in pixels.
+        Axes that show the canvas in pixels.
     exposures
-        Of a merged result, if it has any; labelled if they are at most :data:`MAX_LABELS`.
+        Exposures of a merged result, possibly none; labelled if at most :data:`MAX_LABELS`.
     """
     if not exposures:
         return
@@ -112,7 +111,7 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
         for corners in ((x0, x1, x1, x0, x0, gap), (y0, y0, y1, y1, y0, gap))
     )
     many = len(regions) > MAX_LABELS
-    # Light on dark, so that they are seen on maps and on both kinds of pages.
+    # White on black, to be visible on maps and on light and dark pages.
     for colour, thickness in (("black", 1.6), ("white", 0.7)):
         ax.plot(
             x,
@@ -130,10 +129,10 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
 
 
 def _label(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
-    """Write ids into corners of exposures, where they fit and meet no other."""
+    """Write ids into corners of exposures where they fit and overlap no other id."""
     window, (left, right), (bottom, top) = ax.get_window_extent(), ax.get_xlim(), ax.get_ylim()
     dots = min(window.width / abs(right - left), window.height / abs(top - bottom))
-    # Pixels of the canvas in a point; layouts take a part of the axes later.
+    # Canvas pixels per point; 0.85 because the layout shrinks the axes later.
     per_point = ax.figure.dpi / 72 / max(dots, 1e-9) / 0.85
     placed: list[Region] = []
     for exposure in exposures:
@@ -170,7 +169,7 @@ def plot_seams(
     *,
     value: Literal["mean", "difference"] = "mean",
 ) -> "Axes":
-    """Draw the mean z-score that a montage shows of each exposure: alone, and in overlaps.
+    """Draw the mean shown z-score of each exposure of a montage: alone, and in overlaps.
 
     Parameters
     ----------
@@ -179,9 +178,9 @@ def plot_seams(
     ax
         Axes to draw into; new ones by default.
     value
-        ``mean``: both means, and the standard deviations of z-scores. Of many exposures, in the
-        order of their means. ``difference``: how many standard deviations they are apart, where
-        enough pixels of both are shown to tell. From about 0.25 on a seam can be seen.
+        ``mean``: both means, with the standard deviations of z-scores; many exposures are sorted
+        by their mean. ``difference``: difference of the means in standard deviations, where enough
+        pixels of both are shown. A seam is visible from about 0.25.
 
     Returns
     -------
@@ -190,7 +189,7 @@ def plot_seams(
     Raises
     ------
     InvalidInputError
-        It is not a montage.
+        The result is not a montage.
     """
     exposures, ax = summary_of(store).attributes.exposures, axes_or_new(ax)
     if not exposures:
@@ -204,7 +203,7 @@ def plot_seams(
         ("in overlaps", _shown(e.overlap for e in exposures), ORANGE, 0.14),
     )
     places = np.arange(len(exposures))
-    # Those of which nothing is shown alone come last.
+    # Exposures that are shown only in overlaps (NaN) come last.
     order = places if few else np.argsort(kinds[0][1][:, 0], kind="stable")
     for label, numbers, colour, aside in kinds:
         mean, std = numbers[order].T
@@ -220,7 +219,7 @@ def plot_seams(
                 label=label,
             )
             continue
-        # The line of those in whose order they are, on top of the others' dots.
+        # The means that define the order are a line, on top of the other dots.
         look = (
             {"linewidth": 1.6, "zorder": 3} if label == "alone" else {"linestyle": "", "zorder": 2}
         )
@@ -260,7 +259,7 @@ def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics], *, fe
 
 
 def seam_of(exposure: ExposureStatistics) -> float:
-    """Standard deviations between the mean in overlaps and that alone; NaN if few pixels tell."""
+    """Return mean in overlaps minus mean alone, in standard deviations; NaN if pixels are few."""
     alone, overlap = exposure.alone, exposure.overlap
     if min(alone.pixels, overlap.pixels) < MIN_SHOWN or not alone.std:
         return float("nan")
@@ -268,19 +267,19 @@ def seam_of(exposure: ExposureStatistics) -> float:
 
 
 def _shown(statistics: Iterator[ShownStatistics]) -> Float64:
-    """(n, 2) means and standard deviations; NaN where nothing is shown."""
+    """Return (n, 2) means and standard deviations; NaN where nothing is shown."""
     rows = [(short_number(shown.mean), short_number(shown.std)) for shown in statistics]
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
 def short_number(value: float | None) -> float:
-    """Return a number for a plot; NaN where there is none."""
+    """Return a number for a plot; NaN for None."""
     return float("nan") if value is None else value
 
 
 @dataclass(frozen=True)
 class OwnPartial:
-    """A partial among those of its exposure."""
+    """A partial, compared with the others of its exposure."""
 
     place: int
     exposure: str
@@ -288,19 +287,19 @@ class OwnPartial:
     source: SourceStatistics
     expected_pixels: float
     won_ratio: float
-    """Pixels won, of those that its projections let expect; NaN if it has no others beside it."""
+    """Won pixels / those expected from its projections; NaN if there is nothing to compare."""
     std_ratio: float
-    """Standard deviation of its correlations, of the median of the exposure's; or NaN."""
+    """Standard deviation of its correlations / median of its exposure's; or NaN."""
 
     @property
     def is_out_of_line(self) -> bool:
-        """As :mod:`ocelot_em.particles.quality` says it in words."""
+        """Whether :mod:`ocelot_em.particles.quality` warns about it."""
         wins = self.expected_pixels >= MIN_EXPECTED_WINS and _beyond(self.won_ratio, WIN_RATIO)
         return wins or _beyond(self.std_ratio, STD_RATIO)
 
     @property
     def unusual(self) -> float:
-        """How far it is from the others, for sorting."""
+        """Deviation from the other partials, for sorting."""
         ratios = np.array([self.won_ratio, self.std_ratio])
         known = np.maximum(ratios[np.isfinite(ratios)], 1e-6)
         return float(np.abs(np.log(known)).max(initial=0))
@@ -311,7 +310,7 @@ def _beyond(ratio: float, most: float) -> bool:
 
 
 def own_partials(montage: Montage) -> list[OwnPartial]:
-    """Return the partials of each exposure, with what is unusual."""
+    """Return the partials of all exposures, compared within each exposure."""
     found = []
     for place, (exposure, own) in enumerate(montage.of_exposures.items()):
         won = sum(partial.won_pixels for partial in own.partials)
@@ -342,19 +341,19 @@ def plot_partials_of_exposures(
     *,
     value: Literal["wins", "std"] = "wins",
 ) -> "Axes":
-    """Draw the partials of each exposure of a montage, compared among themselves.
+    """Draw the partials of a montage, compared within each exposure.
 
     Parameters
     ----------
     store
-        A merged result, or what is known of its exposures; maps are not read.
+        A merged montage, or its :class:`ocelot_em.view.montage.Montage`; maps are not read.
     ax
         Axes to draw into; new ones by default.
     value
-        ``wins``: pixels that each won, over those that its share of the exposure's projections lets
-        expect. ``std``: standard deviation of its correlations, over the median of the exposure's.
-        Both are about 1 for healthy partials; those out of line are red. An exposure with one
-        partial has nothing to compare.
+        ``wins``: won pixels / those expected from the partial's share of its exposure's
+        projections. ``std``: standard deviation of its correlations / median of its exposure's.
+        Both are normally about 1; unusual partials are red. An exposure with one partial has
+        nothing to compare.
 
     Returns
     -------

@@ -1,8 +1,8 @@
-"""The sections of a report that are about exposures."""
+"""Report sections about exposures."""
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from ocelot_em.particles.table import EXPOSURE, ParticleTable
 from ocelot_em.view.figures import (
     MAX_BARS,
 )
-
-if TYPE_CHECKING:
-    pass
 from ocelot_em.view.montage import Coverage, Montage
 from ocelot_em.view.montage_plots import (
     own_partials,
@@ -29,16 +26,14 @@ from ocelot_em.view.montage_plots import (
 )
 
 Draw = Callable[[str, tuple[float, float], Callable[[Any], object], str], Markup]
-"""Puts a picture on a page: its name there, size in inches, what draws into a figure, and what it
-shows in words."""
-
+"""Adds a figure to a page: name, size in inches, function that draws it, text description."""
 
 ROWS_SHOWN = 100
-"""Rows of a table, of which there may be thousands."""
+"""Maximum number of rows shown of a table; there may be thousands."""
 
 
 def montage_cards(montage: Montage, coverage: Coverage) -> list[tuple[str, str]]:
-    """Numbers for the head of a page, each with what it is."""
+    """Return headline numbers, each with its label."""
     attributes = montage.attributes
     height, width = attributes.valid_shape
     size, pixels = attributes.pixel_size_angstrom, height * width
@@ -60,7 +55,7 @@ def montage_cards(montage: Montage, coverage: Coverage) -> list[tuple[str, str]]
 def montage_section(
     montage: Montage, particles: ParticleTable, coverage: Coverage, draw: Draw
 ) -> Markup:
-    """Tell of the exposures of a montage: where they lie, their seams, and a table."""
+    """Show the exposures of a montage: placement, seams, and a table."""
     height, width = montage.attributes.valid_shape
     wide = width > 2 * height
     across = 11.6 if wide else 5.4
@@ -160,7 +155,7 @@ def _exposure_table(montage: Montage, particles: ParticleTable) -> Markup:
 
 
 def partials_of_exposures_section(montage: Montage, draw: Draw) -> Markup:
-    """Tell of partials, each among those of its exposure."""
+    """Show the partials, compared within each exposure."""
     partials = own_partials(montage)
     few = len(montage.of_exposures) <= MAX_BARS
 
@@ -222,7 +217,7 @@ def partials_of_exposures_section(montage: Montage, draw: Draw) -> Markup:
 
 
 def _telling(interest: Float64) -> list[int]:
-    """Which rows are shown: all in their order, or the most interesting of too many."""
+    """Return the rows to show: all in order, or the most interesting if there are too many."""
     if len(interest) <= ROWS_SHOWN:
         return list(range(len(interest)))
     order: list[int] = np.argsort(-np.nan_to_num(interest), kind="stable").tolist()

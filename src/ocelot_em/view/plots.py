@@ -1,7 +1,6 @@
-"""Pictures of merged maps and particles, into matplotlib axes.
+"""Plots of merged maps and particles in matplotlib axes.
 
-Histograms and health come from what the merge has collected; the z-score map is read chunk by chunk
-and pooled, so that no full map is ever in memory.
+The z-score map is read chunk by chunk and pooled, so that no full map is ever in memory.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,20 +15,19 @@ from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.table import ParticleTable
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
+    from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
 from ocelot_em.view.figures import MAX_VECTOR_MARKERS, Store, axes_or_new, foreground, magma, say
 
 OVERVIEW_PX = 400
-"""Longest edge of an overview: no more pixels than axes have, or drawing averages peaks away."""
+"""Longest edge of an overview; with more pixels than axes have, drawing averages peaks away."""
 
 BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
-"""Colours that are seen on white and on black."""
+"""Colours that are visible on white and on black."""
 
 MAX_CIRCLES = 5000
-"""Particles that are circled: with more, nothing else is seen."""
+"""Maximum number of circled particles; more circles would hide the map."""
 
-
-_THREADS = 4  # a chunk of each is in memory
+_THREADS = 4  # each holds a chunk in memory
 
 
 def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Float32, int]:
@@ -40,14 +38,14 @@ def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Flo
     store
         Path or URL of a merged result.
     longest_edge_px
-        Most rows or columns to return.
+        Maximum number of rows or columns to return.
 
     Returns
     -------
     values : array
-        (y, x) float32 of the valid pixels; NaN in blocks that nobody searched.
+        (y, x) float32 of the valid pixels; NaN in blocks without searched pixels.
     factor : int
-        Edge in pixels of the blocks of which the values are the maximum.
+        Edge of the pooled blocks in pixels.
     """
     merged = MergedMaps.open(store)
     height, width = merged.valid_shape
@@ -66,7 +64,7 @@ def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Flo
 
     with ThreadPoolExecutor(_THREADS) as pool_of_threads:
         for y, x, highest in pool_of_threads.map(pool, merged.regions()):
-            # Chunks need not begin where blocks do, so that two may share one.
+            # Chunks need not start at block edges, so that two may share a block.
             into = pooled[y : y + highest.shape[0], x : x + highest.shape[1]]
             np.fmax(into, highest, out=into)
     return pooled, factor
@@ -84,15 +82,15 @@ def plot_zscore(
     Parameters
     ----------
     store
-        A merged result; or what :func:`pooled_zscore` or a pyramid's
-        :func:`ocelot_em.io.ome_zarr.read_level` has returned.
+        A merged result, or the return value of :func:`pooled_zscore` or, for a pyramid, of
+        :func:`ocelot_em.io.ome_zarr.read_level`.
     ax
         Axes to draw into; new ones by default.
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
-        Picked ones; circled are the first :data:`MAX_CIRCLES`, which are the highest. Those of a
-        montage are where they lie on the canvas.
+        Picked particles; the first (highest) :data:`MAX_CIRCLES` are circled, in a montage at their
+        positions on the canvas.
 
     Returns
     -------
@@ -118,7 +116,7 @@ def plot_zscore(
 
 
 def map_positions(particles: ParticleTable) -> tuple[AnyArray, AnyArray]:
-    """Rows and columns of particles on the merged maps: of a montage, on its canvas."""
+    """Return rows and columns of particles on the merged maps; in a montage, on its canvas."""
     names = ("canvas_y", "canvas_x") if particles.is_of_montage else ("pos_y", "pos_x")
     return particles.columns[names[0]], particles.columns[names[1]]
 
@@ -147,11 +145,11 @@ def plot_crop(
     store
         A merged result.
     particle
-        Row and column of the middle on the merged maps; of a montage, on its canvas.
+        Row and column of the centre on the merged maps; in a montage, on its canvas.
     ax
         Axes to draw into; new ones by default.
     edge_px
-        Edge of the part.
+        Edge of the crop.
     """
     merged = MergedMaps.open(store)
     y, x = (int(position) for position in particle)
@@ -172,13 +170,13 @@ def plot_crop(
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
     ax.set_facecolor((0.5, 0.5, 0.5, 0.25))  # beyond the map
     ax.set(xlim=(x - half, x + half + 1), ylim=(y + half + 1, y - half))
-    # As many ticks at every size, or layouts that change the size leave no room for their labels.
+    # A fixed number of ticks: otherwise a resizing layout leaves no room for their labels.
     ax.locator_params(nbins=5, integer=True)
     return ax
 
 
 def colour_limits(z: Float32) -> tuple[float, float]:
-    """z-scores from the middle of the noise, so that peaks stand out, to nearly the highest."""
+    """Return the median and the 99.99th percentile of z-scores, so that peaks stand out."""
     known = z[np.isfinite(z)]
     if not known.size:
         return 0.0, 1.0
@@ -189,13 +187,13 @@ def colour_limits(z: Float32) -> tuple[float, float]:
 def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw the view directions of particles, coloured by z-score.
 
-    The angle is phi, and the distance from the middle goes with theta so that equal areas are equal
-    solid angles: views that come evenly from all sides fill the circle evenly.
+    The angle is phi, the radius sin(theta / 2), so that equal areas are equal solid angles:
+    uniformly distributed views fill the circle uniformly.
 
     Parameters
     ----------
     particles
-        Those without a pose are left out.
+        Particles; those without a pose are ignored.
     ax
         Polar axes to draw into; new ones by default.
 
@@ -237,12 +235,12 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 
 
 def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
-    """Draw how many particles have which in-plane angle.
+    """Draw a histogram of the in-plane angles of particles.
 
     Parameters
     ----------
     particles
-        Those without a pose are left out.
+        Particles; those without a pose are ignored.
     ax
         Axes to draw into; new ones by default.
     """
@@ -266,7 +264,7 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 
 
 def _whole_steps(angles: Float64) -> int:
-    """Width of bins that divide a circle and hold equally many of the search's angles."""
+    """Return a bin width that divides 360° and holds equally many of the search's angles."""
     step = float(np.diff(angles).min()) if len(angles) > 1 else 1.0
     widths = (15, 20, 24, 30, 36, 40, 45)
     fitting = (w for w in widths if abs(w / step - round(w / step)) < 0.01 and w >= step)
@@ -274,12 +272,12 @@ def _whole_steps(angles: Float64) -> int:
 
 
 def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
-    """Draw how many particles have which relative defocus: a bar for each plane of the search.
+    """Draw a histogram of the relative defocus of particles, one bar per plane of the search.
 
     Parameters
     ----------
     particles
-        Those without a pose are left out.
+        Particles; those without a pose are ignored.
     ax
         Axes to draw into; new ones by default.
     """

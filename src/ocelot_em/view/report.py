@@ -1,7 +1,7 @@
-"""The report of a merged result: one page for looking, which needs no network and runs no script.
+"""The report of a merged result: one HTML page without scripts that needs no network.
 
-All but the overview and the zooms comes from what the merge has collected; the map is read chunk by
-chunk and never held as a whole.
+All but the overview and the zooms comes from the merge statistics; the map is read chunk by chunk
+and is never in memory as a whole.
 """
 
 from os import PathLike
@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 OVERVIEW_PX = 640
-"""Longest edge of the overview on a page."""
+"""Longest edge of the overview on a page, in pixels."""
 
 
 def write_report(
@@ -84,41 +84,41 @@ def write_report(
     max_zooms: int = 6,
     pyramid: str | PathLike[str] | None = None,
 ) -> Path:
-    """Write a page to look at: particles, significance, poses, partials, timings, provenance.
+    """Write an HTML report: particles, significance, poses, partials, timings, provenance.
 
-    Of a montage it also tells where its exposures lie, and whether their edges can be seen. One
-    file that refers to no other. Maps are read chunk by chunk, for the overview and zooms.
+    For a montage, it also shows the placement of exposures and whether their seams are visible. The
+    file refers to no other. Maps are read chunk by chunk, for the overview and the zooms.
 
     Parameters
     ----------
     store
         Path or URL of a merged result.
     path
-        Where to write it; an existing file is replaced.
+        File to write; an existing one is replaced.
     particles
-        Picked ones; those of :func:`ocelot_em.particles.picking.find_peaks` by default.
+        Picked particles; those of :func:`ocelot_em.particles.picking.find_peaks` by default.
     max_zooms
-        How many particles to show from near, the best first.
+        Maximum number of particles shown enlarged, the best first.
     pyramid
-        A picture that :func:`ocelot_em.io.ome_zarr.write_ome_zarr` made of this result: the
-        overview is read from there.
+        Image of this result from :func:`ocelot_em.io.ome_zarr.write_ome_zarr`, from which the
+        overview is then read.
 
     Returns
     -------
     pathlib.Path
-        The page.
+        Path of the report.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError, ChunkError
-        It is not a finished merged result, was merged without statistics, or cannot be read.
+        The store is not a finished merged result, has no statistics, or cannot be read.
     InvalidInputError
-        The pyramid is of another result, or the particles are: of a montage, and the result is
-        none, or the other way round, or of other exposures.
+        The pyramid or the particles belong to another result: particles of a montage for a result
+        that is none, or vice versa, or particles of other exposures.
     MissingDependencyError
         matplotlib is not installed.
     StorageError
-        The page cannot be written.
+        The report cannot be written.
     """
     subject = subject_of(store, particles)
     overview = _overview(subject, pyramid)
@@ -158,7 +158,7 @@ def save_overview(
     cutoff: float | None = None,
     truth: AnyArray | None = None,
 ) -> None:
-    """Save one picture: the z-score map and its survival histogram.
+    """Save the z-score map and its survival histogram as one image.
 
     Raises
     ------

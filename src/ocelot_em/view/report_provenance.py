@@ -1,4 +1,4 @@
-"""The sections of the report about how the result was made."""
+"""Report sections about timings and provenance."""
 
 from datetime import datetime
 
@@ -22,7 +22,7 @@ from ocelot_em.view.subject import Subject
 
 
 def timings_section(subject: Subject) -> Markup:
-    """Tell where the time went."""
+    """Show how the time was spent."""
     tiles = read_table(open_objects(subject.store), constants.TILE_SUMMARY)
     totals = dict(zip(SUMMARY_FIELDS, np.nansum(tiles, axis=(0, 1)).tolist(), strict=True))
     seconds = {name: totals[f"{name}_seconds"] for name in ("read", "fold", "write")}
@@ -53,7 +53,7 @@ def timings_section(subject: Subject) -> Markup:
 
 
 def _elapsed(attributes: fmt.MergedAttributes) -> str:
-    """Wall-clock time of a merge, with all the time in which it was interrupted."""
+    """Return the wall-clock time of a merge, including interruptions."""
     try:
         times = (attributes.provenance.created, attributes.finished or "")
         started, finished = map(datetime.fromisoformat, times)
@@ -63,13 +63,13 @@ def _elapsed(attributes: fmt.MergedAttributes) -> str:
 
 
 def beside(left: Markup, right: Markup) -> Markup:
-    """Two tables beside each other, where there is room."""
+    """Place two tables side by side if there is room."""
     halves = (element("div", content, class_="scroll half") for content in (left, right))
     return element("div", *halves, class_="row")
 
 
 def provenance_section(subject: Subject) -> Markup:
-    """Tell how the result was made."""
+    """Show how the result was made."""
     attributes = subject.attributes
     made, about = attributes.provenance, subject.particles.about
     facts = [

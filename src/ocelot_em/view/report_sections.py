@@ -43,19 +43,15 @@ from ocelot_em.view.statistics_plots import (
 from ocelot_em.view.subject import Subject
 
 _BEST_SHOWN = 12
-
-
 _PARTIALS_SHOWN = 1000
 
 
 _PROBLEMS_SHOWN = 8
-
-
 _PROBLEMS_LISTED = 200
 
 
 def headline(subject: Subject, coverage: Coverage | None) -> Markup:
-    """Tell the most important numbers."""
+    """Show the most important numbers."""
     statistics, montage = subject.summary.attributes, subject.montage
     size, about = subject.attributes.pixel_size_angstrom, subject.particles.about
     searched = statistics.searched_pixels / max(statistics.valid_pixels, 1)
@@ -99,7 +95,7 @@ def _valid_pixels(attributes: fmt.MergedAttributes) -> tuple[str, str]:
 
 
 def notes(subject: Subject) -> Markup:
-    """What somebody should know before believing the rest."""
+    """Show warnings about unusual results."""
     problems = _problems(subject)
     if not problems:
         return element("p", "Nothing is out of line.", class_="good")
@@ -122,7 +118,7 @@ def _problems(subject: Subject) -> list[str]:
         (statistics.nan_pixels, "NaN"),
         (statistics.zero_std_pixels, "without variance: their z-score is 0"),
     )
-    # Pixels of the canvas where no exposure lies are not among them.
+    # Canvas pixels without an exposure are not counted.
     of = "" if montage is None else " of the exposures, all counted together,"
     problems = [
         f"{n:,} valid pixel{'' if n == 1 else 's'}{of} {'is' if n == 1 else 'are'} {what}."
@@ -140,7 +136,7 @@ def particles_section(subject: Subject, overview: tuple[Float32, int], max_zooms
     """Show the particles."""
     particles = subject.particles
     height, width = subject.attributes.valid_shape
-    # Maps that are much wider than high have the page's width to themselves.
+    # Maps much wider than high take the full width of the page.
     wide = width > 2 * height
     across = 12.0 if wide else 7.4
     tall = float(np.clip((across - 1.5) * height / width, 1.4, 8.5))
@@ -224,7 +220,7 @@ def _zooms(subject: Subject, is_shown: Mapping[int, bool], columns: int) -> Mark
 
 
 def _which_are_shown(subject: Subject, chosen: AnyArray) -> dict[int, bool]:
-    """Whether the map shows particles; a montage may show another exposure where they are."""
+    """Whether the map shows each particle; a montage may show another exposure there."""
     if subject.montage is None:
         return dict.fromkeys(chosen.tolist(), True)
     merged = MergedMaps.open(subject.store)
@@ -237,7 +233,7 @@ def _which_are_shown(subject: Subject, chosen: AnyArray) -> dict[int, bool]:
 
 
 def particle_row(subject: Subject, number: int, i: int) -> list[str]:
-    """Return a row of the table of particles."""
+    """Return a row of the particle table."""
     particles = subject.particles
     record = {name: values[i] for name, values in particles.columns.items()}
     formats = {
@@ -263,7 +259,7 @@ def particle_row(subject: Subject, number: int, i: int) -> list[str]:
 
 
 def _partial_name(attributes: fmt.MergedAttributes, record: Mapping[str, Any]) -> str:
-    """Name of the partial that won a particle; of a montage, one of its exposure's."""
+    """Return the name of the partial that won a particle, in a montage within its exposure."""
     partials, number = attributes.partials, int(record["best_partial"])
     for exposure in attributes.exposures:
         if exposure.id == record[EXPOSURE]:
@@ -273,7 +269,7 @@ def _partial_name(attributes: fmt.MergedAttributes, record: Mapping[str, Any]) -
 
 
 def significance_section(subject: Subject) -> Markup:
-    """Show what was called significant."""
+    """Show the survival histogram and the distributions of mip and z-score."""
     summary = subject.summary
     candidates = all_candidates(subject.store).rows
     survival = drawing(
@@ -415,5 +411,5 @@ def _ratio(won: float, expected: float) -> str:
 
 
 def shape_text(shape: tuple[int, int]) -> str:
-    """Say how many pixels a map has."""
+    """Return the shape of a map as text."""
     return f"{shape[0]:,} × {shape[1]:,}"

@@ -14,7 +14,7 @@ from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes  # for modules that import nothing of matplotlib
+    from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
 from ocelot_em.view.figures import (
     MAX_BARS,
     MAX_VECTOR_MARKERS,
@@ -37,12 +37,12 @@ def plot_survival(
     ax: "Axes | None" = None,
     cutoff: float | tuple[float, float] | None = None,
 ) -> "Axes":
-    """Draw how many valid pixels reach a z-score, against what Gaussian noise would give.
+    """Draw the survival histogram of z-scores, and its expectation for Gaussian noise.
 
-    The expectation is that of the maximum of as many independent Gaussian draws per pixel as the
-    search has projections; neighbouring projections are alike, so that real noise lies below it.
-    Of a montage, the valid pixels of all exposures count, shown or not, and the expectation is the
-    sum of those of the exposures, each with its own projections.
+    The expectation is for the maximum of as many independent Gaussian draws per pixel as the search
+    has projections. Neighbouring projections are correlated, so that real noise is below it. In a
+    montage, the valid pixels of all exposures count, shown or not, and the expectation is the sum
+    over exposures, each with its own projections.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def plot_survival(
     ax
         Axes to draw into; new ones by default.
     cutoff
-        z-score to mark; or the lowest and the highest of several.
+        z-score to mark, or the lowest and highest of several.
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     cutoffs = cutoff if isinstance(cutoff, tuple) else () if cutoff is None else (cutoff, cutoff)
@@ -97,7 +97,7 @@ def plot_survival(
 
 
 def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
-    """Pixels of which the highest of independent Gaussian draws is above z-scores."""
+    """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
     draws: Counter[int] = Counter()
     for exposure in attributes.exposures:
         draws[exposure.total_projections] += exposure.valid_pixels
@@ -112,12 +112,12 @@ def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
-    """Draw how often ``mip`` and z-scores have which value.
+    """Draw the distributions of ``mip`` and z-score.
 
     Parameters
     ----------
     store
-        A merged result, or its summary; maps are not read. Of a montage, the pixels of all
+        A merged result, or its summary; maps are not read. In a montage, the pixels of all
         exposures count, shown or not.
     ax
         Axes to draw into; new ones by default.
@@ -159,20 +159,20 @@ def plot_joint(
     particles: ParticleTable | None = None,
     candidates: Float64 | None = None,
 ) -> "Axes":
-    """Draw how many pixels have which ``mip`` and z-score, with candidates and particles.
+    """Draw the joint density of ``mip`` and z-score, with candidates and particles.
 
     Parameters
     ----------
     store
-        A merged result, or its summary; maps are not read. Of a montage, the pixels of all
+        A merged result, or its summary; maps are not read. In a montage, the pixels of all
         exposures count, shown or not.
     ax
         Axes to draw into; new ones by default.
     particles
-        Picked ones, in circles.
+        Picked particles, drawn as circles.
     candidates
-        As :func:`ocelot_em.particles.picking.all_candidates` returns them, as dots: the highest
-        20,000.
+        Rows of :func:`ocelot_em.particles.picking.all_candidates`; the highest 20,000 are drawn as
+        dots.
     """
     from matplotlib.colors import LogNorm
 
@@ -224,13 +224,13 @@ def plot_joint(
 
 
 def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
-    """Draw the share of pixels that each partial won, and that expected from its projections.
+    """Draw each partial's share of won pixels, and the share expected from its projections.
 
     Parameters
     ----------
     store
-        A merged result, or its summary; maps are not read. Of a montage, give the summary of an
-        exposure, because partials of different ones win different pixels; or see
+        A merged result, or its summary; maps are not read. For a montage, pass the summary of one
+        exposure, because partials of different exposures win different pixels, or use
         :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
     ax
         Axes to draw into; new ones by default.
@@ -270,7 +270,7 @@ def plot_correlations(
     *,
     value: Literal["mean", "std"] = "mean",
 ) -> "Axes":
-    """Draw the mean of each input's own correlations with its spread over pixels, or their std.
+    """Draw the mean of each input's own correlations, with its spread over pixels, or their std.
 
     Parameters
     ----------
@@ -279,7 +279,7 @@ def plot_correlations(
     ax
         Axes to draw into; new ones by default.
     value
-        Which of both. Of healthy inputs of one search they are about the same.
+        Statistic to draw. It is normally about the same for all inputs of one search.
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     sources = summary.attributes.sources
@@ -298,7 +298,7 @@ def plot_correlations(
     name_rows(ax, [source.name for source in sources])
     known = numbers[np.isfinite(numbers)]
     if value == "std" and known.size:
-        # Differences that nobody need care about should not look large.
+        # Negligible differences should not look large.
         middle = float(known.max() + known.min()) / 2
         half = max(0.6 * float(np.ptp(known)), 0.02 * abs(middle), 1e-6)
         ax.set_xlim(middle - half, middle + half)

@@ -1,4 +1,4 @@
-"""What a report is about."""
+"""The data of a report."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -19,7 +19,7 @@ from ocelot_em.view.montage import Montage
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about."""
+    """The data of a report."""
 
     store: str | PathLike[str]
     url: str
@@ -27,13 +27,13 @@ class Subject:
     summary: Summary
     particles: ParticleTable
     trouble: str
-    """Why no particles could be picked, if so."""
+    """Why no particles could be picked; otherwise empty."""
     montage: Montage | None
-    """What is known of its exposures, if it is a montage."""
+    """Placement and statistics of exposures, if the result is a montage."""
 
     @property
     def cutoff(self) -> tuple[float, float] | None:
-        """Lowest and highest z-score that particles had to reach, if it was one."""
+        """Lowest and highest z-score cutoff of the particles, if they have one."""
         about = self.particles.about
         if about is None or NEG_LOG_P in self.particles.columns:
             return None
@@ -42,7 +42,7 @@ class Subject:
 
 
 def subject_of(store: str | PathLike[str], particles: ParticleTable | None) -> Subject:
-    """Open what a report is about."""
+    """Read the data of a report."""
     objects = open_objects(store)
     attributes = open_merged_result(objects)
     summary = read_summary(store)
@@ -66,7 +66,7 @@ def subject_of(store: str | PathLike[str], particles: ParticleTable | None) -> S
 
 
 def _misplaced(particles: ParticleTable, attributes: fmt.MergedAttributes) -> str:
-    """Say so where particles cannot be of a result."""
+    """Return why particles cannot belong to a result; empty if they can."""
     if not len(particles):
         return ""
     known = {exposure.id for exposure in attributes.exposures}

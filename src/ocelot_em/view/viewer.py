@@ -1,8 +1,7 @@
-"""Serve a picture to a browser on this machine, with a link that opens it in neuroglancer.
+"""Serve an image to a browser on this machine, with a link that opens it in neuroglancer.
 
-Only this machine is answered (127.0.0.1), and only who knows the link: every address begins with a
-random word, so that neither other users nor the pages of other sites can look. What is outside the
-folder cannot be reached through it.
+The server listens on 127.0.0.1 only, and every URL begins with a random token, so that neither
+other users nor other web sites can read the image. Files outside its folder cannot be reached.
 """
 
 import http.server
@@ -27,13 +26,13 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 PUBLIC_CLIENT = "https://neuroglancer-demo.appspot.com/"
-"""Where browsers get neuroglancer from if the package is not installed; needs a network."""
+"""URL of neuroglancer if the package is not installed; needs a network."""
 
 FITTING_PX = 800
-"""Pixels of a screen that the longest edge of a picture takes when it is opened."""
+"""Screen pixels of the longest edge of an image when it is opened."""
 
 IDLE_SECONDS = 60
-"""How long a connection may be silent."""
+"""Timeout of an idle connection, in seconds."""
 
 _CORS = {
     "Access-Control-Allow-Origin": "*",
@@ -47,16 +46,16 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class View:
-    """A folder that is being served; a context manager that stops doing so.
+    """A served folder; as a context manager, it stops serving on exit.
 
     Parameters
     ----------
     url
-        Address of the folder.
+        URL of the folder.
     neuroglancer_url
-        Link that opens it in neuroglancer, with the picture's contrast limits.
+        Link that opens it in neuroglancer, with the image's contrast limits.
     is_offline
-        Whether the link works without a network: neuroglancer comes from this machine, too.
+        Whether the link works without a network, because neuroglancer is served locally, too.
     """
 
     def __init__(self, server: "_Server", url: str, state: str) -> None:
@@ -71,12 +70,12 @@ class View:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when it was closed, or interrupted."""
+        """Wait until it is closed or interrupted."""
         while self._thread.is_alive():
             self._thread.join(1)
 
     def close(self) -> None:
-        """Stop serving the folder. Neuroglancer's own server goes on, and has nothing to show."""
+        """Stop serving the folder; neuroglancer's own server keeps running with nothing to show."""
         self._client = None
         self._server.shutdown()
         self._thread.join()
@@ -95,27 +94,27 @@ class View:
 
 
 def view(path: str | PathLike[str], port: int = 0) -> View:
-    """Serve an OME-Zarr picture on this machine, until the result is closed or the process ends.
+    """Serve an OME-Zarr image on this machine until the view is closed or the process ends.
 
     Parameters
     ----------
     path
-        Folder of a picture, as :func:`ocelot_em.io.ome_zarr.write_ome_zarr` writes it.
+        Folder of an image written by :func:`ocelot_em.io.ome_zarr.write_ome_zarr`.
     port
-        Where to listen on 127.0.0.1; 0: at any free port.
+        Port on 127.0.0.1; 0 for any free port.
 
     Returns
     -------
     View
         With ``url`` and ``neuroglancer_url``. If the package neuroglancer is installed (extra
-        ``view``), it serves its part from this machine as well, and no network is needed.
+        ``view``), the viewer is served from this machine, too, and no network is needed.
 
     Raises
     ------
     InvalidInputError
-        There is no picture, or no such port.
+        There is no image, or the port is out of range.
     StorageError
-        The port is taken.
+        The port is in use.
     """
     folder = Path(path)
     state = _neuroglancer_state(folder)
@@ -137,7 +136,7 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
 
 
 def _neuroglancer_state(folder: Path) -> dict[str, Any]:
-    """What neuroglancer is to show: a layer for each map of a picture, the first one visible."""
+    """Return the state of neuroglancer: one layer per map of the image, the first visible."""
     try:
         metadata = json.loads((folder / "zarr.json").read_bytes())
         ome = metadata["attributes"]["ome"]
@@ -170,7 +169,7 @@ def _neuroglancer_state(folder: Path) -> dict[str, Any]:
 
 
 def _dimensions(multiscale: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Pixel sizes of x and y, in this order: neuroglancer draws the first axis to the right."""
+    """Return pixel sizes, x first because neuroglancer draws the first axis to the right."""
     axes = {axis["name"]: axis.get("unit") for axis in multiscale["axes"]}
     scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
     sizes = dict(zip(axes, scale, strict=True))
@@ -181,7 +180,7 @@ def _dimensions(multiscale: dict[str, Any]) -> dict[str, tuple[float, str]]:
 
 
 def _own_client() -> tuple[str, object] | None:
-    """Address of neuroglancer itself on this machine, and what keeps it there; None without it."""
+    """Return the URL of a local neuroglancer, and the object that keeps it; None if missing."""
     try:
         import neuroglancer
     except ImportError:
@@ -201,7 +200,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Log what the base class would print; mostly browsers that hang up."""
+        """Log what the base class would print; mostly closed connections."""
         log.debug("request of %s failed", client_address, exc_info=True)
 
 
@@ -249,7 +248,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._copy(file, stop - start)
 
     def _find(self, path: str) -> Path | None:
-        """The file that an address names, if it lies in the folder, links followed."""
+        """Return the file of a URL path if it is in the folder, with links resolved."""
         prefix, root = self.server.prefix, self.server.root
         if not secrets.compare_digest(path[: len(prefix)].encode(), prefix.encode()):
             return None
@@ -259,7 +258,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             found = root.joinpath(*parts).resolve()
             return found if found.is_relative_to(root) and found.is_file() else None
-        except (OSError, RuntimeError):  # names that are too long, links in a circle
+        except (OSError, RuntimeError):  # too long names, circular links
             return None
 
     def _head(
@@ -279,21 +278,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _copy(self, file: Any, n_bytes: int) -> None:
         while n_bytes > 0:
             piece = file.read(min(n_bytes, 2**20))
-            if not piece:  # the file was cut short meanwhile: what was promised cannot be kept
+            if not piece:  # the file was truncated: Content-Length cannot be met
                 self.close_connection = True
                 return
             self.wfile.write(piece)
             n_bytes -= len(piece)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
-        # The address has the word that opens everything: only what was answered is logged.
+        # The URL contains the secret token: only the status is logged.
         log.debug("answered %s", args[1] if len(args) > 1 else format)
 
 
 def _byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """Half-open bounds of the bytes that are asked for, empty if there are none such.
+    """Return half-open bounds of the requested bytes, empty if the file has none of them.
 
-    None if all are wanted: a header that does not name one range of bytes may be ignored.
+    None for the whole file: a header other than a single byte range may be ignored.
     """
     match = _RANGE.fullmatch(header.strip())
     if match is None or match.groups() == ("", ""):

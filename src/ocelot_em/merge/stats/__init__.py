@@ -1,1 +1,1 @@
-"""What is collected of a tile while it is merged, and its stored record."""
+"""Statistics collected while a tile is merged, and their stored records."""

@@ -27,10 +27,10 @@ class Candidates(NamedTuple):
     Parameters
     ----------
     rows
-        One each, columns :data:`CANDIDATE_FIELDS`; pixels are those of the exposure. NaN in maps
-        that the result has not.
+        One row per candidate, with columns :data:`CANDIDATE_FIELDS`; pixels are in exposure
+        coordinates. NaN for maps that the result does not have.
     level
-        They are all pixels with a z-score of at least this; infinite if there are no records.
+        z-score at or above which the list is complete; infinite if there are no records.
     """
 
     rows: Float64
@@ -40,7 +40,7 @@ class Candidates(NamedTuple):
 def read_candidates(objects: Objects, layout: Layout) -> Candidates:
     """Read the candidates of an exposure of a merged result.
 
-    Neighbours that lie in another record are looked up there, if it has the edges of its pixels.
+    Neighbours in another record are looked up there, if it has edges.
 
     Raises
     ------
@@ -68,11 +68,11 @@ def read_candidates(objects: Objects, layout: Layout) -> Candidates:
 
 
 _EDGE_BESIDE = {"z_above": "bottom", "z_below": "top", "z_left": "right", "z_right": "left"}
-"""Edge of the next record that a neighbour beyond the edge of a record lies on."""
+"""Edge of the adjacent record that contains a neighbour outside a record."""
 
 
 def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) -> None:
-    """Fill in the neighbours of candidates that lie in other records of the exposure."""
+    """Fill in the candidates' neighbours from other records of the exposure."""
     (dy, dx), (height, width) = layout.exposure.origin, layout.tile
     ys, xs = (candidates[:, CANDIDATE_FIELDS.index(n)].astype(np.int64) for n in ("y", "x"))
     for name, (step_y, step_x) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
@@ -84,6 +84,6 @@ def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) 
                 number = layout.number_of((y + dy) // height, (x + dx) // width)
                 region = layout.region_of(number)
                 if region.y0 <= ys[k] < region.y1 and region.x0 <= xs[k] < region.x1:
-                    continue  # of the same record, so that it is NaN
+                    continue  # in the same record, so its z-score is NaN
                 along = x - region.x0 if step_y else y - region.y0
                 column[k] = edges[number][edge, along]

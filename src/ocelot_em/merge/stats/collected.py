@@ -1,8 +1,8 @@
-"""What is collected of a tile while it is merged, so that nobody has to read all maps again.
+"""Statistics collected while a tile is merged, so that the maps need not be read again.
 
-Histograms, extremes and special pixels; how often each partial won, and its own sums; and the
-*candidates*: pixels whose z-score is so high that a particle may be there, with all that is known
-of them. Only valid pixels count. The numbers of tiles add up to those of the map.
+They are histograms, extremes and counts of special pixels; the number of pixels that each partial
+won, and the sums of each source; and the *candidates*: pixels whose z-score is high enough for a
+particle, with the values of all maps. Only valid pixels count. Tiles add up to the whole map.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,25 +39,25 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.regions import Region
 
 CANDIDATE_SHARE = 1e-3
-"""Share of pixels that noise alone makes candidates, if it is Gaussian: with as many, a tile's
-record stays small, and every usual threshold lies above."""
+"""Expected fraction of candidates in pixels of Gaussian noise: small enough for small records, and
+large enough that all usual thresholds are above the candidate level."""
 
 PIXELS_PER_CANDIDATE = 512
-"""A record has room for one candidate in so many pixels of a tile."""
+"""Pixels of a tile for each candidate that its record can hold."""
 
 MIN_CANDIDATES = 64
-"""For which a record has room, however small the tile."""
+"""Minimum number of candidates that a record can hold, for small tiles."""
 
 _AXES = tuple(
     (np.int32(round(axis.low / axis.width)), np.int32(axis.bins), np.float32(1 / axis.width))
     for axis in (MIP_AXIS, Z_AXIS, JOINT_MIP_AXIS, JOINT_Z_AXIS)
 )
-"""As :func:`ocelot_em.kernels.collect.count_pixels` takes them: first bins, numbers of bins, bins
-per unit."""
+"""First bin, number of bins and bins per unit of each axis, for
+:func:`ocelot_em.kernels.collect.count_pixels`."""
 
 _JOINT_SHAPE = (JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins + 16)
-"""Of the joint histogram while pixels are counted, with a cache line more in each row: most pixels
-lie in a few columns, and in rows of a power of two these would share a few places in the cache."""
+"""Shape of the joint histogram while pixels are counted. Each row has an extra cache line: most
+pixels are in a few columns, which would share few cache sets if rows were a power of two long."""
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Offsets (y, x) of the pixels whose z-score is kept with a candidate."""
@@ -65,42 +65,42 @@ NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 NEIGHBOUR_FIELDS = ("z_above", "z_below", "z_left", "z_right")
 GATHERED = (MIP, SCALED_MIP, MEAN, STD, BEST_PARTIAL, COUNT, INDEX, *POSES)
 CANDIDATE_FIELDS = ("y", "x", *GATHERED, *NEIGHBOUR_FIELDS)
-"""What is known of a candidate: pixel of the map, the values of all maps there, neighbours."""
+"""Columns of a candidate: pixel, values of all maps there, z-scores of the neighbours."""
 
 EXTREMES = ("lowest_mip", "highest_mip", "lowest_z", "highest_z")
 COUNTS = ("nan_pixels", "zero_std_pixels", "unsearched_pixels")
 TILE_FIELDS = (*EXTREMES, *COUNTS, "n_candidates")
 MOMENTS = ("n", "total", "squared_total")
-"""Of one kind of sums of a source: pixels, their sum, the sum of their squares."""
+"""Moments of one sum map of a source: number of pixels, their sum, the sum of their squares."""
 
 
 def candidate_level(total_projections: int) -> float:
-    """z-score from which on a pixel is a candidate; infinite if nothing was searched."""
+    """Lowest z-score of a candidate; infinite if nothing was searched."""
     if total_projections <= 0:
         return float("inf")
     return -NormalDist().inv_cdf(CANDIDATE_SHARE / max(total_projections, 1))
 
 
 def candidate_capacity(tile: tuple[int, int]) -> int:
-    """For how many candidates a tile's record has room."""
+    """Maximum number of candidates in a tile's record."""
     return max(tile[0] * tile[1] // PIXELS_PER_CANDIDATE, MIN_CANDIDATES)
 
 
 def tile_statistics_nbytes(tile: tuple[int, int]) -> int:
-    """Memory of what is collected of a tile."""
+    """Memory of a tile's statistics, in bytes."""
     numbers = candidate_capacity(tile) * len(CANDIDATE_FIELDS) + len(EDGES) * max(tile)
     return 4 * (N_FLAT + prod(_JOINT_SHAPE)) + 8 * numbers
 
 
 @dataclass
 class Histograms:
-    """Valid, searched pixels by ``mip``, by z-score, and by both.
+    """Histograms of valid, searched pixels by ``mip``, by z-score, and by both.
 
     Parameters
     ----------
     mip, z
-        Counts over :data:`ocelot_em.model.histograms.MIP_AXIS` and ``Z_AXIS``, with those
-        below it first and those beyond it last.
+        Counts over :data:`ocelot_em.model.histograms.MIP_AXIS` and ``Z_AXIS``, with the underflow
+        first and the overflow last.
     joint
         Counts over ``JOINT_MIP_AXIS`` (rows) and ``JOINT_Z_AXIS`` (columns).
     """
@@ -111,66 +111,66 @@ class Histograms:
 
     @classmethod
     def empty(cls, dtype: str) -> "Histograms":
-        """Nothing counted."""
+        """Return histograms without counts."""
         mip, z = np.zeros(MIP_AXIS.bins + 2, dtype), np.zeros(Z_AXIS.bins + 2, dtype)
         return cls(mip, z, np.zeros((JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins), dtype))
 
     @classmethod
     def from_flat(cls, flat: AnyArray) -> "Histograms":
-        """Take apart what :meth:`flat` has put together."""
+        """Restore histograms from :attr:`flat`."""
         n_mip, n_z = MIP_AXIS.bins + 2, Z_AXIS.bins + 2
         mip, z, joint = np.split(flat, [n_mip, n_mip + n_z])
         return cls(mip, z, joint.reshape(JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins))
 
     @property
     def flat(self) -> AnyArray:
-        """All counts in one row."""
+        """All counts in one dimension."""
         return np.concatenate([self.mip, self.z, self.joint.reshape(-1)])
 
     def add(self, other: "Histograms") -> None:
-        """Take the counts of other pixels in."""
+        """Add the counts of other pixels."""
         self.mip += other.mip
         self.z += other.z
         self.joint += other.joint
 
     def clear(self) -> None:
-        """Forget all counts."""
+        """Set all counts to 0."""
         for counts in (self.mip, self.z, self.joint):
             counts.fill(0)
 
     def of_mip(self) -> Histogram1D:
-        """Return the one of ``mip``, to be worked with."""
+        """Return the histogram of ``mip``."""
         return Histogram1D(MIP_AXIS, self.mip[1:-1], int(self.mip[0]), int(self.mip[-1]))
 
     def of_z(self) -> Histogram1D:
-        """Return the one of z-scores, to be worked with."""
+        """Return the histogram of z-scores."""
         return Histogram1D(Z_AXIS, self.z[1:-1], int(self.z[0]), int(self.z[-1]))
 
     def of_both(self) -> JointHistogram:
-        """Return the one of both, to be worked with."""
+        """Return the joint histogram."""
         return JointHistogram(JOINT_MIP_AXIS, JOINT_Z_AXIS, self.joint)
 
 
 N_FLAT = MIP_AXIS.bins + 2 + Z_AXIS.bins + 2 + JOINT_MIP_AXIS.bins * JOINT_Z_AXIS.bins
-"""Counts of :attr:`Histograms.flat`."""
+"""Length of :attr:`Histograms.flat`."""
 
 
 @dataclass
 class TileNumbers:
-    """Numbers of one tile, or of several together.
+    """Statistics of one tile, or of several tiles together.
 
     Parameters
     ----------
     extremes
-        In the order of :data:`EXTREMES`; infinite where there is no pixel.
+        Extremes in the order of :data:`EXTREMES`; infinite if there are no pixels.
     counts
-        In the order of :data:`COUNTS`.
+        Counts in the order of :data:`COUNTS`.
     n_candidates
-        Pixels at or above the level, also where the record had no room for all.
+        Number of pixels at or above the candidate level, including those not in the record.
     wins
-        Pixels won, by number of the partial.
+        Number of pixels won, by number of the partial.
     moments
-        By source, kind of sum (plain, squared) and :data:`MOMENTS`.
+        Moments by source, kind of sum (plain, squared) and :data:`MOMENTS`.
     """
 
     extremes: Float64
@@ -181,7 +181,7 @@ class TileNumbers:
 
     @classmethod
     def empty(cls, n_partials: int, n_sources: int) -> "TileNumbers":
-        """Of no pixels."""
+        """Return the statistics of no pixels."""
         return cls(
             extremes=np.array([np.inf, -np.inf, np.inf, -np.inf]),
             counts=np.zeros(len(COUNTS), np.int64),
@@ -192,13 +192,13 @@ class TileNumbers:
 
     @property
     def flat(self) -> Float64:
-        """All numbers in one row; counts of pixels are far below 2**53."""
+        """All numbers in one dimension; pixel counts are far below 2**53."""
         own = [*self.extremes, *self.counts, self.n_candidates]
         return np.concatenate([own, self.wins, self.moments.reshape(-1)])
 
     @classmethod
     def from_flat(cls, flat: AnyArray, n_partials: int) -> "TileNumbers":
-        """Take apart what :attr:`flat` has put together."""
+        """Restore statistics from :attr:`flat`."""
         n_own, n_extremes = len(TILE_FIELDS), len(EXTREMES)
         moments = flat[n_own + n_partials :].reshape(-1, 2, len(MOMENTS))
         return cls(
@@ -211,11 +211,11 @@ class TileNumbers:
 
     @staticmethod
     def n_flat(n_partials: int, n_sources: int) -> int:
-        """Numbers of :attr:`flat`."""
+        """Length of :attr:`flat`."""
         return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
 
     def add(self, other: "TileNumbers") -> None:
-        """Take the numbers of other pixels in."""
+        """Add the statistics of other pixels."""
         low, high = self.extremes.copy(), other.extremes
         self.extremes = np.array(
             [min(low[0], high[0]), max(low[1], high[1]), min(low[2], high[2]), max(low[3], high[3])]
@@ -227,16 +227,16 @@ class TileNumbers:
 
 
 class Counting(NamedTuple):
-    """What the pixels belong to that something is collected of: an exposure.
+    """The exposure whose statistics are collected.
 
     Parameters
     ----------
     region
-        Its pixels that count; others are left out.
+        Pixels of the exposure that count; others are omitted.
     level
-        z-score from which on a pixel is a candidate.
+        Lowest z-score of a candidate.
     n_partials, n_sources
-        That are merged there.
+        Numbers of merged partials and sources.
     """
 
     region: Region
@@ -246,24 +246,24 @@ class Counting(NamedTuple):
 
 
 EDGES = ("top", "bottom", "left", "right")
-"""Outermost rows and columns of a piece of an exposure, whose z-scores are kept in this order: the
-neighbours of candidates in the next piece, which no map may have."""
+"""Order of the outermost rows and columns of a piece of an exposure. Their z-scores are kept as
+neighbours of candidates in the adjacent piece, since the merged map may show another exposure."""
 
 
 @dataclass
 class TileStatistics:
-    """What is collected of one tile after another, as their maps are made, in memory that is kept.
+    """Statistics of one tile after another, collected during the merge in reused memory.
 
-    The order of calls: :meth:`begin` with a tile; :meth:`add` for every source, :meth:`count_wins`
+    The order of calls: :meth:`begin` for a tile; :meth:`add` for every source, :meth:`count_wins`
     and :meth:`count` for runs of pixels; then :meth:`look`; then :meth:`take` for every map that
-    has not been seen by then.
+    was not passed to :meth:`look`.
 
     Parameters
     ----------
     capacity
-        For how many candidates there is room.
+        Maximum number of candidates.
     longest_edge
-        For how long edges of pieces there is room; 0 if they are not kept.
+        Maximum length of the edge of a piece; 0 if edges are not kept.
     """
 
     capacity: int
@@ -283,20 +283,19 @@ class TileStatistics:
         self._found = np.empty(4 * self.capacity, np.int32)
 
     def begin(self, region: Region, of: Counting) -> None:
-        """Forget everything, and start with a region of an exposure."""
+        """Reset all statistics, and start with a region of an exposure."""
         self.region, self._level = region, np.float32(of.level)
         self.statistics = TileNumbers.empty(of.n_partials, of.n_sources)
         self._histograms.mip.fill(0)
         self._histograms.z.fill(0)
         self._histograms.joint[self._joint_used] = self._joint[self._joint_used] = 0
-        # Until it is known which rows and columns have counts.
+        # The range that contains counts is not known before look().
         self._joint_used = slice(None), slice(JOINT_Z_AXIS.bins)
         self._ranks = self._kernel.no_ranks()
         self.candidates.fill(np.nan)
         self.edges.fill(np.nan)
         valid = of.region.intersect(region).relative_to(region)
-        # What counts begins with the first pixel of each region: edges that are left out, are left
-        # out of what is merged, too.
+        # Counted pixels start at the first pixel of the region: eroded edges are not merged either.
         self._valid = valid.shape
         self._any_counted = False
         self._where = np.empty(0, np.intp)
@@ -304,21 +303,21 @@ class TileStatistics:
     def add(
         self, number: int, name: str, start: int, values: AnyArray, total: AnyArray | None = None
     ) -> bool:
-        """Take note of the sums of a source, over a run of the tile's pixels from ``start`` on.
+        """Add a run of pixels of a source's sums, starting at ``start``, to its moments.
 
         Parameters
         ----------
         number, name
-            Of the source and of the kind of sum.
+            Number of the source and name of the sum map.
         start, values
             The run.
         total
-            Where to add the values, too, while they are at hand; None: nowhere.
+            Array to which the values are also added, in the same pass; None: none.
 
         Returns
         -------
         bool
-            Whether any of them was found to be NaN, while they were added.
+            Whether any value is NaN; always False without ``total``.
         """
         into = self.statistics.moments[number, 0 if name == SUM else 1]
         place = self._place(start)
@@ -332,15 +331,14 @@ class TileStatistics:
         return start, self.region.shape[1], self._valid
 
     def count(self, start: int, maps: Mapping[str, AnyArray]) -> None:
-        """Count a run of the tile's pixels from ``start`` on, and find the candidates among them.
+        """Count a run of the tile's pixels, starting at ``start``, and find its candidates.
 
-        Run after run, in the order of the pixels: best when the maps of a run have just been
-        computed and are in the cache.
+        Runs come in the order of the pixels, ideally while their maps are still in the cache.
 
         Parameters
         ----------
         maps
-            ``mip``, z-score and standard deviation, among others; of the run, C-contiguous, of any
+            Maps of the run, including ``mip``, z-score and standard deviation; C-contiguous, of any
             shape.
         """
         looked_at = tuple(maps[name].reshape(-1) for name in (MIP, SCALED_MIP, STD))
@@ -355,18 +353,18 @@ class TileStatistics:
         self._any_counted = True
 
     def count_wins(self, start: int, numbers: AnyArray) -> None:
-        """Count how many of a run of the tile's pixels, from ``start`` on, each partial won."""
+        """Count the pixels that each partial won in a run starting at ``start``."""
         self._kernel.count_wins(numbers.reshape(-1), self._place(start), self.statistics.wins)
 
     def look(self, maps: Mapping[str, AnyArray]) -> None:
-        """Look up the candidates, when all pixels have been counted.
+        """Find the candidates after all pixels have been counted.
 
-        If none has been, all are counted first, and what each partial won.
+        If none has been counted, all pixels and the wins of the partials are counted first.
 
         Parameters
         ----------
         maps
-            The z-score and all others that will not be handed to :meth:`take`; if nothing has been
+            The z-score and all maps that are not passed to :meth:`take`; if nothing has been
             counted, also ``mip``, standard deviation and number of the partial. C-contiguous, of
             the tile's shape.
         """
@@ -375,7 +373,7 @@ class TileStatistics:
             self.count_wins(0, maps[BEST_PARTIAL])
         extremes = self.statistics.extremes
         extremes[:] = self._kernel.values_of(self._ranks)
-        # All other counts are 0, in both places.
+        # All other counts are 0 in both arrays.
         self._joint_used = (
             _bins_between(JOINT_MIP_AXIS, extremes[:2]),
             _bins_between(JOINT_Z_AXIS, extremes[2:]),
@@ -395,7 +393,7 @@ class TileStatistics:
     def _find_candidates(self, z: AnyArray) -> None:
         found, width, (n_rows, n_columns) = self.statistics.n_candidates, z.shape[1], self._valid
         where = self._found[:found].astype(np.intp)
-        if found > self.capacity:  # the highest ones
+        if found > self.capacity:  # keep the highest
             if found > self._found.size:
                 y, x = np.nonzero(z[:n_rows, :n_columns] >= self._level)
                 where = y * width + x
@@ -415,13 +413,13 @@ class TileStatistics:
 
 
 def _bins_between(axis: Axis, ends: Float64) -> slice:
-    """Bins of the lowest and the highest value and between; what lies beyond is in the nearest."""
+    """Bins from the lowest to the highest value; values off the axis are in the nearest bin."""
     first, last = np.floor((ends - axis.low) / axis.width).clip(0, axis.bins - 1)
     return slice(int(first), int(last) + 1)
 
 
 def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, Float64]]:
-    """Look up the neighbours of pixels, by the names of :data:`NEIGHBOUR_FIELDS`; NaN beyond."""
+    """Yield neighbours of pixels by name in :data:`NEIGHBOUR_FIELDS`; NaN outside the map."""
     for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
         inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
         beside = np.full(len(y), np.nan)

@@ -1,4 +1,4 @@
-"""Where the records of tiles are stored, and how they are read and checked."""
+"""Storage layout of the tiles' records, and how they are read and checked."""
 
 import os
 import threading
@@ -49,28 +49,25 @@ _T = TypeVar("_T")
 
 
 COUNTS = "counts"
-
-
 NUMBERS = "numbers"
 
 
 SHOWN = "shown"
-"""Arrays of records, one after another in one dimension, so that a record is one file in a folder
-of all: histograms; statistics with candidates; what a montage shows."""
+"""Names of the one-dimensional arrays of records, in which each record is one chunk: histograms;
+statistics with candidates; pixels shown in a montage."""
 
 
 class Numbers(NamedTuple):
-    """What a record holds besides histograms.
+    """Contents of a record other than histograms.
 
     Parameters
     ----------
     statistics
-        Of its pixels.
+        Statistics of its pixels.
     candidates
-        Columns :data:`CANDIDATE_FIELDS`.
+        Candidates, with columns :data:`CANDIDATE_FIELDS`.
     edges
-        z-scores along its edges, :data:`ocelot_em.merge.stats.collected.EDGES`; not of a whole
-        search.
+        z-scores along its edges, :data:`ocelot_em.merge.stats.collected.EDGES`; only in a montage.
     """
 
     statistics: TileNumbers
@@ -91,19 +88,19 @@ def _memory_of_thread(what: str) -> ReusedMemory:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the records of an exposure are, and numbers in them.
+    """Paths and structure of the records of an exposure.
 
-    There is one record for each tile that the exposure touches, numbered row by row. Another
-    exposure that comes later changes nothing of this.
+    There is one record for each tile that the exposure touches, numbered row by row. Adding another
+    exposure later does not change them.
 
     Parameters
     ----------
     exposure
-        Which one.
+        The exposure.
     tile
         Height and width of a tile.
     maps
-        Which maps the result has.
+        Maps of the result.
     """
 
     exposure: PlannedExposure
@@ -117,12 +114,12 @@ class Layout:
 
     @property
     def is_montage(self) -> bool:
-        """Whether there are other exposures."""
+        """Whether the result is a montage."""
         return self.maps.exposures
 
     @property
     def folder(self) -> str:
-        """Path of the group that the records are in."""
+        """Path of the group of the records."""
         return (
             f"progress/{constants.EXPOSURES}/{self.exposure.number}"
             if self.is_montage
@@ -131,7 +128,7 @@ class Layout:
 
     @property
     def counting(self) -> Counting:
-        """What counts of the exposure."""
+        """Pixels of the exposure that count, and related numbers."""
         return Counting(
             self.exposure.counted,
             candidate_level(self.exposure.total_projections),
@@ -141,13 +138,13 @@ class Layout:
 
     @property
     def _first(self) -> tuple[int, int]:
-        """Row and column of the first tile that is touched."""
+        """Row and column of the first touched tile."""
         on_canvas = self.exposure.on_canvas
         return on_canvas.y0 // self.tile[0], on_canvas.x0 // self.tile[1]
 
     @property
     def counts_of_tiles(self) -> tuple[int, int]:
-        """Rows and columns of tiles that are touched."""
+        """Number of rows and columns of touched tiles."""
         on_canvas, (iy, ix) = self.exposure.on_canvas, self._first
         rows, columns = ceil_div(on_canvas.y1, self.tile[0]), ceil_div(on_canvas.x1, self.tile[1])
         return rows - iy, columns - ix
@@ -157,12 +154,12 @@ class Layout:
         return rows * columns
 
     def number_of(self, iy: int, ix: int) -> int:
-        """Number of the record of a tile: the chunk that it is."""
+        """Number of a tile's record, which is its chunk number."""
         first_y, first_x = self._first
         return (iy - first_y) * self.counts_of_tiles[1] + ix - first_x
 
     def region_of(self, number: int) -> Region:
-        """Pixels that a record is of, in the exposure."""
+        """Pixels of a record, in exposure coordinates."""
         (first_y, first_x), (_, n_columns) = self._first, self.counts_of_tiles
         iy, ix = first_y + number // n_columns, first_x + number % n_columns
         (height, width), (dy, dx) = self.tile, self.exposure.origin
@@ -171,28 +168,28 @@ class Layout:
 
     @property
     def n_statistics(self) -> int:
-        """Numbers of :class:`TileNumbers`, at the beginning of a record."""
+        """Number of values of :class:`TileNumbers`, which are first in a record."""
         of = self.counting
         return TileNumbers.n_flat(of.n_partials, of.n_sources)
 
     @property
     def candidates_shape(self) -> tuple[int, int]:
-        """Of the candidates, which come next, row by row."""
+        """Shape of the candidates, which come next, row by row."""
         return candidate_capacity(self.tile), len(CANDIDATE_FIELDS)
 
     @property
     def edges_shape(self) -> tuple[int, int]:
-        """Of the z-scores along the edges, which are the rest."""
+        """Shape of the z-scores along the edges, which are last."""
         return len(EDGES), max(self.tile) if self.is_montage else 0
 
     @property
     def n_numbers(self) -> int:
-        """Of a whole record."""
+        """Number of values in a whole record."""
         (rows, columns), (n_edges, length) = self.candidates_shape, self.edges_shape
         return self.n_statistics + rows * columns + n_edges * length
 
     def counts(self, objects: Objects, number: int) -> Histograms:
-        """Read the histograms of a record; valid until this thread reads the next."""
+        """Read the histograms of a record; valid until this thread reads the next one."""
         return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
 
     def statistics(self, objects: Objects, number: int) -> TileNumbers:
@@ -227,7 +224,7 @@ class Layout:
         return TileNumbers.from_flat(own, n_partials)
 
     def _wrong_candidates(self, rows: Float64, number: int) -> str:
-        """Say where a candidate lies, or what it points to, if that cannot be."""
+        """Describe the first invalid value of the candidates; empty if there is none."""
         region, n_partials = self.region_of(number), len(self.exposure.contributions)
         bounds = [
             ("y", region.y0, region.y1 - 1),
@@ -248,7 +245,7 @@ class Layout:
         return ""
 
     def shown(self, objects: Objects, number: int) -> Float64:
-        """Read what is shown of a record's pixels; of a montage only."""
+        """Read the statistics of a record's pixels that a montage shows."""
         return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64").copy()
 
     def check(self, objects: Objects, number: int) -> None:
@@ -273,35 +270,35 @@ class Layout:
                 f"{objects.url}: {path}: the record of pixels {self.region_of(number)} is missing: "
                 f"expected an object {key}; merge again"
             )
-        # Fresh memory for each of thousands of records would be scattered, and add up.
+        # Allocating memory for each of thousands of records would fragment the heap.
         memory, place = _memory_of_thread(what), self._place(objects, what, number)
         return np.frombuffer(store.decode_chunk(encoded, nbytes, memory, place), dtype)
 
     def _place(self, objects: Objects, what: str, number: int) -> str:
-        """How errors call a record."""
+        """Return a record's name for errors."""
         path = f"{self.folder}/{what}"
         return f"{objects.url}: {path}: record {number}, pixels {self.region_of(number)}"
 
 
 def _are_integers(values: Float64, low: int, high: int) -> AnyArray:
-    """Which values are integers within these bounds; NaN is none."""
+    """Whether each value is an integer within these bounds; NaN is not."""
     integers: AnyArray = (values >= low) & (values <= high) & (values == np.floor(values))
     return integers
 
 
 def n_threads() -> int:
-    """Return how many threads read or write records."""
+    """Return the number of threads that read or write records."""
     return min(os.cpu_count() or 1, 8)
 
 
 @lru_cache(maxsize=1)
 def _readers() -> ThreadPoolExecutor:
-    """Threads that read records; the same for all exposures, since each new one takes memory."""
+    """Return the threads that read records; all exposures share them, to save memory."""
     return ThreadPoolExecutor(n_threads(), "ocelot-records")
 
 
 def in_threads(read: Callable[[int], _T], n: int) -> Iterator[_T]:
-    """Read records by number, a bounded number of them ahead."""
+    """Read records in order, prefetching a bounded number of them."""
     numbers = iter(range(n))
     while batch := list(islice(numbers, 16 * n_threads())):
         yield from _readers().map(read, batch)

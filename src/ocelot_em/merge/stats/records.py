@@ -1,9 +1,9 @@
-"""Statistics and candidates of a merged result, as stored: a record for each tile, then the sums.
+"""Stored statistics and candidates of a merged result: a record for each tile, then the sums.
 
-Of a montage, every exposure has records of its own, of all its pixels, shown or not.
+In a montage every exposure has its own records of all its pixels, shown or not.
 
-Workers write a tile's records before its done-mark; the driver adds them up when the last tile is
-done. Readers need no maps.
+Workers write a tile's records before its done-mark; the driver adds them up after the last tile.
+Readers do not need the maps.
 """
 
 from collections import deque
@@ -36,7 +36,7 @@ from ocelot_em.store.contract import Objects
 
 
 def new_tile_statistics(plan: MergePlan) -> TileStatistics:
-    """Make a place for what is collected of pieces of exposures, one after another."""
+    """Create the reusable statistics for the pieces of exposures."""
     return TileStatistics(candidate_capacity(plan.tile), max(plan.tile) if plan.is_montage else 0)
 
 
@@ -72,7 +72,7 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
 
 
 def has_records(objects: Objects, plan: MergePlan) -> bool:
-    """Whether tiles of a merge have records; those of early versions have none."""
+    """Whether the tiles of a merge have records; early versions wrote none."""
     first = Layout.of(plan, plan.exposures[0])
     return objects.get(f"{first.folder}/{NUMBERS}/zarr.json") is not None
 
@@ -80,7 +80,7 @@ def has_records(objects: Objects, plan: MergePlan) -> bool:
 def encode_records(
     layout: Layout, collection: TileStatistics, number: int
 ) -> Iterator[tuple[str, list[bytes]]]:
-    """Give the objects of a record: keys, and parts of their bytes."""
+    """Yield the objects of a record: keys, and parts of their bytes."""
     numbers = np.concatenate(
         [
             collection.statistics.flat,
@@ -93,12 +93,12 @@ def encode_records(
 
 
 def encode_shown(layout: Layout, shown: Float64, number: int) -> tuple[str, list[bytes]]:
-    """Give the object that says what is shown of a record's pixels: key, and parts of its bytes."""
+    """Return the object with statistics of a record's shown pixels: key and parts of its bytes."""
     return f"{layout.folder}/{SHOWN}/c/{number}", store.encode_chunk(shown)
 
 
 def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
-    """Everything that is wrong with the statistics of a finished merged result, in words."""
+    """Yield every problem with the statistics of a finished merged result."""
     if not has_records(objects, plan):
         return  # merged by an earlier version
     for exposure in plan.exposures:

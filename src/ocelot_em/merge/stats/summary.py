@@ -1,7 +1,4 @@
-"""The sum of all records of a merged result.
-
-It is written at the end of a merge, and read by everything that follows.
-"""
+"""Summary of all records of a merged result, written at the end of a merge."""
 
 import threading
 from collections.abc import Sequence
@@ -36,12 +33,9 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_attributes
 
 EXPOSURES_BETWEEN_TIDYING = 32
-"""While the statistics of exposures are written, each leaves some hundred kB of freed memory."""
-
+"""Exposures after which freed memory is returned to the system; each leaves some hundred kB."""
 
 MIP_HISTOGRAM = "mip_histogram"
-
-
 Z_HISTOGRAM = "scaled_mip_histogram"
 
 
@@ -50,14 +44,14 @@ JOINT_HISTOGRAM = "joint_histogram"
 
 @dataclass(frozen=True)
 class Summary:
-    """What is known of a merged map without reading it.
+    """Statistics of a merged result, read without its maps.
 
     Parameters
     ----------
     attributes
         Counts of pixels, ranges, partials.
     histograms
-        Of all valid, searched pixels.
+        Histograms of all valid, searched pixels.
     """
 
     attributes: statistics_attributes.StatisticsAttributes
@@ -65,8 +59,8 @@ class Summary:
 
 
 def finish(objects: Objects, plan: MergePlan) -> None:
-    """Add up the records of all tiles, and write the sums: of exposures, and of all together."""
-    # The same memory for all exposures: new one for each would be scattered, and add up.
+    """Add up the records of all tiles, and write the sums for each exposure and for all."""
+    # All exposures share this memory: an allocation for each would fragment the heap.
     everything, histograms = Histograms.empty("int64"), Histograms.empty("int64")
     totals, about = [], []
     for place, exposure in enumerate(plan.exposures, 1):
@@ -90,7 +84,7 @@ def finish(objects: Objects, plan: MergePlan) -> None:
 
 
 def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNumbers:
-    """Add the records of an exposure up, its histograms to those that are given."""
+    """Return the sum of an exposure's records; its histograms are added to the given ones."""
     lock = threading.Lock()
 
     def read(number: int) -> TileNumbers:
@@ -153,7 +147,7 @@ def _attributes(
     searched: int,
     exposures: tuple[statistics_attributes.ExposureStatistics, ...],
 ) -> statistics_attributes.StatisticsAttributes:
-    """Put into words what was counted of exposures together."""
+    """Combine the statistics of exposures into attributes."""
     extremes = np.array([total.extremes for _, total in totals])
     lowest_mip, lowest_z = map(float, extremes[:, (0, 2)].min(axis=0))
     highest_mip, highest_z = map(float, extremes[:, (1, 3)].max(axis=0))
@@ -215,7 +209,7 @@ def _shown_statistics(sums: Float64) -> statistics_attributes.ShownStatistics:
 def _source_statistics(
     name: str, count: int, moments: Float64
 ) -> statistics_attributes.SourceStatistics:
-    """Turn sums over the pixels of a source's maps into statistics of its correlations."""
+    """Compute statistics of a source's correlations from sums over the pixels of its maps."""
     (n, total, squared_total), (n_squared, energy, _) = moments
     known = n > 0 and n_squared > 0 and count > 0
     if not known:
@@ -236,21 +230,21 @@ def _source_statistics(
 
 
 def read_summary(place: str | PathLike[str], exposure: int | None = None) -> Summary | None:
-    """Read the statistics of a merged result; None if it was merged without.
+    """Read the statistics of a merged result; None if it has none.
 
     Parameters
     ----------
     place
         Path or URL of the result.
     exposure
-        Number of one of the exposures of a montage; None: of all together.
+        Number of an exposure of a montage; None: all exposures together.
 
     Raises
     ------
     StoreNotFoundError, FormatError
-        It is not a merged result.
+        The place does not hold a merged result.
     IncompleteError
-        It was never finished.
+        The merge was never finished.
     """
     objects = open_objects(place)
     open_merged_result(objects)
@@ -258,7 +252,7 @@ def read_summary(place: str | PathLike[str], exposure: int | None = None) -> Sum
 
 
 def summary_at(objects: Objects, path: str) -> Summary | None:
-    """Read the statistics of a group of a finished merged result; None if it is not there.
+    """Read the statistics of a group of a finished merged result; None if it does not exist.
 
     Raises
     ------
@@ -286,12 +280,12 @@ def summary_at(objects: Objects, path: str) -> Summary | None:
 def read_exposure_statistics(
     place: str | PathLike[str], statistics: statistics_attributes.StatisticsAttributes
 ) -> dict[str, statistics_attributes.StatisticsAttributes]:
-    """Read what was counted of each exposure of a montage, by their ids.
+    """Read the statistics of each exposure of a montage, by id.
 
     Raises
     ------
     FormatError
-        It is missing, or cannot be read.
+        The statistics are missing or cannot be read.
     """
     objects, found = open_objects(place), {}
     for exposure in statistics.exposures:
