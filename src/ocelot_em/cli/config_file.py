@@ -1,9 +1,8 @@
 """Options of a command from a file: ``--config FILE``, for any parser of :mod:`argparse`.
 
-The file is a mapping in YAML from the command line's names to values. Every value is taken as the
-text that stands there, and goes through the type and the choices of its option as an argument of
-the command line does: so ``1e-3`` is a number where one is wanted, and ``8:30``, ``yes`` or ``00``
-are texts where a text is.
+The file is a YAML mapping from option names to values. Every value is read as text, and converted
+and checked by the type and choices of its option, like a command-line argument: ``1e-3`` is a
+number for a numeric option, and ``8:30``, ``yes`` and ``00`` are strings for a text option.
 """
 
 import argparse
@@ -22,28 +21,28 @@ from ocelot_em.io.yaml_file import MAX_NBYTES, MAX_UNQUOTED, read_yaml
 _NULL, _BOOLEAN = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 
 _TRUE = ("true", "yes", "on")
-"""How YAML 1.1 spells it, in any case."""
+"""Spellings of true in YAML 1.1; case is ignored."""
 
 _FLAGS = (argparse._StoreTrueAction, argparse._StoreFalseAction)
 
 
 class _Replaced(list[Any]):
-    """Values that the command line replaces: argparse appends to a copy of the default."""
+    """A default list that the command line replaces: argparse appends to a copy of it."""
 
     def __copy__(self) -> list[Any]:
         return []
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
-"""What types are called in errors; others by their name."""
+"""Names of types in error messages; other types use their own name."""
 
 
 class _Reread(Exception):
-    """A file's values have become defaults: the command line is to be parsed again."""
+    """Raised when a file has changed the defaults: parse the command line again."""
 
 
 class _ConfigAction(argparse.Action):
-    """Applies a file when it is first met, and has the command line parsed again."""
+    """Applies a file at its first occurrence, and has the command line parsed again."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -66,7 +65,7 @@ class _ConfigAction(argparse.Action):
 def add_config_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--config FILE`` to a command, for :func:`parse_arguments`.
 
-    Given more than once, the later file wins where several have a key.
+    If several files set a key, the last one takes precedence.
     """
     parser.add_argument(
         "--config",
@@ -84,10 +83,10 @@ def parse_arguments(
     Parameters
     ----------
     parser
-        Of the whole command line, whose commands have had :func:`add_config_option`. Made for this
-        call: files change its defaults.
+        Parser of the whole command line; its commands had :func:`add_config_option`. Create one
+        per call: files change its defaults.
     arguments
-        None: those of the process.
+        Arguments; None uses those of the process.
 
     Raises
     ------
@@ -104,24 +103,24 @@ def parse_arguments(
 def apply_config(parser: argparse.ArgumentParser, path: str | PathLike[str]) -> None:
     """Make the values of a file the defaults of a command's options.
 
-    What the file has is required no more. The command line wins wherever it gives a value; lists
-    are replaced, not added to.
+    Options in the file are no longer required. The command line overrides the file; it replaces
+    lists instead of extending them.
 
     Parameters
     ----------
     parser
-        Of one command.
+        Parser of one command.
     path
-        A mapping in YAML. Keys are the names of the command line, with ``-`` or ``_``, without the
-        dashes in front, and the names of positional arguments; flags take ``true`` or ``false``,
-        options of several values a list. Relative paths in it are relative to the current folder,
-        as on the command line, not to the file.
+        YAML file with a mapping. Keys are option names without leading dashes, with ``-`` or ``_``,
+        and names of positional arguments; flags take ``true`` or ``false``, and options with
+        several values take a list. Relative paths are relative to the current folder, as on the
+        command line, not to the file.
 
     Raises
     ------
     InvalidInputError
-        Naming with file, line and key everything that is wrong: the file itself, keys that are
-        unknown or stand there twice, values that the options do not take. Nothing is applied then.
+        The file is invalid, keys are unknown or duplicated, or options reject values; lists all
+        problems with file, line and key. No value is applied.
     """
     actions = _actions_by_name(parser)
     problems, values = list[str](), dict[str, Any]()
@@ -154,7 +153,7 @@ class _Entry(NamedTuple):
 
 
 def _read(path: str | PathLike[str]) -> list[_Entry]:
-    """Read keys, lines and nodes of a file that the strict reader takes."""
+    """Validate a file with the strict reader, and return its keys, lines and nodes."""
     import yaml
 
     what = "options and their values"
@@ -165,7 +164,7 @@ def _read(path: str | PathLike[str]) -> list[_Entry]:
 
 
 def _actions_by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Options that a file can give: those that store or append values, and flags."""
+    """Return the options that a file can set: those that store or append values, and flags."""
     actions = dict[str, argparse.Action]()
     for action in parser._actions:
         if isinstance(action, (argparse._StoreAction, argparse._AppendAction, *_FLAGS)):
@@ -182,7 +181,7 @@ def _unknown(name: str, actions: Mapping[str, object], command: str) -> str:
 
 
 def _value(action: argparse.Action, node: Any) -> Any:
-    """Convert a value as its option would."""
+    """Convert a value as its option does."""
     if isinstance(action, _FLAGS):
         if node.tag != _BOOLEAN:
             raise InvalidInputError(f"expected true or false, got {_shown(node)}")
@@ -233,23 +232,23 @@ def _shown(node: Any) -> str:
 
 
 def write_config(path: str | PathLike[str], options: Mapping[str, object]) -> None:
-    """Write the options of a run, to be given to ``--config`` again.
+    """Write the options of a run to a file for ``--config``.
 
     Parameters
     ----------
     path
-        The file; an existing one is replaced whole or not at all.
+        The file; an existing one is replaced atomically.
     options
-        By name, with ``-`` or ``_``: texts, paths, numbers, booleans, and sequences of them; a
-        mapping becomes texts ``KEY=VALUE``, a key of several values several. None, and sequences
-        of nothing, which no command line can say, are left out.
+        Strings, paths, numbers, booleans, or sequences of them, by name with ``-`` or ``_``. A
+        mapping becomes strings ``KEY=VALUE``, one per value. None and empty sequences are omitted,
+        because no command line can express them.
 
     Raises
     ------
     InvalidInputError
-        Naming every value that such a file cannot hold.
+        Some values cannot be written; lists all of them.
     StorageError
-        It cannot be written.
+        The file cannot be written.
     """
     from ocelot_em.particles.table import write_file
 
@@ -285,7 +284,7 @@ def _plain_or_several(value: object) -> Any:
 
 
 def _plain(value: object) -> str | int | float:
-    """Return what YAML has a form for that reads back as it would on the command line."""
+    """Return a YAML scalar that is read back like the value on the command line."""
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, (bool, int)):
@@ -312,10 +311,10 @@ def _as_yaml(values: Mapping[str, Any]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]
-        """Puts texts between quotation marks that would not be read back without them."""
+        """Quotes strings that would not be read back unquoted."""
 
     def represent_text(dumper: Any, text: str) -> Any:
-        # PyYAML itself writes some breaks of lines so that it reads others.
+        # PyYAML writes some line breaks in a form that it reads back as others.
         style = None if text.isprintable() and len(text) <= MAX_UNQUOTED else '"'
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

@@ -1,4 +1,4 @@
-"""The demonstration: simulate a search, merge it, compare with the truth, picture and report."""
+"""The demonstration: simulate a search, merge it, compare with the truth, plot and report."""
 
 import importlib.util
 import shutil
@@ -22,18 +22,18 @@ DEMO = Simulation(shape=(1024, 1280), n_partials=4, n_particles=60, seed=20)
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration found.
+    """Result of the demonstration.
 
     Parameters
     ----------
     report
-        Of the merge.
+        Report of the merge.
     cutoff
-        z-score above which noise is expected once.
+        z-score that noise is expected to exceed once.
     recovery
-        How many planted particles are above it, with which pose.
+        Numbers of planted particles found, and of correct poses.
     picture, page
-        Files of a picture and of the report, or None without matplotlib.
+        Paths of the picture and of the report; None without matplotlib.
     """
 
     report: MergeReport
@@ -46,12 +46,12 @@ class DemoResult:
 def demo(
     directory: str | PathLike[str], observer: Observer, say: Callable[[str], None]
 ) -> DemoResult:
-    """Run the demonstration in a directory of its own; an earlier demonstration is replaced.
+    """Run the demonstration in its own directory, replacing an earlier demonstration.
 
     Raises
     ------
     OutputExistsError
-        The directory holds something else.
+        The directory contains other files.
     """
     place = Path(directory)
     mark = place / ".ocelot-demo"

@@ -1,7 +1,7 @@
-"""What is wrong with an installation, or may be: looked at and tried out, told as data.
+"""Checks of an installation and its environment, with their findings as data.
 
-Every check is done in a thread of its own and given up after a while, so that a file system or a
-driver that no longer answers is a finding, too, and not the end.
+Every check runs in its own thread with a timeout, so that a file system or driver that does not
+answer becomes a finding and does not block the others.
 """
 
 import importlib
@@ -49,13 +49,13 @@ from ocelot_em.store.objects import open_objects
 
 SPEED_NBYTES = 256 * 10**6
 SPEED_SECONDS = 20.0
-"""What is written and read to measure a disk, at most, and how long that may take each."""
+"""Maximum size, and maximum time each for writing and reading, of the disk benchmark."""
 
 SLOW_NBYTES_PER_SECOND = 50e6
-"""Below it a merge does little but wait for the disk."""
+"""Disk speed below which a merge mostly waits for the disk."""
 
 LITTLE_NBYTES, FEW_FILES, FEW_DESCRIPTORS = 2 * 10**9, 10_000, 1024
-"""Free space, free inodes and descriptors that are hardly enough for anything."""
+"""Minimum free space, free inodes and file descriptors; less gives a warning."""
 
 _NOT_FOR_USERS = ("all", "test")
 _ONE_OF_THESE = {"cuda12", "cuda13"}
@@ -63,22 +63,22 @@ _TRANSIENT = ("tmpfs", "ramfs", "overlay")
 
 
 def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Finding]:
-    """Look at this installation and machine, at a folder, and at a cluster's workers.
+    """Check this installation and machine, a folder, and the workers of a cluster.
 
-    Nothing is left behind: what is written into the folder to try it out, at most 256 MB at a time,
-    is removed. It takes some seconds; where something does not answer, some minutes.
+    Test files in the folder, at most 256 MB at a time, are removed. The checks take seconds, or
+    minutes if something does not answer.
 
     Parameters
     ----------
     folder
-        On the file system where results are to be written; it must exist.
+        Existing folder on the file system for the results.
     cluster
         Address of a Dask scheduler, such as ``tcp://host:8786``. None: no cluster.
 
     Returns
     -------
     findings
-        One for each check, in a fixed order; what a check raises is its problem.
+        One per check, in a fixed order; an exception of a check becomes a problem.
     """
     place = Path(folder).absolute()
     checks: dict[str, Check] = {
@@ -133,7 +133,7 @@ def _extras() -> tuple[State, str]:
 
 
 def _installed(extra: str) -> tuple[list[str], list[str]]:
-    """Look for what an extra needs, or what is always needed; what is there, and what is not."""
+    """Return the installed and the missing requirements of an extra, or of the package if empty."""
     from packaging.requirements import Requirement
 
     found, missing = [], []
@@ -156,7 +156,7 @@ def _installed(extra: str) -> tuple[list[str], list[str]]:
 
 
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-"""Where the driver of NVIDIA lists its GPUs."""
+"""Folder in which NVIDIA's driver lists its GPUs."""
 
 
 def _gpus() -> tuple[State, str]:
@@ -264,7 +264,7 @@ def _memory() -> tuple[State, str]:
 
 
 def _worker_nbytes(threads: int) -> int:
-    """Memory of a worker that merges the usual maps on a local disk."""
+    """Return the memory that a worker needs to merge the usual maps from a local disk."""
     shape, maps = (DEFAULT_CHUNK, DEFAULT_CHUNK), MapSet(PoseForm.EXPLICIT)
     storage = StorageShape(shape, sum_itemsize=4, streams=1)
     return worker_nbytes(shape, storage, maps, MergeOptions(threads=threads))
@@ -288,7 +288,7 @@ def _file_descriptors() -> tuple[State, str]:
 
 
 def _file_mode() -> tuple[State, str]:
-    # Asking the system for it means setting it, for all threads.
+    # os.umask can only read it by setting it, for all threads.
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     masks = [int(line.split()[1], 8) for line in lines if line.startswith("Umask:")]
     if not masks:
@@ -331,7 +331,7 @@ def _mount_of(place: Path) -> tuple[str, str]:
     mounts = [m for m in psutil.disk_partitions(all=True) if real.is_relative_to(m.mountpoint)]
     if not mounts:
         return "an unknown file system", "an unknown place"
-    # Of several that are mounted at one place, the last hides the others.
+    # If several are mounted at one place, the last hides the others.
     best = max(enumerate(mounts), key=lambda pair: (len(pair[1].mountpoint), pair[0]))[1]
     return best.fstype, best.mountpoint
 
@@ -341,7 +341,7 @@ def _disk_space(place: Path) -> tuple[State, str]:
     says = f"{size_of(usage.free)} of {size_of(usage.total)} are free"
     if usage.free < LITTLE_NBYTES:
         return "warning", f"{says}, which is little"
-    # File systems that make inodes as they are needed say that they have none at all.
+    # File systems that create inodes on demand report a total of zero.
     if facts.f_files and facts.f_favail < FEW_FILES:
         return "warning", f"{says}, but only {facts.f_favail:,} files more may be made"
     return "ok", says
@@ -350,8 +350,8 @@ def _disk_space(place: Path) -> tuple[State, str]:
 def _disk_speed(place: Path) -> tuple[State, str]:
     if shutil.disk_usage(place).free < 2 * SPEED_NBYTES:
         return "warning", f"not measured: less than {size_of(2 * SPEED_NBYTES)} are free"
-    block = np.random.default_rng(1).bytes(8 * 10**6)  # which no file system can compress
-    # It has no name, so that nothing stays even if this process is killed.
+    block = np.random.default_rng(1).bytes(8 * 10**6)  # incompressible for any file system
+    # The file has no name, so nothing remains even if this process is killed.
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:
         started, written = time.perf_counter(), 0
         while written < SPEED_NBYTES and time.perf_counter() - started < SPEED_SECONDS:
@@ -389,6 +389,3 @@ def _clock(place: Path) -> tuple[State, str]:
             f"{says}; the file system's clock is {ahead_by(off)}: let both follow one time server"
         )
     return "ok", f"{says}; the file system's clock agrees"
-
-
-# the cluster

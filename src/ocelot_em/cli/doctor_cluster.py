@@ -1,4 +1,4 @@
-"""What the doctor looks at on the workers of a cluster."""
+"""Checks of the workers of a cluster, for ``ocelot doctor``."""
 
 import asyncio
 import importlib
@@ -26,20 +26,20 @@ from ocelot_em.run.connect import ANSWER_SECONDS, client_of, within
 
 HOSTS_NAMED = 5
 SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
-"""Packages of which workers must have the version that the driver has."""
+"""Packages whose versions must match between workers and driver."""
 
 
 class WorkerFacts(NamedTuple):
-    """What a worker finds out.
+    """Facts collected by a worker.
 
     Parameters
     ----------
     started, ended
-        What its clock said, in seconds since 1970.
+        Times on the worker's clock, in seconds since 1970.
     versions
-        As :func:`loaded_versions` returns them.
+        Result of :func:`loaded_versions`.
     folder_trouble
-        As :func:`try_folder` returns it.
+        Result of :func:`try_folder`.
     """
 
     started: float
@@ -49,7 +49,7 @@ class WorkerFacts(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """Of a worker: what it found out, or why not; and when it was asked and had answered."""
+    """Facts from a worker, or its exception, and the times of the query and the answer."""
 
     facts: WorkerFacts | BaseException
     before: float
@@ -57,11 +57,11 @@ class _Answer(NamedTuple):
 
 
 _Troubles = dict[str, list[str]]
-"""Addresses of workers by what is wrong with them."""
+"""Addresses of workers by problem."""
 
 
 def of_cluster(place: Path, address: str) -> list[Finding]:
-    """Examine the workers of a running cluster."""
+    """Check the workers of a running cluster."""
     findings = list[Finding]()
     try:
         with client_of(address) as client:
@@ -85,7 +85,7 @@ def _workers(address: str, threads: Mapping[str, int]) -> tuple[State, str]:
 
 
 def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
-    """Have every worker look around; what each answers."""
+    """Run :func:`look_around` on every worker, and return the answers."""
     content = secrets.token_bytes(32)
 
     async def one(worker: str, path: str) -> _Answer:
@@ -106,7 +106,7 @@ def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
         return task.result() if error is None else _Answer(error, 0, 0)
 
     with scratch_folder(place) as scratch:
-        scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may be another user's
+        scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may run as another user
         file = scratch / "of-the-driver"
         file.write_bytes(content)
         answers: dict[str, _Answer] = within(
@@ -116,14 +116,14 @@ def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
 
 
 def look_around(path: str, content: bytes) -> WorkerFacts:
-    """Find out what the driver wants to know of a worker; see :func:`try_folder`."""
+    """Collect the facts about this worker; see :func:`try_folder`."""
     started = time.time()
     versions, trouble = loaded_versions(), try_folder(path, content)
     return WorkerFacts(started, time.time(), versions, trouble)
 
 
 def loaded_versions() -> dict[str, str]:
-    """Import what has to be the same on all workers; versions, or why one cannot be imported."""
+    """Import ``SAME_EVERYWHERE``, and return the versions or import errors by name."""
     found = {"python": platform.python_version()}
     for name in SAME_EVERYWHERE:
         try:
@@ -134,7 +134,7 @@ def loaded_versions() -> dict[str, str]:
 
 
 def try_folder(path: str, content: bytes) -> str:
-    """Read a file that another process has written, and write beside it; what is wrong, or ""."""
+    """Read another process's file and write one next to it; return the problem, or ""."""
     own = Path(f"{path}-{secrets.token_hex(8)}")
     try:
         found = Path(path).read_bytes()
@@ -151,7 +151,7 @@ def try_folder(path: str, content: bytes) -> str:
 
 
 def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
-    """Judge what workers have answered; of those that have not, that."""
+    """Turn the answers of workers, and missing ones, into findings."""
     silent, versions, folder, clocks = _Troubles(), _Troubles(), _Troubles(), _Troubles()
     here, farthest = loaded_versions(), 0.0
     for worker, (facts, before, after) in answers.items():
@@ -207,7 +207,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
 
 
 def _told(troubles: _Troubles) -> str:
-    """Put troubles into words, each with the hosts of the workers that have it."""
+    """Describe the problems, each with the hosts of its workers."""
     sentences = []
     for trouble, workers in troubles.items():
         hosts = list(dict.fromkeys(urlsplit(worker).hostname or worker for worker in workers))

@@ -1,4 +1,4 @@
-"""What the exit codes of ``ocelot`` mean."""
+"""Exit codes of ``ocelot``."""
 
 DONE, FAILED, REFUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 

@@ -1,4 +1,4 @@
-"""What the doctor finds."""
+"""Findings of ``ocelot doctor``, and helpers of its checks."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, TypeVar
 from ocelot_em.errors import OcelotError
 
 CHECK_SECONDS = 180.0
-"""After which a check is given up; compiling all kernels takes a minute on a slow machine."""
+"""Timeout of a check; compiling all kernels takes a minute on a slow machine."""
 
 MAX_CLOCK_SECONDS = 3.0
-"""By which clocks may differ."""
+"""Maximum difference between clocks that gives no warning."""
 
 
 State = Literal["ok", "warning", "problem"]
@@ -25,16 +25,16 @@ _T = TypeVar("_T")
 
 
 class Finding(NamedTuple):
-    """What one check has found.
+    """Result of one check.
 
     Parameters
     ----------
     name
-        Of the check, such as ``disk speed``.
+        Name of the check, such as ``disk speed``.
     state
         ``problem``: something will not work. ``warning``: it may work badly.
     says
-        What was found, and what to do about it if it is not ``ok``.
+        Result, and a remedy unless the state is ``ok``.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Finding(NamedTuple):
 
 
 def named(error: BaseException) -> str:
-    """Say what went wrong, with the kind of error where its text may not be enough."""
-    # Dask turns what it cannot send into plain exceptions that say what they were.
+    """Format an error, with its type if the text alone may be unclear."""
+    # Dask replaces exceptions that it cannot send by plain ones whose text has the type.
     if isinstance(error, (OcelotError, TimeoutError)) or type(error) is Exception:
         return str(error) or "no answer"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -52,26 +52,26 @@ def named(error: BaseException) -> str:
 
 @contextmanager
 def scratch_folder(place: Path) -> Iterator[Path]:
-    """Make a folder for trials; removed in the end."""
+    """Create a temporary folder in ``place``, and remove it on exit."""
     with tempfile.TemporaryDirectory(prefix=".ocelot-doctor-", dir=place) as scratch:
         yield Path(scratch)
 
 
 def ahead_by(seconds: float) -> str:
-    """Say by how much a clock is ahead."""
+    """Format the offset of a clock; positive is ahead."""
     return f"{abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
 
 
 def count_of(n: int, what: str) -> str:
-    """Say how many there are."""
+    """Format a count with its noun."""
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def size_of(nbytes: float) -> str:
-    """Say how many bytes, in a unit that people read."""
+    """Format a number of bytes in GB."""
     return f"{nbytes / 1e9:.1f} GB"
 
 
 def rate_of(nbytes: float, seconds: float) -> str:
-    """Say how many bytes a second."""
+    """Format a rate in MB/s."""
     return f"{nbytes / max(seconds, 1e-9) / 1e6:,.0f} MB/s"

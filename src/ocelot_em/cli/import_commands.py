@@ -40,7 +40,7 @@ def import_files(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def import_montage(parsed: argparse.Namespace, console: Console) -> int:
-    """Import the exposures that a description names."""
+    """Import the exposures listed in a description file."""
     from ocelot_em.errors import InvalidInputError
     from ocelot_em.io.description import import_description
 
@@ -73,7 +73,7 @@ def import_montage(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def import_finished(parsed: argparse.Namespace, console: Console) -> int:
-    """Import what a finished search has left: MRC files or an HDF5 file."""
+    """Import the results of a finished search: MRC files or an HDF5 file."""
     from ocelot_em.errors import InvalidInputError
     from ocelot_em.io.hdf5 import import_hdf5
     from ocelot_em.io.leopard_maps import FinishedSearch
@@ -106,7 +106,7 @@ def import_finished(parsed: argparse.Namespace, console: Console) -> int:
 
 @contextlib.contextmanager
 def share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Progress of two phases on a terminal; nothing elsewhere."""
+    """Show progress by phase on a terminal, and nothing elsewhere."""
     if not console.is_terminal:
         yield lambda _phase, _share: None
         return

@@ -1,4 +1,4 @@
-"""The command ``info``: what a store is, in words."""
+"""The command ``info``, which describes a store."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 from ocelot_em.cli.exit_codes import DONE
 
 ROWS_SHOWN = 60
-"""Of a table; the rest is counted."""
+"""Maximum number of table rows; the rest is counted."""
 
 
 def info(parsed: argparse.Namespace, console: Console) -> int:
-    """Say what a store is."""
+    """Print a description of a store."""
     from ocelot_em.cli.terminal import size
     from ocelot_em.store.attributes import MergedAttributes
     from ocelot_em.view.inspection import describe
@@ -59,7 +59,7 @@ def info(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def projections_text(info: "StoreInfo") -> str:
-    """How many cross-correlations a pixel has, of exposures perhaps not all as many."""
+    """Format the cross-correlations per pixel; a range if exposures differ."""
     if not info.exposures:
         return f"{info.attributes.total_projections:,}"
     counts = sorted({exposure.total_projections for exposure in info.exposures})
@@ -67,18 +67,18 @@ def projections_text(info: "StoreInfo") -> str:
 
 
 def pixels_text(shape: tuple[int, int] | None) -> str:
-    """Say how many pixels there are."""
+    """Format a shape; None if each exposure has its own."""
     return "of each exposure" if shape is None else f"{shape[0]} x {shape[1]} pixels"
 
 
 def say_more(console: Console, n: int) -> None:
-    """Say how many more rows there are than are shown."""
+    """Print the number of rows that are not shown."""
     if n > ROWS_SHOWN:
         console.print(f"and {n - ROWS_SHOWN:,} more")
 
 
 def say_exposures(console: Console, info: "StoreInfo") -> None:
-    """Where each exposure lies, and what it has."""
+    """Print the origin and other facts of each exposure."""
     table = Table("exposure", "number", "origin", "acquired", "valid", "projections")
     for exposure in info.exposures[:ROWS_SHOWN]:
         y, x = exposure.origin
@@ -95,7 +95,7 @@ def say_exposures(console: Console, info: "StoreInfo") -> None:
 
 
 def say_statistics(console: Console, place: str) -> None:
-    """What the merge has counted, and which partials are out of line."""
+    """Print merge statistics, and warnings about unusual partials."""
     from ocelot_em.merge.stats.summary import read_summary
     from ocelot_em.particles.quality import partial_warnings
 
@@ -143,7 +143,7 @@ def say_statistics(console: Console, place: str) -> None:
 
 
 def say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> None:
-    """What a montage shows of each exposure, and what is out of line."""
+    """Print what a montage shows of each exposure, and warnings."""
     from ocelot_em.merge.stats.summary import read_exposure_statistics
     from ocelot_em.particles.quality import montage_warnings
 

@@ -1,4 +1,4 @@
-"""The command ``ocelot``: parses, prints, exits; nothing else."""
+"""The command ``ocelot``, which only parses, prints and exits."""
 
 import argparse
 import logging
@@ -35,18 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code."""
+    """Run the command line and return its exit code."""
     parser = _parser()
     try:
         parsed = parse_arguments(parser, arguments)
     except OcelotError as error:
         print(f"ocelot: {error}", file=sys.stderr)
         return REFUSED
-    # The level is the handler's: Dask sets levels of its own loggers when it is imported.
+    # Set the level of the handler: Dask sets the levels of its loggers when it is imported.
     handler = logging.StreamHandler()
     handler.setLevel(logging.DEBUG if parsed.verbose else logging.WARNING)
     logging.basicConfig(handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
-    # Tiles that fail are reported once, at the end, in words.
+    # Failed tiles are reported once, at the end.
     logging.getLogger("ocelot_em.merge.merge").setLevel(
         logging.DEBUG if parsed.verbose else logging.CRITICAL
     )
@@ -67,7 +67,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("ocelot: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone; Python would complain once more while closing it.
+        # The reader closed our output; without this, Python reports an error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
 

@@ -28,7 +28,7 @@ def merge_stores(parsed: argparse.Namespace, console: Console) -> int:
         print_plan(console, ready, checked)
         return DONE
     with MergeProgress(console) as progress, stopped_by_signals(progress.stop):
-        # The other tasks of a SLURM job never get further than here.
+        # The other tasks of a SLURM job never get past this line.
         with within_job(MergeOptions.parse(options)) as asked, run_kept(parsed) as others:
             report = merge(
                 parsed.inputs,
@@ -42,7 +42,7 @@ def merge_stores(parsed: argparse.Namespace, console: Console) -> int:
 
 @contextlib.contextmanager
 def run_kept(parsed: argparse.Namespace) -> Iterator[list["Observer"]]:
-    """Keep a log and a folder of a run, as far as they are asked for."""
+    """Open the log and the run folder, if requested."""
     from ocelot_em.run.runlog import RunFolder, RunLog
 
     kept: list[Observer] = []
@@ -71,7 +71,7 @@ def run_kept(parsed: argparse.Namespace) -> Iterator[list["Observer"]]:
 
 @contextlib.contextmanager
 def stopped_by_signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """Have a run end well when its time does: batch systems announce it by these signals."""
+    """Stop a run cleanly on the signals that batch systems send before its time limit."""
     announcements = signal.SIGTERM, signal.SIGUSR1
     before = {number: signal.getsignal(number) for number in announcements}
     for number in announcements:

@@ -1,4 +1,4 @@
-"""The commands about particles and pictures: ``peaks``, ``export``, ``report``, ``view``."""
+"""The commands ``peaks``, ``export``, ``report`` and ``view``."""
 
 import argparse
 import contextlib
@@ -16,18 +16,18 @@ MAP_FORMATS = ("mrc", "hdf5", "ome-zarr")
 
 
 TABLE_FORMATS = ("leopard", "relion", "cistem", "parquet")
-"""What ``ocelot export`` writes for: maps, and particles."""
+"""Formats of ``ocelot export``: ``MAP_FORMATS`` for maps, these for particles."""
 
 
 def picked_particles(parsed: argparse.Namespace) -> "ParticleTable":
-    """Pick particles as the command line says, or read those that were."""
+    """Pick or read particles, and select the exposure if one is given."""
     table = given_or_picked(parsed)
     exposure = getattr(parsed, "exposure", None)
     return table if exposure is None else table.of_exposure(exposure)
 
 
 def given_or_picked(parsed: argparse.Namespace) -> "ParticleTable":
-    """Return the particles of a table that was given, or pick them."""
+    """Read the given particle table, or pick particles."""
     from ocelot_em.errors import InvalidInputError
     from ocelot_em.particles.options import PickOptions
     from ocelot_em.particles.picking import find_peaks
@@ -47,7 +47,7 @@ def given_or_picked(parsed: argparse.Namespace) -> "ParticleTable":
 
 
 def optics_of(parsed: argparse.Namespace) -> "Optics | None":
-    """Return the optics that the options name, if any."""
+    """Return the optics in the options, if any."""
     from ocelot_em.io.optics import Optics
 
     if parsed.optics is None:
@@ -56,7 +56,7 @@ def optics_of(parsed: argparse.Namespace) -> "Optics | None":
 
 
 def say_particles(console: Console, table: "ParticleTable", output: str) -> None:
-    """Say how many particles were written where."""
+    """Print the number of particles, the cutoff and the output path."""
     about = table.about
     cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
     if about is not None and about.per is not None:
@@ -65,7 +65,7 @@ def say_particles(console: Console, table: "ParticleTable", output: str) -> None
 
 
 def peaks(parsed: argparse.Namespace, console: Console) -> int:
-    """Pick particles, and write their table."""
+    """Pick particles and write their table."""
     from ocelot_em.io.tables import write_table
 
     optics = optics_of(parsed)
@@ -129,7 +129,7 @@ def report(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def view_map(parsed: argparse.Namespace, console: Console) -> int:
-    """Show a map in a browser until it is interrupted."""
+    """Serve a map to a browser until interrupted."""
     from ocelot_em.view.viewer import view
 
     with view(parsed.picture, parsed.port) as shown:

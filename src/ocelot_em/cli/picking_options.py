@@ -1,10 +1,10 @@
-"""Options that several commands about particles share."""
+"""Options shared by the particle commands."""
 
 import argparse
 
 
 def add_picking(p: argparse.ArgumentParser) -> None:
-    """Add the options of picking."""
+    """Add the picking options."""
     p.add_argument(
         "--method",
         choices=("gaussian", "gev", "pvalue"),
@@ -35,7 +35,7 @@ def add_picking(p: argparse.ArgumentParser) -> None:
 
 
 def add_montage_picking(p: argparse.ArgumentParser) -> None:
-    """Add the options of picking in montages."""
+    """Add the picking options for montages."""
     p.add_argument(
         "--per",
         choices=("exposure", "montage"),
@@ -66,7 +66,7 @@ def add_montage_picking(p: argparse.ArgumentParser) -> None:
 
 
 def add_optics(p: argparse.ArgumentParser) -> None:
-    """Add the options that name optics."""
+    """Add the optics options."""
     p.add_argument(
         "--optics", metavar="CONFIG.yaml", help="Leopard-EM's configuration of the search"
     )

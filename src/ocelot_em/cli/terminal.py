@@ -1,4 +1,4 @@
-"""What the command line shows of a merge: its plan, its progress, its result."""
+"""Console output of a merge: its plan, progress and result."""
 
 import time
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
 
 PLAIN_SECONDS = 5.0
-"""Time between lines of progress where there is no terminal."""
+"""Interval between progress lines if there is no terminal."""
 
 
 class MergeProgress(Observer):
-    """Shows how a merge goes: a bar on a terminal, a line now and then elsewhere."""
+    """Shows the progress of a merge: a bar on a terminal, periodic lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -43,7 +43,7 @@ class MergeProgress(Observer):
         self._started = self._told = time.perf_counter()
 
     def planned(self, ready: Preparation, options: MergeOptions) -> None:
-        """Print the plan; what was done before counts as done."""
+        """Print the plan; tiles merged earlier count as done."""
         print_plan(self.console, ready, options)
         self._n_tiles = ready.forecast.n_tiles
         self._n_done = self._at_start = ready.forecast.n_done
@@ -51,22 +51,22 @@ class MergeProgress(Observer):
             self.console.print("all tiles were done before; nothing is left to do")
 
     def waiting(self, why: str) -> None:
-        """Say why nothing goes on."""
+        """Print why the merge is waiting."""
         self.console.print(why, markup=False)
 
     def locked(self, stop: Callable[[], None]) -> None:
-        """Know how to stop the run."""
+        """Keep the function that stops the run."""
         self._stop = stop
-        if self._is_to_stop:  # whoever was told first took it for an error of its own
+        if self._is_to_stop:  # other code caught the StoppedError as its own error
             stop()
 
     def stop(self, why: str) -> None:
-        """Have the run end after the tiles in hand.
+        """Stop the run after the running tiles.
 
         Raises
         ------
         StoppedError
-            It has not begun yet.
+            The run has not started yet.
         """
         self._is_to_stop = True
         if self._stop is None:
@@ -75,7 +75,7 @@ class MergeProgress(Observer):
         self._stop()
 
     def started(self, cluster: Cluster) -> None:
-        """Say where it runs, and start the bar."""
+        """Print where the merge runs, and start the bar."""
         self.console.print(f"running on {cluster.description}", markup=False)
         if cluster.dashboard:
             self.console.print(f"dashboard: {cluster.dashboard}", markup=False)
@@ -95,13 +95,13 @@ class MergeProgress(Observer):
             self._bar.start()
 
     def compiling(self) -> None:
-        """Say so; no bar is shown meanwhile."""
+        """Print a message, and hide the bar."""
         self.console.print("compiling kernels (once after an installation; about 10 s)")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, visible=False)
 
     def compiled(self, seconds: float) -> None:
-        """Say how long it took, which is not the time of the tiles."""
+        """Print the compilation time, and restart the timer of the tiles."""
         self.console.print(f"compiled kernels in {duration(seconds)}")
         self._started = self._told = time.perf_counter()
         if self._bar is not None and self._task is not None:
@@ -144,7 +144,7 @@ class MergeProgress(Observer):
 
 
 def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> None:
-    """Print what a merge will do and cost."""
+    """Print the plan and cost of a merge."""
     plan, cost = ready.plan, ready.forecast
     workers = n_workers(options)
     free = "unknown" if cost.free_nbytes is None else size(cost.free_nbytes)
@@ -174,7 +174,7 @@ def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> N
 
 
 def _what(plan: MergePlan) -> list[tuple[str, str]]:
-    """Say what is merged."""
+    """Return rows that describe what is merged."""
     if not plan.is_montage:
         n, projections = len(plan.contributions), plan.total_projections
         return [("partials", f"{n}, {projections:,} projections")]
@@ -186,7 +186,7 @@ def _what(plan: MergePlan) -> list[tuple[str, str]]:
 
 
 def _device(cost: Forecast) -> str:
-    """Say where the arithmetic is done."""
+    """Describe the device of the arithmetic."""
     where = f"{cost.device.kind} ({cost.device.reason})"
     if cost.partials_on_device:
         where += (
@@ -197,7 +197,7 @@ def _device(cost: Forecast) -> str:
 
 
 def print_report(console: Console, report: MergeReport) -> None:
-    """Print what a merge has done."""
+    """Print the result of a merge."""
     if report.n_merged:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         console.print(
@@ -210,7 +210,7 @@ def print_report(console: Console, report: MergeReport) -> None:
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes for people, in decimal units."""
+    """Format a number of bytes in decimal units."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -220,7 +220,7 @@ def size(nbytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span for people."""
+    """Format a time span."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

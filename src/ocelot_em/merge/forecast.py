@@ -24,13 +24,13 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.sources import Source, open_one
 
 CHUNKS_LISTED = 4096
-"""Maximum number of chunks of a map whose sizes are summed; larger maps are extrapolated."""
+"""Maximum number of chunks of a map to sum up; the size of larger maps is extrapolated."""
 
 CHUNKS_SAMPLED = 64
-"""Number of chunks from which the stored size of a larger map is extrapolated."""
+"""Number of chunks from which the size of a larger map is extrapolated."""
 
 BLANK_RATIO = 1 / 128
-"""Stored size of a blank chunk, as a fraction of its decoded size."""
+"""Stored size of a blank chunk relative to its decoded size."""
 
 
 @dataclass(frozen=True)

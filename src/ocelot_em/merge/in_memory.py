@@ -65,12 +65,11 @@ def merge_arrays(
     At each pixel the device with the highest ``mip`` wins, and its pose is kept. Ties: the earlier
     device wins with explicit poses, the lower index with indexed poses. Sums are added in float64
     and rounded once. Where no device searched (``mip`` -inf), ``mip`` is -inf, the pose NaN and the
-    index -1. Merging in two steps therefore selects the same winners as merging all at once.
+    index -1. Merging in two steps thus selects the same winners as merging all at once.
 
     Maps on a GPU are read in place (torch tensors through DLPack); only the result and one band of
-    pixels are allocated. Results on other GPUs are copied band by band to the GPU of the first one.
-    The function waits for all earlier work on these GPUs, and the merged maps are complete when it
-    returns.
+    pixels are allocated. Results on other GPUs are copied band by band to the first one's GPU. The
+    function waits for earlier work on these GPUs; the merged maps are complete when it returns.
 
     Parameters
     ----------

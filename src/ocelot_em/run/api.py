@@ -1,4 +1,4 @@
-"""The merge as one call: plan, refuse what cannot work, start the cluster, merge, stop it."""
+"""The merge as one call: plan and validate, start the cluster, merge, stop the cluster."""
 
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -18,87 +18,87 @@ Place = str | PathLike[str]
 
 
 class Observer:
-    """Is told how a merge goes; override what is of interest."""
+    """Receives the events of a merge; override the methods of interest."""
 
     def planned(self, ready: Preparation, options: MergeOptions) -> None:
-        """Nothing has started yet."""
+        """Called with the plan, before anything starts."""
 
     def waiting(self, why: str) -> None:
-        """Nothing goes on for some time."""
+        """Called when the merge has to wait."""
 
     def locked(self, stop: Callable[[], None]) -> None:
-        """Nobody else writes the output now; ``stop`` ends the run after the tiles in hand.
+        """Called when the output is locked; ``stop`` ends the run after the running tiles.
 
-        It may be called at any time, from any thread or signal handler, and returns at once.
+        ``stop`` may be called at any time, from any thread or signal handler, and returns at once.
         """
 
     def started(self, cluster: Cluster) -> None:
-        """The workers are there."""
+        """Called when the cluster is ready."""
 
     def compiling(self) -> None:
-        """Kernels are compiled in this process, once after an installation; no tile has begun."""
+        """Called before kernels are compiled here, once per installation, and before any tile."""
 
     def compiled(self, seconds: float) -> None:
-        """They are, since ``seconds`` ago; tiles begin."""
+        """Called after compilation, which took ``seconds``."""
 
     def tile_ended(self, outcome: Outcome) -> None:
-        """A tile is done, or has failed."""
+        """Called when a tile is done or has failed."""
 
     def ending(self) -> None:
-        """No tile will follow; the workers are still there, unless they were lost."""
+        """Called after the last tile; workers still run, unless they were lost."""
 
     def merged(self, report: MergeReport) -> None:
-        """All is done."""
+        """Called when the merge is complete."""
 
 
 class Observers(Observer):
-    """Tells several observers, in their order."""
+    """Notifies several observers, in order."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
     def planned(self, ready: Preparation, options: MergeOptions) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.planned(ready, options)
 
     def waiting(self, why: str) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.waiting(why)
 
     def locked(self, stop: Callable[[], None]) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.locked(stop)
 
     def started(self, cluster: Cluster) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.started(cluster)
 
     def compiling(self) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.compiling()
 
     def compiled(self, seconds: float) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.compiled(seconds)
 
     def tile_ended(self, outcome: Outcome) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.tile_ended(outcome)
 
     def ending(self) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.ending()
 
     def merged(self, report: MergeReport) -> None:
-        """Tell them."""
+        """Notify all."""
         for observer in self._observers:
             observer.merged(report)
 
@@ -113,22 +113,22 @@ def merge(
     """Merge the partials of one or more stores into a merged result, tile by tile.
 
     Per pixel the highest ``mip`` wins with its pose, sums and counts add, and mean, standard
-    deviation and z-score follow. The exposures of a montage are merged each by itself, and laid on
-    one canvas. Memory is bounded by a tile in each thread. Running an interrupted merge again does
-    only the tiles that are missing; when exposures have come since, those that they touch.
+    deviation and z-score follow. Exposures of a montage are merged separately and placed on one
+    canvas. Memory is bounded by one tile per thread. Running an interrupted merge again resumes it:
+    only missing tiles are merged, and tiles that new exposures touch.
 
     Parameters
     ----------
     inputs
-        Paths or URLs of searches and of earlier merges, in the order that decides ties.
+        Paths or URLs of searches and earlier merges; their order decides ties.
     output
         Path or URL of the result.
     observer
-        Is told how it goes.
+        Receives the events of the merge.
     **options
         The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``device``,
         ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``poses``, ``overwrite``,
-        ``worker_timeout``, ``tls``, ``slurm``; of montages ``overlap``, ``erode``, ``origins``.
+        ``worker_timeout``, ``tls``, ``slurm``; for montages ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------
@@ -137,21 +137,21 @@ def merge(
     Raises
     ------
     InvalidInputError, PlanError
-        Before anything is written: inputs that do not belong together, options that cannot work.
+        Inputs do not belong together, or options cannot work; nothing has been written.
     MissingDependencyError, DeviceError
-        Before anything is written: a GPU was asked for and cannot be used.
+        A GPU was requested but cannot be used; nothing has been written.
     OutputExistsError
-        Something else is at the output.
+        The output path contains something else.
     OutputLockedError
         Another run is writing the output.
     TilesFailedError
-        Some tiles failed; the others are done.
+        Some tiles failed; all others are done.
     StoppedError
-        It was told to stop, or there was nothing left to run on; what was done is kept.
+        The run was stopped, or its cluster was lost; finished tiles are kept.
 
     Notes
     -----
-    With ``cluster="local"`` worker processes import the calling script: guard it with
+    With ``cluster="local"``, worker processes import the calling script: guard it with
     ``if __name__ == "__main__":``.
     """
     watcher = observer or Observer()
@@ -183,14 +183,14 @@ def _merge(
 def plan_merge(
     inputs: Place | Sequence[Place], output: Place, options: MergeOptions
 ) -> tuple[Preparation, MergeOptions]:
-    """Plan a merge and refuse it, with numbers, if it cannot fit; writes nothing.
+    """Plan a merge, and raise if it cannot fit; write nothing.
 
     Returns
     -------
     ready
         The merge that can start.
     options
-        With the device that was chosen, and what follows from it.
+        Options completed for the chosen device.
 
     Raises
     ------
@@ -206,7 +206,7 @@ def plan_merge(
 
 
 def memory_nbytes() -> int:
-    """Memory that this process may use, in bytes: the machine's, or its control group's."""
+    """Memory available to this process, in bytes: the machine's, or its control group's limit."""
     from distributed.system import MEMORY_LIMIT
 
     return int(MEMORY_LIMIT)

@@ -1,4 +1,4 @@
-"""Where tiles run: threads here, worker processes or GPU workers on this machine, a scheduler."""
+"""Where tiles run: local threads, local worker processes or GPU workers, or a Dask scheduler."""
 
 import contextlib
 import importlib.util
@@ -37,17 +37,17 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 DASHBOARD_PORT = 8787
-"""Dask's usual one; another where it is taken."""
+"""Dask's default port; another one is used if it is taken."""
 
 WORKER_ENVIRONMENT = {
-    # Keep freed memory and reuse it: Dask's default returns it to the system, and every chunk
-    # would be decoded into pages that have to be mapped anew.
+    # Keep freed memory for reuse: Dask's default returns it to the system, and the pages for every
+    # decoded chunk would have to be mapped again.
     "MALLOC_TRIM_THRESHOLD_": "2147483648",
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    # That connections come and go is no news, and at the end of a run all of them go.
+    # Opened and closed connections are routine, above all at the end of a run.
     "DASK_LOGGING__DISTRIBUTED": os.environ.get("DASK_LOGGING__DISTRIBUTED", "warning"),
 }
 
@@ -59,9 +59,9 @@ class Cluster:
     Parameters
     ----------
     executor
-        Runs them.
+        Runs the tiles.
     description
-        What it is, for people.
+        Human-readable description.
     dashboard
         URL of the Dask dashboard, if there is one.
     """
@@ -71,7 +71,7 @@ class Cluster:
     dashboard: str | None
 
     def recorded(self, path: Path) -> contextlib.AbstractContextManager[object]:
-        """Record how tasks spend their time: a page that opens without a network, when it ends."""
+        """Profile the tasks; on exit, write an HTML page that needs no network."""
         if importlib.util.find_spec("bokeh") is None:
             log.warning("no performance report: pip install 'ocelot-em[viz]' for bokeh")
             return contextlib.nullcontext()
@@ -86,17 +86,17 @@ class Cluster:
 
 
 KINDS = ("threads", "local", "cuda", "slurm", "slurm-job")
-"""Of clusters, besides the address of one."""
+"""Kinds of clusters; the address of a scheduler is also accepted."""
 
 ASSUMED_GPU_NBYTES = 8 * 10**9
-"""Of a GPU that is not there yet, because SLURM has not given it out."""
+"""Assumed memory of a GPU that SLURM has not allocated yet."""
 
 WORKER_TIMEOUT_IN_QUEUE_SECONDS = 86_400.0
-"""How long to wait by default for workers that stand in a queue."""
+"""Default timeout for workers that wait in a queue."""
 
 TIMEOUTS = {
-    # A host that is cut off is missed in seconds, and what it had in hand is done elsewhere; with
-    # less than this, Dask takes workers for lost that only have much to do.
+    # A disconnected host is detected within seconds, and its tasks run elsewhere; with shorter
+    # timeouts, Dask considers busy workers lost.
     "distributed.comm.timeouts.tcp": "15s",
     "distributed.comm.timeouts.connect": "15s",
     "distributed.scheduler.worker-ttl": "30s",
@@ -106,7 +106,7 @@ TIMEOUTS = {
 
 @contextlib.contextmanager
 def _profiled(path: Path) -> Iterator[None]:
-    """Record what Dask's scheduler of threads does; it has no report of its own."""
+    """Profile Dask's threaded scheduler, which has no performance report."""
     from dask.diagnostics import Profiler, visualize
 
     profiler = Profiler()
@@ -117,25 +117,25 @@ def _profiled(path: Path) -> Iterator[None]:
 
 
 MAX_GPU_THREADS = 16
-"""Threads of a GPU worker by default, at most: they decode, and the GPU waits for them."""
+"""Maximum default number of threads of a GPU worker; they decode while the GPU waits."""
 
 
 def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
-    """Decide where the arithmetic is done, before anything is planned or started.
+    """Choose the device for the arithmetic, before anything is planned or started.
 
     Returns
     -------
     device
-        The choice, and why.
+        The choice and its reason.
     options
-        With what follows from it: the device, and for GPU workers their number and threads.
+        Options completed with the device, and for GPU workers their number and threads.
 
     Raises
     ------
     PlanError
-        The device and the cluster do not go together.
+        The device and the cluster cannot be combined.
     MissingDependencyError, DeviceError
-        A GPU was asked for and cannot be used; one sentence says why.
+        A GPU was requested but cannot be used; the message states why.
     """
     asked, cluster = options.device, options.cluster
     if cluster not in KINDS and ":" not in cluster:
@@ -189,11 +189,11 @@ def _cuda(found: list[DeviceFacts], reason: str, options: MergeOptions) -> Devic
 
 
 USABLE_SHARE = 0.9
-"""Of a GPU's memory: its driver and other libraries need some for themselves."""
+"""Usable fraction of a GPU's memory; its driver and other libraries need the rest."""
 
 
 def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
-    """Ask the workers of a running cluster for their GPUs; and the most threads of one."""
+    """Choose a device from the workers' GPUs; also return the largest thread count of a worker."""
     with client_of(options.cluster) as client:
         answers = _ask_workers(client, _facts_or_reason)
         threads = max(client.nthreads().values(), default=1)
@@ -209,23 +209,23 @@ def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
 
 
 def _ask_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
-    """Ask all workers; those that are gone before they answer are left out.
+    """Query all workers; those that fail before they answer are omitted.
 
     Raises
     ------
     ClusterLostError
-        The scheduler is gone.
+        The scheduler cannot be reached.
     """
     try:
         return list(client.run(question, on_error="ignore").values())
-    except OcelotError:  # such as that of a signal that came meanwhile
+    except OcelotError:  # such as one raised by a signal handler
         raise
     except (OSError, TimeoutError, RuntimeError) as error:
         raise ClusterLostError(f"the Dask scheduler is gone: {error}") from error
 
 
 def _facts_or_reason() -> DeviceFacts | str:
-    """Say what this process's first GPU is, or why there is none."""
+    """Describe this process's first GPU, or return why there is none."""
     try:
         return find_devices()[0]
     except OcelotError as error:
@@ -233,7 +233,7 @@ def _facts_or_reason() -> DeviceFacts | str:
 
 
 def _open_or_reason() -> str:
-    """Get this process's GPU ready; why that is impossible, if it is."""
+    """Open this process's GPU; return an error message, or an empty string."""
     try:
         open_device()
     except OcelotError as error:
@@ -250,7 +250,7 @@ def _require_dask_cuda() -> None:
 
 
 def n_workers(options: MergeOptions) -> int:
-    """Workers that share this machine's memory: 1 for threads, 0 for a cluster elsewhere."""
+    """Number of workers that share this machine's memory: 1 for threads, 0 for a remote cluster."""
     if options.cluster == "threads":
         return 1
     if options.cluster == "cuda":
@@ -262,14 +262,14 @@ def n_workers(options: MergeOptions) -> int:
 
 @contextlib.contextmanager
 def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
-    """Start or attach to what the options name; stopped at the end if it was started here.
+    """Start or connect to the cluster in the options; on exit, stop it if it was started here.
 
     Raises
     ------
     PlanError
-        The cluster's name is not known, or there is no scheduler at the address.
+        The cluster's name is unknown, or no scheduler answers at the address.
     DeviceError
-        The workers' GPUs cannot be made ready.
+        A worker cannot open its GPU.
     """
     kind = options.cluster
     if kind == "threads":
@@ -306,13 +306,13 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
-    """Divide the tasks of a SLURM job, if this process is one of them, before anything else.
+    """Assign roles to the tasks of a SLURM job, if this is one, before anything else starts.
 
     Yields
     ------
     MergeOptions
-        For the one that is the driver, with the address of the scheduler. The others do not get
-        here: they exit when the driver has.
+        In the driver, options with the address of the scheduler. The other tasks never return:
+        they exit after the driver.
     """
     if options.cluster != "slurm-job":
         yield options
@@ -373,8 +373,8 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     if options.cluster == "cuda":
         from dask_cuda import LocalCUDACluster
 
-        # Nothing is left on a device between tasks for Dask to spill, and tasks return summaries
-        # only, so that TCP is as good as anything.
+        # Tasks leave nothing on a device for Dask to spill and return only summaries, so TCP is
+        # fast enough.
         what, cluster_class = "GPU worker", LocalCUDACluster
         special = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
         if options.rmm_pool_size is not None:
@@ -391,8 +391,8 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             processes=True,
             host="127.0.0.1",
             dashboard_address=_dashboard_address() if has_dashboard else None,
-            # The plan keeps workers within their memory; Dask's own limits would pause or
-            # restart a worker that is doing what was planned.
+            # The plan bounds the memory of workers; Dask's own limits would pause or restart a
+            # worker that follows the plan.
             memory_limit=0,
             security=security_of_run() if options.tls else None,
             **special,
@@ -411,7 +411,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Take back what Dask's nannies leave in this process's environment for their workers."""
+    """Restore the variables that Dask's nannies set in this process for their workers."""
     names = (*WORKER_ENVIRONMENT, "PYTHONHASHSEED")
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:
@@ -423,11 +423,11 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _dashboard_of(client: Any) -> str | None:
-    """Return the link to a dashboard, for browsers of its host if it can be seen there only."""
+    """Return the link to the dashboard; a loopback address if it is reachable only on its host."""
     link: str | None = client.dashboard_link or None
-    with contextlib.suppress(Exception):  # a scheduler of another version, or one that has gone
-        # Dask names the scheduler's host whatever the dashboard listens to. Code that comes along
-        # as a lambda needs no ocelot_em there.
+    with contextlib.suppress(Exception):  # a scheduler of another version, or a lost one
+        # Dask's link has the scheduler's host whatever address the dashboard listens on. A lambda
+        # is pickled by value, so the scheduler needs no ocelot_em.
         bound = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.http_server.address)
         if link and ipaddress.ip_address(bound).is_loopback:
             return str(urlsplit(link)._replace(netloc=f"{bound}:{urlsplit(link).port}").geturl())
@@ -435,9 +435,9 @@ def _dashboard_of(client: Any) -> str | None:
 
 
 def _dashboard_address() -> str:
-    """Return the usual address, or any port of it where that is taken.
+    """Return the default address, or any free port if that is taken.
 
-    Dask would find out itself, and leave a socket open.
+    Dask's own check leaves a socket open.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -450,19 +450,19 @@ def _dashboard_address() -> str:
 
 @contextlib.contextmanager
 def _taking_another_port_quietly() -> Iterator[None]:
-    """Let Dask choose another port for the dashboard; its link is printed anyway."""
+    """Suppress Dask's warning about another dashboard port; the link is printed anyway."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
         yield
 
 
 def _make_ready(client: Any, options: MergeOptions) -> None:
-    """Have all workers open their GPU, before anything is written.
+    """Open the GPU of every worker, before anything is written.
 
     Raises
     ------
     DeviceError
-        With the reason of the first that cannot.
+        A worker cannot open its GPU; the message has the first reason.
     """
     if options.device != "cuda":
         return

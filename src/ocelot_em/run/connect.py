@@ -1,4 +1,4 @@
-"""Talking to a Dask scheduler, in bounded time."""
+"""Connections to a Dask scheduler, with timeouts."""
 
 import asyncio
 import contextlib
@@ -14,10 +14,10 @@ from ocelot_em.errors import ClusterLostError, OcelotError, PlanError
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 15.0
-"""For a scheduler to answer."""
+"""Timeout for a scheduler to answer."""
 
 ANSWER_SECONDS = 30.0
-"""For workers to answer a question."""
+"""Timeout for workers to answer a query."""
 
 _T = TypeVar("_T")
 
@@ -33,15 +33,15 @@ def client_of(address: str) -> Iterator[Any]:
     Raises
     ------
     PlanError
-        None answers.
+        No scheduler answers.
     """
     from distributed import Client
 
     try:
-        # Not in this thread, in which there may be an event loop.
+        # Not in this thread, which may run an event loop.
         within(CONNECT_SECONDS + 5, lambda: asyncio.run(_greet(address)))
         client = Client(address, timeout=CONNECT_SECONDS)
-    except OcelotError:  # such as that of a signal that came meanwhile
+    except OcelotError:  # such as one raised by a signal handler
         raise
     except Exception as error:
         raise PlanError(
@@ -54,12 +54,12 @@ def client_of(address: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def staying_connected(address: str) -> Iterator[None]:
-    """Be a client of a scheduler that does nothing but show that this process lives.
+    """Keep an idle client connected, to show the scheduler that this process is alive.
 
     Raises
     ------
     ClusterLostError
-        None answers.
+        The scheduler does not answer.
     """
     from distributed import Client
 
@@ -74,14 +74,14 @@ def staying_connected(address: str) -> Iterator[None]:
 
 
 def closing_without_clients(first_seconds: float, seconds: float) -> Any:
-    """Make a plugin that closes a scheduler, and so its workers, that nobody needs any more.
+    """Return a plugin that closes a scheduler without clients, and so its workers.
 
     Parameters
     ----------
     first_seconds
-        For a client to come.
+        Timeout for the first client.
     seconds
-        The scheduler goes on without clients, once there were some.
+        Timeout without clients after that.
 
     Returns
     -------
@@ -116,7 +116,7 @@ def closing_without_clients(first_seconds: float, seconds: float) -> Any:
 
 
 async def _greet(address: str) -> None:
-    """See whether a scheduler answers: Dask's client waits for ever for one that says nothing."""
+    """Check that a scheduler answers: Dask's client waits forever for one that does not."""
     from distributed.comm import connect
     from distributed.security import Security
 
@@ -126,12 +126,12 @@ async def _greet(address: str) -> None:
 
 
 def within(seconds: float, action: Callable[[], _T]) -> _T:
-    """Do something in a thread, which is left to itself when it does not come back.
+    """Call ``action`` in a thread, which is abandoned after a timeout.
 
     Raises
     ------
     TimeoutError
-        It did not come back in time; or whatever it raises.
+        The action did not return in time. Its own exceptions are raised unchanged.
     """
     done: queue.SimpleQueue[tuple[_T] | Exception] = queue.SimpleQueue()
 

@@ -1,7 +1,7 @@
-"""Runs the tiles of a merge with Dask: its threaded scheduler here, or a cluster.
+"""Run the tiles of a merge with Dask: its threaded scheduler, or a cluster.
 
-Work in flight is bounded, so that a canvas of a million tiles costs the driver no more memory
-than one of a hundred.
+Work in flight is bounded: a canvas of a million tiles takes the driver no more memory than one of
+a hundred.
 """
 
 import contextlib
@@ -29,40 +29,41 @@ log = logging.getLogger(__name__)
 TASK_NAME = "merge_tiles"
 
 MAX_TILES_PER_TASK = 16
-"""A task costs Dask about as much as a small tile costs us; tiles of one task overlap."""
+"""Maximum number of tiles per task. A task costs Dask about as much as a small tile costs us; tiles
+of one task overlap in time."""
 
 RUNS_PER_THREAD = 2
-"""Into so many tasks for each thread the tiles that are left are cut: the last ones are short, so
+"""Number of tasks per thread into which the remaining tiles are split: the last tasks are short, so
 that all threads end together."""
 
 TASKS_PER_GRAPH = 256
-"""Tasks in one graph of the threaded scheduler; its cost for each grows with their number."""
+"""Tasks in one graph of the threaded scheduler; its cost per task grows with their number."""
 
 TASKS_IN_FLIGHT = 2
-"""Tasks per thread that a cluster has at a time: one running, the next at hand."""
+"""Submitted tasks per thread of a cluster: one running, one queued."""
 
 LOOK_SECONDS = 1.0
-"""Between two looks at whether the cluster lives, and at how many threads it has."""
+"""Interval between checks of the cluster's state and number of threads."""
 
 RESULT_SECONDS = 60.0
-"""For the result of a task that has ended to arrive."""
+"""Timeout for fetching the result of a finished task."""
 
 STOP_SECONDS = 60.0
-"""For the tiles in hand, when a run is stopped: longer than any takes."""
+"""Timeout for the running tiles when a run is stopped; longer than any tile takes."""
 
 WORKER_TIMEOUT_SECONDS = 300.0
-"""How long to wait by default while there are no workers."""
+"""Default timeout while there are no workers."""
 
 Run = tuple[tuple[int, int], ...]
-"""Rows and columns of the tiles of one task."""
+"""Grid positions (iy, ix) of the tiles of one task."""
 
 Attempt = Callable[[Work, Run], list[Outcome]]
-"""What a task does: :func:`ocelot_em.merge.merge.attempt_tiles`, or nothing, to measure the
-rest."""
+"""Function that a task calls: :func:`ocelot_em.merge.merge.attempt_tiles`, or an empty one to
+measure the overhead."""
 
 
 class ThreadExecutor:
-    """Dask's threaded scheduler in this process; needs no server."""
+    """Run tiles on Dask's threaded scheduler in this process, without a server."""
 
     def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
         self.n_threads, self._attempt = n_threads, attempt
@@ -86,7 +87,7 @@ class ThreadExecutor:
 
         runs = cut_into_runs(tiles, lambda: self.n_threads)
         while batch := tuple(itertools.islice(runs, TASKS_PER_GRAPH)):
-            # The scheduler starts with the last of the keys, as text: let that be the first run.
+            # The scheduler starts with the last key in text order, so the first run gets that key.
             graph = {
                 f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (attempt, work, [*run])
                 for number, run in enumerate(batch)
@@ -98,16 +99,16 @@ class ThreadExecutor:
 
 
 class ClientExecutor:
-    """A Dask cluster, through its client: a sliding window of tasks, released as they end.
+    """Run tiles on a Dask cluster, in a sliding window of tasks that are released as they end.
 
     Parameters
     ----------
     client
-        Connected to it.
+        Client connected to the cluster.
     attempt
-        What a task does.
+        Function that a task calls.
     worker_timeout_seconds
-        How long to wait while there are no workers.
+        Timeout while there are no workers.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class ClientExecutor:
         stop_by = float("inf")
         while True:
             self._require_workers()
-            if self.client.status != "running":  # it tries to connect again
+            if self.client.status != "running":  # it is reconnecting
                 time.sleep(LOOK_SECONDS)
                 continue
             all_submitted = stopping.is_set() or window.fill()
@@ -153,7 +154,7 @@ class ClientExecutor:
         metrics.publish(at_once=True)
 
     def _require_workers(self) -> None:
-        """Raise when the scheduler is gone, or there have been no workers for too long.
+        """Raise if the scheduler is lost, or there have been no workers for too long.
 
         Raises
         ------
@@ -174,29 +175,29 @@ class ClientExecutor:
             )
 
     def n_threads(self) -> int:
-        """Threads of all workers, as of a moment ago: asking takes as long as an empty task."""
+        """Return the cached number of threads of all workers: a query costs as much as a task."""
         now = time.monotonic()
         if now - self._asked > LOOK_SECONDS:
             self._asked = now
-            # Where the connection is down, that will be seen elsewhere.
+            # A lost connection is detected elsewhere.
             with contextlib.suppress(OSError, TimeoutError, ValueError, RuntimeError):
                 self._n_threads_then = sum(self.client.nthreads().values())
         return self._n_threads_then
 
 
 class _Window:
-    """The tasks that a cluster has at a time.
+    """The submitted tasks of a cluster.
 
     Parameters
     ----------
     executor
-        Of the cluster.
+        Executor of the cluster.
     work
-        What the tasks belong to.
+        Work that the tasks belong to.
     runs
-        The tiles of each.
+        Tiles of each task.
     on_outcome
-        Is told how tiles end.
+        Called with the outcome of each tile.
     """
 
     def __init__(
@@ -213,12 +214,12 @@ class _Window:
         self.in_flight: dict[str, tuple[Run, Any]] = {}
 
     def fill(self) -> bool:
-        """Submit as many as all workers are busy with; some may have come or gone meanwhile.
+        """Submit tasks until all current workers are busy.
 
         Returns
         -------
         bool
-            Whether there are no more.
+            Whether all tasks have been submitted.
         """
         while len(self.in_flight) < TASKS_IN_FLIGHT * max(self._executor.n_threads(), 1):
             run = self._again.popleft() if self._again else next(self._runs, None)
@@ -236,18 +237,18 @@ class _Window:
             except Exception:
                 if self._executor.client.status == "running":
                     raise
-                self._again.append(run)  # the connection went down at this moment
+                self._again.append(run)  # the connection was lost just now
                 return False
             self.in_flight[str(future.key)] = run, future
             future.add_done_callback(self._ended.put)
         return False
 
     def take_one(self) -> None:
-        """Wait a moment for a task to end, and tell of its tiles, or have them done again."""
+        """Wait briefly for a task to end, and report its tiles or put them back in the queue."""
         try:
             future = self._ended.get(timeout=LOOK_SECONDS)
         except queue.Empty:
-            # Those of a scheduler that was started anew never end.
+            # Tasks lost in a restart of the scheduler never end.
             lost = [key for key, (_, future) in self.in_flight.items() if future.status == "lost"]
             self._again.extend(self.in_flight.pop(key)[0] for key in lost)
             return
@@ -257,7 +258,7 @@ class _Window:
         if future.status == "error":
             error = future.exception()
             if len(run) > 1:
-                # One of them may be to blame: the others should not share its fate.
+                # A single tile may be the cause: retry each one in a task of its own.
                 self._again.extend((tile,) for tile in run)
             else:
                 reason = f"{type(error).__name__}: {error}"
@@ -271,7 +272,7 @@ class _Window:
         try:
             outcomes = future.result(timeout=RESULT_SECONDS)
         except Exception as error:
-            # Its worker died with it, or the scheduler forgot it: it is done again.
+            # Its worker died, or the scheduler forgot it: run it again.
             log.info("the result of a task was lost: %r", error)
             self._again.append(run)
             return
@@ -280,11 +281,11 @@ class _Window:
 
 
 _numbers = itertools.count()
-"""Of tasks: the scheduler may remember one that it was told to forget."""
+"""Numbers that keep task keys unique: the scheduler may remember a released key."""
 
 
 def cut_into_runs(tiles: Sequence[tuple[int, int]], n_threads: Callable[[], int]) -> Iterator[Run]:
-    """Cut into runs of neighbours for the tasks: long ones first, single tiles at the end."""
+    """Split tiles into runs of consecutive ones: long runs first, single tiles at the end."""
     start = 0
     while start < len(tiles):
         share = (len(tiles) - start) // (RUNS_PER_THREAD * max(n_threads(), 1))

@@ -1,4 +1,4 @@
-"""Numbers of a run for Prometheus, where Dask's scheduler serves its own: at ``/metrics``."""
+"""Prometheus metrics of a run, served with those of Dask's scheduler at ``/metrics``."""
 
 import importlib.util
 import logging
@@ -17,24 +17,24 @@ MEANINGS = {
     "ocelot_bytes": ("kind", "Bytes read and written as stored, and decoded."),
     "ocelot_seconds": ("phase", "Seconds that workers spent on tiles; waited is a part of others."),
 }
-"""What is counted since a run began, and what tells its parts from each other."""
+"""Label and description of each counter; counters start with the run."""
 
 EVERY_SECONDS = 2.0
-"""Between two times that numbers are passed on."""
+"""Interval between updates of the scheduler."""
 
 Increments = dict[tuple[str, str], float]
-"""What to add, by counter and part."""
+"""Increments by counter and label value."""
 
 
 class Metrics:
-    """Adds up how tiles end, and passes it on to the scheduler.
+    """Counts outcomes of tiles, and sends the counts to the scheduler.
 
     Parameters
     ----------
     run_id
-        Of the run: a label of every number.
+        Identifier of the run; a label of every counter.
     call
-        Calls a function in the process of the scheduler.
+        Function that calls another one in the scheduler's process.
     """
 
     def __init__(self, run_id: str, call: Callable[..., object]) -> None:
@@ -54,7 +54,7 @@ class Metrics:
             since["ocelot_bytes", kind] += nbytes
 
     def publish(self, *, at_once: bool = False) -> None:
-        """Pass on what came since the last time, if that was not just now."""
+        """Send the increments since the last update, at most every ``EVERY_SECONDS``."""
         if not self._since or (not at_once and time.monotonic() < self._next):
             return
         since: Increments = dict(self._since)
@@ -63,13 +63,13 @@ class Metrics:
         try:
             self._call(add, self._run_id, since)
         except Exception as error:
-            # A run must not end because nobody can count it: a scheduler without this package.
+            # Failing metrics must not end a run; the scheduler may lack this package.
             log.info("metrics are not published: %r", error)
             self._next = float("inf")
 
 
 def add(run_id: str, increments: Increments) -> None:
-    """Add to this process's counters; without prometheus-client nobody could ask for them."""
+    """Increment this process's counters; without prometheus-client, do nothing."""
     if importlib.util.find_spec("prometheus_client") is None:
         return
     for (name, part), value in increments.items():

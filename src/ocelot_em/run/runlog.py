@@ -1,4 +1,4 @@
-"""What a run leaves for those who look later: a log of JSON lines, and a folder of its own."""
+"""Records of a run: a log of JSON lines, and a run folder."""
 
 import contextlib
 import dataclasses
@@ -31,19 +31,19 @@ PACKAGES = (
     *("ocelot-em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba", "obstore"),
     *("dask-jobqueue", "dask-cuda", "cupy-cuda12x", "cupy-cuda13x"),
 )
-"""Whose versions a run's folder tells, if they are installed."""
+"""Packages whose versions a run folder records, if they are installed."""
 
 
 class RunLog(Observer):
-    """Writes how a merge goes, and what is logged meanwhile, as lines of JSON.
+    """Writes the progress of a merge, and its log messages, as JSON lines.
 
-    A context manager. Every line has ``time`` (UTC), ``run`` (the same in all lines of a run, and
-    another when it goes on later) and ``event``.
+    A context manager. Every line has ``time`` (UTC), ``run`` (one identifier per run; a resumed run
+    has a new one) and ``event``.
 
     Parameters
     ----------
     path
-        File to append to; ``-`` is the standard error.
+        File to append to; ``-`` is standard error.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -58,14 +58,14 @@ class RunLog(Observer):
         Raises
         ------
         InvalidInputError
-            It cannot be written.
+            The file cannot be written.
         """
         if self._path == "-":
             self._file = self._stack.enter_context(open(2, "w", closefd=False))
         else:
             try:
                 Path(self._path).parent.mkdir(parents=True, exist_ok=True)
-                # One write for each line, so that lines of several runs stay whole.
+                # One write per line keeps the lines of several runs whole.
                 self._file = self._stack.enter_context(Path(self._path).open("a", buffering=1))
             except OSError as error:
                 raise InvalidInputError(f"log {self._path}: cannot be written: {error}") from error
@@ -76,14 +76,14 @@ class RunLog(Observer):
         self._stack.close()
 
     def event(self, event: str, **fields: object) -> None:
-        """Write a line; a full disk must not end a run for its log's sake."""
+        """Write a line; a write error, such as a full disk, does not end the run."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": at, "run": self.run_id, "event": event, **fields}, default=str)
         with self._writing, contextlib.suppress(OSError, ValueError):
             self._file.write(line + "\n")
 
     def planned(self, ready: Preparation, options: MergeOptions) -> None:
-        """Write what is to be done."""
+        """Write the plan."""
         cost = ready.forecast
         self.event(
             "planned",
@@ -101,27 +101,27 @@ class RunLog(Observer):
         )
 
     def waiting(self, why: str) -> None:
-        """Write why nothing goes on."""
+        """Write why the merge is waiting."""
         self.event("waiting", why=why)
 
     def locked(self, stop: Callable[[], None]) -> None:  # noqa: ARG002
-        """Write that nobody else writes the output."""
+        """Write that the output is locked."""
         self.event("locked")
 
     def started(self, cluster: Cluster) -> None:
-        """Write where it runs."""
+        """Write the description of the cluster."""
         self.event("started", cluster=cluster.description, dashboard=cluster.dashboard)
 
     def compiling(self) -> None:
-        """Write that kernels are compiled."""
+        """Write that the kernels are being compiled."""
         self.event("compiling")
 
     def compiled(self, seconds: float) -> None:
-        """Write how long it took."""
+        """Write the compilation time."""
         self.event("compiled", seconds=round(seconds, 3))
 
     def tile_ended(self, outcome: Outcome) -> None:
-        """Write how a tile ended."""
+        """Write the outcome of a tile."""
         tile = outcome.summary
         told: dict[str, object] = {"error": outcome.error, "tried_again": outcome.is_transient}
         if tile is not None:
@@ -138,7 +138,7 @@ class RunLog(Observer):
         self.event("tile", tile=[outcome.iy, outcome.ix], state=state, worker=outcome.where, **told)
 
     def merged(self, report: MergeReport) -> None:
-        """Write what was done."""
+        """Write the totals of the merge."""
         self.event(
             "merged",
             tiles=report.n_tiles,
@@ -150,7 +150,7 @@ class RunLog(Observer):
 
 
 class _Handler(logging.Handler):
-    """Passes on what this package logs, and the warnings of others."""
+    """Forwards this package's messages, and warnings of other packages."""
 
     def __init__(self, event: Callable[..., None]) -> None:
         super().__init__(logging.INFO)
@@ -159,7 +159,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING and not record.name.startswith("ocelot_em"):
             return
-        with contextlib.suppress(Exception):  # as logging itself: no log may end a run
+        with contextlib.suppress(Exception):  # like logging itself: no log may end a run
             self._event(
                 "message",
                 level=record.levelname.lower(),
@@ -179,17 +179,17 @@ def _passed_on(handler: logging.Handler) -> Iterator[None]:
 
 
 class RunFolder(Observer):
-    """Keeps all that a run leaves: configuration, versions, log, performance, statistics, report.
+    """Keeps a run's configuration, versions, log, performance reports, statistics and report.
 
-    A context manager. A run that goes on keeps to its folder: the log is appended to, and every
-    part of it has a performance report of its own.
+    A context manager. A resumed run uses the same folder: it appends to the log, and adds a
+    performance report.
 
     Parameters
     ----------
     path
-        Folder of this machine, made if it is not there.
+        Local folder; created if it does not exist.
     write_config
-        Writes the effective options to a file.
+        Function that writes the effective options to a file.
     """
 
     def __init__(self, path: str | PathLike[str], write_config: Callable[[Path], None]) -> None:
@@ -201,16 +201,16 @@ class RunFolder(Observer):
 
     @property
     def log_file(self) -> Path:
-        """Where the log of the run belongs."""
+        """Path of the run's log."""
         return self.path / "log.jsonl"
 
     def __enter__(self) -> Self:
-        """Make the folder, and write what is known before anything is done.
+        """Create the folder, and write the configuration and versions.
 
         Raises
         ------
         InvalidInputError
-            It cannot be written.
+            The folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ class RunFolder(Observer):
         self.ending()
 
     def started(self, cluster: Cluster) -> None:
-        """Begin to record how the workers spend their time."""
+        """Start profiling the workers."""
         number = sum(1 for _ in self.path.glob("performance*.html")) + 1
         name = "performance.html" if number == 1 else f"performance-{number}.html"
         self._performance.enter_context(cluster.recorded(self.path / name))
@@ -233,11 +233,11 @@ class RunFolder(Observer):
         """Write the performance report."""
         try:
             self._performance.close()
-        except Exception as error:  # of a cluster that is lost there is none
+        except Exception as error:  # a lost cluster has none
             log.warning("no performance report: %s", error)
 
     def merged(self, report: MergeReport) -> None:
-        """Write the statistics, and the report where pictures can be drawn."""
+        """Write the statistics, and the report if figures can be drawn."""
         summary = read_summary(report.output)
         if summary is not None:
             self._write("statistics.json", summary.attributes.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""Who may talk to a cluster: certificates, and a warning where everybody may."""
+"""TLS certificates of clusters, and a warning about unprotected schedulers."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from ocelot_em.errors import MissingDependencyError, PlanError
 log = logging.getLogger(__name__)
 
 CREDENTIALS_SECONDS = 300.0
-"""For the certificates of a run to appear in a folder that all of its tasks see."""
+"""Timeout for the certificates of a run to appear in the folder shared by its tasks."""
 
 _ROLES = "client", "scheduler", "worker"
 
@@ -23,19 +23,19 @@ _CERTIFICATE, _KEY = "certificate.pem", "key.pem"
 
 
 def security_of_run() -> Any:
-    """Return certificates for driver, scheduler and workers: Dask's own, or such as die with us.
+    """Return certificates for all roles: those in Dask's configuration, or temporary ones.
 
     Raises
     ------
     MissingDependencyError
-        Temporary ones are needed, and cryptography is not installed.
+        Temporary certificates need cryptography, which is not installed.
     """
     configured = configured_security()
     return _temporary() if configured is None else configured
 
 
 def configured_security() -> Any | None:
-    """Return the certificates that Dask's configuration names, ``distributed.comm.tls``."""
+    """Return the certificates in Dask's configuration, ``distributed.comm.tls``, if complete."""
     from distributed.security import Security
 
     security = Security(require_encryption=True)
@@ -44,26 +44,26 @@ def configured_security() -> Any | None:
 
 
 def shared_credentials(folder: Path, *, is_maker: bool) -> dict[str, str]:
-    """Share the certificates of a run whose processes start side by side, and see one folder.
+    """Share certificates between the processes of a run through a common folder.
 
     Parameters
     ----------
     folder
-        That only this user may enter; made here, and to be removed with :func:`forget`.
+        Created with access for this user only; remove it with :func:`forget`.
     is_maker
-        Whether this process makes them; the others wait.
+        Whether this process creates the certificates; the others wait for them.
 
     Returns
     -------
     dict
-        Configuration of Dask that names them; empty if it names some already.
+        Dask configuration with their paths; empty if Dask is already configured.
 
     Raises
     ------
     MissingDependencyError
-        Temporary ones are needed, and cryptography is not installed.
+        Temporary certificates need cryptography, which is not installed.
     PlanError
-        They did not come in time.
+        The certificates did not appear in time.
     """
     if configured_security() is not None:
         return {}
@@ -93,7 +93,7 @@ def shared_credentials(folder: Path, *, is_maker: bool) -> dict[str, str]:
 
 
 def forget(folder: Path) -> None:
-    """Remove the certificates that :func:`shared_credentials` made."""
+    """Remove the certificates that :func:`shared_credentials` created."""
     for name in (_CERTIFICATE, _KEY):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ def _temporary() -> Any:
 
 
 def warn_if_open(address: str) -> None:
-    """Say what it means that a scheduler can be reached from elsewhere without certificates."""
+    """Warn if a scheduler can be reached from other hosts without certificates."""
     parts = urlsplit(address)
     if parts.scheme in ("tls", "inproc", "ws", "wss") or _is_loopback(parts.hostname or ""):
         return

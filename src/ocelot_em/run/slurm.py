@@ -1,4 +1,4 @@
-"""Workers that SLURM starts: a job for each, or tasks of the job that this process belongs to."""
+"""Workers started by SLURM: in jobs of their own, or as tasks of this process's job."""
 
 import contextlib
 import importlib.util
@@ -27,28 +27,28 @@ DEFAULT_CORES = 4
 DEFAULT_MEMORY_OF_THREAD = 10**9
 
 LEAVE_SECONDS = 60
-"""Before the end of their time, workers finish what they have in hand and leave."""
+"""Time before the end of a job at which its workers finish their tasks and exit."""
 
 ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
-"""Of the end of a job's time, and of its preemption."""
+"""Signals that SLURM sends before a job's time limit and at its preemption."""
 
 DEATH_SECONDS = 60
-"""For a worker to find the scheduler; without one it ends."""
+"""Time after which a worker that finds no scheduler exits."""
 
 START_SECONDS = 300
-"""For all tasks of a job to start and find each other."""
+"""Timeout for all tasks of a job to start and find each other."""
 
 DRIVER_GONE_SECONDS = 20
-"""So long a scheduler goes on without a driver."""
+"""Time after which a scheduler without a driver exits."""
 
 LEAVE_WITH_DRIVER_SECONDS = 10
-"""For workers to end by themselves after the driver."""
+"""Time that workers have to exit by themselves after the driver."""
 
 DRIVER = 1
-"""Number of the task that is the driver."""
+"""Rank of the driver task."""
 
 TASKS_BESIDES = 2
-"""Of a job: one is the scheduler, one the driver; all others are workers."""
+"""Number of tasks of a job that are not workers: the scheduler and the driver."""
 
 
 def require_jobqueue() -> None:
@@ -65,7 +65,7 @@ def require_jobqueue() -> None:
 
 
 def completed(jobs: SlurmJobs) -> SlurmJobs:
-    """Return what jobs ask for, with Dask's configuration and defaults where nothing is said."""
+    """Return job options with unset ones taken from Dask's configuration or the defaults."""
     require_jobqueue()
     import dask_jobqueue  # noqa: F401  (it adds its own defaults to Dask's configuration)
 
@@ -89,7 +89,7 @@ def completed(jobs: SlurmJobs) -> SlurmJobs:
 
 @contextlib.contextmanager
 def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterator[Any]:
-    """Ask SLURM for workers and keep asking for those that go; all are cancelled in the end.
+    """Submit worker jobs to SLURM, replace those that end, and cancel all of them on exit.
 
     Yields
     ------
@@ -98,7 +98,7 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
     Raises
     ------
     PlanError
-        ``sbatch`` cannot be run or refuses.
+        ``sbatch`` cannot be run or rejects a job.
     """
     from dask_jobqueue import SLURMCluster
 
@@ -131,7 +131,7 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
             **{name: value for name, value in said.items() if value is not None},
         ) as cluster:
             log.debug("job script:\n%s", cluster.job_script())
-            # A job that goes, because it was cancelled, preempted or had its time, is replaced.
+            # Replaces jobs that were cancelled or preempted, or that reached their time limit.
             cluster.adapt(minimum_jobs=n_jobs, maximum_jobs=n_jobs)
             yield cluster
     except (FileNotFoundError, RuntimeError) as error:
@@ -149,11 +149,10 @@ def _seconds(walltime: str) -> int:
 
 @contextlib.contextmanager
 def slurm_tasks(options: MergeOptions) -> Iterator[str]:
-    """Divide the tasks of this job: the first is the scheduler, the second goes on from here.
+    """Assign roles to the tasks of this job: scheduler, driver, and workers, in this order.
 
-    All others are workers. They, and the scheduler, never return from here: they exit when the
-    second does. Signals that announce the end of the job's time are for the second alone, and the
-    exit code of the job is its.
+    Only the driver returns; the scheduler and the workers exit after it. Only the driver handles
+    signals that announce the end of the job, and its exit code is the job's.
 
     Yields
     ------
@@ -163,15 +162,15 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     Raises
     ------
     PlanError
-        This is no task of a SLURM job, there are too few, or no scheduler comes.
+        This process is no task of a SLURM job, there are too few tasks, or no scheduler starts.
     ClusterLostError
-        The scheduler has gone at once.
+        The scheduler was lost at once.
     """
     require_jobqueue()
     number, name, earlier = _task_and_names()
     if number != DRIVER:
         _serve(options, name, is_scheduler=number == 0)
-    for killed in earlier:  # as a whole, so that nobody could
+    for killed in earlier:  # jobs killed as a whole, before any task could clean up
         _clean_up(killed)
     with contextlib.ExitStack() as stack:
         stack.callback(_clean_up, name)
@@ -180,23 +179,23 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
             _wait_for_scheduler(name)
             runner = _runner(options, name)
         stack.callback(_end, runner)
-        for number_of_signal in came:  # now that the other tasks can be told to end, too
+        for number_of_signal in came:  # now the other tasks can be stopped, too
             signal.raise_signal(number_of_signal)
-        stack.enter_context(staying_connected(runner.scheduler_address))  # it ends without a driver
+        stack.enter_context(staying_connected(runner.scheduler_address))  # keeps it running
         yield runner.scheduler_address
 
 
 def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
-    """Be the scheduler or a worker until the driver has ended.
+    """Run the scheduler or a worker until the driver has ended.
 
-    srun's exit code is the highest of all tasks: that of this one is 0, whatever befalls it.
+    srun's exit code is the highest of all tasks, so this one always exits with 0.
     """
     for announcement in ANNOUNCEMENTS:
-        # A worker process inherits that they are ignored; a handler of ours it would not.
+        # Worker processes inherit ignored signals, but not handlers.
         signal.signal(announcement, signal.SIG_IGN)
     _print_elsewhere()
     if not is_scheduler:
-        # One that has not found the scheduler yet cannot be told by it.
+        # The scheduler cannot stop a worker that is not connected yet.
         threading.Thread(target=_exit_after, args=(_file_of(name),), daemon=True).start()
     try:
         with _credentials(options, name, is_maker=is_scheduler):
@@ -207,7 +206,7 @@ def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
     except Exception:
         log.exception("a task ends early")
     finally:
-        if is_scheduler:  # a driver that was killed has not
+        if is_scheduler:  # in case the driver was killed
             _clean_up(name)
         sys.stdout.flush()
         os._exit(0)
@@ -225,12 +224,12 @@ def _wait_for_scheduler(name: str) -> None:
 
 
 def _exit_after(scheduler_file: Path) -> None:
-    """End this process when a file is gone for some seconds that was there, or did not come."""
+    """Exit this process once the file has been missing for some seconds, or never appeared."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
             is_there = scheduler_file.exists()
-        except OSError:  # a network's file system is away
+        except OSError:  # a network file system is unavailable
             is_there = True
         if is_there:
             deadline = time.monotonic() + LEAVE_WITH_DRIVER_SECONDS
@@ -247,7 +246,7 @@ def _credentials(options: MergeOptions, name: str, *, is_maker: bool) -> Iterato
 
 
 def _file_of(name: str) -> Path:
-    """By which the other tasks find the scheduler."""
+    """Return the file by which the other tasks find the scheduler."""
     return Path(f"{name}.json")
 
 
@@ -262,7 +261,7 @@ def _clean_up(name: str) -> None:
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """Collect announcements of the end that come meanwhile; the second is not deferred."""
+    """Defer the first of ``ANNOUNCEMENTS`` and collect it; a second is not deferred."""
     came: list[int] = []
     before = {number: signal.getsignal(number) for number in ANNOUNCEMENTS}
 
@@ -283,7 +282,7 @@ def _deferred_signals() -> Iterator[list[int]]:
 
 
 def _print_elsewhere() -> None:
-    """Have what scheduler and workers say, most of it when they end, not disturb the driver."""
+    """Redirect the output of scheduler and workers to a log file, away from the driver's."""
     with _log_of_workers().open("a") as log_of_workers:
         for stream in (1, 2):
             os.dup2(log_of_workers.fileno(), stream)
@@ -295,10 +294,10 @@ def _log_of_workers() -> Path:
 
 
 def _runner(options: MergeOptions, name: str) -> Any:
-    """Take this task's part; returns in the driver alone."""
+    """Run this task's role; return only in the driver."""
     interrupt = signal.getsignal(signal.SIGINT)
     logging.getLogger("distributed").setLevel(logging.WARNING)
-    # It takes the interrupt for itself as it is imported; in the other tasks, to end with it.
+    # Its import replaces the handler of SIGINT; the other tasks need that to exit.
     from dask_jobqueue.slurm import SLURMRunner
 
     said: dict[str, Any] = {"protocol": "tls", "security": configured_security()}
@@ -318,8 +317,8 @@ def _runner(options: MergeOptions, name: str) -> Any:
         worker_options={
             "nthreads": threads,
             "memory_limit": 0,
-            # One that its nanny starts anew while everything ends must not look for a scheduler
-            # until the job's time is over.
+            # A worker that its nanny restarts during shutdown must not look for a scheduler until
+            # the job's time limit.
             "death_timeout": DEATH_SECONDS,
             **said,
         },
@@ -329,8 +328,8 @@ def _runner(options: MergeOptions, name: str) -> Any:
 
 
 def _end(runner: Any) -> None:
-    """Have the scheduler and its workers end."""
-    # It may have ended before.
+    """Shut down the scheduler and its workers."""
+    # The scheduler may have exited already.
     with (
         contextlib.suppress(PlanError, OSError, TimeoutError, ValueError),
         client_of(runner.scheduler_address) as client,
@@ -341,9 +340,9 @@ def _end(runner: Any) -> None:
 
 
 def _task_and_names() -> tuple[int, str, list[str]]:
-    """Return the number of this task, a name that all tasks of its step agree on, and earlier ones.
+    """Return this task's rank, a name shared by all tasks of its step, and earlier names.
 
-    A job that is started again keeps its number; those are the names of its earlier starts.
+    A restarted job keeps its number; the earlier names are those of its earlier starts.
     """
     try:
         number, n_tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
@@ -364,7 +363,7 @@ def _task_and_names() -> tuple[int, str, list[str]]:
 
 
 def _take_gpu() -> None:
-    """Have each task of a node see a GPU of its own, as far as there are."""
+    """Assign one visible GPU to each task of a node; they share GPUs if there are too few."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible:
         devices = visible.split(",")
