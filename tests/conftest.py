@@ -37,6 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_dashboard_port() -> None:
+    """Give every process of the tests a dashboard port of its own.
+
+    Two clusters that start at the same moment both find the usual port free; Dask then leaves a
+    socket open in the one that comes second.
+    """
+    from ocelot_em.run import clusters
+
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    clusters.DASHBOARD_PORT += 1 + int(worker.removeprefix("gw"))
+
+
 @pytest.fixture
 def crops() -> list[Path]:
     """Crops of a real search's four results, both pose forms, 128 x 128 pixels."""
