@@ -1,4 +1,4 @@
-"""Everything about result files that is checked before anything is written."""
+"""Checks of result files before anything is written."""
 
 import hashlib
 import math
@@ -52,7 +52,7 @@ def check_batch(
     seen: dict[str, Path],
     tell: Callable[[float], None],
 ) -> Checked:
-    """Read a batch's files through; ``seen`` has files by their hashes, and gets these."""
+    """Read and check a batch's files; add their hashes to ``seen``, the files by hash."""
     with ExitStack() as stack:
         candidates, problems = _open_all(batch, stack)
         result = Checked(f"{batch.files[0]}", problems)
@@ -88,7 +88,7 @@ def check_batch(
 
 
 def unequal(checked: Sequence[Checked]) -> list[str]:
-    """How the batches' maps and search spaces differ, if they do."""
+    """List differences between the batches' maps or search spaces."""
     maps, spaces = dict[MapSet, str](), dict[str, str]()
     for one in checked:
         if one.info is not None:
@@ -130,7 +130,7 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name partials after their files, with as many folders as it takes to tell them apart."""
+    """Name partials after their files, with as many folders as needed to make names unique."""
     folders = [path.absolute().parent.parts[1:] for path in paths]
     for depth in range(1 + max(map(len, folders))):
         names = [
@@ -183,7 +183,7 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
 
 
 def _one_number(candidate: Candidate, key: str) -> object:
-    """Read an array of one element; of others, which may be huge, the header is enough."""
+    """Read an array of one element; refuse others, which may be huge, by their header."""
     shape, dtype = candidate.arrays[key]
     if math.prod(shape) != 1 or dtype.kind not in "biufcO":
         raise ValueError(f"expected one integer, got {dtype} of shape {shape}")
@@ -193,9 +193,9 @@ def _one_number(candidate: Candidate, key: str) -> object:
 def _search_space(
     candidates: Sequence[Candidate], options: ImportOptions, space: SearchSpace | None
 ) -> tuple[SearchSpace | None, list[str]]:
-    """Tables of the file that was given, or else those that the files carry themselves."""
+    """Return the tables of the given file or, without one, those in the result files."""
     if options.search_space is not None and space is None:
-        return None, []  # why it cannot be read has been said
+        return None, []  # already reported as unreadable
     problems: list[str] = []
     where = str(options.search_space)
     explicit = all(set(POSES[:-1]) <= set(c.arrays) for c in candidates)
@@ -232,7 +232,7 @@ def _common_info(
 
 
 def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: Batch) -> list[str]:
-    """Keys that are missing, shapes that differ, types that cannot be stored."""
+    """List missing keys, different shapes and dtypes that cannot be stored."""
     problems: list[str] = []
     exposure, of = batch.exposure, of_batch(batch)
     shapes = Counter(c.shape for c in candidates if MIP in c.arrays)
@@ -275,7 +275,7 @@ def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: B
 def _against_existing(
     candidates: Sequence[Candidate], objects: Any, exposure: str
 ) -> tuple[int, list[str], set[str]]:
-    """Order of the first new partial, names that are taken, and partials that are there already."""
+    """Return the first new partial's order, problems with names, and partials already imported."""
     if not partial_names(objects, exposure):
         return 0, [], set()
     existing = dict(read_partials(objects, exposure))
@@ -285,7 +285,7 @@ def _against_existing(
     for candidate in candidates:
         candidate.sha256 = _sha256(candidate.path)
         name = there_as = candidate.name
-        if name not in complete and candidate.count:  # results of idle devices are alike
+        if name not in complete and candidate.count:  # idle devices have identical results
             there_as = hashes.get(candidate.sha256, name)
         found = complete.get(there_as)
         if found is None:
@@ -315,7 +315,7 @@ def _same_content(candidates: Sequence[Candidate], seen: dict[str, Path]) -> lis
     for candidate in candidates:
         candidate.sha256 = candidate.sha256 or _sha256(candidate.path)
         if candidate.count == 0:
-            continue  # of idle devices, whose results are alike
+            continue  # idle devices have identical results
         first = seen.setdefault(candidate.sha256, candidate.path)
         if first.resolve() != candidate.path.resolve():
             problems.append(
@@ -333,7 +333,7 @@ def _sha256(path: Path) -> str:
 def _value_problems(
     candidate: Candidate, info: SearchInfo, tell: Callable[[float], None]
 ) -> list[str]:
-    """Read a file through; the first band with problems is reported."""
+    """Check all values of a file; report the first band with problems."""
     shape = cast("tuple[int, int]", candidate.shape)
     readers = {key: candidate.file.rows(key) for key in info.maps.partial}
     for band in bands_of(shape):

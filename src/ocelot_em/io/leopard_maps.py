@@ -1,7 +1,7 @@
-"""The eight maps of a finished search as Leopard-EM names them: what its file formats share.
+"""The eight maps of a finished search as Leopard-EM names them: code shared by its file formats.
 
-Out: the valid pixels of a merged result, read band by band. In: one partial of a search, whose sums
-are reconstructed from mean and standard deviation.
+Export reads the valid pixels of a merged result band by band. Import makes one partial of a search;
+its sums are reconstructed from the mean and the standard deviation.
 """
 
 import hashlib
@@ -41,28 +41,28 @@ OUR_NAMES: Mapping[str, str] = {
     "mip": MIP,
     "scaled_mip": SCALED_MIP,
     "correlation_average": MEAN,
-    "correlation_variance": STD,  # the name is wrong, there and since 1.0: it is not squared
+    "correlation_variance": STD,  # misnamed in Leopard-EM since 1.0: it is not squared
     "orientation_psi": "best_psi",
     "orientation_theta": "best_theta",
     "orientation_phi": "best_phi",
     "relative_defocus": "best_defocus",
 }
-"""Leopard-EM's names of the maps, and ours."""
+"""Leopard-EM's map names, and the names used here."""
 
 Tell = Callable[[str, float], None]
-"""Is told the phase (``check`` or ``convert``) and the share of it that is done, 0 to 1."""
+"""Progress callback: the phase (``check`` or ``convert``) and the fraction of it done, 0 to 1."""
 
 BAND_PX = 4 * 2**20
-"""Pixels of a map that are in memory at a time, unless chunks are larger."""
+"""Pixels of a map in memory at a time, unless chunks are larger."""
 
 LEAST_ROWS = 1024
-"""Bands are at least as high, and of whole chunks: neither many nor read in pieces."""
+"""Minimum height of a band, which consists of whole chunks: few bands, no chunk read twice."""
 
 
 def band_grid(shape: tuple[int, int], block: tuple[int, int]) -> TileGrid:
-    """Cut a map into bands made of whole blocks, each of about :data:`BAND_PX` pixels.
+    """Cut a map into bands of whole blocks, each of about :data:`BAND_PX` pixels.
 
-    Wide maps are cut along both axes: a row of chunks of a montage can be gigabytes.
+    Wide maps are cut along both axes: one row of chunks of a montage can be gigabytes.
     """
     rows = ceil_div(LEAST_ROWS, block[0]) * block[0]
     columns = max(BAND_PX // (rows * block[1]), 1) * block[1]
@@ -91,7 +91,7 @@ class FinishedMaps:
 
     @property
     def total_projections(self) -> int:
-        """Cross-correlations of every pixel.
+        """Number of cross-correlations of every pixel.
 
         Raises
         ------
@@ -108,7 +108,7 @@ class FinishedMaps:
         return int(counts.pop())
 
     def read(self, name: str, region: Region) -> AnyArray:
-        """Read a map over a region of the valid pixels; poses that are not stored are decoded."""
+        """Read a map over a region of the valid pixels; decode poses that are not stored."""
         rows, columns = region.slices
         lazily = self._dataset[name].isel(y=rows, x=columns)
         values: AnyArray = lazily.compute(scheduler="threads").to_numpy()
@@ -117,23 +117,23 @@ class FinishedMaps:
 
 @dataclass(frozen=True)
 class FinishedSearch:
-    """What the files of a finished search do not say.
+    """Information that the files of a finished search lack.
 
     Parameters
     ----------
     total_projections
-        How many cross-correlations mean and standard deviation are of, exactly. Leopard-EM has it
-        in its configuration file, and in HDF5 files.
+        Exact number of cross-correlations behind the mean and the standard deviation. Leopard-EM
+        records it in its configuration file and in HDF5 files.
     template_box
         Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``).
         None: all pixels are valid, as Leopard-EM writes them by default.
     pixel_size_angstrom
-        Pixel size of the micrograph in Å; None: what the files say.
+        Pixel size of the micrograph in Å. None: taken from the files.
     pixel_size_offset_angstrom
-        The one pixel-size offset in Å at which everything was searched: 0 if the pixel size was
-        not varied. None: the poses have no pixel size, and merge only with such that have none.
+        The single pixel-size offset of the search in Å: 0 if the pixel size was not varied. None:
+        the poses have no pixel size and merge only with others that have none.
     name
-        Name of the partial; None: after the files.
+        Name of the partial. None: derived from the files.
     """
 
     total_projections: int | None = None
@@ -145,14 +145,14 @@ class FinishedSearch:
 
 @dataclass(frozen=True)
 class ImportedSearch:
-    """A finished search that became a partial.
+    """A finished search that was imported as a partial.
 
     Parameters
     ----------
     name
-        Of the partial.
+        Name of the partial.
     notes
-        What the files lack and what was reconstructed, one sentence each.
+        Missing and reconstructed information, one sentence each.
     """
 
     name: str
@@ -161,21 +161,21 @@ class ImportedSearch:
 
 @dataclass(frozen=True)
 class MapFiles:
-    """The maps of a finished search in files that are open.
+    """The maps of a finished search in open files.
 
     Parameters
     ----------
     place
-        How errors call it.
+        Name of the files in error messages.
     name
-        Of the partial, unless another is given.
+        Default name of the partial.
     maps
-        By Leopard-EM's names: float32 (y, x), of which regions are read by slicing. Of the eight
-        only ``scaled_mip`` may be missing.
+        float32 (y, x) maps by Leopard-EM's names; slicing reads a region. Only ``scaled_mip`` may
+        be missing.
     paths
         The files, in a fixed order.
     pixel_size_angstrom, total_projections
-        What the files say; None if they do not.
+        Values recorded in the files; None if there are none.
     """
 
     place: str
@@ -197,7 +197,7 @@ class MapFiles:
         Raises
         ------
         InvalidInputError
-            A file is damaged there.
+            The region of a file is damaged.
         """
         read = {}
         for name, values in self.maps.items():
@@ -213,14 +213,14 @@ class MapFiles:
 def import_map_files(
     files: MapFiles, output: str | PathLike[str], about: FinishedSearch, tell: Tell | None = None
 ) -> ImportedSearch:
-    """Convert the maps of a finished search into a partial; into an existing one it is appended.
+    """Convert the maps of a finished search into a partial, appended to a new or existing search.
 
-    Everything is read and checked first; nothing is written unless it is in order.
+    All data are read and checked first; nothing is written if there is a problem.
 
     Raises
     ------
     InvalidInputError
-        Listing everything that is wrong.
+        Listing every problem.
     """
     tell = tell or (lambda _phase, _share: None)
     name = about.name or files.name
@@ -268,7 +268,7 @@ def import_map_files(
 
 
 def _layout_problems(files: MapFiles) -> list[str]:
-    """Maps that are missing, or are not pictures of one shape in float32."""
+    """List maps that are missing, not two-dimensional, not float32 or not of one shape."""
     problems = [
         f"{files.place}: {name}: missing"
         for name in OUR_NAMES
@@ -300,7 +300,7 @@ def _count(files: MapFiles, about: FinishedSearch) -> int:
         )
     except ValueError as error:
         raise InvalidInputError(f"{place}: {error}") from None
-    stored = stored or None  # 0 if it was never set
+    stored = stored or None  # 0 means that it was never set
     if given is None and stored is None:
         raise InvalidInputError(
             f"{place}: the files do not say how many cross-correlations their mean is of; give it "
@@ -327,7 +327,7 @@ def _search_info(files: MapFiles, about: FinishedSearch) -> SearchInfo:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """A fingerprint of the files' bytes."""
+    """Hash the files' bytes."""
     hasher = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -336,7 +336,7 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def _value_problems(place: str, maps: Mapping[str, AnyArray], region: Region) -> list[str]:
-    """NaN and infinities where none may be, and a z-score that does not follow from the rest."""
+    """List unexpected NaN and infinities, and z-scores that contradict the other maps."""
     searched = maps["mip"] != -np.inf
     problems = []
     for name, values in maps.items():
@@ -379,7 +379,7 @@ def _zscore_problems(
 
 
 def _disagrees(maps: Mapping[str, AnyArray], std: AnyArray) -> AnyArray:
-    """Where the z-score is not the one of this standard deviation, by more than rounding."""
+    """Mark z-scores that differ from those of this standard deviation by more than rounding."""
     mip, mean, wide = (
         np.asarray(values, np.float64) for values in (maps["mip"], maps["correlation_average"], std)
     )
@@ -400,7 +400,7 @@ def _where(bad: AnyArray, region: Region) -> str:
 def _as_partial(
     maps: Mapping[str, AnyArray], count: int, pixel_size_offset: float | None
 ) -> dict[str, AnyArray]:
-    """Maps of a partial: as they are, and the sums that give this mean and deviation."""
+    """Return a partial's maps: copies, and sums that give this mean and standard deviation."""
     mean, std = (
         maps[name].astype(np.float64) for name in ("correlation_average", "correlation_variance")
     )
@@ -417,8 +417,8 @@ def _as_partial(
 
 def _squared_sum(mean: Float64, std: Float64, count: int) -> Float64:
     squared: Float64 = (std * std + mean * mean) * count
-    # Rounding must not make a small deviation of none at all, which would give a huge z-score: a
-    # sum that is too small by more than all roundings together gives 0 again.
+    # Rounding must not turn a standard deviation of 0 into a tiny one and so a huge z-score. A sum
+    # reduced by more than all rounding errors together gives 0 again.
     squared[std == 0] *= 1 - 2.0**-49
     return squared
 

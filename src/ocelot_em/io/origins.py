@@ -1,4 +1,4 @@
-"""Where the exposures of a montage lie on its canvas, as tables and SerialEM's files tell it.
+"""Origins of a montage's exposures on the canvas, read from tables and SerialEM files.
 
 An exposure's origin is the canvas pixel of its pixel (0, 0), the first pixel of its first row.
 
@@ -6,20 +6,19 @@ SerialEM's keys are described in its help, in "Image Metadata Files" on the page
 Other Documentation" (https://bio3d.colorado.edu/SerialEM/hlp/html/about_formats.htm):
 
 ``PieceCoordinates``
-    Where a piece was meant to be: x, y, and the number of its montage in the file, z.
+    The intended position of a piece: x, y and z, the number of its montage in the file.
 ``AlignedPieceCoords``
-    The same, with the shifts that align the pieces best. It is there if SerialEM aligned the
-    pieces while its option "Very sloppy" was off.
+    The same, with the shifts that align the pieces best. Present if SerialEM aligned the pieces
+    with its option "Very sloppy" off.
 ``AlignedPieceCoordsVS``
     The same with that option on, as is usual for montages that move the stage.
 
-They count pixels of the images that the file is about, as these are stored: binned ones if the
-camera binned. Images that were made from the frames in ``SubFramePath`` have to have the same
-pixels, and the same rotation and flip.
+Units are pixels of the stored images that the file describes: binned pixels if the camera binned.
+Images made from the frames in ``SubFramePath`` must have the same pixels, rotation and flip.
 
-The axes are right-handed: y counts upwards from the lower edge. An MRC file has its lowest line
-first, so that rows of an array that was read from one as it is stored count upwards too, and
-nothing is flipped. An image whose first row is its top, as TIFF files have it, needs ``flip_y``.
+The axes are right-handed: y increases upwards from the lower edge. An MRC file stores its lowest
+line first, so the rows of an array read from it as stored also increase upwards and nothing is
+flipped. An image whose first row is its top, as in TIFF files, needs ``flip_y``.
 """
 
 import csv
@@ -54,7 +53,7 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "x": ("x", "origin_x", "x0"),
     "acquired": ("acquired",),
 }
-"""What a column of a table may be called."""
+"""Accepted names of a table's columns."""
 
 _STAR_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": (*_COLUMNS["id"], "rlnMicrographName"),
@@ -68,7 +67,7 @@ _OPTIONAL = "acquired"
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What a table says of an exposure, as text; None where a value is missing."""
+    """A table's values for one exposure, as text; None where a value is missing."""
 
     line: int
     values: Mapping[str, str | None]
@@ -85,48 +84,47 @@ def read_origins(
     Parameters
     ----------
     path
-        What it is, its suffix says:
+        The suffix names the format:
 
         ``.csv``
-            A header line, with a column ``exposure`` or ``id``; ``y``, ``origin_y`` or ``y0``;
-            ``x``, ``origin_x`` or ``x0``; ``acquired``, an integer, may be there. Others are
+            A header line with the columns ``exposure`` or ``id``; ``y``, ``origin_y`` or ``y0``;
+            ``x``, ``origin_x`` or ``x0``; and optionally ``acquired``, an integer. Others are
             ignored.
         ``.star``
-            One block with the same columns. RELION's ``rlnMicrographName``, of which the file's
-            name without folder and extension is taken, ``rlnCoordinateY`` and ``rlnCoordinateX``
-            may be there instead.
+            One block with the same columns, or with RELION's ``rlnMicrographName`` (used without
+            folder and extension), ``rlnCoordinateY`` and ``rlnCoordinateX`` instead.
         ``.mdoc``
             The sections ``[ZValue = ...]`` or ``[Image = ...]`` of one montage.
     flip_y
         For ``.mdoc`` only: rows count downwards from the top edge, and ``y`` is the highest
-        piece's y less the piece's own. The images have to be of one height.
+        piece's y minus the piece's own. All images must have the same height.
     coordinates
-        For ``.mdoc`` only: take ``AlignedPieceCoords`` ("aligned"), ``AlignedPieceCoordsVS``
-        ("aligned-vs") or ``PieceCoordinates`` ("piece"). None: the first of them that every section
-        has.
+        For ``.mdoc`` only: use ``AlignedPieceCoords`` ("aligned"), ``AlignedPieceCoordsVS``
+        ("aligned-vs") or ``PieceCoordinates`` ("piece"). None: the first of these that every
+        section has.
 
     Returns
     -------
     dict of str to Origin
-        By the exposures' ids, in the order of the file. Ids are as they are written, without
-        spaces around them. Those of an ``.mdoc`` file are the names of the files in
+        Origins by exposure id, in the order of the file. Ids are kept as written, without
+        surrounding spaces. Ids of an ``.mdoc`` file are the names of the files in
         ``SubFramePath``, without folder and extension, if all sections have one; otherwise the
         images' names without extension, or the Z values.
 
-        Origins of tables are taken as they are. Those of an ``.mdoc`` file are shifted so that the
-        lowest y and x are 0; their order of acquisition is the rank of ``DateTime``, counted from
-        0, equal times in the order of the sections, if it can be read in all of them; otherwise the
-        Z value, or the order of the sections.
+        Origins of tables are not changed. Those of an ``.mdoc`` file are shifted so that the
+        lowest y and x are 0. Their order of acquisition is the rank of ``DateTime``, counted from
+        0, with equal times in the order of the sections, if all sections have a readable one;
+        otherwise the Z value, or the order of the sections.
 
     Raises
     ------
     InvalidInputError
-        Naming every line that cannot be used: no or ambiguous columns, ragged rows, an id twice,
-        coordinates that are no finite numbers or beyond 2**31, ``acquired`` that is no integer,
-        sections without coordinates. Or the file is of another kind, larger than 256 MB, no text,
-        or without exposures; an ``.mdoc`` file has more than one montage.
+        Naming every unusable line: missing or ambiguous columns, ragged rows, duplicate ids,
+        coordinates that are not finite or exceed 2**31, ``acquired`` that is not an integer,
+        sections without coordinates. Also if the file has another format, is larger than 256 MB,
+        is not text or has no exposures, or if an ``.mdoc`` file has several montages.
     MissingDependencyError
-        The file is a STAR file, and starfile is not installed.
+        The file is a STAR file and starfile is not installed.
     """
     place = Path(path)
     suffix = place.suffix.lower()
@@ -161,7 +159,7 @@ def read_origins(
 
 
 def _from_rows(rows: Iterable[_Row]) -> tuple[dict[str, Origin], list[str]]:
-    """Origins of the rows of a table, and what is wrong with them."""
+    """Return the origins in a table's rows, and problems."""
     origins, lines, problems = dict[str, Origin](), dict[str, int](), list[str]()
     for row in rows:
         values = row.values
@@ -192,7 +190,7 @@ def _quoted(names: Iterable[str]) -> str:
 def _choose(
     names: Sequence[str], known: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, int], list[str]]:
-    """Places of the columns that are read, and which are missing or ambiguous."""
+    """Return the positions of the known columns, and problems: missing or ambiguous ones."""
     chosen, problems = dict[str, int](), list[str]()
     for kind, accepted in known.items():
         found = [i for i, name in enumerate(names) if name in accepted]
@@ -246,9 +244,9 @@ def _star_rows(text: str) -> tuple[list[_Row], list[str]]:
             f"cannot be read as a STAR file: {error}; expected blocks that start with "
             "'data_' and have a table each, with as many values in every row as there are columns"
         ]
-    if len(blocks) != len(headers):  # of several with one name, the last is kept
+    if len(blocks) != len(headers):  # starfile keeps the last block of each name
         return [], [f"expected blocks with names of their own, got {_quoted(headers)}"]
-    names = {block: list(blocks[block]) for block in blocks}  # of data frames and dicts alike
+    names = {block: list(blocks[block]) for block in blocks}  # works for data frames and dicts
     having = [
         block
         for block in blocks
@@ -277,8 +275,8 @@ def _star_rows(text: str) -> tuple[list[_Row], list[str]]:
 def _star_block(
     block: Any, names: list[str], chosen: Mapping[str, int], lines: Sequence[str], start: int
 ) -> tuple[list[_Row], list[str]]:
-    """Rows of a block whose header is line ``start``, counted from 0; which of them are ragged."""
-    if isinstance(block, dict):  # a value a line, without a loop
+    """Return the rows of a block whose header is line ``start``, counted from 0, and problems."""
+    if isinstance(block, dict):  # one value per line, without a loop
         columns = [[block[name]] for name in names]
         places = [start]
     else:
@@ -291,7 +289,7 @@ def _star_block(
         ]
     rows, problems = list[_Row](), list[str]()
     for i, at in enumerate(places):
-        # What a short row lacks at its end is NaN or empty, as are "nan" and '""'.
+        # Missing values at the end of a short row are NaN or empty, as are "nan" and '""'.
         last = columns[-1][i]
         if last == "" or last != last:
             n = len(re.findall(r'"[^"]*"|\S+', lines[at].partition("#")[0].replace("'", '"')))
@@ -309,7 +307,7 @@ def _star_block(
 
 
 def _loop_rows(lines: Sequence[str], start: int) -> list[int]:
-    """Which lines have the rows of the first loop after a line, counted from 0."""
+    """Return the lines of the rows of the first loop after line ``start``, counted from 0."""
     at = start + 1
     while at < len(lines) and not lines[at].startswith("loop_"):
         at += 1

@@ -1,14 +1,14 @@
-"""Particle tables as other programs read them: Leopard-EM, RELION, cisTEM; and Parquet.
+"""Particle tables for other programs: Leopard-EM, RELION and cisTEM; and Parquet.
 
-Here a particle lies at the upper left corner of its template box, as maps have it; elsewhere at the
-box's centre, which is ``box // 2`` pixels further in both axes, counted from 0. That is so in
-Leopard-EM (``pos_x_img``), RELION (the box that it extracts around a coordinate) and cisTEM (the
-centre of its images).
+Here a particle's position is the upper left corner of its template box, as in maps. Other programs
+use the box's centre, ``box // 2`` pixels further along both axes, counted from 0: Leopard-EM
+(``pos_x_img``), RELION (the box that it extracts around a coordinate) and cisTEM (the centre of its
+images).
 
-Euler angles need no conversion. All three programs take the slice of the template's transform that
-``Rz(phi) Ry(theta) Rz(psi)`` turns the image plane into, x first; RELION calls the angles rot, tilt
-and psi, and its matrix is the inverse of this one. The astigmatism angle is the one between x and
-``defocus_u`` in all of them, and defocus is positive for underfocus.
+Euler angles need no conversion. All three programs use the slice of the template's transform into
+which ``Rz(phi) Ry(theta) Rz(psi)`` rotates the image plane, x first; RELION calls the angles rot,
+tilt and psi, and its matrix is the inverse of this one. In all of them the astigmatism angle is
+between x and ``defocus_u``, and defocus is positive for underfocus.
 """
 
 import csv
@@ -36,22 +36,22 @@ from ocelot_em.particles.table import (
 def write_table(
     table: ParticleTable, path: str | PathLike[str], optics: Optics | None = None
 ) -> None:
-    """Write a table in the format that the file's suffix names; an existing file is replaced.
+    """Write a table in the format given by the file's suffix, replacing an existing file.
 
     Parameters
     ----------
     table
         The particles.
     path
-        ``.csv``: all columns. ``.parquet``: all columns, and what they were picked by. ``.star``:
-        for RELION.
+        ``.csv``: all columns. ``.parquet``: all columns and the picking parameters. ``.star``: for
+        RELION.
     optics
-        Needed for RELION.
+        Required for RELION.
 
     Raises
     ------
     InvalidInputError
-        Another suffix, or no optics for RELION.
+        The suffix is unknown, or RELION's format lacks the optics.
     MissingDependencyError, StorageError
     """
     suffix = Path(path).suffix.lower()
@@ -75,16 +75,16 @@ def write_table(
 def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
     """Write the results table of Leopard-EM's ``match_template``, which its refinement reads.
 
-    All of its 39 columns are there, in its order. ``correlation_variance`` is the standard
-    deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's, as it is before a
-    refinement. Zernike coefficients, magnification matrix and the paths of the maps are text of
-    the optics, or empty. The table has no place for ``pixel_size_offset``, ``best_partial``,
-    sub-pixel positions and ``neg_log_p``.
+    It has all 39 columns in Leopard-EM's order. ``correlation_variance`` is the standard
+    deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's pixel size, as before a
+    refinement. Zernike coefficients, magnification matrix and map paths are text from the optics,
+    or empty. The table has no columns for ``pixel_size_offset``, ``best_partial``, sub-pixel
+    positions and ``neg_log_p``.
 
     Raises
     ------
     InvalidInputError
-        The optics are of another search.
+        The optics belong to another search.
     StorageError
         The file cannot be written.
     """
@@ -124,7 +124,7 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    # pandas, which Leopard-EM writes and reads this with, has nothing where a number is NaN.
+    # Leopard-EM uses pandas, which writes NaN as an empty cell.
     writer.writerows(
         ["" if cell == "nan" else cell for cell in row]
         for row in zip(*columns.values(), strict=True)
@@ -133,19 +133,19 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
 
 
 def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
-    """Write a STAR file of RELION 3.1 and later: one optics group, and its particles.
+    """Write a STAR file of RELION 3.1 and later: one optics group and its particles.
 
-    Coordinates are whole pixels, because RELION cuts off what is behind the point; the rest is in
+    Coordinates are whole pixels, because RELION truncates them; the remainder is in
     ``rlnOriginXAngst`` and ``rlnOriginYAngst``, which RELION subtracts from the coordinates. Image
-    size and pixel size are the template's and the micrograph's: what RELION will extract has its
-    own. ``rlnAutopickFigureOfMerit`` is the z-score. Defocus is the micrograph's plus the
-    particle's.
+    size and pixel size are those of the template and the micrograph; images that RELION extracts
+    have their own. ``rlnAutopickFigureOfMerit`` is the z-score. Defocus is the micrograph's plus
+    the particle's.
 
     Raises
     ------
     InvalidInputError
-        The optics are of another search, or the micrograph or the label has a name that STAR files
-        cannot hold: with quotation marks, ``#`` or other spaces than the plain one, or one that
+        The optics belong to another search, or STAR files cannot hold the name of the micrograph
+        or the label: it contains quotation marks, ``#`` or whitespace other than plain spaces, or
         stands for a missing value.
     MissingDependencyError
         starfile is not installed.
@@ -158,7 +158,7 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
     y, x = _centres(table, optics)
     u, v = _defocus(table, optics)
     size = optics.pixel_size_angstrom
-    # Parsers take a line for a header if it starts like one, so that numbers come first.
+    # Numbers come first: parsers take any line that starts like a header for one.
     group = {
         "rlnOpticsGroup": ["1"],
         "rlnOpticsGroupName": [optics.label],
@@ -189,17 +189,17 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
 
 
 def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
-    """Write template matches as cisTEM's own STAR files have them.
+    """Write template matches in cisTEM's own STAR format.
 
-    Positions are Å from the micrograph's first pixel to the particle's centre, in whole pixels as
-    in cisTEM; defocus is absolute; the score is the z-score. cisTEM cannot read a file without
-    particles.
+    Positions are distances in Å from the micrograph's first pixel to the particle's centre, in
+    whole pixels as in cisTEM; defocus is absolute; the score is the z-score. cisTEM cannot read a
+    file without particles.
 
     Raises
     ------
     InvalidInputError
-        The optics are of another search, or micrograph or template have a name that cisTEM cannot
-        read: with spaces, quotation marks or ``#``.
+        The optics belong to another search, or cisTEM cannot read the name of the micrograph or
+        the template: it contains spaces, quotation marks or ``#``.
     MissingDependencyError
         starfile is not installed.
     StorageError
@@ -227,7 +227,7 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
         "cisTEMMicroscopeVoltagekV": constant(optics.voltage_kv),
         "cisTEMMicroscopeCsMM": constant(optics.spherical_aberration_mm),
         "cisTEMAmplitudeContrast": constant(optics.amplitude_contrast),
-        # cisTEM takes a name that is not in single quotation marks for none.
+        # cisTEM ignores a name that is not in single quotation marks.
         "cisTEMOriginalImageFilename": constant(f"'{optics.micrograph}'"),
         "cisTEMReference3DFilename": constant(f"'{optics.template}'"),
         "cisTEMOriginalXPosition": as_text(x * size),
@@ -237,7 +237,7 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
 
 
 def _require_same_search(table: ParticleTable, optics: Optics) -> None:
-    """Refuse optics that contradict what the table says of its search."""
+    """Refuse optics that contradict the table's record of its search."""
     if table.is_of_montage:
         raise InvalidInputError(
             "particles: expected those of one micrograph, got those of a montage, whose exposures "
@@ -260,31 +260,31 @@ def _require_same_search(table: ParticleTable, optics: Optics) -> None:
 
 
 def _constants(table: ParticleTable) -> Any:
-    """Return what makes a column of one value."""
+    """Return a function that makes a column of one value."""
     return lambda value: [str(value)] * len(table)
 
 
 def _centres(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64]:
-    """Rows and columns of the particles' centres, in pixels of the micrograph."""
+    """Return y and x of the particles' centres, in pixels of the micrograph."""
     half = optics.template_box_px // 2
     y, x = (table.columns[name].astype(np.int64) + half for name in ("pos_y", "pos_x"))
     return y, x
 
 
 def _defocus(table: ParticleTable, optics: Optics) -> tuple[AnyArray, AnyArray]:
-    """Absolute defocus of the particles in Å, in both directions."""
+    """Return the particles' absolute defocus u and v in Å."""
     relative = table.columns["relative_defocus"].astype(np.float64)
     return relative + optics.defocus_u_angstrom, relative + optics.defocus_v_angstrom
 
 
 def _residual(whole: AnyArray, subpixel: AnyArray) -> AnyArray:
-    """What is subtracted from whole positions to give the exact ones; 0 where these are NaN."""
+    """Return whole minus sub-pixel positions; 0 where the latter are NaN."""
     residual: AnyArray = np.nan_to_num(whole - subpixel.astype(np.float64))
     return residual
 
 
 def _require_star_names(names: Mapping[str, str], *, spaces: bool = True) -> None:
-    """Refuse names that readers of STAR files would cut, take for none or not find the end of."""
+    """Refuse names that STAR readers would truncate, treat as missing or fail to parse."""
     kind = "spaces other than ' '" if spaces else "spaces"
     problems = [
         f"{name}: expected a name without quotation marks, '#' and {kind}, that does not stand for "
@@ -300,7 +300,7 @@ def _require_star_names(names: Mapping[str, str], *, spaces: bool = True) -> Non
 def _write_star(
     blocks: Mapping[str, Mapping[str, Sequence[str]]], path: str | PathLike[str]
 ) -> None:
-    """Write blocks of columns that are text already."""
+    """Write blocks of columns that are already text."""
     starfile = load_starfile()
     import pandas as pd
 

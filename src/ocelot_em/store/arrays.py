@@ -1,9 +1,9 @@
-"""Zarr stores of searches and merged results; only they, and pictures, are made with zarr.
+"""Zarr arrays and groups of searches and merged results.
 
-Metadata is created by zarr; what is read of it, :mod:`ocelot_em.store.metadata` parses. Chunks are
-read and written here, straight between their bytes and memory that the caller owns: zarr returns
-fill values for chunks that are missing, cannot decode into given memory and sends all threads
-through one event loop. What is written is plain Zarr v3 that any reader opens.
+Metadata is created by zarr and parsed by :mod:`ocelot_em.store.metadata`. Chunks are read and
+written here, directly into and from the caller's memory: zarr returns fill values for missing
+chunks, cannot decode into given memory, and sends all threads through one event loop. The result is
+plain Zarr v3 that any reader opens.
 """
 
 import json
@@ -38,30 +38,30 @@ from ocelot_em.store.metadata import ArrayInfo, BloscSettings, parse_array, pars
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 
 TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
-"""Stored types of arrays that are no maps."""
+"""Stored dtypes of arrays that are not maps."""
 
 _of_thread = threading.local()
 
 
 def create_group(objects: Objects, path: str, attributes: dict[str, Any]) -> bool:
-    """Create a group unless something is there; whether it was created, atomically."""
+    """Create a group atomically unless it exists; return whether it was created."""
     return objects.create(_join(path, "zarr.json"), _group_metadata(attributes))
 
 
 def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
-    """Attributes of a group, or None where there is no group.
+    """Attributes of a group, or None if it does not exist.
 
     Raises
     ------
     FormatError
-        Its metadata is not that of a Zarr v3 group.
+        The metadata is not that of a Zarr v3 group.
     """
     encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
     return None if encoded is None else parse_group(encoded, _join(objects.url, path))
 
 
 def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
-    """Set attributes of an existing group, keeping the others; readers see all old or all new."""
+    """Set attributes of an existing group, keeping the others; the replacement is atomic."""
     kept = group_attributes(objects, path) or {}
     objects.put(_join(path, "zarr.json"), [_group_metadata({**kept, **attributes})])
 
@@ -94,12 +94,12 @@ def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple
 
 
 def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyArray:
-    """Read a small array whole.
+    """Read a whole small array.
 
     Raises
     ------
     FormatError
-        It is not there, too large, or cannot be decoded.
+        It is missing, too large, or cannot be decoded.
     """
     place = f"{objects.url}/{path}"
     about = _read_array(objects, path, place, TABLE_DTYPES, most_chunk_nbytes=max_nbytes)
@@ -115,7 +115,7 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
             raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
         try:
             frame = BloscChunk(memoryview(encoded), nbytes)
-            if not any(index):  # only now is it known that there is something to put there
+            if not any(index):  # allocate only after the first chunk proved readable
                 values = whole = np.empty(about.shape, about.dtype)
                 if about.chunk != about.shape:
                     whole = np.empty(about.chunk, about.dtype)
@@ -137,7 +137,7 @@ def create_map(
     chunk: tuple[int, int],
     dtype: str | None = None,
 ) -> None:
-    """Create the array of a map, by default of the dtype we write; no chunk is written."""
+    """Create the array of a map, by default with its first allowed dtype, without chunks."""
     create_array(
         objects,
         path,
@@ -163,10 +163,10 @@ def create_array(
     attributes: dict[str, Any],
     shuffle: Literal["shuffle", "bitshuffle"] = "shuffle",
 ) -> None:
-    """Write the metadata of an array with this package's codecs; chunks stay as they are.
+    """Write the metadata of an array with this package's codecs; existing chunks are kept.
 
-    One atomic write that can be repeated: zarr's own creation would also make parent groups, and
-    refuse arrays that are there.
+    This is one atomic, repeatable write; zarr would also create parent groups and reject existing
+    arrays.
     """
     metadata: dict[str, Buffer] = {}
     itemsize = np.dtype(dtype).itemsize
@@ -199,15 +199,15 @@ class ChunkedMap:
     path
         Path of the array within it.
     place
-        How errors call it: store, partial and map.
+        Store, partial and map, for error messages.
     grid
-        Its shape and chunks.
+        Shape and chunks of the array.
     dtype
-        Its type.
+        Dtype of the array.
     fill
-        Value that pads chunks at the lower and right edge.
+        Value that pads chunks at the lower and right edges.
     codec
-        Encodes chunks that are written.
+        Codec for writing chunks.
     """
 
     objects: Objects
@@ -225,7 +225,7 @@ class ChunkedMap:
 
     @property
     def _row_nbytes(self) -> int:
-        """Decoded bytes of a row of pixels of a chunk."""
+        """Decoded bytes of one row of a chunk."""
         return self.grid.cell[1] * self.dtype.itemsize
 
     def key(self, chunk: Tile) -> str:
@@ -240,14 +240,14 @@ class ChunkedMap:
         region
             Pixels within the map.
         out
-            Where to put them: C-contiguous, of the region's shape and the map's dtype.
+            C-contiguous output array, with the region's shape and the map's dtype.
 
         Returns
         -------
         values : array
             ``out``, or a new array.
         nbytes : int
-            Encoded bytes that were read.
+            Number of encoded bytes read.
 
         Raises
         ------
@@ -269,9 +269,9 @@ class ChunkedMap:
         Parameters
         ----------
         chunk
-            Of :attr:`grid`.
+            Cell of :attr:`grid`.
         memory
-            Where to put it; it is valid until that is used again.
+            Memory for the chunk, which is valid until the memory is used again.
 
         Raises
         ------
@@ -291,16 +291,16 @@ class ChunkedMap:
             raise self.corrupt(chunk, error) from error
 
     def decode(self, frame: BloscChunk, chunk: Tile, region: Region, out: AnyArray) -> None:
-        """Decode what a chunk has of a region.
+        """Decode the part of a chunk inside a region.
 
         Parameters
         ----------
         frame
-            From :meth:`fetch`.
+            The chunk, from :meth:`fetch`.
         region
-            Of the map; touches the chunk.
+            Region of the map that overlaps the chunk.
         out
-            Of the region's shape and the map's dtype; only the chunk's pixels are written.
+            Array with the region's shape and the map's dtype; only the chunk's pixels are written.
 
         Raises
         ------
@@ -323,7 +323,7 @@ class ChunkedMap:
             target[...] = whole[inside.slices]
 
     def corrupt(self, chunk: Tile, complaint: ValueError) -> CorruptChunkError:
-        """Say where it is what a :class:`BloscChunk` complains of."""
+        """Return the error of a :class:`BloscChunk` with the location of the chunk."""
         return CorruptChunkError(
             f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
             f"{complaint} (object {self.key(chunk)}); write the partial again"
@@ -335,14 +335,14 @@ class ChunkedMap:
         Parameters
         ----------
         region
-            Made of whole chunks: no chunk is ever written in two halves.
+            Region made of whole chunks; a chunk is never written in parts.
         values
-            Of the region's shape; converted to the map's dtype if that loses nothing.
+            Array with the region's shape; cast to the map's dtype.
 
         Returns
         -------
         int
-            Encoded bytes written.
+            Number of encoded bytes written.
         """
         nbytes = 0
         for chunk, parts in self.encode(region, values):
@@ -351,7 +351,7 @@ class ChunkedMap:
         return nbytes
 
     def encode(self, region: Region, values: AnyArray) -> Iterator[tuple[Tile, list[bytes]]]:
-        """As :meth:`write`, but only encode: the chunks, and the parts of their objects."""
+        """Encode as in :meth:`write`; yield each chunk and the parts of its object."""
         if not self.grid.is_aligned(region):
             raise ValueError(
                 f"{self.place}: region {region} is not made of whole chunks of {self.grid.cell}"
@@ -371,34 +371,35 @@ class ChunkedMap:
             yield chunk, encode(source, self.codec)
 
     def encode_blank(self) -> list[bytes]:
-        """Encode a chunk that holds nothing but the fill value; the parts of its object."""
+        """Encode a chunk of fill values; return the parts of its object."""
         return encode(np.full(self.grid.cell, self.fill, self.dtype), self.codec)
 
 
 def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
-    """Encode C-contiguous values as one chunk; the encoded bytes written."""
+    """Write C-contiguous values as one chunk; return the number of encoded bytes."""
     parts = encode_chunk(values)
     objects.put(key, parts)
     return sum(map(len, parts))
 
 
 def encode_chunk(values: AnyArray) -> list[bytes]:
-    """Encode C-contiguous values as one chunk; the parts of its object."""
+    """Encode C-contiguous values as one chunk; return the parts of its object."""
     return encode(values, _BLOSC)
 
 
 def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) -> memoryview:
-    """Decode a chunk that shall have this size.
+    """Decode a chunk of the given decoded size.
 
     Returns
     -------
     memoryview
-        In the memory, valid until that is used again; it is asked for no more than the chunk has.
+        The first ``nbytes`` bytes of ``memory``, valid until it is used again; memory is allocated
+        only for a valid chunk.
 
     Raises
     ------
     CorruptChunkError
-        With the place.
+        Naming the place.
     """
     try:
         frame = BloscChunk(memoryview(encoded), nbytes)
@@ -415,15 +416,15 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
     Parameters
     ----------
     place
-        How errors call it.
+        Name of the array in error messages.
     dtypes
-        The stored types that are allowed.
+        Allowed stored dtypes.
 
     Raises
     ------
     FormatError
-        It is not there; or its dimensions, type, chunks, codecs or key encoding are not those of
-        ``docs/format.md``. All problems are named.
+        The array is missing; or its dimensions, dtype, chunks, codecs or key encoding do not follow
+        ``docs/format.md``. All problems are listed.
     """
     about = _read_array(objects, path, place, tuple(dtypes), DIMENSIONS)
     (height, width), (chunk_height, chunk_width) = about.shape, about.chunk
@@ -454,7 +455,7 @@ def _read_array(
 
 
 def _codec(settings: BloscSettings) -> Blosc:
-    """Make the codec that an array's metadata names."""
+    """Return the codec that an array's metadata names."""
     shuffle = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
     return Blosc(
         cname=settings.cname,
@@ -465,7 +466,7 @@ def _codec(settings: BloscSettings) -> Blosc:
 
 
 def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
-    """Return this thread's buffer for one chunk; valid until the thread asks for the next."""
+    """Return this thread's chunk buffer; valid until the thread's next call."""
     if not hasattr(_of_thread, "scratch"):
         _of_thread.scratch = ReusedMemory()
     nbytes = shape[0] * shape[1] * dtype.itemsize

@@ -1,7 +1,7 @@
 """The stored format, version 2: names and attributes. Pure; ``docs/format.md`` is normative.
 
 Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
-reports every problem with its place. Stores of version 1 are read as what they are in version 2.
+reports every problem with its place. Stores of version 1 are converted to version 2 when read.
 """
 
 import json
@@ -29,7 +29,7 @@ from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
 
 PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
 ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
-"""Empty for the one exposure of a search that has no others."""
+"""Empty for the only exposure of a search without named exposures."""
 
 PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Shape = tuple[PixelCount, PixelCount]
@@ -39,36 +39,35 @@ Acquired = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Origin = Annotated[float, Field(ge=-(2**31), le=2**31, allow_inf_nan=False)]
 Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CanvasPixel = Annotated[int, Field(ge=-(2**33), le=2**33)]
-"""Row or column of a canvas, which begins up to 2**31 pixels before or after where it is counted
-from."""
+"""Row or column of a canvas, which begins up to 2**31 pixels before or after row or column 0."""
 
 
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], FailFast()]
-"""However many of them are wrong, one is named: complaints of millions would fill the memory."""
+"""Reports only the first wrong item, because millions of errors would fill the memory."""
 
 
 class Attributes(BaseModel):
-    """Strictly read, never changed records."""
+    """Immutable records without extra fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Provenance(Attributes):
-    """Where something came from, for people; ``input_sha256`` also tells files given twice.
+    """Origin of the data, for readers; ``input_sha256`` also reveals files given twice.
 
     Parameters
     ----------
     created
-        Time, in UTC (ISO 8601).
+        UTC time of creation (ISO 8601).
     versions
-        Of the packages that made it.
+        Versions of the packages used.
     inputs
-        Stores that were merged, or the file a partial was imported from.
+        Stores that were merged, or the file that a partial was imported from.
     input_sha256
-        Hash of that file.
+        SHA-256 hash of that file.
     options
-        What was asked for.
+        Options given by the user.
     """
 
     created: str
@@ -79,14 +78,14 @@ class Provenance(Attributes):
 
 
 def too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
-    """Say so where valid pixels are more than there are."""
+    """Describe the problem if the valid shape exceeds the shape; otherwise return ``""``."""
     if valid_shape[0] > shape[0] or valid_shape[1] > shape[1]:
         return f"valid_shape: expected at most shape {shape}, got {valid_shape}"
     return ""
 
 
 class _Result(Attributes):
-    """What a search and a merged result have in common."""
+    """Attributes that a search and a merged result share."""
 
     format_version: Literal[2]
     pixel_size_angstrom: Angstrom | None
@@ -126,11 +125,11 @@ SHARED_BY_PARTIALS = (
 
 
 class SearchAttributes(_Result):
-    """Root of a search: what all its partials share.
+    """Root of a search: properties that all its partials share.
 
     ``total_projections`` is the sum over the complete partials when the last of them was
-    finished; the partials' own counts are authoritative. A search of several exposures has no
-    shapes, and no total: its exposures have.
+    finished; the partials' own counts are authoritative. In a search of several exposures, the
+    shapes and totals belong to the exposures.
     """
 
     kind: Literal["search"]
@@ -161,15 +160,15 @@ class ExposureAttributes(Attributes):
     Parameters
     ----------
     id
-        Its name; empty for the one exposure of a search that has no others.
+        Name; empty for the only exposure of a search without named exposures.
     number
-        Never changes, so that maps can name exposures by it.
+        Permanent number, which identifies the exposure in maps.
     origin
-        Row and column of its first pixel on the canvas; may be fractional, or negative.
+        Row and column of its first pixel on the canvas; may be fractional or negative.
     acquired
         Order of acquisition.
     shape, valid_shape
-        Of its maps.
+        Shapes of its maps and of their valid pixels.
     total_projections
         As in :class:`SearchAttributes`.
     """
@@ -194,13 +193,13 @@ SHARED_BY_EXPOSURE = ("origin", "acquired", "shape", "valid_shape")
 
 
 class NumberAttributes(Attributes):
-    """Whose number it is; see ``docs/format.md``."""
+    """Exposure that owns a number; see ``docs/format.md``."""
 
     exposure: ExposureId
 
 
 class PartialAttributes(Attributes):
-    """One partial. ``state`` becomes ``complete`` after its last chunk is written."""
+    """One partial; ``state`` becomes ``complete`` after its last chunk is written."""
 
     id: str
     order: int
@@ -210,7 +209,7 @@ class PartialAttributes(Attributes):
 
 
 class Contribution(Attributes):
-    """A partial that went into a merged result; its place in the list is its ``best_partial``."""
+    """A partial in a merged result; ``best_partial`` holds its index in the list."""
 
     name: PartialName
     id: str
@@ -218,17 +217,16 @@ class Contribution(Attributes):
 
 
 class PlacedExposure(Attributes):
-    """Where an exposure lies on a canvas, and what of it is taken.
+    """Position of an exposure on a canvas, and its region used there.
 
     Parameters
     ----------
     id, number, acquired, shape, valid_shape
         As in :class:`ExposureAttributes`; ``source_exposure`` holds the number.
     origin
-        Row and column of the merged maps in which its first pixel lies; may be negative.
+        Row and column of its first pixel in the merged maps; may be negative.
     taken
-        First row, end of the rows, first column, end of the columns of the pixels that are taken,
-        in the exposure.
+        First row, end row, first column and end column of the region used, in the exposure.
     """
 
     id: ExposureId
@@ -241,17 +239,17 @@ class PlacedExposure(Attributes):
 
     @property
     def region(self) -> Region:
-        """The pixels that are taken, in the exposure."""
+        """The region used, in the exposure."""
         return Region(*self.taken)
 
     @property
     def on_canvas(self) -> Region:
-        """The same pixels in the merged maps."""
+        """The same region in the merged maps."""
         return self.region.shifted(*self.origin)
 
 
 def not_taken(exposure: PlacedExposure) -> str:
-    """Say why the pixels that are taken of an exposure cannot be, if they cannot."""
+    """Explain why the region used of an exposure is invalid; return ``""`` if it is valid."""
     whole, region = Region.whole(exposure.shape), exposure.region
     if wrong := too_large(exposure.shape, exposure.valid_shape):
         return wrong
@@ -266,9 +264,10 @@ class MergedExposure(PlacedExposure):
     Parameters
     ----------
     total_projections
-        Of all its partials.
+        Sum over its partials.
     first_partial, n_partials
-        Which of the result's ``partials`` are its; ``best_partial`` counts from the first.
+        Index of its first partial in the result's ``partials``, and their number; ``best_partial``
+        counts from the first.
     """
 
     total_projections: Count
@@ -277,15 +276,15 @@ class MergedExposure(PlacedExposure):
 
 
 class MergedAttributes(_Result):
-    """Root of a merged result. ``state`` becomes ``complete`` after the last tile.
+    """Root of a merged result; ``state`` becomes ``complete`` after the last tile.
 
     Parameters
     ----------
     exposures
-        Of a montage, by number; none otherwise.
+        Exposures of a montage, by number; otherwise empty.
     canvas_origin
-        What the origins of exposures were counted from: the row and column, in the search, of the
-        merged maps' first pixel.
+        Row and column, in the search, of the merged maps' first pixel, from which the origins of
+        the exposures count.
     """
 
     kind: Literal["merged"]
@@ -337,7 +336,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
     Raises
     ------
     FormatError
-        Naming the place and every problem; a store of a later version is said to be that.
+        Naming the place and every problem, or an unsupported format version.
     """
     content = attributes.get(ATTRIBUTE_KEY) if isinstance(attributes, dict) else None
     if not isinstance(content, dict):
@@ -355,7 +354,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
 
 
 def validated(model: type[_Model], content: object, where: str) -> _Model:
-    """Check what was read of a JSON document.
+    """Validate part of a JSON document.
 
     Raises
     ------
@@ -377,7 +376,7 @@ _MAX_PROBLEMS = 20
 
 
 def _place_of(steps: tuple[int | str, ...]) -> str:
-    """Show where in a document something is; keys may be anything that somebody has written."""
+    """Format a location in a document, whose keys may be arbitrary text."""
     names = (str(step) if str(step).isidentifier() else reprlib.repr(step) for step in steps[:8])
     return ".".join(name[:_LONGEST_NAME] for name in names) or "attributes"
 
@@ -386,10 +385,10 @@ _LONGEST_NAME = 60
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """Attributes of an earlier version as those of this one.
+    """Convert attributes of an earlier version to the current one.
 
-    Version 1 knew no exposures; its fields mean what they do now, but that a merge's plan had its
-    sources where it now has exposures.
+    Version 1 had no exposures. Its fields have the same meaning, except that a merge's plan listed
+    sources instead of exposures.
     """
     if content.get("format_version") != 1 or isinstance(content["format_version"], bool):
         return content
@@ -398,7 +397,7 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plan, dict) and isinstance(plan.get("sources"), list):
         shapes = {key: plan.get(key) for key in ("shape", "valid_shape")}
         rest = {key: value for key, value in plan.items() if key != "sources"}
-        # What is no shape, is refused as such later.
+        # An invalid shape is rejected later.
         edges = plan.get("shape")
         rows, columns = edges if isinstance(edges, list) and len(edges) == 2 else (0, 0)
         only = {

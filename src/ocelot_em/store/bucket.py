@@ -22,7 +22,7 @@ from ocelot_em.store.contract import (
 class BucketObjects:
     """Objects in a bucket; methods as in :class:`ocelot_em.store.contract.Objects`."""
 
-    streams = 8  # a request takes far longer to be answered than to be transferred
+    streams = 8  # latency is far longer than transfer
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -30,7 +30,7 @@ class BucketObjects:
     @classmethod
     @lru_cache(maxsize=256)
     def opened(cls, url: str) -> Self:
-        """Return the store at a normalised URL: the same one again, with what it remembers."""
+        """Return the store at a normalised URL; cached, with its state."""
         return cls(url)
 
     def __reduce__(self) -> tuple[Callable[[str], Self], tuple[str]]:
@@ -112,7 +112,7 @@ class BucketObjects:
             yield from (meta["path"] for meta in batch)
 
     def _next(self, prefix: str, batches: Iterator[Any]) -> Any:
-        # Not tried again here: a listing that broke off must not look like one that ended.
+        # No retry: an interrupted listing must not look complete.
         try:
             return next(batches, None)
         except (BaseError, OSError) as error:
@@ -142,17 +142,17 @@ class BucketObjects:
         self._guard("delete", key, action)
 
     def tidy(self, prefix: str) -> None:
-        """Do nothing: what was not sent whole is not there."""
+        """Do nothing: buckets have no partly written objects."""
 
     def sync(self) -> None:
-        """Do nothing: a request is answered when what it brought is safe."""
+        """Do nothing: a write request returns when the data is safe."""
 
     def free_bytes(self) -> int | None:
         return None
 
 
 class MemoryObjects(BucketObjects):
-    """Objects in the memory of this process, which only it sees: for trials and tests."""
+    """Objects in the memory of this process, for trials and tests."""
 
     streams = 1
     _stores: ClassVar[dict[str, MemoryStore]] = {}

@@ -1,4 +1,4 @@
-"""What a store of named byte objects offers, and what all stores share: retries, limits, memory."""
+"""The interface of stores of named byte objects, and their retries, size limits and memory."""
 
 import contextlib
 import ctypes
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 MAX_NBYTES = 2**31
-"""Largest object that is read; Blosc frames are not larger."""
+"""Size limit of objects that are read, in bytes; Blosc frames are not larger."""
 
 PAUSES_SECONDS = (0.1, 0.5, 2.0)
-"""Before each of the next tries of what failed for a reason that may pass."""
+"""Pauses before the retries after a transient error."""
 
 _TRANSIENT_ERRORS = {
     errno.EAGAIN,
@@ -39,38 +39,38 @@ _TRANSIENT_ERRORS = {
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
-"""Numbers of errors of file systems that may pass; those of the network's among them."""
+"""Error numbers of transient errors of file systems, including network ones."""
 
 T = TypeVar("T")
 
 
 class Objects(Protocol):
-    """Byte objects below one place; keys use ``/``.
+    """Byte objects below one location; keys use ``/``.
 
-    Every method raises :class:`StorageError` with the place and the reason when the storage fails.
+    Every method raises :class:`StorageError` with the location and reason if the storage fails.
     """
 
     url: str
 
     streams: int
-    """Transfers that are worth having at a time, per thread that waits for them."""
+    """Useful number of concurrent transfers per waiting thread."""
 
     def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
-        """Return the object's bytes, or None where there is none; a larger one is refused."""
+        """Return the object's bytes, or None if there is none; larger objects are rejected."""
         ...
 
     def get_into(
         self, key: str, memory: "ReusedMemory", most_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
-        """As :meth:`get`, in the given memory, which the caller may change."""
+        """Read as :meth:`get`, into the given memory, which the caller may change."""
         ...
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
-        """Write the concatenated parts, replacing what is there; readers see all or nothing."""
+        """Write the concatenated parts atomically, replacing an existing object."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the object unless it is there; whether it was written."""
+        """Write the object unless it exists; return whether it was written."""
         ...
 
     def sizes(self, prefix: str) -> dict[str, int]:
@@ -78,11 +78,11 @@ class Objects(Protocol):
         ...
 
     def size(self, key: str) -> int | None:
-        """Return the object's size in bytes, or None where there is none."""
+        """Return the object's size in bytes, or None if there is none."""
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """All keys below a prefix, one after another, however many there are."""
+        """Iterate over all keys below a prefix, without holding them in memory."""
         ...
 
     def children(self, prefix: str) -> list[str]:
@@ -90,59 +90,59 @@ class Objects(Protocol):
         ...
 
     def delete(self, prefix: str, keep: str | None = None) -> None:
-        """Delete all objects below a prefix (``""``: everything), but not the folder ``keep``."""
+        """Delete all objects below a prefix (``""``: everything) except the folder ``keep``."""
         ...
 
     def delete_one(self, key: str) -> None:
-        """Delete an object, if it is there."""
+        """Delete an object, if it exists."""
         ...
 
     def tidy(self, prefix: str) -> None:
-        """Remove what writers that died have left half-written below a prefix."""
+        """Remove partly written files of dead writers below a prefix."""
         ...
 
     def sync(self) -> None:
-        """Return when all that was written here from this machine survives a loss of power."""
+        """Wait until all writes from this machine survive a power loss."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Return free space in bytes, or None where the storage does not say."""
+        """Return free space in bytes, or None if unknown."""
         ...
 
 
 class ReusedMemory:
-    """Memory that is used again and again: fresh pages cost more than what is read into them."""
+    """Reusable memory, because new pages cost more than reading into them."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def of(self, nbytes: int) -> memoryview:
-        """Return this many bytes; valid until they are asked for again."""
+        """Return a view of this many bytes, valid until the next call."""
         if len(self._bytes) < nbytes:
             self._bytes = bytearray(nbytes + nbytes // 16)
         return memoryview(self._bytes)[:nbytes]
 
     def filled(self, data: memoryview) -> memoryview:
-        """Return a copy of these bytes in this memory."""
+        """Return a copy of the data in this memory."""
         target = self.of(len(data))
         target[:] = data
         return target
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system, where the C library is glibc and would keep it.
+    """Return freed memory to the system, which glibc would otherwise keep.
 
-    For code that makes and frees arrays of some MiB many times among small objects that stay: what
-    it frees is scattered, and is not used again.
+    For code that repeatedly allocates and frees arrays of some MiB among small long-lived objects,
+    where freed memory is fragmented and not reused.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def retrying(verb: str, url: str, key: str, action: Callable[[], T]) -> T:
-    """Do something with a place; again where it fails for a reason that may pass.
+    """Run a storage action, with retries after transient errors.
 
-    Clients of buckets try requests again themselves.
+    Bucket clients retry requests themselves.
 
     Raises
     ------
@@ -151,13 +151,13 @@ def retrying(verb: str, url: str, key: str, action: Callable[[], T]) -> T:
     for pause in PAUSES_SECONDS:
         try:
             return action()
-        except StorageError:  # of something that was done for it
+        except StorageError:  # from a nested action
             raise
         except (BaseError, OSError) as error:
             if not _is_transient(error):
                 raise storage_error(verb, url, key, error) from error
             log.warning("%s; trying again in %g s", storage_error(verb, url, key, error), pause)
-        # Not all at the same moment.
+        # Jitter, so that processes do not all retry at once.
         time.sleep(pause * random.uniform(0.5, 1.5))
     try:
         return action()
@@ -173,17 +173,17 @@ def _is_transient(error: Exception) -> bool:
 
 
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
-"""As obstore tells of an error of the system."""
+"""Error number in obstore's messages about system errors."""
 
 
 def refuse_too_large(nbytes: int, most_nbytes: int) -> None:
-    """Raise if an object is larger than may be read."""
+    """Raise ``OSError`` if an object exceeds the size limit."""
     if nbytes > most_nbytes:
         raise OSError(f"expected at most {most_nbytes:,} bytes, got {nbytes:,}")
 
 
 def storage_error(verb: str, url: str, key: str, error: Exception) -> StorageError:
-    """Return an error of the storage, with what was tried on what."""
+    """Return a :class:`StorageError` that names the action, the object and the reason."""
     # obstore appends a debug dump of its internals after the first line.
     reason = str(error).partition("\n")[0].strip() or type(error).__name__
     place = f"{url}/{key}" if key else url

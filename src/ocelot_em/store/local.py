@@ -1,4 +1,4 @@
-"""Objects in a directory: whole or not there, never outside of the store."""
+"""Objects in a directory, written atomically and never outside the store."""
 
 import contextlib
 import ctypes
@@ -21,22 +21,22 @@ from ocelot_em.store.bucket import BucketObjects
 from ocelot_em.store.contract import MAX_NBYTES, ReusedMemory, refuse_too_large
 
 _CHECKED_SECONDS = 1.0
-"""So long a folder counts as one of the store after it was looked at."""
+"""Seconds for which the check that a folder is inside the store is cached."""
 
 _MAX_CHECKED = 4096
-"""Folders that are remembered to have been looked at."""
+"""Maximum number of cached folder checks."""
 
 _STAGED = re.compile(r"#\d+$")
-"""How the names of files end that are not whole yet; listings leave them out."""
+"""Suffix of temporary files; listings leave them out."""
 
 
 class LocalObjects(BucketObjects):
-    """A directory; made by the first write, so that looking at a place never creates it.
+    """Objects in a directory, which the first write creates; reading never creates it.
 
     Chunks are read and written with plain system calls: one copy between them and the page cache.
-    The directory may be a symbolic link; within it, links that lead out of it are refused: who
-    sends a store must not choose which other files are read or written. Links within it are
-    followed, but not where objects are listed.
+    The directory may be a symbolic link. Inside it, links that point outside are rejected, so that
+    a store from elsewhere cannot expose other files. Links that stay inside are followed, except in
+    listings.
     """
 
     streams = 1
@@ -82,7 +82,7 @@ class LocalObjects(BucketObjects):
         return self._guard("read", key, action)
 
     def _open_to_read(self, key: str) -> int:
-        # O_NONBLOCK: opening a pipe that lies there must not wait for a writer.
+        # O_NONBLOCK: opening a pipe must not wait for a writer.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
         path = self._path(key)
         try:
@@ -98,14 +98,14 @@ class LocalObjects(BucketObjects):
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         def action() -> None:
-            # Renamed when it is whole.
+            # Renamed once it is complete.
             staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
             try:
                 descriptor = open_new(staged)
                 try:
                     write_all(descriptor, parts)
                     if key.endswith(".json") and Path(self._path(key)).exists():
-                        # Of metadata that is replaced, a loss of power must not take both: not
+                        # A power loss must not destroy both the old and the new metadata: not
                         # every file system writes content before names.
                         os.fsync(descriptor)
                 finally:
@@ -147,7 +147,7 @@ class LocalObjects(BucketObjects):
         return entry.path[len(self.url.rstrip("/")) + 1 :]
 
     def _entries(self, prefix: str) -> "list[os.DirEntry[str]]":
-        """What is in a folder of the store; nothing where there is none."""
+        """Entries of a folder of the store; empty if there is no such folder."""
         try:
             with os.scandir(self._path(f"{prefix}/" if prefix else "")) as entries:
                 return list(entries)
@@ -155,7 +155,7 @@ class LocalObjects(BucketObjects):
             return []
 
     def _walk(self, prefix: str) -> "Iterator[os.DirEntry[str]]":
-        """All files below a prefix; links are not followed."""
+        """All complete files below a prefix; links are not followed."""
         folders = [prefix]
         while folders:
             folder = folders.pop()
@@ -183,13 +183,13 @@ class LocalObjects(BucketObjects):
         if target.is_dir():
             self._guard("delete", prefix, action)
         if not prefix and keep is None and hasattr(self, "_opened"):
-            del self._opened  # the directory is made anew by the next write
+            del self._opened  # the next write creates the directory again
 
     def delete_one(self, key: str) -> None:
         def action() -> None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 Path(self._path(key)).unlink()
-                # Folders that are empty now would not be there in a bucket.
+                # Remove empty folders, which a bucket would not have.
                 with contextlib.suppress(OSError):
                     for folder in PurePosixPath(key).parents:
                         Path(self.url, folder).rmdir()
@@ -217,12 +217,12 @@ class LocalObjects(BucketObjects):
             self._guard("write to the disk", "", action)
 
     def _path(self, key: str) -> str:
-        """Return the path of an object, of which no folder may lie outside the store.
+        """Return the path of an object, whose folder must be inside the store.
 
         Raises
         ------
         OSError
-            A link leads there.
+            A link points outside the store.
         """
         folder, _, _ = key.rpartition("/")
         now = time.monotonic()
@@ -250,7 +250,7 @@ class LocalObjects(BucketObjects):
 
 
 def sync_file_system(descriptor: int) -> None:
-    """Wait until a file system has everything on its disk, where the system can do just that."""
+    """Wait until a file system is on disk; without ``syncfs``, until all file systems are."""
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs is None:
         os.sync()
@@ -260,7 +260,7 @@ def sync_file_system(descriptor: int) -> None:
 
 
 def open_new(path: Path) -> int:
-    """Open a file that is not there yet, in folders that need not be, for writing."""
+    """Open a new file for writing; create its folders if needed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o666)
@@ -270,7 +270,7 @@ def open_new(path: Path) -> int:
 
 
 def write_all(descriptor: int, parts: Sequence[bytes]) -> None:
-    """Write all bytes to a file, however many the system takes at a time."""
+    """Write all bytes to a file, in as many system calls as needed."""
     left = [memoryview(part) for part in parts if part]
     while left:
         n_written = os.writev(descriptor, left)

@@ -1,10 +1,10 @@
-"""One run at a time writes an output: a lock that a crash does not leave behind for ever.
+"""A lock that lets one run at a time write an output, and that becomes stale after a crash.
 
-A lock is an object ``lock/N`` of the output. Whoever creates it, atomically, holds it; where there
-are several, the highest number does. Its holder writes it anew every few seconds, so that a lock
-whose content no longer changes was left behind, and the next number may be taken. No clocks are
-compared. Workers look at it before every tile: those of a run that has ended, or was replaced,
-stop by themselves.
+A lock is an object ``lock/N`` of the output. The run that creates it, atomically, holds it; if
+there are several, the highest number counts. Its holder rewrites it every few seconds as a
+heartbeat. A lock without a heartbeat is stale, and another run may take the next number. No clocks
+are compared. Workers check the lock before every tile and stop if their run has ended or was
+replaced.
 """
 
 import contextlib
@@ -29,30 +29,29 @@ log = logging.getLogger(__name__)
 FOLDER = "lock"
 
 BEAT_SECONDS = 10.0
-"""Between two writings of a lock by its holder."""
+"""Time between two heartbeats of a lock's holder."""
 
 STALE_SECONDS = 90.0
-"""So long a lock must not change before it counts as left behind: longer than file systems of a
-network keep what they have read before they look again."""
+"""Time without a heartbeat after which a lock is stale; longer than network file systems cache."""
 
 LOOK_SECONDS = 1.0
-"""Between two looks at a lock that may be left behind, and at one's own by workers."""
+"""Time between two checks of a possibly stale lock, and of a worker's own."""
 
 _KEY = re.compile(f"{FOLDER}/([0-9]{{1,15}})")
 
 _MAX_NBYTES = 2**16
-"""Of a lock; whatever is larger was not written here."""
+"""Size limit of a lock's object; this package writes smaller ones."""
 
 
 class OutputLock:
-    """The right to write an output; a context manager.
+    """The exclusive right to write an output; a context manager.
 
     Parameters
     ----------
     objects
         The output, which need not exist.
     on_wait
-        Is told, once, that a lock may have been left behind and how long it is watched.
+        Called once with a message when a lock may be stale and is watched.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class OutputLock:
     ) -> None:
         self._objects, self._on_wait = objects, on_wait
         self.id = uuid.uuid4().hex
-        """Of this holder: numbers come again."""
+        """Unique id of this holder; lock numbers are reused."""
         self._holder = {"id": self.id, **_this_process()}
         self._number = 0
         self._beat = 0
@@ -68,27 +67,27 @@ class OutputLock:
         self._ended = False
         self._beating: threading.Thread | None = None
         self.left_behind: dict[str, object] | None = None
-        """What a lock said that was left behind and is replaced."""
+        """Content of the stale lock that this one replaces."""
         self.lost = threading.Event()
-        """Another run has replaced the lock, while this one was suspended or cut off."""
+        """Set if another run replaced the lock while this one was suspended or disconnected."""
         self.stopping = threading.Event()
-        """Workers are told to stop after the tile that they have in hand."""
+        """Set if workers must stop after their current tile."""
 
     @property
     def key(self) -> str:
-        """Key of the lock's object: what workers are told."""
+        """Key of the lock's object, which workers receive."""
         return f"{FOLDER}/{self._number}"
 
     @property
     def power_was_lost(self) -> bool:
-        """Whether what an earlier run wrote may not have reached the disk.
+        """Whether the data of an earlier run may not have reached the disk.
 
-        It ended without giving its lock back, and not on this machine since it was started.
+        True if it ended without releasing its lock, and not on this machine since the last boot.
         """
         return self.left_behind is not None and self.left_behind.get("boot") != _boot()
 
     def stop(self) -> None:
-        """Tell all workers to stop after the tile that they have in hand; returns at once."""
+        """Ask all workers to stop after their current tile, without waiting for them."""
         self.stopping.set()
         self._wake.set()
 
@@ -107,15 +106,15 @@ class OutputLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         try:
-            # Without a lock nobody would doubt, after a loss of power, what was written under it.
+            # Sync first: without the lock, a later run would trust data lost with the power.
             self._objects.sync()
         except StorageError as error:
             log.warning("the lock stays: %s", error)
         else:
             self._end_beating()
-            with contextlib.suppress(StorageError):  # it will be found left behind
+            with contextlib.suppress(StorageError):  # it becomes stale
                 self._objects.delete_one(self.key)
         finally:
             self._end_beating()
@@ -132,22 +131,22 @@ class OutputLock:
         if held is not None:
             self._wait_until_left_behind(held)
         self._number = 0 if held is None else held + 1
-        # A request may be answered with an error after it was carried out, and be sent again.
+        # A request may succeed but return an error, and then be retried.
         if not self._objects.create(self.key, self._content()) and not self._is_mine():
             return False
-        if _highest(self._objects) != self._number:  # others were faster, twice
+        if _highest(self._objects) != self._number:  # another run took a higher number
             return False
         for number in range(self._number):
             self._objects.delete_one(f"{FOLDER}/{number}")
         return True
 
     def _wait_until_left_behind(self, number: int) -> None:
-        """Return when a lock is known to be left behind, or was given back.
+        """Wait until a lock is known to be stale, or was released.
 
         Raises
         ------
         OutputLockedError
-            It is not: its holder lives.
+            Its holder is alive.
         """
         key = f"{FOLDER}/{number}"
         first = self._objects.get(key, _MAX_NBYTES)
@@ -187,7 +186,7 @@ class OutputLock:
         return json.dumps({**self._holder, **state}).encode()
 
     def _keep(self) -> None:
-        """Write the lock anew, again and again, until it is given back or lost."""
+        """Write heartbeats until the lock is released or lost."""
         while True:
             self._wake.wait(BEAT_SECONDS)
             self._wake.clear()
@@ -205,14 +204,14 @@ class OutputLock:
 
 
 class RunLease:
-    """What a worker may do: whether the run that it works for still goes on.
+    """A worker's view of its run's lock: whether the run is still active.
 
     Parameters
     ----------
     objects
         The output.
     key, holder
-        Of the run's lock.
+        Key of the run's lock and id of its holder.
     """
 
     def __init__(self, objects: Objects, key: str, holder: str) -> None:
@@ -223,12 +222,12 @@ class RunLease:
 
     @property
     def is_held(self) -> bool:
-        """As of a moment ago.
+        """Whether the run still holds its lock and is not stopping; cached briefly.
 
         Raises
         ------
         StorageError
-            That cannot be told.
+            The lock cannot be read.
         """
         with self._looking:
             if self._goes_on and time.monotonic() - self._looked > LOOK_SECONDS:
@@ -240,7 +239,7 @@ class RunLease:
 
 
 def _highest(objects: Objects) -> int | None:
-    """Return the number of the lock that counts."""
+    """Return the highest lock number, or None if there is no lock."""
     found = map(_KEY.fullmatch, objects.keys(FOLDER))
     return max((int(match[1]) for match in found if match), default=None)
 
@@ -256,7 +255,7 @@ def _this_process() -> dict[str, object]:
 
 
 def _boot() -> str:
-    """Name the time since this machine was started, and the space of its process numbers."""
+    """Identify the boot of this machine and its process id namespace."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -264,7 +263,7 @@ def _boot() -> str:
 
 
 def _lives(holder: dict[str, object]) -> bool | None:
-    """Whether the process that wrote a lock lives; None if that cannot be known here."""
+    """Whether the process that wrote a lock is alive; None if unknown on this machine."""
     this, pid = _this_process(), holder.get("pid")
     if any(holder.get(name) != this[name] for name in ("host", "boot")) or not isinstance(pid, int):
         return None

@@ -1,8 +1,8 @@
-"""What a ``zarr.json`` says, as far as ``docs/format.md`` allows it to say anything. Pure.
+"""Parser of the ``zarr.json`` files that ``docs/format.md`` allows. Pure.
 
-Metadata may come from anybody, so nothing that it names is looked up, loaded or allocated: types,
-codecs and grids are those of the format, or are refused by their names. (zarr would look for
-whatever codec or type it reads of, and make values of it, before one could refuse it.)
+Metadata is untrusted, so nothing that it names is looked up, loaded or allocated: dtypes, codecs
+and grids outside the format are rejected by name. (zarr would look up any codec or dtype, and
+create values of it, before it could be rejected.)
 """
 
 import json
@@ -22,7 +22,7 @@ from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_CHUNKS, MAX_METADATA
 MAX_DIMENSIONS = 3
 
 MAX_KEYS = 1000
-"""Of one object: complaints of each of millions would fill the memory."""
+"""Maximum number of keys in one object; errors about millions would fill the memory."""
 
 _ARRAY_KEYS = {
     "zarr_format",
@@ -44,7 +44,7 @@ _NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class BloscSettings(NamedTuple):
-    """How chunks are compressed when they are written, in the names of Zarr."""
+    """Compression settings for writing chunks, with Zarr's names."""
 
     cname: str
     clevel: int
@@ -53,14 +53,14 @@ class BloscSettings(NamedTuple):
 
 
 class ArrayInfo(NamedTuple):
-    """What the metadata of an array says.
+    """Metadata of an array.
 
     Parameters
     ----------
     shape, chunk
-        Lengths along 1 to :data:`MAX_DIMENSIONS` axes, of the array and of its chunks.
+        Shapes of the array and of its chunks, with 1 to :data:`MAX_DIMENSIONS` axes.
     dtype
-        Of its values, in this machine's byte order.
+        Dtype of the values, in this machine's byte order.
     fill
         Fill value.
     blosc
@@ -80,14 +80,14 @@ def parse_group(encoded: bytes, where: str) -> dict[str, Any]:
     Parameters
     ----------
     encoded
-        The content of its ``zarr.json``.
+        Content of its ``zarr.json``.
     where
-        It is, for errors.
+        Its location, for error messages.
 
     Raises
     ------
     FormatError
-        It is not that of a Zarr v3 group, or its attributes are no object.
+        It is not a Zarr v3 group, or its attributes are not an object.
     """
     attributes = _parse(encoded, "group", where).get("attributes", {})
     if not isinstance(attributes, dict):
@@ -103,28 +103,28 @@ def parse_array(
     dimensions: tuple[str, ...] | None = None,
     most_chunk_nbytes: int = MAX_CHUNK_NBYTES,
 ) -> ArrayInfo:
-    """Return what the metadata of an array says.
+    """Parse the metadata of an array.
 
     Parameters
     ----------
     encoded
-        The content of its ``zarr.json``.
+        Content of its ``zarr.json``.
     where
-        It is, for errors.
+        Its location, for error messages.
     place
-        How errors call the array.
+        Name of the array in error messages.
     dtypes
-        The stored types that are allowed.
+        Allowed stored dtypes.
     dimensions
-        What they have to be called; None: anything.
+        Required dimension names; None allows any.
     most_chunk_nbytes
-        Largest chunk that is allowed.
+        Size limit of a decoded chunk in bytes.
 
     Raises
     ------
     FormatError
-        Its shape, dimensions, type, chunks, codecs, key encoding or fill value are not those of
-        ``docs/format.md``. All problems are named.
+        Its shape, dimensions, dtype, chunks, codecs, key encoding or fill value do not follow
+        ``docs/format.md``. All problems are listed.
     """
     array = _Array(_parse(encoded, "array", where), tuple(dtypes))
     shape = array.shape(dimensions)
@@ -140,9 +140,9 @@ def parse_array(
 
 @dataclass
 class _Array:
-    """Metadata of an array, of which one part after another is looked at.
+    """Metadata of an array, checked one part at a time.
 
-    Every method returns what it looks for, or has said what is wrong with it.
+    Every method returns its part or appends to :attr:`problems`.
     """
 
     document: dict[str, Any]
@@ -223,7 +223,7 @@ class _Array:
             key
             for key, value in self.document.items()
             if key not in _ARRAY_KEYS
-            # As the specification of Zarr has it, of what may be ignored.
+            # The Zarr specification allows readers to ignore these.
             and not (isinstance(value, dict) and value.get("must_understand") is False)
         ]
         if unknown:
@@ -263,7 +263,7 @@ def _parse(encoded: bytes, kind: str, where: str) -> dict[str, Any]:
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, unless readers may differ in what it says."""
+    """Build an object; reject duplicate keys, which readers may interpret differently."""
     if len(pairs) > MAX_KEYS:
         raise ValueError(f"expected at most {MAX_KEYS} keys in an object, got {len(pairs)}")
     content = dict(pairs)
@@ -279,14 +279,14 @@ def _is_integer(value: object) -> bool:
 
 
 def _lengths(value: object) -> tuple[int, ...] | None:
-    """Lengths along axes, if that is what it is."""
+    """Return the value as a shape, or None if it is not one."""
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSIONS:
         return None
     return tuple(value) if all(_is_integer(n) and 1 <= n < 2**31 for n in value) else None
 
 
 def _named(value: object) -> tuple[object, dict[str, Any]]:
-    """Name and configuration of what may be written as its name alone."""
+    """Name and configuration of an entry, which may be only a name."""
     if isinstance(value, dict) and isinstance(value.get("name"), str):
         configuration = value.get("configuration", {})
         if isinstance(configuration, dict):
@@ -301,7 +301,7 @@ def _integer_of(value: object, dtype: "np.dtype[Any]") -> int | None:
 
 
 def _float_of(value: object, dtype: "np.dtype[Any]") -> float | None:
-    """Read a number, or the text that Zarr has for what JSON has no number for."""
+    """Parse a number, or Zarr's text for a value that JSON cannot represent."""
     if isinstance(value, str):
         if re.fullmatch(f"0x[0-9a-fA-F]{{{2 * dtype.itemsize}}}", value):
             bits = int(value, 16).to_bytes(dtype.itemsize, "little")
@@ -315,11 +315,11 @@ def _float_of(value: object, dtype: "np.dtype[Any]") -> float | None:
 
 
 def _bare(value: object) -> str:
-    """Show what should be a name; without quotes if it is one."""
+    """Format an expected name; without quotes if it is one."""
     is_name = isinstance(value, str) and re.fullmatch(r"[\w.\-]{1,60}", value, re.ASCII)
     return str(value) if is_name else _short(value)
 
 
 def _short(value: object) -> str:
-    """Show a value that may be anything, of any size."""
+    """Format an arbitrary value of any size."""
     return reprlib.repr(value)

@@ -1,8 +1,8 @@
-"""Opening stores of named byte objects: a directory, a bucket, or memory, by path or URL.
+"""Open stores of named byte objects in a directory, a bucket or memory, by path or URL.
 
-obstore serves buckets (``s3``, ``gs``, ``az``, ``http`` ...); credentials and endpoints come from
-the environment, as obstore documents it. ``memory://NAME`` is in the memory of this process, for
-trials. Nothing here knows about Zarr's content.
+obstore provides buckets (``s3``, ``gs``, ``az``, ``http`` ...); credentials and endpoints come from
+the environment, as documented by obstore. ``memory://NAME`` is in the memory of this process, for
+trials. This module does not depend on Zarr's content.
 """
 
 import os
@@ -21,16 +21,16 @@ _OBSTORE_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "h
 
 
 _SECRETS = re.compile(r"secret|token|password|credential|signature|access_?key|\bsig\b", re.I)
-"""In the names of parameters of a URL."""
+"""Names of URL parameters that carry credentials."""
 
 
 def normalise_url(place: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a local place, without a trailing slash; a URL as it is.
+    """Return a local path as absolute, or a URL, both without a trailing slash.
 
     Raises
     ------
     InvalidInputError
-        The URL carries credentials, which would be kept in logs and in what is stored.
+        The URL carries credentials, which would be kept in logs and in stored data.
     """
     text = os.fspath(place)
     if "://" in text:
@@ -54,17 +54,17 @@ def _refuse_secrets(url: str) -> None:
 
 
 def is_local(url: str) -> bool:
-    """Whether a normalised place is a path on this machine."""
+    """Whether a normalised URL is a path on this machine."""
     return "://" not in url
 
 
 def open_objects(place: str | os.PathLike[str]) -> Objects:
-    """Open a place, which need not exist yet; nothing is created before the first write.
+    """Open a store, which need not exist yet; the first write creates it.
 
     Raises
     ------
     InvalidInputError
-        A URL of this kind is not known, or it carries credentials.
+        The URL scheme is not supported, or the URL carries credentials.
     """
     url = normalise_url(place)
     if is_local(url):

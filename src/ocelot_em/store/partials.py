@@ -1,4 +1,4 @@
-"""Writing partials of a search, from several processes at the same time."""
+"""Write partials of a search, from several processes at the same time."""
 
 import datetime
 import re
@@ -61,38 +61,37 @@ def write_partial(
     search: SearchInfo | None = None,
     exposure: Exposure | None = None,
 ) -> None:
-    """Write what one device found as a partial of a search.
+    """Write the results of one device as a partial of a search.
 
     Several processes may write different partials of one search at the same time; the first one
-    creates it. Nothing is written unless everything is in order.
+    creates the search. If any input is invalid, nothing is written.
 
     Parameters
     ----------
     store
-        Path or URL of the search; made if it is not there.
+        Path or URL of the search; created if missing.
     name
         Name of the partial, unique in the search: letters, digits, ``.``, ``_``, ``-``.
     result
         Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
-        where nothing was searched. Other keys are ignored. With a search space the indexed form
-        is taken, without it the explicit one. Sums keep their dtype, float32 or float64. Maps on
-        a GPU are brought to the host a band of rows at a time, twice: to check them, and to write.
+        where nothing was searched. Other keys are ignored. Poses are indexed if there is a search
+        space, otherwise explicit. Sums keep their dtype, float32 or float64. Maps on a GPU are
+        copied to the host one band of rows at a time, twice: for validation and for writing.
     total_projections
-        How many cross-correlations the sums hold, exactly.
+        Exact number of cross-correlations in the sums.
     order
         Partials are merged in ascending order, then by name; earlier ones win ties.
     search
-        What the partials share; by default explicit poses, all pixels valid.
+        Properties that all partials share; by default explicit poses and all pixels valid.
     exposure
-        Which exposure of a montage this is a partial of; the same for all its partials. Names of
-        partials need to be unique in their exposure only.
+        Exposure of a montage that the partial belongs to; the same for all its partials. Names of
+        partials must be unique only within their exposure.
 
     Raises
     ------
     InvalidInputError
-        Listing everything that is wrong: maps that are missing, of unequal shape or wrong dtype,
-        NaN, indices outside the search space, a name that is taken, a search or exposure that
-        differs.
+        Listing all problems: maps that are missing or have unequal shapes or a wrong dtype, NaN,
+        indices outside the search space, a name that is taken, a different search or exposure.
     """
     info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
     maps, problems = converted(result, info, name, HostRows)
@@ -138,9 +137,9 @@ def write_partial(
 class PartialWriter:
     """Writes a partial region by region, for maps larger than memory.
 
-    A context manager: leaving it normally checks that every pixel was written and marks the
-    partial complete; leaving it by an exception leaves it incomplete, and merging it is refused. A
-    partial that was left incomplete may be written again under its name.
+    A context manager: a normal exit checks that every pixel was written and marks the partial
+    complete. After an exception the partial stays incomplete and cannot be merged, but may be
+    written again under the same name.
 
     Parameters
     ----------
@@ -152,7 +151,7 @@ class PartialWriter:
     Raises
     ------
     InvalidInputError
-        Listing everything that is wrong.
+        Listing all problems.
     """
 
     def __init__(
@@ -199,7 +198,7 @@ class PartialWriter:
             raise InvalidInputError(problems)
 
     def describe(self, *, file: str, sha256: str) -> None:
-        """Record the file that the partial comes from; call it before entering the writer."""
+        """Record the file that the partial comes from; call this before entering the writer."""
         self._provenance = provenance(inputs=(file,), input_sha256=sha256, options={})
 
     def __enter__(self) -> Self:
@@ -218,12 +217,12 @@ class PartialWriter:
         return self
 
     def write(self, region: Region, maps: Mapping[str, object]) -> None:
-        """Write all maps over one region, made of whole chunks of :attr:`chunk` pixels.
+        """Write all maps of one region, made of whole chunks of :attr:`chunk` pixels.
 
         Raises
         ------
         InvalidDataError
-            Listing everything that is wrong with the maps; nothing of the region is written.
+            Listing all problems of the maps; nothing of the region is written.
         ValueError
             The region is not made of whole chunks.
         """
@@ -261,7 +260,7 @@ class PartialWriter:
                 "give every writer a name of its own"
             )
         self._objects.tidy(self._path)
-        self._objects.sync()  # so that what is called complete stays complete
+        self._objects.sync()  # the data must be on the disk before the mark
         attributes = fmt.dump_attributes(self._attributes("complete"))
         store.update_attributes(self._objects, self._path, attributes)
         refresh_total(self._objects, self._exposure_id)
@@ -292,7 +291,7 @@ class PartialWriter:
 def provenance(
     *, inputs: Sequence[str], options: Mapping[str, Any], input_sha256: str = ""
 ) -> fmt.Provenance:
-    """Where and with what something was made, now."""
+    """Provenance of data created now, with the present package versions."""
     return fmt.Provenance(
         created=now(),
         versions={name: version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
@@ -303,7 +302,7 @@ def provenance(
 
 
 def now() -> str:
-    """Return the time, in UTC, to the second."""
+    """Return the current UTC time, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -313,7 +312,7 @@ def ensure_search(
     info: SearchInfo,
     exposure: Exposure | None = None,
 ) -> None:
-    """Create the search and the exposure, or check that what is there has the same properties.
+    """Create the search and the exposure, or check that existing ones have the same properties.
 
     Raises
     ------
@@ -325,21 +324,21 @@ def ensure_search(
     if problems:
         raise InvalidInputError(problems)
     if not store.create_group(objects, "", fmt.dump_attributes(wanted)):
-        # Another process may have been first just now, with other properties.
+        # Another process may have just created it with other properties.
         problems = search_problems(objects, wanted)
         if problems:
             raise InvalidInputError(problems)
     if exposure is not None:
         _ensure_exposure(objects, exposure.attributes(shape, info))
     store.create_group(objects, partials_path("" if exposure is None else exposure.id), {})
-    # The tables are written one after another: the last one says whether their writer lived.
+    # The tables are written in order: if the last one exists, all of them are complete.
     last = f"{constants.SEARCH_SPACE}/{TABLES[-1]}/c/0"
     if info.search_space is not None and objects.get(last) is None:
         write_search_space(objects, info.search_space)
 
 
 def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
-    """Create an exposure under a number that no other one has, unless it is there."""
+    """Create an exposure with a unique number, unless it exists."""
     store.create_group(objects, constants.EXPOSURES, {})
     path = exposure_path(wanted.id)
     if store.group_attributes(objects, path) is None:
@@ -354,7 +353,7 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def _claim_number(objects: Objects, exposure: str) -> int:
-    """Take the next number; two processes never get the same. One that dies now leaves a gap."""
+    """Claim the next number, unique across processes; a process that dies here leaves a gap."""
     store.create_group(objects, constants.EXPOSURE_NUMBERS, {})
     claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
     taken = (int(n) for n in objects.children(constants.EXPOSURE_NUMBERS) if _NUMBER.fullmatch(n))
@@ -374,7 +373,8 @@ def search_attributes(
     Raises
     ------
     InvalidInputError
-        The maps have no pixels, the template box does not fit, or the pixel size is not positive.
+        The maps are empty or too large, the template box does not fit, or the pixel size is not
+        positive.
     """
     problems: list[str] = []
     valid_shape, size = shape, info.pixel_size_angstrom
@@ -409,12 +409,12 @@ def search_attributes(
 def layout_differences(
     objects: Objects, shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None
 ) -> list[str]:
-    """How the search and the exposure that are there differ from those of a new partial.
+    """Differences between the existing search and exposure and those of a new partial.
 
     Raises
     ------
     InvalidInputError
-        What is wanted is impossible anyway.
+        The properties of the new partial are invalid.
     """
     problems = search_problems(objects, search_attributes(shape, info, exposure))
     if exposure is not None:
@@ -423,7 +423,7 @@ def layout_differences(
 
 
 def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
-    """How an existing search differs from the wanted one; empty if it does not, or is not there."""
+    """Differences between an existing search and the wanted one; empty if none exists."""
     attributes = store.group_attributes(objects, "")
     if attributes is None:
         return []
@@ -444,7 +444,7 @@ def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]
 
 
 def exposure_problems(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
-    """How an existing exposure differs from the wanted one; empty if it is not there."""
+    """Differences between an existing exposure and the wanted one; empty if none exists."""
     if objects.get(f"{exposure_path(wanted.id)}/zarr.json") is None:
         return []
     found = read_exposure(objects, wanted.id)
@@ -467,8 +467,8 @@ def write_search_space(objects: Objects, space: SearchSpace) -> None:
 def refresh_total(objects: Objects, exposure: str) -> None:
     """Write the sum of the complete partials' counts into the root, or into their exposure.
 
-    Writers that finish at the same time each look again after writing, so that the last one to
-    write has seen them all.
+    Every writer reads the partials again after writing, so that the last of several concurrent
+    writers has counted all of them.
     """
     written = None
     while True:

@@ -1,7 +1,7 @@
-"""Chunks on their way: fetched before they are asked for, written while the next are made.
+"""Prefetching of chunks, and writing in the background.
 
-Threads of their own wait for the storage, so that a worker's processor always has bytes to decode.
-What is under way is bounded, in chunks.
+Separate threads wait for the storage, so that a worker's CPU always has bytes to decode. The number
+of chunks in flight is bounded.
 """
 
 import time
@@ -21,30 +21,30 @@ from ocelot_em.store.blosc import BloscChunk
 from ocelot_em.store.contract import Objects, ReusedMemory
 
 READ_TOGETHER = 4
-"""Most requests of one chunk that can be open at the same time."""
+"""Maximum number of single-chunk requests that can be open at the same time."""
 
 
 def chunks_ahead(streams: int) -> int:
-    """Encoded chunks that a :class:`ReadAhead` holds: one lot is open, another under way."""
+    """Number of encoded chunks that a :class:`ReadAhead` holds, open or in flight."""
     return READ_TOGETHER + max(READ_TOGETHER, streams)
 
 
 def chunks_behind(streams: int) -> int:
-    """Most encoded chunks that a :class:`WriteBehind` of so many streams holds."""
+    """Maximum number of encoded chunks that a :class:`WriteBehind` holds."""
     return 1 + streams
 
 
 class Request(NamedTuple):
-    """A region of a map that will be read.
+    """A region of a map to read.
 
     Parameters
     ----------
     group
-        What it is read for; the requests of a group come one after another.
+        Key of the group; the requests of a group are consecutive.
     source
         The map.
     region
-        Its pixels.
+        Pixels of the map.
     """
 
     group: Hashable
@@ -67,12 +67,12 @@ class Arrival:
     ----------
     source
         The map.
-    chunk, encoded
-        The chunk, if the region is one chunk: it is decoded when it is asked for.
-    values
-        The region's values otherwise: they are decoded already.
     meter
-        Counts the time of decoding.
+        Counts the decoding time.
+    chunk
+        The chunk and its encoded bytes, if the region is one chunk; decoded on request.
+    values
+        Otherwise, the decoded values of the region.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Arrival:
         self.dtype = source.dtype
         self._source, self._meter, self._chunk, self._values = source, meter, chunk, values
         self.n_parts = 1 if chunk is None else chunk[1].n_blocks
-        """Equal parts of the pixels in which it can be decoded."""
+        """Number of equal parts in which the pixels can be decoded."""
 
     def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
         """Decode a part into a flat array of its size.
@@ -93,9 +93,9 @@ class Arrival:
         Parameters
         ----------
         part
-            Number of the part.
+            Index of the part.
         n_parts
-            :attr:`n_parts`, or 1 for everything.
+            :attr:`n_parts`, or 1 for the whole region.
         out
             C-contiguous, of the map's dtype.
 
@@ -121,16 +121,16 @@ class Arrival:
 
 @dataclass(slots=True)
 class Meter:
-    """What transfers have cost the thread that asked for them.
+    """Cost of transfers for the thread that requested them.
 
     Parameters
     ----------
     seconds
-        In all, with decoding.
+        Total time, with decoding.
     waited_seconds
-        The part in which there was nothing to do but wait for the storage.
+        The part of it spent waiting for the storage.
     nbytes
-        Encoded bytes.
+        Number of encoded bytes.
     """
 
     seconds: float = 0.0
@@ -138,7 +138,7 @@ class Meter:
     nbytes: int = 0
 
     def since(self, earlier: "Meter") -> "Meter":
-        """Return what was added since an earlier :meth:`copy`."""
+        """Return the increase since an earlier :meth:`copy`."""
         return Meter(
             self.seconds - earlier.seconds,
             self.waited_seconds - earlier.waited_seconds,
@@ -146,30 +146,28 @@ class Meter:
         )
 
     def copy(self) -> "Meter":
-        """Return the present numbers."""
+        """Return a copy of the current values."""
         return replace(self)
 
 
 Spare = Callable[[int, "np.dtype[np.generic]"], AnyArray]
-"""Memory for a region that is not one whole chunk, by number (below :data:`READ_TOGETHER`) and
-dtype:
-of the region's shape."""
+"""Returns an array of the region's shape for a region that is not one whole chunk, by number (below
+:data:`READ_TOGETHER`) and dtype."""
 
 
 class ReadAhead:
-    """Reads regions in the order in which they were announced; the next ones are fetched meanwhile.
+    """Reads regions in the given order and prefetches the next ones.
 
-    A reader cannot ask for anything else than what comes next, so that the announced and the
-    actual order never differ.
+    A reader can only take the next region, so that the given and the actual order never differ.
 
     Parameters
     ----------
     requests
-        Everything that will be read, in order.
+        All requests, in order.
     streams
-        Chunks fetched at a time.
+        Number of concurrent fetches.
     memory
-        For the encoded chunks: as many as :func:`chunks_ahead` says.
+        Buffers for the encoded chunks; :func:`chunks_ahead` returns their number.
     """
 
     def __init__(
@@ -183,14 +181,14 @@ class ReadAhead:
         self.meter = Meter()
 
     def group(self, group: Hashable, spare: Spare) -> "Incoming":
-        """Go forward to the requests of a group; whatever is left of those before it is skipped.
+        """Advance to the requests of a group, skipping unread requests of earlier groups.
 
         Parameters
         ----------
         group
             As in the requests.
         spare
-            Memory for its regions that are not whole chunks.
+            Provides memory for regions that are not whole chunks.
         """
         self._release()
         while self._under_way and self._under_way[0].request.group != group:
@@ -204,7 +202,7 @@ class ReadAhead:
         Parameters
         ----------
         n
-            How many, at most :data:`READ_TOGETHER`.
+            Number of regions, at most :data:`READ_TOGETHER`.
         group, spare
             As for :meth:`group`.
 
@@ -212,7 +210,7 @@ class ReadAhead:
         ------
         MissingChunkError, CorruptChunkError, StorageError
         LookupError
-            The group has fewer regions.
+            The group has fewer regions left.
         """
         started = time.perf_counter()
         arrivals = [self._next(group, number, spare) for number in range(n)]
@@ -261,14 +259,14 @@ class ReadAhead:
             self._under_way.append(_Piece(request, chunk, is_last, memory, encoded))
 
     def _release(self) -> None:
-        """Reuse the memory of what was taken, so that more can be fetched."""
+        """Reuse the memory of regions that were taken, and fetch more."""
         self._free += self._in_use
         self._in_use.clear()
         self._top_up()
 
     def _skip(self, piece: _Piece) -> None:
         if not piece.encoded.cancel():
-            with suppress(Exception):  # nobody asks for it, so its error does not matter
+            with suppress(Exception):  # the chunk is not needed, so its error does not matter
                 piece.encoded.result()
         self._free.append(piece.memory)
         self._top_up()
@@ -281,7 +279,7 @@ class ReadAhead:
 
 
 class Incoming(NamedTuple):
-    """The regions of one group, as whoever merges them takes them."""
+    """The regions of one group, for the code that merges them."""
 
     reader: ReadAhead
     group: Hashable
@@ -293,12 +291,12 @@ class Incoming(NamedTuple):
 
 
 class WriteBehind:
-    """Writes objects on threads of its own, a bounded number of them at a time.
+    """Writes a bounded number of objects at a time, on its own threads.
 
     Parameters
     ----------
     streams
-        Objects written at a time.
+        Number of concurrent writes.
     """
 
     def __init__(self, streams: int) -> None:
@@ -309,7 +307,7 @@ class WriteBehind:
 
     @contextmanager
     def metered(self) -> Iterator[None]:
-        """Count the time within the context, in which something is encoded and handed in."""
+        """Count the time within the context, for encoding and submitting objects."""
         started = time.perf_counter()
         try:
             yield
@@ -317,7 +315,7 @@ class WriteBehind:
             self.meter.seconds += time.perf_counter() - started
 
     def put(self, objects: Objects, key: str, parts: Sequence[bytes]) -> "Future[None]":
-        """Write an object, soon; the result says that it is written, or raises."""
+        """Write an object in the background; the future completes or raises."""
         self.meter.nbytes += sum(map(len, parts))
         while len(self._under_way) >= self._most:
             self.wait([self._under_way.popleft()], quietly=True)
@@ -326,12 +324,12 @@ class WriteBehind:
         return written
 
     def wait(self, written: Sequence["Future[None]"], *, quietly: bool = False) -> None:
-        """Wait until these are written.
+        """Wait for writes to finish.
 
         Raises
         ------
         StorageError
-            Unless ``quietly``.
+            A write failed, unless ``quietly``.
         """
         started = time.perf_counter()
         try:
