@@ -1,1 +1,1 @@
-"""Foreign formats in and out, one module a format."""
+"""Import and export of other formats, one module each."""

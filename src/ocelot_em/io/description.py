@@ -1,20 +1,20 @@
-"""The description of a montage: a YAML file that says which exposures there are, and where.
+"""Description of a montage: a YAML file that lists its exposures and their positions.
 
 ::
 
     pixel_size: 3.0               # optional, in Å
-    search_space: space.npz       # of indexed poses
-    template_box: 40              # of maps of the micrograph's shape; or valid_shape of exposures
+    search_space: space.npz       # for indexed poses
+    template_box: 40              # for maps of the micrograph's shape; or valid_shape of exposures
     origins: origins.csv          # optional: see ocelot_em.io.origins
     exposures:
       - id: "00"
-        origin: [2, 0]            # y, x; not needed if a file has them
-        acquired: 0               # order of acquisition; not needed if a file has it
+        origin: [2, 0]            # y, x; not needed if the origins file has them
+        acquired: 0               # order of acquisition; not needed if the origins file has it
         valid_shape: [265, 297]   # optional
         partials: [dev0.npz, dev1.npz]
-        total_projections: [17232, 9264]   # where the files do not say
+        total_projections: [17232, 9264]   # if the files have none
 
-Files are looked for beside the description.
+File paths are relative to the description's folder.
 """
 
 from collections import Counter
@@ -45,7 +45,7 @@ from ocelot_em.store.search_info import Exposure
 
 
 def _as_number(value: object) -> object:
-    """A number where YAML took one, such as 1e4, for text."""
+    """Convert text that YAML failed to read as a number, such as 1e4."""
     if not isinstance(value, str):
         return value
     try:
@@ -64,7 +64,7 @@ def _as_text(value: object) -> object:
 
 
 def _as_origins_file(value: object) -> object:
-    """What a table of origins with nothing but a name is short for."""
+    """Expand a plain file name into the mapping it stands for."""
     return {"file": value} if isinstance(value, str) else value
 
 
@@ -78,7 +78,7 @@ class _Strict(BaseModel):
 
 
 class OriginsFile(_Strict):
-    """A table of origins; see :func:`ocelot_em.io.origins.read_origins`."""
+    """File with origins; see :func:`ocelot_em.io.origins.read_origins`."""
 
     file: _FileName
     flip_y: bool = False
@@ -103,7 +103,7 @@ class ExposureEntry(_Strict):
 
 
 class Description(_Strict):
-    """What a file says; see the top of :mod:`ocelot_em.io.description`."""
+    """Content of a description file; see :mod:`ocelot_em.io.description`."""
 
     pixel_size: Annotated[fmt.Angstrom, BeforeValidator(_as_number)] | None = None
     search_space: _FileName | None = None
@@ -119,9 +119,9 @@ def import_description(
 ) -> list[str]:
     """Convert the result files of a montage's exposures into a search.
 
-    All files are read through and checked first; nothing is written unless all is in order. Into
-    an existing search, partials and exposures are added; those that are there already, with the
-    same content, are left alone, so that a description can grow.
+    All files are read and checked first; nothing is written if there is a problem. New partials and
+    exposures are added to an existing search; existing ones with the same content are not changed,
+    so that a description can grow.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def import_description(
     Raises
     ------
     InvalidInputError
-        Naming everything that is wrong with the description, or with all files.
+        Listing every problem with the description or with the files.
     """
     place = Path(path)
     description = read_description(place)
@@ -169,7 +169,7 @@ def read_description(path: Path) -> Description:
     Raises
     ------
     InvalidInputError
-        Naming every problem with its place.
+        Listing every problem and its location.
     """
     content = read_yaml(path, "a description of a montage's exposures")
     try:
@@ -190,18 +190,18 @@ def read_description(path: Path) -> Description:
 
 
 def _place(location: Sequence[int | str]) -> str:
-    """Where in a description: ``exposures[3].origin``."""
+    """Format a location in a description: ``exposures[3].origin``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".") or "description"
 
 
 def placed_exposures(description: Description, path: Path) -> list[Exposure]:
-    """Exposures with their origins, of the description itself or of the file that it names.
+    """Return the exposures with origins from the description or from its origins file.
 
     Raises
     ------
     InvalidInputError
-        Naming every exposure without an origin or an order of acquisition, or with two.
+        Naming every exposure whose origin or order of acquisition is missing or contradictory.
     """
     known: dict[str, Origin] = {}
     asked = description.origins

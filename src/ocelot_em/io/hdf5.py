@@ -1,6 +1,6 @@
-"""Leopard-EM 1.3's one HDF5 file of a result, out of a merged store and in as a partial, in bands.
+"""Export of merged results to Leopard-EM 1.3's HDF5 file, and import as a partial, in bands.
 
-The layout: eight float32 maps in the group ``tensors``, compressed with gzip, and on the root the
+The file has eight float32 maps in the group ``tensors``, compressed with gzip, and the root
 attributes ``leopard_em_version``, ``total_projections``, ``total_orientations`` and
 ``total_defocus``.
 """
@@ -37,13 +37,13 @@ from ocelot_em.store.search import read_attributes, read_search_space
 GROUP = "tensors"
 GZIP_LEVEL = 4
 CHUNK = 512
-"""Edge of a chunk in pixels: 1 MiB, which HDF5 keeps in its cache while it is read in parts."""
+"""Edge of a chunk in pixels: 1 MiB, so that HDF5 caches it while it is read in parts."""
 
 MAX_CHUNK_NBYTES = 2**30
-"""Of a file that is read: HDF5 reads a chunk whole."""
+"""Maximum chunk size of a file to import: HDF5 reads chunks whole."""
 
 PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
-"""Ours, beside Leopard-EM's own attributes; it ignores what it does not know."""
+"""An attribute in addition to Leopard-EM's own; Leopard-EM ignores unknown ones."""
 
 
 def write_hdf5(
@@ -53,17 +53,17 @@ def write_hdf5(
 
     Its maps are those of :func:`ocelot_em.io.mrc.write_mrc_set`: valid pixels only, the
     standard deviation as ``correlation_variance``. ``total_orientations`` and ``total_defocus``
-    are those of the search space, and 0 where poses are explicit and nobody knows;
-    ``leopard_em_version`` says that another program wrote it.
+    come from the search space, or are 0 if poses are explicit and these numbers unknown;
+    ``leopard_em_version`` states that another program wrote the file.
 
     Parameters
     ----------
     store
         Path or URL of a complete merged result.
     output
-        The file; its folder is made if it is not there.
+        The file; its folder is created if needed.
     overwrite
-        Whether to replace a file that is there.
+        Whether to replace an existing file.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def write_hdf5(
     StoreNotFoundError, FormatError, IncompleteError, ChunkError
         The store cannot be read.
     OutputExistsError
-        The file is there.
+        The file exists.
     StorageError
         Writing failed; nothing is left behind.
     """
@@ -121,33 +121,33 @@ def import_hdf5(
     *,
     on_progress: Tell | None = None,
 ) -> ImportedSearch:
-    """Read the HDF5 file of a finished search as a partial, as far as it carries what it needs.
+    """Import the HDF5 file of a finished search as a partial, as far as its content allows.
 
-    As :func:`ocelot_em.io.mrc.import_mrc_set` reads MRC files; the number of projections is
-    taken from the file.
+    Works like :func:`ocelot_em.io.mrc.import_mrc_set`, but reads the number of projections from
+    the file.
 
     Parameters
     ----------
     path
-        A file that Leopard-EM 1.3, or :func:`write_hdf5`, wrote.
+        A file written by Leopard-EM 1.3 or :func:`write_hdf5`.
     output
-        Path or URL of a search, made if it is not there.
+        Path or URL of a search, created if needed.
     about
-        What the file does not say.
+        Information that the file lacks.
     on_progress
-        Called with the phase (``check`` or ``convert``) and the share done, 0 to 1.
+        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
 
     Returns
     -------
     ImportedSearch
-        The partial's name, and in words what the file lacks.
+        The partial's name, and notes on what the file lacks.
 
     Raises
     ------
     MissingDependencyError
         h5py is not installed.
     InvalidInputError
-        Listing everything that is wrong.
+        Listing every problem.
     """
     h5py = _h5py()
     place = Path(path)
@@ -159,7 +159,7 @@ def import_hdf5(
             maps, problems = _maps(h5py, file)
             count = file.attrs.get("total_projections")
             size = file.attrs.get(PIXEL_SIZE_ATTRIBUTE)
-        except Exception as error:  # h5py has no list of what it raises
+        except Exception as error:  # h5py's exceptions are undocumented
             raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error
         if problems:
             raise InvalidInputError(f"{place}: {problem}" for problem in problems)
@@ -175,7 +175,7 @@ def import_hdf5(
 
 
 def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:
-    """Datasets of the maps, and what is wrong with them; nothing outside the file is touched."""
+    """Return the maps' datasets, and problems; nothing outside the file is accessed."""
     maps, problems = dict[str, Any](), list[str]()
     for path in (GROUP, *(f"{GROUP}/{name}" for name in OUR_NAMES)):
         link = file.get(path, getlink=True)
@@ -197,13 +197,13 @@ def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _dataset_problem(dataset: Any) -> str | None:
-    """Say why a map should not be read, if it should not."""
+    """Return the reason not to read a map, if there is one."""
     shape, chunk = dataset.shape, dataset.chunks
     if shape is None:
         return "expected a map (y, x), got nothing"
     if dataset.is_virtual or dataset.external:
         return "expected its values in this file, got a reference to others"
-    # Where there is nothing, HDF5 makes up values: a map of any size would fit into few bytes.
+    # HDF5 fills missing data with a default: a tiny file could claim a map of any size.
     if chunk is None:
         expected, got = dataset.nbytes, dataset.id.get_storage_size()
         return f"expected {expected:,} bytes, got {got:,}" if got < expected else None
@@ -226,11 +226,11 @@ def _h5py() -> Any:
 
 
 def _write(dataset: Any, region: Region, values: AnyArray, threads: ThreadPoolExecutor) -> None:
-    """Write whole chunks, compressed by many threads at once: HDF5 itself has one at a time."""
+    """Write whole chunks, compressed in several threads: HDF5 itself uses one."""
     cells = list(TileGrid(dataset.shape, dataset.chunks).touching(region))
 
     def compressed(cell: Tile) -> bytes:
-        whole = np.zeros(dataset.chunks, dataset.dtype)  # at the edge it reaches beyond the map
+        whole = np.zeros(dataset.chunks, dataset.dtype)  # edge chunks extend beyond the map
         height, width = cell.region.shape
         whole[:height, :width] = values[cell.region.relative_to(region).slices]
         return zlib.compress(whole.data, GZIP_LEVEL)
@@ -240,12 +240,12 @@ def _write(dataset: Any, region: Region, values: AnyArray, threads: ThreadPoolEx
 
 
 def _whole_chunks(length: int) -> int:
-    """At least this many pixels, in whole chunks of the file."""
+    """Round a length up to whole chunks of the file."""
     return ceil_div(length, CHUNK) * CHUNK
 
 
 def _search_size(store: str | PathLike[str]) -> tuple[int, int]:
-    """Numbers of orientations and of defocus values; 0 where the store does not know them."""
+    """Return the numbers of orientations and defocus values; 0 if the store lacks them."""
     objects = open_objects(store)
     space = read_search_space(objects, read_attributes(objects).search_space_digest)
     return (0, 0) if space is None else (len(space.euler_angles), len(space.defocus_values))

@@ -52,7 +52,7 @@ def check_batch(
     seen: dict[str, Path],
     tell: Callable[[float], None],
 ) -> Checked:
-    """Read and check a batch's files; add their hashes to ``seen``, the files by hash."""
+    """Read and check a batch's files; add them to ``seen``, which maps hashes to files."""
     with ExitStack() as stack:
         candidates, problems = _open_all(batch, stack)
         result = Checked(f"{batch.files[0]}", problems)

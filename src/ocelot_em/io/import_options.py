@@ -1,4 +1,4 @@
-"""Options of an import, and what is imported together."""
+"""Options of an import, and the batches of files that are imported together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ocelot_em.store import constants
 from ocelot_em.store.search_info import Exposure, SearchInfo
 
 MAX_BAND_PX = 2**27
-"""Pixels of a map that are in memory at a time: half a gigabyte of float32."""
+"""Maximum number of pixels of a map in memory at a time: half a gigabyte of float32."""
 
 
 def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
@@ -28,7 +28,7 @@ def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
     Raises
     ------
     InvalidInputError
-        Naming every table that is missing or unusable.
+        Naming every missing or unusable table.
     """
     file = open_result_file(path)
     try:
@@ -43,25 +43,25 @@ def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
 
 
 def placed(error: InvalidInputError, path: str | PathLike[str]) -> list[str]:
-    """Problems with the file in front, where it is not there already."""
+    """Return an error's problems, each prefixed with the file if it is not already."""
     return [p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems]
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the files do not say.
+    """Information that the files lack.
 
     Parameters
     ----------
     search_space
-        File with the tables; files that carry both pose forms are then read as indexed.
+        File with the tables; files with both pose forms are then read as indexed.
     template_box
         Edge of the template box in pixels: the maps are of mode ``same``. None: all pixels are
         valid.
     pixel_size_angstrom
         Pixel size of the micrograph in Å.
     total_projections
-        Counts, one per file in their order; for files that carry none.
+        Counts, one per file in the files' order; for files without counts.
     """
 
     search_space: str | PathLike[str] | None = None
@@ -72,7 +72,7 @@ class ImportOptions:
 
 @dataclass
 class Candidate:
-    """A file on its way to becoming a partial."""
+    """A file to be imported as a partial."""
 
     path: Path
     name: str
@@ -89,16 +89,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Batch:
-    """Files that become the partials of one exposure, or of a search that has no exposures.
+    """Files that become the partials of one exposure, or of a search without exposures.
 
     Parameters
     ----------
     files
-        In the order of the partials.
+        Files in the order of the partials.
     total_projections
         As in :class:`ImportOptions`.
     exposure
-        Whose partials they are.
+        Exposure of the partials.
     """
 
     files: Sequence[str | PathLike[str]]
@@ -108,10 +108,10 @@ class Batch:
 
 @dataclass
 class Checked:
-    """What is known of a batch after its files were read through.
+    """Result of checking a batch's files.
 
-    ``has_only_bad_values``: problems, if any, are of what the maps hold. ``names``, ``counts`` and
-    ``hashes`` are of the files that are to be converted, by their paths.
+    ``has_only_bad_values``: any problems concern only the maps' values. ``names``, ``counts`` and
+    ``hashes`` belong to the files to convert, in the order of ``paths``.
     """
 
     place: str
@@ -128,15 +128,15 @@ class Checked:
 def part_of(
     tell: Callable[[str, float], None], phase: str, number: int, n: int
 ) -> Callable[[float], None]:
-    """Progress of one of n files as progress of all."""
+    """Return a callback that converts the progress of file ``number`` of n to that of all."""
     return lambda share: tell(phase, (number + share) / n)
 
 
 def of_batch(batch: Batch) -> str:
-    """How errors begin that are of a batch as a whole."""
+    """Return the prefix of errors that concern a whole batch."""
     return "" if batch.exposure is None else f"exposure {batch.exposure.id!r}: "
 
 
 def bands_of(shape: tuple[int, int]) -> TileGrid:
-    """Return bands of rows in which maps are read."""
+    """Return the bands of rows in which maps are read."""
     return TileGrid(shape, (min(constants.DEFAULT_CHUNK, shape[0]), shape[1]))

@@ -1,4 +1,4 @@
-"""Result files of Leopard-EM's devices, as partials of a search, converted in bands."""
+"""Import of Leopard-EM's per-device result files as partials of a search, in bands."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -32,21 +32,21 @@ def import_results(
     options: ImportOptions | None = None,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[str]:
-    """Convert result files into partials of a search, in the order given.
+    """Convert result files into partials of a search, in the given order.
 
-    Files are first read through and checked, then converted in bands of rows; nothing is written
-    unless all of them are in order. Into an existing search they are appended.
+    All files are read and checked first, then converted in bands of rows; nothing is written if
+    there is a problem. Partials are appended to an existing search.
 
     Parameters
     ----------
     files
-        ``.npz`` or ``.pt`` dictionaries with the maps' names as keys.
+        ``.npz`` or ``.pt`` dictionaries with map names as keys.
     output
         Path or URL of the search.
     options
-        What the files do not say.
+        Information that the files lack.
     on_progress
-        Called with the phase (``check`` or ``convert``) and the share done, 0 to 1.
+        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def import_results(
     Raises
     ------
     InvalidInputError
-        Listing everything that is wrong with all files.
+        Listing every problem with the files.
     """
     options = options or ImportOptions()
     if not files:
@@ -70,19 +70,19 @@ def import_batches(
     options: ImportOptions,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[str]:
-    """Convert files of several exposures as :func:`import_results` does those of one search.
+    """Convert files of several exposures as :func:`import_results` does for one search.
 
-    Partials of exposures that are there already with the same content are left alone.
+    Existing partials of exposures with the same content are not changed.
 
     Returns
     -------
     list of str
-        Names of the new partials, behind those of their exposures and a slash.
+        Names of the new partials; for exposures ``exposure/partial``.
 
     Raises
     ------
     InvalidInputError
-        Listing everything that is wrong with all files.
+        Listing every problem with the files.
     """
     tell = on_progress or (lambda _phase, _share: None)
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""The eight maps of a finished search as Leopard-EM names them: code shared by its file formats.
+"""The eight maps of a finished Leopard-EM search: code shared by its file formats.
 
 Export reads the valid pixels of a merged result band by band. Import makes one partial of a search;
 its sums are reconstructed from the mean and the standard deviation.
@@ -56,7 +56,7 @@ BAND_PX = 4 * 2**20
 """Pixels of a map in memory at a time, unless chunks are larger."""
 
 LEAST_ROWS = 1024
-"""Minimum height of a band, which consists of whole chunks: few bands, no chunk read twice."""
+"""Minimum rows of a band: few bands, of whole chunks so that none is read in pieces."""
 
 
 def band_grid(shape: tuple[int, int], block: tuple[int, int]) -> TileGrid:
@@ -213,7 +213,7 @@ class MapFiles:
 def import_map_files(
     files: MapFiles, output: str | PathLike[str], about: FinishedSearch, tell: Tell | None = None
 ) -> ImportedSearch:
-    """Convert the maps of a finished search into a partial, appended to a new or existing search.
+    """Convert the maps of a finished search into a partial of a new or existing search.
 
     All data are read and checked first; nothing is written if there is a problem.
 
@@ -400,7 +400,7 @@ def _where(bad: AnyArray, region: Region) -> str:
 def _as_partial(
     maps: Mapping[str, AnyArray], count: int, pixel_size_offset: float | None
 ) -> dict[str, AnyArray]:
-    """Return a partial's maps: copies, and sums that give this mean and standard deviation."""
+    """Return a partial's maps, with sums that give this mean and standard deviation."""
     mean, std = (
         maps[name].astype(np.float64) for name in ("correlation_average", "correlation_variance")
     )
@@ -417,8 +417,8 @@ def _as_partial(
 
 def _squared_sum(mean: Float64, std: Float64, count: int) -> Float64:
     squared: Float64 = (std * std + mean * mean) * count
-    # Rounding must not turn a standard deviation of 0 into a tiny one and so a huge z-score. A sum
-    # reduced by more than all rounding errors together gives 0 again.
+    # Rounding must not turn a deviation of 0 into a tiny one, and so a huge z-score. A sum reduced
+    # by more than all rounding errors together gives 0 again.
     squared[std == 0] *= 1 - 2.0**-49
     return squared
 

@@ -1,4 +1,4 @@
-"""Where exposures are, as SerialEM's ``.mdoc`` files tell it."""
+"""Origins of exposures in SerialEM's ``.mdoc`` files."""
 
 import io
 import re
@@ -14,7 +14,7 @@ PIECE_KEYS: Mapping[str, str] = {
     "aligned-vs": "AlignedPieceCoordsVS",
     "piece": "PieceCoordinates",
 }
-"""What coordinates are called in an ``.mdoc`` file, the preferred first."""
+"""Keys of coordinates in an ``.mdoc`` file, the preferred one first."""
 
 _MDOC_KEYS = {*PIECE_KEYS.values(), "SubFramePath", "DateTime"}
 
@@ -33,7 +33,7 @@ _DATE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A section of an ``.mdoc`` file: values and their lines by the keys that are read here."""
+    """A section of an ``.mdoc`` file: lines and values by key."""
 
     line: int
     kind: str
@@ -48,7 +48,7 @@ class _Section:
 def read_mdoc(
     text: str, flip_y: bool, coordinates: Literal["aligned", "aligned-vs", "piece"] | None
 ) -> tuple[dict[str, Origin], list[str]]:
-    """Read origins from a SerialEM file."""
+    """Read origins from a SerialEM file; return them by id, and problems."""
     sections, problems = _sections(text)
     if not sections:
         return {}, problems or ["expected sections [ZValue = ...] or [Image = ...], got none"]
@@ -98,7 +98,7 @@ def read_mdoc(
 
 
 def _sections(text: str) -> tuple[list[_Section], list[str]]:
-    """Sections of images, in the order of the file, and what is wrong with them."""
+    """Return the image sections in the order of the file, and problems."""
     sections, problems = list[_Section](), list[str]()
     titles = dict[str, int]()
     current: _Section | None = None
@@ -108,7 +108,7 @@ def _sections(text: str) -> tuple[list[_Section], list[str]]:
             current = None
             kind, equals, name = (part.strip() for part in content[1:-1].partition("="))
             if not (equals and content.endswith("]")):
-                if not _TITLE.match(content):  # these may be broken into lines
+                if not _TITLE.match(content):  # titles may span several lines
                     problems.append(f"line {line}: expected [key = value], got {content!r}")
                 continue
             if kind not in ("ZValue", "Image"):
@@ -135,7 +135,7 @@ def _sections(text: str) -> tuple[list[_Section], list[str]]:
 
 
 def _mdoc_ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
-    """Ids of the sections, and what is wrong with them."""
+    """Return the sections' ids, and problems."""
     framed = all(section.values.get("SubFramePath", (0, ""))[1] for section in sections)
     ids, lines, problems = list[str](), dict[str, int](), list[str]()
     for section in sections:
@@ -155,7 +155,7 @@ def _mdoc_ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
 
 
 def _acquired(sections: Sequence[_Section]) -> list[int]:
-    """Places of the sections in the order of acquisition, as far as they are known."""
+    """Return the sections' order of acquisition: from times, Z values or the file's order."""
     times = [_time(section.values.get("DateTime", (0, ""))[1]) for section in sections]
     known = [time for time in times if time is not None]
     if len(known) == len(times):
@@ -170,7 +170,7 @@ def _acquired(sections: Sequence[_Section]) -> list[int]:
 
 
 def _time(text: str) -> datetime | None:
-    """Read SerialEM's day-month-year (two digits of it before version 4.1) or year-month-day."""
+    """Read SerialEM's day-month-year (two-digit year before 4.1) or year-month-day."""
     match = _DATE.fullmatch(text)
     if match is None:
         return None

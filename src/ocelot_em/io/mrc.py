@@ -1,6 +1,6 @@
-"""The eight MRC files of a Leopard-EM result, out of a merged store and in as a partial.
+"""Export of merged results to Leopard-EM's eight MRC files, and import as a partial.
 
-Maps are written and read in bands through memory maps: files may be larger than memory.
+Maps are written and read in bands through memory maps, so files may be larger than memory.
 """
 
 import math
@@ -31,7 +31,7 @@ from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothi
 from ocelot_em.model.maps import AnyArray
 
 _FLOAT32 = 2
-"""MRC's mode of float32 values."""
+"""MRC mode of float32 values."""
 
 
 def write_mrc_set(
@@ -43,29 +43,29 @@ def write_mrc_set(
 ) -> dict[str, Path]:
     """Write a merged result as the MRC files that Leopard-EM writes and refines from.
 
-    Only the valid pixels are written, which is what Leopard-EM's files hold by default; a pixel
-    stays the upper left corner of the template box. ``correlation_variance`` holds the standard
-    deviation, as Leopard-EM's does. Pixels that nobody searched are NaN, and -inf in ``mip``.
-    Pixel-size offsets have no place in these files.
+    Only valid pixels are written, as Leopard-EM does by default; a pixel remains the upper left
+    corner of the template box. ``correlation_variance`` holds the standard deviation, as in
+    Leopard-EM. Unsearched pixels are NaN, and -inf in ``mip``. These files cannot hold pixel-size
+    offsets.
 
     Parameters
     ----------
     store
         Path or URL of a complete merged result.
     folder
-        Made if it is not there.
+        Output folder, created if needed.
     prefix
-        Put before the names, as in ``output_mip.mrc`` of Leopard-EM's examples; by default files
-        are called ``mip.mrc``, ``scaled_mip.mrc``, ``correlation_average.mrc``,
+        Prefix of the names, as in ``output_mip.mrc`` of Leopard-EM's examples. The default names
+        are ``mip.mrc``, ``scaled_mip.mrc``, ``correlation_average.mrc``,
         ``correlation_variance.mrc``, ``orientation_psi.mrc``, ``orientation_theta.mrc``,
         ``orientation_phi.mrc`` and ``relative_defocus.mrc``.
     overwrite
-        Whether to replace files that are there.
+        Whether to replace existing files.
 
     Returns
     -------
     dict
-        The eight paths by Leopard-EM's names of the maps.
+        The eight paths by Leopard-EM's map names.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def write_mrc_set(
     StoreNotFoundError, FormatError, IncompleteError, ChunkError
         The store cannot be read.
     OutputExistsError
-        Naming all files that are there.
+        Naming all existing files.
     StorageError
         Writing failed, or there is not enough space; nothing is left behind.
     """
@@ -99,36 +99,36 @@ def import_mrc_set(
     prefix: str = "",
     on_progress: Tell | None = None,
 ) -> ImportedSearch:
-    """Read the MRC files of a finished search as a partial, as far as they carry what it needs.
+    """Import the MRC files of a finished search as a partial, as far as their content allows.
 
-    The files have mean and standard deviation and no sums: with the number of projections ``N``
-    these are ``mean * N`` and ``(std**2 + mean**2) * N``, stored as float64. A merge of nothing but
-    this partial has the files' mean and standard deviation to the bit.
+    The files hold mean and standard deviation but no sums. With the number of projections ``N``
+    the sums are ``mean * N`` and ``(std**2 + mean**2) * N``, stored as float64. Merging only this
+    partial reproduces the files' mean and standard deviation bit for bit.
 
     Parameters
     ----------
     folder, prefix
-        As for :func:`write_mrc_set`. ``scaled_mip`` may be missing; if it is there the maps must
-        agree with it.
+        As for :func:`write_mrc_set`. ``scaled_mip`` may be missing; otherwise the maps must agree
+        with it.
     output
-        Path or URL of a search, made if it is not there.
+        Path or URL of a search, created if needed.
     about
-        What the files do not say; ``total_projections`` is needed.
+        Information that the files lack; ``total_projections`` is required.
     on_progress
-        Called with the phase (``check`` or ``convert``) and the share done, 0 to 1.
+        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
 
     Returns
     -------
     ImportedSearch
-        The partial's name, and in words what the files lack.
+        The partial's name, and notes on what the files lack.
 
     Raises
     ------
     MissingDependencyError
         mrcfile is not installed.
     InvalidInputError
-        Listing everything that is wrong: files that are missing or no float32 pictures of one
-        shape, NaN, a z-score of another search, a search at ``output`` that differs.
+        Listing every problem: files that are missing or are not float32 maps of one shape, NaN, a
+        z-score of another search, a different search at ``output``.
     """
     mrcfile = _mrcfile()
     paths = _paths(Path(folder), prefix)
@@ -175,7 +175,7 @@ def _paths(folder: Path, prefix: str) -> dict[str, Path]:
 def _write_map(mrcfile: Any, path: Path, maps: FinishedMaps, name: str) -> None:
     values = _Statistics()
     with mrcfile.new_mmap(path, maps.shape, mrc_mode=_FLOAT32) as file:
-        # Where there is no space, writing to mapped memory would kill the process.
+        # Without enough space, writing to mapped memory would kill the process.
         with path.open("r+b") as reserved:
             os.posix_fallocate(reserved.fileno(), 0, path.stat().st_size)
         for band in band_grid(maps.shape, maps.chunk):
@@ -190,7 +190,7 @@ def _write_map(mrcfile: Any, path: Path, maps: FinishedMaps, name: str) -> None:
 
 @dataclass
 class _Statistics:
-    """Statistics of the finite values of a map, as its header has them."""
+    """Statistics of a map's finite values for its header."""
 
     n: int = 0
     lowest: float = math.inf
@@ -208,7 +208,7 @@ class _Statistics:
             self.squared_total += float(np.square(finite, out=finite).sum())
 
     def header(self) -> dict[str, float]:
-        """Fields of the header; the format's signs for unknown ones if there are no values."""
+        """Return header fields; without values, the format's markers for unknown ones."""
         if not self.n:
             return {"dmin": 0, "dmax": -1, "dmean": -2, "rms": -1}
         mean = self.total / self.n
@@ -223,20 +223,20 @@ class _Statistics:
 
 @contextmanager
 def _opened(mrcfile: Any, path: Path) -> Iterator[Any]:
-    """Memory-map a file whose header and size agree."""
+    """Memory-map a file; its header and size must agree."""
     try:
         _check_extended_header(mrcfile, path)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # mrcfile only warns of files that are too long
+            warnings.simplefilter("error")  # mrcfile only warns about files that are too long
             file = mrcfile.mmap(path, mode="r")
-    except Exception as error:  # neither mrcfile nor NumPy nor mmap has a list of what it raises
+    except Exception as error:  # exceptions of mrcfile and NumPy are undocumented
         raise InvalidInputError(f"{path}: cannot be read as an MRC file: {error}") from error
     with file:
         yield file
 
 
 def _check_extended_header(mrcfile: Any, path: Path) -> None:
-    """Refuse one that is longer than the file: mrcfile makes room for it before it reads it."""
+    """Refuse one that is longer than the file: mrcfile allocates memory before reading it."""
     with path.open("rb") as file:
         header = file.read(1024)
     if len(header) < 1024:
@@ -248,12 +248,12 @@ def _check_extended_header(mrcfile: Any, path: Path) -> None:
 
 
 def _picture(data: AnyArray) -> AnyArray:
-    """The picture of a volume of one section, which some programs write."""
+    """Return the image of a one-section volume, which some programs write."""
     return data[0] if data.ndim == 3 and len(data) == 1 else data
 
 
 def _pixel_size(file: Any) -> float | None:
-    """Pixel size of a header, without the digits that float32 adds; None where there is none."""
+    """Return a header's pixel size without float32's spurious digits, or None."""
     n = int(file.header.mx)
     size = float(f"{float(file.header.cella.x) / n:.6g}") if n else 0.0
     return size if math.isfinite(size) and size > 0 else None

@@ -1,7 +1,7 @@
-"""Pictures of merged maps for image viewers: OME-Zarr 0.5, pooled by maximum.
+"""Images of merged maps for viewers: OME-Zarr 0.5 pyramids, pooled by maximum.
 
-A pyramid is made in one pass: blocks of the full map are read once, and each gives its share to the
-levels above. Memory is a few blocks per level, whatever the size of the map.
+A pyramid is written in one pass: each block of the full map is read once and contributes to the
+levels above. Memory use is a few blocks per level, whatever the size of the map.
 """
 
 import shutil
@@ -26,13 +26,13 @@ from ocelot_em.store.objects import is_local, normalise_url
 VERSION = "0.5"
 AXES = ("c", "y", "x")
 POOLED = (SCALED_MIP, MIP, MEAN, STD)
-"""Maps of which a maximum says something; that of an angle or an index does not."""
+"""Maps whose maximum is meaningful; that of an angle or an index is not."""
 
 CHUNK = 512
-"""Edge of a chunk in pixels, and the longest edge of the last level: that is one chunk."""
+"""Edge of a chunk in pixels, and the maximum edge of the last level, which is one chunk."""
 
 BLOCK = 2048
-"""Edge in pixels, of any level, of what is read, pooled and written at a time."""
+"""Edge in pixels of the blocks that are read, pooled and written on every level."""
 
 
 def write_ome_zarr(
@@ -42,39 +42,39 @@ def write_ome_zarr(
     maps: Sequence[str] = (SCALED_MIP,),
     overwrite: bool = False,
 ) -> Path:
-    """Write maps of a merged result as a picture of several resolutions, for image viewers.
+    """Write maps of a merged result as a multi-resolution image for viewers.
 
-    Level 0 has the valid pixels as they are. Each further level has the maximum of 2 x 2 pixels of
-    the one before, so that a peak is seen from any distance; the last has no edge longer than 512
-    pixels. Pixels that nobody searched are NaN, on coarser levels where that holds for all.
+    Level 0 has the unchanged valid pixels. Each further level has the maximum of 2 x 2 pixels of
+    the previous one, so that peaks stay visible at any zoom; the last has no edge longer than 512
+    pixels. Unsearched pixels are NaN; a coarser pixel is NaN if it covers only unsearched ones.
 
     Parameters
     ----------
     store
         Path or URL of a complete merged result.
     output
-        Folder of the picture.
+        Folder of the image.
     maps
-        Which maps, each a channel: ``scaled_mip``, ``mip``, ``correlation_mean``,
+        Maps to write, one channel each: ``scaled_mip``, ``mip``, ``correlation_mean``,
         ``correlation_std``.
     overwrite
-        Whether to replace a picture that is there; anything else is never replaced.
+        Whether to replace an existing image; anything else is never replaced.
 
     Returns
     -------
     pathlib.Path
-        The picture: axes c, y, x in float32, in Å if the pixel size is known. A pixel's place is
-        its centre, and that of the upper left one of level 0 is the origin. Contrast goes from
-        the median to the 99.99 percentile of the last level.
+        The image: float32 with axes c, y, x, in Å if the pixel size is known. Coordinates are those
+        of pixel centres; the upper left pixel of level 0 is the origin. Contrast limits are the
+        median and the 99.99th percentile of the last level.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError, ChunkError
         The store cannot be read.
     InvalidInputError
-        Maps that are unknown or cannot be pooled; an output that is no local folder.
+        A map is unknown or cannot be pooled, or the output is not a local folder.
     OutputExistsError
-        Something is at the output.
+        The output exists.
     StorageError
         Writing failed; nothing is left behind.
     """
@@ -110,31 +110,31 @@ def write_ome_zarr(
 def read_level(
     path: str | PathLike[str], longest_edge_px: int, name: str = SCALED_MIP
 ) -> tuple[Float32, int]:
-    """Read an overview: the finest level that is not larger than asked for.
+    """Read an overview: the finest level that is not larger than requested.
 
     Parameters
     ----------
     path
-        A picture that :func:`write_ome_zarr` wrote.
+        An image written by :func:`write_ome_zarr`.
     longest_edge_px
-        Most rows or columns to return, at least 1. Below what the last level has, that is pooled
-        further.
+        Maximum number of rows or columns to return, at least 1. If the last level is larger, it is
+        pooled further.
     name
-        Which of its maps.
+        Name of the map.
 
     Returns
     -------
     values : array
-        (y, x) float32; NaN where nobody searched.
+        (y, x) float32; NaN at unsearched pixels.
     factor : int
-        Edge in full-size pixels of a square of which a value is the maximum.
+        Edge, in full-size pixels, of the square that each value is the maximum of.
 
     Raises
     ------
     StoreNotFoundError
-        There is nothing.
+        The image does not exist.
     FormatError
-        It is no such picture.
+        It is not an image written by this package.
     InvalidInputError
         It has no such map.
     """
@@ -167,7 +167,7 @@ def read_level(
 
 
 def pool(values: Float32) -> Float32:
-    """Maximum of 2 x 2 pixels, of fewer at the lower and right edge; NaN where all are NaN."""
+    """Return maxima of 2 x 2 pixels, fewer at lower and right edges; NaN where all are NaN."""
     height, width = values.shape
     rows = values[0::2].copy()
     np.fmax(rows[: height // 2], values[1::2], out=rows[: height // 2])
@@ -177,7 +177,7 @@ def pool(values: Float32) -> Float32:
 
 
 class _Pyramid:
-    """The levels of a picture, written block by block from the bottom up."""
+    """The levels of an image, written block by block from the finest upwards."""
 
     def __init__(self, merged: FinishedMaps, group: zarr.Group, n_channels: int) -> None:
         self._merged = merged
@@ -208,7 +208,7 @@ class _Pyramid:
         return np.asarray(self._arrays[-1][channel], np.float32)
 
     def _write_block(self, channel: int, name: str, level: int, at: tuple[int, int]) -> Float32:
-        """Write a block and all that is below it; what it gives to the level above."""
+        """Write a block and all blocks below it; return its pixels of the level above."""
         region = self._grids[level].at(*at).region
         if level == 0:
             values = self._merged.read(name, region)
@@ -232,7 +232,7 @@ def _level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _doubled(region: Region) -> Region:
-    """The same pixels on the level below."""
+    """Return the same region on the next finer level."""
     return Region(2 * region.y0, 2 * region.y1, 2 * region.x0, 2 * region.x1)
 
 
@@ -244,7 +244,7 @@ def _metadata(
     datasets = []
     for level in range(len(pyramid)):
         edge = 2.0**level
-        offset = (edge - 1) / 2  # of the centre of a pooled pixel
+        offset = (edge - 1) / 2  # centre of a pooled pixel
         transforms = [
             {"type": kind, "scale" if kind == "scale" else "translation": values}
             for kind, values in (
@@ -288,7 +288,7 @@ def _metadata(
 
 
 def _window(values: Float32) -> dict[str, float]:
-    """Contrast limits: from the middle of the noise to the peaks."""
+    """Return contrast limits from the median of the noise to the peaks."""
     known = values[np.isfinite(values)].astype(np.float64)
     if not known.size:
         return {"min": 0.0, "max": 1.0, "start": 0.0, "end": 1.0}
@@ -318,7 +318,7 @@ def _refuse_existing(place: Path, overwrite: bool) -> None:
 
 
 def _put_in_place(staged: Path, place: Path) -> None:
-    """Give a whole picture its name, and only then delete what had it before."""
+    """Rename a complete image to its final name, then delete the image it replaces."""
     if place.exists():
         old = place.with_name(f"{place.name}#{uuid.uuid4().int}")
         place.rename(old)

@@ -1,4 +1,4 @@
-"""The optics that a table of particles needs besides the particles."""
+"""Optics of the micrograph, needed by some particle tables."""
 
 import json
 import math
@@ -24,10 +24,10 @@ LEOPARD_MAPS: Mapping[str, str] = {
     "correlation_average_path": "correlation_average_path",
     "correlation_variance_path": "correlation_variance_path",
 }
-"""Columns of Leopard-EM's table with paths of maps, and their keys in its configuration."""
+"""Columns with map paths in Leopard-EM's table, and their keys in its configuration."""
 
 LEOPARD_ABERRATIONS = ("even_zernikes", "odd_zernikes", "mag_matrix")
-"""Columns of Leopard-EM's table with text of its own, and their keys in its configuration."""
+"""Columns of Leopard-EM's table with aberrations as text; also their configuration keys."""
 
 LEOPARD_ONLY = (*LEOPARD_ABERRATIONS, *LEOPARD_MAPS)
 
@@ -67,7 +67,7 @@ _QUANTITIES: Mapping[str, _Quantity] = {
     "phase_shift_degrees": _Quantity("phase_shift", "degrees", default=0.0),
     "ctf_b_factor_angstrom2": _Quantity("ctf_B_factor", "Å^2", least=0, default=0.0),
 }
-"""The defaults are what Leopard-EM searches with where its configuration says nothing."""
+"""Numbers of :class:`Optics`, with Leopard-EM's defaults for values its configuration omits."""
 
 
 _LEOPARD_PLACES: Mapping[str, str] = {
@@ -78,41 +78,40 @@ _LEOPARD_PLACES: Mapping[str, str] = {
     **{name: f"optics_group.{name}" for name in LEOPARD_ABERRATIONS},
     **{c: f"match_template_result.{key}" for c, key in LEOPARD_MAPS.items()},
 }
-"""Where Leopard-EM's configuration has what :class:`Optics` has."""
+"""Keys of the values of :class:`Optics` in Leopard-EM's configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Optics:
-    """How a micrograph was taken, and what was searched for in it.
+    """Imaging parameters of a micrograph, and the template of the search.
 
     Parameters
     ----------
     voltage_kv, spherical_aberration_mm, amplitude_contrast
-        Of the microscope; the contrast as a fraction.
+        Microscope parameters; the contrast is a fraction.
     pixel_size_angstrom
-        Of the micrograph.
+        Pixel size of the micrograph.
     defocus_u_angstrom, defocus_v_angstrom
-        Of the micrograph, positive for underfocus.
+        Defocus of the micrograph, positive for underfocus.
     astigmatism_angle_degrees
-        Between the x axis and the direction of ``defocus_u_angstrom``.
+        Angle between the x axis and the direction of ``defocus_u_angstrom``.
     phase_shift_degrees
-        Of a phase plate.
+        Phase shift of a phase plate.
     micrograph, template
-        Their names or paths.
+        Names or paths.
     template_box_px
         Edge of the template.
     label
-        Name of the optics group; RELION finds the micrograph's by it.
+        Name of the optics group, by which RELION finds it.
     ctf_b_factor_angstrom2
-        Of the contrast transfer function, as Leopard-EM applies it.
+        B-factor of the contrast transfer function, as Leopard-EM applies it.
     leopard_columns
-        Text for the columns of Leopard-EM's table that are :data:`LEOPARD_ONLY`; what is left out
-        is empty there.
+        Text for the :data:`LEOPARD_ONLY` columns of Leopard-EM's table; omitted ones are empty.
 
     Raises
     ------
     InvalidInputError
-        Naming every value that cannot be: numbers out of bounds, names that are empty or hold line
+        Naming every invalid value: numbers out of bounds, names that are empty or contain line
         breaks or other control characters.
     """
 
@@ -147,14 +146,14 @@ class Optics:
         path
             The YAML file.
         template_box_px
-            Edge of the template. None: read from the header of the template that is named there,
-            which is looked for from the working directory, as Leopard-EM does, then beside the
-            configuration.
+            Edge of the template. None: read from the header of the template named in the file; its
+            path is relative to the working directory, as in Leopard-EM, or else to the
+            configuration's folder.
 
         Raises
         ------
         InvalidInputError
-            Naming every key that is missing or cannot be.
+            Naming every missing or invalid key.
         """
         config, problems = read_yaml(path, "the configuration of a match_template run"), list[str]()
         sections: dict[str, Mapping[str, Any]] = {}
@@ -179,7 +178,7 @@ class Optics:
             "leopard_columns": texts,
         }
         found = _optics_problems(values)
-        if template_box_px is None:  # why it could not be read has been said
+        if template_box_px is None:  # already reported as unreadable
             found.pop("template_box_px")
         problems += [f"{_LEOPARD_PLACES.get(name, name)}: {p}" for name, p in found.items()]
         if problems:
@@ -188,17 +187,17 @@ class Optics:
 
 
 def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") -> Optics:
-    """Have Leopard-EM's table name the MRC files of a folder, as ``write_mrc_set`` writes them.
+    """Return optics whose Leopard-EM columns name MRC files as written by ``write_mrc_set``.
 
     Parameters
     ----------
     optics
-        Left as they are.
+        Not modified.
     folder
-        Where the files are; their paths are written in full, because Leopard-EM looks for others
-        from the directory it is started in.
+        Folder of the files. Paths are made absolute, because Leopard-EM resolves relative ones from
+        its working directory.
     prefix
-        Of their names.
+        Prefix of the file names.
     """
     place = Path(folder).absolute()
     paths = {
@@ -209,7 +208,7 @@ def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") 
 
 
 def _optics_problems(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with values of :class:`Optics`, by name; of Leopard-EM's columns by theirs."""
+    """Return problems with values of :class:`Optics` by name, or by Leopard-EM's column name."""
     found = {name: quantity.problem(values[name]) for name, quantity in _QUANTITIES.items()}
     for name in ("micrograph", "template", "label"):
         found[name] = _text_problem(values[name]) or (
@@ -227,14 +226,14 @@ def _optics_problems(values: Mapping[str, Any]) -> dict[str, str]:
 def _text_problem(value: object) -> str | None:
     if not isinstance(value, str):
         return f"expected text, got {value!r}"
-    # Control characters, halves of surrogate pairs, and separators of lines and paragraphs.
+    # Control characters, surrogates, and line and paragraph separators.
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
         return f"expected text without line breaks and control characters, got {value!r}"
     return None
 
 
 def _number(value: object) -> object:
-    """A float where it can be one: YAML takes 300 for an integer, and 1e4 for text."""
+    """Convert to float where possible: YAML reads 300 as an integer and 1e4 as text."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return value
     try:
@@ -244,11 +243,11 @@ def _number(value: object) -> object:
 
 
 def _leopard_text(value: object) -> object:
-    """Aberrations as Leopard-EM's table has them."""
+    """Format aberrations as in Leopard-EM's table."""
     if isinstance(value, Mapping):
         try:
             return json.dumps(value, default=str)
-        except TypeError:  # of keys such as dates
+        except TypeError:  # raised by keys such as dates
             return value
     if isinstance(value, list):
         return str(value)
@@ -256,7 +255,7 @@ def _leopard_text(value: object) -> object:
 
 
 def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
-    """Edge of a cubic MRC volume, or why it is not known."""
+    """Return the edge of a cubic MRC volume, or None, and problems."""
     place, hint = None, "; say how large the template is (--template-box, template_box_px)"
     try:
         place = next((p for p in (Path(template), beside / template) if p.is_file()), None)
@@ -270,7 +269,7 @@ def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
         ]
     if len(header) == 1024 and header[208:212] == b"MAP ":
         shapes = [struct.unpack_from(f"{order}3i", header) for order in "<>"]
-        # In the wrong byte order small numbers are enormous.
+        # Small numbers become enormous in the wrong byte order.
         edges = min(shapes, key=lambda shape: max(map(abs, shape)))
         if len(set(edges)) == 1 and edges[0] > 0:
             return edges[0], []

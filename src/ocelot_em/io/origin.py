@@ -1,4 +1,4 @@
-"""Where an exposure is on the canvas, and how its numbers are read."""
+"""Origin of an exposure on the canvas, and parsing of its values."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an exposure lies on the canvas, and when it was taken.
+    """Position of an exposure on the canvas, and its place in the order of acquisition.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ class Origin:
         Canvas row and column of the exposure's pixel (0, 0), in pixels. They may be fractional and
         negative.
     acquired
-        Place in the order of acquisition; None if the file does not tell it.
+        Place in the order of acquisition; None if the file has none.
     """
 
     y: float
@@ -29,7 +29,7 @@ class Origin:
 
 
 def id_problem(name: str, line: int, lines: dict[str, int]) -> str | None:
-    """What is wrong with an id, if anything; ``lines`` has those before it, and gets it too."""
+    """Return an id's problem, if any; ``lines`` has the lines of previous ids, and is updated."""
     if not name:
         return "expected the exposure's id, got nothing"
     before = lines.setdefault(name, line)
@@ -37,29 +37,29 @@ def id_problem(name: str, line: int, lines: dict[str, int]) -> str | None:
 
 
 def coordinate_of(text: str | None) -> float | None:
-    """Return a coordinate in pixels; None if the text is none."""
-    # Python's own syntax has underscores in numbers, and digits of other scripts.
+    """Return a coordinate in pixels; None if the text is not one."""
+    # Python also accepts underscores in numbers and digits of other scripts.
     if text is None or not text.isascii() or "_" in text:
         return None
     try:
         value = float(text)
     except ValueError:
         return None
-    return value if abs(value) <= _MAX_COORDINATE_PX else None  # which NaN is not
+    return value if abs(value) <= _MAX_COORDINATE_PX else None  # NaN gives None
 
 
 def expected_coordinate(text: str | None) -> str:
-    """Say that a coordinate was expected."""
+    """Return the message that a coordinate was expected."""
     return f"expected a number of pixels from -2**31 to 2**31, got {text!r}"
 
 
 def integer_of(text: str | None) -> int | None:
-    """Return a whole number; None if the text is none."""
+    """Return an integer; None if the text is not one."""
     return int(text) if text is not None and _INTEGER.fullmatch(text) else None
 
 
 def stem_of(path: str) -> str:
-    """Name of a file, of Windows or elsewhere, without folder and extension."""
+    """Return a Windows or POSIX file name without folder and extension."""
     name = re.split(r"[\\/]", path.rstrip("\\/"))[-1]
-    # What starts with a digit is no extension: folders are called tilt_-10.0.
+    # An extension starts with a letter: tilt_-10.0 has none.
     return re.sub(r"(?<=.)\.[A-Za-z][^.]*$", "", name).strip()

@@ -22,13 +22,13 @@ from ocelot_em.particles.table import (
 
 _PARQUET_KEY = b"ocelot_em.about"
 MAX_PARTICLES = 2**24
-"""Of a table that is read; they take two gigabytes of memory."""
+"""Maximum number of particles to read; they take two gigabytes of memory."""
 
 _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
 
 
 def write_parquet(table: ParticleTable, path: str | PathLike[str]) -> None:
-    """Write all columns with their units, and what they were picked by in the schema's metadata.
+    """Write all columns with units, and the picking parameters in the schema's metadata.
 
     Raises
     ------
@@ -57,15 +57,14 @@ def write_parquet(table: ParticleTable, path: str | PathLike[str]) -> None:
 
 
 def read_parquet(path: str | PathLike[str]) -> ParticleTable:
-    """Read what :func:`write_parquet` wrote, exactly.
+    """Read a table written by :func:`write_parquet`, without any loss.
 
-    A file with the same columns that another program wrote is read too, without what they were
-    picked by.
+    Files of other programs with the same columns are read without picking parameters.
 
     Raises
     ------
     InvalidInputError
-        No Parquet file, other columns, missing values, or a record that cannot be read.
+        Not a Parquet file, other columns, missing values, or unreadable picking parameters.
     MissingDependencyError
         pyarrow is not installed.
     """
@@ -74,7 +73,7 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
         found = _read_arrow(pa, Path(path))
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {problem}" for problem in error.problems) from None
-    except Exception as error:  # pyarrow has no list of what it raises
+    except Exception as error:  # pyarrow's exceptions are undocumented
         raise InvalidInputError(f"{path}: cannot be read as Parquet: {error}") from error
     metadata = found.schema.metadata or {}
     problems = [
@@ -99,12 +98,12 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
 
 
 def _read_arrow(pa: Any, path: Path) -> Any:
-    """The table of a file, after a look at what it says that it has."""
+    """Check a file's metadata, then read its table."""
     if not path.is_file():
         raise ValueError("expected a file, got nothing there")
     names = pa.parquet.read_schema(path).names
     texts = [name for name in _TEXT_COLUMNS if name in names]
-    # A text that stands in many rows is in memory once.
+    # Text repeated in many rows is in memory once.
     with pa.parquet.ParquetFile(path, read_dictionary=texts) as file:
         n = file.metadata.num_rows
         if n > MAX_PARTICLES:
@@ -116,12 +115,12 @@ def _read_arrow(pa: Any, path: Path) -> Any:
 
 
 def _to_columns(table: Any) -> dict[str, AnyArray]:
-    """Columns of an Arrow table, text as NumPy has it.
+    """Return the columns of an Arrow table, with text as NumPy arrays.
 
     Raises
     ------
     InvalidInputError
-        They are not those of particles, or text is so long that its rows do not fit into memory.
+        They are not particle columns, or text is so long that its rows do not fit into memory.
     """
     counts = Counter(table.column_names)
     problems = [f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1]

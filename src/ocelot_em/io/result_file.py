@@ -1,7 +1,7 @@
 """Dictionaries of arrays in ``.npz`` and ``.pt`` files, read in bands of rows.
 
-Files may be broken or hostile. Nothing in them is ever unpickled: ``.npz`` members are parsed as
-plain ``.npy`` streams, and tensors are found by :mod:`ocelot_em.io.torch_pickle`.
+Files may be broken or malicious. Nothing is ever unpickled: ``.npz`` members are parsed as plain
+``.npy`` streams, and tensors are located by :mod:`ocelot_em.io.torch_pickle`.
 """
 
 import math
@@ -23,24 +23,24 @@ from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.search_space import TABLES
 
 MAX_TABLE_NBYTES = 2**30
-"""Largest array that is read whole: 90 million orientations."""
+"""Maximum size of an array that is read whole: 90 million orientations."""
 
 _KEYS = {*MAPS, *TABLES}
-"""What is looked for in a file; other keys are ignored."""
+"""Keys that are read from a file; others are ignored."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a member of a zip archive: signature, and lengths of the name and of what is behind it."""
+"""Local header of a zip member: signature, lengths of the name and of the extra field."""
 
 _BLOCK_NBYTES = 2**20
 
 
 class ResultFile(Protocol):
-    """A dictionary of arrays in a file, of which bands of rows can be read."""
+    """A dictionary of arrays in a file, readable in bands of rows."""
 
     path: Path
 
     def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        """Shape and dtype of every array."""
+        """Return shape and dtype of every array."""
         ...
 
     def small(self, key: str) -> AnyArray:
@@ -48,7 +48,7 @@ class ResultFile(Protocol):
         ...
 
     def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        """Return a reader of rows ``y0:y1`` of a map, to be called downwards without gaps."""
+        """Return a reader of rows ``y0:y1`` of a map; calls must go downwards without gaps."""
         ...
 
     def close(self) -> None:
@@ -57,12 +57,12 @@ class ResultFile(Protocol):
 
 
 def open_result_file(path: str | PathLike[str]) -> ResultFile:
-    """Open a ``.npz`` or ``.pt`` file by its content.
+    """Open a ``.npz`` or ``.pt`` file; its content decides which of the two it is.
 
     Raises
     ------
     InvalidInputError
-        It is not there, or neither of the two, or would have to be unpickled, or is damaged.
+        The file is missing, damaged, of another format, or would need unpickling.
     """
     place = Path(path)
     archive = None
@@ -79,7 +79,7 @@ def open_result_file(path: str | PathLike[str]) -> ResultFile:
         archive = zipfile.ZipFile(place)
     except InvalidInputError:
         raise
-    except Exception as error:  # zipfile has no list of what it raises
+    except Exception as error:  # zipfile's exceptions are undocumented
         raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
     try:
         members = Counter(archive.namelist())
@@ -95,12 +95,12 @@ def open_result_file(path: str | PathLike[str]) -> ResultFile:
 
 @contextmanager
 def _refusing(path: Path, member: str) -> Iterator[None]:
-    """Turn whatever broken and hostile archives make zipfile, zlib and numpy raise."""
+    """Convert any error of zipfile, zlib or NumPy on a broken or malicious archive."""
     try:
         yield
     except InvalidInputError:
         raise
-    except Exception as error:  # none of them has a list of what it raises
+    except Exception as error:  # their exceptions are undocumented
         raise InvalidInputError(f"{path}: {member}: {error}") from error
 
 
@@ -123,7 +123,7 @@ class _NpzFile:
     def _open(self, member: str) -> Any:
         with _refusing(self.path, member):
             info = self._archive.getinfo(member)
-            # Others are decompressed without a limit.
+            # zipfile decompresses other methods without a size limit.
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError("is compressed in a way that NumPy does not use")
             return self._archive.open(info)
@@ -189,7 +189,7 @@ class _NpzFile:
         return data
 
     def _end(self, stream: Any, key: str) -> None:
-        """Read the end of a member: only there is its CRC checked."""
+        """Read the end of a member: its CRC is checked only there."""
         with _refusing(self.path, key):
             if stream.read(1):
                 raise ValueError("expected the array's values only, got more bytes after them")
@@ -199,7 +199,7 @@ class _NpzFile:
 
 
 class _TorchFile:
-    """A zip archive with a pickle, and the values of every storage as they are, in a member."""
+    """A zip archive with a pickle, and the raw values of each storage in a member."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path = path
@@ -241,7 +241,7 @@ class _TorchFile:
         return lambda y0, y1: values[y0:y1].astype(values.dtype.newbyteorder("="), copy=False)
 
     def _values(self, tensor: torch_pickle.Tensor) -> AnyArray:
-        """Values of a tensor, over the memory-mapped file."""
+        """Return a view of a tensor's values in the memory-mapped file."""
         storage = tensor.storage
         name = torch_pickle.STORAGE_DTYPES[storage.kind]
         if name is None:
@@ -256,7 +256,7 @@ class _TorchFile:
         return np.ndarray(tensor.shape, dtype, raw.data, offset, strides)
 
     def _member(self, member: str) -> AnyArray:
-        """Bytes of a member, memory-mapped, after they were read through for their checksum."""
+        """Verify a member's checksum and return its bytes, memory-mapped."""
         with _refusing(self.path, member):
             info = self._archive.getinfo(member)
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:

@@ -1,4 +1,4 @@
-"""The package that reads and writes STAR files, where it is installed."""
+"""Access to starfile, the optional package that reads and writes STAR files."""
 
 import io
 import tempfile
@@ -10,12 +10,12 @@ from ocelot_em.errors import MissingDependencyError
 
 
 def load_starfile() -> Any:
-    """Import starfile; only here, since few need it.
+    """Import starfile on demand, since few users need it.
 
     Raises
     ------
     MissingDependencyError
-        It is not installed.
+        starfile is not installed.
     """
     try:
         import starfile
@@ -27,32 +27,32 @@ def load_starfile() -> Any:
 
 
 def parse_star(text: str, as_text: Sequence[str]) -> dict[str, Any]:
-    """Return the blocks of a STAR file: data frames, and dictionaries where there is no loop.
+    """Return the blocks of a STAR file: data frames, or dictionaries for blocks without a loop.
 
     Parameters
     ----------
     text
-        Of the file.
+        Content of the file.
     as_text
-        Columns whose values stay text: "00" would be the number 0.
+        Columns whose values remain text: "00" would become the number 0.
 
     Raises
     ------
     ValueError
-        It is no STAR file.
+        The text is not a STAR file.
     MissingDependencyError
         starfile is not installed.
     """
     starfile = load_starfile()
     with tempfile.TemporaryDirectory(prefix="ocelot-") as folder:
         copy = Path(folder) / "TABLE.star"
-        # starfile reads every line by itself, through Python's cache of source code. A line ends
-        # there as in Python, and the first two may name an encoding, which it would follow; a file
-        # that cannot be decoded would be opened once for every line.
+        # starfile reads single lines through Python's linecache, which splits lines as Python does
+        # and obeys an encoding declared in the first two. An undecodable file would be opened once
+        # per line.
         lines = io.StringIO(f"\n\n{text}", newline=None)
         copy.write_text(lines.read(), encoding="utf-8", newline="\n")
         try:
             blocks = starfile.read(copy, always_dict=True, parse_as_string=list(as_text))
-        except Exception as error:  # neither starfile nor pandas has a list of what it raises
+        except Exception as error:  # exceptions of starfile and pandas are undocumented
             raise ValueError(str(error).strip() or type(error).__name__) from error
     return {name: {} if block is None else block for name, block in blocks.items()}

@@ -51,7 +51,7 @@ def write_table(
     Raises
     ------
     InvalidInputError
-        The suffix is unknown, or RELION's format lacks the optics.
+        The suffix is unknown, or optics are missing for RELION.
     MissingDependencyError, StorageError
     """
     suffix = Path(path).suffix.lower()

@@ -1,4 +1,4 @@
-"""Text files that other programs and people wrote."""
+"""Reading of text files from other programs and people."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ def read_text(place: Path, max_nbytes: int, what: str, *, lenient: bool = False)
     place
         The file.
     max_nbytes
-        It may be as large as this.
+        Maximum size of the file.
     what
-        What it should be, for errors.
+        Description of the expected content, for error messages.
     lenient
-        With U+FFFD for what is not UTF-8.
+        Replace invalid UTF-8 with U+FFFD.
 
     Raises
     ------
     InvalidInputError
-        It is not there, too large, binary or no UTF-8, or cannot be read.
+        The file is missing, too large, binary, not UTF-8 or unreadable.
     """
     try:
         if not place.is_file():

@@ -1,8 +1,7 @@
-"""What stands in the pickle of a torch file, without unpickling: nothing in it is ever called.
+"""Parse the pickle of a torch file without unpickling: nothing in it is ever called.
 
-torch writes a dictionary of tensors with few of the pickle machine's instructions, and these are
-followed here. What they build are values that can do nothing: even a hostile pickle takes time and
-memory in proportion to its own length only.
+torch writes a dictionary of tensors with few pickle instructions, which are interpreted here. They
+build plain data only: even a malicious pickle takes time and memory proportional to its length.
 """
 
 import math
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 MAX_NBYTES = 2**20
-"""Of a pickle; that of a dictionary with a hundred tensors has 20 kB."""
+"""Maximum size of a pickle; that of a dictionary with a hundred tensors has 20 kB."""
 
 STORAGE_DTYPES: Mapping[str, str | None] = {
     "FloatStorage": "f4",
@@ -29,7 +28,7 @@ STORAGE_DTYPES: Mapping[str, str | None] = {
     "ComplexFloatStorage": "c8",
     "ComplexDoubleStorage": "c16",
 }
-"""NumPy's dtypes of torch's storages; None where it has none."""
+"""NumPy dtypes of torch's storages; None where NumPy has none."""
 
 _ORDERED_DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
@@ -40,7 +39,7 @@ _KNOWN = {_ORDERED_DICT, _TENSOR, _PARAMETER, *_STORAGE}
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Numbers in a row: the name of their kind and of their member, and how many there are."""
+    """A flat array of numbers: its torch type, its member's name and its length."""
 
     kind: str
     key: str
@@ -49,7 +48,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where a tensor's values are in a storage: offset and strides count values."""
+    """Layout of a tensor in a storage; offset and strides count values."""
 
     storage: Storage
     offset: int
@@ -65,22 +64,22 @@ class _Name:
 
 
 def parse(pickle: bytes) -> object:
-    """Follow a pickle.
+    """Parse a pickle.
 
     Parameters
     ----------
     pickle
-        As torch writes it.
+        A pickle as written by torch.
 
     Returns
     -------
     object
-        Dictionaries, lists, tuples, text, numbers and :class:`Tensor`, as they are nested.
+        Nested dictionaries, lists, tuples, text, numbers and :class:`Tensor`.
 
     Raises
     ------
     ValueError
-        It holds anything else, breaks off or is longer than :data:`MAX_NBYTES`.
+        It holds anything else, is truncated or is longer than :data:`MAX_NBYTES`.
     """
     if len(pickle) > MAX_NBYTES:
         raise ValueError(f"expected a pickle of at most {MAX_NBYTES:,} bytes, got {len(pickle):,}")
@@ -90,13 +89,13 @@ def parse(pickle: bytes) -> object:
             if instruction.name == "STOP":
                 return machine.stack.pop()
             machine.step(instruction.name, argument)
-    except (IndexError, KeyError, TypeError) as error:  # it takes what is not there
+    except (IndexError, KeyError, TypeError) as error:  # the pickle uses missing values
         raise ValueError(f"is damaged: {error!r}") from error
     raise ValueError("is damaged: it breaks off")
 
 
 class _Machine:
-    """The stack, the marks on it and the memory of the pickle machine."""
+    """Pickle machine: its stack, marks and memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -104,7 +103,7 @@ class _Machine:
         self._memory: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """Follow one instruction."""
+        """Execute one instruction."""
         stack = self.stack
         if name in ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"):
             stack.append(argument)
@@ -177,7 +176,7 @@ def _never(name: str) -> str:
 def _set_items(target: Any, items: Sequence[Any]) -> None:
     found = _instance(target, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # To hash a nested tuple can take forever.
+        # Hashing a nested tuple can take forever.
         if not isinstance(key, str | int | float | None):
             raise ValueError(f"expected keys that are text, got a {type(key).__name__}")
         found[key] = value
@@ -199,12 +198,12 @@ def _storage(identity: Any) -> Storage:
 
 
 def _made(name: str, arguments: tuple[Any, ...]) -> object:
-    """What a call would return."""
+    """Return the result that a call would have."""
     if name == _ORDERED_DICT and not arguments:
         return {}
     if name == _PARAMETER:
         return _instance(arguments[0], Tensor)
-    if name != _TENSOR or len(arguments) != 6:  # a seventh is what users attached to the tensor
+    if name != _TENSOR or len(arguments) != 6:  # a seventh is the user's metadata
         raise ValueError(_never(name))
     storage, offset, shape, strides = arguments[:4]
     tensor = Tensor(

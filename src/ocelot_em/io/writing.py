@@ -1,4 +1,4 @@
-"""Writing a file or a folder whole, or not at all."""
+"""Atomic writing of files."""
 
 import uuid
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,12 @@ from ocelot_em.errors import (
 
 
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
-    """Refuse to write over files.
+    """Refuse to overwrite files.
 
     Raises
     ------
     OutputExistsError
-        Naming all that are there.
+        Naming all existing files.
     """
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
@@ -29,12 +29,12 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside a file: it becomes the file at the end, or vanishes.
+    """Yield a temporary path that replaces the file at the end, or is deleted on an error.
 
     Raises
     ------
     StorageError
-        For every OSError on the way.
+        Any OSError is converted to this.
     """
     staged = path.with_name(f"{path.name}#{uuid.uuid4().int}")
     try:
@@ -48,7 +48,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors(place: Path) -> Iterator[None]:
-    """Say where it was that the file system failed."""
+    """Convert OSError to StorageError, which names the path."""
     try:
         yield
     except OcelotError:

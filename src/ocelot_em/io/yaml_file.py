@@ -1,4 +1,4 @@
-"""YAML files that people wrote: read as plain values, with all that YAML lets slip refused."""
+"""Strict reading of hand-written YAML files as plain values."""
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -9,16 +9,16 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.text_file import read_text
 
 MAX_NBYTES = 64_000_000
-"""Of a file; a description of thousands of exposures has a few."""
+"""Maximum size of a file; a description of thousands of exposures has a few megabytes."""
 
 MAX_DEPTH = 50
-"""How deep values are nested; a description is four deep."""
+"""Maximum nesting depth; a description has four levels."""
 
 MAX_VALUES = 1_000_000
-"""How many values and keys there are in all; read, each takes a kilobyte of memory."""
+"""Maximum number of values and keys; each takes a kilobyte of memory."""
 
 MAX_UNQUOTED = 3000
-"""Characters of a value that YAML may take for a number, whose digits Python would refuse."""
+"""Maximum length of an unquoted value: Python refuses to convert very long numbers."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -29,17 +29,17 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
     Parameters
     ----------
     path
-        The file. Nothing in it is executed; numbers such as ``1e4``, which YAML 1.1 takes for
-        text, stay text.
+        The file. Nothing in it is executed; numbers such as ``1e4``, which YAML 1.1 reads as text,
+        remain text.
     what
-        What it should be, for errors.
+        Description of the expected content, for error messages.
 
     Raises
     ------
     InvalidInputError
-        It cannot be read; has a key twice, or ``<<``, of which YAML would take one without a word;
-        has aliases, which can make a small file endless, or tags, or values that are nested without
-        end; or is no mapping.
+        The file cannot be read; has duplicate keys or ``<<``, which YAML would resolve silently;
+        has aliases, which can make a small file endless; has tags or excessive nesting, size or
+        numbers of values; or is not a mapping.
     """
     import yaml
 
@@ -66,7 +66,7 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
 
 
 def _first_unwanted(events: Iterable[Any]) -> str | None:
-    """Say what is there first of what nobody means; all of it might take forever to read."""
+    """Return the first unwanted feature; reading the whole file might take forever."""
     import yaml
 
     depth = n_values = 0
@@ -98,7 +98,7 @@ def _first_unwanted(events: Iterable[Any]) -> str | None:
 
 
 def _repeated_keys(root: Any) -> list[str]:
-    """Keys that stand twice in one mapping, or may, with the line."""
+    """List repeated keys of mappings, and merge keys (``<<``), with their lines."""
     import yaml
 
     problems, todo = list[tuple[int, str]](), [root]

@@ -78,7 +78,7 @@ class Provenance(Attributes):
 
 
 def too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
-    """Describe the problem if the valid shape exceeds the shape; otherwise return ``""``."""
+    """Return the problem if the valid shape exceeds the shape, else ``""``."""
     if valid_shape[0] > shape[0] or valid_shape[1] > shape[1]:
         return f"valid_shape: expected at most shape {shape}, got {valid_shape}"
     return ""
@@ -249,7 +249,7 @@ class PlacedExposure(Attributes):
 
 
 def not_taken(exposure: PlacedExposure) -> str:
-    """Explain why the region used of an exposure is invalid; return ``""`` if it is valid."""
+    """Return the problem if the region used of an exposure is invalid, else ``""``."""
     whole, region = Region.whole(exposure.shape), exposure.region
     if wrong := too_large(exposure.shape, exposure.valid_shape):
         return wrong
@@ -266,8 +266,7 @@ class MergedExposure(PlacedExposure):
     total_projections
         Sum over its partials.
     first_partial, n_partials
-        Index of its first partial in the result's ``partials``, and their number; ``best_partial``
-        counts from the first.
+        Its range in the result's ``partials``; ``best_partial`` counts from the first.
     """
 
     total_projections: Count
@@ -283,8 +282,7 @@ class MergedAttributes(_Result):
     exposures
         Exposures of a montage, by number; otherwise empty.
     canvas_origin
-        Row and column, in the search, of the merged maps' first pixel, from which the origins of
-        the exposures count.
+        Row and column, in the search, of the merged maps' first pixel.
     """
 
     kind: Literal["merged"]

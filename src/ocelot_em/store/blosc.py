@@ -1,9 +1,9 @@
-"""Blosc frames, as chunks are stored: encoded whole, decoded whole or block by block.
+"""Blosc frames of stored chunks: encoded whole, decoded whole or block by block.
 
-A frame (version 1 of the format) is a header of 16 bytes, a table with the offset of every block,
-and the blocks, each compressed by itself. Here a block is decoded without the others: with a header
-of its own written in front of it, it is a frame that numcodecs decodes. So decoded values can be
-used while they are in the caches, before the next block is decoded over them.
+A frame (version 1 of the format) is a header of 16 bytes, a table of block offsets, and the blocks,
+each compressed separately. To decode a single block, a new header is written in front of it, which
+makes it a frame that numcodecs decodes. Decoded values can then be used while they are in the CPU
+caches, before the next block overwrites them.
 """
 
 import struct
@@ -17,57 +17,57 @@ from numcodecs.blosc import decompress
 from ocelot_em.model.maps import AnyArray
 
 _CRC_OF_DATA_WITH_ITS_CRC = 0x48674BC7
-"""CRC32C of any bytes followed by their own CRC32C, little-endian: checks without slicing."""
+"""CRC32C of any bytes followed by their little-endian CRC32C; avoids slicing in checks."""
 
 _HEADER = struct.Struct("<4B3I")
-"""Version, that of the compressor, flags, bytes of a value; sizes decoded, of a block, encoded."""
+"""Format and compressor versions, flags, item size; decoded, block and encoded sizes in bytes."""
 
 _BLOCK_HEADER = struct.Struct("<4B4I")
-"""The same, with a table of one offset."""
+"""A header with a table of one offset."""
 
 _SMALLEST_BLOCK = 1024
-"""Bytes of a block that is worth decoding alone; tables of smaller ones would be longer than what
-they are of."""
+"""Minimum size in bytes of blocks decoded separately; smaller ones could have tables larger than
+the data."""
 
 _STORED_RAW = 0x02
-"""Flag of a frame whose values are not compressed, and have no table of offsets."""
+"""Flag of a frame with uncompressed values and no offset table."""
 
 
 def encode(values: AnyArray, codec: Any) -> list[bytes]:
-    """Encode C-contiguous values; the parts of a chunk's object: a frame and its CRC32C."""
+    """Encode C-contiguous values; return a chunk's object in parts: a frame and its CRC32C."""
     frame: bytes = codec.encode(values)
     return [frame, google_crc32c.value(frame).to_bytes(4, "little")]
 
 
 def most_encoded_nbytes(nbytes: int) -> int:
-    """Return the size of the largest object that a chunk of this size may be, in bytes.
+    """Return the maximum encoded size in bytes of a chunk of this decoded size.
 
-    Blosc stores what does not shrink as it is, behind a header; there is room for foreign ones.
+    Blosc stores incompressible data unchanged after a header; the rest allows for other encoders.
     """
     return nbytes + nbytes // 16 + 2**16
 
 
 class BloscChunk:
-    """The object of a chunk.
+    """The encoded object of a chunk.
 
     Parameters
     ----------
     encoded
-        Its bytes, in memory that may be changed; no copy is made. A few bytes in front of a block
-        are borrowed while it is decoded, and put back.
+        Its bytes, not copied. While a block is decoded from writable memory, the bytes in front of
+        it are overwritten, and then restored.
     nbytes
-        Bytes that it has to have when it is decoded.
+        Expected decoded size in bytes.
 
     Raises
     ------
     ValueError
-        The bytes are not what was written: too few, a wrong checksum, sizes that do not agree.
+        The object is corrupt: too short, a wrong checksum, or inconsistent sizes.
     """
 
     def __init__(self, encoded: memoryview, nbytes: int) -> None:
         if len(encoded) < _HEADER.size + 4:
             raise ValueError(f"expected a Blosc frame with its CRC32C, got {len(encoded)} bytes")
-        # google_crc32c takes bytes, and arrays, but no memoryviews; its annotations know of bytes.
+        # google_crc32c accepts bytes and arrays, but not memoryviews; its hints allow only bytes.
         data: Any = np.frombuffer(encoded, np.uint8)
         if google_crc32c.value(data) != _CRC_OF_DATA_WITH_ITS_CRC:
             raise ValueError("its CRC32C does not match its bytes")
@@ -79,7 +79,7 @@ class BloscChunk:
             raise ValueError(f"expected {nbytes} bytes decoded, got {decoded}")
         self._flags, self._block_nbytes = flags, block
         self.n_blocks = self._count_blocks(nbytes)
-        """Equal parts in which it can be decoded; 1 where it can only be decoded whole."""
+        """Number of blocks that can be decoded separately; 1 if only the whole chunk can."""
 
     def _count_blocks(self, nbytes: int) -> int:
         block = self._block_nbytes
@@ -96,27 +96,27 @@ class BloscChunk:
             return 1
         starts = struct.unpack_from(f"<{n_blocks}I", self._frame, _HEADER.size)
         self._bounds = [*starts, len(self._frame)]
-        # Written by several threads, blocks may stand in another order.
+        # Several threads may write blocks in another order.
         in_order = all(start < end for start, end in pairwise(self._bounds))
         return n_blocks if in_order and starts[0] >= table_end else 1
 
     def decode(self, out: AnyArray) -> None:
-        """Decode everything into a C-contiguous array.
+        """Decode the whole chunk into a C-contiguous array.
 
         Raises
         ------
         ValueError
-            It cannot be decoded.
+            The chunk cannot be decoded.
         """
         _decode(self._frame, out)
 
     def decode_block(self, number: int, out: AnyArray) -> None:
-        """Decode one of the blocks into a C-contiguous array of its size.
+        """Decode one block into a C-contiguous array of its size.
 
         Raises
         ------
         ValueError
-            It cannot be decoded.
+            The block cannot be decoded.
         """
         if self.n_blocks == 1:
             self.decode(out)
@@ -132,19 +132,19 @@ class BloscChunk:
             alone[: _BLOCK_HEADER.size] = borrowed
 
     def decode_part(self, start: int, end: int, out: AnyArray) -> None:
-        """Decode at least some of the bytes, to their places in a C-contiguous array of all.
+        """Decode at least a byte range, in place in a C-contiguous array of the whole chunk.
 
         Parameters
         ----------
         start, end
-            Of the decoded bytes; the rest of ``out`` may keep what is in it.
+            Range of decoded bytes; the rest of ``out`` may keep its content.
         out
-            Of the size of everything.
+            Array of the size of the whole chunk.
 
         Raises
         ------
         ValueError
-            It cannot be decoded.
+            The range cannot be decoded.
         """
         block = self._block_nbytes
         if self.n_blocks == 1 or end - start + block >= out.nbytes:

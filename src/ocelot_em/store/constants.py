@@ -32,23 +32,23 @@ DIMENSIONS = ("y", "x")
 
 
 DEFAULT_CHUNK = 1024
-"""Edge of a chunk in pixels. 4 MiB decoded: small enough to stay near the caches, large enough
-that a request per chunk costs little; ``docs/format.md`` has what was measured."""
+"""Edge of a chunk in pixels. 4 MiB decoded: small enough for the CPU caches, large enough that a
+request per chunk costs little; ``docs/format.md`` has the measurements."""
 
 
 MAX_CHUNK_NBYTES = 256 * 2**20
-"""Largest decoded chunk that is read; more is a sign of broken or hostile metadata."""
+"""Size limit of a decoded chunk; larger ones indicate corrupt or malicious metadata."""
 
 MAX_CHUNKS = 2**28
-"""Chunks of an array that is read. They may only be said to be there."""
+"""Maximum number of chunks of an array; metadata may claim nonexistent ones."""
 
 MAX_TILES = 2**24
-"""Of a merge: four million pixels squared in tiles of the default size. Lists of them must fit into
-memory, also of those that are only said to be there."""
+"""Maximum number of tiles of a merge: four million pixels squared in tiles of the default size.
+Lists of tiles must fit into memory, even if metadata claims nonexistent ones."""
 
 
 MAX_METADATA_NBYTES = 64 * 2**20
-"""Largest ``zarr.json`` that is read or written: a merge of some sixty thousand partials."""
+"""Size limit of a ``zarr.json``: a merge of about 60,000 partials."""
 
 
 def fill_value(name: str) -> float | int:
@@ -57,10 +57,10 @@ def fill_value(name: str) -> float | int:
 
 
 def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
-    """How a map is shuffled before it is compressed: what measured best, see ``docs/format.md``.
+    """Shuffle filter of a map before compression; ``docs/format.md`` has the measurements.
 
-    Maps of few different values compress better by bits. Noise compresses to the same size by
-    bytes, which are decoded two to four times faster.
+    Maps with few distinct values compress better with bitshuffle. Noise compresses to the same size
+    with byte shuffle, which decodes two to four times faster.
     """
     return (
         "shuffle" if name in (MIP, INDEX, SUM, SQUARED_SUM, SCALED_MIP, MEAN, STD) else "bitshuffle"
@@ -68,6 +68,6 @@ def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
 
 
 def map_attributes(name: str) -> dict[str, str]:
-    """Attributes of a map's array, in the names that xarray and CF readers look for."""
+    """Attributes of a map's array, with the names that xarray and CF readers expect."""
     info = MAPS[name]
     return {"long_name": info.meaning, "units": info.unit}

@@ -82,7 +82,7 @@ class Objects(Protocol):
         ...
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Iterate over all keys below a prefix, without holding them in memory."""
+        """Iterate over all keys below a prefix, without collecting them first."""
         ...
 
     def children(self, prefix: str) -> list[str]:

@@ -108,7 +108,7 @@ class OutputLock:
     def __exit__(self, *_: object) -> None:
         """Release the lock."""
         try:
-            # Sync first: without the lock, a later run would trust data lost with the power.
+            # Sync first: once the lock is gone, later runs trust the data, even after a power loss.
             self._objects.sync()
         except StorageError as error:
             log.warning("the lock stays: %s", error)

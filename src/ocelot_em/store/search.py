@@ -1,4 +1,4 @@
-"""Searches and their partials: writing them, and opening them (or earlier merges) as inputs."""
+"""Paths, attributes and maps of searches, their exposures and partials, and merged results."""
 
 import re
 from itertools import pairwise
@@ -20,7 +20,7 @@ from ocelot_em.store.validation import name_problems
 
 
 def exposure_path(exposure: str) -> str:
-    """Path of an exposure's group; empty for the one of a search that has no others."""
+    """Path of an exposure's group; empty for a search without named exposures."""
     return f"{constants.EXPOSURES}/{exposure}" if exposure else ""
 
 
@@ -54,12 +54,12 @@ def read_exposure(objects: Objects, exposure: str) -> fmt.ExposureAttributes:
 def read_exposures(
     objects: Objects, attributes: fmt.SearchAttributes | fmt.MergedAttributes
 ) -> list[fmt.ExposureAttributes]:
-    """Read what a store's maps are of, by number: its exposures, or the one that it is itself.
+    """Read a store's exposures, by number; a store that has a shape is itself one.
 
     Raises
     ------
     FormatError
-        An exposure cannot be read, or two have one number.
+        An exposure cannot be read, or two have the same number.
     """
     if attributes.shape is not None and attributes.valid_shape is not None:
         return [
@@ -86,12 +86,12 @@ def read_exposures(
 
 
 def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | None:
-    """Read the tables and check them against the recorded fingerprint.
+    """Read the tables and check them against the recorded digest.
 
     Raises
     ------
     FormatError
-        They are missing, or are not those the search was written with.
+        The tables are missing, or differ from those of the search.
     """
     if digest is None:
         return None
@@ -145,7 +145,7 @@ def partial_names(objects: Objects, exposure: str = "") -> list[str]:
     Raises
     ------
     FormatError
-        A group has a name that no partial has.
+        A group's name is not valid for a partial.
     """
     return names_of_groups(objects, partials_path(exposure), "partial name")
 
@@ -166,7 +166,7 @@ def names_of_groups(objects: Objects, path: str, what: str) -> list[str]:
 def read_partials(objects: Objects, exposure: str = "") -> list[tuple[str, fmt.PartialAttributes]]:
     """Names and attributes of an exposure's partials in the stated order: ``order``, then name.
 
-    Names sort as people count: ``gpu9`` before ``gpu10``.
+    Names sort naturally: ``gpu9`` before ``gpu10``.
     """
     found = [
         (name, read_partial_attributes(objects, name, exposure))
@@ -192,7 +192,7 @@ def open_partial_maps(
     Raises
     ------
     FormatError
-        A map is missing, does not follow the format, or has not the shape, if one is given.
+        A map is missing, does not follow the format, or has another shape than the given one.
     """
     prefix = f"{path}/" if path else ""
     label = place_of(objects.url, path, name)
@@ -209,7 +209,7 @@ def open_partial_maps(
 
 
 def chunk_problem(chunked: store.ChunkedMap, other: store.ChunkedMap) -> str:
-    """Say so where maps of one partial, or of one merged result, have different chunks."""
+    """Describe a difference in chunks between two maps of one partial or merged result."""
     if chunked.grid == other.grid:
         return ""
     return (
@@ -219,7 +219,7 @@ def chunk_problem(chunked: store.ChunkedMap, other: store.ChunkedMap) -> str:
 
 
 def place_of(url: str, path: str, name: str) -> str:
-    """How errors call a partial, or a merged result."""
+    """Name of a partial or a merged result in error messages."""
     if not path:
         return url
     folder = path.removesuffix(f"/{constants.PARTIALS}/{name}")

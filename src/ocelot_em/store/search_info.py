@@ -1,4 +1,4 @@
-"""What a writer says of a search, and of an exposure."""
+"""Properties of a search and of an exposure."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,14 +25,14 @@ OneMap = TypeVar("OneMap", bound=AnyArray | HostRows)
 
 @dataclass(frozen=True)
 class SearchInfo:
-    """What all partials of a search share.
+    """Properties that all partials of a search share.
 
     Parameters
     ----------
     template_box
         Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``):
-        the last ``template_box - 1`` rows and columns are wrapped around and not valid. None: all
-        pixels are valid.
+        the last ``template_box - 1`` rows and columns are wrapped around and invalid. None means
+        that all pixels are valid.
     pixel_size_angstrom
         Pixel size of the micrograph in Å, if known.
     search_space
@@ -40,8 +40,8 @@ class SearchInfo:
     has_pixel_size
         Whether explicit poses include ``best_pixel_size``.
     float64_sums
-        Whether the sums are stored as float64; as float32, which most searches have, they take
-        half the space, and float64 sums are refused because they would be rounded.
+        Whether the sums are stored as float64. float32, which most searches use, takes half the
+        space; float64 sums are then rejected because they would be rounded.
     """
 
     template_box: int | None = None
@@ -51,13 +51,13 @@ class SearchInfo:
     float64_sums: bool = False
 
     def stored_dtype(self, name: str) -> str:
-        """Dtype that a map of a partial is stored in."""
+        """Stored dtype of a map of a partial."""
         wide = self.float64_sums and name in (SUM, SQUARED_SUM)
         return "float64" if wide else MAPS[name].dtypes[0]
 
     @property
     def maps(self) -> MapSet:
-        """Which maps each partial has."""
+        """Maps of each partial."""
         if self.search_space is not None:
             return MapSet(PoseForm.INDEXED)
         return MapSet(PoseForm.EXPLICIT, self.has_pixel_size)
@@ -89,13 +89,13 @@ class Exposure:
     id
         Name of the exposure, unique in the search: letters, digits, ``.``, ``_``, ``-``.
     origin
-        Row and column (y, x) of its first pixel on the canvas, in pixels. May be negative, and
-        fractional, though a merge takes whole pixels only, or rounds when asked to.
+        Row and column (y, x) of its first pixel on the canvas, in pixels. May be negative or
+        fractional, but a merge requires whole pixels unless asked to round.
     acquired
         Order of acquisition: lower is earlier.
     valid_shape
-        Height and width of its valid pixels, from its first pixel on. None: what the search's
-        template box leaves.
+        Height and width of its valid pixels, starting at its first pixel. None means the valid
+        shape from the search's template box.
     """
 
     id: str
@@ -104,12 +104,12 @@ class Exposure:
     valid_shape: tuple[int, int] | None = None
 
     def attributes(self, shape: tuple[int, int], info: SearchInfo) -> fmt.ExposureAttributes:
-        """Return what is stored of it, with maps of this shape, but for its number.
+        """Return its stored attributes for maps of this shape, without its final number.
 
         Raises
         ------
         InvalidInputError
-            Naming everything that is wrong.
+            Listing all problems.
         """
         try:
             valid = info.valid_shape(shape) if self.valid_shape is None else self.valid_shape

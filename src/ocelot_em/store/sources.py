@@ -1,4 +1,4 @@
-"""What a store offers to a merge: its partials, or an earlier merge as one."""
+"""Inputs of a merge: partials of a search, or an earlier merged result."""
 
 from typing import Annotated
 
@@ -30,7 +30,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}"
 
 
 _GROUP = rf"^(({constants.EXPOSURES}/{_NAME}/)?{constants.PARTIALS}/{_NAME})?$"
-"""Paths of groups that can be merged: a partial, or all of an earlier result."""
+"""Pattern of mergeable group paths: a partial, or the root of a merged result."""
 
 
 class Source(fmt.Attributes):
@@ -39,19 +39,19 @@ class Source(fmt.Attributes):
     Parameters
     ----------
     url, path
-        The store, and the group in it (empty for a merged result).
+        The store, and the path of its group (empty for a merged result).
     name
         Name of the partial, or of the merged store.
     id
-        Identity of this version of the data.
+        Id of this version of the data.
     total_projections
-        Its exact count.
+        Exact number of cross-correlations.
     first_number
-        Number of the first of its contributions in the stated order of the merge.
+        Number of its first contribution in the stated order of the merge.
     contributions
-        The partials in it: itself, or those of the earlier merge.
+        Its partials: itself, or those of the earlier merge.
     has_counts
-        Whether its count is a map.
+        Whether it has a map of counts.
     """
 
     url: str
@@ -65,11 +65,11 @@ class Source(fmt.Attributes):
 
     @property
     def place(self) -> str:
-        """How errors call it."""
+        """Name of the source in error messages."""
         return place_of(self.url, self.path, self.name)
 
     def map_names(self, maps: MapSet) -> tuple[str, ...]:
-        """Names of its maps that a merge with these maps needs."""
+        """Names of the source's maps that a merge with these maps needs."""
         names = MapSet(maps.form, maps.pixel_size, self.has_counts).partial
         return names if self.path else (*names, BEST_PARTIAL)
 
@@ -80,7 +80,7 @@ def open_one(source: Source, name: str) -> store.ChunkedMap:
     Raises
     ------
     FormatError
-        It is missing, or does not follow the format.
+        The map is missing or invalid.
     """
     objects = open_objects(source.url)
     return open_partial_maps(objects, source.path, source.name, (name,))[name]
@@ -89,7 +89,7 @@ def open_one(source: Source, name: str) -> store.ChunkedMap:
 def open_source_maps(
     source: Source, maps: MapSet, shape: tuple[int, int]
 ) -> dict[str, store.ChunkedMap]:
-    """Open the maps of a source that a merge needs, which have to have this shape.
+    """Open the maps of a source that a merge needs; they must have this shape.
 
     Raises
     ------
@@ -105,12 +105,12 @@ def open_sources(
 ) -> tuple[
     fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
 ]:
-    """Read what a store offers to a merge, in its stated order.
+    """Read the sources of a store, in the stated order.
 
     Returns
     -------
     attributes
-        Of the store.
+        Attributes of the store.
     exposures
         Attributes of each, by number, and its sources, numbered from 0; at least one of each.
 
@@ -119,7 +119,7 @@ def open_sources(
     StoreNotFoundError, FormatError
         It is not a store, or a merged montage, which cannot be merged again.
     IncompleteError
-        A partial, or the merged result, was never finished; all of them are named.
+        The merged result is incomplete, or partials are missing or incomplete; all are listed.
     """
     attributes = read_attributes(objects)
     exposures = read_exposures(objects, attributes)

@@ -4,7 +4,7 @@ from ocelot_em.store.attributes import Attributes, Count, ExposureId, Number, Se
 
 
 class PartialStatistics(Attributes):
-    """How often a partial won, of the valid pixels."""
+    """Number of valid pixels that a partial won."""
 
     name: str
     total_projections: Count
@@ -12,16 +12,16 @@ class PartialStatistics(Attributes):
 
 
 class SourceStatistics(Attributes):
-    """An input's own correlations, over the valid pixels; None where nothing is known.
+    """Statistics of an input's own correlations over the valid pixels; None if unknown.
 
     Parameters
     ----------
     mean, mean_spread
-        Mean over the pixels of the mean correlation, and its standard deviation over the pixels.
+        Mean and standard deviation, over the pixels, of the mean correlation.
     std
-        Standard deviation of the correlations at one pixel, in the quadratic mean over the pixels.
+        Standard deviation of the correlations at one pixel, as quadratic mean over the pixels.
     correlation_sum, correlation_squared_sum
-        Sums over all pixels; equal ones give away a share that was searched twice.
+        Sums over all pixels; equal sums reveal a share that was searched twice.
     """
 
     name: str
@@ -34,7 +34,7 @@ class SourceStatistics(Attributes):
 
 
 class ShownStatistics(Attributes):
-    """z-scores of some of the pixels that a montage shows; None where there are none."""
+    """z-scores of pixels that a montage shows; None if there are none."""
 
     pixels: Count
     mean: float | None = None
@@ -42,16 +42,16 @@ class ShownStatistics(Attributes):
 
 
 class ExposureStatistics(Attributes):
-    """An exposure of a montage.
+    """Statistics of an exposure of a montage.
 
     Parameters
     ----------
     id, number, total_projections
-        Of the exposure.
+        As in :class:`ExposureAttributes`.
     valid_pixels, searched_pixels
-        Of the exposure, shown or not.
+        Numbers of pixels, shown or not.
     alone, overlap
-        Its pixels that the montage shows: where no other exposure lies, and where others do.
+        Statistics of its pixels shown in the montage, outside and inside overlaps.
     """
 
     id: ExposureId
@@ -64,14 +64,14 @@ class ExposureStatistics(Attributes):
 
     @property
     def shown_pixels(self) -> int:
-        """All that the montage shows of it."""
+        """Number of its pixels that the montage shows."""
         return self.alone.pixels + self.overlap.pixels
 
 
 class StatisticsAttributes(Attributes):
-    """What was counted over the valid pixels of a merged result.
+    """Statistics over the valid pixels of a merged result.
 
-    Of a montage: over those of all exposures, shown or not; and what is shown of each.
+    In a montage, over those of all exposures, shown or not; ``exposures`` has the pixels shown.
     """
 
     valid_pixels: Count

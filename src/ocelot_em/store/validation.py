@@ -1,4 +1,4 @@
-"""The one validator of maps: layout, dtypes and values, with every problem named."""
+"""Validation of the layout, dtypes and values of maps; reports every problem."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ from ocelot_em.store.search_info import OneMap, SearchInfo
 def converted(
     maps: Mapping[str, object], info: SearchInfo, place: str, convert: Callable[[object], OneMap]
 ) -> tuple[dict[str, OneMap], list[str]]:
-    """Maps that a search needs, as something of NumPy, and what is wrong with the others."""
+    """Required maps, converted to NumPy, and the problems of those that cannot be converted."""
     converted: dict[str, OneMap] = {}
     problems: list[str] = []
     for key in info.maps.partial:
@@ -41,7 +41,7 @@ def layout_problems(
     info: SearchInfo,
     place: str,
 ) -> list[str]:
-    """Why those maps of a partial that are there have another dtype or shape, if they have."""
+    """Problems with the dtypes and shapes of a partial's maps; missing maps are ignored."""
     problems = []
     for key, values in maps.items():
         problems += dtype_problems(key, values.dtype, f"{place}: {key}", info.float64_sums)
@@ -53,7 +53,7 @@ def layout_problems(
 def dtype_problems(
     name: str, dtype: "np.dtype[Any]", place: str, float64_sums: bool = True
 ) -> list[str]:
-    """Why values of this dtype cannot become this map without a loss, if they cannot."""
+    """Problem if values of this dtype cannot be stored in this map without loss."""
     allowed = [d for d in MAPS[name].dtypes if float64_sums or d != "float64"]
     if name == INDEX:
         allowed.append("int64")  # checked against the search space, then stored as int32
@@ -65,24 +65,21 @@ def dtype_problems(
 def value_problems(
     maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
 ) -> list[str]:
-    """NaN, and indices outside the search space, each with the first pixel where it stands.
-
-    Maps that are not there are not looked at.
-    """
+    """Problems with NaN and with indices, each with its first pixel; missing maps are ignored."""
     found = BadValues(info, place)
     found.look(maps, region)
     return found.problems()
 
 
 class BadValues:
-    """Values of a partial that no search produces, from as many regions as are looked at.
+    """Collects invalid values of a partial from several regions.
 
     Parameters
     ----------
     info
-        What the partial has.
+        Properties of the search.
     place
-        How to call it.
+        Name of the partial in messages.
     """
 
     def __init__(self, info: SearchInfo, place: str) -> None:
@@ -91,7 +88,7 @@ class BadValues:
         self._outside: list[int] = []
 
     def look(self, maps: Mapping[str, AnyArray], region: Region) -> None:
-        """Look at one region; maps that are not there are left out."""
+        """Check one region; missing maps are ignored."""
         mip = maps.get(MIP, np.zeros(region.shape, np.float32))
         unsearched = mip == -np.inf
         for key in self._info.maps.partial:
@@ -113,7 +110,7 @@ class BadValues:
                 self._note(_MISSING, missing, region)
 
     def _note(self, what: str, bad: AnyArray, region: Region) -> bool:
-        """Count pixels; whether there are any."""
+        """Count bad pixels; return whether there are any."""
         if not bad.any():
             return False
         y, x = np.unravel_index(int(np.argmax(bad)), bad.shape)
@@ -122,7 +119,7 @@ class BadValues:
         return True
 
     def problems(self) -> list[str]:
-        """Say what was found, map by map."""
+        """Describe all problems, map by map."""
         said = []
         for what in (*self._info.maps.partial, _OUTSIDE, _MISSING):
             if what not in self._found:
@@ -146,11 +143,11 @@ class BadValues:
 
 
 _OUTSIDE, _MISSING = "outside", "missing"
-"""What can be wrong with indices, beside the names of maps that have NaN."""
+"""Kinds of index problems; the other kinds are names of maps with NaN."""
 
 
 def name_problems(name: str, what: str = "partial name") -> list[str]:
-    """Why a partial, or an exposure, cannot have this name, if it cannot."""
+    """Problems with the name of a partial or an exposure."""
     try:
         TypeAdapter(fmt.PartialName).validate_python(name)
     except ValidationError:
