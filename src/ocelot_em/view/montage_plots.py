@@ -34,6 +34,7 @@ from ocelot_em.view.figures import (
     foreground,
     name_rows,
     say,
+    short_number,
     summary_of,
 )
 from ocelot_em.view.plots import BLUE, ORANGE, RED
@@ -270,11 +271,6 @@ def _shown(statistics: Iterator[ShownStatistics]) -> Float64:
     """Return (n, 2) means and standard deviations; NaN where nothing is shown."""
     rows = [(short_number(shown.mean), short_number(shown.std)) for shown in statistics]
     return np.array(rows, np.float64).reshape(-1, 2)
-
-
-def short_number(value: float | None) -> float:
-    """Return a number for a plot; NaN for None."""
-    return float("nan") if value is None else value
 
 
 @dataclass(frozen=True)

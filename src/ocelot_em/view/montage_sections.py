@@ -14,6 +14,7 @@ from ocelot_em.particles.quality import (
 from ocelot_em.particles.table import EXPOSURE, ParticleTable
 from ocelot_em.view.figures import (
     MAX_BARS,
+    short_number,
 )
 from ocelot_em.view.montage import Coverage, Montage
 from ocelot_em.view.montage_plots import (
@@ -22,7 +23,6 @@ from ocelot_em.view.montage_plots import (
     plot_partials_of_exposures,
     plot_seams,
     seam_of,
-    short_number,
 )
 
 Draw = Callable[[str, tuple[float, float], Callable[[Any], object], str], Markup]
