@@ -102,7 +102,7 @@ def test_kernels_that_cannot_be_compiled(install):
 def test_threads_and_workers_follow_from_the_gpus(install, monkeypatch):
     install()
     monkeypatch.setattr(cluster, "_require_dask_cuda", lambda: None)
-    monkeypatch.setattr(cluster, "CPU_COUNT", 24)
+    monkeypatch.setattr(cluster, "n_cpus", lambda: 24)
     choice, options = cluster.choose_device(MergeOptions(cluster="cuda"))
     assert (choice.kind, choice.n_devices, options.device) == ("cuda", 2, "cuda")
     assert (options.workers, options.threads) == (2, 12)

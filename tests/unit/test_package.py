@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
 SHIPPED_SUFFIXES = {".py", ".cu"}
-SHIPPED_NAMES = {"py.typed"}
+SHIPPED_NAMES = {"py.typed", "DESIGN.md"}
 
 
 def files_of_sources() -> set[str]:

@@ -19,6 +19,7 @@ from ocelot_em.merge.device_fold import (
 )
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import tile_statistics_nbytes
+from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.maps import MAPS, SUM, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
@@ -176,11 +177,7 @@ def n_threads(options: MergeOptions) -> int:
     """Return the number of threads in one worker."""
     if options.threads is not None:
         return options.threads
-    if options.cluster == "threads":
-        from dask.system import CPU_COUNT
-
-        return int(CPU_COUNT)
-    return 1
+    return n_cpus() if options.cluster == "threads" else 1
 
 
 def worker_nbytes(

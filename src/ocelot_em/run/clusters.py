@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import dask
-from dask.system import CPU_COUNT
 
 from ocelot_em.errors import (
     ClusterLostError,
@@ -26,6 +25,7 @@ from ocelot_em.errors import (
 from ocelot_em.kernels.device import DeviceFacts, find_devices, open_device
 from ocelot_em.merge.memory_model import DeviceChoice, n_threads
 from ocelot_em.merge.merge import Executor
+from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import slurm
 from ocelot_em.run.connect import client_of
@@ -174,7 +174,7 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
         share = max((jobs_ask.cores or 1) // (jobs_ask.processes or 1), 1)
         changes |= {"slurm": jobs_ask, "threads": options.threads or share}
     if cluster == "cuda":
-        share = max(min(int(CPU_COUNT) // choice.n_devices, MAX_GPU_THREADS), 1)
+        share = max(min(n_cpus() // choice.n_devices, MAX_GPU_THREADS), 1)
         changes |= {"workers": choice.n_devices, "threads": options.threads or share}
     return choice, options.model_copy(update=changes)
 
@@ -256,7 +256,7 @@ def n_workers(options: MergeOptions) -> int:
     if options.cluster == "cuda":
         return options.workers or 1
     if options.cluster == "local":
-        return options.workers or max(int(CPU_COUNT) // n_threads(options), 1)
+        return options.workers or max(n_cpus() // n_threads(options), 1)
     return 0
 
 

@@ -1,6 +1,5 @@
 """Storage layout of the tiles' records, and how they are read and checked."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from ocelot_em.merge.stats.collected import (
     candidate_capacity,
     candidate_level,
 )
+from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -288,7 +288,7 @@ def _are_integers(values: Float64, low: int, high: int) -> AnyArray:
 
 def n_threads() -> int:
     """Return the number of threads that read or write records."""
-    return min(os.cpu_count() or 1, 8)
+    return min(n_cpus(), 8)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,21 @@
+"""The number of processors that this process may use."""
+
+import contextlib
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+
+
+@lru_cache(maxsize=1)
+def n_cpus() -> int:
+    """Return the number of processors: the machine's, or fewer by affinity or control group."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:  # macOS and Windows
+        count = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # without control groups, or without a limit
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].strip("/")
+        quota, period = Path("/sys/fs/cgroup", group, "cpu.max").read_text().split()
+        count = min(count, max(math.ceil(int(quota) / int(period)), 1))
+    return count
