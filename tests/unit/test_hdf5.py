@@ -269,10 +269,10 @@ def test_every_chunk_is_written_once(merged, tmp_path, monkeypatch):
     written = []
     write = hdf5._write
 
-    def watched(dataset, region, values, threads):
+    def watched(dataset, region, values):
         cells = TileGrid(dataset.shape, dataset.chunks).touching(region)
         written.extend((dataset.name, cell.iy, cell.ix) for cell in cells)
-        write(dataset, region, values, threads)
+        write(dataset, region, values)
 
     monkeypatch.setattr(hdf5, "_write", watched)
     write_hdf5(merged, tmp_path / "RESULT.h5")

@@ -6,9 +6,7 @@ attributes ``leopard_em_version``, ``total_projections``, ``total_orientations``
 """
 
 import math
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -31,6 +29,7 @@ from ocelot_em.io.leopard_maps import (
 from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_attributes, read_search_space
 
@@ -89,11 +88,7 @@ def write_hdf5(
     grid = band_grid(maps.shape, (_whole_chunks(maps.chunk[0]), _whole_chunks(maps.chunk[1])))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        whole_or_nothing(path) as staged,
-        h5py.File(staged, "w") as file,
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-    ):
+    with whole_or_nothing(path) as staged, h5py.File(staged, "w") as file:
         file.attrs["leopard_em_version"] = f"none: ocelot-em {__version__}"
         file.attrs["total_projections"] = maps.total_projections
         file.attrs["total_orientations"] = n_orientations
@@ -110,7 +105,7 @@ def write_hdf5(
                 compression_opts=GZIP_LEVEL,
             )
             for band in grid:
-                _write(dataset, band.region, maps.read(ours, band.region), threads)
+                _write(dataset, band.region, maps.read(ours, band.region))
     return path
 
 
@@ -225,7 +220,7 @@ def _h5py() -> Any:
     return h5py
 
 
-def _write(dataset: Any, region: Region, values: AnyArray, threads: ThreadPoolExecutor) -> None:
+def _write(dataset: Any, region: Region, values: AnyArray) -> None:
     """Write whole chunks, compressed in several threads: HDF5 itself uses one."""
     cells = list(TileGrid(dataset.shape, dataset.chunks).touching(region))
 
@@ -235,7 +230,7 @@ def _write(dataset: Any, region: Region, values: AnyArray, threads: ThreadPoolEx
         whole[:height, :width] = values[cell.region.relative_to(region).slices]
         return zlib.compress(whole.data, GZIP_LEVEL)
 
-    for cell, data in zip(cells, threads.map(compressed, cells), strict=True):
+    for cell, data in zip(cells, map_in_threads(compressed, cells), strict=True):
         dataset.id.write_direct_chunk((cell.region.y0, cell.region.x0), data)
 
 

@@ -3,7 +3,6 @@
 import logging
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -21,6 +20,7 @@ from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
@@ -274,6 +274,5 @@ def _torn_tiles(objects: Objects, plan: MergePlan, tiles: Tiles) -> list[tuple[i
             return True
         return False
 
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(is_torn, tiles)
-        return [where for where, torn in zip(tiles, found, strict=True) if torn]
+    found = map_in_threads(is_torn, tiles)
+    return [where for where, torn in zip(tiles, found, strict=True) if torn]

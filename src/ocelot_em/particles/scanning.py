@@ -1,8 +1,6 @@
 """Search of merged maps for candidates that the merge did not record."""
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from ocelot_em.model.maps import (
     Float64,
 )
 from ocelot_em.model.regions import Region
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.judging import Judge
 
 
@@ -72,10 +71,9 @@ def scan(merged: MergedMaps, judges: Sequence[Judge]) -> list[Float64]:
         return rows
 
     found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in judges]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        for own in pool.map(look, merged.regions()):
-            for k, rows in own:
-                found[k].append(rows)
+    for own in map_in_threads(look, merged.regions()):
+        for k, rows in own:
+            found[k].append(rows)
     return [np.concatenate(rows) for rows in found]
 
 

@@ -10,7 +10,6 @@ region and need not fit into memory.
 import csv
 import math
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -37,6 +36,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.testing.noise import (
@@ -373,21 +373,15 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
             for number, count in enumerate(simulation.counts)
         ]
 
-        def write_chunk(partial: int, region: Region) -> None:
+        chunks = TileGrid(simulation.shape, writers[0].chunk)
+
+        def write_chunk(which: tuple[int, int]) -> None:
+            partial, number = which
+            region = chunks[number].region
             writers[partial].write(region, simulation.partial_block(partial, region))
 
-        # Exits before the writers do, so that no chunk is still being written when they finish.
-        pool = stack.enter_context(ThreadPoolExecutor(n_threads, "ocelot-simulate"))
-        pending: deque[Future[None]] = deque()
-        stack.callback(lambda: [future.cancel() for future in pending])
-        chunks = TileGrid(simulation.shape, writers[0].chunk)
-        for partial, number in product(range(simulation.n_partials), range(len(chunks))):
-            # Bounded, because a million submitted jobs would need much memory.
-            if len(pending) >= 2 * n_threads:
-                pending.popleft().result()
-            pending.append(pool.submit(write_chunk, partial, chunks[number].region))
-        while pending:
-            pending.popleft().result()
+        every = product(range(simulation.n_partials), range(len(chunks)))
+        deque(map_in_threads(write_chunk, every, n_threads), maxlen=0)
     write_truth(simulation, truth)
     return store
 

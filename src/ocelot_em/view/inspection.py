@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from os import PathLike
@@ -17,6 +16,7 @@ from ocelot_em.merge.stats.records import record_problems
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects
@@ -293,11 +293,8 @@ def _group_problems(
 
     nbytes = sum(grid.cell[0] * grid.cell[1] * chunked.dtype.itemsize for chunked in maps.values())
     n_threads = max(min(os.cpu_count() or 1, MAX_NBYTES // nbytes), 1)
-    regions = (cell.region for cell in grid)
-    with ThreadPoolExecutor(n_threads) as pool:
-        while batch := list(islice(regions, 16 * n_threads)):
-            for found in pool.map(at_chunk, batch):
-                yield from found
+    for found in map_in_threads(at_chunk, (cell.region for cell in grid), n_threads):
+        yield from found
 
 
 def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:

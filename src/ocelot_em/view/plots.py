@@ -3,7 +3,6 @@
 The z-score map is read chunk by chunk and pooled, so that no full map is ever in memory.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedMaps
 from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.regions import Region, ceil_div
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.table import ParticleTable
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
 MAX_CIRCLES = 5000
 """Maximum number of circled particles; more circles would hide the map."""
 
-_THREADS = 4  # each holds a chunk in memory
+_THREADS = 4
+"""Number of threads that read maps; each holds a chunk in memory."""
 
 
 def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Float32, int]:
@@ -62,11 +63,10 @@ def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Flo
         highest = np.fmax.reduceat(np.fmax.reduceat(z, first_row, axis=0), first_column, axis=1)
         return int(rows[0]), int(columns[0]), highest
 
-    with ThreadPoolExecutor(_THREADS) as pool_of_threads:
-        for y, x, highest in pool_of_threads.map(pool, merged.regions()):
-            # Chunks need not start at block edges, so that two may share a block.
-            into = pooled[y : y + highest.shape[0], x : x + highest.shape[1]]
-            np.fmax(into, highest, out=into)
+    for y, x, highest in map_in_threads(pool, merged.regions(), _THREADS):
+        # Chunks need not start at block edges, so that two may share a block.
+        into = pooled[y : y + highest.shape[0], x : x + highest.shape[1]]
+        np.fmax(into, highest, out=into)
     return pooled, factor
 
 

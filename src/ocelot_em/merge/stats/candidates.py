@@ -12,12 +12,13 @@ from ocelot_em.merge.stats.collected import (
     NEIGHBOURS,
     candidate_level,
 )
-from ocelot_em.merge.stats.layout import NUMBERS, Layout, in_threads
+from ocelot_em.merge.stats.layout import NUMBERS, Layout
 from ocelot_em.model.maps import (
     SCALED_MIP,
     Float64,
 )
 from ocelot_em.model.regions import Region
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.contract import Objects
 
 
@@ -57,7 +58,7 @@ def read_candidates(objects: Objects, layout: Layout) -> Candidates:
         return rows, float(rows[:, z].min()) if full else level, edges
 
     found, levels, edges = [np.empty((0, len(CANDIDATE_FIELDS)))], [level], []
-    for rows, complete_from, own_edges in in_threads(read, len(layout)):
+    for rows, complete_from, own_edges in map_in_threads(read, range(len(layout))):
         found.append(rows)
         levels.append(complete_from)
         edges.append(own_edges)

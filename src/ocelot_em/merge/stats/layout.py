@@ -1,12 +1,8 @@
 """Storage layout of the tiles' records, and how they are read and checked."""
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +24,6 @@ from ocelot_em.merge.stats.collected import (
     candidate_capacity,
     candidate_level,
 )
-from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -44,9 +39,6 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import constants
 from ocelot_em.store.blosc import most_encoded_nbytes
 from ocelot_em.store.contract import Objects, ReusedMemory
-
-_T = TypeVar("_T")
-
 
 COUNTS = "counts"
 NUMBERS = "numbers"
@@ -284,21 +276,3 @@ def _are_integers(values: Float64, low: int, high: int) -> AnyArray:
     """Whether each value is an integer within these bounds; NaN is not."""
     integers: AnyArray = (values >= low) & (values <= high) & (values == np.floor(values))
     return integers
-
-
-def n_threads() -> int:
-    """Return the number of threads that read or write records."""
-    return min(n_cpus(), 8)
-
-
-@lru_cache(maxsize=1)
-def _readers() -> ThreadPoolExecutor:
-    """Return the threads that read records; all exposures share them, to save memory."""
-    return ThreadPoolExecutor(n_threads(), "ocelot-records")
-
-
-def in_threads(read: Callable[[int], _T], n: int) -> Iterator[_T]:
-    """Read records in order, prefetching a bounded number of them."""
-    numbers = iter(range(n))
-    while batch := list(islice(numbers, 16 * n_threads())):
-        yield from _readers().map(read, batch)

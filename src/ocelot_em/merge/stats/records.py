@@ -8,7 +8,6 @@ Readers do not need the maps.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,12 @@ from ocelot_em.merge.stats.collected import (
     TileStatistics,
     candidate_capacity,
 )
-from ocelot_em.merge.stats.layout import COUNTS, NUMBERS, SHOWN, Layout, in_threads, n_threads
+from ocelot_em.merge.stats.layout import COUNTS, NUMBERS, SHOWN, Layout
 from ocelot_em.merge.stats.summary import read_summary, statistics_path
 from ocelot_em.model.maps import (
     Float64,
 )
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects
@@ -67,8 +67,7 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
                 attributes=attributes,
             )
 
-    with ThreadPoolExecutor(n_threads()) as pool:
-        deque(pool.map(create, plan.exposures), maxlen=0)
+    deque(map_in_threads(create, plan.exposures), maxlen=0)
 
 
 def has_records(objects: Objects, plan: MergePlan) -> bool:
@@ -118,7 +117,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
                     found.append(str(error))
             return found
 
-        for found in in_threads(look, len(layout)):
+        for found in map_in_threads(look, range(len(layout))):
             yield from found
     numbers = [exposure.number for exposure in plan.exposures] if plan.is_montage else []
     for number in (None, *numbers):

@@ -19,12 +19,13 @@ from ocelot_em.merge.stats.collected import (
     TileNumbers,
     candidate_level,
 )
-from ocelot_em.merge.stats.layout import Layout, in_threads
+from ocelot_em.merge.stats.layout import Layout
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
 from ocelot_em.model.maps import (
     AnyArray,
     Float64,
 )
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, statistics_attributes
@@ -75,7 +76,7 @@ def finish(objects: Objects, plan: MergePlan) -> None:
             objects, statistics_path(exposure.number), histograms, [(exposure, total)], ()
         )
         shown = np.zeros(len(SHOWN_FIELDS))
-        for own in in_threads(partial(layout.shown, objects), len(layout)):
+        for own in map_in_threads(partial(layout.shown, objects), range(len(layout))):
             shown += own
         about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
         if place % EXPOSURES_BETWEEN_TIDYING == 0:
@@ -95,7 +96,7 @@ def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNum
 
     of = layout.counting
     total = TileNumbers.empty(of.n_partials, of.n_sources)
-    for statistics in in_threads(read, len(layout)):
+    for statistics in map_in_threads(read, range(len(layout))):
         total.add(statistics)
     return total
 
