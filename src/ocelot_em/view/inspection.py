@@ -1,6 +1,5 @@
 """Description and validation of a store."""
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -13,6 +12,7 @@ from ocelot_em.errors import OcelotError
 from ocelot_em.merge.plan import read_plan
 from ocelot_em.merge.resume import done_tiles
 from ocelot_em.merge.stats.records import record_problems
+from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
@@ -292,7 +292,7 @@ def _group_problems(
         return found
 
     nbytes = sum(grid.cell[0] * grid.cell[1] * chunked.dtype.itemsize for chunked in maps.values())
-    n_threads = max(min(os.cpu_count() or 1, MAX_NBYTES // nbytes), 1)
+    n_threads = max(min(n_cpus(), MAX_NBYTES // nbytes), 1)
     for found in map_in_threads(at_chunk, (cell.region for cell in grid), n_threads):
         yield from found
 
