@@ -337,7 +337,7 @@ def _simulate(parsed: argparse.Namespace, console: Console) -> int:
         form=PoseForm(parsed.form),
     )
     started = time.perf_counter()
-    store = simulate(parsed.directory, simulation, n_threads=n_cpus())
+    store = simulate(parsed.directory, simulation, n_threads=os.cpu_count() or 1)
     seconds = time.perf_counter() - started
     console.print(
         f"simulated {parsed.partials} partials of {parsed.shape[0]} x {parsed.shape[1]} pixels "
