@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ocelot_em
 from ocelot_em.cli import exit_codes
@@ -30,7 +31,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (
         *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "docker").glob("*.md"),
         ROOT / "tests" / "data" / "README.md",
     )
@@ -144,7 +145,7 @@ def test_exit_codes_are_those_of_the_command_line():
         exit_codes.STOPPED,
         exit_codes.INTERRUPTED,
     )
-    section = section_of("docs/operations.md", "Exit codes")
+    section = PAGES["docs/reference/exit-codes.md"]
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)] == [*codes]
     assert [
         int(code) for code in re.findall(r"^  (\d+) ", exit_codes.EXIT_CODES, re.MULTILINE)
@@ -156,9 +157,7 @@ def test_events_of_the_log_are_described():
     writers = (PACKAGE / "run/runlog.py", *PACKAGE.glob("cli/*.py"))
     sources = [path.read_text(encoding="utf-8") for path in writers]
     written = {"message", *(name for text in sources for name in re.findall(calls, text))}
-    assert {*first_column("docs/operations.md", "The log")} - {"merged", "failed"} == written - {
-        "merged"
-    }
+    assert {*first_column("docs/reference/log.md", "Events")} == written
 
 
 # Files and headings
@@ -181,9 +180,55 @@ def test_links_lead_somewhere():
     assert wrong(lambda text: re.findall(links, prose(text)), leads) == []
 
 
-def test_pages_are_linked_from_the_readme():
-    readme = PAGES["README.md"]
-    assert [p for p in PAGES if p.startswith("docs/") and f"({p})" not in readme] == []
+def pages_of_the_site(entries):
+    for entry in entries:
+        value = entry if isinstance(entry, str) else next(iter(entry.values()))
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from pages_of_the_site(value)
+
+
+def test_the_site_has_every_page():
+    """Those of other folders are named in ``docs/hooks.py``."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    elsewhere = ast.literal_eval(
+        re.search(r"^ELSEWHERE = (\{.*?^\})", (ROOT / "docs/hooks.py").read_text(), re.M | re.S)[1]
+    )
+    assert [name for name in elsewhere if not (ROOT / name).exists()] == []
+    pages = [p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")]
+    assert sorted(pages_of_the_site(site["nav"])) == sorted([*pages, *elsewhere.values()])
+
+
+def test_prose_is_wrapped():
+    """At 100 columns, but for tables, headings, links and what is code."""
+
+    def long_lines(text):
+        return [
+            line
+            for line in re.sub(r"^(?: {4}|\|).*$", "", prose(text), flags=re.M).splitlines()
+            if len(re.sub(r"\]\([^)]*\)|https?://\S+", "", line)) > 100
+        ]
+
+    assert {page: lines for page, text in PAGES.items() if (lines := long_lines(text))} == {}
+
+
+def test_public_names_are_in_the_python_reference():
+    names = re.findall(r"^::: ocelot_em\.([A-Za-z_]+)$", PAGES["docs/reference/python.md"], re.M)
+    modules = {"errors", "process_results"}
+    assert sorted({*names} - modules) == sorted({*ocelot_em.__all__} - {"__version__"})
+
+
+def test_messages_in_the_troubleshooting_are_those_of_the_code():
+    """As far as they stand in one string; placeholders are left out."""
+    sources = "\n".join(p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py"))
+    joined = re.sub(r"\"\s+f?\"", "", sources)
+    rows = section_of("docs/how-to/troubleshoot.md", "Messages that need more explanation")
+    cells = [line.split("|")[1] for line in rows.splitlines() if line.startswith("| ")]
+    quoted = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 5
+    known = {"KilledWorker"}
+    assert [message for message in quoted if message not in joined and message not in known] == []
 
 
 def test_paths_in_sentences_exist():
@@ -399,8 +444,12 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
             for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
         ),
         ("docs/operations.md", f"`--worker-timeout` seconds: {execute.WORKER_TIMEOUT_SECONDS:.0f}"),
-        ("docs/operations.md", f"{slurm.DEFAULT_JOBS} jobs of {slurm.DEFAULT_CORES} cores"),
-        ("docs/operations.md", f"from another one after {lock.STALE_SECONDS:.0f} s"),
+        (
+            "docs/how-to/merge-on-slurm.md",
+            f"{slurm.DEFAULT_JOBS} jobs of {slurm.DEFAULT_CORES} cores",
+        ),
+        ("docs/how-to/troubleshoot.md", f"another machine after {lock.STALE_SECONDS:.0f} s"),
+        ("docs/how-to/resume.md", f"another machine after {lock.STALE_SECONDS:.0f} s"),
         ("docs/reliability.md", f"else after {lock.STALE_SECONDS:.0f} s"),
         ("docs/gpu.md", f"its share of the cores, up to {cluster.MAX_GPU_THREADS}."),
         ("docs/format.md", f"has not changed for {lock.STALE_SECONDS:.0f} seconds"),
@@ -414,13 +463,13 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
     ],
 )
 def test_a_number_is_that_of_the_code(page, says):
-    assert says in PAGES[page]
+    assert says in " ".join(PAGES[page].split())
 
 
 def test_what_statistics_cost_is_said_once():
     cost = "6 to 8 % of"
-    assert cost in PAGES["README.md"]
-    assert cost in PAGES["docs/particles.md"]
+    pages = ("docs/how-to/merge-on-one-machine.md", "docs/particles.md")
+    assert all(cost in " ".join(PAGES[page].split()) for page in pages)
 
 
 def test_the_changelog_has_one_unreleased_section():
