@@ -20,6 +20,8 @@ import ocelot_em
 from helpers import chunk_bytes, make_result, write_search
 from ocelot_em.store.objects import open_objects
 
+GATE_FOLDER = Path(__file__).parent / "chaos" / "gate"
+
 OCELOT = [sys.executable, "-m", "ocelot_em"]
 
 
@@ -103,7 +105,7 @@ class Gate:
     def environment(self) -> dict[str, str]:
         """Of the driver and of the workers."""
         return {
-            "PYTHONPATH": str(Path(__file__).parent / "chaos" / "gate"),
+            "PYTHONPATH": os.pathsep.join([str(GATE_FOLDER), *sys.path]),
             "OCELOT_TEST_GATE": str(self.folder),
             "OCELOT_TEST_GATE_TILES": str(self.n_tiles),
         }

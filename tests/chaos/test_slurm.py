@@ -254,6 +254,21 @@ def test_a_cancelled_worker_is_replaced(
     wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs")
 
 
+def test_a_worker_that_is_cancelled_before_it_connects_is_replaced(
+    lab, search: Undisturbed, tmp_path: Path, start_driver, gate: Gate
+) -> None:
+    driver = start_driver(gate)
+    wait_for(lambda: len(worker_jobs(lab)) == 2, "two worker jobs", alive=driver)
+    first = worker_jobs(lab)
+    for job in first:  # at once, so before a worker can have been imported
+        lab.call("scancel", job)
+    wait_for(lambda: len({*worker_jobs(lab)} - {*first}) == 2, "two others", 120, alive=driver)
+    gate.open()
+    told, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, told
+    assert_finished(search, tmp_path)
+
+
 def test_a_driver_that_is_stopped_cancels_its_jobs(
     lab, search: Undisturbed, tmp_path: Path, start_driver, gate: Gate
 ) -> None:

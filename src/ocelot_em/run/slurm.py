@@ -32,6 +32,9 @@ LEAVE_SECONDS = 60
 ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
 """Signals that SLURM sends before a job's time limit and at its preemption."""
 
+LOST_JOB_SECONDS = 20
+"""Interval at which the queue is searched for worker jobs that ended before they connected."""
+
 DEATH_SECONDS = 60
 """Time after which a worker that finds no scheduler exits."""
 
@@ -132,12 +135,53 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
         ) as cluster:
             log.debug("job script:\n%s", cluster.job_script())
             # Replaces jobs that were cancelled or preempted, or that reached their time limit.
-            cluster.adapt(minimum_jobs=n_jobs, maximum_jobs=n_jobs)
+            cluster.adapt(Adaptive=_adaptive(), minimum_jobs=n_jobs, maximum_jobs=n_jobs)
             yield cluster
     except (FileNotFoundError, RuntimeError) as error:
         if "sbatch" not in str(error):
             raise
         raise PlanError(f"cluster slurm: sbatch does not take the job: {error}") from error
+
+
+def _adaptive() -> Any:
+    """Return Dask's adaptive scaling, which then also replaces jobs that ended unnoticed.
+
+    Dask replaces a job when its worker disconnects, so never one that was cancelled or that failed
+    before its worker connected.
+    """
+    from distributed import Adaptive
+
+    class ReplacingLostJobs(Adaptive):  # type: ignore[misc]
+        searched = 0.0
+        missing: frozenset[str] = frozenset()
+
+        async def recommendations(self, target: int) -> Any:
+            if time.monotonic() - self.searched > LOST_JOB_SECONDS:
+                self.searched = time.monotonic()
+                await self.forget_lost_jobs()
+            return await super().recommendations(target)
+
+        async def forget_lost_jobs(self) -> None:
+            """Forget jobs missing from the queue twice in a row; Dask then submits new ones.
+
+            By the second time Dask itself has replaced those whose workers had connected.
+            """
+            workers = self.cluster.workers
+            try:
+                queue = await self.cluster.job_cls._call(["squeue", "--me", "-h", "-o", "%A"])
+            except (OSError, RuntimeError):  # the queue does not answer: nothing is known
+                return
+            queued, before = {*queue.split()}, self.missing
+            lost = {name: job.job_id for name, job in workers.items() if job.job_id not in queued}
+            self.missing = frozenset(lost.values())
+            for name, job in lost.items():
+                # Several workers of one job have its name with a suffix.
+                is_connected = any(f"{worker}-".startswith(f"{name}-") for worker in self.observed)
+                if job in before and not is_connected:
+                    log.warning("job %s ended before its worker connected: another is queued", job)
+                    del workers[name]
+
+    return ReplacingLostJobs
 
 
 def _seconds(walltime: str) -> int:
