@@ -65,8 +65,8 @@ def files(tmp_path_factory):
     for number, crop in enumerate(CROPS):
         shutil.copy(crop, place / f"gpu{number}.npz")
     shutil.copy(DATA / "search_space.npz", place)
-    for name in ("match_template.yaml", "00.yaml"):
-        (place / name).write_text(OPTICS)
+    (place / "match_template.yaml").write_text(OPTICS)
+    (place / "00.yaml").write_text(OPTICS.replace("pixel_size: 2.5", "pixel_size: 3.0"))
     (place / "LAMELLA.yaml").write_text(LAMELLA)
     info = ocelot_em.ImportOptions(template_box=56, pixel_size_angstrom=2.5)
     ocelot_em.import_results(sorted(place.glob("gpu*.npz")), place / "RUN.zarr", info)

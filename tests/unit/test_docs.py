@@ -340,7 +340,7 @@ def test_modules_that_are_run_exist():
 
 def module_rows():
     """Modules by row of the table in ``docs/design.md``."""
-    lines = section_of("docs/design.md", "The data's way").splitlines()
+    lines = section_of("docs/design.md", "The way of the data").splitlines()
     rows = [line.split("|")[1] for line in lines if line.startswith("| `")]
     return {m: n for n, row in enumerate(rows) for m in re.findall(r"`(\w+)/?`", row)}
 
