@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ocelot_em.merge.in_memory import merge_arrays
     from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
     from ocelot_em.merge.outcome import MergeReport
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
@@ -33,6 +34,7 @@ _HOME = {
     "ImportOptions": "io.import_options",
     "MergeOptions": "model.options",
     "MergeReport": "merge.outcome",
+    "MergedResult": "merge.result",
     "Observer": "run.api",
     "OcelotError": "errors",
     "PartialWriter": "store.partials",
@@ -62,6 +64,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "lazy_merge",
     "open_merged",
     "open_partials",
+    "MergedResult",
     "find_peaks",
     "ParticleTable",
     "import_results",

@@ -10,7 +10,7 @@ import pytest
 import ocelot_em
 from conftest import DATA
 from helpers import SPACE, assert_same_maps, make_result, read_maps
-from ocelot_em.merge.stats.records import read_summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.picking import all_candidates
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
@@ -29,7 +29,7 @@ def test_golden_stores_are_intact_and_merge_to_the_same_bits(merged: Path, tmp_p
     if is_montage:
         again = ocelot_em.merge(search, tmp_path / "OUT.zarr", overlap=overlap)
         assert (again.n_merged, len(ocelot_em.describe(merged).exposures)) == (0, 3)
-        found, now = (read_summary(place) for place in (merged, tmp_path / "OUT.zarr"))
+        found, now = (MergedResult.open(place).summary for place in (merged, tmp_path / "OUT.zarr"))
         rounded = {"sources", "exposures"}
         assert found.attributes.model_dump(exclude=rounded) == now.attributes.model_dump(
             exclude=rounded
@@ -72,9 +72,7 @@ def test_version_1_is_gone_on_with(name: str, of: str, n_redone: int, tmp_path: 
 def test_statistics_and_candidates_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
     assert ocelot_em.check(golden) == []
     ocelot_em.merge(golden.with_name("indexed.zarr"), tmp_path / "OUT.zarr", tile_size=17)
-    found, now = read_summary(golden), read_summary(tmp_path / "OUT.zarr")
-    assert found is not None
-    assert now is not None
+    found, now = MergedResult.open(golden).summary, MergedResult.open(tmp_path / "OUT.zarr").summary
     exact = {"sources"}  # they have sums of floats
     assert found.attributes.model_dump(exclude=exact) == now.attributes.model_dump(exclude=exact)
     for one, other in zip(found.attributes.sources, now.attributes.sources, strict=True):

@@ -14,7 +14,7 @@ from helpers import expensive
 from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.summary import read_summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
@@ -187,13 +187,14 @@ def test_statistics_of_exposures_are_of_all_their_pixels(tmp_path):
     ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=11)
     ocelot_em.merge(search, tmp_path / "ONE.zarr")
     maps = ocelot_em.open_merged(tmp_path / "OUT.zarr")
-    total = read_summary(tmp_path / "OUT.zarr")
+    merged = MergedResult.open(tmp_path / "OUT.zarr")
+    total = merged.summary
     assert total.attributes.valid_pixels == sum(np.prod(s.valid_shape) for s in SHOTS)
     rounded = {"sources", "exposures"}  # sums of floats
-    at_once = read_summary(tmp_path / "ONE.zarr").attributes.model_dump(exclude=rounded)
+    at_once = MergedResult.open(tmp_path / "ONE.zarr").statistics.model_dump(exclude=rounded)
     assert total.attributes.model_dump(exclude=rounded) == at_once
     for number, shot in enumerate(SHOTS):
-        own = read_summary(tmp_path / "OUT.zarr", number)
+        own = merged.summary_of(merged.plan.exposures[number])
         z = merged_alone(tmp_path, shot)["scaled_mip"][: shot.valid_shape[0], : shot.valid_shape[1]]
         assert own.attributes.searched_pixels == int(np.isfinite(z).sum())
         assert own.attributes.scaled_mip_range == (np.nanmin(z), np.nanmax(z))

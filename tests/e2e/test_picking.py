@@ -10,6 +10,7 @@ from conftest import SHARED
 from exact_ranks import from_maps
 from helpers import make_result, read_maps, write_search
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
 from ocelot_em.model.histograms import Z_AXIS, Histogram1D
 from ocelot_em.model.maps import MIP, POSES, SCALED_MIP
@@ -73,10 +74,7 @@ def test_no_matter_how_it_was_tiled(merged, method):
 def test_candidates_and_maps_say_the_same(merged, cutoff, monkeypatch):
     """Low cutoffs read the maps, high ones the records."""
     picked = find_peaks(merged / "33.zarr", cutoff=cutoff)
-    monkeypatch.setattr(
-        "ocelot_em.particles.picking.read_candidates",
-        lambda *_: Candidates(np.empty((0, 21)), np.inf),
-    )
+    monkeypatch.setattr(MergedResult, "candidates", lambda *_: Candidates.unknown())
     tables_equal(find_peaks(merged / "33.zarr", cutoff=cutoff), picked)
     maps = {n: m.to_numpy() for n, m in ocelot_em.open_merged(merged / "33.zarr").items()}
     y, x = np.nonzero(maps[SCALED_MIP] >= np.float32(cutoff))

@@ -22,7 +22,7 @@ with instrumented():
     import ocelot_em
     from ocelot_em.errors import OcelotError
     from ocelot_em.merge.plan import read_plan
-    from ocelot_em.merge.stats.summary import read_summary
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.store import attributes as fmt
     from ocelot_em.store import constants, statistics_attributes
     from ocelot_em.store.blosc import BloscChunk, encode
@@ -194,7 +194,7 @@ def whole_store(folder: Path) -> tuple[list[bytes], Reader]:
                 lambda: ocelot_em.check(place),
                 lambda: ocelot_em.open_merged(place).isel(y=0).compute(scheduler="synchronous"),
                 lambda: ocelot_em.open_partials(place).isel(y=0).compute(scheduler="synchronous"),
-                lambda: read_summary(place),
+                lambda: MergedResult.open(place).summary,
                 lambda: ocelot_em.find_peaks(place),
             )
         finally:

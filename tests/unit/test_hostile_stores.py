@@ -38,7 +38,7 @@ from ocelot_em.errors import (
     StorageError,
 )
 from ocelot_em.merge.planning import make_plan
-from ocelot_em.merge.stats.summary import read_summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.particles.picking import all_candidates
 from ocelot_em.store import arrays as store
@@ -101,7 +101,7 @@ READERS = {
     "open_partials": lambda place: ocelot_em.open_partials(place).compute(),
     "open_exposure": lambda place: ocelot_em.open_partials(place, "e0").compute(),
     "plan": lambda place: make_plan([place], place / "none", MergeOptions()),
-    "read_summary": read_summary,
+    "summary": lambda place: MergedResult.open(place).summary,
     "candidates": look_at_candidates,
     "find_peaks": ocelot_em.find_peaks,
     "find_p_values": lambda place: ocelot_em.find_peaks(place, method="pvalue"),
@@ -126,7 +126,7 @@ def test_valid_stores_are_read_by_all_that_reads_such(stores, kind):
     refused, problems = read_by_all(stores / kind)
     assert problems == []
     others = {"open_exposure"} if "montage" not in kind else {"open_partials", "plan"}
-    searches = {"open_merged", "read_summary", "candidates", "find_peaks", "find_p_values"}
+    searches = {"open_merged", "summary", "candidates", "find_peaks", "find_p_values"}
     merged = kind.endswith("_merged")
     expected = others | {"open_partials", "open_exposure"} if merged else others | searches
     if kind == "montage":
@@ -599,7 +599,7 @@ def test_statistics_of_another_size_are_refused(stores, tmp_path, name, values):
     )
     put_chunk(place, "/".join([path, "c", *"00"[: values.ndim]]), values)
     with pytest.raises(FormatError, match=name):
-        read_summary(place)
+        _ = MergedResult.open(place).summary
     assert any(name in problem for problem in ocelot_em.check(place))
 
 

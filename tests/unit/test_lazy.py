@@ -204,7 +204,7 @@ def test_a_rewritten_store_is_not_taken_for_the_old_one(tmp_path):
 def test_what_cannot_be_opened_is_refused_at_once(tmp_path):
     run = write_explicit_search(tmp_path / "R")
     merge(run, tmp_path / "M")
-    with pytest.raises(FormatError, match="use open_partials"):
+    with pytest.raises(FormatError, match="open_partials"):
         open_merged(run)
     with pytest.raises(FormatError, match="use open_merged"):
         open_partials(tmp_path / "M")

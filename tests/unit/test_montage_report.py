@@ -17,11 +17,10 @@ from builders import explicit_maps, idle_maps
 from helpers import read_maps
 from ocelot_em import Exposure, SearchInfo, write_partial
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.summary import open_merged_result, read_exposure_statistics, read_summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.store.objects import open_objects
 from ocelot_em.view.montage import Coverage, Montage
 from ocelot_em.view.montage_plots import (
     outline_exposures,
@@ -269,8 +268,8 @@ def test_plots_of_exposures(montage, plot):
     assert own.figure in map(plt.figure, plt.get_fignums())
     given_axes = plt.figure().add_subplot()
     known = {
-        plot_exposures: open_merged_result(open_objects(montage)),
-        plot_seams: read_summary(montage),
+        plot_exposures: MergedResult.open(montage).attributes,
+        plot_seams: MergedResult.open(montage).summary,
         plot_partials_of_exposures: Montage.read(montage),
     }[plot]
     assert plot(known, given_axes) is given_axes
@@ -341,7 +340,7 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     store = montages / "max-zscore.zarr"
     shift = {
         exposure.id: (exposure.overlap.mean - exposure.alone.mean) / exposure.alone.std
-        for exposure in read_summary(store).attributes.exposures
+        for exposure in MergedResult.open(store).statistics.exposures
         if exposure.overlap.pixels >= 100
     }
     assert len(shift) == 3
@@ -401,12 +400,8 @@ def test_exposures_of_which_nothing_is_known(words_of, tmp_path, rng):
     assert re.search(r"hidden 1 4, 4 64 0 — 100 — — —", words)
     for value in ("mean", "difference"):
         plot_seams(tmp_path / "OUT.zarr", value=value).figure.canvas.draw()
-    statistics = read_summary(tmp_path / "OUT.zarr").attributes
-    assert set(read_exposure_statistics(tmp_path / "OUT.zarr", statistics)) == {
-        "shown",
-        "hidden",
-        "idle",
-    }
+    statistics = MergedResult.open(tmp_path / "OUT.zarr").statistics_of_exposures
+    assert set(statistics) == {"shown", "hidden", "idle"}
 
 
 def test_a_montage_of_one_exposure_that_nobody_searched(words_of, tmp_path):

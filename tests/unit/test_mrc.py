@@ -38,8 +38,9 @@ from ocelot_em.errors import (
 from ocelot_em.io import leopard_maps as map_set
 from ocelot_em.io.import_options import ImportOptions, read_search_space_file
 from ocelot_em.io.leopard import import_results
-from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedMaps, FinishedSearch, band_grid
+from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch, band_grid
 from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, PIXEL_SIZE, SCALED_MIP, SQUARED_SUM, STD, SUM
 from ocelot_em.model.regions import Region
 from ocelot_em.store.arrays import ChunkedMap, write_chunk
@@ -554,12 +555,12 @@ def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
 
 
 def test_the_maps_of_a_store_are_read_in_their_own_chunks(merged):
-    maps = FinishedMaps(merged)
-    assert maps.chunk == (32, 32)
-    assert maps.shape == VALID
-    assert maps.total_projections == COUNT
+    result = MergedResult.open(merged)
+    assert result.chunk == (32, 32)
+    assert result.valid_shape == VALID
+    assert result.projections_per_pixel == COUNT
     corner = Region(10, 40, 20, 50)
-    assert same_bits(maps.read(MIP, corner), read_maps(merged)[MIP][corner.slices])
+    assert same_bits(result.read(corner, MIP), read_maps(merged)[MIP][corner.slices])
 
 
 def test_leopard_em_itself_reads_the_files(merged, tmp_path):

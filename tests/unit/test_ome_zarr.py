@@ -246,13 +246,13 @@ def test_pooling_is_the_maximum_of_what_is_there(values):
 
 def test_every_pixel_of_the_store_is_read_once_and_few_at_a_time(merged, monkeypatch):
     regions = []
-    read = ome_zarr.FinishedMaps.read
+    read = ome_zarr.MergedResult.read
 
-    def watched(self, name, region):
+    def watched(self, region, name):
         regions.append(region)
-        return read(self, name, region)
+        return read(self, region, name)
 
-    monkeypatch.setattr(ome_zarr.FinishedMaps, "read", watched)
+    monkeypatch.setattr(ome_zarr.MergedResult, "read", watched)
     write_ome_zarr(merged, merged.parent / "P.zarr")
     seen = np.zeros(VALID, int)
     for region in regions:

@@ -5,7 +5,7 @@ import pytest
 
 import ocelot_em
 from helpers import make_result
-from ocelot_em.merge.stats.summary import read_exposure_statistics, read_summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.quality import montage_warnings, partial_warnings
 from ocelot_em.store.partials import write_partial
 
@@ -29,7 +29,7 @@ def words(place, results, counts=COUNTS):
     for number, (result, count) in enumerate(zip(results, counts, strict=True)):
         write_partial(place / "RUN.zarr", f"gpu{number}", result, total_projections=count)
     ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", threads=2)
-    return partial_warnings(read_summary(place / "OUT.zarr").attributes)
+    return partial_warnings(MergedResult.open(place / "OUT.zarr").statistics)
 
 
 def test_nothing_is_said_of_a_sound_search(tmp_path, rng):
@@ -76,9 +76,8 @@ def montage_words(place, shots, **options):
                 place / "RUN.zarr", f"gpu{k}", result, total_projections=count, exposure=exposure
             )
     ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", threads=2, **options)
-    statistics = read_summary(place / "OUT.zarr").attributes
-    own = read_exposure_statistics(place / "OUT.zarr", statistics)
-    return montage_warnings(statistics, own)
+    merged = MergedResult.open(place / "OUT.zarr")
+    return montage_warnings(merged.statistics, merged.statistics_of_exposures)
 
 
 def beside(rng, counts=COUNTS, n=3):

@@ -14,6 +14,7 @@ from ocelot_em.errors import FormatError, MissingChunkError
 from ocelot_em.kernels import load_collect
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.merge import job
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats import collected
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
@@ -22,7 +23,6 @@ from ocelot_em.merge.stats.collected import (
     TileStatistics,
     neighbours_of,
 )
-from ocelot_em.merge.stats.summary import read_summary
 from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
 from ocelot_em.model.maps import MapSet
 from ocelot_em.model.regions import Region
@@ -95,7 +95,7 @@ def test_everything_is_what_the_finished_maps_say(
     search, results = make_search(tmp_path / "RUN.zarr", rng, indexed=indexed)
     output = tmp_path / "OUT.zarr"
     ocelot_em.merge(search, output, threads=2, tile_size=tile_size, device=device, nan=nan)
-    maps, summary = valid_of(read_maps(output)), read_summary(output)
+    maps, summary = valid_of(read_maps(output)), MergedResult.open(output).summary
     about, searched = summary.attributes, maps["mip"] > -np.inf
     z, mip = maps["scaled_mip"], maps["mip"]
     assert about.valid_pixels == 60 * 80
@@ -162,7 +162,7 @@ def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path
     assert level > 4
     found = candidates[:, CANDIDATE_FIELDS.index("scaled_mip")]
     np.testing.assert_array_equal(np.sort(found[found >= level]), np.sort(z[z >= level]))
-    about = read_summary(tmp_path / "OUT.zarr").attributes
+    about = MergedResult.open(tmp_path / "OUT.zarr").statistics
     assert about.n_candidates == np.count_nonzero(z >= 4)
 
 
@@ -178,7 +178,7 @@ def test_a_missing_or_damaged_record_is_named(tmp_path, rng):
     with pytest.raises(MissingChunkError, match=r"record of pixels .* is missing"):
         all_candidates(tmp_path / "OUT.zarr")
     with pytest.raises(FormatError, match="merge it first"):
-        read_summary(search)
+        MergedResult.open(search)
 
 
 def test_check_looks_at_records_too(tmp_path, rng):
@@ -203,7 +203,7 @@ def test_nothing_searched(tmp_path, rng):
     result["correlation_sum"][...] = result["correlation_squared_sum"][...] = 0
     write_search(tmp_path / "RUN.zarr", [result], [0])
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
-    about = read_summary(tmp_path / "OUT.zarr").attributes
+    about = MergedResult.open(tmp_path / "OUT.zarr").statistics
     assert (about.searched_pixels, about.unsearched_pixels) == (0, 30)
     assert about.mip_range is None
     assert about.candidate_level is None

@@ -16,8 +16,7 @@ from helpers import make_result, read_maps, write_search
 from ocelot_em import ImportOptions, import_results, write_partial
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.io.ome_zarr import write_ome_zarr
-from ocelot_em.merge.result import MergedMaps
-from ocelot_em.merge.stats.summary import open_merged_result, read_summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.markup import Markup, element, nbytes_text, seconds_text, table
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.picking import find_peaks
@@ -284,13 +283,13 @@ def chunked(tmp_path_factory):
 
 
 def test_maps_are_read_in_parts(report_of, chunked, tmp_path, monkeypatch):
-    read, sizes = MergedMaps.read, []
+    read, sizes = MergedResult.read, []
 
     def watched(self, region: Region, name: str):
         sizes.append(region.shape)
         return read(self, region, name)
 
-    monkeypatch.setattr(MergedMaps, "read", watched)
+    monkeypatch.setattr(MergedResult, "read", watched)
     report_of(chunked, tmp_path, particles=find_peaks(chunked, cutoff=6))
     assert len(sizes) > 15
     assert np.max(sizes) <= 41
@@ -326,7 +325,7 @@ def test_what_is_no_finished_merge_is_refused(crops, tmp_path):
     copy = tmp_path / "OUT.zarr"
     shutil.copytree(crops, copy)
     objects = open_objects(copy)
-    writing = open_merged_result(objects).model_copy(update={"state": "writing"})
+    writing = MergedResult.open(objects).attributes.model_copy(update={"state": "writing"})
     update_attributes(objects, "", dump_attributes(writing))
     with pytest.raises(IncompleteError, match="never finished"):
         write_report(copy, place)
@@ -360,7 +359,7 @@ def test_plots_of_a_merge(crops, plot):
     given = plt.figure().add_subplot()
     assert plot(crops, given) is given
     if plot is not plot_zscore:
-        assert plot(read_summary(crops), given) is given
+        assert plot(MergedResult.open(crops).summary, given) is given
     given.figure.canvas.draw()
 
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.store.statistics_attributes import StatisticsAttributes
     from ocelot_em.view.inspection import StoreInfo
 from ocelot_em.cli.exit_codes import DONE
@@ -53,8 +54,8 @@ def info(parsed: argparse.Namespace, console: Console) -> int:
         table.add_row(name, state, f"{count:,}")
     console.print(table)
     say_more(console, len(info.partials))
-    if isinstance(attributes, MergedAttributes) and attributes.state == "complete":
-        say_statistics(console, parsed.store)
+    if info.merged is not None:
+        say_statistics(console, info.merged)
     return DONE
 
 
@@ -94,16 +95,14 @@ def say_exposures(console: Console, info: "StoreInfo") -> None:
     say_more(console, len(info.exposures))
 
 
-def say_statistics(console: Console, place: str) -> None:
+def say_statistics(console: Console, merged: "MergedResult") -> None:
     """Print merge statistics, and warnings about unusual partials."""
-    from ocelot_em.merge.stats.summary import read_summary
     from ocelot_em.particles.quality import partial_warnings
 
-    summary = read_summary(place)
-    if summary is None:
+    counted = merged.statistics
+    if counted is None:
         console.print("no statistics: merged by an earlier version")
         return
-    counted = summary.attributes
     rows = [
         ("pixels", f"{counted.valid_pixels:,} valid, {counted.searched_pixels:,} searched"),
         ("no variance", f"{counted.zero_std_pixels:,} pixels"),
@@ -122,7 +121,7 @@ def say_statistics(console: Console, place: str) -> None:
     for label, value in rows:
         console.print(f"{label:12}  {value}", markup=False)
     if counted.exposures:
-        say_shown(console, place, counted)
+        say_shown(console, merged, counted)
         return
     table = Table("partial", "pixels won", "expected", title_justify="left")
     total = sum(partial.total_projections for partial in counted.partials) or 1
@@ -142,9 +141,8 @@ def say_statistics(console: Console, place: str) -> None:
         console.print(f"  - {sentence}", markup=False)
 
 
-def say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> None:
+def say_shown(console: Console, merged: "MergedResult", counted: "StatisticsAttributes") -> None:
     """Print what a montage shows of each exposure, and warnings."""
-    from ocelot_em.merge.stats.summary import read_exposure_statistics
     from ocelot_em.particles.quality import montage_warnings
 
     table = Table(
@@ -163,5 +161,5 @@ def say_shown(console: Console, place: str, counted: "StatisticsAttributes") -> 
         )
     console.print(table)
     say_more(console, len(counted.exposures))
-    for sentence in montage_warnings(counted, read_exposure_statistics(place, counted)):
+    for sentence in montage_warnings(counted, merged.statistics_of_exposures):
         console.print(f"  - {sentence}", markup=False)

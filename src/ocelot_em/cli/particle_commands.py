@@ -120,8 +120,10 @@ def export(parsed: argparse.Namespace, console: Console) -> int:
 
 def report(parsed: argparse.Namespace, console: Console) -> int:
     """Write the report of a merged result."""
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.view.report import write_report
 
+    parsed.store = MergedResult.open(parsed.store)
     table = picked_particles(parsed)
     write_report(parsed.store, parsed.output, particles=table)
     say_particles(console, table, parsed.output)

@@ -18,7 +18,6 @@ from ocelot_em import __version__
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.io.leopard_maps import (
     OUR_NAMES,
-    FinishedMaps,
     FinishedSearch,
     ImportedSearch,
     MapFiles,
@@ -27,11 +26,10 @@ from ocelot_em.io.leopard_maps import (
     import_map_files,
 )
 from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.model.threads import map_in_threads
-from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import read_attributes, read_search_space
 
 GROUP = "tensors"
 GZIP_LEVEL = 4
@@ -46,7 +44,10 @@ PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
 
 
 def write_hdf5(
-    store: str | PathLike[str], output: str | PathLike[str], *, overwrite: bool = False
+    store: str | PathLike[str] | MergedResult,
+    output: str | PathLike[str],
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write a merged result as the HDF5 file that Leopard-EM 1.3 writes and refines from.
 
@@ -58,7 +59,7 @@ def write_hdf5(
     Parameters
     ----------
     store
-        Path or URL of a complete merged result.
+        Path or URL of a complete merged result, or an open one.
     output
         The file; its folder is created if needed.
     overwrite
@@ -81,31 +82,31 @@ def write_hdf5(
         Writing failed; nothing is left behind.
     """
     h5py = _h5py()
-    maps, path = FinishedMaps(store), Path(output)
+    merged, path = MergedResult.open(store), Path(output)
     refuse_existing([path], overwrite)
-    n_orientations, n_defocus = _search_size(store)
-    chunk = min(CHUNK, maps.shape[0]), min(CHUNK, maps.shape[1])
-    grid = band_grid(maps.shape, (_whole_chunks(maps.chunk[0]), _whole_chunks(maps.chunk[1])))
+    shape, space = merged.valid_shape, merged.search_space
+    chunk = min(CHUNK, shape[0]), min(CHUNK, shape[1])
+    grid = band_grid(shape, (_whole_chunks(merged.chunk[0]), _whole_chunks(merged.chunk[1])))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_nothing(path) as staged, h5py.File(staged, "w") as file:
         file.attrs["leopard_em_version"] = f"none: ocelot-em {__version__}"
-        file.attrs["total_projections"] = maps.total_projections
-        file.attrs["total_orientations"] = n_orientations
-        file.attrs["total_defocus"] = n_defocus
-        if maps.pixel_size_angstrom is not None:
-            file.attrs[PIXEL_SIZE_ATTRIBUTE] = maps.pixel_size_angstrom
+        file.attrs["total_projections"] = merged.projections_per_pixel
+        file.attrs["total_orientations"] = 0 if space is None else len(space.euler_angles)
+        file.attrs["total_defocus"] = 0 if space is None else len(space.defocus_values)
+        if merged.attributes.pixel_size_angstrom is not None:
+            file.attrs[PIXEL_SIZE_ATTRIBUTE] = merged.attributes.pixel_size_angstrom
         for theirs, ours in OUR_NAMES.items():
             dataset = file.create_dataset(
                 f"{GROUP}/{theirs}",
-                shape=maps.shape,
+                shape=shape,
                 dtype="<f4",
                 chunks=chunk,
                 compression="gzip",
                 compression_opts=GZIP_LEVEL,
             )
             for band in grid:
-                _write(dataset, band.region, maps.read(ours, band.region))
+                _write(dataset, band.region, merged.read(band.region, ours))
     return path
 
 
@@ -237,13 +238,6 @@ def _write(dataset: Any, region: Region, values: AnyArray) -> None:
 def _whole_chunks(length: int) -> int:
     """Round a length up to whole chunks of the file."""
     return ceil_div(length, CHUNK) * CHUNK
-
-
-def _search_size(store: str | PathLike[str]) -> tuple[int, int]:
-    """Return the numbers of orientations and defocus values; 0 if the store lacks them."""
-    objects = open_objects(store)
-    space = read_search_space(objects, read_attributes(objects).search_space_digest)
-    return (0, 0) if space is None else (len(space.euler_angles), len(space.defocus_values))
 
 
 def _positive(size: Any) -> float | None:

@@ -17,7 +17,6 @@ from ocelot_em.errors import (
     InvalidDataError,
     InvalidInputError,
 )
-from ocelot_em.merge.lazy import open_merged
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import (
     MEAN,
@@ -67,52 +66,6 @@ def band_grid(shape: tuple[int, int], block: tuple[int, int]) -> TileGrid:
     rows = ceil_div(LEAST_ROWS, block[0]) * block[0]
     columns = max(BAND_PX // (rows * block[1]), 1) * block[1]
     return TileGrid(shape, (min(rows, shape[0]), min(columns, shape[1])))
-
-
-class FinishedMaps:
-    """The valid pixels of a merged result, read region by region.
-
-    Parameters
-    ----------
-    store
-        Path or URL of a complete merged result.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError, IncompleteError
-        As :func:`ocelot_em.open_merged`.
-    """
-
-    def __init__(self, store: str | PathLike[str]) -> None:
-        self._dataset = open_merged(store)
-        self.shape: tuple[int, int] = self._dataset.attrs["valid_shape"]
-        self.chunk: tuple[int, int] = self._dataset[MIP].data.chunksize
-        self.pixel_size_angstrom: float | None = self._dataset.attrs["pixel_size_angstrom"]
-
-    @property
-    def total_projections(self) -> int:
-        """Number of cross-correlations of every pixel.
-
-        Raises
-        ------
-        InvalidInputError
-            The exposures of a montage have different numbers.
-        """
-        attributes = self._dataset.attrs
-        counts = set(attributes.get("exposure_projections", [attributes["total_projections"]]))
-        if len(counts) > 1:
-            raise InvalidInputError(
-                f"total_projections: expected one number for all pixels, got {min(counts):,} to "
-                f"{max(counts):,} in different exposures; export the exposures one by one"
-            )
-        return int(counts.pop())
-
-    def read(self, name: str, region: Region) -> AnyArray:
-        """Read a map over a region of the valid pixels; decode poses that are not stored."""
-        rows, columns = region.slices
-        lazily = self._dataset[name].isel(y=rows, x=columns)
-        values: AnyArray = lazily.compute(scheduler="threads").to_numpy()
-        return values
 
 
 @dataclass(frozen=True)

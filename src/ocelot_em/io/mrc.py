@@ -19,7 +19,6 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.io.leopard_maps import (
     OUR_NAMES,
-    FinishedMaps,
     FinishedSearch,
     ImportedSearch,
     MapFiles,
@@ -28,6 +27,7 @@ from ocelot_em.io.leopard_maps import (
     import_map_files,
 )
 from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 
 _FLOAT32 = 2
@@ -35,7 +35,7 @@ _FLOAT32 = 2
 
 
 def write_mrc_set(
-    store: str | PathLike[str],
+    store: str | PathLike[str] | MergedResult,
     folder: str | PathLike[str],
     *,
     prefix: str = "",
@@ -51,7 +51,7 @@ def write_mrc_set(
     Parameters
     ----------
     store
-        Path or URL of a complete merged result.
+        Path or URL of a complete merged result, or an open one.
     folder
         Output folder, created if needed.
     prefix
@@ -79,7 +79,7 @@ def write_mrc_set(
         Writing failed, or there is not enough space; nothing is left behind.
     """
     mrcfile = _mrcfile()
-    maps, place = FinishedMaps(store), Path(folder)
+    merged, place = MergedResult.open(store), Path(folder)
     paths = _paths(place, prefix)
     refuse_existing(paths.values(), overwrite)
     with storage_errors(place):
@@ -87,7 +87,7 @@ def write_mrc_set(
     with ExitStack() as stack:
         for name, path in paths.items():
             staged = stack.enter_context(whole_or_nothing(path))
-            _write_map(mrcfile, staged, maps, OUR_NAMES[name])
+            _write_map(mrcfile, staged, merged, OUR_NAMES[name])
     return paths
 
 
@@ -172,18 +172,18 @@ def _paths(folder: Path, prefix: str) -> dict[str, Path]:
     return {name: folder / f"{prefix}{name}.mrc" for name in OUR_NAMES}
 
 
-def _write_map(mrcfile: Any, path: Path, maps: FinishedMaps, name: str) -> None:
+def _write_map(mrcfile: Any, path: Path, merged: MergedResult, name: str) -> None:
     values = _Statistics()
-    with mrcfile.new_mmap(path, maps.shape, mrc_mode=_FLOAT32) as file:
+    with mrcfile.new_mmap(path, merged.valid_shape, mrc_mode=_FLOAT32) as file:
         # Without enough space, writing to mapped memory would kill the process.
         with path.open("r+b") as reserved:
             os.posix_fallocate(reserved.fileno(), 0, path.stat().st_size)
-        for band in band_grid(maps.shape, maps.chunk):
-            read = maps.read(name, band.region)
+        for band in band_grid(merged.valid_shape, merged.chunk):
+            read = merged.read(band.region, name)
             file.data[band.region.slices] = read
             values.add(read)
-        if maps.pixel_size_angstrom is not None:
-            file.voxel_size = maps.pixel_size_angstrom
+        if merged.attributes.pixel_size_angstrom is not None:
+            file.voxel_size = merged.attributes.pixel_size_angstrom
         for field, value in values.header().items():
             file.header[field] = value
 

@@ -17,8 +17,8 @@ from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
 
 from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, StoreNotFoundError
-from ocelot_em.io.leopard_maps import FinishedMaps
 from ocelot_em.io.writing import storage_errors
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.objects import is_local, normalise_url
@@ -36,7 +36,7 @@ BLOCK = 2048
 
 
 def write_ome_zarr(
-    store: str | PathLike[str],
+    store: str | PathLike[str] | MergedResult,
     output: str | PathLike[str],
     *,
     maps: Sequence[str] = (SCALED_MIP,),
@@ -51,7 +51,7 @@ def write_ome_zarr(
     Parameters
     ----------
     store
-        Path or URL of a complete merged result.
+        Path or URL of a complete merged result, or an open one.
     output
         Folder of the image.
     maps
@@ -90,7 +90,7 @@ def write_ome_zarr(
         problems.append(f"{url}: expected a folder of this machine; copy the picture there later")
     if problems:
         raise InvalidInputError(problems)
-    merged, place = FinishedMaps(store), Path(url)
+    merged, place = MergedResult.open(store), Path(url)
     _refuse_existing(place, overwrite)
     staged = place.with_name(f"{place.name}#{uuid.uuid4().int}")
     try:
@@ -179,9 +179,10 @@ def pool(values: Float32) -> Float32:
 class _Pyramid:
     """The levels of an image, written block by block from the finest upwards."""
 
-    def __init__(self, merged: FinishedMaps, group: zarr.Group, n_channels: int) -> None:
+    def __init__(self, merged: MergedResult, group: zarr.Group, n_channels: int) -> None:
         self._merged = merged
-        self._grids = [TileGrid(shape, (BLOCK, BLOCK)) for shape in _level_shapes(merged.shape)]
+        shapes = _level_shapes(merged.valid_shape)
+        self._grids = [TileGrid(shape, (BLOCK, BLOCK)) for shape in shapes]
         self._arrays = [
             group.create_array(
                 str(level),
@@ -211,7 +212,7 @@ class _Pyramid:
         """Write a block and all blocks below it; return its pixels of the level above."""
         region = self._grids[level].at(*at).region
         if level == 0:
-            values = self._merged.read(name, region)
+            values = self._merged.read(region, name)
             values = np.where(np.isneginf(values), np.float32(np.nan), values)
         else:
             values = np.empty(region.shape, np.float32)
@@ -237,9 +238,9 @@ def _doubled(region: Region) -> Region:
 
 
 def _metadata(
-    name: str, merged: FinishedMaps, pyramid: _Pyramid, maps: Sequence[str]
+    name: str, merged: MergedResult, pyramid: _Pyramid, maps: Sequence[str]
 ) -> dict[str, Any]:
-    size = merged.pixel_size_angstrom
+    size = merged.attributes.pixel_size_angstrom
     unit = {} if size is None else {"unit": "angstrom"}
     datasets = []
     for level in range(len(pyramid)):

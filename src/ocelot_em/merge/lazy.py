@@ -13,11 +13,12 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.errors import FormatError, InvalidInputError
 from ocelot_em.merge.job import Job
 from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.planning import make_plan
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import INDEX, MAPS, AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region, TileGrid
@@ -26,7 +27,7 @@ from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.attributes import Contribution, MergedAttributes, SearchAttributes
 from ocelot_em.store.constants import DIMENSIONS, map_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.search import open_partial_maps
 from ocelot_em.store.sources import open_sources
 
 
@@ -90,8 +91,13 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
     )
 
 
-def open_merged(store: str | PathLike[str]) -> xr.Dataset:
+def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     """Open a merged result lazily.
+
+    Parameters
+    ----------
+    store
+        Path or URL of the merged result, or an open one.
 
     Returns
     -------
@@ -107,18 +113,12 @@ def open_merged(store: str | PathLike[str]) -> xr.Dataset:
     IncompleteError
         The merge was never finished.
     """
-    objects = open_objects(store)
-    attributes = read_attributes(objects)
-    if not isinstance(attributes, MergedAttributes):
-        raise FormatError(f"{objects.url}: is a search; use open_partials, or merge it first")
-    if attributes.state != "complete":
-        raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
-    maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
-    arrays = {name: _as_dask(chunked, attributes.id) for name, chunked in maps.items()}
-    if INDEX in arrays and not attributes.maps.decoded:
-        space = read_search_space(objects, attributes.search_space_digest)
-        for number, name in enumerate(attributes.maps.explicit_poses):
-            arrays[name] = arrays[INDEX].map_blocks(_decoded, space, number, dtype="float32")
+    merged = MergedResult.open(store)
+    attributes = merged.attributes
+    arrays = {name: _as_dask(chunked, attributes.id) for name, chunked in merged.maps.items()}
+    for number, name in enumerate(merged.decoded_names):
+        space = merged.search_space
+        arrays[name] = arrays[INDEX].map_blocks(_decoded, space, number, dtype="float32")
     names = replace(attributes.maps, decoded=True).merged
     return xr.Dataset(
         {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},

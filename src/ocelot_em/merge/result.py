@@ -1,65 +1,75 @@
-"""Read access to the maps of a merged result."""
+"""The reader of merged results: opened once, then handed on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 
 import numpy as np
 
+from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.merge.plan import MergePlan, PlannedExposure, read_plan
+from ocelot_em.merge.stats.candidates import Candidates, read_candidates
+from ocelot_em.merge.stats.layout import Layout
+from ocelot_em.merge.stats.records import has_records
 from ocelot_em.merge.stats.summary import (
-    open_merged_result,
+    STATISTICS,
+    Summary,
+    read_histograms,
+    read_statistics,
+    statistics_path,
 )
-from ocelot_em.model.maps import (
-    SCALED_MIP,
-    SOURCE_EXPOSURE,
-    AnyArray,
-    Int64,
-)
+from ocelot_em.model.maps import INDEX, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Int64, PoseForm
 from ocelot_em.model.regions import Region
+from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps, read_search_space
+from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.statistics_attributes import StatisticsAttributes
 
 
-@dataclass(frozen=True)
-class MergedMaps:
-    """The stored maps of a merged result, read region by region.
+@dataclass(frozen=True, eq=False)
+class MergedResult:
+    """A finished merged result.
+
+    Metadata is read and validated when it is first needed, each object once.
 
     Parameters
     ----------
     objects
         The store of the result.
-    attributes, plan
-        Attributes and plan of the result.
-    maps
-        Stored maps by name.
-    decode
-        Decodes poses from indices; None if the poses are stored.
+    attributes
+        Attributes of its root group.
     """
 
     objects: Objects
     attributes: fmt.MergedAttributes
-    plan: MergePlan
-    maps: dict[str, ChunkedMap]
-    decode: Callable[[AnyArray], tuple[AnyArray, ...]] | None
 
     @classmethod
-    def open(cls, place: str | PathLike[str] | Objects) -> "MergedMaps":
-        """Open a merged result.
+    def open(cls, place: "str | PathLike[str] | Objects | MergedResult") -> "MergedResult":
+        """Open a merged result by path or URL; an open one is returned as it is.
 
         Raises
         ------
-        StoreNotFoundError, FormatError, IncompleteError
+        StoreNotFoundError, FormatError
+            The store does not exist, or is a search.
+        IncompleteError
+            The merge was never finished.
         """
+        if isinstance(place, MergedResult):
+            return place
         objects = open_objects(place) if isinstance(place, (str, PathLike)) else place
-        attributes = open_merged_result(objects)
-        maps = open_partial_maps(objects, "", "", attributes.maps.merged, attributes.shape)
-        space = read_search_space(objects, attributes.search_space_digest)
-        decode = space.decode if space is not None and not attributes.maps.decoded else None
-        return cls(objects, attributes, read_plan(attributes, objects.url), maps, decode)
+        attributes = read_attributes(objects)
+        if not isinstance(attributes, fmt.MergedAttributes):
+            raise FormatError(
+                f"{objects.url}: is a search, not a merged result; merge it first "
+                "(open_partials opens the search itself)"
+            )
+        if attributes.state != "complete":
+            raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
+        return cls(objects, attributes)
 
     @property
     def url(self) -> str:
@@ -71,8 +81,62 @@ class MergedMaps:
         """Height and width of the maps' valid pixels."""
         return self.attributes.valid_shape
 
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """Height and width of the maps' chunks."""
+        return self.maps[MIP].grid.cell
+
+    @property
+    def projections_per_pixel(self) -> int:
+        """Number of cross-correlations of every pixel.
+
+        Raises
+        ------
+        InvalidInputError
+            The exposures of a montage have different numbers.
+        """
+        counts = {exposure.total_projections for exposure in self.attributes.exposures}
+        if len(counts) > 1:
+            raise InvalidInputError(
+                f"total_projections: expected one number for all pixels, got {min(counts):,} to "
+                f"{max(counts):,} in different exposures; export the exposures one by one"
+            )
+        return counts.pop() if counts else self.attributes.total_projections
+
+    @cached_property
+    def plan(self) -> MergePlan:
+        """Plan of the merge."""
+        return read_plan(self.attributes, self.url)
+
+    # -- maps ----------------------------------------------------------------------------------
+
+    @cached_property
+    def search_space(self) -> SearchSpace | None:
+        """Tables of an indexed search; None if poses are explicit."""
+        return read_search_space(self.objects, self.attributes.search_space_digest)
+
+    @cached_property
+    def maps(self) -> dict[str, ChunkedMap]:
+        """Stored maps by name."""
+        names, shape = self.attributes.maps.merged, self.attributes.shape
+        return open_partial_maps(self.objects, "", "", names, shape)
+
+    @property
+    def decoded_names(self) -> tuple[str, ...]:
+        """Pose maps that are decoded from the index, in the order of :meth:`SearchSpace.decode`."""
+        maps = self.attributes.maps
+        return maps.explicit_poses if maps.form is PoseForm.INDEXED and not maps.decoded else ()
+
+    def decode(self, index: AnyArray) -> tuple[AnyArray, ...]:
+        """Decode the poses of an indexed search."""
+        assert self.search_space is not None
+        return self.search_space.decode(index)
+
     def read(self, region: Region, name: str) -> AnyArray:
-        """Read a map over a region."""
+        """Read a map over a region; poses that are not stored are decoded from the index."""
+        if name in self.decoded_names:
+            index = self.maps[INDEX].read(region)[0]
+            return self.decode(index)[self.decoded_names.index(name)]
         return self.maps[name].read(region)[0]
 
     def regions(self) -> Iterator[Region]:
@@ -110,3 +174,74 @@ class MergedMaps:
             here = doubtful[cells == cell]
             shown[here] = numbers[y[here] - region.y0, x[here] - region.x0] == exposure.number
         return shown
+
+    # -- statistics ----------------------------------------------------------------------------
+
+    @cached_property
+    def statistics(self) -> StatisticsAttributes | None:
+        """Counts, ranges and partials of the whole result; None if merged without statistics."""
+        return read_statistics(self.objects, STATISTICS)
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Statistics of the whole result, with histograms.
+
+        Raises
+        ------
+        IncompleteError
+            The result was merged without statistics.
+        """
+        if self.statistics is None:
+            raise IncompleteError(
+                f"{self.url}: it was merged without statistics, by an earlier version; merge again"
+            )
+        return Summary(self.statistics, read_histograms(self.objects, STATISTICS))
+
+    @cached_property
+    def statistics_of_exposures(self) -> dict[str, StatisticsAttributes]:
+        """Statistics of each exposure of a montage, by id; without histograms.
+
+        Raises
+        ------
+        IncompleteError
+            The statistics of an exposure are missing.
+        """
+        found = {}
+        for exposure in self.attributes.exposures:
+            path = statistics_path(exposure.number)
+            statistics = read_statistics(self.objects, path)
+            if statistics is None:
+                raise IncompleteError(f"{self.url}: the group {path!r} is missing; merge again")
+            found[exposure.id] = statistics
+        return found
+
+    def summary_of(self, exposure: PlannedExposure) -> Summary:
+        """Return the statistics of an exposure; without a montage, those of the whole result.
+
+        Raises
+        ------
+        IncompleteError
+            They are missing.
+        """
+        if not self.plan.is_montage:
+            return self.summary
+        histograms = read_histograms(self.objects, statistics_path(exposure.number))
+        return Summary(self.statistics_of_exposures[exposure.id], histograms)
+
+    # -- records of tiles ----------------------------------------------------------------------
+
+    @cached_property
+    def has_records(self) -> bool:
+        """Whether the merge recorded candidates; early versions did not."""
+        return has_records(self.objects, self.plan)
+
+    def candidates(self, exposure: PlannedExposure) -> Candidates:
+        """Read the candidates of an exposure; without records there are none.
+
+        Raises
+        ------
+        ChunkError
+        """
+        if not self.has_records:
+            return Candidates.unknown()
+        return read_candidates(self.objects, Layout.of(self.plan, exposure))

@@ -5,13 +5,11 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ocelot_em.errors import IncompleteError
-from ocelot_em.merge.plan import PlannedExposure
-from ocelot_em.merge.result import MergedMaps
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
 )
-from ocelot_em.merge.stats.summary import Summary, statistics_path, summary_at
+from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import (
     MIP,
     SCALED_MIP,
@@ -57,25 +55,25 @@ class Judge:
         return self.model.neg_log_p(column(rows, MIP), column(rows, SCALED_MIP))
 
 
-def make_judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> list[Judge]:
+def make_judges(asked: PickOptions, merged: MergedResult) -> list[Judge]:
     """Return the judge of every exposure."""
     plan = merged.plan
     if asked.method == "pvalue":
         cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
         judges = []
         for exposure in plan.exposures:
-            own = summary_of(exposure, merged, summary)
+            own = merged.summary_of(exposure)
             model = p_value_model(own)
             judges.append(Judge(cutoff, model, levels_of(model, own, cutoff)))
         return judges
     if asked.cutoff is not None:
         return [Judge(asked.cutoff)] * len(plan.exposures)
     if plan.is_montage and asked.per == "montage":
-        return [Judge(_montage_cutoff(asked, merged, summary))] * len(plan.exposures)
+        return [Judge(_montage_cutoff(asked, merged))] * len(plan.exposures)
     judges = []
     for exposure in plan.exposures:
         if asked.method == "gev":
-            own = summary_of(exposure, merged, summary)
+            own = merged.summary_of(exposure)
             cutoff = gev_cutoff(own.histograms.of_z(), asked.false_positives)
         else:
             cutoff = gaussian_cutoff(
@@ -85,18 +83,7 @@ def make_judges(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> l
     return judges
 
 
-def summary_of(exposure: PlannedExposure, merged: "MergedMaps", of_all: Summary) -> Summary:
-    """Return the statistics of an exposure; without a montage, those of the whole result."""
-    if not merged.plan.is_montage:
-        return of_all
-    path = statistics_path(exposure.number)
-    found = summary_at(merged.objects, path)
-    if found is None:
-        raise IncompleteError(f"{merged.url}: the group {path!r} is missing; merge again")
-    return found
-
-
-def _montage_cutoff(asked: PickOptions, merged: "MergedMaps", summary: Summary) -> float:
+def _montage_cutoff(asked: PickOptions, merged: MergedResult) -> float:
     """Return the z-score cutoff for the false positives of the whole montage.
 
     If the highest z-score wins a pixel, any exposure can contribute noise there, so all their valid
@@ -105,10 +92,10 @@ def _montage_cutoff(asked: PickOptions, merged: "MergedMaps", summary: Summary) 
     all_count = merged.plan.overlap == "max-zscore"
     pixels = {
         exposure.number: exposure.valid_pixels if all_count else exposure.shown_pixels
-        for exposure in summary.attributes.exposures
+        for exposure in merged.summary.attributes.exposures
     }
     if asked.method == "gev":
-        histogram = summary.histograms.of_z()
+        histogram = merged.summary.histograms.of_z()
         share = sum(pixels.values()) / max(histogram.pixels, 1) if not all_count else 1.0
         return gev_cutoff(histogram, asked.false_positives / (share or 1.0))
     correlations = sum(

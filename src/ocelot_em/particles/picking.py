@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ocelot_em.errors import IncompleteError, InvalidInputError
-from ocelot_em.merge.plan import PlannedExposure, read_plan
-from ocelot_em.merge.result import MergedMaps
-from ocelot_em.merge.stats.candidates import Candidates, read_candidates
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.merge.plan import PlannedExposure
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.stats.candidates import Candidates
 from ocelot_em.merge.stats.collected import (
     NEIGHBOUR_FIELDS,
     NEIGHBOURS,
 )
-from ocelot_em.merge.stats.layout import Layout
-from ocelot_em.merge.stats.summary import open_merged_result, read_summary
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -41,10 +39,9 @@ from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import scan
 from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, About, ParticleTable
-from ocelot_em.store.objects import open_objects
 
 
-def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
+def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> ParticleTable:
     """Pick particles from a merged result.
 
     Candidates at or above the cutoff are processed highest first; each suppresses all others closer
@@ -54,7 +51,7 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
     Parameters
     ----------
     store
-        Path or URL of the merged result.
+        Path or URL of the merged result, or an open one.
     **options
         Fields of :class:`PickOptions`: ``method``, ``false_positives``, ``cutoff``,
         ``min_distance``; for a montage also ``per``, ``same_distance``, ``same_angle``,
@@ -79,14 +76,9 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
             f"option {'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}"
             for p in error.errors()
         ) from None
-    objects = open_objects(store)
-    merged = MergedMaps.open(objects)
-    summary = read_summary(store)
-    if summary is None:
-        raise IncompleteError(
-            f"{objects.url}: it was merged without statistics, by an earlier version; merge again"
-        )
-    judges = make_judges(asked, merged, summary)
+    merged = MergedResult.open(store)
+    _ = merged.summary  # fail early without statistics
+    judges = make_judges(asked, merged)
     candidates = _candidates(merged, judges)
     found = [
         _Found(exposure, candidates[k], judges[k].height(candidates[k]))
@@ -101,7 +93,7 @@ def find_peaks(store: str | PathLike[str], **options: Any) -> ParticleTable:
     return _table(merged, chosen, others, asked, about)
 
 
-def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
+def _candidates(merged: MergedResult, judges: Sequence[Judge]) -> list[Float64]:
     """Return candidates per exposure: columns :data:`CANDIDATE_FIELDS`, exposure pixels.
 
     Uses the candidates recorded by the merge if they are complete. Otherwise reads the maps;
@@ -109,8 +101,7 @@ def _candidates(merged: "MergedMaps", judges: Sequence[Judge]) -> list[Float64]:
     """
     found, incomplete = [], False
     for exposure, judge in zip(merged.plan.exposures, judges, strict=True):
-        layout = Layout.of(merged.plan, exposure)
-        rows, level = read_candidates(merged.objects, layout)
+        rows, level = merged.candidates(exposure)
         incomplete |= judge.model is not None or judge.cutoff < level
         mip, z = column(rows, MIP), column(rows, SCALED_MIP)
         found.append(rows[judge.wanted(mip, z)])
@@ -130,16 +121,15 @@ def _united(one: Float64, other: Float64) -> Float64:
     return rows[np.sort(first)]
 
 
-def all_candidates(store: str | PathLike[str]) -> Candidates:
+def all_candidates(store: str | PathLike[str] | MergedResult) -> Candidates:
     """Read all candidates recorded by a merge; levels may differ between exposures.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError, MissingChunkError
     """
-    objects = open_objects(store)
-    plan = read_plan(open_merged_result(objects), objects.url)
-    found = [read_candidates(objects, Layout.of(plan, e)) for e in plan.exposures]
+    merged = MergedResult.open(store)
+    found = [merged.candidates(exposure) for exposure in merged.plan.exposures]
     return Candidates(np.concatenate([f.rows for f in found]), max(f.level for f in found))
 
 
@@ -169,7 +159,7 @@ class _Found:
 
 
 def _peaks_of_montage(
-    merged: "MergedMaps", found: Sequence[_Found], asked: PickOptions
+    merged: MergedResult, found: Sequence[_Found], asked: PickOptions
 ) -> tuple[list[_Found], list[_Found]]:
     """Return peaks of the shown pixels of a montage, and of the hidden ones, per exposure."""
     is_shown = [merged.shows(f.exposure, *f.on_canvas) for f in found]
@@ -186,7 +176,7 @@ def _peaks_of_montage(
     return chosen, others
 
 
-def _about(asked: PickOptions, merged: MergedMaps, cutoffs: Sequence[float]) -> About:
+def _about(asked: PickOptions, merged: MergedResult, cutoffs: Sequence[float]) -> About:
     attributes, plan = merged.attributes, merged.plan
     given = asked.cutoff is not None or asked.method == "pvalue"
     own = zip(plan.exposures, cutoffs, strict=True)
@@ -206,7 +196,7 @@ def _about(asked: PickOptions, merged: MergedMaps, cutoffs: Sequence[float]) -> 
 
 
 def _table(
-    merged: MergedMaps,
+    merged: MergedResult,
     chosen: Sequence[_Found],
     others: Sequence[_Found],
     asked: PickOptions,
@@ -240,7 +230,7 @@ def _table(
 
 
 def _preference(
-    merged: MergedMaps, exposures: Int64, rows: Float64, height: Float64
+    merged: MergedResult, exposures: Int64, rows: Float64, height: Float64
 ) -> tuple[AnyArray, ...]:
     """Return sort keys (last is primary) that rank duplicates by the overlap rule."""
     plan = merged.plan
@@ -273,12 +263,12 @@ def _also_seen(columns: Mapping[str, AnyArray], stands_for: Int64) -> AnyArray:
     return np.array([" ".join(sorted(own)) for own in texts], dtype=str)
 
 
-def _columns(merged: MergedMaps, rows: Float64, exposures: Int64) -> dict[str, AnyArray]:
+def _columns(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str, AnyArray]:
     """Return the table columns of peaks in their exposures, including subpixel positions."""
     y, x = (column(rows, name).astype(np.int32) for name in ("y", "x"))
     dy, dx = subpixel_offsets(_neighbourhoods(merged, rows, exposures))
     poses = {name: column(rows, name).astype(np.float32) for name in POSES}
-    if merged.decode is not None and len(rows):
+    if merged.decoded_names and len(rows):
         index = column(rows, INDEX).astype(np.int32)
         poses = dict(zip(POSES, merged.decode(index), strict=True))
     totals = np.array([e.total_projections for e in merged.plan.exposures], np.int64)
@@ -302,7 +292,7 @@ def _columns(merged: MergedMaps, rows: Float64, exposures: Int64) -> dict[str, A
     }
 
 
-def _neighbourhoods(merged: MergedMaps, peaks: Float64, exposures: Int64) -> Float64:
+def _neighbourhoods(merged: MergedResult, peaks: Float64, exposures: Int64) -> Float64:
     """Return z-scores (n, 3, 3) around peaks; the corners are unused and NaN."""
     around = np.full((len(peaks), 3, 3), np.nan)
     around[:, 1, 1] = column(peaks, SCALED_MIP)

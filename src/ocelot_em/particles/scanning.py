@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ocelot_em.merge.result import MergedMaps
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
     GATHERED,
@@ -22,7 +22,7 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.judging import Judge
 
 
-def scan(merged: MergedMaps, judges: Sequence[Judge]) -> list[Float64]:
+def scan(merged: MergedResult, judges: Sequence[Judge]) -> list[Float64]:
     """Search maps chunk by chunk for the shown candidates of each exposure.
 
     Parameters

@@ -18,8 +18,8 @@ from typing import Any, Self
 
 from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.merge.outcome import MergeReport, Outcome
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.resume import Preparation
-from ocelot_em.merge.stats.summary import read_summary
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
@@ -238,16 +238,14 @@ class RunFolder(Observer):
 
     def merged(self, report: MergeReport) -> None:
         """Write the statistics, and the report if figures can be drawn."""
-        summary = read_summary(report.output)
-        if summary is not None:
-            self._write("statistics.json", summary.attributes.model_dump(mode="json"))
+        merged = MergedResult.open(report.output)
+        if merged.statistics is not None:
+            self._write("statistics.json", merged.statistics.model_dump(mode="json"))
         try:
             from ocelot_em.particles.picking import find_peaks
             from ocelot_em.view.report import write_report
 
-            write_report(
-                report.output, self.path / "report.html", particles=find_peaks(report.output)
-            )
+            write_report(merged, self.path / "report.html", particles=find_peaks(merged))
         except (OcelotError, ImportError) as error:
             log.warning("no report: %s", error)
 

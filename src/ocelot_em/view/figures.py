@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ocelot_em.errors import IncompleteError, MissingDependencyError
-from ocelot_em.merge.stats.summary import Summary, read_summary
+from ocelot_em.errors import MissingDependencyError
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import Axis
 from ocelot_em.model.maps import AnyArray, Float64
-from ocelot_em.store.objects import open_objects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
 
 
-Store = str | PathLike[str]
+Store = str | PathLike[str] | MergedResult
+"""Path or URL of a merged result, or an open one."""
 
 
 MAX_BARS = 48
@@ -67,15 +68,7 @@ def summary_of(store: Store | Summary) -> Summary:
     IncompleteError
         The result was merged without statistics.
     """
-    if isinstance(store, Summary):
-        return store
-    summary = read_summary(store)
-    if summary is None:
-        raise IncompleteError(
-            f"{open_objects(store).url}: it was merged without statistics, by an earlier version; "
-            "merge again"
-        )
-    return summary
+    return store if isinstance(store, Summary) else MergedResult.open(store).summary
 
 
 def coarse(counts: AnyArray, axis: Axis, together: int) -> tuple[Float64, AnyArray]:

@@ -1,7 +1,7 @@
 """Description and validation of a store."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from os import PathLike
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ocelot_em.errors import OcelotError
-from ocelot_em.merge.plan import read_plan
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.resume import done_tiles
 from ocelot_em.merge.stats.records import record_problems
 from ocelot_em.model.cpus import n_cpus
@@ -55,6 +55,8 @@ class StoreInfo:
         Progress of a merge; 0 for a search.
     stored_nbytes
         Total size of all objects in bytes.
+    merged
+        The merged result, if it is one and finished.
     """
 
     url: str
@@ -64,6 +66,7 @@ class StoreInfo:
     tiles_done: int
     n_tiles: int
     stored_nbytes: int
+    merged: MergedResult | None = field(default=None, repr=False, compare=False)
 
 
 def describe(store: str | PathLike[str]) -> StoreInfo:
@@ -76,6 +79,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     objects = open_objects(store)
     attributes = read_attributes(objects)
     tiles_done = n_tiles = 0
+    merged: MergedResult | None = None
     exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...] = ()
     if isinstance(attributes, fmt.MergedAttributes):
         exposures = attributes.exposures
@@ -85,7 +89,9 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
             for owner, c in zip_longest(owners, attributes.partials, fillvalue="")
             if not isinstance(c, str)
         )
-        grid = read_plan(attributes, objects.url).grid
+        result = MergedResult(objects, attributes)
+        merged = result if attributes.state == "complete" else None
+        grid = result.plan.grid
         n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
     else:
         found = read_exposures(objects, attributes)
@@ -103,6 +109,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         tiles_done=tiles_done,
         n_tiles=n_tiles,
         stored_nbytes=sum(objects.sizes("").values()),
+        merged=merged,
     )
 
 
@@ -224,7 +231,7 @@ def _search_problems(
 def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Iterator[str]:
     n_tiles = n_done = 0
     try:
-        plan = read_plan(attributes, objects.url)
+        plan = MergedResult(objects, attributes).plan
         n_tiles, n_done = len(plan.grid), int(done_tiles(objects, plan.grid).sum())
         if attributes.state == "complete":
             yield from record_problems(objects, plan)

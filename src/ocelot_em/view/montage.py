@@ -8,19 +8,16 @@ from itertools import pairwise
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.summary import Summary, open_merged_result, read_exposure_statistics
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import Int64
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store.attributes import MergedAttributes
-from ocelot_em.store.objects import open_objects
 from ocelot_em.store.statistics_attributes import (
     ExposureStatistics,
     StatisticsAttributes,
 )
-from ocelot_em.view.figures import (
-    Store,
-    summary_of,
-)
+from ocelot_em.view.figures import Store
 from ocelot_em.view.plots import OVERVIEW_PX
 
 
@@ -53,8 +50,8 @@ class Montage:
         InvalidInputError
             The result is not a montage.
         """
-        attributes, summary = attributes_of(store), summary_of(store)
-        return cls(attributes, summary, read_exposure_statistics(store, summary.attributes))
+        merged = MergedResult.open(store)
+        return cls(attributes_of(merged), merged.summary, merged.statistics_of_exposures)
 
     @property
     def exposures(self) -> tuple[ExposureStatistics, ...]:
@@ -64,11 +61,10 @@ class Montage:
 
 def attributes_of(store: Store) -> MergedAttributes:
     """Return the attributes of a merged montage."""
-    objects = open_objects(store)
-    attributes = open_merged_result(objects)
-    if not attributes.exposures:
-        raise InvalidInputError(f"{objects.url}: expected a montage, got a result of one exposure")
-    return attributes
+    merged = MergedResult.open(store)
+    if not merged.attributes.exposures:
+        raise InvalidInputError(f"{merged.url}: expected a montage, got a result of one exposure")
+    return merged.attributes
 
 
 @dataclass(frozen=True)

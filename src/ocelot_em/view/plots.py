@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.result import MergedMaps
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
@@ -48,7 +48,7 @@ def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Flo
     factor : int
         Edge of the pooled blocks in pixels.
     """
-    merged = MergedMaps.open(store)
+    merged = MergedResult.open(store)
     height, width = merged.valid_shape
     factor = ceil_div(max(height, width), longest_edge_px)
     pooled = np.full((ceil_div(height, factor), ceil_div(width, factor)), np.nan, np.float32)
@@ -151,7 +151,7 @@ def plot_crop(
     edge_px
         Edge of the crop.
     """
-    merged = MergedMaps.open(store)
+    merged = MergedResult.open(store)
     y, x = (int(position) for position in particle)
     half = edge_px // 2
     window = Region(max(y - half, 0), y + half + 1, max(x - half, 0), x + half + 1)

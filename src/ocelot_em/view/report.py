@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.summary import open_merged_result
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.markup import (
     element,
@@ -16,7 +16,6 @@ from ocelot_em.model.markup import (
 )
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable, write_file
-from ocelot_em.store.objects import open_objects
 from ocelot_em.view.drawing import drawing
 from ocelot_em.view.figures import new_figure
 from ocelot_em.view.montage import Coverage
@@ -77,7 +76,7 @@ OVERVIEW_PX = 640
 
 
 def write_report(
-    store: str | PathLike[str],
+    store: str | PathLike[str] | MergedResult,
     path: str | PathLike[str],
     *,
     particles: ParticleTable | None = None,
@@ -92,7 +91,7 @@ def write_report(
     Parameters
     ----------
     store
-        Path or URL of a merged result.
+        Path or URL of a merged result, or an open one.
     path
         File to write; an existing one is replaced.
     particles
@@ -152,7 +151,7 @@ def write_report(
 
 
 def save_overview(
-    store: str | PathLike[str],
+    store: str | PathLike[str] | MergedResult,
     path: str | PathLike[str],
     *,
     cutoff: float | None = None,
@@ -167,15 +166,16 @@ def save_overview(
     """
     figure = new_figure((13.0, 5.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    plot_zscore(store, left, truth)
-    outline_exposures(left, open_merged_result(open_objects(store)).exposures)
-    plot_survival(store, right, cutoff)
+    merged = MergedResult.open(store)
+    plot_zscore(merged, left, truth)
+    outline_exposures(left, merged.attributes.exposures)
+    plot_survival(merged, right, cutoff)
     figure.savefig(path, dpi=110)
 
 
 def _overview(subject: Subject, pyramid: str | PathLike[str] | None) -> tuple[Float32, int]:
     if pyramid is None:
-        return pooled_zscore(subject.store, OVERVIEW_PX)
+        return pooled_zscore(subject.merged, OVERVIEW_PX)
     from ocelot_em.io.ome_zarr import read_level
 
     values, factor = read_level(pyramid, OVERVIEW_PX)

@@ -17,13 +17,12 @@ from ocelot_em.model.markup import (
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.arrays import read_table
-from ocelot_em.store.objects import open_objects
 from ocelot_em.view.subject import Subject
 
 
 def timings_section(subject: Subject) -> Markup:
     """Show how the time was spent."""
-    tiles = read_table(open_objects(subject.store), constants.TILE_SUMMARY)
+    tiles = read_table(subject.merged.objects, constants.TILE_SUMMARY)
     totals = dict(zip(SUMMARY_FIELDS, np.nansum(tiles, axis=(0, 1)).tolist(), strict=True))
     seconds = {name: totals[f"{name}_seconds"] for name in ("read", "fold", "write")}
     busy = sum(seconds.values())

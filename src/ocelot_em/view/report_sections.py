@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.merge.result import MergedMaps
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.markup import (
     Markup,
@@ -210,7 +209,7 @@ def _zooms(subject: Subject, is_shown: Mapping[int, bool], columns: int) -> Mark
             ax.set_axis_off()
         for number, (i, ax) in enumerate(zip(is_shown, panels, strict=False), 1):
             ax.set_axis_on()
-            plot_crop(subject.store, (y[i], x[i]), ax)
+            plot_crop(subject.merged, (y[i], x[i]), ax)
             ax.grid(visible=False)
             ax.set_title(f"{number}: z = {z[i]:.2f}{'' if is_shown[i] else ' (hidden)'}")
             ax.tick_params(labelsize=8)
@@ -223,7 +222,7 @@ def _which_are_shown(subject: Subject, chosen: AnyArray) -> dict[int, bool]:
     """Whether the map shows each particle; a montage may show another exposure there."""
     if subject.montage is None:
         return dict.fromkeys(chosen.tolist(), True)
-    merged = MergedMaps.open(subject.store)
+    merged = subject.merged
     exposures = {exposure.id: exposure for exposure in merged.plan.exposures}
     (y, x), own = map_positions(subject.particles), subject.particles.columns[EXPOSURE]
     return {
@@ -271,7 +270,7 @@ def _partial_name(attributes: fmt.MergedAttributes, record: Mapping[str, Any]) -
 def significance_section(subject: Subject) -> Markup:
     """Show the survival histogram and the distributions of mip and z-score."""
     summary = subject.summary
-    candidates = all_candidates(subject.store).rows
+    candidates = all_candidates(subject.merged).rows
     survival = drawing(
         "survival",
         (5.4, 6.5),

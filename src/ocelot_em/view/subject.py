@@ -3,17 +3,12 @@
 from dataclasses import dataclass
 from os import PathLike
 
-from ocelot_em.errors import IncompleteError, InvalidInputError
-from ocelot_em.merge.stats.summary import (
-    Summary,
-    open_merged_result,
-    read_exposure_statistics,
-    read_summary,
-)
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store.objects import open_objects
 from ocelot_em.view.montage import Montage
 
 
@@ -21,15 +16,27 @@ from ocelot_em.view.montage import Montage
 class Subject:
     """The data of a report."""
 
-    store: str | PathLike[str]
-    url: str
-    attributes: fmt.MergedAttributes
-    summary: Summary
+    merged: MergedResult
     particles: ParticleTable
     trouble: str
     """Why no particles could be picked; otherwise empty."""
     montage: Montage | None
     """Placement and statistics of exposures, if the result is a montage."""
+
+    @property
+    def url(self) -> str:
+        """URL of the result."""
+        return self.merged.url
+
+    @property
+    def attributes(self) -> fmt.MergedAttributes:
+        """Attributes of the result."""
+        return self.merged.attributes
+
+    @property
+    def summary(self) -> Summary:
+        """Statistics of the result."""
+        return self.merged.summary
 
     @property
     def cutoff(self) -> tuple[float, float] | None:
@@ -41,28 +48,24 @@ class Subject:
         return about.cutoff, max(own, default=about.cutoff)
 
 
-def subject_of(store: str | PathLike[str], particles: ParticleTable | None) -> Subject:
+def subject_of(
+    store: str | PathLike[str] | MergedResult, particles: ParticleTable | None
+) -> Subject:
     """Read the data of a report."""
-    objects = open_objects(store)
-    attributes = open_merged_result(objects)
-    summary = read_summary(store)
-    if summary is None:
-        raise IncompleteError(
-            f"{objects.url}: it was merged without statistics, by an earlier version; merge again"
-        )
+    merged = MergedResult.open(store)
+    summary = merged.summary
     trouble = ""
     if particles is None:
         try:
-            particles = find_peaks(store)
+            particles = find_peaks(merged)
         except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
             particles, trouble = ParticleTable.empty(), str(error)
-    if problem := _misplaced(particles, attributes):
-        raise InvalidInputError(f"particles: {problem}, as find_peaks gives them for {objects.url}")
+    if problem := _misplaced(particles, merged.attributes):
+        raise InvalidInputError(f"particles: {problem}, as find_peaks gives them for {merged.url}")
     montage = None
-    if attributes.exposures:
-        of_exposures = read_exposure_statistics(store, summary.attributes)
-        montage = Montage(attributes, summary, of_exposures)
-    return Subject(store, objects.url, attributes, summary, particles, trouble, montage)
+    if merged.attributes.exposures:
+        montage = Montage(merged.attributes, summary, merged.statistics_of_exposures)
+    return Subject(merged, particles, trouble, montage)
 
 
 def _misplaced(particles: ParticleTable, attributes: fmt.MergedAttributes) -> str:

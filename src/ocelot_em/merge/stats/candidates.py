@@ -12,7 +12,7 @@ from ocelot_em.merge.stats.collected import (
     NEIGHBOURS,
     candidate_level,
 )
-from ocelot_em.merge.stats.layout import NUMBERS, Layout
+from ocelot_em.merge.stats.layout import Layout
 from ocelot_em.model.maps import (
     SCALED_MIP,
     Float64,
@@ -37,6 +37,11 @@ class Candidates(NamedTuple):
     rows: Float64
     level: float
 
+    @classmethod
+    def unknown(cls) -> "Candidates":
+        """Return an empty list, complete for no z-score."""
+        return cls(np.empty((0, len(CANDIDATE_FIELDS))), float("inf"))
+
 
 def read_candidates(objects: Objects, layout: Layout) -> Candidates:
     """Read the candidates of an exposure of a merged result.
@@ -45,10 +50,8 @@ def read_candidates(objects: Objects, layout: Layout) -> Candidates:
 
     Raises
     ------
-    FormatError, MissingChunkError
+    ChunkError
     """
-    if objects.get(f"{layout.folder}/{NUMBERS}/zarr.json") is None:
-        return Candidates(np.empty((0, len(CANDIDATE_FIELDS))), float("inf"))
     level = candidate_level(layout.exposure.total_projections)
     z = CANDIDATE_FIELDS.index(SCALED_MIP)
 

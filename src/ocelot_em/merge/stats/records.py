@@ -25,7 +25,12 @@ from ocelot_em.merge.stats.collected import (
     candidate_capacity,
 )
 from ocelot_em.merge.stats.layout import COUNTS, NUMBERS, SHOWN, Layout
-from ocelot_em.merge.stats.summary import read_summary, statistics_path
+from ocelot_em.merge.stats.summary import (
+    STATISTICS,
+    read_histograms,
+    read_statistics,
+    statistics_path,
+)
 from ocelot_em.model.maps import (
     Float64,
 )
@@ -119,11 +124,12 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
 
         for found in map_in_threads(look, range(len(layout))):
             yield from found
-    numbers = [exposure.number for exposure in plan.exposures] if plan.is_montage else []
-    for number in (None, *numbers):
+    exposures = plan.exposures if plan.is_montage else ()
+    for path in (STATISTICS, *(statistics_path(exposure.number) for exposure in exposures)):
         try:
-            if read_summary(objects.url, number) is None:
-                path = "statistics" if number is None else statistics_path(number)
+            if read_statistics(objects, path) is None:
                 yield f"{objects.url}: the group {path!r} is missing; merge again"
+            else:
+                read_histograms(objects, path)
         except OcelotError as error:
             yield str(error)

@@ -4,14 +4,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from os import PathLike
 
 import numpy as np
 
-from ocelot_em.errors import (
-    FormatError,
-    IncompleteError,
-)
+from ocelot_em.errors import FormatError
 from ocelot_em.merge.overlap import SHOWN_FIELDS
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import (
@@ -30,16 +26,15 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, statistics_attributes
 from ocelot_em.store.contract import Objects, return_free_memory
-from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import read_attributes
 
 EXPOSURES_BETWEEN_TIDYING = 32
 """Exposures after which freed memory is returned to the system; each leaves some hundred kB."""
 
+STATISTICS = "statistics"
+"""Path of the group with the statistics of the whole result."""
+
 MIP_HISTOGRAM = "mip_histogram"
 Z_HISTOGRAM = "scaled_mip_histogram"
-
-
 JOINT_HISTOGRAM = "joint_histogram"
 
 
@@ -81,7 +76,7 @@ def finish(objects: Objects, plan: MergePlan) -> None:
         about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
         if place % EXPOSURES_BETWEEN_TIDYING == 0:
             return_free_memory()
-    _write_summary(objects, "statistics", everything, totals, tuple(about))
+    _write_summary(objects, STATISTICS, everything, totals, tuple(about))
 
 
 def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNumbers:
@@ -103,7 +98,7 @@ def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNum
 
 def statistics_path(number: int) -> str:
     """Path of the group with the statistics of an exposure."""
-    return f"statistics/{constants.EXPOSURES}/{number}"
+    return f"{STATISTICS}/{constants.EXPOSURES}/{number}"
 
 
 def _write_summary(
@@ -230,30 +225,10 @@ def _source_statistics(
     )
 
 
-def read_summary(place: str | PathLike[str], exposure: int | None = None) -> Summary | None:
-    """Read the statistics of a merged result; None if it has none.
-
-    Parameters
-    ----------
-    place
-        Path or URL of the result.
-    exposure
-        Number of an exposure of a montage; None: all exposures together.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError
-        The place does not hold a merged result.
-    IncompleteError
-        The merge was never finished.
-    """
-    objects = open_objects(place)
-    open_merged_result(objects)
-    return summary_at(objects, "statistics" if exposure is None else statistics_path(exposure))
-
-
-def summary_at(objects: Objects, path: str) -> Summary | None:
-    """Read the statistics of a group of a finished merged result; None if it does not exist.
+def read_statistics(
+    objects: Objects, path: str
+) -> statistics_attributes.StatisticsAttributes | None:
+    """Read the statistics of a group without their histograms; None if it does not exist.
 
     Raises
     ------
@@ -262,9 +237,18 @@ def summary_at(objects: Objects, path: str) -> Summary | None:
     attributes = store.group_attributes(objects, path)
     if attributes is None:
         return None
-    about = fmt.parse_attributes(
+    return fmt.parse_attributes(
         statistics_attributes.StatisticsAttributes, attributes, f"{objects.url}/{path}"
     )
+
+
+def read_histograms(objects: Objects, path: str) -> Histograms:
+    """Read the histograms of the statistics of a group.
+
+    Raises
+    ------
+    FormatError
+    """
     names, expected = (MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM), Histograms.empty("int64")
     tables = []
     for name, like in zip(names, (expected.mip, expected.z, expected.joint), strict=True):
@@ -275,40 +259,4 @@ def summary_at(objects: Objects, path: str) -> Summary | None:
                 f"got {table.dtype} of shape {table.shape}, the lowest {table.min()}"
             )
         tables.append(table)
-    return Summary(about, Histograms(*tables))
-
-
-def read_exposure_statistics(
-    place: str | PathLike[str], statistics: statistics_attributes.StatisticsAttributes
-) -> dict[str, statistics_attributes.StatisticsAttributes]:
-    """Read the statistics of each exposure of a montage, by id.
-
-    Raises
-    ------
-    FormatError
-        The statistics are missing or cannot be read.
-    """
-    objects, found = open_objects(place), {}
-    for exposure in statistics.exposures:
-        path = statistics_path(exposure.number)
-        found[exposure.id] = fmt.parse_attributes(
-            statistics_attributes.StatisticsAttributes,
-            store.group_attributes(objects, path),
-            f"{objects.url}/{path}",
-        )
-    return found
-
-
-def open_merged_result(objects: Objects) -> fmt.MergedAttributes:
-    """Read the attributes of a finished merged result.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError, IncompleteError
-    """
-    attributes = read_attributes(objects)
-    if not isinstance(attributes, fmt.MergedAttributes):
-        raise FormatError(f"{objects.url}: is a search, not a merged result; merge it first")
-    if attributes.state != "complete":
-        raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
-    return attributes
+    return Histograms(*tables)
