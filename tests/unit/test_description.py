@@ -605,7 +605,7 @@ def test_counts_stay_with_their_files_when_one_is_missing(montage):
 @pytest.mark.parametrize(
     ("change", "problems"),
     [
-        ({"valid_shape": [13, 3]}, ["exposure '01': shapes: "]),
+        ({"valid_shape": [13, 3]}, ["exposure '01': valid_shape: "]),
         ({"id": "zarr.json"}, ["exposure id 'zarr.json': is the name of Zarr's own metadata"]),
     ],
 )

@@ -627,7 +627,7 @@ def test_a_codec_that_would_run_code_is_not_looked_up(stores, tmp_path, monkeypa
         document["codecs"] = [{"name": "numcodecs.pickle", "configuration": {}}]
         file.write_text(json.dumps(document))
     _, problems = read_by_all(place)
-    assert sum("got numcodecs.pickle" in problem for problem in problems) == 2
+    assert sum("got 'numcodecs.pickle'" in problem for problem in problems) == 2
     assert asked == []
 
 

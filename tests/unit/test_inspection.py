@@ -102,7 +102,7 @@ DAMAGE = {
     ),
     "map of another type": (
         lambda p: edit(p / "mip/zarr.json", "data_type", value="float64"),
-        ["'gpu1': mip: expected dtype float32, got float64"],
+        ["'gpu1': mip: data_type: expected float32, got 'float64'"],
     ),
     "metadata cut short": (
         lambda p: (p / "mip/zarr.json").write_text('{"zarr_format"'),

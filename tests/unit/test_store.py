@@ -242,32 +242,38 @@ def test_a_chunk_that_cannot_be_read_is_an_error_of_the_storage():
 @pytest.mark.parametrize(
     ("changes", "problems"),
     [
-        ({"compressors": [GzipCodec()]}, ["expected codecs bytes, blosc, crc32c, got bytes, gzip"]),
-        ({"compressors": None}, ["expected codecs bytes, blosc, crc32c, got bytes"]),
-        ({"serializer": BytesCodec(endian="big")}, ["expected little-endian bytes, got big"]),
-        ({"dtype": "float64"}, ["expected dtype float32, got float64"]),
-        ({"dtype": "int32", "fill_value": 0}, ["expected dtype float32, got int32"]),
+        (
+            {"compressors": [GzipCodec()]},
+            ["codecs.1.name: expected 'blosc', got 'gzip'", "codecs.2: Field required"],
+        ),
+        ({"compressors": None}, ["codecs.1: Field required"]),
+        (
+            {"serializer": BytesCodec(endian="big")},
+            ["codecs.0.configuration.endian: expected 'little', got 'big'"],
+        ),
+        ({"dtype": "float64"}, ["data_type: expected float32, got 'float64'"]),
+        ({"dtype": "int32", "fill_value": 0}, ["data_type: expected float32, got 'int32'"]),
         (
             {"shape": (2, 8, 10), "chunks": (1, 4, 5), "dimension_names": ("p", "y", "x")},
             ["expected dimensions ('y', 'x'), got shape (2, 8, 10) named ('p', 'y', 'x')"],
         ),
         ({"dimension_names": None}, ["expected dimensions ('y', 'x')"]),
-        ({"shards": (8, 10)}, ["expected codecs bytes, blosc, crc32c, got sharding_indexed"]),
+        ({"shards": (8, 10)}, ["codecs.0.name: expected 'bytes', got 'sharding_indexed'"]),
         (
             {"shape": (2**20, 2**20), "chunks": (2**20, 2**20)},
-            ["chunks of (1048576, 1048576) are larger than"],
+            ["chunk_grid: expected chunks of at most 268,435,456 bytes, got"],
         ),
         (
             {"chunk_key_encoding": {"name": "v2", "separator": "."}},
-            ["expected the default chunk key encoding with separator '/'"],
+            ["chunk_key_encoding.name: expected 'default', got 'v2'"],
         ),
         (
             {"chunk_key_encoding": {"name": "default", "separator": "."}},
-            ["expected the default chunk key encoding with separator '/'"],
+            ["chunk_key_encoding.configuration.separator: expected '/', got '.'"],
         ),
         (
             {"dtype": "int16", "fill_value": 0, "compressors": None, "dimension_names": None},
-            ["expected dimensions", "expected dtype float32, got int16", "expected codecs"],
+            ["expected dimensions", "data_type: expected float32, got 'int16'", "codecs.1"],
         ),
     ],
 )

@@ -102,11 +102,11 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
         It is missing, too large, or cannot be decoded.
     """
     place = f"{objects.url}/{path}"
-    about = _read_array(objects, path, place, TABLE_DTYPES, most_chunk_nbytes=max_nbytes)
-    if (nbytes := math.prod(about.shape) * about.dtype.itemsize) > max_nbytes:
+    about = _read_array(objects, path, place, TABLE_DTYPES, max_chunk_nbytes=max_nbytes)
+    if (nbytes := math.prod(about.shape) * about.data_type.itemsize) > max_nbytes:
         raise FormatError(f"{place}: expected at most {max_nbytes} bytes, got {nbytes}")
-    nbytes = math.prod(about.chunk) * about.dtype.itemsize
-    values = whole = np.empty(0, about.dtype)
+    nbytes = math.prod(about.chunk) * about.data_type.itemsize
+    values = whole = np.empty(0, about.data_type)
     counts = [ceil_div(n, cell) for n, cell in zip(about.shape, about.chunk, strict=True)]
     for index in np.ndindex(*counts):
         key = "/".join([path, "c", *map(str, index)])
@@ -116,9 +116,9 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
         try:
             frame = BloscChunk(memoryview(encoded), nbytes)
             if not any(index):  # allocate only after the first chunk proved readable
-                values = whole = np.empty(about.shape, about.dtype)
+                values = whole = np.empty(about.shape, about.data_type)
                 if about.chunk != about.shape:
-                    whole = np.empty(about.chunk, about.dtype)
+                    whole = np.empty(about.chunk, about.data_type)
             frame.decode(whole)
         except ValueError as error:
             raise FormatError(f"{place}: chunk {key} is corrupt: {error}") from error
@@ -433,9 +433,9 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
         path=path,
         place=place,
         grid=TileGrid((height, width), (chunk_height, chunk_width)),
-        dtype=about.dtype,
-        fill=about.fill,
-        codec=_codec(about.blosc),
+        dtype=about.data_type,
+        fill=about.fill_value,
+        codec=_codec(about.codecs[1]["configuration"]),
     )
 
 
@@ -445,24 +445,20 @@ def _read_array(
     place: str,
     dtypes: Sequence[str],
     dimensions: tuple[str, ...] | None = None,
-    most_chunk_nbytes: int = MAX_CHUNK_NBYTES,
+    max_chunk_nbytes: int = MAX_CHUNK_NBYTES,
 ) -> ArrayInfo:
     encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
     if encoded is None:
         raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
     where = f"{objects.url}/{path}"
-    return parse_array(encoded, where, place, dtypes, dimensions, most_chunk_nbytes)
+    return parse_array(encoded, where, place, dtypes, dimensions, max_chunk_nbytes)
 
 
 def _codec(settings: BloscSettings) -> Blosc:
     """Return the codec that an array's metadata names."""
-    shuffle = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
-    return Blosc(
-        cname=settings.cname,
-        clevel=settings.clevel,
-        shuffle=shuffle.get(settings.shuffle, Blosc.BITSHUFFLE),
-        blocksize=settings.blocksize,
-    )
+    shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
+    shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
+    return Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
 
 
 def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:

@@ -26,6 +26,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region
 from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
+from ocelot_em.store.metadata import problems_of
 
 PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
 ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
@@ -362,24 +363,9 @@ def validated(model: type[_Model], content: object, where: str) -> _Model:
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        problems = [f"{_place_of(p['loc'])}: {p['msg']}" for p in error.errors()[:_MAX_PROBLEMS]]
-        if (n_more := error.error_count() - len(problems)) > 0:
-            problems.append(f"and {n_more} more problems")
-        raise FormatError(f"{where}: {'; '.join(problems)}") from None
+        raise FormatError(f"{where}: {'; '.join(problems_of(error))}") from None
     except RecursionError:
         raise FormatError(f"{where}: the attributes are nested too deeply") from None
-
-
-_MAX_PROBLEMS = 20
-
-
-def _place_of(steps: tuple[int | str, ...]) -> str:
-    """Format a location in a document, whose keys may be arbitrary text."""
-    names = (str(step) if str(step).isidentifier() else reprlib.repr(step) for step in steps[:8])
-    return ".".join(name[:_LONGEST_NAME] for name in names) or "attributes"
-
-
-_LONGEST_NAME = 60
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:

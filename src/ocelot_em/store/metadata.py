@@ -1,4 +1,4 @@
-"""Parser of the ``zarr.json`` files that ``docs/format.md`` allows. Pure.
+"""Models of the ``zarr.json`` files that ``docs/format.md`` allows. Pure.
 
 Metadata is untrusted, so nothing that it names is looked up, loaded or allocated: dtypes, codecs
 and grids outside the format are rejected by name. (zarr would look up any codec or dtype, and
@@ -10,68 +10,207 @@ import math
 import re
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeAlias, TypeVar
 
 import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import TypedDict
 
 from ocelot_em.errors import FormatError
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_CHUNKS, MAX_METADATA_NBYTES
 
-MAX_DIMENSIONS = 3
-
 MAX_KEYS = 1000
 """Maximum number of keys in one object; errors about millions would fill the memory."""
 
-_ARRAY_KEYS = {
-    "zarr_format",
-    "node_type",
-    "shape",
-    "data_type",
-    "chunk_grid",
-    "chunk_key_encoding",
-    "fill_value",
-    "codecs",
-    "attributes",
-    "dimension_names",
-    "storage_transformers",
-}
-
-_COMPRESSORS = {"blosclz", "lz4", "lz4hc", "snappy", "zlib", "zstd"}
-_SHUFFLES = {"noshuffle", "shuffle", "bitshuffle"}
-_NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_Context: TypeAlias = "ValidationInfo[_Allowed]"
 
 
-class BloscSettings(NamedTuple):
+_STRICT = ConfigDict(strict=True)
+
+Name = TypeVar("Name")
+Configuration = TypeVar("Configuration")
+
+# Dictionaries are validated faster than models. Keys that no reader needs are left out.
+
+
+class _Entry(TypedDict, Generic[Name, Configuration]):
+    """A named choice with its settings."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    name: Name
+    configuration: Configuration
+
+
+def _named(value: object) -> object:
+    """Complete an entry without settings, which may be its name alone."""
+    if isinstance(value, dict) and "configuration" in value:
+        return value
+    return {"configuration": {}, **(value if isinstance(value, dict) else {"name": value})}
+
+
+Lengths = Annotated[
+    tuple[Annotated[int, Field(ge=1, lt=2**31)], ...],
+    Strict(False),  # JSON has lists only
+    Field(min_length=1, max_length=3),
+    FailFast(),
+]
+
+
+class _Chunks(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    chunk_shape: Lengths
+
+
+class _Separator(TypedDict):
+    separator: NotRequired[Literal["/"]]
+
+
+class _ByteOrder(TypedDict):
+    endian: NotRequired[Literal["little"]]
+
+
+class BloscSettings(TypedDict):
     """Compression settings for writing chunks, with Zarr's names."""
 
-    cname: str
-    clevel: int
-    shuffle: str
-    blocksize: int
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    cname: Literal["blosclz", "lz4", "lz4hc", "snappy", "zlib", "zstd"]
+    clevel: Annotated[int, Field(ge=0, le=9)]
+    shuffle: Literal["noshuffle", "shuffle", "bitshuffle"]
+    blocksize: Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class ArrayInfo(NamedTuple):
-    """Metadata of an array.
+_Codecs = tuple[
+    Annotated[_Entry[Literal["bytes"], _ByteOrder], BeforeValidator(_named)],
+    _Entry[Literal["blosc"], BloscSettings],
+    Annotated[_Entry[Literal["crc32c"], dict[str, Any]], BeforeValidator(_named)],
+]
 
-    Parameters
-    ----------
-    shape, chunk
-        Shapes of the array and of its chunks, with 1 to :data:`MAX_DIMENSIONS` axes.
-    dtype
-        Dtype of the values, in this machine's byte order.
-    fill
-        Fill value.
-    blosc
-        Settings of the compressor.
-    """
 
-    shape: tuple[int, ...]
-    chunk: tuple[int, ...]
-    dtype: "np.dtype[Any]"
-    fill: float | int
-    blosc: BloscSettings
+class _Allowed(NamedTuple):
+    """What the reader of an array allows; see :func:`parse_array`."""
+
+    dtypes: tuple[str, ...]
+    dimensions: tuple[str, ...] | None
+    max_chunk_nbytes: int
+
+
+class ArrayInfo(BaseModel):
+    """Metadata of an array, with Zarr's names; fields are checked in this order."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    zarr_format: int
+    node_type: str
+    data_type: Any
+    shape: Lengths
+    dimension_names: Any = Field(None, validate_default=True)
+    chunk_grid: _Entry[Literal["regular"], _Chunks]
+    chunk_key_encoding: Annotated[_Entry[Literal["default"], _Separator], BeforeValidator(_named)]
+    codecs: Annotated[_Codecs, Strict(False)]
+    fill_value: Any
+    storage_transformers: Annotated[list[Any], Field(max_length=0)] = []
+    attributes: Any = None
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of the chunks."""
+        return self.chunk_grid["configuration"]["chunk_shape"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_optional_keys(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """Leave out unknown keys that the Zarr specification allows readers to ignore."""
+        if document.keys() <= _KEYS:
+            return document
+        return {
+            key: value
+            for key, value in document.items()
+            if key in _KEYS
+            or not (isinstance(value, dict) and value.get("must_understand") is False)
+        }
+
+    @field_validator("data_type")
+    @classmethod
+    def _allowed_dtype(cls, value: object, info: _Context) -> "np.dtype[Any]":
+        name = value.get("name") if isinstance(value, dict) else value
+        if name not in info.context.dtypes:
+            allowed = " or ".join(info.context.dtypes)
+            raise ValueError(f"expected {allowed}, got {reprlib.repr(name)}")
+        return np.dtype(name)
+
+    @field_validator("dimension_names")
+    @classmethod
+    def _allowed_dimensions(cls, value: object, info: _Context) -> object:
+        allowed, shape = info.context.dimensions, info.data.get("shape")
+        names = tuple(value) if isinstance(value, list) else value
+        if allowed and (names != allowed or (shape and len(shape) != len(allowed))):
+            raise ValueError(
+                f"expected dimensions {allowed}, got shape {shape} named {reprlib.repr(names)}"
+            )
+        return names
+
+    @field_validator("chunk_grid")
+    @classmethod
+    def _allowed_chunks(cls, grid: Any, info: _Context) -> object:
+        chunk, limit = grid["configuration"]["chunk_shape"], info.context.max_chunk_nbytes
+        shape, dtype = info.data.get("shape", chunk), info.data.get("data_type", np.dtype("int8"))
+        if len(chunk) != len(shape):
+            raise ValueError(f"expected chunks with {len(shape)} axes, got {chunk}")
+        if (nbytes := math.prod(chunk) * dtype.itemsize) > limit:
+            raise ValueError(f"expected chunks of at most {limit:,} bytes, got {nbytes:,}: {chunk}")
+        if (n := math.prod(map(ceil_div, shape, chunk))) > MAX_CHUNKS:
+            raise ValueError(f"expected at most {MAX_CHUNKS:,} chunks, got {n:,}")
+        return grid
+
+    @field_validator("fill_value")
+    @classmethod
+    def _allowed_fill(cls, value: object, info: _Context) -> object:
+        dtype = info.data.get("data_type")
+        if dtype is None:
+            return value
+        found = _float_of(value, dtype) if dtype.kind == "f" else _integer_of(value, dtype)
+        if found is None:
+            raise ValueError(f"expected a value of {dtype}, got {reprlib.repr(value)}")
+        return found
+
+
+_KEYS = ArrayInfo.model_fields.keys()
+
+
+def _integer_of(value: object, dtype: "np.dtype[Any]") -> int | None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    limits = np.iinfo(dtype)
+    return value if limits.min <= value <= limits.max else None
+
+
+def _float_of(value: object, dtype: "np.dtype[Any]") -> float | None:
+    """Parse a number, or Zarr's text for a value that JSON cannot represent."""
+    if isinstance(value, str):
+        if re.fullmatch(f"0x[0-9a-fA-F]{{{2 * dtype.itemsize}}}", value):
+            bits = int(value, 16).to_bytes(dtype.itemsize, "little")
+            return float(np.frombuffer(bits, dtype.newbyteorder("<"))[0])
+        return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    return float(value) if abs(value) <= float(np.finfo(dtype).max) else None
 
 
 def parse_group(encoded: bytes, where: str) -> dict[str, Any]:
@@ -91,7 +230,9 @@ def parse_group(encoded: bytes, where: str) -> dict[str, Any]:
     """
     attributes = _parse(encoded, "group", where).get("attributes", {})
     if not isinstance(attributes, dict):
-        raise FormatError(f"{where}: attributes: expected an object, got {_short(attributes)}")
+        raise FormatError(
+            f"{where}: attributes: expected an object, got {reprlib.repr(attributes)}"
+        )
     return attributes
 
 
@@ -101,7 +242,7 @@ def parse_array(
     place: str,
     dtypes: Sequence[str],
     dimensions: tuple[str, ...] | None = None,
-    most_chunk_nbytes: int = MAX_CHUNK_NBYTES,
+    max_chunk_nbytes: int = MAX_CHUNK_NBYTES,
 ) -> ArrayInfo:
     """Parse the metadata of an array.
 
@@ -117,7 +258,7 @@ def parse_array(
         Allowed stored dtypes.
     dimensions
         Required dimension names; None allows any.
-    most_chunk_nbytes
+    max_chunk_nbytes
         Size limit of a decoded chunk in bytes.
 
     Raises
@@ -126,115 +267,41 @@ def parse_array(
         Its shape, dimensions, dtype, chunks, codecs, key encoding or fill value do not follow
         ``docs/format.md``. All problems are listed.
     """
-    array = _Array(_parse(encoded, "array", where), tuple(dtypes))
-    shape = array.shape(dimensions)
-    dtype = array.dtype()
-    chunk = array.chunk(shape, dtype.itemsize, most_chunk_nbytes)
-    blosc = array.blosc()
-    array.look_at_the_rest()
-    fill = array.fill(dtype)
-    if array.problems or shape is None or chunk is None or blosc is None or fill is None:
-        raise FormatError(f"{place}: {'; '.join(array.problems)}")
-    return ArrayInfo(shape, chunk, dtype, fill, blosc)
+    document = _parse(encoded, "array", where)
+    allowed = _Allowed(tuple(dtypes), dimensions, max_chunk_nbytes)
+    try:
+        return ArrayInfo.model_validate(document, context=allowed)
+    except ValidationError as error:
+        raise FormatError(f"{place}: {'; '.join(problems_of(error))}") from None
 
 
-@dataclass
-class _Array:
-    """Metadata of an array, checked one part at a time.
+_MAX_PROBLEMS, _MAX_NAME = 20, 60
 
-    Every method returns its part or appends to :attr:`problems`.
-    """
+_PLAIN = {"model_type": "expected an object", "tuple_type": "expected a list"}
+"""Messages that otherwise name Python's types."""
 
-    document: dict[str, Any]
-    dtypes: tuple[str, ...]
-    problems: list[str] = field(default_factory=list)
 
-    def shape(self, dimensions: tuple[str, ...] | None) -> tuple[int, ...] | None:
-        given, names = self.document.get("shape"), self.document.get("dimension_names")
-        shape, names = _lengths(given), tuple(names) if isinstance(names, list) else names
-        if shape is None:
-            self.problems.append(
-                f"shape: expected 1 to {MAX_DIMENSIONS} lengths of 1 to 2**31 - 1, got "
-                f"{_short(given)}"
-            )
-        if dimensions and (names != dimensions or (shape and len(shape) != len(dimensions))):
-            self.problems.append(
-                f"expected dimensions {dimensions}, got shape {shape} named {_short(names)}"
-            )
-        return shape
+def problems_of(error: ValidationError) -> list[str]:
+    """Describe the first problems of a validation: where, what was expected, and what was found."""
+    found = []
+    for problem in error.errors(include_url=False, include_context=False)[:_MAX_PROBLEMS]:
+        message, kind = problem["msg"].removeprefix("Value error, "), problem["type"]
+        if message.startswith("Input should be "):
+            message = f"expected {message.removeprefix('Input should be ')}"
+        message = _PLAIN.get(kind, message)
+        if kind not in ("value_error", "missing"):
+            message += f", got {reprlib.repr(problem['input'])}"
+        found.append(f"{_place_of(problem['loc'])}{message}")
+    if (n_more := error.error_count() - len(found)) > 0:
+        found.append(f"and {n_more} more problems")
+    return found
 
-    def dtype(self) -> "np.dtype[Any]":
-        name, _ = _named(self.document.get("data_type"))
-        if name in self.dtypes:
-            return np.dtype(name)
-        self.problems.append(f"expected dtype {' or '.join(self.dtypes)}, got {_bare(name)}")
-        return np.dtype(self.dtypes[0])
 
-    def chunk(
-        self, shape: tuple[int, ...] | None, itemsize: int, most_nbytes: int
-    ) -> tuple[int, ...] | None:
-        name, configuration = _named(self.document.get("chunk_grid"))
-        given = configuration.get("chunk_shape")
-        chunk = _lengths(given)
-        if name != "regular":
-            self.problems.append(f"expected a regular chunk grid, got {_bare(name)}")
-        elif chunk is None or (shape and len(chunk) != len(shape)):
-            self.problems.append(
-                "chunk_shape: expected a length of 1 to 2**31 - 1 for each axis, got "
-                f"{_short(given)}"
-            )
-        elif math.prod(chunk) * itemsize > most_nbytes:
-            self.problems.append(f"chunks of {chunk} are larger than {most_nbytes} bytes")
-        elif shape:
-            n = math.prod(ceil_div(n, cell) for n, cell in zip(shape, chunk, strict=True))
-            if n > MAX_CHUNKS:
-                self.problems.append(f"expected at most {MAX_CHUNKS:,} chunks, got {n:,}")
-        return chunk
-
-    def blosc(self) -> BloscSettings | None:
-        codecs = self.document.get("codecs")
-        found = [_named(codec) for codec in codecs] if isinstance(codecs, list) else []
-        names = [name for name, _ in found]
-        if names != ["bytes", "blosc", "crc32c"]:
-            got = ", ".join(_bare(name) for name in names[:5]) or "none"
-            self.problems.append(f"expected codecs bytes, blosc, crc32c, got {got}")
-            return None
-        (_, order), (_, how), _ = found
-        if (endian := order.get("endian", "little")) != "little":
-            self.problems.append(f"expected little-endian bytes, got {_bare(endian)}-endian")
-        settings = BloscSettings._make(how.get(key) for key in BloscSettings._fields)
-        if (
-            not (isinstance(settings.cname, str) and settings.cname in _COMPRESSORS)
-            or not (_is_integer(settings.clevel) and 0 <= settings.clevel <= 9)
-            or not (isinstance(settings.shuffle, str) and settings.shuffle in _SHUFFLES)
-            or not (_is_integer(settings.blocksize) and 0 <= settings.blocksize < 2**31)
-        ):
-            self.problems.append(f"blosc: expected settings that it has, got {_short(how)}")
-            return None
-        return settings
-
-    def look_at_the_rest(self) -> None:
-        name, configuration = _named(self.document.get("chunk_key_encoding"))
-        if name != "default" or configuration.get("separator", "/") != "/":
-            self.problems.append("expected the default chunk key encoding with separator '/'")
-        if (transformers := self.document.get("storage_transformers", [])) != []:
-            self.problems.append(f"expected no storage transformers, got {_short(transformers)}")
-        unknown = [
-            key
-            for key, value in self.document.items()
-            if key not in _ARRAY_KEYS
-            # The Zarr specification allows readers to ignore these.
-            and not (isinstance(value, dict) and value.get("must_understand") is False)
-        ]
-        if unknown:
-            self.problems.append(f"expected no more than Zarr's own keys, got {_short(unknown)}")
-
-    def fill(self, dtype: "np.dtype[Any]") -> float | int | None:
-        given = self.document.get("fill_value")
-        found = _float_of(given, dtype) if dtype.kind == "f" else _integer_of(given, dtype)
-        if found is None:
-            self.problems.append(f"fill_value: expected a value of {dtype}, got {_short(given)}")
-        return found
+def _place_of(steps: tuple[int | str, ...]) -> str:
+    """Format the location of a problem in a document, whose keys may be arbitrary text."""
+    names = (str(step) if str(step).isidentifier() else reprlib.repr(step) for step in steps[:8])
+    place = ".".join(name[:_MAX_NAME] for name in names)
+    return f"{place}: " if place else ""
 
 
 def _parse(encoded: bytes, kind: str, where: str) -> dict[str, Any]:
@@ -251,13 +318,13 @@ def _parse(encoded: bytes, kind: str, where: str) -> dict[str, Any]:
         raise FormatError(f"{where}: cannot be read as Zarr: {error}") from None
     if not isinstance(content, dict):
         raise FormatError(
-            f"{where}: cannot be read as Zarr: expected an object, got {_short(content)}"
+            f"{where}: cannot be read as Zarr: expected an object, got {reprlib.repr(content)}"
         )
     found, version = content.get("node_type"), content.get("zarr_format")
     if (found, version) != (kind, 3):
         raise FormatError(
             f"{where}: cannot be read as Zarr: expected {kind!r} of format 3, got "
-            f"{_short(found)} of format {_short(version)}"
+            f"{reprlib.repr(found)} of format {reprlib.repr(version)}"
         )
     return content
 
@@ -270,56 +337,5 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in content if names.count(name) > 1)
-        raise ValueError(f"the key {_short(twice)} is there more than once")
+        raise ValueError(f"the key {reprlib.repr(twice)} is there more than once")
     return content
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _lengths(value: object) -> tuple[int, ...] | None:
-    """Return the value as a shape, or None if it is not one."""
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSIONS:
-        return None
-    return tuple(value) if all(_is_integer(n) and 1 <= n < 2**31 for n in value) else None
-
-
-def _named(value: object) -> tuple[object, dict[str, Any]]:
-    """Name and configuration of an entry, which may be only a name."""
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        configuration = value.get("configuration", {})
-        if isinstance(configuration, dict):
-            return value["name"], configuration
-    return value, {}
-
-
-def _integer_of(value: object, dtype: "np.dtype[Any]") -> int | None:
-    limits = np.iinfo(dtype)
-    fits = _is_integer(value) and limits.min <= cast(int, value) <= limits.max
-    return cast(int, value) if fits else None
-
-
-def _float_of(value: object, dtype: "np.dtype[Any]") -> float | None:
-    """Parse a number, or Zarr's text for a value that JSON cannot represent."""
-    if isinstance(value, str):
-        if re.fullmatch(f"0x[0-9a-fA-F]{{{2 * dtype.itemsize}}}", value):
-            bits = int(value, 16).to_bytes(dtype.itemsize, "little")
-            return float(np.frombuffer(bits, dtype.newbyteorder("<"))[0])
-        return _NO_NUMBERS.get(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return value
-    return float(value) if abs(value) <= float(np.finfo(dtype).max) else None
-
-
-def _bare(value: object) -> str:
-    """Format an expected name; without quotes if it is one."""
-    is_name = isinstance(value, str) and re.fullmatch(r"[\w.\-]{1,60}", value, re.ASCII)
-    return str(value) if is_name else _short(value)
-
-
-def _short(value: object) -> str:
-    """Format an arbitrary value of any size."""
-    return reprlib.repr(value)

@@ -19,6 +19,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store.metadata import problems_of
 
 OneMap = TypeVar("OneMap", bound=AnyArray | HostRows)
 
@@ -127,9 +128,7 @@ class Exposure:
             )
         except ValidationError as error:
             raise InvalidInputError(
-                f"exposure {self.id!r}: {'.'.join(map(str, p['loc'])) or 'shapes'}: {p['msg']}, "
-                f"got {p['input']!r}"
-                for p in error.errors()
+                f"exposure {self.id!r}: {problem}" for problem in problems_of(error)
             ) from None
         except (TypeError, ValueError) as error:
             if isinstance(error, InvalidInputError):
