@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("ocelot_em.testing")
+
 DATA = Path(__file__).parent / "data"
 CROPS = [DATA / f"A_crop_shard{i}.npz" for i in range(4)]
 _BESIDE = Path(__file__).parents[2] / "shared" / "data"

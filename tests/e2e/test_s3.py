@@ -1,14 +1,10 @@
 """Stores in buckets and other places with URLs: the same maps as on a local disk."""
 
-import logging
 import re
-import urllib.request
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
-from builders import explicit_maps, same_bits, write_explicit_search
+from builders import same_bits, write_explicit_search
 from ocelot_em import (
     ImportOptions,
     check,
@@ -17,11 +13,9 @@ from ocelot_em import (
     merge,
     open_merged,
     open_partials,
-    write_partial,
 )
 from ocelot_em.cli import main as cli
 from ocelot_em.errors import (
-    IncompleteError,
     InvalidInputError,
     MissingChunkError,
     StorageError,
@@ -29,45 +23,9 @@ from ocelot_em.errors import (
     TilesFailedError,
 )
 from ocelot_em.model.maps import MIP
-from ocelot_em.store.bucket import BucketObjects
+from s3 import BUCKET, bucket, server
 
-BUCKET = "ocelot-tests"
-
-
-@pytest.fixture(scope="module")
-def server():
-    # The server logs every request.
-    logger = logging.getLogger("werkzeug")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
-    logger.setLevel(level)
-
-
-@pytest.fixture
-def bucket(server, monkeypatch):
-    """A client of a new bucket; obstore finds the server by its environment."""
-    environment = {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "false",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    # A process opens each place once, with the environment of that moment.
-    BucketObjects.opened.cache_clear()
-    client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    BucketObjects.opened.cache_clear()
-    urllib.request.urlopen(f"{server}/moto-api/reset", data=b"").close()
+__all__ = ["bucket", "server"]  # fixtures
 
 
 def assert_same_datasets(a, b):
@@ -106,28 +64,6 @@ def test_a_missing_object_is_named(bucket, tmp_path):
     assert re.search(place, problem)
 
 
-def test_a_merge_in_a_bucket_goes_on_and_is_replaced(bucket, small_chunks):
-    run = write_explicit_search(f"s3://{BUCKET}/RUN.zarr", (20, 50), n_partials=1)
-    out = f"s3://{BUCKET}/OUT.zarr"
-    assert merge(run, out, tile_size=32).n_merged == 2
-    bucket.delete_object(Bucket=BUCKET, Key="OUT.zarr/progress/tile_summary/c/0/1/0")
-    assert merge(run, out, tile_size=32).n_merged == 1
-    assert merge(run, out, tile_size=32, overwrite=True).n_merged == 2
-    assert check(out) == []
-
-
-def test_an_interrupted_writer_in_a_bucket_is_refused_and_can_write_again(bucket):
-    run = write_explicit_search(f"s3://{BUCKET}/RUN.zarr", n_partials=2)
-    key = "RUN.zarr/partials/gpu1/zarr.json"
-    body = bucket.get_object(Bucket=BUCKET, Key=key)["Body"].read()
-    bucket.put_object(Bucket=BUCKET, Key=key, Body=body.replace(b'"complete"', b'"writing"'))
-    with pytest.raises(IncompleteError, match="gpu1"):
-        open_partials(run)
-    write_partial(run, "gpu1", explicit_maps(seed=8), total_projections=5)
-    assert check(run) == []
-    assert describe(run).attributes.total_projections == 1000 + 5
-
-
 def test_places_that_are_not_there(bucket):
     with pytest.raises(StoreNotFoundError):
         describe(f"s3://{BUCKET}/nothing")
@@ -144,7 +80,6 @@ def test_a_store_may_be_in_memory(tmp_path):
     merge(tmp_path / "R", tmp_path / "M")
     assert_same_datasets(open_partials(run), open_partials(tmp_path / "R"))
     assert_same_datasets(open_merged(out), open_merged(tmp_path / "M"))
-    assert merge(run, out, overwrite=True).n_merged == 1
 
 
 def test_an_unknown_kind_of_url_is_refused():

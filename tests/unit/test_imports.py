@@ -63,6 +63,7 @@ HOME = {
     "starfile": {"io.star_file"},
     "pyarrow": {"io.parquet"},
     "pandas": {"particles.table", "io.tables"},
+    "pytest": {"testing"},
     "yaml": {"cli.config_file", "io.yaml_file"},
     "scipy": {"model.histograms", "particles.duplicates", "particles.significance"},
 }

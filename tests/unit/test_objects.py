@@ -1,47 +1,38 @@
-"""Objects in a directory: whole or not there, whatever else lies about."""
+"""Stores of objects: the contract of all, and what directories add to it."""
 
 import os
 
 import pytest
 
 from ocelot_em.errors import StorageError
-from ocelot_em.store.contract import ReusedMemory
 from ocelot_em.store.objects import open_objects
+from ocelot_em.testing.objects_contract import ObjectsContract
+from s3 import BUCKET, bucket, server
+
+__all__ = ["bucket", "server"]  # fixtures
+
+
+class TestDirectory(ObjectsContract):
+    @pytest.fixture
+    def objects(self, tmp_path):
+        return open_objects(tmp_path / "place")
+
+
+class TestMemory(ObjectsContract):
+    @pytest.fixture
+    def objects(self, tmp_path):
+        return open_objects(f"memory://{tmp_path}")
+
+
+class TestBucket(ObjectsContract):
+    @pytest.fixture
+    def objects(self, bucket):
+        return open_objects(f"s3://{BUCKET}/place")
 
 
 @pytest.fixture
 def objects(tmp_path):
     return open_objects(tmp_path / "place")
-
-
-def test_put_and_get(objects):
-    objects.put("a/b/c", [b"12", b"", b"3" * 100_000])
-    assert objects.get("a/b/c") == b"12" + b"3" * 100_000
-    objects.put("a/b/c", [b"4"])
-    assert objects.get("a/b/c") == b"4"
-    assert objects.size("a/b/c") == 1
-    assert objects.sizes("") == {"a/b/c": 1}
-    assert list(objects.keys("a")) == ["a/b/c"]
-
-
-def test_what_is_not_there(objects):
-    assert objects.get("a") is None
-    assert objects.size("a") is None
-    assert list(objects.keys("")) == []
-    objects.put("a/b", [b"1"])
-    assert objects.get("a/b/c") is None  # below a file
-    assert objects.get("a") is None  # a folder
-
-
-def test_memory_is_used_again_and_grows(objects):
-    memory = ReusedMemory()
-    objects.put("small", [b"1" * 10])
-    objects.put("large", [b"2" * 1000])
-    for _ in range(2):
-        assert bytes(objects.get_into("small", memory)) == b"1" * 10
-        large = objects.get_into("large", memory)
-        assert bytes(large) == b"2" * 1000
-        assert not large.readonly
 
 
 def test_what_is_half_written_is_not_listed_and_can_be_tidied(objects, tmp_path):

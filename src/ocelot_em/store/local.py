@@ -128,9 +128,10 @@ class LocalObjects(BucketObjects):
     def size(self, key: str) -> int | None:
         def action() -> int | None:
             try:
-                return Path(self._resolved(self._path(key))).stat().st_size
+                status = Path(self._resolved(self._path(key))).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            return status.st_size if stat.S_ISREG(status.st_mode) else None
 
         return self._guard("look up", key, action)
 
