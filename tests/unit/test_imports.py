@@ -56,6 +56,7 @@ HOME = {
     "dask_cuda": {"run.clusters"},
     "torch": {"model.arrays", "process_results"},
     "rich": {"cli"},
+    "jinja2": {"model.html"},
     "matplotlib": {"view"},
     "mrcfile": {"io.mrc"},
     "h5py": {"io.hdf5"},
@@ -200,7 +201,7 @@ def loaded_by(statement):
 
 def test_importing_the_package_imports_nothing_heavy():
     heavy = {"numpy", "scipy", "dask", "distributed", "torch", "cupy", "zarr", "numba", "xarray"}
-    assert not loaded_by("import ocelot_em") & (heavy | {"pydantic"})
+    assert not loaded_by("import ocelot_em") & (heavy | {"jinja2", "pydantic"})
 
 
 def test_importing_the_command_line_imports_nothing_slow():

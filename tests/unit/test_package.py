@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
-SHIPPED_SUFFIXES = {".py", ".cu"}
+SHIPPED_SUFFIXES = {".py", ".cu", ".j2", ".css"}
 SHIPPED_NAMES = {"py.typed", "DESIGN.md"}
 
 

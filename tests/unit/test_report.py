@@ -9,6 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 
 import ocelot_em
 from builders import explicit_maps, idle_maps
@@ -17,8 +18,9 @@ from ocelot_em import ImportOptions, import_results, write_partial
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.io.ome_zarr import write_ome_zarr
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.markup import Markup, element, nbytes_text, seconds_text, table
+from ocelot_em.model.html import render
 from ocelot_em.model.regions import Region
+from ocelot_em.model.text import nbytes_text, number_text, percent_text, seconds_text
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.arrays import update_attributes, write_chunk
@@ -42,7 +44,7 @@ from ocelot_em.view.statistics_plots import (
     plot_partials,
     plot_survival,
 )
-from report_pages import FIGURES, tell_figures
+from report_pages import RENDERING, stub_rendering
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'$x^2$.zarr"
 SECTIONS = {"particles", "significance", "poses", "partials", "timings", "provenance"}
@@ -92,11 +94,11 @@ def checked(place):
     return page
 
 
-@pytest.fixture(params=FIGURES)
+@pytest.fixture(params=RENDERING)
 def report_of(request, monkeypatch):
-    """Writes a report of a store; what its figures show is only told in the fast tier."""
-    if request.param == "told":
-        tell_figures(monkeypatch)
+    """Writes a report of a store; its figures are not rendered in the fast tier."""
+    if request.param == "stubbed":
+        stub_rendering(monkeypatch)
     return drawn_report_of
 
 
@@ -143,7 +145,7 @@ def test_the_page_says_what_is_known(crops, crops_page):
         "A_crop_shard3",
         "RUN.zarr",
         "tile_size",
-        "Nothing is out of line",
+        "All checks passed",
         "decoded",
         f"{float(particles.columns['scaled_mip'][0]):.3f}",
     ):
@@ -212,7 +214,7 @@ def test_one_pixel_of_one_projection(report_of, tmp_path):
 def test_nothing_searched(report_of, tmp_path):
     idle = idle_maps(explicit_maps((12, 9)))
     page = report_of(merge_of(tmp_path, [idle, idle], count=0), tmp_path)
-    assert "108 valid pixels are searched by no partial" in page.words
+    assert "108 valid pixels are not searched by any partial" in page.words
     assert "no pixel was searched" in page.words
 
 
@@ -231,7 +233,7 @@ def test_nan_without_variance_and_unsearched(tmp_path, rng):
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", nan="mask")
     page = drawn_report_of(tmp_path / "OUT.zarr", tmp_path)
     assert "without variance" in page.words
-    assert "searched by no partial" in page.words
+    assert "not searched by any partial" in page.words
 
 
 def test_particles_without_poses(report_of, crops, tmp_path):
@@ -241,14 +243,14 @@ def test_particles_without_poses(report_of, crops, tmp_path):
     assert "no poses" in report_of(crops, tmp_path, particles=ParticleTable(found)).words
 
 
-def test_a_partial_out_of_line_is_named(report_of, tmp_path, rng):
+def test_an_unusual_partial_is_named(report_of, tmp_path, rng):
     results = [make_result(rng, (80, 80), 1000) for _ in range(3)]
     results[1]["mip"] += 2
     write_search(tmp_path / "RUN.zarr", results, [1000] * 3)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     page = report_of(tmp_path / "OUT.zarr", tmp_path)
     assert "p1: won" in page.words
-    assert "Nothing is out of line" not in page.words
+    assert "All checks passed" not in page.words
 
 
 @pytest.mark.parametrize("n_partials", [13, pytest.param(60, marks=pytest.mark.slow)])
@@ -263,7 +265,7 @@ def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_pa
     particles = find_peaks(tmp_path / "OUT.zarr", cutoff=0, min_distance=1)
     assert len(particles) == 3600
     page = report_of(tmp_path / "OUT.zarr", tmp_path, particles=particles)
-    assert "The best 1,000 are in circles" in page.words
+    assert "Only the best 1,000 particles are circled" in page.words
 
 
 def test_a_map_much_wider_than_high(report_of, tmp_path):
@@ -402,13 +404,13 @@ def test_a_merge_report_in_a_notebook(crops, tmp_path):
     assert "GB/s" in shown
 
 
-def test_markup_escapes_what_is_not_markup():
-    assert element("td", "<b>", Markup("<b>"), class_='"x"') == (
-        '<td class="&quot;x&quot;">&lt;b&gt;<b></td>'
+def test_templates_escape_values_and_require_them():
+    pairs = [("<", "\"&'")]
+    assert "<tr><th>&lt;</th><td>&#34;&amp;&#39;</td></tr>" in render(
+        "model/templates/facts.html.j2", pairs=pairs
     )
-    assert table(["<"], [["&"]]) == (
-        "<table><thead><tr><th>&lt;</th></tr></thead><tbody><tr><td>&amp;</td></tr></tbody></table>"
-    )
+    with pytest.raises(UndefinedError, match="'cards' is undefined"):
+        render("view/templates/report.html.j2", name="", url="", montage=None)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +425,13 @@ def test_markup_escapes_what_is_not_markup():
         (seconds_text(59.99), "60 s"),
         (seconds_text(61), "1 min 01 s"),
         (seconds_text(7265), "2 h 01 min"),
+        (number_text(None, ".2f"), "—"),
+        (number_text(np.nan, ".2f"), "—"),
+        (number_text(1234.5, ",.2f"), "1,234.50"),
+        (percent_text(0), "0%"),
+        (percent_text(1e-9), "0.1%"),
+        (percent_text(1 - 1e-9), "99.9%"),
+        (percent_text(1), "100%"),
     ],
 )
 def test_quantities_in_words(text, expected):

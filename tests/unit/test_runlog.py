@@ -13,7 +13,7 @@ from ocelot_em.cli import main as cli
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.yaml_file import read_yaml
 from ocelot_em.run.runlog import RunLog
-from report_pages import tell_figures
+from report_pages import stub_rendering
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_run_folder_holds_all_that_a_run_leaves(search, tmp_path, capsys):
 def test_files_are_for_whom_the_umask_says(search, tmp_path, monkeypatch):
     import os
 
-    tell_figures(monkeypatch)
+    stub_rendering(monkeypatch)
 
     old = os.umask(0o077)
     try:
@@ -125,7 +125,7 @@ def test_reports_are_written_without_bokeh_as_far_as_possible(
         return None if name == "bokeh" else found(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    tell_figures(monkeypatch)
+    stub_rendering(monkeypatch)
     arguments = ["merge", str(search), "--output", str(tmp_path / "OUT.zarr")]
     assert cli.run([*arguments, "--run-folder", str(tmp_path / "night")]) == 0
     assert not (tmp_path / "night" / "performance.html").exists()

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocelot_em.errors import FormatError, InvalidInputError
-from ocelot_em.model.markup import pairs, seconds_text
+from ocelot_em.model.html import render
+from ocelot_em.model.text import seconds_text
 
 log = logging.getLogger(__name__)
 
@@ -202,14 +203,13 @@ class MergeReport:
     def _repr_html_(self) -> str:
         """Summarise the merge for a notebook."""
         shares = [f"{name} {share:.0%}" for name, share in self.shares.items()]
-        return pairs(
-            (
-                ("merged", self.output),
-                ("tiles", f"{self.n_merged:,} of {self.n_tiles:,} by this run"),
-                ("time", f"{seconds_text(self.seconds)}: {', '.join(shares)}"),
-                ("rate", f"{self.gigabytes_per_second:.3g} GB/s of decoded input"),
-            )
+        facts = (
+            ("merged", self.output),
+            ("tiles", f"{self.n_merged:,} of {self.n_tiles:,} by this run"),
+            ("time", f"{seconds_text(self.seconds)}: {', '.join(shares)}"),
+            ("rate", f"{self.gigabytes_per_second:.3g} GB/s of decoded input"),
         )
+        return render("model/templates/facts.html.j2", pairs=facts)
 
 
 def failure(iy: int, ix: int, error: Exception) -> Outcome:

@@ -1,21 +1,15 @@
-"""Report sections about exposures."""
+"""Sections of the report about exposures, as data for its template."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ocelot_em.model.maps import Float64
-from ocelot_em.model.markup import Markup, captioned, element, join, length_text, percent, table
-from ocelot_em.particles.quality import (
-    MIN_SHOWN,
-)
+from ocelot_em.model.text import area_text, number_text, percent_text, shape_text
+from ocelot_em.particles.quality import MIN_SHOWN
 from ocelot_em.particles.table import EXPOSURE, ParticleTable
-from ocelot_em.view.figures import (
-    MAX_BARS,
-    short_number,
-)
+from ocelot_em.view.figures import MAX_BARS
 from ocelot_em.view.montage import Coverage, Montage
 from ocelot_em.view.montage_plots import (
     own_partials,
@@ -24,205 +18,170 @@ from ocelot_em.view.montage_plots import (
     plot_seams,
     seam_of,
 )
+from ocelot_em.view.page import Drawing, Table
 
-Draw = Callable[[str, tuple[float, float], Callable[[Any], object], str], Markup]
-"""Adds a figure to a page: name, size in inches, function that draws it, text description."""
-
-ROWS_SHOWN = 100
-"""Maximum number of rows shown of a table; there may be thousands."""
+MAX_ROWS = 100
+"""Maximum number of listed exposures or partials; there may be thousands."""
 
 
 def montage_cards(montage: Montage, coverage: Coverage) -> list[tuple[str, str]]:
     """Return headline numbers, each with its label."""
     attributes = montage.attributes
-    height, width = attributes.valid_shape
-    size, pixels = attributes.pixel_size_angstrom, height * width
+    shape, size = attributes.valid_shape, attributes.pixel_size_angstrom
+    pixels = shape[0] * shape[1]
     counts = [exposure.total_projections for exposure in montage.exposures]
-    lowest, highest = (f"{count:,}" for count in (min(counts), max(counts)))
-    several = percent(coverage.overlap_pixels / pixels)
-    area = "" if size is None else f", {length_text(height * size, width * size)}"
+    projections = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+    overlap = percent_text(coverage.overlap_pixels / pixels)
+    area = f", {area_text(shape, size)}" if size else ""
     return [
         (f"{len(montage.exposures):,}", "exposures"),
-        (f"{height:,} × {width:,}", f"pixels of the canvas{area}"),
-        (percent(coverage.covered_pixels / pixels), f"of it covered, {several} more than once"),
+        (shape_text(shape), f"pixels of the canvas{area}"),
         (
-            lowest if lowest == highest else f"{lowest} to {highest}",
-            "projections per pixel of an exposure",
+            percent_text(coverage.covered_pixels / pixels),
+            f"of the canvas covered, {overlap} more than once",
         ),
+        (projections, "projections per pixel of an exposure"),
     ]
 
 
 def montage_section(
-    montage: Montage, particles: ParticleTable, coverage: Coverage, draw: Draw
-) -> Markup:
-    """Show the exposures of a montage: placement, seams, and a table."""
-    height, width = montage.attributes.valid_shape
-    wide = width > 2 * height
-    across = 11.6 if wide else 5.4
-    drawn = draw(
-        "coverage",
-        (across, float(np.clip((across - 1.4) * height / width, 1.2, 7.5)) + 0.8),
-        lambda page: plot_exposures(montage.attributes, page.subplots()),
-        "how many exposures cover each pixel",
-    )
-    told = "From where the exposures lie; what was left out of them does not count."
-    if coverage.factor > 1:
-        block = f"{coverage.factor} × {coverage.factor}"
-        told += f" A pixel of this picture is the highest number of {block}."
-    covered = captioned(drawn, told, "full" if wide else "half")
-    pictures = element("div", covered, _seams(montage, draw, wide=wide), class_="row")
-    return join([pictures, _exposure_table(montage, particles)])
+    montage: Montage, particles: ParticleTable, coverage: Coverage
+) -> dict[str, object]:
+    """Return the exposures of a montage: placement, seams, and a table."""
+    attributes, n_exposures = montage.attributes, len(montage.exposures)
+    height, width = attributes.valid_shape
+    is_wide = width > 2 * height
+    across = 11.6 if is_wide else 5.4
+    tall = float(np.clip((across - 1.4) * height / width, 1.2, 7.5))
+    seams = np.array([seam_of(exposure) for exposure in montage.exposures])
+    n_compared = int(np.isfinite(seams).sum())
+    has_names = n_exposures <= MAX_BARS
+    is_beside = has_names or is_wide
 
-
-def _seams(montage: Montage, draw: Draw, *, wide: bool) -> Markup:
-    n = len(montage.exposures)
-    n_known = int(np.isfinite([seam_of(exposure) for exposure in montage.exposures]).sum())
-    few = n <= MAX_BARS
-    beside = few or wide
-
-    def paint(page: Any) -> None:
-        if not n_known:
-            plot_seams(montage.summary, page.subplots())
+    def draw_seams(figure: Any) -> None:
+        if not n_compared:
+            plot_seams(montage.summary, figure.subplots())
             return
-        ratios = {"width_ratios": (1.6, 1)} if beside else {"height_ratios": (1.4, 1)}
-        means, differences = page.subplots(*((1, 2) if beside else (2, 1)), **ratios)
+        ratios = {"width_ratios": (1.6, 1)} if is_beside else {"height_ratios": (1.4, 1)}
+        means, differences = figure.subplots(*((1, 2) if is_beside else (2, 1)), **ratios)
         plot_seams(montage.summary, means)
         plot_seams(montage.summary, differences, value="difference")
-        if few:
+        if has_names:
             differences.set_ylim(means.get_ylim())
             differences.tick_params(labelleft=False)
 
-    tall = float(np.clip(0.25 * n + 1.7, 2.4, 12.0)) if few else 3.2 if beside else 5.2
-    drawn = draw("seams", (11.6 if wide else 5.4, tall), paint, "z-scores of exposures")
-    told = (
-        "z-scores that the montage shows of each exposure, where it is alone and where others "
-        f"lie, too: means, with standard deviations as {'bars' if few else 'bands'}. "
-    )
-    if n_known:
-        told += (
-            f"{'Right' if beside else 'Below'}: how far both means are apart, for the {n_known:,} "
-            f"of {n:,} exposures that show {MIN_SHOWN:,} pixels or more of both kinds; beyond "
-            "the grey band a seam can be seen."
-        )
-    else:
-        told += f"No exposure shows {MIN_SHOWN:,} pixels of both kinds, to tell them apart."
-    return captioned(drawn, told, "full" if wide else "half")
+    seams_tall = float(np.clip(0.25 * n_exposures + 1.7, 2.4, 12.0))
+    if not has_names:
+        seams_tall = 3.2 if is_beside else 5.2
+    return {
+        "width": "full" if is_wide else "half",
+        "coverage": Drawing.of(
+            "coverage",
+            (across, tall + 0.8),
+            lambda figure: plot_exposures(attributes, figure.subplots()),
+            "number of exposures that cover each pixel",
+        ),
+        "pooling": coverage.factor,
+        "seams": Drawing.of("seams", (across, seams_tall), draw_seams, "z-scores of exposures"),
+        "has_names": has_names,
+        "is_beside": is_beside,
+        "n_exposures": n_exposures,
+        "n_compared": n_compared,
+        "min_shown": MIN_SHOWN,
+        "table": _exposure_table(montage, particles, seams),
+        "first_pixel": attributes.canvas_origin if any(attributes.canvas_origin) else None,
+    }
 
 
-def _exposure_table(montage: Montage, particles: ParticleTable) -> Markup:
+def _exposure_table(montage: Montage, particles: ParticleTable, seams: Float64) -> Table:
     header = (
         "exposure",
         "acquired",
         "origin (y, x)",
         "valid pixels",
         "shown",
-        "of it in overlaps",
+        "in overlaps",
         "projections",
         "mean z alone",
         "mean z in overlaps",
-        "apart (std)",
+        "difference (std)",
         "particles",
     )
     found = Counter(particles.columns[EXPOSURE].tolist() if particles.is_of_montage else ())
-    apart = np.array([seam_of(exposure) for exposure in montage.exposures])
     rows = []
-    for k in _telling(np.abs(apart)):
-        exposure, lies = montage.exposures[k], montage.attributes.exposures[k]
+    for k in _chosen_rows(np.abs(seams)):
+        exposure, placed = montage.exposures[k], montage.attributes.exposures[k]
         shown = exposure.shown_pixels
         rows.append(
             (
                 exposure.id,
-                f"{lies.acquired:d}",
-                f"{lies.origin[0]:,}, {lies.origin[1]:,}",
+                f"{placed.acquired:d}",
+                f"{placed.origin[0]:,}, {placed.origin[1]:,}",
                 f"{exposure.valid_pixels:,}",
                 f"{shown:,}",
-                percent(exposure.overlap.pixels / shown) if shown else "—",
+                percent_text(exposure.overlap.pixels / shown) if shown else "—",
                 f"{exposure.total_projections:,}",
-                _decimals(short_number(exposure.alone.mean), 3),
-                _decimals(short_number(exposure.overlap.mean), 3),
-                _decimals(float(apart[k]), 2),
+                number_text(exposure.alone.mean, ".3f"),
+                number_text(exposure.overlap.mean, ".3f"),
+                number_text(seams[k], ".2f"),
                 f"{found[exposure.id]:,}",
             )
         )
-    told = "Origins are pixels of the canvas."
-    if any(montage.attributes.canvas_origin):
-        first = ", ".join(f"{position:,}" for position in montage.attributes.canvas_origin)
-        told = f"Origins are pixels of the canvas, whose first pixel is ({first}) of the search."
-    if len(apart) > len(rows):
-        told = f"Those with the largest differences, and {len(apart) - len(rows):,} more. {told}"
-    numbers = element("div", table(header, rows), class_="scroll numbers")
-    return join([numbers, element("p", told, class_="caption")])
+    return Table(header, rows, len(seams))
 
 
-def partials_of_exposures_section(montage: Montage, draw: Draw) -> Markup:
-    """Show the partials, compared within each exposure."""
+def montage_partials_section(montage: Montage) -> dict[str, object]:
+    """Return the partials, compared within each exposure."""
     partials = own_partials(montage)
-    few = len(montage.of_exposures) <= MAX_BARS
+    has_names = len(montage.of_exposures) <= MAX_BARS
 
-    def paint(page: Any) -> None:
-        wins, stds = page.subplots(*((1, 2) if few else (2, 1)))
+    def draw(figure: Any) -> None:
+        wins, stds = figure.subplots(*((1, 2) if has_names else (2, 1)))
         plot_partials_of_exposures(montage, wins, value="wins")
         plot_partials_of_exposures(montage, stds, value="std")
-        if few:
+        if has_names:
             stds.tick_params(labelleft=False)
 
-    parts = []
+    drawing = None
     if any(np.isfinite(own.won_ratio) or np.isfinite(own.std_ratio) for own in partials):
-        tall = float(np.clip(0.34 * len(montage.of_exposures) + 1.3, 2.0, 12.0)) if few else 4.6
-        drawn = draw("partials-plot", (12.0, tall), paint, "health of the partial results")
-        told = (
-            "A dot is a partial, compared with the others of its exposure only. It should win the "
-            "share of the exposure's pixels that it has of its projections, about, and the "
-            "standard deviations of correlations should agree. Red ones are out of line."
-        )
-        parts.append(captioned(drawn, told, "full"))
-    else:
-        alone = "No exposure has several partials that could be compared with each other."
-        parts.append(element("p", alone, class_="caption"))
+        tall = float(np.clip(0.34 * len(montage.of_exposures) + 1.3, 2.0, 12.0))
+        size = (12.0, tall if has_names else 4.6)
+        drawing = Drawing.of("partials-plot", size, draw, "comparison of the partials")
     header = (
         "exposure",
         "partial",
         "projections",
-        "share of them",
+        "share",
         "pixels won",
         "won / expected",
         "mean",
-        "its spread",
+        "spread of mean",
         "std",
         "std / median",
     )
     rows = []
-    for k in _telling(np.array([own.unusual for own in partials])):
+    for k in _chosen_rows(np.array([own.unusual for own in partials])):
         own = partials[k]
-        statistics = montage.of_exposures[own.exposure]
-        projections = max(sum(p.total_projections for p in statistics.partials), 1)
+        partial, source = own.partial, own.source
+        projections = sum(p.total_projections for p in montage.of_exposures[own.exposure].partials)
         rows.append(
             (
                 own.exposure,
-                own.partial.name,
-                f"{own.partial.total_projections:,}",
-                percent(own.partial.total_projections / projections),
-                f"{own.partial.won_pixels:,}",
-                _decimals(own.won_ratio, 2),
-                *(_decimals(short_number(v), 5) for v in (own.source.mean, own.source.mean_spread)),
-                _decimals(short_number(own.source.std), 5),
-                _decimals(own.std_ratio, 3),
+                partial.name,
+                f"{partial.total_projections:,}",
+                percent_text(partial.total_projections / max(projections, 1)),
+                f"{partial.won_pixels:,}",
+                number_text(own.won_ratio, ".2f"),
+                *(number_text(v, ".5f") for v in (source.mean, source.mean_spread, source.std)),
+                number_text(own.std_ratio, ".3f"),
             )
         )
-    parts.append(element("div", table(header, rows), class_="scroll numbers"))
-    if len(partials) > len(rows):
-        more = f"Those most unlike the others, and {len(partials) - len(rows):,} more."
-        parts.append(element("p", more, class_="caption"))
-    return join(parts)
+    return {"drawing": drawing, "table": Table(header, rows, len(partials))}
 
 
-def _telling(interest: Float64) -> list[int]:
-    """Return the rows to show: all in order, or the most interesting if there are too many."""
-    if len(interest) <= ROWS_SHOWN:
+def _chosen_rows(interest: Float64) -> list[int]:
+    """Return the rows to list: all in order, or the most interesting if there are too many."""
+    if len(interest) <= MAX_ROWS:
         return list(range(len(interest)))
     order: list[int] = np.argsort(-np.nan_to_num(interest), kind="stable").tolist()
-    return order[:ROWS_SHOWN]
-
-
-def _decimals(value: float, n: int) -> str:
-    return f"{value:.{n}f}" if np.isfinite(value) else "—"
+    return order[:MAX_ROWS]

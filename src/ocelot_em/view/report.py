@@ -9,67 +9,33 @@ from pathlib import Path
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
+from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32
-from ocelot_em.model.markup import (
-    element,
-    page,
-)
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable, write_file
-from ocelot_em.view.drawing import drawing
 from ocelot_em.view.figures import new_figure
 from ocelot_em.view.montage import Coverage
-from ocelot_em.view.montage_plots import (
-    outline_exposures,
-    plot_exposures,
-    plot_partials_of_exposures,
-    plot_seams,
-)
-from ocelot_em.view.montage_sections import montage_section
-from ocelot_em.view.plots import (
-    plot_crop,
-    plot_defocus,
-    plot_poses,
-    plot_psi,
-    plot_zscore,
-    pooled_zscore,
-)
-from ocelot_em.view.report_provenance import provenance_section, timings_section
+from ocelot_em.view.montage_plots import outline_exposures
+from ocelot_em.view.montage_sections import montage_partials_section, montage_section
+from ocelot_em.view.plots import plot_zscore, pooled_zscore
 from ocelot_em.view.report_sections import (
     headline,
-    notes,
     partials_section,
     particles_section,
     poses_section,
+    provenance_section,
     significance_section,
+    timings_section,
+    warnings_of,
 )
-from ocelot_em.view.statistics_plots import (
-    plot_correlations,
-    plot_distributions,
-    plot_joint,
-    plot_partials,
-    plot_survival,
-)
+from ocelot_em.view.statistics_plots import plot_survival
 from ocelot_em.view.subject import Subject, subject_of
 
-__all__ = [
-    "plot_correlations",
-    "plot_crop",
-    "plot_defocus",
-    "plot_distributions",
-    "plot_exposures",
-    "plot_joint",
-    "plot_partials",
-    "plot_partials_of_exposures",
-    "plot_poses",
-    "plot_psi",
-    "plot_seams",
-    "plot_survival",
-    "plot_zscore",
-    "pooled_zscore",
-    "save_overview",
-    "write_report",
-]
+MAX_WARNINGS = 8
+"""Maximum number of warnings on the page before the others are folded."""
+
+MAX_FOLDED_WARNINGS = 200
+"""Maximum number of warnings on the page."""
 
 OVERVIEW_PX = 640
 """Longest edge of the overview on a page, in pixels."""
@@ -123,30 +89,24 @@ def write_report(
     overview = _overview(subject, pyramid)
     montage = subject.montage
     coverage = None if montage is None else Coverage.of(montage.attributes)
-    sections = [
-        ("particles", "Particles", particles_section(subject, overview, max_zooms)),
-        ("significance", "Significance", significance_section(subject)),
-        ("poses", "Poses", poses_section(subject.particles)),
-        ("partials", "Partials", partials_section(subject)),
-        ("timings", "Timings", timings_section(subject)),
-        ("provenance", "Provenance", provenance_section(subject)),
-    ]
-    if montage is not None and coverage is not None:
-        told = montage_section(montage, subject.particles, coverage, drawing)
-        sections.insert(1, ("montage", "Montage", told))
-    name = subject.url.rstrip("/").rpartition("/")[2] or subject.url
-    links = [element("a", title, href=f"#{key}") for key, title, _ in sections]
-    body = [
-        element("header", element("h1", name), element("p", subject.url, class_="path")),
-        element("nav", *links),
-        element("main", headline(subject, coverage), notes(subject)),
-        *(
-            element("section", element("h2", title), content, id=key)
-            for key, title, content in sections
-        ),
-    ]
+    page = render(
+        "view/templates/report.html.j2",
+        name=subject.url.rstrip("/").rpartition("/")[2] or subject.url,
+        url=subject.url,
+        cards=headline(subject, coverage),
+        warnings=warnings_of(subject),
+        max_warnings=MAX_WARNINGS,
+        max_folded_warnings=MAX_FOLDED_WARNINGS,
+        particles=particles_section(subject, overview, max_zooms),
+        montage=montage and coverage and montage_section(montage, subject.particles, coverage),
+        significance=significance_section(subject),
+        poses=poses_section(subject.particles),
+        partials=montage_partials_section(montage) if montage else partials_section(subject),
+        timings=timings_section(subject),
+        provenance=provenance_section(subject),
+    )
     place = Path(path)
-    write_file(place, page(f"{name} · Ocelot-EM report", body).encode())
+    write_file(place, page.encode())
     return place
 
 

@@ -1,28 +1,32 @@
-"""The sections of the report."""
+"""Sections of the report: figures, tables and facts, as data for its template."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
+from ocelot_em.merge.outcome import SUMMARY_FIELDS
 from ocelot_em.model.maps import AnyArray, Float32
-from ocelot_em.model.markup import (
-    Markup,
-    captioned,
-    element,
-    join,
-    length_text,
-    percent,
-    table,
-)
 from ocelot_em.model.regions import ceil_div
+from ocelot_em.model.text import (
+    area_text,
+    nbytes_text,
+    number_text,
+    percent_text,
+    seconds_text,
+    shape_text,
+)
 from ocelot_em.particles.picking import all_candidates
+from ocelot_em.particles.quality import montage_warnings, partial_warnings
 from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
-from ocelot_em.view.drawing import drawing
+from ocelot_em.store import constants
+from ocelot_em.store.arrays import read_table
 from ocelot_em.view.montage import Coverage
 from ocelot_em.view.montage_plots import outline_exposures
-from ocelot_em.view.montage_sections import montage_cards, partials_of_exposures_section
+from ocelot_em.view.montage_sections import montage_cards
+from ocelot_em.view.page import Drawing, Table
 from ocelot_em.view.plots import (
     MAX_CIRCLES,
     map_positions,
@@ -41,86 +45,75 @@ from ocelot_em.view.statistics_plots import (
 )
 from ocelot_em.view.subject import Subject
 
-_BEST_SHOWN = 12
-_PARTIALS_SHOWN = 1000
+_PARTICLES_LISTED = 12
+_PARTIALS_LISTED = 1000
+
+_PARTICLE_COLUMNS = {
+    "mip": ("mip", ".3f"),
+    "z-score": ("scaled_mip", ".3f"),
+    "φ (°)": ("phi", ".1f"),
+    "θ (°)": ("theta", ".1f"),
+    "ψ (°)": ("psi", ".1f"),
+    "defocus (Å)": ("relative_defocus", ".0f"),
+}
+"""Columns of the particle table and their formats, by their names on the page."""
 
 
-_PROBLEMS_SHOWN = 8
-_PROBLEMS_LISTED = 200
-
-
-def headline(subject: Subject, coverage: Coverage | None) -> Markup:
-    """Show the most important numbers."""
-    statistics, montage = subject.summary.attributes, subject.montage
-    size, about = subject.attributes.pixel_size_angstrom, subject.particles.about
-    searched = statistics.searched_pixels / max(statistics.valid_pixels, 1)
+def headline(subject: Subject, coverage: Coverage | None) -> list[tuple[str, str]]:
+    """Return the most important numbers, each with its label."""
+    statistics, attributes = subject.summary.attributes, subject.attributes
+    size, about = attributes.pixel_size_angstrom, subject.particles.about
+    searched = percent_text(statistics.searched_pixels / max(statistics.valid_pixels, 1))
     cutoff, method = "—", "no cutoff"
     if about is not None:
         cutoff, method = f"{about.cutoff:.4g}", f"cutoff ({about.method})"
         if NEG_LOG_P in subject.particles.columns:
             method = "cutoff (-ln p)"
         elif about.per is not None:
-            of = "each exposure" if about.per == "exposure" else "the montage"
-            cutoff, method = about.cutoff_text, f"cutoff in {of} ({about.method})"
-    highest = statistics.scaled_mip_range
-    partials = (f"{len(subject.attributes.partials):,}", "partial results")
-    if montage is None or coverage is None:
-        several = ""
-        about_maps = [_valid_pixels(subject.attributes), (percent(searched), "of them searched")]
-        counts = [partials, (f"{subject.attributes.total_projections:,}", "projections per pixel")]
+            where = "each exposure" if about.per == "exposure" else "the montage"
+            cutoff, method = about.cutoff_text, f"cutoff in {where} ({about.method})"
+    partials = (f"{len(attributes.partials):,}", "partial results")
+    if subject.montage is None or coverage is None:
+        everywhere = ""
+        area = f", {area_text(attributes.valid_shape, size)}" if size else ""
+        maps = [
+            (
+                shape_text(attributes.valid_shape),
+                f"valid pixels of {shape_text(attributes.shape)}{area}",
+            ),
+            (searched, "of the valid pixels searched"),
+            partials,
+            (f"{attributes.total_projections:,}", "projections per pixel"),
+        ]
     else:
-        several = " of all exposures"
-        about_maps = montage_cards(montage, coverage)
-        counts = [(percent(searched), "of all exposures' pixels searched"), partials]
-    cards = [
+        everywhere = " of all exposures"
+        maps = [
+            *montage_cards(subject.montage, coverage),
+            (searched, "of all exposures' pixels searched"),
+            partials,
+        ]
+    z_range = statistics.scaled_mip_range
+    return [
         (f"{len(subject.particles):,}", "particles"),
         (cutoff, method),
-        ("—" if highest is None else f"{highest[1]:.2f}", f"highest z-score{several}"),
-        *about_maps,
-        *counts,
-        ("unknown" if size is None else f"{size:.4g} Å", "pixel size"),
+        (number_text(z_range and z_range[1], ".2f"), f"highest z-score{everywhere}"),
+        *maps,
+        (f"{size:.4g} Å" if size else "unknown", "pixel size"),
     ]
-    return element(
-        "div",
-        *(element("div", element("strong", value), element("span", what)) for value, what in cards),
-        class_="cards",
-    )
 
 
-def _valid_pixels(attributes: fmt.MergedAttributes) -> tuple[str, str]:
-    (height, width), size = attributes.valid_shape, attributes.pixel_size_angstrom
-    area = "" if size is None else f", {length_text(height * size, width * size)}"
-    return f"{height:,} × {width:,}", f"valid pixels of {shape_text(attributes.shape)}{area}"
-
-
-def notes(subject: Subject) -> Markup:
-    """Show warnings about unusual results."""
-    problems = _problems(subject)
-    if not problems:
-        return element("p", "Nothing is out of line.", class_="good")
-    told = [element("li", problem) for problem in problems[:_PROBLEMS_LISTED]]
-    shown, folded = told[:_PROBLEMS_SHOWN], told[_PROBLEMS_SHOWN:]
-    if folded:
-        if len(problems) > len(told):
-            folded.append(element("li", f"and {len(problems) - len(told):,} more"))
-        more = element("summary", f"and {len(problems) - len(shown):,} more")
-        shown.append(element("li", element("details", more, element("ul", *folded))))
-    return element("ul", *shown, class_="notes")
-
-
-def _problems(subject: Subject) -> list[str]:
-    from ocelot_em.particles.quality import montage_warnings, partial_warnings
-
+def warnings_of(subject: Subject) -> list[str]:
+    """Return sentences about unusual results."""
     statistics, montage = subject.summary.attributes, subject.montage
     counted = (
-        (statistics.unsearched_pixels, "searched by no partial"),
+        (statistics.unsearched_pixels, "not searched by any partial"),
         (statistics.nan_pixels, "NaN"),
-        (statistics.zero_std_pixels, "without variance: their z-score is 0"),
+        (statistics.zero_std_pixels, "without variance: the z-score is 0"),
     )
     # Canvas pixels without an exposure are not counted.
-    of = "" if montage is None else " of the exposures, all counted together,"
+    where = "" if montage is None else " (summed over all exposures)"
     problems = [
-        f"{n:,} valid pixel{'' if n == 1 else 's'}{of} {'is' if n == 1 else 'are'} {what}."
+        f"{n:,} valid pixel{' is' if n == 1 else 's are'} {what}{where}."
         for n, what in counted
         if n
     ]
@@ -131,226 +124,161 @@ def _problems(subject: Subject) -> list[str]:
     return [*partial_warnings(statistics), *problems]
 
 
-def particles_section(subject: Subject, overview: tuple[Float32, int], max_zooms: int) -> Markup:
-    """Show the particles."""
+def particles_section(
+    subject: Subject, overview: tuple[Float32, int], max_zooms: int
+) -> dict[str, object]:
+    """Return the map with the particles, the best ones enlarged, and their table."""
     particles = subject.particles
     height, width = subject.attributes.valid_shape
     # Maps much wider than high take the full width of the page.
-    wide = width > 2 * height
-    across = 12.0 if wide else 7.4
+    is_wide = width > 2 * height
+    across = 12.0 if is_wide else 7.4
     tall = float(np.clip((across - 1.5) * height / width, 1.4, 8.5))
 
     def draw(figure: Any) -> None:
         ax = plot_zscore(overview, figure.subplots(), particles=particles)
         outline_exposures(ax, subject.attributes.exposures)
 
-    whole = drawing(
-        "overview", (across, tall + 0.8), draw, "z-score map with picked particles in circles"
-    )
-    explained = "Each particle's position is the upper left corner of its template box."
-    if subject.montage is not None:
-        explained += " Lines are the edges of exposures; where none lies, it is grey."
-    if overview[1] > 1:
-        pooled = f"A pixel of this picture is the highest z-score of {overview[1]} × {overview[1]}."
-        explained = f"{pooled} {explained}"
-    if len(particles) > MAX_CIRCLES:
-        explained += f" The best {MAX_CIRCLES:,} are in circles."
-    parts = [captioned(whole, explained, "full" if wide else "wide")]
-    best = _best_first(particles)
+    score = particles.columns.get(NEG_LOG_P, particles.columns["scaled_mip"])
+    best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
     zoomed = best[: max(max_zooms, 0)]
-    if len(zoomed):
-        is_shown = _which_are_shown(subject, zoomed)
-        drawn = _zooms(subject, is_shown, 6 if wide else 2)
-        what = "The best particles, every pixel, each with its own colours."
-        if not all(is_shown.values()):
-            what += " Hidden: the montage shows another exposure there."
-        parts.append(captioned(drawn, what, "full" if wide else "narrow"))
-    rows = [particle_row(subject, number, i) for number, i in enumerate(best[:_BEST_SHOWN], 1)]
-    shown: list[Markup] = [element("div", *parts, class_="row")]
-    if rows:
-        header = [
-            "",
-            "y",
-            "x",
-            "mip",
-            "z-score",
-            "φ (°)",
-            "θ (°)",
-            "ψ (°)",
-            "defocus (Å)",
-            "partial",
-        ]
-        header += ["-ln p"] * (NEG_LOG_P in particles.columns)
-        if particles.is_of_montage:
-            where = ["exposure", *header[1:3], "canvas y", "canvas x"]
-            header = ["", *where, *header[3:], "also seen in (y, x)"]
-        shown.append(element("div", table(header, rows), class_="scroll numbers"))
-        if len(particles) > len(rows):
-            more = f"The best {len(rows)} of {len(particles):,} particles."
-            shown.append(element("p", more, class_="caption"))
-    else:
-        shown.append(element("p", "There are no particles.", class_="caption"))
-    return join(shown)
+    is_shown = _which_are_shown(subject, zoomed)
+    return {
+        "is_wide": is_wide,
+        "pooling": overview[1],
+        "max_circles": MAX_CIRCLES if len(particles) > MAX_CIRCLES else None,
+        "overview": Drawing.of(
+            "overview", (across, tall + 0.8), draw, "z-score map with picked particles in circles"
+        ),
+        "zooms": _zooms(subject, zoomed, is_shown, 6 if is_wide else 2) if len(zoomed) else None,
+        "has_hidden": not is_shown.all(),
+        "table": _particle_table(subject, best[:_PARTICLES_LISTED]),
+    }
 
 
-def _best_first(particles: ParticleTable) -> AnyArray:
-    height = particles.columns.get(NEG_LOG_P, particles.columns["scaled_mip"])
-    return np.argsort(-np.nan_to_num(height, nan=-np.inf), kind="stable")
-
-
-def _zooms(subject: Subject, is_shown: Mapping[int, bool], columns: int) -> Markup:
-    columns = min(columns, len(is_shown))
-    rows = ceil_div(len(is_shown), columns)
+def _zooms(subject: Subject, particles: AnyArray, is_shown: AnyArray, columns: int) -> Drawing:
+    columns = min(columns, len(particles))
+    rows = ceil_div(len(particles), columns)
     (y, x), z = map_positions(subject.particles), subject.particles.columns["scaled_mip"]
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for ax in panels:
+        for ax in panels[len(particles) :]:
             ax.set_axis_off()
-        for number, (i, ax) in enumerate(zip(is_shown, panels, strict=False), 1):
-            ax.set_axis_on()
+        for number, (i, ax) in enumerate(zip(particles, panels, strict=False), 1):
             plot_crop(subject.merged, (y[i], x[i]), ax)
-            ax.grid(visible=False)
-            ax.set_title(f"{number}: z = {z[i]:.2f}{'' if is_shown[i] else ' (hidden)'}")
+            hidden = "" if is_shown[number - 1] else " (hidden)"
+            ax.set_title(f"{number}: z = {z[i]:.2f}{hidden}")
             ax.tick_params(labelsize=8)
 
-    what = "z-scores around the best particles"
-    return drawing("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw, what)
+    label = "z-scores around the best particles"
+    return Drawing.of("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw, label)
 
 
-def _which_are_shown(subject: Subject, chosen: AnyArray) -> dict[int, bool]:
-    """Whether the map shows each particle; a montage may show another exposure there."""
-    if subject.montage is None:
-        return dict.fromkeys(chosen.tolist(), True)
+def _which_are_shown(subject: Subject, particles: AnyArray) -> AnyArray:
+    """Return whether the map shows each particle; a montage may show another exposure there."""
+    if not subject.particles.is_of_montage:
+        return np.ones(len(particles), np.bool_)
     merged = subject.merged
     exposures = {exposure.id: exposure for exposure in merged.plan.exposures}
     (y, x), own = map_positions(subject.particles), subject.particles.columns[EXPOSURE]
-    return {
-        i: bool(merged.shows(exposures[str(own[i])], y[i : i + 1], x[i : i + 1])[0])
-        for i in chosen.tolist()
-    }
+    return np.array(
+        [
+            merged.shows(exposures[str(own[i])], y[i : i + 1], x[i : i + 1])[0]
+            for i in particles.tolist()
+        ],
+        np.bool_,
+    )
 
 
-def particle_row(subject: Subject, number: int, i: int) -> list[str]:
-    """Return a row of the particle table."""
+def _particle_table(subject: Subject, chosen: AnyArray) -> Table:
     particles = subject.particles
-    record = {name: values[i] for name, values in particles.columns.items()}
-    formats = {
-        "pos_y": ",d",
-        "pos_x": ",d",
-        "mip": ".3f",
-        "scaled_mip": ".3f",
-        "phi": ".1f",
-        "theta": ".1f",
-        "psi": ".1f",
-        "relative_defocus": ".0f",
-    }
-    row = [f"{number}", *(f"{record[name]:{spec}}" for name, spec in formats.items())]
-    row.append(_partial_name(subject.attributes, record))
-    if NEG_LOG_P in record:
-        row.append(f"{record[NEG_LOG_P]:.2f}")
-    if not particles.is_of_montage:
-        return row
-    others = (sighting.split(":") for sighting in str(record[ALSO_SEEN]).split())
-    seen = "; ".join(f"{exposure} ({y}, {x})" for exposure, y, x in others)
-    on_canvas = (f"{record[name]:,d}" for name in ("canvas_y", "canvas_x"))
-    return [row[0], str(record[EXPOSURE]), *row[1:3], *on_canvas, *row[3:], seen or "—"]
+
+    def texts(name: str, spec: str) -> list[str]:
+        return [format(value, spec) for value in particles.columns[name][chosen]]
+
+    columns: dict[str, Sequence[str]] = {"": [f"{n}" for n in range(1, len(chosen) + 1)]}
+    if particles.is_of_montage:
+        columns["exposure"] = texts(EXPOSURE, "")
+    columns |= {"y": texts("pos_y", ",d"), "x": texts("pos_x", ",d")}
+    if particles.is_of_montage:
+        columns |= {f"canvas {axis}": texts(f"canvas_{axis}", ",d") for axis in "yx"}
+    columns |= {title: texts(*column) for title, column in _PARTICLE_COLUMNS.items()}
+    columns["partial"] = [_partial_name(subject, i) for i in chosen.tolist()]
+    if NEG_LOG_P in particles.columns:
+        columns["-ln p"] = texts(NEG_LOG_P, ".2f")
+    if particles.is_of_montage:
+        columns["also seen in (y, x)"] = [
+            "; ".join("{} ({}, {})".format(*place.split(":")) for place in places.split()) or "—"
+            for places in texts(ALSO_SEEN, "")
+        ]
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), len(particles))
 
 
-def _partial_name(attributes: fmt.MergedAttributes, record: Mapping[str, Any]) -> str:
+def _partial_name(subject: Subject, i: int) -> str:
     """Return the name of the partial that won a particle, in a montage within its exposure."""
-    partials, number = attributes.partials, int(record["best_partial"])
-    for exposure in attributes.exposures:
-        if exposure.id == record[EXPOSURE]:
-            first = exposure.first_partial
-            partials = partials[first : first + exposure.n_partials]
+    partials, columns = subject.attributes.partials, subject.particles.columns
+    for exposure in subject.attributes.exposures:
+        if exposure.id == columns[EXPOSURE][i]:
+            partials = partials[exposure.first_partial :][: exposure.n_partials]
+    number = int(columns["best_partial"][i])
     return partials[number].name if 0 <= number < len(partials) else f"{number}"
 
 
-def significance_section(subject: Subject) -> Markup:
-    """Show the survival histogram and the distributions of mip and z-score."""
-    summary = subject.summary
+def significance_section(subject: Subject) -> dict[str, Drawing]:
+    """Return the survival histogram and the distributions of mip and z-score."""
+    summary, particles = subject.summary, subject.particles
     candidates = all_candidates(subject.merged).rows
-    survival = drawing(
-        "survival",
-        (5.4, 6.5),
-        lambda figure: plot_survival(summary, figure.subplots(), subject.cutoff),
-        "pixels above a z-score, and what Gaussian noise would give",
-    )
-    distributions = drawing(
-        "distributions",
-        (5.4, 2.7),
-        lambda figure: plot_distributions(summary, figure.subplots()),
-        "distributions of mip and z-score",
-    )
-    joint = drawing(
-        "joint",
-        (5.4, 3.3),
-        lambda figure: plot_joint(
-            summary, figure.subplots(), particles=subject.particles, candidates=candidates
+    return {
+        "survival": Drawing.of(
+            "survival",
+            (5.4, 6.5),
+            lambda figure: plot_survival(summary, figure.subplots(), subject.cutoff),
+            "number of pixels above a z-score, and the expectation for Gaussian noise",
         ),
-        "joint density of mip and z-score",
-    )
-    of = "" if subject.montage is None else " of all exposures, shown or not"
-    counted = f"Of all searched valid pixels{of}."
-    several = ""
-    dots = "Dots are the highest pixels of the map, picked or not."
-    if subject.montage is not None:
-        dots = f"Dots are the highest pixels{of}, picked or not."
-        several = (
-            f"Counted are the valid pixels{of}, and what Gaussian noise would give in each with "
-            "its own projections. "
-        )
-    left = captioned(
-        survival,
-        f"{several}Noise should stay at or below the dashed line: that is independent Gaussian "
-        "noise, and neighbouring projections are alike. Noise above it means that something is "
-        "wrong with the statistics. Particles leave it to the right.",
-        "half",
-    )
-    right = element(
-        "div",
-        captioned(joint, dots, "full"),
-        captioned(distributions, counted, "full"),
-        class_="half stack",
-    )
-    return element("div", left, right, class_="row")
+        "distributions": Drawing.of(
+            "distributions",
+            (5.4, 2.7),
+            lambda figure: plot_distributions(summary, figure.subplots()),
+            "distributions of mip and z-score",
+        ),
+        "joint": Drawing.of(
+            "joint",
+            (5.4, 3.3),
+            lambda figure: plot_joint(
+                summary, figure.subplots(), particles=particles, candidates=candidates
+            ),
+            "joint density of mip and z-score",
+        ),
+    }
 
 
-def poses_section(particles: ParticleTable) -> Markup:
-    """Show the poses of the particles."""
+def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
+    """Return the distributions of the particles' poses; None without particles."""
     if not len(particles):
-        return element("p", "There are no particles.", class_="caption")
-    views = drawing(
-        "views",
-        (5.0, 3.9),
-        lambda figure: plot_poses(particles, figure.add_subplot(projection="polar")),
-        "view directions",
-    )
+        return None
 
     def draw(figure: Any) -> None:
         above, below = figure.subplots(2, 1)
         plot_psi(particles, above)
         plot_defocus(particles, below)
 
-    angles = drawing("angles", (5.0, 3.9), draw, "in-plane angles and defocus")
-    return element(
-        "div",
-        captioned(views, "Equal areas are equal solid angles.", "half"),
-        captioned(angles, "Of all picked particles.", "half"),
-        class_="row",
-    )
+    return {
+        "views": Drawing.of(
+            "views",
+            (5.0, 3.9),
+            lambda figure: plot_poses(particles, figure.add_subplot(projection="polar")),
+            "view directions",
+        ),
+        "angles": Drawing.of("angles", (5.0, 3.9), draw, "in-plane angles and defocus"),
+    }
 
 
-def partials_section(subject: Subject) -> Markup:
-    """Show what each partial contributed."""
-    if subject.montage is not None:
-        return partials_of_exposures_section(subject.montage, drawing)
+def partials_section(subject: Subject) -> dict[str, object]:
+    """Return the contribution of each partial, and the statistics of each input."""
     statistics = subject.summary.attributes
-    n_rows = max(len(statistics.partials), len(statistics.sources))
-    height = float(np.clip(0.34 * n_rows + 1.3, 2.0, 12.0))
-
-    same = [p.name for p in statistics.partials] == [s.name for s in statistics.sources]
+    partials, sources = statistics.partials, statistics.sources
+    same = [partial.name for partial in partials] == [source.name for source in sources]
 
     def draw(figure: Any) -> None:
         won, mean, std = figure.subplots(1, 3)
@@ -360,55 +288,107 @@ def partials_section(subject: Subject) -> Markup:
         std.tick_params(labelleft=False)
         mean.tick_params(labelleft=not same)
 
-    drawn = drawing("partials-plot", (12.0, height), draw, "health of the partial results")
-    pixels = max(sum(p.won_pixels for p in statistics.partials), 1)
-    projections = max(sum(p.total_projections for p in statistics.partials), 1)
-    won = [
+    tall = float(np.clip(0.34 * max(len(partials), len(sources)) + 1.3, 2.0, 12.0))
+    pixels = max(sum(partial.won_pixels for partial in partials), 1)
+    projections = max(sum(partial.total_projections for partial in partials), 1)
+    contributions = []
+    for partial in partials[:_PARTIALS_LISTED]:
+        won, expected = partial.won_pixels / pixels, partial.total_projections / projections
+        contributions.append(
+            (
+                partial.name,
+                f"{partial.total_projections:,}",
+                percent_text(expected),
+                percent_text(won),
+                number_text(won / expected if expected else None, ".2f"),
+            )
+        )
+    inputs = [
         (
-            p.name,
-            f"{p.total_projections:,}",
-            percent(p.total_projections / projections),
-            percent(p.won_pixels / pixels),
-            _ratio(p.won_pixels / pixels, p.total_projections / projections),
+            source.name,
+            f"{source.total_projections:,}",
+            *(number_text(v, ".5f") for v in (source.mean, source.mean_spread, source.std)),
         )
-        for p in statistics.partials[:_PARTIALS_SHOWN]
+        for source in sources[:_PARTIALS_LISTED]
     ]
-    own = [
-        (s.name, f"{s.total_projections:,}", *map(_own, (s.mean, s.mean_spread, s.std)))
-        for s in statistics.sources[:_PARTIALS_SHOWN]
-    ]
-    left = table(("partial", "projections", "share of them", "pixels won", "won / expected"), won)
-    right = table(("input", "projections", "mean", "its spread", "std"), own)
-    parts = [
-        captioned(
-            drawn,
-            "Left: a partial should win the share of the pixels that it has of the projections, "
-            "about. Right: each input's own correlations, over all valid pixels; those of one "
-            "search should agree.",
-            "full",
+    return {
+        "drawing": Drawing.of("partials-plot", (12.0, tall), draw, "comparison of the partials"),
+        "table": Table(
+            ("partial", "projections", "share", "pixels won", "won / expected"),
+            contributions,
+            len(partials),
         ),
-        element(
-            "div",
-            element("div", left, class_="scroll numbers half"),
-            element("div", right, class_="scroll numbers half"),
-            class_="row",
+        "inputs": Table(
+            ("input", "projections", "mean", "spread of mean", "std"), inputs, len(sources)
         ),
+    }
+
+
+def timings_section(subject: Subject) -> dict[str, object]:
+    """Return how the time was spent, and how much data was processed."""
+    tiles = read_table(subject.merged.objects, constants.TILE_SUMMARY)
+    totals = dict(zip(SUMMARY_FIELDS, np.nansum(tiles, axis=(0, 1)).tolist(), strict=True))
+    seconds = {name: totals[f"{name}_seconds"] for name in ("read", "fold", "write")}
+    busy = sum(seconds.values())
+    shares = {name: value / busy for name, value in seconds.items() if busy > 0}
+    decoded = totals["decoded_nbytes"]
+    rates = [("decoded by each thread", f"{nbytes_text(decoded / busy)}/s")] if busy > 0 else []
+    return {
+        "shares": shares.items(),
+        "durations": [
+            ("total of all threads", seconds_text(busy)),
+            *(
+                (name, f"{seconds_text(seconds[name])}, {percent_text(share)}")
+                for name, share in shares.items()
+            ),
+            ("waiting for storage", seconds_text(totals["waited_seconds"])),
+            ("from start to end", _elapsed(subject.attributes)),
+        ],
+        "amounts": [
+            ("tiles", f"{tiles.shape[0] * tiles.shape[1]:,}"),
+            ("read", nbytes_text(totals["read_nbytes"])),
+            ("decoded", nbytes_text(decoded)),
+            ("written", nbytes_text(totals["written_nbytes"])),
+            *rates,
+        ],
+    }
+
+
+def _elapsed(attributes: fmt.MergedAttributes) -> str:
+    """Return the wall-clock time of a merge, including interruptions."""
+    try:
+        times = (attributes.provenance.created, attributes.finished or "")
+        started, finished = map(datetime.fromisoformat, times)
+        return seconds_text(max((finished - started).total_seconds(), 0.0))
+    except (ValueError, TypeError):
+        return "—"
+
+
+def provenance_section(subject: Subject) -> dict[str, object]:
+    """Return how the result was made."""
+    attributes = subject.attributes
+    made, about = attributes.provenance, subject.particles.about
+    facts = [
+        ("store", subject.url),
+        ("run", attributes.id),
+        ("started", made.created),
+        ("finished", attributes.finished or "—"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())),
+        ("poses", attributes.pose_form.value),
     ]
-    if n_rows > _PARTIALS_SHOWN:
-        parts.append(
-            element("p", f"The first {_PARTIALS_SHOWN:,} of {n_rows:,}.", class_="caption")
-        )
-    return join(parts)
+    if about is not None:
+        cutoff = f"{about.cutoff:.6g}" if about.per is None else about.cutoff_text
+        words = [f"method {about.method}", f"cutoff {cutoff}"]
+        if about.false_positives is not None:
+            per = {"exposure": " in each exposure", "montage": " in the montage", None: ""}
+            words.append(f"expected false positives {about.false_positives:g}{per[about.per]}")
+        words.append(f"minimum distance {about.min_distance_px:g} px")
+        facts.append(("particles", ", ".join(words)))
+    options = [(name, _option_text(value)) for name, value in made.options.items()]
+    return {"facts": facts, "options": options, "inputs": made.inputs}
 
 
-def _own(value: float | None) -> str:
-    return "—" if value is None else f"{value:.5f}"
-
-
-def _ratio(won: float, expected: float) -> str:
-    return "—" if expected == 0 else f"{won / expected:.2f}"
-
-
-def shape_text(shape: tuple[int, int]) -> str:
-    """Return the shape of a map as text."""
-    return f"{shape[0]:,} × {shape[1]:,}"
+def _option_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not given" if value is None else str(value)

@@ -1,0 +1,35 @@
+"""HTML from the package's jinja2 templates, in which every value is escaped."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def render(template: str, **values: object) -> str:
+    """Fill in a template.
+
+    Parameters
+    ----------
+    template
+        Path of the template in the package.
+    **values
+        Values by the names that the template uses; a missing one is an error.
+    """
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ocelot_em", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["integer"] = "{:,}".format
+    return environment

@@ -1,0 +1,69 @@
+"""Numbers and quantities as people read them."""
+
+from math import isnan
+
+
+def number_text(value: float | None, spec: str) -> str:
+    """Format a number; a dash for None and NaN.
+
+    >>> number_text(1234.5, ",.2f"), number_text(None, ".2f")
+    ('1,234.50', '—')
+    """
+    return "—" if value is None or isnan(value) else format(value, spec)
+
+
+def percent_text(share: float) -> str:
+    """Format a fraction as a percentage; only exact 0 and 1 give 0% and 100%.
+
+    >>> percent_text(0.25), percent_text(0.00001), percent_text(1)
+    ('25.0%', '0.1%', '100%')
+    """
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
+
+
+def shape_text(shape: tuple[int, int]) -> str:
+    """Format height and width in pixels.
+
+    >>> shape_text((1000, 1400))
+    '1,000 × 1,400'
+    """
+    return f"{shape[0]:,} × {shape[1]:,}"
+
+
+def area_text(shape: tuple[int, int], pixel_size_angstrom: float) -> str:
+    """Format the height and width of maps in nm or µm.
+
+    >>> area_text((1000, 1400), 2.5)
+    '250 × 350 nm'
+    """
+    edges = [length * pixel_size_angstrom for length in shape]
+    unit, name = (1e4, "µm") if max(edges) >= 1e4 else (10.0, "nm")
+    return f"{edges[0] / unit:.3g} × {edges[1] / unit:.3g} {name}"
+
+
+def nbytes_text(nbytes: float) -> str:
+    """Format a size in the largest decimal unit in which it is 1 or more.
+
+    >>> nbytes_text(999), nbytes_text(2.5e9)
+    ('999 B', '2.5 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours.
+
+    >>> seconds_text(61), seconds_text(7265)
+    ('1 min 01 s', '2 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,115 @@
+"""Parts of a page, as data for its template: figures as inline SVG, and tables."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ocelot_em.view.figures import new_figure
+
+_INK = "#0a0b0c"  # placeholder for the page's text colour, light or dark
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.14,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+    ),
+    "grid.color": _INK,
+    "patch.edgecolor": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Parameters
+    ----------
+    header
+        Names of the columns.
+    rows
+        Texts of the cells, row by row.
+    n_rows
+        Number of rows with those that are not listed.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure.
+
+    Parameters
+    ----------
+    svg
+        The figure as an SVG element.
+    label
+        Description for readers who do not see it.
+    max_width_px
+        Maximum width on the page.
+    """
+
+    svg: str
+    label: str
+    max_width_px: int
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        size_inches: tuple[float, float],
+        draw: Callable[[Any], object],
+        label: str,
+    ) -> "Drawing":
+        """Draw a figure in the text colour of the page.
+
+        Parameters
+        ----------
+        name
+            Name that is unique on the page.
+        size_inches
+            Width and height.
+        draw
+            Draws into the given :class:`matplotlib.figure.Figure`.
+        label
+            Description for readers who do not see it.
+        """
+        figure = new_figure(size_inches)
+        from matplotlib import rc_context
+
+        with rc_context(_STYLE | {"svg.hashsalt": name}):
+            draw(figure)
+            for ax in figure.axes:
+                if ax.images:
+                    ax.grid(visible=False)
+            return cls(inline_svg(figure, name), label, round(110 * size_inches[0]))
+
+
+def inline_svg(figure: Any, name: str) -> str:
+    """Return a figure as an SVG element: ids prefixed with ``name``, no local fonts."""
+    written = io.StringIO()
+    metadata = dict.fromkeys(("Format", "Type", "Creator", "Date"))
+    figure.savefig(written, format="svg", dpi=120, metadata=metadata)
+    svg = written.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    return svg.replace(_INK, "currentColor")
