@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge.fold import Fold, Incoming, Merged, Notes
-from ocelot_em.merge.job import Work, open_job
+from ocelot_em.merge.fold import Fold, Merged, PieceReport, ReadAhead
+from ocelot_em.merge.job import JobSpec, open_job
 from ocelot_em.merge.outcome import Outcome
 from ocelot_em.model.maps import COUNT, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.regions import Region
@@ -30,40 +30,40 @@ class Copy(Fold):
         vars(self).update(vars(fold))
         self._written = written
 
-    def merge(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
+    def merge(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Read and write in the order of a merge."""
-        notes.searched_pixels = 0
+        report.searched_pixels = 0
         left = dict(self._written)
         first, poses = self.maps.phases[0], set(self.maps.pose)
-        self._read(incoming, work, first)
+        self._read(reader, work, first)
         for name in first:
             yield name, left.pop(name)
         for name in (SUM, SQUARED_SUM):
-            self._read(incoming, work, (name,))
+            self._read(reader, work, (name,))
         for name, values in left.items():
             if name not in poses:
                 yield name, values
         for name in self.maps.pose:
             if name in left:
-                self._read(incoming, work, (name,))
+                self._read(reader, work, (name,))
                 yield name, left[name]
 
-    def _read(self, incoming: Incoming, work: Workspace, names: Sequence[str]) -> None:
-        for _ in self.parts(incoming, work, names, range(len(self.sources))):
+    def _read(self, reader: ReadAhead, work: Workspace, names: Sequence[str]) -> None:
+        for _ in self.parts(reader, work, names, range(len(self.sources))):
             pass
 
 
-def attempt_copy(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt_copy(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Do as :func:`ocelot_em.merge.merge.attempt_tiles` does, without merging."""
-    job = open_job(work)
+    job = open_job(spec)
     (piece,) = job.plan.pieces(job.plan.grid[0])
     opened = job.open(piece)
     if not isinstance(opened.fold, Copy):
         assert COUNT not in job.plan.maps.merged
-        finished = str(Path(work.output).with_name(FINISHED))
+        finished = str(Path(spec.output).with_name(FINISHED))
         assert isinstance(opened.fold, Fold)
         opened.fold = Copy(opened.fold, first_tile(finished, job.plan.maps.merged, job.plan.tile))
-    return pipeline.attempt_tiles(work, tiles)
+    return pipeline.attempt_tiles(spec, tiles)
 
 
 @lru_cache(maxsize=2)

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.merge.job import Work
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import Executor, merge
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, TileSummary
-from ocelot_em.merge.resume import Preparation
+from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.maps import MAPS, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
@@ -244,7 +244,7 @@ def _repeat_map(source: Path, large: Objects, path: str, side: int, n_rows: int 
 
 
 def merge_alone(
-    ready: Preparation,
+    ready: PreparedMerge,
     options: MergeOptions,
     executor: Executor,
     on_outcome: Callable[[Outcome], None] = lambda _: None,
@@ -254,7 +254,7 @@ def merge_alone(
         return merge(ready, options, executor, lock, on_outcome)
 
 
-def do_nothing(_work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def do_nothing(_work: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """A task that merges nothing, to measure what all else costs."""
     summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
     return [Outcome(iy, ix, summary) for iy, ix in tiles]

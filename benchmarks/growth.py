@@ -27,7 +27,7 @@ import ocelot_em
 from benchmarks import common
 from benchmarks.collect import nothing_collected
 from benchmarks.common import Run
-from ocelot_em.merge.job import Work
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import Executor
 from ocelot_em.merge.outcome import Outcome, Tiles
 from ocelot_em.merge.resume import prepare
@@ -218,7 +218,7 @@ def run_tiles(executor: Executor, n_tiles: int) -> int:
         nonlocal ended
         ended += 1
 
-    work, tiles = Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles))
+    work, tiles = JobSpec("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles))
     executor.run(work, tiles, count, threading.Event())
     return ended
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import common
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.merge.job import Work
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import Executor
 from ocelot_em.merge.outcome import Outcome, Tiles
 from ocelot_em.merge.resume import prepare
@@ -64,7 +64,7 @@ class FirstTiles:
 
     def run(
         self,
-        work: Work,
+        work: JobSpec,
         tiles: Tiles,
         on_outcome: Callable[[Outcome], None],
         stopping: threading.Event,

@@ -184,5 +184,5 @@ def test_tiles_that_no_worker_has_memory_for_fail_by_name(search, group, cluster
 def assert_failed_by_name(told: str, n_failed: int) -> None:
     _, found, named = told.partition(f"{n_failed} of 4 tiles failed")
     assert found, told
-    lost = re.findall(r"- tile \((\d), (\d)\): its task was lost: KilledWorker", named)
+    lost = re.findall(r"- tile \((\d), (\d)\): its task failed: KilledWorker", named)
     assert len(set(lost)) == n_failed, told

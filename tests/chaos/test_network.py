@@ -202,7 +202,7 @@ def test_a_driver_that_is_cut_off_ends_and_goes_on_later(run: Run, network: Netw
     network.cut("driver")
     told = run.ended()
     assert run.driver.returncode == 75, told
-    assert "the Dask scheduler is gone, or cannot be reached" in told
+    assert "the connection to the Dask scheduler was lost" in told
     assert "run the same command again" in told
     assert "Traceback" not in told
     assert list(run.output.glob("lock/*")) == []

@@ -99,7 +99,7 @@ def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str)
     assert f"merged {search.n_tiles} tiles" in told
     assert "Traceback" not in told
     assert "dashboard: http://127.0.0.1:" in told
-    assert ("asks nobody who they are" in told) == (more == "")
+    assert ("is not protected" in told) == (more == "")
     assert ("tls://" in told) == (more == "--tls")
     assert len({line["worker"] for line in events(tmp_path, "tile")}) == 4
 
@@ -278,7 +278,7 @@ def test_a_driver_that_is_stopped_cancels_its_jobs(
     gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
     told, _ = driver.communicate(timeout=300)
     assert driver.returncode == 75, told
-    assert "the same command goes on" in told
+    assert "run the same command again to resume" in told
     wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs")
     again = start_driver()
     told, _ = again.communicate(timeout=300)

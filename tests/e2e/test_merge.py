@@ -36,7 +36,7 @@ from ocelot_em.errors import (
     PlanError,
     TilesFailedError,
 )
-from ocelot_em.merge.job import Work
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, Tiles, TileSummary
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
@@ -233,9 +233,9 @@ def test_resuming_with_other_inputs_or_options_is_refused(
             merge(search, output, tile_size=32, observer=Interrupting(after=1))
     # What is only half-written at the interruption has a name of its own, and goes.
     before = {name: data for name, data in chunk_bytes(output).items() if "#" not in name}
-    with pytest.raises(OutputExistsError, match=r"tile: it has \(32, 32\)"):
+    with pytest.raises(OutputExistsError, match=r"tile: the output has \(32, 32\)"):
         merge(search, output, tile_size=16)
-    with pytest.raises(OutputExistsError, match="nan: it has raise"):
+    with pytest.raises(OutputExistsError, match="nan: the output has raise"):
         merge(search, output, tile_size=32, nan="mask")
     indexed = (search / "search_space").exists()
     write_search(search, [make_result(rng, SHAPE, 5)], [5], indexed=indexed, first=9)
@@ -357,7 +357,7 @@ def test_unfinished_partials_are_refused_by_name(search: Path, tmp_path: Path) -
 
 def test_the_same_partial_twice_is_refused(search: Path, tmp_path: Path) -> None:
     merge(search, tmp_path / "A.zarr")
-    with pytest.raises(InvalidInputError, match="counted so often") as error:
+    with pytest.raises(InvalidInputError, match="counted each time") as error:
         merge([tmp_path / "A.zarr", search], tmp_path / "B.zarr")
     assert len(error.value.problems) == 4
     with pytest.raises(InvalidInputError, match="more than once"):
@@ -435,7 +435,7 @@ def test_no_scheduler_at_the_address_is_said_plainly(
 ) -> None:
     # A scheduler may be about to start: a refused connection is tried again all that time.
     monkeypatch.setattr("ocelot_em.run.connect.CONNECT_SECONDS", 0.5)
-    with pytest.raises(PlanError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9"):
+    with pytest.raises(PlanError, match=r"no Dask scheduler responds at tcp://127.0.0.1:9"):
         merge(search, tmp_path / "OUT.zarr", cluster="tcp://127.0.0.1:9")
 
 
@@ -526,7 +526,7 @@ class FakeClient:
 
 def test_tasks_whose_result_is_lost_with_its_worker_are_done_again() -> None:
     client, ended = FakeClient(), list[Outcome]()
-    work, tiles = Work("out", "run"), Tiles(9, np.arange(9))
+    work, tiles = JobSpec("out", "run"), Tiles(9, np.arange(9))
     ClientExecutor(client).run(work, tiles, ended.append, threading.Event())
     assert sorted(outcome.ix for outcome in ended) == list(range(9))
     assert all(outcome.summary for outcome in ended)
@@ -547,10 +547,10 @@ def test_a_cluster_without_workers_is_waited_for_only_so_long(
     client.nthreads = ask  # type: ignore[method-assign]
     client.submit = lambda *_, key, **__: Unending(key)  # type: ignore[method-assign, misc]
     monkeypatch.setattr("ocelot_em.run.executors.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("ocelot_em.run.executors.LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("ocelot_em.run.executors.POLL_SECONDS", 0.001)
     executor = ClientExecutor(client, worker_timeout_seconds=150)
     with pytest.raises(ClusterLostError, match="had no workers for 150 s"):
-        executor.run(Work("out", "r"), Tiles(9, np.arange(9)), print, threading.Event())
+        executor.run(JobSpec("out", "r"), Tiles(9, np.arange(9)), print, threading.Event())
     assert 1180 + 150 < now <= 1180 + 150 + 2 * 60  # two questions in a round, at most
 
 

@@ -230,10 +230,14 @@ def test_what_is_no_continuation_is_refused_by_name(tmp_path):
     other = write_shots(tmp_path / "OTHER.zarr", [SHOTS[0], replace(SHOTS[1], origin=(4, 0))])
     output = tmp_path / "OUT.zarr"
     ocelot_em.merge(search, output, tile_size=16)
-    with pytest.raises(OutputExistsError, match=r"'below'.*not asked for") as refused:
+    with pytest.raises(OutputExistsError, match=r"'below'.*not in the inputs") as refused:
         ocelot_em.merge(other, output, tile_size=16)
-    assert "exposure 'first': origin: it has (3, 0), now asked for (4, 0)" in str(refused.value)
-    with pytest.raises(OutputExistsError, match="overlap: it has earliest, now asked for max"):
+    assert "exposure 'first': origin: the output has (3, 0), requested is (4, 0)" in str(
+        refused.value
+    )
+    with pytest.raises(
+        OutputExistsError, match="overlap: the output has earliest, requested is max"
+    ):
         ocelot_em.merge(search, output, tile_size=16, overlap="max-zscore")
     with pytest.raises(OutputExistsError, match="erode_px"):
         ocelot_em.merge(search, output, tile_size=16, erode=1)

@@ -21,7 +21,7 @@ from benchmarks.memory import Memory, measure
 import ocelot_em
 from helpers import assert_same_maps, combinations, make_result, read_maps, write_search
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.merge.job import Work
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import attempt_tiles
 from ocelot_em.merge.outcome import Tiles
 from ocelot_em.merge.resume import prepare
@@ -73,7 +73,7 @@ def run_idle_tiles(executor, n_tiles):
         if ended % 2000 == 0:
             most_nbytes = max(most_nbytes, resident_nbytes())
 
-    work, tiles = Work("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles))
+    work, tiles = JobSpec("nowhere", "no-run"), Tiles(1000, np.arange(n_tiles))
     executor.run(work, tiles, count, threading.Event())
     assert ended == n_tiles
     return most_nbytes
@@ -508,7 +508,7 @@ def test_long_runs_come_first_and_cover_every_tile_once():
         return []
 
     tiles = Tiles(30, np.arange(900))
-    ThreadExecutor(1, note).run(Work("out", "run"), tiles, print, threading.Event())
+    ThreadExecutor(1, note).run(JobSpec("out", "run"), tiles, print, threading.Event())
     assert [tile for run in runs for tile in run] == list(tiles)
     lengths = [len(run) for run in runs]
     assert lengths == sorted(lengths, reverse=True)

@@ -159,10 +159,10 @@ def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, t
     [
         (("--tile-size", 0), "option tile_size"),
         (("--tile-size", 1025), "tile size: expected at most 1024 or a multiple of it"),
-        (("--memory-limit", "1MB"), "memory limit 1,000,000 bytes"),
+        (("--memory-limit", "1MB"), "but 1,000,000 bytes are allowed"),
         (("--memory-limit", "much"), "memory_limit"),
         (("--workers", 0), "option workers"),
-        (("--workers", 3), "cluster 'threads' is one process"),
+        (("--workers", 3), "cluster 'threads', which is one process"),
         (("--cluster", "cloud"), "cluster: expected threads, local, cuda, slurm, slurm-job, or"),
         (("--nan", "ignore"), "invalid choice: 'ignore'"),
         (("--tile-size", "big"), "invalid int value"),

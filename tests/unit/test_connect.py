@@ -11,7 +11,7 @@ from distributed import Client, Scheduler, default_client
 
 from ocelot_em.errors import ClusterLostError
 from ocelot_em.run import connect
-from ocelot_em.run.connect import closing_without_clients, staying_connected
+from ocelot_em.run.connect import close_without_clients, keep_connected
 
 HANGING_SECONDS = 60
 """Nothing here takes long: whoever waits so long waits in vain."""
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def scheduler() -> tuple[Scheduler, Any]:
-    plugin = closing_without_clients(FIRST_SECONDS, SECONDS)
+    plugin = close_without_clients(FIRST_SECONDS, SECONDS)
     free = {"port": 0, "dashboard_address": "127.0.0.1:0"}
     return Scheduler(host="127.0.0.1", dashboard=False, plugins=[plugin], **free), plugin
 
@@ -104,7 +104,7 @@ def test_staying_connected_keeps_a_scheduler_and_is_nobodys_default(clock: Clock
             stay = threading.Event()
 
             def drive() -> None:
-                with staying_connected(own.address):
+                with keep_connected(own.address):
                     with pytest.raises(ValueError, match="No client"):
                         default_client()
                     assert stay.wait(HANGING_SECONDS)
@@ -125,7 +125,7 @@ def test_staying_connected_keeps_a_scheduler_and_is_nobodys_default(clock: Clock
 def test_a_scheduler_that_is_gone_is_named(monkeypatch) -> None:
     monkeypatch.setattr("ocelot_em.run.connect.CONNECT_SECONDS", 0.2)
     with (
-        pytest.raises(ClusterLostError, match=r"tcp://127\.0\.0\.1:9 is gone"),
-        staying_connected("tcp://127.0.0.1:9"),
+        pytest.raises(ClusterLostError, match=r"scheduler at tcp://127\.0\.0\.1:9 was lost"),
+        keep_connected("tcp://127.0.0.1:9"),
     ):
         pass

@@ -107,7 +107,7 @@ def test_threads_and_workers_follow_from_the_gpus(install, monkeypatch):
     assert (choice.kind, choice.n_devices, options.device) == ("cuda", 2, "cuda")
     assert (options.workers, options.threads) == (2, 12)
     assert choice.memory_nbytes == int(0.9 * (80 * 2**30 - 1))
-    assert choice.reason == "asked for: 2 x GPU 0 and GPU 1"
+    assert choice.reason == "requested: 2 x GPU 0 and GPU 1"
     pooled = MergeOptions(cluster="cuda", workers=1, threads=3, rmm_pool_size=2**30)
     choice, options = cluster.choose_device(pooled)
     assert (choice.memory_nbytes, options.workers, options.threads) == (2**30, 1, 3)
@@ -144,13 +144,13 @@ GPU, NONE = DeviceFacts("H100", 80 * 2**30), "cuda: expected an NVIDIA driver, f
 @pytest.mark.parametrize(
     ("answers", "kind", "reason"),
     [
-        ((GPU, GPU), "cuda", "auto, and all workers have a GPU: 2 x H100"),
+        ((GPU, GPU), "cuda", "auto; all workers have a GPU: 2 x H100"),
         ((GPU, NONE), "cpu", "auto: 1 of 2 workers have no GPU"),
         ((), "cpu", "auto: 0 of 0 workers have no GPU"),
     ],
 )
 def test_auto_asks_the_workers(monkeypatch, answers, kind, reason):
-    monkeypatch.setattr(cluster, "client_of", lambda _: Client(*answers))
+    monkeypatch.setattr(cluster, "connect_client", lambda _: Client(*answers))
     choice, options = cluster.choose_device(MergeOptions(cluster="tcp://host:8786"))
     assert (choice.kind, choice.reason, options.device) == (kind, reason, kind)
     # What the plan says of memory is for as many threads as really share a GPU.
@@ -158,15 +158,15 @@ def test_auto_asks_the_workers(monkeypatch, answers, kind, reason):
 
 
 def test_workers_without_the_gpu_that_was_asked_for(monkeypatch):
-    monkeypatch.setattr(cluster, "client_of", lambda _: Client(GPU, NONE))
+    monkeypatch.setattr(cluster, "connect_client", lambda _: Client(GPU, NONE))
     options = MergeOptions(cluster="tcp://host:8786", device="cuda")
     with pytest.raises(DeviceError, match=r"1 of 2 workers .*expected an NVIDIA driver"):
         cluster.choose_device(options)
 
 
 def test_workers_whose_gpu_fails_at_the_start():
-    with pytest.raises(DeviceError, match="1 workers cannot use their GPU: out of order"):
-        cluster._make_ready(Client("", "out of order"), MergeOptions(device="cuda"))
+    with pytest.raises(DeviceError, match="1 workers cannot use their GPUs: out of order"):
+        cluster._open_gpus(Client("", "out of order"), MergeOptions(device="cuda"))
 
 
 def test_a_cluster_of_gpus_is_asked_for_what_it_should_be(install, monkeypatch, tmp_path, rng):
@@ -190,7 +190,7 @@ def test_a_cluster_of_gpus_is_asked_for_what_it_should_be(install, monkeypatch, 
     monkeypatch.setattr(cluster, "_require_dask_cuda", lambda: None)
     search = write_search(tmp_path / "RUN.zarr", [make_result(rng, (20, 30), 5)], [5])
     # The real workers have no GPU: the merge is refused before anything is written.
-    with pytest.raises(DeviceError, match="2 workers cannot use their GPU: cuda: "):
+    with pytest.raises(DeviceError, match="2 workers cannot use their GPUs: cuda: "):
         merge(search, tmp_path / "OUT.zarr", cluster="cuda", threads=1, rmm_pool_size="1 GiB")
     assert not (tmp_path / "OUT.zarr").exists()
     assert (asked["n_workers"], asked["threads_per_worker"]) == (2, 1)

@@ -68,7 +68,7 @@ def test_a_check_that_raises_or_hangs_is_a_finding(monkeypatch):
     release = threading.Event()
     finding = doctor._finding("x", release.wait)  # it comes back while that still waits
     release.set()
-    assert finding == Finding("x", "problem", "no answer in 0.2 s")
+    assert finding == Finding("x", "problem", "no response within 0.2 s")
 
 
 # the installation
@@ -379,7 +379,7 @@ def test_a_worker_that_does_not_answer(cluster, monkeypatch, tmp_path):
         ("workers' clocks", "ok"),
     ]
     assert findings[1].says.startswith("no answer in 30 s (1 worker on 127.0.0.1); ")
-    assert timeouts == [doctor_cluster.ANSWER_SECONDS]
+    assert timeouts == [doctor_cluster.RESPONSE_SECONDS]
     assert findings[3].says == f"1 worker can read and write {tmp_path}"
 
 
@@ -415,11 +415,11 @@ def test_what_is_no_scheduler(monkeypatch, tmp_path):
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
         (finding,) = doctor_cluster.of_cluster(tmp_path, address)
     assert finding.state == "problem"
-    assert f"no Dask scheduler answers at {address}: TimeoutError" in finding.says
+    assert f"no Dask scheduler responds at {address}: TimeoutError" in finding.says
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         (finding,) = doctor_cluster.of_cluster(tmp_path, address)
         assert finding.state == "problem"
-        assert f"no Dask scheduler answers at {address}: " in finding.says
+        assert f"no Dask scheduler responds at {address}: " in finding.says
 
 
 def test_what_workers_answer_is_judged(tmp_path):

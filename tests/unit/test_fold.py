@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ocelot_em import kernels
 from ocelot_em.kernels import by_map
-from ocelot_em.merge.fold import Fold, Notes
+from ocelot_em.merge.fold import Fold, PieceReport
 from ocelot_em.model.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.attributes import Contribution
@@ -88,27 +88,27 @@ def merge(maps, partials, *, mask_nan=False, n_parts=1):
     for use, dtype in (("incoming", "f4"), (MIP, "f4"), (SUM, "f8"), ("winner", "i2")):
         work.array(use, dtype).fill(7)  # what an earlier tile left behind
     work.shape = partials[0].mip.shape
-    piece, notes = MemoryPiece(fold, partials, n_parts), Notes()
+    piece, report = MemoryPiece(fold, partials, n_parts), PieceReport()
     merged = {}
-    for name, values in fold.merge(piece, work, notes):
+    for name, values in fold.merge(piece, work, report):
         assert name not in merged
         merged[name] = values.copy()
     assert piece.announced == []
     assert set(merged) == set(maps.merged)
-    return merged, notes
+    return merged, report
 
 
 @given(stack=stacks(nan=True, max_partials=10), n_parts=st.sampled_from([1, 2, 3, 5]))
 def test_map_by_map_is_partial_by_partial(stack, n_parts):
     maps, partials = stack
     acc, reports = fold_each(REFERENCE, maps, partials)
-    merged, notes = merge(maps, partials, n_parts=n_parts)
+    merged, report = merge(maps, partials, n_parts=n_parts)
     for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
         assert_same_bits(merged[name], expected, name)
-    assert notes.searched_pixels == np.count_nonzero(acc.mip > -np.inf)
+    assert report.searched_pixels == np.count_nonzero(acc.mip > -np.inf)
     reported = {n for n, r in enumerate(reports) if r.nan_pixels or r.invalid_indices}
-    assert reported <= set(notes.suspects)
-    for number in set(notes.suspects) - reported:  # a pose may be NaN where nothing was searched
+    assert reported <= set(report.suspects)
+    for number in set(report.suspects) - reported:  # a pose may be NaN where nothing was searched
         assert any(np.isnan(pose).any() for pose in partials[number].pose)
 
 
@@ -117,10 +117,10 @@ def test_masking_nan_folds_what_is_left(stack):
     maps, partials = stack
     masked = [REFERENCE.mask_nan(partial) for partial in partials]
     acc, _ = fold_each(REFERENCE, maps, masked)
-    merged, notes = merge(maps, partials, mask_nan=True)
+    merged, report = merge(maps, partials, mask_nan=True)
     for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
         assert_same_bits(merged[name], expected, name)
-    assert not notes.suspects
+    assert not report.suspects
 
 
 def test_an_invalid_index_is_looked_at():
@@ -128,7 +128,7 @@ def test_an_invalid_index_is_looked_at():
     for bad in (np.array([0, 5, 2]), np.array([0, -2, 2]), np.array([0, -1, 2])):
         kept = np.full(3, -np.inf, np.float32), np.full(3, -1, np.int32), np.full(3, -1, np.int16)
         index = bad.astype(np.int32)
-        assert by_map.contest_indexed(new, index, np.int16(0), np.int32(5), kept)
+        assert by_map.update_winner_indexed(new, index, np.int16(0), np.int32(5), kept)
 
 
 def test_memory_of_a_tile_does_not_grow_with_the_partials():
@@ -140,7 +140,7 @@ def test_memory_of_a_tile_does_not_grow_with_the_partials():
         fold = Fold([source_of(p, i) for i, p in enumerate(partials)], maps, None, mask_nan=False)
         work = Workspace(64)
         work.shape = (8, 8)
-        for _ in fold.merge(MemoryPiece(fold, partials), work, Notes()):
+        for _ in fold.merge(MemoryPiece(fold, partials), work, PieceReport()):
             pass
         held.append(work.nbytes)
     assert held[0] == pytest.approx(held[1], rel=0.2)

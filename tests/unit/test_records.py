@@ -1,4 +1,4 @@
-"""What a merge collects, against counting in the finished maps."""
+"""What a merge collects, against scope in the finished maps."""
 
 import dataclasses
 import importlib
@@ -18,8 +18,8 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats import collected
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
-    Counting,
     Histograms,
+    StatisticsScope,
     TileStatistics,
     neighbours_of,
 )
@@ -212,12 +212,12 @@ def test_nothing_searched(tmp_path, rng):
 
 
 def test_collections_add_up(rng):
-    one, other = (collected.TileNumbers.empty(2, 1) for _ in range(2))
+    one, other = (collected.PixelStatistics.empty(2, 1) for _ in range(2))
     one.extremes, other.extremes = np.array([1.0, 5, -1, 3]), np.array([0.0, 4, 0, 9])
     one.counts += 1
     one.add(other)
     assert list(one.extremes) == [0, 5, -1, 9]
-    again = collected.TileNumbers.from_flat(one.flat, 2)
+    again = collected.PixelStatistics.from_flat(one.flat, 2)
     for field in dataclasses.fields(one):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
 
@@ -247,13 +247,13 @@ def tile_maps(rng, n_partials=3):
 
 def collect(collection, maps, cuts):
     """Hand a tile over in runs of pixels."""
-    collection.begin(TILE, Counting(COUNTED, LEVEL, 3, 1))
+    collection.begin(TILE, StatisticsScope(COUNTED, LEVEL, 3, 1))
     flat = {name: values.reshape(-1) for name, values in maps.items()}
     for start, end in pairwise((0, *cuts, TILE.size)):
         run = {name: values[start:end] for name, values in flat.items()}
-        collection.count(start, run)
+        collection.count_pixels(start, run)
         collection.count_wins(start, run["best_partial"])
-    collection.look(maps)
+    collection.find_candidates(maps)
 
 
 @pytest.mark.parametrize("capacity", [2000, 300, 100], ids=["room", "some room", "little room"])
@@ -307,12 +307,14 @@ def test_a_tile_that_failed_leaves_nothing_behind(rng):
     collect(collection, maps, ())
     expected = collection.counts.copy()
     collect(collection, plain, ())
-    collection.begin(TILE, Counting(COUNTED, LEVEL, 3, 1))
-    collection.count(0, maps)  # and it is never looked at
+    collection.begin(TILE, StatisticsScope(COUNTED, LEVEL, 3, 1))
+    collection.count_pixels(0, maps)  # and it is never looked at
     collect(collection, maps, ())
     np.testing.assert_array_equal(collection.counts, expected)
-    collection.begin(TILE, Counting(Region(50, 60, 0, 9), LEVEL, 3, 1))  # no pixel of it counts
-    collection.look(maps)
+    collection.begin(
+        TILE, StatisticsScope(Region(50, 60, 0, 9), LEVEL, 3, 1)
+    )  # no pixel of it counts
+    collection.find_candidates(maps)
     assert not collection.counts.any()
     assert not np.isfinite(collection.statistics.extremes).any()
 

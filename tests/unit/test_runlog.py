@@ -49,7 +49,7 @@ def test_lines_are_appended_and_warnings_are_in_it(tmp_path):
             logging.getLogger("ocelot_em.x").warning("take %s", "care")
             logging.getLogger("distributed.x").info("nothing")
     found = lines(tmp_path / "log.jsonl")
-    assert [line["says"] for line in found] == ["take care"] * 2
+    assert [line["text"] for line in found] == ["take care"] * 2
     assert len({line["run"] for line in found}) == 2
     assert found[0]["level"] == "warning"
     assert logging.getLogger().handlers == [

@@ -74,7 +74,7 @@ def test_nothing_of_the_environment_is_stored(tmp_path, monkeypatch):
 )
 def test_a_scheduler_that_everybody_can_reach_is_warned_of(address, is_open, caplog):
     security.warn_if_open(address)
-    assert ("whoever reaches it can run code with your rights" in caplog.text) == is_open
+    assert ("anyone who can reach it can run code as you" in caplog.text) == is_open
 
 
 def listening():
@@ -147,7 +147,7 @@ def test_tls_needs_an_address_with_tls(tmp_path):
 
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
-        pytest.raises(PlanError, match="must begin with tls://"),
+        pytest.raises(PlanError, match="an address that starts with tls://"),
         open_cluster(MergeOptions(cluster=cluster.scheduler_address, tls=True, device="cpu")),
     ):
         pass
@@ -157,23 +157,23 @@ def test_credentials_that_are_shared_are_for_this_user_alone(tmp_path):
     folder = tmp_path / "tls"
     old = os.umask(0)
     try:
-        made = security.shared_credentials(folder, is_maker=True)
+        made = security.share_certificates(folder, creates=True)
     finally:
         os.umask(old)
-    assert security.shared_credentials(folder, is_maker=False) == made
+    assert security.share_certificates(folder, creates=False) == made
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     with dask.config.set(made):
         assert security.configured_security() is not None
-        assert security.shared_credentials(folder, is_maker=True) == {}
-    security.forget(folder)
+        assert security.share_certificates(folder, creates=True) == {}
+    security.remove_certificates(folder)
     assert not folder.exists()
 
 
 def test_credentials_that_do_not_come_are_waited_for_only_so_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(security, "CREDENTIALS_SECONDS", 0.3)
-    with pytest.raises(PlanError, match="all tasks of a job must see the folder"):
-        security.shared_credentials(tmp_path / "tls", is_maker=False)
+    monkeypatch.setattr(security, "CERTIFICATES_TIMEOUT_SECONDS", 0.3)
+    with pytest.raises(PlanError, match="all tasks of a job need access"):
+        security.share_certificates(tmp_path / "tls", creates=False)
 
 
 def test_containers_run_as_a_user():

@@ -16,7 +16,7 @@ from helpers import make_result, write_search
 from ocelot_em import Exposure, kernels, merge, write_partial
 from ocelot_em.cli import terminal
 from ocelot_em.cli.terminal import MergeProgress
-from ocelot_em.kernels import by_map, collect, compiling, cpu, cpu_statistics, place
+from ocelot_em.kernels import by_map, collect, compiling, compositing, cpu, cpu_statistics
 from ocelot_em.kernels import compiling as compiling_module
 from ocelot_em.merge import job, resume
 from ocelot_em.merge import merge as pipeline
@@ -41,7 +41,7 @@ class Calls:
             (compiling, "start_of"),
         ):
             monkeypatch.setattr(module, name, self.noted(name, getattr(module, name)))
-        for module in (by_map, collect, place):
+        for module in (by_map, collect, compositing):
             loader = f"load_{module.__name__.rpartition('.')[2]}"
             monkeypatch.setattr(kernels, loader, partial(self.of, module))
         monkeypatch.setattr(job, "compile_kernels", self.warm_up(job.compile_kernels))
@@ -124,11 +124,12 @@ def test_tiles_call_nothing_that_was_not_compiled_before(tmp_path, rng, monkeypa
     for tile_size in (64, 1024):
         merge(inputs, tmp_path / f"OUT-{tile_size}", tile_size=tile_size, **options)
     called = {name for name, _ in calls.seen["elsewhere"]}
-    assert {"count_pixels", "look_around", "_statistics"} <= called
+    assert {"count_pixels", "look_up_neighbours", "_statistics"} <= called
     assert calls.seen["elsewhere"] <= calls.seen["warm-up"]
 
 
-def test_compiling_is_told_before_the_first_function_and_only_then():
+def test_compiling_is_told_before_the_first_function_and_only_then(monkeypatch):
+    monkeypatch.setattr(compiling_module, "ANNOUNCE_AFTER_SECONDS", 0)
     one, two = njit(lambda x: x + 1), njit(lambda x: x * 2)
     told = []
 
@@ -139,6 +140,13 @@ def test_compiling_is_told_before_the_first_function_and_only_then():
     assert told == ["compiling", 4]
     assert compiling_module.seconds_compiling(work, lambda: told.append("compiling")) == 0
     assert told == ["compiling", 4, 4]
+
+
+def test_a_few_kernels_are_compiled_without_a_word(monkeypatch):
+    monkeypatch.setattr(compiling_module, "ANNOUNCE_AFTER_SECONDS", 1e9)
+    told, triple = [], njit(lambda x: x * 3)
+    assert compiling_module.seconds_compiling(lambda: triple(1), lambda: told.append("told")) > 0
+    assert told == []
 
 
 class Told(Observer):

@@ -42,7 +42,7 @@ from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import memory_nbytes
-from ocelot_em.run.connect import within
+from ocelot_em.run.connect import call_with_timeout
 from ocelot_em.store.blosc import BloscChunk, encode
 from ocelot_em.store.constants import DEFAULT_CHUNK
 from ocelot_em.store.objects import open_objects
@@ -102,7 +102,7 @@ def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Fin
 
 def _finding(name: str, check: Check) -> Finding:
     try:
-        return Finding(name, *within(CHECK_SECONDS, check))
+        return Finding(name, *call_with_timeout(CHECK_SECONDS, check))
     except Exception as error:
         return Finding(name, "problem", named(error))
 

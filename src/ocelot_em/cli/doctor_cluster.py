@@ -22,7 +22,7 @@ from ocelot_em.cli.finding import (
     named,
     scratch_folder,
 )
-from ocelot_em.run.connect import ANSWER_SECONDS, client_of, within
+from ocelot_em.run.connect import RESPONSE_SECONDS, call_with_timeout, connect_client
 
 HOSTS_NAMED = 5
 SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
@@ -64,8 +64,8 @@ def of_cluster(place: Path, address: str) -> list[Finding]:
     """Check the workers of a running cluster."""
     findings = list[Finding]()
     try:
-        with client_of(address) as client:
-            threads: dict[str, int] = within(ANSWER_SECONDS, client.nthreads)
+        with connect_client(address) as client:
+            threads: dict[str, int] = call_with_timeout(RESPONSE_SECONDS, client.nthreads)
             findings.append(Finding("cluster", *_workers(address, threads)))
             if threads:
                 findings += _of_workers(place, _ask(client, list(threads), place))
@@ -95,13 +95,13 @@ def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
 
     async def everyone(path: str) -> dict[str, _Answer]:
         asked = {worker: asyncio.ensure_future(one(worker, path)) for worker in workers}
-        await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+        await asyncio.wait(asked.values(), timeout=RESPONSE_SECONDS)
         return {worker: answered(task) for worker, task in asked.items()}
 
     def answered(task: asyncio.Future[_Answer]) -> _Answer:
         if not task.done():
             task.cancel()
-            return _Answer(TimeoutError(f"no answer in {ANSWER_SECONDS:g} s"), 0, 0)
+            return _Answer(TimeoutError(f"no answer in {RESPONSE_SECONDS:g} s"), 0, 0)
         error = task.exception()
         return task.result() if error is None else _Answer(error, 0, 0)
 
@@ -109,8 +109,8 @@ def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
         scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may run as another user
         file = scratch / "of-the-driver"
         file.write_bytes(content)
-        answers: dict[str, _Answer] = within(
-            2 * ANSWER_SECONDS, partial(client.sync, everyone, str(file))
+        answers: dict[str, _Answer] = call_with_timeout(
+            2 * RESPONSE_SECONDS, partial(client.sync, everyone, str(file))
         )
     return answers
 

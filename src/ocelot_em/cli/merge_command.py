@@ -63,10 +63,10 @@ def run_kept(parsed: argparse.Namespace) -> Iterator[list["Observer"]]:
             yield kept
         except BaseException as error:
             for writer in writers:
-                writer.event("ended", state=type(error).__name__, says=str(error))
+                writer.event("ended", state=type(error).__name__, text=str(error))
             raise
         for writer in writers:
-            writer.event("ended", state="done", says="")
+            writer.event("ended", state="done", text="")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ocelot_em.merge.forecast import Forecast
 from ocelot_em.merge.memory_model import n_threads
 from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.plan import MergePlan
-from ocelot_em.merge.resume import Preparation
+from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
@@ -42,7 +42,7 @@ class MergeProgress(Observer):
         self._nbytes = 0
         self._started = self._told = time.perf_counter()
 
-    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+    def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
         """Print the plan; tiles merged earlier count as done."""
         print_plan(self.console, ready, options)
         self._n_tiles = ready.forecast.n_tiles
@@ -143,7 +143,7 @@ class MergeProgress(Observer):
             self._bar.stop()
 
 
-def print_plan(console: Console, ready: Preparation, options: MergeOptions) -> None:
+def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) -> None:
     """Print the plan and cost of a merge."""
     plan, cost = ready.plan, ready.forecast
     workers = n_workers(options)

@@ -83,15 +83,15 @@ def load(name: str) -> Kernels:
     raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
-def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -> float:
+def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) -> float:
     """Call ``work`` and time it from its first kernel compilation to its end.
 
     Parameters
     ----------
     work
         Function that calls kernels.
-    compiling
-        Called before the first compilation of a kernel that is not in the cache.
+    announce
+        Called once if kernels that are not in the cache take long to compile.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -
     """
     from ocelot_em.kernels import compiling as numba_kernels
 
-    return numba_kernels.seconds_compiling(work, compiling)
+    return numba_kernels.seconds_compiling(work, announce)
 
 
 def load_cuda(device: Device) -> Kernels:
@@ -117,11 +117,11 @@ def load_collect() -> ModuleType:
     return collect
 
 
-def load_place() -> ModuleType:
-    """Import :mod:`ocelot_em.kernels.place` on demand, as :func:`load` does."""
-    from ocelot_em.kernels import place
+def load_compositing() -> ModuleType:
+    """Import :mod:`ocelot_em.kernels.compositing` on demand, as :func:`load` does."""
+    from ocelot_em.kernels import compositing
 
-    return place
+    return compositing
 
 
 def load_by_map() -> ModuleType:

@@ -18,7 +18,7 @@ from ocelot_em.model.maps import NOT_SEARCHED
 
 
 @compiled
-def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
+def update_winner(new: Any, number: Any, mip: Any, winner: Any) -> Any:
     """Update the winner where a partial's ``mip`` is higher; -inf and NaN never win."""
     any_nan = np.int32(0)
     for i in range(mip.size):
@@ -31,8 +31,8 @@ def contest(new: Any, number: Any, mip: Any, winner: Any) -> Any:
 
 
 @compiled
-def contest_first(new: Any, mip: Any, winner: Any) -> Any:
-    """Do the same as :func:`contest` for the first partial; initialise ``mip`` and ``winner``."""
+def init_winner(new: Any, mip: Any, winner: Any) -> Any:
+    """Do the same as :func:`update_winner` for the first partial, ignoring old contents."""
     any_nan = np.int32(0)
     for i in range(mip.size):
         value = new[i]
@@ -44,8 +44,8 @@ def contest_first(new: Any, mip: Any, winner: Any) -> Any:
 
 
 @compiled
-def contest_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: Any) -> Any:
-    """Do the same as :func:`contest`; in a tie, the lower index wins.
+def update_winner_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: Any) -> Any:
+    """Do the same as :func:`update_winner`; in a tie, the lower index wins.
 
     ``kept`` holds the ``mip``, the index and the winner.
     """

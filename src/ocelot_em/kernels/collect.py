@@ -2,8 +2,8 @@
 
 They are explained in ``ocelot_em.merge.stats.collected``.
 
-Maps are passed as flat runs of a tile's pixels with their ``place``: number of the first pixel in
-the tile, width of the tile, and (rows, columns) of its valid pixels. Additions may be reordered
+Maps are passed as flat runs of a tile's pixels with their ``position``: number of the first pixel
+in the tile, width of the tile, and (rows, columns) of its valid pixels. Additions may be reordered
 here, because these numbers only describe a map.
 
 Casts keep values at 32 bits: numba defaults to 64, which halves the values per vector.
@@ -19,13 +19,13 @@ from ocelot_em.kernels.compiling import compiled, summed
 NAN, ZERO_STD, UNSEARCHED = 0, 1, 2
 """Positions in the counts of :func:`count_pixels`."""
 
-_FEW = 8
+_MAX_VECTORISED_PARTIALS = 8
 """Maximum number of partials whose wins are counted by one vectorised pass each."""
 
-_RUN = 1024
+_RUN_PIXELS = 1024
 """Pixels counted together: all intermediate values fit the first-level cache."""
 
-_LOOK = 128
+_CANDIDATE_RUN = 128
 """Pixels that are tested together for candidates."""
 
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
@@ -48,14 +48,14 @@ def values_of(ranks: Any) -> Any:
 
 
 @compiled
-def count_pixels(maps: Any, place: Any, axes: Any, into: Any, found: Any) -> int:
+def count_pixels(maps: Any, position: Any, axes: Any, into: Any, found: Any) -> int:
     """Add the valid pixels of a run to histograms and counts, and record candidates.
 
     Parameters
     ----------
     maps
         ``mip``, z-score and standard deviation; flat.
-    place
+    position
         Position of the pixels; see the module's docstring.
     axes
         Axes of ``mip``, of z-score, and of both for the joint histogram, each given by the first
@@ -74,17 +74,17 @@ def count_pixels(maps: Any, place: Any, axes: Any, into: Any, found: Any) -> int
         Number of candidates so far, including this run.
     """
     mips, zs, stds = maps
-    start, width, (n_rows, n_columns) = place
-    bins, special = np.empty(_RUN, np.int32), np.empty((2, _RUN), np.float32)
+    start, width, (n_rows, n_columns) = position
+    bins, special = np.empty(_RUN_PIXELS, np.int32), np.empty((2, _RUN_PIXELS), np.float32)
     level, where, n_found = found
     at = 0
     while at < mips.size:
         y, x = divmod(start + at, width)
-        n = min(width - x, mips.size - at, _RUN)
+        n = min(width - x, mips.size - at, _RUN_PIXELS)
         n_valid = min(max(n_columns - x, 0), n)
         if y < n_rows and n_valid > 0:
             end = at + n_valid
-            n_found = _note_above(zs[at:end], level, start + at, where, n_found)
+            n_found = _find_above(zs[at:end], level, start + at, where, n_found)
             _count_run(mips[at:end], zs[at:end], stds[at:end], axes, into, (bins, special))
         at += n
     return int(n_found)
@@ -190,17 +190,19 @@ def _increment(counts: Any, bins: Any) -> None:
 
 
 @compiled
-def count_wins(numbers: Any, place: Any, wins: Any) -> None:
+def count_wins(numbers: Any, position: Any, wins: Any) -> None:
     """Count the valid pixels of a run that each partial won; -1 means no winner."""
-    start, width, (n_rows, n_columns) = place
+    start, width, (n_rows, n_columns) = position
     at = 0
     while at < numbers.size:
         y, x = divmod(start + at, width)
-        n = min(width - x, numbers.size - at, _RUN)
+        n = min(width - x, numbers.size - at, _RUN_PIXELS)
         n_valid = min(max(n_columns - x, 0), n)
         if y < n_rows and n_valid > 0:
             own = numbers[at : at + n_valid]
-            if wins.size <= _FEW:  # several vectorised passes are faster than one scalar pass
+            if (
+                wins.size <= _MAX_VECTORISED_PARTIALS
+            ):  # several vectorised passes are faster than one scalar pass
                 for number in range(wins.size):
                     wins[number] += _count_equal(own, np.int32(number))
             else:
@@ -219,10 +221,10 @@ def _count_equal(values: Any, wanted: Any) -> Any:
 
 
 @compiled
-def _note_above(zs: Any, level: Any, first: int, where: Any, n: int) -> int:
+def _find_above(zs: Any, level: Any, first: int, where: Any, n: int) -> int:
     """Record the numbers of pixels with a z-score of at least ``level``, from position ``n``."""
-    for start in range(0, zs.size, _LOOK):
-        some = zs[start : start + _LOOK]
+    for start in range(0, zs.size, _CANDIDATE_RUN):
+        some = zs[start : start + _CANDIDATE_RUN]
         if _any_above(some, level):
             for x in range(some.size):
                 if some[x] >= level:
@@ -241,7 +243,7 @@ def _any_above(values: Any, level: Any) -> Any:
 
 
 @compiled
-def look_around(numbers: Any, zs: Any, width: int, valid: Any, into: Any) -> None:
+def look_up_neighbours(numbers: Any, zs: Any, width: int, valid: Any, into: Any) -> None:
     """Look up positions and neighbours of pixels by their numbers.
 
     Parameters
@@ -256,15 +258,15 @@ def look_around(numbers: Any, zs: Any, width: int, valid: Any, into: Any) -> Non
         Two outputs with one row per pixel: position (y, x), and the z-scores above, below, left and
         right of it, NaN where not valid.
     """
-    (n_rows, n_columns), (places, beside) = valid, into
+    (n_rows, n_columns), (positions, neighbours) = valid, into
     for i in range(numbers.size):
         number = numbers[i]
         y, x = divmod(number, width)
-        places[i, 0], places[i, 1] = y, x
-        beside[i, 0] = zs[number - width] if y > 0 else np.nan
-        beside[i, 1] = zs[number + width] if y + 1 < n_rows else np.nan
-        beside[i, 2] = zs[number - 1] if x > 0 else np.nan
-        beside[i, 3] = zs[number + 1] if x + 1 < n_columns else np.nan
+        positions[i, 0], positions[i, 1] = y, x
+        neighbours[i, 0] = zs[number - width] if y > 0 else np.nan
+        neighbours[i, 1] = zs[number + width] if y + 1 < n_rows else np.nan
+        neighbours[i, 2] = zs[number - 1] if x > 0 else np.nan
+        neighbours[i, 3] = zs[number + 1] if x + 1 < n_columns else np.nan
 
 
 @summed
@@ -303,12 +305,12 @@ def _add_first_with_moments(values: Any, into: Any) -> Any:
 
 
 @compiled
-def add_moments(values: Any, place: Any, into: Any) -> None:
+def add_moments(values: Any, position: Any, into: Any) -> None:
     """Add the number, sum and sum of squares of the valid pixels of a run.
 
     A row of pixels with NaN is left out.
     """
-    start, width, (n_rows, n_columns) = place
+    start, width, (n_rows, n_columns) = position
     at = 0
     while at < values.size:
         y, x = divmod(start + at, width)
@@ -324,19 +326,19 @@ def add_moments(values: Any, place: Any, into: Any) -> None:
 
 
 @compiled
-def add_and_measure(values: Any, total: Any, first: Any, place: Any, into: Any) -> Any:
+def add_and_measure(values: Any, total: Any, first: Any, position: Any, into: Any) -> Any:
     """Add to totals as in ``by_map``, and to moments; return whether any value is NaN."""
-    start, width, (n_rows, n_columns) = place
+    start, width, (n_rows, n_columns) = position
     if n_columns < width or start + values.size > n_rows * width:
         bad = add_first(values, total) if first else add(values, total)
-        add_moments(values, place, into)
+        add_moments(values, position, into)
         return bad
     if first:
         own, own_squared = _add_first_with_moments(values, total)
     else:
         own, own_squared = _add_with_moments(values, total)
     if own != own:  # a NaN, or infinities of both signs
-        add_moments(values, place, into)
+        add_moments(values, position, into)
         return True
     into[0] += values.size
     into[1] += own

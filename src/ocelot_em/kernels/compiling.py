@@ -12,16 +12,15 @@ from numba import carray, njit, types
 from numba.core import event
 from numba.extending import intrinsic
 
-from ocelot_em.model.maps import (
-    AnyArray,
-)
+from ocelot_em.model.maps import AnyArray
 
 MISSING = 0
 """Address that stands for an absent map."""
 
+ANNOUNCE_AFTER_SECONDS = 1.0
+"""Duration after which compilation is announced; a few kernels take less, all of them 10 s."""
 
 F4, F8, I4, I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
-
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -37,27 +36,30 @@ def summed(function: _Function) -> _Function:
     return cast("_Function", jit(function))
 
 
-class _FirstStart(event.Listener):  # type: ignore[misc]
-    """Record the time of the first compilation of an uncached function."""
+class _CompileTimer(event.Listener):  # type: ignore[misc]
+    """Records when the first uncached function was compiled; announces compilation that lasts."""
 
-    def __init__(self, compiling: Callable[[], None]) -> None:
-        self._compiling, self.at = compiling, 0.0
+    def __init__(self, announce: Callable[[], None]) -> None:
+        self._announce: Callable[[], None] | None = announce
+        self.started = 0.0
 
     def on_start(self, _event: Any) -> None:
-        if not self.at:
-            self.at = time.perf_counter()
-            self._compiling()
+        now = time.perf_counter()
+        self.started = self.started or now
+        if self._announce is not None and now - self.started >= ANNOUNCE_AFTER_SECONDS:
+            self._announce()
+            self._announce = None
 
     def on_end(self, _event: Any) -> None:
         pass
 
 
-def seconds_compiling(work: Callable[[], None], compiling: Callable[[], None]) -> float:
+def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) -> float:
     """See :func:`ocelot_em.kernels.seconds_compiling`."""
-    first = _FirstStart(compiling)
-    with event.install_listener("numba:compile", first):
+    timer = _CompileTimer(announce)
+    with event.install_listener("numba:compile", timer):
         work()
-    return time.perf_counter() - first.at if first.at else 0.0
+    return time.perf_counter() - timer.started if timer.started else 0.0
 
 
 def address_of(array: AnyArray, size: int, dtype: np.dtype[Any], changed: bool = False) -> int:

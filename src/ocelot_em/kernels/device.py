@@ -25,7 +25,7 @@ _COMPILE_OPTIONS = ("--fmad=false", "--ftz=false")
 """As on the CPU, round each product and sum separately, and keep subnormal values."""
 
 
-class Mark(Protocol):
+class DeviceEvent(Protocol):
     """A point in a stream."""
 
     def synchronize(self) -> None:
@@ -49,12 +49,12 @@ class Device(Protocol):
         """Allocate page-locked host memory (uint8) for direct copies to and from the device."""
         ...
 
-    def copy_in(self, host: AnyArray, values: AnyArray) -> Mark:
-        """Copy contiguous values to the device; ``host`` must not change before the mark."""
+    def copy_in(self, host: AnyArray, values: AnyArray) -> DeviceEvent:
+        """Copy contiguous values to the device; ``host`` must not change before the event."""
         ...
 
-    def copy_out(self, values: AnyArray, host: AnyArray) -> Mark:
-        """Copy contiguous values to the host; they are complete at the mark."""
+    def copy_out(self, values: AnyArray, host: AnyArray) -> DeviceEvent:
+        """Copy contiguous values to the host; they are complete at the event."""
         ...
 
     def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
@@ -218,7 +218,7 @@ class CudaDevice:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
-        self._of_thread = threading.local()
+        self._per_thread = threading.local()
         self._module = cupy.cuda.Module()
         try:
             # A RawModule always flushes subnormal values to zero.
@@ -235,9 +235,9 @@ class CudaDevice:
     @property
     def _stream(self) -> Any:
         """Stream of this thread, which becomes current."""
-        if not hasattr(self._of_thread, "stream"):
-            self._of_thread.stream = self._cupy.cuda.Stream(non_blocking=True)
-        stream = self._of_thread.stream
+        if not hasattr(self._per_thread, "stream"):
+            self._per_thread.stream = self._cupy.cuda.Stream(non_blocking=True)
+        stream = self._per_thread.stream
         stream.use()
         return stream
 
@@ -262,23 +262,23 @@ class CudaDevice:
 
         return cast("AnyArray", cupyx.empty_pinned((nbytes,), np.uint8))
 
-    def copy_in(self, host: AnyArray, values: AnyArray) -> Mark:
+    def copy_in(self, host: AnyArray, values: AnyArray) -> DeviceEvent:
         """Copy to the device on this thread's stream."""
         stream = self._stream
         cast("Any", values).data.copy_from_host_async(host.ctypes.data, host.nbytes, stream)
-        return self._mark(stream)
+        return self._record_event(stream)
 
-    def copy_out(self, values: AnyArray, host: AnyArray) -> Mark:
+    def copy_out(self, values: AnyArray, host: AnyArray) -> DeviceEvent:
         """Copy to the host on this thread's stream."""
         stream = self._stream
         cast("Any", values).data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
-        return self._mark(stream)
+        return self._record_event(stream)
 
-    def _mark(self, stream: Any) -> Mark:
+    def _record_event(self, stream: Any) -> DeviceEvent:
         # Waiting for a blocking event leaves the core to decoding threads.
         event = self._cupy.cuda.Event(block=True, disable_timing=True)
         event.record(stream)
-        return cast("Mark", event)
+        return cast("DeviceEvent", event)
 
     def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
         """Start a kernel on this thread's stream."""

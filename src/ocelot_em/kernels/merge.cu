@@ -1,13 +1,13 @@
 // The merge on a CUDA device: the arithmetic of kernels/reference.py, operation by operation.
 //
-// Everything that is rounded is written with the intrinsics that say how (__dadd_rn and so on), so
-// that the compiler can neither fuse nor reorder it: the bits are those of the CPU. A thread has
-// VECTOR neighbouring pixels, which it loads with wide instructions where all maps are aligned; the
-// maps of a partial are all loaded before the first of them is used, so that memory delivers many
-// streams at once. Tables of addresses come by value: they lie in the constant bank.
+// All rounded operations use intrinsics with an explicit rounding mode (__dadd_rn and so on), so the
+// compiler can neither fuse nor reorder them, and results are bit-identical to those of the CPU.
+// Each thread processes VECTOR adjacent pixels, with wide loads where all maps are aligned. All maps
+// of a partial are loaded before the first is used, so that many memory streams are active at once.
+// Tables of addresses are passed by value and therefore stored in constant memory.
 //
-// The tests compile this file for the CPU as well, with the few CUDA names that it uses defined, so
-// it stays free of everything else of CUDA.
+// The tests also compile this file for the CPU, where they define the few CUDA names that it uses.
+// Use no other features of CUDA.
 
 #define VECTOR 4
 #define MOST_POSES 5
@@ -15,14 +15,14 @@
 
 typedef long long int64;
 
-// Addresses of the accumulator's maps; count is 0 where the count is one number.
+// Addresses of the accumulator's maps; count is 0 if the count is a single number.
 struct Kept {
     int64 mip, best_partial, sum, squared_sum, count;
     int64 pose[MOST_POSES];
 };
 
-// Addresses of a partial's maps. best_partial and count are 0 where they are one number. Sums are
-// float32 or float64, as their sizes in bytes say.
+// Addresses of a partial's maps. best_partial and count are 0 if they are single numbers. Sums are
+// float32 or float64, according to their sizes in bytes.
 struct Source {
     int64 mip, best_partial, sum, squared_sum, count;
     int64 pose[MOST_POSES];
@@ -33,7 +33,7 @@ struct Sources {
     struct Source source[MOST_SOURCES];
 };
 
-// Addresses of the maps that finalise reads and writes; pose is for indexed poses.
+// Addresses of the maps that finalise reads and writes; pose is used for indexed poses only.
 struct Finished {
     int64 mip, sum, squared_sum, count, index;
     int64 z, mean, std, rounded_sum, rounded_squared_sum;
@@ -73,8 +73,8 @@ __device__ inline float minus_infinity() { return __int_as_float((int)0xff800000
 
 __device__ inline float not_a_number() { return __int_as_float(0x7fc00000); }
 
-// P pose maps; n_poses is 0 for explicit poses. Pixels with NaN and with an invalid index are added
-// to findings.
+// P is the number of pose maps; n_poses is 0 for explicit poses. The numbers of pixels with NaN and
+// with an invalid index are added to findings.
 template <int V, int P>
 __device__ inline void fold_pixels(const Kept &kept, const Sources &sources, int n_sources,
                                    int n_poses, int fresh, int64 at, int64 *findings)
@@ -185,8 +185,8 @@ FOLD_KERNEL(fold_indexed, 1)
 FOLD_KERNEL(fold_four_poses, 4)
 FOLD_KERNEL(fold_five_poses, 5)
 
-// Mean, standard deviation, z-score, sums in float32, and the poses of indices. Indices beyond the
-// search space are added to findings; their poses are NaN.
+// Compute mean, standard deviation, z-score, float32 sums, and the poses of indices. The number of
+// indices outside the search space is added to findings; their poses are NaN.
 extern "C" __global__ void finalise(Finished maps, double one_count, int64 n, int64 *findings)
 {
     int64 at = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -227,8 +227,8 @@ extern "C" __global__ void finalise(Finished maps, double one_count, int64 n, in
         load<float, 1>(maps.pixel_values, index / per_pixel_size).at[0];
 }
 
-// Copy a partial, idle where any of its maps is NaN; a NaN pose counts only where it searched. The
-// copy has a map of counts.
+// Copy a partial, made idle where any of its maps is NaN; a NaN pose counts only where the partial
+// searched. The copy has a map of counts.
 extern "C" __global__ void mask_nan(Source from, Source to, int n_pose_maps, int indexed, int64 n)
 {
     int64 at = (int64)blockIdx.x * blockDim.x + threadIdx.x;

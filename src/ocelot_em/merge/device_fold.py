@@ -16,8 +16,8 @@ import numpy as np
 
 from ocelot_em import kernels
 from ocelot_em.errors import DeviceMemoryError
-from ocelot_em.kernels.device import Device, Mark
-from ocelot_em.merge.fold import Incoming, Merged, Notes, look_up_candidates
+from ocelot_em.kernels.device import Device, DeviceEvent
+from ocelot_em.merge.fold import Merged, PieceReport
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -37,13 +37,14 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.sources import Source
+from ocelot_em.store.transfer import ReadAhead
 
 log = logging.getLogger(__name__)
 
 PINNED_PLANES = 4
 """Maps of a tile in pinned memory per thread: one is decoded or encoded, the others are copied."""
 
-LOOKED_AT = (MIP, SCALED_MIP, STD, BEST_PARTIAL)
+MAPS_FOR_STATISTICS = (MIP, SCALED_MIP, STD, BEST_PARTIAL)
 """Maps of a whole tile that its statistics need on the host at the same time."""
 
 WIDEST_NBYTES = 8
@@ -71,7 +72,7 @@ class DeviceFold:
     ----------
     sources, maps, space, mask_nan
         As for :class:`ocelot_em.merge.fold.Fold`.
-    lanes
+    device_memory
         The device and its memory.
     """
 
@@ -80,80 +81,87 @@ class DeviceFold:
         sources: Sequence[Source],
         maps: MapSet,
         space: SearchSpace | None,
+        device_memory: "DeviceMemory",
         *,
         mask_nan: bool,
-        lanes: "Lanes",
     ) -> None:
         self.sources, self.maps, self.space = sources, maps, space
-        self._mask_nan, self._lanes = mask_nan, lanes
-        self._kernels = lanes.kernels
+        self._mask_nan, self._memory = mask_nan, device_memory
+        self._kernels = device_memory.kernels
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Yield source number and map name, in the order in which maps are read."""
         for number, source in enumerate(self.sources):
             yield from ((number, name) for name in source.map_names(self.maps))
 
-    def merge(self, incoming: Incoming, work: Workspace, notes: Notes) -> Merged:
+    def merge(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Merge one piece, like :meth:`ocelot_em.merge.fold.Fold.merge`.
 
         Raises
         ------
         StorageError
-            Raised by ``incoming``.
+            A map cannot be read.
         DeviceMemoryError
             Not even one partial fits.
         """
-        lane, n = self._lanes.of_thread(work.max_pixels), work.n_pixels
-        accumulator = lane.accumulator(n)
-        for start in range(0, len(self.sources), lane.together):
-            numbers = range(len(self.sources))[start : start + lane.together]
+        memory, n = self._memory.for_this_thread(work.max_pixels), work.n_pixels
+        accumulator = memory.accumulator(n)
+        for start in range(0, len(self.sources), memory.max_partials):
+            numbers = range(len(self.sources))[start : start + memory.max_partials]
             partials = [
-                self._send((number, slot), incoming, lane, n, notes)
+                self._send((number, slot), reader, memory, n, report)
                 for slot, number in enumerate(numbers)
             ]
             if self._mask_nan:
                 partials = [self._kernels.mask_nan(partial) for partial in partials]
-            report = self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0)
-            if report.nan_pixels or report.invalid_indices:
-                notes.suspect(*numbers)
-        merged = self._kernels.finalise(accumulator, self.maps, self.space, lane.computed(n))
-        first = [name for name in LOOKED_AT if name in merged]
-        if notes.statistics is not None:
-            looked_at = {name: work.array(name, merged[name].dtype) for name in first}
-            for name, values in lane.fetch(merged, first):
-                looked_at[name][...] = values.reshape(work.shape)
-            notes.statistics.look(looked_at)
-        for name, values in lane.fetch(merged, list(merged)):
+            found = self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0)
+            if found.nan_pixels or found.invalid_indices:
+                report.suspect(*numbers)
+        merged = self._kernels.finalise(accumulator, self.maps, self.space, memory.computed(n))
+        first = [name for name in MAPS_FOR_STATISTICS if name in merged]
+        if report.statistics is not None:
+            on_host = {name: work.array(name, merged[name].dtype) for name in first}
+            for name, values in memory.fetch(merged, first):
+                on_host[name][...] = values.reshape(work.shape)
+            report.statistics.find_candidates(on_host)
+        for name, values in memory.fetch(merged, list(merged)):
             if name == MIP:
-                notes.searched_pixels = int(np.count_nonzero(values > -np.inf))
-            yield name, look_up_candidates(notes, name, values.reshape(work.shape))
+                report.searched_pixels = int(np.count_nonzero(values > -np.inf))
+            shaped = values.reshape(work.shape)
+            report.keep_candidates(name, shaped)
+            yield name, shaped
 
     def _send(
-        self, which: tuple[int, int], incoming: Incoming, lane: "Lane", n: int, notes: Notes
+        self,
+        number_and_slot: tuple[int, int],
+        reader: ReadAhead,
+        memory: "ThreadMemory",
+        n: int,
+        report: PieceReport,
     ) -> PartialMaps:
-        """Read a partial (source number, device slot) and start its copy to the device."""
-        (number, slot), there = which, {}
+        """Read a partial, by number of its source, and start its copy to a device slot."""
+        (number, slot), on_device = number_and_slot, {}
         source = self.sources[number]
         for name in source.map_names(self.maps):
-            with incoming.take(1) as (arrival,):
-                values = lane.pinned(n, arrival.dtype)
+            with reader.take(1) as (arrival,):
+                values = memory.pinned(n, arrival.dtype)
                 arrival.decode(0, 1, values)
-            if notes.statistics is not None and name in (SUM, SQUARED_SUM):
-                notes.statistics.add(number, name, 0, values)
+            if report.statistics is not None and name in (SUM, SQUARED_SUM):
+                report.statistics.add_sums(number, name, 0, values)
             if name == BEST_PARTIAL:
                 np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
-            there[name] = lane.send(values, slot, name)
+            on_device[name] = memory.send(values, slot, name)
         return PartialMaps(
-            mip=there[MIP],
-            pose=tuple(there[name] for name in self.maps.pose),
-            correlation_sum=there[SUM],
-            correlation_squared_sum=there[SQUARED_SUM],
-            count=there.get(COUNT, source.total_projections),
-            best_partial=there.get(BEST_PARTIAL, source.first_number),
+            mip=on_device[MIP],
+            pose=tuple(on_device[name] for name in self.maps.pose),
+            correlation_sum=on_device[SUM],
+            correlation_squared_sum=on_device[SQUARED_SUM],
+            count=on_device.get(COUNT, source.total_projections),
+            best_partial=on_device.get(BEST_PARTIAL, source.first_number),
         )
 
 
-class Lanes:
+class DeviceMemory:
     """A device and the memory of every thread on it; shared by all exposures of a merge.
 
     Parameters
@@ -162,20 +170,21 @@ class Lanes:
         The device that merges.
     maps
         Maps of the result.
-    together
+    max_partials
         Number of partials on the device at a time, per thread; fewer if memory is short.
     sum_dtype
         Stored dtype of the sums.
     """
 
     def __init__(
-        self, device: Device, maps: MapSet, together: int, sum_dtype: str = "float32"
+        self, device: Device, maps: MapSet, max_partials: int, sum_dtype: str = "float32"
     ) -> None:
-        self._device, self._maps, self._together, self._sums = device, maps, together, sum_dtype
+        self._device, self._maps = device, maps
+        self._max_partials, self._sum_dtype = max_partials, sum_dtype
         self.kernels = kernels.load_cuda(device)
-        self._of_thread = threading.local()
+        self._per_thread = threading.local()
 
-    def of_thread(self, most_pixels: int) -> "Lane":
+    def for_this_thread(self, max_pixels: int) -> "ThreadMemory":
         """Return this thread's memory.
 
         Raises
@@ -183,15 +192,15 @@ class Lanes:
         DeviceMemoryError
             Not even one partial fits.
         """
-        if not hasattr(self._of_thread, "lane"):
-            self._of_thread.lane = Lane(
-                self._maps, self._device, most_pixels, self._together, self._sums
+        if not hasattr(self._per_thread, "memory"):
+            self._per_thread.memory = ThreadMemory(
+                self._maps, self._device, max_pixels, self._max_partials, self._sum_dtype
             )
-        lane: Lane = self._of_thread.lane
-        return lane
+        memory: ThreadMemory = self._per_thread.memory
+        return memory
 
 
-class Lane:
+class ThreadMemory:
     """One thread's memory for one tile at a time: on the device, and pinned on the host.
 
     Parameters
@@ -200,10 +209,10 @@ class Lane:
         Maps of the result.
     device
         The device that has the memory.
-    most_pixels
+    max_pixels
         Maximum number of pixels of a tile.
-    together
-        Maximum number of partials at a time; :attr:`together` is the number that fits.
+    max_partials
+        Maximum number of partials at a time; the attribute is the number that fits.
     sum_dtype
         Stored dtype of the sums.
 
@@ -214,34 +223,34 @@ class Lane:
     """
 
     def __init__(
-        self, maps: MapSet, device: Device, most_pixels: int, together: int, sum_dtype: str
+        self, maps: MapSet, device: Device, max_pixels: int, max_partials: int, sum_dtype: str
     ) -> None:
-        self._maps, self._device, self._most_pixels = maps, device, most_pixels
-        self._there: dict[tuple[int, str, str], AnyArray] = {}
-        self.together = together
+        self._maps, self._device, self._max_pixels = maps, device, max_pixels
+        self._on_device: dict[tuple[int, str, str], AnyArray] = {}
+        self.max_partials = max_partials
         while True:
             try:
                 self._allocate(sum_dtype)
                 break
             except DeviceMemoryError:
-                self._there.clear()
-                if self.together == 1:
+                self._on_device.clear()
+                if self.max_partials == 1:
                     raise
-                self.together = -(-self.together // 2)
+                self.max_partials = -(-self.max_partials // 2)
                 log.warning(
                     "the device has less free memory than planned: %d partials at a time",
-                    self.together,
+                    self.max_partials,
                 )
-        nbytes = most_pixels * WIDEST_NBYTES
-        self._slabs = [device.pinned(nbytes) for _ in range(PINNED_PLANES)]
-        self._marks: list[Mark | None] = [None] * PINNED_PLANES
-        self._turn = 0
+        nbytes = max_pixels * WIDEST_NBYTES
+        self._buffers = [device.pinned(nbytes) for _ in range(PINNED_PLANES)]
+        self._events: list[DeviceEvent | None] = [None] * PINNED_PLANES
+        self._current = 0
 
     def _allocate(self, sum_dtype: str) -> None:
         """Allocate all memory in advance, so that a merge does not run out of it."""
         self.accumulator(1)
         self.computed(1)
-        for slot in range(self.together):
+        for slot in range(self.max_partials):
             for name in self._maps.partial:
                 is_sum = name in (SUM, SQUARED_SUM)
                 self._plane(slot, name, sum_dtype if is_sum else MAPS[name].dtypes[0], 1)
@@ -267,40 +276,42 @@ class Lane:
 
     def pinned(self, n: int, dtype: "np.dtype[np.generic]") -> AnyArray:
         """Return pinned memory for a map, after waiting for the last copy from or to it."""
-        self._turn = (self._turn + 1) % PINNED_PLANES
-        mark = self._marks[self._turn]
-        if mark is not None:
-            mark.synchronize()
-            self._marks[self._turn] = None
-        return self._slabs[self._turn][: n * dtype.itemsize].view(dtype)
+        self._current = (self._current + 1) % PINNED_PLANES
+        event = self._events[self._current]
+        if event is not None:
+            event.synchronize()
+            self._events[self._current] = None
+        return self._buffers[self._current][: n * dtype.itemsize].view(dtype)
 
     def send(self, values: AnyArray, slot: int, name: str) -> AnyArray:
         """Start copying the last :meth:`pinned` memory; return its device array."""
-        there = self._plane(slot, name, values.dtype.name, values.size)
-        self._marks[self._turn] = self._device.copy_in(values, there)
-        return there
+        on_device = self._plane(slot, name, values.dtype.name, values.size)
+        self._events[self._current] = self._device.copy_in(values, on_device)
+        return on_device
 
     def fetch(
         self, maps: Mapping[str, AnyArray], names: Sequence[str]
     ) -> Iterator[tuple[str, AnyArray]]:
         """Copy the named maps to the host; each is valid until the next one is requested."""
-        on_the_way: deque[tuple[str, AnyArray, Mark]] = deque()
+        in_flight: deque[tuple[str, AnyArray, DeviceEvent]] = deque()
         for name in names:
-            there = maps[name]
-            if len(on_the_way) == PINNED_PLANES - 1:
-                yield self._arrived(on_the_way.popleft())
-            host = self.pinned(there.size, there.dtype)
-            on_the_way.append((name, host, self._device.copy_out(there, host)))
-        while on_the_way:
-            yield self._arrived(on_the_way.popleft())
-
-    def _arrived(self, one: tuple[str, AnyArray, Mark]) -> tuple[str, AnyArray]:
-        name, host, mark = one
-        mark.synchronize()
-        return name, host
+            on_device = maps[name]
+            if len(in_flight) == PINNED_PLANES - 1:
+                yield _completed(in_flight.popleft())
+            host = self.pinned(on_device.size, on_device.dtype)
+            in_flight.append((name, host, self._device.copy_out(on_device, host)))
+        while in_flight:
+            yield _completed(in_flight.popleft())
 
     def _plane(self, slot: int, name: str, dtype: str, n: int) -> AnyArray:
         key = slot, name, dtype
-        if key not in self._there:
-            self._there[key] = self._device.empty(self._most_pixels, dtype)
-        return self._there[key][:n]
+        if key not in self._on_device:
+            self._on_device[key] = self._device.empty(self._max_pixels, dtype)
+        return self._on_device[key][:n]
+
+
+def _completed(copy: tuple[str, AnyArray, DeviceEvent]) -> tuple[str, AnyArray]:
+    """Wait for the copy of a map to the host; return its name and values."""
+    name, host, event = copy
+    event.synchronize()
+    return name, host

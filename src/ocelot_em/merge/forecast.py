@@ -83,12 +83,12 @@ def forecast(
         for source in exposure.sources:
             pixel = sum(np.dtype(MAPS[n].dtypes[0]).itemsize for n in source.map_names(plan.maps))
             decoded_in += pixel * exposure.shape[0] * exposure.shape[1]
-    looked_at = sample_of(plan.sources)
-    stored_in = sum(_stored_nbytes_of(source, plan.maps) for source in looked_at)
-    stored_in = stored_in * len(plan.sources) // len(looked_at)
+    sampled = sample_of(plan.sources)
+    stored_in = sum(_stored_nbytes_of(source, plan.maps) for source in sampled)
+    stored_in = stored_in * len(plan.sources) // len(sampled)
     pixels = plan.shape[0] * plan.shape[1]
     storage = storage_shape(plan.exposures, output)
-    together = partials_on_device(plan, storage, options, device)
+    n_partials = partials_on_device(plan, storage, options, device)
     per_pixel = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged)
     covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
     stored_out = covered * min(stored_in / max(decoded_in, 1), 1)
@@ -103,9 +103,9 @@ def forecast(
         worker_nbytes=worker_nbytes(plan.tile, storage, plan.maps, options),
         free_nbytes=open_objects(output).free_bytes(),
         device=device,
-        partials_on_device=together,
-        device_nbytes=together
-        and device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together),
+        partials_on_device=n_partials,
+        device_nbytes=n_partials
+        and device_worker_nbytes(plan.tile, storage, plan.maps, options, n_partials=n_partials),
     )
 
 
@@ -126,7 +126,7 @@ def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
     return sum(size or 0 for size in sizes) * len(grid) // CHUNKS_SAMPLED
 
 
-def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
+def require_resources(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
     """Raise with numbers if the disk or the memory is too small.
 
     Parameters
@@ -146,12 +146,13 @@ def refuse_what_cannot_fit(prediction: Forecast, n_workers: int, memory_nbytes: 
     needed = int(prediction.stored_nbytes_out * missing)
     if prediction.free_nbytes is not None and needed > prediction.free_nbytes:
         raise PlanError(
-            f"disk: the output needs about {needed:,} bytes more, {prediction.free_nbytes:,} are "
-            "free; free some space or choose another place"
+            f"disk: the output needs about {needed:,} more bytes, {prediction.free_nbytes:,} are "
+            "free; free some space, or choose another output"
         )
     total = n_workers * prediction.worker_nbytes
     if total > memory_nbytes:
         raise PlanError(
-            f"memory: {n_workers} workers of {prediction.worker_nbytes:,} bytes need {total:,}, "
-            f"this machine has {memory_nbytes:,}; use fewer workers or threads, or smaller tiles"
+            f"memory: {n_workers} workers need {prediction.worker_nbytes:,} bytes each, {total:,} "
+            f"in total, but this machine has {memory_nbytes:,}; use fewer workers or threads, or "
+            "smaller tiles"
         )

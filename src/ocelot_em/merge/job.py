@@ -11,13 +11,13 @@ import numpy as np
 
 from ocelot_em.errors import InvalidDataError, OcelotError, StoreNotFoundError
 from ocelot_em.kernels.device import open_device
-from ocelot_em.merge.device_fold import DeviceFold, Lanes
-from ocelot_em.merge.fold import Fold, Notes
+from ocelot_em.merge.device_fold import DeviceFold, DeviceMemory
+from ocelot_em.merge.fold import Fold, PieceReport
 from ocelot_em.merge.overlap import Canvas, WholeTile
 from ocelot_em.merge.plan import MergePlan, Piece, PlannedExposure, read_plan
 from ocelot_em.merge.stats import layout, records
 from ocelot_em.merge.stats.collected import TileStatistics
-from ocelot_em.merge.warm_up import Compiling, Logged, compile_kernels
+from ocelot_em.merge.warm_up import CompileListener, CompileLog, compile_kernels
 from ocelot_em.model.maps import SUM
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.model.search_space import SearchSpace
@@ -40,7 +40,7 @@ MAX_OPEN_EXPOSURES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class JobSpec:
     """Identifies the merge of a task; a worker receives only this and the tiles.
 
     Parameters
@@ -73,7 +73,7 @@ class OpenExposure:
         One exposure of the plan.
     space
         The search space of indexed poses.
-    lanes
+    device_memory
         The device that merges the exposure, with its memory; None: the CPU.
     """
 
@@ -82,14 +82,16 @@ class OpenExposure:
         plan: MergePlan,
         exposure: PlannedExposure,
         space: SearchSpace | None,
-        lanes: Lanes | None,
+        device_memory: DeviceMemory | None,
     ) -> None:
         self._plan, self._exposure, self._space = plan, exposure, space
-        maps, mask_nan = plan.maps_of_exposure, plan.nan == "mask"
-        self._maps = [open_source_maps(source, maps, exposure.shape) for source in exposure.sources]
-        self.fold: Fold | DeviceFold = Fold(exposure.sources, maps, space, mask_nan=mask_nan)
-        if lanes is not None:
-            self.fold = DeviceFold(exposure.sources, maps, space, mask_nan=mask_nan, lanes=lanes)
+        sources, maps, mask_nan = exposure.sources, plan.maps_of_exposure, plan.nan == "mask"
+        self._maps = [open_source_maps(source, maps, exposure.shape) for source in sources]
+        self.fold: Fold | DeviceFold
+        if device_memory is None:
+            self.fold = Fold(sources, maps, space, mask_nan=mask_nan)
+        else:
+            self.fold = DeviceFold(sources, maps, space, device_memory, mask_nan=mask_nan)
         self.layout = layout.Layout.of(plan, exposure)
         self.number, self.region = exposure.number, exposure.region
         self.decoded_nbytes_per_pixel = sum(
@@ -105,21 +107,21 @@ class OpenExposure:
         for number, name in self.fold.order():
             yield Request(group, self._maps[number][name], piece.region)
 
-    def check_suspects(self, region: Region, notes: Notes) -> None:
+    def check_suspects(self, region: Region, report: PieceReport) -> None:
         """Raise if a suspect source has NaN or an invalid index, naming map and first pixel.
 
         Raises
         ------
         InvalidDataError
         """
-        while notes.suspects:
-            number = notes.suspects.pop(0)
+        while report.suspects:
+            number = report.suspects.pop(0)
             maps = {name: chunked.read(region)[0] for name, chunked in self._maps[number].items()}
             info = SearchInfo(search_space=self._space, has_pixel_size=self._plan.maps.pixel_size)
             place = self._exposure.sources[number].place
             wanted = {name: maps[name] for name in info.maps.partial}
             if problems := value_problems(wanted, region, info, place):
-                hint = "use nan='mask' (--nan mask) to leave the partial out at pixels with NaN"
+                hint = "use nan='mask' (--nan mask) to omit the partial at pixels with NaN"
                 raise InvalidDataError(f"pixels {region}: {'; '.join(problems)}; {hint}")
 
 
@@ -145,8 +147,7 @@ class TileMemory:
     @cached_property
     def canvas(self) -> Canvas:
         """Memory for the maps of a tile on which exposures are placed."""
-        most_pixels = self._plan.tile[0] * self._plan.tile[1]
-        return Canvas(self._plan.maps, self._plan.overlap, most_pixels)
+        return Canvas(self._plan.maps, self._plan.overlap, self.workspace.max_pixels)
 
     @cached_property
     def statistics(self) -> TileStatistics | None:
@@ -168,29 +169,31 @@ class Job:
         Plan of the merge.
     objects
         The prepared output; None to merge without writing.
-    work
+    spec
         Identifies the merge, its lock and its device.
     """
 
-    def __init__(self, plan: MergePlan, objects: Objects | None, work: Work | None = None) -> None:
+    def __init__(
+        self, plan: MergePlan, objects: Objects | None, spec: JobSpec | None = None
+    ) -> None:
         self.plan, self.objects = plan, objects
-        partials_on_device = 0 if work is None else work.partials_on_device
+        partials_on_device = 0 if spec is None else spec.partials_on_device
         self._lease = None
-        if objects is not None and work is not None and work.lock:
-            self._lease = RunLease(objects, work.lock, work.holder)
+        if objects is not None and spec is not None and spec.lock:
+            self._lease = RunLease(objects, spec.lock, spec.holder)
         first = plan.exposures[0].sources[0]
         self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
-        self._lanes = None
+        self._device_memory = None
         if partials_on_device:
-            dtype = open_one(first, SUM).dtype.name
-            self._lanes = Lanes(open_device(), plan.maps_of_exposure, partials_on_device, dtype)
+            maps, sum_dtype = plan.maps_of_exposure, open_one(first, SUM).dtype.name
+            self._device_memory = DeviceMemory(open_device(), maps, partials_on_device, sum_dtype)
         self.written = (
             {} if objects is None else open_partial_maps(objects, "", "", plan.maps.merged)
         )
         urls = {source.url for source in plan.sources}
         self._streams_in = max(open_objects(url).streams for url in urls)
         self._streams_out = 1 if objects is None else objects.streams
-        self._of_thread = threading.local()
+        self._per_thread = threading.local()
         self._blank: dict[str, list[bytes]] = {}
         self._opened: OrderedDict[int, OpenExposure] = OrderedDict()
         self._opening = threading.Lock()
@@ -198,16 +201,16 @@ class Job:
         self.compile_seconds = 0.0
         """Time spent compiling kernels in this process; 0 if they were cached on disk."""
 
-    def compile(self, watcher: Compiling) -> None:
+    def compile(self, listener: CompileListener) -> None:
         """Compile or load the kernels, so that compilation does not count as a tile's time."""
         if self._is_compiled:
             return
         self._is_compiled = True
-        if self._lanes is None:  # a GPU uses mostly other kernels
+        if self._device_memory is None:  # a GPU uses mostly other kernels
             exposure = self.plan.exposures[0]
             opened = self.open(Piece(0, exposure.region, exposure.region))
             self.compile_seconds = compile_kernels(
-                self.plan, exposure, self._space, opened.dtype_of, watcher
+                self.plan, exposure, self._space, opened.dtype_of, listener
             )
 
     @property
@@ -218,14 +221,14 @@ class Job:
     @property
     def memory(self) -> TileMemory:
         """Memory of this thread."""
-        if not hasattr(self._of_thread, "memory"):
-            self._of_thread.memory = TileMemory(self.plan, self._streams_in)
-        memory: TileMemory = self._of_thread.memory
+        if not hasattr(self._per_thread, "memory"):
+            self._per_thread.memory = TileMemory(self.plan, self._streams_in)
+        memory: TileMemory = self._per_thread.memory
         return memory
 
     def release_memory(self) -> None:
         """Release this thread's memory."""
-        self._of_thread.__dict__.clear()
+        self._per_thread.__dict__.clear()
 
     def open(self, piece: Piece) -> OpenExposure:
         """Return the open exposure of a piece; the most recently used ones stay open."""
@@ -233,7 +236,7 @@ class Job:
             found = self._opened.get(piece.exposure)
             if found is None:
                 exposure = self.plan.exposures[piece.exposure]
-                found = OpenExposure(self.plan, exposure, self._space, self._lanes)
+                found = OpenExposure(self.plan, exposure, self._space, self._device_memory)
                 self._opened[piece.exposure] = found
                 if len(self._opened) > MAX_OPEN_EXPOSURES:
                     self._opened.popitem(last=False)
@@ -254,15 +257,15 @@ class Job:
             number = self.plan.exposures[pieces[0].exposure].number
             return WholeTile(number, self.plan.maps, tile.region.shape)
         canvas = self.memory.canvas
-        canvas.begin(tile.region.shape, [piece.within for piece in pieces])
+        canvas.begin(tile.region.shape, [piece.in_tile for piece in pieces])
         return canvas
 
-    def notes(self, piece: Piece) -> Notes:
-        """Return empty notes for a piece, with this thread's statistics, if any."""
+    def report(self, piece: Piece) -> PieceReport:
+        """Return an empty report for a piece, with this thread's statistics, if any."""
         statistics = self.memory.statistics
         if statistics is not None:
-            statistics.begin(piece.region, self.open(piece).layout.counting)
-        return Notes(statistics)
+            statistics.begin(piece.region, self.open(piece).layout.scope)
+        return PieceReport(statistics)
 
     def workspace(self, piece: Piece) -> Workspace:
         """Return this thread's workspace with the shape of a piece."""
@@ -299,15 +302,15 @@ def group_of(tile: Tile, piece: Piece) -> Group:
 
 def covers_alone(pieces: Sequence[Piece], tile: Tile) -> bool:
     """Whether a single exposure covers the whole tile and no other touches it."""
-    return len(pieces) == 1 and pieces[0].within.shape == tile.region.shape
+    return len(pieces) == 1 and pieces[0].in_tile.shape == tile.region.shape
 
 
-def open_job(work: Work, watcher: Compiling | None = None) -> Job:
+def open_job(spec: JobSpec, listener: CompileListener | None = None) -> Job:
     """Open a prepared output once per process; the run's id prevents use of an old job."""
     with _opening:
-        job = _open_job(work)
+        job = _open_job(spec)
         with suppress(OcelotError):  # the first exposure fails; other tiles may not need it
-            job.compile(watcher or Logged())
+            job.compile(listener or CompileLog())
         return job
 
 
@@ -315,15 +318,15 @@ _opening = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _open_job(work: Work) -> Job:
-    objects = open_objects(work.output)
+def _open_job(spec: JobSpec) -> Job:
+    objects = open_objects(spec.output)
     attributes = read_attributes(objects)
-    if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != work.run_id:
+    if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != spec.run_id:
         raise StoreNotFoundError(
-            f"{work.output}: expected the output of run {work.run_id[:8]}, got something else; "
-            "workers must see the same storage as the driver"
+            f"{spec.output}: expected the output of run {spec.run_id[:8]}, got something else; "
+            "all workers need access to the driver's storage under the same path"
         )
-    return Job(read_plan(attributes, work.output), objects, work)
+    return Job(read_plan(attributes, spec.output), objects, spec)
 
 
 def close_job() -> None:

@@ -44,7 +44,7 @@ measures whole workers; ``docs/benchmarks.md`` lists the results."""
 DEVICE_TABLES_NBYTES = 64 * 2**20
 """Device memory that does not depend on the tile size: tables of poses, rounding."""
 
-MAX_TOGETHER = 64
+MAX_PARTIALS_ON_DEVICE = 64
 """Maximum number of partials on a device at a time; more are no faster."""
 
 
@@ -69,7 +69,7 @@ class DeviceChoice(NamedTuple):
     memory_nbytes: int = 0
 
 
-ON_CPU = DeviceChoice("cpu", "as asked for")
+ON_CPU = DeviceChoice("cpu", "requested")
 
 
 class StorageShape(NamedTuple):
@@ -103,11 +103,11 @@ def storage_shape(
     sources = sample_of([source for exposure in exposures for source in exposure.sources])
     sums = [open_one(source, SUM) for source in sources]
     cells = [chunked.grid.cell for chunked in sums]
-    places = {*(source.url for e in exposures for source in e.sources), normalise_url(output)}
+    urls = {*(source.url for e in exposures for source in e.sources), normalise_url(output)}
     return StorageShape(
         chunk=(max(height for height, _ in cells), max(width for _, width in cells)),
         sum_itemsize=max(chunked.dtype.itemsize for chunked in sums),
-        streams=max(open_objects(place).streams for place in places),
+        streams=max(open_objects(url).streams for url in urls),
     )
 
 
@@ -148,22 +148,22 @@ def choose_tile(
         if size is None and candidate > DEFAULT_TILE:
             limit = min(limit or LARGE_TILE_NBYTES, LARGE_TILE_NBYTES)
         if device_nbytes:
-            on_device = device_worker_nbytes(tile, storage, maps, options, together=1)
+            on_device = device_worker_nbytes(tile, storage, maps, options, n_partials=1)
         if on_device > device_nbytes:
             continue
         if limit is None or predicted <= limit:
             return tile
     if on_device > device_nbytes:
         raise PlanError(
-            f"device memory of {device_nbytes:,} bytes: {n_threads(options)} threads with tiles of "
-            f"{candidates[-1]} pixels need {on_device:,} bytes for one partial at a time; use "
-            "fewer threads, smaller tiles, or --device cpu"
+            f"device memory: {n_threads(options)} threads with tiles of {candidates[-1]} pixels "
+            f"need {on_device:,} bytes for one partial at a time, but {device_nbytes:,} bytes are "
+            "available; use fewer threads, smaller tiles, or --device cpu"
         )
     raise PlanError(
-        f"memory limit {options.memory_limit:,} bytes: one worker with {n_threads(options)} "
-        f"threads and tiles of {candidates[-1]} pixels needs {predicted:,} bytes, "
-        f"{PROCESS_NBYTES:,} of them before the first tile; "
-        "allow more, use fewer threads, or smaller tiles"
+        f"memory limit: one worker with {n_threads(options)} threads and tiles of "
+        f"{candidates[-1]} pixels needs {predicted:,} bytes, {PROCESS_NBYTES:,} of them before the "
+        f"first tile, but {options.memory_limit:,} bytes are allowed; raise --memory-limit, or use "
+        "fewer threads or smaller tiles"
     )
 
 
@@ -236,11 +236,11 @@ def device_worker_nbytes(
     maps: MapSet,
     options: MergeOptions,
     *,
-    together: int,
+    n_partials: int,
 ) -> int:
-    """Predicted device memory of a worker that holds ``together`` partials of a tile at a time."""
+    """Predicted device memory of a worker that holds ``n_partials`` of a tile at a time."""
     partial = partial_nbytes_per_pixel(maps, storage.sum_itemsize, mask_nan=options.nan == "mask")
-    per_pixel = accumulator_nbytes_per_pixel(maps) + together * partial
+    per_pixel = accumulator_nbytes_per_pixel(maps) + n_partials * partial
     return n_threads(options) * tile[0] * tile[1] * per_pixel + DEVICE_TABLES_NBYTES
 
 
@@ -250,9 +250,9 @@ def partials_on_device(
     """Number of partials that a thread holds on the device at a time: all, if they fit."""
     if device.kind == "cpu":
         return 0
-    n_sources = min(max(len(e.sources) for e in plan.exposures), MAX_TOGETHER)
-    for together in range(n_sources, 1, -1):
-        needed = device_worker_nbytes(plan.tile, storage, plan.maps, options, together=together)
+    n_sources = min(max(len(e.sources) for e in plan.exposures), MAX_PARTIALS_ON_DEVICE)
+    for n_partials in range(n_sources, 1, -1):
+        needed = device_worker_nbytes(plan.tile, storage, plan.maps, options, n_partials=n_partials)
         if needed <= device.memory_nbytes:
-            return together
+            return n_partials
     return 1

@@ -14,18 +14,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from ocelot_em.errors import StoppedError, TilesFailedError
-from ocelot_em.merge.job import Job, Work, close_job, group_of, open_job
-from ocelot_em.merge.outcome import MergeReport, Outcome, Tally, Tiles, failure
-from ocelot_em.merge.resume import Preparation, create_output
+from ocelot_em.merge.job import Job, JobSpec, close_job, group_of, open_job
+from ocelot_em.merge.outcome import MergeReport, OnOutcome, Outcome, Tally, Tiles, failure
+from ocelot_em.merge.resume import PreparedMerge, create_output
 from ocelot_em.merge.stats import summary
-from ocelot_em.merge.tile import KeptMaps, TileWriter, Writer
-from ocelot_em.merge.warm_up import Compiling
+from ocelot_em.merge.tile import MemoryWriter, TileWriter, Writer
+from ocelot_em.merge.warm_up import CompileListener
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Tile
@@ -46,11 +46,7 @@ class Executor(Protocol):
     """Runs tiles in threads of this process or on a Dask cluster."""
 
     def run(
-        self,
-        work: Work,
-        tiles: Tiles,
-        on_outcome: Callable[[Outcome], None],
-        stopping: threading.Event,
+        self, spec: JobSpec, tiles: Tiles, on_outcome: OnOutcome, stopping: threading.Event
     ) -> None:
         """Call :func:`attempt_tiles` once for each batch of tiles, and pass on the outcomes.
 
@@ -66,17 +62,17 @@ class Executor(Protocol):
 
 
 def merge(
-    ready: Preparation,
+    ready: PreparedMerge,
     options: MergeOptions,
     executor: Executor,
     lock: OutputLock,
-    on_outcome: Callable[[Outcome], None],
-    compiling: Compiling | None = None,
+    on_outcome: OnOutcome,
+    on_compile: CompileListener | None = None,
 ) -> MergeReport:
     """Merge all missing tiles, and mark the output complete.
 
     Tiles that fail with a transient error are retried after all others. If tiles run in this
-    process, ``compiling`` is notified when kernels must be compiled first.
+    process, ``on_compile`` is notified when kernels must be compiled first.
 
     Raises
     ------
@@ -92,16 +88,16 @@ def merge(
     tally = Tally(on_outcome, lock.stop)
     tiles = ready.missing
     on_device = ready.forecast.partials_on_device
-    work = Work(objects.url, attributes.id, lock.key, lock.id, on_device)
+    spec = JobSpec(objects.url, attributes.id, lock.key, lock.id, on_device)
     compile_seconds = 0.0
     try:
-        if tiles and compiling is not None:
+        if tiles and on_compile is not None:
             with suppress(Exception):  # the tiles will report the error
-                compile_seconds = open_job(work, compiling).compile_seconds
+                compile_seconds = open_job(spec, on_compile).compile_seconds
         for _ in range(1 + MAX_RETRIES):
             if tiles and not lock.stopping.is_set():
-                executor.run(work, tiles, tally.count, lock.stopping)
-                tiles = tally.is_transient(ready.plan.grid.counts[1])
+                executor.run(spec, tiles, tally.count, lock.stopping)
+                tiles = tally.transient_failures(ready.plan.grid.counts[1])
     finally:
         close_job()
     if n_left := len(ready.missing) - tally.n_merged:
@@ -123,29 +119,29 @@ def merge(
 
 
 def _unfinished(
-    ready: Preparation, lock: OutputLock, tally: Tally, n_left: int
+    ready: PreparedMerge, lock: OutputLock, tally: Tally, n_left: int
 ) -> StoppedError | TilesFailedError:
     """Return the error that explains why tiles are left."""
     n_tiles, n_failed = len(ready.plan.grid), len(tally.failed)
     if lock.lost.is_set():
         return StoppedError(
-            f"{ready.output}: another run has taken the output over, because this one did not "
-            f"touch its lock for {STALE_SECONDS:.0f} s; {n_left} of {n_tiles} tiles were left"
+            f"{ready.output}: another run has taken over the output, because this run did not "
+            f"renew its lock for {STALE_SECONDS:.0f} s; {n_left} of {n_tiles} tiles were left"
         )
     if lock.stopping.is_set() and not tally.has_given_up:
         return StoppedError(
-            f"{ready.output}: stopped; {n_left} of {n_tiles} tiles are left, the others are done "
-            f"and kept; the same command goes on{tally.in_words()}"
+            f"{ready.output}: stopped with {n_left} of {n_tiles} tiles left; the others are done; "
+            f"run the same command again to resume{tally.failures_text()}"
         )
-    given_up = n_left - n_failed
-    stopped = f"; {given_up} more were not tried" if given_up else ""
+    n_skipped = n_left - n_failed
+    skipped = f", and {n_skipped} were not attempted" if n_skipped else ""
     return TilesFailedError(
-        f"{ready.output}: {n_failed} of {n_tiles} tiles failed{stopped}; the others are done and "
-        f"kept; mend the cause and run the same command again:{tally.in_words()}"
+        f"{ready.output}: {n_failed} of {n_tiles} tiles failed{skipped}; the others are done; fix "
+        f"the cause, and run the same command again:{tally.failures_text()}"
     )
 
 
-def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt_tiles(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Merge some tiles of a prepared output; never raises, so that the other tiles are merged.
 
     This is the task of a worker. Its arguments are small: the worker reads the plan from the
@@ -153,10 +149,10 @@ def attempt_tiles(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]
     outcome.
     """
     try:
-        job = open_job(work)
+        job = open_job(spec)
         outcomes = list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
     except Exception as error:
-        log.debug("tiles from %s on failed", tiles[0], exc_info=True)
+        log.debug("all tiles of a batch failed, the first is %s", tiles[0], exc_info=True)
         outcomes = [failure(iy, ix, error) for iy, ix in tiles]
     where = f"{socket.gethostname()}:{os.getpid()}"
     return [replace(outcome, where=where) for outcome in outcomes]
@@ -192,24 +188,24 @@ def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
         return
     canvas = job.canvas(tile, pieces)
     for piece in pieces:
-        exposure, notes, work = job.open(piece), job.notes(piece), job.workspace(piece)
-        canvas.place(exposure.number, piece.within, (piece.region, exposure.region))
+        exposure, report, work = job.open(piece), job.report(piece), job.workspace(piece)
+        canvas.place(exposure.number, piece.in_tile, (piece.region, exposure.region))
         incoming = reader.group(group_of(tile, piece), work.spare)
-        for name, values in exposure.fold.merge(incoming, work, notes):
-            exposure.check_suspects(piece.region, notes)
+        for name, values in exposure.fold.merge(incoming, work, report):
+            exposure.check_suspects(piece.region, report)
             for finished in canvas.put(name, values):
                 writer.map(*finished)
-        writer.statistics(piece, notes)
+        writer.statistics(piece, report)
     for finished in canvas.maps():
         writer.map(*finished)
     if job.plan.is_montage:
         for piece in pieces:
-            writer.shown(piece, canvas.shown(job.open(piece).number, piece.within))
+            writer.shown(piece, canvas.shown(job.open(piece).number, piece.in_tile))
 
 
 def merge_in_memory(job: Job, tile: Tile) -> dict[str, AnyArray]:
     """Return the merged maps of a tile; nothing is written."""
-    kept = KeptMaps(job, tile)
+    kept = MemoryWriter(job, tile)
     try:
         with job.read_ahead([tile]) as reader:
             merge_tile(tile, job, reader, kept)

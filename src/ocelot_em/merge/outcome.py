@@ -15,7 +15,7 @@ from ocelot_em.model.text import seconds_text
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES_IN_A_ROW = 50
+MAX_CONSECUTIVE_FAILURES = 50
 """Consecutive failures after which a run is aborted, as with a full disk or a lost network."""
 
 MAX_FAILURES_SHOWN = 20
@@ -74,6 +74,10 @@ class Outcome:
     """Host and process that merged the tile."""
 
 
+OnOutcome = Callable[[Outcome], None]
+"""Is called with the outcome of every tile."""
+
+
 class Tiles(Sequence[tuple[int, int]]):
     """Rows and columns of some tiles of a grid, in eight bytes each.
 
@@ -109,12 +113,12 @@ class Tally:
     on_outcome
         Called with every outcome.
     give_up
-        Called after :data:`MAX_FAILURES_IN_A_ROW` consecutive failures.
+        Called after :data:`MAX_CONSECUTIVE_FAILURES` consecutive failures.
     """
 
-    def __init__(self, on_outcome: Callable[[Outcome], None], give_up: Callable[[], None]) -> None:
+    def __init__(self, on_outcome: OnOutcome, give_up: Callable[[], None]) -> None:
         self._on_outcome, self._give_up = on_outcome, give_up
-        self._in_a_row = 0
+        self._n_consecutive = 0
         self.totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
         self.n_merged = 0
         self.failed: dict[tuple[int, int], Outcome] = {}
@@ -122,27 +126,28 @@ class Tally:
 
     def count(self, outcome: Outcome) -> None:
         """Count a tile, which may have failed before."""
-        where = outcome.iy, outcome.ix
+        tile = outcome.iy, outcome.ix
         if outcome.summary is None:
-            self.failed[where] = outcome
-            self._in_a_row += 1
-            log.error("tile (%d, %d): %s", *where, outcome.error)
+            self.failed[tile] = outcome
+            self._n_consecutive += 1
+            log.error("tile (%d, %d): %s", *tile, outcome.error)
         else:
-            self.failed.pop(where, None)
+            self.failed.pop(tile, None)
             self.totals = self.totals + outcome.summary
             self.n_merged += 1
-            self._in_a_row = 0
+            self._n_consecutive = 0
         self._on_outcome(outcome)
-        if self._in_a_row == MAX_FAILURES_IN_A_ROW:
+        if self._n_consecutive == MAX_CONSECUTIVE_FAILURES:
             self.has_given_up = True
             self._give_up()
 
-    def is_transient(self, n_columns: int) -> "Tiles":
+    def transient_failures(self, n_columns: int) -> "Tiles":
         """Return the tiles that failed with a transient error."""
-        numbers = [iy * n_columns + ix for (iy, ix), end in self.failed.items() if end.is_transient]
+        failed = self.failed.values()
+        numbers = [end.iy * n_columns + end.ix for end in failed if end.is_transient]
         return Tiles(n_columns, np.array(sorted(numbers), np.int64))
 
-    def in_words(self) -> str:
+    def failures_text(self) -> str:
         """Name the tiles that failed."""
         shown = [
             f"\n  - tile ({end.iy}, {end.ix}): {end.error}"
@@ -185,20 +190,18 @@ class MergeReport:
     @property
     def shares(self) -> dict[str, float]:
         """Fractions of the workers' time spent reading, folding and writing."""
-        seconds = {
-            "read": self.totals.read_seconds,
-            "fold": self.totals.fold_seconds,
-            "write": self.totals.write_seconds,
-        }
-        total = sum(seconds.values()) or 1.0
-        return {name: value / total for name, value in seconds.items()}
+        seconds, total = self.totals.seconds, self._busy_seconds or 1.0
+        return {name: seconds[name] / total for name in ("read", "fold", "write")}
 
     @property
     def waiting_share(self) -> float:
         """Fraction of this time that workers spent waiting for the storage."""
+        return self.totals.waited_seconds / (self._busy_seconds or 1.0)
+
+    @property
+    def _busy_seconds(self) -> float:
         totals = self.totals
-        busy = totals.read_seconds + totals.fold_seconds + totals.write_seconds
-        return totals.waited_seconds / (busy or 1.0)
+        return totals.read_seconds + totals.fold_seconds + totals.write_seconds
 
     def _repr_html_(self) -> str:
         """Summarise the merge for a notebook."""

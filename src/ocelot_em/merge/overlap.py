@@ -1,4 +1,4 @@
-"""Compositing of a canvas tile from the maps of exposures.
+"""Compositing: a canvas tile from the maps of its exposures.
 
 One exposure wins each pixel, for every map. A searched pixel always wins over an unsearched one.
 Otherwise the exposure placed first keeps its pixels (``earliest``), or a later one wins those where
@@ -26,7 +26,6 @@ SHOWN_FIELDS = (
 """Sums over the pixels that show an exposure, outside and inside overlaps: number of pixels,
 z-scores, squared z-scores."""
 
-
 Maps = Iterator[tuple[str, AnyArray]]
 """Finished maps of a tile, by name."""
 
@@ -49,14 +48,14 @@ class WholeTile:
         self._shown = np.zeros(len(SHOWN_FIELDS))
 
     def place(self, *_: object) -> None:
-        """Do nothing; the exposure covers the whole tile."""
+        """Do nothing; the exposure n_covering the whole tile."""
 
     def put(self, name: str, values: AnyArray) -> Maps:
         """Yield the map unchanged."""
         yield name, values
         if self._is_montage and name == SCALED_MIP:
-            tally = kernels.load_place().tally_alone(values.reshape(-1))
-            self._shown[: len(tally)] = tally
+            sums = kernels.load_compositing().sum_alone(values.reshape(-1))
+            self._shown[: len(sums)] = sums
 
     def maps(self) -> Maps:
         """Yield the map of exposure numbers, in a montage."""
@@ -80,19 +79,19 @@ class Canvas:
         Maps of the result.
     overlap
         Rule that selects the exposure in an overlap.
-    most_pixels
+    max_pixels
         Maximum number of pixels of a tile.
     """
 
-    def __init__(self, maps: MapSet, overlap: Overlap, most_pixels: int) -> None:
+    def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:
         self._names = tuple(name for name in maps.merged if name != SOURCE_EXPOSURE)
-        self._kernel = kernels.load_place()
+        self._kernel = kernels.load_compositing()
         self._rule = {
             "earliest": self._kernel.EARLIEST,
             "max-zscore": self._kernel.MAX_ZSCORE,
             "farthest-from-edge": self._kernel.FARTHEST,
         }[overlap]
-        self._tile, self._piece = Workspace(most_pixels), Workspace(most_pixels)
+        self._tile, self._piece = Workspace(max_pixels), Workspace(max_pixels)
         self._held: dict[str, AnyArray] = {}
 
     def begin(self, shape: tuple[int, int], covered: Sequence[Region]) -> None:
@@ -100,28 +99,28 @@ class Canvas:
         self._tile.shape = shape
         for name in (*self._names, SOURCE_EXPOSURE):
             self._plane(name).fill(MAPS[name].fill)
-        covers = self._tile.array("covers", "u2")
-        covers.fill(0)
+        n_covering = self._tile.array("n_covering", "u2")
+        n_covering.fill(0)
         for region in covered:
-            covers[region.slices] += 1
+            n_covering[region.slices] += 1
 
-    def place(self, number: int, within: Region, of: tuple[Region, Region]) -> None:
+    def place(self, number: int, in_tile: Region, regions: tuple[Region, Region]) -> None:
         """Start the piece of an exposure.
 
         Parameters
         ----------
         number
             Number of the exposure.
-        within
+        in_tile
             Pixels of the piece, in tile coordinates.
-        of
+        regions
             Pixels of the piece and all merged pixels, in exposure coordinates.
         """
-        self._number, self._within = number, within
-        self._piece.shape = within.shape
+        self._number, self._in_tile = number, in_tile
+        self._piece.shape = in_tile.shape
         self._held = {}
         self._is_chosen = False
-        self._reach = _distances_from_edge(*of)
+        self._edge_distance = _distances_from_edge(*regions)
 
     def put(self, name: str, values: AnyArray) -> Maps:
         """Place a map of the exposure; its memory may be reused afterwards.
@@ -148,21 +147,23 @@ class Canvas:
         """Return all maps of the tile by name."""
         return ((name, self._plane(name)) for name in (*self._names, SOURCE_EXPOSURE))
 
-    def shown(self, number: int, within: Region) -> Float64:
+    def shown(self, number: int, in_tile: Region) -> Float64:
         """Return :data:`SHOWN_FIELDS` of an exposure in the tile."""
-        covers = self._tile.array("covers", "u2")
-        into = np.zeros((2, len(SHOWN_FIELDS) // 2))
-        numbers, zs = (self._plane(n)[within.slices] for n in (SOURCE_EXPOSURE, SCALED_MIP))
-        self._kernel.tally(numbers, np.int32(number), covers[within.slices], zs, into)
-        return into.reshape(-1)
+        n_covering = self._tile.array("n_covering", "u2")
+        sums = np.zeros((2, len(SHOWN_FIELDS) // 2))
+        numbers, zs = (self._plane(n)[in_tile.slices] for n in (SOURCE_EXPOSURE, SCALED_MIP))
+        self._kernel.tally(numbers, np.int32(number), n_covering[in_tile.slices], zs, sums)
+        return sums.reshape(-1)
 
     def _choose(self, z: AnyArray) -> None:
         """Determine the pixels that the exposure wins, from its z-scores."""
-        piece = self._held[MIP], z, self._reach
+        piece = self._held[MIP], z, self._edge_distance
         canvas = tuple(self._part(key) for key in (SOURCE_EXPOSURE, MIP, SCALED_MIP))
-        reaches = self._tile.array("reach", "i4")[self._within.slices]
+        edge_distances = self._tile.array("edge_distance", "i4")[self._in_tile.slices]
         taken = self._piece.array("taken", "?")
-        self._kernel.choose(piece, np.int32(self._number), self._rule, (*canvas, reaches), taken)
+        self._kernel.choose(
+            piece, np.int32(self._number), self._rule, (*canvas, edge_distances), taken
+        )
         self._is_chosen = True
 
     def _put(self, name: str, values: AnyArray) -> None:
@@ -172,7 +173,7 @@ class Canvas:
         return self._tile.array(name, MAPS[name].dtypes[0])
 
     def _part(self, name: str) -> AnyArray:
-        return self._plane(name)[self._within.slices]
+        return self._plane(name)[self._in_tile.slices]
 
 
 def _distances_from_edge(region: Region, taken: Region) -> AnyArray:

@@ -63,13 +63,13 @@ class Piece(NamedTuple):
         Position of the exposure in the plan.
     region
         The pixels, in exposure coordinates.
-    within
+    in_tile
         The same pixels, in tile coordinates.
     """
 
     exposure: int
     region: Region
-    within: Region
+    in_tile: Region
 
 
 class MergePlan(fmt.Attributes):
@@ -171,24 +171,24 @@ class MergePlan(fmt.Attributes):
 
     @cached_property
     def _order(self) -> list[int]:
-        everyone = range(len(self.exposures))
-        return sorted(everyone, key=lambda k: (self.exposures[k].acquired, k))
+        all_exposures = range(len(self.exposures))
+        return sorted(all_exposures, key=lambda k: (self.exposures[k].acquired, k))
 
     def pieces(self, tile: Tile) -> list[Piece]:
         """Return the pieces of a tile, the earliest acquired exposure first; ties by number."""
-        own, pieces = tile.region, []
-        for place in self.touching(own):
-            exposure = self.exposures[place]
-            shared = exposure.on_canvas.intersect(own)
-            dy, dx = exposure.origin
-            pieces.append(Piece(place, shared.shifted(-dy, -dx), shared.relative_to(own)))
+        pieces = []
+        for position in self.touching(tile.region):
+            exposure = self.exposures[position]
+            shared, (dy, dx) = exposure.on_canvas.intersect(tile.region), exposure.origin
+            in_tile = shared.relative_to(tile.region)
+            pieces.append(Piece(position, shared.shifted(-dy, -dx), in_tile))
         return pieces
 
     def touching(self, region: Region) -> list[int]:
         """Plan positions of the exposures that touch a region of the canvas, in the same order."""
         y0, y1, x0, x1 = self._bounds.T
-        lies = (y0 < region.y1) & (y1 > region.y0) & (x0 < region.x1) & (x1 > region.x0)
-        return [self._order[number] for number in np.flatnonzero(lies)]
+        touches = (y0 < region.y1) & (y1 > region.y0) & (x0 < region.x1) & (x1 > region.x0)
+        return [self._order[number] for number in np.flatnonzero(touches)]
 
     def merged_exposures(self) -> tuple[fmt.MergedExposure, ...]:
         """Return the exposures for the output's attributes; empty if it is not a montage."""
@@ -241,18 +241,18 @@ def _impossible(plan: MergePlan) -> list[str]:
     """Return the reasons why no merge can have this plan."""
     problems, canvas = [], Region.whole(plan.shape)
     for exposure in plan.exposures:
-        place, region = f"exposure {exposure.id!r}", exposure.region
+        name, region = f"exposure {exposure.id!r}", exposure.region
         if len(plan.exposures) > 1 and not exposure.id:
-            problems.append(f"{place}: expected an id of each of several exposures")
+            problems.append(f"{name}: expected an id, since there are several exposures")
         if wrong := fmt.not_taken(exposure):
-            problems.append(f"{place}: {wrong}")
+            problems.append(f"{name}: {wrong}")
         elif exposure.on_canvas.intersect(canvas) != exposure.on_canvas:
             problems.append(
-                f"{place}: expected {region} to lie in {canvas}, got {exposure.on_canvas}"
+                f"{name}: expected {region} to be inside {canvas}, got {exposure.on_canvas}"
             )
     numbers = [exposure.number for exposure in plan.exposures]
     if numbers != sorted(set(numbers)):
-        problems.append("exposures: expected them by number, each once")
+        problems.append("exposures: expected unique numbers in ascending order")
     if (total := plan.total_projections) > MAX_PROJECTIONS:
         problems.append(f"total_projections: expected at most 2**62, got {total}")
     if max(plan.tile) > LARGEST_TILE:
@@ -270,9 +270,9 @@ def _disagreements(plan: MergePlan, attributes: fmt.MergedAttributes) -> list[st
         if getattr(plan, key) != getattr(attributes, key)
     ]
     if plan.contributions != attributes.partials:
-        problems.append("expected the partials of the result, got others")
+        problems.append("partials: expected those of the result, got others")
     if plan.merged_exposures() != attributes.exposures:
-        problems.append("expected the exposures of the result, got others")
+        problems.append("exposures: expected those of the result, got others")
     return problems
 
 
@@ -290,41 +290,42 @@ def plan_differences(found: MergePlan, wanted: MergePlan) -> list[str]:
     A montage can be resumed after exposures, or partials of exposures, were added.
     """
     if not (found.is_montage and wanted.is_montage):
-        return _differences(found, wanted, but=())
-    differences = _differences(found, wanted, but=("exposures", "shape", "valid_shape"))
+        return _differences(found, wanted)
+    differences = _differences(found, wanted, ignored=("exposures", "shape", "valid_shape"))
     wanted_by_id = {exposure.id: exposure for exposure in wanted.exposures}
     for old in found.exposures:
         new = wanted_by_id.get(old.id)
         if new is None:
-            differences.append(f"exposure {old.id!r}: it has it, now not asked for")
+            differences.append(f"exposure {old.id!r}: is in the output, not in the inputs")
             continue
-        differences += [
-            f"exposure {old.id!r}: {text}" for text in _differences(old, new, but=("sources",))
-        ]
+        changed = _differences(old, new, ignored=("sources",))
+        differences += [f"exposure {old.id!r}: {text}" for text in changed]
         if not {source.id for source in old.sources} <= {source.id for source in new.sources}:
             differences.append(f"exposure {old.id!r}: {_inputs(old.sources, new.sources)}")
     return differences
 
 
-def _differences(found: fmt.Attributes, wanted: fmt.Attributes, but: tuple[str, ...]) -> list[str]:
+def _differences(
+    found: fmt.Attributes, wanted: fmt.Attributes, ignored: tuple[str, ...] = ()
+) -> list[str]:
     differences = []
-    for key in sorted(set(type(found).model_fields) - set(but)):
+    for key in sorted(set(type(found).model_fields) - set(ignored)):
         old, new = getattr(found, key), getattr(wanted, key)
         if old == new:
             continue
         if key == "exposures":
             differences.append(_inputs(*([s for e in es for s in e.sources] for es in (old, new))))
         else:
-            differences.append(f"{key}: it has {old}, now asked for {new}")
+            differences.append(f"{key}: the output has {old}, requested is {new}")
     return differences
 
 
 def _inputs(old: Sequence[Source], new: Sequence[Source]) -> str:
     one, other = ([f"{s.url} {s.name} {s.id[:8]}" for s in sources] for sources in (old, new))
-    return f"inputs: it was made from {one}, now asked for {other}"
+    return f"inputs: the output was made from {one}, requested are {other}"
 
 
-def tiles_changed(found: MergePlan, wanted: MergePlan) -> list[Tile]:
+def changed_tiles(found: MergePlan, wanted: MergePlan) -> list[Tile]:
     """Tiles of the wanted plan that touch an exposure which is new or has changed."""
     known = {exposure.id: exposure for exposure in found.exposures}
     changed = {

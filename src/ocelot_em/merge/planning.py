@@ -36,12 +36,12 @@ def make_plan(
     PlanError
         The tile size, the memory limit or the device's memory does not permit the merge.
     """
-    urls = [normalise_url(place) for place in inputs]
+    urls = [normalise_url(path) for path in inputs]
     if not urls:
         raise InvalidInputError("merge: expected at least one input store, got none")
     problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
     if normalise_url(output) in urls:
-        problems.append(f"{normalise_url(output)}: is an input; inputs are never written")
+        problems.append(f"{normalise_url(output)}: is also an input; choose another output")
     if problems:
         raise InvalidInputError(problems)
 
@@ -68,16 +68,16 @@ def make_plan(
         if len(exposure.sources) > MAX_SOURCES
     ]
     if (total := sum(source.total_projections for source in sources)) > MAX_PROJECTIONS:
-        problems.append(f"inputs: expected at most 2**62 projections in all, got {total}")
+        problems.append(f"inputs: expected at most 2**62 projections in total, got {total}")
     if problems:
         raise InvalidInputError(problems)
-    several = first.shape is None
+    is_montage = first.shape is None
     maps = MapSet(
         first.pose_form,
         first.has_pixel_size,
         counts=options.nan == "mask" or any(source.has_counts for source in sources),
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
-        exposures=several,
+        exposures=is_montage,
     )
     plan = MergePlan(
         exposures=placed,
@@ -92,7 +92,7 @@ def make_plan(
         nan=options.nan,
         has_decoded_poses=maps.decoded,
         canvas_origin=canvas_origin,
-        overlap=options.overlap if several else "earliest",
+        overlap=options.overlap if is_montage else "earliest",
         erode_px=options.erode,
     )
     if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MAX_TILES:
@@ -107,7 +107,7 @@ _Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]
 
 
 def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
-    """Combine the exposures of several stores; those with the same id are merged into one."""
+    """Combine the exposures of is_montage stores; those with the same id are merged into one."""
     joined: dict[str, tuple[fmt.ExposureAttributes, list[Source]]] = {}
     problems, next_number = [], 0
     for exposures in stores:
@@ -141,13 +141,13 @@ def _placed(
         if options.origins == "exact" and not (y.is_integer() and x.is_integer()):
             problems.append(
                 f"exposure {exposure.id!r}: origin: expected whole pixels, got ({y}, {x}); maps "
-                "are never interpolated: ask for rounded origins with --origins round"
+                "are never interpolated; use --origins round to round origins to whole pixels"
             )
         height, width = exposure.valid_shape if exposure.id or erode else exposure.shape
         if min(height, width) <= 2 * erode:
-            of = f"exposure {exposure.id!r}" if exposure.id else "inputs"
+            name = f"exposure {exposure.id!r}" if exposure.id else "inputs"
             problems.append(
-                f"{of}: erode: expected less than half of the valid {height} x {width} pixels, "
+                f"{name}: erode: expected less than half of the valid {height} x {width} pixels, "
                 f"got {erode}"
             )
         placed.append(
@@ -158,11 +158,11 @@ def _placed(
                 sources=_numbered(sources),
             )
         )
-    several = bool(placed[0].id)
+    is_montage = bool(placed[0].id)
     corners = [exposure.on_canvas for exposure in placed]
     top, left = (min(0, *(getattr(c, key) for c in corners)) for key in ("y0", "x0"))
     shape = placed[0].shape
-    if several:
+    if is_montage:
         shape = max(c.y1 for c in corners) - top, max(c.x1 for c in corners) - left
         placed = [
             e.model_copy(update={"origin": (e.origin[0] - top, e.origin[1] - left)}) for e in placed
@@ -182,17 +182,17 @@ def _numbered(sources: Sequence[Source]) -> tuple[Source, ...]:
 
 
 def _duplicates(sources: Sequence[Source]) -> list[str]:
-    places: dict[str, list[str]] = {}
+    origins: dict[str, list[str]] = {}
     for source in sources:
         for contribution in source.contributions:
-            places.setdefault(contribution.id, []).append(
+            origins.setdefault(contribution.id, []).append(
                 source.place
                 if source.path
-                else f"{source.place} (which holds {contribution.name!r})"
+                else f"{source.place} (which contains {contribution.name!r})"
             )
     return [
-        f"the same partial comes in {len(found)} times, and its projections would be counted so "
-        f"often: {'; '.join(found)}"
-        for found in places.values()
+        f"the same partial is given {len(found)} times, and would be counted each time: "
+        + "; ".join(found)
+        for found in origins.values()
         if len(found) > 1
     ]

@@ -1,4 +1,4 @@
-"""Preparation of an output: new, or resumed from an interrupted merge."""
+"""PreparedMerge of an output: new, or resumed from an interrupted merge."""
 
 import logging
 import uuid
@@ -14,7 +14,7 @@ from ocelot_em.errors import ChunkError, OutputExistsError, StoreNotFoundError
 from ocelot_em.merge.forecast import Forecast, forecast
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, Tiles
-from ocelot_em.merge.plan import MergePlan, plan_differences, read_plan, tile_size_of, tiles_changed
+from ocelot_em.merge.plan import MergePlan, changed_tiles, plan_differences, read_plan, tile_size_of
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PreparedMerge:
     """A merge that can start: its plan, its forecast and the missing tiles.
 
     Parameters
@@ -62,7 +62,7 @@ def prepare(
     output: str | PathLike[str],
     options: MergeOptions,
     device: DeviceChoice = ON_CPU,
-) -> Preparation:
+) -> PreparedMerge:
     """Plan a merge and find the tiles that an interrupted run has done; writes nothing.
 
     Raises
@@ -86,35 +86,32 @@ def prepare(
         differences = plan_differences(earlier_plan, plan)
         if differences:
             raise OutputExistsError(
-                f"{objects.url}: is already there, from another merge: {'; '.join(differences)}; "
+                f"{objects.url}: already exists, from another merge: {'; '.join(differences)}; "
                 "choose another output, or --overwrite to replace it"
             )
-        for tile in tiles_changed(earlier_plan, plan):
+        for tile in changed_tiles(earlier_plan, plan):
             stale[tile.iy, tile.ix] = True
         # An unfinished merge of an early version has no records and cannot be resumed.
         if existing.state == "complete" or records.has_records(objects, earlier_plan):
             done = done_tiles(objects, plan.grid) & ~stale
     n_columns = plan.grid.counts[1]
-    missing = Tiles(n_columns, np.flatnonzero(~done))
-    n_done = len(plan.grid) - len(missing)
-    prediction = forecast(plan, output, options, n_done, device)
-    return Preparation(
+    return PreparedMerge(
         plan,
         objects.url,
-        prediction,
+        forecast(plan, output, options, int(done.sum()), device),
         existing,
-        missing,
-        Tiles(n_columns, np.flatnonzero(stale)),
-        options.overwrite,
+        missing=Tiles(n_columns, np.flatnonzero(~done)),
+        stale=Tiles(n_columns, np.flatnonzero(stale)),
+        overwrites=options.overwrite,
     )
 
 
-def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
+def confirm(ready: PreparedMerge, lock: OutputLock) -> PreparedMerge:
     """Check the existing output again, now that this run holds the lock.
 
     Returns
     -------
-    Preparation
+    PreparedMerge
         After a power loss, ``missing`` also has the tiles marked as done that are not on disk.
 
     Raises
@@ -123,36 +120,34 @@ def confirm(ready: Preparation, lock: OutputLock) -> Preparation:
         Another run has changed the output since the merge was planned.
     """
     objects = open_objects(ready.output)
-    there = None if ready.overwrites else _existing_output(objects)
-    if not ready.overwrites and there != ready.existing:
+    existing = None if ready.overwrites else _existing_output(objects)
+    if not ready.overwrites and existing != ready.existing:
         raise OutputExistsError(
-            f"{objects.url}: another run has changed it meanwhile; run the same command again"
+            f"{objects.url}: changed by another run in the meantime; run the same command again"
         )
-    if there is None or there.state == "complete" or not lock.power_was_lost:
+    if existing is None or existing.state == "complete" or not lock.power_was_lost:
         return ready
-    earlier = read_plan(there, objects.url)
+    earlier = read_plan(existing, objects.url)
     done = done_tiles(objects, earlier.grid)
     torn = _torn_tiles(objects, earlier, Tiles(earlier.grid.counts[1], np.flatnonzero(done)))
     for iy, ix in torn:
-        log.warning("tile (%d, %d) did not reach the disk, and is merged again", iy, ix)
-        objects.delete(mark_of(iy, ix))
+        log.warning("tile (%d, %d) was lost in a power failure, and will be merged again", iy, ix)
+        objects.delete(done_mark_path(iy, ix))
         done[iy, ix] = False
     if torn:
-        missing = ready.plan.grid.counts[1], np.flatnonzero(~done)
-        n_done = len(ready.plan.grid) - len(missing[1])
-        ready = replace(
-            ready, missing=Tiles(*missing), forecast=replace(ready.forecast, n_done=n_done)
-        )
+        missing = Tiles(done.shape[1], np.flatnonzero(~done))
+        n_done = done.size - len(missing)
+        ready = replace(ready, missing=missing, forecast=replace(ready.forecast, n_done=n_done))
     return ready
 
 
-def mark_of(iy: int, ix: int) -> str:
+def done_mark_path(iy: int, ix: int) -> str:
     """Return the path of a tile's done-mark."""
     return f"{constants.TILE_SUMMARY}/c/{iy}/{ix}"
 
 
 def create_output(
-    objects: Objects, ready: Preparation, options: MergeOptions
+    objects: Objects, ready: PreparedMerge, options: MergeOptions
 ) -> fmt.MergedAttributes:
     """Write all metadata of the output; only the driver does this, workers write chunks."""
     plan = ready.plan
@@ -162,14 +157,14 @@ def create_output(
             objects.delete("", keep=LOCK_FOLDER)
         attributes = _attributes_of(ready, options)
         if not store.create_group(objects, "", fmt.dump_attributes(attributes)):
-            raise OutputExistsError(f"{objects.url}: another run has just created it")
+            raise OutputExistsError(f"{objects.url}: was just created by another run")
     elif ready.stale:
         # A reader, or a run resumed after a crash, must see an unfinished merge without done-marks
         # of stale tiles.
         unfinished = attributes.model_copy(update={"state": "writing", "finished": None})
         store.update_attributes(objects, "", fmt.dump_attributes(unfinished))
         for iy, ix in ready.stale:
-            objects.delete(mark_of(iy, ix))
+            objects.delete(done_mark_path(iy, ix))
         attributes = _attributes_of(ready, options)
         store.update_attributes(objects, "", fmt.dump_attributes(attributes))
     elif attributes.state == "complete":
@@ -197,7 +192,7 @@ def create_output(
     return attributes
 
 
-def _attributes_of(ready: Preparation, options: MergeOptions) -> fmt.MergedAttributes:
+def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAttributes:
     """Return the attributes of a new output."""
     plan, device = ready.plan, ready.forecast.device
     return fmt.MergedAttributes(

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from ocelot_em.merge.fold import Notes
+from ocelot_em.merge.fold import PieceReport
 from ocelot_em.merge.job import Job
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, TileSummary, failure
 from ocelot_em.merge.plan import Piece
-from ocelot_em.merge.resume import mark_of
+from ocelot_em.merge.resume import done_mark_path
 from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
 from ocelot_em.model.maps import MAPS, AnyArray, Float64
@@ -30,7 +30,7 @@ class Writer(Protocol):
         """Accept a merged map, whose memory is reused afterwards."""
         ...
 
-    def statistics(self, piece: Piece, notes: Notes) -> None:
+    def statistics(self, piece: Piece, report: PieceReport) -> None:
         """Accept the statistics of a piece."""
         ...
 
@@ -43,7 +43,7 @@ class Writer(Protocol):
         ...
 
 
-class KeptMaps:
+class MemoryWriter:
     """Keeps the maps of a tile in memory.
 
     Parameters
@@ -63,7 +63,7 @@ class KeptMaps:
         if name in self._names:
             self.maps[name] = values.copy()
 
-    def statistics(self, piece: Piece, notes: Notes) -> None:
+    def statistics(self, piece: Piece, report: PieceReport) -> None:
         """Discard the statistics."""
 
     def shown(self, piece: Piece, shown: Float64) -> None:
@@ -122,13 +122,13 @@ class TileWriter:
             for chunk, parts in target.encode(self._tile.region, values):
                 self._put(target.key(chunk), parts)
 
-    def statistics(self, piece: Piece, notes: Notes) -> None:
+    def statistics(self, piece: Piece, report: PieceReport) -> None:
         """Encode the statistics of a piece and queue them for writing."""
-        self._searched_pixels += notes.searched_pixels
-        if notes.statistics is not None:
+        self._searched_pixels += report.searched_pixels
+        if report.statistics is not None:
             with self._outgoing.metered():
                 layout, number = self._record_of(piece)
-                for key, parts in records.encode_records(layout, notes.statistics, number):
+                for key, parts in records.encode_records(layout, report.statistics, number):
                     self._put(key, parts)
 
     def shown(self, piece: Piece, shown: Float64) -> None:
@@ -182,4 +182,6 @@ class TileWriter:
         """Write the done-mark of the tile, after its last chunk."""
         assert self._job.objects is not None
         values = np.array([[[getattr(summary, name) for name in SUMMARY_FIELDS]]], np.float64)
-        store.write_chunk(self._job.objects, f"{mark_of(self._tile.iy, self._tile.ix)}/0", values)
+        store.write_chunk(
+            self._job.objects, f"{done_mark_path(self._tile.iy, self._tile.ix)}/0", values
+        )

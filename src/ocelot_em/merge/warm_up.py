@@ -10,19 +10,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from ocelot_em import kernels
-from ocelot_em.merge.fold import Fold, Notes
+from ocelot_em.merge.fold import Fold, PieceReport
 from ocelot_em.merge.overlap import Canvas, WholeTile
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
-from ocelot_em.merge.stats.collected import Counting, TileStatistics
+from ocelot_em.merge.stats.collected import StatisticsScope, TileStatistics
 from ocelot_em.model.maps import BEST_PARTIAL, INDEX, MIP, NOT_SEARCHED, SCALED_MIP, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
+from ocelot_em.store.transfer import ReadAhead
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,11 @@ DTypeOf = Callable[[int, str], "np.dtype[np.generic]"]
 """Returns the dtype of a map, given the number of its source and its name."""
 
 
-class Compiling(Protocol):
+class CompileListener(Protocol):
     """Is notified when kernels are compiled, which happens once after an installation."""
 
     def compiling(self) -> None:
-        """Compilation of the first kernel has started."""
+        """Compilation has started, and takes a while."""
         ...
 
     def compiled(self, seconds: float) -> None:
@@ -42,7 +43,7 @@ class Compiling(Protocol):
         ...
 
 
-class Logged:
+class CompileLog:
     """Logs compilation, as in a worker process."""
 
     def compiling(self) -> None:
@@ -59,7 +60,7 @@ def compile_kernels(
     exposure: PlannedExposure,
     space: SearchSpace | None,
     dtype_of: DTypeOf,
-    watcher: Compiling,
+    listener: CompileListener,
 ) -> float:
     """Compile or load the kernels of a merge on the CPU.
 
@@ -69,26 +70,33 @@ def compile_kernels(
         Plan of the merge.
     exposure, space, dtype_of
         One exposure, which represents all, its search space and dtypes.
-    watcher
-        Is notified if anything must be compiled.
+    listener
+        Is notified if compilation takes a while.
 
     Returns
     -------
     float
         Seconds spent compiling; 0 if everything was cached on disk.
     """
+    announced = False
+
+    def announce() -> None:
+        nonlocal announced
+        announced = True
+        listener.compiling()
+
     seconds = kernels.seconds_compiling(
-        lambda: _merge_few_pixels(plan, exposure, space, dtype_of), watcher.compiling
+        lambda: _merge_few_pixels(plan, exposure, space, dtype_of), announce
     )
-    if seconds:
-        watcher.compiled(seconds)
+    if announced:
+        listener.compiled(seconds)
     return seconds
 
 
 def _merge_few_pixels(
     plan: MergePlan, exposure: PlannedExposure, space: SearchSpace | None, dtype_of: DTypeOf
 ) -> None:
-    chosen = _different_ones(plan, exposure, dtype_of)
+    chosen = _distinct_sources(plan, exposure, dtype_of)
     sources = [exposure.sources[number] for number in chosen]
     maps, mask_nan = plan.maps_of_exposure, plan.nan == "mask"
     fold = Fold(sources, maps, space, mask_nan=mask_nan)
@@ -98,15 +106,15 @@ def _merge_few_pixels(
     # narrower than their tile.
     for level, width in ((0.0, 2), (np.inf, 1)):
         statistics = TileStatistics(capacity=3, longest_edge=3)
-        counting = Counting(pixels, level, len(exposure.contributions), len(sources))
-        statistics.begin(pixels, counting)
-        incoming = _FewPixels(fold, lambda number, name: dtype_of(chosen[number], name))
+        scope = StatisticsScope(pixels, level, len(exposure.contributions), len(sources))
+        statistics.begin(pixels, scope)
+        reader = cast("ReadAhead", _FewPixels(fold, lambda k, name: dtype_of(chosen[k], name)))
         canvas: Canvas | WholeTile = WholeTile(0, plan.maps, pixels.shape)
         if plan.is_montage:
             canvas = Canvas(plan.maps, plan.overlap, 6)
             canvas.begin((3, width), [pixels])
         canvas.place(0, pixels, (pixels, pixels))
-        for name, values in fold.merge(incoming, work, Notes(statistics)):
+        for name, values in fold.merge(reader, work, PieceReport(statistics)):
             for _ in canvas.put(name, values):
                 pass
         canvas.shown(0, pixels)
@@ -117,18 +125,18 @@ def _merge_few_pixels(
             pass
 
 
-def _different_ones(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTypeOf) -> list[int]:
+def _distinct_sources(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTypeOf) -> list[int]:
     """Numbers of the first source, and of one other source for each combination of dtypes."""
-    kinds: dict[object, int] = {}
+    numbers: dict[object, int] = {}
     for number, source in enumerate(exposure.sources):
         names = source.map_names(plan.maps_of_exposure)
-        kind = number == 0, tuple((name, dtype_of(number, name)) for name in names)
-        kinds.setdefault(kind, number)
-    return list(kinds.values())
+        dtypes = tuple((name, dtype_of(number, name)) for name in names)
+        numbers.setdefault((number == 0, dtypes), number)
+    return list(numbers.values())
 
 
 class _FewPixels:
-    """Dummy :class:`ocelot_em.merge.fold.Incoming` whose last pixel was not searched."""
+    """Stands in for a reader; the last pixel was not searched."""
 
     def __init__(self, fold: Fold, dtype_of: DTypeOf) -> None:
         self._order, self._dtype_of = fold.order(), dtype_of

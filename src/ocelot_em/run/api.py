@@ -1,29 +1,30 @@
 """The merge as one call: plan and validate, start the cluster, merge, stop the cluster."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
-from ocelot_em.merge.forecast import refuse_what_cannot_fit
+from ocelot_em.merge.forecast import require_resources
 from ocelot_em.merge.merge import merge as merge_tiles
 from ocelot_em.merge.outcome import MergeReport, Outcome
-from ocelot_em.merge.resume import Preparation, confirm, prepare
+from ocelot_em.merge.resume import PreparedMerge, confirm, prepare
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import Cluster, choose_device, n_workers, open_cluster, within_job
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 
-Place = str | PathLike[str]
+PathOrUrl = str | PathLike[str]
 
 
 class Observer:
     """Receives the events of a merge; override the methods of interest."""
 
-    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+    def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
         """Called with the plan, before anything starts."""
 
-    def waiting(self, why: str) -> None:
+    def waiting(self, reason: str) -> None:
         """Called when the merge has to wait."""
 
     def locked(self, stop: Callable[[], None]) -> None:
@@ -55,57 +56,17 @@ class Observers(Observer):
     """Notifies several observers, in order."""
 
     def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
+        def notify(hook: str, *arguments: object) -> None:
+            for observer in observers:
+                getattr(observer, hook)(*arguments)
 
-    def planned(self, ready: Preparation, options: MergeOptions) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.planned(ready, options)
-
-    def waiting(self, why: str) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.waiting(why)
-
-    def locked(self, stop: Callable[[], None]) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.locked(stop)
-
-    def started(self, cluster: Cluster) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.started(cluster)
-
-    def compiling(self) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.compiling()
-
-    def compiled(self, seconds: float) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.compiled(seconds)
-
-    def tile_ended(self, outcome: Outcome) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.tile_ended(outcome)
-
-    def ending(self) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.ending()
-
-    def merged(self, report: MergeReport) -> None:
-        """Notify all."""
-        for observer in self._observers:
-            observer.merged(report)
+        for hook in (name for name in vars(Observer) if not name.startswith("_")):
+            setattr(self, hook, partial(notify, hook))
 
 
 def merge(
-    inputs: Place | Sequence[Place],
-    output: Place,
+    inputs: PathOrUrl | Sequence[PathOrUrl],
+    output: PathOrUrl,
     *,
     observer: Observer | None = None,
     **options: Any,
@@ -154,35 +115,34 @@ def merge(
     With ``cluster="local"``, worker processes import the calling script: guard it with
     ``if __name__ == "__main__":``.
     """
-    watcher = observer or Observer()
-    with within_job(MergeOptions.parse(options)) as asked:
-        ready, checked = plan_merge(inputs, output, asked)
-        watcher.planned(ready, checked)
-        with OutputLock(open_objects(ready.output), watcher.waiting) as lock:
-            watcher.locked(lock.stop)
-            ready = confirm(ready, lock)
-            report = _merge(ready, checked, lock, watcher)
-    watcher.merged(report)
+    observer = observer or Observer()
+    with within_job(MergeOptions.parse(options)) as requested:
+        ready, completed = plan_merge(inputs, output, requested)
+        observer.planned(ready, completed)
+        with OutputLock(open_objects(ready.output), observer.waiting) as lock:
+            observer.locked(lock.stop)
+            report = _merge(confirm(ready, lock), completed, lock, observer)
+    observer.merged(report)
     return report
 
 
 def _merge(
-    ready: Preparation, options: MergeOptions, lock: OutputLock, watcher: Observer
+    ready: PreparedMerge, options: MergeOptions, lock: OutputLock, observer: Observer
 ) -> MergeReport:
-    if not ready.missing:
-        return merge_tiles(ready, options, _NoExecutor(), lock, watcher.tile_ended)
+    if not ready.missing:  # without starting a cluster
+        return merge_tiles(ready, options, ThreadExecutor(1), lock, observer.tile_ended)
     with open_cluster(options) as cluster:
-        watcher.started(cluster)
+        observer.started(cluster)
         try:
-            here = watcher if isinstance(cluster.executor, ThreadExecutor) else None
-            return merge_tiles(ready, options, cluster.executor, lock, watcher.tile_ended, here)
+            local = observer if isinstance(cluster.executor, ThreadExecutor) else None
+            return merge_tiles(ready, options, cluster.executor, lock, observer.tile_ended, local)
         finally:
-            watcher.ending()
+            observer.ending()
 
 
 def plan_merge(
-    inputs: Place | Sequence[Place], output: Place, options: MergeOptions
-) -> tuple[Preparation, MergeOptions]:
+    inputs: PathOrUrl | Sequence[PathOrUrl], output: PathOrUrl, options: MergeOptions
+) -> tuple[PreparedMerge, MergeOptions]:
     """Plan a merge, and raise if it cannot fit; write nothing.
 
     Returns
@@ -197,12 +157,12 @@ def plan_merge(
     OcelotError
         As :func:`merge`.
     """
-    places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
-    device, chosen = choose_device(options)
-    ready = prepare(places, output, chosen, device)
+    paths = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
+    device, completed = choose_device(options)
+    ready = prepare(paths, output, completed, device)
     if ready.missing:
-        refuse_what_cannot_fit(ready.forecast, n_workers(chosen), memory_nbytes())
-    return ready, chosen
+        require_resources(ready.forecast, n_workers(completed), memory_nbytes())
+    return ready, completed
 
 
 def memory_nbytes() -> int:
@@ -210,8 +170,3 @@ def memory_nbytes() -> int:
     from distributed.system import MEMORY_LIMIT
 
     return int(MEMORY_LIMIT)
-
-
-class _NoExecutor:
-    def run(self, *_: object) -> None:
-        raise AssertionError("there is nothing left to run")

@@ -28,7 +28,7 @@ from ocelot_em.merge.merge import Executor
 from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import slurm
-from ocelot_em.run.connect import client_of
+from ocelot_em.run.connect import connect_client
 from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
 from ocelot_em.run.security import security_of_run, warn_if_open
 
@@ -70,18 +70,18 @@ class Cluster:
     description: str
     dashboard: str | None
 
-    def recorded(self, path: Path) -> contextlib.AbstractContextManager[object]:
+    def profiled(self, path: Path) -> contextlib.AbstractContextManager[object]:
         """Profile the tasks; on exit, write an HTML page that needs no network."""
         if importlib.util.find_spec("bokeh") is None:
-            log.warning("no performance report: pip install 'ocelot-em[viz]' for bokeh")
+            log.warning("no performance report: it needs bokeh: pip install 'ocelot-em[viz]'")
             return contextlib.nullcontext()
         if isinstance(self.executor, ClientExecutor):
             from distributed import performance_report
 
-            recorded: contextlib.AbstractContextManager[object] = performance_report(
+            profile: contextlib.AbstractContextManager[object] = performance_report(
                 path, mode="inline"
             )
-            return recorded
+            return profile
         return _profiled(path)
 
 
@@ -137,40 +137,40 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
     MissingDependencyError, DeviceError
         A GPU was requested but cannot be used; the message states why.
     """
-    asked, cluster = options.device, options.cluster
+    requested, cluster = options.device, options.cluster
     if cluster not in KINDS and ":" not in cluster:
         raise PlanError(
             f"cluster: expected {', '.join(KINDS)}, or the address of a Dask scheduler such as "
             f"tcp://host:8786, got {cluster!r}"
         )
-    if cluster == "cuda" and asked == "cpu":
-        raise PlanError("device cpu: cluster 'cuda' is for GPUs; use --cluster local or threads")
-    if cluster == "local" and asked == "cuda":
+    if cluster == "cuda" and requested == "cpu":
+        raise PlanError("device cpu: cluster 'cuda' needs GPUs; use --cluster local or threads")
+    if cluster == "local" and requested == "cuda":
         raise PlanError(
-            "device cuda: the processes of cluster 'local' would share the GPUs blindly; use "
-            "--cluster cuda, or threads for one GPU"
+            "device cuda: the processes of cluster 'local' would all use the same GPU; use "
+            "--cluster cuda, or --cluster threads for one GPU"
         )
-    if asked == "cpu":
-        choice = DeviceChoice("cpu", "asked for")
-    elif cluster == "cuda" or (cluster == "threads" and asked == "cuda"):
+    if requested == "cpu":
+        choice = DeviceChoice("cpu", "requested")
+    elif cluster == "cuda" or (cluster == "threads" and requested == "cuda"):
         found = find_devices()
         if cluster == "cuda":
             _require_dask_cuda()
         n_devices = min(options.workers or len(found), len(found)) if cluster == "cuda" else 1
-        choice = _cuda(found[:n_devices], "asked for", options)
-    elif cluster == "slurm" and asked == "cuda":
+        choice = _cuda(found[:n_devices], "requested", options)
+    elif cluster == "slurm" and requested == "cuda":
         memory = options.rmm_pool_size or ASSUMED_GPU_NBYTES
         jobs = options.workers or slurm.DEFAULT_JOBS
-        choice = DeviceChoice("cuda", "asked for, of SLURM jobs", jobs, memory)
+        choice = DeviceChoice("cuda", "requested, on SLURM jobs", jobs, memory)
     elif ":" in cluster:
-        choice, threads = _of_workers(options)
+        choice, threads = _device_of_workers(options)
         if choice.kind == "cuda":
             options = options.model_copy(update={"threads": options.threads or threads})
     else:
-        choice = DeviceChoice("cpu", "auto: reading and decoding take the time, not the arithmetic")
+        choice = DeviceChoice("cpu", "auto: reading and decoding take most of the time")
     changes: dict[str, Any] = {"device": choice.kind}
     if cluster == "slurm":
-        jobs_ask = slurm.completed(options.slurm)
+        jobs_ask = slurm.with_defaults(options.slurm)
         share = max((jobs_ask.cores or 1) // (jobs_ask.processes or 1), 1)
         changes |= {"slurm": jobs_ask, "threads": options.threads or share}
     if cluster == "cuda":
@@ -192,24 +192,26 @@ USABLE_SHARE = 0.9
 """Usable fraction of a GPU's memory; its driver and other libraries need the rest."""
 
 
-def _of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
+def _device_of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
     """Choose a device from the workers' GPUs; also return the largest thread count of a worker."""
-    with client_of(options.cluster) as client:
-        answers = _ask_workers(client, _facts_or_reason)
+    with connect_client(options.cluster) as client:
+        responses = _query_workers(client, _facts_or_reason)
         threads = max(client.nthreads().values(), default=1)
-    found = [answer for answer in answers if isinstance(answer, DeviceFacts)]
-    if answers and len(found) == len(answers):
-        kind = "asked for" if options.device == "cuda" else "auto"
-        return _cuda(found, f"{kind}, and all workers have a GPU", options), threads
-    without = f"{len(answers) - len(found)} of {len(answers)} workers have no GPU"
+    found = [response for response in responses if isinstance(response, DeviceFacts)]
+    if responses and len(found) == len(responses):
+        kind = "requested" if options.device == "cuda" else "auto"
+        return _cuda(found, f"{kind}; all workers have a GPU", options), threads
+    without = f"{len(responses) - len(found)} of {len(responses)} workers have no GPU"
     if options.device == "cuda":
-        first = next((answer for answer in answers if isinstance(answer, str)), "no workers")
+        first = next(
+            (response for response in responses if isinstance(response, str)), "no workers"
+        )
         raise DeviceError(f"device cuda: {without} at {options.cluster}: {first}")
     return DeviceChoice("cpu", f"auto: {without}"), threads
 
 
-def _ask_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
-    """Query all workers; those that fail before they answer are omitted.
+def _query_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
+    """Query all workers; those that fail before they respond are omitted.
 
     Raises
     ------
@@ -221,7 +223,7 @@ def _ask_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
     except OcelotError:  # such as one raised by a signal handler
         raise
     except (OSError, TimeoutError, RuntimeError) as error:
-        raise ClusterLostError(f"the Dask scheduler is gone: {error}") from error
+        raise ClusterLostError(f"the connection to the Dask scheduler was lost: {error}") from error
 
 
 def _facts_or_reason() -> DeviceFacts | str:
@@ -275,14 +277,14 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
     if kind == "threads":
         if options.workers not in (None, 1):
             raise PlanError(
-                f"workers: cluster 'threads' is one process, got {options.workers}; use --threads, "
-                "or --cluster local"
+                f"workers: expected 1 for cluster 'threads', which is one process, got "
+                f"{options.workers}; use --threads, or --cluster local"
             )
         threads = n_threads(options)
         if options.device == "cuda":
             open_device()
         yield Cluster(
-            ThreadExecutor(threads), f"{_counted(threads, 'thread')} in this process", None
+            ThreadExecutor(threads), f"{_plural(threads, 'thread')} in this process", None
         )
     elif kind in ("local", "cuda"):
         with _local_cluster(options) as cluster:
@@ -291,17 +293,21 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
         with _slurm_cluster(options) as cluster:
             yield cluster
     elif ":" in kind:
-        with client_of(kind) as client:
+        with connect_client(kind) as client:
             if options.tls and not kind.startswith("tls:"):
-                raise PlanError(f"cluster {kind}: with --tls its address must begin with tls://")
+                raise PlanError(
+                    f"cluster {kind}: expected an address that starts with tls://, because of --tls"
+                )
             warn_if_open(kind)
-            _make_ready(client, options)
+            _open_gpus(client, options)
             n = len(client.nthreads())
             yield Cluster(
                 _executor(client, options), f"{n} workers of {kind}", _dashboard_of(client)
             )
     else:
-        raise PlanError(f"cluster {kind}: the tasks of the job have not been divided")
+        raise PlanError(
+            f"cluster {kind}: only ocelot_em.merge and the command line assign roles to SLURM tasks"
+        )
 
 
 @contextlib.contextmanager
@@ -324,11 +330,13 @@ def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
 
 def _wait_for_a_worker(address: str, options: MergeOptions) -> None:
     timeout = options.worker_timeout or WORKER_TIMEOUT_SECONDS
-    with client_of(address) as client:
+    with connect_client(address) as client:
         try:
             client.wait_for_workers(1, timeout=timeout)
         except TimeoutError:
-            raise ClusterLostError(f"no worker has come in {timeout:.0f} s to {address}") from None
+            raise ClusterLostError(
+                f"no worker has connected to {address} in {timeout:.0f} s"
+            ) from None
 
 
 def _executor(client: Any, options: MergeOptions) -> ClientExecutor:
@@ -345,20 +353,20 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
     jobs = options.workers or slurm.DEFAULT_JOBS
     with (
         dask.config.set(TIMEOUTS),
-        _taking_another_port_quietly(),
+        _ignored_port_warning(),
         slurm.slurm_cluster(options, WORKER_ENVIRONMENT) as cluster,
         Client(cluster) as client,
     ):
         warn_if_open(cluster.scheduler_address)
-        asked = options.slurm
+        requested = options.slurm
         yield Cluster(
             _executor(client, options),
-            f"{jobs} SLURM jobs of {asked.cores} threads, when they start",
+            f"up to {jobs} SLURM jobs of {requested.cores} threads",
             _dashboard_of(client),
         )
 
 
-def _counted(n: int, what: str) -> str:
+def _plural(n: int, what: str) -> str:
     plural = "es" if what.endswith("s") else "s"
     return f"{n} {what}{plural * (n != 1)}"
 
@@ -368,23 +376,23 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     workers, threads = n_workers(options), n_threads(options)
-    what, special = "worker process", dict[str, Any]()
+    kind, settings = "worker process", dict[str, Any]()
     cluster_class: Any = LocalCluster
     if options.cluster == "cuda":
         from dask_cuda import LocalCUDACluster
 
         # Tasks leave nothing on a device for Dask to spill and return only summaries, so TCP is
         # fast enough.
-        what, cluster_class = "GPU worker", LocalCUDACluster
-        special = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
+        kind, cluster_class = "GPU worker", LocalCUDACluster
+        settings = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
         if options.rmm_pool_size is not None:
-            special["rmm_pool_size"] = options.rmm_pool_size
-            special["rmm_allocator_external_lib_list"] = "cupy"
+            settings["rmm_pool_size"] = options.rmm_pool_size
+            settings["rmm_allocator_external_lib_list"] = "cupy"
     has_dashboard = importlib.util.find_spec("bokeh") is not None
     with (
         dask.config.set(TIMEOUTS),
-        _environment_kept(),
-        _taking_another_port_quietly(),
+        _restored_environment(),
+        _ignored_port_warning(),
         cluster_class(
             n_workers=workers,
             threads_per_worker=threads,
@@ -395,22 +403,22 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             # worker that follows the plan.
             memory_limit=0,
             security=security_of_run() if options.tls else None,
-            **special,
+            **settings,
         ) as cluster,
         Client(cluster) as client,
     ):
-        _make_ready(client, options)
+        _open_gpus(client, options)
         if not has_dashboard:
-            log.warning("no dashboard: pip install 'ocelot-em[viz]' for the bokeh that it needs")
+            log.warning("no dashboard: it needs bokeh: pip install 'ocelot-em[viz]'")
         yield Cluster(
             _executor(client, options),
-            f"{_counted(workers, what)} of {_counted(threads, 'thread')}",
+            f"{_plural(workers, kind)} of {_plural(threads, 'thread')}",
             _dashboard_of(client) if has_dashboard else None,
         )
 
 
 @contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
+def _restored_environment() -> Iterator[None]:
     """Restore the variables that Dask's nannies set in this process for their workers."""
     names = (*WORKER_ENVIRONMENT, "PYTHONHASHSEED")
     before = {name: os.environ[name] for name in names if name in os.environ}
@@ -449,14 +457,14 @@ def _dashboard_address() -> str:
 
 
 @contextlib.contextmanager
-def _taking_another_port_quietly() -> Iterator[None]:
+def _ignored_port_warning() -> Iterator[None]:
     """Suppress Dask's warning about another dashboard port; the link is printed anyway."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
         yield
 
 
-def _make_ready(client: Any, options: MergeOptions) -> None:
+def _open_gpus(client: Any, options: MergeOptions) -> None:
     """Open the GPU of every worker, before anything is written.
 
     Raises
@@ -466,6 +474,6 @@ def _make_ready(client: Any, options: MergeOptions) -> None:
     """
     if options.device != "cuda":
         return
-    reasons = [reason for reason in _ask_workers(client, _open_or_reason) if reason]
+    reasons = [reason for reason in _query_workers(client, _open_or_reason) if reason]
     if reasons:
-        raise DeviceError(f"{len(reasons)} workers cannot use their GPU: {reasons[0]}")
+        raise DeviceError(f"{len(reasons)} workers cannot use their GPUs: {reasons[0]}")

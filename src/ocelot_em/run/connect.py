@@ -14,16 +14,16 @@ from ocelot_em.errors import ClusterLostError, OcelotError, PlanError
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 15.0
-"""Timeout for a scheduler to answer."""
+"""Timeout for a scheduler to respond."""
 
-ANSWER_SECONDS = 30.0
+RESPONSE_SECONDS = 30.0
 """Timeout for workers to answer a query."""
 
 _T = TypeVar("_T")
 
 
 @contextlib.contextmanager
-def client_of(address: str) -> Iterator[Any]:
+def connect_client(address: str) -> Iterator[Any]:
     """Connect to a running scheduler.
 
     Yields
@@ -33,19 +33,19 @@ def client_of(address: str) -> Iterator[Any]:
     Raises
     ------
     PlanError
-        No scheduler answers.
+        No scheduler responds.
     """
     from distributed import Client
 
     try:
         # Not in this thread, which may run an event loop.
-        within(CONNECT_SECONDS + 5, lambda: asyncio.run(_greet(address)))
+        call_with_timeout(CONNECT_SECONDS + 5, lambda: asyncio.run(_require_scheduler(address)))
         client = Client(address, timeout=CONNECT_SECONDS)
     except OcelotError:  # such as one raised by a signal handler
         raise
     except Exception as error:
         raise PlanError(
-            f"cluster: no Dask scheduler answers at {address}: {type(error).__name__}: {error}; "
+            f"cluster: no Dask scheduler responds at {address}: {type(error).__name__}: {error}; "
             "start one with 'dask scheduler', or use --cluster local"
         ) from error
     with client:
@@ -53,27 +53,29 @@ def client_of(address: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def staying_connected(address: str) -> Iterator[None]:
+def keep_connected(address: str) -> Iterator[None]:
     """Keep an idle client connected, to show the scheduler that this process is alive.
 
     Raises
     ------
     ClusterLostError
-        The scheduler does not answer.
+        The scheduler does not respond.
     """
     from distributed import Client
 
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError) as error:
-        raise ClusterLostError(f"the Dask scheduler at {address} is gone: {error}") from error
+        raise ClusterLostError(
+            f"the connection to the Dask scheduler at {address} was lost: {error}"
+        ) from error
     try:
         yield
     finally:
         client.close()
 
 
-def closing_without_clients(first_seconds: float, seconds: float) -> Any:
+def close_without_clients(first_seconds: float, seconds: float) -> Any:
     """Return a plugin that closes a scheduler without clients, and so its workers.
 
     Parameters
@@ -109,14 +111,14 @@ def closing_without_clients(first_seconds: float, seconds: float) -> Any:
                 await asyncio.sleep(min(seconds / 4, 1))
                 if self._clients:
                     deadline = time.monotonic() + seconds
-            log.error("the driver is gone: the scheduler and its workers end")
-            await scheduler.close(reason="the driver is gone")
+            log.error("the driver has ended without notice: scheduler and workers exit")
+            await scheduler.close(reason="the driver has ended")
 
     return ClosesWithoutClients()
 
 
-async def _greet(address: str) -> None:
-    """Check that a scheduler answers: Dask's client waits forever for one that does not."""
+async def _require_scheduler(address: str) -> None:
+    """Raise unless a scheduler responds: Dask's client waits forever for one that does not."""
     from distributed.comm import connect
     from distributed.security import Security
 
@@ -125,7 +127,7 @@ async def _greet(address: str) -> None:
     await comm.close()
 
 
-def within(seconds: float, action: Callable[[], _T]) -> _T:
+def call_with_timeout(seconds: float, action: Callable[[], _T]) -> _T:
     """Call ``action`` in a thread, which is abandoned after a timeout.
 
     Raises
@@ -141,11 +143,11 @@ def within(seconds: float, action: Callable[[], _T]) -> _T:
         except Exception as error:
             done.put(error)
 
-    threading.Thread(target=run, name="ocelot-within", daemon=True).start()
+    threading.Thread(target=run, name="ocelot-timeout", daemon=True).start()
     try:
         outcome = done.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
+        raise TimeoutError(f"no response within {seconds:g} s") from None
     if isinstance(outcome, Exception):
         raise outcome
     return outcome[0]

@@ -19,7 +19,7 @@ from typing import Any, Self
 from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.merge.resume import Preparation
+from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
@@ -69,7 +69,7 @@ class RunLog(Observer):
                 self._file = self._stack.enter_context(Path(self._path).open("a", buffering=1))
             except OSError as error:
                 raise InvalidInputError(f"log {self._path}: cannot be written: {error}") from error
-        self._stack.enter_context(_passed_on(_Handler(self.event)))
+        self._stack.enter_context(_attached(_Handler(self.event)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,7 +82,7 @@ class RunLog(Observer):
         with self._writing, contextlib.suppress(OSError, ValueError):
             self._file.write(line + "\n")
 
-    def planned(self, ready: Preparation, options: MergeOptions) -> None:
+    def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
         """Write the plan."""
         cost = ready.forecast
         self.event(
@@ -100,9 +100,9 @@ class RunLog(Observer):
             options=options.model_dump(mode="json"),
         )
 
-    def waiting(self, why: str) -> None:
+    def waiting(self, reason: str) -> None:
         """Write why the merge is waiting."""
-        self.event("waiting", why=why)
+        self.event("waiting", reason=reason)
 
     def locked(self, stop: Callable[[], None]) -> None:  # noqa: ARG002
         """Write that the output is locked."""
@@ -123,19 +123,13 @@ class RunLog(Observer):
     def tile_ended(self, outcome: Outcome) -> None:
         """Write the outcome of a tile."""
         tile = outcome.summary
-        told: dict[str, object] = {"error": outcome.error, "tried_again": outcome.is_transient}
+        fields: dict[str, object] = {"error": outcome.error, "is_transient": outcome.is_transient}
         if tile is not None:
-            seconds = {
-                phase: round(getattr(tile, f"{phase}_seconds"), 6)
-                for phase in ("read", "fold", "write", "waited")
-            }
-            nbytes = {
-                kind: int(getattr(tile, f"{kind}_nbytes"))
-                for kind in ("read", "decoded", "written")
-            }
-            told = {"seconds": seconds, "bytes": nbytes}
-        state = "failed" if tile is None else "merged"
-        self.event("tile", tile=[outcome.iy, outcome.ix], state=state, worker=outcome.where, **told)
+            seconds = {phase: round(value, 6) for phase, value in tile.seconds.items()}
+            nbytes = {kind: int(value) for kind, value in tile.nbytes.items()}
+            fields = {"seconds": seconds, "bytes": nbytes}
+        state, position = "failed" if tile is None else "merged", [outcome.iy, outcome.ix]
+        self.event("tile", tile=position, state=state, worker=outcome.where, **fields)
 
     def merged(self, report: MergeReport) -> None:
         """Write the totals of the merge."""
@@ -164,12 +158,12 @@ class _Handler(logging.Handler):
                 "message",
                 level=record.levelname.lower(),
                 logger=record.name,
-                says=record.getMessage(),
+                text=record.getMessage(),
             )
 
 
 @contextlib.contextmanager
-def _passed_on(handler: logging.Handler) -> Iterator[None]:
+def _attached(handler: logging.Handler) -> Iterator[None]:
     root = logging.getLogger()
     root.addHandler(handler)
     try:
@@ -194,7 +188,7 @@ class RunFolder(Observer):
 
     def __init__(self, path: str | PathLike[str], write_config: Callable[[Path], None]) -> None:
         if not is_local(normalise_url(path)):
-            raise InvalidInputError(f"run folder {path}: expected a folder of this machine")
+            raise InvalidInputError(f"run folder {path}: expected a local folder")
         self.path = Path(normalise_url(path))
         self._write_config = write_config
         self._performance = contextlib.ExitStack()
@@ -217,7 +211,9 @@ class RunFolder(Observer):
             self._write_config(self.path / "config.yaml")
             self._write("versions.json", _versions())
         except OSError as error:
-            raise InvalidInputError(f"run folder {self.path}: {error}") from error
+            raise InvalidInputError(
+                f"run folder {self.path}: cannot be written: {error}"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -227,7 +223,7 @@ class RunFolder(Observer):
         """Start profiling the workers."""
         number = sum(1 for _ in self.path.glob("performance*.html")) + 1
         name = "performance.html" if number == 1 else f"performance-{number}.html"
-        self._performance.enter_context(cluster.recorded(self.path / name))
+        self._performance.enter_context(cluster.profiled(self.path / name))
 
     def ending(self) -> None:
         """Write the performance report."""

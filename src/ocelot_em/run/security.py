@@ -14,7 +14,7 @@ from ocelot_em.errors import MissingDependencyError, PlanError
 
 log = logging.getLogger(__name__)
 
-CREDENTIALS_SECONDS = 300.0
+CERTIFICATES_TIMEOUT_SECONDS = 300.0
 """Timeout for the certificates of a run to appear in the folder shared by its tasks."""
 
 _ROLES = "client", "scheduler", "worker"
@@ -39,18 +39,18 @@ def configured_security() -> Any | None:
     from distributed.security import Security
 
     security = Security(require_encryption=True)
-    named = [security.get_tls_config_for_role(role).get("cert") for role in _ROLES]
-    return security if all(named) else None
+    paths = [security.get_tls_config_for_role(role).get("cert") for role in _ROLES]
+    return security if all(paths) else None
 
 
-def shared_credentials(folder: Path, *, is_maker: bool) -> dict[str, str]:
+def share_certificates(folder: Path, *, creates: bool) -> dict[str, str]:
     """Share certificates between the processes of a run through a common folder.
 
     Parameters
     ----------
     folder
-        Created with access for this user only; remove it with :func:`forget`.
-    is_maker
+        Created with access for this user only; remove it with :func:`remove_certificates`.
+    creates
         Whether this process creates the certificates; the others wait for them.
 
     Returns
@@ -67,33 +67,36 @@ def shared_credentials(folder: Path, *, is_maker: bool) -> dict[str, str]:
     """
     if configured_security() is not None:
         return {}
-    if is_maker:
-        made = _temporary()
+    if creates:
+        created = _temporary()
         folder.mkdir(mode=0o700)
-        for name, content in ((_KEY, made.tls_scheduler_key), (_CERTIFICATE, made.tls_ca_file)):
+        for name, content in (
+            (_KEY, created.tls_scheduler_key),
+            (_CERTIFICATE, created.tls_ca_file),
+        ):
             staged = folder / f"{name}.new"
             descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(content)
             staged.rename(folder / name)
-    deadline = time.monotonic() + CREDENTIALS_SECONDS
+    deadline = time.monotonic() + CERTIFICATES_TIMEOUT_SECONDS
     while not (folder / _CERTIFICATE).exists():
         if time.monotonic() > deadline:
             raise PlanError(
-                f"tls: no certificates came to {folder} in {CREDENTIALS_SECONDS:.0f} s; all tasks "
-                "of a job must see the folder in which it runs"
+                f"tls: no certificates in {folder} after {CERTIFICATES_TIMEOUT_SECONDS:.0f} s; all "
+                "tasks of a job need access to its working folder"
             )
         time.sleep(0.2)
-    before = "distributed.comm.tls"
-    named = {f"{before}.ca-file": str(folder.absolute() / _CERTIFICATE)}
+    prefix = "distributed.comm.tls"
+    settings = {f"{prefix}.ca-file": str(folder.absolute() / _CERTIFICATE)}
     for role in _ROLES:
-        named[f"{before}.{role}.cert"] = str(folder.absolute() / _CERTIFICATE)
-        named[f"{before}.{role}.key"] = str(folder.absolute() / _KEY)
-    return named
+        settings[f"{prefix}.{role}.cert"] = str(folder.absolute() / _CERTIFICATE)
+        settings[f"{prefix}.{role}.key"] = str(folder.absolute() / _KEY)
+    return settings
 
 
-def forget(folder: Path) -> None:
-    """Remove the certificates that :func:`shared_credentials` created."""
+def remove_certificates(folder: Path) -> None:
+    """Remove the certificates that :func:`share_certificates` created."""
     for name in (_CERTIFICATE, _KEY):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -106,7 +109,7 @@ def _temporary() -> Any:
     if importlib.util.find_spec("cryptography") is None:
         raise MissingDependencyError(
             "tls: temporary certificates need cryptography: pip install 'ocelot-em[cluster]'; or "
-            "name your own in Dask's configuration, under distributed.comm.tls"
+            "set the paths of your own in Dask's configuration, under distributed.comm.tls"
         )
     return Security.temporary()
 
@@ -117,8 +120,8 @@ def warn_if_open(address: str) -> None:
     if parts.scheme in ("tls", "inproc", "ws", "wss") or _is_loopback(parts.hostname or ""):
         return
     log.warning(
-        "the Dask scheduler at %s asks nobody who they are: whoever reaches it can run code with "
-        "your rights on the scheduler and all workers; use --tls, or a network that you trust",
+        "the Dask scheduler at %s is not protected: anyone who can reach it can run code as you, "
+        "on the scheduler and all workers; use --tls, or a trusted network",
         address,
     )
 

@@ -17,8 +17,13 @@ import dask
 
 from ocelot_em.errors import MissingDependencyError, PlanError
 from ocelot_em.model.options import MergeOptions, SlurmJobs
-from ocelot_em.run.connect import client_of, closing_without_clients, staying_connected
-from ocelot_em.run.security import configured_security, forget, security_of_run, shared_credentials
+from ocelot_em.run.connect import close_without_clients, connect_client, keep_connected
+from ocelot_em.run.security import (
+    configured_security,
+    remove_certificates,
+    security_of_run,
+    share_certificates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,31 +31,31 @@ DEFAULT_JOBS = 2
 DEFAULT_CORES = 4
 DEFAULT_MEMORY_OF_THREAD = 10**9
 
-LEAVE_SECONDS = 60
+WALLTIME_MARGIN_SECONDS = 60
 """Time before the end of a job at which its workers finish their tasks and exit."""
 
-ANNOUNCEMENTS = signal.SIGUSR1, signal.SIGTERM
+STOP_SIGNALS = signal.SIGUSR1, signal.SIGTERM
 """Signals that SLURM sends before a job's time limit and at its preemption."""
 
 LOST_JOB_SECONDS = 20
 """Interval at which the queue is searched for worker jobs that ended before they connected."""
 
-DEATH_SECONDS = 60
+NO_SCHEDULER_TIMEOUT_SECONDS = 60
 """Time after which a worker that finds no scheduler exits."""
 
-START_SECONDS = 300
+START_TIMEOUT_SECONDS = 300
 """Timeout for all tasks of a job to start and find each other."""
 
-DRIVER_GONE_SECONDS = 20
+NO_DRIVER_TIMEOUT_SECONDS = 20
 """Time after which a scheduler without a driver exits."""
 
-LEAVE_WITH_DRIVER_SECONDS = 10
+EXIT_GRACE_SECONDS = 10
 """Time that workers have to exit by themselves after the driver."""
 
 DRIVER = 1
 """Rank of the driver task."""
 
-TASKS_BESIDES = 2
+N_OTHER_TASKS = 2
 """Number of tasks of a job that are not workers: the scheduler and the driver."""
 
 
@@ -67,16 +72,16 @@ def require_jobqueue() -> None:
         )
 
 
-def completed(jobs: SlurmJobs) -> SlurmJobs:
+def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
     """Return job options with unset ones taken from Dask's configuration or the defaults."""
     require_jobqueue()
     import dask_jobqueue  # noqa: F401  (it adds its own defaults to Dask's configuration)
 
     def choose(name: str, default: Any, key: str = "") -> Any:
-        said = getattr(jobs, name)
-        if said is None:
-            said = dask.config.get(f"jobqueue.slurm.{key or name}", None)
-        return default if said is None else said
+        value = getattr(jobs, name)
+        if value is None:
+            value = dask.config.get(f"jobqueue.slurm.{key or name}", None)
+        return default if value is None else value
 
     cores = int(choose("cores", DEFAULT_CORES))
     return jobs.model_copy(
@@ -105,14 +110,14 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
     """
     from dask_jobqueue import SLURMCluster
 
-    jobs, n_jobs = completed(options.slurm), options.workers or DEFAULT_JOBS
+    jobs, n_jobs = with_defaults(options.slurm), options.workers or DEFAULT_JOBS
     prologue = [*(dask.config.get("jobqueue.slurm.job-script-prologue", None) or [])]
     prologue += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     arguments = [*(dask.config.get("jobqueue.slurm.worker-extra-args", None) or [])]
     if jobs.walltime is not None and "--lifetime" not in arguments:
-        left = max(_seconds(jobs.walltime) - LEAVE_SECONDS, LEAVE_SECONDS)
+        left = max(_seconds(jobs.walltime) - WALLTIME_MARGIN_SECONDS, WALLTIME_MARGIN_SECONDS)
         arguments += ["--lifetime", f"{left}s", "--lifetime-stagger", f"{left // 20}s"]
-    said = {
+    settings = {
         "queue": jobs.partition,
         "account": jobs.account,
         "walltime": jobs.walltime,
@@ -131,7 +136,7 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
             job_script_prologue=prologue,
             worker_extra_args=arguments,
             scheduler_options=scheduler,
-            **{name: value for name, value in said.items() if value is not None},
+            **{name: value for name, value in settings.items() if value is not None},
         ) as cluster:
             log.debug("job script:\n%s", cluster.job_script())
             # Replaces jobs that were cancelled or preempted, or that reached their time limit.
@@ -140,7 +145,7 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
     except (FileNotFoundError, RuntimeError) as error:
         if "sbatch" not in str(error):
             raise
-        raise PlanError(f"cluster slurm: sbatch does not take the job: {error}") from error
+        raise PlanError(f"cluster slurm: sbatch rejects the job: {error}") from error
 
 
 def _adaptive() -> Any:
@@ -206,7 +211,7 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     Raises
     ------
     PlanError
-        This process is no task of a SLURM job, there are too few tasks, or no scheduler starts.
+        This process is not a task of a SLURM job, there are too few tasks, or no scheduler starts.
     ClusterLostError
         The scheduler was lost at once.
     """
@@ -218,14 +223,14 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
         _clean_up(killed)
     with contextlib.ExitStack() as stack:
         stack.callback(_clean_up, name)
-        with _deferred_signals() as came:
-            stack.enter_context(_credentials(options, name, is_maker=False))
+        with _deferred_signals() as received:
+            stack.enter_context(_credentials(options, name, creates=False))
             _wait_for_scheduler(name)
             runner = _runner(options, name)
         stack.callback(_end, runner)
-        for number_of_signal in came:  # now the other tasks can be stopped, too
+        for number_of_signal in received:  # now the other tasks can be stopped, too
             signal.raise_signal(number_of_signal)
-        stack.enter_context(staying_connected(runner.scheduler_address))  # keeps it running
+        stack.enter_context(keep_connected(runner.scheduler_address))  # keeps it running
         yield runner.scheduler_address
 
 
@@ -234,21 +239,21 @@ def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
 
     srun's exit code is the highest of all tasks, so this one always exits with 0.
     """
-    for announcement in ANNOUNCEMENTS:
+    for stop_signal in STOP_SIGNALS:
         # Worker processes inherit ignored signals, but not handlers.
-        signal.signal(announcement, signal.SIG_IGN)
-    _print_elsewhere()
+        signal.signal(stop_signal, signal.SIG_IGN)
+    _redirect_output()
     if not is_scheduler:
         # The scheduler cannot stop a worker that is not connected yet.
-        threading.Thread(target=_exit_after, args=(_file_of(name),), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(_scheduler_file(name),), daemon=True).start()
     try:
-        with _credentials(options, name, is_maker=is_scheduler):
+        with _credentials(options, name, creates=is_scheduler):
             if not is_scheduler:
                 _wait_for_scheduler(name)
                 _take_gpu()
             _runner(options, name)
     except Exception:
-        log.exception("a task ends early")
+        log.exception("a task has failed")
     finally:
         if is_scheduler:  # in case the driver was killed
             _clean_up(name)
@@ -257,82 +262,84 @@ def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
 
 
 def _wait_for_scheduler(name: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not _file_of(name).exists():
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while not _scheduler_file(name).exists():
         if time.monotonic() > deadline:
             raise PlanError(
-                f"cluster slurm-job: no scheduler has come in {START_SECONDS} s; what it said is "
-                f"in {_log_of_workers()}"
+                f"cluster slurm-job: no scheduler has started in {START_TIMEOUT_SECONDS} s; its "
+                f"output is in {_workers_log()}"
             )
         time.sleep(0.2)
 
 
 def _exit_after(scheduler_file: Path) -> None:
     """Exit this process once the file has been missing for some seconds, or never appeared."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while True:
         try:
-            is_there = scheduler_file.exists()
+            exists = scheduler_file.exists()
         except OSError:  # a network file system is unavailable
-            is_there = True
-        if is_there:
-            deadline = time.monotonic() + LEAVE_WITH_DRIVER_SECONDS
+            exists = True
+        if exists:
+            deadline = time.monotonic() + EXIT_GRACE_SECONDS
         if time.monotonic() > deadline:
             os._exit(0)
         time.sleep(1)
 
 
 @contextlib.contextmanager
-def _credentials(options: MergeOptions, name: str, *, is_maker: bool) -> Iterator[None]:
-    named = shared_credentials(_folder_of(name), is_maker=is_maker) if options.tls else {}
-    with dask.config.set(named):
+def _credentials(options: MergeOptions, name: str, *, creates: bool) -> Iterator[None]:
+    settings = (
+        share_certificates(_certificates_folder(name), creates=creates) if options.tls else {}
+    )
+    with dask.config.set(settings):
         yield
 
 
-def _file_of(name: str) -> Path:
+def _scheduler_file(name: str) -> Path:
     """Return the file by which the other tasks find the scheduler."""
     return Path(f"{name}.json")
 
 
-def _folder_of(name: str) -> Path:
+def _certificates_folder(name: str) -> Path:
     return Path(f"{name}.tls")
 
 
 def _clean_up(name: str) -> None:
-    _file_of(name).unlink(missing_ok=True)
-    forget(_folder_of(name))
+    _scheduler_file(name).unlink(missing_ok=True)
+    remove_certificates(_certificates_folder(name))
 
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """Defer the first of ``ANNOUNCEMENTS`` and collect it; a second is not deferred."""
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in ANNOUNCEMENTS}
+    """Defer the first of ``STOP_SIGNALS`` and collect it; a second is not deferred."""
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def note(number: int, _frame: object) -> None:
-        came.append(number)
+    def record(number: int, _frame: object) -> None:
+        received.append(number)
         restore()
 
-    for number in ANNOUNCEMENTS:
-        signal.signal(number, note)
+    for number in STOP_SIGNALS:
+        signal.signal(number, record)
     try:
-        yield came
+        yield received
     finally:
         restore()
 
 
-def _print_elsewhere() -> None:
+def _redirect_output() -> None:
     """Redirect the output of scheduler and workers to a log file, away from the driver's."""
-    with _log_of_workers().open("a") as log_of_workers:
+    with _workers_log().open("a") as workers_log:
         for stream in (1, 2):
-            os.dup2(log_of_workers.fileno(), stream)
+            os.dup2(workers_log.fileno(), stream)
 
 
-def _log_of_workers() -> Path:
+def _workers_log() -> Path:
     job = os.environ.get("SLURM_JOB_NAME", "ocelot"), os.environ["SLURM_JOB_ID"]
     return Path("{}-{}-workers.log".format(*job))
 
@@ -344,18 +351,18 @@ def _runner(options: MergeOptions, name: str) -> Any:
     # Its import replaces the handler of SIGINT; the other tasks need that to exit.
     from dask_jobqueue.slurm import SLURMRunner
 
-    said: dict[str, Any] = {"protocol": "tls", "security": configured_security()}
+    settings: dict[str, Any] = {"protocol": "tls", "security": configured_security()}
     if not options.tls:
-        said.clear()
+        settings.clear()
     if options.slurm.interface is not None:
-        said["interface"] = options.slurm.interface
+        settings["interface"] = options.slurm.interface
     threads = options.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     runner = SLURMRunner(
-        scheduler_file=str(_file_of(name)),
+        scheduler_file=str(_scheduler_file(name)),
         scheduler_options={
             "dashboard_address": "127.0.0.1:0",
-            "plugins": [closing_without_clients(START_SECONDS, DRIVER_GONE_SECONDS)],
-            **said,
+            "plugins": [close_without_clients(START_TIMEOUT_SECONDS, NO_DRIVER_TIMEOUT_SECONDS)],
+            **settings,
         },
         worker_class="distributed.Nanny",
         worker_options={
@@ -363,8 +370,8 @@ def _runner(options: MergeOptions, name: str) -> Any:
             "memory_limit": 0,
             # A worker that its nanny restarts during shutdown must not look for a scheduler until
             # the job's time limit.
-            "death_timeout": DEATH_SECONDS,
-            **said,
+            "death_timeout": NO_SCHEDULER_TIMEOUT_SECONDS,
+            **settings,
         },
     )
     signal.signal(signal.SIGINT, interrupt)
@@ -376,7 +383,7 @@ def _end(runner: Any) -> None:
     # The scheduler may have exited already.
     with (
         contextlib.suppress(PlanError, OSError, TimeoutError, ValueError),
-        client_of(runner.scheduler_address) as client,
+        connect_client(runner.scheduler_address) as client,
     ):
         client.shutdown()
     runner.scheduler_comm = None
@@ -393,16 +400,16 @@ def _task_and_names() -> tuple[int, str, list[str]]:
         job, step = os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"]
     except (KeyError, ValueError):
         raise PlanError(
-            "cluster slurm-job: this is no task of a SLURM job; submit examples/slurm/merge.sbatch "
-            "with sbatch, or use --cluster slurm to have workers submitted"
+            "cluster slurm-job: this process is not a task of a SLURM job; submit "
+            "examples/slurm/merge.sbatch with sbatch, or use --cluster slurm, which submits workers"
         ) from None
-    if n_tasks <= TASKS_BESIDES:
+    if n_tasks <= N_OTHER_TASKS:
         raise PlanError(
-            f"cluster slurm-job: expected at least {TASKS_BESIDES + 1} tasks (a scheduler, a "
+            f"cluster slurm-job: expected at least {N_OTHER_TASKS + 1} tasks (a scheduler, a "
             f"driver, workers), got {n_tasks}; use sbatch --ntasks"
         )
-    again = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    *earlier, name = (f".ocelot-{job}-{start}-{step}" for start in range(again + 1))
+    n_restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    *earlier, name = (f".ocelot-{job}-{start}-{step}" for start in range(n_restarts + 1))
     return number, name, earlier
 
 

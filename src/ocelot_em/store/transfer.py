@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -180,7 +180,7 @@ class ReadAhead:
         self._in_use: list[ReusedMemory] = []
         self.meter = Meter()
 
-    def group(self, group: Hashable, spare: Spare) -> "Incoming":
+    def group(self, group: Hashable, spare: Spare) -> Self:
         """Advance to the requests of a group, skipping unread requests of earlier groups.
 
         Parameters
@@ -193,18 +193,17 @@ class ReadAhead:
         self._release()
         while self._under_way and self._under_way[0].request.group != group:
             self._skip(self._under_way.popleft())
-        return Incoming(self, group, spare)
+        self._group, self._spare = group, spare
+        return self
 
     @contextmanager
-    def take(self, n: int, group: Hashable, spare: Spare) -> Iterator[list[Arrival]]:
-        """Wait for the next regions of a group; they are valid within the context.
+    def take(self, n: int) -> Iterator[list[Arrival]]:
+        """Wait for the next regions of the group; they are valid within the context.
 
         Parameters
         ----------
         n
             Number of regions, at most :data:`READ_TOGETHER`.
-        group, spare
-            As for :meth:`group`.
 
         Raises
         ------
@@ -213,21 +212,21 @@ class ReadAhead:
             The group has fewer regions left.
         """
         started = time.perf_counter()
-        arrivals = [self._next(group, number, spare) for number in range(n)]
+        arrivals = [self._next(number) for number in range(n)]
         self.meter.seconds += time.perf_counter() - started
         yield arrivals
         self._release()
 
-    def _next(self, group: Hashable, number: int, spare: Spare) -> Arrival:
+    def _next(self, number: int) -> Arrival:
         self._top_up()
-        if not self._under_way or self._under_way[0].request.group != group:
-            raise LookupError(f"{group}: everything that was announced has been read")
+        if not self._under_way or self._under_way[0].request.group != self._group:
+            raise LookupError(f"{self._group}: all requests of this group have been read")
         piece = self._under_way[0]
         source, region = piece.request.source, piece.request.region
         if piece.chunk.region == region and source.grid.is_whole(piece.chunk):
             self._in_use.append(self._under_way.popleft().memory)
             return Arrival(source, self.meter, chunk=(piece.chunk, self._arrived(piece)))
-        values = spare(number, source.dtype)
+        values = self._spare(number, source.dtype)
         while True:
             piece = self._under_way.popleft()
             try:
@@ -276,18 +275,6 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-
-
-class Incoming(NamedTuple):
-    """The regions of one group, for the code that merges them."""
-
-    reader: ReadAhead
-    group: Hashable
-    spare: Spare
-
-    def take(self, n: int) -> AbstractContextManager[Sequence[Arrival]]:
-        """Wait for the next ``n`` regions, as :meth:`ReadAhead.take`."""
-        return self.reader.take(n, self.group, self.spare)
 
 
 class WriteBehind:

@@ -56,32 +56,34 @@ def read_candidates(objects: Objects, layout: Layout) -> Candidates:
     z = CANDIDATE_FIELDS.index(SCALED_MIP)
 
     def read(number: int) -> tuple[Float64, float, Float64]:
-        _, rows, edges = layout.numbers(objects, number)
+        _, rows, edges = layout.record(objects, number)
         full = len(rows) == layout.candidates_shape[0]
         return rows, float(rows[:, z].min()) if full else level, edges
 
     found, levels, edges = [np.empty((0, len(CANDIDATE_FIELDS)))], [level], []
-    for rows, complete_from, own_edges in map_in_threads(read, range(len(layout))):
+    for rows, level_of_record, own_edges in map_in_threads(read, range(len(layout))):
         found.append(rows)
-        levels.append(complete_from)
+        levels.append(level_of_record)
         edges.append(own_edges)
     candidates = np.concatenate(found)
     if layout.is_montage:
-        _look_beyond(candidates, layout, edges)
+        _add_neighbours_of_other_records(candidates, layout, edges)
     return Candidates(candidates, max(levels))
 
 
-_EDGE_BESIDE = {"z_above": "bottom", "z_below": "top", "z_left": "right", "z_right": "left"}
+_ADJACENT_EDGE = {"z_above": "bottom", "z_below": "top", "z_left": "right", "z_right": "left"}
 """Edge of the adjacent record that contains a neighbour outside a record."""
 
 
-def _look_beyond(candidates: Float64, layout: Layout, edges: Sequence[Float64]) -> None:
+def _add_neighbours_of_other_records(
+    candidates: Float64, layout: Layout, edges: Sequence[Float64]
+) -> None:
     """Fill in the candidates' neighbours from other records of the exposure."""
     (dy, dx), (height, width) = layout.exposure.origin, layout.tile
     ys, xs = (candidates[:, CANDIDATE_FIELDS.index(n)].astype(np.int64) for n in ("y", "x"))
     for name, (step_y, step_x) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
         column = candidates[:, CANDIDATE_FIELDS.index(name)]
-        edge = EDGES.index(_EDGE_BESIDE[name])
+        edge = EDGES.index(_ADJACENT_EDGE[name])
         for k in np.flatnonzero(np.isnan(column)).tolist():
             y, x = int(ys[k]) + step_y, int(xs[k]) + step_x
             if Region(y, y + 1, x, x + 1).intersect(layout.exposure.region).size:

@@ -68,6 +68,7 @@ CANDIDATE_FIELDS = ("y", "x", *GATHERED, *NEIGHBOUR_FIELDS)
 """Columns of a candidate: pixel, values of all maps there, z-scores of the neighbours."""
 
 EXTREMES = ("lowest_mip", "highest_mip", "lowest_z", "highest_z")
+_IS_MINIMUM = np.array([name.startswith("lowest") for name in EXTREMES])
 COUNTS = ("nan_pixels", "zero_std_pixels", "unsearched_pixels")
 TILE_FIELDS = (*EXTREMES, *COUNTS, "n_candidates")
 MOMENTS = ("n", "total", "squared_total")
@@ -156,7 +157,7 @@ N_FLAT = MIP_AXIS.bins + 2 + Z_AXIS.bins + 2 + JOINT_MIP_AXIS.bins * JOINT_Z_AXI
 
 
 @dataclass
-class TileNumbers:
+class PixelStatistics:
     """Statistics of one tile, or of several tiles together.
 
     Parameters
@@ -180,7 +181,7 @@ class TileNumbers:
     moments: Float64
 
     @classmethod
-    def empty(cls, n_partials: int, n_sources: int) -> "TileNumbers":
+    def empty(cls, n_partials: int, n_sources: int) -> "PixelStatistics":
         """Return the statistics of no pixels."""
         return cls(
             extremes=np.array([np.inf, -np.inf, np.inf, -np.inf]),
@@ -197,7 +198,7 @@ class TileNumbers:
         return np.concatenate([own, self.wins, self.moments.reshape(-1)])
 
     @classmethod
-    def from_flat(cls, flat: AnyArray, n_partials: int) -> "TileNumbers":
+    def from_flat(cls, flat: AnyArray, n_partials: int) -> "PixelStatistics":
         """Restore statistics from :attr:`flat`."""
         n_own, n_extremes = len(TILE_FIELDS), len(EXTREMES)
         moments = flat[n_own + n_partials :].reshape(-1, 2, len(MOMENTS))
@@ -214,20 +215,18 @@ class TileNumbers:
         """Length of :attr:`flat`."""
         return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
 
-    def add(self, other: "TileNumbers") -> None:
+    def add(self, other: "PixelStatistics") -> None:
         """Add the statistics of other pixels."""
-        low, high = self.extremes.copy(), other.extremes
-        self.extremes = np.array(
-            [min(low[0], high[0]), max(low[1], high[1]), min(low[2], high[2]), max(low[3], high[3])]
-        )
+        both = np.stack([self.extremes, other.extremes])
+        self.extremes = np.where(_IS_MINIMUM, both.min(axis=0), both.max(axis=0))
         self.counts = self.counts + other.counts
         self.n_candidates += other.n_candidates
         self.wins = self.wins + other.wins
         self.moments = self.moments + other.moments
 
 
-class Counting(NamedTuple):
-    """The exposure whose statistics are collected.
+class StatisticsScope(NamedTuple):
+    """What the statistics of an exposure cover.
 
     Parameters
     ----------
@@ -254,9 +253,9 @@ neighbours of candidates in the adjacent piece, since the merged map may show an
 class TileStatistics:
     """Statistics of one tile after another, collected during the merge in reused memory.
 
-    The order of calls: :meth:`begin` for a tile; :meth:`add` for every source, :meth:`count_wins`
-    and :meth:`count` for runs of pixels; then :meth:`look`; then :meth:`take` for every map that
-    was not passed to :meth:`look`.
+    The order of calls: :meth:`begin` for a tile; :meth:`add_sums` for every source,
+    :meth:`count_wins` and :meth:`count_pixels` for runs of pixels; then :meth:`find_candidates`;
+    then :meth:`keep_values` for every map that was not passed to :meth:`find_candidates`.
 
     Parameters
     ----------
@@ -268,7 +267,7 @@ class TileStatistics:
 
     capacity: int
     longest_edge: int = 0
-    statistics: TileNumbers = field(init=False)
+    statistics: PixelStatistics = field(init=False)
     counts: AnyArray = field(init=False)
     candidates: Float64 = field(init=False)
 
@@ -282,25 +281,25 @@ class TileStatistics:
         self.edges = np.empty((len(EDGES), self.longest_edge), np.float64)
         self._found = np.empty(4 * self.capacity, np.int32)
 
-    def begin(self, region: Region, of: Counting) -> None:
+    def begin(self, region: Region, scope: StatisticsScope) -> None:
         """Reset all statistics, and start with a region of an exposure."""
-        self.region, self._level = region, np.float32(of.level)
-        self.statistics = TileNumbers.empty(of.n_partials, of.n_sources)
+        self.region, self._level = region, np.float32(scope.level)
+        self.statistics = PixelStatistics.empty(scope.n_partials, scope.n_sources)
         self._histograms.mip.fill(0)
         self._histograms.z.fill(0)
         self._histograms.joint[self._joint_used] = self._joint[self._joint_used] = 0
-        # The range that contains counts is not known before look().
+        # The range that contains counts is not known before find_candidates().
         self._joint_used = slice(None), slice(JOINT_Z_AXIS.bins)
         self._ranks = self._kernel.no_ranks()
         self.candidates.fill(np.nan)
         self.edges.fill(np.nan)
-        valid = of.region.intersect(region).relative_to(region)
+        valid = scope.region.intersect(region).relative_to(region)
         # Counted pixels start at the first pixel of the region: eroded edges are not merged either.
         self._valid = valid.shape
         self._any_counted = False
         self._where = np.empty(0, np.intp)
 
-    def add(
+    def add_sums(
         self, number: int, name: str, start: int, values: AnyArray, total: AnyArray | None = None
     ) -> bool:
         """Add a run of pixels of a source's sums, starting at ``start``, to its moments.
@@ -320,17 +319,17 @@ class TileStatistics:
             Whether any value is NaN; always False without ``total``.
         """
         into = self.statistics.moments[number, 0 if name == SUM else 1]
-        place = self._place(start)
+        position = self._position(start)
         if total is None:
-            self._kernel.add_moments(values, place, into)
+            self._kernel.add_moments(values, position, into)
             return False
-        bad: bool = self._kernel.add_and_measure(values, total, number == 0, place, into)
+        bad: bool = self._kernel.add_and_measure(values, total, number == 0, position, into)
         return bad
 
-    def _place(self, start: int) -> tuple[int, int, tuple[int, int]]:
+    def _position(self, start: int) -> tuple[int, int, tuple[int, int]]:
         return start, self.region.shape[1], self._valid
 
-    def count(self, start: int, maps: Mapping[str, AnyArray]) -> None:
+    def count_pixels(self, start: int, maps: Mapping[str, AnyArray]) -> None:
         """Count a run of the tile's pixels, starting at ``start``, and find its candidates.
 
         Runs come in the order of the pixels, ideally while their maps are still in the cache.
@@ -341,11 +340,11 @@ class TileStatistics:
             Maps of the run, including ``mip``, z-score and standard deviation; C-contiguous, of any
             shape.
         """
-        looked_at = tuple(maps[name].reshape(-1) for name in (MIP, SCALED_MIP, STD))
+        counted = tuple(maps[name].reshape(-1) for name in (MIP, SCALED_MIP, STD))
         own, histograms = self.statistics, self._histograms
         own.n_candidates = self._kernel.count_pixels(
-            looked_at,
-            self._place(start),
+            counted,
+            self._position(start),
             _AXES,
             (histograms.mip, histograms.z, self._joint, own.counts, self._ranks),
             (self._level, self._found, own.n_candidates),
@@ -354,9 +353,9 @@ class TileStatistics:
 
     def count_wins(self, start: int, numbers: AnyArray) -> None:
         """Count the pixels that each partial won in a run starting at ``start``."""
-        self._kernel.count_wins(numbers.reshape(-1), self._place(start), self.statistics.wins)
+        self._kernel.count_wins(numbers.reshape(-1), self._position(start), self.statistics.wins)
 
-    def look(self, maps: Mapping[str, AnyArray]) -> None:
+    def find_candidates(self, maps: Mapping[str, AnyArray]) -> None:
         """Find the candidates after all pixels have been counted.
 
         If none has been counted, all pixels and the wins of the partials are counted first.
@@ -364,12 +363,12 @@ class TileStatistics:
         Parameters
         ----------
         maps
-            The z-score and all maps that are not passed to :meth:`take`; if nothing has been
+            The z-score and all maps that are not passed to :meth:`keep_values`; if nothing has been
             counted, also ``mip``, standard deviation and number of the partial. C-contiguous, of
             the tile's shape.
         """
         if not self._any_counted:
-            self.count(0, maps)
+            self.count_pixels(0, maps)
             self.count_wins(0, maps[BEST_PARTIAL])
         extremes = self.statistics.extremes
         extremes[:] = self._kernel.values_of(self._ranks)
@@ -382,15 +381,15 @@ class TileStatistics:
         n_rows, n_columns = self._valid
         if not n_rows or not n_columns:
             return
-        self._find_candidates(maps[SCALED_MIP])
+        self._locate_candidates(maps[SCALED_MIP])
         z = maps[SCALED_MIP][:n_rows, :n_columns]
         if self.longest_edge:
             for kept, edge in zip(self.edges, (z[0], z[-1], z[:, 0], z[:, -1]), strict=True):
                 kept[: edge.size] = edge
         for name, values in maps.items():
-            self.take(name, values)
+            self.keep_values(name, values)
 
-    def _find_candidates(self, z: AnyArray) -> None:
+    def _locate_candidates(self, z: AnyArray) -> None:
         found, width, (n_rows, n_columns) = self.statistics.n_candidates, z.shape[1], self._valid
         where = self._found[:found].astype(np.intp)
         if found > self.capacity:  # keep the highest
@@ -401,15 +400,17 @@ class TileStatistics:
             best = np.argpartition(-heights, self.capacity - 1)[: self.capacity]
             where = np.sort(where[best])
         self._where, rows = where, self.candidates[: len(where)]
-        places, beside = rows[:, :2], rows[:, -len(NEIGHBOUR_FIELDS) :]
-        self._kernel.look_around(where, z.reshape(-1), width, self._valid, (places, beside))
-        places += self.region.y0, self.region.x0
+        positions, neighbours = rows[:, :2], rows[:, -len(NEIGHBOUR_FIELDS) :]
+        self._kernel.look_up_neighbours(
+            where, z.reshape(-1), width, self._valid, (positions, neighbours)
+        )
+        positions += self.region.y0, self.region.x0
 
-    def take(self, name: str, values: AnyArray) -> None:
+    def keep_values(self, name: str, values: AnyArray) -> None:
         """Keep a map's values at the candidates."""
         if name in GATHERED and len(self._where):
-            place = CANDIDATE_FIELDS.index(name)
-            self.candidates[: len(self._where), place] = values.reshape(-1)[self._where]
+            column = CANDIDATE_FIELDS.index(name)
+            self.candidates[: len(self._where), column] = values.reshape(-1)[self._where]
 
 
 def _bins_between(axis: Axis, ends: Float64) -> slice:
@@ -422,6 +423,6 @@ def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, 
     """Yield neighbours of pixels by name in :data:`NEIGHBOUR_FIELDS`; NaN outside the map."""
     for name, (dy, dx) in zip(NEIGHBOUR_FIELDS, NEIGHBOURS, strict=True):
         inside = (y + dy >= 0) & (y + dy < z.shape[0]) & (x + dx >= 0) & (x + dx < z.shape[1])
-        beside = np.full(len(y), np.nan)
-        beside[inside] = z[y[inside] + dy, x[inside] + dx]
-        yield name, beside
+        values = np.full(len(y), np.nan)
+        values[inside] = z[y[inside] + dy, x[inside] + dx]
+        yield name, values

@@ -18,9 +18,9 @@ from ocelot_em.merge.stats.collected import (
     EXTREMES,
     N_FLAT,
     TILE_FIELDS,
-    Counting,
     Histograms,
-    TileNumbers,
+    PixelStatistics,
+    StatisticsScope,
     candidate_capacity,
     candidate_level,
 )
@@ -42,15 +42,13 @@ from ocelot_em.store.contract import Objects, ReusedMemory
 
 COUNTS = "counts"
 NUMBERS = "numbers"
-
-
 SHOWN = "shown"
 """Names of the one-dimensional arrays of records, in which each record is one chunk: histograms;
 statistics with candidates; pixels shown in a montage."""
 
 
-class Numbers(NamedTuple):
-    """Contents of a record other than histograms.
+class Record(NamedTuple):
+    """Contents of a tile's record, other than its histograms.
 
     Parameters
     ----------
@@ -62,19 +60,19 @@ class Numbers(NamedTuple):
         z-scores along its edges, :data:`ocelot_em.merge.stats.collected.EDGES`; only in a montage.
     """
 
-    statistics: TileNumbers
+    statistics: PixelStatistics
     candidates: Float64
     edges: Float64
 
 
-_of_thread = threading.local()
+_per_thread = threading.local()
 
 
 def _memory_of_thread(what: str) -> ReusedMemory:
     """Return this thread's memory for one kind of record."""
-    if not hasattr(_of_thread, what):
-        setattr(_of_thread, what, ReusedMemory())
-    memory: ReusedMemory = getattr(_of_thread, what)
+    if not hasattr(_per_thread, what):
+        setattr(_per_thread, what, ReusedMemory())
+    memory: ReusedMemory = getattr(_per_thread, what)
     return memory
 
 
@@ -119,9 +117,9 @@ class Layout:
         )
 
     @property
-    def counting(self) -> Counting:
+    def scope(self) -> StatisticsScope:
         """Pixels of the exposure that count, and related numbers."""
-        return Counting(
+        return StatisticsScope(
             self.exposure.counted,
             candidate_level(self.exposure.total_projections),
             len(self.exposure.contributions),
@@ -160,9 +158,9 @@ class Layout:
 
     @property
     def n_statistics(self) -> int:
-        """Number of values of :class:`TileNumbers`, which are first in a record."""
-        of = self.counting
-        return TileNumbers.n_flat(of.n_partials, of.n_sources)
+        """Number of values of :class:`PixelStatistics`, which are first in a record."""
+        scope = self.scope
+        return PixelStatistics.n_flat(scope.n_partials, scope.n_sources)
 
     @property
     def candidates_shape(self) -> tuple[int, int]:
@@ -184,12 +182,12 @@ class Layout:
         """Read the histograms of a record; valid until this thread reads the next one."""
         return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
 
-    def statistics(self, objects: Objects, number: int) -> TileNumbers:
+    def statistics(self, objects: Objects, number: int) -> PixelStatistics:
         """Read the statistics of a record."""
         flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
         return self._statistics(objects, number, flat[: self.n_statistics].copy())
 
-    def numbers(self, objects: Objects, number: int) -> Numbers:
+    def record(self, objects: Objects, number: int) -> Record:
         """Read the statistics, the candidates and the edges of a record."""
         flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64").copy()
         rows, columns = self.candidates_shape
@@ -202,9 +200,9 @@ class Layout:
         if wrong := self._wrong_candidates(candidates, number):
             place = self._place(objects, NUMBERS, number)
             raise CorruptChunkError(f"{place}: {wrong}; merge again")
-        return Numbers(statistics, candidates, edges.reshape(self.edges_shape))
+        return Record(statistics, candidates, edges.reshape(self.edges_shape))
 
-    def _statistics(self, objects: Objects, number: int, own: Float64) -> TileNumbers:
+    def _statistics(self, objects: Objects, number: int, own: Float64) -> PixelStatistics:
         n_partials = len(self.exposure.contributions)
         counts = own[len(EXTREMES) : len(TILE_FIELDS) + n_partials]
         wrong = counts[~_are_integers(counts, 0, 2**53)]
@@ -213,7 +211,7 @@ class Layout:
                 f"{self._place(objects, NUMBERS, number)}: expected counts of pixels, got "
                 f"{wrong[0]}; merge again"
             )
-        return TileNumbers.from_flat(own, n_partials)
+        return PixelStatistics.from_flat(own, n_partials)
 
     def _wrong_candidates(self, rows: Float64, number: int) -> str:
         """Describe the first invalid value of the candidates; empty if there is none."""

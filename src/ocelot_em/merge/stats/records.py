@@ -82,17 +82,17 @@ def has_records(objects: Objects, plan: MergePlan) -> bool:
 
 
 def encode_records(
-    layout: Layout, collection: TileStatistics, number: int
+    layout: Layout, statistics: TileStatistics, number: int
 ) -> Iterator[tuple[str, list[bytes]]]:
     """Yield the objects of a record: keys, and parts of their bytes."""
     numbers = np.concatenate(
         [
-            collection.statistics.flat,
-            collection.candidates.reshape(-1),
-            collection.edges.reshape(-1),
+            statistics.statistics.flat,
+            statistics.candidates.reshape(-1),
+            statistics.edges.reshape(-1),
         ]
     )
-    for what, record in ((COUNTS, collection.counts), (NUMBERS, numbers)):
+    for what, record in ((COUNTS, statistics.counts), (NUMBERS, numbers)):
         yield f"{layout.folder}/{what}/c/{number}", store.encode_chunk(record)
 
 
@@ -107,11 +107,11 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
         return  # merged by an earlier version
     for exposure in plan.exposures:
         layout = Layout.of(plan, exposure)
-        reads: list[Callable[[Objects, int], object]] = [layout.counts, layout.numbers]
+        reads: list[Callable[[Objects, int], object]] = [layout.counts, layout.record]
         if plan.is_montage:
             reads.append(layout.shown)
 
-        def look(
+        def problems_of(
             number: int, reads: Sequence[Callable[[Objects, int], object]] = reads
         ) -> list[str]:
             found = []
@@ -122,7 +122,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
                     found.append(str(error))
             return found
 
-        for found in map_in_threads(look, range(len(layout))):
+        for found in map_in_threads(problems_of, range(len(layout))):
             yield from found
     exposures = plan.exposures if plan.is_montage else ()
     for path in (STATISTICS, *(statistics_path(exposure.number) for exposure in exposures)):

@@ -12,7 +12,7 @@ from ocelot_em.merge.overlap import SHOWN_FIELDS
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import (
     Histograms,
-    TileNumbers,
+    PixelStatistics,
     candidate_level,
 )
 from ocelot_em.merge.stats.layout import Layout
@@ -57,14 +57,14 @@ class Summary:
 def finish(objects: Objects, plan: MergePlan) -> None:
     """Add up the records of all tiles, and write the sums for each exposure and for all."""
     # All exposures share this memory: an allocation for each would fragment the heap.
-    everything, histograms = Histograms.empty("int64"), Histograms.empty("int64")
-    totals, about = [], []
-    for place, exposure in enumerate(plan.exposures, 1):
+    all_histograms, histograms = Histograms.empty("int64"), Histograms.empty("int64")
+    totals, described = [], []
+    for position, exposure in enumerate(plan.exposures, 1):
         layout = Layout.of(plan, exposure)
         histograms.clear()
         total = _add_up(objects, layout, histograms)
         totals.append((exposure, total))
-        everything.add(histograms)
+        all_histograms.add(histograms)
         if not plan.is_montage:
             continue
         _write_summary(
@@ -73,24 +73,24 @@ def finish(objects: Objects, plan: MergePlan) -> None:
         shown = np.zeros(len(SHOWN_FIELDS))
         for own in map_in_threads(partial(layout.shown, objects), range(len(layout))):
             shown += own
-        about.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
-        if place % EXPOSURES_BETWEEN_TIDYING == 0:
+        described.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
+        if position % EXPOSURES_BETWEEN_TIDYING == 0:
             return_free_memory()
-    _write_summary(objects, STATISTICS, everything, totals, tuple(about))
+    _write_summary(objects, STATISTICS, all_histograms, totals, tuple(described))
 
 
-def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> TileNumbers:
+def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> PixelStatistics:
     """Return the sum of an exposure's records; its histograms are added to the given ones."""
     lock = threading.Lock()
 
-    def read(number: int) -> TileNumbers:
+    def read(number: int) -> PixelStatistics:
         counted = layout.counts(objects, number)
         with lock:
             histograms.add(counted)
         return layout.statistics(objects, number)
 
-    of = layout.counting
-    total = TileNumbers.empty(of.n_partials, of.n_sources)
+    scope = layout.scope
+    total = PixelStatistics.empty(scope.n_partials, scope.n_sources)
     for statistics in map_in_threads(read, range(len(layout))):
         total.add(statistics)
     return total
@@ -105,7 +105,7 @@ def _write_summary(
     objects: Objects,
     path: str,
     histograms: Histograms,
-    totals: Sequence[tuple[PlannedExposure, TileNumbers]],
+    totals: Sequence[tuple[PlannedExposure, PixelStatistics]],
     exposures: tuple[statistics_attributes.ExposureStatistics, ...],
 ) -> None:
     groups = path.split("/")
@@ -117,8 +117,8 @@ def _write_summary(
         (JOINT_HISTOGRAM, histograms.joint, (JOINT_MIP_AXIS, JOINT_Z_AXIS)),
     ):
         _write_histogram(objects, f"{path}/{name}", counts, axes)
-    about = _attributes(totals, int(histograms.z.sum()), exposures)
-    store.update_attributes(objects, path, fmt.dump_attributes(about))
+    attributes = _attributes(totals, int(histograms.z.sum()), exposures)
+    store.update_attributes(objects, path, fmt.dump_attributes(attributes))
 
 
 def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:
@@ -139,7 +139,7 @@ def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequen
 
 
 def _attributes(
-    totals: Sequence[tuple[PlannedExposure, TileNumbers]],
+    totals: Sequence[tuple[PlannedExposure, PixelStatistics]],
     searched: int,
     exposures: tuple[statistics_attributes.ExposureStatistics, ...],
 ) -> statistics_attributes.StatisticsAttributes:

@@ -1,4 +1,4 @@
-"""Montage placement: which exposure each pixel shows, compiled by numba.
+"""Compositing of montages: which exposure each pixel shows, compiled by numba.
 
 The rules are described in ``ocelot_em.merge.overlap``. Arrays are two-dimensional. Those of a piece
 are C-contiguous; those of the canvas are views of the same shape.
@@ -22,8 +22,8 @@ def choose(piece: Any, number: Any, rule: Any, canvas: Any, taken: Any) -> Any:
     so far: exposure number (-1: none), ``mip``, z-score, distance. ``taken``: output mask of pixels
     won.
     """
-    mips, zs, reaches = piece
-    numbers, kept_mips, kept_zs, kept_reaches = canvas
+    mips, zs, edge_distances = piece
+    numbers, kept_mips, kept_zs, kept_distances = canvas
     n_taken = 0
     for y in range(mips.shape[0]):
         for x in range(mips.shape[1]):
@@ -37,13 +37,13 @@ def choose(piece: Any, number: Any, rule: Any, canvas: Any, taken: Any) -> Any:
                 z, kept = zs[y, x], kept_zs[y, x]
                 wins = z > kept or (kept != kept and z == z)
             elif rule == FARTHEST:
-                wins = reaches[y, x] > kept_reaches[y, x]
+                wins = edge_distances[y, x] > kept_distances[y, x]
             else:
                 wins = False
             taken[y, x] = wins
             if wins:
                 numbers[y, x] = number
-                kept_reaches[y, x] = reaches[y, x]
+                kept_distances[y, x] = edge_distances[y, x]
                 n_taken += 1
     return n_taken
 
@@ -58,7 +58,7 @@ def put(values: Any, taken: Any, into: Any) -> None:
 
 
 @summed
-def tally_alone(zs: Any) -> Any:
+def sum_alone(zs: Any) -> Any:
     """Return the count, sum and sum of squares of z-scores that are not NaN."""
     n, total, squared_total = 0.0, 0.0, 0.0
     for i in range(zs.size):
@@ -72,7 +72,7 @@ def tally_alone(zs: Any) -> Any:
 
 
 @compiled
-def tally(numbers: Any, number: Any, covers: Any, zs: Any, into: Any) -> None:
+def tally(numbers: Any, number: Any, n_covering: Any, zs: Any, into: Any) -> None:
     """Sum the shown z-scores of an exposure, separately where it is alone and in overlaps.
 
     ``into``: (2, 3) counts, sums and sums of squares; NaN z-scores are ignored.
@@ -81,7 +81,7 @@ def tally(numbers: Any, number: Any, covers: Any, zs: Any, into: Any) -> None:
         for x in range(numbers.shape[1]):
             z = np.float64(zs[y, x])
             if numbers[y, x] == number and z == z:
-                place = 1 if covers[y, x] > 1 else 0
-                into[place, 0] += 1.0
-                into[place, 1] += z
-                into[place, 2] += z * z
+                row = 1 if n_covering[y, x] > 1 else 0
+                into[row, 0] += 1.0
+                into[row, 1] += z
+                into[row, 2] += z * z
