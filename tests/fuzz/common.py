@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 
-INSTRUMENTED = ("ocelot_em", "zipfile", "csv", "mrcfile", "starfile", "yaml", "zarr")
+INSTRUMENTED = ("ocelot_em", "zipfile", "csv", "mrcfile", "yaml", "zarr")
 """Packages whose branches guide the fuzzer, if they were not imported before."""
 
 COMPILED = ("ocelot_em.kernels.cpu",)

@@ -1,4 +1,4 @@
-"""Origins of exposures in SerialEM's ``.mdoc`` files."""
+"""Origins of exposures in SerialEM's ``.mdoc`` files; DESIGN.md says why without mdocfile."""
 
 import io
 import re

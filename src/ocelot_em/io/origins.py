@@ -23,12 +23,11 @@ flipped. An image whose first row is its top, as in TIFF files, needs ``flip_y``
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.mdoc import PIECE_KEYS, read_mdoc
@@ -67,10 +66,10 @@ _OPTIONAL = "acquired"
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A table's values for one exposure, as text; None where a value is missing."""
+    """A table's values for one exposure, as text; empty where a value is missing."""
 
     line: int
-    values: Mapping[str, str | None]
+    values: Mapping[str, str]
 
 
 def read_origins(
@@ -124,7 +123,7 @@ def read_origins(
         sections without coordinates. Also if the file has another format, is larger than 256 MB,
         is not text or has no exposures, or if an ``.mdoc`` file has several montages.
     MissingDependencyError
-        The file is a STAR file and starfile is not installed.
+        The file is a STAR file and gemmi is not installed.
     """
     place = Path(path)
     suffix = place.suffix.lower()
@@ -163,7 +162,7 @@ def _from_rows(rows: Iterable[_Row]) -> tuple[dict[str, Origin], list[str]]:
     origins, lines, problems = dict[str, Origin](), dict[str, int](), list[str]()
     for row in rows:
         values = row.values
-        name, y, x = values["id"] or "", coordinate_of(values["y"]), coordinate_of(values["x"])
+        name, y, x = values["id"], coordinate_of(values["y"]), coordinate_of(values["x"])
         found = [id_problem(name, row.line, lines)]
         found += [
             f"{axis}: {expected_coordinate(values[axis])}"
@@ -229,94 +228,30 @@ def _csv_rows(text: str) -> tuple[list[_Row], list[str]]:
 
 
 def _star_rows(text: str) -> tuple[list[_Row], list[str]]:
-    lines = [line.strip() for line in io.StringIO(text, newline=None)]
-    headers = [line.removeprefix("data_") for line in lines if line.startswith("data_")]
-    rows = [name for name in headers if len(name.split()) > 1]
-    if rows:
-        return [], [
-            "expected no rows that start with 'data_', as blocks do, got "
-            f"{_quoted('data_' + row for row in rows)}; have the ids in another column"
-        ]
     try:
-        blocks = parse_star(text, [name for names in _STAR_COLUMNS.values() for name in names])
+        tables, problems = parse_star(text)
     except ValueError as error:
         return [], [
-            f"cannot be read as a STAR file: {error}; expected blocks that start with "
-            "'data_' and have a table each, with as many values in every row as there are columns"
+            f"cannot be read as a STAR file: {error}; expected blocks that start with 'data_', and "
+            "values with quotation marks around them where they have spaces"
         ]
-    if len(blocks) != len(headers):  # starfile keeps the last block of each name
-        return [], [f"expected blocks with names of their own, got {_quoted(headers)}"]
-    names = {block: list(blocks[block]) for block in blocks}  # works for data frames and dicts
-    having = [
-        block
-        for block in blocks
-        if all(
-            set(accepted) & set(names[block])
-            for kind, accepted in _STAR_COLUMNS.items()
-            if kind != _OPTIONAL
-        )
-    ]
+    needed = [accepted for kind, accepted in _STAR_COLUMNS.items() if kind != _OPTIONAL]
+    having = [t for t in tables if all(set(names) & set(t.columns) for names in needed)]
     if len(having) != 1:
-        needed = "; ".join(
-            _quoted(accepted) for kind, accepted in _STAR_COLUMNS.items() if kind != _OPTIONAL
-        )
-        got = [f"block {block!r} with {_quoted(names[block])}" for block in having or blocks]
+        got = [f"block {t.block!r} with {_quoted(t.columns)}" for t in having or tables]
         return [], [
-            f"expected one block with one column of each of: {needed}; got "
-            f"{', '.join(got[:NAMES_SHOWN]) or 'no block'}"
+            *problems,
+            f"expected one block with one column of each of: {'; '.join(map(_quoted, needed))}; "
+            f"got {', '.join(got[:NAMES_SHOWN]) or 'no block'}",
         ]
-    (block,) = having
-    chosen, problems = _choose(names[block], _STAR_COLUMNS)
-    if problems:
-        return [], [f"block {block!r}: {problem}" for problem in problems]
-    return _star_block(blocks[block], names[block], chosen, lines, lines.index(f"data_{block}"))
-
-
-def _star_block(
-    block: Any, names: list[str], chosen: Mapping[str, int], lines: Sequence[str], start: int
-) -> tuple[list[_Row], list[str]]:
-    """Return the rows of a block whose header is line ``start``, counted from 0, and problems."""
-    if isinstance(block, dict):  # one value per line, without a loop
-        columns = [[block[name]] for name in names]
-        places = [start]
-    else:
-        columns = [block.iloc[:, i].tolist() for i in range(len(names))]
-        places = _loop_rows(lines, start)
-    if len(places) != len(columns[0]):
-        return [], [
-            f"line {start + 1}: expected every row of the block on a line of its own, got "
-            f"{len(columns[0])} rows on {len(places)} lines"
-        ]
-    rows, problems = list[_Row](), list[str]()
-    for i, at in enumerate(places):
-        # Missing values at the end of a short row are NaN or empty, as are "nan" and '""'.
-        last = columns[-1][i]
-        if last == "" or last != last:
-            n = len(re.findall(r'"[^"]*"|\S+', lines[at].partition("#")[0].replace("'", '"')))
-            if n < len(names):
-                problems.append(f"line {at + 1}: expected {len(names)} values, got {n}")
-                continue
-        values: dict[str, str | None] = {}
-        for kind, column in chosen.items():
-            value = columns[column][i]
-            values[kind] = value.strip() if isinstance(value, str) else None
-        if names[chosen["id"]] == "rlnMicrographName":
-            values["id"] = stem_of(values["id"] or "")
-        rows.append(_Row(at + 1, values))
-    return rows, problems
-
-
-def _loop_rows(lines: Sequence[str], start: int) -> list[int]:
-    """Return the lines of the rows of the first loop after line ``start``, counted from 0."""
-    at = start + 1
-    while at < len(lines) and not lines[at].startswith("loop_"):
-        at += 1
-    at += 1
-    while at < len(lines) and lines[at].startswith("_"):
-        at += 1
+    (table,) = having
+    chosen, found = _choose(table.columns, _STAR_COLUMNS)
+    if found:
+        return [], [*problems, *(f"block {table.block!r}: {problem}" for problem in found)]
     rows = []
-    while at < len(lines) and not lines[at].startswith("data_"):
-        if lines[at] and not lines[at].startswith("#"):
-            rows.append(at)
-        at += 1
-    return rows
+    for line, row in zip(table.lines, table.rows, strict=True):
+        values = {kind: row[i].strip() for kind, i in chosen.items()}
+        if table.columns[chosen["id"]] == "rlnMicrographName":
+            values["id"] = stem_of(values["id"])
+        rows.append(_Row(line, values))
+    return rows, problems

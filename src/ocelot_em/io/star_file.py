@@ -1,58 +1,143 @@
-"""Access to starfile, the optional package that reads and writes STAR files."""
+"""STAR files: read with gemmi, whose grammar is strict, and written as RELION and cisTEM read them.
 
-import io
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+DESIGN.md says why not written with gemmi, too.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 from ocelot_em.errors import MissingDependencyError
 
+_TO_ESCAPE = re.compile(r"[^\t\n -~]+|%")
+_VALUE = re.compile(r"#.*|'[^']*'(?!\S)|\"[^\"]*\"(?!\S)|\S+")
+_NOT_A_ROW = re.compile(r"_|(data|save)_|(loop|stop|global)_\s*($|#)", re.IGNORECASE)
+_POSITION = re.compile(r"string:(\d+):\d+\(\d+\)")
+_QUOTED = re.compile(r"$|.*\s|[_$;\[\]]|[.?]$|(data|save)_|(loop|stop|global)_$", re.IGNORECASE)
+"""Values that are something else unless they are between quotation marks."""
 
-def load_starfile() -> Any:
-    """Import starfile on demand, since few users need it.
-
-    Raises
-    ------
-    MissingDependencyError
-        starfile is not installed.
-    """
-    try:
-        import starfile
-    except ImportError as error:
-        raise MissingDependencyError(
-            "STAR files need starfile: pip install 'ocelot-em[tables]'"
-        ) from error
-    return starfile
+_MISSING = ("nan", "NaN", "<NA>")
+"""What pandas and starfile write for a missing value."""
 
 
-def parse_star(text: str, as_text: Sequence[str]) -> dict[str, Any]:
-    """Return the blocks of a STAR file: data frames, or dictionaries for blocks without a loop.
+@dataclass(frozen=True, slots=True)
+class StarTable:
+    """A loop of a STAR file, or the values of a block that stand outside loops as one row.
 
     Parameters
     ----------
-    text
-        Content of the file.
-    as_text
-        Columns whose values remain text: "00" would become the number 0.
+    block
+        Name of the block.
+    columns
+        Names of the columns without the leading underscore, in the order of the file.
+    rows
+        Values as text, without quotation marks; empty where a value is missing.
+    lines
+        Line of each row, counted from 1.
+    """
+
+    block: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    lines: Sequence[int]
+
+
+def parse_star(text: str) -> tuple[list[StarTable], list[str]]:
+    """Return the tables of a STAR file without ragged rows, and a problem for each of these.
 
     Raises
     ------
     ValueError
-        The text is not a STAR file.
+        The text is not a STAR file, or the rows of a loop are not on lines of their own.
     MissingDependencyError
-        starfile is not installed.
+        gemmi is not installed.
     """
-    starfile = load_starfile()
-    with tempfile.TemporaryDirectory(prefix="ocelot-") as folder:
-        copy = Path(folder) / "TABLE.star"
-        # starfile reads single lines through Python's linecache, which splits lines as Python does
-        # and obeys an encoding declared in the first two. An undecodable file would be opened once
-        # per line.
-        lines = io.StringIO(f"\n\n{text}", newline=None)
-        copy.write_text(lines.read(), encoding="utf-8", newline="\n")
-        try:
-            blocks = starfile.read(copy, always_dict=True, parse_as_string=list(as_text))
-        except Exception as error:  # exceptions of starfile and pandas are undocumented
-            raise ValueError(str(error).strip() or type(error).__name__) from error
-    return {name: {} if block is None else block for name, block in blocks.items()}
+    try:
+        from gemmi import cif
+    except ImportError as error:
+        raise MissingDependencyError(
+            "STAR files need gemmi: pip install 'ocelot-em[tables]'"
+        ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    loops, problems = dict[int, list[int]](), list[str]()
+    for start, width, rows in _loops(lines):
+        for line in rows:
+            n = sum(not value.startswith("#") for value in _VALUE.findall(lines[line - 1]))
+            if n != width:
+                problems.append(f"line {line}: expected {width} values, got {n}")
+                lines[line - 1] = ""
+        loops[start] = [line for line in rows if lines[line - 1]]
+    document = cif.Document()
+    try:
+        document.parse_string(_TO_ESCAPE.sub(lambda m: quote(m[0], safe=""), "\n".join(lines)))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(_POSITION.sub(r"line \1", str(error))) from error
+    tables = []
+    for block in document:
+        name, items = unquote(block.name.strip()), list(block)
+        single = [item for item in items if item.pair]
+        if single:
+            pairs = [item.pair for item in single]
+            rows_of_one = [tuple(_plain(cif, value) for _, value in pairs)]
+            columns = tuple(unquote(tag[1:]) for tag, _ in pairs)
+            tables.append(StarTable(name, columns, rows_of_one, [single[0].line_number]))
+        for item in items:
+            if item.loop:
+                places = loops.get(item.line_number, [])
+                tables.append(_loop_table(cif, name, item, places))
+    return tables, problems
+
+
+def _loops(lines: Sequence[str]) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield the line of each loop, its number of columns and the lines of its rows, from 1."""
+    start, width, rows = 0, 0, list[int]()
+    for number, line in enumerate(lines, 1):
+        content = line.strip()
+        if not content or content.startswith("#"):
+            continue
+        is_row = not _NOT_A_ROW.match(content)
+        if start and is_row:
+            rows.append(number)
+        elif start and not rows and content.startswith("_"):
+            width += 1
+        elif not is_row:
+            if start:
+                yield start, width, rows
+            is_loop = content.partition("#")[0].strip().lower() == "loop_"
+            start, width, rows = number * is_loop, 0, []
+    if start:
+        yield start, width, rows
+
+
+def _loop_table(cif: Any, block: str, item: Any, lines: Sequence[int]) -> StarTable:
+    loop = item.loop
+    width, n, values = loop.width(), loop.length(), loop.values
+    if n != len(lines):
+        raise ValueError(
+            f"line {item.line_number}: expected every row of the loop on a line of its own, got "
+            f"{n} rows on {len(lines)} lines"
+        )
+    plain = [_plain(cif, value) for value in values]
+    rows = [tuple(plain[i * width : (i + 1) * width]) for i in range(n)]
+    return StarTable(block, tuple(unquote(tag[1:]) for tag in loop.tags), rows, lines)
+
+
+def _plain(cif: Any, value: str) -> str:
+    return "" if value in _MISSING else unquote(cif.as_string(value))
+
+
+def format_star(blocks: Mapping[str, Mapping[str, Sequence[str]]]) -> bytes:
+    """Return a STAR file of blocks with a loop each, from columns that are already text.
+
+    Values that need quotation marks get double ones; none may contain them.
+    """
+    lines = ["# Created by ocelot-em", "", ""]
+    for name, columns in blocks.items():
+        lines += [f"data_{name}", "", "loop_"]
+        lines += [f"_{column} #{number}" for number, column in enumerate(columns, 1)]
+        rows = zip(*columns.values(), strict=True)
+        lines += ["\t".join(f'"{v}"' if _QUOTED.match(v) else v for v in row) for row in rows]
+        lines += ["", ""]
+    return "".join(f"{line}\n" for line in lines).encode()

@@ -14,7 +14,7 @@ between x and ``defocus_u``, and defocus is positive for underfocus.
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import write_parquet
-from ocelot_em.io.star_file import load_starfile
+from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles.table import (
     ParticleTable,
@@ -147,8 +147,6 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
         The optics belong to another search, or STAR files cannot hold the name of the micrograph
         or the label: it contains quotation marks, ``#`` or whitespace other than plain spaces, or
         stands for a missing value.
-    MissingDependencyError
-        starfile is not installed.
     StorageError
         The file cannot be written.
     """
@@ -185,7 +183,7 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
         "rlnOpticsGroup": constant(1),
         "rlnMicrographName": constant(optics.micrograph),
     }
-    _write_star({"optics": group, "particles": particles}, path)
+    write_file(path, format_star({"optics": group, "particles": particles}))
 
 
 def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
@@ -200,8 +198,6 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
     InvalidInputError
         The optics belong to another search, or cisTEM cannot read the name of the micrograph or
         the template: it contains spaces, quotation marks or ``#``.
-    MissingDependencyError
-        starfile is not installed.
     StorageError
         The file cannot be written.
     """
@@ -233,7 +229,7 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
         "cisTEMOriginalXPosition": as_text(x * size),
         "cisTEMOriginalYPosition": as_text(y * size),
     }
-    _write_star({"": matches}, path)
+    write_file(path, format_star({"": matches}))
 
 
 def _require_same_search(table: ParticleTable, optics: Optics) -> None:
@@ -295,14 +291,3 @@ def _require_star_names(names: Mapping[str, str], *, spaces: bool = True) -> Non
     ]
     if problems:
         raise InvalidInputError(problems)
-
-
-def _write_star(
-    blocks: Mapping[str, Mapping[str, Sequence[str]]], path: str | PathLike[str]
-) -> None:
-    """Write blocks of columns that are already text."""
-    starfile = load_starfile()
-    import pandas as pd
-
-    frames = {name: pd.DataFrame(columns, dtype=object) for name, columns in blocks.items()}
-    write_file(path, starfile.to_string(frames).encode())

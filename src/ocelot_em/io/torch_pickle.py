@@ -1,7 +1,8 @@
 """Parse the pickle of a torch file without unpickling: nothing in it is ever called.
 
 torch writes a dictionary of tensors with few pickle instructions, which are interpreted here. They
-build plain data only: even a malicious pickle takes time and memory proportional to its length.
+build plain data only: even a malicious pickle takes time and memory proportional to its length,
+which ``torch.load(weights_only=True)`` does not promise (DESIGN.md).
 """
 
 import math
