@@ -76,7 +76,8 @@ def parse_star(text: str) -> tuple[list[StarTable], list[str]]:
         raise ValueError(_POSITION.sub(r"line \1", str(error))) from error
     tables = []
     for block in document:
-        name, items = unquote(block.name.strip()), list(block)
+        name = unquote(block.name.strip())
+        items: list[Any] = list(block)  # gemmi types pairs as objects
         single = [item for item in items if item.pair]
         if single:
             pairs = [item.pair for item in single]
