@@ -19,7 +19,7 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.kernels import load
 from ocelot_em.merge import in_memory
-from ocelot_em.merge.in_memory import Findings, MapChecks, at_least_1d, on_host
+from ocelot_em.merge.in_memory import MapChecks, at_least_1d, on_host
 from ocelot_em.model.arrays import NUMPY, TORCH, as_numpy
 from ocelot_em.model.maps import (
     INDEX,
@@ -35,6 +35,7 @@ from ocelot_em.model.maps import (
     MapSet,
     PoseForm,
 )
+from ocelot_em.store.validation import BadValues
 
 if TYPE_CHECKING:
     import torch
@@ -224,12 +225,12 @@ def _check_inputs(
                 and np.shares_memory(written, array)
             )
         ]
-    findings = Findings("{1}")
+    found = BadValues("")
     shape = tuple(next(iter(arrays.values())).shape)
     for band in in_memory.bands(shape, _BAND_PIXELS):
         part = {name: on_host(array[band]) for name, array in arrays.items()}
-        findings.look_into(0, part, tuple(part), band)
-    findings.refuse(problems)
+        found.look(part, in_memory.start_of(band, len(shape)))
+    in_memory.refuse_bad_values([found], problems)
     return operator.index(cast("int", count))
 
 

@@ -91,8 +91,8 @@ def test_bad_values_are_named(rng, send):
     with pytest.raises(InvalidInputError) as caught:
         merge_arrays(sent(results, send))
     first, second = caught.value.problems
-    assert first.startswith("device 3, correlation_squared_sum: NaN in 1 pixels, the first at (109")
-    assert second.startswith("device 5, best_global_index: indices below -1, or -1 where")
+    assert first.startswith("device 3: correlation_squared_sum: NaN at 1 pixel, first (109")
+    assert second.startswith("device 5: best_global_index: expected -1 or more, got -9 to -9")
 
 
 def test_kinds_are_not_mixed(rng):

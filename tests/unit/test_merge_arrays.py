@@ -247,7 +247,7 @@ def test_nan_is_named(merge, name):
     results = results_of()
     results[4][name][3, 5] = results[4][name][22, 1] = np.nan
     (problem,) = problems_of(merge, results)
-    assert problem.startswith(f"device 4, {name}: NaN in 2 pixels, the first at (3, 5); ")
+    assert problem.startswith(f"device 4: {name}: NaN at 2 pixels, first (3, 5); ")
 
 
 @mergers
@@ -257,14 +257,16 @@ def test_unusable_indices_are_named(merge, form):
     results[5][INDEX] = results[5].get(INDEX, np.zeros((23, 17), np.int32))
     results[5][INDEX][2, 2:6] = -2, -1, 2**31 - 1, SPACE.n_poses
     if form != "explicit":
-        (problem,) = problems_of(merge, results)
-        assert problem.startswith("device 5, best_global_index: indices below -1, or -1 where")
-        assert "3 pixels, the first at (2, 2)" in problem
+        assert [problem.split(";")[0] for problem in problems_of(merge, results)] == [
+            f"device 5: {INDEX}: expected -1 or more, got -2 to {2**31 - 1} at 2 pixels, "
+            "first (2, 2)",
+            f"device 5: {INDEX}: -1 where mip was searched at 1 pixel, first (2, 3)",
+        ]
     for result in results:
         result[INDEX] = result.get(INDEX, np.zeros((23, 17), np.int32))
-    (problem,) = problems_of(merge, results, search_space=SPACE)
-    assert "indices below -1, beyond 41, or -1 where" in problem
-    assert "4 pixels, the first at (2, 2)" in problem
+    outside, missing = problems_of(merge, results, search_space=SPACE)
+    assert f"expected -1 to 41, got -2 to {2**31 - 1} at 3 pixels, first (2, 2)" in outside
+    assert "-1 where mip was searched at 1 pixel, first (2, 3)" in missing
 
 
 def test_without_cupy(monkeypatch):
@@ -314,7 +316,7 @@ class CupyArray(np.lib.mixins.NDArrayOperatorsMixin):
         raise AttributeError(name)
 
     def __getitem__(self, where):
-        return self._wrap(self.values[where])
+        return self._wrap(self.values[bare(where)])
 
     def reshape(self, *shape):
         return self._wrap(self.values.reshape(*shape))
@@ -324,6 +326,12 @@ class CupyArray(np.lib.mixins.NDArrayOperatorsMixin):
 
     def argmax(self):
         return self._wrap(self.values.argmax())
+
+    def min(self):
+        return self._wrap(self.values.min())
+
+    def max(self):
+        return self._wrap(self.values.max())
 
     def __bool__(self):
         return bool(self.values)
@@ -412,9 +420,8 @@ def test_bad_values_on_a_gpu_are_named_without_fetching_maps(cupy):
     results[4][INDEX][7, 7] = -9
     problems = problems_of(merge_arrays, in_cupy(results))
     assert [problem.split(";")[0] for problem in problems] == [
-        "device 3, mip: NaN in 1 pixels, the first at (20, 3)",
-        "device 4, best_global_index: indices below -1, or -1 where something was searched, "
-        "in 1 pixels, the first at (7, 7)",
+        "device 3: mip: NaN at 1 pixel, first (20, 3)",
+        "device 4: best_global_index: expected -1 or more, got -9 to -9 at 1 pixel, first (7, 7)",
     ]
     assert CupyArray.fetched <= 1
 

@@ -247,7 +247,7 @@ class TestRefusals:
         devices = make_devices(n=3, indexed=True)
         devices[1][name][5, 7] = devices[1][name][30, 2] = np.nan
         (problem,) = problems_of(devices)
-        assert problem.startswith(f"device 1, {name}: NaN in 2 pixels, the first at (5, 7)")
+        assert problem.startswith(f"device 1: {name}: NaN at 2 pixels, first (5, 7)")
 
     @pytest.mark.parametrize("explicit", [True, False])
     def test_indices(self, explicit):
@@ -255,9 +255,10 @@ class TestRefusals:
         devices[1]["best_global_index"][3, 4] = -2
         devices[1]["best_global_index"][3, 5] = -1  # although mip is not -inf
         devices[1]["best_global_index"][3, 6] = 2**31 - 1
-        (problem,) = problems_of(devices)
-        assert problem.startswith("device 1, best_global_index: ")
-        assert "3 pixels, the first at (3, 4)" in problem
+        outside, missing = problems_of(devices)
+        assert outside.startswith("device 1: best_global_index: expected -1 or more, got -2 to")
+        assert "2 pixels, first (3, 4)" in outside
+        assert "1 pixel, first (3, 5)" in missing
 
     def test_positions_in_later_bands(self, monkeypatch):
         monkeypatch.setattr(module, "_BAND_PIXELS", 64)
@@ -265,8 +266,8 @@ class TestRefusals:
         devices[0]["mip"][2, 9, 13] = np.nan
         devices[0]["correlation_sum"][1, 4, 1] = np.nan
         problems = problems_of(devices)
-        assert "the first at (1, 4, 1)" in problems[0]
-        assert "the first at (2, 9, 13)" in problems[1]
+        assert "mip: NaN at 1 pixel, first (2, 9, 13)" in problems[0]
+        assert "correlation_sum: NaN at 1 pixel, first (1, 4, 1)" in problems[1]
 
     def test_byte_swapped_and_half(self):
         (device,) = make_devices(1)

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from os.path import realpath
 from pathlib import Path
@@ -41,7 +42,7 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import layout_differences, search_attributes
 from ocelot_em.store.search import partial_names, read_partials
 from ocelot_em.store.search_info import SearchInfo
-from ocelot_em.store.validation import dtype_problems, name_problems, value_problems
+from ocelot_em.store.validation import layout_problems, name_problems, value_problems
 
 
 def check_batch(
@@ -262,13 +263,10 @@ def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: B
                 f"{candidate.path}: poses are indexed ({INDEX}): give the tables with "
                 + ("--search-space" if exposure is None else "search_space")
             )
-        for key in info.maps.partial:
-            if key in missing:
-                continue
-            shape, dtype = candidate.arrays[key]
-            problems += dtype_problems(key, dtype, f"{candidate.path}: {key}")
-            if shapes and shape != common:
-                problems.append(f"{candidate.path}: {key}: expected shape {common}, got {shape}")
+        layouts = {k: candidate.arrays[k] for k in info.maps.partial if k not in missing}
+        shape = common if shapes else None
+        either = replace(info, float64_sums=True)
+        problems += layout_problems(layouts, shape, either, str(candidate.path))
     return problems
 
 

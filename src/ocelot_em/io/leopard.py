@@ -167,5 +167,6 @@ def _convert(
     with writer:
         for band in bands_of(shape):
             region: Region = band.region
-            writer.write(region, {k: read(region.y0, region.y1) for k, read in readers.items()})
+            maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
+            writer.write(region, maps, validated=True)
             tell(region.y1 / shape[0])

@@ -215,7 +215,7 @@ def import_map_files(
     with writer:
         for band in grid:
             maps = _as_partial(files.read(band.region), count, about.pixel_size_offset_angstrom)
-            writer.write(band.region, maps)
+            writer.write(band.region, maps, validated=True)
             tell("convert", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
     return ImportedSearch(name, tuple(_notes(files, about)))
 

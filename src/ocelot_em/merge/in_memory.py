@@ -44,6 +44,7 @@ from ocelot_em.model.maps import (
     PoseForm,
 )
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.store.validation import BadValues
 
 BAND_PIXELS = 256 * 1024
 """Pixels folded at a time on the CPU; the accumulator's band stays in the processor's cache."""
@@ -269,58 +270,21 @@ def _as_integer(value: Any) -> int:
     return operator.index(cast("int", as_numpy(value) if kind_of(value) == CUPY else value))
 
 
-class Findings:
-    """Values that no search produces: their number and first position in each map.
+def refuse_bad_values(found: Iterable[BadValues], problems: Iterable[str] = ()) -> None:
+    """Raise an error that lists bad values, after other ``problems``, if there are any."""
+    bad = [
+        f"{problem}; a search does not write that, so search again or leave it out"
+        for own in found
+        for problem in own.problems()
+    ]
+    if listed := [*problems, *bad]:
+        raise InvalidInputError(listed)
 
-    Parameters
-    ----------
-    place
-        Format of a map's name in messages, filled in with device number and map name.
-    space
-        Search space of the indices; None: unknown tables, which may have any size.
-    """
 
-    def __init__(self, place: str, space: SearchSpace | None = None) -> None:
-        self._place, self._n_poses = place, (space or _space_of_unknown_tables()).n_poses
-        self._beyond = f"beyond {self._n_poses - 1}, " if space is not None else ""
-        self._found: dict[tuple[int, str], tuple[int, tuple[int, ...]]] = {}
-
-    def look_into(
-        self, device: int, part: Mapping[str, AnyArray], names: Iterable[str], band: "_Band"
-    ) -> None:
-        """Record the invalid values in one band of the named maps of a device, in place."""
-        for name in names:
-            if name == INDEX:
-                bad = self._unusable(part[INDEX], part[MIP])
-            else:
-                bad = np.isnan(part[name])
-                if name in POSES:
-                    bad &= part[MIP] > -np.inf
-            if bad.any():
-                first = np.unravel_index(int(bad.argmax()), bad.shape)
-                *leading, rows = band
-                start = cast("slice", rows).start
-                at = (*cast("list[int]", leading), start + int(first[0]), *map(int, first[1:]))
-                count, at = self._found.get((device, name), (0, at))
-                self._found[device, name] = count + int(np.count_nonzero(bad)), at
-
-    def _unusable(self, index: AnyArray, mip: AnyArray) -> AnyArray:
-        """Mark indices outside the search space, and -1 where something was searched."""
-        nothing = (index == NOT_SEARCHED) & (mip > -np.inf)
-        return cast("AnyArray", (index < NOT_SEARCHED) | (index >= self._n_poses) | nothing)
-
-    def refuse(self, problems: Iterable[str] = ()) -> None:
-        """Raise if there are any findings or other ``problems``."""
-        problems = list(problems)
-        indices = f"indices below -1, {self._beyond}or -1 where something was searched,"
-        for (device, name), (count, at) in sorted(self._found.items()):
-            problems.append(
-                f"{self._place.format(device, name)}: {indices if name == INDEX else 'NaN'} in "
-                f"{count} pixels, the first at {at}; a search does not write that, so search "
-                "again or leave it out"
-            )
-        if problems:
-            raise InvalidInputError(problems)
+def start_of(band: "_Band", n_axes: int) -> tuple[int, ...]:
+    """Return the position of a band's first pixel in a map with this number of axes."""
+    leading, rows = cast("list[int]", list(band[:-1])), cast("slice", band[-1])
+    return (*leading, rows.start, *[0] * (n_axes - len(band)))
 
 
 def _space_of_unknown_tables() -> SearchSpace:
@@ -403,7 +367,7 @@ def fold_bands(
     folded_space = None if poses else space or _space_of_unknown_tables()
     shape = merged[MIP].shape
     scratch = Scratch(shape, place.band_pixels, place.empty)
-    findings = Findings("device {}, {}", space)
+    found = [BadValues(f"device {number}", space) for number in range(len(devices))]
     for band in bands(shape, place.band_pixels):
         target = {name: array[band] for name, array in merged.items()}
         acc = scratch.accumulator(target[MIP], tuple(target[name] for name in maps.pose))
@@ -427,7 +391,10 @@ def fold_bands(
             report = place.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
             bad = report.nan_pixels or report.invalid_indices
             for number, part in parts.items():
-                findings.look_into(number, part, tuple(merged) if bad else carried, band)
+                if bad or carried:
+                    names = tuple(merged) if bad else (MIP, *carried)
+                    looked_at = {name: part[name] for name in names}
+                    found[number].look(looked_at, start_of(band, len(shape)))
                 for name in carried:
                     np.copyto(target[name], part[name], where=acc.best_partial == number)
         for name in carried:
@@ -435,7 +402,7 @@ def fold_bands(
         with np.errstate(over="ignore"):
             np.copyto(target[SUM], acc.correlation_sum, casting="same_kind")
             np.copyto(target[SQUARED_SUM], acc.correlation_squared_sum, casting="same_kind")
-    findings.refuse()
+    refuse_bad_values(found)
 
 
 def bands(shape: tuple[int, ...], band_pixels: int) -> Iterator[_Band]:

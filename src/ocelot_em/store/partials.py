@@ -108,11 +108,11 @@ def write_partial(
     def on_host(band: Region) -> dict[str, AnyArray]:
         return {key: rows[band.slices[0]] for key, rows in maps.items()}
 
-    wrong_layout = layout_problems(maps, shape, info, name)
+    wrong_layout = layout_problems(_layouts(maps), shape, info, name)
     if not wrong_layout:
-        found = BadValues(info, name)
+        found = BadValues(name, info.search_space)
         for band in bands:
-            found.look(on_host(band), band)
+            found.look(on_host(band), (band.y0, band.x0))
         problems += found.problems()
     problems += wrong_layout
     try:
@@ -131,7 +131,13 @@ def write_partial(
         raise InvalidDataError(problems)
     with partial as writer:
         for band in bands:
-            writer.write(band, on_host(band))
+            writer.write(band, on_host(band), validated=True)
+
+
+def _layouts(
+    maps: Mapping[str, AnyArray] | Mapping[str, HostRows],
+) -> dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+    return {key: (values.shape, values.dtype) for key, values in maps.items()}
 
 
 class PartialWriter:
@@ -216,8 +222,18 @@ class PartialWriter:
         self._maps = open_partial_maps(self._objects, path, self.name, self._info.maps.partial)
         return self
 
-    def write(self, region: Region, maps: Mapping[str, object]) -> None:
+    def write(self, region: Region, maps: Mapping[str, object], *, validated: bool = False) -> None:
         """Write all maps of one region, made of whole chunks of :attr:`chunk` pixels.
+
+        Parameters
+        ----------
+        region
+            The region.
+        maps
+            Maps by name, as for :func:`write_partial`.
+        validated
+            Whether the caller has already found no problem in these maps, which are then not
+            validated again.
 
         Raises
         ------
@@ -227,9 +243,11 @@ class PartialWriter:
             The region is not made of whole chunks.
         """
         arrays, problems = converted(maps, self._info, self.name, as_numpy)
-        problems += layout_problems(arrays, region.shape, self._info, self.name) or value_problems(
-            arrays, region, self._info, self.name
-        )
+        if not validated:
+            layouts = _layouts(arrays)
+            problems += layout_problems(
+                layouts, region.shape, self._info, self.name
+            ) or value_problems(arrays, region, self._info, self.name)
         if problems:
             raise InvalidDataError(problems)
         for key, chunked in self._maps.items():

@@ -1,4 +1,8 @@
-"""Validation of the layout, dtypes and values of maps; reports every problem."""
+"""The validator of partial results: layout, dtypes and values of maps, and names.
+
+It reports every problem. Maps are validated once on their way: at import, in a search program's
+result, or when they are written; a caller that has validated them tells the writer.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,15 +10,16 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ocelot_em.model.arrays import HostRows
 from ocelot_em.model.maps import (
     INDEX,
     MAPS,
     MIP,
     NOT_SEARCHED,
+    POSES,
     AnyArray,
 )
 from ocelot_em.model.regions import Region
+from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.search_info import OneMap, SearchInfo
 
@@ -36,110 +41,139 @@ def converted(
 
 
 def layout_problems(
-    maps: Mapping[str, AnyArray] | Mapping[str, HostRows],
-    shape: tuple[int, int],
+    layouts: Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]],
+    shape: tuple[int, ...] | None,
     info: SearchInfo,
     place: str,
 ) -> list[str]:
-    """Problems with the dtypes and shapes of a partial's maps; missing maps are ignored."""
+    """Problems with the shapes and dtypes of a partial's maps; missing maps are ignored.
+
+    Parameters
+    ----------
+    layouts
+        Shape and dtype of each map by name.
+    shape
+        Expected shape; None: any.
+    info
+        Properties of the search.
+    place
+        Name of the partial in messages.
+    """
     problems = []
-    for key, values in maps.items():
-        problems += dtype_problems(key, values.dtype, f"{place}: {key}", info.float64_sums)
-        if values.shape != shape:
-            problems.append(f"{place}: {key}: expected shape {shape}, got {values.shape}")
+    for key, (own_shape, dtype) in layouts.items():
+        allowed = [d for d in MAPS[key].dtypes if info.float64_sums or d != "float64"]
+        if key == INDEX:
+            allowed.append("int64")  # checked against the search space, then stored as int32
+        if dtype.newbyteorder("=").name not in allowed:
+            problems.append(f"{place}: {key}: expected dtype {' or '.join(allowed)}, got {dtype}")
+        if shape is not None and own_shape != shape:
+            problems.append(f"{place}: {key}: expected shape {shape}, got {own_shape}")
     return problems
-
-
-def dtype_problems(
-    name: str, dtype: "np.dtype[Any]", place: str, float64_sums: bool = True
-) -> list[str]:
-    """Problem if values of this dtype cannot be stored in this map without loss."""
-    allowed = [d for d in MAPS[name].dtypes if float64_sums or d != "float64"]
-    if name == INDEX:
-        allowed.append("int64")  # checked against the search space, then stored as int32
-    if dtype.newbyteorder("=").name in allowed:
-        return []
-    return [f"{place}: expected dtype {' or '.join(allowed)}, got {dtype}"]
 
 
 def value_problems(
     maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
 ) -> list[str]:
     """Problems with NaN and with indices, each with its first pixel; missing maps are ignored."""
-    found = BadValues(info, place)
-    found.look(maps, region)
+    found = BadValues(place, info.search_space)
+    own = {key: maps[key] for key in info.maps.partial if key in maps}
+    found.look(own, (region.y0, region.x0))
     return found.problems()
 
 
 class BadValues:
-    """Collects invalid values of a partial from several regions.
+    """Values that no search produces, found in a result's maps part by part.
+
+    They are NaN, except in a pose where ``mip`` is -inf; indices outside the search space; and -1
+    where something was searched.
 
     Parameters
     ----------
-    info
-        Properties of the search.
     place
-        Name of the partial in messages.
+        Name of the result in messages; may be empty.
+    space
+        Search space of the indices; None: unknown tables, which may have any size.
     """
 
-    def __init__(self, info: SearchInfo, place: str) -> None:
-        self._info, self._place = info, place
-        self._found: dict[str, tuple[int, tuple[int, int]]] = {}
+    def __init__(self, place: str, space: SearchSpace | None = None) -> None:
+        self._place = f"{place}: " if place else ""
+        self._n_poses = space.n_poses if space is not None else None
+        self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._names: dict[str, None] = {}
         self._outside: list[int] = []
 
-    def look(self, maps: Mapping[str, AnyArray], region: Region) -> None:
-        """Check one region; missing maps are ignored."""
-        mip = maps.get(MIP, np.zeros(region.shape, np.float32))
-        unsearched = mip == -np.inf
-        for key in self._info.maps.partial:
-            values = maps.get(key)
-            if values is None or values.dtype.kind != "f":
-                continue
-            nan = np.isnan(values)
-            if key in self._info.maps.pose:
-                nan &= ~unsearched
-            self._note(key, nan, region)
-        space = self._info.search_space
-        if space is not None and INDEX in maps:
-            index = maps[INDEX]
-            outside = (index < NOT_SEARCHED) | (index >= space.n_poses)
-            if self._note(_OUTSIDE, outside, region):
-                self._outside += [int(index[outside].min()), int(index[outside].max())]
-            if MIP in maps:
-                missing = (index == NOT_SEARCHED) & ~unsearched & ~np.isnan(mip)
-                self._note(_MISSING, missing, region)
+    def look(self, maps: Mapping[str, AnyArray], origin: tuple[int, ...]) -> None:
+        """Check one part of all or some maps, on the device that holds them.
 
-    def _note(self, what: str, bad: AnyArray, region: Region) -> bool:
+        Parameters
+        ----------
+        maps
+            Arrays by map name; without ``mip``, all pixels count as searched.
+        origin
+            Position of their first pixel; leading axes that the arrays lack are kept as they are.
+        """
+        searched = maps[MIP] > -np.inf if MIP in maps else None
+        for key, values in maps.items():
+            self._names[key] = None
+            if key == INDEX:
+                self._look_at_index(values, searched, origin)
+            elif values.dtype.kind == "f":
+                bad = np.isnan(values)
+                if key in POSES and searched is not None:
+                    bad &= searched
+                self._note(key, bad, origin)
+
+    def _look_at_index(
+        self, index: AnyArray, searched: AnyArray | None, origin: tuple[int, ...]
+    ) -> None:
+        end = np.iinfo(np.int32).max if self._n_poses is None else self._n_poses
+        outside = (index < NOT_SEARCHED) | (index >= end)
+        if self._note(_OUTSIDE, outside, origin):
+            self._outside += [int(index[outside].min()), int(index[outside].max())]
+        if searched is not None:
+            self._note(_MISSING, (index == NOT_SEARCHED) & searched, origin)
+
+    def _note(self, what: str, bad: AnyArray, origin: tuple[int, ...]) -> bool:
         """Count bad pixels; return whether there are any."""
         if not bad.any():
             return False
-        y, x = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        n_before, first = self._found.get(what, (0, (region.y0 + int(y), region.x0 + int(x))))
+        within = np.unravel_index(int(bad.argmax()), bad.shape)
+        n_leading = len(origin) - bad.ndim
+        first = (
+            *origin[:n_leading],
+            *(start + int(n) for start, n in zip(origin[n_leading:], within, strict=True)),
+        )
+        n_before, first = self._found.get(what, (0, first))
         self._found[what] = n_before + int(np.count_nonzero(bad)), first
         return True
 
     def problems(self) -> list[str]:
         """Describe all problems, map by map."""
-        said = []
-        for what in (*self._info.maps.partial, _OUTSIDE, _MISSING):
+        described = []
+        for what in (*self._names, _OUTSIDE, _MISSING):
             if what not in self._found:
                 continue
             count, first = self._found[what]
             where = f"at {count} pixel{'s' * (count > 1)}, first {first}"
             if what == _MISSING:
-                said.append(f"{self._place}: {INDEX}: -1 where {MIP} was searched {where}")
-            elif what == _OUTSIDE and self._info.search_space is not None:
-                said.append(
-                    f"{self._place}: {INDEX}: expected -1 to "
-                    f"{self._info.search_space.n_poses - 1}, got {min(self._outside)} to "
-                    f"{max(self._outside)} {where}; either the search space is another one, or "
-                    "this is Leopard-EM 1.2's wrong index in the last batch, when the number of "
-                    "orientations is no multiple of the batch size: search again with a batch "
-                    "size that divides it"
-                )
+                problem = f"{INDEX}: -1 where {MIP} was searched {where}"
+            elif what == _OUTSIDE:
+                problem = f"{INDEX}: {self._outside_text(where)}"
             else:
-                said.append(f"{self._place}: {what}: NaN {where}")
-        return said
+                problem = f"{what}: NaN {where}"
+            described.append(self._place + problem)
+        return described
+
+    def _outside_text(self, where: str) -> str:
+        got = f"got {min(self._outside)} to {max(self._outside)} {where}"
+        if self._n_poses is None:
+            return f"expected -1 or more, {got}"
+        return (
+            f"expected -1 to {self._n_poses - 1}, {got}; either the search space is another one, "
+            "or this is Leopard-EM 1.2's wrong index in the last batch, when the number of "
+            "orientations is no multiple of the batch size: search again with a batch size that "
+            "divides it"
+        )
 
 
 _OUTSIDE, _MISSING = "outside", "missing"
