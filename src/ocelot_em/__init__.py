@@ -12,8 +12,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ocelot_em.errors import OcelotError
+    from ocelot_em.io.description import import_description
     from ocelot_em.io.import_options import ImportOptions, read_search_space_file
     from ocelot_em.io.leopard import import_results
+    from ocelot_em.io.optics import Optics
+    from ocelot_em.io.tables import write_cistem_star, write_leopard_csv, write_relion_star
     from ocelot_em.merge.in_memory import merge_arrays
     from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
     from ocelot_em.merge.outcome import MergeReport
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
+    from ocelot_em.particles.gaussian import gaussian_cutoff
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.run.api import Observer, merge
@@ -28,6 +32,15 @@ if TYPE_CHECKING:
     from ocelot_em.store.search_info import Exposure, SearchInfo
     from ocelot_em.testing.simulation import Simulation, simulate
     from ocelot_em.view.inspection import StoreInfo, check, describe
+    from ocelot_em.view.plots import plot_crop, plot_defocus, plot_poses, plot_psi, plot_zscore
+    from ocelot_em.view.report import write_report
+    from ocelot_em.view.statistics_plots import (
+        plot_correlations,
+        plot_distributions,
+        plot_joint,
+        plot_partials,
+        plot_survival,
+    )
 
 _HOME = {
     "Exposure": "store.search_info",
@@ -37,6 +50,7 @@ _HOME = {
     "MergedResult": "merge.result",
     "Observer": "run.api",
     "OcelotError": "errors",
+    "Optics": "io.optics",
     "PartialWriter": "store.partials",
     "ParticleTable": "particles.table",
     "Region": "model.regions",
@@ -47,15 +61,31 @@ _HOME = {
     "check": "view.inspection",
     "describe": "view.inspection",
     "find_peaks": "particles.picking",
+    "gaussian_cutoff": "particles.gaussian",
+    "import_description": "io.description",
     "import_results": "io.leopard",
     "lazy_merge": "merge.lazy",
     "merge": "run.api",
     "merge_arrays": "merge.in_memory",
     "open_merged": "merge.lazy",
     "open_partials": "merge.lazy",
+    "plot_correlations": "view.statistics_plots",
+    "plot_crop": "view.plots",
+    "plot_defocus": "view.plots",
+    "plot_distributions": "view.statistics_plots",
+    "plot_joint": "view.statistics_plots",
+    "plot_partials": "view.statistics_plots",
+    "plot_poses": "view.plots",
+    "plot_psi": "view.plots",
+    "plot_survival": "view.statistics_plots",
+    "plot_zscore": "view.plots",
     "read_search_space_file": "io.import_options",
     "simulate": "testing.simulation",
+    "write_cistem_star": "io.tables",
+    "write_leopard_csv": "io.tables",
     "write_partial": "store.partials",
+    "write_relion_star": "io.tables",
+    "write_report": "view.report",
 }
 
 __all__ = [  # noqa: RUF022 - grouped as people look for them
@@ -66,8 +96,14 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "open_partials",
     "MergedResult",
     "find_peaks",
+    "gaussian_cutoff",
     "ParticleTable",
+    "Optics",
+    "write_leopard_csv",
+    "write_relion_star",
+    "write_cistem_star",
     "import_results",
+    "import_description",
     "write_partial",
     "PartialWriter",
     "Exposure",
@@ -82,6 +118,17 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "check",
     "describe",
     "read_search_space_file",
+    "write_report",
+    "plot_zscore",
+    "plot_crop",
+    "plot_survival",
+    "plot_distributions",
+    "plot_joint",
+    "plot_partials",
+    "plot_correlations",
+    "plot_poses",
+    "plot_psi",
+    "plot_defocus",
     "Simulation",
     "simulate",
     "OcelotError",
