@@ -98,12 +98,13 @@ class HostDevice:
         self.launched = []
 
     def empty(self, n, dtype):
-        values = np.empty(n, dtype)
+        nbytes = n * np.dtype(dtype).itemsize
         with self._lock:
-            if self._limit is not None and self.nbytes + values.nbytes > self._limit:
-                raise DeviceMemoryError(f"cuda: {values.nbytes:,} bytes more do not fit")
-            self.nbytes += values.nbytes
+            if self._limit is not None and self.nbytes + nbytes > self._limit:
+                raise DeviceMemoryError(f"cuda: {nbytes:,} bytes more do not fit")
+            self.nbytes += nbytes
             self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
+        values = np.empty(n, dtype)
         weakref.finalize(values, self._give_back, values.nbytes)
         return values
 

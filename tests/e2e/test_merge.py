@@ -402,7 +402,7 @@ class Noting(Observer):
 
 
 @pytest.mark.slow
-@both_forms
+@pytest.mark.parametrize("search", ["explicit"], indirect=True)
 def test_worker_processes_and_an_attached_cluster_give_the_same_bytes(
     search: Path, tmp_path: Path
 ) -> None:
