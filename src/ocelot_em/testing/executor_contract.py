@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ocelot_em.merge.in_memory import merge_arrays
-from ocelot_em.merge.job import Work
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import Executor, attempt_tiles, merge
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, Tiles, TileSummary
 from ocelot_em.merge.resume import confirm, prepare
@@ -19,17 +19,17 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import open_partial_maps
 from ocelot_em.testing.simulation import Simulation, simulate
 
-Attempt = Callable[[Work, Sequence[tuple[int, int]]], list[Outcome]]
+Attempt = Callable[[JobSpec, Sequence[tuple[int, int]]], list[Outcome]]
 """Function that an executor calls for each batch of tiles."""
 
-WORK = Work("memory://nowhere", "run", "lock/0", "holder", 3)
+SPEC = JobSpec("memory://nowhere", "run", "lock/0", "holder", 3)
 
 
-def attempt(work: Work, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
     """Pretend to merge tiles; those of odd columns fail."""
     done = TileSummary(*(0 for _ in SUMMARY_FIELDS))
     return [
-        Outcome(iy, ix, None if ix % 2 else done, "odd" if ix % 2 else "", where=repr(work))
+        Outcome(iy, ix, None if ix % 2 else done, "odd" if ix % 2 else "", where=repr(spec))
         for iy, ix in tiles
     ]
 
@@ -47,7 +47,7 @@ class ExecutorContract:
 
     An executor that passes can run merges. What the package relies on:
 
-    - Each tile has exactly one outcome, of the attempt function called with the given work, in any
+    - Each tile has exactly one outcome, of the attempt function called with the given job, in any
       order; outcomes with errors are passed on like others.
     - ``on_outcome`` is called in the thread that called ``run``, and never after it has returned.
     - Tiles are taken from the sequence as workers become free: there may be millions.
@@ -81,9 +81,9 @@ class ExecutorContract:
             threads.add(threading.current_thread())
 
         tiles = Tiles(10, np.arange(1000, 1000 + n_tiles))
-        make_executor(attempt).run(WORK, tiles, note, threading.Event())
+        make_executor(attempt).run(SPEC, tiles, note, threading.Event())
         outcomes.sort(key=lambda outcome: (outcome.iy, outcome.ix))
-        assert outcomes == attempt(WORK, list(tiles))
+        assert outcomes == attempt(SPEC, list(tiles))
         assert threads <= {threading.current_thread()}
 
     def test_a_stopped_run_ends(self, make_executor: Callable[[Attempt], Executor]) -> None:
@@ -95,10 +95,10 @@ class ExecutorContract:
             stopping.set()
 
         executor = make_executor(attempt)
-        executor.run(WORK, tiles, stop, stopping)
+        executor.run(SPEC, tiles, stop, stopping)
         assert 0 < len(outcomes) <= tiles.n_taken < n / 10
         n_ended = len(outcomes)
-        executor.run(WORK, tiles, stop, stopping)
+        executor.run(SPEC, tiles, stop, stopping)
         assert len(outcomes) == n_ended
 
     def test_a_whole_merge_is_that_of_arrays_in_memory(
