@@ -23,13 +23,8 @@ import numpy as np
 
 from ocelot_em.kernels.compiling import F4, F8, I4, I8, MISSING, address_of, compiled, plane, planes
 from ocelot_em.kernels.cpu_statistics import finalise
-from ocelot_em.kernels.reference import identity, mask_nan, reset
-from ocelot_em.model.maps import (
-    NOT_SEARCHED,
-    Accumulator,
-    FoldReport,
-    PartialMaps,
-)
+from ocelot_em.kernels.reference import check_counts, identity, mask_nan, reset
+from ocelot_em.model.maps import NOT_SEARCHED, Accumulator, FoldReport, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
 __all__ = ["finalise", "fold", "fold_all", "identity", "mask_nan", "reset"]
@@ -65,37 +60,12 @@ def fold_all(
     *,
     fresh: bool = False,
 ) -> FoldReport:
-    """Fold partials into the accumulator, in place and in the given order.
-
-    The higher ``mip`` wins a pixel with its pose. In a tie, the earlier partial wins with explicit
-    poses, the lower global index with indexed poses. -inf never wins. Sums and counts are added.
-
-    A NaN ``mip`` never wins, and NaN sums stay NaN. Both are counted in the report; the caller
-    decides.
-
-    Parameters
-    ----------
-    acc
-        Accumulator, changed in place.
-    partials
-        Maps of the accumulator's shape.
-    space
-        The search space of an indexed search, None for explicit poses.
-    fresh
-        Reset the accumulator first; its contents are ignored.
-
-    Returns
-    -------
-    FoldReport
-        Sums over all partials: a pixel that is NaN in two partials counts twice.
+    """Fold partials into the accumulator; see :func:`ocelot_em.kernels.reference.fold_all`.
 
     Raises
     ------
-    TypeError
-        If a partial's count is a map and the accumulator's is not; nothing is changed.
     ValueError
-        If an array is not C-contiguous, or its size differs from the accumulator's, or its dtype
-        from that of :class:`PartialMaps`; nothing is changed.
+        An array is not C-contiguous, or its size or dtype is wrong; nothing is changed.
     """
     if not partials:
         if fresh:
@@ -118,13 +88,12 @@ def fold_all(
             number = partial.best_partial
         else:
             number_map = address_of(partial.best_partial, n, I4)
+        check_counts(acc, partial)
         if isinstance(partial.count, int):
             one_count = partial.count
             count += one_count
-        elif acc.count_map is not None:
-            count_map = address_of(partial.count, n, I8)
         else:
-            raise TypeError("a map of counts needs an accumulator made with MapSet(counts=True)")
+            count_map = address_of(partial.count, n, I8)
         if len(partial.pose) != len(acc.pose):
             raise ValueError(f"expected {len(acc.pose)} pose maps, got {len(partial.pose)}")
         rows.append(

@@ -29,35 +29,14 @@ def finalise(
     space: SearchSpace | None,
     out: Mapping[str, AnyArray] | None = None,
 ) -> dict[str, AnyArray]:
-    """Compute the merged maps from an accumulator.
-
-    ``mean = S / N``, ``std = sqrt(max(Q / N - mean**2, 0))``, ``z = (mip - mean) / std``, all in
-    float64, then rounded to float32. z is 0 where std is 0, and NaN where no device searched; mean
-    and std are NaN where the count is 0. Sums beyond the float32 range become infinite.
-
-    Parameters
-    ----------
-    acc
-        Accumulator; not changed.
-    maps
-        Maps of the result.
-    space
-        The search space of an indexed search, None for explicit poses.
-    out
-        C-contiguous float32 arrays of the accumulator's shape for computed maps, by name: z-score,
-        mean, standard deviation, sums, decoded poses. Missing ones are allocated.
-
-    Returns
-    -------
-    dict
-        Maps of :attr:`MapSet.merged`. Maps that are not computed are the accumulator's own.
+    """Compute the merged maps; see :func:`ocelot_em.kernels.reference.finalise`.
 
     Raises
     ------
     IndexError
-        If an index is outside the search space.
+        An index is outside the search space.
     ValueError
-        If an array is not C-contiguous or has a wrong size or dtype.
+        An array is not C-contiguous, or its size or dtype is wrong.
     """
     n, shape = acc.mip.size, acc.mip.shape
     names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses]

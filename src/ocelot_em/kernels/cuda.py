@@ -110,17 +110,12 @@ class CudaKernels:
         *,
         fresh: bool = False,
     ) -> FoldReport:
-        """Fold partials into the accumulator, in place and in the given order.
-
-        Waits for the device to finish the report.
+        """Fold partials into the accumulator, and wait for the report.
 
         Raises
         ------
-        TypeError
-            If a partial's count is a map and the accumulator's is not; nothing is changed.
-        ValueError
-            If an array is not C-contiguous, or its size differs from the accumulator's, or its
-            dtype from that of :class:`PartialMaps`; nothing is changed.
+        TypeError, ValueError
+            As in :func:`ocelot_em.kernels.cpu.fold_all`.
         """
         kept, n = np.zeros(1, _KEPT), acc.mip.size
         pose_type = _F4 if space is None else _I4

@@ -17,13 +17,12 @@ import numpy as np
 from ocelot_em import kernels
 from ocelot_em.errors import DeviceMemoryError
 from ocelot_em.kernels.device import Device, DeviceEvent
-from ocelot_em.merge.fold import Merged, PieceReport
+from ocelot_em.merge.fold import Merged, PieceReport, decode_map, partial_maps
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
     MAPS,
     MIP,
-    NOT_SEARCHED,
     SCALED_MIP,
     SQUARED_SUM,
     STD,
@@ -145,20 +144,11 @@ class DeviceFold:
         for name in source.map_names(self.maps):
             with reader.take(1) as (arrival,):
                 values = memory.pinned(n, arrival.dtype)
-                arrival.decode(0, 1, values)
+                decode_map(name, arrival, source, values)
             if report.statistics is not None and name in (SUM, SQUARED_SUM):
                 report.statistics.add_sums(number, name, 0, values)
-            if name == BEST_PARTIAL:
-                np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
             on_device[name] = memory.send(values, slot, name)
-        return PartialMaps(
-            mip=on_device[MIP],
-            pose=tuple(on_device[name] for name in self.maps.pose),
-            correlation_sum=on_device[SUM],
-            correlation_squared_sum=on_device[SQUARED_SUM],
-            count=on_device.get(COUNT, source.total_projections),
-            best_partial=on_device.get(BEST_PARTIAL, source.first_number),
-        )
+        return partial_maps(source, self.maps, on_device)
 
 
 class DeviceMemory:

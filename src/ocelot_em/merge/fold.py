@@ -28,7 +28,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.sources import Source
-from ocelot_em.store.transfer import READ_TOGETHER, ReadAhead
+from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 
 
 @dataclass
@@ -317,8 +317,8 @@ class Fold:
             arrays = {}
             for name in source.map_names(maps):
                 with reader.take(1) as (arrival,):
-                    arrays[name] = work.array(f"reader {name}", arrival.dtype)
-                    arrival.decode(0, 1, arrays[name].reshape(-1))
+                    arrays[name] = work.array(f"incoming {name}", arrival.dtype)
+                    decode_map(name, arrival, source, arrays[name].reshape(-1))
                 if statistics is not None and name in (SUM, SQUARED_SUM):
                     statistics.add_sums(number, name, 0, arrays[name].reshape(-1))
             partial = self._kernels.mask_nan(partial_maps(source, maps, arrays))
@@ -359,17 +359,20 @@ class Fold:
         yield from computed.items()
 
 
+def decode_map(name: str, arrival: Arrival, source: Source, out: AnyArray) -> None:
+    """Decode a whole map of a source; numbers of partials become those of the result."""
+    arrival.decode(0, 1, out)
+    if name == BEST_PARTIAL:
+        np.add(out, source.first_number, out=out, where=out != NOT_SEARCHED)
+
+
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:
     """Combine the arrays of a source's maps for a kernel."""
-    best: int | AnyArray = source.first_number
-    if BEST_PARTIAL in arrays:
-        numbers = arrays[BEST_PARTIAL]
-        best = np.where(numbers == NOT_SEARCHED, numbers, numbers + np.int32(source.first_number))
     return PartialMaps(
         mip=arrays[MIP],
         pose=tuple(arrays[name] for name in maps.pose),
         correlation_sum=arrays[SUM],
         correlation_squared_sum=arrays[SQUARED_SUM],
         count=arrays.get(COUNT, source.total_projections),
-        best_partial=best,
+        best_partial=arrays.get(BEST_PARTIAL, source.first_number),
     )

@@ -160,12 +160,12 @@ def attempt_tiles(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outco
 
 def merge_tiles(job: Job, tiles: Sequence[Tile]) -> Iterator[Outcome]:
     """Merge tiles in order, while the next one is read and the previous one is written."""
-    with job.read_ahead(tiles) as reader, job.write_behind() as outgoing:
+    with job.read_ahead(tiles) as reader, job.write_behind() as storage:
         previous: TileWriter | None = None
         for tile in tiles:
             if not job.may_begin:
                 break
-            with TileWriter(job, tile, reader, outgoing) as writer:
+            with TileWriter(job, tile, reader, storage) as writer:
                 merge_tile(tile, job, reader, writer)
             if previous is not None:
                 yield previous.finish()

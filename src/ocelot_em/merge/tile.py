@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
 
 import numpy as np
 
@@ -23,27 +22,23 @@ from ocelot_em.store.transfer import Meter, ReadAhead, WriteBehind
 log = logging.getLogger(__name__)
 
 
-class Writer(Protocol):
-    """Receives the maps of one tile."""
+class Writer:
+    """Receives the maps and statistics of one tile; ignores what a subclass does not override."""
 
     def map(self, name: str, values: AnyArray) -> None:
         """Accept a merged map, whose memory is reused afterwards."""
-        ...
 
     def statistics(self, piece: Piece, report: PieceReport) -> None:
         """Accept the statistics of a piece."""
-        ...
 
     def shown(self, piece: Piece, shown: Float64) -> None:
         """Accept statistics of the pixels in which a montage shows a piece."""
-        ...
 
     def blank(self) -> None:
         """Accept a tile without exposures."""
-        ...
 
 
-class MemoryWriter:
+class MemoryWriter(Writer):
     """Keeps the maps of a tile in memory.
 
     Parameters
@@ -63,20 +58,13 @@ class MemoryWriter:
         if name in self._names:
             self.maps[name] = values.copy()
 
-    def statistics(self, piece: Piece, report: PieceReport) -> None:
-        """Discard the statistics."""
-
-    def shown(self, piece: Piece, shown: Float64) -> None:
-        """Discard the statistics."""
-
     def blank(self) -> None:
         """Fill all maps with their fill values."""
         for name in self._names:
-            about = MAPS[name]
-            self.maps[name] = np.full(self._shape, about.fill, about.dtypes[0])
+            self.maps[name] = np.full(self._shape, MAPS[name].fill, MAPS[name].dtypes[0])
 
 
-class TileWriter:
+class TileWriter(Writer):
     """Writes one tile and measures the time spent on it.
 
     Parameters
@@ -85,13 +73,12 @@ class TileWriter:
         The merge of the tile.
     tile
         The tile.
-    incoming, outgoing
-        The reader and the writer of the thread.
+    reader, storage
+        Reads the chunks of the tile, and writes objects, on threads of their own.
     """
 
-    def __init__(self, job: Job, tile: Tile, incoming: ReadAhead, outgoing: WriteBehind) -> None:
-        self._job, self._tile, self._outgoing = job, tile, outgoing
-        self._incoming = incoming
+    def __init__(self, job: Job, tile: Tile, reader: ReadAhead, storage: WriteBehind) -> None:
+        self._job, self._tile, self._reader, self._storage = job, tile, reader, storage
         self._written: list[Future[None]] = []
         self._searched_pixels = 0
         self._read, self._write = Meter(), Meter()
@@ -101,13 +88,13 @@ class TileWriter:
     def __enter__(self) -> "TileWriter":
         """Start the tile; an error within the context is kept for :meth:`finish`."""
         self._started = time.perf_counter()
-        self._before = self._incoming.meter.copy(), self._outgoing.meter.copy()
+        self._before = self._reader.meter.copy(), self._storage.meter.copy()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
         read, write = self._before
-        self._read = self._incoming.meter.since(read)
-        self._write = self._outgoing.meter.since(write)
+        self._read = self._reader.meter.since(read)
+        self._write = self._storage.meter.since(write)
         seconds = time.perf_counter() - self._started
         self._fold_seconds = seconds - self._read.seconds - self._write.seconds
         if isinstance(error, Exception):
@@ -117,7 +104,7 @@ class TileWriter:
 
     def map(self, name: str, values: AnyArray) -> None:
         """Encode a map of the tile and queue it for writing."""
-        with self._outgoing.metered():
+        with self._storage.metered():
             target = self._job.written[name]
             for chunk, parts in target.encode(self._tile.region, values):
                 self._put(target.key(chunk), parts)
@@ -126,32 +113,32 @@ class TileWriter:
         """Encode the statistics of a piece and queue them for writing."""
         self._searched_pixels += report.searched_pixels
         if report.statistics is not None:
-            with self._outgoing.metered():
+            with self._storage.metered():
                 layout, number = self._record_of(piece)
                 for key, parts in records.encode_records(layout, report.statistics, number):
                     self._put(key, parts)
 
     def shown(self, piece: Piece, shown: Float64) -> None:
         """Encode statistics of the shown pixels of a piece and queue them for writing."""
-        with self._outgoing.metered():
+        with self._storage.metered():
             layout, number = self._record_of(piece)
             self._put(*records.encode_shown(layout, shown, number))
 
     def blank(self) -> None:
         """Queue the chunks of a tile without exposures for writing."""
-        with self._outgoing.metered():
+        with self._storage.metered():
             for name, target in self._job.written.items():
                 for chunk in target.grid.touching(self._tile.region):
                     self._put(target.key(chunk), self._job.blank_chunk(name))
 
     def finish(self) -> Outcome:
         """Wait until everything is written, and mark the tile as done."""
-        tile, started, before = self._tile, time.perf_counter(), self._outgoing.meter.copy()
+        tile, started, before = self._tile, time.perf_counter(), self._storage.meter.copy()
         try:
-            self._outgoing.wait(self._written)
+            self._storage.wait(self._written)
             if self._error is not None:
                 raise self._error
-            waited = self._outgoing.meter.since(before).waited_seconds
+            waited = self._storage.meter.since(before).waited_seconds
             summary = TileSummary(
                 pixels=tile.region.size,
                 searched_pixels=self._searched_pixels,
@@ -171,7 +158,7 @@ class TileWriter:
 
     def _put(self, key: str, parts: Sequence[bytes]) -> None:
         assert self._job.objects is not None
-        self._written.append(self._outgoing.put(self._job.objects, key, parts))
+        self._written.append(self._storage.put(self._job.objects, key, parts))
 
     def _record_of(self, piece: Piece) -> tuple[layout_module.Layout, int]:
         """Return the layout of a piece's exposure, and the record number of this tile."""
