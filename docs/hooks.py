@@ -125,16 +125,9 @@ def _output(output: Any, stem: str, pictures: dict[str, bytes]) -> str:
 
 
 def commands() -> str:
-    """Describe every command of ``ocelot`` by its own help."""
-    import argparse
+    """Describe every command of ``ocelot`` from the models of its options."""
+    from cyclopts.docs import generate_markdown_docs
 
-    from ocelot_em.cli.main import _parser
+    from ocelot_em.cli.main import app
 
-    parser = _parser()
-    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    parts = [f"```text\n{parser.format_help()}```"]
-    parts += [
-        f"## {name}\n\n```text\n{command.format_help()}```"
-        for name, command in subparsers.choices.items()
-    ]
-    return "\n\n".join(parts)
+    return generate_markdown_docs(app, generate_toc=False, no_root_title=True)

@@ -24,10 +24,7 @@ def ocelot(capsys):
 
     def call(*arguments):
         capsys.readouterr()
-        try:
-            code = cli.run([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse: usage errors, --help, --version
-            code = stop.code
+        code = cli.run([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -157,16 +154,20 @@ def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, t
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--tile-size", 0), "option tile_size"),
+        (("--tile-size", 0), "--tile-size: expected at least 1, got '0'"),
         (("--tile-size", 1025), "tile size: expected at most 1024 or a multiple of it"),
         (("--memory-limit", "1MB"), "but 1,000,000 bytes are allowed"),
-        (("--memory-limit", "much"), "memory_limit"),
-        (("--workers", 0), "option workers"),
+        (("--memory-limit", "much"), "--memory-limit: expected a size such as 800MB"),
+        (("--workers", 0), "--workers: expected at least 1"),
         (("--workers", 3), "cluster 'threads', which is one process"),
         (("--cluster", "cloud"), "cluster: expected threads, local, cuda, slurm, slurm-job, or"),
-        (("--nan", "ignore"), "invalid choice: 'ignore'"),
-        (("--tile-size", "big"), "invalid int value"),
-        (("--tile", 16), "unrecognized arguments"),
+        (("--nan", "ignore"), "--nan: expected 'raise' or 'mask', got 'ignore'"),
+        (("--tile-size", "big"), "--tile-size: expected a whole number, got 'big'"),
+        (("--tile-size", "1.5", "--erode", -1), "--erode: expected at least 0"),
+        (("--tile", 16), "unknown option --tile; did you mean --tile-size?"),
+        (("--slurm", "cores=many"), "--slurm.cores: expected a whole number, got 'many'"),
+        (("--slurm", "partion=cpu"), "did you mean --slurm.partition?"),
+        (("--slurm",), "unknown option --slurm."),
     ],
 )
 def test_merge_refuses_options_that_cannot_work(ocelot, run, tmp_path, options, reason):
@@ -245,11 +246,24 @@ def test_the_version(ocelot):
     assert ocelot("--version") == (0, f"ocelot-em {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["import", "merge", "info", "check", "simulate", "demo"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(ocelot, command):
     code, out, _ = ocelot(command, "--help")
     assert code == 0
-    assert f"usage: ocelot {command}" in out
+    assert f"Usage: ocelot {command}" in out
+
+
+def test_every_option_is_described():
+    for command in cli.COMMANDS:
+        options = cli.app[command].assemble_argument_collection(parse_docstring=True)
+        assert [o.name for o in options if o.name != "*" and not o.parameter.help] == []
+
+
+def test_the_help_of_merge_is_grouped_and_has_defaults(ocelot):
+    out = " ".join(re.sub(r"[^\w. -]", " ", ocelot("merge", "--help")[1]).split())
+    titles = ("Options", "Tiles and memory", "Result", "Montages", "Workers", "SLURM jobs")
+    assert all(f" {title} " in out for title in (*titles, "This run", "Every command"))
+    assert "choices earliest max-zscore farthest-from-edge default earliest" in out
 
 
 def test_the_help_explains_the_exit_codes(ocelot):
@@ -257,19 +271,64 @@ def test_the_help_explains_the_exit_codes(ocelot):
         assert "refused: nothing was started" in ocelot(*arguments)[1]
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["merge"], ["import", "a.npz"], ["info"]])
-def test_incomplete_commands_exit_2_with_the_usage(ocelot, arguments):
-    assert_refused(ocelot(*arguments), "usage: ocelot")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "expected a command: import, merge, peaks"),
+        (["fly"], "unknown command 'fly'; expected one of import, merge, peaks"),
+        (["merg"], "unknown command 'merg'; did you mean merge?"),
+        (["--verbos"], "unknown option --verbos; did you mean --verbose?"),
+        (["merge"], "INPUTS is required"),
+        (["merge", "A", "--ouput", "B"], "unknown option --ouput; did you mean --output?"),
+        (["merge", "A", "--output"], "--output: expected a value"),
+        (["import", "a.npz"], "--output is required"),
+        (["info"], "STORE is required"),
+        (["simulate", "S", "--shape", 3], "--shape: expected a value"),
+    ],
+)
+def test_incomplete_commands_exit_2_and_point_to_the_help(ocelot, arguments, reason):
+    known = [word for word in arguments[:1] if word in cli.COMMANDS]
+    assert_refused(ocelot(*arguments), reason, f"ee '{' '.join(['ocelot', *known])} --help'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["simulate", "S", "--shape", "3", "4.5"], "--shape: expected a whole number, got '4.5'"),
+        (["simulate", "S", "--shape", 3, 4, "--form", "no"], "--form: expected 'explicit' or"),
+        (["view", "P", "--port", "any"], "--port: expected a whole number, got 'any'"),
+        (["peaks", "M", "--output", "P.csv", "--cutoff", "nan"], "--cutoff: expected a finite"),
+        (["export", "M", "--output", "P", "--to", "tiff"], "--to: expected 'mrc', 'hdf5',"),
+        (["import", "a", "--output", "R", "--pixel-size", "x"], "--pixel-size: expected a number"),
+        (["import", "a", "--output", "R", "--total-projections", 3, "x"], "expected a whole"),
+    ],
+)
+def test_values_are_checked_before_anything_starts(ocelot, arguments, reason):
+    assert_refused(ocelot(*arguments), reason)
+
+
+def test_the_last_of_repeated_options_wins(ocelot, run, tmp_path):
+    arguments = ("merge", run, "--output", tmp_path / "M", "--dry-run", "--tile-size")
+    assert "tiles       12 of 16 x 16" in ocelot(*arguments, 8, "--tile-size", 16)[1]
+
+
+def test_completion_can_be_installed(ocelot, tmp_path):
+    script = tmp_path / "completion"
+    code, _, err = ocelot("--install-completion", "--shell", "zsh", "--output", script)
+    assert (code, err) == (0, "")
+    text = script.read_text()
+    assert "--farthest-from-edge" not in text
+    assert all(word in text for word in ("--memory-limit", "farthest-from-edge", "simulate"))
 
 
 def test_an_interrupt_exits_130(ocelot, run, tmp_path, monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ocelot_em.run.api.merge", interrupt)
+    monkeypatch.setattr("ocelot_em.run.api.run_merge", interrupt)
     code, _, err = ocelot("merge", run, "--output", tmp_path / "M")
     assert code == 130
-    assert "the same command goes on where it stopped" in err
+    assert "the same command resumes the merge" in err
 
 
 def test_main_exits_with_the_code(tmp_path, capsys):

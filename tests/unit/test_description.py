@@ -801,8 +801,8 @@ def test_the_command_line_takes_no_other_options(montage, capsys, more):
     assert run(["import", str(montage.path), "--output", str(montage.output), *more]) == 2
     error = capsys.readouterr().err
     assert (
-        f"expected one description of exposures (.yaml) that says everything else, got {more[0]}"
-        in (" ".join(error.split()))
+        f"expected one description of exposures (.yaml), which contains everything "
+        f"else, got {more[0]}" in (" ".join(error.split()))
     )
     assert not montage.output.exists()
 

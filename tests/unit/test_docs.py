@@ -1,6 +1,5 @@
 """What the documentation names is there: commands, options, files, headings, modules, numbers."""
 
-import argparse
 import ast
 import re
 import shlex
@@ -11,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cyclopts import CycloptsError
 
 import ocelot_em
 from ocelot_em.cli import exit_codes
 from ocelot_em.cli import main as cli
+from ocelot_em.errors import OcelotError
 from ocelot_em.merge import memory_model, outcome
 from ocelot_em.merge.stats import collected
 from ocelot_em.model import maps
@@ -37,7 +38,7 @@ PAGES = {
     )
 }
 OF_OTHERS = {"--build-arg", "--gpus", "--gpus-per-node", "--ntasks", "--plugin", "--profile"}
-OF_OTHERS |= {"--user"}
+OF_OTHERS |= {"--user", "--help"}
 """Options of other programs that are named without the program."""
 
 TOP = {path.name for path in ROOT.iterdir()}
@@ -63,18 +64,14 @@ def command_lines(text):
 
 @cache
 def commands():
-    """The parser of each command."""
-    (subparsers,) = (
-        action
-        for action in cli._parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    return subparsers.choices
+    """The options of each command."""
+    return {name: cli.app[name].assemble_argument_collection() for name in cli.COMMANDS}
 
 
 @cache
 def options_of(command):
-    return {name: a for a in commands()[command]._actions for name in a.option_strings}
+    common = cli.app.meta.assemble_argument_collection()
+    return {name: option for option in (*commands()[command], *common) for name in option.names}
 
 
 def wrong_options(words, known):
@@ -88,7 +85,7 @@ def wrong_options(words, known):
             yield f"{name}: no such option"
             continue
         value = after or value
-        choices = {choice for action in actions for choice in action.choices or ()}
+        choices = {choice for action in actions for choice in action.get_choices() or ()}
         if choices and re.fullmatch(r"[a-z][a-z-]*", value) and value not in choices:
             yield f"{name} {value}: no such choice"
 
@@ -110,9 +107,11 @@ def shaped(pattern):
 
 def test_commands_in_code_blocks_are_understood():
     def is_understood(_page, line):
+        words = shlex.split(line, comments=True)[1:]
         try:
-            cli._parser().parse_args(shlex.split(line, comments=True)[1:])
-        except SystemExit:
+            _, outer, _ = cli.app.meta.parse_args(words, exit_on_error=False, print_error=False)
+            cli.parse(outer.args, outer.kwargs.get("config", ()))
+        except (CycloptsError, OcelotError):
             return False
         return True
 
@@ -148,7 +147,7 @@ def test_exit_codes_are_those_of_the_command_line():
     section = PAGES["docs/reference/exit-codes.md"]
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)] == [*codes]
     assert [
-        int(code) for code in re.findall(r"^  (\d+) ", exit_codes.EXIT_CODES, re.MULTILINE)
+        int(code) for code in re.findall(r"^- (\d+):", exit_codes.EXIT_CODES, re.MULTILINE)
     ] == [*codes]
 
 

@@ -1,37 +1,67 @@
 """The command ``import``."""
 
-import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Group, Parameter
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.import_options import ImportOptions
+
+MISSING = Parameter(
+    name="*", consume_multiple=True, group=Group.create_ordered("What the files lack", sort_key=1)
+)
+FINISHED = Parameter(group=Group.create_ordered("Finished searches", sort_key=1))
+DEFAULTS = ImportOptions()
 
 
-def import_files(parsed: argparse.Namespace, console: Console) -> int:
-    """Import result files as partials of a search."""
-    if any(Path(file).suffix.lower() in (".yaml", ".yml") for file in parsed.files):
-        return import_montage(parsed, console)
-    if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in parsed.files):
-        return import_finished(parsed, console)
-    from ocelot_em.io.import_options import ImportOptions
+def import_files(
+    files: list[str],
+    /,
+    *,
+    output: str,
+    options: Annotated[ImportOptions, MISSING] = DEFAULTS,
+    prefix: Annotated[str, FINISHED] = "",
+    pixel_size_offset: Annotated[float | None, FINISHED] = None,
+) -> int:
+    """Import result files as partials of a search.
+
+    Parameters
+    ----------
+    files
+        One .npz or .pt file of each device, in order; or the description of a montage's exposures
+        (.yaml); or the result of a finished search: a folder of Leopard-EM's MRC files, or an HDF5
+        file.
+    output
+        Path or URL of the search to write.
+    prefix
+        Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``.
+    pixel_size_offset
+        The single pixel-size offset of the search in Å, which the files do not contain; 0 if the
+        pixel size was not varied.
+    """
+    if any(Path(file).suffix.lower() in (".yaml", ".yml") for file in files):
+        given = [
+            *options.model_fields_set,
+            *["prefix"] * bool(prefix),
+            *["pixel_size_offset"] * (pixel_size_offset is not None),
+        ]
+        return import_montage(files, output, given)
+    if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in files):
+        return import_finished(files, output, options, prefix, pixel_size_offset)
     from ocelot_em.io.leopard import import_results
 
-    options = ImportOptions(
-        search_space=parsed.search_space,
-        template_box=parsed.template_box,
-        pixel_size_angstrom=parsed.pixel_size,
-        total_projections=parsed.total_projections,
-    )
+    console = open_console()
     with share_bar(console) as tell:
-        names = import_results(parsed.files, parsed.output, options, tell)
-    console.print(
-        f"imported {len(names)} partials into {parsed.output}: {', '.join(names)}", markup=False
-    )
-    if parsed.template_box is None:
+        names = import_results(files, output, options, tell)
+    console.print(f"imported {len(names)} partials into {output}: {', '.join(names)}", markup=False)
+    if options.template_box is None:
         console.print(
             "all pixels are taken as valid; if the maps have the micrograph's shape, import with "
             "--template-box N"
@@ -39,66 +69,56 @@ def import_files(parsed: argparse.Namespace, console: Console) -> int:
     return DONE
 
 
-def import_montage(parsed: argparse.Namespace, console: Console) -> int:
-    """Import the exposures listed in a description file."""
-    from ocelot_em.errors import InvalidInputError
+def import_montage(files: list[str], output: str, given: list[str]) -> int:
+    """Import the exposures listed in a description file, which excludes the given options."""
     from ocelot_em.io.description import import_description
 
-    elsewhere: dict[str, object] = {
-        "search_space": None,
-        "template_box": None,
-        "pixel_size": None,
-        "total_projections": [],
-        "prefix": "",
-        "pixel_size_offset": None,
-    }
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name, default in elsewhere.items()
-        if getattr(parsed, name) != default
-    ]
-    if len(parsed.files) > 1 or given:
+    if len(files) > 1 or given:
+        names = [f"--{n.removesuffix('_angstrom').replace('_', '-')}" for n in sorted(given)]
         raise InvalidInputError(
-            "import: expected one description of exposures (.yaml) that says everything else"
-            + (f", got {', '.join(given)}, too" if given else f", got {len(parsed.files)} files")
+            "import: expected one description of exposures (.yaml), which contains everything else"
+            + (f", got {', '.join(names)}, too" if given else f", got {len(files)} files")
         )
+    console = open_console()
     with share_bar(console) as tell:
-        names = import_description(parsed.files[0], parsed.output, tell)
+        names = import_description(files[0], output, tell)
     exposures = {name.partition("/")[0] for name in names}
     console.print(
-        f"imported {len(names)} partials of {len(exposures)} exposures into {parsed.output}",
-        markup=False,
+        f"imported {len(names)} partials of {len(exposures)} exposures into {output}", markup=False
     )
     return DONE
 
 
-def import_finished(parsed: argparse.Namespace, console: Console) -> int:
+def import_finished(
+    files: list[str],
+    output: str,
+    options: ImportOptions,
+    prefix: str,
+    pixel_size_offset: float | None,
+) -> int:
     """Import the results of a finished search: MRC files or an HDF5 file."""
-    from ocelot_em.errors import InvalidInputError
     from ocelot_em.io.hdf5 import import_hdf5
     from ocelot_em.io.leopard_maps import FinishedSearch
     from ocelot_em.io.mrc import import_mrc_set
 
-    if len(parsed.files) > 1 or len(parsed.total_projections) > 1 or parsed.search_space:
+    if len(files) > 1 or len(options.total_projections) > 1 or options.search_space:
         raise InvalidInputError(
             "import: expected one folder of MRC files, or one HDF5 file, with at most one count "
-            "and no search space; import others with commands of their own"
+            "and no search space; import each of the others with its own command"
         )
-    place = Path(parsed.files[0])
+    place, console = Path(files[0]), open_console()
     about = FinishedSearch(
-        total_projections=parsed.total_projections[0] if parsed.total_projections else None,
-        template_box=parsed.template_box,
-        pixel_size_angstrom=parsed.pixel_size,
-        pixel_size_offset_angstrom=parsed.pixel_size_offset,
+        total_projections=next(iter(options.total_projections), None),
+        template_box=options.template_box,
+        pixel_size_angstrom=options.pixel_size_angstrom,
+        pixel_size_offset_angstrom=pixel_size_offset,
     )
     with share_bar(console) as tell:
         if place.is_dir():
-            found = import_mrc_set(
-                place, parsed.output, about, prefix=parsed.prefix, on_progress=tell
-            )
+            found = import_mrc_set(place, output, about, prefix=prefix, on_progress=tell)
         else:
-            found = import_hdf5(place, parsed.output, about, on_progress=tell)
-    console.print(f"imported {place} as partial {found.name} into {parsed.output}", markup=False)
+            found = import_hdf5(place, output, about, on_progress=tell)
+    console.print(f"imported {place} as partial {found.name} into {output}", markup=False)
     for note in found.notes:
         console.print(f"  - {note}", markup=False)
     return DONE

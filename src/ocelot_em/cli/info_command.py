@@ -1,28 +1,57 @@
-"""The command ``info``, which describes a store."""
+"""The commands ``info`` and ``check``, which describe stores."""
 
-import argparse
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from ocelot_em.cli.console import open_console
+from ocelot_em.cli.exit_codes import DONE, FAILED
+
 if TYPE_CHECKING:
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.store.statistics_attributes import StatisticsAttributes
     from ocelot_em.view.inspection import StoreInfo
-from ocelot_em.cli.exit_codes import DONE
 
 ROWS_SHOWN = 60
 """Maximum number of table rows; the rest is counted."""
 
 
-def info(parsed: argparse.Namespace, console: Console) -> int:
-    """Print a description of a store."""
+def check(stores: list[str], /) -> int:
+    """Print everything that is wrong with stores.
+
+    Parameters
+    ----------
+    stores
+        Paths or URLs of searches and merged results.
+    """
+    from ocelot_em.view.inspection import check
+
+    console, found_any = open_console(), False
+    for place in stores:
+        problems = check(place)
+        found_any |= bool(problems)
+        console.print(
+            f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", markup=False
+        )
+        for problem in problems:
+            console.print(f"  - {problem}", markup=False)
+    return FAILED if found_any else DONE
+
+
+def info(store: str, /) -> int:
+    """Print a description of a store.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a search or a merged result.
+    """
     from ocelot_em.cli.terminal import size
     from ocelot_em.store.attributes import MergedAttributes
     from ocelot_em.view.inspection import describe
 
-    info = describe(parsed.store)
+    console, info = open_console(), describe(store)
     attributes = info.attributes
     rows: list[tuple[str, object]] = [
         ("store", info.url),

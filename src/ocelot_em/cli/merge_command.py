@@ -1,60 +1,110 @@
 """The command ``merge``."""
 
-import argparse
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
+from cyclopts import App, ArgumentCollection, Group, Parameter
 
 from ocelot_em.cli.config_file import write_config
+from ocelot_em.cli.console import open_console
+from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.parameters import AS_COMMAND
+from ocelot_em.model.options import MergeOptions, Shown
 
 if TYPE_CHECKING:
     from ocelot_em.run.api import Observer
-from ocelot_em.cli.exit_codes import DONE
+
+SHOWN = {
+    name: next(about for about in field.metadata if isinstance(about, Shown))
+    for name, field in MergeOptions.model_fields.items()
+}
+GROUPS = {
+    heading: Group.create_ordered(heading, sort_key=1)
+    for heading in dict.fromkeys(about.heading for about in SHOWN.values())
+}
+RUN = Parameter(group=Group.create_ordered("This run", sort_key=1))
 
 
-def merge_stores(parsed: argparse.Namespace, console: Console) -> int:
-    """Merge searches into an output."""
+DEFAULTS = MergeOptions()
+
+
+class _Grouped(App):
+    """An app whose options are shown as the model of their values says."""
+
+    def assemble_argument_collection(self, **options: Any) -> ArgumentCollection:
+        """Assemble the options, and add the headings and placeholders."""
+        arguments = super().assemble_argument_collection(**options)
+        for argument in arguments:
+            if argument.keys:
+                about = SHOWN[argument.keys[0]]
+                shown = Parameter(group=GROUPS[about.heading], metavar=about.placeholder or None)
+                argument.parameter = Parameter.combine(argument.parameter, shown)
+        return arguments
+
+
+app = _Grouped(name="merge", **AS_COMMAND)
+
+
+@app.default
+def merge(
+    inputs: list[str],
+    /,
+    *,
+    output: str,
+    options: Annotated[MergeOptions, Parameter(name="*")] = DEFAULTS,
+    log: Annotated[str | None, Parameter(allow_leading_hyphen=True), RUN] = None,
+    run_folder: Annotated[str | None, RUN] = None,
+    dry_run: Annotated[bool, RUN] = False,
+) -> int:
+    """Merge the partials of searches, tile by tile.
+
+    Parameters
+    ----------
+    inputs
+        Paths or URLs of searches and earlier merges; their order decides ties.
+    output
+        Path or URL of the result.
+    log
+        File to which a log in JSON lines is appended; ``-`` is standard error.
+    run_folder
+        Folder for the configuration, versions, log, performance reports, statistics and report of
+        this run.
+    dry_run
+        Print the plan, and merge nothing.
+    """
     from ocelot_em.cli.terminal import MergeProgress, print_plan, print_report
-    from ocelot_em.model.options import MergeOptions
-    from ocelot_em.run.api import Observers, merge, plan_merge
+    from ocelot_em.run.api import Observers, plan_merge, run_merge
     from ocelot_em.run.clusters import within_job
 
-    options = {name: getattr(parsed, name) for name in MergeOptions.model_fields}
-    if parsed.dry_run:
-        ready, checked = plan_merge(parsed.inputs, parsed.output, MergeOptions.parse(options))
-        print_plan(console, ready, checked)
+    console = open_console()
+    if dry_run:
+        print_plan(console, *plan_merge(inputs, output, options))
         return DONE
+    effective = {"inputs": inputs, "output": output, **options.model_dump()}
+    effective |= {"log": log, "run_folder": run_folder}
     with MergeProgress(console) as progress, stopped_by_signals(progress.stop):
         # The other tasks of a SLURM job never get past this line.
-        with within_job(MergeOptions.parse(options)) as asked, run_kept(parsed) as others:
-            report = merge(
-                parsed.inputs,
-                parsed.output,
-                observer=Observers(progress, *others),
-                **options | {"cluster": asked.cluster},
-            )
+        with within_job(options) as asked, run_kept(log, run_folder, effective) as others:
+            report = run_merge(inputs, output, asked, Observers(progress, *others))
         print_report(console, report)
     return DONE
 
 
 @contextlib.contextmanager
-def run_kept(parsed: argparse.Namespace) -> Iterator[list["Observer"]]:
+def run_kept(
+    log: str | None, run_folder: str | None, effective: Mapping[str, object]
+) -> Iterator[list["Observer"]]:
     """Open the log and the run folder, if requested."""
     from ocelot_em.run.runlog import RunFolder, RunLog
 
     kept: list[Observer] = []
     with contextlib.ExitStack() as stack:
-        logs = [parsed.log] if parsed.log else []
-        if parsed.run_folder:
-            effective = {
-                name: value
-                for name, value in vars(parsed).items()
-                if name not in ("command", "config", "verbose")
-            }
-            folder = RunFolder(parsed.run_folder, lambda path: write_config(path, effective))
+        logs: list[str | Path] = [log] if log else []
+        if run_folder:
+            folder = RunFolder(run_folder, lambda path: write_config(path, effective))
             kept.append(stack.enter_context(folder))
             logs.append(folder.log_file)
         writers = [stack.enter_context(RunLog(path)) for path in logs]

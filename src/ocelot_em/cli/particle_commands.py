@@ -1,140 +1,231 @@
 """The commands ``peaks``, ``export``, ``report`` and ``view``."""
 
-import argparse
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.console import Console
+from cyclopts import Group, Parameter
+
+from ocelot_em.cli.console import open_console
+from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.model.options import Options
+from ocelot_em.particles.options import PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.io.optics import Optics
     from ocelot_em.particles.table import ParticleTable
-from ocelot_em.cli.exit_codes import DONE
 
-MAP_FORMATS = ("mrc", "hdf5", "ome-zarr")
+MAP_FORMATS = "mrc", "hdf5", "ome-zarr"
 
-
-TABLE_FORMATS = ("leopard", "relion", "cistem", "parquet")
-"""Formats of ``ocelot export``: ``MAP_FORMATS`` for maps, these for particles."""
+PICKING = Parameter(name="*", group=Group.create_ordered("Picking", sort_key=1))
+OPTICS = Parameter(name="*", group=Group.create_ordered("Optics of the micrograph", sort_key=1))
 
 
-def picked_particles(parsed: argparse.Namespace) -> "ParticleTable":
-    """Pick or read particles, and select the exposure if one is given."""
-    table = given_or_picked(parsed)
-    exposure = getattr(parsed, "exposure", None)
-    return table if exposure is None else table.of_exposure(exposure)
+class OpticsOptions(Options):
+    """Where the optics of a micrograph are.
+
+    Parameters
+    ----------
+    optics
+        Leopard-EM's configuration of the search (YAML); RELION's and cisTEM's tables need it.
+    template_box
+        Edge of the template box in pixels. Default: that of the template's file.
+    """
+
+    optics: str | None = None
+    template_box: int | None = None
+
+    def read(self) -> "Optics | None":
+        """Read the optics, if any."""
+        from ocelot_em.io.optics import Optics
+
+        if self.optics is None:
+            return None
+        return Optics.from_leopard_yaml(self.optics, self.template_box)
 
 
-def given_or_picked(parsed: argparse.Namespace) -> "ParticleTable":
-    """Read the given particle table, or pick particles."""
-    from ocelot_em.errors import InvalidInputError
-    from ocelot_em.particles.options import PickOptions
-    from ocelot_em.particles.picking import find_peaks
-    from ocelot_em.particles.table import ParticleTable
-
-    given = getattr(parsed, "particles", None)
-    if given is None:
-        options = {name: getattr(parsed, name) for name in PickOptions.model_fields}
-        return find_peaks(parsed.store, **options)
-    if Path(given).suffix == ".csv":
-        return ParticleTable.read_csv(given)
-    if Path(given).suffix == ".parquet":
-        from ocelot_em.io.parquet import read_parquet
-
-        return read_parquet(given)
-    raise InvalidInputError(f"{given}: expected a table that ends in .csv or .parquet")
+NO_OPTICS = OpticsOptions()
+DEFAULTS = PickOptions()
 
 
-def optics_of(parsed: argparse.Namespace) -> "Optics | None":
-    """Return the optics in the options, if any."""
-    from ocelot_em.io.optics import Optics
+class ExportOptions(Options):
+    """What to export, and where to.
 
-    if parsed.optics is None:
-        return None
-    return Optics.from_leopard_yaml(parsed.optics, parsed.template_box)
+    Parameters
+    ----------
+    to
+        Format of maps (``mrc``, ``hdf5``, ``ome-zarr``) or of particles.
+    output
+        File to write, or folder for ``mrc`` and ``ome-zarr``.
+    overwrite
+        Replace an existing file or folder.
+    prefix
+        Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``.
+    exposure
+        Identifier of the exposure of a montage to which the particles are restricted.
+    maps
+        Folder with the MRC files that Leopard-EM's table refers to.
+    particles
+        Table (.csv, .parquet) written by ``peaks``. Default: pick particles.
+    """
+
+    to: Literal["mrc", "hdf5", "ome-zarr", "leopard", "relion", "cistem", "parquet"]
+    output: str
+    overwrite: bool = False
+    prefix: str = ""
+    exposure: str | None = None
+    maps: str | None = None
+    particles: str | None = None
 
 
-def say_particles(console: Console, table: "ParticleTable", output: str) -> None:
-    """Print the number of particles, the cutoff and the output path."""
-    about = table.about
-    cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
-    if about is not None and about.per is not None:
-        cutoff += f" per {about.per}"
-    console.print(f"{len(table)} particles{cutoff}: {output}", markup=False)
+def peaks(
+    store: str,
+    /,
+    *,
+    output: str,
+    picking: Annotated[PickOptions, PICKING] = DEFAULTS,
+    optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
+) -> int:
+    """Pick particles and write their table.
 
-
-def peaks(parsed: argparse.Namespace, console: Console) -> int:
-    """Pick particles and write their table."""
+    Parameters
+    ----------
+    store
+        Path or URL of a merged result.
+    output
+        Table to write: .csv, .parquet, or .star (for RELION; needs ``--optics``).
+    """
     from ocelot_em.io.tables import write_table
+    from ocelot_em.merge.result import MergedResult
+    from ocelot_em.particles.picking import pick_particles
 
-    optics = optics_of(parsed)
-    table = picked_particles(parsed)
-    write_table(table, parsed.output, optics)
-    say_particles(console, table, parsed.output)
+    found = optics.read()
+    table = pick_particles(MergedResult.open(store), picking)
+    write_table(table, output, found)
+    say_particles(table, output)
     return DONE
 
 
-def export(parsed: argparse.Namespace, console: Console) -> int:
-    """Write maps or a table for other programs."""
+def export(
+    store: str,
+    /,
+    *,
+    options: Annotated[ExportOptions, Parameter(name="*")],
+    picking: Annotated[PickOptions, PICKING] = DEFAULTS,
+    optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
+) -> int:
+    """Write maps or a table for other programs.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a merged result.
+    """
     from ocelot_em.errors import InvalidInputError, OutputExistsError
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
     from ocelot_em.io import optics as optics_module
 
-    if parsed.to in MAP_FORMATS:
-        if parsed.to == "mrc":
-            mrc.write_mrc_set(
-                parsed.store, parsed.output, prefix=parsed.prefix, overwrite=parsed.overwrite
-            )
+    to, output, overwrite = options.to, options.output, options.overwrite
+    if to in MAP_FORMATS:
+        if to == "mrc":
+            mrc.write_mrc_set(store, output, prefix=options.prefix, overwrite=overwrite)
         else:
-            write = {"hdf5": hdf5.write_hdf5, "ome-zarr": ome_zarr.write_ome_zarr}[parsed.to]
-            write(parsed.store, parsed.output, overwrite=parsed.overwrite)
-        console.print(f"wrote {parsed.output}", markup=False)
+            write = {"hdf5": hdf5.write_hdf5, "ome-zarr": ome_zarr.write_ome_zarr}[to]
+            write(store, output, overwrite=overwrite)
+        open_console().print(f"wrote {output}", markup=False)
         return DONE
-    if Path(parsed.output).exists() and not parsed.overwrite:
-        raise OutputExistsError(
-            f"{parsed.output}: is there already; choose another name, or --overwrite"
-        )
-    optics = optics_of(parsed)
-    if parsed.to == "parquet":
-        table = picked_particles(parsed)
-        parquet.write_parquet(table, parsed.output)
-    elif optics is None:
+    if Path(output).exists() and not overwrite:
+        raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
+    found = optics.read()
+    if found is None and to != "parquet":
         raise InvalidInputError(
-            f"--to {parsed.to}: needs the micrograph's optics; give Leopard-EM's configuration of "
-            "the search with --optics CONFIG.yaml"
+            f"--to {to}: needs the micrograph's optics; give Leopard-EM's configuration of the "
+            "search with --optics CONFIG.yaml"
         )
+    table = particles_to_export(store, options, picking)
+    if to == "parquet" or found is None:
+        parquet.write_parquet(table, output)
     else:
-        table = picked_particles(parsed)
-        if parsed.maps is not None:
-            optics = optics_module.with_maps_in(optics, parsed.maps, parsed.prefix)
+        if options.maps is not None:
+            found = optics_module.with_maps_in(found, options.maps, options.prefix)
         writers = {
             "leopard": tables.write_leopard_csv,
             "relion": tables.write_relion_star,
             "cistem": tables.write_cistem_star,
         }
-        writers[parsed.to](table, optics, parsed.output)
-    say_particles(console, table, parsed.output)
+        writers[to](table, found, output)
+    say_particles(table, output)
     return DONE
 
 
-def report(parsed: argparse.Namespace, console: Console) -> int:
-    """Write the report of a merged result."""
+def particles_to_export(
+    store: str, options: ExportOptions, picking: PickOptions
+) -> "ParticleTable":
+    """Read or pick particles, and select the exposure if one is given."""
+    from ocelot_em.errors import InvalidInputError
+    from ocelot_em.io.parquet import read_parquet
     from ocelot_em.merge.result import MergedResult
+    from ocelot_em.particles.picking import pick_particles
+    from ocelot_em.particles.table import ParticleTable
+
+    readers = {".csv": ParticleTable.read_csv, ".parquet": read_parquet}
+    if options.particles is None:
+        table = pick_particles(MergedResult.open(store), picking)
+    elif Path(options.particles).suffix in readers:
+        table = readers[Path(options.particles).suffix](options.particles)
+    else:
+        raise InvalidInputError(
+            f"{options.particles}: expected a table that ends in .csv or .parquet"
+        )
+    return table if options.exposure is None else table.of_exposure(options.exposure)
+
+
+def report(
+    store: str, /, *, output: str, picking: Annotated[PickOptions, PICKING] = DEFAULTS
+) -> int:
+    """Write the report of a merged result.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a merged result.
+    output
+        HTML file to write.
+    """
+    from ocelot_em.merge.result import MergedResult
+    from ocelot_em.particles.picking import pick_particles
     from ocelot_em.view.report import write_report
 
-    parsed.store = MergedResult.open(parsed.store)
-    table = picked_particles(parsed)
-    write_report(parsed.store, parsed.output, particles=table)
-    say_particles(console, table, parsed.output)
+    merged = MergedResult.open(store)
+    table = pick_particles(merged, picking)
+    write_report(merged, output, particles=table)
+    say_particles(table, output)
     return DONE
 
 
-def view_map(parsed: argparse.Namespace, console: Console) -> int:
-    """Serve a map to a browser until interrupted."""
+def say_particles(table: "ParticleTable", output: str) -> None:
+    """Print the number of particles, the cutoff and the output path."""
+    about = table.about
+    cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
+    if about is not None and about.per is not None:
+        cutoff += f" per {about.per}"
+    open_console().print(f"{len(table)} particles{cutoff}: {output}", markup=False)
+
+
+def view_map(picture: str, /, *, port: int = 0) -> int:
+    """Serve a map to a browser until interrupted.
+
+    Parameters
+    ----------
+    picture
+        Picture written by ``export --to ome-zarr``.
+    port
+        Port of the server on 127.0.0.1; 0: any free port.
+    """
     from ocelot_em.view.viewer import view
 
-    with view(parsed.picture, parsed.port) as shown:
+    console = open_console()
+    with view(picture, port) as shown:
         console.print(f"serving {shown.url}", markup=False)
         console.print(f"open {shown.neuroglancer_url}", markup=False)
         if not shown.is_offline:

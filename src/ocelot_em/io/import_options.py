@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import WrapValidator
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.result_file import ResultFile, open_result_file
-from ocelot_em.model.maps import (
-    MIP,
-)
+from ocelot_em.model.maps import MIP
+from ocelot_em.model.options import Options
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import constants
@@ -47,27 +47,33 @@ def placed(error: InvalidInputError, path: str | PathLike[str]) -> list[str]:
     return [p if p.startswith(str(path)) else f"{path}: {p}" for p in error.problems]
 
 
-@dataclass(frozen=True)
-class ImportOptions:
-    """Information that the files lack.
+def _parse_text(value: object, parse: Callable[[object], int]) -> object:
+    """Parse a text; counts of other types are checked together with those of the files."""
+    return parse(value) if isinstance(value, str) else value
+
+
+class ImportOptions(Options):
+    """Information that the files of partial results lack.
 
     Parameters
     ----------
     search_space
-        File with the tables; files with both pose forms are then read as indexed.
+        File (.npz, .pt) with the tables of an indexed search; files with both pose forms are then
+        imported as indexed.
     template_box
-        Edge of the template box in pixels: the maps are of mode ``same``. None: all pixels are
-        valid.
+        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``).
+        Default: all pixels are valid.
     pixel_size_angstrom
         Pixel size of the micrograph in Å.
     total_projections
-        Counts, one per file in the files' order; for files without counts.
+        Number of cross-correlations of each file, in the order of the files, if the files do not
+        contain it.
     """
 
-    search_space: str | PathLike[str] | None = None
+    search_space: str | Path | None = None
     template_box: int | None = None
     pixel_size_angstrom: float | None = None
-    total_projections: Sequence[int] = ()
+    total_projections: tuple[Annotated[int, WrapValidator(_parse_text)], ...] = ()
 
 
 @dataclass

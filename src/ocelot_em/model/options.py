@@ -1,146 +1,84 @@
-"""The options of a merge, with their only description."""
+"""The options of a merge, with their only description: of the API and of the command line."""
 
-import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.regions import Overlap
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 LARGEST_TILE = 2**16
 """Maximum edge length of a tile in pixels."""
 
+_SIZE = re.compile(r"([\d_]*\.?\d+|\d+\.)(e[+-]?\d+)?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
+
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "string_type": "text",
+}
+"""What pydantic expected, by its types of errors."""
+
 
 def parse_size(text: object) -> object:
-    """Parse a number of bytes such as ``800MB``, ``1GiB`` or ``2g``."""
+    """Parse a number of bytes such as ``800MB``, ``1.5 GiB`` or ``2g``.
+
+    Raises
+    ------
+    ValueError
+    """
     if not isinstance(text, str):
         return text
-    from dask.utils import parse_bytes
-
-    return int(parse_bytes(text))
-
-
-def _by_key(value: object) -> object:
-    """Parse ``KEY=VALUE`` texts from a command line into a mapping; keys may be repeated."""
-    if not isinstance(value, list):
-        return value
-    found: dict[str, list[str]] = {}
-    for text in value:
-        key, _, content = str(text).partition("=")
-        found.setdefault(key, []).append(content)
-    return {
-        key: contents if key == "directives" else contents[-1] for key, contents in found.items()
-    }
+    match = _SIZE.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise ValueError("expected a size such as 800MB or 2GiB")
+    number, exponent, prefix, binary = match.groups(default="")
+    power = " kmgtp".index(prefix.lower()) if prefix else 0
+    return int(float(number + exponent) * (1024 if binary else 1000) ** power)
 
 
-class SlurmJobs(BaseModel):
-    """Resources of each worker's SLURM job; None: from Dask's configuration (``jobqueue``).
+Size = Annotated[int, Field(ge=1), BeforeValidator(parse_size)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How the command line shows an option.
 
     Parameters
     ----------
-    partition, account
-        SLURM partition and account.
-    walltime
-        Time limit, as ``HH:MM:SS``; workers are replaced before it expires.
-    cores
-        Total number of threads of a job; 4 if not configured.
-    processes
-        Number of worker processes of a job, which share the threads; 1 if not configured.
-    memory
-        Memory of a job, as text such as ``"8GB"``; 1 GB per thread if not configured.
-    interface
-        Network interface, such as ``ib0``.
-    directives
-        Additional options of ``sbatch``, such as ``--gres=gpu:1``.
-    log_directory
-        Folder on shared storage for the output of the jobs.
+    heading
+        Heading of the option's group.
+    placeholder
+        Placeholder of the value; empty: derived from the type.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    partition: str | None = None
-    account: str | None = None
-    walltime: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d\d(:\d\d)?$")] | None = None
-    cores: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    processes: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    memory: str | None = None
-    interface: str | None = None
-    directives: tuple[str, ...] = ()
-    log_directory: str | None = None
+    heading: str
+    placeholder: str = ""
 
 
-class MergeOptions(BaseModel):
-    """Options of a merge, with the same names as on the command line.
-
-    Parameters
-    ----------
-    tile_size
-        Edge length of a tile in pixels: at most 1024, or a multiple of it. None: automatic.
-    memory_limit
-        Maximum memory of one worker, in bytes or as text such as ``"800MB"``. None: limited only by
-        the machine.
-    nan
-        ``raise``: NaN in a partial is an error. ``mask``: the partial and its count are omitted at
-        such pixels.
-    overlap
-        Rule for pixels that several exposures of a montage have searched; one wins, for every map:
-        the ``earliest`` acquired, the one with the highest z-score (``max-zscore``), or the one
-        whose edge is farthest away (``farthest-from-edge``). Ties: the earliest acquired, then the
-        lower number.
-    erode
-        Width in pixels of the edge removed from every exposure's valid region.
-    origins
-        ``exact``: origins must be whole pixels. ``round``: they are rounded to the nearest pixel,
-        halves to even.
-    poses
-        ``decoded``: the pose maps of indexed poses are stored in addition to the index. ``index``:
-        they are decoded when read, which reduces the output by a quarter.
-    overwrite
-        Replace an existing merged result, finished or not.
-    cluster
-        ``threads`` (this process), ``local`` (worker processes on this machine, with a dashboard),
-        ``cuda`` (one worker process for each GPU of this machine), ``slurm`` (a SLURM job for each
-        worker), ``slurm-job`` (the tasks of the SLURM job that includes this process) or the
-        address of a running Dask scheduler.
-    workers, threads
-        Number of workers (``local`` and ``cuda``) or jobs (``slurm``), and of threads in each.
-        None: one thread per CPU core; two jobs.
-    worker_timeout
-        Seconds to wait for workers while a cluster has none. None: 300; a day for ``slurm``, whose
-        jobs may be queued.
-    tls
-        Whether driver, scheduler and workers use encryption and certificates, either those of
-        Dask's configuration or new ones for this run.
-    slurm
-        Resources of the jobs of ``slurm``.
-    device
-        Device of the computation: ``cpu``, ``cuda``, or ``auto``: ``cuda`` if all workers of the
-        cluster have a GPU.
-    rmm_pool_size
-        Size of the RMM pool that each worker of ``cuda`` allocates on its device at the start, in
-        bytes or as text. None: CuPy's own pool, which grows as needed.
-    """
+class Options(BaseModel):
+    """Base of options that are parsed once, wherever they come from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tile_size: Annotated[int, Field(ge=1, le=LARGEST_TILE)] | None = None
-    memory_limit: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
-    nan: Literal["raise", "mask"] = "raise"
-    overlap: Overlap = "earliest"
-    erode: Annotated[int, Field(ge=0, le=2**30)] = 0
-    origins: Literal["exact", "round"] = "exact"
-    poses: Literal["decoded", "index"] = "decoded"
-    overwrite: bool = False
-    cluster: str = "threads"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    rmm_pool_size: Annotated[int, Field(ge=1), BeforeValidator(parse_size)] | None = None
-    workers: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    threads: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    worker_timeout: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] | None = None
-    tls: bool = False
-    slurm: Annotated[SlurmJobs, BeforeValidator(_by_key)] = SlurmJobs()
 
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> Self:
@@ -154,15 +92,156 @@ class MergeOptions(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise InvalidInputError(_in_words(p) for p in error.errors()) from None
+            raise InvalidInputError(cls.problems_of(error)) from None
+
+    @classmethod
+    def problems_of(cls, error: ValidationError) -> list[str]:
+        """Describe what pydantic found wrong with options of this class."""
+        return [f"option {cls._name_of(p)}: {in_words(p)}{cls._hint(p)}" for p in error.errors()]
+
+    @staticmethod
+    def _name_of(problem: "ErrorDetails") -> str:
+        return ".".join(map(str, problem["loc"]))
+
+    @classmethod
+    def _hint(cls, problem: "ErrorDetails") -> str:
+        """Suggest a name for an unknown option."""
+        *path, name = map(str, problem["loc"])
+        model: Any = cls
+        for outer in path:
+            model = model.model_fields[outer].annotation
+        return suggestion(name, model.model_fields) if problem["type"] == "extra_forbidden" else ""
 
 
-def _in_words(problem: Any) -> str:
-    """Format a problem that pydantic found with an option."""
-    *path, name = map(str, problem["loc"])
-    says = f"option {'.'.join((*path, name))}: {problem['msg']}, got {problem['input']!r}"
-    if problem["type"] != "extra_forbidden":
-        return says
-    known = SlurmJobs.model_fields if path == ["slurm"] else MergeOptions.model_fields
-    nearest = difflib.get_close_matches(name, known, 1)
-    return f"{says}; did you mean {nearest[0]}?" if nearest else says
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error message that suggests the known name nearest to a word, if any."""
+    names = list(known)
+    near = [name for name in names if name.startswith(word)] or get_close_matches(word, names)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def in_words(problem: "ErrorDetails") -> str:
+    """Describe a problem that pydantic found with a value: what it expected, and got."""
+    kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        return f"there is no such option, got {got!r}"
+    if kind == "value_error":
+        return f"{context['error']}, got {got!r}"
+    expected = _EXPECTED.get(kind)
+    text = problem["msg"] if expected is None else f"expected {expected.format(**context)}"
+    return f"{text}, got {got!r}"
+
+
+class SlurmJobs(Options):
+    """Resources of each worker's SLURM job; the default is Dask's configuration (``jobqueue``).
+
+    Parameters
+    ----------
+    partition
+        SLURM partition.
+    account
+        SLURM account.
+    walltime
+        Time limit, as ``HH:MM:SS``; workers are replaced before it expires.
+    cores
+        Total number of threads of a job; 4 if not configured.
+    processes
+        Number of worker processes of a job, which share the threads; 1 if not configured.
+    memory
+        Memory of a job, such as ``8GB``; 1 GB per thread if not configured.
+    interface
+        Network interface, such as ``ib0``.
+    directives
+        Additional option of ``sbatch``, such as ``--gres=gpu:1``; repeat it for several.
+    log_directory
+        Folder on shared storage for the output of the jobs.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    walltime: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d\d(:\d\d)?$")] | None = None
+    cores: Count | None = None
+    processes: Count | None = None
+    memory: str | None = None
+    interface: str | None = None
+    directives: tuple[str, ...] = ()
+    log_directory: str | None = None
+
+
+_TILES, _RESULT, _MONTAGES = "Tiles and memory", "Result", "Montages"
+_WORKERS, _SLURM = "Workers", "SLURM jobs (--cluster slurm)"
+
+
+class MergeOptions(Options):
+    """Options of a merge, with the same names as on the command line.
+
+    Parameters
+    ----------
+    tile_size
+        Edge length of a tile in pixels: at most 1024, or a multiple of it. Default: 1024, or less
+        if the memory limit requires it.
+    memory_limit
+        Maximum memory of one worker, in bytes or as text such as ``800MB``. Default: limited only
+        by the machine.
+    device
+        Device that computes the merge: ``cpu``, ``cuda``, or ``auto``: ``cuda`` if all workers have
+        a GPU.
+    rmm_pool_size
+        Size of the RMM memory pool that each worker of ``--cluster cuda`` allocates on its GPU at
+        the start, in bytes or as text. Default: CuPy's own pool, which grows as needed.
+    nan
+        Treatment of NaN in a partial. ``raise``: it is an error. ``mask``: the partial and its
+        count are omitted at such pixels.
+    poses
+        Output for indexed poses. ``decoded``: the pose maps in addition to the index. ``index``:
+        only the index, which is decoded when read; the output is a quarter smaller.
+    overwrite
+        Replace an existing merged result, finished or not.
+    overlap
+        Rule for pixels that several exposures have searched. One exposure wins, for every map: the
+        ``earliest`` acquired, the one with the highest z-score (``max-zscore``), or the one whose
+        edge is farthest away (``farthest-from-edge``). Ties: the earliest acquired, then the lower
+        number.
+    erode
+        Width in pixels of the edge to remove from every exposure's valid region.
+    origins
+        Treatment of exposures whose origin is not a whole pixel. ``exact``: it is an error.
+        ``round``: the origin is rounded to the nearest pixel, halves to even.
+    cluster
+        Where tiles are merged: ``threads`` (this process), ``local`` (worker processes on this
+        machine, with a dashboard), ``cuda`` (one worker process for each GPU of this machine),
+        ``slurm`` (a SLURM job for each worker), ``slurm-job`` (the tasks of the SLURM job that
+        includes this process) or the address of a running Dask scheduler.
+    workers
+        Number of worker processes (``local`` and ``cuda``) or jobs (``slurm``). Default: as many as
+        the machine supports; two jobs.
+    threads
+        Number of threads in each worker. Default: one thread per CPU core in total.
+    worker_timeout
+        Seconds to wait for workers while a cluster has none. Default: 300; a day for ``slurm``,
+        whose jobs may be queued.
+    tls
+        Encrypt the connections of driver, scheduler and workers with certificates, either those of
+        Dask's configuration or new ones for this run.
+    slurm
+        Resources of each job of ``--cluster slurm``.
+    """
+
+    tile_size: Annotated[int | None, Field(ge=1, le=LARGEST_TILE), Shown(_TILES, "PX")] = None
+    memory_limit: Annotated[Size | None, Shown(_TILES, "SIZE")] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], Shown(_TILES)] = "auto"
+    rmm_pool_size: Annotated[Size | None, Shown(_TILES, "SIZE")] = None
+    nan: Annotated[Literal["raise", "mask"], Shown(_RESULT)] = "raise"
+    poses: Annotated[Literal["decoded", "index"], Shown(_RESULT)] = "decoded"
+    overwrite: Annotated[bool, Shown(_RESULT)] = False
+    overlap: Annotated[Overlap, Shown(_MONTAGES)] = "earliest"
+    erode: Annotated[int, Field(ge=0, le=2**30), Shown(_MONTAGES, "PX")] = 0
+    origins: Annotated[Literal["exact", "round"], Shown(_MONTAGES)] = "exact"
+    cluster: Annotated[str, Shown(_WORKERS, "NAME")] = "threads"
+    workers: Annotated[Count | None, Shown(_WORKERS)] = None
+    threads: Annotated[Count | None, Shown(_WORKERS)] = None
+    worker_timeout: Annotated[
+        float | None, Field(gt=0, le=1e7, allow_inf_nan=False), Shown(_WORKERS, "SECONDS")
+    ] = None
+    tls: Annotated[bool, Shown(_WORKERS)] = False
+    slurm: Annotated[SlurmJobs, Shown(_SLURM)] = SlurmJobs()

@@ -2,25 +2,26 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ocelot_em.model.options import Options
 from ocelot_em.particles.duplicates import Tolerances
 
 
-class PickOptions(BaseModel):
-    """Options for particle picking, named as on the command line.
+class PickOptions(Options):
+    """Options for particle picking, with the same names as on the command line.
 
     Parameters
     ----------
     method
-        ``gaussian``: z-score that Gaussian noise exceeds ``false_positives`` times. ``gev``: the
-        same for an extreme value distribution fitted to the map. ``pvalue``: -ln p from the ranks
-        of ``mip`` and z-score.
+        How significance is judged. ``gaussian``: by the z-score that Gaussian noise exceeds
+        ``false_positives`` times. ``gev``: the same for an extreme value distribution fitted to the
+        map. ``pvalue``: by -ln p from the ranks of ``mip`` and z-score.
     false_positives
         Expected number of false positives in the whole map (``gaussian``, ``gev``).
     cutoff
-        Overrides the cutoff of the method, in the method's own scale: z-score, or -ln p (default
-        8).
+        Cutoff to use instead of the method's, in the method's own scale: z-score, or -ln p.
+        Default: from ``false_positives``, or 8 for ``pvalue``.
     min_distance
         Minimum distance between peaks in pixels; in a montage, within one exposure.
     per
@@ -28,15 +29,15 @@ class PickOptions(BaseModel):
         own cutoff, and peaks are picked from all its valid pixels, shown or hidden. ``montage``:
         one cutoff applies to the whole montage, and peaks are picked from the shown pixels.
         ``pvalue`` ranks are always per exposure.
-    same_distance, same_angle, same_defocus
-        Peaks of different exposures are one particle if they are closer than ``same_distance``
-        pixels on the canvas (None: ``min_distance``; 0: never), and their poses differ by at most
-        ``same_angle`` degrees and ``same_defocus`` Å; see
-        :class:`ocelot_em.particles.duplicates.Tolerances`. The particle is reported once, from the
-        exposure that the montage's overlap rule prefers.
+    same_distance
+        Maximum distance in pixels on the canvas between peaks of different exposures that are one
+        particle, if their poses agree, too; 0: never. The particle is reported once, from the
+        exposure that the montage's overlap rule prefers. Default: ``min_distance``.
+    same_angle
+        Maximum difference in degrees between the orientations of one particle in two exposures.
+    same_defocus
+        Maximum difference in Å between the defoci of one particle in two exposures.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Literal["gaussian", "gev", "pvalue"] = "gaussian"
     false_positives: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0

@@ -10,9 +10,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
@@ -69,14 +67,12 @@ def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> Par
     InvalidInputError
         If options are unknown or invalid, or a distribution cannot be fitted.
     """
-    try:
-        asked = PickOptions.model_validate(options)
-    except ValidationError as error:
-        raise InvalidInputError(
-            f"option {'.'.join(map(str, p['loc']))}: {p['msg']}, got {p['input']!r}"
-            for p in error.errors()
-        ) from None
-    merged = MergedResult.open(store)
+    asked = PickOptions.parse(options)
+    return pick_particles(MergedResult.open(store), asked)
+
+
+def pick_particles(merged: MergedResult, asked: PickOptions) -> ParticleTable:
+    """Pick particles as :func:`find_peaks` does, with options that are parsed."""
     _ = merged.summary  # fail early without statistics
     judges = make_judges(asked, merged)
     candidates = _candidates(merged, judges)

@@ -115,13 +115,22 @@ def merge(
     With ``cluster="local"``, worker processes import the calling script: guard it with
     ``if __name__ == "__main__":``.
     """
-    observer = observer or Observer()
     with within_job(MergeOptions.parse(options)) as requested:
-        ready, completed = plan_merge(inputs, output, requested)
-        observer.planned(ready, completed)
-        with OutputLock(open_objects(ready.output), observer.waiting) as lock:
-            observer.locked(lock.stop)
-            report = _merge(confirm(ready, lock), completed, lock, observer)
+        return run_merge(inputs, output, requested, observer or Observer())
+
+
+def run_merge(
+    inputs: PathOrUrl | Sequence[PathOrUrl],
+    output: PathOrUrl,
+    options: MergeOptions,
+    observer: Observer,
+) -> MergeReport:
+    """Merge as :func:`merge` does, with options that are parsed, in the driver of a SLURM job."""
+    ready, completed = plan_merge(inputs, output, options)
+    observer.planned(ready, completed)
+    with OutputLock(open_objects(ready.output), observer.waiting) as lock:
+        observer.locked(lock.stop)
+        report = _merge(confirm(ready, lock), completed, lock, observer)
     observer.merged(report)
     return report
 

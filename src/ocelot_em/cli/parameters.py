@@ -1,0 +1,31 @@
+"""What all options of the command line have in common."""
+
+from collections.abc import Sequence
+from typing import Any, get_origin
+
+from cyclopts import Parameter, Token, default_name_transform
+
+
+def _from_text(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Convert texts as pydantic does, also for options that are in no model."""
+    from pydantic import TypeAdapter
+
+    texts = [token.value for token in tokens]
+    is_several = (get_origin(kind) or kind) in (list, tuple)
+    return TypeAdapter(kind).validate_python(texts if is_several else texts[0])
+
+
+def _shown(default: object) -> str | None:
+    """Return the text of a default, if the help does not say what it means."""
+    return None if default is None or default is False or default in ((), "") else str(default)
+
+
+OPTION = Parameter(
+    allow_repeating=True,
+    converter=_from_text,
+    name_transform=lambda name: default_name_transform(name).removesuffix("-angstrom"),
+    negative=(),
+    show_default=_shown,
+)
+AS_COMMAND: dict[str, Any] = {"default_parameter": OPTION, "help_format": "markdown"}
+"""Arguments of the app of a command."""
