@@ -28,6 +28,7 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "docker/README.md": "how-to/containers.md",
+    "src/ocelot_em/io/DESIGN.md": "readers.md",
     "notebooks/01_merge_a_search.ipynb": "tutorials/merge-a-search.md",
     "notebooks/02_particles.ipynb": "tutorials/particles.md",
     "notebooks/03_montage.ipynb": "tutorials/montage.md",
