@@ -32,6 +32,7 @@ ELSEWHERE = {
     "notebooks/01_merge_a_search.ipynb": "tutorials/merge-a-search.md",
     "notebooks/02_particles.ipynb": "tutorials/particles.md",
     "notebooks/03_montage.ipynb": "tutorials/montage.md",
+    "src/ocelot_em/merge/DESIGN.md": "design-merge.md",
 }
 """Pages of the site by their files outside ``docs``."""
 

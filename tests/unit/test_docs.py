@@ -34,6 +34,7 @@ PAGES = {
         *ROOT.glob("*.md"),
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "docker").glob("*.md"),
+        *PACKAGE.rglob("DESIGN.md"),
         ROOT / "tests" / "data" / "README.md",
     )
 }
@@ -424,17 +425,19 @@ def megabytes(**changes):
     return (two - one) / 1e6
 
 
+MERGE_DESIGN = "src/ocelot_em/merge/DESIGN.md"
 EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
 
 
 @pytest.mark.parametrize(
     ("page", "says"),
     [
-        ("docs/design.md", f"first tile ({memory_model.PROCESS_NBYTES // 2**20} MiB:"),
+        (MERGE_DESIGN, f"first tile ({memory_model.PROCESS_NBYTES // 2**20} MiB:"),
         ("docs/design.md", f"not changed for {lock.STALE_SECONDS:.0f} seconds"),
-        ("docs/design.md", f"a run of up to {execute.MAX_TILES_PER_TASK} neighbouring tiles"),
-        ("docs/design.md", f"one candidate in {collected.PIXELS_PER_CANDIDATE} pixels"),
-        ("docs/design.md", f"({constants.DEFAULT_CHUNK} x {constants.DEFAULT_CHUNK} by default)"),
+        (MERGE_DESIGN, f"a batch of up to {execute.MAX_TILES_PER_TASK} neighbouring tiles"),
+        (MERGE_DESIGN, f"After {outcome.MAX_CONSECUTIVE_FAILURES} consecutive failures"),
+        (MERGE_DESIGN, f"one candidate in {collected.PIXELS_PER_CANDIDATE} pixels"),
+        (MERGE_DESIGN, f"({constants.DEFAULT_CHUNK} x {constants.DEFAULT_CHUNK} by default)"),
         ("docs/scaling.md", f"{memory_model.PROCESS_NBYTES / 1e6:.0f} MB for each process"),
         ("docs/scaling.md", f"{EXPLICIT:.0f} (explicit) to {INDEXED:.0f} MB (indexed)"),
         ("docs/scaling.md", f"{megabytes(streams=8) - EXPLICIT:.0f} MB more for each thread"),
