@@ -27,7 +27,7 @@ from ocelot_em.store.arrays import update_attributes, write_chunk
 from ocelot_em.store.attributes import dump_attributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.testing.simulation import Simulation, simulate
-from ocelot_em.view.figures import MAX_BARS
+from ocelot_em.view.figures import MAX_NAMED_ROWS
 from ocelot_em.view.plots import (
     plot_crop,
     plot_defocus,
@@ -257,8 +257,8 @@ def test_an_unusual_partial_is_named(report_of, tmp_path, rng):
 def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_partials):
     for module in ("plots", "report_sections"):
         monkeypatch.setattr(f"ocelot_em.view.{module}.MAX_CIRCLES", 1000)
-    for module in ("figures", "statistics_plots"):
-        monkeypatch.setattr(f"ocelot_em.view.{module}.MAX_BARS", min(n_partials - 1, MAX_BARS))
+    n_named = min(n_partials - 1, MAX_NAMED_ROWS)
+    monkeypatch.setattr("ocelot_em.view.figures.MAX_NAMED_ROWS", n_named)
     results = [make_result(rng, (60, 60), 1000) for _ in range(n_partials)]
     write_search(tmp_path / "RUN.zarr", results, [1000] * n_partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
@@ -315,7 +315,7 @@ def test_the_overview_may_come_from_a_pyramid(report_of, chunked, crops, tmp_pat
         "ocelot_em.view.report.pooled_zscore", lambda *_: pytest.fail("read the map")
     )
     report_of(chunked, tmp_path, pyramid=picture)
-    with pytest.raises(InvalidInputError, match=r"expected a picture of .*, got \(90, 150\)"):
+    with pytest.raises(InvalidInputError, match=r"expected an image of .*, got \(90, 150\)"):
         write_report(crops, tmp_path / "none.html", pyramid=picture)
     assert not (tmp_path / "none.html").exists()
 

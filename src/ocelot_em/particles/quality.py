@@ -88,7 +88,7 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
         _together([getattr(exposure, where) for exposure in statistics.exposures])
         for where in ("alone", "overlap")
     )
-    difference = _difference(overlap, alone)
+    difference = difference_in_std(overlap, alone)
     everywhere = difference is not None and abs(difference) > SEAM
     if difference is not None and everywhere:
         yield (
@@ -98,7 +98,7 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
         )
     for exposure in statistics.exposures:
         alone, overlap = exposure.alone, exposure.overlap
-        difference = _difference(overlap, alone)
+        difference = difference_in_std(overlap, alone)
         if difference is not None and abs(difference) > SEAM and not everywhere:
             yield (
                 f"exposure {exposure.id}: a seam can be seen: its z-scores have a mean of "
@@ -115,7 +115,7 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
         if len(alike) < 3:
             continue
         usual = sorted(alike, key=lambda shown: _number(shown.mean))[len(alike) // 2]
-        difference = _difference(exposure.alone, usual)
+        difference = difference_in_std(exposure.alone, usual)
         if difference is not None and abs(difference) > SEAM:
             yield (
                 f"exposure {exposure.id}: stands out: its z-scores have a mean of "
@@ -138,7 +138,7 @@ def _together(parts: list[ShownStatistics]) -> ShownStatistics:
     )
 
 
-def _difference(one: ShownStatistics, other: ShownStatistics) -> float | None:
+def difference_in_std(one: ShownStatistics, other: ShownStatistics) -> float | None:
     """Return the difference of means in standard deviations of ``other``, or None."""
     if min(one.pixels, other.pixels) < MIN_SHOWN or not other.std:
         return None

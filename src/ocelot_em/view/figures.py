@@ -1,4 +1,7 @@
-"""Figures, axes, colours and labels that all plots share."""
+"""What all plots share: figures, axes, colours, labels.
+
+Every plot takes matplotlib axes as ``ax``, by default those of a new figure, and returns them.
+"""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -13,19 +16,26 @@ from ocelot_em.model.maps import AnyArray, Float64
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
 
-
 Store = str | PathLike[str] | MergedResult
 """Path or URL of a merged result, or an open one."""
 
+BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
+"""Colours that are visible on white and on black."""
 
-MAX_BARS = 48
+OVERVIEW_PX = 400
+"""Longest edge of an overview; with more pixels than axes have, drawing averages peaks away."""
+
+PAGE_OVERVIEW_PX = 640
+"""Longest edge of the overview on a page, where axes are larger."""
+
+MAX_NAMED_ROWS = 48
 """Maximum number of plot rows with room for names."""
 
 MAX_VECTOR_MARKERS = 400  # more are rasterized: they would slow down a page
 
 
-def new_figure(size_inches: tuple[float, float]) -> Any:
-    """Make a figure without a window.
+def new_figure(size_inches: tuple[float, float] | None = None, *, in_pyplot: bool = False) -> Any:
+    """Make a figure without a window, or one that pyplot shows.
 
     Raises
     ------
@@ -33,41 +43,24 @@ def new_figure(size_inches: tuple[float, float]) -> Any:
         matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        if in_pyplot:
+            from matplotlib.pyplot import figure
+        else:
+            from matplotlib.figure import Figure as figure  # noqa: N813
     except ImportError as error:
         raise MissingDependencyError(
-            "pictures need matplotlib: pip install 'ocelot-em[viz]'"
+            "plots need matplotlib: pip install 'ocelot-em[viz]'"
         ) from error
-    return Figure(figsize=size_inches, layout="constrained")
+    return figure(figsize=size_inches, layout="constrained")
 
 
 def axes_or_new(ax: "Axes | None", **options: str) -> Any:
-    """Return the given axes, or those of a new figure.
-
-    Raises
-    ------
-    MissingDependencyError
-        matplotlib is not installed.
-    """
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib: pip install 'ocelot-em[viz]'"
-        ) from error
-    return pyplot.figure(layout="constrained").add_subplot(**options)
+    """Return the given axes, or those of a new figure."""
+    return new_figure(in_pyplot=True).add_subplot(**options) if ax is None else ax
 
 
 def summary_of(store: Store | Summary) -> Summary:
-    """Return the given summary, or that of a merged result.
-
-    Raises
-    ------
-    IncompleteError
-        The result was merged without statistics.
-    """
+    """Return the given summary, or that of a merged result."""
     return store if isinstance(store, Summary) else MergedResult.open(store).summary
 
 
@@ -76,19 +69,39 @@ def coarse(counts: AnyArray, axis: Axis, together: int) -> tuple[Float64, AnyArr
     return axis.edges[::together], counts.reshape(-1, together).sum(axis=1)
 
 
+def has_names(n_rows: int) -> bool:
+    """Whether a plot has room for the names of its rows."""
+    return n_rows <= MAX_NAMED_ROWS
+
+
 def name_rows(ax: "Axes", names: Sequence[str]) -> None:
     """Label the rows, the first on top; with numbers if there are too many for names."""
-    if len(names) <= MAX_BARS:
+    if has_names(len(names)):
         # Names are text, not formulas.
         short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
         ax.set_yticks(range(len(names)), labels=short, parse_math=False)
     else:
-        ax.set_ylabel("number of the partial")
+        ax.set_ylabel("partial number")
     ax.set_ylim(max(len(names), 1) - 0.4, -0.6)
 
 
-def short_number(value: float | None) -> float:
-    """Return a number for a plot; NaN for None."""
+def circle(ax: "Axes", x: AnyArray, y: AnyArray, colour: str, label: str, *, size: float) -> None:
+    """Mark points with circles, with small ones if there are many."""
+    many = len(x) > MAX_VECTOR_MARKERS
+    ax.scatter(
+        x,
+        y,
+        s=size / 7 if many else size,
+        facecolors="none",
+        edgecolors=colour,
+        linewidths=0.45 if many else 1.1,
+        label=label,
+        rasterized=many,
+    )
+
+
+def or_nan(value: float | None) -> float:
+    """Return a number that plots leave out if it is unknown."""
     return float("nan") if value is None else value
 
 
@@ -106,6 +119,6 @@ def magma() -> Any:
     return colormaps["magma"].with_extremes(bad=(0.5, 0.5, 0.5, 0.35))
 
 
-def say(ax: "Axes", words: str) -> None:
+def explain_empty(ax: "Axes", reason: str) -> None:
     """Write into empty axes why nothing is drawn."""
-    ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, alpha=0.7)
+    ax.text(0.5, 0.5, reason, ha="center", va="center", transform=ax.transAxes, alpha=0.7)

@@ -1,47 +1,50 @@
 """Plots of the exposures of a montage: placement, seams, partials.
 
-No map is read: all data come from the placement and the merge statistics.
+Every plot takes a merged montage as ``store``, and matplotlib axes as ``ax``, by default those of a
+new figure, and returns the axes. It raises InvalidInputError for a result of one exposure. No map
+is read: all data come from the placement and the merge statistics.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.merge.stats.summary import Summary
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.quality import (
     MIN_EXPECTED_WINS,
-    MIN_SHOWN,
     SEAM,
     STD_RATIO,
     WIN_RATIO,
+    difference_in_std,
 )
-from ocelot_em.store.attributes import MergedAttributes, MergedExposure
+from ocelot_em.store.attributes import MergedExposure
 from ocelot_em.store.statistics_attributes import (
     ExposureStatistics,
     PartialStatistics,
     ShownStatistics,
     SourceStatistics,
 )
+from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import (
-    MAX_BARS,
+    BLUE,
+    ORANGE,
+    RED,
     Store,
     axes_or_new,
+    explain_empty,
     foreground,
+    has_names,
     name_rows,
-    say,
-    short_number,
-    summary_of,
+    or_nan,
 )
-from ocelot_em.view.plots import BLUE, ORANGE, RED
 
 if TYPE_CHECKING:
-    from ocelot_em.view.plots import Axes
-from ocelot_em.view.montage import Coverage, Montage, attributes_of
+    from ocelot_em.view.figures import Axes
 
 MAX_LABELS = 40
 """Maximum number of labelled exposures; more labels would hide the map."""
@@ -50,26 +53,16 @@ _LABEL_POINTS = 7.5
 _MAX_SHADES = 12
 
 
-def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) -> "Axes":
-    """Draw how many exposures of a montage cover each pixel, and their outlines.
+def _open_montage(store: Store) -> MergedResult:
+    merged = MergedResult.open(store)
+    if not merged.attributes.exposures:
+        raise InvalidInputError(f"{merged.url}: expected a montage, got a result of one exposure")
+    return merged
 
-    Parameters
-    ----------
-    store
-        A merged result, or its attributes; no map is read.
-    ax
-        Axes to draw into; new ones by default.
 
-    Returns
-    -------
-    matplotlib.axes.Axes
-
-    Raises
-    ------
-    InvalidInputError
-        The result is not a montage.
-    """
-    attributes = store if isinstance(store, MergedAttributes) else attributes_of(store)
+def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
+    """Draw how many exposures of a montage cover each pixel, and their outlines."""
+    attributes = _open_montage(store).attributes
     coverage, ax = Coverage.of(attributes), axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor
     most = max(len(coverage.areas) - 1, 1)
@@ -86,7 +79,7 @@ def plot_exposures(store: Store | MergedAttributes, ax: "Axes | None" = None) ->
     ticks = range(1, most + 1, ceil_div(most, _MAX_SHADES))
     ax.figure.colorbar(image, ax=ax, label="exposures", shrink=0.8, ticks=ticks)
     height, width = attributes.valid_shape
-    ax.set(title="exposures that cover a pixel", xlabel="x (pixels)", ylabel="y (pixels)")
+    ax.set(title="exposures per pixel", xlabel="x (pixels)", ylabel="y (pixels)")
     ax.set(xlim=(0, width), ylim=(height, 0))
     outline_exposures(ax, attributes.exposures)
     return ax
@@ -104,14 +97,14 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
     """
     if not exposures:
         return
-    regions = [exposure.on_canvas for exposure in exposures]
-    y0, y1, x0, x1 = np.array([region.bounds for region in regions], float).reshape(-1, 4).T
-    gap = np.full(len(regions), np.nan)
+    bounds = np.array([exposure.on_canvas.bounds for exposure in exposures], float)
+    y0, y1, x0, x1 = bounds.reshape(-1, 4).T
+    gap = np.full(len(exposures), np.nan)
     x, y = (
         np.stack(corners, axis=1).ravel()
         for corners in ((x0, x1, x1, x0, x0, gap), (y0, y0, y1, y1, y0, gap))
     )
-    many = len(regions) > MAX_LABELS
+    many = len(exposures) > MAX_LABELS
     # White on black, to be visible on maps and on light and dark pages.
     for colour, thickness in (("black", 1.6), ("white", 0.7)):
         ax.plot(
@@ -140,32 +133,31 @@ def _label(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
         own, edge = exposure.on_canvas, int(3 * per_point) + 1
         height = int(1.5 * _LABEL_POINTS * per_point) + 1
         width = int((0.62 * len(exposure.id) + 0.5) * _LABEL_POINTS * per_point) + 1
-        corners = (
+        for y, x in (
             (y, x)
             for y in (own.y0 + edge, own.y1 - edge - height)
             for x in (own.x0 + edge, own.x1 - edge - width)
-        )
-        for y, x in corners:
+        ):
             place = Region(y, y + height, x, x + width)
-            inside = place.intersect(own) == place
-            if inside and not any(place.intersect(other).size for other in placed):
-                placed.append(place)
-                ax.text(
-                    x + width / 2,
-                    y + height / 2,
-                    exposure.id,
-                    fontsize=_LABEL_POINTS,
-                    color="white",
-                    ha="center",
-                    va="center",
-                    parse_math=False,
-                    bbox={"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.2},
-                )
-                break
+            if place.intersect(own) != place or any(place.intersect(o).size for o in placed):
+                continue
+            placed.append(place)
+            ax.text(
+                x + width / 2,
+                y + height / 2,
+                exposure.id,
+                fontsize=_LABEL_POINTS,
+                color="white",
+                ha="center",
+                va="center",
+                parse_math=False,
+                bbox={"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.2},
+            )
+            break
 
 
 def plot_seams(
-    store: Store | Summary,
+    store: Store,
     ax: "Axes | None" = None,
     *,
     value: Literal["mean", "difference"] = "mean",
@@ -174,165 +166,128 @@ def plot_seams(
 
     Parameters
     ----------
-    store
-        A merged result, or its summary; maps are not read.
-    ax
-        Axes to draw into; new ones by default.
+    store, ax
+        See the module.
     value
         ``mean``: both means, with the standard deviations of z-scores; many exposures are sorted
         by their mean. ``difference``: difference of the means in standard deviations, where enough
         pixels of both are shown. A seam is visible from about 0.25.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-
-    Raises
-    ------
-    InvalidInputError
-        The result is not a montage.
     """
-    exposures, ax = summary_of(store).attributes.exposures, axes_or_new(ax)
-    if not exposures:
-        raise InvalidInputError("store: expected a montage, got a result of one exposure")
-    few = len(exposures) <= MAX_BARS
-    if value == "difference":
-        _draw_differences(ax, exposures, few=few)
-        return ax
+    exposures, ax = _open_montage(store).summary.attributes.exposures, axes_or_new(ax)
+    draw = _draw_means if value == "mean" else _draw_differences
+    draw(ax, exposures)
+    return ax
+
+
+def _draw_means(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
     kinds = (
         ("alone", _shown(e.alone for e in exposures), BLUE, -0.14),
         ("in overlaps", _shown(e.overlap for e in exposures), ORANGE, 0.14),
     )
-    places = np.arange(len(exposures))
+    places, named = np.arange(len(exposures)), has_names(len(exposures))
     # Exposures that are shown only in overlaps (NaN) come last.
-    order = places if few else np.argsort(kinds[0][1][:, 0], kind="stable")
+    order = places if named else np.argsort(kinds[0][1][:, 0], kind="stable")
     for label, numbers, colour, aside in kinds:
         mean, std = numbers[order].T
-        if few:
-            ax.errorbar(
-                mean,
-                places + aside,
-                xerr=std,
-                fmt="o",
-                markersize=5,
-                elinewidth=1,
-                color=colour,
-                label=label,
-            )
+        if named:
+            dots: Any = {"fmt": "o", "markersize": 5, "elinewidth": 1}
+            ax.errorbar(mean, places + aside, xerr=std, color=colour, label=label, **dots)
             continue
         # The means that define the order are a line, on top of the other dots.
-        look = (
-            {"linewidth": 1.6, "zorder": 3} if label == "alone" else {"linestyle": "", "zorder": 2}
-        )
+        is_line = label == "alone"
+        look: Any = {"linestyle": "-" if is_line else "", "linewidth": 1.6, "zorder": 2 + is_line}
         ax.plot(places, mean, marker=".", markersize=3.5, color=colour, label=label, **look)
         ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-    if few:
+    ax.set(title="z-scores shown in the montage")
+    if named:
         name_rows(ax, [exposure.id for exposure in exposures])
-        ax.set(xlabel="mean ± std")
-    else:
-        ax.set(xlabel="exposures, by their mean", ylabel="mean ± std", xlim=(-1, len(exposures)))
-    ax.set(title="shown z-scores")
-    if few:
         bottom, top = ax.get_ylim()
-        ax.set_ylim(bottom, top - 1.1)  # room for the legend
-    ax.legend(loc="upper right" if few else "best", ncols=2 if few else 1)
-    return ax
+        ax.set(xlabel="mean ± std", ylim=(bottom, top - 1.1))  # room for the legend
+    else:
+        ax.set(xlabel="exposures, sorted by mean", ylabel="mean ± std", xlim=(-1, len(exposures)))
+    ax.legend(loc="upper right" if named else "best", ncols=2 if named else 1)
 
 
-def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics], *, few: bool) -> None:
-    apart = np.array([seam_of(exposure) for exposure in exposures])
-    known = np.isfinite(apart)
-    ax.set(title="overlaps less alone", xlabel="difference / std")
-    widest = max(float(np.abs(apart[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
+def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
+    seams = np.array([seam_of(exposure) for exposure in exposures])
+    known = np.isfinite(seams)
+    ax.set(title="overlaps minus alone", xlabel="difference / std")
+    widest = max(float(np.abs(seams[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
     ax.set_xlim(-widest, widest)
     ax.axvspan(-SEAM, SEAM, color=foreground(), alpha=0.08, linewidth=0)
-    if few:
-        seen = known & (np.abs(apart) > SEAM)
-        for which, colour in ((known & ~seen, BLUE), (seen, RED)):
-            ax.plot(apart[which], np.flatnonzero(which), "o", markersize=6, color=colour)
+    if has_names(len(exposures)):
+        visible = known & (np.abs(seams) > SEAM)
+        for which, colour in ((known & ~visible, BLUE), (visible, RED)):
+            ax.plot(seams[which], np.flatnonzero(which), "o", markersize=6, color=colour)
         name_rows(ax, [exposure.id for exposure in exposures])
     elif known.any():
-        ax.hist(apart[known], np.linspace(-widest, widest, 41).tolist(), color=BLUE)
+        ax.hist(seams[known], np.linspace(-widest, widest, 41).tolist(), color=BLUE)
         ax.set(ylabel="exposures")
         ax.locator_params(axis="y", integer=True)
     if not known.any():
-        say(ax, "too few pixels to tell")
+        explain_empty(ax, "too few pixels to compare")
 
 
 def seam_of(exposure: ExposureStatistics) -> float:
     """Return mean in overlaps minus mean alone, in standard deviations; NaN if pixels are few."""
-    alone, overlap = exposure.alone, exposure.overlap
-    if min(alone.pixels, overlap.pixels) < MIN_SHOWN or not alone.std:
-        return float("nan")
-    return (short_number(overlap.mean) - short_number(alone.mean)) / alone.std
+    return or_nan(difference_in_std(exposure.overlap, exposure.alone))
 
 
-def _shown(statistics: Iterator[ShownStatistics]) -> Float64:
+def _shown(statistics: Iterable[ShownStatistics]) -> Float64:
     """Return (n, 2) means and standard deviations; NaN where nothing is shown."""
-    rows = [(short_number(shown.mean), short_number(shown.std)) for shown in statistics]
+    rows = [(or_nan(shown.mean), or_nan(shown.std)) for shown in statistics]
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
-class OwnPartial:
-    """A partial, compared with the others of its exposure."""
+class ComparedPartial:
+    """A partial, compared with the others of its exposure.
 
-    place: int
+    Parameters
+    ----------
+    exposure, partial, source
+        Id of its exposure, its wins, and the statistics of its correlations.
+    expected_pixels
+        Won pixels expected from its share of projections.
+    """
+
     exposure: str
     partial: PartialStatistics
     source: SourceStatistics
     expected_pixels: float
     won_ratio: float
-    """Won pixels / those expected from its projections; NaN if there is nothing to compare."""
+    """Won pixels / expected ones; NaN if there is nothing to compare."""
     std_ratio: float
     """Standard deviation of its correlations / median of its exposure's; or NaN."""
 
     @property
-    def is_out_of_line(self) -> bool:
-        """Whether :mod:`ocelot_em.particles.quality` warns about it."""
-        wins = self.expected_pixels >= MIN_EXPECTED_WINS and _beyond(self.won_ratio, WIN_RATIO)
-        return wins or _beyond(self.std_ratio, STD_RATIO)
-
-    @property
-    def unusual(self) -> float:
+    def deviation(self) -> float:
         """Deviation from the other partials, for sorting."""
         ratios = np.array([self.won_ratio, self.std_ratio])
         known = np.maximum(ratios[np.isfinite(ratios)], 1e-6)
         return float(np.abs(np.log(known)).max(initial=0))
 
 
-def _beyond(ratio: float, most: float) -> bool:
-    return bool(np.isfinite(ratio)) and not 1 / most <= ratio <= most
-
-
-def own_partials(montage: Montage) -> list[OwnPartial]:
+def compared_partials(store: Store) -> list[ComparedPartial]:
     """Return the partials of all exposures, compared within each exposure."""
     found = []
-    for place, (exposure, own) in enumerate(montage.of_exposures.items()):
+    for exposure, own in _open_montage(store).statistics_of_exposures.items():
         won = sum(partial.won_pixels for partial in own.partials)
-        projections = sum(partial.total_projections for partial in own.partials)
-        stds = np.array([short_number(source.std) for source in own.sources])
-        usual = float(np.median(stds[np.isfinite(stds)])) if np.isfinite(stds).any() else 0.0
+        projections = max(sum(partial.total_projections for partial in own.partials), 1)
+        stds = [source.std for source in own.sources if source.std is not None]
+        usual = float(np.median(stds)) if stds else 0.0
         several = len(own.partials) > 1
         # The sources of an exposure are its partials, because a montage is not merged again.
         for partial, source in zip(own.partials, own.sources, strict=True):
-            expected = won * partial.total_projections / projections if projections else 0.0
-            found.append(
-                OwnPartial(
-                    place,
-                    exposure,
-                    partial,
-                    source,
-                    expected,
-                    partial.won_pixels / expected if several and expected else float("nan"),
-                    short_number(source.std) / usual if several and usual else float("nan"),
-                )
-            )
+            expected = won * partial.total_projections / projections
+            wins = partial.won_pixels / expected if several and expected else float("nan")
+            std = or_nan(source.std) / usual if several and usual else float("nan")
+            found.append(ComparedPartial(exposure, partial, source, expected, wins, std))
     return found
 
 
 def plot_partials_of_exposures(
-    store: Store | Montage,
+    store: Store,
     ax: "Axes | None" = None,
     *,
     value: Literal["wins", "std"] = "wins",
@@ -341,51 +296,44 @@ def plot_partials_of_exposures(
 
     Parameters
     ----------
-    store
-        A merged montage, or its :class:`ocelot_em.view.montage.Montage`; maps are not read.
-    ax
-        Axes to draw into; new ones by default.
+    store, ax
+        See the module.
     value
         ``wins``: won pixels / those expected from the partial's share of its exposure's
         projections. ``std``: standard deviation of its correlations / median of its exposure's.
         Both are normally about 1; unusual partials are red. An exposure with one partial has
         nothing to compare.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
     """
-    montage = store if isinstance(store, Montage) else Montage.read(store)
-    ax = axes_or_new(ax)
-    partials = own_partials(montage)
-    most = WIN_RATIO if value == "wins" else STD_RATIO
-    ratios = np.array([p.won_ratio if value == "wins" else p.std_ratio for p in partials])
-    places = np.array([p.place for p in partials])
-    bad = np.array(
-        [
-            _beyond(ratio, most) and p.is_out_of_line
-            for ratio, p in zip(ratios, partials, strict=True)
-        ]
-    )
-    names = list(montage.of_exposures)
-    few = len(names) <= MAX_BARS
-    mark, line = (ax.axvspan, ax.axvline) if few else (ax.axhspan, ax.axhline)
+    merged, ax = _open_montage(store), axes_or_new(ax)
+    partials, names = compared_partials(merged), list(merged.statistics_of_exposures)
+    row_of = {name: row for row, name in enumerate(names)}
+    places = np.array([row_of[partial.exposure] for partial in partials])
+    if value == "wins":
+        most, title, label = WIN_RATIO, "pixels won", "pixels won / expected"
+        ratios = np.array([partial.won_ratio for partial in partials])
+        is_certain = np.array([p.expected_pixels >= MIN_EXPECTED_WINS for p in partials])
+    else:
+        most, title, label = STD_RATIO, "correlations: std", "std / median"
+        ratios = np.array([partial.std_ratio for partial in partials])
+        is_certain = np.isfinite(ratios)
+    is_unusual = is_certain & ((ratios > most) | (ratios < 1 / most))
+    named = has_names(len(names))
+    mark, line = (ax.axvspan, ax.axvline) if named else (ax.axhspan, ax.axhline)
     mark(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
     line(1, color=foreground(), alpha=0.4, linewidth=0.8)
-    for which, colour in ((~bad, BLUE), (bad, RED)):
-        along, across = (ratios[which], places[which]) if few else (places[which], ratios[which])
-        size = 5 if few or colour == RED else 2.5
-        ax.plot(along, across, "o", markersize=size, color=colour, alpha=0.85)
-    what = "pixels won / expected" if value == "wins" else "std / median"
-    ax.set(title="pixels won" if value == "wins" else "own correlations: std")
+    for which, colour in ((~is_unusual, BLUE), (is_unusual, RED)):
+        points = (ratios[which], places[which]) if named else (places[which], ratios[which])
+        size = 5 if named or colour == RED else 2.5
+        ax.plot(*points, "o", markersize=size, color=colour, alpha=0.85)
     known = ratios[np.isfinite(ratios)]
     low = min(float(known.min(initial=1)), 1 / most) - (most - 1) / 2
     high = max(float(known.max(initial=1)), most) + (most - 1) / 2
-    if few:
+    if named:
         name_rows(ax, names)
-        ax.set(xlabel=what, xlim=(low, high))
+        ax.set(xlabel=label, xlim=(low, high))
     else:
-        ax.set(xlabel="exposure", ylabel=what, xlim=(-1, len(names)), ylim=(low, high))
+        ax.set(xlabel="exposure", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
+    ax.set(title=title)
     if not known.size:
-        say(ax, "nothing to compare")
+        explain_empty(ax, "nothing to compare")
     return ax

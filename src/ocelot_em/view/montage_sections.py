@@ -5,36 +5,38 @@ from typing import Any
 
 import numpy as np
 
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import Float64
 from ocelot_em.model.text import area_text, number_text, percent_text, shape_text
 from ocelot_em.particles.quality import MIN_SHOWN
-from ocelot_em.particles.table import EXPOSURE, ParticleTable
-from ocelot_em.view.figures import MAX_BARS
-from ocelot_em.view.montage import Coverage, Montage
+from ocelot_em.particles.table import EXPOSURE
+from ocelot_em.view.coverage import Coverage
+from ocelot_em.view.figures import has_names
 from ocelot_em.view.montage_plots import (
-    own_partials,
+    compared_partials,
     plot_exposures,
     plot_partials_of_exposures,
     plot_seams,
     seam_of,
 )
 from ocelot_em.view.page import Drawing, Table
+from ocelot_em.view.report_data import ReportData
 
 MAX_ROWS = 100
 """Maximum number of listed exposures or partials; there may be thousands."""
 
 
-def montage_cards(montage: Montage, coverage: Coverage) -> list[tuple[str, str]]:
+def montage_cards(merged: MergedResult, coverage: Coverage) -> list[tuple[str, str]]:
     """Return headline numbers, each with its label."""
-    attributes = montage.attributes
+    attributes = merged.attributes
     shape, size = attributes.valid_shape, attributes.pixel_size_angstrom
     pixels = shape[0] * shape[1]
-    counts = [exposure.total_projections for exposure in montage.exposures]
+    counts = [exposure.total_projections for exposure in attributes.exposures]
     projections = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
     overlap = percent_text(coverage.overlap_pixels / pixels)
     area = f", {area_text(shape, size)}" if size else ""
     return [
-        (f"{len(montage.exposures):,}", "exposures"),
+        (f"{len(counts):,}", "exposures"),
         (shape_text(shape), f"pixels of the canvas{area}"),
         (
             percent_text(coverage.covered_pixels / pixels),
@@ -44,56 +46,55 @@ def montage_cards(montage: Montage, coverage: Coverage) -> list[tuple[str, str]]
     ]
 
 
-def montage_section(
-    montage: Montage, particles: ParticleTable, coverage: Coverage
-) -> dict[str, object]:
+def montage_section(data: ReportData, coverage: Coverage) -> dict[str, object]:
     """Return the exposures of a montage: placement, seams, and a table."""
-    attributes, n_exposures = montage.attributes, len(montage.exposures)
+    merged, attributes = data.merged, data.merged.attributes
+    exposures, n_exposures = data.summary.attributes.exposures, len(attributes.exposures)
     height, width = attributes.valid_shape
     is_wide = width > 2 * height
     across = 11.6 if is_wide else 5.4
     tall = float(np.clip((across - 1.4) * height / width, 1.2, 7.5))
-    seams = np.array([seam_of(exposure) for exposure in montage.exposures])
+    seams = np.array([seam_of(exposure) for exposure in exposures])
     n_compared = int(np.isfinite(seams).sum())
-    has_names = n_exposures <= MAX_BARS
-    is_beside = has_names or is_wide
+    named = has_names(n_exposures)
+    is_beside = named or is_wide
 
     def draw_seams(figure: Any) -> None:
         if not n_compared:
-            plot_seams(montage.summary, figure.subplots())
+            plot_seams(merged, figure.subplots())
             return
         ratios = {"width_ratios": (1.6, 1)} if is_beside else {"height_ratios": (1.4, 1)}
         means, differences = figure.subplots(*((1, 2) if is_beside else (2, 1)), **ratios)
-        plot_seams(montage.summary, means)
-        plot_seams(montage.summary, differences, value="difference")
-        if has_names:
+        plot_seams(merged, means)
+        plot_seams(merged, differences, value="difference")
+        if named:
             differences.set_ylim(means.get_ylim())
             differences.tick_params(labelleft=False)
 
     seams_tall = float(np.clip(0.25 * n_exposures + 1.7, 2.4, 12.0))
-    if not has_names:
+    if not named:
         seams_tall = 3.2 if is_beside else 5.2
     return {
         "width": "full" if is_wide else "half",
         "coverage": Drawing.of(
             "coverage",
             (across, tall + 0.8),
-            lambda figure: plot_exposures(attributes, figure.subplots()),
+            lambda figure: plot_exposures(merged, figure.subplots()),
             "number of exposures that cover each pixel",
         ),
         "pooling": coverage.factor,
         "seams": Drawing.of("seams", (across, seams_tall), draw_seams, "z-scores of exposures"),
-        "has_names": has_names,
+        "has_names": named,
         "is_beside": is_beside,
         "n_exposures": n_exposures,
         "n_compared": n_compared,
         "min_shown": MIN_SHOWN,
-        "table": _exposure_table(montage, particles, seams),
+        "table": _exposure_table(data, seams),
         "first_pixel": attributes.canvas_origin if any(attributes.canvas_origin) else None,
     }
 
 
-def _exposure_table(montage: Montage, particles: ParticleTable, seams: Float64) -> Table:
+def _exposure_table(data: ReportData, seams: Float64) -> Table:
     header = (
         "exposure",
         "acquired",
@@ -107,10 +108,11 @@ def _exposure_table(montage: Montage, particles: ParticleTable, seams: Float64) 
         "difference (std)",
         "particles",
     )
+    particles, exposures = data.particles, data.summary.attributes.exposures
     found = Counter(particles.columns[EXPOSURE].tolist() if particles.is_of_montage else ())
     rows = []
     for k in _chosen_rows(np.abs(seams)):
-        exposure, placed = montage.exposures[k], montage.attributes.exposures[k]
+        exposure, placed = exposures[k], data.merged.attributes.exposures[k]
         shown = exposure.shown_pixels
         rows.append(
             (
@@ -130,22 +132,22 @@ def _exposure_table(montage: Montage, particles: ParticleTable, seams: Float64) 
     return Table(header, rows, len(seams))
 
 
-def montage_partials_section(montage: Montage) -> dict[str, object]:
+def montage_partials_section(data: ReportData) -> dict[str, object]:
     """Return the partials, compared within each exposure."""
-    partials = own_partials(montage)
-    has_names = len(montage.of_exposures) <= MAX_BARS
+    merged, statistics = data.merged, data.merged.statistics_of_exposures
+    partials, named = compared_partials(merged), has_names(len(statistics))
 
     def draw(figure: Any) -> None:
-        wins, stds = figure.subplots(*((1, 2) if has_names else (2, 1)))
-        plot_partials_of_exposures(montage, wins, value="wins")
-        plot_partials_of_exposures(montage, stds, value="std")
-        if has_names:
+        wins, stds = figure.subplots(*((1, 2) if named else (2, 1)))
+        plot_partials_of_exposures(merged, wins, value="wins")
+        plot_partials_of_exposures(merged, stds, value="std")
+        if named:
             stds.tick_params(labelleft=False)
 
     drawing = None
     if any(np.isfinite(own.won_ratio) or np.isfinite(own.std_ratio) for own in partials):
-        tall = float(np.clip(0.34 * len(montage.of_exposures) + 1.3, 2.0, 12.0))
-        size = (12.0, tall if has_names else 4.6)
+        tall = float(np.clip(0.34 * len(statistics) + 1.3, 2.0, 12.0))
+        size = (12.0, tall if named else 4.6)
         drawing = Drawing.of("partials-plot", size, draw, "comparison of the partials")
     header = (
         "exposure",
@@ -160,10 +162,10 @@ def montage_partials_section(montage: Montage) -> dict[str, object]:
         "std / median",
     )
     rows = []
-    for k in _chosen_rows(np.array([own.unusual for own in partials])):
+    for k in _chosen_rows(np.array([own.deviation for own in partials])):
         own = partials[k]
         partial, source = own.partial, own.source
-        projections = sum(p.total_projections for p in montage.of_exposures[own.exposure].partials)
+        projections = sum(p.total_projections for p in statistics[own.exposure].partials)
         rows.append(
             (
                 own.exposure,

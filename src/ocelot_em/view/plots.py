@@ -1,6 +1,7 @@
 """Plots of merged maps and particles in matplotlib axes.
 
-The z-score map is read chunk by chunk and pooled, so that no full map is ever in memory.
+The z-score map is read chunk by chunk and pooled, so that no full map is ever in memory. Every plot
+takes matplotlib axes as ``ax``, by default those of a new figure, and returns them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,22 +14,26 @@ from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.table import ParticleTable
+from ocelot_em.view.figures import (
+    BLUE,
+    CYAN,
+    MAX_VECTOR_MARKERS,
+    OVERVIEW_PX,
+    Store,
+    axes_or_new,
+    circle,
+    explain_empty,
+    foreground,
+    magma,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
-from ocelot_em.view.figures import MAX_VECTOR_MARKERS, Store, axes_or_new, foreground, magma, say
-
-OVERVIEW_PX = 400
-"""Longest edge of an overview; with more pixels than axes have, drawing averages peaks away."""
-
-BLUE, ORANGE, RED, CYAN = "#3f8fd2", "#e08214", "#d9434e", "#35c4d7"
-"""Colours that are visible on white and on black."""
+    from ocelot_em.view.figures import Axes
 
 MAX_CIRCLES = 5000
 """Maximum number of circled particles; more circles would hide the map."""
 
-_THREADS = 4
-"""Number of threads that read maps; each holds a chunk in memory."""
+_THREADS = 4  # each holds a chunk in memory
 
 
 def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Float32, int]:
@@ -37,7 +42,7 @@ def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Flo
     Parameters
     ----------
     store
-        Path or URL of a merged result.
+        A merged result.
     longest_edge_px
         Maximum number of rows or columns to return.
 
@@ -84,30 +89,22 @@ def plot_zscore(
     store
         A merged result, or the return value of :func:`pooled_zscore` or, for a pyramid, of
         :func:`ocelot_em.io.ome_zarr.read_level`.
-    ax
-        Axes to draw into; new ones by default.
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
         Picked particles; the first (highest) :data:`MAX_CIRCLES` are circled, in a montage at their
         positions on the canvas.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
     """
     pooled, factor = store if isinstance(store, tuple) else pooled_zscore(store)
     ax = axes_or_new(ax)
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
-    low, high = colour_limits(pooled)
-    image = ax.imshow(pooled, cmap=magma(), vmin=low, vmax=high, extent=(0, width, height, 0))
-    image.set_interpolation("none" if max(pooled.shape) > OVERVIEW_PX else None)
-    ax.figure.colorbar(image, ax=ax, label="z-score", shrink=0.8)
+    interpolation = "none" if max(pooled.shape) > OVERVIEW_PX else None
+    _draw_map(ax, pooled, (0, width, height, 0), interpolation, label="z-score")
     if truth is not None:
-        _circle(ax, truth["y"], truth["x"], "planted")
+        circle(ax, truth["x"] + 0.5, truth["y"] + 0.5, CYAN, "planted", size=90)
     if particles is not None and len(particles):
-        y, x = map_positions(particles)
-        _circle(ax, y[:MAX_CIRCLES], x[:MAX_CIRCLES], "picked")
+        y, x = (place[:MAX_CIRCLES] + 0.5 for place in map_positions(particles))
+        circle(ax, x, y, CYAN, "picked", size=90)
     if truth is not None:
         ax.legend(loc="upper right")
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
@@ -121,20 +118,6 @@ def map_positions(particles: ParticleTable) -> tuple[AnyArray, AnyArray]:
     return particles.columns[names[0]], particles.columns[names[1]]
 
 
-def _circle(ax: "Axes", y: AnyArray, x: AnyArray, label: str) -> None:
-    many = len(y) > MAX_VECTOR_MARKERS
-    ax.scatter(
-        np.asarray(x) + 0.5,
-        np.asarray(y) + 0.5,
-        s=12 if many else 90,
-        facecolors="none",
-        edgecolors=CYAN,
-        linewidths=0.4 if many else 1.1,
-        label=label,
-        rasterized=many,
-    )
-
-
 def plot_crop(
     store: Store, particle: tuple[int, int], ax: "Axes | None" = None, *, edge_px: int = 40
 ) -> "Axes":
@@ -146,8 +129,6 @@ def plot_crop(
         A merged result.
     particle
         Row and column of the centre on the merged maps; in a montage, on its canvas.
-    ax
-        Axes to draw into; new ones by default.
     edge_px
         Edge of the crop.
     """
@@ -156,18 +137,9 @@ def plot_crop(
     half = edge_px // 2
     window = Region(max(y - half, 0), y + half + 1, max(x - half, 0), x + half + 1)
     region = window.intersect(Region.whole(merged.valid_shape))
-    z = merged.read(region, SCALED_MIP)
     ax = axes_or_new(ax)
-    low, high = colour_limits(z)
-    image = ax.imshow(
-        z,
-        cmap=magma(),
-        vmin=low,
-        vmax=high,
-        extent=(region.x0, region.x1, region.y1, region.y0),
-        interpolation="none",
-    )
-    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    extent = (region.x0, region.x1, region.y1, region.y0)
+    _draw_map(ax, merged.read(region, SCALED_MIP), extent, "none")
     ax.set_facecolor((0.5, 0.5, 0.5, 0.25))  # beyond the map
     ax.set(xlim=(x - half, x + half + 1), ylim=(y + half + 1, y - half))
     # A fixed number of ticks: otherwise a resizing layout leaves no room for their labels.
@@ -175,34 +147,35 @@ def plot_crop(
     return ax
 
 
-def colour_limits(z: Float32) -> tuple[float, float]:
-    """Return the median and the 99.99th percentile of z-scores, so that peaks stand out."""
-    known = z[np.isfinite(z)]
-    if not known.size:
-        return 0.0, 1.0
-    low, high = np.percentile(known, (50, 99.99))
-    return float(low), float(max(high, low + 1))
+def _draw_map(
+    ax: "Axes",
+    z: Float32,
+    extent: tuple[float, float, float, float],
+    interpolation: str | None,
+    label: str = "",
+) -> None:
+    """Draw z-scores from their median to their 99.99th percentile, so that peaks stand out."""
+    known, low, high = z[np.isfinite(z)], 0.0, 1.0
+    if known.size:
+        low, high = (float(limit) for limit in np.percentile(known, (50, 99.99)))
+    image = ax.imshow(z, cmap=magma(), vmin=low, vmax=max(high, low + 1), extent=extent)
+    image.set_interpolation(interpolation)
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
 
 
 def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw the view directions of particles, coloured by z-score.
 
     The angle is phi, the radius sin(theta / 2), so that equal areas are equal solid angles:
-    uniformly distributed views fill the circle uniformly.
-
-    Parameters
-    ----------
-    particles
-        Particles; those without a pose are ignored.
-    ax
-        Polar axes to draw into; new ones by default.
+    uniformly distributed views fill the circle uniformly. Particles without a pose are ignored.
 
     Raises
     ------
     InvalidInputError
         The axes are not polar.
     """
-    polar: Any = axes_or_new(ax, projection="polar")
+    ax = axes_or_new(ax, projection="polar")
+    polar: Any = ax
     if polar.name != "polar":
         raise InvalidInputError(
             "ax: expected polar axes, for example figure.add_subplot(projection='polar'), got "
@@ -215,7 +188,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     polar.set_rticks(np.sin(np.radians(ticks) / 2), labels=labels, fontsize="small")
     polar.set_rlim(0, 1.02)
     polar.set_rlabel_position(67.5)
-    polar.set_title("view directions (phi around, theta outwards)")
+    polar.set_title("view directions (angle: phi, radius: theta)")
     if known.any():
         many = int(known.sum()) > MAX_VECTOR_MARKERS
         dots = polar.scatter(
@@ -229,41 +202,35 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
         )
         polar.figure.colorbar(dots, ax=polar, label="z-score", shrink=0.7, pad=0.1)
     else:
-        say(polar, "no poses")
-    drawn: Axes = polar
-    return drawn
+        explain_empty(polar, "no poses")
+    return ax
 
 
 def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
-    """Draw a histogram of the in-plane angles of particles.
-
-    Parameters
-    ----------
-    particles
-        Particles; those without a pose are ignored.
-    ax
-        Axes to draw into; new ones by default.
-    """
+    """Draw a histogram of the in-plane angles of particles; those without a pose are ignored."""
     ax = axes_or_new(ax)
-    psi = particles.columns["psi"]
-    psi = np.round(psi[np.isfinite(psi)].astype(np.float64), 3) % 360
+    psi = np.round(_known(particles, "psi"), 3) % 360
     if psi.size:
-        width = _whole_steps(np.unique(psi))
+        width = _bin_width(np.unique(psi))
         ax.hist(psi, [float(edge) for edge in range(0, 361, width)], color=BLUE)
-        ax.axhline(
-            psi.size * width / 360, linestyle="--", color=foreground(), alpha=0.65, label="if even"
-        )
+        even = psi.size * width / 360
+        ax.axhline(even, linestyle="--", color=foreground(), alpha=0.65, label="uniform")
         ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
         ax.legend(loc="upper right")
     else:
-        say(ax, "no poses")
+        explain_empty(ax, "no poses")
     ax.set(title="in-plane angle", xlabel="psi (°)", ylabel="particles", xlim=(0, 360))
     ax.set_xticks(np.arange(0, 361, 90))
     ax.locator_params(axis="y", integer=True)
     return ax
 
 
-def _whole_steps(angles: Float64) -> int:
+def _known(particles: ParticleTable, column: str) -> Float64:
+    values = particles.columns[column]
+    return values[np.isfinite(values)].astype(np.float64)
+
+
+def _bin_width(angles: Float64) -> int:
     """Return a bin width that divides 360° and holds equally many of the search's angles."""
     step = float(np.diff(angles).min()) if len(angles) > 1 else 1.0
     widths = (15, 20, 24, 30, 36, 40, 45)
@@ -274,19 +241,12 @@ def _whole_steps(angles: Float64) -> int:
 def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw a histogram of the relative defocus of particles, one bar per plane of the search.
 
-    Parameters
-    ----------
-    particles
-        Particles; those without a pose are ignored.
-    ax
-        Axes to draw into; new ones by default.
+    Particles without a pose are ignored.
     """
-    ax = axes_or_new(ax)
-    defocus = particles.columns["relative_defocus"]
-    defocus = defocus[np.isfinite(defocus)].astype(np.float64)
+    ax, defocus = axes_or_new(ax), _known(particles, "relative_defocus")
     planes, counts = np.unique(defocus, return_counts=True)
     if not planes.size:
-        say(ax, "no poses")
+        explain_empty(ax, "no poses")
     elif len(planes) <= 60:
         step = float(np.diff(planes).min()) if len(planes) > 1 else 100.0
         ax.bar(planes, counts, width=0.8 * step, color=BLUE)

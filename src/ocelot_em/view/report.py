@@ -13,11 +13,12 @@ from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable, write_file
-from ocelot_em.view.figures import new_figure
-from ocelot_em.view.montage import Coverage
+from ocelot_em.view.coverage import Coverage
+from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.montage_sections import montage_partials_section, montage_section
 from ocelot_em.view.plots import plot_zscore, pooled_zscore
+from ocelot_em.view.report_data import ReportData, read_report_data
 from ocelot_em.view.report_sections import (
     headline,
     partials_section,
@@ -29,16 +30,12 @@ from ocelot_em.view.report_sections import (
     warnings_of,
 )
 from ocelot_em.view.statistics_plots import plot_survival
-from ocelot_em.view.subject import Subject, subject_of
 
 MAX_WARNINGS = 8
 """Maximum number of warnings on the page before the others are folded."""
 
 MAX_FOLDED_WARNINGS = 200
 """Maximum number of warnings on the page."""
-
-OVERVIEW_PX = 640
-"""Longest edge of the overview on a page, in pixels."""
 
 
 def write_report(
@@ -85,25 +82,24 @@ def write_report(
     StorageError
         The report cannot be written.
     """
-    subject = subject_of(store, particles)
-    overview = _overview(subject, pyramid)
-    montage = subject.montage
-    coverage = None if montage is None else Coverage.of(montage.attributes)
+    data = read_report_data(store, particles)
+    overview = _overview(data, pyramid)
+    coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
     page = render(
         "view/templates/report.html.j2",
-        name=subject.url.rstrip("/").rpartition("/")[2] or subject.url,
-        url=subject.url,
-        cards=headline(subject, coverage),
-        warnings=warnings_of(subject),
+        name=data.merged.url.rstrip("/").rpartition("/")[2] or data.merged.url,
+        url=data.merged.url,
+        cards=headline(data, coverage),
+        warnings=warnings_of(data),
         max_warnings=MAX_WARNINGS,
         max_folded_warnings=MAX_FOLDED_WARNINGS,
-        particles=particles_section(subject, overview, max_zooms),
-        montage=montage and coverage and montage_section(montage, subject.particles, coverage),
-        significance=significance_section(subject),
-        poses=poses_section(subject.particles),
-        partials=montage_partials_section(montage) if montage else partials_section(subject),
-        timings=timings_section(subject),
-        provenance=provenance_section(subject),
+        particles=particles_section(data, overview, max_zooms),
+        montage=coverage and montage_section(data, coverage),
+        significance=significance_section(data),
+        poses=poses_section(data.particles),
+        partials=(montage_partials_section if data.is_montage else partials_section)(data),
+        timings=timings_section(data),
+        provenance=provenance_section(data),
     )
     place = Path(path)
     write_file(place, page.encode())
@@ -133,16 +129,16 @@ def save_overview(
     figure.savefig(path, dpi=110)
 
 
-def _overview(subject: Subject, pyramid: str | PathLike[str] | None) -> tuple[Float32, int]:
+def _overview(data: ReportData, pyramid: str | PathLike[str] | None) -> tuple[Float32, int]:
     if pyramid is None:
-        return pooled_zscore(subject.merged, OVERVIEW_PX)
+        return pooled_zscore(data.merged, PAGE_OVERVIEW_PX)
     from ocelot_em.io.ome_zarr import read_level
 
-    values, factor = read_level(pyramid, OVERVIEW_PX)
-    expected = tuple(ceil_div(length, factor) for length in subject.attributes.valid_shape)
+    values, factor = read_level(pyramid, PAGE_OVERVIEW_PX)
+    expected = tuple(ceil_div(length, factor) for length in data.merged.attributes.valid_shape)
     if values.shape != expected:
         raise InvalidInputError(
-            f"{pyramid}: expected a picture of {subject.url}, which has {expected} pixels when it "
-            f"is pooled by {factor}, got {values.shape}; make the picture again"
+            f"{pyramid}: expected an image of {data.merged.url}, which has {expected} pixels when "
+            f"pooled by {factor}, got {values.shape}; export the image again"
         )
     return values, factor

@@ -23,7 +23,7 @@ from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTa
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.arrays import read_table
-from ocelot_em.view.montage import Coverage
+from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.montage_sections import montage_cards
 from ocelot_em.view.page import Drawing, Table
@@ -36,6 +36,7 @@ from ocelot_em.view.plots import (
     plot_psi,
     plot_zscore,
 )
+from ocelot_em.view.report_data import ReportData
 from ocelot_em.view.statistics_plots import (
     plot_correlations,
     plot_distributions,
@@ -43,7 +44,6 @@ from ocelot_em.view.statistics_plots import (
     plot_partials,
     plot_survival,
 )
-from ocelot_em.view.subject import Subject
 
 _PARTICLES_LISTED = 12
 _PARTIALS_LISTED = 1000
@@ -59,21 +59,21 @@ _PARTICLE_COLUMNS = {
 """Columns of the particle table and their formats, by their names on the page."""
 
 
-def headline(subject: Subject, coverage: Coverage | None) -> list[tuple[str, str]]:
+def headline(data: ReportData, coverage: Coverage | None) -> list[tuple[str, str]]:
     """Return the most important numbers, each with its label."""
-    statistics, attributes = subject.summary.attributes, subject.attributes
-    size, about = attributes.pixel_size_angstrom, subject.particles.about
+    statistics, attributes = data.summary.attributes, data.merged.attributes
+    size, about = attributes.pixel_size_angstrom, data.particles.about
     searched = percent_text(statistics.searched_pixels / max(statistics.valid_pixels, 1))
     cutoff, method = "—", "no cutoff"
     if about is not None:
         cutoff, method = f"{about.cutoff:.4g}", f"cutoff ({about.method})"
-        if NEG_LOG_P in subject.particles.columns:
+        if NEG_LOG_P in data.particles.columns:
             method = "cutoff (-ln p)"
         elif about.per is not None:
             where = "each exposure" if about.per == "exposure" else "the montage"
             cutoff, method = about.cutoff_text, f"cutoff in {where} ({about.method})"
     partials = (f"{len(attributes.partials):,}", "partial results")
-    if subject.montage is None or coverage is None:
+    if coverage is None:
         everywhere = ""
         area = f", {area_text(attributes.valid_shape, size)}" if size else ""
         maps = [
@@ -88,13 +88,13 @@ def headline(subject: Subject, coverage: Coverage | None) -> list[tuple[str, str
     else:
         everywhere = " of all exposures"
         maps = [
-            *montage_cards(subject.montage, coverage),
+            *montage_cards(data.merged, coverage),
             (searched, "of all exposures' pixels searched"),
             partials,
         ]
     z_range = statistics.scaled_mip_range
     return [
-        (f"{len(subject.particles):,}", "particles"),
+        (f"{len(data.particles):,}", "particles"),
         (cutoff, method),
         (number_text(z_range and z_range[1], ".2f"), f"highest z-score{everywhere}"),
         *maps,
@@ -102,34 +102,34 @@ def headline(subject: Subject, coverage: Coverage | None) -> list[tuple[str, str
     ]
 
 
-def warnings_of(subject: Subject) -> list[str]:
+def warnings_of(data: ReportData) -> list[str]:
     """Return sentences about unusual results."""
-    statistics, montage = subject.summary.attributes, subject.montage
+    statistics = data.summary.attributes
     counted = (
         (statistics.unsearched_pixels, "not searched by any partial"),
         (statistics.nan_pixels, "NaN"),
         (statistics.zero_std_pixels, "without variance: the z-score is 0"),
     )
     # Canvas pixels without an exposure are not counted.
-    where = "" if montage is None else " (summed over all exposures)"
+    where = " (summed over all exposures)" if data.is_montage else ""
     problems = [
         f"{n:,} valid pixel{' is' if n == 1 else 's are'} {what}{where}."
         for n, what in counted
         if n
     ]
-    if subject.trouble:
-        problems.append(f"No particles could be picked: {subject.trouble}")
-    if montage is not None:
-        return [*problems, *montage_warnings(statistics, montage.of_exposures)]
+    if data.no_particles_reason:
+        problems.append(f"No particles could be picked: {data.no_particles_reason}")
+    if data.is_montage:
+        return [*problems, *montage_warnings(statistics, data.merged.statistics_of_exposures)]
     return [*partial_warnings(statistics), *problems]
 
 
 def particles_section(
-    subject: Subject, overview: tuple[Float32, int], max_zooms: int
+    data: ReportData, overview: tuple[Float32, int], max_zooms: int
 ) -> dict[str, object]:
     """Return the map with the particles, the best ones enlarged, and their table."""
-    particles = subject.particles
-    height, width = subject.attributes.valid_shape
+    particles = data.particles
+    height, width = data.merged.attributes.valid_shape
     # Maps much wider than high take the full width of the page.
     is_wide = width > 2 * height
     across = 12.0 if is_wide else 7.4
@@ -137,12 +137,12 @@ def particles_section(
 
     def draw(figure: Any) -> None:
         ax = plot_zscore(overview, figure.subplots(), particles=particles)
-        outline_exposures(ax, subject.attributes.exposures)
+        outline_exposures(ax, data.merged.attributes.exposures)
 
     score = particles.columns.get(NEG_LOG_P, particles.columns["scaled_mip"])
     best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
     zoomed = best[: max(max_zooms, 0)]
-    is_shown = _which_are_shown(subject, zoomed)
+    is_shown = _which_are_shown(data, zoomed)
     return {
         "is_wide": is_wide,
         "pooling": overview[1],
@@ -150,23 +150,23 @@ def particles_section(
         "overview": Drawing.of(
             "overview", (across, tall + 0.8), draw, "z-score map with picked particles in circles"
         ),
-        "zooms": _zooms(subject, zoomed, is_shown, 6 if is_wide else 2) if len(zoomed) else None,
+        "zooms": _zooms(data, zoomed, is_shown, 6 if is_wide else 2) if len(zoomed) else None,
         "has_hidden": not is_shown.all(),
-        "table": _particle_table(subject, best[:_PARTICLES_LISTED]),
+        "table": _particle_table(data, best[:_PARTICLES_LISTED]),
     }
 
 
-def _zooms(subject: Subject, particles: AnyArray, is_shown: AnyArray, columns: int) -> Drawing:
+def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray, columns: int) -> Drawing:
     columns = min(columns, len(particles))
     rows = ceil_div(len(particles), columns)
-    (y, x), z = map_positions(subject.particles), subject.particles.columns["scaled_mip"]
+    (y, x), z = map_positions(data.particles), data.particles.columns["scaled_mip"]
 
     def draw(figure: Any) -> None:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax in panels[len(particles) :]:
             ax.set_axis_off()
         for number, (i, ax) in enumerate(zip(particles, panels, strict=False), 1):
-            plot_crop(subject.merged, (y[i], x[i]), ax)
+            plot_crop(data.merged, (y[i], x[i]), ax)
             hidden = "" if is_shown[number - 1] else " (hidden)"
             ax.set_title(f"{number}: z = {z[i]:.2f}{hidden}")
             ax.tick_params(labelsize=8)
@@ -175,13 +175,13 @@ def _zooms(subject: Subject, particles: AnyArray, is_shown: AnyArray, columns: i
     return Drawing.of("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw, label)
 
 
-def _which_are_shown(subject: Subject, particles: AnyArray) -> AnyArray:
+def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
     """Return whether the map shows each particle; a montage may show another exposure there."""
-    if not subject.particles.is_of_montage:
+    if not data.particles.is_of_montage:
         return np.ones(len(particles), np.bool_)
-    merged = subject.merged
+    merged = data.merged
     exposures = {exposure.id: exposure for exposure in merged.plan.exposures}
-    (y, x), own = map_positions(subject.particles), subject.particles.columns[EXPOSURE]
+    (y, x), own = map_positions(data.particles), data.particles.columns[EXPOSURE]
     return np.array(
         [
             merged.shows(exposures[str(own[i])], y[i : i + 1], x[i : i + 1])[0]
@@ -191,8 +191,8 @@ def _which_are_shown(subject: Subject, particles: AnyArray) -> AnyArray:
     )
 
 
-def _particle_table(subject: Subject, chosen: AnyArray) -> Table:
-    particles = subject.particles
+def _particle_table(data: ReportData, chosen: AnyArray) -> Table:
+    particles = data.particles
 
     def texts(name: str, spec: str) -> list[str]:
         return [format(value, spec) for value in particles.columns[name][chosen]]
@@ -204,7 +204,7 @@ def _particle_table(subject: Subject, chosen: AnyArray) -> Table:
     if particles.is_of_montage:
         columns |= {f"canvas {axis}": texts(f"canvas_{axis}", ",d") for axis in "yx"}
     columns |= {title: texts(*column) for title, column in _PARTICLE_COLUMNS.items()}
-    columns["partial"] = [_partial_name(subject, i) for i in chosen.tolist()]
+    columns["partial"] = [_partial_name(data, i) for i in chosen.tolist()]
     if NEG_LOG_P in particles.columns:
         columns["-ln p"] = texts(NEG_LOG_P, ".2f")
     if particles.is_of_montage:
@@ -215,25 +215,25 @@ def _particle_table(subject: Subject, chosen: AnyArray) -> Table:
     return Table(list(columns), list(zip(*columns.values(), strict=True)), len(particles))
 
 
-def _partial_name(subject: Subject, i: int) -> str:
+def _partial_name(data: ReportData, i: int) -> str:
     """Return the name of the partial that won a particle, in a montage within its exposure."""
-    partials, columns = subject.attributes.partials, subject.particles.columns
-    for exposure in subject.attributes.exposures:
+    partials, columns = data.merged.attributes.partials, data.particles.columns
+    for exposure in data.merged.attributes.exposures:
         if exposure.id == columns[EXPOSURE][i]:
             partials = partials[exposure.first_partial :][: exposure.n_partials]
     number = int(columns["best_partial"][i])
     return partials[number].name if 0 <= number < len(partials) else f"{number}"
 
 
-def significance_section(subject: Subject) -> dict[str, Drawing]:
+def significance_section(data: ReportData) -> dict[str, Drawing]:
     """Return the survival histogram and the distributions of mip and z-score."""
-    summary, particles = subject.summary, subject.particles
-    candidates = all_candidates(subject.merged).rows
+    summary, particles = data.summary, data.particles
+    candidates = all_candidates(data.merged).rows
     return {
         "survival": Drawing.of(
             "survival",
             (5.4, 6.5),
-            lambda figure: plot_survival(summary, figure.subplots(), subject.cutoff),
+            lambda figure: plot_survival(summary, figure.subplots(), data.cutoff),
             "number of pixels above a z-score, and the expectation for Gaussian noise",
         ),
         "distributions": Drawing.of(
@@ -274,17 +274,17 @@ def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
     }
 
 
-def partials_section(subject: Subject) -> dict[str, object]:
+def partials_section(data: ReportData) -> dict[str, object]:
     """Return the contribution of each partial, and the statistics of each input."""
-    statistics = subject.summary.attributes
+    statistics = data.summary.attributes
     partials, sources = statistics.partials, statistics.sources
     same = [partial.name for partial in partials] == [source.name for source in sources]
 
     def draw(figure: Any) -> None:
         won, mean, std = figure.subplots(1, 3)
-        plot_partials(subject.summary, won)
-        plot_correlations(subject.summary, mean, value="mean")
-        plot_correlations(subject.summary, std, value="std")
+        plot_partials(data.summary, won)
+        plot_correlations(data.summary, mean, value="mean")
+        plot_correlations(data.summary, std, value="std")
         std.tick_params(labelleft=False)
         mean.tick_params(labelleft=not same)
 
@@ -324,9 +324,9 @@ def partials_section(subject: Subject) -> dict[str, object]:
     }
 
 
-def timings_section(subject: Subject) -> dict[str, object]:
+def timings_section(data: ReportData) -> dict[str, object]:
     """Return how the time was spent, and how much data was processed."""
-    tiles = read_table(subject.merged.objects, constants.TILE_SUMMARY)
+    tiles = read_table(data.merged.objects, constants.TILE_SUMMARY)
     totals = dict(zip(SUMMARY_FIELDS, np.nansum(tiles, axis=(0, 1)).tolist(), strict=True))
     seconds = {name: totals[f"{name}_seconds"] for name in ("read", "fold", "write")}
     busy = sum(seconds.values())
@@ -342,7 +342,7 @@ def timings_section(subject: Subject) -> dict[str, object]:
                 for name, share in shares.items()
             ),
             ("waiting for storage", seconds_text(totals["waited_seconds"])),
-            ("from start to end", _elapsed(subject.attributes)),
+            ("from start to end", _elapsed(data.merged.attributes)),
         ],
         "amounts": [
             ("tiles", f"{tiles.shape[0] * tiles.shape[1]:,}"),
@@ -364,12 +364,12 @@ def _elapsed(attributes: fmt.MergedAttributes) -> str:
         return "—"
 
 
-def provenance_section(subject: Subject) -> dict[str, object]:
+def provenance_section(data: ReportData) -> dict[str, object]:
     """Return how the result was made."""
-    attributes = subject.attributes
-    made, about = attributes.provenance, subject.particles.about
+    attributes = data.merged.attributes
+    made, about = attributes.provenance, data.particles.about
     facts = [
-        ("store", subject.url),
+        ("store", data.merged.url),
         ("run", attributes.id),
         ("started", made.created),
         ("finished", attributes.finished or "—"),

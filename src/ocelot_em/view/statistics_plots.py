@@ -1,8 +1,13 @@
-"""Plots of the statistics of a merged result: distributions, partials, correlations."""
+"""Plots of the statistics of a merged result: distributions, partials, correlations.
+
+Every plot takes a merged result or its summary as ``store``, and matplotlib axes as ``ax``, by
+default those of a new figure, and returns the axes. No map is read. For a montage, the pixels of
+all exposures are counted, shown or not.
+"""
 
 from collections import Counter
 from math import erfc, sqrt
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,22 +17,24 @@ from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z
 from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
 from ocelot_em.view.figures import (
-    MAX_BARS,
-    MAX_VECTOR_MARKERS,
+    BLUE,
+    ORANGE,
+    RED,
     Store,
     axes_or_new,
+    circle,
     coarse,
+    explain_empty,
     foreground,
+    has_names,
     name_rows,
-    say,
-    short_number,
+    or_nan,
     summary_of,
 )
-from ocelot_em.view.plots import BLUE, ORANGE, RED
+
+if TYPE_CHECKING:
+    from ocelot_em.view.figures import Axes
 
 _MAX_CANDIDATES = 20_000
 
@@ -41,15 +48,12 @@ def plot_survival(
 
     The expectation is for the maximum of as many independent Gaussian draws per pixel as the search
     has projections. Neighbouring projections are correlated, so that real noise is below it. In a
-    montage, the valid pixels of all exposures count, shown or not, and the expectation is the sum
-    over exposures, each with its own projections.
+    montage, the expectation is the sum over exposures, each with its own number of projections.
 
     Parameters
     ----------
-    store
-        A merged result, or its summary; the map is not read.
-    ax
-        Axes to draw into; new ones by default.
+    store, ax
+        See the module.
     cutoff
         z-score to mark, or the lowest and highest of several.
     """
@@ -58,7 +62,6 @@ def plot_survival(
     histogram = summary.histograms.of_z()
     edges, counts = coarse(histogram.counts, Z_AXIS, 16)
     above = histogram.overflow + counts[::-1].cumsum()[::-1]
-    pixels = summary.attributes.valid_pixels
     found = np.flatnonzero(counts)
     if histogram.pixels:
         bounds = summary.attributes.scaled_mip_range or (0.0, 1.0)
@@ -66,28 +69,17 @@ def plot_survival(
         first = max(int(found[0]) - 1 if found.size else 0, 0)
         noise = _noise_above(edges[:-1], summary.attributes)
         ax.semilogy(edges[:-1], noise, "--", color=foreground(), alpha=0.65, label="Gaussian noise")
-        shown = slice(first, last)
-        ax.step(
-            edges[:-1][shown],
-            np.maximum(above[shown], 0.5),
-            where="pre",
-            color=BLUE,
-            linewidth=1.8,
-            label="this search",
-        )
+        z, pixels = edges[first:last], np.maximum(above[first:last], 0.5)
+        ax.step(z, pixels, where="pre", color=BLUE, linewidth=1.8, label="this search")
         right = max(min(bounds[1], Z_AXIS.high), *cutoffs, 0.0)
-        ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, 2 * pixels))
+        top = 2 * summary.attributes.valid_pixels
+        ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, top))
     else:
-        say(ax, "no pixel was searched")
+        explain_empty(ax, "no pixel was searched")
     if cutoffs:
         lowest, highest = (f"{z:.2f}" for z in cutoffs)
-        several = f"cutoffs {lowest} to {highest}"
-        ax.axvline(
-            cutoffs[0],
-            color=RED,
-            linewidth=1.2,
-            label=f"cutoff {lowest}" if lowest == highest else several,
-        )
+        label = f"cutoff {lowest}" if lowest == highest else f"cutoffs {lowest} to {highest}"
+        ax.axvline(cutoffs[0], color=RED, linewidth=1.2, label=label)
         if lowest != highest:
             ax.axvspan(*cutoffs, color=RED, alpha=0.25, linewidth=0)
     ax.set(title="pixels above a z-score", xlabel="z-score", ylabel="pixels")
@@ -112,16 +104,7 @@ def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
-    """Draw the distributions of ``mip`` and z-score.
-
-    Parameters
-    ----------
-    store
-        A merged result, or its summary; maps are not read. In a montage, the pixels of all
-        exposures count, shown or not.
-    ax
-        Axes to draw into; new ones by default.
-    """
+    """Draw the distributions of ``mip`` and z-score."""
     summary, ax = summary_of(store), axes_or_new(ax)
     kinds = (
         ("mip", summary.histograms.of_mip(), MIP_AXIS, ORANGE),
@@ -133,21 +116,15 @@ def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axe
     for label, histogram, axis, colour in kinds:
         edges, counts = coarse(histogram.counts, axis, together)
         used = np.flatnonzero(counts)
-        if not used.size:
-            continue
-        shown = slice(int(used[0]), int(used[-1]) + 1)
-        ax.stairs(
-            counts[shown] / (edges[1] - edges[0]) / histogram.pixels,
-            edges[shown.start : shown.stop + 1],
-            color=colour,
-            linewidth=1.6,
-            label=label,
-        )
+        if used.size:
+            first, last = used[0], used[-1] + 1
+            density = counts[first:last] / (edges[1] - edges[0]) / histogram.pixels
+            ax.stairs(density, edges[first : last + 1], color=colour, linewidth=1.6, label=label)
     if ax.patches:
         ax.set_yscale("log")
         ax.legend()
     else:
-        say(ax, "no pixel was searched")
+        explain_empty(ax, "no pixel was searched")
     ax.set(title="mip and z-score", xlabel="value", ylabel="share of pixels per unit")
     return ax
 
@@ -163,11 +140,8 @@ def plot_joint(
 
     Parameters
     ----------
-    store
-        A merged result, or its summary; maps are not read. In a montage, the pixels of all
-        exposures count, shown or not.
-    ax
-        Axes to draw into; new ones by default.
+    store, ax
+        See the module.
     particles
         Picked particles, drawn as circles.
     candidates
@@ -181,7 +155,7 @@ def plot_joint(
     ax.set(title="mip and z-score of each pixel", xlabel="mip", ylabel="z-score")
     used_rows, used_columns = np.nonzero(joint)
     if not used_rows.size:
-        say(ax, "no pixel was searched")
+        explain_empty(ax, "no pixel was searched")
         return ax
     y0, y1 = int(used_rows.min()), int(used_rows.max()) + 1
     x0, x1 = int(used_columns.min()), int(used_columns.max()) + 1
@@ -201,21 +175,11 @@ def plot_joint(
     if candidates is not None and len(candidates):
         mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
         best = np.argsort(-z, kind="stable")[:_MAX_CANDIDATES]
-        ax.scatter(
-            mip[best], z[best], s=2, color=ORANGE, linewidths=0, rasterized=True, label="candidates"
-        )
+        dots: Any = {"s": 2, "color": ORANGE, "linewidths": 0, "rasterized": True}
+        ax.scatter(mip[best], z[best], label="candidates", **dots)
     if particles is not None and len(particles):
-        many = len(particles) > MAX_VECTOR_MARKERS
-        ax.scatter(
-            particles.columns[MIP],
-            particles.columns[SCALED_MIP],
-            s=5 if many else 36,
-            facecolors="none",
-            edgecolors=RED,
-            linewidths=0.5 if many else 1.0,
-            label="particles",
-            rasterized=many,
-        )
+        mip, z = (particles.columns[name] for name in (MIP, SCALED_MIP))
+        circle(ax, mip, z, RED, "particles", size=36)
     margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
     ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
     if ax.get_legend_handles_labels()[0]:
@@ -226,14 +190,8 @@ def plot_joint(
 def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     """Draw each partial's share of won pixels, and the share expected from its projections.
 
-    Parameters
-    ----------
-    store
-        A merged result, or its summary; maps are not read. For a montage, pass the summary of one
-        exposure, because partials of different exposures win different pixels, or use
-        :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
-    ax
-        Axes to draw into; new ones by default.
+    For a montage, pass the summary of one exposure, because partials of different exposures win
+    different pixels, or use :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     partials = summary.attributes.partials
@@ -241,21 +199,13 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     expected = np.array([partial.total_projections for partial in partials], np.float64)
     won, expected = (100 * share / max(share.sum(), 1.0) for share in (won, expected))
     places = np.arange(len(partials))
-    if len(partials) <= MAX_BARS:
+    mark: Any = {"color": ORANGE, "label": "expected", "marker": "|", "linestyle": ""}
+    if has_names(len(partials)):
         ax.barh(places, won, height=0.62, color=BLUE, label="won")
-        ax.plot(
-            expected,
-            places,
-            linestyle="",
-            marker="|",
-            markersize=13,
-            markeredgewidth=2,
-            color=ORANGE,
-            label="expected",
-        )
+        ax.plot(expected, places, markersize=13, markeredgewidth=2, **mark)
     else:
         ax.plot(won, places, ".", color=BLUE, label="won", rasterized=True)
-        ax.plot(expected, places, "|", color=ORANGE, label="expected", rasterized=True)
+        ax.plot(expected, places, rasterized=True, **mark)
     name_rows(ax, [partial.name for partial in partials])
     ax.set(title="pixels won", xlabel="share (%)")
     ax.set_xlim(left=0)
@@ -272,28 +222,28 @@ def plot_correlations(
 ) -> "Axes":
     """Draw the mean of each input's own correlations, with its spread over pixels, or their std.
 
+    Both are normally about the same for all inputs of one search.
+
     Parameters
     ----------
-    store
-        A merged result, or its summary; maps are not read.
-    ax
-        Axes to draw into; new ones by default.
+    store, ax
+        See the module.
     value
-        Statistic to draw. It is normally about the same for all inputs of one search.
+        Statistic to draw.
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     sources = summary.attributes.sources
-    numbers = np.array([short_number(getattr(source, value)) for source in sources])
-    spread = np.array([short_number(source.mean_spread) for source in sources])
-    places = np.arange(len(sources))
+    numbers = np.array([or_nan(getattr(source, value)) for source in sources])
+    spread = np.array([or_nan(source.mean_spread) for source in sources])
+    named = has_names(len(sources))
     ax.errorbar(
         numbers,
-        places,
+        np.arange(len(sources)),
         xerr=spread if value == "mean" and len(sources) else None,
         fmt="o",
-        markersize=5 if len(sources) <= MAX_BARS else 2,
+        markersize=5 if named else 2,
         color=BLUE,
-        capsize=3 if len(sources) <= MAX_BARS else 0,
+        capsize=3 if named else 0,
     )
     name_rows(ax, [source.name for source in sources])
     known = numbers[np.isfinite(numbers)]
@@ -303,6 +253,6 @@ def plot_correlations(
         half = max(0.6 * float(np.ptp(known)), 0.02 * abs(middle), 1e-6)
         ax.set_xlim(middle - half, middle + half)
     ax.locator_params(axis="x", nbins=5)
-    what = "mean, and its spread over pixels" if value == "mean" else "standard deviation"
-    ax.set(title=f"own correlations: {value}", xlabel=what)
+    label = "mean ± spread over pixels" if value == "mean" else "standard deviation"
+    ax.set(title=f"correlations: {value}", xlabel=label)
     return ax

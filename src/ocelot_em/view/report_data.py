@@ -9,34 +9,31 @@ from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
-from ocelot_em.view.montage import Montage
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The data of a report."""
+class ReportData:
+    """The data of a report.
+
+    Parameters
+    ----------
+    merged, summary
+        The result and its statistics.
+    particles
+        Particles to show.
+    no_particles_reason
+        Why no particles could be picked; otherwise empty.
+    """
 
     merged: MergedResult
+    summary: Summary
     particles: ParticleTable
-    trouble: str
-    """Why no particles could be picked; otherwise empty."""
-    montage: Montage | None
-    """Placement and statistics of exposures, if the result is a montage."""
+    no_particles_reason: str
 
     @property
-    def url(self) -> str:
-        """URL of the result."""
-        return self.merged.url
-
-    @property
-    def attributes(self) -> fmt.MergedAttributes:
-        """Attributes of the result."""
-        return self.merged.attributes
-
-    @property
-    def summary(self) -> Summary:
-        """Statistics of the result."""
-        return self.merged.summary
+    def is_montage(self) -> bool:
+        """Whether the result has exposures."""
+        return bool(self.merged.attributes.exposures)
 
     @property
     def cutoff(self) -> tuple[float, float] | None:
@@ -48,24 +45,20 @@ class Subject:
         return about.cutoff, max(own, default=about.cutoff)
 
 
-def subject_of(
+def read_report_data(
     store: str | PathLike[str] | MergedResult, particles: ParticleTable | None
-) -> Subject:
+) -> ReportData:
     """Read the data of a report."""
     merged = MergedResult.open(store)
-    summary = merged.summary
-    trouble = ""
+    summary, reason = merged.summary, ""
     if particles is None:
         try:
             particles = find_peaks(merged)
         except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
-            particles, trouble = ParticleTable.empty(), str(error)
+            particles, reason = ParticleTable.empty(), str(error)
     if problem := _misplaced(particles, merged.attributes):
         raise InvalidInputError(f"particles: {problem}, as find_peaks gives them for {merged.url}")
-    montage = None
-    if merged.attributes.exposures:
-        montage = Montage(merged.attributes, summary, merged.statistics_of_exposures)
-    return Subject(merged, particles, trouble, montage)
+    return ReportData(merged, summary, particles, reason)
 
 
 def _misplaced(particles: ParticleTable, attributes: fmt.MergedAttributes) -> str:
