@@ -1,6 +1,7 @@
 """Importing result files: both kinds, both pose forms, and everything that must be refused."""
 
 import contextlib
+import hashlib
 import io
 import shutil
 import warnings
@@ -34,6 +35,8 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SUM
 from ocelot_em.model.search_space import TABLES
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_partials
 
 TABLE_ARRAYS = {name: getattr(SPACE, name) for name in TABLES}
 
@@ -88,6 +91,12 @@ def assert_imported(output, name, maps):
     stored = open_partials(output).sel(partial=name)
     for key in stored.data_vars:
         assert same_bits(stored[key], maps[key]), key
+
+
+def bytes_read():
+    """Bytes that this process has read from files by system calls."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(lines[0].removeprefix("rchar: "))
 
 
 # What can be imported
@@ -367,6 +376,51 @@ def change_one(key, value):
     maps = explicit_maps()
     maps[key] = value(maps[key])
     return maps
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes read are counted by Linux")
+@pytest.mark.parametrize("kind", SAVERS)
+def test_a_file_is_read_twice_for_digest_checks_and_conversion(tmp_path, kind):
+    maps = explicit_maps((600, 500)) | {"not a map": np.random.default_rng(0).random(200_000)}
+    file = SAVERS[kind](tmp_path / "gpu0", maps)
+    import_results([file], tmp_path / "warm-up.zarr")
+    before = bytes_read()
+    import_results([file], tmp_path / "R.zarr")
+    n = (bytes_read() - before) / file.stat().st_size
+    assert 1.5 < n < 2.05
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    ((_, partial),) = read_partials(open_objects(tmp_path / "R.zarr"))
+    assert partial.provenance.input_sha256 == digest
+
+
+def in_another_order(maps):
+    """The same maps, with mip after the poses that depend on it."""
+    return dict(reversed(maps.items()))
+
+
+@pytest.mark.parametrize("order", [dict, in_another_order])
+@pytest.mark.parametrize("kind", ["stored npz", "pt"])
+def test_what_is_valid_only_where_nothing_was_searched(tmp_path, small_chunks, kind, order):
+    explicit, indexed = explicit_maps((70, 40)), indexed_maps((70, 40))
+    idle = np.zeros((70, 40), bool)
+    idle[3:60, 5:] = True
+    explicit[MIP][idle] = indexed[MIP][idle] = -np.inf
+    for key in POSES[:-1]:
+        explicit[key][idle] = np.nan
+    indexed[INDEX][idle] = -1
+    options = ImportOptions(search_space=save_search_space(tmp_path / "space.npz"))
+    for name, maps, known in (("e", explicit, None), ("i", indexed, options)):
+        file = SAVERS[kind](tmp_path / name, order(maps))
+        import_results([file], tmp_path / f"{name}.zarr", known)
+        assert_imported(tmp_path / f"{name}.zarr", name, maps)
+    explicit["best_psi"][65, 2] = explicit["best_psi"][69, 39] = np.nan
+    indexed[INDEX][65, 2] = -1
+    for name, maps, known, problem in (
+        ("e", explicit, None, "best_psi: NaN at 2 pixels, first (65, 2)"),
+        ("i", indexed, options, f"{INDEX}: -1 where {MIP} was searched at 1 pixel, first (65, 2)"),
+    ):
+        file = SAVERS[kind](tmp_path / name, order(maps))
+        assert_mentions(refusal_of([file], tmp_path / "R", known), problem)
 
 
 def nan_at_corner(values):

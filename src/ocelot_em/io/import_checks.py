@@ -1,15 +1,16 @@
 """Checks of result files before anything is written."""
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
 from os.path import realpath
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
+
+import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import (
@@ -29,20 +30,24 @@ from ocelot_em.model.maps import (
     COUNT,
     INDEX,
     MIP,
+    NOT_SEARCHED,
     PIXEL_SIZE,
     POSES,
     SQUARED_SUM,
     SUM,
+    AnyArray,
     MapSet,
     PoseForm,
 )
+from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import constants
+from ocelot_em.store.attributes import PartialAttributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import layout_differences, search_attributes
 from ocelot_em.store.search import partial_names, read_partials
 from ocelot_em.store.search_info import SearchInfo
-from ocelot_em.store.validation import layout_problems, name_problems, value_problems
+from ocelot_em.store.validation import BadValues, layout_problems, name_problems
 
 
 def check_batch(
@@ -73,14 +78,26 @@ def check_batch(
         if problems:
             return result
         exposure = "" if batch.exposure is None else batch.exposure.id
-        result.first_order, found, there = _against_existing(candidates, objects, exposure)
-        problems += found
-        problems += _same_content(candidates, seen)
-        result.has_only_bad_values = not problems
-        candidates = [candidate for candidate in candidates if candidate.name not in there]
+        existing = (
+            dict(read_partials(objects, exposure)) if partial_names(objects, exposure) else {}
+        )
+        in_values, unreadable = list[str](), list[str]()
         for number, candidate in enumerate(candidates):
             told = part_of(lambda _, share: tell(share), "", number, len(candidates))
-            problems += _value_problems(candidate, info, told)
+            if exposure and _is_there(candidate, existing):
+                continue
+            try:
+                in_values += _value_problems(candidate, info, told)
+                candidate.sha256 = candidate.file.sha256()
+            except InvalidInputError as error:
+                unreadable += error.problems
+        result.first_order, found, there = _against_existing(
+            candidates, existing, objects.url, exposure
+        )
+        problems += unreadable + found + _same_content(candidates, seen)
+        result.has_only_bad_values = not problems
+        problems += in_values
+        candidates = [candidate for candidate in candidates if candidate.name not in there]
         result.paths = tuple(c.path for c in candidates)
         result.names = tuple(c.name for c in candidates)
         result.counts = tuple(c.count or 0 for c in candidates)
@@ -270,18 +287,26 @@ def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: B
     return problems
 
 
+def _is_there(candidate: Candidate, existing: Mapping[str, PartialAttributes]) -> bool:
+    """Return whether the file was imported as the partial of its name; read the file if so."""
+    found = existing.get(candidate.name)
+    if found is None or found.state != "complete":
+        return False
+    candidate.sha256 = candidate.file.sha256()
+    return candidate.sha256 == found.provenance.input_sha256
+
+
 def _against_existing(
-    candidates: Sequence[Candidate], objects: Any, exposure: str
+    candidates: Sequence[Candidate],
+    existing: Mapping[str, PartialAttributes],
+    url: str,
+    exposure: str,
 ) -> tuple[int, list[str], set[str]]:
     """Return the first new partial's order, problems with names, and partials already imported."""
-    if not partial_names(objects, exposure):
-        return 0, [], set()
-    existing = dict(read_partials(objects, exposure))
     complete = {name: p for name, p in existing.items() if p.state == "complete"}
     hashes = {p.provenance.input_sha256: name for name, p in complete.items()}
     problems, there = [], set()
     for candidate in candidates:
-        candidate.sha256 = _sha256(candidate.path)
         name = there_as = candidate.name
         if name not in complete and candidate.count:  # idle devices have identical results
             there_as = hashes.get(candidate.sha256, name)
@@ -292,12 +317,12 @@ def _against_existing(
             there.add(name)
             if found.total_projections != candidate.count:
                 problems.append(
-                    f"{candidate.path}: {COUNT}: {objects.url} has its partial {there_as!r} with "
+                    f"{candidate.path}: {COUNT}: {url} has its partial {there_as!r} with "
                     f"{found.total_projections}, now it is {candidate.count}"
                 )
         elif there_as == name:
             problems.append(
-                f"{candidate.path}: {objects.url} has a partial {name!r} already; leave the file "
+                f"{candidate.path}: {url} has a partial {name!r} already; leave the file "
                 "out, or rename it if it is another result"
             )
         else:
@@ -305,15 +330,14 @@ def _against_existing(
                 f"{candidate.path}: its content is already there as partial {there_as!r}; its "
                 "projections would be counted twice"
             )
-    return 1 + max(p.order for p in existing.values()), problems, there
+    return 1 + max((p.order for p in existing.values()), default=-1), problems, there
 
 
 def _same_content(candidates: Sequence[Candidate], seen: dict[str, Path]) -> list[str]:
     problems = []
     for candidate in candidates:
-        candidate.sha256 = candidate.sha256 or _sha256(candidate.path)
-        if candidate.count == 0:
-            continue  # idle devices have identical results
+        if candidate.count == 0 or not candidate.sha256:
+            continue  # idle devices have identical results; an unreadable file is reported already
         first = seen.setdefault(candidate.sha256, candidate.path)
         if first.resolve() != candidate.path.resolve():
             problems.append(
@@ -323,22 +347,47 @@ def _same_content(candidates: Sequence[Candidate], seen: dict[str, Path]) -> lis
     return problems
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _value_problems(
     candidate: Candidate, info: SearchInfo, tell: Callable[[float], None]
 ) -> list[str]:
-    """Check all values of a file; report the first band with problems."""
-    shape = cast("tuple[int, int]", candidate.shape)
-    readers = {key: candidate.file.rows(key) for key in info.maps.partial}
-    for band in bands_of(shape):
-        region = band.region
-        maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
-        problems = value_problems(maps, region, info, str(candidate.path))
-        if problems:
-            return problems
-        tell(region.y1 / shape[0])
-    return []
+    """Check all values of a file in the order of the file.
+
+    Values that are valid where nothing was searched wait until all maps are read: there are few, or
+    long runs, and each takes a bit.
+    """
+    bad = BadValues(str(candidate.path), info.search_space)
+    bands = bands_of(cast("tuple[int, int]", candidate.shape))
+    waiting: dict[Region, dict[str, AnyArray]] = {band.region: {} for band in bands}
+    keys = info.maps.partial
+    for number, (key, read) in enumerate(candidate.file.scan(keys)):
+        for n, region in enumerate(waiting, 1):
+            values = read(region.y0, region.y1)
+            if key == MIP or key in info.maps.pose:
+                marked = _valid_only_if_idle(key, values)
+                if marked.any():
+                    waiting[region][key] = np.packbits(marked, axis=1)
+            if key not in info.maps.pose or key == INDEX:
+                bad.look({key: values}, (region.y0, region.x0))
+            tell((number + n / len(bands)) / len(keys))
+    for region, marks in waiting.items():
+        maps = {key: _stand_in(key, bits, region.shape) for key, bits in marks.items()}
+        if maps.keys() - {MIP}:
+            maps.setdefault(MIP, np.zeros(region.shape, np.float32))
+            bad.look(maps, (region.y0, region.x0))
+    return bad.problems()
+
+
+def _valid_only_if_idle(key: str, values: AnyArray) -> AnyArray:
+    """Mark pixels without a pose; of ``mip``, those where nothing was searched."""
+    if key == MIP:
+        return ~(values > -np.inf)
+    marked: AnyArray = values == NOT_SEARCHED if key == INDEX else np.isnan(values)
+    return marked
+
+
+def _stand_in(key: str, bits: AnyArray, shape: tuple[int, int]) -> AnyArray:
+    """Return a map with the same pixels marked, and valid values elsewhere."""
+    marked = np.unpackbits(bits, axis=1, count=shape[1]).astype(bool)
+    if key == INDEX:
+        return np.where(marked, np.int32(NOT_SEARCHED), np.int32(0))
+    return np.where(marked, np.float32(-np.inf if key == MIP else np.nan), np.float32(0))

@@ -1,14 +1,17 @@
 """Dictionaries of arrays in ``.npz`` and ``.pt`` files, read in bands of rows.
 
 Files may be broken or malicious. Nothing is ever unpickled: ``.npz`` members are parsed as plain
-``.npy`` streams, and tensors are located by :mod:`ocelot_em.io.torch_pickle`.
+``.npy`` streams, and tensors are located by :mod:`ocelot_em.io.torch_pickle`. The checksum of
+every member that is read is verified.
 """
 
+import hashlib
+import io
 import math
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -51,6 +54,17 @@ class ResultFile(Protocol):
         """Return a reader of rows ``y0:y1`` of a map; calls must go downwards without gaps."""
         ...
 
+    def scan(self, keys: Iterable[str]) -> Iterator[tuple[str, Callable[[int, int], AnyArray]]]:
+        """Yield maps and their readers in the order of the file.
+
+        If each is read before the next, the file is read once, :meth:`sha256` included.
+        """
+        ...
+
+    def sha256(self) -> str:
+        """Return the digest of the file's bytes, as hexadecimal digits."""
+        ...
+
     def close(self) -> None:
         """Close the file."""
         ...
@@ -65,32 +79,69 @@ def open_result_file(path: str | PathLike[str]) -> ResultFile:
         The file is missing, damaged, of another format, or would need unpickling.
     """
     place = Path(path)
-    archive = None
-    try:
-        if not place.is_file():
-            raise InvalidInputError(f"{place}: expected a file, got nothing there")
-        with place.open("rb") as file:
-            head = file.read(2)
-        if head != b"PK":
-            raise InvalidInputError(
-                f"{place}: expected a .npz or .pt dictionary of arrays"
-                + "; save it again with torch 1.6 or later" * (place.suffix in (".pt", ".pth"))
-            )
-        archive = zipfile.ZipFile(place)
-    except InvalidInputError:
-        raise
-    except Exception as error:  # zipfile's exceptions are undocumented
-        raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            if not place.is_file():
+                raise InvalidInputError(f"{place}: expected a file, got nothing there")
+            file = stack.enter_context(_DigestedFile(place))
+            if file.read(2) != b"PK":
+                raise InvalidInputError(
+                    f"{place}: expected a .npz or .pt dictionary of arrays"
+                    + "; save it again with torch 1.6 or later" * (place.suffix in (".pt", ".pth"))
+                )
+            archive = stack.enter_context(zipfile.ZipFile(file))
+        except InvalidInputError:
+            raise
+        except Exception as error:  # zipfile's exceptions are undocumented
+            raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
         members = Counter(archive.namelist())
         twice = [f"{place}: {member}: is there {n} times" for member, n in members.items() if n > 1]
         if twice:
             raise InvalidInputError(twice)
-        of_torch = any(member.endswith("/data.pkl") for member in members)
-        return _TorchFile(place, archive) if of_torch else _NpzFile(place, archive)
-    except BaseException:
-        archive.close()
-        raise
+        kind = _TorchFile if any(member.endswith("/data.pkl") for member in members) else _NpzFile
+        opened = kind(place, file, archive)
+        opened.stack.push(stack.pop_all())
+    return opened
+
+
+class _DigestedFile(io.FileIO):
+    """A file whose SHA-256 is computed from what is read of it from front to back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._sha256: Any = None
+        self._position = 0
+
+    def start_digest(self) -> None:
+        """Digest from now on what is read for the first time, and gaps that are skipped."""
+        if self._sha256 is None:
+            self._sha256 = hashlib.sha256()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        start = self.tell()
+        if self._sha256 is not None:
+            self._digest_until(start)
+        data = super().read(size)
+        end = start + len(data)
+        if self._sha256 is not None and start <= self._position < end:
+            self._sha256.update(memoryview(data)[self._position - start :])
+            self._position = end
+        return data
+
+    def _digest_until(self, end: int) -> None:
+        here = self.tell()
+        self.seek(self._position)
+        while block := super().read(min(_BLOCK_NBYTES, max(end - self._position, 0))):
+            self._sha256.update(block)
+            self._position += len(block)
+        self.seek(here)
+
+    def sha256(self) -> str:
+        """Return the digest of the whole file, after reading what was not read yet."""
+        self.start_digest()
+        self._digest_until(self.seek(0, io.SEEK_END))
+        digest: str = self._sha256.hexdigest()
+        return digest
 
 
 @contextmanager
@@ -104,13 +155,68 @@ def _refusing(path: Path, member: str) -> Iterator[None]:
         raise InvalidInputError(f"{path}: {member}: {error}") from error
 
 
-class _NpzFile:
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
-        self.path = path
-        self._archive = archive
-        self._stack = ExitStack()
-        self._stack.callback(archive.close)
+class _Archive:
+    """A zip archive with an array in each of its members."""
 
+    def __init__(self, path: Path, file: _DigestedFile, archive: zipfile.ZipFile) -> None:
+        self.path = path
+        self.stack = ExitStack()
+        self._file = file
+        self._archive = archive
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def sha256(self) -> str:
+        return self._file.sha256()
+
+    def scan(self, keys: Iterable[str]) -> Iterator[tuple[str, Callable[[int, int], AnyArray]]]:
+        places = {key: self._archive.getinfo(self._member_of(key)).header_offset for key in keys}
+        self._file.start_digest()
+        for key in sorted(places, key=places.__getitem__):
+            yield key, self.rows(key)
+
+    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+        raise NotImplementedError
+
+    def _member_of(self, key: str) -> str:
+        raise NotImplementedError
+
+    def _end(self, stream: Any, place: str) -> None:
+        """Read to the end of a member whose values were read: its CRC is checked only there."""
+        raise NotImplementedError
+
+    def _bands(
+        self, stream: Any, place: str, shape: tuple[int, ...], dtype: "np.dtype[Any]"
+    ) -> Callable[[int, int], AnyArray]:
+        """Return a reader of the rows of a map whose values come next in a stream."""
+        height, width = shape
+        position = 0
+
+        def read(y0: int, y1: int) -> AnyArray:
+            nonlocal position
+            assert y0 == position, "bands are read downwards without gaps"
+            position = y1
+            data = self._exactly(stream, (y1 - y0) * width * dtype.itemsize, place)
+            if y1 == height:
+                self._end(stream, place)
+            band = np.frombuffer(data, dtype).reshape(y1 - y0, width)
+            return band.astype(dtype.newbyteorder("="), copy=False)
+
+        return read
+
+    def _exactly(self, stream: Any, nbytes: int, place: str) -> bytes:
+        with _refusing(self.path, place):
+            data = cast(bytes, stream.read(nbytes))
+        if len(data) != nbytes:
+            raise InvalidInputError(
+                f"{self.path}: {place}: the file ends early: expected {nbytes} more bytes, got "
+                f"{len(data)}"
+            )
+        return data
+
+
+class _NpzFile(_Archive):
     def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
         found = {}
         for member in self._archive.namelist():
@@ -119,6 +225,9 @@ class _NpzFile:
                     shape, dtype = self._header(stream, member)
                 found[member.removesuffix(".npy")] = (shape, dtype)
         return found
+
+    def _member_of(self, key: str) -> str:
+        return f"{key}.npy"
 
     def _open(self, member: str) -> Any:
         with _refusing(self.path, member):
@@ -162,48 +271,21 @@ class _NpzFile:
                 return np.ndarray(shape, dtype, data)
 
     def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        stream = self._stack.enter_context(self._open(f"{key}.npy"))
-        (height, width), dtype = self._header(stream, key)
-        position = 0
+        stream = self.stack.enter_context(self._open(f"{key}.npy"))
+        shape, dtype = self._header(stream, key)
+        return self._bands(stream, key, shape, dtype)
 
-        def read(y0: int, y1: int) -> AnyArray:
-            nonlocal position
-            assert y0 == position, "bands are read downwards without gaps"
-            position = y1
-            data = self._exactly(stream, (y1 - y0) * width * dtype.itemsize, key)
-            if y1 == height:
-                self._end(stream, key)
-            band = np.frombuffer(data, dtype).reshape(y1 - y0, width)
-            return band.astype(dtype.newbyteorder("="), copy=False)
-
-        return read
-
-    def _exactly(self, stream: Any, nbytes: int, key: str) -> bytes:
-        with _refusing(self.path, key):
-            data = cast(bytes, stream.read(nbytes))
-        if len(data) != nbytes:
-            raise InvalidInputError(
-                f"{self.path}: {key}: the file ends early: expected {nbytes} more bytes, got "
-                f"{len(data)}"
-            )
-        return data
-
-    def _end(self, stream: Any, key: str) -> None:
-        """Read the end of a member: its CRC is checked only there."""
-        with _refusing(self.path, key):
+    def _end(self, stream: Any, place: str) -> None:
+        with _refusing(self.path, place):
             if stream.read(1):
                 raise ValueError("expected the array's values only, got more bytes after them")
 
-    def close(self) -> None:
-        self._stack.close()
 
-
-class _TorchFile:
+class _TorchFile(_Archive):
     """A zip archive with a pickle, and the raw values of each storage in a member."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
-        self.path = path
-        self._archive = archive
+    def __init__(self, path: Path, file: _DigestedFile, archive: zipfile.ZipFile) -> None:
+        super().__init__(path, file, archive)
         members = set(archive.namelist())
         pickles = [member for member in members if member.endswith("/data.pkl")]
         if len(pickles) > 1:
@@ -224,46 +306,91 @@ class _TorchFile:
         self._storages: dict[str, AnyArray] = {}
 
     def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        arrays = {key: self.small(key) for key in self._content if key in _KEYS}
-        return {key: (array.shape, array.dtype) for key, array in arrays.items()}
-
-    def small(self, key: str) -> AnyArray:
-        value = self._content[key]
-        with _refusing(self.path, key):
+        found = {}
+        for key in self._content:
+            if key not in _KEYS:
+                continue
+            value = self._value(key)
             if isinstance(value, torch_pickle.Tensor):
-                return self._values(value)
+                found[key] = (value.shape, self._dtype(key, value.storage))
+            else:
+                found[key] = (value.shape, value.dtype)
+        return found
+
+    def _value(self, key: str) -> torch_pickle.Tensor | AnyArray:
+        value = self._content[key]
+        if isinstance(value, torch_pickle.Tensor):
+            return value
+        with _refusing(self.path, key):
             if not isinstance(value, bool | int | float):
                 raise ValueError(f"expected a tensor or a number, got {type(value).__name__}")
             return np.asarray(value)
 
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        values = self.small(key)
-        return lambda y0, y1: values[y0:y1].astype(values.dtype.newbyteorder("="), copy=False)
+    def _dtype(self, key: str, storage: torch_pickle.Storage) -> "np.dtype[Any]":
+        """Return the dtype of a storage whose values are all there."""
+        with _refusing(self.path, key):
+            name = torch_pickle.STORAGE_DTYPES[storage.kind]
+            if name is None:
+                raise ValueError(
+                    f"NumPy has nothing like torch's {storage.kind}; save tensor.float()"
+                )
+            dtype = np.dtype(self._order + name)
+            expected, got = storage.n * dtype.itemsize, self._info(self._storage(storage)).file_size
+            if got != expected:
+                raise ValueError(f"expected {expected:,} bytes, got {got:,}")
+            return dtype
 
-    def _values(self, tensor: torch_pickle.Tensor) -> AnyArray:
-        """Return a view of a tensor's values in the memory-mapped file."""
-        storage = tensor.storage
-        name = torch_pickle.STORAGE_DTYPES[storage.kind]
-        if name is None:
-            raise ValueError(f"NumPy has nothing like torch's {storage.kind}; save tensor.float()")
-        dtype = np.dtype(self._order + name)
-        if storage.key not in self._storages:
-            self._storages[storage.key] = self._member(f"{self._folder}data/{storage.key}")
-        raw = self._storages[storage.key]
-        if raw.nbytes != storage.n * dtype.itemsize:
-            raise ValueError(f"expected {storage.n * dtype.itemsize:,} bytes, got {raw.nbytes:,}")
+    def _storage(self, storage: torch_pickle.Storage) -> str:
+        return f"{self._folder}data/{storage.key}"
+
+    def _member_of(self, key: str) -> str:
+        return self._storage(cast(torch_pickle.Tensor, self._content[key]).storage)
+
+    def small(self, key: str) -> AnyArray:
+        tensor = self._value(key)
+        if not isinstance(tensor, torch_pickle.Tensor):
+            return tensor
+        dtype, member = self._dtype(key, tensor.storage), self._storage(tensor.storage)
+        if member not in self._storages:
+            self._storages[member] = self._member(member)
         offset, *strides = (n * dtype.itemsize for n in (tensor.offset, *tensor.strides))
-        return np.ndarray(tensor.shape, dtype, raw.data, offset, strides)
+        with _refusing(self.path, key):
+            return np.ndarray(tensor.shape, dtype, self._storages[member].data, offset, strides)
 
-    def _member(self, member: str) -> AnyArray:
-        """Verify a member's checksum and return its bytes, memory-mapped."""
+    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+        tensor = cast(torch_pickle.Tensor, self._content[key])
+        dtype = self._dtype(key, tensor.storage)
+        if tensor.strides != (tensor.shape[1], 1):
+            values = self.small(key)
+            return lambda y0, y1: values[y0:y1].astype(dtype.newbyteorder("="), copy=False)
+        member = self._storage(tensor.storage)
+        with _refusing(self.path, member):
+            stream = self.stack.enter_context(self._archive.open(member))
+            self._skip(stream, tensor.offset * dtype.itemsize)
+        return self._bands(stream, member, tensor.shape, dtype)
+
+    def _end(self, stream: Any, place: str) -> None:
+        with _refusing(self.path, place):
+            self._skip(stream)
+
+    def _skip(self, stream: Any, nbytes: int = 2**63) -> None:
+        """Read up to so many bytes; a seek would turn the check of the CRC off."""
+        while nbytes and (block := stream.read(min(nbytes, _BLOCK_NBYTES))):
+            nbytes -= len(block)
+
+    def _info(self, member: str) -> zipfile.ZipInfo:
         with _refusing(self.path, member):
             info = self._archive.getinfo(member)
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise ValueError("is compressed, which torch does not do; save it again with torch")
+            return info
+
+    def _member(self, member: str) -> AnyArray:
+        """Verify a member's checksum and return its bytes, memory-mapped."""
+        info = self._info(member)
+        with _refusing(self.path, member):
             with self._archive.open(info) as stream:
-                while stream.read(_BLOCK_NBYTES):
-                    pass
+                self._skip(stream)
             if not info.file_size:
                 return np.empty(0, np.uint8)
             with self.path.open("rb") as file:
@@ -274,4 +401,4 @@ class _TorchFile:
 
     def close(self) -> None:
         self._content, self._storages = {}, {}
-        self._archive.close()
+        super().close()
