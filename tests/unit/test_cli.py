@@ -312,13 +312,15 @@ def test_the_last_of_repeated_options_wins(ocelot, run, tmp_path):
     assert "tiles       12 of 16 x 16" in ocelot(*arguments, 8, "--tile-size", 16)[1]
 
 
-def test_completion_can_be_installed(ocelot, tmp_path):
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_installed(ocelot, tmp_path, monkeypatch, shell):
+    monkeypatch.setenv("HOME", str(tmp_path))
     script = tmp_path / "completion"
-    code, _, err = ocelot("--install-completion", "--shell", "zsh", "--output", script)
+    code, _, err = ocelot("--install-completion", "--shell", shell, "--output", script)
     assert (code, err) == (0, "")
     text = script.read_text()
-    assert "--farthest-from-edge" not in text
-    assert all(word in text for word in ("--memory-limit", "farthest-from-edge", "simulate"))
+    assert all(word in text for word in ("memory-limit", "farthest-from-edge", "simulate"))
+    assert {"bash": "compgen -f", "zsh": ":output:_files", "fish": "-F"}[shell] in text
 
 
 def test_an_interrupt_exits_130(ocelot, run, tmp_path, monkeypatch):

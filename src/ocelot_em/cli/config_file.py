@@ -27,7 +27,7 @@ _Given = list[tuple[Argument, Token]]
 
 
 def apply_files(
-    paths: Sequence[str], _app: App, commands: tuple[str, ...], arguments: ArgumentCollection
+    paths: Sequence[str | Path], _app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 ) -> None:
     """Set the options that the command line does not set, as a source of cyclopts.
 
@@ -80,7 +80,7 @@ def _key(name: str) -> str:
     return name.lower() if name.isupper() else name
 
 
-def _read(path: str) -> Iterable[tuple[str, int, Any]]:
+def _read(path: str | Path) -> Iterable[tuple[str, int, Any]]:
     """Validate a file with the strict reader, and return its keys, lines and nodes."""
     import yaml
 
@@ -98,7 +98,7 @@ def _unknown(key: str, options: Iterable[str], command: str) -> str:
     return f"'{command}' has no such option{hint}"
 
 
-def _given(argument: Argument, node: Any, path: str) -> _Given:
+def _given(argument: Argument, node: Any, path: str | Path) -> _Given:
     """Return what a file says of an option, checked."""
     if argument.children:
         return _given_inside(argument, node, path)
@@ -106,7 +106,7 @@ def _given(argument: Argument, node: Any, path: str) -> _Given:
     if argument.resolved_hint is bool:
         if node.tag != _BOOLEAN:
             raise InvalidInputError(f"expected true or false, got {_shown(node)}")
-        return [(argument, Token(source=path, implicit_value=node.value.lower() in _TRUE))]
+        return [(argument, Token(source=str(path), implicit_value=node.value.lower() in _TRUE))]
     nodes, is_several = [node], is_list or n_values > 1
     if is_several:
         wanted = "one or more values" if is_list else f"{n_values} values"
@@ -122,7 +122,7 @@ def _given(argument: Argument, node: Any, path: str) -> _Given:
             raise InvalidInputError(f"{place}expected a value, got {_shown(item)}{hint}")
     texts = [item.value for item in nodes]
     _check(argument, texts if is_several else texts[0])
-    return [(argument, Token(source=path, value=t, index=i)) for i, t in enumerate(texts)]
+    return [(argument, Token(source=str(path), value=t, index=i)) for i, t in enumerate(texts)]
 
 
 def _check(argument: Argument, value: object) -> None:
@@ -140,7 +140,7 @@ def _check(argument: Argument, value: object) -> None:
         ) from None
 
 
-def _given_inside(argument: Argument, node: Any, path: str) -> _Given:
+def _given_inside(argument: Argument, node: Any, path: str | Path) -> _Given:
     """Return what a file says of the options inside an option: a mapping, or texts KEY=VALUE."""
     import yaml
 

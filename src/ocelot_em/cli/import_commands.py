@@ -11,6 +11,7 @@ from rich.progress import Progress, TaskID
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.parameters import PathOrUrl
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportOptions
 
@@ -22,10 +23,10 @@ DEFAULTS = ImportOptions()
 
 
 def import_files(
-    files: list[str],
+    files: list[PathOrUrl],
     /,
     *,
-    output: str,
+    output: PathOrUrl,
     options: Annotated[ImportOptions, MISSING] = DEFAULTS,
     prefix: Annotated[str, FINISHED] = "",
     pixel_size_offset: Annotated[float | None, FINISHED] = None,
@@ -69,7 +70,7 @@ def import_files(
     return DONE
 
 
-def import_montage(files: list[str], output: str, given: list[str]) -> int:
+def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) -> int:
     """Import the exposures listed in a description file, which excludes the given options."""
     from ocelot_em.io.description import import_description
 
@@ -90,8 +91,8 @@ def import_montage(files: list[str], output: str, given: list[str]) -> int:
 
 
 def import_finished(
-    files: list[str],
-    output: str,
+    files: list[PathOrUrl],
+    output: PathOrUrl,
     options: ImportOptions,
     prefix: str,
     pixel_size_offset: float | None,

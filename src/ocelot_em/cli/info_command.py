@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
+from ocelot_em.cli.parameters import PathOrUrl
 
 if TYPE_CHECKING:
     from ocelot_em.merge.result import MergedResult
@@ -17,7 +18,7 @@ ROWS_SHOWN = 60
 """Maximum number of table rows; the rest is counted."""
 
 
-def check(stores: list[str], /) -> int:
+def check(stores: list[PathOrUrl], /) -> int:
     """Print everything that is wrong with stores.
 
     Parameters
@@ -39,7 +40,7 @@ def check(stores: list[str], /) -> int:
     return FAILED if found_any else DONE
 
 
-def info(store: str, /) -> int:
+def info(store: PathOrUrl, /) -> int:
     """Print a description of a store.
 
     Parameters

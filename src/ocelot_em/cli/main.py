@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from ocelot_em import __version__
 from ocelot_em.cli.config_file import apply_files
 from ocelot_em.cli.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, REFUSED, STOPPED
-from ocelot_em.cli.parameters import AS_COMMAND, OPTION
+from ocelot_em.cli.parameters import AS_COMMAND, OPTION, PathOrUrl
 from ocelot_em.cli.refusals import in_one_sentence
 from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 
@@ -56,7 +56,7 @@ EVERY = Parameter(group=Group.create_ordered("Every command", sort_key=2))
 def launch(
     *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     verbose: Annotated[bool, EVERY] = False,
-    config: Annotated[tuple[str, ...], EVERY] = (),
+    config: Annotated[tuple[PathOrUrl, ...], EVERY] = (),
 ) -> int:
     """Run a command.
 
@@ -81,7 +81,7 @@ def launch(
 
 
 def parse(
-    words: Sequence[str], files: Sequence[str] = ()
+    words: Sequence[str], files: Sequence[PathOrUrl] = ()
 ) -> tuple[Callable[..., int | None], BoundArguments]:
     """Parse the words of a command, with options from files for those that are not given.
 

@@ -11,7 +11,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 from ocelot_em.cli.config_file import write_config
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE
-from ocelot_em.cli.parameters import AS_COMMAND
+from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl
 from ocelot_em.model.options import MergeOptions, Shown
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ app = _Grouped(name="merge", **AS_COMMAND)
 
 @app.default
 def merge(
-    inputs: list[str],
+    inputs: list[PathOrUrl],
     /,
     *,
-    output: str,
+    output: PathOrUrl,
     options: Annotated[MergeOptions, Parameter(name="*")] = DEFAULTS,
-    log: Annotated[str | None, Parameter(allow_leading_hyphen=True), RUN] = None,
-    run_folder: Annotated[str | None, RUN] = None,
+    log: Annotated[PathOrUrl | None, Parameter(allow_leading_hyphen=True), RUN] = None,
+    run_folder: Annotated[PathOrUrl | None, RUN] = None,
     dry_run: Annotated[bool, RUN] = False,
 ) -> int:
     """Merge the partials of searches, tile by tile.
@@ -95,7 +95,7 @@ def merge(
 
 @contextlib.contextmanager
 def run_kept(
-    log: str | None, run_folder: str | None, effective: Mapping[str, object]
+    log: str | Path | None, run_folder: str | Path | None, effective: Mapping[str, object]
 ) -> Iterator[list["Observer"]]:
     """Open the log and the run folder, if requested."""
     from ocelot_em.run.runlog import RunFolder, RunLog

@@ -1,7 +1,8 @@
 """What all options of the command line have in common."""
 
 from collections.abc import Sequence
-from typing import Any, get_origin
+from pathlib import Path
+from typing import Annotated, Any, get_origin
 
 from cyclopts import Parameter, Token, default_name_transform
 
@@ -27,5 +28,8 @@ OPTION = Parameter(
     negative=(),
     show_default=_shown,
 )
+PathOrUrl = Annotated[str | Path, Parameter(metavar="PATH")]
+"""Text that shells complete like a path; it stays text, as URLs are not paths."""
+
 AS_COMMAND: dict[str, Any] = {"default_parameter": OPTION, "help_format": "markdown"}
 """Arguments of the app of a command."""

@@ -8,6 +8,7 @@ from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.parameters import PathOrUrl
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
 
@@ -32,7 +33,7 @@ class OpticsOptions(Options):
         Edge of the template box in pixels. Default: that of the template's file.
     """
 
-    optics: str | None = None
+    optics: PathOrUrl | None = None
     template_box: int | None = None
 
     def read(self) -> "Optics | None":
@@ -70,19 +71,19 @@ class ExportOptions(Options):
     """
 
     to: Literal["mrc", "hdf5", "ome-zarr", "leopard", "relion", "cistem", "parquet"]
-    output: str
+    output: PathOrUrl
     overwrite: bool = False
     prefix: str = ""
     exposure: str | None = None
-    maps: str | None = None
-    particles: str | None = None
+    maps: PathOrUrl | None = None
+    particles: PathOrUrl | None = None
 
 
 def peaks(
-    store: str,
+    store: PathOrUrl,
     /,
     *,
-    output: str,
+    output: PathOrUrl,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
 ) -> int:
@@ -107,7 +108,7 @@ def peaks(
 
 
 def export(
-    store: str,
+    store: PathOrUrl,
     /,
     *,
     options: Annotated[ExportOptions, Parameter(name="*")],
@@ -159,7 +160,7 @@ def export(
 
 
 def particles_to_export(
-    store: str, options: ExportOptions, picking: PickOptions
+    store: PathOrUrl, options: ExportOptions, picking: PickOptions
 ) -> "ParticleTable":
     """Read or pick particles, and select the exposure if one is given."""
     from ocelot_em.errors import InvalidInputError
@@ -181,7 +182,7 @@ def particles_to_export(
 
 
 def report(
-    store: str, /, *, output: str, picking: Annotated[PickOptions, PICKING] = DEFAULTS
+    store: PathOrUrl, /, *, output: PathOrUrl, picking: Annotated[PickOptions, PICKING] = DEFAULTS
 ) -> int:
     """Write the report of a merged result.
 
@@ -203,7 +204,7 @@ def report(
     return DONE
 
 
-def say_particles(table: "ParticleTable", output: str) -> None:
+def say_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     """Print the number of particles, the cutoff and the output path."""
     about = table.about
     cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
@@ -212,7 +213,7 @@ def say_particles(table: "ParticleTable", output: str) -> None:
     open_console().print(f"{len(table)} particles{cutoff}: {output}", markup=False)
 
 
-def view_map(picture: str, /, *, port: int = 0) -> int:
+def view_map(picture: PathOrUrl, /, *, port: int = 0) -> int:
     """Serve a map to a browser until interrupted.
 
     Parameters

@@ -9,9 +9,10 @@ from rich.text import Text
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
+from ocelot_em.cli.parameters import PathOrUrl
 
 
-def doctor(*, folder: str = ".", cluster: str | None = None) -> int:
+def doctor(*, folder: PathOrUrl = ".", cluster: str | None = None) -> int:
     """Test an installation, a folder and a cluster.
 
     Parameters
@@ -33,7 +34,7 @@ def doctor(*, folder: str = ".", cluster: str | None = None) -> int:
 
 
 def simulate(
-    directory: str,
+    directory: PathOrUrl,
     /,
     *,
     shape: tuple[int, int],
@@ -76,7 +77,7 @@ def simulate(
     return DONE
 
 
-def demo(*, output: str = "ocelot-demo") -> int:
+def demo(*, output: PathOrUrl = "ocelot-demo") -> int:
     """Simulate, merge, compare with the truth, save a picture.
 
     Parameters
