@@ -271,7 +271,7 @@ def test_what_is_no_picture_is_refused(tmp_path, content):
     folder.mkdir()
     if content is not None:
         (folder / "zarr.json").write_text(content)
-    with pytest.raises(InvalidInputError, match=r"expected a folder with an OME-Zarr 0\.5 picture"):
+    with pytest.raises(InvalidInputError, match=r"expected a folder with an OME-Zarr 0\.5 image"):
         view(folder)
     with pytest.raises(InvalidInputError, match="expected a folder"):
         view(tmp_path / "NOTHING")

@@ -167,7 +167,7 @@ def plot_seams(
     Parameters
     ----------
     store, ax
-        See the module.
+        A merged montage, and axes to draw into (new ones by default).
     value
         ``mean``: both means, with the standard deviations of z-scores; many exposures are sorted
         by their mean. ``difference``: difference of the means in standard deviations, where enough
@@ -297,7 +297,7 @@ def plot_partials_of_exposures(
     Parameters
     ----------
     store, ax
-        See the module.
+        A merged montage, and axes to draw into (new ones by default).
     value
         ``wins``: won pixels / those expected from the partial's share of its exposure's
         projections. ``std``: standard deviation of its correlations / median of its exposure's.

@@ -89,6 +89,8 @@ def plot_zscore(
     store
         A merged result, or the return value of :func:`pooled_zscore` or, for a pyramid, of
         :func:`ocelot_em.io.ome_zarr.read_level`.
+    ax
+        Axes to draw into; new ones by default.
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
@@ -129,6 +131,8 @@ def plot_crop(
         A merged result.
     particle
         Row and column of the centre on the merged maps; in a montage, on its canvas.
+    ax
+        Axes to draw into; new ones by default.
     edge_px
         Edge of the crop.
     """

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from os import PathLike
 
+import numpy as np
+
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
-from ocelot_em.store import attributes as fmt
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,22 @@ def read_report_data(
             particles = find_peaks(merged)
         except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
             particles, reason = ParticleTable.empty(), str(error)
-    if problem := _misplaced(particles, merged.attributes):
-        raise InvalidInputError(f"particles: {problem}, as find_peaks gives them for {merged.url}")
+    _check_origin(particles, merged)
     return ReportData(merged, summary, particles, reason)
 
 
-def _misplaced(particles: ParticleTable, attributes: fmt.MergedAttributes) -> str:
-    """Return why particles cannot belong to a result; empty if they can."""
+def _check_origin(particles: ParticleTable, merged: MergedResult) -> None:
+    """Raise InvalidInputError for particles that cannot belong to a result."""
+    known = {exposure.id for exposure in merged.attributes.exposures}
     if not len(particles):
-        return ""
-    known = {exposure.id for exposure in attributes.exposures}
+        return
     if particles.is_of_montage != bool(known):
         expected, got = ("a montage", "one exposure") if known else ("one exposure", "a montage")
-        return f"expected those of {expected}, got those of {got}"
-    if particles.is_of_montage and (unknown := {*particles.columns[EXPOSURE].tolist()} - known):
-        return f"expected those of its exposures, got some of {min(unknown)!r}"
-    return ""
+    elif unknown := {*particles.columns.get(EXPOSURE, np.array([])).tolist()} - known:
+        expected, got = "its exposures", f"exposure {min(unknown)!r}"
+    else:
+        return
+    raise InvalidInputError(
+        f"particles: expected particles of {expected}, got particles of {got}; pick them with "
+        f"find_peaks from {merged.url}"
+    )

@@ -53,7 +53,7 @@ def plot_survival(
     Parameters
     ----------
     store, ax
-        See the module.
+        A merged result or its summary, and axes to draw into (new ones by default).
     cutoff
         z-score to mark, or the lowest and highest of several.
     """
@@ -141,7 +141,7 @@ def plot_joint(
     Parameters
     ----------
     store, ax
-        See the module.
+        A merged result or its summary, and axes to draw into (new ones by default).
     particles
         Picked particles, drawn as circles.
     candidates
@@ -227,7 +227,7 @@ def plot_correlations(
     Parameters
     ----------
     store, ax
-        See the module.
+        A merged result or its summary, and axes to draw into (new ones by default).
     value
         Statistic to draw.
     """

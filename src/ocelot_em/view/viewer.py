@@ -13,11 +13,11 @@ import secrets
 import socketserver
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ocelot_em.errors import InvalidInputError, StorageError
@@ -45,7 +45,7 @@ _CORS = {
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-class View:
+class View(AbstractContextManager["View"]):
     """A served folder; as a context manager, it stops serving on exit.
 
     Parameters
@@ -81,15 +81,7 @@ class View:
         self._thread.join()
         self._server.server_close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -126,7 +118,7 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
     except OSError as error:
         raise StorageError(
             f"cannot listen at {HOST}:{port}: {error.strerror or error}; choose another port, or 0 "
-            "for any that is free"
+            "for any free port"
         ) from error
     url = f"http://{HOST}:{server.server_address[1]}{prefix}"
     log.info("serving %s at %s:%d", folder, HOST, server.server_address[1])
@@ -162,8 +154,8 @@ def _neuroglancer_state(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidInputError(
-            f"{folder}: expected a folder with an OME-Zarr 0.5 picture, got something else "
-            f"({type(error).__name__}: {error}); write_ome_zarr makes one from a merged result"
+            f"{folder}: expected a folder with an OME-Zarr 0.5 image, got something else "
+            f"({type(error).__name__}: {error}); write_ome_zarr exports one from a merged result"
         ) from error
     return state
 
