@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError, StorageError
+from ocelot_em.model.html import render
 from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
 
 if TYPE_CHECKING:
@@ -265,24 +265,19 @@ class ParticleTable:
 
     def _repr_html_(self) -> str:
         """Return an HTML summary with the first rows, for notebooks."""
-        shown = min(len(self), _ROWS_SHOWN)
-        titles = {n: f"{ALL_COLUMNS[n].meaning} ({ALL_COLUMNS[n].unit})" for n in self.columns}
-        header = "".join(
-            f'<th title="{escape(title)}">{name}</th>' for name, title in titles.items()
-        )
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{_short(v[i])}</td>" for v in self.columns.values()) + "</tr>"
-            for i in range(shown)
-        )
-        more = f"<p>{len(self) - shown} more</p>" if len(self) > shown else ""
-        return (
-            f"<p>{escape(self._summary())}</p>"
-            f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>{more}"
+        columns = [(n, f"{ALL_COLUMNS[n].meaning} ({ALL_COLUMNS[n].unit})") for n in self.columns]
+        shown = [map(_short, values[:_ROWS_SHOWN]) for values in self.columns.values()]
+        return render(
+            "particles/templates/table.html.j2",
+            summary=self._summary(),
+            columns=columns,
+            rows=zip(*shown, strict=True),
+            n_more=max(len(self) - _ROWS_SHOWN, 0),
         )
 
 
 def _short(value: np.generic) -> str:
-    return f"{value:.6g}" if isinstance(value, np.floating) else escape(str(value))
+    return f"{value:.6g}" if isinstance(value, np.floating) else str(value)
 
 
 def as_text(values: AnyArray) -> list[str]:
