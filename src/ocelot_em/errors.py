@@ -5,7 +5,8 @@ A message states the problem, its place (store, partial, map, tile), the expecte
 value, and how to fix it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class OcelotError(Exception):
@@ -93,6 +94,27 @@ class TilesFailedError(OcelotError, RuntimeError):
 
 class MissingDependencyError(OcelotError, ImportError):
     """An optional package that this operation needs is not installed."""
+
+
+@contextmanager
+def optional_import(need: str, extra: str) -> Iterator[None]:
+    """Convert the ImportError of a missing optional package.
+
+    Parameters
+    ----------
+    need
+        What needs which package, for the message.
+    extra
+        Extra of this package that installs it.
+
+    Raises
+    ------
+    MissingDependencyError
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"{need}: pip install 'ocelot-em[{extra}]'") from error
 
 
 class DeviceError(OcelotError, RuntimeError):

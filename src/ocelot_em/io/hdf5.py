@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em import __version__
-from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.io.leopard_maps import (
     OUR_NAMES,
     FinishedSearch,
@@ -24,6 +24,7 @@ from ocelot_em.io.leopard_maps import (
     Tell,
     band_grid,
     import_map_files,
+    positive_or_none,
 )
 from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.merge.result import MergedResult
@@ -164,7 +165,7 @@ def import_hdf5(
             name=place.stem,
             maps=maps,
             paths=[place],
-            pixel_size_angstrom=_positive(size),
+            pixel_size_angstrom=positive_or_none(size),
             total_projections=count,
         )
         return import_map_files(files, output, about or FinishedSearch(), on_progress)
@@ -212,12 +213,8 @@ def _dataset_problem(dataset: Any) -> str | None:
 
 
 def _h5py() -> Any:
-    try:
+    with optional_import("HDF5 files need h5py", extra="maps"):
         import h5py
-    except ImportError as error:
-        raise MissingDependencyError(
-            "HDF5 files need h5py: pip install 'ocelot-em[maps]'"
-        ) from error
     return h5py
 
 
@@ -238,11 +235,3 @@ def _write(dataset: Any, region: Region, values: AnyArray) -> None:
 def _whole_chunks(length: int) -> int:
     """Round a length up to whole chunks of the file."""
     return ceil_div(length, CHUNK) * CHUNK
-
-
-def _positive(size: Any) -> float | None:
-    try:
-        number = float(size)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) and number > 0 else None

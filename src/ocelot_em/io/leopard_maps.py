@@ -5,6 +5,7 @@ its sums are reconstructed from the mean and the standard deviation.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -161,6 +162,15 @@ class MapFiles:
                     f"{self.place}: {name}: pixels {region} cannot be read: {error}"
                 ) from error
         return read
+
+
+def positive_or_none(value: Any) -> float | None:
+    """Return a pixel size as a number; None if it is not a positive one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and number > 0 else None
 
 
 def import_map_files(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.io.leopard_maps import (
     OUR_NAMES,
     FinishedSearch,
@@ -25,6 +25,7 @@ from ocelot_em.io.leopard_maps import (
     Tell,
     band_grid,
     import_map_files,
+    positive_or_none,
 )
 from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.merge.result import MergedResult
@@ -154,12 +155,8 @@ def import_mrc_set(
 
 
 def _mrcfile() -> Any:
-    try:
+    with optional_import("MRC files need mrcfile", extra="maps"):
         import mrcfile
-    except ImportError as error:
-        raise MissingDependencyError(
-            "MRC files need mrcfile: pip install 'ocelot-em[maps]'"
-        ) from error
     return mrcfile
 
 
@@ -255,5 +252,4 @@ def _picture(data: AnyArray) -> AnyArray:
 def _pixel_size(file: Any) -> float | None:
     """Return a header's pixel size without float32's spurious digits, or None."""
     n = int(file.header.mx)
-    size = float(f"{float(file.header.cella.x) / n:.6g}") if n else 0.0
-    return size if math.isfinite(size) and size > 0 else None
+    return positive_or_none(f"{float(file.header.cella.x) / n:.6g}") if n else None

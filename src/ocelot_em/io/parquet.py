@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
@@ -136,11 +136,7 @@ def _to_columns(table: Any) -> dict[str, AnyArray]:
 
 
 def _pyarrow() -> Any:
-    try:
+    with optional_import("Parquet files need pyarrow", extra="tables"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Parquet files need pyarrow: pip install 'ocelot-em[tables]'"
-        ) from error
     return pyarrow

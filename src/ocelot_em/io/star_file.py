@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
-from ocelot_em.errors import MissingDependencyError
+from ocelot_em.errors import optional_import
 
 _TO_ESCAPE = re.compile(r"[^\t\n -~]+|%")
 _VALUE = re.compile(r"#.*|'[^']*'(?!\S)|\"[^\"]*\"(?!\S)|\S+")
@@ -54,12 +54,8 @@ def parse_star(text: str) -> tuple[list[StarTable], list[str]]:
     MissingDependencyError
         gemmi is not installed.
     """
-    try:
+    with optional_import("STAR files need gemmi", extra="tables"):
         from gemmi import cif
-    except ImportError as error:
-        raise MissingDependencyError(
-            "STAR files need gemmi: pip install 'ocelot-em[tables]'"
-        ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     loops, problems = dict[int, list[int]](), list[str]()
     for start, width, rows in _loops(lines):

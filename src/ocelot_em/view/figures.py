@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ocelot_em.errors import MissingDependencyError
+from ocelot_em.errors import optional_import
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import Axis
@@ -42,15 +42,11 @@ def new_figure(size_inches: tuple[float, float] | None = None, *, in_pyplot: boo
     MissingDependencyError
         matplotlib is not installed.
     """
-    try:
+    with optional_import("plots need matplotlib", extra="viz"):
         if in_pyplot:
             from matplotlib.pyplot import figure
         else:
             from matplotlib.figure import Figure as figure  # noqa: N813
-    except ImportError as error:
-        raise MissingDependencyError(
-            "plots need matplotlib: pip install 'ocelot-em[viz]'"
-        ) from error
     return figure(figsize=size_inches, layout="constrained")
 
 
