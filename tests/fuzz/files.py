@@ -27,7 +27,7 @@ from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.yaml_file import read_yaml
 from ocelot_em.model.maps import COUNT, MIP
 from ocelot_em.model.search_space import TABLES
-from ocelot_em.particles.table import COLUMNS, MONTAGE_COLUMNS, NEG_LOG_P, About, ParticleTable
+from ocelot_em.particles.table import COLUMNS, MONTAGE_COLUMNS, NEG_LOG_P, ParticleTable, PickInfo
 
 Reader = Callable[[bytes], object]
 Kind = Callable[[Path], tuple[list[bytes], Reader]]
@@ -282,7 +282,7 @@ def particles(n: int, *, montage: bool = False) -> ParticleTable:
             if dtype == "str"
             else (1000 * rng.normal(size=n)).astype(dtype)
         )
-    about = About("OUT.zarr", "gaussian", 6.5, 5.0, 1.0, 2.5, (432, 480), (377, 425), "exposure")
+    about = PickInfo("OUT.zarr", "gaussian", 6.5, 5.0, 1.0, 2.5, (432, 480), (377, 425), "exposure")
     return ParticleTable(columns, about if montage else None)
 
 

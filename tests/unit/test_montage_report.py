@@ -346,8 +346,8 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     for name, apart in shift.items():
         assert f" {apart:.2f} " in words, name
     # Said once where all overlaps are brighter; of those exposures that are, otherwise.
-    assert "seams can be seen: the z-scores have a mean of" in words
-    assert ": a seam can be seen" not in words
+    assert "visible seams: the z-scores have a mean of" in words
+    assert ": visible seam:" not in words
     drawn = np.concatenate(
         [line.get_xdata() for line in plot_seams(store, value="difference").lines]
     )

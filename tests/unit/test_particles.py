@@ -16,13 +16,13 @@ from ocelot_em.particles.table import (
     ALL_COLUMNS,
     COLUMNS,
     NEG_LOG_P,
-    About,
     ParticleTable,
+    PickInfo,
     as_text,
     write_file,
 )
 
-ABOUT = About(
+ABOUT = PickInfo(
     store="OUT.zarr",
     method="gaussian",
     cutoff=6.4726,

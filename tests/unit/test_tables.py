@@ -22,7 +22,7 @@ from ocelot_em.io.optics import LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import parse_star
 from ocelot_em.io.tables import write_cistem_star, write_leopard_csv, write_relion_star, write_table
-from ocelot_em.particles.table import COLUMNS, NEG_LOG_P, About, ParticleTable
+from ocelot_em.particles.table import COLUMNS, NEG_LOG_P, ParticleTable, PickInfo
 
 LEOPARD_HEADER = (
     "particle_index,mip,scaled_mip,correlation_mean,correlation_variance,total_correlations,pos_x,"
@@ -45,7 +45,7 @@ OPTICS = Optics(
     template="T.mrc",
     template_box_px=57,
 )
-ABOUT = About(
+ABOUT = PickInfo(
     store="s3://bucket/OUT.zarr",
     method="pvalue",
     cutoff=8.0,

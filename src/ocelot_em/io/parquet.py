@@ -14,8 +14,8 @@ from ocelot_em.model.maps import AnyArray
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
     MONTAGE_COLUMNS,
-    About,
     ParticleTable,
+    PickInfo,
     text_array,
     write_file,
 )
@@ -83,7 +83,7 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
     ]
     about = None
     try:
-        about = TypeAdapter(About | None).validate_json(metadata.get(_PARQUET_KEY, b"null"))
+        about = TypeAdapter(PickInfo | None).validate_json(metadata.get(_PARQUET_KEY, b"null"))
     except ValidationError as error:
         problems += [
             f"{_PARQUET_KEY.decode()}: {'.'.join(map(str, e['loc']))}: {e['msg']}"

@@ -31,12 +31,12 @@ from ocelot_em.model.maps import (
     Float64,
     Int64,
 )
+from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
 from ocelot_em.particles.duplicates import Peaks, join_duplicates
-from ocelot_em.particles.judging import Judge, column, make_judges
 from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import scan
-from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, About, ParticleTable
+from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTable, PickInfo
 
 
 def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> ParticleTable:
@@ -67,49 +67,48 @@ def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> Par
     InvalidInputError
         If options are unknown or invalid, or a distribution cannot be fitted.
     """
-    asked = PickOptions.parse(options)
-    return pick_particles(MergedResult.open(store), asked)
+    return pick_particles(MergedResult.open(store), PickOptions.parse(options))
 
 
-def pick_particles(merged: MergedResult, asked: PickOptions) -> ParticleTable:
-    """Pick particles as :func:`find_peaks` does, with options that are parsed."""
+def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable:
+    """Pick particles as :func:`find_peaks` does, with parsed options."""
     _ = merged.summary  # fail early without statistics
-    judges = make_judges(asked, merged)
-    candidates = _candidates(merged, judges)
+    rules = make_rules(settings, merged)
+    candidates = _candidates(merged, rules)
     found = [
-        _Found(exposure, candidates[k], judges[k].height(candidates[k]))
+        _Pixels(exposure, candidates[k], rules[k].height(candidates[k]))
         for k, exposure in enumerate(merged.plan.exposures)
     ]
-    if merged.plan.is_montage and asked.per == "montage":
-        chosen, others = _peaks_of_montage(merged, found, asked)
+    if merged.plan.is_montage and settings.per == "montage":
+        chosen, others = _peaks_of_montage(merged, found, settings)
     else:
-        chosen = [f.at(select_peaks(*f.pixels, f.height, asked.min_distance)) for f in found]
+        chosen = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in found]
         others = []
-    about = _about(asked, merged, [judge.cutoff for judge in judges])
-    return _table(merged, chosen, others, asked, about)
+    info = _pick_info(settings, merged, [rule.cutoff for rule in rules])
+    return _table(merged, chosen, others, settings, info)
 
 
-def _candidates(merged: MergedResult, judges: Sequence[Judge]) -> list[Float64]:
+def _candidates(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
     """Return candidates per exposure: columns :data:`CANDIDATE_FIELDS`, exposure pixels.
 
     Uses the candidates recorded by the merge if they are complete. Otherwise reads the maps;
     montage pixels won by another exposure are then limited to the recorded candidates.
     """
     found, incomplete = [], False
-    for exposure, judge in zip(merged.plan.exposures, judges, strict=True):
+    for exposure, rule in zip(merged.plan.exposures, rules, strict=True):
         rows, level = merged.candidates(exposure)
-        incomplete |= judge.model is not None or judge.cutoff < level
+        incomplete |= rule.model is not None or rule.cutoff < level
         mip, z = column(rows, MIP), column(rows, SCALED_MIP)
-        found.append(rows[judge.wanted(mip, z)])
+        found.append(rows[rule.accepts(mip, z)])
     if not incomplete:
         return found
-    scanned = scan(merged, judges)
+    scanned = scan(merged, rules)
     if not merged.plan.is_montage:
         return scanned
-    return [_united(one, other) for one, other in zip(found, scanned, strict=True)]
+    return [_union(one, other) for one, other in zip(found, scanned, strict=True)]
 
 
-def _united(one: Float64, other: Float64) -> Float64:
+def _union(one: Float64, other: Float64) -> Float64:
     """Concatenate rows; for a pixel in both, keep the row of the first."""
     rows = np.concatenate([one, other])
     keys = np.stack([column(rows, "y"), column(rows, "x")], axis=1)
@@ -130,7 +129,7 @@ def all_candidates(store: str | PathLike[str] | MergedResult) -> Candidates:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Pixels:
     """Candidates or peaks of an exposure: rows of :data:`CANDIDATE_FIELDS` and their heights."""
 
     exposure: PlannedExposure
@@ -149,43 +148,43 @@ class _Found:
         y, x = self.pixels
         return y + self.exposure.origin[0], x + self.exposure.origin[1]
 
-    def at(self, which: AnyArray) -> "_Found":
+    def at(self, which: AnyArray) -> "_Pixels":
         """Return a subset."""
-        return _Found(self.exposure, self.rows[which], self.height[which])
+        return _Pixels(self.exposure, self.rows[which], self.height[which])
 
 
 def _peaks_of_montage(
-    merged: MergedResult, found: Sequence[_Found], asked: PickOptions
-) -> tuple[list[_Found], list[_Found]]:
+    merged: MergedResult, found: Sequence[_Pixels], settings: PickOptions
+) -> tuple[list[_Pixels], list[_Pixels]]:
     """Return peaks of the shown pixels of a montage, and of the hidden ones, per exposure."""
     is_shown = [merged.shows(f.exposure, *f.on_canvas) for f in found]
     shown = [f.at(np.flatnonzero(s)) for f, s in zip(found, is_shown, strict=True)]
     y, x = (np.concatenate([f.on_canvas[axis] for f in shown]) for axis in (0, 1))
-    best = select_peaks(y, x, np.concatenate([f.height for f in shown]), asked.min_distance)
+    best = select_peaks(y, x, np.concatenate([f.height for f in shown]), settings.min_distance)
     starts = np.cumsum([0, *(len(f.rows) for f in shown)])
     chosen = [
         f.at(np.sort(best[(best >= start) & (best < end)]) - start)
         for f, start, end in zip(shown, starts[:-1], starts[1:], strict=True)
     ]
     hidden = [f.at(np.flatnonzero(~s)) for f, s in zip(found, is_shown, strict=True)]
-    others = [f.at(select_peaks(*f.pixels, f.height, asked.min_distance)) for f in hidden]
+    others = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in hidden]
     return chosen, others
 
 
-def _about(asked: PickOptions, merged: MergedResult, cutoffs: Sequence[float]) -> About:
+def _pick_info(settings: PickOptions, merged: MergedResult, cutoffs: Sequence[float]) -> PickInfo:
     attributes, plan = merged.attributes, merged.plan
-    given = asked.cutoff is not None or asked.method == "pvalue"
+    given = settings.cutoff is not None or settings.method == "pvalue"
     own = zip(plan.exposures, cutoffs, strict=True)
-    return About(
+    return PickInfo(
         store=merged.url,
-        method=asked.method if asked.cutoff is None else "cutoff",
+        method=settings.method if settings.cutoff is None else "cutoff",
         cutoff=min(cutoffs),
-        min_distance_px=asked.min_distance,
-        false_positives=None if given else asked.false_positives,
+        min_distance_px=settings.min_distance,
+        false_positives=None if given else settings.false_positives,
         pixel_size_angstrom=attributes.pixel_size_angstrom,
         shape=attributes.shape,
         valid_shape=attributes.valid_shape,
-        per=asked.per if plan.is_montage else None,
+        per=settings.per if plan.is_montage else None,
         exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.is_montage else (),
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
     )
@@ -193,10 +192,10 @@ def _about(asked: PickOptions, merged: MergedResult, cutoffs: Sequence[float]) -
 
 def _table(
     merged: MergedResult,
-    chosen: Sequence[_Found],
-    others: Sequence[_Found],
-    asked: PickOptions,
-    about: About,
+    chosen: Sequence[_Pixels],
+    others: Sequence[_Pixels],
+    settings: PickOptions,
+    info: PickInfo,
 ) -> ParticleTable:
     """Build the table, highest first and ties by position; join duplicates.
 
@@ -209,7 +208,7 @@ def _table(
     rows, height = (np.concatenate([getattr(f, n) for f in found]) for n in ("rows", "height"))
     canvas_y, canvas_x = (np.concatenate([f.on_canvas[axis] for f in found]) for axis in (0, 1))
     columns = _columns(merged, rows, exposures)
-    if asked.method == "pvalue":
+    if settings.method == "pvalue":
         columns[NEG_LOG_P] = np.asarray(height, np.float64)
     kept = np.arange(n_chosen)
     if merged.plan.is_montage:
@@ -217,12 +216,12 @@ def _table(
         columns[EXPOSURE] = np.array([e.id for e in merged.plan.exposures])[exposures]
         preferred = _preference(merged, exposures, rows, height)
         order = np.lexsort((*preferred, np.arange(len(rows)) >= n_chosen))
-        stands_for = join_duplicates(_poses_on_canvas(columns), order, asked.tolerances)
+        stands_for = join_duplicates(_poses_on_canvas(columns), order, settings.tolerances)
         columns[ALSO_SEEN] = _also_seen(columns, stands_for)
         kept = np.flatnonzero(stands_for[:n_chosen] == np.arange(n_chosen))
     in_order = np.lexsort((exposures[kept], canvas_x[kept], canvas_y[kept], -height[kept]))
     kept = kept[in_order]
-    return ParticleTable({name: values[kept] for name, values in columns.items()}, about)
+    return ParticleTable({name: values[kept] for name, values in columns.items()}, info)
 
 
 def _preference(

@@ -50,8 +50,8 @@ def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
     """
     return [
         *_wins(statistics),
-        *_unlike_the_others([s for s in statistics.sources if s.mean is not None]),
-        *_twins(statistics.sources),
+        *_outliers([s for s in statistics.sources if s.mean is not None]),
+        *_duplicate_sources(statistics.sources),
     ]
 
 
@@ -85,25 +85,25 @@ def montage_warnings(
 def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
     """Yield warnings about visible seams and unusual exposures."""
     alone, overlap = (
-        _together([getattr(exposure, where) for exposure in statistics.exposures])
+        _pooled([getattr(exposure, where) for exposure in statistics.exposures])
         for where in ("alone", "overlap")
     )
     difference = difference_in_std(overlap, alone)
     everywhere = difference is not None and abs(difference) > SEAM
     if difference is not None and everywhere:
         yield (
-            f"seams can be seen: the z-scores have a mean of {overlap.mean:.3g} where exposures "
-            f"overlap, and of {alone.mean:.3g} where one is alone, {abs(difference):.2g} standard "
-            "deviations apart" + (" (the highest of several is higher)" if difference > 0 else "")
+            f"visible seams: the z-scores have a mean of {overlap.mean:.3g} where exposures "
+            f"overlap and of {alone.mean:.3g} elsewhere, {abs(difference):.2g} standard deviations "
+            "apart" + (" (the highest of several values is higher)" if difference > 0 else "")
         )
     for exposure in statistics.exposures:
         alone, overlap = exposure.alone, exposure.overlap
         difference = difference_in_std(overlap, alone)
         if difference is not None and abs(difference) > SEAM and not everywhere:
             yield (
-                f"exposure {exposure.id}: a seam can be seen: its z-scores have a mean of "
-                f"{overlap.mean:.3g} where other exposures lie, too, and of {alone.mean:.3g} where "
-                f"it is alone, {abs(difference):.2g} standard deviations apart"
+                f"exposure {exposure.id}: visible seam: its z-scores have a mean of "
+                f"{overlap.mean:.3g} where it overlaps others and of {alone.mean:.3g} elsewhere, "
+                f"{abs(difference):.2g} standard deviations apart"
             )
     known = [e for e in statistics.exposures if e.alone.pixels >= MIN_SHOWN]
     for exposure in known:
@@ -114,24 +114,24 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
         ]
         if len(alike) < 3:
             continue
-        usual = sorted(alike, key=lambda shown: _number(shown.mean))[len(alike) // 2]
+        usual = sorted(alike, key=lambda shown: _or_zero(shown.mean))[len(alike) // 2]
         difference = difference_in_std(exposure.alone, usual)
         if difference is not None and abs(difference) > SEAM:
             yield (
-                f"exposure {exposure.id}: stands out: its z-scores have a mean of "
-                f"{exposure.alone.mean:.3g}, those of the exposures together {usual.mean:.3g} in "
-                f"the median, {abs(difference):.2g} standard deviations apart"
+                f"exposure {exposure.id}: unusual: its z-scores have a mean of "
+                f"{exposure.alone.mean:.3g}, and the median of comparable exposures is "
+                f"{usual.mean:.3g}, {abs(difference):.2g} standard deviations apart"
             )
 
 
-def _together(parts: list[ShownStatistics]) -> ShownStatistics:
+def _pooled(parts: list[ShownStatistics]) -> ShownStatistics:
     """Pool the statistics of several sets of pixels."""
     pixels = sum(part.pixels for part in parts)
     if not pixels:
         return ShownStatistics(pixels=0)
-    mean = sum(part.pixels * _number(part.mean) for part in parts) / pixels
+    mean = sum(part.pixels * _or_zero(part.mean) for part in parts) / pixels
     squares = sum(
-        part.pixels * (_number(part.std) ** 2 + _number(part.mean) ** 2) for part in parts
+        part.pixels * (_or_zero(part.std) ** 2 + _or_zero(part.mean) ** 2) for part in parts
     )
     return ShownStatistics(
         pixels=pixels, mean=mean, std=max(squares / pixels - mean * mean, 0.0) ** 0.5
@@ -142,7 +142,7 @@ def difference_in_std(one: ShownStatistics, other: ShownStatistics) -> float | N
     """Return the difference of means in standard deviations of ``other``, or None."""
     if min(one.pixels, other.pixels) < MIN_SHOWN or not other.std:
         return None
-    return (_number(one.mean) - _number(other.mean)) / other.std
+    return (_or_zero(one.mean) - _or_zero(other.mean)) / other.std
 
 
 def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
@@ -155,7 +155,7 @@ def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
         if partial.won_pixels == 0:
             yield (
                 f"{partial.name}: won no pixel, expected about {expected:,.0f} by its count: its "
-                "device was idle or failed, or its share was searched by an earlier partial, too"
+                "device was idle or failed, or an earlier partial searched the same share"
             )
         elif not 1 / WIN_RATIO <= partial.won_pixels / expected <= WIN_RATIO:
             many = "more" if partial.won_pixels > expected else "fewer"
@@ -166,28 +166,26 @@ def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
             )
 
 
-def _unlike_the_others(known: list[SourceStatistics]) -> Iterator[str]:
+def _outliers(known: list[SourceStatistics]) -> Iterator[str]:
     if len(known) < 2:
         return
-    usual_std = median(_number(source.std) for source in known)
-    usual_mean = median(_number(source.mean) for source in known)
+    usual_std = median(_or_zero(source.std) for source in known)
+    usual_mean = median(_or_zero(source.mean) for source in known)
     for source in known:
-        std, mean = _number(source.std), _number(source.mean)
+        std, mean = _or_zero(source.std), _or_zero(source.mean)
         if usual_std > 0 and not 1 / STD_RATIO <= std / usual_std <= STD_RATIO:
             yield (
-                f"{source.name}: its correlations have a standard deviation of {std:.4g}, those of "
-                f"the partials together {usual_std:.4g} in the median: its count is wrong, or its "
-                "device failed"
+                f"{source.name}: its correlations have a standard deviation of {std:.4g}, and the "
+                f"median of all is {usual_std:.4g}: its count is wrong, or its device failed"
             )
         elif abs(mean - usual_mean) > MEAN_DIFFERENCE * usual_std:
             yield (
-                f"{source.name}: its correlations have a mean of {mean:.4g}, those of the partials "
-                f"together {usual_mean:.4g} in the median: its device failed, or it searched "
-                "another image"
+                f"{source.name}: its correlations have a mean of {mean:.4g}, and the median of all "
+                f"is {usual_mean:.4g}: its device failed, or it searched another image"
             )
 
 
-def _twins(sources: tuple[SourceStatistics, ...]) -> Iterator[str]:
+def _duplicate_sources(sources: tuple[SourceStatistics, ...]) -> Iterator[str]:
     first: dict[tuple[float, float], str] = {}
     for source in sources:
         if source.correlation_sum is None or source.correlation_squared_sum is None:
@@ -195,11 +193,11 @@ def _twins(sources: tuple[SourceStatistics, ...]) -> Iterator[str]:
         sums = source.correlation_sum, source.correlation_squared_sum
         if any(sums) and sums in first:
             yield (
-                f"{source.name}: has the same sums as {first[sums]}: a share that was searched, or "
-                "imported, twice; merge without one of them"
+                f"{source.name}: has the same sums as {first[sums]}: the same share was searched "
+                "or imported twice; merge again without one of them"
             )
         first.setdefault(sums, source.name)
 
 
-def _number(value: float | None) -> float:
+def _or_zero(value: float | None) -> float:
     return 0.0 if value is None else value

@@ -19,17 +19,17 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.regions import Region
 from ocelot_em.model.threads import map_in_threads
-from ocelot_em.particles.judging import Judge
+from ocelot_em.particles.candidate_rules import CandidateRule
 
 
-def scan(merged: MergedResult, judges: Sequence[Judge]) -> list[Float64]:
+def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
     """Search maps chunk by chunk for the shown candidates of each exposure.
 
     Parameters
     ----------
     merged
         Merged result.
-    judges
+    rules
         Candidate rules, one per exposure.
 
     Returns
@@ -44,14 +44,14 @@ def scan(merged: MergedResult, judges: Sequence[Judge]) -> list[Float64]:
             return []
         mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
         if not merged.plan.is_montage:
-            return [(0, rows_at(region, z, judges[0].wanted(mip, z), (0, 0)))]
+            return [(0, rows_at(region, z, rules[0].accepts(mip, z), (0, 0)))]
         numbers = merged.read(region, SOURCE_EXPOSURE)
         found = []
         for k in there:
             exposure = merged.plan.exposures[k]
             own = numbers == exposure.number
             where = own.copy()
-            where[own] = judges[k].wanted(mip[own], z[own])
+            where[own] = rules[k].accepts(mip[own], z[own])
             own_z = np.where(own, z, np.float32(np.nan))
             found.append((k, rows_at(region, own_z, where, exposure.origin)))
         return found
@@ -70,7 +70,7 @@ def scan(merged: MergedResult, judges: Sequence[Judge]) -> list[Float64]:
             _put(rows, name, beside)
         return rows
 
-    found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in judges]
+    found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in rules]
     for own in map_in_threads(look, merged.regions()):
         for k, rows in own:
             found[k].append(rows)

@@ -82,7 +82,7 @@ _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class PickInfo:
     """Source and picking parameters of particles.
 
     Parameters
@@ -158,7 +158,7 @@ class ParticleTable:
     """
 
     columns: Mapping[str, AnyArray]
-    about: About | None = None
+    about: PickInfo | None = None
 
     def __post_init__(self) -> None:
         problems = _column_problems(self.columns)
@@ -168,7 +168,7 @@ class ParticleTable:
         object.__setattr__(self, "columns", ordered)
 
     @classmethod
-    def empty(cls, about: About | None = None, *, neg_log_p: bool = False) -> "ParticleTable":
+    def empty(cls, about: PickInfo | None = None, *, neg_log_p: bool = False) -> "ParticleTable":
         """Return an empty table, with or without ``neg_log_p``."""
         names = [name for name in COLUMNS if neg_log_p or name != NEG_LOG_P]
         return cls({name: np.empty(0, ALL_COLUMNS[name].dtype) for name in names}, about)

@@ -1,4 +1,4 @@
-"""Significance of pixels: one rule per exposure, by z-score or by p-value."""
+"""Rules for candidates, one per exposure: by z-score or by p-value."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -22,7 +22,7 @@ from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_
 
 
 @dataclass(frozen=True)
-class Judge:
+class CandidateRule:
     """Rule for the candidates of an exposure.
 
     Parameters
@@ -39,14 +39,14 @@ class Judge:
     model: PValueModel | None = None
     levels: tuple[float, float] = (-np.inf, -np.inf)
 
-    def wanted(self, mip: AnyArray, z: AnyArray) -> AnyArray:
+    def accepts(self, mip: AnyArray, z: AnyArray) -> AnyArray:
         """Return a mask of candidates; p-values are computed only where they can be low enough."""
         if self.model is None:
             high: AnyArray = z >= np.float32(self.cutoff)
             return high
-        rare = ((mip >= self.levels[0]) | (z >= self.levels[1])) & (mip > -np.inf) & np.isfinite(z)
-        rare[rare] = self.model.neg_log_p(mip[rare], z[rare]) >= self.cutoff
-        return rare
+        near = ((mip >= self.levels[0]) | (z >= self.levels[1])) & (mip > -np.inf) & np.isfinite(z)
+        near[near] = self.model.neg_log_p(mip[near], z[near]) >= self.cutoff
+        return near
 
     def height(self, rows: Float64) -> Float64:
         """Return the z-score or -ln p of candidates."""
@@ -55,35 +55,35 @@ class Judge:
         return self.model.neg_log_p(column(rows, MIP), column(rows, SCALED_MIP))
 
 
-def make_judges(asked: PickOptions, merged: MergedResult) -> list[Judge]:
-    """Return the judge of every exposure."""
+def make_rules(options: PickOptions, merged: MergedResult) -> list[CandidateRule]:
+    """Return the rule of every exposure."""
     plan = merged.plan
-    if asked.method == "pvalue":
-        cutoff = NEG_LOG_P_CUTOFF if asked.cutoff is None else asked.cutoff
-        judges = []
+    if options.method == "pvalue":
+        cutoff = NEG_LOG_P_CUTOFF if options.cutoff is None else options.cutoff
+        rules = []
         for exposure in plan.exposures:
             own = merged.summary_of(exposure)
             model = p_value_model(own)
-            judges.append(Judge(cutoff, model, levels_of(model, own, cutoff)))
-        return judges
-    if asked.cutoff is not None:
-        return [Judge(asked.cutoff)] * len(plan.exposures)
-    if plan.is_montage and asked.per == "montage":
-        return [Judge(_montage_cutoff(asked, merged))] * len(plan.exposures)
-    judges = []
+            rules.append(CandidateRule(cutoff, model, levels_of(model, own, cutoff)))
+        return rules
+    if options.cutoff is not None:
+        return [CandidateRule(options.cutoff)] * len(plan.exposures)
+    if plan.is_montage and options.per == "montage":
+        return [CandidateRule(_montage_cutoff(options, merged))] * len(plan.exposures)
+    rules = []
     for exposure in plan.exposures:
-        if asked.method == "gev":
+        if options.method == "gev":
             own = merged.summary_of(exposure)
-            cutoff = gev_cutoff(own.histograms.of_z(), asked.false_positives)
+            cutoff = gev_cutoff(own.histograms.of_z(), options.false_positives)
         else:
             cutoff = gaussian_cutoff(
-                exposure.counted.size, exposure.total_projections, asked.false_positives
+                exposure.counted.size, exposure.total_projections, options.false_positives
             )
-        judges.append(Judge(cutoff))
-    return judges
+        rules.append(CandidateRule(cutoff))
+    return rules
 
 
-def _montage_cutoff(asked: PickOptions, merged: MergedResult) -> float:
+def _montage_cutoff(options: PickOptions, merged: MergedResult) -> float:
     """Return the z-score cutoff for the false positives of the whole montage.
 
     If the highest z-score wins a pixel, any exposure can contribute noise there, so all their valid
@@ -94,15 +94,15 @@ def _montage_cutoff(asked: PickOptions, merged: MergedResult) -> float:
         exposure.number: exposure.valid_pixels if all_count else exposure.shown_pixels
         for exposure in merged.summary.attributes.exposures
     }
-    if asked.method == "gev":
+    if options.method == "gev":
         histogram = merged.summary.histograms.of_z()
         share = sum(pixels.values()) / max(histogram.pixels, 1) if not all_count else 1.0
-        return gev_cutoff(histogram, asked.false_positives / (share or 1.0))
+        return gev_cutoff(histogram, options.false_positives / (share or 1.0))
     correlations = sum(
         pixels.get(exposure.number, 0) * exposure.total_projections
         for exposure in merged.plan.exposures
     )
-    return gaussian_cutoff(correlations, 1, asked.false_positives)
+    return gaussian_cutoff(correlations, 1, options.false_positives)
 
 
 def p_value_model(summary: Summary) -> PValueModel:
