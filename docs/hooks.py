@@ -120,16 +120,25 @@ def _output(output: Any, stem: str, pictures: dict[str, bytes]) -> str:
         pictures[name] = base64.b64decode(data["image/png"])
         return f"![output of the cell above]({name})"
     if "text/html" in data:
-        return re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL).replace(
-            "\n", ""
-        )
+        table = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+        return re.sub(r"<table[^>]*>", "<table>", table).replace("\n", "")
     return f"```text\n{(output.get('text') or data.get('text/plain', '')).rstrip()}\n```"
 
 
 def commands() -> str:
-    """Describe every command of ``ocelot`` from the models of its options."""
+    """Describe every command of ``ocelot`` from the models of its options, in tables."""
     from cyclopts.docs import generate_markdown_docs
 
     from ocelot_em.cli.main import app
 
-    return generate_markdown_docs(app, generate_toc=False, no_root_title=True)
+    text = generate_markdown_docs(app, generate_toc=False, no_root_title=True, heading_level=2)
+    # Options of every command are listed once.
+    first, mark, rest = text.partition("**Every command**:\n")
+    rest = re.sub(r"\*\*Every command\*\*:\n\n(?:[* ].*\n)*", "", rest)
+    return re.sub(r"(?:^\* `.*\n(?:    .*\n)*)+", _table, first + mark + rest, flags=re.MULTILINE)
+
+
+def _table(items: re.Match[str]) -> str:
+    rows = re.findall(r"^\* (`.*?`): (.*\n(?:    .*\n)*)", items[0], flags=re.MULTILINE)
+    lines = [f"| {name} | {' '.join(meaning.split())} |" for name, meaning in rows]
+    return "\n".join(["| option | meaning |", "|---|---|", *lines, ""])
