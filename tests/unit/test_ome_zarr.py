@@ -365,5 +365,5 @@ def test_a_failed_picture_leaves_nothing_behind(merged, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(merged, tmp_path):
     (tmp_path / "FILE").touch()
-    with pytest.raises(StorageError, match=r"cannot write .*FILE/P\.zarr"):
+    with pytest.raises(StorageError, match=r"FILE/P\.zarr: cannot be written"):
         write_ome_zarr(merged, tmp_path / "FILE" / "P.zarr")

@@ -19,8 +19,8 @@ from ocelot_em.particles.table import (
     ParticleTable,
     PickInfo,
     as_text,
-    write_file,
 )
+from ocelot_em.store.whole_file import write_file
 
 ABOUT = PickInfo(
     store="OUT.zarr",

@@ -196,7 +196,7 @@ def write_config(path: str | PathLike[str], options: Mapping[str, object]) -> No
     StorageError
         The file cannot be written.
     """
-    from ocelot_em.particles.table import write_file
+    from ocelot_em.store.whole_file import write_file
 
     try:
         content = _as_yaml(_without_empty(options)).encode()

@@ -26,11 +26,11 @@ from ocelot_em.io.leopard_maps import (
     import_map_files,
     positive_or_none,
 )
-from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.model.threads import map_in_threads
+from ocelot_em.store.whole_file import refuse_existing, storage_errors, whole_or_nothing
 
 GROUP = "tensors"
 GZIP_LEVEL = 4

@@ -27,9 +27,9 @@ from ocelot_em.io.leopard_maps import (
     import_map_files,
     positive_or_none,
 )
-from ocelot_em.io.writing import refuse_existing, storage_errors, whole_or_nothing
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
+from ocelot_em.store.whole_file import refuse_existing, storage_errors, whole_or_nothing
 
 _FLOAT32 = 2
 """MRC mode of float32 values."""

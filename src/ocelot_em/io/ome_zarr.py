@@ -17,11 +17,11 @@ from zarr.codecs import BloscCodec
 from zarr.errors import BaseZarrError
 
 from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, StoreNotFoundError
-from ocelot_em.io.writing import storage_errors
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.objects import is_local, normalise_url
+from ocelot_em.store.whole_file import storage_errors
 
 VERSION = "0.5"
 AXES = ("c", "y", "x")

@@ -17,8 +17,8 @@ from ocelot_em.particles.table import (
     ParticleTable,
     PickInfo,
     text_array,
-    write_file,
 )
+from ocelot_em.store.whole_file import write_file
 
 _PARQUET_KEY = b"ocelot_em.about"
 MAX_PARTICLES = 2**24

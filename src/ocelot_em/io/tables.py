@@ -29,8 +29,8 @@ from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles.table import (
     ParticleTable,
     as_text,
-    write_file,
 )
+from ocelot_em.store.whole_file import write_file
 
 
 def write_table(

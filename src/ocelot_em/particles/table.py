@@ -1,10 +1,8 @@
 """Particle tables: one row per peak of a merged result, with the picking parameters."""
 
 import csv
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from ocelot_em.errors import InvalidInputError, StorageError
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.html import render
 from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
+from ocelot_em.store.whole_file import write_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -290,30 +289,6 @@ def as_text(values: AnyArray) -> list[str]:
     """
     # A float32 converted to a Python float would have too many digits.
     return [str(v) for v in (values if values.dtype == np.float32 else values.tolist())]
-
-
-def write_file(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file atomically; an existing one is replaced.
-
-    Raises
-    ------
-    StorageError
-        If the file cannot be written; an existing file is unchanged.
-    """
-    place = Path(path)
-    # Write to devices and pipes directly; do not replace them.
-    special = place.exists() and not place.is_file()
-    written = place if special else place.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        written.write_bytes(data)
-        if not special:
-            written.replace(place)
-    except OSError as error:
-        raise StorageError(f"{place}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if not special:
-            with suppress(OSError):
-                written.unlink()
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:

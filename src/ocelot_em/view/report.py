@@ -12,7 +12,8 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
-from ocelot_em.particles.table import ParticleTable, write_file
+from ocelot_em.particles.table import ParticleTable
+from ocelot_em.store.whole_file import write_file
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
