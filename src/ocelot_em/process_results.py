@@ -10,7 +10,6 @@ torch tensors on the CPU. Inputs are never changed, except ``mip_scaled``, which
 argument. PyTorch is imported by the first call.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +19,7 @@ from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.kernels import load
 from ocelot_em.merge import in_memory
 from ocelot_em.merge.in_memory import MapChecks, at_least_1d, on_host
-from ocelot_em.model.arrays import NUMPY, TORCH, as_numpy
+from ocelot_em.model.arrays import NUMPY, TORCH, as_numpy, exact_count
 from ocelot_em.model.maps import (
     INDEX,
     MAPS,
@@ -88,7 +87,7 @@ def aggregate_distributed_results(
     merged = {
         name: np.empty(tuple(shape), np.int32 if name == INDEX else np.float32) for name in names
     }
-    in_memory.fold_bands(devices, merged, in_memory.on_the_cpu(_BAND_PIXELS), None)
+    in_memory.fold_bands(devices, merged, in_memory.cpu_processor(_BAND_PIXELS), None)
     given_shape = cast("Any", results[0][MIP]).shape  # one axis less where there was none
     tensors = {n: torch.from_numpy(array).reshape(given_shape) for n, array in merged.items()}
     return tensors | in_memory.total_count(results)
@@ -231,7 +230,7 @@ def _check_inputs(
         part = {name: on_host(array[band]) for name, array in arrays.items()}
         found.look(part, in_memory.start_of(band, len(shape)))
     in_memory.refuse_bad_values([found], problems)
-    return operator.index(cast("int", count))
+    return exact_count(count)
 
 
 # -- arrays and bands --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.kernels import device
 from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.merge import in_memory
-from ocelot_em.merge.in_memory import Workplace, fold_bands
+from ocelot_em.merge.in_memory import Processor, fold_bands
 from ocelot_em.model import arrays
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.process_results import aggregate_distributed_results
@@ -72,11 +72,11 @@ def on_device(results, *, make_device=HostDevice, band_pixels=32, search_space=N
         name: np.full(results[0][MIP].shape, 77, "f8" if wide and name in SUMS else values.dtype)
         for name, values in ((name, results[0][name]) for name in names)
     }
-    place = Workplace(
+    processor = Processor(
         CudaKernels(stand_in), stand_in.empty, np.ascontiguousarray, band_pixels=band_pixels
     )
     devices = [{name: result[name] for name in names} for result in results]
-    fold_bands(devices, merged, place, search_space)
+    fold_bands(devices, merged, processor, search_space)
     return merged | in_memory.total_count(results)
 
 

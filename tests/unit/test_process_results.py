@@ -223,7 +223,7 @@ class TestRefusals:
             "device 1, best_phi: expected shape (37, 29) as device 0, mip, got (36, 29)",
             "device 2, best_theta: missing",
             "device 2, correlation_sum: expected a torch tensor or a NumPy array, got list",
-            "device 3, total_projections: expected an integer, 0 or more, got True",
+            "device 3, total_projections: expected an integer, got a bool",
             "device 1, total_projections: missing",
         ):
             assert any(text in problem for problem in problems), text
@@ -339,12 +339,12 @@ class TestStatisticsRefusals:
         assert "mip_scaled: expected shape (600, 501) as mip, got (3, 3)" in text
         assert "correlation_sum: expected shape (600, 501) as mip, got (599, 501)" in text
         assert "correlation_squared_sum: expected dtype float32 or float64, got int32" in text
-        assert "total_correlation_positions: expected a positive integer, got 0" in text
+        assert "total_correlation_positions: expected at least 1, got 0" in text
 
     @pytest.mark.parametrize("count", [True, 2.5, 3.0, -4, 0, None, "7"])
     def test_counts(self, sums, count):
         _, total, squared, _ = sums
-        with pytest.raises(InvalidInputError, match="positive integer"):
+        with pytest.raises(InvalidInputError, match="total_correlation_positions: expected "):
             correlation_sum_and_squared_sum_to_mean_and_variance(total, squared, count)
 
     def test_nan_before_anything_is_written(self, sums):

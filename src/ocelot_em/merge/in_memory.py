@@ -5,7 +5,6 @@ functions on top of the same checks, bands and fold.
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +22,7 @@ from ocelot_em.model.arrays import (
     as_cupy,
     as_numpy,
     dtype_name,
+    exact_count,
     gpu_number,
     kind_of,
     new_like,
@@ -122,18 +122,18 @@ def merge_arrays(
     if kind_of(first) in (CUPY, TORCH_CUDA):
         producers = {gpu_number(array) for maps in (*devices, merged) for array in maps.values()}
         with borrow_device(gpu_number(first), producers) as device:
-            place = Workplace(load_cuda(device), device.empty, device.bring, _GPU_BAND_PIXELS)
+            processor = Processor(load_cuda(device), device.empty, device.bring, _GPU_BAND_PIXELS)
             fold_bands(
                 [_viewed(maps, as_cupy) for maps in devices],
                 _viewed(merged, as_cupy),
-                place,
+                processor,
                 search_space,
             )
     else:
         fold_bands(
             [_viewed(maps, as_numpy) for maps in devices],
             _viewed(merged, as_numpy),
-            on_the_cpu(BAND_PIXELS),
+            cpu_processor(BAND_PIXELS),
             search_space,
         )
     return merged | total_count(results)
@@ -246,28 +246,20 @@ def check_results(
     return names
 
 
-def count_problems(place: str, value: Any, least: int) -> list[str]:
-    """Return why a value is not a count."""
-    expected = "a positive integer" if least else "an integer, 0 or more"
+def count_problems(place: str, value: object, least: int) -> list[str]:
+    """Return why a value is not a count of at least ``least``."""
     try:
-        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-            raise TypeError
-        number = _as_integer(value)
-    except TypeError:
-        return [f"{place}: expected {expected}, got {value!r} ({type(value).__name__})"]
-    return [] if number >= least else [f"{place}: expected {expected}, got {number}"]
+        count = exact_count(value)
+    except (ValueError, RuntimeError) as error:  # such as a torch tensor without data
+        return [f"{place}: {error}"]
+    return [] if count >= least else [f"{place}: expected at least {least}, got {count}"]
 
 
 def total_count(results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Return the sum of all counts under its name; empty if the results have none."""
     if COUNT not in results[0]:
         return {}
-    return {COUNT: sum(_as_integer(result[COUNT]) for result in results)}
-
-
-def _as_integer(value: Any) -> int:
-    # operator.index does not accept CuPy's integers.
-    return operator.index(cast("int", as_numpy(value) if kind_of(value) == CUPY else value))
+    return {COUNT: sum(exact_count(result[COUNT]) for result in results)}
 
 
 def refuse_bad_values(found: Iterable[BadValues], problems: Iterable[str] = ()) -> None:
@@ -300,15 +292,15 @@ def _space_of_unknown_tables() -> SearchSpace:
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """The device on which bands are folded.
+class Processor:
+    """The CPU or GPU that folds bands.
 
     Parameters
     ----------
     kernels
         Kernels that fold them.
     empty
-        Allocates a number of values of a dtype there.
+        Allocates a number of values of a dtype in its memory.
     bring
         Converts one band of a map to an array for the kernels; copies only if necessary.
     band_pixels
@@ -321,9 +313,9 @@ class Workplace:
     band_pixels: int
 
 
-def on_the_cpu(band_pixels: int) -> Workplace:
-    """Return the CPU as the workplace."""
-    return Workplace(load("cpu"), np.empty, on_host, band_pixels)
+def cpu_processor(band_pixels: int) -> Processor:
+    """Return the CPU."""
+    return Processor(load("cpu"), np.empty, on_host, band_pixels)
 
 
 def on_host(part: Any) -> AnyArray:
@@ -339,7 +331,7 @@ def at_least_1d(values: Any) -> Any:
 def fold_bands(
     devices: Sequence[Mapping[str, Any]],
     merged: Mapping[str, AnyArray],
-    place: Workplace,
+    processor: Processor,
     space: SearchSpace | None,
 ) -> None:
     """Merge maps of devices into given memory.
@@ -351,8 +343,8 @@ def fold_bands(
     merged
         The maps to fill, C-contiguous, on the device of the kernels. If explicit poses are among
         them, the explicit rule decides, and the index is that of the winner.
-    place
-        The device on which bands are folded.
+    processor
+        Folds them.
     space
         Search space of the indices, if known.
 
@@ -366,14 +358,14 @@ def fold_bands(
     carried = (INDEX,) if poses and INDEX in merged else ()
     folded_space = None if poses else space or _space_of_unknown_tables()
     shape = merged[MIP].shape
-    scratch = Scratch(shape, place.band_pixels, place.empty)
+    scratch = Scratch(shape, processor.band_pixels, processor.empty)
     found = [BadValues(f"device {number}", space) for number in range(len(devices))]
-    for band in bands(shape, place.band_pixels):
+    for band in bands(shape, processor.band_pixels):
         target = {name: array[band] for name, array in merged.items()}
         acc = scratch.accumulator(target[MIP], tuple(target[name] for name in maps.pose))
         for start in range(0, len(devices), _TOGETHER):
             parts = {
-                start + i: {name: place.bring(array[band]) for name, array in device.items()}
+                start + i: {name: processor.bring(array[band]) for name, array in device.items()}
                 for i, device in enumerate(devices[start : start + _TOGETHER])
             }
             # Each device has one count; total_count adds them.
@@ -388,7 +380,7 @@ def fold_bands(
                 )
                 for number, part in parts.items()
             ]
-            report = place.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
+            report = processor.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
             bad = report.nan_pixels or report.invalid_indices
             for number, part in parts.items():
                 if bad or carried:
