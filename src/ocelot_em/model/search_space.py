@@ -26,6 +26,17 @@ class SearchSpace:
         (n_defocus,) float32, Å, relative to the micrograph's defocus.
     pixel_values
         (n_cs,) float32, Å: offsets to the pixel size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ocelot_em import SearchSpace
+    >>> space = SearchSpace.from_tables([[0, 0, 0], [90, 45, 0]], [-200, 0, 200], [0])
+    >>> space.n_poses
+    6
+    >>> phi, theta, psi, defocus, pixel_size = space.decode(np.array([3, -1]))
+    >>> phi, defocus
+    (array([90., nan], dtype=float32), array([ 0., nan], dtype=float32))
     """
 
     euler_angles: Float32

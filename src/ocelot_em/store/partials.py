@@ -92,6 +92,17 @@ def write_partial(
     InvalidInputError
         Listing all problems: maps that are missing or have unequal shapes or a wrong dtype, NaN,
         indices outside the search space, a name that is taken, a different search or exposure.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ocelot_em import describe, write_partial
+    >>> poses = ("best_phi", "best_theta", "best_psi", "best_defocus")
+    >>> names = ("mip", *poses, "correlation_sum", "correlation_squared_sum")
+    >>> result = {name: np.ones((64, 80), np.float32) for name in names}
+    >>> write_partial("RUN.zarr", "gpu0", result, total_projections=20_500_000)
+    >>> describe("RUN.zarr").attributes.total_projections
+    20500000
     """
     info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
     maps, problems = converted(result, info, name, HostRows)
@@ -158,6 +169,17 @@ class PartialWriter:
     ------
     InvalidInputError
         Listing all problems.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ocelot_em import PartialWriter, Region
+    >>> poses = ("best_phi", "best_theta", "best_psi", "best_defocus", "best_pixel_size")
+    >>> names = ("mip", *poses, "correlation_sum", "correlation_squared_sum")
+    >>> with PartialWriter("RUN.zarr", "gpu0", (2000, 1000), total_projections=500) as writer:
+    ...     for top in range(0, 2000, writer.chunk[0]):
+    ...         rows = Region(top, min(top + writer.chunk[0], 2000), 0, 1000)
+    ...         writer.write(rows, {name: np.ones(rows.shape, np.float32) for name in names})
     """
 
     def __init__(

@@ -43,6 +43,12 @@ class SearchInfo:
     float64_sums
         Whether the sums are stored as float64. float32, which most searches use, takes half the
         space; float64 sums are then rejected because they would be rounded.
+
+    Examples
+    --------
+    >>> from ocelot_em import SearchInfo
+    >>> SearchInfo(template_box=512, pixel_size_angstrom=0.95).valid_shape((4092, 5760))
+    (3581, 5249)
     """
 
     template_box: int | None = None
@@ -97,6 +103,12 @@ class Exposure:
     valid_shape
         Height and width of its valid pixels, starting at its first pixel. None means the valid
         shape from the search's template box.
+
+    Examples
+    --------
+    >>> from ocelot_em import Exposure
+    >>> Exposure("03", origin=(0, 3900), acquired=3).valid_shape is None
+    True
     """
 
     id: str

@@ -88,6 +88,15 @@ class Simulation:
     ------
     InvalidInputError
         Lists every invalid parameter.
+
+    Examples
+    --------
+    >>> from ocelot_em import Region, Simulation
+    >>> simulation = Simulation((300, 400), n_partials=3, n_particles=10, seed=1)
+    >>> simulation.counts
+    (51840, 43200, 34560)
+    >>> simulation.partial_block(0, Region(0, 64, 0, 100))["mip"].shape
+    (64, 100)
     """
 
     shape: tuple[int, int]
@@ -341,6 +350,13 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
         If the directory already contains a search or a truth table; nothing is changed.
     InvalidInputError
         If ``n_threads`` is below 1.
+
+    Examples
+    --------
+    >>> from ocelot_em import Simulation, describe, simulate
+    >>> search = simulate("demo", Simulation((300, 400), n_partials=2, n_particles=10, seed=1))
+    >>> describe(search).partials
+    (('device_0', 'complete', 75150), ('device_1', 'complete', 54450))
     """
     if n_threads < 1:
         raise InvalidInputError(f"n_threads: expected 1 or more, got {n_threads}")
