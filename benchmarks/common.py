@@ -36,9 +36,9 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.constants import DEFAULT_CHUNK
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.creation import write_search_space
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import write_search_space
 from ocelot_em.store.search import partial_path, read_attributes, read_partials, read_search_space
 from ocelot_em.testing.simulation import STORE_NAME, TRUTH_NAME, Simulation, simulate
 

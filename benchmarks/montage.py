@@ -24,8 +24,8 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store.creation import ensure_search
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import ensure_search
 from ocelot_em.store.search import partial_path, read_attributes, read_partials, read_search_space
 from ocelot_em.store.search_info import Exposure, SearchInfo
 

@@ -28,9 +28,10 @@ from ocelot_em.merge import resume
 from ocelot_em.model.maps import MAPS, AnyArray, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import plan_merge
+from ocelot_em.store.creation import ensure_search
 from ocelot_em.store.local import LocalObjects
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import ensure_search, write_partial
+from ocelot_em.store.partials import write_partial
 from ocelot_em.store.search_info import Exposure, SearchInfo
 from ocelot_em.testing.simulation import Simulation, simulate
 

@@ -43,8 +43,8 @@ from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import constants
 from ocelot_em.store.attributes import PartialAttributes
+from ocelot_em.store.creation import layout_differences, search_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import layout_differences, search_attributes
 from ocelot_em.store.search import partial_names, read_partials
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import BadValues, layout_problems, name_problems

@@ -31,9 +31,9 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Tile
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store.creation import now
 from ocelot_em.store.lock import STALE_SECONDS, OutputLock
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import now
 from ocelot_em.store.transfer import ReadAhead
 
 log = logging.getLogger(__name__)

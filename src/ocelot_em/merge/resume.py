@@ -25,10 +25,10 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects, ReusedMemory
+from ocelot_em.store.creation import provenance, write_search_space
 from ocelot_em.store.lock import FOLDER as LOCK_FOLDER
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import provenance, write_search_space
 from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
 
 log = logging.getLogger(__name__)

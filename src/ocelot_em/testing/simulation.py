@@ -356,7 +356,7 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
     >>> from ocelot_em import Simulation, describe, simulate
     >>> search = simulate("demo", Simulation((300, 400), n_partials=2, n_particles=10, seed=1))
     >>> describe(search).partials
-    (('device_0', 'complete', 75150), ('device_1', 'complete', 54450))
+    (('device_0', 'complete', 74055), ('device_1', 'complete', 55545))
     """
     if n_threads < 1:
         raise InvalidInputError(f"n_threads: expected 1 or more, got {n_threads}")

@@ -1,0 +1,219 @@
+"""Create searches and exposures, or compare existing ones with what a new partial needs."""
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.errors import FormatError, InvalidInputError
+from ocelot_em.model.regions import TileGrid
+from ocelot_em.model.search_space import TABLES, SearchSpace
+from ocelot_em.store import arrays as store
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants
+from ocelot_em.store.contract import Objects
+from ocelot_em.store.search import (
+    exposure_path,
+    partials_path,
+    read_attributes,
+    read_exposure,
+    read_partials,
+)
+from ocelot_em.store.search_info import Exposure, SearchInfo
+
+
+def provenance(
+    *, inputs: Sequence[str], options: Mapping[str, Any], input_sha256: str = ""
+) -> fmt.Provenance:
+    """Provenance of data created now, with the present package versions."""
+    return fmt.Provenance(
+        created=now(),
+        versions={name: version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
+        inputs=tuple(inputs),
+        input_sha256=input_sha256,
+        options=dict(options),
+    )
+
+
+def now() -> str:
+    """Return the current UTC time, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def ensure_search(
+    objects: Objects,
+    shape: tuple[int, int],
+    info: SearchInfo,
+    exposure: Exposure | None = None,
+) -> None:
+    """Create the search and the exposure, or check that existing ones have the same properties.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing every property that differs.
+    """
+    wanted = search_attributes(shape, info, exposure)
+    problems = layout_differences(objects, shape, info, exposure)
+    if problems:
+        raise InvalidInputError(problems)
+    if not store.create_group(objects, "", fmt.dump_attributes(wanted)):
+        # Another process may have just created it with other properties.
+        problems = search_problems(objects, wanted)
+        if problems:
+            raise InvalidInputError(problems)
+    if exposure is not None:
+        _ensure_exposure(objects, exposure.attributes(shape, info))
+    store.create_group(objects, partials_path("" if exposure is None else exposure.id), {})
+    # The tables are written in order: if the last one exists, all of them are complete.
+    last = f"{constants.SEARCH_SPACE}/{TABLES[-1]}/c/0"
+    if info.search_space is not None and objects.get(last) is None:
+        write_search_space(objects, info.search_space)
+
+
+def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
+    """Create an exposure with a unique number, unless it exists."""
+    store.create_group(objects, constants.EXPOSURES, {})
+    path = exposure_path(wanted.id)
+    if store.group_attributes(objects, path) is None:
+        numbered = wanted.model_copy(update={"number": _claim_number(objects, wanted.id)})
+        if store.create_group(objects, path, fmt.dump_attributes(numbered)):
+            return
+    if problems := exposure_problems(objects, wanted):
+        raise InvalidInputError(problems)
+
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,9}")
+
+
+def _claim_number(objects: Objects, exposure: str) -> int:
+    """Claim the next number, unique across processes; a process that dies here leaves a gap."""
+    store.create_group(objects, constants.EXPOSURE_NUMBERS, {})
+    claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
+    taken = (int(n) for n in objects.children(constants.EXPOSURE_NUMBERS) if _NUMBER.fullmatch(n))
+    number = max(taken, default=-1) + 1
+    if number > 2**31 - 2:
+        raise FormatError(f"{objects.url}/{constants.EXPOSURE_NUMBERS}: there is no number left")
+    while not store.create_group(objects, f"{constants.EXPOSURE_NUMBERS}/{number}", claim):
+        number += 1
+    return number
+
+
+def search_attributes(
+    shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None = None
+) -> fmt.SearchAttributes:
+    """Root attributes of a search with maps of this shape, before its first partial.
+
+    Raises
+    ------
+    InvalidInputError
+        The maps are empty or too large, the template box does not fit, or the pixel size is not
+        positive.
+    """
+    problems: list[str] = []
+    valid_shape, size = shape, info.pixel_size_angstrom
+    if not all(1 <= n < 2**31 for n in shape):
+        problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
+    elif (n := len(TileGrid(shape, (constants.DEFAULT_CHUNK,) * 2))) > constants.MAX_CHUNKS:
+        problems.append(f"shape: expected at most {constants.MAX_CHUNKS:,} chunks, got {n:,}")
+    elif exposure is None or exposure.valid_shape is None:
+        try:
+            valid_shape = info.valid_shape(shape)
+        except InvalidInputError as error:
+            problems += error.problems
+    if size is not None and not (np.isfinite(size) and size > 0):
+        problems.append(f"pixel size: expected a positive number of Å, got {size}")
+    if problems:
+        raise InvalidInputError(problems)
+    return fmt.SearchAttributes(
+        format_version=constants.FORMAT_VERSION,
+        kind="search",
+        shape=shape if exposure is None else None,
+        valid_shape=valid_shape if exposure is None else None,
+        pixel_size_angstrom=info.pixel_size_angstrom,
+        pose_form=info.maps.form,
+        has_pixel_size=info.maps.pixel_size,
+        has_counts=False,
+        search_space_digest=None if info.search_space is None else info.search_space.digest,
+        total_projections=0,
+        provenance=provenance(inputs=(), options={}),
+    )
+
+
+def layout_differences(
+    objects: Objects, shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None
+) -> list[str]:
+    """Differences between the existing search and exposure and those of a new partial.
+
+    Raises
+    ------
+    InvalidInputError
+        The properties of the new partial are invalid.
+    """
+    problems = search_problems(objects, search_attributes(shape, info, exposure))
+    if exposure is not None:
+        problems += exposure_problems(objects, exposure.attributes(shape, info))
+    return problems
+
+
+def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
+    """Differences between an existing search and the wanted one; empty if none exists."""
+    if store.group_attributes(objects, "") is None:
+        return []
+    found = read_attributes(objects)
+    if isinstance(found, fmt.MergedAttributes):
+        return [f"{objects.url}: expected a search, got a merged result"]
+    if found.has_exposures != wanted.has_exposures:
+        return [
+            f"{objects.url}: the search has {'' if found.has_exposures else 'no '}exposures, the "
+            f"new partial belongs to {'one' if wanted.has_exposures else 'none'}"
+        ]
+    return _differences(objects.url, found, wanted, fmt.SHARED_BY_PARTIALS)
+
+
+def exposure_problems(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
+    """Differences between an existing exposure and the wanted one; empty if none exists."""
+    if objects.get(f"{exposure_path(wanted.id)}/zarr.json") is None:
+        return []
+    place = f"{objects.url}: exposure {wanted.id!r}"
+    return _differences(place, read_exposure(objects, wanted.id), wanted, fmt.SHARED_BY_EXPOSURE)
+
+
+def _differences(
+    place: str, found: fmt.Attributes, wanted: fmt.Attributes, fields: Sequence[str]
+) -> list[str]:
+    return [
+        f"{place}: {field}: the search has {getattr(found, field)}, the new partial "
+        f"{getattr(wanted, field)}"
+        for field in fields
+        if getattr(found, field) != getattr(wanted, field)
+    ]
+
+
+def write_search_space(objects: Objects, space: SearchSpace) -> None:
+    """Write the tables of a search space."""
+    store.create_group(objects, constants.SEARCH_SPACE, {})
+    dimensions = (("orientation", "angle"), ("defocus",), ("pixel_size",))
+    for name, dims in zip(TABLES, dimensions, strict=True):
+        store.write_table(objects, f"{constants.SEARCH_SPACE}/{name}", getattr(space, name), dims)
+
+
+def refresh_total(objects: Objects, exposure: str) -> None:
+    """Write the sum of the complete partials' counts into the root, or into their exposure.
+
+    Every writer reads the partials again after writing, so that the last of several concurrent
+    writers has counted all of them.
+    """
+    written = None
+    while True:
+        partials = read_partials(objects, exposure)
+        total = sum(p.total_projections for _, p in partials if p.state == "complete")
+        if total == written:
+            return
+        owner = read_exposure(objects, exposure) if exposure else read_attributes(objects)
+        changed = owner.model_copy(update={"total_projections": total})
+        store.update_attributes(objects, exposure_path(exposure), fmt.dump_attributes(changed))
+        written = total
