@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def montage_of(search: Path, n_rows: int, place: Path) -> Path:
         y, x = divmod(number, n_rows)
         name = f"e{number:03d}"
         exposure = Exposure(name, (y * step + 5, x * step + 3), number, about.valid_shape)
-        ensure_search(target, (height, width), info, exposure)
+        ensure_search(target, (height, width), replace(info, exposure=exposure))
         for partial_name, attributes in read_partials(source):
             path = partial_path(partial_name, name)
             shutil.copytree(

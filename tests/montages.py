@@ -1,7 +1,7 @@
 """Small montages, and their exposures merged alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,7 @@ def write_shots(place: Path, shots: Sequence[Shot], *, indexed: bool = False) ->
                 result,
                 total_projections=count,
                 order=number,
-                search=info,
-                exposure=exposure,
+                search=replace(info, exposure=exposure),
             )
     return place
 

@@ -199,10 +199,8 @@ def test_a_partial_that_comes_later_changes_its_exposure(tmp_path):
     far = SHOTS[3]
     exposure = Exposure(far.id, far.origin, far.acquired, far.valid_shape)
     extra = replace(far, id="extra").results()[0]
-    info = SearchInfo(pixel_size_angstrom=2.0)
-    write_partial(
-        search, "gpu9", extra, total_projections=9, order=9, search=info, exposure=exposure
-    )
+    info = SearchInfo(pixel_size_angstrom=2.0, exposure=exposure)
+    write_partial(search, "gpu9", extra, total_projections=9, order=9, search=info)
     report = ocelot_em.merge(search, output, tile_size=16)
     assert 0 < report.n_merged <= 4
     ocelot_em.merge(search, tmp_path / "SCRATCH.zarr", tile_size=16)
@@ -402,7 +400,8 @@ def test_planning_many_exposures_reads_little_of_each(tmp_path, monkeypatch, n):
     group = json.loads((search / "exposures/e0/partials/gpu0/zarr.json").read_text())
     for number in range(1, n):
         exposure = Exposure(f"e{number}", (85 * number, 64_720 * number // n), number, (290, 270))
-        ensure_search(objects, one.shape, SearchInfo(pixel_size_angstrom=2.0), exposure)
+        info = SearchInfo(pixel_size_angstrom=2.0, exposure=exposure)
+        ensure_search(objects, one.shape, info)
         place = search / f"exposures/e{number}/partials/gpu0"
         for source in maps:
             (place / source.name).mkdir(parents=True)

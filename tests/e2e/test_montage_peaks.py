@@ -216,10 +216,8 @@ def test_an_exposure_on_top_of_another_adds_no_particle(tmp_path_factory, dy, dx
     search = write_shots(folder / "RUN.zarr", [one])
     maps = one.results()
     exposure = ocelot_em.Exposure("two", (dy, dx), 1, (20, 22))
-    info = ocelot_em.SearchInfo(pixel_size_angstrom=2.0)
-    ocelot_em.write_partial(
-        search, "gpu0", maps[0], total_projections=40, search=info, exposure=exposure
-    )
+    info = ocelot_em.SearchInfo(pixel_size_angstrom=2.0, exposure=exposure)
+    ocelot_em.write_partial(search, "gpu0", maps[0], total_projections=40, search=info)
     ocelot_em.merge(search, folder / "OUT.zarr", tile_size=8)
     table = find_peaks(folder / "OUT.zarr", cutoff=4.2, min_distance=4.0)
     assert len(table) > 0

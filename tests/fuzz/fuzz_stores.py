@@ -63,8 +63,9 @@ def write_stores(folder: Path) -> list[Path]:
             "gpu",
             maps,
             total_projections=count,
-            search=SearchInfo(template_box=2),
-            exposure=Exposure(f"e{number}", (0, 3 * number), number),
+            search=SearchInfo(
+                template_box=2, exposure=Exposure(f"e{number}", (0, 3 * number), number)
+            ),
         )
     for kind in ("explicit", "indexed", "montage"):
         ocelot_em.merge(folder / kind, folder / f"{kind}_merged")

@@ -131,8 +131,9 @@ def test_a_whole_montage(montage):
             assert set(maps) == {MIP, *POSES, "correlation_sum", "correlation_squared_sum"}
             for key, values in maps.items():
                 assert same_bits(values, result(name, device)[key]), (name, device, key)
-    info = SearchInfo(pixel_size_angstrom=3.0)
     for name, counts in COUNTS.items():
+        exposure = Exposure(name, ORIGINS[name], 1 - int(name))
+        info = SearchInfo(pixel_size_angstrom=3.0, exposure=exposure)
         for device, count in enumerate(counts):
             write_partial(
                 montage.folder / "EXPECTED.zarr",
@@ -141,7 +142,6 @@ def test_a_whole_montage(montage):
                 total_projections=count,
                 order=device,
                 search=info,
-                exposure=Exposure(name, ORIGINS[name], 1 - int(name)),
             )
     ocelot_em.merge(montage.output, montage.folder / "OUT.zarr")
     ocelot_em.merge(montage.folder / "EXPECTED.zarr", montage.folder / "SAME.zarr")

@@ -69,8 +69,7 @@ def write_montage(place):
                 name,
                 explicit_maps(SHAPE, number),
                 total_projections=70,
-                search=SearchInfo(template_box=3),
-                exposure=Exposure(f"e{number}", origin, number),
+                search=SearchInfo(template_box=3, exposure=Exposure(f"e{number}", origin, number)),
             )
 
 
@@ -474,8 +473,7 @@ def test_numbers_of_exposures_that_are_none_do_no_harm(stores, tmp_path, name):
             "a",
             explicit_maps(SHAPE, 0),
             total_projections=70,
-            search=SearchInfo(template_box=3),
-            exposure=Exposure("new", (0, 0), 3),
+            search=SearchInfo(template_box=3, exposure=Exposure("new", (0, 0), 3)),
         )
     assert ocelot_em.check(place) == []
 
@@ -586,18 +584,8 @@ def test_candidates_beyond_the_search_space_are_refused(stores):
 def test_statistics_of_another_size_are_refused(stores, tmp_path, name, values):
     place = shutil.copytree(stores / "explicit_merged", tmp_path / "OUT")
     shutil.rmtree(place / "statistics" / name)
-    objects, path = open_objects(place), f"statistics/{name}"
-    store.create_array(
-        objects,
-        path,
-        shape=values.shape,
-        chunk=values.shape,
-        dtype=values.dtype.name,
-        fill=0,
-        dimensions=("i", "j")[: values.ndim],
-        attributes={},
-    )
-    put_chunk(place, "/".join([path, "c", *"00"[: values.ndim]]), values)
+    dimensions = ("i", "j")[: values.ndim]
+    store.write_table(open_objects(place), f"statistics/{name}", values, dimensions)
     with pytest.raises(FormatError, match=name):
         _ = MergedResult.open(place).summary
     assert any(name in problem for problem in ocelot_em.check(place))

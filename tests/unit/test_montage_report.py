@@ -77,8 +77,9 @@ def write_exposure(place, name, origin, acquired, partials, valid=VALID):
             maps,
             total_projections=count,
             order=number,
-            search=SearchInfo(pixel_size_angstrom=3.0),
-            exposure=Exposure(name, origin, acquired, valid),
+            search=SearchInfo(
+                pixel_size_angstrom=3.0, exposure=Exposure(name, origin, acquired, valid)
+            ),
         )
 
 

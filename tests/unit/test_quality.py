@@ -70,10 +70,10 @@ def test_one_partial_or_none_that_searched(tmp_path, rng, counts):
 def montage_words(place, shots, **options):
     """What is said of exposures, given as places and results of devices, with their counts."""
     for number, (origin, results, counts) in enumerate(shots):
-        exposure = ocelot_em.Exposure(f"e{number}", origin, number)
+        info = ocelot_em.SearchInfo(exposure=ocelot_em.Exposure(f"e{number}", origin, number))
         for k, (result, count) in enumerate(zip(results, counts, strict=True)):
             write_partial(
-                place / "RUN.zarr", f"gpu{k}", result, total_projections=count, exposure=exposure
+                place / "RUN.zarr", f"gpu{k}", result, total_projections=count, search=info
             )
     ocelot_em.merge(place / "RUN.zarr", place / "OUT.zarr", threads=2, **options)
     merged = MergedResult.open(place / "OUT.zarr")

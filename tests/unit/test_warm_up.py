@@ -13,7 +13,7 @@ from rich.console import Console
 
 from builders import explicit_maps, write_explicit_search
 from helpers import make_result, write_search
-from ocelot_em import Exposure, kernels, merge, write_partial
+from ocelot_em import Exposure, SearchInfo, kernels, merge, write_partial
 from ocelot_em.cli import terminal
 from ocelot_em.cli.terminal import MergeProgress
 from ocelot_em.kernels import by_map, collect, compiling, compositing, cpu, cpu_statistics
@@ -81,11 +81,9 @@ def searches(place, rng, kind):
         for number, origin in enumerate([(0, 0), (0, 50), (46, 10)]):
             for own in range(2):
                 maps = explicit_maps(shape, 2 * number + own)
-                exposure = Exposure(f"e{number}", origin, number, (60, 80))
+                info = SearchInfo(exposure=Exposure(f"e{number}", origin, number, (60, 80)))
                 name = f"{number}-{own}"
-                write_partial(
-                    place / "M", name, maps, total_projections=9, order=own, exposure=exposure
-                )
+                write_partial(place / "M", name, maps, total_projections=9, order=own, search=info)
         return place / "M"
     results = [make_result(rng, shape, 1000) for _ in range(3)]
     for number, result in enumerate(results):

@@ -65,14 +65,16 @@ def check_batch(
         problems += _read_counts(candidates, batch)
         space, found = _search_space(candidates, options, space)
         problems += found
-        result.info = info = _common_info(candidates, options, space)
+        result.info = info = replace(
+            _common_info(candidates, options, space), exposure=batch.exposure
+        )
         problems += _layout_problems(candidates, info, batch)
         if problems:
             return result
         shape = cast("tuple[int, int]", candidates[0].shape)
         objects = open_objects(output)
         try:
-            problems += layout_differences(objects, shape, info, batch.exposure)
+            problems += layout_differences(objects, shape, info)
         except InvalidInputError as error:
             problems += error.problems
         if problems:
@@ -257,7 +259,7 @@ def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: B
     common = shapes.most_common(1)[0][0] if shapes else ()
     if len(common) == 2:
         try:
-            search_attributes((common[0], common[1]), info, exposure)
+            search_attributes((common[0], common[1]), info)
         except InvalidInputError as error:
             problems += [f"{of}{problem}" for problem in error.problems]
         rows = min(constants.DEFAULT_CHUNK, common[0])

@@ -21,7 +21,7 @@ from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.partials import PartialWriter
-from ocelot_em.store.search_info import Exposure, SearchInfo
+from ocelot_em.store.search_info import SearchInfo
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,9 @@ def import_batches(
         ):
             raise InvalidDataError(problems)
         raise InvalidInputError(problems)
-    for number, (batch, found) in enumerate(zip(batches, checked, strict=True)):
+    for number, found in enumerate(checked):
         told = part_of(tell, "convert", number, len(batches))
-        _convert_batch(batch, found, output, told)
+        _convert_batch(found, output, told)
     return [
         f"{batch.exposure.id}/{name}" if batch.exposure else name
         for batch, found in zip(batches, checked, strict=True)
@@ -119,7 +119,6 @@ def import_batches(
 
 
 def _convert_batch(
-    batch: Batch,
     checked: Checked,
     output: str | PathLike[str],
     tell: Callable[[float], None],
@@ -138,7 +137,7 @@ def _convert_batch(
             )
             told = part_of(lambda _, share: tell(share), "", number, len(checked.paths))
             order = checked.first_order + number
-            _convert(candidate, output, (checked.info, batch.exposure), order, told)
+            _convert(candidate, output, checked.info, order, told)
         finally:
             file.close()
 
@@ -146,13 +145,12 @@ def _convert_batch(
 def _convert(
     candidate: Candidate,
     output: str | PathLike[str],
-    of: tuple[SearchInfo, Exposure | None],
+    info: SearchInfo,
     order: int,
     tell: Callable[[float], None],
 ) -> None:
     shape = cast("tuple[int, int]", candidate.shape)
     assert candidate.count is not None
-    info, exposure = of
     writer = PartialWriter(
         output,
         candidate.name,
@@ -160,7 +158,6 @@ def _convert(
         total_projections=candidate.count,
         order=order,
         search=info,
-        exposure=exposure,
     )
     writer.describe(file=candidate.path.name, sha256=candidate.sha256)
     readers = {key: candidate.file.rows(key) for key in info.maps.partial}

@@ -178,16 +178,16 @@ def create_output(
             write_search_space(objects, space)
     store.create_group(objects, constants.TILE_SUMMARY.partition("/")[0], {})
     records.create_records(objects, plan)
-    store.create_array(
-        objects,
-        constants.TILE_SUMMARY,
-        shape=(*plan.grid.counts, len(SUMMARY_FIELDS)),
-        chunk=(1, 1, len(SUMMARY_FIELDS)),
+    n = len(SUMMARY_FIELDS)
+    summaries = store.ArrayLayout(
+        shape=(*plan.grid.counts, n),
+        chunk=(1, 1, n),
         dtype="float64",
         fill=float("nan"),
         dimensions=("tile_y", "tile_x", "field"),
         attributes={"fields": list(SUMMARY_FIELDS)},
     )
+    store.create_array(objects, constants.TILE_SUMMARY, summaries)
     objects.sync()
     return attributes
 

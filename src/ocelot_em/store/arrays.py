@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -77,18 +77,17 @@ def _group_metadata(attributes: dict[str, Any]) -> bytes:
     return encoded
 
 
-def write_table(objects: Objects, path: str, values: AnyArray, dimensions: tuple[str, ...]) -> None:
+def write_table(
+    objects: Objects,
+    path: str,
+    values: AnyArray,
+    dimensions: tuple[str, ...],
+    attributes: dict[str, Any] | None = None,
+) -> None:
     """Write a small array in one chunk."""
-    create_array(
-        objects,
-        path,
-        shape=values.shape,
-        chunk=values.shape,
-        dtype=values.dtype.name,
-        fill=float("nan"),
-        dimensions=dimensions,
-        attributes={},
-    )
+    shape, fill = values.shape, math.nan if values.dtype.kind == "f" else 0
+    layout = ArrayLayout(shape, shape, values.dtype.name, fill, dimensions, attributes or {})
+    create_array(objects, path, layout)
     key = "/".join([path, "c", *("0" for _ in values.shape)])
     write_chunk(objects, key, np.ascontiguousarray(values))
 
@@ -138,52 +137,56 @@ def create_map(
     dtype: str | None = None,
 ) -> None:
     """Create the array of a map, by default with its first allowed dtype, without chunks."""
-    create_array(
-        objects,
-        path,
-        shape=shape,
-        chunk=chunk,
-        dtype=dtype or MAPS[name].dtypes[0],
-        fill=fill_value(name),
-        dimensions=DIMENSIONS,
-        attributes=map_attributes(name),
-        shuffle=shuffle_of(name),
+    layout = ArrayLayout(
+        shape,
+        chunk,
+        dtype or MAPS[name].dtypes[0],
+        fill_value(name),
+        DIMENSIONS,
+        map_attributes(name),
+        shuffle_of(name),
     )
+    create_array(objects, path, layout)
 
 
-def create_array(
-    objects: Objects,
-    path: str,
-    *,
-    shape: tuple[int, ...],
-    chunk: tuple[int, ...],
-    dtype: str,
-    fill: float | int,
-    dimensions: tuple[str, ...],
-    attributes: dict[str, Any],
-    shuffle: Literal["shuffle", "bitshuffle"] = "shuffle",
-) -> None:
+@dataclass(frozen=True)
+class ArrayLayout:
+    """Properties of a new array, as its metadata stores them."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: str
+    fill: float | int
+    dimensions: tuple[str, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    shuffle: Literal["shuffle", "bitshuffle"] = "shuffle"
+
+
+def create_array(objects: Objects, path: str, layout: ArrayLayout) -> None:
     """Write the metadata of an array with this package's codecs; existing chunks are kept.
 
     This is one atomic, repeatable write; zarr would also create parent groups and reject existing
     arrays.
     """
     metadata: dict[str, Buffer] = {}
-    itemsize = np.dtype(dtype).itemsize
+    blosc = BloscCodec(
+        typesize=np.dtype(layout.dtype).itemsize,
+        cname="lz4",
+        clevel=5,
+        shuffle=layout.shuffle,
+        blocksize=0,
+    )
     zarr.create_array(
         MemoryStore(metadata),
-        shape=shape,
-        chunks=chunk,
-        dtype=dtype,
+        shape=layout.shape,
+        chunks=layout.chunk,
+        dtype=layout.dtype,
         filters=None,
         serializer=BytesCodec(endian="little"),
-        compressors=[
-            BloscCodec(typesize=itemsize, cname="lz4", clevel=5, shuffle=shuffle, blocksize=0),
-            Crc32cCodec(),
-        ],
-        fill_value=fill,
-        dimension_names=dimensions,
-        attributes=attributes,
+        compressors=[blosc, Crc32cCodec()],
+        fill_value=layout.fill,
+        dimension_names=layout.dimensions,
+        attributes=layout.attributes,
     )
     objects.put(_join(path, "zarr.json"), [metadata["zarr.json"].to_bytes()])
 

@@ -22,7 +22,7 @@ from ocelot_em.store.search import (
     read_exposure,
     read_partials,
 )
-from ocelot_em.store.search_info import Exposure, SearchInfo
+from ocelot_em.store.search_info import SearchInfo
 
 
 def provenance(
@@ -43,12 +43,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def ensure_search(
-    objects: Objects,
-    shape: tuple[int, int],
-    info: SearchInfo,
-    exposure: Exposure | None = None,
-) -> None:
+def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) -> None:
     """Create the search and the exposure, or check that existing ones have the same properties.
 
     Raises
@@ -56,18 +51,16 @@ def ensure_search(
     InvalidInputError
         Listing every property that differs.
     """
-    wanted = search_attributes(shape, info, exposure)
-    problems = layout_differences(objects, shape, info, exposure)
-    if problems:
+    wanted = search_attributes(shape, info)
+    if problems := layout_differences(objects, shape, info):
         raise InvalidInputError(problems)
-    if not store.create_group(objects, "", fmt.dump_attributes(wanted)):
-        # Another process may have just created it with other properties.
-        problems = search_problems(objects, wanted)
-        if problems:
-            raise InvalidInputError(problems)
-    if exposure is not None:
-        _ensure_exposure(objects, exposure.attributes(shape, info))
-    store.create_group(objects, partials_path("" if exposure is None else exposure.id), {})
+    is_new = store.create_group(objects, "", fmt.dump_attributes(wanted))
+    # Another process may have just created it with other properties.
+    if not is_new and (problems := _search_differences(objects, wanted)):
+        raise InvalidInputError(problems)
+    if info.exposure is not None:
+        _ensure_exposure(objects, info.exposure.attributes(shape, info))
+    store.create_group(objects, partials_path(info.exposure_id), {})
     # The tables are written in order: if the last one exists, all of them are complete.
     last = f"{constants.SEARCH_SPACE}/{TABLES[-1]}/c/0"
     if info.search_space is not None and objects.get(last) is None:
@@ -82,7 +75,7 @@ def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
         numbered = wanted.model_copy(update={"number": _claim_number(objects, wanted.id)})
         if store.create_group(objects, path, fmt.dump_attributes(numbered)):
             return
-    if problems := exposure_problems(objects, wanted):
+    if problems := _exposure_differences(objects, wanted):
         raise InvalidInputError(problems)
 
 
@@ -102,9 +95,7 @@ def _claim_number(objects: Objects, exposure: str) -> int:
     return number
 
 
-def search_attributes(
-    shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None = None
-) -> fmt.SearchAttributes:
+def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAttributes:
     """Root attributes of a search with maps of this shape, before its first partial.
 
     Raises
@@ -114,7 +105,7 @@ def search_attributes(
         positive.
     """
     problems: list[str] = []
-    valid_shape, size = shape, info.pixel_size_angstrom
+    valid_shape, size, exposure = shape, info.pixel_size_angstrom, info.exposure
     if not all(1 <= n < 2**31 for n in shape):
         problems.append(f"shape: expected 1 to 2**31 - 1 rows and columns of pixels, got {shape}")
     elif (n := len(TileGrid(shape, (constants.DEFAULT_CHUNK,) * 2))) > constants.MAX_CHUNKS:
@@ -143,9 +134,7 @@ def search_attributes(
     )
 
 
-def layout_differences(
-    objects: Objects, shape: tuple[int, int], info: SearchInfo, exposure: Exposure | None
-) -> list[str]:
+def layout_differences(objects: Objects, shape: tuple[int, int], info: SearchInfo) -> list[str]:
     """Differences between the existing search and exposure and those of a new partial.
 
     Raises
@@ -153,13 +142,13 @@ def layout_differences(
     InvalidInputError
         The properties of the new partial are invalid.
     """
-    problems = search_problems(objects, search_attributes(shape, info, exposure))
-    if exposure is not None:
-        problems += exposure_problems(objects, exposure.attributes(shape, info))
+    problems = _search_differences(objects, search_attributes(shape, info))
+    if info.exposure is not None:
+        problems += _exposure_differences(objects, info.exposure.attributes(shape, info))
     return problems
 
 
-def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
+def _search_differences(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
     """Differences between an existing search and the wanted one; empty if none exists."""
     if store.group_attributes(objects, "") is None:
         return []
@@ -174,7 +163,7 @@ def search_problems(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]
     return _differences(objects.url, found, wanted, fmt.SHARED_BY_PARTIALS)
 
 
-def exposure_problems(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
+def _exposure_differences(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
     """Differences between an existing exposure and the wanted one; empty if none exists."""
     if objects.get(f"{exposure_path(wanted.id)}/zarr.json") is None:
         return []

@@ -31,7 +31,7 @@ from ocelot_em.store.search import (
     partial_path,
     read_partial_attributes,
 )
-from ocelot_em.store.search_info import Exposure, SearchInfo
+from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import (
     BadValues,
     converted,
@@ -49,7 +49,6 @@ def write_partial(
     total_projections: int,
     order: int = 0,
     search: SearchInfo | None = None,
-    exposure: Exposure | None = None,
 ) -> None:
     """Write the results of one device as a partial of a search.
 
@@ -61,7 +60,8 @@ def write_partial(
     store
         Path or URL of the search; created if missing.
     name
-        Name of the partial, unique in the search: letters, digits, ``.``, ``_``, ``-``.
+        Name of the partial, unique in the search, or in its exposure: letters, digits, ``.``,
+        ``_``, ``-``.
     result
         Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
         where nothing was searched. Other keys are ignored. Poses are indexed if there is a search
@@ -72,10 +72,8 @@ def write_partial(
     order
         Partials are merged in ascending order, then by name; earlier ones win ties.
     search
-        Properties that all partials share; by default explicit poses and all pixels valid.
-    exposure
-        Exposure of a montage that the partial belongs to; the same for all its partials. Names of
-        partials must be unique only within their exposure.
+        Properties that all partials share, and the exposure of a montage; by default explicit
+        poses and all pixels valid.
 
     Raises
     ------
@@ -94,7 +92,9 @@ def write_partial(
     >>> describe("RUN.zarr").attributes.total_projections
     20500000
     """
-    info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in result)
+    info = search or SearchInfo()
+    if info == SearchInfo(exposure=info.exposure):  # the maps say it
+        info = replace(info, has_pixel_size=PIXEL_SIZE in result)
     maps, problems = converted(result, info, name, HostRows)
     wide = any(rows.dtype.name == "float64" for key, rows in maps.items() if key != MIP)
     info = replace(info, float64_sums=info.float64_sums or wide)
@@ -118,13 +118,7 @@ def write_partial(
     problems += wrong_layout
     try:
         partial = PartialWriter(
-            store,
-            name,
-            shape,
-            total_projections=total_projections,
-            order=order,
-            search=info,
-            exposure=exposure,
+            store, name, shape, total_projections=total_projections, order=order, search=info
         )
     except InvalidInputError as error:
         raise InvalidInputError([*problems, *error.problems]) from None
@@ -150,7 +144,7 @@ class PartialWriter:
 
     Parameters
     ----------
-    store, name, total_projections, order, search, exposure
+    store, name, total_projections, order, search
         As for :func:`write_partial`.
     shape
         Height and width of the maps in pixels.
@@ -181,7 +175,6 @@ class PartialWriter:
         total_projections: int,
         order: int = 0,
         search: SearchInfo | None = None,
-        exposure: Exposure | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
@@ -190,8 +183,7 @@ class PartialWriter:
             min(constants.DEFAULT_CHUNK, shape[1]),
         )
         self._info = search or SearchInfo()
-        self._exposure = exposure
-        self._exposure_id = "" if exposure is None else exposure.id
+        self._exposure_id = self._info.exposure_id
         self._path = partial_path(name, self._exposure_id)
         self._objects = open_objects(store)
         self._provenance = provenance(inputs=(), options={})
@@ -204,12 +196,12 @@ class PartialWriter:
         except ValueError as error:
             problems.append(f"{name}: total_projections: {error}")
         wrong_names = name_problems(name)
-        if exposure is not None:
-            wrong_names += name_problems(exposure.id, "exposure id")
+        if self._info.exposure is not None:
+            wrong_names += name_problems(self._exposure_id, "exposure id")
         problems += wrong_names or self._taken_problems()
         if not wrong_names:
             try:
-                problems += layout_differences(self._objects, shape, self._info, exposure)
+                problems += layout_differences(self._objects, shape, self._info)
             except InvalidInputError as error:
                 problems += error.problems
         if problems:
@@ -220,7 +212,7 @@ class PartialWriter:
         self._provenance = provenance(inputs=(file,), input_sha256=sha256, options={})
 
     def __enter__(self) -> Self:
-        ensure_search(self._objects, self.shape, self._info, self._exposure)
+        ensure_search(self._objects, self.shape, self._info)
         path = self._path
         attributes = fmt.dump_attributes(self._attributes("writing"))
         if not store.create_group(self._objects, path, attributes):

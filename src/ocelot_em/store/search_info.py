@@ -25,69 +25,6 @@ OneMap = TypeVar("OneMap", bound=AnyArray | HostRows)
 
 
 @dataclass(frozen=True)
-class SearchInfo:
-    """Properties that all partials of a search share.
-
-    Parameters
-    ----------
-    template_box
-        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``):
-        the last ``template_box - 1`` rows and columns are wrapped around and invalid. None means
-        that all pixels are valid.
-    pixel_size_angstrom
-        Pixel size of the micrograph in Å, if known.
-    search_space
-        The tables of an indexed search; None for explicit poses.
-    has_pixel_size
-        Whether explicit poses include ``best_pixel_size``.
-    float64_sums
-        Whether the sums are stored as float64. float32, which most searches use, takes half the
-        space; float64 sums are then rejected because they would be rounded.
-
-    Examples
-    --------
-    >>> from ocelot_em import SearchInfo
-    >>> SearchInfo(template_box=512, pixel_size_angstrom=0.95).valid_shape((4092, 5760))
-    (3581, 5249)
-    """
-
-    template_box: int | None = None
-    pixel_size_angstrom: float | None = None
-    search_space: SearchSpace | None = None
-    has_pixel_size: bool = True
-    float64_sums: bool = False
-
-    def stored_dtype(self, name: str) -> str:
-        """Stored dtype of a map of a partial."""
-        wide = self.float64_sums and name in (SUM, SQUARED_SUM)
-        return "float64" if wide else MAPS[name].dtypes[0]
-
-    @property
-    def maps(self) -> MapSet:
-        """Maps of each partial."""
-        if self.search_space is not None:
-            return MapSet(PoseForm.INDEXED)
-        return MapSet(PoseForm.EXPLICIT, self.has_pixel_size)
-
-    def valid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the valid pixels of maps of this shape.
-
-        Raises
-        ------
-        InvalidInputError
-            The template box does not fit.
-        """
-        if self.template_box is None:
-            return shape
-        box = self.template_box
-        if not 1 <= box <= min(shape):
-            raise InvalidInputError(
-                f"template box: expected 1 to {min(shape)} pixels for maps of {shape}, got {box}"
-            )
-        return shape[0] - box + 1, shape[1] - box + 1
-
-
-@dataclass(frozen=True)
 class Exposure:
     """One of several exposures of a search, which together cover a canvas.
 
@@ -106,9 +43,10 @@ class Exposure:
 
     Examples
     --------
-    >>> from ocelot_em import Exposure
-    >>> Exposure("03", origin=(0, 3900), acquired=3).valid_shape is None
-    True
+    >>> from ocelot_em import Exposure, SearchInfo
+    >>> exposure = Exposure("03", origin=(0, 3900), acquired=3)
+    >>> SearchInfo(template_box=512, exposure=exposure).exposure_id
+    '03'
     """
 
     id: str
@@ -116,7 +54,7 @@ class Exposure:
     acquired: int
     valid_shape: tuple[int, int] | None = None
 
-    def attributes(self, shape: tuple[int, int], info: SearchInfo) -> fmt.ExposureAttributes:
+    def attributes(self, shape: tuple[int, int], info: "SearchInfo") -> fmt.ExposureAttributes:
         """Return its stored attributes for maps of this shape, without its final number.
 
         Raises
@@ -148,3 +86,74 @@ class Exposure:
             raise InvalidInputError(
                 f"exposure {self.id!r}: origin: expected two numbers (y, x), got {self.origin!r}"
             ) from None
+
+
+@dataclass(frozen=True)
+class SearchInfo:
+    """Properties that all partials of a search share, and the exposure of a new partial.
+
+    Parameters
+    ----------
+    template_box
+        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``):
+        the last ``template_box - 1`` rows and columns are wrapped around and invalid. None means
+        that all pixels are valid.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å, if known.
+    search_space
+        The tables of an indexed search; None for explicit poses.
+    has_pixel_size
+        Whether explicit poses include ``best_pixel_size``.
+    float64_sums
+        Whether the sums are stored as float64. float32, which most searches use, takes half the
+        space; float64 sums are then rejected because they would be rounded.
+    exposure
+        Exposure of a montage that the partial belongs to; the same for all its partials.
+
+    Examples
+    --------
+    >>> from ocelot_em import SearchInfo
+    >>> SearchInfo(template_box=512, pixel_size_angstrom=0.95).valid_shape((4092, 5760))
+    (3581, 5249)
+    """
+
+    template_box: int | None = None
+    pixel_size_angstrom: float | None = None
+    search_space: SearchSpace | None = None
+    has_pixel_size: bool = True
+    float64_sums: bool = False
+    exposure: Exposure | None = None
+
+    def stored_dtype(self, name: str) -> str:
+        """Stored dtype of a map of a partial."""
+        wide = self.float64_sums and name in (SUM, SQUARED_SUM)
+        return "float64" if wide else MAPS[name].dtypes[0]
+
+    @property
+    def exposure_id(self) -> str:
+        """Id of the exposure; empty if there is none."""
+        return "" if self.exposure is None else self.exposure.id
+
+    @property
+    def maps(self) -> MapSet:
+        """Maps of each partial."""
+        if self.search_space is not None:
+            return MapSet(PoseForm.INDEXED)
+        return MapSet(PoseForm.EXPLICIT, self.has_pixel_size)
+
+    def valid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the valid pixels of maps of this shape.
+
+        Raises
+        ------
+        InvalidInputError
+            The template box does not fit.
+        """
+        if self.template_box is None:
+            return shape
+        box = self.template_box
+        if not 1 <= box <= min(shape):
+            raise InvalidInputError(
+                f"template box: expected 1 to {min(shape)} pixels for maps of {shape}, got {box}"
+            )
+        return shape[0] - box + 1, shape[1] - box + 1

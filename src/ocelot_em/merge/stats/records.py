@@ -61,16 +61,9 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
             store.create_group(objects, layout.folder, {})
             arrays.append((SHOWN, len(SHOWN_FIELDS), "float64", {"fields": list(SHOWN_FIELDS)}))
         for path, n, dtype, attributes in arrays:
-            store.create_array(
-                objects,
-                f"{layout.folder}/{path}",
-                shape=(len(layout) * n,),
-                chunk=(n,),
-                dtype=dtype,
-                fill=0 if path == COUNTS else float("nan"),
-                dimensions=("record",),
-                attributes=attributes,
-            )
+            shape, fill = (len(layout) * n,), 0 if path == COUNTS else float("nan")
+            array = store.ArrayLayout(shape, (n,), dtype, fill, ("record",), attributes)
+            store.create_array(objects, f"{layout.folder}/{path}", array)
 
     deque(map_in_threads(create, plan.exposures), maxlen=0)
 

@@ -124,18 +124,8 @@ def _write_summary(
 def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:
     is_mip = path.endswith(f"/{MIP_HISTOGRAM}")
     dimensions = ("mip",) if is_mip else ("mip", "scaled_mip")[-counts.ndim :]
-    store.create_array(
-        objects,
-        path,
-        shape=counts.shape,
-        chunk=counts.shape,
-        dtype="int64",
-        fill=0,
-        dimensions=dimensions,
-        attributes={"low": [axis.low for axis in axes], "width": [axis.width for axis in axes]},
-    )
-    key = "/".join([path, "c", *("0" for _ in counts.shape)])
-    store.write_chunk(objects, key, np.ascontiguousarray(counts))
+    attributes = {"low": [axis.low for axis in axes], "width": [axis.width for axis in axes]}
+    store.write_table(objects, path, counts, dimensions, attributes)
 
 
 def _attributes(
