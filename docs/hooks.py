@@ -28,11 +28,12 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "docker/README.md": "how-to/containers.md",
-    "src/ocelot_em/io/DESIGN.md": "readers.md",
+    "src/ocelot_em/io/DESIGN.md": "design-io.md",
     "notebooks/01_merge_a_search.ipynb": "tutorials/merge-a-search.md",
     "notebooks/02_particles.ipynb": "tutorials/particles.md",
     "notebooks/03_montage.ipynb": "tutorials/montage.md",
     "src/ocelot_em/merge/DESIGN.md": "design-merge.md",
+    "src/ocelot_em/store/DESIGN.md": "design-store.md",
 }
 """Pages of the site by their files outside ``docs``."""
 

@@ -25,8 +25,8 @@ PAGES = [
         for path in sorted((ROOT / "docs" / folder).glob("*.md"))
     ),
 ]
-ELSEWHERE = re.compile(r"s3://|tcp://|slurm|cuda|/scratch|ocelot view|--config")
-"""What needs another machine, or does not end by itself."""
+ELSEWHERE = re.compile(r"ocelot (demo|doctor|view)|s3://|tcp://|slurm|cuda|--config")
+"""What needs another machine, does not end, or has slow tests of its own."""
 
 OPTICS = """\
 micrograph_path: M.mrc

@@ -196,6 +196,7 @@ def test_the_site_has_every_page():
         re.search(r"^ELSEWHERE = (\{.*?^\})", (ROOT / "docs/hooks.py").read_text(), re.M | re.S)[1]
     )
     assert [name for name in elsewhere if not (ROOT / name).exists()] == []
+    assert {page for page in PAGES if page.endswith("DESIGN.md")} <= elsewhere.keys()
     pages = [p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")]
     assert sorted(pages_of_the_site(site["nav"])) == sorted([*pages, *elsewhere.values()])
 

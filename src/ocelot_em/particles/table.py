@@ -186,9 +186,7 @@ class ParticleTable:
             If the particles do not come from a montage.
         """
         if not self.is_of_montage:
-            raise InvalidInputError(
-                "exposure: expected particles of a montage, got those of one exposure"
-            )
+            raise InvalidInputError("exposure: the particles are not of a montage")
         own = self.columns[EXPOSURE] == exposure
         shapes = dict(self.about.exposure_shapes) if self.about else {}
         about = self.about
@@ -299,7 +297,7 @@ def _name_problems(names: Iterable[str]) -> list[str]:
     return [
         *(f"{n}: missing" for n in ALL_COLUMNS if n not in counts and n not in _OPTIONAL),
         *(
-            f"{n}: missing, although {', '.join(m for m in group if m in counts)} is present"
+            f"{n}: missing, though {', '.join(m for m in group if m in counts)} is there"
             for group in _ALONE_OR_TOGETHER
             for n in group
             if n not in counts and any(m in counts for m in group)
@@ -359,9 +357,7 @@ def _read_rows(path: str | PathLike[str]) -> tuple[list[str], list[list[str]]]:
     while rows and not rows[-1]:
         rows.pop()
     if not rows:
-        raise InvalidInputError(
-            f"{place}: expected a header line with the columns, got an empty file"
-        )
+        raise InvalidInputError(f"{place}: expected a header line with the columns, got no line")
     return rows[0], rows[1:]
 
 

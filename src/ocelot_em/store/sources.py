@@ -4,8 +4,14 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from ocelot_em.errors import FormatError, IncompleteError
-from ocelot_em.model.maps import BEST_PARTIAL, MapSet
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+)
+from ocelot_em.model.maps import (
+    BEST_PARTIAL,
+    MapSet,
+)
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants

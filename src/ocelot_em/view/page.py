@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,16 @@ class Table:
 
     Parameters
     ----------
+    header
+        Names of the columns.
     rows
-        Cells by the names of their columns, the same for all rows; cells are text or integers.
+        Texts of the cells, row by row.
     n_rows
-        Number of rows, including those that are not listed.
+        Number of rows with those that are not listed.
     """
 
-    rows: Sequence[Mapping[str, object]]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
     n_rows: int
 
 
@@ -54,16 +57,23 @@ class Drawing:
     ----------
     svg
         The figure as an SVG element.
+    label
+        Description for readers who do not see it.
     max_width_px
         Maximum width on the page.
     """
 
     svg: str
+    label: str
     max_width_px: int
 
     @classmethod
     def of(
-        cls, name: str, size_inches: tuple[float, float], draw: Callable[[Any], object]
+        cls,
+        name: str,
+        size_inches: tuple[float, float],
+        draw: Callable[[Any], object],
+        label: str,
     ) -> "Drawing":
         """Draw a figure in the text colour of the page.
 
@@ -75,6 +85,8 @@ class Drawing:
             Width and height.
         draw
             Draws into the given :class:`matplotlib.figure.Figure`.
+        label
+            Description for readers who do not see it.
         """
         figure = new_figure(size_inches)
         from matplotlib import rc_context
@@ -84,7 +96,7 @@ class Drawing:
             for ax in figure.axes:
                 if ax.images:
                     ax.grid(visible=False)
-            return cls(inline_svg(figure, name), round(110 * size_inches[0]))
+            return cls(inline_svg(figure, name), label, round(110 * size_inches[0]))
 
 
 def inline_svg(figure: Any, name: str) -> str:
