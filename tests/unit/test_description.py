@@ -753,16 +753,16 @@ def test_a_search_of_another_kind(montage):
 
 
 def test_an_import_that_died_is_gone_on_with(montage, monkeypatch):
-    convert, done = leopard._convert, []
+    writer, begun = leopard.PartialWriter, []
 
-    def dies(candidate, *arguments):
-        if done == [0, 1]:
+    def dies(output, name, *arguments, **options):
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        done.append(len(done))
-        convert(candidate, *arguments)
+        begun.append(name)
+        return writer(output, name, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(leopard, "_convert", dies)
+        patch.setattr(leopard, "PartialWriter", dies)
         with pytest.raises(KeyboardInterrupt):
             montage.imported()
     assert montage.imported() == ["01/dev0", "01/dev1"]

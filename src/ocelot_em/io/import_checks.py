@@ -20,7 +20,6 @@ from ocelot_em.io.import_options import (
     Checked,
     ImportOptions,
     bands_of,
-    of_batch,
     part_of,
     placed,
 )
@@ -100,10 +99,7 @@ def check_batch(
         result.has_only_bad_values = not problems
         problems += in_values
         candidates = [candidate for candidate in candidates if candidate.name not in there]
-        result.paths = tuple(c.path for c in candidates)
-        result.names = tuple(c.name for c in candidates)
-        result.counts = tuple(c.count or 0 for c in candidates)
-        result.hashes = tuple(c.sha256 for c in candidates)
+        result.candidates = candidates
     return result
 
 
@@ -143,8 +139,7 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
     problems += [f"{path}: given {n} times" for path, n in repeated.items() if n > 1]
     if len(repeated) == len(files) and len(set(names)) < len(names):
         problems.append(
-            f"{of_batch(batch)}partial names: expected unequal ones, got {', '.join(names)}; "
-            "rename files"
+            f"{batch.of}partial names: expected unequal ones, got {', '.join(names)}; rename files"
         )
     return candidates, problems
 
@@ -169,7 +164,7 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
         option = f"{COUNT} of exposure {batch.exposure.id!r}"
     if given and len(given) != len(batch.files):
         problems.append(
-            f"{of_batch(batch)}total projections: expected one count for each of "
+            f"{batch.of}total projections: expected one count for each of "
             f"{len(batch.files)} files, got {len(given)}; counts of "
             "devices differ and are not shared out"
         )
@@ -254,7 +249,7 @@ def _common_info(
 def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: Batch) -> list[str]:
     """List missing keys, different shapes and dtypes that cannot be stored."""
     problems: list[str] = []
-    exposure, of = batch.exposure, of_batch(batch)
+    exposure, of = batch.exposure, batch.of
     shapes = Counter(c.shape for c in candidates if MIP in c.arrays)
     common = shapes.most_common(1)[0][0] if shapes else ()
     if len(common) == 2:

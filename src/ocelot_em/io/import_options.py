@@ -1,6 +1,7 @@
 """Options of an import, and the batches of files that are imported together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ from ocelot_em.model.maps import MIP
 from ocelot_em.model.options import Options
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import TABLES, SearchSpace
+from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import constants
 from ocelot_em.store.search_info import Exposure, SearchInfo
 
@@ -30,16 +32,14 @@ def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
     InvalidInputError
         Naming every missing or unusable table.
     """
-    file = open_result_file(path)
-    try:
+    with closing(open_result_file(path)) as file:
         missing = [name for name in TABLES if name not in file.info()]
         if missing:
             raise InvalidInputError(f"{path}: {name}: missing" for name in missing)
-        return SearchSpace.from_tables(*(file.small(name) for name in TABLES))
-    except InvalidInputError as error:
-        raise InvalidInputError(placed(error, path)) from None
-    finally:
-        file.close()
+        try:
+            return SearchSpace.from_tables(*(file.small(name) for name in TABLES))
+        except InvalidInputError as error:
+            raise InvalidInputError(placed(error, path)) from None
 
 
 def placed(error: InvalidInputError, path: str | PathLike[str]) -> list[str]:
@@ -111,13 +111,18 @@ class Batch:
     total_projections: Sequence[int] = ()
     exposure: Exposure | None = None
 
+    @property
+    def of(self) -> str:
+        """Prefix of errors that concern the whole batch."""
+        return exposure_prefix(self.exposure.id if self.exposure else "")
+
 
 @dataclass
 class Checked:
     """Result of checking a batch's files.
 
-    ``has_only_bad_values``: any problems concern only the maps' values. ``names``, ``counts`` and
-    ``hashes`` belong to the files to convert, in the order of ``paths``.
+    ``has_only_bad_values``: any problems concern only the maps' values. ``candidates`` are the
+    files to convert, which are closed; ``first_order`` is the order of the first of them.
     """
 
     place: str
@@ -125,10 +130,7 @@ class Checked:
     info: SearchInfo | None = None
     has_only_bad_values: bool = False
     first_order: int = 0
-    paths: tuple[Path, ...] = ()
-    names: tuple[str, ...] = ()
-    counts: tuple[int, ...] = ()
-    hashes: tuple[str, ...] = ()
+    candidates: Sequence[Candidate] = ()
 
 
 def part_of(
@@ -136,11 +138,6 @@ def part_of(
 ) -> Callable[[float], None]:
     """Return a callback that converts the progress of file ``number`` of n to that of all."""
     return lambda share: tell(phase, (number + share) / n)
-
-
-def of_batch(batch: Batch) -> str:
-    """Return the prefix of errors that concern a whole batch."""
-    return "" if batch.exposure is None else f"exposure {batch.exposure.id!r}: "
 
 
 def bands_of(shape: tuple[int, int]) -> TileGrid:

@@ -1,7 +1,7 @@
 """Import of Leopard-EM's per-device result files as partials of a search, in bands."""
 
-import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import cast
@@ -10,7 +10,6 @@ from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.import_checks import check_batch, unequal
 from ocelot_em.io.import_options import (
     Batch,
-    Candidate,
     Checked,
     ImportOptions,
     bands_of,
@@ -18,12 +17,9 @@ from ocelot_em.io.import_options import (
     read_search_space_file,
 )
 from ocelot_em.io.result_file import open_result_file
-from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.text import partial_text
 from ocelot_em.store.partials import PartialWriter
-from ocelot_em.store.search_info import SearchInfo
-
-log = logging.getLogger(__name__)
 
 
 def import_results(
@@ -110,60 +106,35 @@ def import_batches(
         raise InvalidInputError(problems)
     for number, found in enumerate(checked):
         told = part_of(tell, "convert", number, len(batches))
-        _convert_batch(found, output, told)
+        _convert(found, output, told)
     return [
-        f"{batch.exposure.id}/{name}" if batch.exposure else name
+        partial_text(batch.exposure.id if batch.exposure else "", candidate.name)
         for batch, found in zip(batches, checked, strict=True)
-        for name in found.names
+        for candidate in found.candidates
     ]
 
 
-def _convert_batch(
+def _convert(
     checked: Checked,
     output: str | PathLike[str],
     tell: Callable[[float], None],
 ) -> None:
     assert checked.info is not None
-    for number, path in enumerate(checked.paths):
-        file = open_result_file(path)
-        try:
-            candidate = Candidate(
-                path,
-                checked.names[number],
-                file,
-                file.info(),
-                checked.counts[number],
-                checked.hashes[number],
-            )
-            told = part_of(lambda _, share: tell(share), "", number, len(checked.paths))
-            order = checked.first_order + number
-            _convert(candidate, output, checked.info, order, told)
-        finally:
-            file.close()
-
-
-def _convert(
-    candidate: Candidate,
-    output: str | PathLike[str],
-    info: SearchInfo,
-    order: int,
-    tell: Callable[[float], None],
-) -> None:
-    shape = cast("tuple[int, int]", candidate.shape)
-    assert candidate.count is not None
-    writer = PartialWriter(
-        output,
-        candidate.name,
-        shape,
-        total_projections=candidate.count,
-        order=order,
-        search=info,
-    )
-    writer.describe(file=candidate.path.name, sha256=candidate.sha256)
-    readers = {key: candidate.file.rows(key) for key in info.maps.partial}
-    with writer:
-        for band in bands_of(shape):
-            region: Region = band.region
-            maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
-            writer.write(region, maps, validated=True)
-            tell(region.y1 / shape[0])
+    for number, candidate in enumerate(checked.candidates):
+        shape = cast("tuple[int, int]", candidate.shape)
+        writer = PartialWriter(
+            output,
+            candidate.name,
+            shape,
+            total_projections=candidate.count or 0,
+            order=checked.first_order + number,
+            search=checked.info,
+        )
+        writer.describe(file=candidate.path.name, sha256=candidate.sha256)
+        with closing(open_result_file(candidate.path)) as file, writer:
+            readers = {key: file.rows(key) for key in checked.info.maps.partial}
+            for band in bands_of(shape):
+                region = band.region
+                maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
+                writer.write(region, maps, validated=True)
+                tell((number + region.y1 / shape[0]) / len(checked.candidates))

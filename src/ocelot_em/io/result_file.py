@@ -10,12 +10,13 @@ import io
 import math
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.lib import format as npy
@@ -28,6 +29,9 @@ from ocelot_em.model.search_space import TABLES
 MAX_TABLE_NBYTES = 2**30
 """Maximum size of an array that is read whole: 90 million orientations."""
 
+Rows = Callable[[int, int], AnyArray]
+"""Reader of rows ``y0:y1`` of a map."""
+
 _KEYS = {*MAPS, *TABLES}
 """Keys that are read from a file; others are ignored."""
 
@@ -37,40 +41,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _BLOCK_NBYTES = 2**20
 
 
-class ResultFile(Protocol):
-    """A dictionary of arrays in a file, readable in bands of rows."""
-
-    path: Path
-
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        """Return shape and dtype of every array."""
-        ...
-
-    def small(self, key: str) -> AnyArray:
-        """Read a scalar or a table whole."""
-        ...
-
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        """Return a reader of rows ``y0:y1`` of a map; calls must go downwards without gaps."""
-        ...
-
-    def scan(self, keys: Iterable[str]) -> Iterator[tuple[str, Callable[[int, int], AnyArray]]]:
-        """Yield maps and their readers in the order of the file.
-
-        If each is read before the next, the file is read once, :meth:`sha256` included.
-        """
-        ...
-
-    def sha256(self) -> str:
-        """Return the digest of the file's bytes, as hexadecimal digits."""
-        ...
-
-    def close(self) -> None:
-        """Close the file."""
-        ...
-
-
-def open_result_file(path: str | PathLike[str]) -> ResultFile:
+def open_result_file(path: str | PathLike[str]) -> "ResultFile":
     """Open a ``.npz`` or ``.pt`` file; its content decides which of the two it is.
 
     Raises
@@ -155,8 +126,8 @@ def _refusing(path: Path, member: str) -> Iterator[None]:
         raise InvalidInputError(f"{path}: {member}: {error}") from error
 
 
-class _Archive:
-    """A zip archive with an array in each of its members."""
+class ResultFile(ABC):
+    """A dictionary of arrays in a zip archive, readable in bands of rows."""
 
     def __init__(self, path: Path, file: _DigestedFile, archive: zipfile.ZipFile) -> None:
         self.path = path
@@ -164,31 +135,47 @@ class _Archive:
         self._file = file
         self._archive = archive
 
-    def close(self) -> None:
-        self.stack.close()
+    @abstractmethod
+    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+        """Return shape and dtype of every array."""
 
-    def sha256(self) -> str:
-        return self._file.sha256()
+    @abstractmethod
+    def small(self, key: str) -> AnyArray:
+        """Read a scalar or a table whole."""
 
-    def scan(self, keys: Iterable[str]) -> Iterator[tuple[str, Callable[[int, int], AnyArray]]]:
+    @abstractmethod
+    def rows(self, key: str) -> Rows:
+        """Return a reader of rows ``y0:y1`` of a map; calls must go downwards without gaps."""
+
+    def scan(self, keys: Iterable[str]) -> Iterator[tuple[str, Rows]]:
+        """Yield maps and their readers in the order of the file.
+
+        If each is read before the next, the file is read once, :meth:`sha256` included.
+        """
         places = {key: self._archive.getinfo(self._member_of(key)).header_offset for key in keys}
         self._file.start_digest()
         for key in sorted(places, key=places.__getitem__):
             yield key, self.rows(key)
 
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
-        raise NotImplementedError
+    def sha256(self) -> str:
+        """Return the digest of the file's bytes, as hexadecimal digits."""
+        return self._file.sha256()
 
+    def close(self) -> None:
+        """Close the file."""
+        self.stack.close()
+
+    @abstractmethod
     def _member_of(self, key: str) -> str:
-        raise NotImplementedError
+        """Return the name of the member with an array's values."""
 
+    @abstractmethod
     def _end(self, stream: Any, place: str) -> None:
         """Read to the end of a member whose values were read: its CRC is checked only there."""
-        raise NotImplementedError
 
     def _bands(
         self, stream: Any, place: str, shape: tuple[int, ...], dtype: "np.dtype[Any]"
-    ) -> Callable[[int, int], AnyArray]:
+    ) -> Rows:
         """Return a reader of the rows of a map whose values come next in a stream."""
         height, width = shape
         position = 0
@@ -216,7 +203,7 @@ class _Archive:
         return data
 
 
-class _NpzFile(_Archive):
+class _NpzFile(ResultFile):
     def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
         found = {}
         for member in self._archive.namelist():
@@ -270,7 +257,7 @@ class _NpzFile(_Archive):
             with _refusing(self.path, key):
                 return np.ndarray(shape, dtype, data)
 
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+    def rows(self, key: str) -> Rows:
         stream = self.stack.enter_context(self._open(f"{key}.npy"))
         shape, dtype = self._header(stream, key)
         return self._bands(stream, key, shape, dtype)
@@ -281,7 +268,7 @@ class _NpzFile(_Archive):
                 raise ValueError("expected the array's values only, got more bytes after them")
 
 
-class _TorchFile(_Archive):
+class _TorchFile(ResultFile):
     """A zip archive with a pickle, and the raw values of each storage in a member."""
 
     def __init__(self, path: Path, file: _DigestedFile, archive: zipfile.ZipFile) -> None:
@@ -357,7 +344,7 @@ class _TorchFile(_Archive):
         with _refusing(self.path, key):
             return np.ndarray(tensor.shape, dtype, self._storages[member].data, offset, strides)
 
-    def rows(self, key: str) -> Callable[[int, int], AnyArray]:
+    def rows(self, key: str) -> Rows:
         tensor = cast(torch_pickle.Tensor, self._content[key])
         dtype = self._dtype(key, tensor.storage)
         if tensor.strides != (tensor.shape[1], 1):

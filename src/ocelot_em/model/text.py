@@ -67,3 +67,21 @@ def seconds_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def exposure_prefix(exposure: str) -> str:
+    """Begin a message about an exposure; nothing for a search without exposures, whose id is empty.
+
+    >>> exposure_prefix("00"), exposure_prefix("")
+    ("exposure '00': ", '')
+    """
+    return f"exposure {exposure!r}: " if exposure else ""
+
+
+def partial_text(exposure: str, name: str) -> str:
+    """Name a partial together with its exposure, if any.
+
+    >>> partial_text("00", "gpu1"), partial_text("", "gpu1")
+    ('00/gpu1', 'gpu1')
+    """
+    return f"{exposure}/{name}" if exposure else name

@@ -21,6 +21,7 @@ from ocelot_em.model.maps import (
     AnyArray,
 )
 from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
@@ -294,7 +295,7 @@ class PartialWriter:
         found = read_partial_attributes(self._objects, self.name, self._exposure_id)
         if found.state != "complete":
             return []
-        of = f"exposure {self._exposure_id!r}: " if self._exposure_id else ""
+        of = exposure_prefix(self._exposure_id)
         return [
             f"{self._objects.url}: {of}a partial {self.name!r} is already there and complete; "
             "choose another name, or leave it out"

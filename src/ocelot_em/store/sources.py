@@ -12,6 +12,7 @@ from ocelot_em.model.maps import (
     BEST_PARTIAL,
     MapSet,
 )
+from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
@@ -148,11 +149,9 @@ def open_sources(
     for exposure in exposures:
         partials = read_partials(objects, exposure.id)
         n_partials += len(partials)
-        of = f"exposure {exposure.id!r}: " if exposure.id else ""
         if not partials and exposure.id:
-            problems.append(f"{of}has no partials yet")
-        before = f"{exposure.id}/" if exposure.id else ""
-        problems += [f"{before}{n}" for n, p in partials if p.state != "complete"]
+            problems.append(f"{exposure_prefix(exposure.id)}has no partials yet")
+        problems += [partial_text(exposure.id, n) for n, p in partials if p.state != "complete"]
         opened.append(
             (
                 exposure,

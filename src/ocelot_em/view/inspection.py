@@ -16,6 +16,7 @@ from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.text import partial_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
@@ -97,7 +98,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         found = read_exposures(objects, attributes)
         exposures = tuple(found) if attributes.has_exposures else ()
         partials = tuple(
-            (f"{exposure.id}/{name}" if exposure.id else name, p.state, p.total_projections)
+            (partial_text(exposure.id, name), p.state, p.total_projections)
             for exposure in found
             for name, p in read_partials(objects, exposure.id)
         )
