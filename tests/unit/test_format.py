@@ -90,7 +90,7 @@ def test_a_missing_field_is_named(model):
             continue
         attributes = copy.deepcopy(complete)
         del attributes["ocelot"][field]
-        with pytest.raises(FormatError, match=f"{field}: Field required"):
+        with pytest.raises(FormatError, match=f"{field}: missing"):
             parse(model, attributes)
 
 

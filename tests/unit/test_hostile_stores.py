@@ -340,7 +340,7 @@ def test_names_in_metadata_cannot_write_to_the_terminal(stores):
         (lambda p: p.update(has_counts=1), "has_counts"),
         (lambda p: p["exposures"][0]["sources"].pop(), "partials: expected those of the result"),
         (lambda p: p["exposures"][0]["sources"][0].update(path="../../x"), "path"),
-        (lambda p: p["exposures"][0]["sources"][0].update(total_projections=2**80), "less than"),
+        (lambda p: p["exposures"][0]["sources"][0].update(total_projections=2**80), "at most"),
         (lambda p: p["exposures"].append(p["exposures"][0]), "expected an id, since there"),
         (lambda p: p["exposures"][0].update(id="e0"), "exposures: expected those of the result"),
     ],

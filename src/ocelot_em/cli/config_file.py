@@ -16,6 +16,7 @@ from cyclopts import App, Argument, ArgumentCollection, Token
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.text_file import read_text
 from ocelot_em.io.yaml_file import MAX_NBYTES, MAX_UNQUOTED, read_yaml
+from ocelot_em.model.problems import in_words, suggestion
 
 _NULL, _BOOLEAN = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 
@@ -92,8 +93,6 @@ def _read(path: str | Path) -> Iterable[tuple[str, int, Any]]:
 
 
 def _unknown(key: str, options: Iterable[str], command: str) -> str:
-    from ocelot_em.model.options import suggestion
-
     hint = suggestion(key, options) or f"; expected one of {', '.join(sorted(options))}"
     return f"'{command}' has no such option{hint}"
 
@@ -128,8 +127,6 @@ def _given(argument: Argument, node: Any, path: str | Path) -> _Given:
 def _check(argument: Argument, value: object) -> None:
     """Raise unless an option accepts a value."""
     from pydantic import TypeAdapter, ValidationError
-
-    from ocelot_em.model.options import in_words
 
     try:
         TypeAdapter(argument.field_info.annotation).validate_python(value)

@@ -10,6 +10,7 @@ from cyclopts import (
 )
 
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.model.problems import in_words, suggestion
 
 
 def in_one_sentence(error: CycloptsError) -> str:
@@ -22,8 +23,6 @@ def in_one_sentence(error: CycloptsError) -> str:
 
 
 def _problem(error: CycloptsError) -> str:
-    from ocelot_em.model.options import suggestion
-
     unknown = [word for word in error.unused_tokens or () if word.startswith("--") and word != "--"]
     if isinstance(error, UnknownCommandError) and error.app and error.unused_tokens:
         word, commands = error.unused_tokens[0], [n for n in error.app if not n.startswith("-")]
@@ -45,8 +44,6 @@ def _problem(error: CycloptsError) -> str:
 
 
 def _unknown(word: str, error: CycloptsError) -> str:
-    from ocelot_em.model.options import suggestion
-
     app = error.app
     options = app.assemble_argument_collection() if app and app.default_command else ()
     names = [name for option in options for name in option.names]
@@ -56,8 +53,6 @@ def _unknown(word: str, error: CycloptsError) -> str:
 def _invalid(error: CoercionError | ValidationError) -> list[str]:
     """Name every option whose value pydantic refused."""
     from pydantic import ValidationError as InvalidError
-
-    from ocelot_em.model.options import in_words
 
     if not isinstance(error.__cause__, InvalidError) or error.argument is None:
         return [str(error)]

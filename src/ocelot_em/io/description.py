@@ -40,6 +40,7 @@ from ocelot_em.io.leopard import import_batches
 from ocelot_em.io.origin import Origin
 from ocelot_em.io.origins import read_origins
 from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.model.problems import in_words
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.search_info import Exposure
 
@@ -176,9 +177,7 @@ def read_description(path: Path) -> Description:
         described = Description.model_validate(dict(content))
     except ValidationError as error:
         raise InvalidInputError(
-            f"{path}: {_place(problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}, "
-            f"got {problem['input']!r:.100}"
-            for problem in error.errors()
+            f"{path}: {_place(problem['loc'])}: {in_words(problem)}" for problem in error.errors()
         ) from None
     counts = Counter(entry.id for entry in described.exposures)
     problems = [f"{path}: exposure {i!r}: is there {n} times" for i, n in counts.items() if n > 1]

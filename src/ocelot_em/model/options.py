@@ -1,14 +1,14 @@
 """The options of a merge, with their only description: of the API and of the command line."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.model.problems import in_words, suggestion
 from ocelot_em.model.regions import Overlap
 
 if TYPE_CHECKING:
@@ -18,24 +18,6 @@ LARGEST_TILE = 2**16
 """Maximum edge length of a tile in pixels."""
 
 _SIZE = re.compile(r"([\d_]*\.?\d+|\d+\.)(e[+-]?\d+)?(?:([kmgtp])(i?))?b?", re.IGNORECASE)
-
-_EXPECTED = {
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "finite_number": "a finite number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "less_than_equal": "at most {le}",
-    "literal_error": "{expected}",
-    "string_pattern_mismatch": "text that matches {pattern}",
-    "string_type": "text",
-}
-"""What pydantic expected, by its types of errors."""
 
 
 def parse_size(text: object) -> object:
@@ -49,7 +31,7 @@ def parse_size(text: object) -> object:
         return text
     match = _SIZE.fullmatch(text.replace(" ", ""))
     if match is None:
-        raise ValueError("expected a size such as 800MB or 2GiB")
+        raise ValueError(f"expected a size such as 800MB or 2GiB, got {text!r}")
     number, exponent, prefix, binary = match.groups(default="")
     power = " kmgtp".index(prefix.lower()) if prefix else 0
     return int(float(number + exponent) * (1024 if binary else 1000) ** power)
@@ -92,44 +74,19 @@ class Options(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise InvalidInputError(cls.problems_of(error)) from None
+            raise InvalidInputError(map(cls._problem, error.errors())) from None
 
     @classmethod
-    def problems_of(cls, error: ValidationError) -> list[str]:
-        """Describe what pydantic found wrong with options of this class."""
-        return [f"option {cls._name_of(p)}: {in_words(p)}{cls._hint(p)}" for p in error.errors()]
-
-    @staticmethod
-    def _name_of(problem: "ErrorDetails") -> str:
-        return ".".join(map(str, problem["loc"]))
-
-    @classmethod
-    def _hint(cls, problem: "ErrorDetails") -> str:
-        """Suggest a name for an unknown option."""
+    def _problem(cls, problem: "ErrorDetails") -> str:
+        """Describe a problem that pydantic found, and suggest a name for an unknown option."""
         *path, name = map(str, problem["loc"])
+        text = f"option {'.'.join((*path, name))}: {in_words(problem)}"
+        if problem["type"] != "extra_forbidden":
+            return text
         model: Any = cls
         for outer in path:
             model = model.model_fields[outer].annotation
-        return suggestion(name, model.model_fields) if problem["type"] == "extra_forbidden" else ""
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error message that suggests the known name nearest to a word, if any."""
-    names = list(known)
-    near = [name for name in names if name.startswith(word)] or get_close_matches(word, names)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def in_words(problem: "ErrorDetails") -> str:
-    """Describe a problem that pydantic found with a value: what it expected, and got."""
-    kind, context, got = problem["type"], problem.get("ctx", {}), problem["input"]
-    if kind == "extra_forbidden":
-        return f"there is no such option, got {got!r}"
-    if kind == "value_error":
-        return f"{context['error']}, got {got!r}"
-    expected = _EXPECTED.get(kind)
-    text = problem["msg"] if expected is None else f"expected {expected.format(**context)}"
-    return f"{text}, got {got!r}"
+        return text + suggestion(name, model.model_fields)
 
 
 class SlurmJobs(Options):

@@ -28,6 +28,7 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from ocelot_em.errors import FormatError
+from ocelot_em.model.problems import in_words
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_CHUNKS, MAX_METADATA_NBYTES
 
@@ -277,21 +278,11 @@ def parse_array(
 
 _MAX_PROBLEMS, _MAX_NAME = 20, 60
 
-_PLAIN = {"model_type": "expected an object", "tuple_type": "expected a list"}
-"""Messages that otherwise name Python's types."""
-
 
 def problems_of(error: ValidationError) -> list[str]:
     """Describe the first problems of a validation: where, what was expected, and what was found."""
-    found = []
-    for problem in error.errors(include_url=False, include_context=False)[:_MAX_PROBLEMS]:
-        message, kind = problem["msg"].removeprefix("Value error, "), problem["type"]
-        if message.startswith("Input should be "):
-            message = f"expected {message.removeprefix('Input should be ')}"
-        message = _PLAIN.get(kind, message)
-        if kind not in ("value_error", "missing"):
-            message += f", got {reprlib.repr(problem['input'])}"
-        found.append(f"{_place_of(problem['loc'])}{message}")
+    problems = error.errors(include_url=False)[:_MAX_PROBLEMS]
+    found = [f"{_place_of(problem['loc'])}{in_words(problem)}" for problem in problems]
     if (n_more := error.error_count() - len(found)) > 0:
         found.append(f"and {n_more} more problems")
     return found

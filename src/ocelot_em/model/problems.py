@@ -1,0 +1,58 @@
+"""What is wrong with a value or a name, in plain sentences."""
+
+import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "an object",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "string_too_long": "at most {max_length} characters",
+    "string_type": "text",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+}
+"""What pydantic expected, by its types of errors."""
+
+
+def in_words(problem: "ErrorDetails") -> str:
+    """Describe a problem that pydantic found with a value: what was expected, and what it is."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "missing":
+        return "missing"
+    whole = {k: int(v) for k, v in context.items() if isinstance(v, float) and v.is_integer()}
+    text = (
+        f"expected {_EXPECTED[kind].format(**context | whole)}"
+        if kind in _EXPECTED
+        else problem["msg"]
+    )
+    text = "unknown" if kind == "extra_forbidden" else text
+    return f"{text}, got {reprlib.repr(problem['input'])}"
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error message that suggests the known name nearest to a word, if any."""
+    names = list(known)
+    near = [name for name in names if name.startswith(word)] or get_close_matches(word, names)
+    return f"; did you mean {near[0]}?" if near else ""
