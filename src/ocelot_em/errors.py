@@ -1,7 +1,28 @@
 """All errors that ocelot-em raises on purpose.
 
-:class:`OcelotError` is the base of all; each subclass also derives from a builtin exception.
-A message states the problem, its place (store, partial, map, tile), the expected and the actual
+The tree, with the built-in exceptions from which they also derive::
+
+    OcelotError
+    +-- InvalidInputError (ValueError)
+    |   +-- InvalidDataError
+    +-- StoreNotFoundError (FileNotFoundError)
+    +-- FormatError (ValueError)
+    +-- IncompleteError (ValueError)
+    +-- ChunkError (ValueError)
+    |   +-- MissingChunkError
+    |   +-- CorruptChunkError
+    +-- StorageError (OSError)
+    +-- PlanError (ValueError)
+    +-- OutputExistsError (FileExistsError)
+    +-- OutputLockedError (BlockingIOError)
+    +-- StoppedError (RuntimeError)
+    |   +-- ClusterLostError
+    +-- TilesFailedError (RuntimeError)
+    +-- MissingDependencyError (ImportError)
+    +-- DeviceError (RuntimeError)
+        +-- DeviceMemoryError (MemoryError)
+
+A message states the problem, where it is (store, partial, map, tile), the expected and the actual
 value, and how to fix it.
 """
 
@@ -19,7 +40,7 @@ class InvalidInputError(OcelotError, ValueError):
     Parameters
     ----------
     problems
-        One sentence per problem, each naming its place.
+        One sentence per problem, each stating where it is.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
@@ -38,7 +59,7 @@ class InvalidDataError(InvalidInputError):
 
 
 class StoreNotFoundError(OcelotError, FileNotFoundError):
-    """There is no ocelot-em store at the given place."""
+    """There is no ocelot-em store at the given path or URL."""
 
 
 class FormatError(OcelotError, ValueError):

@@ -239,7 +239,7 @@ def test_resuming_with_other_inputs_or_options_is_refused(
         merge(search, output, tile_size=32, nan="mask")
     indexed = (search / "search_space").exists()
     write_search(search, [make_result(rng, SHAPE, 5)], [5], indexed=indexed, first=9)
-    with pytest.raises(OutputExistsError, match="inputs: it was made from"):
+    with pytest.raises(OutputExistsError, match="inputs: the output was made from"):
         merge(search, output, tile_size=32)
     # Tiles that were in hand at the interruption may still have ended.
     assert before.items() <= chunk_bytes(output).items()

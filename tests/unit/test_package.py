@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ocelot_em import errors
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
 SHIPPED_SUFFIXES = {".py", ".cu", ".j2", ".css"}
@@ -39,3 +41,20 @@ def test_a_wheel_has_the_sources_and_nothing_else(tmp_path: Path) -> None:
     about = {name for name in names if ".dist-info/" in name}
     assert {Path(name).name for name in about} >= {"METADATA", "RECORD", "WHEEL", "LICENSE"}
     assert names - about == files_of_sources()
+
+
+def tree_of_errors(error: type[Exception], indent: str = "", own: str = "") -> list[str]:
+    """Lines that show an error with its subclasses, and the built-in exception of each."""
+    builtin = [base.__name__ for base in error.__bases__ if base.__module__ == "builtins"]
+    builtins = f" ({', '.join(builtin)})" if own and builtin else ""
+    lines = [own + error.__name__ + builtins]
+    subclasses = [each for each in error.__subclasses__() if each.__module__ == errors.__name__]
+    for subclass in subclasses:
+        below = "    " if subclass is subclasses[-1] else "|   "
+        lines += tree_of_errors(subclass, indent + below, f"{indent}+-- ")
+    return lines
+
+
+def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
+    drawn = "\n".join(f"    {line}" for line in tree_of_errors(errors.OcelotError))
+    assert drawn in str(errors.__doc__)

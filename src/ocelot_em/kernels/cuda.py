@@ -25,7 +25,6 @@ from ocelot_em.model.maps import (
     FoldReport,
     MapSet,
     PartialMaps,
-    PoseForm,
 )
 from ocelot_em.model.search_space import TABLES, SearchSpace
 
@@ -82,19 +81,8 @@ class CudaKernels:
 
     def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
         """Return an empty accumulator."""
-        indexed = maps.form is PoseForm.INDEXED
-
-        def plane(dtype: "np.dtype[Any]") -> AnyArray:
-            return self._device.empty(shape[0] * shape[1], dtype).reshape(shape)
-
-        acc = Accumulator(
-            mip=plane(_F4),
-            pose=tuple(plane(_I4 if indexed else _F4) for _ in maps.pose),
-            best_partial=plane(_I4),
-            correlation_sum=plane(_F8),
-            correlation_squared_sum=plane(_F8),
-            count_map=plane(_I8) if maps.counts else None,
-        )
+        n = shape[0] * shape[1]
+        acc = Accumulator.allocate(maps, lambda _, t: self._device.empty(n, t).reshape(shape))
         reset(acc)
         return acc
 

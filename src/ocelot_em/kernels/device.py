@@ -301,11 +301,11 @@ class CudaDevice:
             return cast("AnyArray", cupy.ascontiguousarray(values))
         # Copies between two GPUs are untested.
         with values.device:
-            there = cupy.ascontiguousarray(values)
+            contiguous = cupy.ascontiguousarray(values)
             cupy.cuda.get_current_stream().synchronize()
-        here = there.copy()
+        copied = contiguous.copy()
         stream.synchronize()  # the contiguous copy may now be freed
-        return cast("AnyArray", here)
+        return cast("AnyArray", copied)
 
     def finish(self) -> None:
         """Wait for all work that this thread has started on the device."""

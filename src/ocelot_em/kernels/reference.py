@@ -25,25 +25,15 @@ from ocelot_em.model.maps import (
     FoldReport,
     MapSet,
     PartialMaps,
-    PoseForm,
 )
 from ocelot_em.model.search_space import SearchSpace
 
 
 def identity(shape: tuple[int, int], maps: MapSet) -> Accumulator:
     """Return an empty accumulator: ``mip`` -inf, pose NaN or -1, sums and counts 0."""
-    if maps.form is PoseForm.INDEXED:
-        pose: tuple[AnyArray, ...] = (np.full(shape, NOT_SEARCHED, np.int32),)
-    else:
-        pose = tuple(np.full(shape, np.nan, np.float32) for _ in maps.pose)
-    return Accumulator(
-        mip=np.full(shape, -np.inf, np.float32),
-        pose=pose,
-        best_partial=np.full(shape, NOT_SEARCHED, np.int32),
-        correlation_sum=np.zeros(shape, np.float64),
-        correlation_squared_sum=np.zeros(shape, np.float64),
-        count_map=np.zeros(shape, np.int64) if maps.counts else None,
-    )
+    acc = Accumulator.allocate(maps, lambda _, dtype: np.empty(shape, dtype))
+    reset(acc)
+    return acc
 
 
 def reset(acc: Accumulator) -> None:

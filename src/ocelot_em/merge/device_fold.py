@@ -20,7 +20,6 @@ from ocelot_em.kernels.device import Device, DeviceEvent
 from ocelot_em.merge.fold import Merged, PieceReport, decode_map, partial_maps
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
-    COUNT,
     MAPS,
     MIP,
     SCALED_MIP,
@@ -31,7 +30,6 @@ from ocelot_em.model.maps import (
     AnyArray,
     MapSet,
     PartialMaps,
-    PoseForm,
 )
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
@@ -247,18 +245,7 @@ class ThreadMemory:
 
     def accumulator(self, n: int) -> Accumulator:
         """Return the accumulator of the first ``n`` pixels, with its previous contents."""
-        indexed = self._maps.form is PoseForm.INDEXED
-        return Accumulator(
-            mip=self._plane(-1, MIP, "float32", n),
-            pose=tuple(
-                self._plane(-1, name, "int32" if indexed else "float32", n)
-                for name in self._maps.pose
-            ),
-            best_partial=self._plane(-1, BEST_PARTIAL, "int32", n),
-            correlation_sum=self._plane(-1, SUM, "float64", n),
-            correlation_squared_sum=self._plane(-1, SQUARED_SUM, "float64", n),
-            count_map=self._plane(-1, COUNT, "int64", n) if self._maps.counts else None,
-        )
+        return Accumulator.allocate(self._maps, lambda name, t: self._plane(-1, name, t, n))
 
     def computed(self, n: int) -> dict[str, AnyArray]:
         """Return memory for the maps computed at the end."""

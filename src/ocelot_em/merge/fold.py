@@ -303,15 +303,7 @@ class Fold:
     def _by_partial(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Fold one partial after another: its mask depends on all its maps."""
         maps, statistics = self.maps, report.statistics
-        pose_dtype = "f4" if self.space is None else "i4"
-        accumulator = Accumulator(
-            mip=work.array(MIP, "f4"),
-            pose=tuple(work.array(name, pose_dtype) for name in maps.pose),
-            best_partial=work.array(BEST_PARTIAL, "i4"),
-            correlation_sum=work.array(SUM, "f8"),
-            correlation_squared_sum=work.array(SQUARED_SUM, "f8"),
-            count_map=work.array(COUNT, "i8"),
-        )
+        accumulator = Accumulator.allocate(maps, work.array)
         self._kernels.reset(accumulator)
         for number, source in enumerate(self.sources):
             arrays = {}

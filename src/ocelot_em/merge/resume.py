@@ -74,25 +74,23 @@ def prepare(
     objects = open_objects(output)
     found = _existing_output(objects)  # also raises if there is something else to overwrite
     existing = None if options.overwrite else found
-    if existing is not None and options.tile_size is None:
+    earlier = None if existing is None else read_plan(existing, objects.url)
+    if earlier is not None and options.tile_size is None:
         # The tile size was chosen by the run that is resumed.
-        earlier = tile_size_of(read_plan(existing, objects.url))
-        options = options.model_copy(update={"tile_size": earlier})
+        options = options.model_copy(update={"tile_size": tile_size_of(earlier)})
     plan = make_plan(inputs, output, options, device)
     done = np.zeros(plan.grid.counts, np.bool_)
     stale = np.zeros(plan.grid.counts, np.bool_)
-    if existing is not None:
-        earlier_plan = read_plan(existing, objects.url)
-        differences = plan_differences(earlier_plan, plan)
-        if differences:
+    if existing is not None and earlier is not None:
+        if differences := plan_differences(earlier, plan):
             raise OutputExistsError(
                 f"{objects.url}: already exists, from another merge: {'; '.join(differences)}; "
                 "choose another output, or --overwrite to replace it"
             )
-        for tile in changed_tiles(earlier_plan, plan):
+        for tile in changed_tiles(earlier, plan):
             stale[tile.iy, tile.ix] = True
         # An unfinished merge of an early version has no records and cannot be resumed.
-        if existing.state == "complete" or records.has_records(objects, earlier_plan):
+        if existing.state == "complete" or records.has_records(objects, earlier):
             done = done_tiles(objects, plan.grid) & ~stale
     n_columns = plan.grid.counts[1]
     return PreparedMerge(

@@ -1,6 +1,6 @@
 """Names, dtypes, units and meaning of the maps, and the classes that hold them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -259,6 +259,19 @@ class Accumulator:
     correlation_squared_sum: Float64
     count_map: Int64 | None
     count: int = field(default=0)
+
+    @classmethod
+    def allocate(cls, maps: MapSet, plane: Callable[[str, str], AnyArray]) -> "Accumulator":
+        """Return an accumulator of arrays that ``plane`` returns for a map's name and dtype."""
+        pose_dtype = "int32" if maps.form is PoseForm.INDEXED else "float32"
+        return cls(
+            mip=plane(MIP, "float32"),
+            pose=tuple(plane(name, pose_dtype) for name in maps.pose),
+            best_partial=plane(BEST_PARTIAL, "int32"),
+            correlation_sum=plane(SUM, "float64"),
+            correlation_squared_sum=plane(SQUARED_SUM, "float64"),
+            count_map=plane(COUNT, "int64") if maps.counts else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

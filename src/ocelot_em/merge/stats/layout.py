@@ -198,8 +198,8 @@ class Layout:
         candidates = candidates[~np.isnan(candidates[:, 0])]
         statistics = self._statistics(objects, number, own)
         if wrong := self._wrong_candidates(candidates, number):
-            place = self._place(objects, NUMBERS, number)
-            raise CorruptChunkError(f"{place}: {wrong}; merge again")
+            label = self._label(objects, NUMBERS, number)
+            raise CorruptChunkError(f"{label}: {wrong}; merge again")
         return Record(statistics, candidates, edges.reshape(self.edges_shape))
 
     def _statistics(self, objects: Objects, number: int, own: Float64) -> PixelStatistics:
@@ -208,7 +208,7 @@ class Layout:
         wrong = counts[~_are_integers(counts, 0, 2**53)]
         if wrong.size:
             raise CorruptChunkError(
-                f"{self._place(objects, NUMBERS, number)}: expected counts of pixels, got "
+                f"{self._label(objects, NUMBERS, number)}: expected counts of pixels, got "
                 f"{wrong[0]}; merge again"
             )
         return PixelStatistics.from_flat(own, n_partials)
@@ -261,10 +261,10 @@ class Layout:
                 f"expected an object {key}; merge again"
             )
         # Allocating memory for each of thousands of records would fragment the heap.
-        memory, place = _memory_of_thread(what), self._place(objects, what, number)
-        return np.frombuffer(store.decode_chunk(encoded, nbytes, memory, place), dtype)
+        memory, label = _memory_of_thread(what), self._label(objects, what, number)
+        return np.frombuffer(store.decode_chunk(encoded, nbytes, memory, label), dtype)
 
-    def _place(self, objects: Objects, what: str, number: int) -> str:
+    def _label(self, objects: Objects, what: str, number: int) -> str:
         """Return a record's name for errors."""
         path = f"{self.folder}/{what}"
         return f"{objects.url}: {path}: record {number}, pixels {self.region_of(number)}"
