@@ -134,7 +134,7 @@ def started_again(copy: Path, folder: Path) -> Iterator[Path]:
 def merge_again(search: Undisturbed, output: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Merge after the power has come back, with less patience; tiles that it merged."""
     monkeypatch.setattr("ocelot_em.store.lock.STALE_SECONDS", 1.0)
-    monkeypatch.setattr("ocelot_em.store.lock.LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("ocelot_em.store.lock.CHECK_SECONDS", 0.2)
     return ocelot_em.merge(search.run, output, tile_size=search.tile).n_merged
 
 

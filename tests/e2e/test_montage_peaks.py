@@ -233,5 +233,5 @@ def test_one_exposures_particles_are_those_of_a_micrograph(tmp_path):
     own = find_peaks(tmp_path / "OUT.zarr", cutoff=0.0).of_exposure("late")
     assert not own.is_of_montage
     assert own.about.valid_shape == SHOTS[0].valid_shape
-    with pytest.raises(InvalidInputError, match="not of a montage"):
+    with pytest.raises(InvalidInputError, match="expected particles of a montage"):
         own.of_exposure("late")

@@ -41,7 +41,7 @@ def clock(monkeypatch):
 @pytest.fixture(params=["local", "memory"])
 def place(request, tmp_path, monkeypatch, clock):
     """An output; its lock is written anew often, and nobody really waits."""
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
     url = tmp_path / "OUT.zarr" if request.param == "local" else f"memory://{tmp_path}/OUT.zarr"
     return open_objects(url)
 
@@ -61,7 +61,7 @@ def test_a_lock_is_there_as_long_as_it_is_held(place):
         assert keys(place) == [held.key] == ["lock/0"]
         content = json.loads(place.get(held.key))
         assert {"id", "host", "boot", "pid", "process_started", "beat", "stops"} == set(content)
-        assert held.left_behind is None
+        assert held.replaced_holder is None
         assert not held.power_was_lost
     assert keys(place) == []
 
@@ -80,7 +80,7 @@ def test_the_lock_of_a_process_that_is_gone_is_replaced_at_once(place, clock):
     with OutputLock(place) as held:
         assert clock.slept == 0
         assert keys(place) == [held.key] == ["lock/1"]
-        assert held.left_behind["beat"] == 3
+        assert held.replaced_holder["beat"] == 3
         assert not held.power_was_lost  # this machine still runs
 
 
@@ -89,10 +89,10 @@ def test_a_lock_of_elsewhere_is_watched_and_replaced_if_it_does_not_change(place
     left_by(place, **changes)
     told = []
     with OutputLock(place, told.append) as held:
-        assert 0 <= clock.slept - lock.STALE_SECONDS < lock.LOOK_SECONDS
+        assert 0 <= clock.slept - lock.STALE_SECONDS < lock.CHECK_SECONDS
         assert held.power_was_lost == ("boot" in changes)
     assert len(told) == 1
-    assert "to see whether that run still lives" in told[0]
+    assert "for a heartbeat of that run" in told[0]
 
 
 @pytest.mark.parametrize("looks", [1, 80])
@@ -100,13 +100,13 @@ def test_a_lock_of_elsewhere_that_changes_is_respected(place, clock, looks):
     left_by(place, host="another")
 
     def beat():
-        if clock.slept >= looks * lock.LOOK_SECONDS:
+        if clock.slept >= looks * lock.CHECK_SECONDS:
             left_by(place, host="another", beat=4)
 
     clock.at_each_sleep = beat
     with pytest.raises(OutputLockedError, match="on another"):
         OutputLock(place).__enter__()
-    assert clock.slept == looks * lock.LOOK_SECONDS
+    assert clock.slept == looks * lock.CHECK_SECONDS
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b'{"pid": 1e400}', b"[" * 60_000])
@@ -169,7 +169,7 @@ def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place, clo
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert leave.is_held  # it does not look again for a moment
-        clock.now += 1.5 * lock.LOOK_SECONDS
+        clock.now += 1.5 * lock.CHECK_SECONDS
         assert not leave.is_held
     assert keys(place) == []
     assert not RunLease(place, held.key, held.id).is_held

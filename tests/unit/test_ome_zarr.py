@@ -306,10 +306,10 @@ def test_an_overview_is_the_finest_level_that_fits(merged):
 def test_what_is_no_picture_is_refused(merged, tmp_path):
     with pytest.raises(StoreNotFoundError, match="nothing there"):
         read_level(tmp_path / "NOTHING", 100)
-    with pytest.raises(FormatError, match="expected a picture"):
+    with pytest.raises(FormatError, match="expected an image"):
         read_level(merged, 100)
     (tmp_path / "EMPTY").mkdir()
-    with pytest.raises(FormatError, match="expected a picture"):
+    with pytest.raises(FormatError, match="expected an image"):
         read_level(tmp_path / "EMPTY", 100)
     picture = write_ome_zarr(merged, tmp_path / "P.zarr")
     with pytest.raises(InvalidInputError, match="scaled_mip; got mip"):

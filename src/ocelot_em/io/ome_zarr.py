@@ -79,7 +79,7 @@ def write_ome_zarr(
         Writing failed; nothing is left behind.
     """
     problems = [
-        f"map {name!r}: expected one of {', '.join(POOLED)}, of which a maximum says something"
+        f"map {name!r}: expected one of {', '.join(POOLED)}, whose maximum is meaningful"
         for name in maps
         if name not in POOLED
     ]
@@ -87,7 +87,7 @@ def write_ome_zarr(
         problems.append(f"maps: expected one or more different ones, got {tuple(maps)}")
     url = normalise_url(output)
     if not is_local(url):
-        problems.append(f"{url}: expected a folder of this machine; copy the picture there later")
+        problems.append(f"{url}: expected a local folder; write the image there, then copy it")
     if problems:
         raise InvalidInputError(problems)
     merged, place = MergedResult.open(store), Path(url)
@@ -142,7 +142,7 @@ def read_level(
         raise InvalidInputError(f"longest edge: expected at least 1 pixel, got {longest_edge_px}")
     place = Path(path)
     if not place.exists():
-        raise StoreNotFoundError(f"{place}: expected an OME-Zarr picture, got nothing there")
+        raise StoreNotFoundError(f"{place}: expected an OME-Zarr image, got nothing there")
     try:
         group = zarr.open_group(place, mode="r", zarr_format=3)
         ome = cast("dict[str, Any]", group.attrs["ome"])
@@ -152,7 +152,7 @@ def read_level(
         shapes = [array.shape[1:] for array in arrays]
     except (BaseZarrError, ValueError, LookupError, TypeError, OSError) as error:
         raise FormatError(
-            f"{place}: expected a picture that ocelot-em wrote, got something else: {error}"
+            f"{place}: expected an image written by ocelot-em, got something else: {error}"
         ) from error
     if name not in names:
         raise InvalidInputError(
@@ -242,18 +242,16 @@ def _metadata(
 ) -> dict[str, Any]:
     size = merged.attributes.pixel_size_angstrom
     unit = {} if size is None else {"unit": "angstrom"}
-    datasets = []
-    for level in range(len(pyramid)):
+
+    def transforms(level: int) -> list[dict[str, Any]]:
         edge = 2.0**level
-        offset = (edge - 1) / 2  # centre of a pooled pixel
-        transforms = [
-            {"type": kind, "scale" if kind == "scale" else "translation": values}
-            for kind, values in (
-                ("scale", [1.0, edge * (size or 1), edge * (size or 1)]),
-                ("translation", [0.0, offset * (size or 1), offset * (size or 1)]),
-            )
+        scale = edge * (size or 1)
+        offset = (edge - 1) / 2 * (size or 1)  # centre of a pooled pixel
+        return [
+            {"type": "scale", "scale": [1.0, scale, scale]},
+            {"type": "translation", "translation": [0.0, offset, offset]},
         ]
-        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+
     return {
         "version": VERSION,
         "multiscales": [
@@ -264,7 +262,10 @@ def _metadata(
                     {"name": "y", "type": "space", **unit},
                     {"name": "x", "type": "space", **unit},
                 ],
-                "datasets": datasets,
+                "datasets": [
+                    {"path": str(level), "coordinateTransformations": transforms(level)}
+                    for level in range(len(pyramid))
+                ],
                 "type": "maximum",
                 "metadata": {
                     "description": "Maximum of 2 x 2 pixels of the level before, NaN left out. A "
@@ -304,26 +305,22 @@ def _refuse_existing(place: Path, overwrite: bool) -> None:
     if not place.exists():
         return
     if not overwrite:
-        raise OutputExistsError(
-            f"{place}: already there; choose another place, or ask to overwrite"
-        )
+        raise OutputExistsError(f"{place}: already there; choose another path, or ask to overwrite")
     try:
-        is_picture = "ome" in zarr.open_group(place, mode="r").attrs
+        is_image = "ome" in zarr.open_group(place, mode="r").attrs
     except (BaseZarrError, ValueError, OSError):
-        is_picture = False
-    if not is_picture:
+        is_image = False
+    if not is_image:
         raise OutputExistsError(
-            f"{place}: expected an OME-Zarr picture to overwrite, got something else, which is not "
-            "replaced; choose another place, or delete it yourself"
+            f"{place}: expected an OME-Zarr image to overwrite, got something else, which is not "
+            "replaced; choose another path, or delete it"
         )
 
 
 def _put_in_place(staged: Path, place: Path) -> None:
     """Rename a complete image to its final name, then delete the image it replaces."""
+    old = place.with_name(f"{place.name}#{uuid.uuid4().int}")
     if place.exists():
-        old = place.with_name(f"{place.name}#{uuid.uuid4().int}")
         place.rename(old)
-        staged.rename(place)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        staged.rename(place)
+    staged.rename(place)
+    shutil.rmtree(old, ignore_errors=True)

@@ -186,7 +186,9 @@ class ParticleTable:
             If the particles do not come from a montage.
         """
         if not self.is_of_montage:
-            raise InvalidInputError("exposure: the particles are not of a montage")
+            raise InvalidInputError(
+                "exposure: expected particles of a montage, got those of one exposure"
+            )
         own = self.columns[EXPOSURE] == exposure
         shapes = dict(self.about.exposure_shapes) if self.about else {}
         about = self.about
@@ -297,7 +299,7 @@ def _name_problems(names: Iterable[str]) -> list[str]:
     return [
         *(f"{n}: missing" for n in ALL_COLUMNS if n not in counts and n not in _OPTIONAL),
         *(
-            f"{n}: missing, though {', '.join(m for m in group if m in counts)} is there"
+            f"{n}: missing, although {', '.join(m for m in group if m in counts)} is present"
             for group in _ALONE_OR_TOGETHER
             for n in group
             if n not in counts and any(m in counts for m in group)
@@ -357,7 +359,9 @@ def _read_rows(path: str | PathLike[str]) -> tuple[list[str], list[list[str]]]:
     while rows and not rows[-1]:
         rows.pop()
     if not rows:
-        raise InvalidInputError(f"{place}: expected a header line with the columns, got no line")
+        raise InvalidInputError(
+            f"{place}: expected a header line with the columns, got an empty file"
+        )
     return rows[0], rows[1:]
 
 

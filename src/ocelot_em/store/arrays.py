@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
-from ocelot_em.store.blosc import BloscChunk, encode, most_encoded_nbytes
+from ocelot_em.store.blosc import BloscChunk, encode, max_encoded_nbytes
 from ocelot_em.store.constants import (
     DIMENSIONS,
     MAX_CHUNK_NBYTES,
@@ -109,7 +109,7 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
     counts = [ceil_div(n, cell) for n, cell in zip(about.shape, about.chunk, strict=True)]
     for index in np.ndindex(*counts):
         key = "/".join([path, "c", *map(str, index)])
-        encoded = objects.get(key, most_encoded_nbytes(nbytes))
+        encoded = objects.get(key, max_encoded_nbytes(nbytes))
         if encoded is None:
             raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
         try:
@@ -282,7 +282,7 @@ class ChunkedMap:
             Naming store, partial, map and chunk.
         """
         nbytes = self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize
-        encoded = self.objects.get_into(self.key(chunk), memory, most_encoded_nbytes(nbytes))
+        encoded = self.objects.get_into(self.key(chunk), memory, max_encoded_nbytes(nbytes))
         if encoded is None:
             raise MissingChunkError(
                 f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "

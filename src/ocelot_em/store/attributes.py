@@ -20,10 +20,7 @@ from pydantic import (
 )
 
 from ocelot_em.errors import FormatError
-from ocelot_em.model.maps import (
-    MapSet,
-    PoseForm,
-)
+from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.regions import Region
 from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
 from ocelot_em.store.metadata import problems_of

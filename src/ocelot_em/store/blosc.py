@@ -39,7 +39,7 @@ def encode(values: AnyArray, codec: Any) -> list[bytes]:
     return [frame, google_crc32c.value(frame).to_bytes(4, "little")]
 
 
-def most_encoded_nbytes(nbytes: int) -> int:
+def max_encoded_nbytes(nbytes: int) -> int:
     """Return the maximum encoded size in bytes of a chunk of this decoded size.
 
     Blosc stores incompressible data unchanged after a header; the rest allows for other encoders.

@@ -48,26 +48,19 @@ class BucketObjects:
     def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
         return retrying(verb, self.url, key, action)
 
-    def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
-        def action() -> bytes | None:
-            try:
-                found = obstore.get(self._store, key)
-            except FileNotFoundError:
-                return None
-            refuse_too_large(found.meta["size"], most_nbytes)
-            return found.bytes().to_bytes()
-
-        return self._guard("read", key, action)
+    def get(self, key: str, max_nbytes: int = MAX_NBYTES) -> bytes | None:
+        found = self.get_into(key, ReusedMemory(), max_nbytes)
+        return None if found is None else bytes(found)
 
     def get_into(
-        self, key: str, memory: ReusedMemory, most_nbytes: int = MAX_NBYTES
+        self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
                 found = obstore.get(self._store, key)
             except FileNotFoundError:
                 return None
-            refuse_too_large(found.meta["size"], most_nbytes)
+            refuse_too_large(found.meta["size"], max_nbytes)
             return memory.filled(memoryview(found.bytes()))
 
         return self._guard("read", key, action)

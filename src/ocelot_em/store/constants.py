@@ -2,16 +2,7 @@
 
 from typing import Final, Literal
 
-from ocelot_em.model.maps import (
-    INDEX,
-    MAPS,
-    MEAN,
-    MIP,
-    SCALED_MIP,
-    SQUARED_SUM,
-    STD,
-    SUM,
-)
+from ocelot_em.model.maps import INDEX, MAPS, MEAN, MIP, SCALED_MIP, SQUARED_SUM, STD, SUM
 
 FORMAT_VERSION: Final = 2
 

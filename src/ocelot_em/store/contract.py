@@ -55,12 +55,12 @@ class Objects(Protocol):
     streams: int
     """Useful number of concurrent transfers per waiting thread."""
 
-    def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
+    def get(self, key: str, max_nbytes: int = MAX_NBYTES) -> bytes | None:
         """Return the object's bytes, or None if there is none; larger objects are rejected."""
         ...
 
     def get_into(
-        self, key: str, memory: "ReusedMemory", most_nbytes: int = MAX_NBYTES
+        self, key: str, memory: "ReusedMemory", max_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         """Read as :meth:`get`, into the given memory, which the caller may change."""
         ...
@@ -148,21 +148,20 @@ def retrying(verb: str, url: str, key: str, action: Callable[[], T]) -> T:
     ------
     StorageError
     """
-    for pause in PAUSES_SECONDS:
+    pauses = iter(PAUSES_SECONDS)
+    while True:
         try:
             return action()
         except StorageError:  # from a nested action
             raise
         except (BaseError, OSError) as error:
-            if not _is_transient(error):
-                raise storage_error(verb, url, key, error) from error
-            log.warning("%s; trying again in %g s", storage_error(verb, url, key, error), pause)
+            failure = storage_error(verb, url, key, error)
+            pause = next(pauses, None) if _is_transient(error) else None
+            if pause is None:
+                raise failure from error
+        log.warning("%s; retrying in %g s", failure, pause)
         # Jitter, so that processes do not all retry at once.
         time.sleep(pause * random.uniform(0.5, 1.5))
-    try:
-        return action()
-    except (BaseError, OSError) as error:
-        raise storage_error(verb, url, key, error) from error
 
 
 def _is_transient(error: Exception) -> bool:
@@ -176,10 +175,10 @@ _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 """Error number in obstore's messages about system errors."""
 
 
-def refuse_too_large(nbytes: int, most_nbytes: int) -> None:
+def refuse_too_large(nbytes: int, max_nbytes: int) -> None:
     """Raise ``OSError`` if an object exceeds the size limit."""
-    if nbytes > most_nbytes:
-        raise OSError(f"expected at most {most_nbytes:,} bytes, got {nbytes:,}")
+    if nbytes > max_nbytes:
+        raise OSError(f"expected at most {max_nbytes:,} bytes, got {nbytes:,}")
 
 
 def storage_error(verb: str, url: str, key: str, error: Exception) -> StorageError:

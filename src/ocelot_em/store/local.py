@@ -52,12 +52,8 @@ class LocalObjects(BucketObjects):
     def _exists(self) -> bool:
         return Path(self.url).is_dir()
 
-    def get(self, key: str, most_nbytes: int = MAX_NBYTES) -> bytes | None:
-        found = self.get_into(key, ReusedMemory(), most_nbytes)
-        return None if found is None else bytes(found)
-
     def get_into(
-        self, key: str, memory: ReusedMemory, most_nbytes: int = MAX_NBYTES
+        self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
@@ -70,7 +66,7 @@ class LocalObjects(BucketObjects):
                     return None
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError("expected a file")
-                refuse_too_large(status.st_size, most_nbytes)
+                refuse_too_large(status.st_size, max_nbytes)
                 target = memory.of(status.st_size)
                 n_read = 0
                 while n := os.readv(descriptor, [target[n_read:]]):

@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 FOLDER = "lock"
 
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 """Time between two heartbeats of a lock's holder."""
 
 STALE_SECONDS = 90.0
 """Time without a heartbeat after which a lock is stale; longer than network file systems cache."""
 
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 """Time between two checks of a possibly stale lock, and of a worker's own."""
 
 _KEY = re.compile(f"{FOLDER}/([0-9]{{1,15}})")
@@ -55,7 +55,7 @@ class OutputLock:
     """
 
     def __init__(
-        self, objects: Objects, on_wait: Callable[[str], None] = lambda _says: None
+        self, objects: Objects, on_wait: Callable[[str], None] = lambda _message: None
     ) -> None:
         self._objects, self._on_wait = objects, on_wait
         self.id = uuid.uuid4().hex
@@ -65,8 +65,8 @@ class OutputLock:
         self._beat = 0
         self._wake = threading.Event()
         self._ended = False
-        self._beating: threading.Thread | None = None
-        self.left_behind: dict[str, object] | None = None
+        self._heartbeat_thread: threading.Thread | None = None
+        self.replaced_holder: dict[str, object] | None = None
         """Content of the stale lock that this one replaces."""
         self.lost = threading.Event()
         """Set if another run replaced the lock while this one was suspended or disconnected."""
@@ -84,7 +84,7 @@ class OutputLock:
 
         True if it ended without releasing its lock, and not on this machine since the last boot.
         """
-        return self.left_behind is not None and self.left_behind.get("boot") != _boot()
+        return self.replaced_holder is not None and self.replaced_holder.get("boot") != _boot()
 
     def stop(self) -> None:
         """Ask all workers to stop after their current tile, without waiting for them."""
@@ -101,8 +101,10 @@ class OutputLock:
         """
         while not self._taken():
             pass
-        self._beating = threading.Thread(target=self._keep, name="ocelot-lock", daemon=True)
-        self._beating.start()
+        self._heartbeat_thread = threading.Thread(
+            target=self._write_heartbeats, name="ocelot-lock", daemon=True
+        )
+        self._heartbeat_thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,25 +113,25 @@ class OutputLock:
             # Sync first: once the lock is gone, later runs trust the data, even after a power loss.
             self._objects.sync()
         except StorageError as error:
-            log.warning("the lock stays: %s", error)
+            log.warning("the lock is not released: %s", error)
         else:
-            self._end_beating()
+            self._end_heartbeat()
             with contextlib.suppress(StorageError):  # it becomes stale
                 self._objects.delete_one(self.key)
         finally:
-            self._end_beating()
+            self._end_heartbeat()
 
-    def _end_beating(self) -> None:
+    def _end_heartbeat(self) -> None:
         self._ended = True
         self._wake.set()
-        if self._beating is not None:
-            self._beating.join()
+        if self._heartbeat_thread is not None:
+            self._heartbeat_thread.join()
 
     def _taken(self) -> bool:
         """Try to take the lock."""
         held = _highest(self._objects)
         if held is not None:
-            self._wait_until_left_behind(held)
+            self._wait_until_stale(held)
         self._number = 0 if held is None else held + 1
         # A request may succeed but return an error, and then be retried.
         if not self._objects.create(self.key, self._content()) and not self._is_mine():
@@ -140,7 +142,7 @@ class OutputLock:
             self._objects.delete_one(f"{FOLDER}/{number}")
         return True
 
-    def _wait_until_left_behind(self, number: int) -> None:
+    def _wait_until_stale(self, number: int) -> None:
         """Wait until a lock is known to be stale, or was released.
 
         Raises
@@ -153,17 +155,17 @@ class OutputLock:
         if first is None:
             return
         holder = _parsed(first)
-        alive = _lives(holder)
+        alive = _is_alive(holder)
         deadline = time.monotonic() + STALE_SECONDS
-        told = False
+        has_notified = False
         while alive is None and time.monotonic() < deadline:
-            if not told:
-                told = True
+            if not has_notified:
+                has_notified = True
                 self._on_wait(
                     f"{self._objects.url}: locked by {_named(holder)}; waiting up to "
-                    f"{STALE_SECONDS:.0f} s to see whether that run still lives"
+                    f"{STALE_SECONDS:.0f} s for a heartbeat of that run"
                 )
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
             content = self._objects.get(key, _MAX_NBYTES)
             if content is None:
                 return
@@ -174,8 +176,8 @@ class OutputLock:
                 f"{self._objects.url}: another run is writing it: {_named(holder)}; wait until it "
                 "has ended, or stop it"
             )
-        log.warning("%s: the lock of %s was left behind", self._objects.url, _named(holder))
-        self.left_behind = holder
+        log.warning("%s: replacing the stale lock of %s", self._objects.url, _named(holder))
+        self.replaced_holder = holder
 
     def _is_mine(self) -> bool:
         found = self._objects.get(self.key, _MAX_NBYTES)
@@ -185,10 +187,10 @@ class OutputLock:
         state = {"beat": self._beat, "stops": self.stopping.is_set()}
         return json.dumps({**self._holder, **state}).encode()
 
-    def _keep(self) -> None:
+    def _write_heartbeats(self) -> None:
         """Write heartbeats until the lock is released or lost."""
         while True:
-            self._wake.wait(BEAT_SECONDS)
+            self._wake.wait(HEARTBEAT_SECONDS)
             self._wake.clear()
             if self._ended:
                 return
@@ -200,7 +202,7 @@ class OutputLock:
                 self._beat += 1
                 self._objects.put(self.key, [self._content()])
             except StorageError as error:
-                log.warning("the lock could not be written: %s", error)
+                log.warning("the heartbeat could not be written: %s", error)
 
 
 class RunLease:
@@ -216,9 +218,9 @@ class RunLease:
 
     def __init__(self, objects: Objects, key: str, holder: str) -> None:
         self._objects, self._key, self._holder = objects, key, holder
-        self._looking = threading.Lock()
-        self._looked = float("-inf")
-        self._goes_on = True
+        self._checking = threading.Lock()
+        self._checked_at = float("-inf")
+        self._is_held = True
 
     @property
     def is_held(self) -> bool:
@@ -229,13 +231,13 @@ class RunLease:
         StorageError
             The lock cannot be read.
         """
-        with self._looking:
-            if self._goes_on and time.monotonic() - self._looked > LOOK_SECONDS:
+        with self._checking:
+            if self._is_held and time.monotonic() - self._checked_at > CHECK_SECONDS:
                 content = _parsed(self._objects.get(self._key, _MAX_NBYTES) or b"{}")
                 stops = content.get("stops", True)
-                self._goes_on = content.get("id") == self._holder and not stops
-                self._looked = time.monotonic()
-            return self._goes_on
+                self._is_held = content.get("id") == self._holder and not stops
+                self._checked_at = time.monotonic()
+            return self._is_held
 
 
 def _highest(objects: Objects) -> int | None:
@@ -262,7 +264,7 @@ def _boot() -> str:
     return f"{psutil.boot_time():.0f}"
 
 
-def _lives(holder: dict[str, object]) -> bool | None:
+def _is_alive(holder: dict[str, object]) -> bool | None:
     """Whether the process that wrote a lock is alive; None if unknown on this machine."""
     this, pid = _this_process(), holder.get("pid")
     if any(holder.get(name) != this[name] for name in ("host", "boot")) or not isinstance(pid, int):

@@ -12,9 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.store.bucket import BucketObjects, MemoryObjects
-from ocelot_em.store.contract import (
-    Objects,
-)
+from ocelot_em.store.contract import Objects
 from ocelot_em.store.local import LocalObjects
 
 _OBSTORE_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https"}

@@ -9,17 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from ocelot_em.errors import (
-    IncompleteError,
-    InvalidDataError,
-    InvalidInputError,
-)
+from ocelot_em.errors import IncompleteError, InvalidDataError, InvalidInputError
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
-from ocelot_em.model.maps import (
-    MIP,
-    PIXEL_SIZE,
-    AnyArray,
-)
+from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import arrays as store
@@ -27,11 +19,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.creation import ensure_search, layout_differences, provenance, refresh_total
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import (
-    open_partial_maps,
-    partial_path,
-    read_partial_attributes,
-)
+from ocelot_em.store.search import open_partial_maps, partial_path, read_partial_attributes
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import (
     BadValues,

@@ -3,14 +3,8 @@
 import re
 from itertools import pairwise
 
-from ocelot_em.errors import (
-    FormatError,
-    InvalidInputError,
-    StoreNotFoundError,
-)
-from ocelot_em.model.maps import (
-    MAPS,
-)
+from ocelot_em.errors import FormatError, InvalidInputError, StoreNotFoundError
+from ocelot_em.model.maps import MAPS
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt

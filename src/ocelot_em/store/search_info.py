@@ -5,18 +5,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from ocelot_em.errors import (
-    InvalidInputError,
-)
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.arrays import HostRows
-from ocelot_em.model.maps import (
-    MAPS,
-    SQUARED_SUM,
-    SUM,
-    AnyArray,
-    MapSet,
-    PoseForm,
-)
+from ocelot_em.model.maps import MAPS, SQUARED_SUM, SUM, AnyArray, MapSet, PoseForm
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.metadata import problems_of

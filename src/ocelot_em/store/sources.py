@@ -4,14 +4,8 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from ocelot_em.errors import (
-    FormatError,
-    IncompleteError,
-)
-from ocelot_em.model.maps import (
-    BEST_PARTIAL,
-    MapSet,
-)
+from ocelot_em.errors import FormatError, IncompleteError
+from ocelot_em.model.maps import BEST_PARTIAL, MapSet
 from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt

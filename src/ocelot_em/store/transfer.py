@@ -174,9 +174,9 @@ class ReadAhead:
         self, requests: Iterable[Request], streams: int, memory: Sequence[ReusedMemory]
     ) -> None:
         self._pool = ThreadPoolExecutor(streams, "ocelot-read")
-        self._todo = self._pieces(requests)
+        self._pending = self._pieces(requests)
         self._free = list(memory)
-        self._under_way: deque[_Piece] = deque()
+        self._in_flight: deque[_Piece] = deque()
         self._in_use: list[ReusedMemory] = []
         self.meter = Meter()
 
@@ -191,8 +191,8 @@ class ReadAhead:
             Provides memory for regions that are not whole chunks.
         """
         self._release()
-        while self._under_way and self._under_way[0].request.group != group:
-            self._skip(self._under_way.popleft())
+        while self._in_flight and self._in_flight[0].request.group != group:
+            self._skip(self._in_flight.popleft())
         self._group, self._spare = group, spare
         return self
 
@@ -218,22 +218,22 @@ class ReadAhead:
         self._release()
 
     def _next(self, number: int) -> Arrival:
-        self._top_up()
-        if not self._under_way or self._under_way[0].request.group != self._group:
+        self._fetch_more()
+        if not self._in_flight or self._in_flight[0].request.group != self._group:
             raise LookupError(f"{self._group}: all requests of this group have been read")
-        piece = self._under_way[0]
+        piece = self._in_flight[0]
         source, region = piece.request.source, piece.request.region
         if piece.chunk.region == region and source.grid.is_whole(piece.chunk):
-            self._in_use.append(self._under_way.popleft().memory)
+            self._in_use.append(self._in_flight.popleft().memory)
             return Arrival(source, self.meter, chunk=(piece.chunk, self._arrived(piece)))
         values = self._spare(number, source.dtype)
         while True:
-            piece = self._under_way.popleft()
+            piece = self._in_flight.popleft()
             try:
                 source.decode(self._arrived(piece), piece.chunk, region, values)
             finally:
                 self._free.append(piece.memory)
-                self._top_up()
+                self._fetch_more()
             if piece.is_last:
                 return Arrival(source, self.meter, values=values)
 
@@ -250,25 +250,25 @@ class ReadAhead:
             for chunk in chunks:
                 yield request, chunk, chunk is chunks[-1]
 
-    def _top_up(self) -> None:
-        while self._free and (found := next(self._todo, None)) is not None:
+    def _fetch_more(self) -> None:
+        while self._free and (found := next(self._pending, None)) is not None:
             request, chunk, is_last = found
             memory = self._free.pop()
             encoded = self._pool.submit(request.source.fetch, chunk, memory)
-            self._under_way.append(_Piece(request, chunk, is_last, memory, encoded))
+            self._in_flight.append(_Piece(request, chunk, is_last, memory, encoded))
 
     def _release(self) -> None:
         """Reuse the memory of regions that were taken, and fetch more."""
         self._free += self._in_use
         self._in_use.clear()
-        self._top_up()
+        self._fetch_more()
 
     def _skip(self, piece: _Piece) -> None:
         if not piece.encoded.cancel():
             with suppress(Exception):  # the chunk is not needed, so its error does not matter
                 piece.encoded.result()
         self._free.append(piece.memory)
-        self._top_up()
+        self._fetch_more()
 
     def __enter__(self) -> Self:
         return self
@@ -288,8 +288,8 @@ class WriteBehind:
 
     def __init__(self, streams: int) -> None:
         self._pool = ThreadPoolExecutor(streams, "ocelot-write")
-        self._most = chunks_behind(streams)
-        self._under_way: deque[Future[None]] = deque()
+        self._max_in_flight = chunks_behind(streams)
+        self._in_flight: deque[Future[None]] = deque()
         self.meter = Meter()
 
     @contextmanager
@@ -304,10 +304,10 @@ class WriteBehind:
     def put(self, objects: Objects, key: str, parts: Sequence[bytes]) -> "Future[None]":
         """Write an object in the background; the future completes or raises."""
         self.meter.nbytes += sum(map(len, parts))
-        while len(self._under_way) >= self._most:
-            self.wait([self._under_way.popleft()], quietly=True)
+        while len(self._in_flight) >= self._max_in_flight:
+            self.wait([self._in_flight.popleft()], quietly=True)
         written = self._pool.submit(objects.put, key, parts)
-        self._under_way.append(written)
+        self._in_flight.append(written)
         return written
 
     def wait(self, written: Sequence["Future[None]"], *, quietly: bool = False) -> None:

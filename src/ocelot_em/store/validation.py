@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ocelot_em.model.maps import (
-    INDEX,
-    MAPS,
-    MIP,
-    NOT_SEARCHED,
-    POSES,
-    AnyArray,
-)
+from ocelot_em.model.maps import INDEX, MAPS, MIP, NOT_SEARCHED, POSES, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt

@@ -7,9 +7,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ocelot_em.model.maps import (
-    Float32,
-)
+from ocelot_em.model.maps import Float32
 from ocelot_em.model.regions import Region
 
 # First element of the numpy.random.SeedSequence spawn key: one per kind of draw.

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ocelot_em.model.maps import (
-    POSES,
-    SCALED_MIP,
-    AnyArray,
-)
+from ocelot_em.model.maps import POSES, SCALED_MIP, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.testing.noise import window
 

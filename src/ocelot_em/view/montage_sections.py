@@ -30,18 +30,17 @@ def montage_cards(merged: MergedResult, coverage: Coverage) -> list[tuple[str, s
     """Return headline numbers, each with its label."""
     attributes = merged.attributes
     shape, size = attributes.valid_shape, attributes.pixel_size_angstrom
-    pixels = shape[0] * shape[1]
+    covered, overlap = (
+        percent_text(pixels / (shape[0] * shape[1]))
+        for pixels in (coverage.covered_pixels, coverage.overlap_pixels)
+    )
     counts = [exposure.total_projections for exposure in attributes.exposures]
     projections = " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
-    overlap = percent_text(coverage.overlap_pixels / pixels)
     area = f", {area_text(shape, size)}" if size else ""
     return [
         (f"{len(counts):,}", "exposures"),
         (shape_text(shape), f"pixels of the canvas{area}"),
-        (
-            percent_text(coverage.covered_pixels / pixels),
-            f"of the canvas covered, {overlap} more than once",
-        ),
+        (covered, f"of the canvas covered, {overlap} more than once"),
         (projections, "projections per pixel of an exposure"),
     ]
 
@@ -58,6 +57,9 @@ def montage_section(data: ReportData, coverage: Coverage) -> dict[str, object]:
     n_compared = int(np.isfinite(seams).sum())
     named = has_names(n_exposures)
     is_beside = named or is_wide
+
+    def draw_coverage(figure: Any) -> None:
+        plot_exposures(merged, figure.subplots())
 
     def draw_seams(figure: Any) -> None:
         if not n_compared:
@@ -80,10 +82,9 @@ def montage_section(data: ReportData, coverage: Coverage) -> dict[str, object]:
             "coverage",
             (across, tall + 0.8),
             lambda figure: plot_exposures(merged, figure.subplots()),
-            "number of exposures that cover each pixel",
         ),
         "pooling": coverage.factor,
-        "seams": Drawing.of("seams", (across, seams_tall), draw_seams, "z-scores of exposures"),
+        "seams": Drawing.of("seams", (across, seams_tall), draw_seams),
         "has_names": named,
         "is_beside": is_beside,
         "n_exposures": n_exposures,
@@ -95,19 +96,6 @@ def montage_section(data: ReportData, coverage: Coverage) -> dict[str, object]:
 
 
 def _exposure_table(data: ReportData, seams: Float64) -> Table:
-    header = (
-        "exposure",
-        "acquired",
-        "origin (y, x)",
-        "valid pixels",
-        "shown",
-        "in overlaps",
-        "projections",
-        "mean z alone",
-        "mean z in overlaps",
-        "difference (std)",
-        "particles",
-    )
     particles, exposures = data.particles, data.summary.attributes.exposures
     found = Counter(particles.columns[EXPOSURE].tolist() if particles.is_of_montage else ())
     rows = []
@@ -115,21 +103,21 @@ def _exposure_table(data: ReportData, seams: Float64) -> Table:
         exposure, placed = exposures[k], data.merged.attributes.exposures[k]
         shown = exposure.shown_pixels
         rows.append(
-            (
-                exposure.id,
-                f"{placed.acquired:d}",
-                f"{placed.origin[0]:,}, {placed.origin[1]:,}",
-                f"{exposure.valid_pixels:,}",
-                f"{shown:,}",
-                percent_text(exposure.overlap.pixels / shown) if shown else "—",
-                f"{exposure.total_projections:,}",
-                number_text(exposure.alone.mean, ".3f"),
-                number_text(exposure.overlap.mean, ".3f"),
-                number_text(seams[k], ".2f"),
-                f"{found[exposure.id]:,}",
-            )
+            {
+                "exposure": exposure.id,
+                "acquired": f"{placed.acquired}",
+                "origin (y, x)": f"{placed.origin[0]:,}, {placed.origin[1]:,}",
+                "valid pixels": exposure.valid_pixels,
+                "shown": shown,
+                "in overlaps": percent_text(exposure.overlap.pixels / shown) if shown else "—",
+                "projections": exposure.total_projections,
+                "mean z alone": number_text(exposure.alone.mean, ".3f"),
+                "mean z in overlaps": number_text(exposure.overlap.mean, ".3f"),
+                "difference (std)": number_text(seams[k], ".2f"),
+                "particles": found[exposure.id],
+            }
         )
-    return Table(header, rows, len(seams))
+    return Table(rows, len(seams))
 
 
 def montage_partials_section(data: ReportData) -> dict[str, object]:
@@ -144,41 +132,31 @@ def montage_partials_section(data: ReportData) -> dict[str, object]:
         if named:
             stds.tick_params(labelleft=False)
 
-    drawing = None
-    if any(np.isfinite(own.won_ratio) or np.isfinite(own.std_ratio) for own in partials):
-        tall = float(np.clip(0.34 * len(statistics) + 1.3, 2.0, 12.0))
-        size = (12.0, tall if named else 4.6)
-        drawing = Drawing.of("partials-plot", size, draw, "comparison of the partials")
-    header = (
-        "exposure",
-        "partial",
-        "projections",
-        "share",
-        "pixels won",
-        "won / expected",
-        "mean",
-        "spread of mean",
-        "std",
-        "std / median",
-    )
     rows = []
     for k in _chosen_rows(np.array([own.deviation for own in partials])):
         own = partials[k]
         partial, source = own.partial, own.source
         projections = sum(p.total_projections for p in statistics[own.exposure].partials)
         rows.append(
-            (
-                own.exposure,
-                partial.name,
-                f"{partial.total_projections:,}",
-                percent_text(partial.total_projections / max(projections, 1)),
-                f"{partial.won_pixels:,}",
-                number_text(own.won_ratio, ".2f"),
-                *(number_text(v, ".5f") for v in (source.mean, source.mean_spread, source.std)),
-                number_text(own.std_ratio, ".3f"),
-            )
+            {
+                "exposure": own.exposure,
+                "partial": partial.name,
+                "projections": partial.total_projections,
+                "share": percent_text(partial.total_projections / max(projections, 1)),
+                "pixels won": partial.won_pixels,
+                "won / expected": number_text(own.won_ratio, ".2f"),
+                "mean": number_text(source.mean, ".5f"),
+                "spread of mean": number_text(source.mean_spread, ".5f"),
+                "std": number_text(source.std, ".5f"),
+                "std / median": number_text(own.std_ratio, ".3f"),
+            }
         )
-    return {"drawing": drawing, "table": Table(header, rows, len(partials))}
+    is_comparable = any(np.isfinite([own.won_ratio, own.std_ratio]).any() for own in partials)
+    tall = float(np.clip(0.34 * len(statistics) + 1.3, 2.0, 12.0)) if named else 4.6
+    return {
+        "drawing": Drawing.of("partials-plot", (12.0, tall), draw) if is_comparable else None,
+        "table": Table(rows, len(partials)),
+    }
 
 
 def _chosen_rows(interest: Float64) -> list[int]:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,13 @@ class Table:
 
     Parameters
     ----------
-    header
-        Names of the columns.
     rows
-        Texts of the cells, row by row.
+        Cells by the names of their columns, the same for all rows; cells are text or integers.
     n_rows
-        Number of rows with those that are not listed.
+        Number of rows, including those that are not listed.
     """
 
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Mapping[str, object]]
     n_rows: int
 
 
@@ -57,23 +54,16 @@ class Drawing:
     ----------
     svg
         The figure as an SVG element.
-    label
-        Description for readers who do not see it.
     max_width_px
         Maximum width on the page.
     """
 
     svg: str
-    label: str
     max_width_px: int
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        size_inches: tuple[float, float],
-        draw: Callable[[Any], object],
-        label: str,
+        cls, name: str, size_inches: tuple[float, float], draw: Callable[[Any], object]
     ) -> "Drawing":
         """Draw a figure in the text colour of the page.
 
@@ -85,8 +75,6 @@ class Drawing:
             Width and height.
         draw
             Draws into the given :class:`matplotlib.figure.Figure`.
-        label
-            Description for readers who do not see it.
         """
         figure = new_figure(size_inches)
         from matplotlib import rc_context
@@ -96,7 +84,7 @@ class Drawing:
             for ax in figure.axes:
                 if ax.images:
                     ax.grid(visible=False)
-            return cls(inline_svg(figure, name), label, round(110 * size_inches[0]))
+            return cls(inline_svg(figure, name), round(110 * size_inches[0]))
 
 
 def inline_svg(figure: Any, name: str) -> str:

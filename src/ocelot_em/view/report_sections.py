@@ -1,6 +1,7 @@
 """Sections of the report: figures, tables and facts, as data for its template."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -76,11 +77,9 @@ def headline(data: ReportData, coverage: Coverage | None) -> list[tuple[str, str
     if coverage is None:
         everywhere = ""
         area = f", {area_text(attributes.valid_shape, size)}" if size else ""
+        label = f"valid pixels of {shape_text(attributes.shape)}{area}"
         maps = [
-            (
-                shape_text(attributes.valid_shape),
-                f"valid pixels of {shape_text(attributes.shape)}{area}",
-            ),
+            (shape_text(attributes.valid_shape), label),
             (searched, "of the valid pixels searched"),
             partials,
             (f"{attributes.total_projections:,}", "projections per pixel"),
@@ -147,12 +146,13 @@ def particles_section(
         "is_wide": is_wide,
         "pooling": overview[1],
         "max_circles": MAX_CIRCLES if len(particles) > MAX_CIRCLES else None,
-        "overview": Drawing.of(
-            "overview", (across, tall + 0.8), draw, "z-score map with picked particles in circles"
-        ),
+        "overview": Drawing.of("overview", (across, tall + 0.8), draw),
         "zooms": _zooms(data, zoomed, is_shown, 6 if is_wide else 2) if len(zoomed) else None,
         "has_hidden": not is_shown.all(),
-        "table": _particle_table(data, best[:_PARTICLES_LISTED]),
+        "table": Table(
+            [_particle_row(data, n, i) for n, i in enumerate(best[:_PARTICLES_LISTED].tolist(), 1)],
+            len(particles),
+        ),
     }
 
 
@@ -171,8 +171,7 @@ def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray, columns: i
             ax.set_title(f"{number}: z = {z[i]:.2f}{hidden}")
             ax.tick_params(labelsize=8)
 
-    label = "z-scores around the best particles"
-    return Drawing.of("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw, label)
+    return Drawing.of("zooms", (2.9 * columns, 2.45 * rows + 0.2), draw)
 
 
 def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
@@ -191,66 +190,49 @@ def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
     )
 
 
-def _particle_table(data: ReportData, chosen: AnyArray) -> Table:
-    particles = data.particles
-
-    def texts(name: str, spec: str) -> list[str]:
-        return [format(value, spec) for value in particles.columns[name][chosen]]
-
-    columns: dict[str, Sequence[str]] = {"": [f"{n}" for n in range(1, len(chosen) + 1)]}
-    if particles.is_of_montage:
-        columns["exposure"] = texts(EXPOSURE, "")
-    columns |= {"y": texts("pos_y", ",d"), "x": texts("pos_x", ",d")}
-    if particles.is_of_montage:
-        columns |= {f"canvas {axis}": texts(f"canvas_{axis}", ",d") for axis in "yx"}
-    columns |= {title: texts(*column) for title, column in _PARTICLE_COLUMNS.items()}
-    columns["partial"] = [_partial_name(data, i) for i in chosen.tolist()]
-    if NEG_LOG_P in particles.columns:
-        columns["-ln p"] = texts(NEG_LOG_P, ".2f")
-    if particles.is_of_montage:
-        columns["also seen in (y, x)"] = [
-            "; ".join("{} ({}, {})".format(*place.split(":")) for place in places.split()) or "—"
-            for places in texts(ALSO_SEEN, "")
-        ]
-    return Table(list(columns), list(zip(*columns.values(), strict=True)), len(particles))
+def _particle_row(data: ReportData, number: int, i: int) -> dict[str, object]:
+    particle = {name: values[i] for name, values in data.particles.columns.items()}
+    is_of_montage = data.particles.is_of_montage
+    row: dict[str, object] = {"": number}
+    if is_of_montage:
+        row["exposure"] = str(particle[EXPOSURE])
+    row |= {axis: int(particle[f"pos_{axis}"]) for axis in "yx"}
+    if is_of_montage:
+        row |= {f"canvas {axis}": int(particle[f"canvas_{axis}"]) for axis in "yx"}
+    row |= {title: f"{particle[name]:{spec}}" for title, (name, spec) in _PARTICLE_COLUMNS.items()}
+    row["partial"] = _partial_name(data, particle)
+    if NEG_LOG_P in particle:
+        row["-ln p"] = f"{particle[NEG_LOG_P]:.2f}"
+    if is_of_montage:
+        places = (place.split(":") for place in str(particle[ALSO_SEEN]).split())
+        seen = "; ".join(f"{exposure} ({y}, {x})" for exposure, y, x in places)
+        row["also seen in (y, x)"] = seen or "—"
+    return row
 
 
-def _partial_name(data: ReportData, i: int) -> str:
+def _partial_name(data: ReportData, particle: Mapping[str, Any]) -> str:
     """Return the name of the partial that won a particle, in a montage within its exposure."""
-    partials, columns = data.merged.attributes.partials, data.particles.columns
+    partials, number = data.merged.attributes.partials, int(particle["best_partial"])
     for exposure in data.merged.attributes.exposures:
-        if exposure.id == columns[EXPOSURE][i]:
+        if exposure.id == particle[EXPOSURE]:
             partials = partials[exposure.first_partial :][: exposure.n_partials]
-    number = int(columns["best_partial"][i])
     return partials[number].name if 0 <= number < len(partials) else f"{number}"
 
 
 def significance_section(data: ReportData) -> dict[str, Drawing]:
     """Return the survival histogram and the distributions of mip and z-score."""
-    summary, particles = data.summary, data.particles
     candidates = all_candidates(data.merged).rows
-    return {
-        "survival": Drawing.of(
-            "survival",
-            (5.4, 6.5),
-            lambda figure: plot_survival(summary, figure.subplots(), data.cutoff),
-            "number of pixels above a z-score, and the expectation for Gaussian noise",
-        ),
-        "distributions": Drawing.of(
-            "distributions",
-            (5.4, 2.7),
-            lambda figure: plot_distributions(summary, figure.subplots()),
-            "distributions of mip and z-score",
-        ),
-        "joint": Drawing.of(
-            "joint",
-            (5.4, 3.3),
-            lambda figure: plot_joint(
-                summary, figure.subplots(), particles=particles, candidates=candidates
-            ),
-            "joint density of mip and z-score",
-        ),
+    joint = functools.partial(plot_joint, particles=data.particles, candidates=candidates)
+    plots: dict[str, tuple[float, Callable[..., object]]] = {
+        "survival": (6.5, functools.partial(plot_survival, cutoff=data.cutoff)),
+        "distributions": (2.7, plot_distributions),
+        "joint": (3.3, joint),
     }
+
+    def drawing(name: str, tall: float, plot: Callable[..., object]) -> Drawing:
+        return Drawing.of(name, (5.4, tall), lambda figure: plot(data.summary, figure.subplots()))
+
+    return {name: drawing(name, *plot) for name, plot in plots.items()}
 
 
 def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
@@ -258,19 +240,18 @@ def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
     if not len(particles):
         return None
 
-    def draw(figure: Any) -> None:
+    def draw_angles(figure: Any) -> None:
         above, below = figure.subplots(2, 1)
         plot_psi(particles, above)
         plot_defocus(particles, below)
 
+    def draw_views(figure: Any) -> None:
+        plot_poses(particles, figure.add_subplot(projection="polar"))
+
+    size = (5.0, 3.9)
     return {
-        "views": Drawing.of(
-            "views",
-            (5.0, 3.9),
-            lambda figure: plot_poses(particles, figure.add_subplot(projection="polar")),
-            "view directions",
-        ),
-        "angles": Drawing.of("angles", (5.0, 3.9), draw, "in-plane angles and defocus"),
+        "views": Drawing.of("views", size, draw_views),
+        "angles": Drawing.of("angles", size, draw_angles),
     }
 
 
@@ -291,36 +272,32 @@ def partials_section(data: ReportData) -> dict[str, object]:
     tall = float(np.clip(0.34 * max(len(partials), len(sources)) + 1.3, 2.0, 12.0))
     pixels = max(sum(partial.won_pixels for partial in partials), 1)
     projections = max(sum(partial.total_projections for partial in partials), 1)
-    contributions = []
+    contributions, inputs = [], []
     for partial in partials[:_PARTIALS_LISTED]:
         won, expected = partial.won_pixels / pixels, partial.total_projections / projections
         contributions.append(
-            (
-                partial.name,
-                f"{partial.total_projections:,}",
-                percent_text(expected),
-                percent_text(won),
-                number_text(won / expected if expected else None, ".2f"),
-            )
+            {
+                "partial": partial.name,
+                "projections": partial.total_projections,
+                "share": percent_text(expected),
+                "pixels won": percent_text(won),
+                "won / expected": number_text(won / expected if expected else None, ".2f"),
+            }
         )
-    inputs = [
-        (
-            source.name,
-            f"{source.total_projections:,}",
-            *(number_text(v, ".5f") for v in (source.mean, source.mean_spread, source.std)),
+    for source in sources[:_PARTIALS_LISTED]:
+        inputs.append(
+            {
+                "input": source.name,
+                "projections": source.total_projections,
+                "mean": number_text(source.mean, ".5f"),
+                "spread of mean": number_text(source.mean_spread, ".5f"),
+                "std": number_text(source.std, ".5f"),
+            }
         )
-        for source in sources[:_PARTIALS_LISTED]
-    ]
     return {
-        "drawing": Drawing.of("partials-plot", (12.0, tall), draw, "comparison of the partials"),
-        "table": Table(
-            ("partial", "projections", "share", "pixels won", "won / expected"),
-            contributions,
-            len(partials),
-        ),
-        "inputs": Table(
-            ("input", "projections", "mean", "spread of mean", "std"), inputs, len(sources)
-        ),
+        "drawing": Drawing.of("partials-plot", (12.0, tall), draw),
+        "table": Table(contributions, len(partials)),
+        "inputs": Table(inputs, len(sources)),
     }
 
 

@@ -37,7 +37,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.store import arrays as store
 from ocelot_em.store import constants
-from ocelot_em.store.blosc import most_encoded_nbytes
+from ocelot_em.store.blosc import max_encoded_nbytes
 from ocelot_em.store.contract import Objects, ReusedMemory
 
 COUNTS = "counts"
@@ -254,7 +254,7 @@ class Layout:
         path = f"{self.folder}/{what}"
         key = f"{path}/c/{number}"
         nbytes = n * np.dtype(dtype).itemsize
-        encoded = objects.get(key, most_encoded_nbytes(nbytes))
+        encoded = objects.get(key, max_encoded_nbytes(nbytes))
         if encoded is None:
             raise MissingChunkError(
                 f"{objects.url}: {path}: the record of pixels {self.region_of(number)} is missing: "
