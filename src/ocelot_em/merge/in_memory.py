@@ -108,7 +108,17 @@ def merge_arrays(
 
     Examples
     --------
-    >>> merged = merge_arrays([result_of_gpu0, result_of_gpu1])  # doctest: +SKIP
+    >>> import numpy as np
+    >>> from ocelot_em import merge_arrays
+    >>> def result(mip, phi):
+    ...     names = "best_theta", "best_psi", "best_defocus", "correlation_sum"
+    ...     maps = {name: np.zeros(2, np.float32) for name in names}
+    ...     maps["correlation_squared_sum"] = np.full(2, 900, np.float32)
+    ...     maps |= {"mip": np.float32(mip), "best_phi": np.full(2, phi, np.float32)}
+    ...     return maps | {"total_projections": 1000}
+    >>> merged = merge_arrays([result([8, 5], phi=10), result([6, 7], phi=20)])
+    >>> merged["mip"], merged["best_phi"], merged["total_projections"]
+    (array([8., 7.], dtype=float32), array([10., 20.], dtype=float32), 2000)
     """
     checks = MapChecks((NUMPY, CUPY, TORCH_CPU, TORCH_CUDA), one_kind=True)
     names = check_results(results, checks, indexed=search_space is not None)

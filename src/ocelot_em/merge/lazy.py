@@ -55,6 +55,15 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
         There is no such exposure, or an id is needed and was not given.
     ChunkError
         On computation, if a chunk is missing or corrupt.
+
+    Examples
+    --------
+    >>> from ocelot_em import open_partials
+    >>> maps = open_partials("SEARCH.zarr")
+    >>> dict(maps.sizes)
+    {'partial': 3, 'y': 300, 'x': 400}
+    >>> maps.total_projections.values.tolist()
+    [8242560, 6868800, 5495040]
     """
     objects = open_objects(store)
     attributes, exposures = open_sources(objects)
@@ -112,6 +121,15 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
         The store does not exist, or is a search.
     IncompleteError
         The merge was never finished.
+
+    Examples
+    --------
+    >>> from ocelot_em import open_merged
+    >>> maps = open_merged("MERGED.zarr")
+    >>> maps.valid_shape
+    (245, 345)
+    >>> round(float(maps.scaled_mip[:200, :200].max()), 2)
+    12.38
     """
     merged = MergedResult.open(store)
     attributes = merged.attributes
@@ -154,6 +172,15 @@ def lazy_merge(
     ------
     OcelotError
         As in :func:`ocelot_em.merge`.
+
+    Examples
+    --------
+    >>> from ocelot_em import lazy_merge
+    >>> maps = lazy_merge("SEARCH.zarr", tile_size=256)
+    >>> maps.scaled_mip.chunks
+    ((256, 44), (256, 144))
+    >>> round(float(maps.scaled_mip[:10, :10].max()), 2)  # merges one tile
+    6.13
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
     plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))

@@ -42,6 +42,18 @@ class MergedResult:
         The store of the result.
     attributes
         Attributes of its root group.
+
+    Examples
+    --------
+    >>> from ocelot_em import MergedResult, Region, find_peaks
+    >>> merged = MergedResult.open("MERGED.zarr")
+    >>> merged.valid_shape
+    (245, 345)
+    >>> merged.read(Region(0, 2, 0, 3), "scaled_mip").round(2)
+    array([[5.46, 5.42, 5.68],
+           [5.12, 5.27, 5.21]], dtype=float32)
+    >>> len(find_peaks(merged))
+    20
     """
 
     objects: Objects

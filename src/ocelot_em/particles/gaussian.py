@@ -34,6 +34,12 @@ def gaussian_cutoff(
     ------
     InvalidInputError
         If any argument is not positive, or ``false_positives`` is too large.
+
+    Examples
+    --------
+    >>> from ocelot_em import gaussian_cutoff
+    >>> round(gaussian_cutoff(3585**2, 20_500_000), 3)
+    7.774
     """
     problems = [
         f"{name}: expected more than 0, got {value}"

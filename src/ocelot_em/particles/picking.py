@@ -66,6 +66,17 @@ def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> Par
         If the store is not a finished merged result or has no statistics.
     InvalidInputError
         If options are unknown or invalid, or a distribution cannot be fitted.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks
+    >>> particles = find_peaks("MERGED.zarr", false_positives=1, min_distance=5)
+    >>> len(particles)
+    20
+    >>> particles.to_pandas()[["pos_y", "pos_x", "scaled_mip"]].head(2)
+       pos_y  pos_x  scaled_mip
+    0     39    249   12.813256
+    1     84    202   12.608299
     """
     return pick_particles(MergedResult.open(store), PickOptions.parse(options))
 

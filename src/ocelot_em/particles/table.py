@@ -154,6 +154,16 @@ class ParticleTable:
     ------
     InvalidInputError
         Lists every column that is missing, unknown, or has a wrong dtype or length.
+
+    Examples
+    --------
+    >>> from ocelot_em import ParticleTable, find_peaks
+    >>> particles = find_peaks("MERGED.zarr")
+    >>> particles.columns["scaled_mip"][:2]
+    array([12.813256, 12.608299], dtype=float32)
+    >>> particles.to_csv("particles.csv")
+    >>> len(ParticleTable.read_csv("particles.csv"))
+    20
     """
 
     columns: Mapping[str, AnyArray]

@@ -135,6 +135,7 @@ class Simulation:
             )
         if problems:
             raise InvalidInputError(problems)
+        object.__setattr__(self, "form", PoseForm(self.form))
 
     @property
     def valid_shape(self) -> tuple[int, int]:

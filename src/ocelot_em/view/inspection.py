@@ -58,6 +58,12 @@ class StoreInfo:
         Total size of all objects in bytes.
     merged
         The merged result, if it is one and finished.
+
+    Examples
+    --------
+    >>> from ocelot_em import describe
+    >>> describe("SEARCH.zarr").attributes.shape
+    (300, 400)
     """
 
     url: str
@@ -76,6 +82,15 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     Raises
     ------
     StoreNotFoundError, FormatError
+
+    Examples
+    --------
+    >>> from ocelot_em import describe
+    >>> about = describe("MERGED.zarr")
+    >>> about.tiles_done, about.n_tiles
+    (4, 4)
+    >>> about.partials[0]
+    ('device_0', 'complete', 8242560)
     """
     objects = open_objects(store)
     attributes = read_attributes(objects)
@@ -134,6 +149,12 @@ def check(
     -------
     list of str
         One sentence per problem, empty if there are none; the first :data:`MAX_PROBLEMS` only.
+
+    Examples
+    --------
+    >>> from ocelot_em import check
+    >>> check("MERGED.zarr")
+    []
     """
     objects = open_objects(store)
     found = _problems(objects, on_progress)
