@@ -64,7 +64,7 @@ HOME = {
     "neuroglancer": {"view.viewer"},
     "gemmi": {"io.star_file"},
     "pyarrow": {"io.parquet"},
-    "pandas": {"particles.table"},
+    "pandas": {"particles.table", "io.tables"},
     "pytest": {"testing"},
     "yaml": {"cli.config_file", "io.yaml_file"},
     "scipy": {"model.histograms", "particles.duplicates", "particles.significance"},

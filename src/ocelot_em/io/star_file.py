@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
+
 from ocelot_em.errors import optional_import
 
 _TO_ESCAPE = re.compile(r"[^\t\n -~]+|%")
@@ -125,16 +127,17 @@ def _plain(cif: Any, value: str) -> str:
     return "" if value in _MISSING else unquote(cif.as_string(value))
 
 
-def format_star(blocks: Mapping[str, Mapping[str, Sequence[str]]]) -> bytes:
-    """Return a STAR file of blocks with a loop each, from columns that are already text.
+def format_star(blocks: Mapping[str, Any]) -> bytes:
+    """Return a STAR file of blocks with a loop each: data frames, or lists of values by column.
 
     Values that need quotation marks get double ones; none may contain them.
     """
     lines = ["# Created by ocelot-em", "", ""]
-    for name, columns in blocks.items():
+    for name, block in blocks.items():
+        columns = [np.asarray(values).astype(str).tolist() for _, values in block.items()]
         lines += [f"data_{name}", "", "loop_"]
-        lines += [f"_{column} #{number}" for number, column in enumerate(columns, 1)]
-        rows = zip(*columns.values(), strict=True)
-        lines += ["\t".join(f'"{v}"' if _QUOTED.match(v) else v for v in row) for row in rows]
+        lines += [f"_{column} #{number}" for number, column in enumerate(block, 1)]
+        for row in zip(*columns, strict=True):
+            lines.append("\t".join(f'"{v}"' if _QUOTED.match(v) else v for v in row))
         lines += ["", ""]
     return "".join(f"{line}\n" for line in lines).encode()

@@ -11,8 +11,6 @@ tilt and psi, and its matrix is the inverse of this one. In all of them the asti
 between x and ``defocus_u``, and defocus is positive for underfocus.
 """
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from os import PathLike
@@ -28,7 +26,6 @@ from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles.table import (
     ParticleTable,
-    as_text,
 )
 from ocelot_em.store.whole_file import write_file
 
@@ -89,47 +86,40 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
         The file cannot be written.
     """
     _require_same_search(table, optics)
-    own, constant = table.columns, _constants(table)
+    own = table.columns
     y, x = _centres(table, optics)
     size, extra = optics.pixel_size_angstrom, optics.leopard_columns
     columns = {
-        "particle_index": as_text(np.arange(len(table))),
-        "mip": as_text(own[MIP]),
-        "scaled_mip": as_text(own[SCALED_MIP]),
-        "correlation_mean": as_text(own[MEAN]),
-        "correlation_variance": as_text(own[STD]),
-        "total_correlations": as_text(own["total_correlations"]),
-        "pos_x": as_text(own["pos_x"]),
-        "pos_y": as_text(own["pos_y"]),
-        "pos_x_img": as_text(x),
-        "pos_y_img": as_text(y),
-        "pos_x_img_angstrom": as_text(x * size),
-        "pos_y_img_angstrom": as_text(y * size),
-        **{name: as_text(own[name]) for name in ("phi", "theta", "psi", "relative_defocus")},
-        "defocus_u": constant(optics.defocus_u_angstrom),
-        "defocus_v": constant(optics.defocus_v_angstrom),
-        "astigmatism_angle": constant(optics.astigmatism_angle_degrees),
-        "pixel_size": constant(size),
-        "refined_pixel_size": constant(size),
-        "voltage": constant(optics.voltage_kv),
-        "spherical_aberration": constant(optics.spherical_aberration_mm),
-        "amplitude_contrast_ratio": constant(optics.amplitude_contrast),
-        "phase_shift": constant(optics.phase_shift_degrees),
-        "ctf_B_factor": constant(optics.ctf_b_factor_angstrom2),
-        **{name: constant(extra.get(name, "")) for name in LEOPARD_ABERRATIONS},
-        "micrograph_path": constant(optics.micrograph),
-        "template_path": constant(optics.template),
-        **{name: constant(extra.get(name, "")) for name in LEOPARD_MAPS},
+        "particle_index": np.arange(len(table)),
+        "mip": own[MIP],
+        "scaled_mip": own[SCALED_MIP],
+        "correlation_mean": own[MEAN],
+        "correlation_variance": own[STD],
+        "total_correlations": own["total_correlations"],
+        "pos_x": own["pos_x"],
+        "pos_y": own["pos_y"],
+        "pos_x_img": x,
+        "pos_y_img": y,
+        "pos_x_img_angstrom": x * size,
+        "pos_y_img_angstrom": y * size,
+        **{name: own[name] for name in ("phi", "theta", "psi", "relative_defocus")},
+        "defocus_u": optics.defocus_u_angstrom,
+        "defocus_v": optics.defocus_v_angstrom,
+        "astigmatism_angle": optics.astigmatism_angle_degrees,
+        "pixel_size": size,
+        "refined_pixel_size": size,
+        "voltage": optics.voltage_kv,
+        "spherical_aberration": optics.spherical_aberration_mm,
+        "amplitude_contrast_ratio": optics.amplitude_contrast,
+        "phase_shift": optics.phase_shift_degrees,
+        "ctf_B_factor": optics.ctf_b_factor_angstrom2,
+        **{name: extra.get(name, "") for name in LEOPARD_ABERRATIONS},
+        "micrograph_path": optics.micrograph,
+        "template_path": optics.template,
+        **{name: extra.get(name, "") for name in LEOPARD_MAPS},
     }
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    # Leopard-EM uses pandas, which writes NaN as an empty cell.
-    writer.writerows(
-        ["" if cell == "nan" else cell for cell in row]
-        for row in zip(*columns.values(), strict=True)
-    )
-    write_file(path, text.getvalue().encode())
+    text = _frame(table, columns).to_csv(index=False, lineterminator="\n")
+    write_file(path, text.encode())
 
 
 def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
@@ -152,38 +142,38 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
     """
     _require_same_search(table, optics)
     _require_star_names({"micrograph": optics.micrograph, "label": optics.label})
-    own, constant = table.columns, _constants(table)
+    own = table.columns
     y, x = _centres(table, optics)
     u, v = _defocus(table, optics)
     size = optics.pixel_size_angstrom
     # Numbers come first: parsers take any line that starts like a header for one.
     group = {
-        "rlnOpticsGroup": ["1"],
+        "rlnOpticsGroup": [1],
         "rlnOpticsGroupName": [optics.label],
-        "rlnVoltage": [str(optics.voltage_kv)],
-        "rlnSphericalAberration": [str(optics.spherical_aberration_mm)],
-        "rlnAmplitudeContrast": [str(optics.amplitude_contrast)],
-        "rlnImagePixelSize": [str(size)],
-        "rlnImageSize": [str(optics.template_box_px)],
-        "rlnImageDimensionality": ["2"],
+        "rlnVoltage": [optics.voltage_kv],
+        "rlnSphericalAberration": [optics.spherical_aberration_mm],
+        "rlnAmplitudeContrast": [optics.amplitude_contrast],
+        "rlnImagePixelSize": [size],
+        "rlnImageSize": [optics.template_box_px],
+        "rlnImageDimensionality": [2],
     }
     particles = {
-        "rlnCoordinateX": as_text(x.astype(np.float64)),
-        "rlnCoordinateY": as_text(y.astype(np.float64)),
-        "rlnOriginXAngst": as_text(_residual(own["pos_x"], own["pos_x_subpixel"]) * size),
-        "rlnOriginYAngst": as_text(_residual(own["pos_y"], own["pos_y_subpixel"]) * size),
-        "rlnAngleRot": as_text(own["phi"]),
-        "rlnAngleTilt": as_text(own["theta"]),
-        "rlnAnglePsi": as_text(own["psi"]),
-        "rlnAutopickFigureOfMerit": as_text(own[SCALED_MIP]),
-        "rlnDefocusU": as_text(u),
-        "rlnDefocusV": as_text(v),
-        "rlnDefocusAngle": constant(optics.astigmatism_angle_degrees),
-        "rlnPhaseShift": constant(optics.phase_shift_degrees),
-        "rlnOpticsGroup": constant(1),
-        "rlnMicrographName": constant(optics.micrograph),
+        "rlnCoordinateX": x.astype(np.float64),
+        "rlnCoordinateY": y.astype(np.float64),
+        "rlnOriginXAngst": _residual(own["pos_x"], own["pos_x_subpixel"]) * size,
+        "rlnOriginYAngst": _residual(own["pos_y"], own["pos_y_subpixel"]) * size,
+        "rlnAngleRot": own["phi"],
+        "rlnAngleTilt": own["theta"],
+        "rlnAnglePsi": own["psi"],
+        "rlnAutopickFigureOfMerit": own[SCALED_MIP],
+        "rlnDefocusU": u,
+        "rlnDefocusV": v,
+        "rlnDefocusAngle": optics.astigmatism_angle_degrees,
+        "rlnPhaseShift": optics.phase_shift_degrees,
+        "rlnOpticsGroup": 1,
+        "rlnMicrographName": optics.micrograph,
     }
-    write_file(path, format_star({"optics": group, "particles": particles}))
+    write_file(path, format_star({"optics": group, "particles": _frame(table, particles)}))
 
 
 def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
@@ -205,31 +195,31 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
     _require_star_names(
         {"micrograph": optics.micrograph, "template": optics.template}, spaces=False
     )
-    own, constant = table.columns, _constants(table)
+    own = table.columns
     y, x = _centres(table, optics)
     u, v = _defocus(table, optics)
     size = optics.pixel_size_angstrom
     matches = {
-        "cisTEMPositionInStack": as_text(np.arange(1, len(table) + 1)),
-        "cisTEMAnglePsi": as_text(own["psi"]),
-        "cisTEMAngleTheta": as_text(own["theta"]),
-        "cisTEMAnglePhi": as_text(own["phi"]),
-        "cisTEMDefocus1": as_text(u),
-        "cisTEMDefocus2": as_text(v),
-        "cisTEMDefocusAngle": constant(optics.astigmatism_angle_degrees),
-        "cisTEMPhaseShift": constant(optics.phase_shift_degrees),
-        "cisTEMScore": as_text(own[SCALED_MIP]),
-        "cisTEMPixelSize": constant(size),
-        "cisTEMMicroscopeVoltagekV": constant(optics.voltage_kv),
-        "cisTEMMicroscopeCsMM": constant(optics.spherical_aberration_mm),
-        "cisTEMAmplitudeContrast": constant(optics.amplitude_contrast),
+        "cisTEMPositionInStack": np.arange(1, len(table) + 1),
+        "cisTEMAnglePsi": own["psi"],
+        "cisTEMAngleTheta": own["theta"],
+        "cisTEMAnglePhi": own["phi"],
+        "cisTEMDefocus1": u,
+        "cisTEMDefocus2": v,
+        "cisTEMDefocusAngle": optics.astigmatism_angle_degrees,
+        "cisTEMPhaseShift": optics.phase_shift_degrees,
+        "cisTEMScore": own[SCALED_MIP],
+        "cisTEMPixelSize": size,
+        "cisTEMMicroscopeVoltagekV": optics.voltage_kv,
+        "cisTEMMicroscopeCsMM": optics.spherical_aberration_mm,
+        "cisTEMAmplitudeContrast": optics.amplitude_contrast,
         # cisTEM ignores a name that is not in single quotation marks.
-        "cisTEMOriginalImageFilename": constant(f"'{optics.micrograph}'"),
-        "cisTEMReference3DFilename": constant(f"'{optics.template}'"),
-        "cisTEMOriginalXPosition": as_text(x * size),
-        "cisTEMOriginalYPosition": as_text(y * size),
+        "cisTEMOriginalImageFilename": f"'{optics.micrograph}'",
+        "cisTEMReference3DFilename": f"'{optics.template}'",
+        "cisTEMOriginalXPosition": x * size,
+        "cisTEMOriginalYPosition": y * size,
     }
-    write_file(path, format_star({"": matches}))
+    write_file(path, format_star({"": _frame(table, matches)}))
 
 
 def _require_same_search(table: ParticleTable, optics: Optics) -> None:
@@ -255,9 +245,11 @@ def _require_same_search(table: ParticleTable, optics: Optics) -> None:
         )
 
 
-def _constants(table: ParticleTable) -> Any:
-    """Return a function that makes a column of one value."""
-    return lambda value: [str(value)] * len(table)
+def _frame(table: ParticleTable, columns: Mapping[str, Any]) -> Any:
+    """Return a data frame with a row for each particle; single values are those of all rows."""
+    import pandas as pd
+
+    return pd.DataFrame(columns, index=range(len(table)))
 
 
 def _centres(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64]:
