@@ -267,7 +267,7 @@ def test_the_time_left_is_reckoned_without_compiling(clock):
         "running on 2 threads in this process",
         "compiling kernels (once after an installation; about 10 s)",
         "compiled kernels in 12.5 s",
-        "1 of 3 tiles, 500.0 kB/s, about 20.0 s left",
+        "1 of 3 tiles, 500 kB/s, about 20 s left",
     ]
 
 

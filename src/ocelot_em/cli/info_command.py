@@ -48,7 +48,7 @@ def info(store: PathOrUrl, /) -> int:
     store
         Path or URL of a search or a merged result.
     """
-    from ocelot_em.cli.terminal import size
+    from ocelot_em.model.text import nbytes_text
     from ocelot_em.store.attributes import MergedAttributes
     from ocelot_em.view.inspection import describe
 
@@ -66,7 +66,7 @@ def info(store: PathOrUrl, /) -> int:
         ("poses", attributes.pose_form.value),
         ("maps", ", ".join(attributes.maps.merged if info.n_tiles else attributes.maps.partial)),
         ("projections", projections_text(info)),
-        ("stored", size(info.stored_nbytes)),
+        ("stored", nbytes_text(info.stored_nbytes)),
         ("created", attributes.provenance.created),
     ]
     if isinstance(attributes, MergedAttributes):

@@ -21,6 +21,7 @@ from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.text import nbytes_text, seconds_text
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
 
@@ -102,7 +103,7 @@ class MergeProgress(Observer):
 
     def compiled(self, seconds: float) -> None:
         """Print the compilation time, and restart the timer of the tiles."""
-        self.console.print(f"compiled kernels in {duration(seconds)}")
+        self.console.print(f"compiled kernels in {seconds_text(seconds)}")
         self._started = self._told = time.perf_counter()
         if self._bar is not None and self._task is not None:
             self._bar.reset(self._task, completed=self._n_done, visible=True)
@@ -122,7 +123,7 @@ class MergeProgress(Observer):
             self._n_done += 1
             self._nbytes += outcome.summary.decoded_nbytes
         now = time.perf_counter()
-        rate = f"{size(round(self._nbytes / max(now - self._started, 1e-9)))}/s"
+        rate = f"{nbytes_text(round(self._nbytes / max(now - self._started, 1e-9)))}/s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._n_done, rate=rate)
         elif not self.console.is_terminal and now - self._told >= PLAIN_SECONDS:
@@ -132,7 +133,7 @@ class MergeProgress(Observer):
             failed = f", {len(self._failed)} failed" if self._failed else ""
             self.console.print(
                 f"{self._n_done} of {self._n_tiles} tiles{failed}, {rate}, "
-                f"about {duration(left)} left"
+                f"about {seconds_text(left)} left"
             )
 
     def __enter__(self) -> Self:
@@ -147,7 +148,11 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
     """Print the plan and cost of a merge."""
     plan, cost = ready.plan, ready.forecast
     workers = n_workers(options)
-    free = "unknown" if cost.free_nbytes is None else size(cost.free_nbytes)
+
+    def sizes(stored: int, decoded: int) -> str:
+        return f"{nbytes_text(stored)} ({nbytes_text(decoded)} decoded)"
+
+    free = "unknown" if cost.free_nbytes is None else nbytes_text(cost.free_nbytes)
     done = f", {cost.n_done} of them done before" if cost.n_done else ""
     if ready.stale:
         done += f", {len(ready.stale)} again, because exposures or partials have come since"
@@ -155,15 +160,17 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
         *_what(plan),
         ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),
         ("tiles", f"{cost.n_tiles} of {plan.tile[0]} x {plan.tile[1]} pixels{done}"),
-        ("to read", f"{size(cost.stored_nbytes_in)} ({size(cost.decoded_nbytes_in)} decoded)"),
+        (
+            "to read",
+            f"{nbytes_text(cost.stored_nbytes_in)} ({nbytes_text(cost.decoded_nbytes_in)} decoded)",
+        ),
         (
             "to write",
-            f"about {size(cost.stored_nbytes_out)} ({size(cost.decoded_nbytes_out)} decoded) "
-            f"to {ready.output}",
+            f"about {sizes(cost.stored_nbytes_out, cost.decoded_nbytes_out)} to {ready.output}",
         ),
         (
             "memory",
-            f"{size(cost.worker_nbytes)} in each worker"
+            f"{nbytes_text(cost.worker_nbytes)} in each worker"
             + (f" ({workers} x {n_threads(options)} threads)" if workers else ""),
         ),
         ("free disk", free),
@@ -190,8 +197,8 @@ def _device(cost: Forecast) -> str:
     where = f"{cost.device.kind} ({cost.device.reason})"
     if cost.partials_on_device:
         where += (
-            f", {size(cost.device_nbytes)} of each GPU, {cost.partials_on_device} partials of a "
-            "tile at a time"
+            f", {nbytes_text(cost.device_nbytes)} of each GPU, {cost.partials_on_device} partials "
+            "of a tile at a time"
         )
     return where
 
@@ -202,27 +209,8 @@ def print_report(console: Console, report: MergeReport) -> None:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         console.print(
             f"merged {report.n_merged} tile{'s' * (report.n_merged != 1)} "
-            f"in {duration(report.seconds)}: "
+            f"in {seconds_text(report.seconds)}: "
             f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
             f"waiting for storage {report.waiting_share:.0%}"
         )
     console.print(f"result: {report.output}", markup=False)
-
-
-def size(nbytes: int) -> str:
-    """Format a number of bytes in decimal units."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Format a time span."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
