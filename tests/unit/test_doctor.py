@@ -42,7 +42,7 @@ def test_this_machine(fast, tmp_path):
     findings = examine(tmp_path)
     assert [finding.name for finding in findings] == NAMES
     assert [finding for finding in findings if finding.state == "problem"] == []
-    says = {finding.name: finding.says for finding in findings}
+    says = {finding.name: finding.text for finding in findings}
     assert f"ocelot_em {__version__}, " in says["versions"]
     assert f"zarr {importlib.metadata.version('zarr')}" in says["versions"]
     assert "lz4 encodes" in says["codecs"]
@@ -55,7 +55,7 @@ def test_a_folder_that_is_not_there(fast, tmp_path):
     findings = {finding.name: finding for finding in examine(tmp_path / "none")}
     wrong = [name for name, finding in findings.items() if finding.state == "problem"]
     assert wrong == ["file system", "disk space", "disk speed", "clock"]
-    assert findings["disk speed"].says.startswith("FileNotFoundError: ")
+    assert findings["disk speed"].text.startswith("FileNotFoundError: ")
     assert not (tmp_path / "none").exists()
 
 
@@ -124,7 +124,7 @@ def test_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_devices", none)
     assert doctor._gpus() == ("warning", unusable)
     (tmp_path / "0000:01:00.0").rmdir()
-    assert doctor._gpus() == ("ok", "none; the CPU will do the arithmetic")
+    assert doctor._gpus() == ("ok", "none; merges run on the CPU")
 
 
 def test_kernels_that_compute_something_else(monkeypatch):
@@ -139,7 +139,7 @@ def test_kernels_that_compute_something_else(monkeypatch):
     state, says = doctor._kernels()
     assert (state, says.partition(";")[0]) == (
         "problem",
-        "the compiled ones compute scaled_mip wrongly",
+        "the compiled kernels compute scaled_mip incorrectly",
     )
 
 
@@ -168,9 +168,9 @@ def test_memory_for_fewer_threads(monkeypatch):
     monkeypatch.setattr(doctor, "memory_nbytes", lambda: four)
     state, says = doctor._memory()
     assert state == "warning"
-    assert says.endswith(": use --threads 4, or free some")
+    assert says.endswith(": use --threads 4, or free memory")
     monkeypatch.setattr(doctor, "memory_nbytes", lambda: 10**6)
-    assert doctor._memory()[1].endswith(": use a smaller --tile-size, or free some")
+    assert doctor._memory()[1].endswith(": use a smaller --tile-size, or free memory")
     monkeypatch.setattr(doctor, "n_threads", lambda _: 1)
     monkeypatch.setattr(doctor, "memory_nbytes", lambda: doctor._worker_nbytes(1))
     assert doctor._memory()[0] == "ok"
@@ -182,18 +182,26 @@ def test_more_threads_than_cores(monkeypatch):
     monkeypatch.setattr(doctor, "n_threads", lambda _: 3)
     assert doctor._cores() == (
         "warning",
-        "2 of 64 may be used; a merge uses 3 threads, which is more: use --threads 2",
+        "2 of 64 are available; a merge uses 3 threads, which is more: use --threads 2",
     )
     monkeypatch.setattr(doctor, "n_threads", lambda _: 2)
-    assert doctor._cores() == ("ok", "2 of 64 may be used; a merge uses 2 threads")
+    assert doctor._cores() == ("ok", "2 of 64 are available; a merge uses 2 threads")
 
 
 @pytest.mark.parametrize(
     ("limits", "state", "says"),
     [
-        ((512, 4096), "warning", "512 may be open, 4096 if asked for (ulimit -n); expected at "),
-        ((1024, 1024), "ok", "1024 may be open, 1024 if asked for"),
-        ((resource.RLIM_INFINITY,) * 2, "ok", "unlimited may be open, unlimited if asked for"),
+        (
+            (512, 4096),
+            "warning",
+            "512 open files are allowed, at most 4096 (ulimit -n); expected at ",
+        ),
+        ((1024, 1024), "ok", "1024 open files are allowed, at most 1024"),
+        (
+            (resource.RLIM_INFINITY,) * 2,
+            "ok",
+            "unlimited open files are allowed, at most unlimited",
+        ),
     ],
 )
 def test_file_descriptors(monkeypatch, limits, state, says):
@@ -209,7 +217,7 @@ def test_file_descriptors(monkeypatch, limits, state, says):
         (0o022, "ok", "umask 0022: new files are for everybody to read"),
         (0o027, "ok", "umask 0027: new files are for your group to read"),
         (0o077, "ok", "umask 0077: new files are for you alone"),
-        (0o277, "problem", "umask 0277: new files are for nobody, not even you; set another: "),
+        (0o277, "problem", "umask 0277: new files are for nobody, not even you; set another umask"),
     ],
 )
 def test_file_mode(mask, state, says):
@@ -237,13 +245,13 @@ def test_which_file_system(monkeypatch, tmp_path):
     mounts(monkeypatch, ("/", "ext4"), (here + "x", "nfs"), (here, "xfs"), (here, "beegfs"))
     assert doctor._file_system(tmp_path) == (
         "ok",
-        f"{tmp_path} is on beegfs, mounted at {here}; files are created by one only, and replaced "
-        "whole",
+        f"{tmp_path} is on beegfs, mounted at {here}; files are created exclusively and replaced "
+        "atomically",
     )
     mounts(monkeypatch, ("/", "overlay"))
     state, says = doctor._file_system(tmp_path)
     assert state == "warning"
-    assert says.endswith("; what is there is lost with this machine or container")
+    assert says.endswith("; its files are lost with this machine or container")
     mounts(monkeypatch)
     assert "is on an unknown file system" in doctor._file_system(tmp_path)[1]
     assert list(tmp_path.iterdir()) == []
@@ -259,7 +267,7 @@ def test_a_file_system_that_lets_two_create_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "open_objects", open_objects)
     state, says = doctor._file_system(tmp_path)
     assert state == "problem"
-    assert "does not keep what a merge needs" in says
+    assert "lacks what a merge needs" in says
 
 
 def test_little_space(monkeypatch, tmp_path):
@@ -272,7 +280,7 @@ def test_little_space(monkeypatch, tmp_path):
     usage.free = 10**11
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=9, f_favail=7))
     state, says = doctor._disk_space(tmp_path)
-    assert (state, says.partition(", ")[2]) == ("warning", "but only 7 files more may be made")
+    assert (state, says.partition(", ")[2]) == ("warning", "but only 7 more files can be created")
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=0, f_favail=0))
     assert doctor._disk_space(tmp_path)[0] == "ok"
     usage.free = doctor.SPEED_NBYTES
@@ -285,7 +293,7 @@ def test_a_slow_disk_is_given_up_after_some_time(fast, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "SPEED_NBYTES", 10**6)
     state, says = doctor._disk_speed(tmp_path)
     assert state == "warning"
-    assert says.endswith("; a merge will wait for it: a local disk may be faster")
+    assert says.endswith("; merges will be limited by it: a local disk may be faster")
 
 
 def test_a_disk_that_gives_back_something_else(fast, monkeypatch, tmp_path):
@@ -295,15 +303,15 @@ def test_a_disk_that_gives_back_something_else(fast, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", damage)
     assert doctor._disk_speed(tmp_path) == (
         "problem",
-        "what was written at byte 8,000,000 is not what was read",
+        "the data at byte 8,000,000 differ from what was written",
     )
 
 
 @pytest.mark.parametrize(
     ("seconds", "state", "says"),
     [
-        (100, "warning", "clock is 100 s ahead: let both follow one time server"),
-        (-50, "warning", "clock is 50 s behind: let both follow one time server"),
+        (100, "warning", "clock is 100 s ahead: synchronise both with the same time server"),
+        (-50, "warning", "clock is 50 s behind: synchronise both with the same time server"),
         (1, "ok", "the file system's clock agrees"),
     ],
 )
@@ -337,9 +345,9 @@ def test_a_cluster(cluster, tmp_path):
         ("workers' folder", "ok"),
         ("workers' clocks", "ok"),
     ]
-    assert findings[0].says == f"{cluster.scheduler_address}: 2 workers with 2 threads on 1 host"
-    assert findings[1].says.startswith("the same as here: python, ocelot_em, dask, ")
-    assert findings[2].says == f"2 workers can read and write {tmp_path}"
+    assert findings[0].text == f"{cluster.scheduler_address}: 2 workers with 2 threads on 1 host"
+    assert findings[1].text.startswith("the same as here: python, ocelot_em, dask, ")
+    assert findings[2].text == f"2 workers can read and write {tmp_path}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,7 +359,7 @@ def test_a_cluster_whose_workers_have_other_versions(cluster, monkeypatch, tmp_p
         "workers' versions",
         "problem",
         f"zarr: expected 2.0 as here, got {here['zarr']} (2 workers on 127.0.0.1); install the "
-        "same on all machines",
+        "same versions on all machines",
     )
 
 
@@ -378,9 +386,9 @@ def test_a_worker_that_does_not_answer(cluster, monkeypatch, tmp_path):
         ("workers' folder", "ok"),
         ("workers' clocks", "ok"),
     ]
-    assert findings[1].says.startswith("no answer in 30 s (1 worker on 127.0.0.1); ")
+    assert findings[1].text.startswith("no answer in 30 s (1 worker on 127.0.0.1); ")
     assert timeouts == [doctor_cluster.RESPONSE_SECONDS]
-    assert findings[3].says == f"1 worker can read and write {tmp_path}"
+    assert findings[3].text == f"1 worker can read and write {tmp_path}"
 
 
 def test_workers_that_cannot_load_what_they_are_asked(cluster, monkeypatch, tmp_path):
@@ -390,7 +398,7 @@ def test_workers_that_cannot_load_what_they_are_asked(cluster, monkeypatch, tmp_
     monkeypatch.setattr(doctor_cluster, "look_around", stranger.look_around)
     findings = doctor_cluster.of_cluster(tmp_path, cluster.scheduler_address)
     assert [finding.name for finding in findings] == ["cluster", "workers"]
-    assert findings[1].says == (
+    assert findings[1].text == (
         """ModuleNotFoundError("No module named 'only_here'") (2 workers on 127.0.0.1); they """
         "must be able to import this ocelot_em, and to answer"
     )
@@ -400,7 +408,7 @@ def test_a_scheduler_without_workers(fast, tmp_path):
     with LocalCluster(n_workers=0, dashboard_address=":0") as empty:
         (finding,) = examine_cluster(tmp_path, empty.scheduler_address)
     assert finding.state == "problem"
-    assert "has no workers; start some with 'dask worker tcp://" in finding.says
+    assert "has no workers; start some with 'dask worker tcp://" in finding.text
 
 
 def examine_cluster(place: Path, address: str) -> list[Finding]:
@@ -415,11 +423,11 @@ def test_what_is_no_scheduler(monkeypatch, tmp_path):
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
         (finding,) = doctor_cluster.of_cluster(tmp_path, address)
     assert finding.state == "problem"
-    assert f"no Dask scheduler responds at {address}: TimeoutError" in finding.says
+    assert f"no Dask scheduler responds at {address}: TimeoutError" in finding.text
     for address in ("tcp://127.0.0.1:9", "nonsense"):
         (finding,) = doctor_cluster.of_cluster(tmp_path, address)
         assert finding.state == "problem"
-        assert f"no Dask scheduler responds at {address}: " in finding.says
+        assert f"no Dask scheduler responds at {address}: " in finding.text
 
 
 def test_what_workers_answer_is_judged(tmp_path):
@@ -447,7 +455,7 @@ def test_what_workers_answer_is_judged(tmp_path):
             "workers' versions",
             "problem",
             f"numba: expected {here['numba']} as here, got none that can be imported: ImportError: "
-            "x (2 workers on b); install the same on all machines",
+            "x (2 workers on b); install the same versions on all machines",
         ),
         Finding(
             "workers' folder",
@@ -457,8 +465,8 @@ def test_what_workers_answer_is_judged(tmp_path):
         Finding(
             "workers' clocks",
             "warning",
-            "20 s behind (2 workers on b); 10 s ahead (1 worker on c); let all machines follow one "
-            "time server",
+            "20 s behind (2 workers on b); 10 s ahead (1 worker on c); synchronise all "
+            "machines with the same time server",
         ),
     ]
 
@@ -473,13 +481,10 @@ def test_many_hosts_are_counted():
 def test_a_folder_that_workers_do_not_share(monkeypatch, tmp_path):
     file = tmp_path / "F"
     assert doctor_cluster.try_folder(str(file), b"x") == (
-        "cannot read what is written there: No such file or directory"
+        "cannot read the driver's file: No such file or directory"
     )
     file.write_bytes(b"y")
-    assert (
-        doctor_cluster.try_folder(str(file), b"x")
-        == "reads something else than what is written there"
-    )
+    assert doctor_cluster.try_folder(str(file), b"x") == "reads other data than the driver wrote"
     assert doctor_cluster.try_folder(str(file), b"y") == ""
     assert list(tmp_path.iterdir()) == [file]
 

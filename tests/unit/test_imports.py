@@ -204,6 +204,11 @@ def test_importing_the_command_line_imports_nothing_slow():
     assert not loaded_by("import ocelot_em.cli") & (slow | {"matplotlib"})
 
 
+def test_the_help_imports_nothing_slow():
+    slow = {"numpy", "pydantic", "yaml", "markdown_it", "dask", "zarr", "numba"}
+    assert not loaded_by("from ocelot_em.cli.main import run; run(['--help'])") & slow
+
+
 def test_every_public_name_is_there():
     assert set(ocelot_em.__all__) <= set(dir(ocelot_em))
     assert all(getattr(ocelot_em, name) is not None for name in ocelot_em.__all__)

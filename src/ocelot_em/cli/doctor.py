@@ -128,8 +128,8 @@ def _extras() -> tuple[State, str]:
         if packages and not (has_one and extra in _ONE_OF_THESE):
             others.append(f"{', '.join(packages)}: pip install 'ocelot-em[{extra}]'")
             state = "warning" if any("expected" in text for text in packages) else state
-    says = "; ".join([f"installed: {', '.join(complete) or 'none'}", *others])
-    return ("warning" if state == "warning" else "ok"), says
+    text = "; ".join([f"installed: {', '.join(complete) or 'none'}", *others])
+    return ("warning" if state == "warning" else "ok"), text
 
 
 def _installed(extra: str) -> tuple[list[str], list[str]]:
@@ -167,7 +167,7 @@ def _gpus() -> tuple[State, str]:
         n_there = len(list(_NVIDIA_GPUS.glob("*")))
         if n_there:
             return "warning", f"{n_there} on this machine, but none can be used: {error}"
-        return "ok", "none; the CPU will do the arithmetic"
+        return "ok", "none; merges run on the CPU"
     return "ok", ", ".join(f"{facts.name} with {size_of(facts.memory_nbytes)}" for facts in found)
 
 
@@ -198,16 +198,17 @@ def _kernels() -> tuple[State, str]:
     wrong = [name for name in plain if compiled[name].tobytes() != plain[name].tobytes()]
     if wrong:
         return "problem", (
-            f"the compiled ones compute {', '.join(wrong)} wrongly; remove the folder __pycache__ "
-            "of ocelot_em.kernels, or what NUMBA_CACHE_DIR names, and report it if that is no cure"
+            f"the compiled kernels compute {', '.join(wrong)} incorrectly; delete the folder "
+            "__pycache__ of ocelot_em.kernels, or the one in NUMBA_CACHE_DIR, and report it if that "
+            "does not help"
         )
-    says = f"loaded and right after {seconds:.1f} s"
+    text = f"loaded and correct after {seconds:.1f} s"
     if seconds > 10:
         return "warning", (
-            f"{says}: they were compiled; if that happens every time, let NUMBA_CACHE_DIR name a "
-            "folder that can be written"
+            f"{text}: they were compiled; if that happens every time, set NUMBA_CACHE_DIR to a "
+            "writable folder"
         )
-    return "ok", says
+    return "ok", text
 
 
 def _codecs() -> tuple[State, str]:
@@ -215,7 +216,10 @@ def _codecs() -> tuple[State, str]:
     from numcodecs.blosc import Blosc
 
     if google_crc32c.value(b"123456789") != 0xE3069283:
-        return "problem", "CRC32C is computed wrongly: pip install --force-reinstall google-crc32c"
+        return (
+            "problem",
+            "CRC32C is computed incorrectly: pip install --force-reinstall google-crc32c",
+        )
     random = np.random.default_rng(1)
     values = random.normal(5, 1, (DEFAULT_CHUNK, DEFAULT_CHUNK)).astype(np.float32)
     speeds = []
@@ -228,18 +232,17 @@ def _codecs() -> tuple[State, str]:
         ended = time.perf_counter()
         if back.tobytes() != values.tobytes():
             return "problem", (
-                f"{name} does not give back what it was given: "
-                "pip install --force-reinstall numcodecs"
+                f"{name} does not decode what it encoded: pip install --force-reinstall numcodecs"
             )
         rates = [rate_of(values.nbytes, s) for s in (encoded - started, ended - encoded)]
         speeds.append(f"{name} encodes {rates[0]}, decodes {rates[1]}")
-    says = f"with CRC32C, in one thread: {'; '.join(speeds)}"
+    text = f"with CRC32C, in one thread: {'; '.join(speeds)}"
     if google_crc32c.implementation != "c":
         return "warning", (
-            f"{says}; CRC32C is computed in Python, which is slow: "
+            f"{text}; CRC32C is computed in Python, which is slow: "
             "pip install --force-reinstall google-crc32c"
         )
-    return "ok", says
+    return "ok", text
 
 
 # the machine
@@ -252,15 +255,15 @@ def _memory() -> tuple[State, str]:
     available = min(limit, psutil.virtual_memory().available)
     threads = n_threads(MergeOptions())
     per_worker = _worker_nbytes(threads)
-    says = (
+    text = (
         f"{size_of(limit)}, {size_of(available)} of it available now; a merge with "
         f"{threads} threads needs about {size_of(per_worker)}"
     )
     if per_worker <= available:
-        return "ok", says
+        return "ok", text
     fitting = [n for n in range(1, threads) if _worker_nbytes(n) <= available]
     hint = f"--threads {fitting[-1]}" if fitting else "a smaller --tile-size"
-    return "warning", f"{says}: use {hint}, or free some"
+    return "warning", f"{text}: use {hint}, or free memory"
 
 
 def _worker_nbytes(threads: int) -> int:
@@ -273,18 +276,18 @@ def _worker_nbytes(threads: int) -> int:
 def _cores() -> tuple[State, str]:
     allowed, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     threads = n_threads(MergeOptions())
-    says = f"{allowed} of {there} may be used; a merge uses {threads} threads"
+    text = f"{allowed} of {there} are available; a merge uses {threads} threads"
     if threads > allowed:
-        return "warning", f"{says}, which is more: use --threads {allowed}"
-    return "ok", says
+        return "warning", f"{text}, which is more: use --threads {allowed}"
+    return "ok", text
 
 
 def _file_descriptors() -> tuple[State, str]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     shown = ["unlimited" if n == resource.RLIM_INFINITY else str(n) for n in (soft, hard)]
-    says = f"{shown[0]} may be open, {shown[1]} if asked for (ulimit -n)"
+    text = f"{shown[0]} open files are allowed, at most {shown[1]} (ulimit -n)"
     few = soft != resource.RLIM_INFINITY and soft < FEW_DESCRIPTORS
-    return ("warning", f"{says}; expected at least {FEW_DESCRIPTORS}") if few else ("ok", says)
+    return ("warning", f"{text}; expected at least {FEW_DESCRIPTORS}") if few else ("ok", text)
 
 
 def _file_mode() -> tuple[State, str]:
@@ -294,11 +297,11 @@ def _file_mode() -> tuple[State, str]:
     if not masks:
         return "ok", "not known on this system"
     mask = masks[0]
-    says = f"umask {mask:04o}: new files are for "
+    text = f"umask {mask:04o}: new files are for "
     if mask & 0o700:
-        return "problem", f"{says}nobody, not even you; set another: umask 022"
+        return "problem", f"{text}nobody, not even you; set another umask, such as 022"
     others = "everybody to read" if not mask & 0o005 else "your group to read"
-    return "ok", says + (others if not mask & 0o050 else "you alone")
+    return "ok", text + (others if not mask & 0o050 else "you alone")
 
 
 # the folder
@@ -312,16 +315,16 @@ def _file_system(place: Path) -> tuple[State, str]:
         objects.put("b", [b"old"])
         objects.put("b", [b"new"])
         found = {key: objects.get(key) for key in objects.sizes("")}
-    says = f"{place} is on {kind}, mounted at {mount}"
+    text = f"{place} is on {kind}, mounted at {mount}"
     if won != [True, False] or found != {"a": b"first", "b": b"new"}:
         return "problem", (
-            f"{says}, which does not keep what a merge needs: files that are created by one only, "
-            "and replaced whole; use another"
+            f"{text}, which lacks what a merge needs: exclusive creation and atomic replacement "
+            "of files; use another file system"
         )
-    says += "; files are created by one only, and replaced whole"
+    text += "; files are created exclusively and replaced atomically"
     if kind in _TRANSIENT:
-        return "warning", f"{says}; what is there is lost with this machine or container"
-    return "ok", says
+        return "warning", f"{text}; its files are lost with this machine or container"
+    return "ok", text
 
 
 def _mount_of(place: Path) -> tuple[str, str]:
@@ -338,13 +341,13 @@ def _mount_of(place: Path) -> tuple[str, str]:
 
 def _disk_space(place: Path) -> tuple[State, str]:
     usage, facts = shutil.disk_usage(place), os.statvfs(place)
-    says = f"{size_of(usage.free)} of {size_of(usage.total)} are free"
+    text = f"{size_of(usage.free)} of {size_of(usage.total)} are free"
     if usage.free < LITTLE_NBYTES:
-        return "warning", f"{says}, which is little"
+        return "warning", f"{text}, which is little"
     # File systems that create inodes on demand report a total of zero.
     if facts.f_files and facts.f_favail < FEW_FILES:
-        return "warning", f"{says}, but only {facts.f_favail:,} files more may be made"
-    return "ok", says
+        return "warning", f"{text}, but only {facts.f_favail:,} more files can be created"
+    return "ok", text
 
 
 def _disk_speed(place: Path) -> tuple[State, str]:
@@ -363,17 +366,17 @@ def _disk_speed(place: Path) -> tuple[State, str]:
         started, read = time.perf_counter(), 0
         while time.perf_counter() - started < SPEED_SECONDS and (data := file.read(len(block))):
             if data != block[: len(data)]:
-                return "problem", f"what was written at byte {read:,} is not what was read"
+                return "problem", f"the data at byte {read:,} differ from what was written"
             read += len(data)
         read_seconds = time.perf_counter() - started
-    says = (
+    text = (
         f"writes {rate_of(written, write_seconds)}, with fsync; "
-        f"reads {rate_of(read, read_seconds)}, perhaps from a cache: this machine's was asked to "
-        "forget the file"
+        f"reads {rate_of(read, read_seconds)}, possibly from a cache (the page cache of this "
+        "machine was asked to drop the file)"
     )
     if min(written / write_seconds, read / read_seconds) < SLOW_NBYTES_PER_SECOND:
-        return "warning", f"{says}; a merge will wait for it: a local disk may be faster"
-    return "ok", says
+        return "warning", f"{text}; merges will be limited by it: a local disk may be faster"
+    return "ok", text
 
 
 def _clock(place: Path) -> tuple[State, str]:
@@ -383,9 +386,10 @@ def _clock(place: Path) -> tuple[State, str]:
         os.fsync(file.fileno())
         stamp, after = os.fstat(file.fileno()).st_mtime, time.time()
     off = min(stamp - before, 0.0) + max(stamp - after, 0.0)
-    says = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    text = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     if abs(off) > MAX_CLOCK_SECONDS:
         return "warning", (
-            f"{says}; the file system's clock is {ahead_by(off)}: let both follow one time server"
+            f"{text}; the file system's clock is {ahead_by(off)}: synchronise both with the same "
+            "time server"
         )
-    return "ok", f"{says}; the file system's clock agrees"
+    return "ok", f"{text}; the file system's clock agrees"

@@ -139,9 +139,9 @@ def try_folder(path: str, content: bytes) -> str:
     try:
         found = Path(path).read_bytes()
     except OSError as error:
-        return f"cannot read what is written there: {error.strerror}"
+        return f"cannot read the driver's file: {error.strerror}"
     if found != content:
-        return "reads something else than what is written there"
+        return "reads other data than the driver wrote"
     try:
         own.write_bytes(content)
         own.unlink()
@@ -180,7 +180,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
             "workers' versions",
             versions,
             "problem",
-            "install the same on all machines",
+            "install the same versions on all machines",
             f"the same as here: {', '.join(here)}",
         ),
         (
@@ -194,7 +194,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
             "workers' clocks",
             clocks,
             "warning",
-            "let all machines follow one time server",
+            "synchronise all machines with the same time server",
             f"within {farthest:.1f} s of this machine's",
         ),
     ]

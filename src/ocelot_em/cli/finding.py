@@ -33,13 +33,13 @@ class Finding(NamedTuple):
         Name of the check, such as ``disk speed``.
     state
         ``problem``: something will not work. ``warning``: it may work badly.
-    says
+    text
         Result, and a remedy unless the state is ``ok``.
     """
 
     name: str
     state: State
-    says: str
+    text: str
 
 
 def named(error: BaseException) -> str:

@@ -28,7 +28,7 @@ def doctor(*, folder: PathOrUrl = ".", cluster: str | None = None) -> int:
     marks = {"ok": "[green]✓", "warning": "[yellow]!", "problem": "[red]✗"}
     table = Table("", "check", "found")
     for finding in findings:
-        table.add_row(marks[finding.state], finding.name, Text(finding.says))
+        table.add_row(marks[finding.state], finding.name, Text(finding.text))
     open_console().print(table, soft_wrap=False)
     return FAILED if any(finding.state == "problem" for finding in findings) else DONE
 
