@@ -199,8 +199,8 @@ def _kernels() -> tuple[State, str]:
     if wrong:
         return "problem", (
             f"the compiled kernels compute {', '.join(wrong)} incorrectly; delete the folder "
-            "__pycache__ of ocelot_em.kernels, or the one in NUMBA_CACHE_DIR, and report it if that "
-            "does not help"
+            "__pycache__ of ocelot_em.kernels, or the one in NUMBA_CACHE_DIR, and report it if "
+            "that does not help"
         )
     text = f"loaded and correct after {seconds:.1f} s"
     if seconds > 10:
