@@ -1,4 +1,4 @@
-"""The report of a montage: where exposures lie, what is shown of them, and nothing mixed up."""
+"""The report of a montage: placement of exposures, their shown pixels, their own partials."""
 
 import re
 from html import unescape
@@ -85,7 +85,7 @@ def write_exposure(place, name, origin, acquired, partials, valid=VALID):
 
 @pytest.fixture(scope="module")
 def montages(tmp_path_factory):
-    """Three exposures, laid by two rules; nobody changes them."""
+    """Three exposures, merged by two overlap rules; tests do not change them."""
     place, rng = tmp_path_factory.mktemp("montages"), np.random.default_rng(7)
     for acquired, (name, counts) in enumerate(COUNTS.items()):
         partials = [(noise(rng, SHAPE, count), count) for count in counts]
@@ -108,7 +108,7 @@ def montage(montages):
 
 @pytest.fixture(params=RENDERING)
 def words_of(request, monkeypatch):
-    """Writes a report; its figures are not rendered in the fast tier."""
+    """Write a report; figures are not rendered in the fast tier."""
     if request.param == "stubbed":
         stub_rendering(monkeypatch)
     return words_of_drawn
@@ -123,9 +123,9 @@ def words_of_drawn(store, tmp_path, **options):
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", page)))
 
 
-def test_the_page_tells_of_the_montage(montage, tmp_path):
+def test_the_page_describes_the_montage(montage, tmp_path):
     words = words_of_drawn(montage, tmp_path)
-    for told in (
+    for text in (
         "3 exposures",
         "102 × 119 pixels of the canvas, 30.6 × 35.7 nm",
         "1,000 to 30,000 projections per pixel of an exposure",
@@ -135,7 +135,7 @@ def test_the_page_tells_of_the_montage(montage, tmp_path):
         "shown or not",
         "expected false positives 1 in each exposure",
     ):
-        assert told in words, told
+        assert text in words, text
     assert find_peaks(montage).about.cutoff_text in words
     # Both positions, the exposure's own partial, and the other sighting.
     assert "1 left 5 60 7 60 12.000" in words
@@ -147,7 +147,7 @@ def test_the_page_tells_of_the_montage(montage, tmp_path):
     assert f"below 2 46, 13 3,696 {shown[2]:,}" in words
 
 
-def test_other_results_tell_of_no_montage(words_of, tmp_path):
+def test_other_results_have_no_montage_section(words_of, tmp_path):
     write_partial(tmp_path / "RUN.zarr", "p", explicit_maps((20, 20)), total_projections=1000)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     words = words_of(tmp_path / "OUT.zarr", tmp_path)
@@ -158,7 +158,7 @@ def test_other_results_tell_of_no_montage(words_of, tmp_path):
             plot(tmp_path / "OUT.zarr")
 
 
-def test_particles_are_where_they_lie_on_the_canvas(words_of, montage, tmp_path, monkeypatch):
+def test_particles_are_shown_at_their_canvas_positions(words_of, montage, tmp_path, monkeypatch):
     particles = find_peaks(montage)
     y, x = (particles.columns[f"canvas_{axis}"] for axis in "yx")
     drawn = plot_zscore(montage, particles=particles).collections[-1].get_offsets()
@@ -174,7 +174,7 @@ def test_particles_are_where_they_lie_on_the_canvas(words_of, montage, tmp_path,
     assert "Where a particle is marked as hidden, the montage shows another exposure." in words
 
 
-def test_particles_of_something_else_are_refused(montage, tmp_path, rng):
+def test_particles_of_another_result_are_refused(montage, tmp_path, rng):
     write_partial(tmp_path / "RUN.zarr", "p", noise(rng, (20, 20), 10), total_projections=10)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     own, page = find_peaks(montage), tmp_path / "page.html"
@@ -344,8 +344,8 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     assert len(shift) == 3
     assert max(shift.values()) > 0.25
     words = words_of(store, tmp_path)
-    for name, apart in shift.items():
-        assert f" {apart:.2f} " in words, name
+    for name, difference in shift.items():
+        assert f" {difference:.2f} " in words, name
     # Said once where all overlaps are brighter; of those exposures that are, otherwise.
     assert "visible seams: the z-scores have a mean of" in words
     assert ": visible seam:" not in words
@@ -366,7 +366,7 @@ def test_more_exposures_than_rows(words_of, tmp_path, rng, monkeypatch):
     for k in range(10):
         partials = [(noise(rng, (12, 12), 100), 100) for _ in range(2)]
         for maps, _ in partials:
-            maps["mip"][0, 0] = -np.inf  # nobody searched it
+            maps["mip"][0, 0] = -np.inf  # not searched
             maps["correlation_sum"][3, 3] = maps["correlation_squared_sum"][3, 3] = 0
         write_exposure(tmp_path, f"e{k}", (0, 8 * k), k, partials, (12, 12))
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
@@ -383,8 +383,8 @@ def test_more_exposures_than_rows(words_of, tmp_path, rng, monkeypatch):
     assert (np.diff(means) >= 0).all()
 
 
-def test_exposures_of_which_nothing_is_known(words_of, tmp_path, rng):
-    """One that nobody searched, one of which nothing is shown, one with a single partial."""
+def test_exposures_without_statistics(words_of, tmp_path, rng):
+    """One without a search, one of which no pixel is shown, one with a single partial."""
     idle = idle_maps(explicit_maps((20, 20)))
     hidden = noise(rng, (8, 8), 100)
     write_exposure(tmp_path, "shown", (0, 0), 0, [(noise(rng, (20, 20), 100), 100)], (20, 20))
@@ -402,7 +402,7 @@ def test_exposures_of_which_nothing_is_known(words_of, tmp_path, rng):
     assert set(statistics) == {"shown", "hidden", "idle"}
 
 
-def test_a_montage_of_one_exposure_that_nobody_searched(words_of, tmp_path):
+def test_a_montage_of_one_unsearched_exposure(words_of, tmp_path):
     idle = idle_maps(explicit_maps((12, 9)))
     write_exposure(tmp_path, "only", (0, 0), 0, [(idle, 0), (idle, 0)], (12, 9))
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")

@@ -1,4 +1,4 @@
-"""The report: a page that stands alone, says what is known, and can be drawn of anything."""
+"""The report: a self-contained page with all results, for any merged result."""
 
 import re
 import shutil
@@ -52,7 +52,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Page(HTMLParser):
-    """What a page is made of."""
+    """Tags, ids, references and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -81,7 +81,7 @@ def drawn_report_of(store, tmp_path, **options):
 
 
 def checked(place):
-    """The page, which stands alone."""
+    """Check that a page is self-contained, and parse it."""
     assert place.stat().st_size < 5e6
     page = Page(place.read_text(encoding="utf-8"))
     assert set(page.ids) >= SECTIONS
@@ -96,7 +96,7 @@ def checked(place):
 
 @pytest.fixture(params=RENDERING)
 def report_of(request, monkeypatch):
-    """Writes a report of a store; its figures are not rendered in the fast tier."""
+    """Write a report of a store; figures are not rendered in the fast tier."""
     if request.param == "stubbed":
         stub_rendering(monkeypatch)
     return drawn_report_of
@@ -104,7 +104,7 @@ def report_of(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
-    """A merge of the real crops; nobody changes it."""
+    """A merge of the real crops; tests do not change it."""
     from conftest import CROPS
 
     place = tmp_path_factory.mktemp("crops")
@@ -133,7 +133,7 @@ def merge_of(place, maps_of_partials, count=1000, **options):
     return place / "OUT.zarr"
 
 
-def test_the_page_says_what_is_known(crops, crops_page):
+def test_the_page_has_all_results(crops, crops_page):
     page = checked(crops_page)
     particles = find_peaks(crops)
     assert 0 < len(particles) < 12
@@ -197,7 +197,7 @@ def test_without_particles(report_of, crops, tmp_path):
 
 
 @pytest.mark.parametrize("max_zooms", [-1, 0, 1, 2])
-def test_as_many_zooms_as_wanted(report_of, crops, tmp_path, max_zooms):
+def test_number_of_zooms(report_of, crops, tmp_path, max_zooms):
     page = report_of(crops, tmp_path, max_zooms=max_zooms)
     assert len(re.findall(r"\d: z = ", page.words)) == max(max_zooms, 0)
 
@@ -274,7 +274,7 @@ def test_a_map_much_wider_than_high(report_of, tmp_path):
 
 @pytest.fixture(scope="module")
 def chunked(tmp_path_factory):
-    """A map of several chunks, none of which is read with another; nobody changes it."""
+    """A map of several chunks, each read alone; tests do not change it."""
     place, rng = tmp_path_factory.mktemp("chunked"), np.random.default_rng(3)
     results = [make_result(rng, (90, 150), 1000) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
@@ -320,7 +320,7 @@ def test_the_overview_may_come_from_a_pyramid(report_of, chunked, crops, tmp_pat
     assert not (tmp_path / "none.html").exists()
 
 
-def test_what_is_no_finished_merge_is_refused(crops, tmp_path):
+def test_only_a_finished_merge_is_accepted(crops, tmp_path):
     place = tmp_path / "none.html"
     with pytest.raises(FormatError, match="is a search"):
         write_report(crops.parent / "RUN.zarr", place)
@@ -440,7 +440,7 @@ def test_quantities_in_words(text, expected):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here to open the page with")
-def test_a_browser_shows_it_and_asks_for_nothing(crops_page, tmp_path):
+def test_a_browser_shows_the_page_without_messages(crops_page, tmp_path):
     picture = tmp_path / "picture.png"
     done = subprocess.run(
         [
@@ -458,8 +458,8 @@ def test_a_browser_shows_it_and_asks_for_nothing(crops_page, tmp_path):
         timeout=180,
         check=True,
     )
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not said  # where a browser complains of what a page's policy forbids
+    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not messages  # browsers report violations of the page's policy there
     shown = plt.imread(picture)[..., :3]
     assert shown.shape[:2] == (5000, 1366)
     # The overview and the zooms are dark, the survival curve is blue, wherever they are.

@@ -1,4 +1,4 @@
-"""Serving a picture: what browsers need, to this machine only, and nothing but the folder."""
+"""The viewer: HTTP features that browsers need, local access only, files of the folder only."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ CHUNK = bytes(range(256)) * 4
 
 
 def make_picture(folder, channels=("scaled_mip",), unit="angstrom"):
-    """As little of a picture as the server looks at."""
+    """Write the parts of an image that the server reads."""
     ome = {
         "version": "0.5",
         "multiscales": [
@@ -56,7 +56,7 @@ def make_picture(folder, channels=("scaled_mip",), unit="angstrom"):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    """Beside a file that is nobody's business; tests only add files."""
+    """An image, next to a file that must not be served; tests only add files."""
     place = tmp_path_factory.mktemp("pictures")
     (place / "secret.txt").write_text("secret")
     return make_picture(place / "P.zarr")
@@ -69,7 +69,7 @@ def no_client(monkeypatch):
 
 @pytest.fixture
 def client(monkeypatch):
-    """A package neuroglancer, as far as it is used; the addresses that it was told to listen at."""
+    """A stub of the package neuroglancer; returns the addresses it was bound to."""
     addresses = []
     fake = types.SimpleNamespace(
         is_server_running=lambda: bool(addresses),
@@ -107,7 +107,7 @@ def status_of(url, method="GET", **headers):
 
 
 def raw_status(url, path):
-    """Status of an address that urllib would tidy up before asking."""
+    """Status of a URL path that urllib would normalise."""
     connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
     try:
         connection.request("GET", path)
@@ -131,7 +131,7 @@ def test_files_are_served_with_what_browsers_need(served):
     assert get(served.url + "zarr.json?cached=no")[0] == 200
 
 
-def test_heads_and_preflights_are_answered_without_a_body(served):
+def test_head_and_preflight_responses_have_no_body(served):
     status, headers, body = get(served.url + "0/c/0/0", "HEAD")
     assert (status, body, headers["Content-Length"]) == (200, b"", "1024")
     status, headers, body = get(served.url + "0/c/0/0", "OPTIONS", Origin="https://example.org")
@@ -142,7 +142,7 @@ def test_heads_and_preflights_are_answered_without_a_body(served):
 
 
 @pytest.mark.parametrize(
-    ("asked", "first", "last"),
+    ("requested", "first", "last"),
     [
         ("bytes=0-0", 0, 0),
         ("bytes=10-19", 10, 19),
@@ -153,28 +153,28 @@ def test_heads_and_preflights_are_answered_without_a_body(served):
         ("bytes=-9999", 0, 1023),
     ],
 )
-def test_ranges_of_bytes_are_served(served, asked, first, last):
-    status, headers, body = get(served.url + "0/c/0/0", Range=asked)
+def test_ranges_of_bytes_are_served(served, requested, first, last):
+    status, headers, body = get(served.url + "0/c/0/0", Range=requested)
     assert status == 206
     assert body == CHUNK[first : last + 1]
     assert headers["Content-Range"] == f"bytes {first}-{last}/1024"
     assert headers["Content-Length"] == str(last - first + 1)
-    status, _, body = get(served.url + "0/c/0/0", "HEAD", Range=asked)
+    status, _, body = get(served.url + "0/c/0/0", "HEAD", Range=requested)
     assert (status, body) == (206, b"")
 
 
-@pytest.mark.parametrize("asked", ["bytes=1024-", "bytes=5-4", "bytes=-0"])
-def test_ranges_that_are_not_there_are_refused(served, asked):
+@pytest.mark.parametrize("requested", ["bytes=1024-", "bytes=5-4", "bytes=-0"])
+def test_ranges_outside_the_file_are_refused(served, requested):
     with pytest.raises(urllib.error.HTTPError) as caught:
-        get(served.url + "0/c/0/0", Range=asked)
+        get(served.url + "0/c/0/0", Range=requested)
     with caught.value as error:
         assert error.code == 416
         assert error.headers["Content-Range"] == "bytes */1024"
 
 
-@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "lines=0-1", "bytes=-"])
-def test_other_ranges_give_everything(served, asked):
-    status, _, body = get(served.url + "0/c/0/0", Range=asked)
+@pytest.mark.parametrize("requested", ["bytes=0-1,5-6", "lines=0-1", "bytes=-"])
+def test_unsupported_ranges_return_the_whole_file(served, requested):
+    status, _, body = get(served.url + "0/c/0/0", Range=requested)
     assert (status, body) == (200, CHUNK)
 
 
@@ -185,7 +185,7 @@ def test_an_empty_file_is_served(served, picture):
 
 
 def test_there_is_no_way_out_of_the_folder(served, picture):
-    word = urlsplit(served.url).path
+    prefix = urlsplit(served.url).path
     (picture / "link").symlink_to(picture.parent / "secret.txt")
     (picture / "up").symlink_to(picture.parent)
     (picture / "circle").symlink_to(picture / "circle")
@@ -210,8 +210,8 @@ def test_there_is_no_way_out_of_the_folder(served, picture):
         "nothing",
         "%ff%fe",
     ):
-        assert raw_status(served.url, word + name) == 404, name
-    assert raw_status(served.url, word + "inside/c/0/0") == 200
+        assert raw_status(served.url, prefix + name) == 404, name
+    assert raw_status(served.url, prefix + "inside/c/0/0") == 200
 
 
 def test_folders_are_not_listed(served):
@@ -227,7 +227,7 @@ def test_files_that_cannot_be_opened_are_not_there(served, picture, monkeypatch)
     assert status_of(served.url + "zarr.json") == 404
 
 
-def test_only_who_knows_the_link_is_answered(served, picture, no_client):
+def test_requests_without_the_token_are_refused(served, picture, no_client):
     base = "http://" + urlsplit(served.url).netloc
     for path in ("/", "/zarr.json", "/picture/zarr.json", "//zarr.json", "/P.zarr/zarr.json"):
         assert status_of(base + path) == 404
@@ -237,12 +237,12 @@ def test_only_who_knows_the_link_is_answered(served, picture, no_client):
         assert status_of(base + wrong) == 404
 
 
-def test_only_this_machine_is_answered(served):
+def test_the_server_listens_locally(served):
     assert urlsplit(served.url).hostname == "127.0.0.1"
     assert served._server.socket.getsockname()[0] == "127.0.0.1"
 
 
-def test_a_closed_view_answers_nobody(picture, no_client):
+def test_a_closed_view_does_not_respond(picture, no_client):
     with view(picture) as opened:
         url = opened.url
         assert status_of(url + "zarr.json") == 200
@@ -266,7 +266,7 @@ def test_a_port_can_be_chosen_and_may_be_taken(picture, no_client):
 @pytest.mark.parametrize(
     "content", [None, "", "[]", "{}", '{"attributes": {}}', '{"attributes": {"ome": 1}}']
 )
-def test_what_is_no_picture_is_refused(tmp_path, content):
+def test_other_folders_are_refused(tmp_path, content):
     folder = tmp_path / "F"
     folder.mkdir()
     if content is not None:
@@ -308,7 +308,7 @@ def test_every_map_is_a_layer_and_the_first_is_shown(tmp_path, no_client):
     assert ranges == [[4.5, 9.25], [5.5, 9.25]]
 
 
-def test_pictures_of_others_without_limits_are_shown(tmp_path, no_client):
+def test_images_without_contrast_limits_are_shown(tmp_path, no_client):
     with view(make_picture(tmp_path / "P.zarr", ())) as opened:
         _, state = state_of(opened.neuroglancer_url)
     assert [layer["name"] for layer in state["layers"]] == ["P.zarr"]
@@ -338,20 +338,20 @@ def test_the_real_client_comes_from_this_machine(picture):
         assert b"<title>neuroglancer</title>" in get(page)[2]
 
 
-def test_nothing_is_printed_and_the_secret_word_is_not_logged(picture, no_client, capfd, caplog):
+def test_nothing_is_printed_and_the_token_is_not_logged(picture, no_client, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     with view(picture) as opened:
-        word = urlsplit(opened.url).path.split("/")[1]
+        token = urlsplit(opened.url).path.split("/")[1]
         status_of(opened.url + "zarr.json")
         status_of(opened.url + "nothing")
-        with socket.create_connection(("127.0.0.1", urlsplit(opened.url).port)) as rude:
-            rude.sendall(b"GET /" + b"x" * 100)
-        with socket.create_connection(("127.0.0.1", urlsplit(opened.url).port)) as rude:
-            rude.sendall(b"\xff\xfe nonsense\r\n\r\n")
-            assert b"400" in rude.recv(1000)
+        with socket.create_connection(("127.0.0.1", urlsplit(opened.url).port)) as connection:
+            connection.sendall(b"GET /" + b"x" * 100)
+        with socket.create_connection(("127.0.0.1", urlsplit(opened.url).port)) as connection:
+            connection.sendall(b"\xff\xfe nonsense\r\n\r\n")
+            assert b"400" in connection.recv(1000)
     assert capfd.readouterr() == ("", "")
     assert any("serving" in record.message for record in caplog.records)
-    assert word not in caplog.text
+    assert token not in caplog.text
 
 
 def test_a_file_cut_short_meanwhile_ends_the_connection(served, picture, monkeypatch):

@@ -160,10 +160,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
         *_what(plan),
         ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),
         ("tiles", f"{cost.n_tiles} of {plan.tile[0]} x {plan.tile[1]} pixels{done}"),
-        (
-            "to read",
-            f"{nbytes_text(cost.stored_nbytes_in)} ({nbytes_text(cost.decoded_nbytes_in)} decoded)",
-        ),
+        ("to read", sizes(cost.stored_nbytes_in, cost.decoded_nbytes_in)),
         (
             "to write",
             f"about {sizes(cost.stored_nbytes_out, cost.decoded_nbytes_out)} to {ready.output}",
