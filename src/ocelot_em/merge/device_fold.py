@@ -152,16 +152,7 @@ class DeviceFold:
 class DeviceMemory:
     """A device and the memory of every thread on it; shared by all exposures of a merge.
 
-    Parameters
-    ----------
-    device
-        The device that merges.
-    maps
-        Maps of the result.
-    max_partials
-        Number of partials on the device at a time, per thread; fewer if memory is short.
-    sum_dtype
-        Stored dtype of the sums.
+    Each thread has memory for ``max_partials`` at a time, or for fewer if memory is short.
     """
 
     def __init__(
@@ -191,18 +182,7 @@ class DeviceMemory:
 class ThreadMemory:
     """One thread's memory for one tile at a time: on the device, and pinned on the host.
 
-    Parameters
-    ----------
-    maps
-        Maps of the result.
-    device
-        The device that has the memory.
-    max_pixels
-        Maximum number of pixels of a tile.
-    max_partials
-        Maximum number of partials at a time; the attribute is the number that fits.
-    sum_dtype
-        Stored dtype of the sums.
+    The attribute ``max_partials`` is the number of partials that fit.
 
     Raises
     ------

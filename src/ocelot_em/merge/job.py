@@ -63,19 +63,7 @@ class JobSpec:
 
 
 class OpenExposure:
-    """An exposure with all open inputs that its pieces need.
-
-    Parameters
-    ----------
-    plan
-        Plan of the merge.
-    exposure
-        One exposure of the plan.
-    space
-        The search space of indexed poses.
-    device_memory
-        The device that merges the exposure, with its memory; None: the CPU.
-    """
+    """An exposure with all open inputs, and the fold of its pieces on the CPU or a device."""
 
     def __init__(
         self,
@@ -126,15 +114,7 @@ class OpenExposure:
 
 
 class TileMemory:
-    """Memory of one thread, reused for every tile; each part is allocated at its first use.
-
-    Parameters
-    ----------
-    plan
-        Plan of the merge.
-    streams
-        Number of chunks that are fetched at a time.
-    """
+    """Memory of one thread, reused for every tile; each part is allocated at its first use."""
 
     def __init__(self, plan: MergePlan, streams: int) -> None:
         self._plan, self._streams = plan, streams
@@ -163,14 +143,7 @@ class TileMemory:
 class Job:
     """A merge on a worker: the plan and all open inputs and outputs.
 
-    Parameters
-    ----------
-    plan
-        Plan of the merge.
-    objects
-        The prepared output; None to merge without writing.
-    spec
-        Identifies the merge, its lock and its device.
+    Without ``objects``, the prepared output, nothing is written.
     """
 
     def __init__(

@@ -19,9 +19,16 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
-from ocelot_em.errors import StoppedError, TilesFailedError
 from ocelot_em.merge.job import Job, JobSpec, close_job, group_of, open_job
-from ocelot_em.merge.outcome import MergeReport, OnOutcome, Outcome, Tally, Tiles, failure
+from ocelot_em.merge.outcome import (
+    MergeReport,
+    OnOutcome,
+    Outcome,
+    Tally,
+    Tiles,
+    failure,
+    unfinished,
+)
 from ocelot_em.merge.resume import PreparedMerge, create_output
 from ocelot_em.merge.stats import summary
 from ocelot_em.merge.tile import MemoryWriter, TileWriter, Writer
@@ -32,7 +39,7 @@ from ocelot_em.model.regions import Tile
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.creation import now
-from ocelot_em.store.lock import STALE_SECONDS, OutputLock
+from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.transfer import ReadAhead
 
@@ -101,7 +108,7 @@ def merge(
     finally:
         close_job()
     if n_left := len(ready.missing) - tally.n_merged:
-        raise _unfinished(ready, lock, tally, n_left)
+        raise unfinished(ready.output, (n_left, len(ready.plan.grid)), tally, lock)
     if attributes.state != "complete":
         summary.finish(objects, ready.plan)
         objects.tidy("")
@@ -115,29 +122,6 @@ def merge(
         seconds=time.perf_counter() - started - compile_seconds,
         totals=tally.totals,
         compile_seconds=compile_seconds,
-    )
-
-
-def _unfinished(
-    ready: PreparedMerge, lock: OutputLock, tally: Tally, n_left: int
-) -> StoppedError | TilesFailedError:
-    """Return the error that explains why tiles are left."""
-    n_tiles, n_failed = len(ready.plan.grid), len(tally.failed)
-    if lock.lost.is_set():
-        return StoppedError(
-            f"{ready.output}: another run has taken over the output, because this run did not "
-            f"renew its lock for {STALE_SECONDS:.0f} s; {n_left} of {n_tiles} tiles were left"
-        )
-    if lock.stopping.is_set() and not tally.has_given_up:
-        return StoppedError(
-            f"{ready.output}: stopped with {n_left} of {n_tiles} tiles left; the others are done; "
-            f"run the same command again to resume{tally.failures_text()}"
-        )
-    n_skipped = n_left - n_failed
-    skipped = f", and {n_skipped} were not attempted" if n_skipped else ""
-    return TilesFailedError(
-        f"{ready.output}: {n_failed} of {n_tiles} tiles failed{skipped}; the others are done; fix "
-        f"the cause, and run the same command again:{tally.failures_text()}"
     )
 
 

@@ -9,9 +9,10 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ocelot_em.errors import FormatError, InvalidInputError
+from ocelot_em.errors import FormatError, InvalidInputError, StoppedError, TilesFailedError
 from ocelot_em.model.html import render
 from ocelot_em.model.text import seconds_text
+from ocelot_em.store.lock import STALE_SECONDS, OutputLock
 
 log = logging.getLogger(__name__)
 
@@ -222,3 +223,26 @@ def failure(iy: int, ix: int, error: Exception) -> Outcome:
     """
     in_data = isinstance(error, (InvalidInputError, FormatError))
     return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", is_transient=not in_data)
+
+
+def unfinished(
+    output: str, left_of_all: tuple[int, int], tally: Tally, lock: OutputLock
+) -> StoppedError | TilesFailedError:
+    """Return the error that explains why some of all tiles of an output are left."""
+    (n_left, n_tiles), n_failed = left_of_all, len(tally.failed)
+    if lock.lost.is_set():
+        return StoppedError(
+            f"{output}: another run has taken over the output, because this run did not "
+            f"renew its lock for {STALE_SECONDS:.0f} s; {n_left} of {n_tiles} tiles were left"
+        )
+    if lock.stopping.is_set() and not tally.has_given_up:
+        return StoppedError(
+            f"{output}: stopped with {n_left} of {n_tiles} tiles left; the others are done; "
+            f"run the same command again to resume{tally.failures_text()}"
+        )
+    n_skipped = n_left - n_failed
+    skipped = f", and {n_skipped} were not attempted" if n_skipped else ""
+    return TilesFailedError(
+        f"{output}: {n_failed} of {n_tiles} tiles failed{skipped}; the others are done; fix "
+        f"the cause, and run the same command again:{tally.failures_text()}"
+    )

@@ -31,17 +31,7 @@ Maps = Iterator[tuple[str, AnyArray]]
 
 
 class WholeTile:
-    """A tile covered by a single exposure, whose maps are final.
-
-    Parameters
-    ----------
-    number
-        Number of the exposure.
-    maps
-        Maps of the result; a montage also has the number of the exposure.
-    shape
-        Height and width of the tile.
-    """
+    """A tile covered by a single exposure, whose maps are final; see :class:`Canvas`."""
 
     def __init__(self, number: int, maps: MapSet, shape: tuple[int, int]) -> None:
         self._number, self._is_montage, self._shape = number, maps.exposures, shape
@@ -72,15 +62,6 @@ class Canvas:
 
     The order of calls: :meth:`begin` for a tile; for every exposure :meth:`place`, then
     :meth:`put` for each of its maps; then :meth:`maps` and :meth:`shown`.
-
-    Parameters
-    ----------
-    maps
-        Maps of the result.
-    overlap
-        Rule that selects the exposure in an overlap.
-    max_pixels
-        Maximum number of pixels of a tile.
     """
 
     def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:

@@ -39,15 +39,7 @@ class Writer:
 
 
 class MemoryWriter(Writer):
-    """Keeps the maps of a tile in memory.
-
-    Parameters
-    ----------
-    job
-        The merge.
-    tile
-        The tile.
-    """
+    """Keeps the maps of a tile in memory."""
 
     def __init__(self, job: Job, tile: Tile) -> None:
         self._names, self._shape = job.plan.maps.merged, tile.region.shape
@@ -65,17 +57,7 @@ class MemoryWriter(Writer):
 
 
 class TileWriter(Writer):
-    """Writes one tile and measures the time spent on it.
-
-    Parameters
-    ----------
-    job
-        The merge of the tile.
-    tile
-        The tile.
-    reader, storage
-        Reads the chunks of the tile, and writes objects, on threads of their own.
-    """
+    """Writes one tile to ``storage``, in the background, and measures the time spent on it."""
 
     def __init__(self, job: Job, tile: Tile, reader: ReadAhead, storage: WriteBehind) -> None:
         self._job, self._tile, self._reader, self._storage = job, tile, reader, storage

@@ -178,19 +178,7 @@ class ClientExecutor:
 
 
 class _Window:
-    """The submitted tasks of a cluster.
-
-    Parameters
-    ----------
-    executor
-        Executor of the cluster.
-    spec
-        The merge that the tasks belong to.
-    batches
-        Tiles of each task.
-    on_outcome
-        Called with the outcome of each tile.
-    """
+    """The submitted tasks of a cluster."""
 
     def __init__(
         self,

@@ -30,15 +30,7 @@ Increments = dict[tuple[str, str], float]
 
 
 class Metrics:
-    """Counts outcomes of tiles, and sends the counts to the scheduler.
-
-    Parameters
-    ----------
-    run_id
-        Identifier of the run; a label of every counter.
-    call
-        Function that calls another one in the scheduler's process.
-    """
+    """Counts outcomes of tiles; ``call`` adds the counts in the scheduler's process."""
 
     def __init__(self, run_id: str, call: Callable[..., object]) -> None:
         self._run_id, self._call = run_id, call
