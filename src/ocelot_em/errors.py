@@ -31,7 +31,17 @@ from contextlib import contextmanager
 
 
 class OcelotError(Exception):
-    """Base class of all errors raised by ocelot-em."""
+    """Base class of all errors raised by ocelot-em.
+
+    Examples
+    --------
+    >>> from ocelot_em import OcelotError, describe
+    >>> try:
+    ...     describe("missing.zarr")
+    ... except OcelotError as error:
+    ...     print(type(error).__name__)
+    StoreNotFoundError
+    """
 
 
 class InvalidInputError(OcelotError, ValueError):

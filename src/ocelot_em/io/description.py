@@ -142,6 +142,19 @@ def import_description(
     ------
     InvalidInputError
         Listing every problem with the description or with the files.
+
+    Examples
+    --------
+    >>> import json
+    >>> from pathlib import Path
+    >>> from ocelot_em import import_description
+    >>> exposures = [
+    ...     {"id": "00", "origin": [0, 0], "acquired": 0, "partials": ["gpu0.npz"]},
+    ...     {"id": "01", "origin": [0, 350], "acquired": 1, "partials": ["gpu1.npz"]},
+    ... ]
+    >>> _ = Path("LAMELLA.yaml").write_text(json.dumps({"exposures": exposures}))
+    >>> import_description("LAMELLA.yaml", "LAMELLA.zarr")
+    ['00/gpu0', '01/gpu1']
     """
     place = Path(path)
     description = read_description(place)

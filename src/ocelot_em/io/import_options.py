@@ -31,6 +31,12 @@ def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
     ------
     InvalidInputError
         Naming every missing or unusable table.
+
+    Examples
+    --------
+    >>> from ocelot_em import read_search_space_file
+    >>> read_search_space_file("search_space.npz").n_poses
+    129600
     """
     with closing(open_result_file(path)) as file:
         missing = [name for name in TABLES if name not in file.info()]
@@ -68,6 +74,13 @@ class ImportOptions(Options):
     total_projections
         Number of cross-correlations of each file, in the order of the files, if the files do not
         contain it.
+
+    Examples
+    --------
+    >>> from ocelot_em import ImportOptions, import_results
+    >>> options = ImportOptions(template_box=56, pixel_size_angstrom=2.5)
+    >>> import_results(["gpu0.npz", "gpu1.npz"], "RUN.zarr", options)
+    ['gpu0', 'gpu1']
     """
 
     search_space: str | Path | None = None

@@ -53,6 +53,12 @@ def import_results(
     ------
     InvalidInputError
         Listing every problem with the files.
+
+    Examples
+    --------
+    >>> from ocelot_em import import_results
+    >>> import_results(["gpu0.npz", "gpu1.npz"], "RUN.zarr")
+    ['gpu0', 'gpu1']
     """
     options = options or ImportOptions()
     if not files:

@@ -113,6 +113,25 @@ class Optics:
     InvalidInputError
         Naming every invalid value: numbers out of bounds, names that are empty or contain line
         breaks or other control characters.
+
+    Examples
+    --------
+    >>> from ocelot_em import Optics
+    >>> optics = Optics(
+    ...     voltage_kv=300.0,
+    ...     spherical_aberration_mm=2.7,
+    ...     amplitude_contrast=0.07,
+    ...     pixel_size_angstrom=2.5,
+    ...     defocus_u_angstrom=5200.0,
+    ...     defocus_v_angstrom=4900.0,
+    ...     astigmatism_angle_degrees=25.0,
+    ...     phase_shift_degrees=0.0,
+    ...     micrograph="micrograph.mrc",
+    ...     template="60S.mrc",
+    ...     template_box_px=56,
+    ... )
+    >>> optics.label
+    'opticsGroup1'
     """
 
     voltage_kv: float

@@ -84,6 +84,13 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
         The optics belong to another search.
     StorageError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> from ocelot_em import Optics, find_peaks, write_leopard_csv
+    >>> microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
+    >>> optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
+    >>> write_leopard_csv(find_peaks("MERGED.zarr"), optics, "leopard.csv")
     """
     _require_same_search(table, optics)
     own = table.columns
@@ -139,6 +146,13 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
         stands for a missing value.
     StorageError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> from ocelot_em import Optics, find_peaks, write_relion_star
+    >>> microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
+    >>> optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
+    >>> write_relion_star(find_peaks("MERGED.zarr"), optics, "particles.star")
     """
     _require_same_search(table, optics)
     _require_star_names({"micrograph": optics.micrograph, "label": optics.label})
@@ -190,6 +204,13 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
         the template: it contains spaces, quotation marks or ``#``.
     StorageError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> from ocelot_em import Optics, find_peaks, write_cistem_star
+    >>> microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
+    >>> optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
+    >>> write_cistem_star(find_peaks("MERGED.zarr"), optics, "cistem.star")
     """
     _require_same_search(table, optics)
     _require_star_names(

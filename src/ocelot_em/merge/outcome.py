@@ -174,6 +174,13 @@ class MergeReport:
         Sums over the tiles of this run.
     compile_seconds
         Time spent compiling kernels in this process, only in the first run after an installation.
+
+    Examples
+    --------
+    >>> from ocelot_em import merge
+    >>> report = merge("SEARCH.zarr", "RESULT.zarr", tile_size=256)
+    >>> report.n_tiles, report.n_merged
+    (4, 4)
     """
 
     output: str

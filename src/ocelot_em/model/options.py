@@ -182,6 +182,12 @@ class MergeOptions(Options):
         Dask's configuration or new ones for this run.
     slurm
         Resources of each job of ``--cluster slurm``.
+
+    Examples
+    --------
+    >>> from ocelot_em import MergeOptions
+    >>> MergeOptions(tile_size=512, threads=4).overlap
+    'earliest'
     """
 
     tile_size: Annotated[int | None, Field(ge=1, le=LARGEST_TILE), Shown(_TILES, "PX")] = None

@@ -16,7 +16,15 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The pixels with ``y0 <= y < y1`` and ``x0 <= x < x1``."""
+    """The pixels with ``y0 <= y < y1`` and ``x0 <= x < x1``.
+
+    Examples
+    --------
+    >>> from ocelot_em import Region
+    >>> region = Region(0, 100, 50, 250)
+    >>> region.shape, region.intersect(Region(50, 200, 0, 100))
+    ((100, 200), Region(y0=50, y1=100, x0=50, x1=100))
+    """
 
     y0: int
     y1: int

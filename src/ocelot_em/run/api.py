@@ -19,7 +19,21 @@ PathOrUrl = str | PathLike[str]
 
 
 class Observer:
-    """Receives the events of a merge; override the methods of interest."""
+    """Receives the events of a merge; override the methods of interest.
+
+    Examples
+    --------
+    >>> from ocelot_em import Observer, merge
+    >>> class Count(Observer):
+    ...     n_tiles = 0
+    ...
+    ...     def tile_ended(self, outcome):
+    ...         self.n_tiles += 1
+    >>> count = Count()
+    >>> report = merge("SEARCH.zarr", "RESULT.zarr", tile_size=256, observer=count)
+    >>> count.n_tiles
+    4
+    """
 
     def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
         """Called with the plan, before anything starts."""
@@ -114,6 +128,13 @@ def merge(
     -----
     With ``cluster="local"``, worker processes import the calling script: guard it with
     ``if __name__ == "__main__":``.
+
+    Examples
+    --------
+    >>> from ocelot_em import merge, open_merged
+    >>> report = merge("SEARCH.zarr", "RESULT.zarr")
+    >>> float(open_merged("RESULT.zarr").scaled_mip.max()) > 9
+    True
     """
     with within_job(MergeOptions.parse(options)) as requested:
         return run_merge(inputs, output, requested, observer or Observer())

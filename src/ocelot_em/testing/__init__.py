@@ -1,1 +1,1 @@
-"""Simulated searches, for tests, demonstrations and benchmarks."""
+"""Simulated searches, and tests that stores, executors and devices of others can subclass."""

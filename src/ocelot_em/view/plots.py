@@ -96,6 +96,12 @@ def plot_zscore(
     particles
         Picked particles; the first (highest) :data:`MAX_CIRCLES` are circled, in a montage at their
         positions on the canvas.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, plot_zscore
+    >>> axes = plot_zscore("MERGED.zarr", particles=find_peaks("MERGED.zarr"))
+    >>> axes.figure.savefig("zscore.png")
     """
     pooled, factor = store if isinstance(store, tuple) else pooled_zscore(store)
     ax = axes_or_new(ax)
@@ -135,6 +141,11 @@ def plot_crop(
         Axes to draw into; new ones by default.
     edge_px
         Edge of the crop.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_crop
+    >>> axes = plot_crop("MERGED.zarr", (120, 150))
     """
     merged = MergedResult.open(store)
     y, x = (int(position) for position in particle)
@@ -177,6 +188,11 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     ------
     InvalidInputError
         The axes are not polar.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, plot_poses
+    >>> axes = plot_poses(find_peaks("MERGED.zarr"))
     """
     ax = axes_or_new(ax, projection="polar")
     polar: Any = ax
@@ -211,7 +227,13 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 
 
 def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
-    """Draw a histogram of the in-plane angles of particles; those without a pose are ignored."""
+    """Draw a histogram of the in-plane angles of particles; those without a pose are ignored.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, plot_psi
+    >>> axes = plot_psi(find_peaks("MERGED.zarr"))
+    """
     ax = axes_or_new(ax)
     psi = np.round(_known(particles, "psi"), 3) % 360
     if psi.size:
@@ -246,6 +268,11 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw a histogram of the relative defocus of particles, one bar per plane of the search.
 
     Particles without a pose are ignored.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, plot_defocus
+    >>> axes = plot_defocus(find_peaks("MERGED.zarr"))
     """
     ax, defocus = axes_or_new(ax), _known(particles, "relative_defocus")
     planes, counts = np.unique(defocus, return_counts=True)

@@ -82,6 +82,12 @@ def write_report(
         matplotlib is not installed.
     StorageError
         The report cannot be written.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, write_report
+    >>> write_report("MERGED.zarr", "report.html", particles=find_peaks("MERGED.zarr"), max_zooms=1)
+    PosixPath('report.html')
     """
     data = read_report_data(store, particles)
     overview = _overview(data, pyramid)

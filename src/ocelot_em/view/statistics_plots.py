@@ -56,6 +56,11 @@ def plot_survival(
         A merged result or its summary, and axes to draw into (new ones by default).
     cutoff
         z-score to mark, or the lowest and highest of several.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_survival
+    >>> axes = plot_survival("MERGED.zarr")
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     cutoffs = cutoff if isinstance(cutoff, tuple) else () if cutoff is None else (cutoff, cutoff)
@@ -104,7 +109,13 @@ def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
-    """Draw the distributions of ``mip`` and z-score."""
+    """Draw the distributions of ``mip`` and z-score.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_distributions
+    >>> axes = plot_distributions("MERGED.zarr")
+    """
     summary, ax = summary_of(store), axes_or_new(ax)
     kinds = (
         ("mip", summary.histograms.of_mip(), MIP_AXIS, ORANGE),
@@ -147,6 +158,11 @@ def plot_joint(
     candidates
         Rows of :func:`ocelot_em.particles.picking.all_candidates`; the highest 20,000 are drawn as
         dots.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_joint
+    >>> axes = plot_joint("MERGED.zarr")
     """
     from matplotlib.colors import LogNorm
 
@@ -192,6 +208,11 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
 
     For a montage, pass the summary of one exposure, because partials of different exposures win
     different pixels, or use :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_partials
+    >>> axes = plot_partials("MERGED.zarr")
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     partials = summary.attributes.partials
@@ -230,6 +251,11 @@ def plot_correlations(
         A merged result or its summary, and axes to draw into (new ones by default).
     value
         Statistic to draw.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_correlations
+    >>> axes = plot_correlations("MERGED.zarr")
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     sources = summary.attributes.sources
