@@ -295,10 +295,10 @@ def test_a_description_that_contradicts_its_table(montage):
     (montage.folder / "origins.csv").write_text("id,y,x,acquired\n00,2,0,0\n01,0,12,1\n")
     montage.content["origins"] = "origins.csv"
     assert montage.refusal() == (
-        "RUN.yaml: exposure '00': acquired: the description says 1, the file of origins 0",
-        "RUN.yaml: exposure '01': acquired: the description says 0, the file of origins 1",
-        "RUN.yaml: exposure '01': origin: the description says (0.0, 11.0), the file of origins "
-        "(0.0, 12.0)",
+        "RUN.yaml: exposure '00': acquired: 1 in the description, 0 in the file of origins",
+        "RUN.yaml: exposure '01': acquired: 0 in the description, 1 in the file of origins",
+        "RUN.yaml: exposure '01': origin: (0.0, 11.0) in the description, (0.0, 12.0) in the file "
+        "of origins",
     )
 
 
@@ -584,7 +584,7 @@ def test_indexed_poses_without_their_tables(montage):
     [
         (None, None, "total_projections: missing (Leopard-EM 1.1 and 1.2 write none)"),
         (7, [7, 40_000], None),
-        (7, [8, 40_000], "the file says 7, total_projections of exposure '01' says 8"),
+        (7, [8, 40_000], "the file has 7, total_projections of exposure '01' has 8"),
         (7, [7], "exposure '01': total projections: expected one count for each of 2 files, got 1"),
     ],
 )

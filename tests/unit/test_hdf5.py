@@ -177,10 +177,10 @@ def change(path, action):
 
 
 def test_counts_must_agree(file, tmp_path):
-    with pytest.raises(InvalidInputError, match="the file says 2001, 5 was given"):
+    with pytest.raises(InvalidInputError, match="the file has 2001, 5 was given"):
         import_hdf5(file, tmp_path / "BACK", FinishedSearch(total_projections=5))
     change(file, lambda opened: opened.attrs.__setitem__("total_projections", 0))
-    with pytest.raises(InvalidInputError, match="do not say how many"):
+    with pytest.raises(InvalidInputError, match="missing: the number of cross-correlations"):
         import_hdf5(file, tmp_path / "BACK")
     change(file, lambda opened: opened.attrs.__setitem__("total_projections", 2001.5))
     with pytest.raises(InvalidInputError, match="expected an integer"):

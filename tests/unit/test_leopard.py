@@ -471,7 +471,7 @@ def test_indices_outside_the_search_space_come_with_a_hint(tmp_path):
         ([None, None], (), "missing (Leopard-EM 1.1 and 1.2 write none); give one count"),
         ([None, None], (1,), "expected one count for each of 2 files, got 1"),
         ([7, 8], (1, 2, 3), "expected one count for each of 2 files, got 3"),
-        ([7, 8], (7, 9), "the file says 8, --total-projections says 9"),
+        ([7, 8], (7, 9), "the file has 8, --total-projections has 9"),
         ([None, None], (5, 5.0), "expected an integer, got float64"),
         ([None, None], (5, True), "expected an integer, got a bool"),
         ([None, None], (5, -1), "expected a count from 0"),

@@ -307,7 +307,7 @@ def test_it_is_said_what_the_files_lack(mrc_set, tmp_path):
     notes = "\n".join(import_mrc_set(mrc_set, tmp_path / "A", given()).notes)
     assert "correlation_sum, correlation_squared_sum: reconstructed" in notes
     assert "best_pixel_size: the files have no map" in notes
-    assert "best_partial: the files do not say" in notes
+    assert "best_partial: the files do not record" in notes
     assert "template box: not given" in notes
     assert "scaled_mip" not in notes
     assert "pixel size: " not in notes
@@ -321,7 +321,7 @@ def test_it_is_said_what_the_files_lack(mrc_set, tmp_path):
     assert "best_pixel_size: 0.0 Å everywhere" in notes
     assert "scaled_mip: missing" in notes
     assert "template box" not in notes
-    assert "pixel size: the files say 1.06 Å; 2.5 Å was given and taken" in notes
+    assert "pixel size: the files have 1.06 Å; the given 2.5 Å is used" in notes
     attributes = describe(tmp_path / "B").attributes
     assert attributes.valid_shape == (VALID[0] - 2, VALID[1] - 2)
     assert attributes.pixel_size_angstrom == 2.5
@@ -445,7 +445,7 @@ def test_everything_that_is_wrong_is_listed(mrc_set, tmp_path):
     assert f"orientation_phi: expected shape {VALID}, as mip has, got (62, 54)" in problems
     assert "relative_defocus: expected float32 values, as Leopard-EM writes them" in problems
     assert "orientation_theta: expected a map (y, x), got shape (2, 63, 54)" in problems
-    assert "total_projections: the files do not say" in problems
+    assert "total_projections: missing" in problems
     assert "partial name 'no/name'" in problems
     assert not (tmp_path / "BACK").exists()
 

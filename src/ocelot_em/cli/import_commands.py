@@ -59,8 +59,8 @@ def import_files(
     from ocelot_em.io.leopard import import_results
 
     console = open_console()
-    with share_bar(console) as tell:
-        names = import_results(files, output, options, tell)
+    with share_bar(console) as on_progress:
+        names = import_results(files, output, options, on_progress)
     console.print(f"imported {len(names)} partials into {output}: {', '.join(names)}", markup=False)
     if options.template_box is None:
         console.print(
@@ -81,8 +81,8 @@ def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) 
             + (f", got {', '.join(names)}, too" if given else f", got {len(files)} files")
         )
     console = open_console()
-    with share_bar(console) as tell:
-        names = import_description(files[0], output, tell)
+    with share_bar(console) as on_progress:
+        names = import_description(files[0], output, on_progress)
     exposures = {name.partition("/")[0] for name in names}
     console.print(
         f"imported {len(names)} partials of {len(exposures)} exposures into {output}", markup=False
@@ -114,11 +114,11 @@ def import_finished(
         pixel_size_angstrom=options.pixel_size_angstrom,
         pixel_size_offset_angstrom=pixel_size_offset,
     )
-    with share_bar(console) as tell:
+    with share_bar(console) as on_progress:
         if place.is_dir():
-            found = import_mrc_set(place, output, about, prefix=prefix, on_progress=tell)
+            found = import_mrc_set(place, output, about, prefix=prefix, on_progress=on_progress)
         else:
-            found = import_hdf5(place, output, about, on_progress=tell)
+            found = import_hdf5(place, output, about, on_progress=on_progress)
     console.print(f"imported {place} as partial {found.name} into {output}", markup=False)
     for note in found.notes:
         console.print(f"  - {note}", markup=False)
@@ -134,9 +134,9 @@ def share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
     with Progress(console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def tell(phase: str, share: float) -> None:
+        def on_progress(phase: str, fraction: float) -> None:
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=1.0)
-            bar.update(tasks[phase], completed=share)
+            bar.update(tasks[phase], completed=fraction)
 
-        yield tell
+        yield on_progress

@@ -18,12 +18,12 @@ File paths are relative to the description's folder.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from os import PathLike
 from os.path import realpath
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.io.import_options import Batch, ImportOptions
+from ocelot_em.io.import_options import Batch, ImportOptions, OnProgress
 from ocelot_em.io.leopard import import_batches
 from ocelot_em.io.origin import Origin
 from ocelot_em.io.origins import read_origins
@@ -116,7 +116,7 @@ class Description(_Strict):
 def import_description(
     path: str | PathLike[str],
     output: str | PathLike[str],
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Convert the result files of a montage's exposures into a search.
 
@@ -216,43 +216,34 @@ def placed_exposures(description: Description, path: Path) -> list[Exposure]:
         Naming every exposure whose origin or order of acquisition is missing or contradictory.
     """
     known: dict[str, Origin] = {}
-    asked = description.origins
-    if asked is not None:
+    file = description.origins
+    if file is not None:
         known = read_origins(
-            path.parent / asked.file, flip_y=asked.flip_y, coordinates=asked.coordinates
+            path.parent / file.file, flip_y=file.flip_y, coordinates=file.coordinates
         )
     exposures, problems = [], []
     for entry in description.exposures:
         found, place = known.get(entry.id), f"{path}: exposure {entry.id!r}"
-        origin = tuple(entry.origin) if entry.origin is not None else None
-        acquired = entry.acquired
-        told = None if found is None else found.acquired
-        if acquired is not None and told is not None and acquired != told:
-            problems.append(
-                f"{place}: acquired: the description says {acquired}, the file of origins {told}"
-            )
-        if found is not None and origin is not None and origin != (found.y, found.x):
-            problems.append(
-                f"{place}: origin: the description says {origin}, the file of origins "
-                f"{(found.y, found.x)}"
-            )
-        if found is not None:
-            origin = found.y, found.x
-            acquired = told if acquired is None else acquired
+        both: dict[str, tuple[Any, Any]] = {
+            "acquired": (entry.acquired, None if found is None else found.acquired),
+            "origin": (_pair(entry.origin), None if found is None else (found.y, found.x)),
+        }
+        for name, (given, listed) in both.items():
+            if None not in (given, listed) and given != listed:
+                problems.append(
+                    f"{place}: {name}: {given} in the description, {listed} in the file of origins"
+                )
+        acquired, origin = (listed if given is None else given for given, listed in both.values())
         if origin is None:
             problems.append(f"{place}: origin: missing" + (" in the file of origins" * bool(known)))
         if acquired is None:
             problems.append(f"{place}: acquired: missing: its place in the order of acquisition")
         if origin is not None and acquired is not None:
-            valid = entry.valid_shape
-            exposures.append(
-                Exposure(
-                    entry.id,
-                    (origin[0], origin[1]),
-                    acquired,
-                    None if valid is None else (valid[0], valid[1]),
-                )
-            )
+            exposures.append(Exposure(entry.id, origin, acquired, _pair(entry.valid_shape)))
     if problems:
         raise InvalidInputError(problems)
     return exposures
+
+
+def _pair(values: Sequence[Any] | None) -> Any:
+    return None if values is None else (values[0], values[1])

@@ -16,12 +16,12 @@ import numpy as np
 
 from ocelot_em import __version__
 from ocelot_em.errors import InvalidInputError, optional_import
+from ocelot_em.io.import_options import OnProgress
 from ocelot_em.io.leopard_maps import (
     OUR_NAMES,
     FinishedSearch,
     ImportedSearch,
     MapFiles,
-    Tell,
     band_grid,
     import_map_files,
     positive_or_none,
@@ -116,7 +116,7 @@ def import_hdf5(
     output: str | PathLike[str],
     about: FinishedSearch | None = None,
     *,
-    on_progress: Tell | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ImportedSearch:
     """Import the HDF5 file of a finished search as a partial, as far as its content allows.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
@@ -19,6 +19,7 @@ from ocelot_em.io.import_options import (
     Candidate,
     Checked,
     ImportOptions,
+    OnFraction,
     bands_of,
     part_of,
     placed,
@@ -55,7 +56,7 @@ def check_batch(
     options: ImportOptions,
     space: SearchSpace | None,
     seen: dict[str, Path],
-    tell: Callable[[float], None],
+    on_fraction: OnFraction,
 ) -> Checked:
     """Read and check a batch's files; add them to ``seen``, which maps hashes to files."""
     with ExitStack() as stack:
@@ -84,11 +85,11 @@ def check_batch(
         )
         in_values, unreadable = list[str](), list[str]()
         for number, candidate in enumerate(candidates):
-            told = part_of(lambda _, share: tell(share), "", number, len(candidates))
+            on_file = part_of(on_fraction, number, len(candidates))
             if exposure and _is_there(candidate, existing):
                 continue
             try:
-                in_values += _value_problems(candidate, info, told)
+                in_values += _value_problems(candidate, info, on_file)
                 candidate.sha256 = candidate.file.sha256()
             except InvalidInputError as error:
                 unreadable += error.problems
@@ -169,7 +170,7 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
             "devices differ and are not shared out"
         )
         given = ()
-    wanted_counts = dict(zip(map(Path, batch.files), given, strict=False))
+    given_counts = dict(zip(map(Path, batch.files), given, strict=False))
     for candidate in candidates:
         place = f"{candidate.path}: {COUNT}"
         stored: int | None = None
@@ -179,21 +180,21 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
             except ValueError as error:
                 problems.append(f"{place}: {error}")
                 continue
-        wanted: int | None = None
-        if candidate.path in wanted_counts:
+        given_count: int | None = None
+        if candidate.path in given_counts:
             try:
-                wanted = exact_count(wanted_counts[candidate.path])
+                given_count = exact_count(given_counts[candidate.path])
             except ValueError as error:
                 problems.append(f"{candidate.path}: {option}: {error}")
                 continue
-        if stored is None and wanted is None:
+        if stored is None and given_count is None:
             problems.append(
                 f"{place}: missing (Leopard-EM 1.1 and 1.2 write none); give one count for each "
                 f"file with {option}"
             )
-        elif stored is not None and wanted is not None and stored != wanted:
-            problems.append(f"{place}: the file says {stored}, {option} says {wanted}")
-        candidate.count = stored if wanted is None else wanted
+        elif None not in (stored, given_count) and stored != given_count:
+            problems.append(f"{place}: the file has {stored}, {option} has {given_count}")
+        candidate.count = stored if given_count is None else given_count
     return problems
 
 
@@ -304,27 +305,27 @@ def _against_existing(
     hashes = {p.provenance.input_sha256: name for name, p in complete.items()}
     problems, there = [], set()
     for candidate in candidates:
-        name = there_as = candidate.name
+        name = same = candidate.name
         if name not in complete and candidate.count:  # idle devices have identical results
-            there_as = hashes.get(candidate.sha256, name)
-        found = complete.get(there_as)
+            same = hashes.get(candidate.sha256, name)
+        found = complete.get(same)
         if found is None:
             continue
         if exposure and found.provenance.input_sha256 == candidate.sha256:
             there.add(name)
             if found.total_projections != candidate.count:
                 problems.append(
-                    f"{candidate.path}: {COUNT}: {url} has its partial {there_as!r} with "
+                    f"{candidate.path}: {COUNT}: {url} has its partial {same!r} with "
                     f"{found.total_projections}, now it is {candidate.count}"
                 )
-        elif there_as == name:
+        elif same == name:
             problems.append(
                 f"{candidate.path}: {url} has a partial {name!r} already; leave the file "
                 "out, or rename it if it is another result"
             )
         else:
             problems.append(
-                f"{candidate.path}: its content is already there as partial {there_as!r}; its "
+                f"{candidate.path}: its content is already there as partial {same!r}; its "
                 "projections would be counted twice"
             )
     return 1 + max((p.order for p in existing.values()), default=-1), problems, there
@@ -344,9 +345,7 @@ def _same_content(candidates: Sequence[Candidate], seen: dict[str, Path]) -> lis
     return problems
 
 
-def _value_problems(
-    candidate: Candidate, info: SearchInfo, tell: Callable[[float], None]
-) -> list[str]:
+def _value_problems(candidate: Candidate, info: SearchInfo, on_fraction: OnFraction) -> list[str]:
     """Check all values of a file in the order of the file.
 
     Values that are valid where nothing was searched wait until all maps are read: there are few, or
@@ -365,7 +364,7 @@ def _value_problems(
                     waiting[region][key] = np.packbits(marked, axis=1)
             if key not in info.maps.pose or key == INDEX:
                 bad.look({key: values}, (region.y0, region.x0))
-            tell((number + n / len(bands)) / len(keys))
+            on_fraction((number + n / len(bands)) / len(keys))
     for region, marks in waiting.items():
         maps = {key: _stand_in(key, bits, region.shape) for key, bits in marks.items()}
         if maps.keys() - {MIP}:

@@ -20,6 +20,12 @@ from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import constants
 from ocelot_em.store.search_info import Exposure, SearchInfo
 
+OnProgress = Callable[[str, float], None]
+"""Called with the phase, ``check`` or ``convert``, and the fraction of it done, 0 to 1."""
+
+OnFraction = Callable[[float], None]
+"""Called with the fraction done of a phase, 0 to 1."""
+
 MAX_BAND_PX = 2**27
 """Maximum number of pixels of a map in memory at a time: half a gigabyte of float32."""
 
@@ -146,11 +152,9 @@ class Checked:
     candidates: Sequence[Candidate] = ()
 
 
-def part_of(
-    tell: Callable[[str, float], None], phase: str, number: int, n: int
-) -> Callable[[float], None]:
+def part_of(on_fraction: OnFraction, number: int, n: int) -> OnFraction:
     """Return a callback that converts the progress of file ``number`` of n to that of all."""
-    return lambda share: tell(phase, (number + share) / n)
+    return lambda fraction: on_fraction((number + fraction) / n)
 
 
 def bands_of(shape: tuple[int, int]) -> TileGrid:

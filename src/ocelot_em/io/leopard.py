@@ -1,7 +1,8 @@
 """Import of Leopard-EM's per-device result files as partials of a search, in bands."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import cast
@@ -12,6 +13,8 @@ from ocelot_em.io.import_options import (
     Batch,
     Checked,
     ImportOptions,
+    OnFraction,
+    OnProgress,
     bands_of,
     part_of,
     read_search_space_file,
@@ -26,7 +29,7 @@ def import_results(
     files: Sequence[str | PathLike[str]],
     output: str | PathLike[str],
     options: ImportOptions | None = None,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Convert result files into partials of a search, in the given order.
 
@@ -70,7 +73,7 @@ def import_batches(
     batches: Sequence[Batch],
     output: str | PathLike[str],
     options: ImportOptions,
-    on_progress: Callable[[str, float], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
     """Convert files of several exposures as :func:`import_results` does for one search.
 
@@ -86,7 +89,7 @@ def import_batches(
     InvalidInputError
         Listing every problem with the files.
     """
-    tell = on_progress or (lambda _phase, _share: None)
+    on_progress = on_progress or (lambda _phase, _fraction: None)
     problems: list[str] = []
     space: SearchSpace | None = None
     if options.search_space is not None:
@@ -97,8 +100,8 @@ def import_batches(
     seen: dict[str, Path] = {}
     checked: list[Checked] = []
     for number, batch in enumerate(batches):
-        told = part_of(tell, "check", number, len(batches))
-        found = check_batch(batch, output, options, space, seen, told)
+        on_batch = part_of(partial(on_progress, "check"), number, len(batches))
+        found = check_batch(batch, output, options, space, seen, on_batch)
         problems += found.problems
         checked.append(found)
     different = [] if problems else unequal(checked)
@@ -111,8 +114,8 @@ def import_batches(
             raise InvalidDataError(problems)
         raise InvalidInputError(problems)
     for number, found in enumerate(checked):
-        told = part_of(tell, "convert", number, len(batches))
-        _convert(found, output, told)
+        on_batch = part_of(partial(on_progress, "convert"), number, len(batches))
+        _convert(found, output, on_batch)
     return [
         partial_text(batch.exposure.id if batch.exposure else "", candidate.name)
         for batch, found in zip(batches, checked, strict=True)
@@ -123,7 +126,7 @@ def import_batches(
 def _convert(
     checked: Checked,
     output: str | PathLike[str],
-    tell: Callable[[float], None],
+    on_fraction: OnFraction,
 ) -> None:
     assert checked.info is not None
     for number, candidate in enumerate(checked.candidates):
@@ -143,4 +146,4 @@ def _convert(
                 region = band.region
                 maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
                 writer.write(region, maps, validated=True)
-                tell((number + region.y1 / shape[0]) / len(checked.candidates))
+                on_fraction((number + region.y1 / shape[0]) / len(checked.candidates))

@@ -6,7 +6,7 @@ its sums are reconstructed from the mean and the standard deviation.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from ocelot_em.errors import (
     InvalidDataError,
     InvalidInputError,
 )
+from ocelot_em.io.import_options import OnProgress
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import (
     MEAN,
@@ -48,9 +49,6 @@ OUR_NAMES: Mapping[str, str] = {
     "relative_defocus": "best_defocus",
 }
 """Leopard-EM's map names, and the names used here."""
-
-Tell = Callable[[str, float], None]
-"""Progress callback: the phase (``check`` or ``convert``) and the fraction of it done, 0 to 1."""
 
 BAND_PX = 4 * 2**20
 """Pixels of a map in memory at a time, unless chunks are larger."""
@@ -174,7 +172,10 @@ def positive_or_none(value: Any) -> float | None:
 
 
 def import_map_files(
-    files: MapFiles, output: str | PathLike[str], about: FinishedSearch, tell: Tell | None = None
+    files: MapFiles,
+    output: str | PathLike[str],
+    about: FinishedSearch,
+    on_progress: OnProgress | None = None,
 ) -> ImportedSearch:
     """Convert the maps of a finished search into a partial of a new or existing search.
 
@@ -185,7 +186,7 @@ def import_map_files(
     InvalidInputError
         Listing every problem.
     """
-    tell = tell or (lambda _phase, _share: None)
+    on_progress = on_progress or (lambda _phase, _fraction: None)
     name = about.name or files.name
     problems, count = _layout_problems(files), 0
     try:
@@ -220,13 +221,13 @@ def import_map_files(
         problems = _value_problems(files.place, files.read(band.region), band.region)
         if problems:
             raise InvalidDataError(problems)
-        tell("check", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
+        on_progress("check", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
     writer.describe(file=files.place.rpartition("/")[2], sha256=digest)
     with writer:
         for band in grid:
             maps = _as_partial(files.read(band.region), count, about.pixel_size_offset_angstrom)
             writer.write(band.region, maps, validated=True)
-            tell("convert", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
+            on_progress("convert", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
     return ImportedSearch(name, tuple(_notes(files, about)))
 
 
@@ -266,11 +267,11 @@ def _count(files: MapFiles, about: FinishedSearch) -> int:
     stored = stored or None  # 0 means that it was never set
     if given is None and stored is None:
         raise InvalidInputError(
-            f"{place}: the files do not say how many cross-correlations their mean is of; give it "
+            f"{place}: missing: the number of cross-correlations behind the mean; give it "
             "(Leopard-EM's configuration file has it below match_template_result)"
         )
     if given is not None and stored is not None and given != stored:
-        raise InvalidInputError(f"{place}: the file says {stored}, {given} was given")
+        raise InvalidInputError(f"{place}: the file has {stored}, {given} was given")
     count = stored if given is None else given
     if not count:
         raise InvalidInputError(f"{place}: expected at least 1, got {count}")
@@ -343,12 +344,12 @@ def _zscore_problems(
 
 def _disagrees(maps: Mapping[str, AnyArray], std: AnyArray) -> AnyArray:
     """Mark z-scores that differ from those of this standard deviation by more than rounding."""
-    mip, mean, wide = (
+    mip, mean, std = (
         np.asarray(values, np.float64) for values in (maps["mip"], maps["correlation_average"], std)
     )
     with np.errstate(all="ignore"):
-        expected = np.where(wide == 0, 0, (mip - mean) / wide)
-        rounding = np.where(wide == 0, 0, 1e-6 * (np.abs(mip) + np.abs(mean)) / wide)
+        expected = np.where(std == 0, 0, (mip - mean) / std)
+        rounding = np.where(std == 0, 0, 1e-6 * (np.abs(mip) + np.abs(mean)) / std)
         tolerance = 1e-3 * (1 + np.abs(expected)) + rounding
         wrong: AnyArray = ~(np.abs(maps["scaled_mip"] - expected) <= tolerance)
     return wrong
@@ -400,7 +401,7 @@ def _notes(files: MapFiles, about: FinishedSearch) -> Iterator[str]:
     else:
         yield f"best_pixel_size: {about.pixel_size_offset_angstrom} Å everywhere, as given"
     yield (
-        "best_partial: the files do not say which device found what; the search counts as one "
+        "best_partial: the files do not record which device found what; the search counts as one "
         "partial with explicit poses"
     )
     if "scaled_mip" not in files.maps:
@@ -411,4 +412,4 @@ def _notes(files: MapFiles, about: FinishedSearch) -> Iterator[str]:
     if stored is None and given is None:
         yield "pixel size: neither in the files nor given; it stays unknown"
     elif None not in (stored, given) and stored != given:
-        yield f"pixel size: the files say {stored} Å; {given} Å was given and taken"
+        yield f"pixel size: the files have {stored} Å; the given {given} Å is used"

@@ -1,4 +1,4 @@
-"""Origins of exposures in SerialEM's ``.mdoc`` files; DESIGN.md says why without mdocfile."""
+"""Origins of exposures in SerialEM's ``.mdoc`` files; see DESIGN.md for why not by mdocfile."""
 
 import io
 import re

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError, optional_import
+from ocelot_em.io.import_options import OnProgress
 from ocelot_em.io.leopard_maps import (
     OUR_NAMES,
     FinishedSearch,
     ImportedSearch,
     MapFiles,
-    Tell,
     band_grid,
     import_map_files,
     positive_or_none,
@@ -98,7 +98,7 @@ def import_mrc_set(
     about: FinishedSearch,
     *,
     prefix: str = "",
-    on_progress: Tell | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ImportedSearch:
     """Import the MRC files of a finished search as a partial, as far as their content allows.
 

@@ -1,6 +1,6 @@
 """STAR files: read with gemmi, whose grammar is strict, and written as RELION and cisTEM read them.
 
-DESIGN.md says why not written with gemmi, too.
+See DESIGN.md for why gemmi does not write them.
 """
 
 import re

@@ -191,9 +191,9 @@ def _count(value: Any) -> int:
 
 
 def _storage(identity: Any) -> Storage:
-    said, name, key, _device, n = _instance(identity, tuple)
+    kind_of_object, name, key, _device, n = _instance(identity, tuple)
     kind = _STORAGE.get(_instance(name, _Name).name)
-    if said != "storage" or kind is None:
+    if kind_of_object != "storage" or kind is None:
         raise ValueError("is damaged: it refers to something that is no storage")
     return Storage(kind, _instance(key, str), _count(n))
 
