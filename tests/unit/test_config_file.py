@@ -255,7 +255,7 @@ slurm.cores: 1
     assert found[10:13] == [
         "line 11: slurm: expected options and their values, got a list of 3",
         f"line 12: zzz: 'ocelot merge' has no such option; expected one of {everything}",
-        "line 13: worker_timeout: is there twice, first on line 4",
+        "line 13: worker_timeout: given twice, first on line 4",
     ]
     assert [problem.partition(";")[0] for problem in found[13:]] == [
         f"line {line}: {key}: 'ocelot merge' has no such option"

@@ -205,7 +205,7 @@ def test_importing_the_command_line_imports_nothing_slow():
 
 
 def test_the_help_imports_nothing_slow():
-    slow = {"numpy", "pydantic", "yaml", "markdown_it", "dask", "zarr", "numba"}
+    slow = {"logging", "numpy", "pydantic", "yaml", "markdown_it", "dask", "zarr", "numba"}
     assert not loaded_by("from ocelot_em.cli.main import run; run(['--help'])") & slow
 
 

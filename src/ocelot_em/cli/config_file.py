@@ -60,7 +60,7 @@ def apply_files(
             if key not in options:
                 problems.append(f"{where}: {_unknown(key, options, command)}")
             elif key in seen:
-                problems.append(f"{where}: is there twice, first on line {seen[key]}")
+                problems.append(f"{where}: given twice, first on line {seen[key]}")
             else:
                 try:
                     found[key] = _given(options[key], node, path)

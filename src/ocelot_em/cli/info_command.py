@@ -77,15 +77,15 @@ def info(store: PathOrUrl, /) -> int:
     for label, value in rows:
         console.print(f"{label:12}  {value}", markup=False)
     if info.exposures:
-        say_exposures(console, info)
+        print_exposures(console, info)
     table = Table("partial", "state", "projections")
     table.columns[2].justify = "right"
     for name, state, count in info.partials[:ROWS_SHOWN]:
         table.add_row(name, state, f"{count:,}")
     console.print(table)
-    say_more(console, len(info.partials))
+    print_more(console, len(info.partials))
     if info.merged is not None:
-        say_statistics(console, info.merged)
+        print_statistics(console, info.merged)
     return DONE
 
 
@@ -102,13 +102,13 @@ def pixels_text(shape: tuple[int, int] | None) -> str:
     return "of each exposure" if shape is None else f"{shape[0]} x {shape[1]} pixels"
 
 
-def say_more(console: Console, n: int) -> None:
+def print_more(console: Console, n: int) -> None:
     """Print the number of rows that are not shown."""
     if n > ROWS_SHOWN:
         console.print(f"and {n - ROWS_SHOWN:,} more")
 
 
-def say_exposures(console: Console, info: "StoreInfo") -> None:
+def print_exposures(console: Console, info: "StoreInfo") -> None:
     """Print the origin and other facts of each exposure."""
     table = Table("exposure", "number", "origin", "acquired", "valid", "projections")
     for exposure in info.exposures[:ROWS_SHOWN]:
@@ -122,10 +122,10 @@ def say_exposures(console: Console, info: "StoreInfo") -> None:
             f"{exposure.total_projections:,}",
         )
     console.print(table)
-    say_more(console, len(info.exposures))
+    print_more(console, len(info.exposures))
 
 
-def say_statistics(console: Console, merged: "MergedResult") -> None:
+def print_statistics(console: Console, merged: "MergedResult") -> None:
     """Print merge statistics, and warnings about unusual partials."""
     from ocelot_em.particles.quality import partial_warnings
 
@@ -151,7 +151,7 @@ def say_statistics(console: Console, merged: "MergedResult") -> None:
     for label, value in rows:
         console.print(f"{label:12}  {value}", markup=False)
     if counted.exposures:
-        say_shown(console, merged, counted)
+        print_shown(console, merged, counted)
         return
     table = Table("partial", "pixels won", "expected", title_justify="left")
     total = sum(partial.total_projections for partial in counted.partials) or 1
@@ -171,7 +171,7 @@ def say_statistics(console: Console, merged: "MergedResult") -> None:
         console.print(f"  - {sentence}", markup=False)
 
 
-def say_shown(console: Console, merged: "MergedResult", counted: "StatisticsAttributes") -> None:
+def print_shown(console: Console, merged: "MergedResult", counted: "StatisticsAttributes") -> None:
     """Print what a montage shows of each exposure, and warnings."""
     from ocelot_em.particles.quality import montage_warnings
 
@@ -190,6 +190,6 @@ def say_shown(console: Console, merged: "MergedResult", counted: "StatisticsAttr
             *("-" if mean is None else f"{mean:.4g}" for mean in means),
         )
     console.print(table)
-    say_more(console, len(counted.exposures))
+    print_more(console, len(counted.exposures))
     for sentence in montage_warnings(counted, merged.statistics_of_exposures):
         console.print(f"  - {sentence}", markup=False)

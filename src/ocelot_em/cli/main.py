@@ -1,6 +1,8 @@
-"""The command ``ocelot``, which only parses, prints and exits."""
+"""The command ``ocelot``, which only parses, prints and exits.
 
-import logging
+It imports little, so that its help is there at once.
+"""
+
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +13,8 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from ocelot_em import __version__
-from ocelot_em.cli.config_file import apply_files
 from ocelot_em.cli.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, REFUSED, STOPPED
 from ocelot_em.cli.parameters import AS_COMMAND, OPTION, PathOrUrl
-from ocelot_em.cli.refusals import in_one_sentence
 from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 
 COMMANDS = {
@@ -68,6 +68,8 @@ def launch(
         YAML file with options by name; options of the command line take precedence. Paths in it
         are relative to the current folder.
     """
+    import logging
+
     command, bound = parse(words, config)
     # Set the level of the handler: Dask sets the levels of its loggers when it is imported.
     handler = logging.StreamHandler()
@@ -92,6 +94,8 @@ def parse(
     InvalidInputError
         As :func:`apply_files`.
     """
+    from ocelot_em.cli.config_file import apply_files
+
     if not words:
         raise CycloptsError(msg=f"expected a command: {', '.join(COMMANDS)}", app=app)
     words = [*_with_inner_names(words)]
@@ -125,6 +129,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command, bound, _ = app.meta.parse_args(words, exit_on_error=False, print_error=False)
         return command(*bound.args, **bound.kwargs) or DONE
     except CycloptsError as error:
+        from ocelot_em.cli.refusals import in_one_sentence
+
         print(f"ocelot: {in_one_sentence(error)}", file=sys.stderr)
         return REFUSED
     except TilesFailedError as error:

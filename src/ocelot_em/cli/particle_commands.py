@@ -103,7 +103,7 @@ def peaks(
     found = optics.read()
     table = pick_particles(MergedResult.open(store), picking)
     write_table(table, output, found)
-    say_particles(table, output)
+    print_particles(table, output)
     return DONE
 
 
@@ -155,7 +155,7 @@ def export(
             "cistem": tables.write_cistem_star,
         }
         writers[to](table, found, output)
-    say_particles(table, output)
+    print_particles(table, output)
     return DONE
 
 
@@ -200,11 +200,11 @@ def report(
     merged = MergedResult.open(store)
     table = pick_particles(merged, picking)
     write_report(merged, output, particles=table)
-    say_particles(table, output)
+    print_particles(table, output)
     return DONE
 
 
-def say_particles(table: "ParticleTable", output: PathOrUrl) -> None:
+def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     """Print the number of particles, the cutoff and the output path."""
     about = table.about
     cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
