@@ -57,57 +57,44 @@ class Objects(Protocol):
 
     def get(self, key: str, max_nbytes: int = MAX_NBYTES) -> bytes | None:
         """Return the object's bytes, or None if there is none; larger objects are rejected."""
-        ...
 
     def get_into(
         self, key: str, memory: "ReusedMemory", max_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         """Read as :meth:`get`, into the given memory, which the caller may change."""
-        ...
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         """Write the concatenated parts atomically, replacing an existing object."""
-        ...
 
     def create(self, key: str, data: bytes) -> bool:
         """Write the object unless it exists; return whether it was written."""
-        ...
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """Return keys and sizes in bytes of all objects below a prefix."""
-        ...
 
     def size(self, key: str) -> int | None:
         """Return the object's size in bytes, or None if there is none."""
-        ...
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Iterate over all keys below a prefix, without collecting them first."""
-        ...
 
     def children(self, prefix: str) -> list[str]:
         """Return names of the folders directly below a prefix."""
-        ...
 
     def delete(self, prefix: str, keep: str | None = None) -> None:
         """Delete all objects below a prefix (``""``: everything) except the folder ``keep``."""
-        ...
 
     def delete_one(self, key: str) -> None:
         """Delete an object, if it exists."""
-        ...
 
     def tidy(self, prefix: str) -> None:
         """Remove partly written files of dead writers below a prefix."""
-        ...
 
     def sync(self) -> None:
         """Wait until all writes from this machine survive a power loss."""
-        ...
 
     def free_bytes(self) -> int | None:
         """Return free space in bytes, or None if unknown."""
-        ...
 
 
 class ReusedMemory:

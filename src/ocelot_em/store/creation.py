@@ -89,7 +89,8 @@ def _claim_number(objects: Objects, exposure: str) -> int:
     taken = (int(n) for n in objects.children(constants.EXPOSURE_NUMBERS) if _NUMBER.fullmatch(n))
     number = max(taken, default=-1) + 1
     if number > 2**31 - 2:
-        raise FormatError(f"{objects.url}/{constants.EXPOSURE_NUMBERS}: there is no number left")
+        place = f"{objects.url}/{constants.EXPOSURE_NUMBERS}"
+        raise FormatError(f"{place}: expected a free number, got none")
     while not store.create_group(objects, f"{constants.EXPOSURE_NUMBERS}/{number}", claim):
         number += 1
     return number

@@ -48,10 +48,6 @@ class LocalObjects(BucketObjects):
     def _connect(self) -> Any:
         return LocalStore(self.url, mkdir=True)
 
-    @property
-    def _exists(self) -> bool:
-        return Path(self.url).is_dir()
-
     def get_into(
         self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
@@ -210,7 +206,7 @@ class LocalObjects(BucketObjects):
             finally:
                 os.close(descriptor)
 
-        if self._exists:
+        if Path(self.url).is_dir():
             self._guard("write to the disk", "", action)
 
     def _path(self, key: str) -> str:
@@ -234,8 +230,8 @@ class LocalObjects(BucketObjects):
         real = os.path.realpath(path)
         if real != self.url and not real.startswith(f"{self.url.rstrip('/')}/"):
             raise OSError(
-                f"it is, or lies behind, a symbolic link that leads out of the store, to {real}; "
-                "put what it should be in its place"
+                f"it is a symbolic link, or below one, that leads out of the store, to {real}; "
+                "replace the link with a copy of what it refers to"
             )
         return real
 
