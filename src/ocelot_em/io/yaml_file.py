@@ -50,11 +50,12 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
         problem = _first_unwanted(yaml.parse(text, Loader=loader))
         if problem:
             raise InvalidInputError(f"{path}: {problem}")
-        node = yaml.compose(text, Loader=loader)
+        document = loader(text)
+        node = document.get_single_node()
         repeated = [f"{path}: {problem}" for problem in _repeated_keys(node)]
         if repeated:
             raise InvalidInputError(repeated)
-        content = yaml.load(text, Loader=loader)
+        content = None if node is None else document.construct_document(node)
     except InvalidInputError:
         raise
     except (ValueError, OverflowError, yaml.YAMLError) as error:
