@@ -65,13 +65,7 @@ _F4, _F8, _I4, _I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
 
 
 class CudaKernels:
-    """Kernels of one device; see :class:`ocelot_em.kernels.Kernels`.
-
-    Parameters
-    ----------
-    device
-        Device that holds all arrays.
-    """
+    """Kernels of one device, which holds all arrays; see :class:`ocelot_em.kernels.Kernels`."""
 
     reset = staticmethod(reset)
 

@@ -208,13 +208,7 @@ def _open_at(number: int) -> "CudaDevice":
 
 
 class CudaDevice:
-    """The current CUDA device, through CuPy; see :class:`Device`.
-
-    Parameters
-    ----------
-    cupy
-        The imported CuPy package.
-    """
+    """The current CUDA device, through CuPy; see :class:`Device`."""
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy

@@ -127,16 +127,7 @@ def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
 
 
 def require_resources(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
-    """Raise with numbers if the disk or the memory is too small.
-
-    Parameters
-    ----------
-    prediction
-        Forecast of the plan.
-    n_workers
-        Number of workers that share this machine's memory.
-    memory_nbytes
-        Memory of this machine.
+    """Raise with numbers if the disk is too small, or the memory that the workers here share.
 
     Raises
     ------

@@ -189,16 +189,6 @@ def worker_nbytes(
     the maps computed at the end; or, where NaN is masked, all maps of a partial and copies. It also
     holds the encoded chunks that are prefetched or not written yet.
 
-    Parameters
-    ----------
-    tile
-        Height and width of a tile in pixels.
-    storage
-        Properties of inputs and output.
-    maps
-        Maps of the result.
-    options
-        Threads and the treatment of NaN.
     """
     poses, indexed = 4 * len(maps.pose), maps.form is PoseForm.INDEXED
     wide = max(storage.sum_itemsize, 8 if maps.counts else 4)

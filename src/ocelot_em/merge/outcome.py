@@ -80,15 +80,7 @@ OnOutcome = Callable[[Outcome], None]
 
 
 class Tiles(Sequence[tuple[int, int]]):
-    """Rows and columns of some tiles of a grid, in eight bytes each.
-
-    Parameters
-    ----------
-    n_columns
-        Number of columns of the grid.
-    numbers
-        Numbers of the tiles, counted row by row.
-    """
+    """Rows and columns of some tiles of a grid, kept as numbers that count row by row."""
 
     def __init__(self, n_columns: int, numbers: NDArray[np.int64]) -> None:
         self._n_columns, self._numbers = n_columns, numbers
@@ -107,15 +99,7 @@ class Tiles(Sequence[tuple[int, int]]):
 
 
 class Tally:
-    """Counts merged and failed tiles.
-
-    Parameters
-    ----------
-    on_outcome
-        Called with every outcome.
-    give_up
-        Called after :data:`MAX_CONSECUTIVE_FAILURES` consecutive failures.
-    """
+    """Counts merged and failed tiles; calls ``give_up`` after too many consecutive failures."""
 
     def __init__(self, on_outcome: OnOutcome, give_up: Callable[[], None]) -> None:
         self._on_outcome, self._give_up = on_outcome, give_up

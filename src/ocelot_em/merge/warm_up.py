@@ -64,14 +64,7 @@ def compile_kernels(
 ) -> float:
     """Compile or load the kernels of a merge on the CPU.
 
-    Parameters
-    ----------
-    plan
-        Plan of the merge.
-    exposure, space, dtype_of
-        One exposure, which represents all, its search space and dtypes.
-    listener
-        Is notified if compilation takes a while.
+    One exposure represents all. ``listener`` is notified if compilation takes a while.
 
     Returns
     -------

@@ -83,14 +83,6 @@ class Layout:
     There is one record for each tile that the exposure touches, numbered row by row. Adding another
     exposure later does not change them.
 
-    Parameters
-    ----------
-    exposure
-        The exposure.
-    tile
-        Height and width of a tile.
-    maps
-        Maps of the result.
     """
 
     exposure: PlannedExposure
