@@ -131,12 +131,12 @@ def test_an_unfinished_partial_is_named(run):
     problems = check(run)
     assert len(problems) == 2
     assert "partial 'gpu1' was never finished" in problems[0]
-    assert "the partials add up to 1000, the root says 2001" in problems[1]
+    assert "the partials add up to 1000, the root has 2001" in problems[1]
 
 
 def test_counts_that_do_not_add_up_are_named(run):
     edit(run / "zarr.json", "attributes", "ocelot", "total_projections", value=7)
-    assert_one_problem(run, "the partials add up to 2001, the root says 7")
+    assert_one_problem(run, "the partials add up to 2001, the root has 7")
 
 
 def test_tables_that_are_missing_or_others_are_named(run, tmp_path):
@@ -206,7 +206,7 @@ def test_an_unfinished_merge_is_named_with_its_progress(merged):
 
 def test_counts_of_a_merge_that_do_not_add_up_are_named(merged):
     edit(merged / "zarr.json", "attributes", "ocelot", "total_projections", value=7)
-    assert_one_problem(merged, "its partials add up to 2001, the root says 7")
+    assert_one_problem(merged, "its partials add up to 2001, the root has 7")
 
 
 def test_a_plan_that_is_none_is_named(merged):

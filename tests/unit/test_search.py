@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +34,7 @@ from ocelot_em import (
     SearchSpace,
     check,
     describe,
+    import_results,
     merge,
     open_merged,
     open_partials,
@@ -46,7 +48,7 @@ from ocelot_em.errors import (
     StoreNotFoundError,
 )
 from ocelot_em.model.maps import INDEX, MIP, PIXEL_SIZE, SUM
-from ocelot_em.store import partials
+from ocelot_em.store import partials, validation
 from ocelot_em.store import search as searches
 from ocelot_em.store import sources as sources_module
 from ocelot_em.store.objects import open_objects
@@ -211,6 +213,32 @@ def test_what_is_wrong_in_several_bands_is_said_once(tmp_path, small_chunks, on_
     )
     assert OnGpu.most_pixels == small_chunks * 40
     assert not (tmp_path / "R").exists()
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_each_value_is_validated_once(tmp_path, monkeypatch, small_chunks, imported):
+    maps = explicit_maps((2 * small_chunks + 3, 40))
+    looked_at = Counter()
+    look = validation.BadValues.look
+
+    def watched(self, part, origin):
+        looked_at.update({name: values.size for name, values in part.items()})
+        look(self, part, origin)
+
+    monkeypatch.setattr(validation.BadValues, "look", watched)
+    if imported:
+        np.savez(tmp_path / "gpu0.npz", total_projections=9, **maps)
+        import_results([tmp_path / "gpu0.npz"], tmp_path / "R")
+    else:
+        write_partial(tmp_path / "R", "gpu0", maps, total_projections=9)
+    assert looked_at[MIP] == looked_at[SUM] == maps[MIP].size
+    assert_written(tmp_path / "R", "gpu0", maps)
+    nan = change(maps, SUM, (0, 0), np.nan)
+    with (
+        pytest.raises(InvalidDataError, match="NaN at 1 pixel"),
+        PartialWriter(tmp_path / "R", "gpu1", maps[MIP].shape, total_projections=9) as writer,
+    ):
+        writer.write(Region.whole(maps[MIP].shape), nan)
 
 
 def test_lists_are_maps_too(tmp_path):

@@ -66,7 +66,11 @@ def open_result_file(path: str | PathLike[str]) -> "ResultFile":
         except Exception as error:  # zipfile's exceptions are undocumented
             raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
         members = Counter(archive.namelist())
-        twice = [f"{place}: {member}: is there {n} times" for member, n in members.items() if n > 1]
+        twice = [
+            f"{place}: {member}: expected once, got it {n} times"
+            for member, n in members.items()
+            if n > 1
+        ]
         if twice:
             raise InvalidInputError(twice)
         kind = _TorchFile if any(member.endswith("/data.pkl") for member in members) else _NpzFile

@@ -218,7 +218,7 @@ def _open_lazy_job(plan: str) -> Job:
     return Job(MergePlan.model_validate_json(plan), None)
 
 
-class _Lazily:
+class _LazyMap:
     """Minimal array interface with which Dask slices blocks of a stored map."""
 
     ndim = 2
@@ -245,12 +245,12 @@ def _bounds(index: int | slice, length: int) -> tuple[int, int, int | slice]:
 
 
 def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
-    """Return a stored map as a Dask array; ``identity`` tells it from earlier data at its path."""
+    """Return a stored map as a Dask array; ``identity`` differs from that of earlier data there."""
     token = tokenize(chunked.objects.url, chunked.path, identity)
     name = f"read-{chunked.path.replace('/', '.')}-{token}"
     grid: TileGrid = chunked.grid
     return da.from_array(
-        _Lazily(chunked),
+        _LazyMap(chunked),
         chunks=grid.cell,
         name=name,
         asarray=False,

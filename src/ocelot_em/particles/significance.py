@@ -264,7 +264,7 @@ def _coarse_scores(histogram: Histogram1D, axis: Axis, name: str) -> tuple[Float
         return means, 1.0, 1.0
     if seen < _LEAST_RESOLVED * total:
         raise InvalidInputError(
-            f"joint histogram, {name}: expected bins that tell its pixels apart, got bins of "
+            f"joint histogram, {name}: expected bins that separate its pixels, got bins of "
             f"{axis.width:g} that hold only {seen / total:.0%} of the spread of their ranks"
         )
     return means, math.sqrt(total / histogram.pixels), seen / total

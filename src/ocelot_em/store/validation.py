@@ -1,7 +1,8 @@
 """The validator of partial results: layout, dtypes and values of maps, and names.
 
 It reports every problem. Maps are validated once on their way: at import, in a search program's
-result, or when they are written; a caller that has validated them tells the writer.
+result, or when they are written. A caller that has validated them passes ``validated=True`` to the
+writer.
 """
 
 from collections.abc import Callable, Mapping

@@ -244,7 +244,7 @@ def _search_problems(
     if total != exposure.total_projections:
         who = "exposure" if exposure.id else "root"
         problems.append(
-            f"{place}: total_projections: the partials add up to {total}, the {who} says "
+            f"{place}: total_projections: the partials add up to {total}, the {who} has "
             f"{exposure.total_projections}; a writer died just before its end"
         )
     return problems, list(complete)
@@ -267,7 +267,7 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Itera
     total = sum(partial.total_projections for partial in attributes.partials)
     if total != attributes.total_projections:
         yield (
-            f"{objects.url}: total_projections: its partials add up to {total}, the root says "
+            f"{objects.url}: total_projections: its partials add up to {total}, the root has "
             f"{attributes.total_projections}"
         )
 
