@@ -61,7 +61,13 @@ def _open_montage(store: Store) -> MergedResult:
 
 
 def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
-    """Draw how many exposures of a montage cover each pixel, and their outlines."""
+    """Draw how many exposures of a montage cover each pixel, and their outlines.
+
+    Parameters
+    ----------
+    store, ax
+        A merged montage, and axes to draw into (new ones by default).
+    """
     attributes = _open_montage(store).attributes
     coverage, ax = Coverage.of(attributes), axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor

@@ -184,6 +184,11 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     The angle is phi, the radius sin(theta / 2), so that equal areas are equal solid angles:
     uniformly distributed views fill the circle uniformly. Particles without a pose are ignored.
 
+    Parameters
+    ----------
+    particles, ax
+        Particles, and polar axes to draw into (new ones by default).
+
     Raises
     ------
     InvalidInputError
@@ -229,6 +234,11 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw a histogram of the in-plane angles of particles; those without a pose are ignored.
 
+    Parameters
+    ----------
+    particles, ax
+        Particles, and axes to draw into (new ones by default).
+
     Examples
     --------
     >>> from ocelot_em import find_peaks, plot_psi
@@ -268,6 +278,11 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw a histogram of the relative defocus of particles, one bar per plane of the search.
 
     Particles without a pose are ignored.
+
+    Parameters
+    ----------
+    particles, ax
+        Particles, and axes to draw into (new ones by default).
 
     Examples
     --------

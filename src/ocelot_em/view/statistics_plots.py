@@ -111,6 +111,11 @@ def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     """Draw the distributions of ``mip`` and z-score.
 
+    Parameters
+    ----------
+    store, ax
+        A merged result or its summary, and axes to draw into (new ones by default).
+
     Examples
     --------
     >>> from ocelot_em import plot_distributions
@@ -208,6 +213,11 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
 
     For a montage, pass the summary of one exposure, because partials of different exposures win
     different pixels, or use :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
+
+    Parameters
+    ----------
+    store, ax
+        A merged result or its summary, and axes to draw into (new ones by default).
 
     Examples
     --------
