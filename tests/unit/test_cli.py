@@ -167,7 +167,9 @@ def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, t
         (("--tile", 16), "unknown option --tile; did you mean --tile-size?"),
         (("--slurm", "cores=many"), "--slurm.cores: expected a whole number, got 'many'"),
         (("--slurm", "partion=cpu"), "did you mean --slurm.partition?"),
-        (("--slurm",), "unknown option --slurm."),
+        (("--slurm",), "--slurm: expected a value"),
+        (("--slurm", "--dry-run"), "unknown option --slurm.--dry-run"),
+        (("--log", "--dry-run"), "--log: expected a value"),
     ],
 )
 def test_merge_refuses_options_that_cannot_work(ocelot, run, tmp_path, options, reason):

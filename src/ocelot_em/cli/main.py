@@ -4,8 +4,9 @@ It imports little, so that its help is there at once.
 """
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import BoundArguments
 from typing import Annotated
@@ -98,7 +99,7 @@ def parse(
 
     if not words:
         raise CycloptsError(msg=f"expected a command: {', '.join(COMMANDS)}", app=app)
-    words = [*_with_inner_names(words)]
+    words = _joined(words)
     app.config = partial(apply_files, files)
     try:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
@@ -107,14 +108,15 @@ def parse(
     return command, bound
 
 
-def _with_inner_names(words: Sequence[str]) -> Iterator[str]:
-    """Turn ``--slurm KEY=VALUE`` into ``--slurm.KEY=VALUE``."""
-    rest = iter(words)
-    for word in rest:
-        if word == "--slurm":
-            word = f"--slurm={next(rest, '')}"
-        key, _, value = word.removeprefix("--slurm=").partition("=")
-        yield f"--slurm.{key}={value}" if word.startswith("--slurm=") else word
+def _joined(words: Sequence[str]) -> list[str]:
+    """Return the words with ``--slurm KEY=VALUE`` as ``--slurm.KEY=VALUE``, and ``--log=-``."""
+    joined = list[str]()
+    for word in words:
+        if joined and (joined[-1] == "--slurm" or [joined[-1], word] == ["--log", "-"]):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return [re.sub("^--slurm=", "--slurm.", word) for word in joined]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

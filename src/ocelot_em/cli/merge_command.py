@@ -55,7 +55,7 @@ def merge(
     *,
     output: PathOrUrl,
     options: Annotated[MergeOptions, Parameter(name="*")] = DEFAULTS,
-    log: Annotated[PathOrUrl | None, Parameter(allow_leading_hyphen=True), RUN] = None,
+    log: Annotated[PathOrUrl | None, RUN] = None,
     run_folder: Annotated[PathOrUrl | None, RUN] = None,
     dry_run: Annotated[bool, RUN] = False,
 ) -> int:
