@@ -327,7 +327,7 @@ def test_names_of_members(tmp_path):
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("mip.npy", data)
     problem = refusal_of(import_results, [folder / "a.npz"], folder / "R")
-    assert "mip.npy: is there 2 times" in problem
+    assert "mip.npy: expected once, got it 2 times" in problem
 
 
 def test_a_table_that_is_larger_than_memory(tmp_path):
