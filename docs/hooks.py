@@ -133,6 +133,7 @@ def commands() -> str:
     from ocelot_em.cli.main import app
 
     text = generate_markdown_docs(app, generate_toc=False, no_root_title=True, heading_level=2)
+    text = text.replace("(#ocelot-install-completion)", "(#ocelot---install-completion)")
     # Options of every command are listed once.
     first, mark, rest = text.partition("**Every command**:\n")
     rest = re.sub(r"\*\*Every command\*\*:\n\n(?:[* ].*\n)*", "", rest)
