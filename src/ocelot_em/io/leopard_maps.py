@@ -14,10 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.errors import (
-    InvalidDataError,
-    InvalidInputError,
-)
+from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.import_options import OnProgress
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import (

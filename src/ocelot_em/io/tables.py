@@ -24,9 +24,7 @@ from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import write_parquet
 from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
-from ocelot_em.particles.table import (
-    ParticleTable,
-)
+from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.whole_file import write_file
 
 

@@ -14,10 +14,7 @@ import numpy as np
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
-from ocelot_em.merge.stats.collected import (
-    NEIGHBOUR_FIELDS,
-    NEIGHBOURS,
-)
+from ocelot_em.merge.stats.collected import NEIGHBOUR_FIELDS, NEIGHBOURS
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,

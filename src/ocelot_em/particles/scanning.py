@@ -5,18 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.merge.stats.collected import (
-    CANDIDATE_FIELDS,
-    GATHERED,
-    neighbours_of,
-)
-from ocelot_em.model.maps import (
-    MIP,
-    SCALED_MIP,
-    SOURCE_EXPOSURE,
-    AnyArray,
-    Float64,
-)
+from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, GATHERED, neighbours_of
+from ocelot_em.model.maps import MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
 from ocelot_em.model.regions import Region
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.candidate_rules import CandidateRule

@@ -12,12 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.model.histograms import (
-    Axis,
-    Histogram1D,
-    JointHistogram,
-    normal_score,
-)
+from ocelot_em.model.histograms import Axis, Histogram1D, JointHistogram, normal_score
 from ocelot_em.model.maps import Float64
 
 GEV_LIMIT = 8.5
