@@ -39,9 +39,9 @@ from ocelot_em.errors import DeviceError, MissingDependencyError
 from ocelot_em.kernels import Kernels, load
 from ocelot_em.kernels.device import find_devices, open_device
 from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
+from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.run.api import memory_nbytes
 from ocelot_em.run.connect import call_with_timeout
 from ocelot_em.store.blosc import BloscChunk, encode
 from ocelot_em.store.constants import DEFAULT_CHUNK

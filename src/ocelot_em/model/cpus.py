@@ -4,7 +4,8 @@ import contextlib
 import math
 import os
 from functools import lru_cache
-from pathlib import Path
+
+from ocelot_em.model.control_groups import control_groups
 
 
 @lru_cache(maxsize=1)
@@ -14,8 +15,8 @@ def n_cpus() -> int:
         count = len(os.sched_getaffinity(0))
     else:  # macOS and Windows
         count = os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # without control groups, or without a limit
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].strip("/")
-        quota, period = Path("/sys/fs/cgroup", group, "cpu.max").read_text().split()
-        count = min(count, max(math.ceil(int(quota) / int(period)), 1))
+    for group in control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            quota, period = (group / "cpu.max").read_text().split()
+            count = min(count, max(math.ceil(int(quota) / int(period)), 1))
     return count

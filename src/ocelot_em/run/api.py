@@ -9,6 +9,7 @@ from ocelot_em.merge.forecast import require_resources
 from ocelot_em.merge.merge import merge as merge_tiles
 from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.resume import PreparedMerge, confirm, prepare
+from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import Cluster, choose_device, n_workers, open_cluster, within_job
 from ocelot_em.run.executors import ThreadExecutor
@@ -193,10 +194,3 @@ def plan_merge(
     if ready.missing:
         require_resources(ready.forecast, n_workers(completed), memory_nbytes())
     return ready, completed
-
-
-def memory_nbytes() -> int:
-    """Memory available to this process, in bytes: the machine's, or its control group's limit."""
-    from distributed.system import MEMORY_LIMIT
-
-    return int(MEMORY_LIMIT)
