@@ -32,21 +32,11 @@ def apply_files(
 ) -> None:
     """Set the options that the command line does not set, as a source of cyclopts.
 
-    Parameters
-    ----------
-    paths
-        YAML files; if several set a key, the last one takes precedence. Keys are option names
-        without leading dashes, with ``-`` or ``_``, and names of positional arguments; flags take
-        ``true`` or ``false``, and options with several values take a list. Relative paths in them
-        are relative to the current folder, as on the command line, not to the file.
-    _app, commands, arguments
-        The command and its options, some of them set.
-
-    Raises
-    ------
-    InvalidInputError
-        A file is invalid, keys are unknown or duplicated, or options reject values; lists all
-        problems with file, line and key.
+    If several files set a key, the last one takes precedence. Keys are option names without leading
+    dashes, with ``-`` or ``_``, and names of positional arguments; flags take ``true`` or
+    ``false``, and options with several values take a list. Relative paths in them are relative to
+    the current folder, as on the command line, not to the file. All problems are raised together,
+    with file, line and key.
     """
     options = {
         _key(a.name): a for a in arguments if a.parse and a.name != "*" and "." not in a.name
@@ -178,20 +168,8 @@ def _shown(node: Any) -> str:
 def write_config(path: str | PathLike[str], options: Mapping[str, object]) -> None:
     """Write the options of a run to a file for ``--config``.
 
-    Parameters
-    ----------
-    path
-        The file; an existing one is replaced atomically.
-    options
-        Texts, numbers, booleans, lists or mappings of them, by name with ``-`` or ``_``. None, and
-        empty lists and mappings, are omitted, because no command line can express them.
-
-    Raises
-    ------
-    InvalidInputError
-        A text is not Unicode.
-    StorageError
-        The file cannot be written.
+    ``options`` are by name with ``-`` or ``_``. None, and empty lists and mappings, are omitted,
+    because no command line can express them. An existing file is replaced atomically.
     """
     from ocelot_em.store.whole_file import write_file
 

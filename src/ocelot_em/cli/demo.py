@@ -24,16 +24,8 @@ DEMO = Simulation(shape=(1024, 1280), n_partials=4, n_particles=60, seed=20)
 class DemoResult:
     """Result of the demonstration.
 
-    Parameters
-    ----------
-    report
-        Report of the merge.
-    cutoff
-        z-score that noise is expected to exceed once.
-    recovery
-        Numbers of planted particles found, and of correct poses.
-    picture, page
-        Paths of the picture and of the report; None without matplotlib.
+    ``cutoff`` is the z-score that noise is expected to exceed once. ``picture`` and ``page`` are
+    None without matplotlib.
     """
 
     report: MergeReport
@@ -46,13 +38,7 @@ class DemoResult:
 def demo(
     directory: str | PathLike[str], observer: Observer, say: Callable[[str], None]
 ) -> DemoResult:
-    """Run the demonstration in its own directory, replacing an earlier demonstration.
-
-    Raises
-    ------
-    OutputExistsError
-        The directory contains other files.
-    """
+    """Run the demonstration in its own directory, replacing an earlier demonstration."""
     place = Path(directory)
     mark = place / ".ocelot-demo"
     if place.exists() and any(place.iterdir()) and not mark.exists():

@@ -68,17 +68,9 @@ def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Fin
     Test files in the folder, at most 256 MB at a time, are removed. The checks take seconds, or
     minutes if something does not answer.
 
-    Parameters
-    ----------
-    folder
-        Existing folder on the file system for the results.
-    cluster
-        Address of a Dask scheduler, such as ``tcp://host:8786``. None: no cluster.
-
-    Returns
-    -------
-    findings
-        One per check, in a fixed order; an exception of a check becomes a problem.
+    ``folder`` is an existing folder on the file system for the results, ``cluster`` the address of
+    a Dask scheduler. Return one finding per check, in a fixed order; an exception of a check
+    becomes a problem.
     """
     place = Path(folder).absolute()
     checks: dict[str, Check] = {

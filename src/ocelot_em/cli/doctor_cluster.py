@@ -30,17 +30,7 @@ SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "num
 
 
 class WorkerFacts(NamedTuple):
-    """Facts collected by a worker.
-
-    Parameters
-    ----------
-    started, ended
-        Times on the worker's clock, in seconds since 1970.
-    versions
-        Result of :func:`loaded_versions`.
-    folder_trouble
-        Result of :func:`try_folder`.
-    """
+    """Facts collected by a worker; times are on its clock, in seconds since 1970."""
 
     started: float
     ended: float

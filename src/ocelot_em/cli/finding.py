@@ -25,17 +25,7 @@ _T = TypeVar("_T")
 
 
 class Finding(NamedTuple):
-    """Result of one check.
-
-    Parameters
-    ----------
-    name
-        Name of the check, such as ``disk speed``.
-    state
-        ``problem``: something will not work. ``warning``: it may work badly.
-    text
-        Result, and a remedy unless the state is ``ok``.
-    """
+    """Result of one check; ``text`` includes a remedy unless the state is ``ok``."""
 
     name: str
     state: State

@@ -86,15 +86,7 @@ def launch(
 def parse(
     words: Sequence[str], files: Sequence[PathOrUrl] = ()
 ) -> tuple[Callable[..., int | None], BoundArguments]:
-    """Parse the words of a command, with options from files for those that are not given.
-
-    Raises
-    ------
-    CycloptsError
-        The words are no command, or its options are wrong.
-    InvalidInputError
-        As :func:`apply_files`.
-    """
+    """Parse the words of a command, with options from files for those that are not given."""
     from ocelot_em.cli.config_file import apply_files
 
     if not words:

@@ -178,13 +178,7 @@ def import_description(
 
 
 def read_description(path: Path) -> Description:
-    """Read and check a description.
-
-    Raises
-    ------
-    InvalidInputError
-        Listing every problem and its location.
-    """
+    """Read and check a description; raise an error that lists every problem and its location."""
     content = read_yaml(path, "a description of a montage's exposures")
     try:
         described = Description.model_validate(dict(content))
@@ -210,10 +204,8 @@ def _place(location: Sequence[int | str]) -> str:
 def placed_exposures(description: Description, path: Path) -> list[Exposure]:
     """Return the exposures with origins from the description or from its origins file.
 
-    Raises
-    ------
-    InvalidInputError
-        Naming every exposure whose origin or order of acquisition is missing or contradictory.
+    Raise an error that names every exposure whose origin or order of acquisition is missing or
+    contradictory.
     """
     known: dict[str, Origin] = {}
     file = description.origins

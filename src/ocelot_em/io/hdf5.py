@@ -52,35 +52,13 @@ def write_hdf5(
 ) -> Path:
     """Write a merged result as the HDF5 file that Leopard-EM 1.3 writes and refines from.
 
-    Its maps are those of :func:`ocelot_em.io.mrc.write_mrc_set`: valid pixels only, the
-    standard deviation as ``correlation_variance``. ``total_orientations`` and ``total_defocus``
-    come from the search space, or are 0 if poses are explicit and these numbers unknown;
+    Its maps are those of :func:`ocelot_em.io.mrc.write_mrc_set`: valid pixels only, the standard
+    deviation as ``correlation_variance``. ``total_orientations`` and ``total_defocus`` come from
+    the search space, or are 0 if poses are explicit and these numbers unknown;
     ``leopard_em_version`` states that another program wrote the file.
 
-    Parameters
-    ----------
-    store
-        Path or URL of a complete merged result, or an open one.
-    output
-        The file; its folder is created if needed.
-    overwrite
-        Whether to replace an existing file.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
-
-    Raises
-    ------
-    MissingDependencyError
-        h5py is not installed.
-    StoreNotFoundError, FormatError, IncompleteError, ChunkError
-        The store cannot be read.
-    OutputExistsError
-        The file exists.
-    StorageError
-        Writing failed; nothing is left behind.
+    Return the file. Without ``overwrite`` an existing file is an error; if writing fails, nothing
+    is left behind.
     """
     h5py = _h5py()
     merged, path = MergedResult.open(store), Path(output)
@@ -120,31 +98,11 @@ def import_hdf5(
 ) -> ImportedSearch:
     """Import the HDF5 file of a finished search as a partial, as far as its content allows.
 
-    Works like :func:`ocelot_em.io.mrc.import_mrc_set`, but reads the number of projections from
-    the file.
+    Works like :func:`ocelot_em.io.mrc.import_mrc_set`, but reads the number of projections from the
+    file.
 
-    Parameters
-    ----------
-    path
-        A file written by Leopard-EM 1.3 or :func:`write_hdf5`.
-    output
-        Path or URL of a search, created if needed.
-    about
-        Information that the file lacks.
-    on_progress
-        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
-
-    Returns
-    -------
-    ImportedSearch
-        The partial's name, and notes on what the file lacks.
-
-    Raises
-    ------
-    MissingDependencyError
-        h5py is not installed.
-    InvalidInputError
-        Listing every problem.
+    ``about`` has what the file lacks. ``on_progress`` is called with the phase (``check`` or
+    ``convert``) and the fraction done, 0 to 1. Raise an error that lists every problem.
     """
     h5py = _h5py()
     place = Path(path)

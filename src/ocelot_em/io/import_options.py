@@ -114,17 +114,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Batch:
-    """Files that become the partials of one exposure, or of a search without exposures.
-
-    Parameters
-    ----------
-    files
-        Files in the order of the partials.
-    total_projections
-        As in :class:`ImportOptions`.
-    exposure
-        Exposure of the partials.
-    """
+    """Files, in the order of the partials, of one exposure or of a search without exposures."""
 
     files: Sequence[str | PathLike[str]]
     total_projections: Sequence[int] = ()

@@ -77,17 +77,8 @@ def import_batches(
 ) -> list[str]:
     """Convert files of several exposures as :func:`import_results` does for one search.
 
-    Existing partials of exposures with the same content are not changed.
-
-    Returns
-    -------
-    list of str
-        Names of the new partials; for exposures ``exposure/partial``.
-
-    Raises
-    ------
-    InvalidInputError
-        Listing every problem with the files.
+    Existing partials of exposures with the same content are not changed. Return the names of the
+    new partials, for exposures as ``exposure/partial``.
     """
     on_progress = on_progress or (lambda _phase, _fraction: None)
     problems: list[str] = []

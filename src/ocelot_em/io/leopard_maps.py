@@ -94,15 +94,7 @@ class FinishedSearch:
 
 @dataclass(frozen=True)
 class ImportedSearch:
-    """A finished search that was imported as a partial.
-
-    Parameters
-    ----------
-    name
-        Name of the partial.
-    notes
-        Missing and reconstructed information, one sentence each.
-    """
+    """Name of the imported partial, and notes on what was missing or reconstructed."""
 
     name: str
     notes: tuple[str, ...]
@@ -112,19 +104,10 @@ class ImportedSearch:
 class MapFiles:
     """The maps of a finished search in open files.
 
-    Parameters
-    ----------
-    place
-        Name of the files in error messages.
-    name
-        Default name of the partial.
-    maps
-        float32 (y, x) maps by Leopard-EM's names; slicing reads a region. Only ``scaled_mip`` may
-        be missing.
-    paths
-        The files, in a fixed order.
-    pixel_size_angstrom, total_projections
-        Values recorded in the files; None if there are none.
+    ``maps`` are float32 (y, x) by Leopard-EM's names; slicing reads a region, and only
+    ``scaled_mip`` may be missing. ``place`` names the files in errors, ``name`` is the default name
+    of the partial. ``paths`` are in a fixed order. The last two are None if the files have no such
+    value.
     """
 
     place: str
@@ -141,13 +124,7 @@ class MapFiles:
         return height, width
 
     def read(self, region: Region) -> dict[str, AnyArray]:
-        """Read all maps over a region.
-
-        Raises
-        ------
-        InvalidInputError
-            The region of a file is damaged.
-        """
+        """Read all maps over a region."""
         read = {}
         for name, values in self.maps.items():
             try:
@@ -176,12 +153,8 @@ def import_map_files(
 ) -> ImportedSearch:
     """Convert the maps of a finished search into a partial of a new or existing search.
 
-    All data are read and checked first; nothing is written if there is a problem.
-
-    Raises
-    ------
-    InvalidInputError
-        Listing every problem.
+    All data are read and checked first; nothing is written if there is a problem. Problems are
+    raised together.
     """
     on_progress = on_progress or (lambda _phase, _fraction: None)
     name = about.name or files.name

@@ -49,35 +49,10 @@ def write_mrc_set(
     Leopard-EM. Unsearched pixels are NaN, and -inf in ``mip``. These files cannot hold pixel-size
     offsets.
 
-    Parameters
-    ----------
-    store
-        Path or URL of a complete merged result, or an open one.
-    folder
-        Output folder, created if needed.
-    prefix
-        Prefix of the names, as in ``output_mip.mrc`` of Leopard-EM's examples. The default names
-        are ``mip.mrc``, ``scaled_mip.mrc``, ``correlation_average.mrc``,
-        ``correlation_variance.mrc``, ``orientation_psi.mrc``, ``orientation_theta.mrc``,
-        ``orientation_phi.mrc`` and ``relative_defocus.mrc``.
-    overwrite
-        Whether to replace existing files.
-
-    Returns
-    -------
-    dict
-        The eight paths by Leopard-EM's map names.
-
-    Raises
-    ------
-    MissingDependencyError
-        mrcfile is not installed.
-    StoreNotFoundError, FormatError, IncompleteError, ChunkError
-        The store cannot be read.
-    OutputExistsError
-        Naming all existing files.
-    StorageError
-        Writing failed, or there is not enough space; nothing is left behind.
+    Return the eight paths by Leopard-EM's map names: ``prefix`` followed by ``mip.mrc``,
+    ``scaled_mip.mrc``, ``correlation_average.mrc`` and so on. Without ``overwrite`` existing files
+    are an error, which names all of them. If writing fails, or there is not enough space, nothing
+    is left behind.
     """
     mrcfile = _mrcfile()
     merged, place = MergedResult.open(store), Path(folder)
@@ -102,34 +77,14 @@ def import_mrc_set(
 ) -> ImportedSearch:
     """Import the MRC files of a finished search as a partial, as far as their content allows.
 
-    The files hold mean and standard deviation but no sums. With the number of projections ``N``
-    the sums are ``mean * N`` and ``(std**2 + mean**2) * N``, stored as float64. Merging only this
+    The files hold mean and standard deviation but no sums. With the number of projections ``N`` the
+    sums are ``mean * N`` and ``(std**2 + mean**2) * N``, stored as float64. Merging only this
     partial reproduces the files' mean and standard deviation bit for bit.
 
-    Parameters
-    ----------
-    folder, prefix
-        As for :func:`write_mrc_set`. ``scaled_mip`` may be missing; otherwise the maps must agree
-        with it.
-    output
-        Path or URL of a search, created if needed.
-    about
-        Information that the files lack; ``total_projections`` is required.
-    on_progress
-        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
-
-    Returns
-    -------
-    ImportedSearch
-        The partial's name, and notes on what the files lack.
-
-    Raises
-    ------
-    MissingDependencyError
-        mrcfile is not installed.
-    InvalidInputError
-        Listing every problem: files that are missing or are not float32 maps of one shape, NaN, a
-        z-score of another search, a different search at ``output``.
+    ``folder`` and ``prefix`` are as for :func:`write_mrc_set`; ``about`` has what the files lack,
+    and ``total_projections`` is required. ``scaled_mip`` may be missing; otherwise the maps must
+    agree with it. Raise an error that lists every problem: files that are missing or are not
+    float32 maps of one shape, NaN, a z-score of another search, a different search at ``output``.
     """
     mrcfile = _mrcfile()
     paths = _paths(Path(folder), prefix)

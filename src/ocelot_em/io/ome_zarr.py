@@ -48,35 +48,13 @@ def write_ome_zarr(
     the previous one, so that peaks stay visible at any zoom; the last has no edge longer than 512
     pixels. Unsearched pixels are NaN; a coarser pixel is NaN if it covers only unsearched ones.
 
-    Parameters
-    ----------
-    store
-        Path or URL of a complete merged result, or an open one.
-    output
-        Folder of the image.
-    maps
-        Maps to write, one channel each: ``scaled_mip``, ``mip``, ``correlation_mean``,
-        ``correlation_std``.
-    overwrite
-        Whether to replace an existing image; anything else is never replaced.
+    Each of ``maps`` is a channel: ``scaled_mip``, ``mip``, ``correlation_mean`` or
+    ``correlation_std``. Axes are c, y, x, in Å if the pixel size is known. Coordinates are those of
+    pixel centres; the upper left pixel of level 0 is the origin. Contrast limits are the median and
+    the 99.99th percentile of the last level.
 
-    Returns
-    -------
-    pathlib.Path
-        The image: float32 with axes c, y, x, in Å if the pixel size is known. Coordinates are those
-        of pixel centres; the upper left pixel of level 0 is the origin. Contrast limits are the
-        median and the 99.99th percentile of the last level.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError, IncompleteError, ChunkError
-        The store cannot be read.
-    InvalidInputError
-        A map is unknown or cannot be pooled, or the output is not a local folder.
-    OutputExistsError
-        The output exists.
-    StorageError
-        Writing failed; nothing is left behind.
+    Return the image's folder. ``overwrite`` replaces an existing image, never anything else; if
+    writing fails, nothing is left behind.
     """
     problems = [
         f"map {name!r}: expected one of {', '.join(POOLED)}, whose maximum is meaningful"
@@ -110,33 +88,11 @@ def write_ome_zarr(
 def read_level(
     path: str | PathLike[str], longest_edge_px: int, name: str = SCALED_MIP
 ) -> tuple[Float32, int]:
-    """Read an overview: the finest level that is not larger than requested.
+    """Read an overview: the finest level with at most ``longest_edge_px`` rows or columns.
 
-    Parameters
-    ----------
-    path
-        An image written by :func:`write_ome_zarr`.
-    longest_edge_px
-        Maximum number of rows or columns to return, at least 1. If the last level is larger, it is
-        pooled further.
-    name
-        Name of the map.
-
-    Returns
-    -------
-    values : array
-        (y, x) float32; NaN at unsearched pixels.
-    factor : int
-        Edge, in full-size pixels, of the square that each value is the maximum of.
-
-    Raises
-    ------
-    StoreNotFoundError
-        The image does not exist.
-    FormatError
-        It is not an image written by this package.
-    InvalidInputError
-        It has no such map.
+    If the last level is larger, it is pooled further. Return (y, x) float32 values, NaN at
+    unsearched pixels, and the edge, in full-size pixels, of the square that each value is the
+    maximum of.
     """
     if longest_edge_px < 1:
         raise InvalidInputError(f"longest edge: expected at least 1 pixel, got {longest_edge_px}")

@@ -208,15 +208,7 @@ class Optics:
 def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") -> Optics:
     """Return optics whose Leopard-EM columns name MRC files as written by ``write_mrc_set``.
 
-    Parameters
-    ----------
-    optics
-        Not modified.
-    folder
-        Folder of the files. Paths are made absolute, because Leopard-EM resolves relative ones from
-        its working directory.
-    prefix
-        Prefix of the file names.
+    Paths are made absolute, because Leopard-EM resolves relative ones from its working directory.
     """
     place = Path(folder).absolute()
     paths = {

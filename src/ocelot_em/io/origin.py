@@ -14,13 +14,8 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 class Origin:
     """Position of an exposure on the canvas, and its place in the order of acquisition.
 
-    Parameters
-    ----------
-    y, x
-        Canvas row and column of the exposure's pixel (0, 0), in pixels. They may be fractional and
-        negative.
-    acquired
-        Place in the order of acquisition; None if the file has none.
+    ``y`` and ``x`` are the canvas row and column, in pixels, of the exposure's pixel (0, 0); they
+    may be fractional and negative. ``acquired`` is None if the file has no order.
     """
 
     y: float

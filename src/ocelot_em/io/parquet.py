@@ -28,15 +28,7 @@ _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtyp
 
 
 def write_parquet(table: ParticleTable, path: str | PathLike[str]) -> None:
-    """Write all columns with units, and the picking parameters in the schema's metadata.
-
-    Raises
-    ------
-    MissingDependencyError
-        pyarrow is not installed.
-    StorageError
-        The file cannot be written.
-    """
+    """Write all columns with units, and the picking parameters in the schema's metadata."""
     pa = _pyarrow()
     schema = pa.schema(
         [
@@ -60,13 +52,6 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
     """Read a table written by :func:`write_parquet`, without any loss.
 
     Files of other programs with the same columns are read without picking parameters.
-
-    Raises
-    ------
-    InvalidInputError
-        Not a Parquet file, other columns, missing values, or unreadable picking parameters.
-    MissingDependencyError
-        pyarrow is not installed.
     """
     pa = _pyarrow()
     try:
@@ -117,10 +102,7 @@ def _read_arrow(pa: Any, path: Path) -> Any:
 def _to_columns(table: Any) -> dict[str, AnyArray]:
     """Return the columns of an Arrow table, with text as NumPy arrays.
 
-    Raises
-    ------
-    InvalidInputError
-        They are not particle columns, or text is so long that its rows do not fit into memory.
+    Refuse columns that are not of particles, and text so long that its rows do not fit into memory.
     """
     counts = Counter(table.column_names)
     problems = [f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1]

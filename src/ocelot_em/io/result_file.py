@@ -44,10 +44,7 @@ _BLOCK_NBYTES = 2**20
 def open_result_file(path: str | PathLike[str]) -> "ResultFile":
     """Open a ``.npz`` or ``.pt`` file; its content decides which of the two it is.
 
-    Raises
-    ------
-    InvalidInputError
-        The file is missing, damaged, of another format, or would need unpickling.
+    Refuse a file that is missing, damaged, of another format, or would need unpickling.
     """
     place = Path(path)
     with ExitStack() as stack:

@@ -28,16 +28,8 @@ _MISSING = ("nan", "NaN", "<NA>")
 class StarTable:
     """A loop of a STAR file, or the values of a block that stand outside loops as one row.
 
-    Parameters
-    ----------
-    block
-        Name of the block.
-    columns
-        Names of the columns without the leading underscore, in the order of the file.
-    rows
-        Values as text, without quotation marks; empty where a value is missing.
-    lines
-        Line of each row, counted from 1.
+    ``columns`` are without the leading underscore, in the order of the file; ``rows`` have text
+    without quotation marks, empty where a value is missing; ``lines`` are the rows' lines from 1.
     """
 
     block: str
@@ -49,12 +41,7 @@ class StarTable:
 def parse_star(text: str) -> tuple[list[StarTable], list[str]]:
     """Return the tables of a STAR file without ragged rows, and a problem for each of these.
 
-    Raises
-    ------
-    ValueError
-        The text is not a STAR file, or the rows of a loop are not on lines of their own.
-    MissingDependencyError
-        gemmi is not installed.
+    Raise a ValueError if it is no STAR file, or the rows of a loop are not on lines of their own.
     """
     with optional_import("STAR files need gemmi", extra="tables"):
         from gemmi import cif

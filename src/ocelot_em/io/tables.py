@@ -33,21 +33,8 @@ def write_table(
 ) -> None:
     """Write a table in the format given by the file's suffix, replacing an existing file.
 
-    Parameters
-    ----------
-    table
-        The particles.
-    path
-        ``.csv``: all columns. ``.parquet``: all columns and the picking parameters. ``.star``: for
-        RELION.
-    optics
-        Required for RELION.
-
-    Raises
-    ------
-    InvalidInputError
-        The suffix is unknown, or optics are missing for RELION.
-    MissingDependencyError, StorageError
+    ``.csv``: all columns. ``.parquet``: all columns and the picking parameters. ``.star``: for
+    RELION, which requires optics.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":

@@ -6,23 +6,10 @@ from ocelot_em.errors import InvalidInputError
 
 
 def read_text(place: Path, max_nbytes: int, what: str, *, lenient: bool = False) -> str:
-    """Return a file's text.
+    """Return a file's text; refuse one that is missing, too large, binary, not UTF-8 or unreadable.
 
-    Parameters
-    ----------
-    place
-        The file.
-    max_nbytes
-        Maximum size of the file.
-    what
-        Description of the expected content, for error messages.
-    lenient
-        Replace invalid UTF-8 with U+FFFD.
-
-    Raises
-    ------
-    InvalidInputError
-        The file is missing, too large, binary, not UTF-8 or unreadable.
+    ``what`` describes the expected content in errors. ``lenient`` replaces invalid UTF-8 with
+    U+FFFD.
     """
     try:
         if not place.is_file():

@@ -67,20 +67,8 @@ class _Name:
 def parse(pickle: bytes) -> object:
     """Parse a pickle.
 
-    Parameters
-    ----------
-    pickle
-        A pickle as written by torch.
-
-    Returns
-    -------
-    object
-        Nested dictionaries, lists, tuples, text, numbers and :class:`Tensor`.
-
-    Raises
-    ------
-    ValueError
-        It holds anything else, is truncated or is longer than :data:`MAX_NBYTES`.
+    Return nested dictionaries, lists, tuples, text, numbers and :class:`Tensor`. Raise a ValueError
+    if it has anything else, is truncated or is longer than :data:`MAX_NBYTES`.
     """
     if len(pickle) > MAX_NBYTES:
         raise ValueError(f"expected a pickle of at most {MAX_NBYTES:,} bytes, got {len(pickle):,}")

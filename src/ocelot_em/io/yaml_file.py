@@ -24,22 +24,12 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
-    """Read a mapping.
+    """Read a mapping, which errors call ``what``.
 
-    Parameters
-    ----------
-    path
-        The file. Nothing in it is executed; numbers such as ``1e4``, which YAML 1.1 reads as text,
-        remain text.
-    what
-        Description of the expected content, for error messages.
-
-    Raises
-    ------
-    InvalidInputError
-        The file cannot be read; has duplicate keys or ``<<``, which YAML would resolve silently;
-        has aliases, which can make a small file endless; has tags or excessive nesting, size or
-        numbers of values; or is not a mapping.
+    Nothing in the file is executed; numbers such as ``1e4``, which YAML 1.1 reads as text, remain
+    text. Refused are duplicate keys and ``<<``, which YAML would resolve silently; aliases, which
+    can make a small file endless; tags; excessive nesting, size or numbers of values; and anything
+    that is not a mapping.
     """
     import yaml
 

@@ -58,19 +58,9 @@ class Kernels(Protocol):
 
 
 def load(name: str) -> Kernels:
-    """Import a kernel module.
+    """Import a kernel module by name: ``cpu`` (numba) or ``reference`` (plain NumPy, slow).
 
     Kernels are imported on demand, so that the package and the command line start without numba.
-
-    Parameters
-    ----------
-    name
-        ``"cpu"`` (numba) or ``"reference"`` (plain NumPy, slow).
-
-    Raises
-    ------
-    InvalidInputError
-        If the name is unknown.
     """
     if name == "cpu":
         from ocelot_em.kernels import cpu
@@ -86,17 +76,8 @@ def load(name: str) -> Kernels:
 def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) -> float:
     """Call ``work`` and time it from its first kernel compilation to its end.
 
-    Parameters
-    ----------
-    work
-        Function that calls kernels.
-    announce
-        Called once if kernels that are not in the cache take long to compile.
-
-    Returns
-    -------
-    float
-        Seconds; 0 if nothing was compiled.
+    ``announce`` is called once if kernels that are not in the cache take long to compile. Return
+    seconds; 0 if nothing was compiled.
     """
     from ocelot_em.kernels import compiling as numba_kernels
 

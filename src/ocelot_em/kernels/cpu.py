@@ -60,13 +60,7 @@ def fold_all(
     *,
     fresh: bool = False,
 ) -> FoldReport:
-    """Fold partials into the accumulator; see :func:`ocelot_em.kernels.reference.fold_all`.
-
-    Raises
-    ------
-    ValueError
-        An array is not C-contiguous, or its size or dtype is wrong; nothing is changed.
-    """
+    """Fold partials into the accumulator; see :func:`ocelot_em.kernels.reference.fold_all`."""
     if not partials:
         if fresh:
             reset(acc)

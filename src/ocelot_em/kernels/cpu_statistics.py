@@ -29,15 +29,7 @@ def finalise(
     space: SearchSpace | None,
     out: Mapping[str, AnyArray] | None = None,
 ) -> dict[str, AnyArray]:
-    """Compute the merged maps; see :func:`ocelot_em.kernels.reference.finalise`.
-
-    Raises
-    ------
-    IndexError
-        An index is outside the search space.
-    ValueError
-        An array is not C-contiguous, or its size or dtype is wrong.
-    """
+    """Compute the merged maps; see :func:`ocelot_em.kernels.reference.finalise`."""
     n, shape = acc.mip.size, acc.mip.shape
     names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses]
     given = out or {}

@@ -92,13 +92,7 @@ class CudaKernels:
         *,
         fresh: bool = False,
     ) -> FoldReport:
-        """Fold partials into the accumulator, and wait for the report.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As in :func:`ocelot_em.kernels.cpu.fold_all`.
-        """
+        """Fold partials into the accumulator, and wait for the report."""
         kept, n = np.zeros(1, _KEPT), acc.mip.size
         pose_type = _F4 if space is None else _I4
         addresses = [
@@ -154,13 +148,7 @@ class CudaKernels:
         space: SearchSpace | None,
         out: Mapping[str, AnyArray] | None = None,
     ) -> dict[str, AnyArray]:
-        """Compute the merged maps from an accumulator; ``out`` must be on the device, too.
-
-        Raises
-        ------
-        IndexError
-            If an index is outside the search space.
-        """
+        """Compute the merged maps from an accumulator; ``out`` must be on the device, too."""
         n, shape, given = acc.mip.size, acc.mip.shape, out or {}
         names = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses)
         decoding = space is not None and bool(maps.computed_poses)

@@ -37,12 +37,7 @@ class Device(Protocol):
     """Memory and kernels of one device; the calls of one thread are executed in order."""
 
     def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
-        """Allocate ``n`` values on the device.
-
-        Raises
-        ------
-        DeviceMemoryError
-        """
+        """Allocate ``n`` values on the device."""
         ...
 
     def pinned(self, nbytes: int) -> AnyArray:
@@ -78,12 +73,7 @@ def kernel_source() -> str:
 class DeviceFacts:
     """Properties of a device that are known before anything is started on it.
 
-    Parameters
-    ----------
-    name
-        Product name of the device.
-    memory_nbytes
-        Bytes that may be allocated: the device memory, or CuPy's limit if set and lower.
+    ``memory_nbytes`` may be allocated: the device memory, or CuPy's limit if set and lower.
     """
 
     name: str
@@ -154,13 +144,7 @@ def _dotted(version: int) -> str:
 
 @lru_cache(maxsize=1)
 def open_device() -> Device:
-    """Return the device of this process, with all kernels compiled.
-
-    Raises
-    ------
-    MissingDependencyError, DeviceError
-        As :func:`find_devices`, or if the kernels cannot be compiled.
-    """
+    """Return the device of this process, with all kernels compiled."""
     find_devices()
     return CudaDevice(_cupy())
 
@@ -172,17 +156,8 @@ def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice
     Within the context, it is CuPy's current device. On exit, all work started on it is complete,
     and the caller's device and stream are current again.
 
-    Parameters
-    ----------
-    number
-        CUDA number of the GPU among the visible ones.
-    producers
-        Numbers of all GPUs whose pending work must be complete first.
-
-    Raises
-    ------
-    MissingDependencyError, DeviceError
-        As :func:`open_device`.
+    ``number`` is the CUDA number of the GPU among the visible ones; ``producers`` are those of all
+    GPUs whose pending work must be complete first.
     """
     cuda = _cupy().cuda
     device = _open_at(number)

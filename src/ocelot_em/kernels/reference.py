@@ -109,22 +109,8 @@ def fold_all(
 ) -> FoldReport:
     """Fold partials into the accumulator, in place and in the given order; see :func:`fold`.
 
-    Parameters
-    ----------
-    acc, partials, space
-        As for :func:`fold`.
-    fresh
-        Reset the accumulator first; its contents are ignored.
-
-    Returns
-    -------
-    FoldReport
-        Sums over all partials: a pixel that is NaN in two partials counts twice.
-
-    Raises
-    ------
-    TypeError
-        If a partial's count is a map and the accumulator's is not; nothing is changed then.
+    ``fresh`` resets the accumulator first and ignores its contents. The report sums over all
+    partials: a pixel that is NaN in two partials counts twice.
     """
     for partial in partials:
         check_counts(acc, partial)
@@ -221,12 +207,8 @@ def merged_maps(
 def mask_nan(partial: PartialMaps) -> PartialMaps:
     """Make a partial idle, count included, where any of its maps is NaN.
 
-    A NaN pose where ``mip`` is -inf marks an unsearched pixel and is ignored.
-
-    Returns
-    -------
-    PartialMaps
-        A copy whose count is a map.
+    A NaN pose where ``mip`` is -inf marks an unsearched pixel and is ignored. Return a copy whose
+    count is a map.
     """
     searched = partial.mip > -np.inf
     bad = np.isnan(partial.mip) | np.isnan(partial.correlation_sum)

@@ -37,11 +37,8 @@ def dtype_name(values: Any) -> str:
 def as_numpy(values: object) -> AnyArray:
     """Return a NumPy array that shares the memory, or a copy if the values are on a device.
 
-    Parameters
-    ----------
-    values
-        NumPy array, torch tensor or CuPy array (any device), or anything that
-        :func:`numpy.asarray` accepts.
+    Values are a NumPy array, torch tensor or CuPy array (any device), or anything that
+    :func:`numpy.asarray` accepts.
     """
     kind = kind_of(values)
     if kind == NUMPY:
@@ -88,15 +85,8 @@ def new_like(values: Any, dtype: str) -> Any:
 class HostRows:
     """The rows of a map, copied to the host on access.
 
-    Parameters
-    ----------
-    values
-        As for :func:`as_numpy`; objects without shape, dtype or slicing are converted at once.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        The values cannot be converted to a NumPy array.
+    Values are as for :func:`as_numpy`; objects without shape, dtype or slicing are converted at
+    once.
     """
 
     def __init__(self, values: Any) -> None:
@@ -110,18 +100,10 @@ class HostRows:
 
 
 def exact_count(value: object) -> int:
-    """Return a count of cross-correlations as an exact integer.
+    """Return an integer, a scalar or a one-element array as an exact count of cross-correlations.
 
-    Parameters
-    ----------
-    value
-        A Python integer, or an integer scalar or one-element array of NumPy, torch or CuPy.
-
-    Raises
-    ------
-    ValueError
-        The value is not one integer from 0 to 2**62. Floating point is an error even if integral,
-        since float32 cannot represent every count above 16.8 million.
+    It must be from 0 to 2**62. Floating point is a ValueError even if integral, since float32
+    cannot represent every count above 16.8 million.
 
     Examples
     --------

@@ -19,20 +19,6 @@ class Axis:
 
     The bin is ``floor((value - low) / width)``, evaluated in float64, since float32 could round the
     difference across an edge.
-
-    Parameters
-    ----------
-    low
-        Lower edge of the first bin.
-    width
-        Width of each bin; positive.
-    bins
-        Number of bins; at least 1.
-
-    Raises
-    ------
-    InvalidInputError
-        ``low`` or ``width`` is not finite, or ``width`` or ``bins`` not positive.
     """
 
     low: float
@@ -81,22 +67,7 @@ JOINT_Z_AXIS = Axis(0.0, 1 / 16, 32 * 16)
 
 @dataclass(frozen=True, eq=False)
 class Histogram1D:
-    """Histogram of a map's valid pixels.
-
-    Parameters
-    ----------
-    axis
-        The bins.
-    counts
-        (axis.bins,) integer.
-    underflow, overflow
-        Number of pixels below and above the axis.
-
-    Raises
-    ------
-    InvalidInputError
-        Counts have another shape, are not integer, or are negative.
-    """
+    """Histogram of a map's valid pixels; under- and overflow are those below and above the axis."""
 
     axis: Axis
     counts: Int64
@@ -130,17 +101,8 @@ class Histogram1D:
         """Number of pixels with a lower value plus half of those with the same value.
 
         This is the rank minus one half. Pixels are assumed to be evenly distributed within a bin,
-        and equal off the axis. A bin of one pixel is exact.
-
-        Parameters
-        ----------
-        values
-            Finite values.
-
-        Returns
-        -------
-        NDArray[np.float64]
-            Array of the values' shape, from 0 to :attr:`pixels`, ascending with the values.
+        and equal off the axis. A bin of one pixel is exact. The result is ascending with the
+        (finite) values, from 0 to :attr:`pixels`.
         """
         bins = self.axis.bin_of(values)
         position = (np.asarray(values, np.float64) - self.axis.low) / self.axis.width - bins
@@ -165,17 +127,7 @@ class Histogram1D:
 class JointHistogram:
     """Joint histogram of ``mip`` and ``scaled_mip`` of a map's valid pixels.
 
-    Parameters
-    ----------
-    mip_axis, z_axis
-        The bins. A pixel off an axis is counted in the nearest bin.
-    counts
-        (mip_axis.bins, z_axis.bins) integer.
-
-    Raises
-    ------
-    InvalidInputError
-        Counts have another shape, are not integer, or are negative.
+    A pixel off an axis is counted in the nearest bin. Counts are (mip_axis.bins, z_axis.bins).
     """
 
     mip_axis: Axis

@@ -8,15 +8,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: object) -> str:
-    """Fill in a template.
-
-    Parameters
-    ----------
-    template
-        Path of the template in the package.
-    **values
-        Values by the names that the template uses; a missing one is an error.
-    """
+    """Fill in a template of the package; a value that is missing is an error."""
     return _environment().get_template(template).render(values)
 
 

@@ -48,19 +48,7 @@ class Combine(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MapInfo:
-    """Description of a map.
-
-    Parameters
-    ----------
-    combine
-        How it is merged.
-    dtypes
-        Allowed stored dtypes, the default first.
-    unit, meaning
-        Texts for users.
-    fill
-        Fill value of the stored array.
-    """
+    """Description of a map; the first of its allowed stored dtypes is the default."""
 
     combine: Combine
     dtypes: tuple[str, ...]
@@ -278,12 +266,8 @@ class Accumulator:
 class FoldReport:
     """Invalid values that a kernel found in a partial while folding it.
 
-    Parameters
-    ----------
-    nan_pixels
-        Number of pixels where any map is NaN (a NaN pose does not count where ``mip`` is -inf).
-    invalid_indices
-        Number of pixels with an index outside the search space, or -1 where something was searched.
+    ``nan_pixels``: any map is NaN (a NaN pose does not count where ``mip`` is -inf).
+    ``invalid_indices``: outside the search space, or -1 where something was searched.
     """
 
     nan_pixels: int

@@ -26,15 +26,8 @@ def map_in_threads(
     threads end with the iteration: at its end, at an error, or if it is abandoned; calls that have
     not started are then cancelled.
 
-    Parameters
-    ----------
-    n_threads
-        Number of threads; by default one per processor, up to 8.
-
-    Raises
-    ------
-    Exception
-        The first error of a call, in the order of the items.
+    There is one thread per processor by default, up to 8. The first error of a call, in the order
+    of the items, is raised.
 
     Examples
     --------

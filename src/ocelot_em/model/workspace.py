@@ -6,13 +6,7 @@ from ocelot_em.model.maps import AnyArray
 
 
 class Workspace:
-    """Arrays of a region's shape, by use; allocated once, for the largest region.
-
-    Parameters
-    ----------
-    max_pixels
-        Maximum number of pixels of a region.
-    """
+    """Arrays of a region's shape, by use; allocated once, for the largest region."""
 
     def __init__(self, max_pixels: int) -> None:
         self.max_pixels = max_pixels

@@ -18,14 +18,8 @@ from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_
 class CandidateRule:
     """Rule for the candidates of an exposure.
 
-    Parameters
-    ----------
-    cutoff
-        Lowest accepted z-score, or -ln p.
-    model
-        p-value model; None for a z-score cutoff.
-    levels
-        ``mip`` and z-score; every pixel that reaches a p-value cutoff reaches at least one.
+    ``cutoff`` is the lowest accepted z-score, or -ln p with a p-value model. ``levels`` are a
+    ``mip`` and a z-score; every pixel that reaches a p-value cutoff reaches at least one.
     """
 
     cutoff: float

@@ -13,15 +13,10 @@ from ocelot_em.model.maps import AnyArray, Float64, Int64
 class Tolerances:
     """Maximum differences between two peaks of one particle.
 
-    Parameters
-    ----------
-    distance_px
-        Distance on the canvas in pixels, exclusive. Should cover errors of the exposures' origins.
-    angle_degrees
-        Rotation between the orientations, inclusive. Should be at least the angular step of the
-        search; 180 accepts any, for example for a symmetric molecule with several equal poses.
-    defocus_angstrom
-        Defocus difference, inclusive.
+    ``distance_px`` (pixels on the canvas, exclusive) should cover errors of the exposures' origins.
+    ``angle_degrees`` (rotation between the orientations, inclusive) should be at least the angular
+    step of the search; 180 accepts any, for example for a symmetric molecule. ``defocus_angstrom``
+    is inclusive.
     """
 
     distance_px: float = 5.0
@@ -44,19 +39,7 @@ class Tolerances:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peaks by column, (n,) each.
-
-    Parameters
-    ----------
-    exposure
-        Number of the exposure.
-    y, x
-        Pixel on the canvas.
-    phi, theta, psi
-        Euler angles (ZYZ) in degrees.
-    defocus_angstrom
-        Defocus relative to the micrograph's.
-    """
+    """Peaks by column, (n,) each: pixels on the canvas, Euler angles (ZYZ) in degrees."""
 
     exposure: AnyArray
     y: AnyArray
@@ -77,19 +60,8 @@ def join_duplicates(peaks: Peaks, order: ArrayLike, tolerances: Tolerances) -> I
     duplicate of it (of the first such particle, if there are several); any other peak is a new
     particle. A particle has at most one peak per exposure.
 
-    Parameters
-    ----------
-    peaks
-        Peaks of all exposures.
-    order
-        (n,) indices of all peaks, preferred peaks first.
-    tolerances
-        Maximum differences between duplicates. A NaN pose matches none.
-
-    Returns
-    -------
-    NDArray[np.int64]
-        (n,) index of the peak that represents each peak's particle; its own index if it does.
+    ``order`` has the (n,) indices of all peaks, preferred peaks first. A NaN pose matches none.
+    Return for each peak the index of the peak that represents its particle, which may be its own.
     """
     from scipy.spatial import cKDTree
 
@@ -139,15 +111,8 @@ def rotation_between(
 ) -> Float64:
     """Return the angle in degrees of the rotation between two orientations.
 
-    Parameters
-    ----------
-    phi, theta, psi
-        Euler angles (ZYZ) in degrees of both sets of orientations, (n,) each.
-
-    Returns
-    -------
-    NDArray[np.float64]
-        (n,) from 0 to 180; NaN where an Euler angle is NaN.
+    The Euler angles (ZYZ) of both sets are in degrees, (n,) each. The result is (n,) from 0 to 180,
+    and NaN where an Euler angle is NaN.
     """
     one, other = (
         _quaternions(*(np.radians(np.asarray(angle[k], np.float64)) for angle in (phi, theta, psi)))

@@ -125,12 +125,7 @@ def _union(one: Float64, other: Float64) -> Float64:
 
 
 def all_candidates(store: str | PathLike[str] | MergedResult) -> Candidates:
-    """Read all candidates recorded by a merge; levels may differ between exposures.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError, IncompleteError, MissingChunkError
-    """
+    """Read all candidates recorded by a merge; levels may differ between exposures."""
     merged = MergedResult.open(store)
     found = [merged.candidates(exposure) for exposure in merged.plan.exposures]
     return Candidates(np.concatenate([f.rows for f in found]), max(f.level for f in found))

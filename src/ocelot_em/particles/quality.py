@@ -37,16 +37,8 @@ MIN_SHOWN = 1000
 def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
     """Return warnings about partials that differ from the others.
 
-    Parameters
-    ----------
-    statistics
-        Statistics of a merged result.
-
-    Returns
-    -------
-    list of str
-        One sentence per warning; empty if nothing is unusual. For a single partial, only its wins
-        can be checked.
+    One sentence per warning; empty if nothing is unusual. For a single partial, only its wins can
+    be checked.
     """
     return [
         *_wins(statistics),
@@ -60,17 +52,8 @@ def montage_warnings(
 ) -> list[str]:
     """Return warnings about a montage: unusual partials of each exposure, and seams.
 
-    Parameters
-    ----------
-    statistics
-        Statistics of the montage.
-    of_exposures
-        Statistics of its exposures, by exposure id.
-
-    Returns
-    -------
-    list of str
-        One sentence per warning; empty if nothing is unusual.
+    One sentence per warning; empty if nothing is unusual. ``of_exposures`` are the statistics of
+    the exposures, by id.
     """
     return [
         *(

@@ -15,17 +15,7 @@ from ocelot_em.particles.candidate_rules import CandidateRule
 def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
     """Search maps chunk by chunk for the shown candidates of each exposure.
 
-    Parameters
-    ----------
-    merged
-        Merged result.
-    rules
-        Candidate rules, one per exposure.
-
-    Returns
-    -------
-    list of NDArray[np.float64]
-        Rows of :data:`CANDIDATE_FIELDS` for each exposure.
+    Return rows of :data:`CANDIDATE_FIELDS` for each exposure; ``rules`` has one rule for each.
     """
 
     def look(region: Region) -> list[tuple[int, Float64]]:

@@ -292,13 +292,7 @@ def _short(value: np.generic) -> str:
 
 
 def as_text(values: AnyArray) -> list[str]:
-    """Convert values to the shortest text that reads back as the same values.
-
-    Parameters
-    ----------
-    values
-        (n,) integers, float32, float64 or text.
-    """
+    """Convert (n,) values to the shortest text that reads back as the same values."""
     # A float32 converted to a Python float would have too many digits.
     return [str(v) for v in (values if values.dtype == np.float32 else values.tolist())]
 
@@ -413,13 +407,7 @@ def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
 
 
 def text_array(texts: Sequence[object]) -> tuple[AnyArray, str | None]:
-    """Return a fixed-width NumPy text array, and an error message or None.
-
-    Parameters
-    ----------
-    texts
-        One per particle.
-    """
+    """Return texts as a fixed-width NumPy array, and an error message or None."""
     other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
     if other is not None:
         return np.empty(0, str), f"expected text, got {other}"

@@ -176,17 +176,7 @@ def plan_merge(
 ) -> tuple[PreparedMerge, MergeOptions]:
     """Plan a merge, and raise if it cannot fit; write nothing.
 
-    Returns
-    -------
-    ready
-        The merge that can start.
-    options
-        Options completed for the chosen device.
-
-    Raises
-    ------
-    OcelotError
-        As :func:`merge`.
+    Return the merge that can start, and the options completed for the chosen device.
     """
     paths = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
     device, completed = choose_device(options)

@@ -54,17 +54,7 @@ WORKER_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """A place to run tiles.
-
-    Parameters
-    ----------
-    executor
-        Runs the tiles.
-    description
-        Human-readable description.
-    dashboard
-        URL of the Dask dashboard, if there is one.
-    """
+    """A place to run tiles."""
 
     executor: Executor
     description: str
@@ -123,19 +113,8 @@ MAX_GPU_THREADS = 16
 def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
     """Choose the device for the arithmetic, before anything is planned or started.
 
-    Returns
-    -------
-    device
-        The choice and its reason.
-    options
-        Options completed with the device, and for GPU workers their number and threads.
-
-    Raises
-    ------
-    PlanError
-        The device and the cluster cannot be combined.
-    MissingDependencyError, DeviceError
-        A GPU was requested but cannot be used; the message states why.
+    Return the choice and its reason, and the options completed with the device and, for GPU
+    workers, their number and threads.
     """
     requested, cluster = options.device, options.cluster
     if cluster not in KINDS and ":" not in cluster:
@@ -211,13 +190,7 @@ def _device_of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
 
 
 def _query_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
-    """Query all workers; those that fail before they respond are omitted.
-
-    Raises
-    ------
-    ClusterLostError
-        The scheduler cannot be reached.
-    """
+    """Query all workers; those that fail before they respond are omitted."""
     try:
         return list(client.run(question, on_error="ignore").values())
     except OcelotError:  # such as one raised by a signal handler
@@ -264,15 +237,7 @@ def n_workers(options: MergeOptions) -> int:
 
 @contextlib.contextmanager
 def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
-    """Start or connect to the cluster in the options; on exit, stop it if it was started here.
-
-    Raises
-    ------
-    PlanError
-        The cluster's name is unknown, or no scheduler answers at the address.
-    DeviceError
-        A worker cannot open its GPU.
-    """
+    """Start or connect to the cluster in the options; on exit, stop it if it was started here."""
     kind = options.cluster
     if kind == "threads":
         if options.workers not in (None, 1):
@@ -314,11 +279,8 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
 def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
     """Assign roles to the tasks of a SLURM job, if this is one, before anything else starts.
 
-    Yields
-    ------
-    MergeOptions
-        In the driver, options with the address of the scheduler. The other tasks never return:
-        they exit after the driver.
+    Yield, in the driver, options with the address of the scheduler. The other tasks never return:
+    they exit after the driver.
     """
     if options.cluster != "slurm-job":
         yield options
@@ -465,13 +427,7 @@ def _ignored_port_warning() -> Iterator[None]:
 
 
 def _open_gpus(client: Any, options: MergeOptions) -> None:
-    """Open the GPU of every worker, before anything is written.
-
-    Raises
-    ------
-    DeviceError
-        A worker cannot open its GPU; the message has the first reason.
-    """
+    """Open the GPU of every worker; raise a DeviceError with the first failure's reason."""
     if options.device != "cuda":
         return
     reasons = [reason for reason in _query_workers(client, _open_or_reason) if reason]

@@ -24,17 +24,7 @@ _T = TypeVar("_T")
 
 @contextlib.contextmanager
 def connect_client(address: str) -> Iterator[Any]:
-    """Connect to a running scheduler.
-
-    Yields
-    ------
-    distributed.Client
-
-    Raises
-    ------
-    PlanError
-        No scheduler responds.
-    """
+    """Connect to a running scheduler; raise a PlanError if it does not respond."""
     from distributed import Client
 
     try:
@@ -54,13 +44,7 @@ def connect_client(address: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def keep_connected(address: str) -> Iterator[None]:
-    """Keep an idle client connected, to show the scheduler that this process is alive.
-
-    Raises
-    ------
-    ClusterLostError
-        The scheduler does not respond.
-    """
+    """Keep an idle client connected, to show the scheduler that this process is alive."""
     from distributed import Client
 
     try:
@@ -78,16 +62,7 @@ def keep_connected(address: str) -> Iterator[None]:
 def close_without_clients(first_seconds: float, seconds: float) -> Any:
     """Return a plugin that closes a scheduler without clients, and so its workers.
 
-    Parameters
-    ----------
-    first_seconds
-        Timeout for the first client.
-    seconds
-        Timeout without clients after that.
-
-    Returns
-    -------
-    distributed.diagnostics.plugin.SchedulerPlugin
+    ``first_seconds`` is the timeout for the first client, ``seconds`` that without clients later.
     """
     from distributed import Scheduler
     from distributed.diagnostics.plugin import SchedulerPlugin
@@ -130,10 +105,7 @@ async def _require_scheduler(address: str) -> None:
 def call_with_timeout(seconds: float, action: Callable[[], _T]) -> _T:
     """Call ``action`` in a thread, which is abandoned after a timeout.
 
-    Raises
-    ------
-    TimeoutError
-        The action did not return in time. Its own exceptions are raised unchanged.
+    Its own exceptions are raised unchanged.
     """
     done: queue.SimpleQueue[tuple[_T] | Exception] = queue.SimpleQueue()
 

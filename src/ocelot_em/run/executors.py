@@ -95,17 +95,7 @@ class ThreadExecutor:
 
 
 class ClientExecutor:
-    """Run tiles on a Dask cluster, in a sliding window of tasks that are released as they end.
-
-    Parameters
-    ----------
-    client
-        Client connected to the cluster.
-    attempt
-        Function that a task calls.
-    worker_timeout_seconds
-        Timeout while there are no workers.
-    """
+    """Run tiles on a Dask cluster, in a sliding window of tasks that are released as they end."""
 
     def __init__(
         self,
@@ -146,12 +136,7 @@ class ClientExecutor:
         metrics.publish(force=True)
 
     def _require_workers(self) -> None:
-        """Raise if the scheduler is lost, or there have been no workers for too long.
-
-        Raises
-        ------
-        ClusterLostError
-        """
+        """Raise if the scheduler is lost, or there have been no workers for too long."""
         if self.client.status in ("closing", "closed"):
             raise ClusterLostError(
                 "the connection to the Dask scheduler was lost; finished tiles are kept: run the "
@@ -194,13 +179,7 @@ class _Window:
         self.in_flight: dict[str, tuple[TileBatch, Any]] = {}
 
     def fill(self) -> bool:
-        """Submit tasks until all current workers are busy.
-
-        Returns
-        -------
-        bool
-            Whether all tasks have been submitted.
-        """
+        """Submit tasks until all workers are busy; return whether all have been submitted."""
         while len(self.in_flight) < TASKS_PER_THREAD * max(self._executor.n_threads(), 1):
             batch = self._to_retry.popleft() if self._to_retry else next(self._batches, None)
             if batch is None:

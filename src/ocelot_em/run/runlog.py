@@ -38,12 +38,7 @@ class RunLog(Observer):
     """Writes the progress of a merge, and its log messages, as JSON lines.
 
     A context manager. Every line has ``time`` (UTC), ``run`` (one identifier per run; a resumed run
-    has a new one) and ``event``.
-
-    Parameters
-    ----------
-    path
-        File to append to; ``-`` is standard error.
+    has a new one) and ``event``. ``path`` is appended to; ``-`` is standard error.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -53,13 +48,7 @@ class RunLog(Observer):
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Open the file.
-
-        Raises
-        ------
-        InvalidInputError
-            The file cannot be written.
-        """
+        """Open the file."""
         if self._path == "-":
             self._file = self._stack.enter_context(open(2, "w", closefd=False))
         else:
@@ -177,13 +166,6 @@ class RunFolder(Observer):
 
     A context manager. A resumed run uses the same folder: it appends to the log, and adds a
     performance report.
-
-    Parameters
-    ----------
-    path
-        Local folder; created if it does not exist.
-    write_config
-        Function that writes the effective options to a file.
     """
 
     def __init__(self, path: str | PathLike[str], write_config: Callable[[Path], None]) -> None:
@@ -199,13 +181,7 @@ class RunFolder(Observer):
         return self.path / "log.jsonl"
 
     def __enter__(self) -> Self:
-        """Create the folder, and write the configuration and versions.
-
-        Raises
-        ------
-        InvalidInputError
-            The folder cannot be written.
-        """
+        """Create the folder, and write the configuration and versions."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_config(self.path / "config.yaml")

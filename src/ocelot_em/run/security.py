@@ -23,13 +23,7 @@ _CERTIFICATE, _KEY = "certificate.pem", "key.pem"
 
 
 def security_of_run() -> Any:
-    """Return certificates for all roles: those in Dask's configuration, or temporary ones.
-
-    Raises
-    ------
-    MissingDependencyError
-        Temporary certificates need cryptography, which is not installed.
-    """
+    """Return certificates for all roles: those in Dask's configuration, or temporary ones."""
     configured = configured_security()
     return _temporary() if configured is None else configured
 
@@ -46,24 +40,9 @@ def configured_security() -> Any | None:
 def share_certificates(folder: Path, *, creates: bool) -> dict[str, str]:
     """Share certificates between the processes of a run through a common folder.
 
-    Parameters
-    ----------
-    folder
-        Created with access for this user only; remove it with :func:`remove_certificates`.
-    creates
-        Whether this process creates the certificates; the others wait for them.
-
-    Returns
-    -------
-    dict
-        Dask configuration with their paths; empty if Dask is already configured.
-
-    Raises
-    ------
-    MissingDependencyError
-        Temporary certificates need cryptography, which is not installed.
-    PlanError
-        The certificates did not appear in time.
+    The folder is created with access for this user only; remove it with
+    :func:`remove_certificates`. One process ``creates`` them, the others wait. Return Dask
+    configuration with their paths, which is empty if Dask is already configured.
     """
     if configured_security() is not None:
         return {}

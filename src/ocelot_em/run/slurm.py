@@ -60,12 +60,7 @@ N_OTHER_TASKS = 2
 
 
 def require_jobqueue() -> None:
-    """Raise unless dask-jobqueue is installed.
-
-    Raises
-    ------
-    MissingDependencyError
-    """
+    """Raise unless dask-jobqueue is installed."""
     if importlib.util.find_spec("dask_jobqueue") is None:
         raise MissingDependencyError(
             "cluster slurm: dask-jobqueue is not installed: pip install 'ocelot-em[cluster]'"
@@ -97,17 +92,7 @@ def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
 
 @contextlib.contextmanager
 def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterator[Any]:
-    """Submit worker jobs to SLURM, replace those that end, and cancel all of them on exit.
-
-    Yields
-    ------
-    dask_jobqueue.SLURMCluster
-
-    Raises
-    ------
-    PlanError
-        ``sbatch`` cannot be run or rejects a job.
-    """
+    """Submit worker jobs to SLURM, replace those that end, and cancel all of them on exit."""
     from dask_jobqueue import SLURMCluster
 
     jobs, n_jobs = with_defaults(options.slurm), options.workers or DEFAULT_JOBS
@@ -201,19 +186,8 @@ def slurm_tasks(options: MergeOptions) -> Iterator[str]:
     """Assign roles to the tasks of this job: scheduler, driver, and workers, in this order.
 
     Only the driver returns; the scheduler and the workers exit after it. Only the driver handles
-    signals that announce the end of the job, and its exit code is the job's.
-
-    Yields
-    ------
-    str
-        Address of the scheduler.
-
-    Raises
-    ------
-    PlanError
-        This process is not a task of a SLURM job, there are too few tasks, or no scheduler starts.
-    ClusterLostError
-        The scheduler was lost at once.
+    signals that announce the end of the job, and its exit code is the job's. Yield the scheduler's
+    address. Refuse a process that is not a task of a SLURM job, and too few tasks.
     """
     require_jobqueue()
     number, name, earlier = _task_and_names()

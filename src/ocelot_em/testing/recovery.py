@@ -33,17 +33,7 @@ TRUTH_POSES = ("phi", "theta", "psi", "defocus_angstrom", "pixel_size_offset_ang
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Number of planted particles that were recovered.
-
-    Parameters
-    ----------
-    n
-        Number of planted particles.
-    found
-        Number of particles whose peak exceeds the cutoff.
-    pose_right
-        Number of found particles with exactly the planted pose.
-    """
+    """Number of planted particles, of those found, and of those with exactly the pose."""
 
     n: int
     found: int
@@ -59,16 +49,9 @@ def compare_with_truth(
     exceeds the cutoff; its pose is read at that pixel. NaN is ignored; in a tie the first pixel in
     row order is used.
 
-    Parameters
-    ----------
-    truth
-        (n,) of :data:`TRUTH_DTYPE`, in the coordinates of the merged maps and at least two pixels
-        from their edges, as :attr:`Simulation.truth` is.
-    read
-        Function that reads a region of a merged map by name: ``scaled_mip`` or one of
-        :data:`~ocelot_em.model.maps.POSES`.
-    cutoff
-        z-score cutoff; see :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
+    ``truth`` has :data:`TRUTH_DTYPE`, in the coordinates of the merged maps and at least two pixels
+    from their edges, as :attr:`Simulation.truth` is. ``read`` reads a region of a merged map by
+    name: ``scaled_mip`` or one of :data:`~ocelot_em.model.maps.POSES`.
     """
     found = pose_right = 0
     for particle in truth:

@@ -15,14 +15,8 @@ from ocelot_em.view.figures import OVERVIEW_PX
 class Coverage:
     """Number of exposures that cover each pixel of a canvas.
 
-    Parameters
-    ----------
-    most
-        (y, x) int64: maximum number of exposures in each block of pixels.
-    factor
-        Edge of the blocks in pixels.
-    areas
-        Number of pixels covered by 0, 1, 2, ... exposures.
+    ``most`` is (y, x) int64: the maximum number of exposures in each block of pixels, whose edge is
+    ``factor``. ``areas`` are the numbers of pixels covered by 0, 1, 2, ... exposures.
     """
 
     most: Int64

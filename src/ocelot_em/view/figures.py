@@ -35,13 +35,7 @@ MAX_VECTOR_MARKERS = 400  # more are rasterized: they would slow down a page
 
 
 def new_figure(size_inches: tuple[float, float] | None = None, *, in_pyplot: bool = False) -> Any:
-    """Make a figure without a window, or one that pyplot shows.
-
-    Raises
-    ------
-    MissingDependencyError
-        matplotlib is not installed.
-    """
+    """Make a figure without a window, or one that pyplot shows."""
     with optional_import("plots need matplotlib", extra="viz"):
         if in_pyplot:
             from matplotlib.pyplot import figure

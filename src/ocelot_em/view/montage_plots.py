@@ -61,13 +61,7 @@ def _open_montage(store: Store) -> MergedResult:
 
 
 def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
-    """Draw how many exposures of a montage cover each pixel, and their outlines.
-
-    Parameters
-    ----------
-    store, ax
-        A merged montage, and axes to draw into (new ones by default).
-    """
+    """Draw how many exposures of a montage cover each pixel, and their outlines."""
     attributes = _open_montage(store).attributes
     coverage, ax = Coverage.of(attributes), axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor
@@ -94,12 +88,7 @@ def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
 def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
     """Draw thin outlines of exposures on the canvas, with their ids where there is room.
 
-    Parameters
-    ----------
-    ax
-        Axes that show the canvas in pixels.
-    exposures
-        Exposures of a merged result, possibly none; labelled if at most :data:`MAX_LABELS`.
+    At most :data:`MAX_LABELS` exposures are labelled.
     """
     if not exposures:
         return
@@ -170,14 +159,9 @@ def plot_seams(
 ) -> "Axes":
     """Draw the mean shown z-score of each exposure of a montage: alone, and in overlaps.
 
-    Parameters
-    ----------
-    store, ax
-        A merged montage, and axes to draw into (new ones by default).
-    value
-        ``mean``: both means, with the standard deviations of z-scores; many exposures are sorted
-        by their mean. ``difference``: difference of the means in standard deviations, where enough
-        pixels of both are shown. A seam is visible from about 0.25.
+    ``mean``: both means, with the standard deviations of z-scores; many exposures are sorted by
+    their mean. ``difference``: difference of the means in standard deviations, where enough pixels
+    of both are shown. A seam is visible from about 0.25.
     """
     exposures, ax = _open_montage(store).summary.attributes.exposures, axes_or_new(ax)
     draw = _draw_means if value == "mean" else _draw_differences
@@ -247,15 +231,7 @@ def _shown(statistics: Iterable[ShownStatistics]) -> Float64:
 
 @dataclass(frozen=True)
 class ComparedPartial:
-    """A partial, compared with the others of its exposure.
-
-    Parameters
-    ----------
-    exposure, partial, source
-        Id of its exposure, its wins, and the statistics of its correlations.
-    expected_pixels
-        Won pixels expected from its share of projections.
-    """
+    """A partial's wins and correlations, and the wins expected from its projections."""
 
     exposure: str
     partial: PartialStatistics
@@ -300,15 +276,9 @@ def plot_partials_of_exposures(
 ) -> "Axes":
     """Draw the partials of a montage, compared within each exposure.
 
-    Parameters
-    ----------
-    store, ax
-        A merged montage, and axes to draw into (new ones by default).
-    value
-        ``wins``: won pixels / those expected from the partial's share of its exposure's
-        projections. ``std``: standard deviation of its correlations / median of its exposure's.
-        Both are normally about 1; unusual partials are red. An exposure with one partial has
-        nothing to compare.
+    ``wins``: won pixels / those expected from the partial's share of its exposure's projections.
+    ``std``: standard deviation of its correlations / median of its exposure's. Both are normally
+    about 1; unusual partials are red. An exposure with one partial has nothing to compare.
     """
     merged, ax = _open_montage(store), axes_or_new(ax)
     partials, names = compared_partials(merged), list(merged.statistics_of_exposures)

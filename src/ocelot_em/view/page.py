@@ -32,15 +32,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Parameters
-    ----------
-    rows
-        Cells by the names of their columns, the same for all rows; cells are text or integers.
-    n_rows
-        Number of rows, including those that are not listed.
-    """
+    """A table; its rows are cells by column, and ``n_rows`` includes those that are not listed."""
 
     rows: Sequence[Mapping[str, object]]
     n_rows: int
@@ -48,15 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure.
-
-    Parameters
-    ----------
-    svg
-        The figure as an SVG element.
-    max_width_px
-        Maximum width on the page.
-    """
+    """A figure as an SVG element, and its maximum width on the page."""
 
     svg: str
     max_width_px: int
@@ -65,17 +49,7 @@ class Drawing:
     def of(
         cls, name: str, size_inches: tuple[float, float], draw: Callable[[Any], object]
     ) -> "Drawing":
-        """Draw a figure in the text colour of the page.
-
-        Parameters
-        ----------
-        name
-            Name that is unique on the page.
-        size_inches
-            Width and height.
-        draw
-            Draws into the given :class:`matplotlib.figure.Figure`.
-        """
+        """Draw a figure of a unique name, in the text colour of the page."""
         figure = new_figure(size_inches)
         from matplotlib import rc_context
 

@@ -39,19 +39,9 @@ _THREADS = 4  # each holds a chunk in memory
 def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Float32, int]:
     """Return the z-score map, pooled by maximum so that peaks survive, and the pooling factor.
 
-    Parameters
-    ----------
-    store
-        A merged result.
-    longest_edge_px
-        Maximum number of rows or columns to return.
-
-    Returns
-    -------
-    values : array
-        (y, x) float32 of the valid pixels; NaN in blocks without searched pixels.
-    factor : int
-        Edge of the pooled blocks in pixels.
+    The values are (y, x) float32 of the valid pixels, NaN in blocks without searched pixels, with
+    at most ``longest_edge_px`` rows or columns. The factor is the edge of the pooled blocks in
+    pixels.
     """
     merged = MergedResult.open(store)
     height, width = merged.valid_shape

@@ -120,13 +120,7 @@ def save_overview(
     cutoff: float | None = None,
     truth: AnyArray | None = None,
 ) -> None:
-    """Save the z-score map and its survival histogram as one image.
-
-    Raises
-    ------
-    MissingDependencyError
-        matplotlib is not installed.
-    """
+    """Save the z-score map and its survival histogram as one image."""
     figure = new_figure((13.0, 5.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     merged = MergedResult.open(store)

@@ -16,14 +16,7 @@ from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 class ReportData:
     """The data of a report.
 
-    Parameters
-    ----------
-    merged, summary
-        The result and its statistics.
-    particles
-        Particles to show.
-    no_particles_reason
-        Why no particles could be picked; otherwise empty.
+    ``no_particles_reason``: why no particles could be picked; otherwise empty.
     """
 
     merged: MergedResult

@@ -48,14 +48,8 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 class View(AbstractContextManager["View"]):
     """A served folder; as a context manager, it stops serving on exit.
 
-    Parameters
-    ----------
-    url
-        URL of the folder.
-    neuroglancer_url
-        Link that opens it in neuroglancer, with the image's contrast limits.
-    is_offline
-        Whether the link works without a network, because neuroglancer is served locally, too.
+    ``is_offline`` states whether the link to neuroglancer works without a network, because it is
+    served locally, too.
     """
 
     def __init__(self, server: "_Server", url: str, state: str) -> None:
@@ -88,25 +82,8 @@ class View(AbstractContextManager["View"]):
 def view(path: str | PathLike[str], port: int = 0) -> View:
     """Serve an OME-Zarr image on this machine until the view is closed or the process ends.
 
-    Parameters
-    ----------
-    path
-        Folder of an image written by :func:`ocelot_em.io.ome_zarr.write_ome_zarr`.
-    port
-        Port on 127.0.0.1; 0 for any free port.
-
-    Returns
-    -------
-    View
-        With ``url`` and ``neuroglancer_url``. If the package neuroglancer is installed (extra
-        ``view``), the viewer is served from this machine, too, and no network is needed.
-
-    Raises
-    ------
-    InvalidInputError
-        There is no image, or the port is out of range.
-    StorageError
-        The port is in use.
+    ``port`` is on 127.0.0.1; 0 takes any free port. If the package neuroglancer is installed (extra
+    ``view``), the viewer is served from this machine, too, and no network is needed.
     """
     folder = Path(path)
     state = _neuroglancer_state(folder)
