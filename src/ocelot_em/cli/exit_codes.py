@@ -2,7 +2,6 @@
 
 DONE, FAILED, REFUSED, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
-
 EXIT_CODES = """\
 Exit codes:
 

@@ -14,12 +14,9 @@ CHECK_SECONDS = 180.0
 MAX_CLOCK_SECONDS = 3.0
 """Maximum difference between clocks that gives no warning."""
 
-
 State = Literal["ok", "warning", "problem"]
 
-
 Check = Callable[[], tuple[State, str]]
-
 
 _T = TypeVar("_T")
 

@@ -33,7 +33,6 @@ COMMANDS = {
 }
 """Where each command is, for when it is needed, and its summary."""
 
-
 app = App(
     name="ocelot",
     help="Merge the partial results of cryo-EM 2D template matching, out of core.",

@@ -27,7 +27,6 @@ GROUPS = {
 }
 RUN = Parameter(group=Group.create_ordered("This run", sort_key=1))
 
-
 DEFAULTS = MergeOptions()
 
 

@@ -114,9 +114,7 @@ class Description(_Strict):
 
 
 def import_description(
-    path: str | PathLike[str],
-    output: str | PathLike[str],
-    on_progress: OnProgress | None = None,
+    path: str | PathLike[str], output: str | PathLike[str], on_progress: OnProgress | None = None
 ) -> list[str]:
     """Convert the result files of a montage's exposures into a search.
 
@@ -167,11 +165,7 @@ def import_description(
         pixel_size_angstrom=description.pixel_size,
     )
     batches = [
-        Batch(
-            [place.parent / file for file in entry.partials],
-            entry.total_projections,
-            exposure,
-        )
+        Batch([place.parent / file for file in entry.partials], entry.total_projections, exposure)
         for entry, exposure in zip(description.exposures, exposures, strict=True)
     ]
     return import_batches(batches, output, options, on_progress)

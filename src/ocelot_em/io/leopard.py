@@ -114,11 +114,7 @@ def import_batches(
     ]
 
 
-def _convert(
-    checked: Checked,
-    output: str | PathLike[str],
-    on_fraction: OnFraction,
-) -> None:
+def _convert(checked: Checked, output: str | PathLike[str], on_fraction: OnFraction) -> None:
     assert checked.info is not None
     for number, candidate in enumerate(checked.candidates):
         shape = cast("tuple[int, int]", candidate.shape)

@@ -68,21 +68,14 @@ def band_grid(shape: tuple[int, int], block: tuple[int, int]) -> TileGrid:
 class FinishedSearch:
     """Information that the files of a finished search lack.
 
-    Parameters
-    ----------
-    total_projections
-        Exact number of cross-correlations behind the mean and the standard deviation. Leopard-EM
-        records it in its configuration file and in HDF5 files.
-    template_box
-        Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``).
-        None: all pixels are valid, as Leopard-EM writes them by default.
-    pixel_size_angstrom
-        Pixel size of the micrograph in Å. None: taken from the files.
-    pixel_size_offset_angstrom
-        The single pixel-size offset of the search in Å: 0 if the pixel size was not varied. None:
-        the poses have no pixel size and merge only with others that have none.
-    name
-        Name of the partial. None: derived from the files.
+    ``total_projections`` is the exact number of cross-correlations behind the mean and the standard
+    deviation; Leopard-EM records it in its configuration file and in HDF5 files. ``template_box``
+    is the edge in pixels, for maps of the micrograph's shape (mode ``same``); None: all pixels are
+    valid, as Leopard-EM writes them by default.
+
+    ``pixel_size_angstrom`` and ``name`` (of the partial) are taken from the files by default.
+    ``pixel_size_offset_angstrom`` is the single offset of the search: 0 if the pixel size was not
+    varied; None: the poses have no pixel size and merge only with others that have none.
     """
 
     total_projections: int | None = None

@@ -18,12 +18,9 @@ PIECE_KEYS: Mapping[str, str] = {
 
 _MDOC_KEYS = {*PIECE_KEYS.values(), "SubFramePath", "DateTime"}
 
-
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
-
 _TITLE = re.compile(r"\[\s*T\s*=")
-
 
 _DATE = re.compile(
     r"(?:([0-9]{1,2})-([A-Za-z]{3})-([0-9]{4}|[0-9]{2})|([0-9]{4})-([A-Za-z]{3})-([0-9]{1,2}))"

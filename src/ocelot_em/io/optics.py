@@ -69,7 +69,6 @@ _QUANTITIES: Mapping[str, _Quantity] = {
 }
 """Numbers of :class:`Optics`, with Leopard-EM's defaults for values its configuration omits."""
 
-
 _LEOPARD_PLACES: Mapping[str, str] = {
     **{name: f"optics_group.{quantity.key}" for name, quantity in _QUANTITIES.items()},
     "label": "optics_group.label",

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 _MAX_COORDINATE_PX = 2**31
 NAMES_SHOWN = 20
 
-
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 

@@ -78,52 +78,32 @@ def read_origins(
     flip_y: bool = False,
     coordinates: Literal["aligned", "aligned-vs", "piece"] | None = None,
 ) -> dict[str, Origin]:
-    """Read the origins of exposures from a CSV or STAR table, or SerialEM's ``.mdoc`` file.
+    """Read the origins of exposures by id from a table, or SerialEM's ``.mdoc`` file.
 
-    Parameters
-    ----------
-    path
-        The suffix names the format:
+    The suffix names the format:
 
-        ``.csv``
-            A header line with the columns ``exposure`` or ``id``; ``y``, ``origin_y`` or ``y0``;
-            ``x``, ``origin_x`` or ``x0``; and optionally ``acquired``, an integer. Others are
-            ignored.
-        ``.star``
-            One block with the same columns, or with RELION's ``rlnMicrographName`` (used without
-            folder and extension), ``rlnCoordinateY`` and ``rlnCoordinateX`` instead.
-        ``.mdoc``
-            The sections ``[ZValue = ...]`` or ``[Image = ...]`` of one montage.
-    flip_y
-        For ``.mdoc`` only: rows count downwards from the top edge, and ``y`` is the highest
-        piece's y minus the piece's own. All images must have the same height.
-    coordinates
-        For ``.mdoc`` only: use ``AlignedPieceCoords`` ("aligned"), ``AlignedPieceCoordsVS``
-        ("aligned-vs") or ``PieceCoordinates`` ("piece"). None: the first of these that every
-        section has.
+    ``.csv``
+        A header line with the columns ``exposure`` or ``id``; ``y``, ``origin_y`` or ``y0``; ``x``,
+        ``origin_x`` or ``x0``; and optionally ``acquired``, an integer. Others are ignored.
+    ``.star``
+        One block with the same columns, or with RELION's ``rlnMicrographName`` (used without folder
+        and extension), ``rlnCoordinateY`` and ``rlnCoordinateX`` instead.
+    ``.mdoc``
+        The sections ``[ZValue = ...]`` or ``[Image = ...]`` of one montage. Ids are the names of
+        the files in ``SubFramePath``, without folder and extension, if all sections have one; or
+        the images' names without extension, or the Z values. Origins are shifted so that the lowest
+        y and x are 0. The order of acquisition is the rank of ``DateTime``, counted from 0, with
+        equal times in the order of the sections, if all sections have a readable one; otherwise the
+        Z value, or the order of the sections.
 
-    Returns
-    -------
-    dict of str to Origin
-        Origins by exposure id, in the order of the file. Ids are kept as written, without
-        surrounding spaces. Ids of an ``.mdoc`` file are the names of the files in
-        ``SubFramePath``, without folder and extension, if all sections have one; otherwise the
-        images' names without extension, or the Z values.
+    The last two parameters are for ``.mdoc`` only. With ``flip_y``, rows count downwards from the
+    top edge, and ``y`` is the highest piece's y minus the piece's own; all images must have the
+    same height. ``coordinates`` chooses ``AlignedPieceCoords`` (aligned), ``AlignedPieceCoordsVS``
+    (aligned-vs) or ``PieceCoordinates`` (piece); by default, the first of these that every section
+    has.
 
-        Origins of tables are not changed. Those of an ``.mdoc`` file are shifted so that the
-        lowest y and x are 0. Their order of acquisition is the rank of ``DateTime``, counted from
-        0, with equal times in the order of the sections, if all sections have a readable one;
-        otherwise the Z value, or the order of the sections.
-
-    Raises
-    ------
-    InvalidInputError
-        Naming every unusable line: missing or ambiguous columns, ragged rows, duplicate ids,
-        coordinates that are not finite or exceed 2**31, ``acquired`` that is not an integer,
-        sections without coordinates. Also if the file has another format, is larger than 256 MB,
-        is not text or has no exposures, or if an ``.mdoc`` file has several montages.
-    MissingDependencyError
-        The file is a STAR file and gemmi is not installed.
+    Every unusable line is named in the error: missing or ambiguous columns, ragged rows, duplicate
+    ids, coordinates that are not finite or exceed 2**31, and so on.
     """
     place = Path(path)
     suffix = place.suffix.lower()

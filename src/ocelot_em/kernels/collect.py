@@ -51,27 +51,16 @@ def values_of(ranks: Any) -> Any:
 def count_pixels(maps: Any, position: Any, axes: Any, into: Any, found: Any) -> int:
     """Add the valid pixels of a run to histograms and counts, and record candidates.
 
-    Parameters
-    ----------
-    maps
-        ``mip``, z-score and standard deviation; flat.
-    position
-        Position of the pixels; see the module's docstring.
-    axes
-        Axes of ``mip``, of z-score, and of both for the joint histogram, each given by the first
-        bin (its lower edge times the bins per unit), the number of bins, and the bins per unit.
-    into
-        Outputs: the two histograms, with underflow first and overflow last; the joint histogram,
-        where outliers go to the nearest bin and rows may be longer than the axis; the counts; and
-        the lowest and highest ranks of both maps, see :func:`_ranks`.
-    found
-        Lowest z-score of a candidate; output for pixel numbers in the tile (further candidates are
-        only counted when it is full); and the number of candidates so far.
+    ``maps`` are ``mip``, z-score and standard deviation. ``axes`` are those of ``mip``, of z-score,
+    and of both for the joint histogram, each given by the first bin (its lower edge times the bins
+    per unit), the number of bins, and the bins per unit.
 
-    Returns
-    -------
-    int
-        Number of candidates so far, including this run.
+    ``into`` are outputs: the two histograms, with underflow first and overflow last; the joint
+    histogram, where outliers go to the nearest bin and rows may be longer than the axis; the
+    counts; and the lowest and highest ranks of both maps, see :func:`_ranks`. ``found`` has the
+    lowest z-score of a candidate, the output for pixel numbers in the tile (when it is full,
+    further candidates are only counted), and the number of candidates so far; return that number
+    including this run.
     """
     mips, zs, stds = maps
     start, width, (n_rows, n_columns) = position
@@ -246,17 +235,9 @@ def _any_above(values: Any, level: Any) -> Any:
 def look_up_neighbours(numbers: Any, zs: Any, width: int, valid: Any, into: Any) -> None:
     """Look up positions and neighbours of pixels by their numbers.
 
-    Parameters
-    ----------
-    numbers
-        Numbers of the pixels in the tile.
-    zs
-        z-scores of the tile, flat.
-    width, valid
-        Width of the tile, and (rows, columns) of its valid pixels.
-    into
-        Two outputs with one row per pixel: position (y, x), and the z-scores above, below, left and
-        right of it, NaN where not valid.
+    ``numbers`` are those in the tile, and ``zs`` its flat z-scores; ``valid`` has its (rows,
+    columns) of valid pixels. The outputs have one row per pixel: position (y, x), and the z-scores
+    above, below, left and right of it, NaN where not valid.
     """
     (n_rows, n_columns), (positions, neighbours) = valid, into
     for i in range(numbers.size):

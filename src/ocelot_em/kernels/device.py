@@ -83,12 +83,7 @@ class DeviceFacts:
 def find_devices() -> list[DeviceFacts]:
     """List the devices that this process can use; nothing is started on them.
 
-    Raises
-    ------
-    MissingDependencyError
-        If CuPy is not installed.
-    DeviceError
-        If there is no driver or no visible device, or the driver is too old.
+    A missing or too old driver, and no visible device, are a DeviceError.
     """
     cupy = _cupy()
     runtime = cupy.cuda.runtime

@@ -58,19 +58,8 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     A NaN ``mip`` never wins, and NaN sums stay NaN. Both are counted in the report; the caller
     decides.
 
-    Parameters
-    ----------
-    acc
-        Accumulator, changed in place.
-    partial
-        Maps of the accumulator's shape.
-    space
-        The search space of an indexed search, None for explicit poses.
-
-    Raises
-    ------
-    TypeError
-        If the partial's count is a map and the accumulator's is not; nothing is changed then.
+    ``space`` is None for explicit poses. A partial whose count is a map, when the accumulator's is
+    not, is a TypeError; nothing is changed then.
     """
     check_counts(acc, partial)
     mip, searched = partial.mip, partial.mip > -np.inf
@@ -135,27 +124,10 @@ def finalise(
     float64, then rounded to float32. z is 0 where std is 0, and NaN where no device searched; mean
     and std are NaN where the count is 0. Sums beyond the float32 range become infinite.
 
-    Parameters
-    ----------
-    acc
-        Accumulator; not changed.
-    maps
-        Maps of the result.
-    space
-        The search space of an indexed search, None for explicit poses.
-    out
-        C-contiguous float32 arrays of the accumulator's shape for computed maps, by name: z-score,
-        mean, standard deviation, sums, decoded poses. Missing ones are allocated.
-
-    Returns
-    -------
-    dict
-        Maps of :attr:`MapSet.merged`. Maps that are not computed are the accumulator's own.
-
-    Raises
-    ------
-    IndexError
-        If an index is outside the search space.
+    ``out`` has C-contiguous float32 arrays of the accumulator's shape for computed maps, by name:
+    z-score, mean, standard deviation, sums, decoded poses. Missing ones are allocated. Return the
+    maps of :attr:`MapSet.merged`; those that are not computed are the accumulator's own. An index
+    outside the search space is an IndexError.
     """
     unsearched = acc.mip == -np.inf
     with np.errstate(all="ignore"):

@@ -102,7 +102,6 @@ MAPS: Mapping[str, MapInfo] = {
     ),
 }
 
-
 _ADDED = (COUNT, SUM, SQUARED_SUM)
 """The order in which sums are read; after the last one the statistics are computed."""
 
@@ -118,18 +117,9 @@ class PoseForm(StrEnum):
 class MapSet:
     """The maps of a result: its pose form and optional maps.
 
-    Parameters
-    ----------
-    form
-        Explicit angles and offsets, or one index into the search space.
-    pixel_size
-        Whether it has ``best_pixel_size`` (explicit form; a decoded index always gives it).
-    counts
-        Whether the count differs from pixel to pixel and is a map.
-    decoded
-        Whether a merged result also has the pose maps of its indices.
-    exposures
-        Whether a merged result is a montage of exposures.
+    ``pixel_size``: it has ``best_pixel_size`` (explicit form; a decoded index always gives it).
+    ``counts``: the count differs from pixel to pixel and is a map. ``decoded``: a merged result
+    also has the pose maps of its indices. ``exposures``: a merged result is a montage.
     """
 
     form: PoseForm
@@ -209,19 +199,11 @@ class PartialMaps:
 
     Arrays are C-contiguous and of one shape (y, x).
 
-    Parameters
-    ----------
-    mip
-        float32; -inf where the device searched nothing.
-    pose
-        Explicit: four or five float32 maps in the order of :data:`POSES`. Indexed: one int32 map.
-    correlation_sum, correlation_squared_sum
-        float32 or float64.
-    count
-        Number of cross-correlations in the sums: one integer, or an int64 map.
-    best_partial
-        Number of this partial in the stated order; or, for an earlier merge, an int32 map of such
-        numbers.
+    ``mip`` is float32, -inf where the device searched nothing. Explicit poses are four or five
+    float32 maps in the order of :data:`POSES`, indexed ones one int32 map. Sums are float32 or
+    float64. ``count`` is the number of cross-correlations in them: one integer, or an int64 map.
+    ``best_partial`` is the number of this partial in the stated order; for an earlier merge, an
+    int32 map of them.
     """
 
     mip: Float32

@@ -105,9 +105,7 @@ def _poses_agree(peaks: Peaks, i: Int64, j: Int64, tolerances: Tolerances) -> An
 
 
 def rotation_between(
-    phi: tuple[AnyArray, AnyArray],
-    theta: tuple[AnyArray, AnyArray],
-    psi: tuple[AnyArray, AnyArray],
+    phi: tuple[AnyArray, AnyArray], theta: tuple[AnyArray, AnyArray], psi: tuple[AnyArray, AnyArray]
 ) -> Float64:
     """Return the angle in degrees of the rotation between two orientations.
 

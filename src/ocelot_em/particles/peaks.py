@@ -17,26 +17,12 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
     selected peaks around it, so the time is proportional to the number of candidates (a few seconds
     for 10^6).
 
-    Parameters
-    ----------
-    y, x
-        (n,) integer pixels; several candidates may share one.
-    height
-        (n,) float; z-score or -ln p. Candidates with NaN height are ignored.
-    min_distance_px
-        Candidates at a smaller Euclidean distance are suppressed; 0 suppresses none.
+    ``y`` and ``x`` are (n,) integer pixels, of which several candidates may share one; ``height``
+    is (n,) z-score or -ln p, and candidates with NaN are ignored. Candidates at a Euclidean
+    distance below ``min_distance_px`` are suppressed; 0 suppresses none.
 
-    Returns
-    -------
-    NDArray[np.int64]
-        Indices of the selected peaks, by descending height, ties by y, then x. The selection does
-        not depend on the order of the candidates.
-
-    Raises
-    ------
-    InvalidInputError
-        If arrays are not one-dimensional and of equal length, positions are not integers, or the
-        distance is negative or NaN.
+    Return indices of the selected peaks by descending height, ties by y, then x. The selection does
+    not depend on the order of the candidates.
     """
     ys, xs, heights = np.asarray(y), np.asarray(x), np.asarray(height, np.float64)
     _check(ys, xs, heights, min_distance_px)
@@ -94,22 +80,9 @@ def _check(ys: AnyArray, xs: AnyArray, heights: Float64, distance: float) -> Non
 def subpixel_offsets(neighbourhood: ArrayLike) -> tuple[Float64, Float64]:
     """Return subpixel offsets of peaks: parabola vertices through three values per axis.
 
-    Parameters
-    ----------
-    neighbourhood
-        (..., 3, 3) float: z-scores around peaks, axes (y, x), with the peak in the middle. NaN
-        where there is no pixel or it was not searched.
-
-    Returns
-    -------
-    tuple of NDArray[np.float64]
-        dy and dx in pixels, of the leading shape, from -0.5 to 0.5; 0 along an axis where any of
-        the three values is not finite, or where they have no maximum.
-
-    Raises
-    ------
-    InvalidInputError
-        If the last two axes are not 3 x 3.
+    ``neighbourhood`` is (..., 3, 3) float: z-scores around peaks, axes (y, x), NaN where there is
+    no pixel or it was not searched. Return dy and dx in pixels, of the leading shape, from -0.5 to
+    0.5; 0 along an axis where any of the three values is not finite, or where they have no maximum.
     """
     values = np.asarray(neighbourhood, np.float64)
     if values.shape[-2:] != (3, 3):

@@ -34,21 +34,8 @@ def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
     likelihood is that of the bin counts. The bin that contains 0 and all lower bins are excluded
     too: a z-score of 0 marks a pixel without variance.
 
-    Parameters
-    ----------
-    z_histogram
-        z-score histogram of all valid pixels of the map.
-
-    Returns
-    -------
-    tuple of float
-        Shape, location and scale as in :data:`scipy.stats.genextreme`, whose shape is the negative
-        of the usual xi.
-
-    Raises
-    ------
-    InvalidInputError
-        If fewer than three bins contain pixels, or the fit fails.
+    Return shape, location and scale as in :data:`scipy.stats.genextreme`, whose shape is the
+    negative of the usual xi. Fewer than three bins with pixels are an error.
     """
     from scipy.optimize import minimize
     from scipy.stats import genextreme
@@ -103,24 +90,9 @@ def fit_gev(z_histogram: Histogram1D) -> tuple[float, float, float]:
 def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
     """Return the z-score that fitted noise exceeds a given number of times.
 
-    Parameters
-    ----------
-    z_histogram
-        z-score histogram of all valid pixels of the map, including those that are not fitted.
-    false_positives
-        Expected number of false positives over all pixels.
-
-    Returns
-    -------
-    float
-        z-score where the survival function of :func:`fit_gev`, times the number of pixels, equals
-        ``false_positives``. With bins of 1/256 or finer, it differs by less than 0.001 from that of
-        an unbinned fit in maps of 10^5 pixels.
-
-    Raises
-    ------
-    InvalidInputError
-        If ``false_positives`` is not between 0 and the number of pixels, or the fit fails.
+    There the survival function of :func:`fit_gev`, times the number of all valid pixels, fitted or
+    not, equals ``false_positives``, which is between 0 and that number. With bins of 1/256 or
+    finer, it differs by less than 0.001 from that of an unbinned fit in maps of 10^5 pixels.
     """
     from scipy.stats import genextreme
 
@@ -141,22 +113,12 @@ class PValueModel:
     scores: the standard normal quantile of (rank - 1/2) / (number of pixels); equal pixels share
     their mean rank. Noise is a Gaussian centred at 0 with the second moments of both scores. The
     p-value of a pixel is the probability of the part of the first quadrant (both values above their
-    medians) at the same or a larger Mahalanobis distance r:
-    ``exp(-r**2 / 2) * (pi / 2 + asin(correlation)) / (2 * pi)``.
-    See Zhang et al. (2025), IUCrJ 12, 155-176 (eh5020). Leopard-EM's ``pvalue`` differs only in the
-    order of equal pixels and in using float32.
+    medians) at the same or a larger Mahalanobis distance r: ``exp(-r**2 / 2) * (pi / 2 +
+    asin(correlation)) / (2 * pi)``. See Zhang et al. (2025), IUCrJ 12, 155-176 (eh5020).
+    Leopard-EM's ``pvalue`` differs only in the order of equal pixels and in using float32.
 
     Correlations above 0.999 are limited to 0.999, because the difference between ``mip`` and z is
-    then not resolved.
-
-    Parameters
-    ----------
-    mip_ranks, z_ranks
-        Histograms of the same pixels.
-    mip_rms, z_rms
-        Root mean squares of the normal scores; about 1.
-    correlation
-        Correlation of the two normal scores.
+    then not resolved. The root mean squares of the normal scores are about 1.
     """
 
     mip_ranks: Histogram1D
@@ -176,20 +138,10 @@ class PValueModel:
         highest pixels may share a bin, the difference is up to 0.7, because their order is unknown.
         Pixels beyond an axis are treated as equal.
 
-        Parameters
-        ----------
-        joint
-            Joint histogram for the correlation; coarse bins suffice. Scores within a bin are
-            replaced by their mean; the resulting loss of correlation is corrected as for a
-            Gaussian.
-        mip_histogram, z_histogram
-            Histograms with fine bins, for the ranks.
-
-        Raises
-        ------
-        InvalidInputError
-            If the histograms are empty, too coarse, have different numbers of pixels, or have most
-            pixels beyond an axis.
+        The joint histogram gives the correlation; coarse bins suffice: scores within a bin are
+        replaced by their mean, and the resulting loss of correlation is corrected as for a
+        Gaussian. The other two give the ranks and need fine bins. Histograms that are empty, too
+        coarse, of different numbers of pixels, or with most pixels beyond an axis are errors.
         """
         named = {"mip histogram": mip_histogram, "z histogram": z_histogram}
         pixels = {"joint histogram": joint.pixels} | {k: h.pixels for k, h in named.items()}
@@ -215,16 +167,8 @@ class PValueModel:
     def neg_log_p(self, mip: ArrayLike, z: ArrayLike) -> Float64:
         """Return -ln p of pixels; :data:`NEG_LOG_P_CUTOFF` or more is significant.
 
-        Parameters
-        ----------
-        mip, z
-            Values of the same pixels, of equal shape.
-
-        Returns
-        -------
-        NDArray[np.float64]
-            Same shape: 0 where ``mip`` or z is not above its median, NaN where either is not finite
-            (not searched).
+        ``mip`` and z have equal shapes. The result is 0 where one of them is not above its median,
+        and NaN where one is not finite (not searched).
         """
         mips, zs = np.asarray(mip, np.float64), np.asarray(z, np.float64)
         result = np.full(np.broadcast_shapes(mips.shape, zs.shape), np.nan)

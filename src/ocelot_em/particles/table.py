@@ -84,29 +84,13 @@ _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
 class PickInfo:
     """Source and picking parameters of particles.
 
-    Parameters
-    ----------
-    store
-        Path or URL of the merged result.
-    method
-        How the cutoff was determined.
-    cutoff
-        Lowest accepted value in the method's own scale: z-score, or -ln p.
-    min_distance_px
-        Minimum distance between two particles in pixels.
-    false_positives
-        Expected number of false positives; None where it did not set the cutoff.
-    pixel_size_angstrom
-        Pixel size of the micrograph in Å, if known.
-    shape, valid_shape
-        (y, x) size in pixels of the maps and of their valid part.
-    per
-        Whether each exposure of a montage, or the whole montage, has its own cutoff;
-        ``false_positives`` is per exposure or in total, accordingly. None without a montage.
-    exposure_cutoffs
-        Cutoffs by exposure id; ``cutoff`` is the lowest of them.
-    exposure_shapes
-        Shape and valid shape of each exposure's maps, by exposure id.
+    ``cutoff`` is the lowest accepted value in the method's own scale: z-score, or -ln p.
+    ``false_positives`` is None where it did not set the cutoff. ``shape`` and ``valid_shape`` are
+    those (y, x) of the maps and of their valid part.
+
+    In a montage, ``per`` states whether each exposure or the whole has its own cutoff, and
+    ``false_positives`` is per exposure or in total. ``exposure_cutoffs`` and ``exposure_shapes``
+    (shape, valid shape) are by exposure id; ``cutoff`` is the lowest.
     """
 
     store: str

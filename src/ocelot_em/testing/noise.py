@@ -13,7 +13,6 @@ from ocelot_em.model.regions import Region
 # First element of the numpy.random.SeedSequence spawn key: one per kind of draw.
 TRUTH_STREAM, FIELD_STREAM, BLOCK_STREAM = range(3)
 
-
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -54, 6  # draws outside occur once in 1e16 and are clipped
 
 MAX_PARTIALS = 1000

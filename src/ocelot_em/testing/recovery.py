@@ -27,7 +27,6 @@ TRUTH_DTYPE = np.dtype(
 """Fields of a truth table. ``y`` and ``x`` are the corner of the template box in pixels, angles are
 in degrees, and ``amplitude`` is in standard deviations, approximately the expected z-score."""
 
-
 TRUTH_POSES = ("phi", "theta", "psi", "defocus_angstrom", "pixel_size_offset_angstrom")
 
 

@@ -152,10 +152,7 @@ def _label(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
 
 
 def plot_seams(
-    store: Store,
-    ax: "Axes | None" = None,
-    *,
-    value: Literal["mean", "difference"] = "mean",
+    store: Store, ax: "Axes | None" = None, *, value: Literal["mean", "difference"] = "mean"
 ) -> "Axes":
     """Draw the mean shown z-score of each exposure of a montage: alone, and in overlaps.
 
@@ -269,10 +266,7 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
 
 
 def plot_partials_of_exposures(
-    store: Store,
-    ax: "Axes | None" = None,
-    *,
-    value: Literal["wins", "std"] = "wins",
+    store: Store, ax: "Axes | None" = None, *, value: Literal["wins", "std"] = "wins"
 ) -> "Axes":
     """Draw the partials of a montage, compared within each exposure.
 

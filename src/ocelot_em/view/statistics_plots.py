@@ -246,10 +246,7 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
 
 
 def plot_correlations(
-    store: Store | Summary,
-    ax: "Axes | None" = None,
-    *,
-    value: Literal["mean", "std"] = "mean",
+    store: Store | Summary, ax: "Axes | None" = None, *, value: Literal["mean", "std"] = "mean"
 ) -> "Axes":
     """Draw the mean of each input's own correlations, with its spread over pixels, or their std.
 
