@@ -36,7 +36,7 @@ from ocelot_em.cli.finding import (
     size_of,
 )
 from ocelot_em.errors import DeviceError, MissingDependencyError
-from ocelot_em.kernels import Kernels, load
+from ocelot_em.kernels import Kernels, cache_folder, load
 from ocelot_em.kernels.device import find_devices, open_device
 from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.control_groups import memory_nbytes
@@ -186,20 +186,22 @@ def _kernels() -> tuple[State, str]:
     started = time.perf_counter()
     compiled = merged(load("cpu"))
     seconds = time.perf_counter() - started
-    plain = merged(load("reference"))
+    plain, folder = merged(load("reference")), cache_folder()
     wrong = [name for name in plain if compiled[name].tobytes() != plain[name].tobytes()]
     if wrong:
         return "problem", (
             f"the compiled kernels compute {', '.join(wrong)} incorrectly; delete the folder "
-            "__pycache__ of ocelot_em.kernels, or the one in NUMBA_CACHE_DIR, and report it if "
-            "that does not help"
+            f"{folder}, and report it if that does not help"
         )
     text = f"loaded and correct after {seconds:.1f} s"
-    if seconds > 10:
+    if folder is None:
         return "warning", (
-            f"{text}: they were compiled; if that happens every time, set NUMBA_CACHE_DIR to a "
-            "writable folder"
+            f"{text}: each process compiles them, because no folder can be written to cache them; "
+            "set NUMBA_CACHE_DIR to one that can"
         )
+    text += f", cached in {folder}"
+    if seconds > 10:
+        return "warning", f"{text}: they were compiled, which happens once per installation"
     return "ok", text
 
 

@@ -1,6 +1,7 @@
 """Kernels: the arithmetic of a merge, one module per kind of processor."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -82,6 +83,13 @@ def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) ->
     from ocelot_em.kernels import compiling as numba_kernels
 
     return numba_kernels.seconds_compiling(work, announce)
+
+
+def cache_folder() -> Path | None:
+    """Return the folder in which compiled kernels are cached; None if none can be written."""
+    from ocelot_em.kernels import compile_cache
+
+    return compile_cache.cache_folder()
 
 
 def load_cuda(device: Device) -> Kernels:

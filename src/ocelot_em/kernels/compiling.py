@@ -12,6 +12,7 @@ from numba import carray, njit, types
 from numba.core import event
 from numba.extending import intrinsic
 
+from ocelot_em.kernels.compile_cache import caching_there
 from ocelot_em.model.maps import AnyArray
 
 MISSING = 0
@@ -27,13 +28,18 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def compiled(function: _Function) -> _Function:
     """Compile a function that releases the GIL and divides by zero as NumPy does."""
-    return cast("_Function", njit(nogil=True, cache=True, error_model="numpy")(function))
+    return _compiled(function)
 
 
 def summed(function: _Function) -> _Function:
     """Compile as :func:`compiled` does, but allow reordering of additions."""
-    jit = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-    return cast("_Function", jit(function))
+    return _compiled(function, fastmath={"reassoc"})
+
+
+def _compiled(function: _Function, **options: Any) -> _Function:
+    with caching_there() as cache:
+        jit = njit(nogil=True, cache=cache, error_model="numpy", **options)
+        return cast("_Function", jit(function))
 
 
 class _CompileTimer(event.Listener):  # type: ignore[misc]
