@@ -26,8 +26,23 @@ A message states the problem, where it is (store, partial, map, tile), the expec
 value, and how to fix it.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that control a terminal or the direction of text, and bytes that are no UTF-8."""
+
+
+def printable(text: str) -> str:
+    r"""Escape all control characters but line breaks and tabs.
+
+    >>> print(printable("gpu0\x1b[2J"))
+    gpu0\x1b[2J
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class OcelotError(Exception):
@@ -43,6 +58,12 @@ class OcelotError(Exception):
     StoreNotFoundError
     """
 
+    def __str__(self) -> str:
+        return printable(self._text())
+
+    def _text(self) -> str:
+        return super().__str__()
+
 
 class InvalidInputError(OcelotError, ValueError):
     """An input is invalid; lists every problem found.
@@ -57,7 +78,7 @@ class InvalidInputError(OcelotError, ValueError):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         super().__init__(*self.problems)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
         lines = "\n".join(f"  - {problem}" for problem in self.problems)

@@ -1,8 +1,29 @@
 """The console on which commands print."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
+
+from ocelot_em.errors import printable
+
+
+class PlainConsole(Console):
+    """A console whose content cannot control the terminal: control characters are escaped."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a string; the width of columns counts its escapes."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Render anything; only the console's own segments control the terminal."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
 
 
 def open_console() -> Console:
     """Return a console on standard output that neither highlights nor wraps."""
-    return Console(highlight=False, soft_wrap=True)
+    return PlainConsole(highlight=False, soft_wrap=True)

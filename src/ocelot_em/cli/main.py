@@ -3,7 +3,6 @@
 It imports little, so that its help is there at once.
 """
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -112,6 +111,9 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    from ocelot_em.cli.streams import secure_streams
+
+    secure_streams()
     sys.exit(run(arguments))
 
 
@@ -138,7 +140,3 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ocelot: interrupted; the same command resumes the merge", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader closed our output; without this, Python reports an error again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE

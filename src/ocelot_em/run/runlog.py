@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from ocelot_em.errors import InvalidInputError, OcelotError
+from ocelot_em.errors import InvalidInputError, OcelotError, printable
 from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.resume import PreparedMerge
@@ -50,7 +51,7 @@ class RunLog(Observer):
     def __enter__(self) -> Self:
         """Open the file."""
         if self._path == "-":
-            self._file = self._stack.enter_context(open(2, "w", closefd=False))
+            self._file = sys.stderr
         else:
             try:
                 Path(self._path).parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +63,15 @@ class RunLog(Observer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with contextlib.suppress(OSError):  # what could not be written is still in the buffer
+            self._stack.close()
 
     def event(self, event: str, **fields: object) -> None:
         """Write a line; a write error, such as a full disk, does not end the run."""
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": at, "run": self.run_id, "event": event, **fields}, default=str)
+        line = json.dumps(
+            _printable({"time": at, "run": self.run_id, "event": event, **fields}), default=str
+        )
         with self._writing, contextlib.suppress(OSError, ValueError):
             self._file.write(line + "\n")
 
@@ -130,6 +134,15 @@ class RunLog(Observer):
             compile_seconds=round(report.compile_seconds, 3),
             totals=dataclasses.asdict(report.totals),
         )
+
+
+def _printable(value: object) -> object:
+    """Escape the control characters of all texts in a value."""
+    if isinstance(value, str | os.PathLike):
+        return printable(str(value))
+    if isinstance(value, Mapping):
+        return {key: _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _Handler(logging.Handler):
