@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from ocelot_em.errors import DeviceMemoryError
-from ocelot_em.kernels.device import kernel_source
+from ocelot_em.kernels.device import DeviceFacts, kernel_source
+from ocelot_em.merge import job
+from ocelot_em.run import clusters
 
 PRELUDE = """
 #include <cmath>
@@ -173,3 +175,12 @@ class Late:
         if self._action in self._queue:
             for _ in range(self._queue.index(self._action) + 1):
                 self._queue.pop(0)()
+
+
+def lend_device(monkeypatch, device, memory_nbytes=2**30):
+    """Make a device the machine's only GPU."""
+    facts = [DeviceFacts("stand-in", memory_nbytes)]
+    monkeypatch.setattr(clusters, "find_devices", lambda: facts)
+    monkeypatch.setattr(clusters, "open_device", lambda: device)
+    monkeypatch.setattr(job, "open_device", lambda: device)
+    return device

@@ -1,6 +1,7 @@
 """Merging on a device: the same code and the same CUDA source, on a stand-in for the device."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,15 +16,12 @@ from helpers import (
     read_maps,
     write_search,
 )
-from host_device import HostDevice, LateDevice, host_kernels
+from host_device import HostDevice, LateDevice, host_kernels, lend_device
 from montages import SHOTS, write_shots
 from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.kernels.cuda import MAX_SOURCES, CudaKernels
-from ocelot_em.kernels.device import DeviceFacts
-from ocelot_em.merge import job
 from ocelot_em.merge.memory_model import DEVICE_TABLES_NBYTES
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
-from ocelot_em.run import clusters as cluster
 from stacks import SPACE as TEST_SPACE
 from stacks import as_partial, assert_same_accumulators, draw_partial, fold_at_once
 
@@ -36,15 +34,7 @@ FORMS = ["explicit", "indexed"]
 def lend(monkeypatch):
     """Make a device the machine's only GPU."""
     host_kernels()
-
-    def lend(device, memory_nbytes=2**30):
-        facts = [DeviceFacts("stand-in", memory_nbytes)]
-        monkeypatch.setattr(cluster, "find_devices", lambda: facts)
-        monkeypatch.setattr(cluster, "open_device", lambda: device)
-        monkeypatch.setattr(job, "open_device", lambda: device)
-        return device
-
-    return lend
+    return partial(lend_device, monkeypatch)
 
 
 def results_of(rng, shape=SHAPE, counts=COUNTS, ties=True):

@@ -38,7 +38,7 @@ class WholeTile:
         self._shown = np.zeros(len(SHOWN_FIELDS))
 
     def place(self, *_: object) -> None:
-        """Do nothing; the exposure n_covering the whole tile."""
+        """Do nothing; the exposure covers the whole tile."""
 
     def put(self, name: str, values: AnyArray) -> Maps:
         """Yield the map unchanged."""
@@ -65,6 +65,7 @@ class Canvas:
     """
 
     def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:
+        self._finished = maps.merged
         self._names = tuple(name for name in maps.merged if name != SOURCE_EXPOSURE)
         self._kernel = kernels.load_compositing()
         self._rule = {
@@ -126,7 +127,7 @@ class Canvas:
 
     def maps(self) -> Maps:
         """Return all maps of the tile by name."""
-        return ((name, self._plane(name)) for name in (*self._names, SOURCE_EXPOSURE))
+        return ((name, self._plane(name)) for name in self._finished)
 
     def shown(self, number: int, in_tile: Region) -> Float64:
         """Return :data:`SHOWN_FIELDS` of an exposure in the tile."""
