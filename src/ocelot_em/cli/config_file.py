@@ -14,8 +14,7 @@ from typing import Any
 from cyclopts import App, Argument, ArgumentCollection, Token
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.io.text_file import read_text
-from ocelot_em.io.yaml_file import MAX_NBYTES, MAX_UNQUOTED, read_yaml
+from ocelot_em.io.yaml_file import MAX_UNQUOTED, read_items
 from ocelot_em.model.problems import in_words, suggestion
 
 _NULL, _BOOLEAN = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
@@ -45,7 +44,8 @@ def apply_files(
     found, problems = dict[str, _Given](), list[str]()
     for path in paths:
         seen = dict[str, int]()
-        for name, line, node in _read(path):
+        for item, node in read_items(path, "options and their values"):
+            name, line = item.value, item.start_mark.line + 1
             where, key = f"{path}: line {line}: {name}", _key(name)
             if key not in options:
                 problems.append(f"{where}: {_unknown(key, options, command)}")
@@ -69,17 +69,6 @@ def _key(name: str) -> str:
     """Return the key of an option such as ``--tile-size``, or of a positional argument."""
     name = name.removeprefix("--").replace("_", "-")
     return name.lower() if name.isupper() else name
-
-
-def _read(path: str | Path) -> Iterable[tuple[str, int, Any]]:
-    """Validate a file with the strict reader, and return its keys, lines and nodes."""
-    import yaml
-
-    what = "options and their values"
-    read_yaml(path, what)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    root = yaml.compose(read_text(Path(path), MAX_NBYTES, what), Loader=loader)
-    return [(key.value, key.start_mark.line + 1, node) for key, node in root.value]
 
 
 def _unknown(key: str, options: Iterable[str], command: str) -> str:

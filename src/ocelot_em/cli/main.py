@@ -128,15 +128,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         print(f"ocelot: {in_one_sentence(error)}", file=sys.stderr)
         return REFUSED
-    except TilesFailedError as error:
-        print(f"ocelot: {error}", file=sys.stderr)
-        return FAILED
-    except StoppedError as error:
-        print(f"ocelot: {error}", file=sys.stderr)
-        return STOPPED
     except OcelotError as error:
         print(f"ocelot: {error}", file=sys.stderr)
-        return REFUSED
+        codes = {TilesFailedError: FAILED, StoppedError: STOPPED}
+        return next((code for kind, code in codes.items() if isinstance(error, kind)), REFUSED)
     except KeyboardInterrupt:
         print("ocelot: interrupted; the same command resumes the merge", file=sys.stderr)
         return INTERRUPTED

@@ -7,7 +7,7 @@ its sums are reconstructed from the mean and the standard deviation.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -242,15 +242,13 @@ def _count(files: MapFiles, about: FinishedSearch) -> int:
 
 
 def _search_info(files: MapFiles, about: FinishedSearch) -> SearchInfo:
-    info = SearchInfo(
+    given = about.pixel_size_angstrom
+    return SearchInfo(
         template_box=about.template_box,
-        pixel_size_angstrom=about.pixel_size_angstrom,
+        pixel_size_angstrom=files.pixel_size_angstrom if given is None else given,
         has_pixel_size=about.pixel_size_offset_angstrom is not None,
         float64_sums=True,
     )
-    if about.pixel_size_angstrom is None:
-        info = replace(info, pixel_size_angstrom=files.pixel_size_angstrom)
-    return info
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -31,6 +31,16 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
     can make a small file endless; tags; excessive nesting, size or numbers of values; and anything
     that is not a mapping.
     """
+    return _read(path, what)[0]
+
+
+def read_items(path: str | PathLike[str], what: str) -> Iterable[tuple[Any, Any]]:
+    """Read a mapping as :func:`read_yaml` does, and return PyYAML's nodes of its items."""
+    items: Iterable[tuple[Any, Any]] = _read(path, what)[1].value
+    return items
+
+
+def _read(path: str | PathLike[str], what: str) -> tuple[Mapping[Any, Any], Any]:
     import yaml
 
     place = Path(path)
@@ -53,7 +63,7 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         got = "nothing" if content is None else type(content).__name__
         raise InvalidInputError(f"{path}: expected {what}, got {got}")
-    return content
+    return content, node
 
 
 def _first_unwanted(events: Iterable[Any]) -> str | None:

@@ -46,59 +46,42 @@ class Combine(StrEnum):
     """Determined when exposures are placed on the canvas."""
 
 
+_NAN = float("nan")
+
+
 @dataclass(frozen=True, slots=True)
 class MapInfo:
     """Description of a map; the first of its allowed stored dtypes is the default."""
 
     combine: Combine
-    dtypes: tuple[str, ...]
-    unit: str
     meaning: str
-    fill: float | int
+    unit: str = "1"
+    dtypes: tuple[str, ...] = ("float32",)
+    fill: float | int = _NAN
 
 
-_NAN = float("nan")
 _DECIDES, _FOLLOWS, _ADDS = Combine.DECIDES, Combine.FOLLOWS, Combine.ADDS
-_COMPUTED = Combine.COMPUTED
+_COMPUTED, _PLACED = Combine.COMPUTED, Combine.PLACED
+_FLOATS, _NUMBER = ("float32", "float64"), ("int32",)
 MAPS: Mapping[str, MapInfo] = {
-    MIP: MapInfo(_DECIDES, ("float32",), "1", "highest cross-correlation", _NAN),
-    "best_phi": MapInfo(
-        _FOLLOWS, ("float32",), "degree", "Euler angle phi (ZYZ) of the highest", _NAN
-    ),
-    "best_theta": MapInfo(
-        _FOLLOWS, ("float32",), "degree", "Euler angle theta (ZYZ) of the highest", _NAN
-    ),
-    "best_psi": MapInfo(
-        _FOLLOWS, ("float32",), "degree", "Euler angle psi (ZYZ) of the highest", _NAN
-    ),
-    "best_defocus": MapInfo(
-        _FOLLOWS, ("float32",), "angstrom", "relative defocus of the highest", _NAN
-    ),
-    PIXEL_SIZE: MapInfo(
-        _FOLLOWS, ("float32",), "angstrom", "pixel-size offset of the highest", _NAN
-    ),
+    MIP: MapInfo(_DECIDES, "highest cross-correlation"),
+    "best_phi": MapInfo(_FOLLOWS, "Euler angle phi (ZYZ) of the highest", "degree"),
+    "best_theta": MapInfo(_FOLLOWS, "Euler angle theta (ZYZ) of the highest", "degree"),
+    "best_psi": MapInfo(_FOLLOWS, "Euler angle psi (ZYZ) of the highest", "degree"),
+    "best_defocus": MapInfo(_FOLLOWS, "relative defocus of the highest", "angstrom"),
+    PIXEL_SIZE: MapInfo(_FOLLOWS, "pixel-size offset of the highest", "angstrom"),
     INDEX: MapInfo(
-        _DECIDES, ("int32",), "1", "index of the highest in the search space", NOT_SEARCHED
+        _DECIDES, "index of the highest in the search space", "1", _NUMBER, NOT_SEARCHED
     ),
-    SUM: MapInfo(_ADDS, ("float32", "float64"), "1", "sum over all cross-correlations", _NAN),
-    SQUARED_SUM: MapInfo(
-        _ADDS, ("float32", "float64"), "1", "sum of squared cross-correlations", _NAN
-    ),
-    COUNT: MapInfo(_ADDS, ("int64",), "1", "number of cross-correlations in the sums", 0),
-    BEST_PARTIAL: MapInfo(
-        _FOLLOWS, ("int32",), "1", "number of the partial that won", NOT_SEARCHED
-    ),
-    SCALED_MIP: MapInfo(_COMPUTED, ("float32",), "1", "z-score: (mip - mean) / std", _NAN),
-    MEAN: MapInfo(_COMPUTED, ("float32",), "1", "mean of all cross-correlations", _NAN),
-    STD: MapInfo(
-        _COMPUTED, ("float32",), "1", "standard deviation of all cross-correlations", _NAN
-    ),
+    SUM: MapInfo(_ADDS, "sum over all cross-correlations", "1", _FLOATS),
+    SQUARED_SUM: MapInfo(_ADDS, "sum of squared cross-correlations", "1", _FLOATS),
+    COUNT: MapInfo(_ADDS, "number of cross-correlations in the sums", "1", ("int64",), 0),
+    BEST_PARTIAL: MapInfo(_FOLLOWS, "number of the partial that won", "1", _NUMBER, NOT_SEARCHED),
+    SCALED_MIP: MapInfo(_COMPUTED, "z-score: (mip - mean) / std"),
+    MEAN: MapInfo(_COMPUTED, "mean of all cross-correlations"),
+    STD: MapInfo(_COMPUTED, "standard deviation of all cross-correlations"),
     SOURCE_EXPOSURE: MapInfo(
-        Combine.PLACED,
-        ("int32",),
-        "1",
-        "number of the exposure that all maps come from",
-        NOT_SEARCHED,
+        _PLACED, "number of the exposure that all maps come from", "1", _NUMBER, NOT_SEARCHED
     ),
 }
 

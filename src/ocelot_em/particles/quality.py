@@ -1,9 +1,10 @@
 """Warnings about unusual results: faulty devices, wrong counts, duplicate shares, seams."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 from ocelot_em.store.statistics_attributes import (
+    PartialStatistics,
     ShownStatistics,
     SourceStatistics,
     StatisticsAttributes,
@@ -128,11 +129,16 @@ def difference_in_std(one: ShownStatistics, other: ShownStatistics) -> float | N
     return (_or_zero(one.mean) - _or_zero(other.mean)) / other.std
 
 
+def expected_wins(partials: Sequence[PartialStatistics]) -> list[float]:
+    """Return the pixels that each partial would win by its share of the projections."""
+    projections = max(sum(partial.total_projections for partial in partials), 1)
+    won = sum(partial.won_pixels for partial in partials)
+    return [won * partial.total_projections / projections for partial in partials]
+
+
 def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
-    total = sum(partial.total_projections for partial in statistics.partials)
-    won = sum(partial.won_pixels for partial in statistics.partials)
-    for partial in statistics.partials:
-        expected = won * partial.total_projections / total if total else 0
+    partials = statistics.partials
+    for partial, expected in zip(partials, expected_wins(partials), strict=True):
         if expected < MIN_EXPECTED_WINS:
             continue
         if partial.won_pixels == 0:

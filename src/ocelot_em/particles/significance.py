@@ -162,7 +162,8 @@ class PValueModel:
         z_scores, z_rms, z_seen = _coarse_scores(z_histogram, joint.z_axis, "scaled_mip")
         product = float(mip_scores @ joint.counts @ z_scores) / joint.pixels
         correlation = product / (mip_rms * z_rms * mip_seen * z_seen)
-        return cls(mip_histogram, z_histogram, mip_rms, z_rms, _within(correlation))
+        correlation = min(max(correlation, -_HIGHEST_CORRELATION), _HIGHEST_CORRELATION)
+        return cls(mip_histogram, z_histogram, mip_rms, z_rms, correlation)
 
     def neg_log_p(self, mip: ArrayLike, z: ArrayLike) -> Float64:
         """Return -ln p of pixels; :data:`NEG_LOG_P_CUTOFF` or more is significant.
@@ -180,10 +181,6 @@ class PValueModel:
         quadrant = (math.pi / 2 + math.asin(self.correlation)) / (2 * math.pi)
         result[searched] = np.where((u > 0) & (v > 0), r_squared / 2 - math.log(quadrant), 0.0)
         return result
-
-
-def _within(correlation: float) -> float:
-    return min(max(correlation, -_HIGHEST_CORRELATION), _HIGHEST_CORRELATION)
 
 
 def _coarse_scores(histogram: Histogram1D, axis: Axis, name: str) -> tuple[Float64, float, float]:

@@ -21,6 +21,7 @@ from ocelot_em.particles.quality import (
     STD_RATIO,
     WIN_RATIO,
     difference_in_std,
+    expected_wins,
 )
 from ocelot_em.store.attributes import MergedExposure
 from ocelot_em.store.statistics_attributes import (
@@ -251,14 +252,12 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
     """Return the partials of all exposures, compared within each exposure."""
     found = []
     for exposure, own in _open_montage(store).statistics_of_exposures.items():
-        won = sum(partial.won_pixels for partial in own.partials)
-        projections = max(sum(partial.total_projections for partial in own.partials), 1)
         stds = [source.std for source in own.sources if source.std is not None]
         usual = float(np.median(stds)) if stds else 0.0
         several = len(own.partials) > 1
         # The sources of an exposure are its partials, because a montage is not merged again.
-        for partial, source in zip(own.partials, own.sources, strict=True):
-            expected = won * partial.total_projections / projections
+        each = zip(own.partials, own.sources, expected_wins(own.partials), strict=True)
+        for partial, source, expected in each:
             wins = partial.won_pixels / expected if several and expected else float("nan")
             std = or_nan(source.std) / usual if several and usual else float("nan")
             found.append(ComparedPartial(exposure, partial, source, expected, wins, std))

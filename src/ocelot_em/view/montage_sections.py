@@ -58,9 +58,6 @@ def montage_section(data: ReportData, coverage: Coverage) -> dict[str, object]:
     named = has_names(n_exposures)
     is_beside = named or is_wide
 
-    def draw_coverage(figure: Any) -> None:
-        plot_exposures(merged, figure.subplots())
-
     def draw_seams(figure: Any) -> None:
         if not n_compared:
             plot_seams(merged, figure.subplots())
