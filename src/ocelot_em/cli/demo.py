@@ -1,6 +1,7 @@
 """The demonstration: simulate a search, merge it, compare with the truth, plot and report."""
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +9,8 @@ from os import PathLike
 from pathlib import Path
 
 from ocelot_em.errors import OutputExistsError
-from ocelot_em.merge.lazy import open_merged
 from ocelot_em.merge.outcome import MergeReport
-from ocelot_em.model.maps import AnyArray
-from ocelot_em.model.regions import Region
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.run.api import Observer, merge
 from ocelot_em.testing.recovery import Recovery, compare_with_truth
@@ -53,20 +52,14 @@ def demo(
     )
     search = simulate(place, DEMO, n_threads=2)
     report = merge(search, place / "MERGED.zarr", observer=observer)
-    merged = open_merged(report.output)
-    valid = merged.attrs["valid_shape"]
-    cutoff = gaussian_cutoff(valid[0] * valid[1], merged.attrs["total_projections"])
-
-    def read(name: str, region: Region) -> AnyArray:
-        values: AnyArray = merged[name][region.slices].to_numpy()
-        return values
-
-    recovery = compare_with_truth(DEMO.truth, read, cutoff)
+    merged = MergedResult.open(report.output)
+    cutoff = gaussian_cutoff(math.prod(merged.valid_shape), merged.projections_per_pixel)
+    recovery = compare_with_truth(DEMO.truth, lambda name, r: merged.read(r, name), cutoff)
     picture = page = None
     if importlib.util.find_spec("matplotlib") is not None:
         from ocelot_em.view.report import save_overview, write_report
 
         picture = place / "zscore.png"
-        save_overview(report.output, picture, cutoff=cutoff, truth=DEMO.truth)
-        page = write_report(report.output, place / "report.html")
+        save_overview(merged, picture, cutoff=cutoff, truth=DEMO.truth)
+        page = write_report(merged, place / "report.html")
     return DemoResult(report, cutoff, recovery, picture, page)

@@ -18,10 +18,10 @@ from ocelot_em.cli.finding import (
     Finding,
     State,
     ahead_by,
-    count_of,
     named,
     scratch_folder,
 )
+from ocelot_em.model.text import count_text
 from ocelot_em.run.connect import RESPONSE_SECONDS, call_with_timeout, connect_client
 
 HOSTS_NAMED = 5
@@ -69,8 +69,8 @@ def _workers(address: str, threads: Mapping[str, int]) -> tuple[State, str]:
         return "problem", f"{address} has no workers; start some with 'dask worker {address}'"
     n_hosts = len({urlsplit(worker).hostname for worker in threads})
     return "ok", (
-        f"{address}: {count_of(len(threads), 'worker')} with "
-        f"{count_of(sum(threads.values()), 'thread')} on {count_of(n_hosts, 'host')}"
+        f"{address}: {count_text(len(threads), 'worker')} with "
+        f"{count_text(sum(threads.values()), 'thread')} on {count_text(n_hosts, 'host')}"
     )
 
 
@@ -178,7 +178,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
             folder,
             "problem",
             "use a folder that all machines share, under one name",
-            f"{count_of(n_answered, 'worker')} can read and write {place}",
+            f"{count_text(n_answered, 'worker')} can read and write {place}",
         ),
         (
             "workers' clocks",
@@ -203,5 +203,5 @@ def _told(troubles: _Troubles) -> str:
         hosts = list(dict.fromkeys(urlsplit(worker).hostname or worker for worker in workers))
         more = f" and {len(hosts) - HOSTS_NAMED} more" if len(hosts) > HOSTS_NAMED else ""
         named = ", ".join(hosts[:HOSTS_NAMED])
-        sentences.append(f"{trouble} ({count_of(len(workers), 'worker')} on {named}{more})")
+        sentences.append(f"{trouble} ({count_text(len(workers), 'worker')} on {named}{more})")
     return "; ".join(sentences)

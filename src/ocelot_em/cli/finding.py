@@ -49,11 +49,6 @@ def ahead_by(seconds: float) -> str:
     return f"{abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
 
 
-def count_of(n: int, what: str) -> str:
-    """Format a count with its noun."""
-    return f"{n:,} {what}{'s' * (n != 1)}"
-
-
 def size_of(nbytes: float) -> str:
     """Format a number of bytes in GB."""
     return f"{nbytes / 1e9:.1f} GB"

@@ -22,15 +22,12 @@ class Kernels(Protocol):
 
     def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
         """Return an empty accumulator."""
-        ...
 
     def reset(self, acc: Accumulator) -> None:
         """Reset an accumulator to the empty state, in place."""
-        ...
 
     def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
         """Fold one partial into the accumulator, in place."""
-        ...
 
     def fold_all(
         self,
@@ -41,7 +38,6 @@ class Kernels(Protocol):
         fresh: bool = False,
     ) -> FoldReport:
         """Fold partials into the accumulator, in place and in the given order."""
-        ...
 
     def finalise(
         self,
@@ -51,11 +47,9 @@ class Kernels(Protocol):
         out: Mapping[str, AnyArray] | None = None,
     ) -> dict[str, AnyArray]:
         """Compute the merged maps from an accumulator."""
-        ...
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
         """Make a partial idle where any of its maps is NaN."""
-        ...
 
 
 def load(name: str) -> Kernels:

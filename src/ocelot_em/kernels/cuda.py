@@ -74,14 +74,12 @@ class CudaKernels:
         self._tables: tuple[SearchSpace, tuple[AnyArray, ...]] | None = None
 
     def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
-        """Return an empty accumulator."""
         n = shape[0] * shape[1]
         acc = Accumulator.allocate(maps, lambda _, t: self._device.empty(n, t).reshape(shape))
         reset(acc)
         return acc
 
     def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-        """Fold one partial into the accumulator; see :meth:`fold_all`."""
         return self.fold_all(acc, (partial,), space)
 
     def fold_all(
@@ -92,7 +90,6 @@ class CudaKernels:
         *,
         fresh: bool = False,
     ) -> FoldReport:
-        """Fold partials into the accumulator, and wait for the report."""
         kept, n = np.zeros(1, _KEPT), acc.mip.size
         pose_type = _F4 if space is None else _I4
         addresses = [

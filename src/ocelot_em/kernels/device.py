@@ -30,7 +30,6 @@ class DeviceEvent(Protocol):
 
     def synchronize(self) -> None:
         """Wait until all earlier work in the stream is complete."""
-        ...
 
 
 class Device(Protocol):
@@ -38,30 +37,24 @@ class Device(Protocol):
 
     def empty(self, n: int, dtype: "str | np.dtype[Any]") -> AnyArray:
         """Allocate ``n`` values on the device."""
-        ...
 
     def pinned(self, nbytes: int) -> AnyArray:
         """Allocate page-locked host memory (uint8) for direct copies to and from the device."""
-        ...
 
     def copy_in(self, host: AnyArray, values: AnyArray) -> DeviceEvent:
         """Copy contiguous values to the device; ``host`` must not change before the event."""
-        ...
 
     def copy_out(self, values: AnyArray, host: AnyArray) -> DeviceEvent:
         """Copy contiguous values to the host; they are complete at the event."""
-        ...
 
     def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
         """Start a kernel of ``kernels/merge.cu`` with at least ``n_threads`` threads.
 
         Arguments are NumPy integers and floats, structures as one-record arrays, and device arrays.
         """
-        ...
 
     def address(self, values: AnyArray) -> int:
         """Return the device address of an array."""
-        ...
 
 
 def kernel_source() -> str:

@@ -3,6 +3,16 @@
 from math import isnan
 
 
+def count_text(n: int, what: str) -> str:
+    """Format a count with its noun.
+
+    >>> count_text(1, "worker"), count_text(1200, "process")
+    ('1 worker', '1,200 processes')
+    """
+    plural = "es" if what.endswith("s") else "s"
+    return f"{n:,} {what}{plural * (n != 1)}"
+
+
 def number_text(value: float | None, spec: str) -> str:
     """Format a number; a dash for None and NaN.
 

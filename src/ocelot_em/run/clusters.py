@@ -27,6 +27,7 @@ from ocelot_em.merge.memory_model import DeviceChoice, n_threads
 from ocelot_em.merge.merge import Executor
 from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.text import count_text
 from ocelot_em.run import slurm
 from ocelot_em.run.connect import connect_client
 from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
@@ -249,7 +250,7 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
         if options.device == "cuda":
             open_device()
         yield Cluster(
-            ThreadExecutor(threads), f"{_plural(threads, 'thread')} in this process", None
+            ThreadExecutor(threads), f"{count_text(threads, 'thread')} in this process", None
         )
     elif kind in ("local", "cuda"):
         with _local_cluster(options) as cluster:
@@ -328,11 +329,6 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
         )
 
 
-def _plural(n: int, what: str) -> str:
-    plural = "es" if what.endswith("s") else "s"
-    return f"{n} {what}{plural * (n != 1)}"
-
-
 @contextlib.contextmanager
 def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
@@ -374,7 +370,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             log.warning("no dashboard: it needs bokeh: pip install 'ocelot-em[viz]'")
         yield Cluster(
             _executor(client, options),
-            f"{_plural(workers, kind)} of {_plural(threads, 'thread')}",
+            f"{count_text(workers, kind)} of {count_text(threads, 'thread')}",
             _dashboard_of(client) if has_dashboard else None,
         )
 

@@ -76,7 +76,6 @@ class RunLog(Observer):
             self._file.write(line + "\n")
 
     def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
-        """Write the plan."""
         cost = ready.forecast
         self.event(
             "planned",
@@ -94,27 +93,21 @@ class RunLog(Observer):
         )
 
     def waiting(self, reason: str) -> None:
-        """Write why the merge is waiting."""
         self.event("waiting", reason=reason)
 
     def locked(self, stop: Callable[[], None]) -> None:  # noqa: ARG002
-        """Write that the output is locked."""
         self.event("locked")
 
     def started(self, cluster: Cluster) -> None:
-        """Write the description of the cluster."""
         self.event("started", cluster=cluster.description, dashboard=cluster.dashboard)
 
     def compiling(self) -> None:
-        """Write that the kernels are being compiled."""
         self.event("compiling")
 
     def compiled(self, seconds: float) -> None:
-        """Write the compilation time."""
         self.event("compiled", seconds=round(seconds, 3))
 
     def tile_ended(self, outcome: Outcome) -> None:
-        """Write the outcome of a tile."""
         tile = outcome.summary
         fields: dict[str, object] = {"error": outcome.error, "is_transient": outcome.is_transient}
         if tile is not None:
@@ -209,13 +202,11 @@ class RunFolder(Observer):
         self.ending()
 
     def started(self, cluster: Cluster) -> None:
-        """Start profiling the workers."""
         number = sum(1 for _ in self.path.glob("performance*.html")) + 1
         name = "performance.html" if number == 1 else f"performance-{number}.html"
         self._performance.enter_context(cluster.profiled(self.path / name))
 
     def ending(self) -> None:
-        """Write the performance report."""
         try:
             self._performance.close()
         except Exception as error:  # a lost cluster has none
