@@ -204,7 +204,8 @@ def test_pickles_are_not_run(tmp_path, protocol, key):
     start = member.index(b"\n") + 1
     npz = with_member(npz_bytes(maps | {key: array}), f"{key}.npy", member[:start] + pickled)
     (tmp_path / "a.npz").write_bytes(npz)
-    assert "never unpickled" in refusal_of(import_results, [tmp_path / "a.npz"], tmp_path / "R")
+    problem = "total_projections: missing" if key == "config" else "never unpickled"
+    assert problem in refusal_of(import_results, [tmp_path / "a.npz"], tmp_path / "R")
     with pytest.raises(InvalidInputError):
         read_search_space_file(tmp_path / "a.npz")
     content = tensors(maps) | {COUNT: 9, key: trap}
@@ -359,9 +360,9 @@ TENSOR += b"OrderedDict\n)RtR"
         (key_and(b"cbuiltins\nbytearray\nJ\0\0\0\x70\x85R"), "would run 'builtins.bytearray'"),
         (key_and(b"ctorch\nFloatTensor\nJ\0\0\0\x70\x85R"), "would run 'torch.FloatTensor'"),
         (key_and(b"ctorch\nFloatStorage\nJ\0\0\0\x70\x85R"), "would run 'torch.FloatStorage'"),
-        (b"\x80\x02}" + NESTED + b"K\x01s.", "expected keys that are text, got a tuple"),
+        (b"\x80\x02}" + NESTED + b"K\x01s.", "mip: missing"),
         (key_and(b"ccollections\nOrderedDict\n(" + NESTED + b"K\x01\x86\x85tR"), "would run"),
-        (key_and(b"Nr\xff\xff\xff\x7f"), "mip: expected a tensor or a number, got NoneType"),
+        (key_and(b"Nr\xff\xff\xff\x7f"), "mip: missing"),
         (key_and(TENSOR % b"K\0J\0\0\0\x70J\0\0\0\x70\x86K\0K\0\x86"), "expected a value for"),
         (key_and(TENSOR % b"K\x01K\x05K\x06\x86K\x06K\x01\x86"), "expected a value for each"),
         (key_and(TENSOR % b"K\0K\x05K\x06\x86J\xff\xff\xff\xffK\x01\x86"), "is damaged"),

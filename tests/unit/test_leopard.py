@@ -1,8 +1,12 @@
 """Importing result files: both kinds, both pose forms, and everything that must be refused."""
 
+import collections
 import contextlib
+import dataclasses
+import datetime
 import hashlib
 import io
+import resource
 import shutil
 import warnings
 import zipfile
@@ -285,15 +289,15 @@ def test_a_member_that_ends_early_or_late(tmp_path):
 def test_pickled_objects_are_refused_and_never_executed(tmp_path):
     trap, maps = Trap(tmp_path / "sprung"), explicit_maps()
     npz, pt, legacy = tmp_path / "a.npz", tmp_path / "b.pt", tmp_path / "c.pt"
-    save_npz(npz, maps, config=np.array([trap], dtype=object))
-    save_pt(pt, maps, config=trap)
+    save_npz(npz, maps | {MIP: np.array([trap], dtype=object)})
+    save_pt(pt, maps, mip=trap)
     tensors = {key: torch.from_numpy(values) for key, values in maps.items()}
     torch.save(tensors | {"trap": trap}, legacy, _use_new_zipfile_serialization=False)
     problems = refusal_of([npz, pt, legacy], tmp_path / "R")
     assert_mentions(
         problems,
-        f"{npz}: config.npy: holds Python objects, which are never unpickled",
-        f"{pt}: b/data.pkl: cannot be read without unpickling, which is never done: it would run",
+        f"{npz}: mip.npy: holds Python objects, which are never unpickled",
+        f"{pt}: mip: cannot be read without unpickling, which is never done: it would run",
         f"{legacy}: expected a .npz or .pt dictionary of arrays; save it again with torch 1.6",
     )
     assert not (tmp_path / "sprung").exists()
@@ -311,6 +315,89 @@ def test_other_keys_of_a_pt_file_are_ignored(tmp_path):
     notes = {"config": {"batch": [1, [2, 3]]}, "extra": torch.zeros(2, dtype=torch.bfloat16)}
     import_results([save_pt(tmp_path / "a.pt", explicit_maps(), **notes)], tmp_path / "R")
     assert check(tmp_path / "R") == []
+
+
+@dataclasses.dataclass
+class Settings:
+    """Unpickled by two instructions that maps do not have."""
+
+    place: Path
+
+
+FOREIGN = {
+    "config": {"device": torch.device("cpu"), ("a", 1): [np.float64(2)], "type": torch.float16},
+    "settings": Settings(Path("x")),
+    "started": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    "counts": collections.defaultdict(list, {"a": [1]}),
+    "tensor": torch.zeros(3, dtype=torch.uint16),
+    "none": None,
+    "mean": torch.device("cpu"),  # a map of a result, which nobody asks for here
+}
+
+
+def test_foreign_entries_beside_good_maps_are_ignored(tmp_path):
+    files = [
+        save_pt(tmp_path / "a.pt", explicit_maps(), best_partial=None, pixel_values=None, **FOREIGN)
+    ]
+    objects = {key: np.array(value, object) for key, value in FOREIGN.items() if key != "tensor"}
+    files.append(save_npz(tmp_path / "b.npz", explicit_maps(seed=1), **objects))
+    import_results(files, tmp_path / "R")
+    assert check(tmp_path / "R") == []
+    assert [p.total_projections for _, p in read_partials(open_objects(tmp_path / "R"))] == [9, 9]
+
+
+@pytest.mark.parametrize("kind", ["i4", "i8", "u2", ">i8"])
+def test_counts_of_numpy_are_read_as_numbers(tmp_path, kind):
+    """torch pickles them as calls of NumPy's functions."""
+    count = np.array([1234], kind)[0]
+    import_results([save_pt(tmp_path / "a.pt", explicit_maps(), count)], tmp_path / "R")
+    ((_, partial),) = read_partials(open_objects(tmp_path / "R"))
+    assert partial.total_projections == 1234
+
+
+@pytest.mark.parametrize("key", [COUNT, SUM, "best_pixel_size"])
+def test_foreign_entries_that_matter_are_named(tmp_path, key):
+    file = save_pt(tmp_path / "a.pt", explicit_maps(), **{key: torch.device("cpu")}, count=None)
+    (problem,) = (p for p in refusal_of([file], tmp_path / "R") if "unpickling" in p)
+    assert problem.startswith(f"{file}: {key}: cannot be read without unpickling")
+    assert "it would run 'torch.device'" in problem
+
+
+@pytest.mark.parametrize("kind", ["npz", "pt", "pt of another order"])
+def test_descriptors_do_not_grow_with_files_and_maps(tmp_path, kind):
+    files = []
+    for number in range(40):
+        maps = explicit_maps((8, 6), number)
+        file = tmp_path / f"gpu{number}.{kind[:3].strip()}"
+        if kind == "npz":
+            files.append(save_npz(file, maps | TABLE_ARRAYS))
+            continue
+        if kind == "pt of another order":
+            maps = {key: np.asfortranarray(values) for key, values in maps.items()}
+        files.append(save_pt(file, maps | TABLE_ARRAYS, torch.tensor(9)))
+    import_results(files[:1], tmp_path / "warm-up.zarr")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(list(Path("/proc/self/fd").iterdir())) + 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        import_results(files, tmp_path / "R.zarr")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(read_partials(open_objects(tmp_path / "R.zarr"))) == 40
+
+
+def test_a_file_that_is_replaced_while_it_is_checked(tmp_path):
+    path = save_npz(tmp_path / "a.npz", explicit_maps())
+    file = open_result_file(path)
+    assert file.small(COUNT) == 9
+    file.release()
+    assert file.small(COUNT) == 9
+    file.release()
+    path.unlink()
+    save_npz(path, explicit_maps(), 10)
+    with pytest.raises(InvalidInputError, match="was changed while it was checked"):
+        file.small(COUNT)
+    file.close()
 
 
 @pytest.mark.parametrize(

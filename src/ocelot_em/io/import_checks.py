@@ -91,6 +91,7 @@ def check_batch(
             try:
                 in_values += _value_problems(candidate, info, on_file)
                 candidate.sha256 = candidate.file.sha256()
+                candidate.file.release()
             except InvalidInputError as error:
                 unreadable += error.problems
         result.first_order, found, there = _against_existing(
@@ -133,6 +134,7 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
             file = open_result_file(path)
             stack.callback(file.close)
             candidates.append(Candidate(Path(path), name, file, file.info()))
+            file.release()
         except InvalidInputError as error:
             problems += error.problems
         problems += [f"{path}: {problem}" for problem in name_problems(name)]
@@ -203,7 +205,9 @@ def _one_number(candidate: Candidate, key: str) -> object:
     shape, dtype = candidate.arrays[key]
     if math.prod(shape) != 1 or dtype.kind not in "biufcO":
         raise ValueError(f"expected one integer, got {dtype} of shape {shape}")
-    return candidate.file.small(key)
+    found = candidate.file.small(key)
+    candidate.file.release()
+    return found
 
 
 def _search_space(
@@ -220,6 +224,7 @@ def _search_space(
             continue
         try:
             own = SearchSpace.from_tables(*(candidate.file.small(name) for name in TABLES))
+            candidate.file.release()
         except InvalidInputError as error:
             problems += placed(error, candidate.path)
             continue
@@ -291,6 +296,7 @@ def _is_there(candidate: Candidate, existing: Mapping[str, PartialAttributes]) -
     if found is None or found.state != "complete":
         return False
     candidate.sha256 = candidate.file.sha256()
+    candidate.file.release()
     return candidate.sha256 == found.provenance.input_sha256
 
 

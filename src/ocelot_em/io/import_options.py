@@ -45,7 +45,7 @@ def read_search_space_file(path: str | PathLike[str]) -> SearchSpace:
     129600
     """
     with closing(open_result_file(path)) as file:
-        missing = [name for name in TABLES if name not in file.info()]
+        missing = [name for name in TABLES if name not in file.info(TABLES)]
         if missing:
             raise InvalidInputError(f"{path}: {name}: missing" for name in missing)
         try:

@@ -8,11 +8,12 @@ every member that is read is verified.
 import hashlib
 import io
 import math
+import os
 import struct
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.lib import format as npy
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io import torch_pickle
-from ocelot_em.model.maps import MAPS, AnyArray
+from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.search_space import TABLES
 
 MAX_TABLE_NBYTES = 2**30
@@ -32,8 +33,8 @@ MAX_TABLE_NBYTES = 2**30
 Rows = Callable[[int, int], AnyArray]
 """Reader of rows ``y0:y1`` of a map."""
 
-_KEYS = {*MAPS, *TABLES}
-"""Keys that are read from a file; others are ignored."""
+KEYS = frozenset((MIP, INDEX, *POSES, SUM, SQUARED_SUM, COUNT, *TABLES))
+"""Keys of a partial result; a file may have any others."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Local header of a zip member: signature, lengths of the name and of the extra field."""
@@ -51,13 +52,14 @@ def open_result_file(path: str | PathLike[str]) -> "ResultFile":
         try:
             if not place.is_file():
                 raise InvalidInputError(f"{place}: expected a file, got nothing there")
-            file = stack.enter_context(_DigestedFile(place))
+            file = _DigestedFile(place)
+            stack.callback(file.close)
             if file.read(2) != b"PK":
                 raise InvalidInputError(
                     f"{place}: expected a .npz or .pt dictionary of arrays"
                     + "; save it again with torch 1.6 or later" * (place.suffix in (".pt", ".pth"))
                 )
-            archive = stack.enter_context(zipfile.ZipFile(file))
+            archive = stack.enter_context(zipfile.ZipFile(cast(Any, file)))
         except InvalidInputError:
             raise
         except Exception as error:  # zipfile's exceptions are undocumented
@@ -76,37 +78,64 @@ def open_result_file(path: str | PathLike[str]) -> "ResultFile":
     return opened
 
 
-class _DigestedFile(io.FileIO):
-    """A file whose SHA-256 is computed from what is read of it from front to back."""
+class _DigestedFile:
+    """A file whose SHA-256 is computed from what is read of it from front to back.
+
+    It is open only while it is read, so that any number of files can be checked together.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self._path = path
+        self._file: io.FileIO | None = None
+        self._identity: tuple[int, ...] = ()
+        self._at = 0
         self._sha256: Any = None
-        self._position = 0
+        self._digested = 0
 
     def start_digest(self) -> None:
         """Digest from now on what is read for the first time, and gaps that are skipped."""
         if self._sha256 is None:
             self._sha256 = hashlib.sha256()
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         start = self.tell()
         if self._sha256 is not None:
             self._digest_until(start)
-        data = super().read(size)
+        data = self._opened().read(size)
         end = start + len(data)
-        if self._sha256 is not None and start <= self._position < end:
-            self._sha256.update(memoryview(data)[self._position - start :])
-            self._position = end
+        if self._sha256 is not None and start <= self._digested < end:
+            self._sha256.update(memoryview(data)[self._digested - start :])
+            self._digested = end
         return data
 
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._opened().seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._opened().tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+            facts = os.fstat(self._file.fileno())
+            identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+            if self._identity and identity != self._identity:
+                raise InvalidInputError(f"{self._path}: was changed while it was checked")
+            self._identity = identity
+            self._file.seek(self._at)
+        return self._file
+
     def _digest_until(self, end: int) -> None:
-        here = self.tell()
-        self.seek(self._position)
-        while block := super().read(min(_BLOCK_NBYTES, max(end - self._position, 0))):
+        file = self._opened()
+        here = file.tell()
+        file.seek(self._digested)
+        while block := file.read(min(_BLOCK_NBYTES, max(end - self._digested, 0))):
             self._sha256.update(block)
-            self._position += len(block)
-        self.seek(here)
+            self._digested += len(block)
+        file.seek(here)
 
     def sha256(self) -> str:
         """Return the digest of the whole file, after reading what was not read yet."""
@@ -114,6 +143,13 @@ class _DigestedFile(io.FileIO):
         self._digest_until(self.seek(0, io.SEEK_END))
         digest: str = self._sha256.hexdigest()
         return digest
+
+    def close(self) -> None:
+        """Close the file until it is read again."""
+        if self._file is not None:
+            self._at = self._file.tell()
+            self._file.close()
+            self._file = None
 
 
 @contextmanager
@@ -127,6 +163,12 @@ def _refusing(path: Path, member: str) -> Iterator[None]:
         raise InvalidInputError(f"{path}: {member}: {error}") from error
 
 
+def _too_large(path: Path, key: str, nbytes: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path}: {key}: expected at most {MAX_TABLE_NBYTES} bytes, got {nbytes}"
+    )
+
+
 class ResultFile(ABC):
     """A dictionary of arrays in a zip archive, readable in bands of rows."""
 
@@ -137,8 +179,10 @@ class ResultFile(ABC):
         self._archive = archive
 
     @abstractmethod
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
-        """Return shape and dtype of every array."""
+    def info(
+        self, keys: Collection[str] = KEYS
+    ) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+        """Return shape and dtype of the arrays of these keys; others are not looked at."""
 
     @abstractmethod
     def small(self, key: str) -> AnyArray:
@@ -161,6 +205,10 @@ class ResultFile(ABC):
     def sha256(self) -> str:
         """Return the digest of the file's bytes, as hexadecimal digits."""
         return self._file.sha256()
+
+    def release(self) -> None:
+        """Free the file's descriptors until it is read again."""
+        self._file.close()
 
     def close(self) -> None:
         """Close the file."""
@@ -205,13 +253,15 @@ class ResultFile(ABC):
 
 
 class _NpzFile(ResultFile):
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+    def info(
+        self, keys: Collection[str] = KEYS
+    ) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
         found = {}
         for member in self._archive.namelist():
-            if member.endswith(".npy"):
+            key = member.removesuffix(".npy")
+            if key in keys and key != member:
                 with self._open(member) as stream:
-                    shape, dtype = self._header(stream, member)
-                found[member.removesuffix(".npy")] = (shape, dtype)
+                    found[key] = self._header(stream, member)
         return found
 
     def _member_of(self, key: str) -> str:
@@ -250,9 +300,7 @@ class _NpzFile(ResultFile):
             shape, dtype = self._header(stream, key)
             nbytes = math.prod(shape) * dtype.itemsize
             if nbytes > MAX_TABLE_NBYTES:
-                raise InvalidInputError(
-                    f"{self.path}: {key}: expected at most {MAX_TABLE_NBYTES} bytes, got {nbytes}"
-                )
+                raise _too_large(self.path, key, nbytes)
             data = self._exactly(stream, nbytes, key)
             self._end(stream, key)
             with _refusing(self.path, key):
@@ -284,6 +332,8 @@ class _TorchFile(ResultFile):
                 raise ValueError(f"expected at most {torch_pickle.MAX_NBYTES:,} bytes of it")
             pickle = self._member(pickles[0])
             content = torch_pickle.parse(pickle.tobytes())
+            if isinstance(content, torch_pickle.Foreign):
+                raise ValueError(content.refusal)
         if not isinstance(content, dict):
             raise InvalidInputError(
                 f"{path}: expected a dictionary of tensors, got {type(content).__name__}"
@@ -293,10 +343,12 @@ class _TorchFile(ResultFile):
         self._order = ">" if order in members and self._member(order).tobytes() == b"big" else "<"
         self._storages: dict[str, AnyArray] = {}
 
-    def info(self) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
+    def info(
+        self, keys: Collection[str] = KEYS
+    ) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
         found = {}
         for key in self._content:
-            if key not in _KEYS:
+            if key not in keys or self._content[key] is None:
                 continue
             value = self._value(key)
             if isinstance(value, torch_pickle.Tensor):
@@ -310,6 +362,8 @@ class _TorchFile(ResultFile):
         if isinstance(value, torch_pickle.Tensor):
             return value
         with _refusing(self.path, key):
+            if isinstance(value, torch_pickle.Foreign):
+                raise ValueError(value.refusal)
             if not isinstance(value, bool | int | float):
                 raise ValueError(f"expected a tensor or a number, got {type(value).__name__}")
             return np.asarray(value)
@@ -338,6 +392,13 @@ class _TorchFile(ResultFile):
         tensor = self._value(key)
         if not isinstance(tensor, torch_pickle.Tensor):
             return tensor
+        nbytes = math.prod(tensor.shape) * self._dtype(key, tensor.storage).itemsize
+        if nbytes > MAX_TABLE_NBYTES:
+            raise _too_large(self.path, key, nbytes)
+        return self._mapped(key, tensor).copy()  # which needs no descriptor
+
+    def _mapped(self, key: str, tensor: torch_pickle.Tensor) -> AnyArray:
+        """Return a tensor memory-mapped, after verifying the checksum of its storage."""
         dtype, member = self._dtype(key, tensor.storage), self._storage(tensor.storage)
         if member not in self._storages:
             self._storages[member] = self._member(member)
@@ -349,7 +410,7 @@ class _TorchFile(ResultFile):
         tensor = cast(torch_pickle.Tensor, self._content[key])
         dtype = self._dtype(key, tensor.storage)
         if tensor.strides != (tensor.shape[1], 1):
-            values = self.small(key)
+            values = self._mapped(key, tensor)
             return lambda y0, y1: values[y0:y1].astype(dtype.newbyteorder("="), copy=False)
         member = self._storage(tensor.storage)
         with _refusing(self.path, member):
@@ -386,6 +447,10 @@ class _TorchFile(ResultFile):
                 _, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
             start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
             return np.memmap(self.path, np.uint8, "r", start, (info.file_size,))
+
+    def release(self) -> None:
+        self._storages = {}
+        super().release()
 
     def close(self) -> None:
         self._content, self._storages = {}, {}

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+
 MAX_NBYTES = 2**20
 """Maximum size of a pickle; that of a dictionary with a hundred tensors has 20 kB."""
 
@@ -35,7 +37,10 @@ _ORDERED_DICT = "collections OrderedDict"
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _STORAGE = {f"torch {name}": name for name in STORAGE_DTYPES}
-_KNOWN = {_ORDERED_DICT, _TENSOR, _PARAMETER, *_STORAGE}
+_ENCODE = "_codecs encode"
+_DTYPE = "numpy dtype"
+_SCALARS = ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
+_SCALAR_TYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "b1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +62,31 @@ class Tensor:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """A function or a class that the pickle names."""
+@dataclass(frozen=True)
+class Foreign:
+    """Stands in for what only unpickling would make; ``name`` is the function that it would run."""
 
     name: str
+
+    @property
+    def refusal(self) -> str:
+        """Why it cannot be read."""
+        return (
+            "cannot be read without unpickling, which is never done: it would run "
+            f"{self.name.replace(' ', '.')!r}; save tensors and plain numbers"
+        )
+
+
+class _Name(Foreign):
+    """A function or a class that the pickle names."""
+
+
+@dataclass
+class _NumpyType:
+    """A NumPy type of numbers."""
+
+    code: str
+    order: str = "<"
 
 
 def parse(pickle: bytes) -> object:
@@ -115,16 +140,21 @@ class _Machine:
             _set_items(stack[-1], items)
         elif name in ("APPEND", "APPENDS"):
             values = [stack.pop()] if name == "APPEND" else self._to_mark()
-            _instance(stack[-1], list).extend(values)
+            if not isinstance(stack[-1], Foreign):
+                _instance(stack[-1], list).extend(values)
         elif name == "GLOBAL":
-            if argument not in _KNOWN:
-                raise ValueError(_never(argument))
             stack.append(_Name(argument))
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif name == "REDUCE":
-            arguments = _instance(stack.pop(), tuple)
-            stack.append(_made(_instance(stack.pop(), _Name).name, arguments))
+            arguments, function = _instance(stack.pop(), tuple), _instance(stack.pop(), Foreign)
+            is_known = isinstance(function, _Name)
+            stack.append(_made(function.name, arguments) if is_known else Foreign(function.name))
+        elif name == "NEWOBJ":
+            stack.pop()
+            stack.append(Foreign(_instance(stack.pop(), Foreign).name))
+        elif name == "BUILD":
+            _build(stack.pop(), stack[-1])
         elif name != "PROTO":
             raise ValueError(
                 f"cannot be read without unpickling, which is never done: it has an instruction "
@@ -155,20 +185,22 @@ def _instance(value: Any, kind: type) -> Any:
     return value
 
 
-def _never(name: str) -> str:
-    return (
-        "cannot be read without unpickling, which is never done: it would run "
-        f"{name.replace(' ', '.')!r}; save a dictionary of tensors"
-    )
-
-
 def _set_items(target: Any, items: Sequence[Any]) -> None:
+    if isinstance(target, Foreign):
+        return
     found = _instance(target, dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Hashing a nested tuple can take forever.
-        if not isinstance(key, str | int | float | None):
-            raise ValueError(f"expected keys that are text, got a {type(key).__name__}")
-        found[key] = value
+        if isinstance(key, str | int | float | None):
+            found[key] = value
+
+
+def _build(state: Any, target: Any) -> None:
+    """Set the state of an object, which matters for the byte order of a number only."""
+    if isinstance(target, _NumpyType):
+        target.order = {">": ">"}.get(_instance(state, tuple)[1], "<")
+    elif not isinstance(target, Foreign | dict):
+        raise ValueError(f"is damaged: a {type(target).__name__} with a state")
 
 
 def _count(value: Any) -> int:
@@ -178,22 +210,30 @@ def _count(value: Any) -> int:
     return cast("int", number)
 
 
-def _storage(identity: Any) -> Storage:
+def _storage(identity: Any) -> Storage | Foreign:
     kind_of_object, name, key, _device, n = _instance(identity, tuple)
     kind = _STORAGE.get(_instance(name, _Name).name)
-    if kind_of_object != "storage" or kind is None:
+    if kind_of_object != "storage":
         raise ValueError("is damaged: it refers to something that is no storage")
-    return Storage(kind, _instance(key, str), _count(n))
+    return Foreign(name.name) if kind is None else Storage(kind, _instance(key, str), _count(n))
 
 
 def _made(name: str, arguments: tuple[Any, ...]) -> object:
     """Return the result that a call would have."""
     if name == _ORDERED_DICT and not arguments:
         return {}
-    if name == _PARAMETER:
-        return _instance(arguments[0], Tensor)
-    if name != _TENSOR or len(arguments) != 6:  # a seventh is the user's metadata
-        raise ValueError(_never(name))
+    if name == _PARAMETER and arguments and isinstance(arguments[0], Tensor):
+        return arguments[0]
+    if name == _ENCODE and arguments[1:] == ("latin1",):
+        return _instance(arguments[0], str).encode("latin1")
+    if name == _DTYPE and arguments and arguments[0] in _SCALAR_TYPES:
+        return _NumpyType(arguments[0])
+    if name in _SCALARS and len(arguments) == 2 and isinstance(arguments[0], _NumpyType):
+        dtype = np.dtype(arguments[0].order + arguments[0].code)
+        return np.frombuffer(_instance(arguments[1], bytes), dtype, 1)[0].item()
+    # A seventh argument is the user's metadata.
+    if name != _TENSOR or len(arguments) != 6 or isinstance(arguments[0], Foreign):
+        return Foreign(name)
     storage, offset, shape, strides = arguments[:4]
     tensor = Tensor(
         _instance(storage, Storage),
