@@ -193,9 +193,6 @@ def _torch() -> Any:
     return torch
 
 
-# -- input checks ------------------------------------------------------------------------------
-
-
 def _check_inputs(
     inputs: Mapping[str, Any], count: object, out: tuple[str, Any] | None = None
 ) -> int:
@@ -231,9 +228,6 @@ def _check_inputs(
         found.look(part, in_memory.start_of(band, len(shape)))
     in_memory.refuse_bad_values([found], problems)
     return exact_count(count)
-
-
-# -- arrays and bands --------------------------------------------------------------------------
 
 
 def _unwrapped(value: Any) -> Any:

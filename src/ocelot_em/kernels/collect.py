@@ -189,9 +189,8 @@ def count_wins(numbers: Any, position: Any, wins: Any) -> None:
         n_valid = min(max(n_columns - x, 0), n)
         if y < n_rows and n_valid > 0:
             own = numbers[at : at + n_valid]
-            if (
-                wins.size <= _MAX_VECTORISED_PARTIALS
-            ):  # several vectorised passes are faster than one scalar pass
+            # Several vectorised passes are faster than one scalar pass.
+            if wins.size <= _MAX_VECTORISED_PARTIALS:
                 for number in range(wins.size):
                     wins[number] += _count_equal(own, np.int32(number))
             else:
