@@ -119,7 +119,9 @@ def import_finished(
             found = import_mrc_set(place, output, about, prefix=prefix, on_progress=on_progress)
         else:
             found = import_hdf5(place, output, about, on_progress=on_progress)
-    console.print(f"imported {place} as partial {found.name} into {output}", markup=False)
+    console.print(
+        f"imported {place} into {output}; its partial is named {found.name}", markup=False
+    )
     for note in found.notes:
         console.print(f"  - {note}", markup=False)
     return DONE

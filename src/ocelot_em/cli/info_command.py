@@ -162,7 +162,7 @@ def print_statistics(console: Console, merged: "MergedResult") -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    sources = Table("input", "mean", "spread of it", "standard deviation")
+    sources = Table("input", "mean", "spread of means", "standard deviation")
     for source in counted.sources:
         numbers = (source.mean, source.mean_spread, source.std)
         sources.add_row(source.name, *("-" if n is None else f"{n:.4g}" for n in numbers))
@@ -176,7 +176,7 @@ def print_shown(console: Console, merged: "MergedResult", counted: "StatisticsAt
     from ocelot_em.particles.quality import montage_warnings
 
     table = Table(
-        "exposure", "valid pixels", "shown", "of them in overlaps", "mean z there", "else"
+        "exposure", "valid pixels", "shown", "of them in overlaps", "mean z there", "elsewhere"
     )
     for column in table.columns[1:]:
         column.justify = "right"

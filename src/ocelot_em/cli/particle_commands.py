@@ -207,7 +207,10 @@ def report(
 def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     """Print the number of particles, the cutoff and the output path."""
     about = table.about
-    cutoff = "" if about is None else f", {about.method} cutoff {about.cutoff_text}"
+    cutoff = ""
+    if about is not None:
+        kind = "" if about.method == "cutoff" else f"{about.method} "
+        cutoff = f", {kind}cutoff {about.cutoff_text}"
     if about is not None and about.per is not None:
         cutoff += f" per {about.per}"
     open_console().print(f"{len(table)} particles{cutoff}: {output}", markup=False)
@@ -231,8 +234,9 @@ def view_map(picture: PathOrUrl, /, *, port: int = 0) -> int:
         console.print(f"open {shown.neuroglancer_url}", markup=False)
         if not shown.is_offline:
             console.print(
-                "neuroglancer itself comes from the network: pip install 'ocelot-em[view]' for one "
-                "that does not"
+                "the viewer is loaded from the network; to use it offline: "
+                "pip install 'ocelot-em[view]'",
+                markup=False,
             )
         console.print("Ctrl-C stops it")
         with contextlib.suppress(KeyboardInterrupt):

@@ -49,7 +49,7 @@ class MergeProgress(Observer):
         self._n_tiles = ready.forecast.n_tiles
         self._n_done = self._at_start = ready.forecast.n_done
         if self._n_done == self._n_tiles:
-            self.console.print("all tiles were done before; nothing is left to do")
+            self.console.print("all tiles are already done; nothing is left to do")
 
     def waiting(self, why: str) -> None:
         """Print why the merge is waiting."""

@@ -368,4 +368,7 @@ def provenance_section(data: ReportData) -> dict[str, object]:
 def _option_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        given = {name: one for name, one in value.items() if one not in (None, [], ())}
+        return ", ".join(f"{name} {one}" for name, one in given.items()) or "not given"
     return "not given" if value is None else str(value)

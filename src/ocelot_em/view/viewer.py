@@ -132,7 +132,7 @@ def _neuroglancer_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             f"{folder}: expected a folder with an OME-Zarr 0.5 image, got something else "
-            f"({type(error).__name__}: {error}); write_ome_zarr exports one from a merged result"
+            f"({type(error).__name__}: {error}); write one with ocelot export --to ome-zarr"
         ) from error
     return state
 
