@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import dask
 
-from ocelot_em.errors import MissingDependencyError, PlanError
+from ocelot_em.errors import InvalidInputError, MissingDependencyError, PlanError
 from ocelot_em.model.options import MergeOptions, SlurmJobs
 from ocelot_em.run.connect import close_without_clients, connect_client, keep_connected
 from ocelot_em.run.security import (
@@ -72,22 +72,61 @@ def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
     require_jobqueue()
     import dask_jobqueue  # noqa: F401  (it adds its own defaults to Dask's configuration)
 
-    def choose(name: str, default: Any, key: str = "") -> Any:
+    def choose(name: str, default: Any) -> Any:
         value = getattr(jobs, name)
         if value is None:
-            value = dask.config.get(f"jobqueue.slurm.{key or name}", None)
+            value = _configured(name.replace("_", "-"), name)
         return default if value is None else value
 
-    cores = int(choose("cores", DEFAULT_CORES))
+    cores = choose("cores", DEFAULT_CORES)
     return jobs.model_copy(
         update={
             "cores": cores,
-            "processes": int(choose("processes", 1)),
-            "memory": str(choose("memory", f"{cores * DEFAULT_MEMORY_OF_THREAD}B")),
+            "processes": choose("processes", 1),
+            "memory": choose("memory", f"{cores * DEFAULT_MEMORY_OF_THREAD}B"),
             "walltime": choose("walltime", None),
-            "log_directory": choose("log_directory", None, "log-directory"),
+            "log_directory": choose("log_directory", None),
         }
     )
+
+
+def _configured(key: str, name: str) -> Any:
+    """Return the value of a job option in Dask's configuration; None if there is none.
+
+    Raises
+    ------
+    PlanError
+        It cannot be used: YAML turns ``1:30:00`` without quotes into a number of seconds.
+    """
+    value = dask.config.get(f"jobqueue.slurm.{key}", None)
+    if value is None:
+        return None
+    place = f"Dask's configuration: jobqueue.slurm.{key}"
+    if name == "walltime":
+        try:
+            _seconds(value)
+        except (AttributeError, ValueError):
+            raise PlanError(
+                f"{place}: expected a text such as '01:30:00', in quotes, got {value!r}; or give "
+                "--slurm walltime=HH:MM:SS"
+            ) from None
+        return value
+    if name == "memory" and type(value) is int:
+        value = f"{value}B"
+    try:
+        return getattr(SlurmJobs.parse({name: value}), name)
+    except InvalidInputError as error:
+        problem = error.problems[0].partition(": ")[2]
+        raise PlanError(f"{place}: {problem}; or give --slurm {name}=VALUE") from None
+
+
+def _configured_list(key: str) -> list[str]:
+    value = dask.config.get(f"jobqueue.slurm.{key}", None) or []
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise PlanError(
+            f"Dask's configuration: jobqueue.slurm.{key}: expected a list of texts, got {value!r}"
+        )
+    return [*value]
 
 
 @contextlib.contextmanager
@@ -96,9 +135,9 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
     from dask_jobqueue import SLURMCluster
 
     jobs, n_jobs = with_defaults(options.slurm), options.workers or DEFAULT_JOBS
-    prologue = [*(dask.config.get("jobqueue.slurm.job-script-prologue", None) or [])]
+    prologue = _configured_list("job-script-prologue")
     prologue += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    arguments = [*(dask.config.get("jobqueue.slurm.worker-extra-args", None) or [])]
+    arguments = _configured_list("worker-extra-args")
     if jobs.walltime is not None and "--lifetime" not in arguments:
         left = max(_seconds(jobs.walltime) - WALLTIME_MARGIN_SECONDS, WALLTIME_MARGIN_SECONDS)
         arguments += ["--lifetime", f"{left}s", "--lifetime-stagger", f"{left // 20}s"]
@@ -177,7 +216,7 @@ def _adaptive() -> Any:
 def _seconds(walltime: str) -> int:
     days, _, rest = walltime.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    hours, minutes, seconds = (*parts, 0, 0)[:3] if len(parts) == 3 or days else (0, *parts)
+    hours, minutes, seconds = (*parts, 0, 0)[:3] if len(parts) == 3 or days else (0, *parts, 0)[:3]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

@@ -1,0 +1,61 @@
+"""Values in Dask's configuration that Ocelot-EM did not write and cannot use."""
+
+import dask
+import pytest
+import yaml
+
+from ocelot_em.errors import PlanError
+from ocelot_em.model.options import MergeOptions, SlurmJobs
+from ocelot_em.run import clusters, slurm
+
+pytest.importorskip("dask_jobqueue")
+
+
+def configured(text):
+    values = yaml.safe_load(text)
+    return dask.config.set({f"jobqueue.slurm.{key}": value for key, value in values.items()})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("walltime: 1:30:00", "walltime: expected a text such as '01:30:00', in quotes, got 5400"),
+        ("walltime: 1.5", "walltime: expected a text such as"),
+        ("walltime: soon", "walltime: expected a text such as"),
+        ("cores: many", "cores: expected a whole number, got 'many'"),
+        ("processes: 0", "processes: expected at least 1, got 0"),
+        ("memory: [1]", "memory: expected text, got"),
+        ("log-directory: 7", "log-directory: expected text, got 7"),
+    ],
+)
+def test_the_key_of_a_value_that_cannot_be_used_is_named(text, problem):
+    with configured(text), pytest.raises(PlanError) as error:
+        clusters.choose_device(MergeOptions(cluster="slurm"))
+    assert str(error.value).startswith(f"Dask's configuration: jobqueue.slurm.{problem}")
+
+
+def test_values_that_nobody_asks_for_are_ignored():
+    text = "{walltime: 5400, cores: many, processes: x, memory: [1], log-directory: 7}"
+    given = SlurmJobs(walltime="02:00:00", cores=2, processes=1, memory="3GB", log_directory="logs")
+    with configured(text):
+        assert slurm.with_defaults(given) == given
+        assert clusters.choose_device(MergeOptions(cluster="threads"))[0].kind == "cpu"
+
+
+def test_numbers_that_can_be_used():
+    with configured("{cores: '8', memory: 4000000000, walltime: '90'}"):
+        jobs = slurm.with_defaults(SlurmJobs())
+    assert (jobs.cores, jobs.memory, jobs.walltime) == (8, "4000000000B", "90")
+    assert slurm._seconds("90") == 5400
+    assert slurm._seconds("1-12") == 36 * 3600
+
+
+@pytest.mark.parametrize("key", ["job-script-prologue", "worker-extra-args"])
+def test_a_text_in_place_of_a_list_is_not_taken_letter_by_letter(key):
+    options = MergeOptions(cluster="slurm")
+    with (
+        configured(f"{key}: --nanny"),
+        pytest.raises(PlanError, match=f"{key}: expected a list of texts, got '--nanny'"),
+        slurm.slurm_cluster(options, {}),
+    ):
+        pass
