@@ -3,6 +3,7 @@
 It imports little, so that its help is there at once.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -109,10 +110,19 @@ def _joined(words: Sequence[str]) -> list[str]:
     return [re.sub("^--slurm=", "--slurm.", word) for word in joined]
 
 
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+_MORE_THREADS = "raise 'ulimit -u' and 'ulimit -v', or set OPENBLAS_NUM_THREADS=1 and fewer threads"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     from ocelot_em.cli.streams import secure_streams
 
+    # Nothing here uses the threads of BLAS. OpenBLAS starts one per core when NumPy is imported,
+    # and interrupts the process (SIGINT) where it may not.
+    for name in _BLAS_THREADS:
+        os.environ.setdefault(name, "1")
     secure_streams()
     sys.exit(run(arguments))
 
@@ -132,6 +142,25 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"ocelot: {error}", file=sys.stderr)
         codes = {TilesFailedError: FAILED, StoppedError: STOPPED}
         return next((code for kind, code in codes.items() if isinstance(error, kind)), REFUSED)
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if _lacks_threads(error):
+            print(f"ocelot: no more threads can be started; {_MORE_THREADS}", file=sys.stderr)
+            return REFUSED
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         print("ocelot: interrupted; the same command resumes the merge", file=sys.stderr)
         return INTERRUPTED
+
+
+def _lacks_threads(error: BaseException) -> bool:
+    """Return whether Python, a Rust library or OpenBLAS could not start a thread."""
+    if not isinstance(error, KeyboardInterrupt):
+        return re.search("can't (start new|spawn worker) thread", str(error)) is not None
+    innermost = error.__traceback__  # OpenBLAS interrupts the import of NumPy
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    code = innermost.tb_frame.f_code
+    folders = re.split(r"[/\\]", code.co_filename)
+    return code.co_name == "<module>" and ("numpy" in folders or "scipy" in folders)
