@@ -37,7 +37,7 @@ from ocelot_em import (
 )
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.result_file import open_result_file
-from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SUM
+from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM
 from ocelot_em.model.search_space import TABLES
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_partials
@@ -384,6 +384,41 @@ def test_descriptors_do_not_grow_with_files_and_maps(tmp_path, kind):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert len(read_partials(open_objects(tmp_path / "R.zarr"))) == 40
+
+
+@pytest.mark.parametrize("key", [MIP, SUM, SQUARED_SUM, "best_theta"])
+def test_infinite_values_are_refused_by_place(tmp_path, key):
+    maps = explicit_maps()
+    maps[key][2, 3] = np.inf
+    file = save_npz(tmp_path / "a.npz", maps)
+    problem = f"{key}: NaN or infinite at 1 pixel, first (2, 3)"
+    assert_mentions(refusal_of([file], tmp_path / "R"), problem)
+
+
+def test_an_infinite_pose_counts_only_where_something_was_searched(tmp_path):
+    maps = explicit_maps()
+    maps["best_theta"][2, 3] = np.inf
+    maps[MIP][2, 3] = -np.inf
+    import_results([save_npz(tmp_path / "a.npz", maps)], tmp_path / "R")
+
+
+def test_a_negative_squared_sum_is_refused_by_place(tmp_path):
+    maps = explicit_maps()
+    maps[SQUARED_SUM][4, 0] = -0.5
+    file = save_npz(tmp_path / "a.npz", maps)
+    problem = f"{SQUARED_SUM}: negative at 1 pixel, first (4, 0)"
+    assert_mentions(refusal_of([file], tmp_path / "R"), problem)
+
+
+def test_a_count_of_0_is_refused_if_something_was_searched(tmp_path):
+    maps = explicit_maps()
+    file = save_npz(tmp_path / "a.npz", maps, 0)
+    maps[MIP][:] = -np.inf
+    maps[SUM][:] = maps[SQUARED_SUM][:] = 0
+    idle = save_npz(tmp_path / "idle.npz", maps, 0)
+    problem = f"{file}: {COUNT}: 0, but {MIP} was searched, first at pixel (0, 0)"
+    assert_mentions(refusal_of([file, idle], tmp_path / "R"), problem)
+    import_results([idle], tmp_path / "R")
 
 
 def test_a_file_that_is_replaced_while_it_is_checked(tmp_path):

@@ -47,7 +47,7 @@ from ocelot_em.errors import (
     InvalidInputError,
     StoreNotFoundError,
 )
-from ocelot_em.model.maps import INDEX, MIP, PIXEL_SIZE, SUM
+from ocelot_em.model.maps import INDEX, MIP, PIXEL_SIZE, SQUARED_SUM, SUM
 from ocelot_em.store import partials, validation
 from ocelot_em.store import search as searches
 from ocelot_em.store import sources as sources_module
@@ -271,6 +271,30 @@ BAD_EXPLICIT = {
     ),
     "NaN": (lambda m: change(m, MIP, (2, 3), np.nan), f"{MIP}: NaN at 1 pixel, first (2, 3)"),
     "NaN pose": (lambda m: change(m, "best_psi", (4, 5), np.nan), "best_psi: NaN at 1 pixel"),
+    "infinite": (
+        lambda m: change(m, MIP, (2, 3), np.inf),
+        f"{MIP}: NaN or infinite at 1 pixel, first (2, 3)",
+    ),
+    "infinite pose": (
+        lambda m: change(m, "best_psi", (4, 5), np.inf),
+        "best_psi: NaN or infinite at 1 pixel, first (4, 5)",
+    ),
+    "infinite sum": (
+        lambda m: change(m, SUM, (0, 1), -np.inf),
+        f"{SUM}: NaN or infinite at 1 pixel, first (0, 1)",
+    ),
+    "infinite squared sum": (
+        lambda m: change(m, SQUARED_SUM, (0, 1), np.inf),
+        f"{SQUARED_SUM}: NaN or infinite at 1 pixel, first (0, 1)",
+    ),
+    "negative squared sum": (
+        lambda m: change(m, SQUARED_SUM, (3, 1), -1.0),
+        f"{SQUARED_SUM}: negative at 1 pixel, first (3, 1)",
+    ),
+    "masked": (
+        lambda m: m | {MIP: np.ma.masked_greater(change(m, MIP, (1, 2), 99.0)[MIP], 98)},
+        f"{MIP}: cannot become a NumPy array: expected no masked elements, got 1",
+    ),
 }
 BAD_INDEXED = {
     "an index beyond": (
@@ -291,6 +315,13 @@ BAD_INDEXED = {
         f"{INDEX}: expected dtype int32 or int64, got float32",
     ),
 }
+
+
+def test_a_masked_array_without_masked_elements_is_a_map(tmp_path):
+    maps = explicit_maps()
+    masked = {key: np.ma.masked_array(values) for key, values in maps.items()}
+    write_partial(tmp_path / "R", "gpu0", masked, total_projections=9)
+    assert_written(tmp_path / "R", "gpu0", maps)
 
 
 @pytest.mark.parametrize("bad", BAD_EXPLICIT)

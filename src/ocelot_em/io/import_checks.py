@@ -357,9 +357,10 @@ def _value_problems(candidate: Candidate, info: SearchInfo, on_fraction: OnFract
     Values that are valid where nothing was searched wait until all maps are read: there are few, or
     long runs, and each takes a bit.
     """
-    bad = BadValues(str(candidate.path), info.search_space)
+    bad = BadValues(str(candidate.path), info.search_space, candidate.count)
     bands = bands_of(cast("tuple[int, int]", candidate.shape))
     waiting: dict[Region, dict[str, AnyArray]] = {band.region: {} for band in bands}
+    infinite = set[tuple[Region, str]]()
     keys = info.maps.partial
     for number, (key, read) in enumerate(candidate.file.scan(keys)):
         for n, region in enumerate(waiting, 1):
@@ -368,11 +369,16 @@ def _value_problems(candidate: Candidate, info: SearchInfo, on_fraction: OnFract
                 marked = _valid_only_if_idle(key, values)
                 if marked.any():
                     waiting[region][key] = np.packbits(marked, axis=1)
+                    if key in POSES and np.isinf(values[marked]).any():
+                        infinite.add((region, key))
             if key not in info.maps.pose or key == INDEX:
                 bad.look({key: values}, (region.y0, region.x0))
             on_fraction((number + n / len(bands)) / len(keys))
     for region, marks in waiting.items():
         maps = {key: _stand_in(key, bits, region.shape) for key, bits in marks.items()}
+        for key in maps:
+            if (region, key) in infinite:
+                maps[key][np.isnan(maps[key])] = np.inf
         if maps.keys() - {MIP}:
             maps.setdefault(MIP, np.zeros(region.shape, np.float32))
             bad.look(maps, (region.y0, region.x0))
@@ -383,7 +389,7 @@ def _valid_only_if_idle(key: str, values: AnyArray) -> AnyArray:
     """Mark pixels without a pose; of ``mip``, those where nothing was searched."""
     if key == MIP:
         return ~(values > -np.inf)
-    marked: AnyArray = values == NOT_SEARCHED if key == INDEX else np.isnan(values)
+    marked: AnyArray = values == NOT_SEARCHED if key == INDEX else ~np.isfinite(values)
     return marked
 
 

@@ -39,7 +39,19 @@ def as_numpy(values: object) -> AnyArray:
 
     Values are a NumPy array, torch tensor or CuPy array (any device), or anything that
     :func:`numpy.asarray` accepts.
+
+    Raises
+    ------
+    ValueError
+        The values are a masked array with masked elements, whose values are undefined.
     """
+    if isinstance(values, np.ma.MaskedArray):
+        if n_masked := int(np.ma.getmaskarray(values).sum()):
+            raise ValueError(
+                f"expected no masked elements, got {n_masked}; fill them, for example those of mip "
+                "with -inf where nothing was searched"
+            )
+        return cast(AnyArray, values.data)
     kind = kind_of(values)
     if kind == NUMPY:
         return cast(AnyArray, values)
@@ -91,7 +103,9 @@ class HostRows:
 
     def __init__(self, values: Any) -> None:
         sliced = all(hasattr(values, name) for name in ("shape", "dtype", "__getitem__"))
-        self._values = values if sliced else as_numpy(values)
+        if not sliced or isinstance(values, np.ma.MaskedArray):
+            values = as_numpy(values)
+        self._values = values
         self.shape: tuple[int, ...] = tuple(self._values.shape)
         self.dtype = as_numpy(self._values[:0] if self.shape else self._values).dtype
 

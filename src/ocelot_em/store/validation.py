@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from ocelot_em.model.maps import INDEX, MAPS, MIP, NOT_SEARCHED, POSES, AnyArray
+from ocelot_em.model.maps import COUNT, INDEX, MAPS, MIP, NOT_SEARCHED, POSES, SQUARED_SUM, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
@@ -68,7 +68,7 @@ def layout_problems(
 def value_problems(
     maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
 ) -> list[str]:
-    """Problems with NaN and with indices, each with its first pixel; missing maps are ignored."""
+    """Problems with values, each with its first pixel; missing maps are ignored."""
     found = BadValues(place, info.search_space)
     own = {key: maps[key] for key in info.maps.partial if key in maps}
     found.look(own, (region.y0, region.x0))
@@ -78,8 +78,9 @@ def value_problems(
 class BadValues:
     """Values that no search produces, found in a result's maps part by part.
 
-    They are NaN, except in a pose where ``mip`` is -inf; indices outside the search space; and -1
-    where something was searched.
+    They are NaN and infinities, except in a pose where ``mip`` is -inf; negative sums of squares;
+    indices outside the search space; -1 where something was searched; and anything searched by a
+    result whose count is 0.
 
     Parameters
     ----------
@@ -87,13 +88,19 @@ class BadValues:
         Name of the result in messages; may be empty.
     space
         Search space of the indices; None: unknown tables, which may have any size.
+    count
+        Number of cross-correlations of the result; None: unknown.
     """
 
-    def __init__(self, place: str, space: SearchSpace | None = None) -> None:
+    def __init__(
+        self, place: str, space: SearchSpace | None = None, count: int | None = None
+    ) -> None:
         self._place = f"{place}: " if place else ""
         self._n_poses = space.n_poses if space is not None else None
         self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._names: dict[str, None] = {}
+        self._infinite: set[str] = set()
+        self._is_empty = count == 0
         self._outside: list[int] = []
 
     def look(self, maps: Mapping[str, AnyArray], origin: tuple[int, ...]) -> None:
@@ -107,15 +114,20 @@ class BadValues:
             Position of their first pixel; leading axes that the arrays lack are kept as they are.
         """
         searched = maps[MIP] > -np.inf if MIP in maps else None
+        if self._is_empty and searched is not None:
+            self._note(_UNCOUNTED, searched, origin)
         for key, values in maps.items():
             self._names[key] = None
             if key == INDEX:
                 self._look_at_index(values, searched, origin)
             elif values.dtype.kind == "f":
-                bad = np.isnan(values)
+                bad = ~(values < np.inf) if key == MIP else ~np.isfinite(values)
                 if key in POSES and searched is not None:
                     bad &= searched
-                self._note(key, bad, origin)
+                if self._note(key, bad, origin) and np.isinf(values[bad]).any():
+                    self._infinite.add(key)
+                if key == SQUARED_SUM:
+                    self._note(_NEGATIVE, (values < 0) & ~bad, origin)
 
     def _look_at_index(
         self, index: AnyArray, searched: AnyArray | None, origin: tuple[int, ...]
@@ -144,7 +156,7 @@ class BadValues:
     def problems(self) -> list[str]:
         """Describe all problems, map by map."""
         described = []
-        for what in (*self._names, _OUTSIDE, _MISSING):
+        for what in (*self._names, _NEGATIVE, _OUTSIDE, _MISSING, _UNCOUNTED):
             if what not in self._found:
                 continue
             count, first = self._found[what]
@@ -153,8 +165,13 @@ class BadValues:
                 problem = f"{INDEX}: -1 where {MIP} was searched {where}"
             elif what == _OUTSIDE:
                 problem = f"{INDEX}: {self._outside_text(where)}"
+            elif what == _NEGATIVE:
+                problem = f"{SQUARED_SUM}: negative {where}"
+            elif what == _UNCOUNTED:
+                problem = f"{COUNT}: 0, but {MIP} was searched, first at pixel {first}"
             else:
-                problem = f"{what}: NaN {where}"
+                kind = "NaN or infinite" if what in self._infinite else "NaN"
+                problem = f"{what}: {kind} {where}"
             described.append(self._place + problem)
         return described
 
@@ -170,8 +187,8 @@ class BadValues:
         )
 
 
-_OUTSIDE, _MISSING = "outside", "missing"
-"""Kinds of index problems; the other kinds are names of maps with NaN."""
+_OUTSIDE, _MISSING, _NEGATIVE, _UNCOUNTED = "outside", "missing", "negative", "uncounted"
+"""Kinds of problems; the other kinds are names of maps with NaN or infinite values."""
 
 
 def name_problems(name: str, what: str = "partial name") -> list[str]:
