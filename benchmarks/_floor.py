@@ -17,7 +17,7 @@ from ocelot_em.model.maps import COUNT, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps
+from ocelot_em.store.search import MapGroup
 
 FINISHED = "finished.zarr"
 """Name of the finished merge, beside the outputs."""
@@ -69,6 +69,6 @@ def attempt_copy(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcom
 @lru_cache(maxsize=2)
 def first_tile(store: str, names: tuple[str, ...], tile: tuple[int, int]) -> dict[str, AnyArray]:
     """Maps of the upper left tile of a merged result."""
-    maps = open_partial_maps(open_objects(store), "", "", names)
+    maps = MapGroup(open_objects(store)).open(names)
     region = Region(0, tile[0], 0, tile[1])
     return {name: chunked.read(region)[0] for name, chunked in maps.items()}

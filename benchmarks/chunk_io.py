@@ -26,7 +26,7 @@ from ocelot_em.model.maps import MAPS, MIP, AnyArray, PoseForm
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.store import arrays as store
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps
+from ocelot_em.store.search import MapGroup
 
 N_PARTIALS = 4
 
@@ -105,10 +105,10 @@ def compare_codecs(search: Path, repeats: int, folder: Path) -> None:
     """Encode and decode one chunk of every map of a merge."""
     merged = folder / "merged.zarr"
     ocelot_em.merge(search, merged)
-    names = sorted(path.parent.name for path in merged.glob("*/zarr.json"))
+    names = sorted({path.parent.name for path in merged.glob("*/zarr.json")} & {*MAPS})
     rows = []
     for name in [name for name in MAPS if name in names]:
-        chunked = open_partial_maps(open_objects(merged), "", "", (name,))[name]
+        chunked = MapGroup(open_objects(merged)).open((name,))[name]
         values, _ = chunked.read(Region(0, *chunked.grid.cell[:1], 0, *chunked.grid.cell[1:]))
         rows.append([f"`{name}`", *(cost(values, codec, repeats) for codec in CODECS.values())])
     side = values.shape[0]

@@ -33,7 +33,7 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants
+from ocelot_em.store import constants, groups
 from ocelot_em.store.constants import DEFAULT_CHUNK
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.creation import write_search_space
@@ -211,21 +211,24 @@ def repeated(
     taken = [partials[number % len(partials)] for number in range(n_partials)]
     margins = [n - n_valid for n, n_valid in zip(about.shape, about.valid_shape, strict=True)]
     changes = {
+        "format_version": 2,  # without manifests
         "shape": (side, side),
         "valid_shape": (side - margins[0], side - margins[1]),
         "total_projections": sum(attributes.total_projections for _, attributes in taken),
     }
-    store.create_group(large, "", fmt.dump_attributes(about.model_copy(update=changes)))
-    store.create_group(large, constants.PARTIALS, {})
+    groups.create_group(large, "", fmt.dump_attributes(about.model_copy(update=changes)))
+    groups.create_group(large, constants.PARTIALS, {})
     space = read_search_space(small, about.search_space_digest)
     if space is not None:
         write_search_space(large, space)
     for number, (name, attributes) in enumerate(taken):
-        own = attributes.model_copy(update={"id": uuid.uuid4().hex, "order": number})
+        changes = {"id": uuid.uuid4().hex, "order": number, "manifest": None}
+        own = attributes.model_copy(update=changes)
         path = partial_path(f"p{number}")
-        store.create_group(large, path, fmt.dump_attributes(own))
+        groups.create_group(large, path, fmt.dump_attributes(own))
         for source in (search / partial_path(name)).glob("*/zarr.json"):
-            _repeat_map(source.parent, large, f"{path}/{source.parent.name}", side, n_rows)
+            if source.parent.name in MAPS:
+                _repeat_map(source.parent, large, f"{path}/{source.parent.name}", side, n_rows)
     return place
 
 

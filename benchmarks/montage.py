@@ -23,8 +23,8 @@ from ocelot_em.merge.resume import prepare
 from ocelot_em.model.maps import PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.executors import ThreadExecutor
-from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store import groups
 from ocelot_em.store.creation import ensure_search
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import partial_path, read_attributes, read_partials, read_search_space
@@ -60,8 +60,11 @@ def montage_of(search: Path, n_rows: int, place: Path) -> Path:
             )
             # A link to the metadata would be written through.
             (place / path / "zarr.json").unlink()
-            own = attributes.model_copy(update={"id": uuid.uuid4().hex})
-            store.create_group(target, path, fmt.dump_attributes(own))
+            shutil.rmtree(place / path / "manifest", ignore_errors=True)
+            own = attributes.model_copy(update={"id": uuid.uuid4().hex, "manifest": None})
+            groups.create_group(target, path, fmt.dump_attributes(own))
+    root = read_attributes(target).model_copy(update={"format_version": 2})  # without manifests
+    groups.replace_attributes(target, "", fmt.dump_attributes(root))
     return place
 
 

@@ -236,12 +236,12 @@ class Marks(threading.Thread):
 
 
 def bytes_of(store: Path) -> dict[str, bytes]:
-    """Every chunk and every record of a result, as stored, but for what holds times."""
+    """Every chunk of a result's maps and statistics; records and manifests name the result."""
     return {
         str(path.relative_to(store)): path.read_bytes()
         for path in sorted(store.rglob("c/*"))
         for path in ([path] if path.is_file() else sorted(path.rglob("*")))
-        if path.is_file() and "tile_summary" not in path.parts
+        if path.is_file() and not {"progress", "manifest"} & {*path.parts}
     }
 
 

@@ -1,5 +1,7 @@
 """Small partial results, and looking at what a store has become."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +96,31 @@ def save_plain_npz(path, maps, count):
     """A result file as a device writes it; without a count if it is None."""
     np.savez(path, **maps, **({} if count is None else {"total_projections": np.int64(count)}))
     return path
+
+
+def unsealed(store):
+    """Turn a store into one of version 2, in which nothing covers metadata and places of chunks."""
+    for file in store.rglob("zarr.json"):
+        document = json.loads(file.read_text())
+        own = document.get("attributes", {}).get("ocelot")
+        if own is None:
+            continue
+        for key in ("seal", "manifest", "tables"):
+            own.pop(key, None)
+        if "format_version" in own:
+            own["format_version"] = 2
+        for exposure in own.get("plan", {}).get("exposures", []):
+            for source in exposure["sources"]:
+                source.pop("manifest", None)
+        file.write_text(json.dumps(document))
+    for folder in [*store.rglob("manifest"), *store.rglob("roster")]:
+        shutil.rmtree(folder)
+    return store
+
+
+def root_of(file):
+    """Return the store that a file of it belongs to."""
+    folder = file.parent
+    while (folder.parent / "zarr.json").exists():
+        folder = folder.parent
+    return folder

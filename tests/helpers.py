@@ -12,8 +12,8 @@ from hypothesis import settings
 
 from ocelot_em.model.maps import INDEX, POSES, AnyArray
 from ocelot_em.model.search_space import SearchSpace
-from ocelot_em.store.arrays import update_attributes
 from ocelot_em.store.attributes import dump_attributes
+from ocelot_em.store.groups import update_attributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import write_partial
 from ocelot_em.store.search import partial_path, read_partial_attributes

@@ -8,6 +8,7 @@ The tree, with the built-in exceptions from which they also derive::
     +-- StoreNotFoundError (FileNotFoundError)
     +-- FormatError (ValueError)
     +-- IncompleteError (ValueError)
+    +-- InputChangedError (RuntimeError)
     +-- ChunkError (ValueError)
     |   +-- MissingChunkError
     |   +-- CorruptChunkError
@@ -99,6 +100,10 @@ class FormatError(OcelotError, ValueError):
 
 class IncompleteError(OcelotError, ValueError):
     """A partial or a merged result was never finished by its writer."""
+
+
+class InputChangedError(OcelotError, RuntimeError):
+    """An input of a merge is no longer the one that was planned."""
 
 
 class ChunkError(OcelotError, ValueError):

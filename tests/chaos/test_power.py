@@ -35,7 +35,7 @@ from chaos_common import (
     wait_for,
 )
 from helpers import make_result, write_search
-from ocelot_em.store import arrays as store
+from ocelot_em.store import groups
 from ocelot_em.store.objects import open_objects
 
 pytestmark = pytest.mark.chaos
@@ -281,7 +281,7 @@ def test_metadata_that_is_replaced_is_never_lost(tmp_path, disk) -> None:
     for number in range(3):
         do("sync", "-f", disk.folder)
         before = (run / "zarr.json").read_bytes()
-        store.update_attributes(open_objects(run), "", {"of-another-program": number})
+        groups.update_attributes(open_objects(run), "", {"of-another-program": number})
 
         def is_replaced(there: Path, before: bytes = before) -> bool:
             return (there / "zarr.json").read_bytes() != before

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ocelot_em
+from builders import unsealed
 from helpers import (
     assert_same_maps,
     chunk_bytes,
@@ -290,6 +291,7 @@ def damage(search: Path, how: str) -> str:
         return r"RUN.zarr: partial 'p1': correlation_sum: chunk \(0, 0\).* is missing"
     values = np.full(SHAPE, 1, np.float32)
     values[40, 50] = np.nan
+    unsealed(search)
     store.write_chunk(open_objects(chunk.parent), chunk.name, values)
     return r"RUN.zarr: partial 'p1': correlation_sum: NaN at 1 pixel, first \(40, 50\)"
 
@@ -305,6 +307,7 @@ def test_damage_is_refused_with_its_place(search: Path, tmp_path: Path, how: str
 
 def test_a_failed_tile_is_named_and_the_others_finish(search: Path, tmp_path: Path) -> None:
     chunk = search / "partials/p2/mip/c/0/0"
+    unsealed(search)
     good = chunk.read_bytes()
     values = np.asarray(read_maps(search / "partials/p2")["mip"]).copy()
     values[5, 5] = np.nan
@@ -328,7 +331,7 @@ def test_masking_nan_drops_the_partial_and_its_count_there(
     values = results[1]["mip"].copy()
     bad = rng.random(SHAPE) < 0.1
     values[bad] = np.nan
-    folder = open_objects(tmp_path / "RUN.zarr/partials/p1/mip/c/0")
+    folder = open_objects(unsealed(tmp_path / "RUN.zarr") / "partials/p1/mip/c/0")
     store.write_chunk(folder, "0", values)
     merge(tmp_path / "RUN.zarr", tmp_path / "M.zarr", nan="mask", tile_size=32)
     without = [results[i] for i in (0, 2, 3)]
@@ -443,7 +446,7 @@ def test_the_output_says_what_it_is(search: Path, tmp_path: Path) -> None:
     merge(search, tmp_path / "OUT.zarr")
     attributes = json.loads((tmp_path / "OUT.zarr/zarr.json").read_text())["attributes"]["ocelot"]
     assert attributes["kind"] == "merged"
-    assert attributes["format_version"] == 2
+    assert attributes["format_version"] == 3
     assert attributes["total_projections"] == sum(COUNTS)
     assert attributes["valid_shape"] == list(SHAPE)
     assert attributes["state"] == "complete"
@@ -478,6 +481,7 @@ def test_stray_files_among_the_tile_records_are_ignored(search: Path, tmp_path: 
 def test_a_damaged_plan_is_named(search: Path, tmp_path: Path) -> None:
     output = tmp_path / "OUT.zarr"
     merge(search, output, tile_size=32)
+    unsealed(output)
     metadata = json.loads((output / "zarr.json").read_text())
     del metadata["attributes"]["ocelot"]["plan"]["tile"]
     (output / "zarr.json").write_text(json.dumps(metadata))

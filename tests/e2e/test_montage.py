@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ocelot_em
+from builders import unsealed
 from helpers import assert_same_maps, chunk_bytes, combinations, expensive, read_maps
 from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.errors import (
@@ -290,13 +291,13 @@ def test_an_exposure_that_cannot_be_opened_fails_its_own_tiles(tmp_path):
 
 
 def test_nan_can_be_masked_in_a_montage(tmp_path):
-    search = write_shots(tmp_path / "RUN.zarr", SHOTS[:2])
+    search = unsealed(write_shots(tmp_path / "RUN.zarr", SHOTS[:2]))
     late = SHOTS[0].results()[0]
     late["mip"][5, 6] = np.nan
     # A partial with NaN cannot be written, so that it is put there behind the writer's back.
-    from ocelot_em.store.search import open_partial_maps
+    from ocelot_em.store.search import MapGroup
 
-    maps = open_partial_maps(open_objects(search), "exposures/late/partials/gpu0", "gpu0", ("mip",))
+    maps = MapGroup(open_objects(search), "exposures/late/partials/gpu0", "gpu0").open(("mip",))
     maps["mip"].write(ocelot_em.Region.whole(SHOTS[0].shape), late["mip"])
     with pytest.raises(TilesFailedError, match=r"exposure 'late': partial 'gpu0': mip: NaN"):
         ocelot_em.merge(search, tmp_path / "OUT.zarr")
@@ -346,7 +347,8 @@ def test_exposures_without_partials_are_named(tmp_path):
     search = write_shots(tmp_path / "RUN.zarr", SHOTS[:2])
     import shutil
 
-    shutil.rmtree(search / "exposures/first/partials")
+    for folder in ("partials", "roster"):
+        shutil.rmtree(search / "exposures/first" / folder)
     with pytest.raises(IncompleteError, match="exposure 'first': has no partials yet"):
         ocelot_em.merge(search, tmp_path / "OUT.zarr")
 
@@ -408,6 +410,7 @@ def test_planning_many_exposures_reads_little_of_each(tmp_path, monkeypatch, n):
             (place / source.name / "zarr.json").write_bytes((source / "zarr.json").read_bytes())
         group["attributes"]["ocelot"]["id"] = f"{number:032x}"
         (place / "zarr.json").write_text(json.dumps(group))
+    unsealed(search)
     read = Counter()
 
     def count(name):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ocelot_em
+from builders import unsealed
 from conftest import SHARED
 from exact_ranks import from_maps
 from helpers import make_result, read_maps, write_search
@@ -130,7 +131,7 @@ def test_only_valid_pixels(tmp_path, rng):
 def test_masked_pixels_have_their_own_counts(tmp_path, rng):
     import zarr
 
-    search = write_search(tmp_path / "RUN.zarr", particles_of(rng), COUNTS)
+    search = unsealed(write_search(tmp_path / "RUN.zarr", particles_of(rng), COUNTS))
     zarr.open_array(search / "partials/p0/correlation_sum", mode="r+")[70:80] = np.nan
     ocelot_em.merge(search, tmp_path / "M.zarr", nan="mask", tile_size=32, threads=2)
     columns = find_peaks(tmp_path / "M.zarr", cutoff=7).columns

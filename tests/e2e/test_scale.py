@@ -19,6 +19,7 @@ from benchmarks.common import do_nothing, merge_alone, repeated, resident_nbytes
 from benchmarks.memory import Memory, measure
 
 import ocelot_em
+from builders import unsealed
 from helpers import assert_same_maps, combinations, make_result, read_maps, write_search
 from ocelot_em.errors import TilesFailedError
 from ocelot_em.merge.job import JobSpec
@@ -44,20 +45,26 @@ N_ROWS = 2
 MAX_NBYTES = 10**9
 
 
+def maps_of(search: Path) -> list[Path]:
+    """The metadata of the maps of all partials."""
+    found = search.glob(f"{PARTIALS}/*/*/zarr.json")
+    return [path for path in found if path.parent.name in MAPS]
+
+
 def rechunk(search: Path, place: Path, chunk: tuple[int, int]) -> Path:
     """A copy of a search whose maps have other chunks."""
     source, target = open_objects(search), open_objects(place)
     for key in source.sizes(""):
         if key.endswith("zarr.json") or key.startswith("search_space"):
             target.put(key, [source.get(key)])
-    for path in search.glob(f"{PARTIALS}/*/*/zarr.json"):
+    for path in maps_of(search):
         key, name = str(path.parent.relative_to(search)), path.parent.name
         old = store.open_map(source, key, key, MAPS[name].dtypes)
         store.create_map(target, key, name, old.shape, chunk, old.dtype.name)
         new = store.open_map(target, key, key, MAPS[name].dtypes)
         for cell in new.grid:
             new.write(cell.region, old.read(cell.region)[0])
-    return place
+    return unsealed(place)
 
 
 # Scheduling.
@@ -213,7 +220,7 @@ def test_a_canvas_of_a_million_times_a_million_pixels_is_planned(tmp_path, rng, 
     small = write_search(
         tmp_path / "S.zarr", [make_result(rng, shape, 10) for _ in range(4)], [10] * 4
     )
-    search = repeated(small, tmp_path / "EMPTY.zarr", side, n_partials=4, n_rows=0)
+    search = repeated(unsealed(small), tmp_path / "EMPTY.zarr", side, n_partials=4, n_rows=0)
     options = MergeOptions(threads=2)
     with counting_requests() as of_small:
         prepare([small], tmp_path / "OUT.zarr", options)  # imports
@@ -365,7 +372,7 @@ def chunks_needed(search, tiles):
     """How many tiles need each chunk of each map."""
     counts = Counter()
     objects = open_objects(search)
-    for path in search.glob(f"{PARTIALS}/*/*/zarr.json"):
+    for path in maps_of(search):
         key = str(path.parent.relative_to(search))
         chunked = store.open_map(objects, key, key, MAPS[path.parent.name].dtypes)
         for tile in tiles:

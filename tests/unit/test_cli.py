@@ -204,13 +204,13 @@ def test_merge_refuses_an_output_that_is_something_else(ocelot, run, tmp_path):
 def test_info_of_a_search_and_of_a_merge(ocelot, run, tmp_path):
     code, out, _ = ocelot("info", run)
     assert code == 0
-    assert re.search(r"^kind +search, format version 2$", out, re.MULTILINE)
+    assert re.search(r"^kind +search, format version 3$", out, re.MULTILINE)
     assert re.search(r"^shape +40 x 50 pixels$", out, re.MULTILINE)
     assert re.search(r"gpu2 .* complete .* 1,002", out)
     ocelot("merge", run, "--output", tmp_path / "M")
     code, out, _ = ocelot("info", tmp_path / "M")
     assert code == 0
-    assert re.search(r"^kind +merged, format version 2$", out, re.MULTILINE)
+    assert re.search(r"^kind +merged, format version 3$", out, re.MULTILINE)
     assert re.search(r"^tiles +1 of 1 done$", out, re.MULTILINE)
     assert "scaled_mip" in out
 

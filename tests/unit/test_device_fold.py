@@ -8,6 +8,7 @@ import pytest
 import zarr
 
 import ocelot_em
+from builders import unsealed
 from helpers import (
     assert_same_maps,
     chunk_bytes,
@@ -76,7 +77,7 @@ def test_a_device_gives_the_bytes_of_the_cpu(
 
 def spoil(search, partial, name, where):
     """Put NaN into a map of a finished partial."""
-    array = zarr.open_array(search / "partials" / partial / name, mode="r+")
+    array = zarr.open_array(unsealed(search) / "partials" / partial / name, mode="r+")
     array[where] = np.nan
 
 

@@ -12,7 +12,7 @@ from ocelot_em.store import constants
 
 PROVENANCE = fmt.Provenance(created="2026-01-01T00:00:00+00:00", versions={"ocelot-em": "0.1.0"})
 SEARCH = fmt.SearchAttributes(
-    format_version=2,
+    format_version=3,
     kind="search",
     shape=(50, 60),
     valid_shape=(40, 50),
@@ -110,7 +110,7 @@ def test_all_wrong_fields_come_in_one_message():
     assert all(field in str(refusal.value) for field in ("shape.0", "kind", "has_counts"))
 
 
-@pytest.mark.parametrize("version", [3, 0, "2", 1.5, None])
+@pytest.mark.parametrize("version", [4, 0, "2", 1.5, None])
 @pytest.mark.parametrize("model", [SEARCH, MERGED])
 def test_another_version_is_refused_and_named(model, version):
     attributes = fmt.dump_attributes(model)
@@ -120,8 +120,8 @@ def test_another_version_is_refused_and_named(model, version):
 
 
 def test_a_later_version_is_said_to_be_that_whatever_else_it_holds():
-    with pytest.raises(FormatError, match=r"expected format version 2, got 3.*or a newer"):
-        parse(SEARCH, {"ocelot": {"format_version": 3, "kind": "tilt series"}})
+    with pytest.raises(FormatError, match=r"expected format version 3, got 4.*or a newer"):
+        parse(SEARCH, {"ocelot": {"format_version": 4, "kind": "tilt series"}})
 
 
 @pytest.mark.parametrize(

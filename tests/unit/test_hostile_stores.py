@@ -27,6 +27,7 @@ from builders import (
     INDEXED,
     explicit_maps,
     indexed_maps,
+    unsealed,
     write_explicit_search,
     write_indexed_search,
 )
@@ -75,7 +76,10 @@ def write_montage(place):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """One valid store of each kind; who changes something puts it back."""
+    """One valid store of each kind, of version 2; who changes something puts it back.
+
+    What is refused here is refused by itself, not only because it was changed.
+    """
     place = tmp_path_factory.mktemp("stores")
     write_explicit_search(place / "explicit", SHAPE, 2)
     write_indexed_search(place / "indexed", SHAPE, 2)
@@ -83,6 +87,8 @@ def stores(tmp_path_factory):
     for kind in ("explicit", "indexed", "montage"):
         ocelot_em.merge(place / kind, place / f"{kind}_merged", tile_size=TILE)
     ocelot_em.merge(place / "indexed", place / "index_only_merged", tile_size=TILE, poses="index")
+    for kind in KINDS:
+        unsealed(place / kind)
     return place
 
 

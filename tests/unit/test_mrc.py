@@ -19,6 +19,7 @@ from builders import (
     indexed_maps,
     same_bits,
     snapshot,
+    unsealed,
     write_explicit_search,
     write_indexed_search,
 )
@@ -391,7 +392,8 @@ def test_pixels_without_a_count_cannot_become_a_partial(tmp_path):
     write_partial(tmp_path / "R", "p", explicit_maps(SHAPE), total_projections=10)
     broken = np.full((32, 32), 5, np.float32)
     broken[7, 8] = np.nan
-    write_chunk(open_objects(tmp_path / "R" / "partials" / "p" / "mip"), "c/0/0", broken)
+    run = unsealed(tmp_path / "R")
+    write_chunk(open_objects(run / "partials" / "p" / "mip"), "c/0/0", broken)
     merge(tmp_path / "R", tmp_path / "M", nan="mask")
     write_mrc_set(tmp_path / "M", tmp_path / "SET")
     with pytest.raises(InvalidDataError, match=r"cannot say that it is 0") as caught:

@@ -12,7 +12,7 @@ import pytest
 from jinja2 import UndefinedError
 
 import ocelot_em
-from builders import explicit_maps, idle_maps
+from builders import explicit_maps, idle_maps, unsealed
 from helpers import make_result, read_maps, write_search
 from ocelot_em import ImportOptions, import_results, write_partial
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
@@ -23,8 +23,9 @@ from ocelot_em.model.regions import Region
 from ocelot_em.model.text import nbytes_text, number_text, percent_text, seconds_text
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.store.arrays import update_attributes, write_chunk
+from ocelot_em.store.arrays import write_chunk
 from ocelot_em.store.attributes import dump_attributes
+from ocelot_em.store.groups import update_attributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.testing.simulation import Simulation, simulate
 from ocelot_em.view.figures import MAX_NAMED_ROWS
@@ -229,7 +230,8 @@ def test_nan_without_variance_and_unsearched(tmp_path, rng):
     maps["mip"][7, 7] = 50
     write_partial(tmp_path / "RUN.zarr", "p0", maps, total_projections=1000)
     maps["mip"][30, 2] = np.nan
-    write_chunk(open_objects(tmp_path / "RUN.zarr/partials/p0/mip/c/0"), "0", maps["mip"])
+    run = unsealed(tmp_path / "RUN.zarr")
+    write_chunk(open_objects(run / "partials/p0/mip/c/0"), "0", maps["mip"])
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr", nan="mask")
     page = drawn_report_of(tmp_path / "OUT.zarr", tmp_path)
     assert "without variance" in page.words

@@ -26,6 +26,7 @@ from ocelot_em.errors import (
 from ocelot_em.model.maps import COUNT, INDEX, MAPS, MIP
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store import arrays as store
+from ocelot_em.store import groups
 from ocelot_em.store.objects import open_objects
 
 NAMES = [MIP, INDEX, COUNT]
@@ -331,7 +332,7 @@ def test_metadata_that_is_no_metadata_is_a_format_error(tmp_path, content):
 def test_a_group_that_is_no_group_is_a_format_error(tmp_path, content):
     (tmp_path / "zarr.json").write_bytes(content)
     with pytest.raises(FormatError):
-        store.group_attributes(open_objects(tmp_path), "")
+        groups.group_attributes(open_objects(tmp_path), "")
 
 
 def test_a_missing_array_is_a_format_error_that_names_it(tmp_path):
@@ -341,10 +342,10 @@ def test_a_missing_array_is_a_format_error_that_names_it(tmp_path):
 
 def test_the_first_to_create_a_group_keeps_it(tmp_path):
     objects = open_objects(tmp_path)
-    assert store.create_group(objects, "g", {"who": "first"})
-    assert not store.create_group(objects, "g", {"who": "second"})
-    assert store.group_attributes(objects, "g") == {"who": "first"}
-    assert store.group_attributes(objects, "other") is None
+    assert groups.create_group(objects, "g", {"who": "first"})
+    assert not groups.create_group(objects, "g", {"who": "second"})
+    assert groups.group_attributes(objects, "g") == {"who": "first"}
+    assert groups.group_attributes(objects, "other") is None
 
 
 # Tables

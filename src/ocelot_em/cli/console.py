@@ -1,6 +1,6 @@
 """The console on which commands print."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,3 +27,12 @@ class PlainConsole(Console):
 def open_console() -> Console:
     """Return a console on standard output that neither highlights nor wraps."""
     return PlainConsole(highlight=False, soft_wrap=True)
+
+
+def missing_manifests_text(names: Sequence[str]) -> str:
+    """State which data have no manifest, and what to do about it."""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"without manifest: {shown}; format versions 1 and 2 had none, so that intact chunks in "
+        "wrong places would not be noticed; ocelot check --upgrade adds them"
+    )

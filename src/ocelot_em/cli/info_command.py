@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ocelot_em.cli.console import open_console
+from ocelot_em.cli.console import missing_manifests_text, open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
 from ocelot_em.cli.parameters import PathOrUrl
 
@@ -18,25 +18,33 @@ ROWS_SHOWN = 60
 """Maximum number of table rows; the rest is counted."""
 
 
-def check(stores: list[PathOrUrl], /) -> int:
+def check(stores: list[PathOrUrl], /, *, upgrade: bool = False) -> int:
     """Print everything that is wrong with stores.
 
     Parameters
     ----------
     stores
         Paths or URLs of searches and merged results.
+    upgrade
+        First give data of format versions 1 and 2 the manifests that later versions have; this
+        reads everything and writes metadata only.
     """
-    from ocelot_em.view.inspection import check
+    from ocelot_em.store.upgrade import upgrade as upgrade_store
+    from ocelot_em.view.inspection import examine
 
     console, found_any = open_console(), False
     for place in stores:
-        problems = check(place)
+        if upgrade:
+            console.print(f"{place}: {upgrade_store(place)} manifests written", markup=False)
+        problems, without_manifest = examine(place)
         found_any |= bool(problems)
         console.print(
             f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", markup=False
         )
         for problem in problems:
             console.print(f"  - {problem}", markup=False)
+        if without_manifest:
+            console.print(f"  {missing_manifests_text(without_manifest)}", markup=False)
     return FAILED if found_any else DONE
 
 
@@ -69,6 +77,8 @@ def info(store: PathOrUrl, /) -> int:
         ("stored", nbytes_text(info.stored_nbytes)),
         ("created", attributes.provenance.created),
     ]
+    if info.without_manifest:
+        rows.append(("manifests", missing_manifests_text(info.without_manifest)))
     if isinstance(attributes, MergedAttributes):
         rows.append(("state", attributes.state))
         rows.append(("tiles", f"{info.tiles_done} of {info.n_tiles} done"))

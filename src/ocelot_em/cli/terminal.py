@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ocelot_em.cli.console import missing_manifests_text
 from ocelot_em.errors import StoppedError
 from ocelot_em.merge.forecast import Forecast
 from ocelot_em.merge.memory_model import n_threads
@@ -175,6 +176,8 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
     )
     for label, value in rows:
         console.print(f"{label:10}  {value}", markup=False)
+    if names := [source.name for source in plan.sources if source.manifest is None]:
+        console.print(f"{'manifests':10}  {missing_manifests_text(names)}", markup=False)
 
 
 def _what(plan: MergePlan) -> list[tuple[str, str]]:

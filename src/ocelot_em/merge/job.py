@@ -1,15 +1,19 @@
 """The worker's view of a merge: the plan and all open inputs and outputs."""
 
+import hashlib
+import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from ocelot_em.errors import InvalidDataError, OcelotError, StoreNotFoundError
+import ocelot_em
+from ocelot_em.errors import InvalidDataError, OcelotError, PlanError, StoreNotFoundError
 from ocelot_em.kernels.device import open_device
 from ocelot_em.merge.device_fold import DeviceFold, DeviceMemory
 from ocelot_em.merge.fold import Fold, PieceReport
@@ -26,7 +30,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.lock import RunLease
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.sources import open_one, open_source_maps
 from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead
@@ -37,6 +41,16 @@ Group = tuple[int, int, int]
 
 MAX_OPEN_EXPOSURES = 64
 """Maximum number of exposures that a worker keeps open; others are reopened when needed."""
+
+
+@cache
+def code_version() -> str:
+    """Return the version of this package and a digest of its source files."""
+    package, digest = Path(ocelot_em.__file__).parent, hashlib.sha256()
+    for file in sorted(package.rglob("*")):
+        if file.suffix in (".py", ".cu"):
+            digest.update(file.read_bytes())
+    return f"{ocelot_em.__version__} ({digest.hexdigest()[:12]})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,8 @@ class JobSpec:
         Key and id of the run's lock; tasks stop when the lock is lost. Empty: no lock.
     partials_on_device
         Number of partials that a thread holds on the GPU at a time; 0 to merge on the CPU.
+    code
+        Version and digest of the driver's package.
     """
 
     output: str
@@ -60,6 +76,7 @@ class JobSpec:
     lock: str = ""
     holder: str = ""
     partials_on_device: int = 0
+    code: str = field(default_factory=lambda: code_version())
 
 
 class OpenExposure:
@@ -160,9 +177,7 @@ class Job:
         if partials_on_device:
             maps, sum_dtype = plan.maps_of_exposure, open_one(first, SUM).dtype.name
             self._device_memory = DeviceMemory(open_device(), maps, partials_on_device, sum_dtype)
-        self.written = (
-            {} if objects is None else open_partial_maps(objects, "", "", plan.maps.merged)
-        )
+        self.written = {} if objects is None else MapGroup(objects).open(plan.maps.merged)
         urls = {source.url for source in plan.sources}
         self._streams_in = max(open_objects(url).streams for url in urls)
         self._streams_out = 1 if objects is None else objects.streams
@@ -292,6 +307,11 @@ _opening = threading.Lock()
 
 @lru_cache(maxsize=1)
 def _open_job(spec: JobSpec) -> Job:
+    if spec.code != code_version():
+        raise PlanError(
+            f"worker on {socket.gethostname()}: expected ocelot-em {spec.code}, as the driver has, "
+            f"got {code_version()}; install the same version for the driver and all workers"
+        )
     objects = open_objects(spec.output)
     attributes = read_attributes(objects)
     if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != spec.run_id:

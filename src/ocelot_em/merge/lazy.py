@@ -27,8 +27,7 @@ from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.attributes import Contribution, MergedAttributes, SearchAttributes
 from ocelot_em.store.constants import DIMENSIONS, map_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps
-from ocelot_em.store.sources import open_sources
+from ocelot_em.store.sources import open_source_maps, open_sources
 
 
 def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr.Dataset:
@@ -78,7 +77,7 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
         )
     about, sources = by_id[exposure or ""]
     names = attributes.maps.partial
-    opened = [open_partial_maps(objects, s.path, s.name, names, about.shape) for s in sources]
+    opened = [open_source_maps(s, attributes.maps, about.shape) for s in sources]
     return xr.Dataset(
         {
             name: (

@@ -29,16 +29,12 @@ from ocelot_em.merge.outcome import (
     failure,
     unfinished,
 )
-from ocelot_em.merge.resume import PreparedMerge, create_output
-from ocelot_em.merge.stats import summary
+from ocelot_em.merge.resume import PreparedMerge, complete_output, create_output
 from ocelot_em.merge.tile import MemoryWriter, TileWriter, Writer
 from ocelot_em.merge.warm_up import CompileListener
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Tile
-from ocelot_em.store import arrays as store
-from ocelot_em.store import attributes as fmt
-from ocelot_em.store.creation import now
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.transfer import ReadAhead
@@ -110,11 +106,7 @@ def merge(
     if n_left := len(ready.missing) - tally.n_merged:
         raise unfinished(ready.output, (n_left, len(ready.plan.grid)), tally, lock)
     if attributes.state != "complete":
-        summary.finish(objects, ready.plan)
-        objects.tidy("")
-        objects.sync()  # data must be on disk before the output is marked complete
-        finished = attributes.model_copy(update={"state": "complete", "finished": now()})
-        store.update_attributes(objects, "", fmt.dump_attributes(finished))
+        complete_output(objects, ready, attributes, tally)
     return MergeReport(
         output=objects.url,
         n_tiles=len(ready.plan.grid),

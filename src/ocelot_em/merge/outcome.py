@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import overload
 
@@ -61,6 +61,10 @@ class TileSummary:
 SUMMARY_FIELDS = tuple(TileSummary.__dataclass_fields__)
 
 
+TileChecksums = NDArray[np.uint32]
+"""Checksums of the chunks of a tile, by map and by chunk, row by row; unused ones are 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Outcome of one tile: a summary, or the text of an error."""
@@ -73,6 +77,8 @@ class Outcome:
     """Whether a retry may succeed; False if the data are the cause."""
     where: str = ""
     """Host and process that merged the tile."""
+    checksums: TileChecksums | None = field(default=None, compare=False)
+    """Checksums of its chunks, for the manifest of the result."""
 
 
 OnOutcome = Callable[[Outcome], None]
@@ -83,10 +89,10 @@ class Tiles(Sequence[tuple[int, int]]):
     """Rows and columns of some tiles of a grid, kept as numbers that count row by row."""
 
     def __init__(self, n_columns: int, numbers: NDArray[np.int64]) -> None:
-        self._n_columns, self._numbers = n_columns, numbers
+        self._n_columns, self.numbers = n_columns, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     @overload
     def __getitem__(self, index: int) -> tuple[int, int]: ...
@@ -94,8 +100,8 @@ class Tiles(Sequence[tuple[int, int]]):
     def __getitem__(self, index: slice) -> "Tiles": ...
     def __getitem__(self, index: int | slice) -> "tuple[int, int] | Tiles":
         if isinstance(index, slice):
-            return Tiles(self._n_columns, self._numbers[index])
-        return divmod(int(self._numbers[index]), self._n_columns)
+            return Tiles(self._n_columns, self.numbers[index])
+        return divmod(int(self.numbers[index]), self._n_columns)
 
 
 class Tally:
@@ -108,6 +114,7 @@ class Tally:
         self.n_merged = 0
         self.failed: dict[tuple[int, int], Outcome] = {}
         self.has_given_up = False
+        self.checksums: dict[tuple[int, int], TileChecksums] = {}
 
     def count(self, outcome: Outcome) -> None:
         """Count a tile, which may have failed before."""
@@ -118,6 +125,8 @@ class Tally:
             log.error("tile (%d, %d): %s", *tile, outcome.error)
         else:
             self.failed.pop(tile, None)
+            if outcome.checksums is not None:
+                self.checksums[tile] = outcome.checksums
             self.totals = self.totals + outcome.summary
             self.n_merged += 1
             self._n_consecutive = 0

@@ -99,6 +99,9 @@ class MergePlan(fmt.Attributes):
         Rule that selects the exposure in an overlap.
     erode_px
         Width of the edge removed from all exposures.
+    identity
+        Identity of the output's tiles, which their records contain; it is kept when a montage is
+        extended. None for an output that an earlier version began.
     """
 
     exposures: Annotated[fmt.Several[PlannedExposure], Field(min_length=1)]
@@ -115,6 +118,7 @@ class MergePlan(fmt.Attributes):
     canvas_origin: tuple[fmt.CanvasPixel, fmt.CanvasPixel] = (0, 0)
     overlap: Overlap = "earliest"
     erode_px: int = 0
+    identity: str | None = None
 
     @property
     def is_montage(self) -> bool:
@@ -311,13 +315,24 @@ def _differences(
     differences = []
     for key in sorted(set(type(found).model_fields) - set(ignored)):
         old, new = getattr(found, key), getattr(wanted, key)
-        if old == new:
+        if _without_paths(old) == _without_paths(new):
             continue
         if key == "exposures":
             differences.append(_inputs(*([s for e in es for s in e.sources] for es in (old, new))))
         else:
             differences.append(f"{key}: the output has {old}, requested is {new}")
     return differences
+
+
+def _without_paths(value: object) -> object:
+    """Replace sources, which may have been moved, by all of them that tells what they are."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_paths, value))
+    if isinstance(value, Source):
+        return value.model_copy(update={"url": "", "name": value.name if value.path else ""})
+    if isinstance(value, PlannedExposure):
+        return value.model_copy(update={"sources": _without_paths(value.sources)})
+    return value
 
 
 def _inputs(old: Sequence[Source], new: Sequence[Source]) -> str:
@@ -331,7 +346,7 @@ def changed_tiles(found: MergePlan, wanted: MergePlan) -> list[Tile]:
     changed = {
         (tile.iy, tile.ix)
         for exposure in wanted.exposures
-        if known.get(exposure.id) != exposure
+        if _without_paths(known.get(exposure.id)) != _without_paths(exposure)
         for tile in wanted.grid.touching(exposure.on_canvas)
     }
     return [wanted.grid.at(iy, ix) for iy, ix in sorted(changed)]

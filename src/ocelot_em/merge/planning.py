@@ -13,7 +13,7 @@ from ocelot_em.model.regions import TileGrid
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.objects import normalise_url, open_objects
-from ocelot_em.store.sources import Source, open_sources
+from ocelot_em.store.sources import Source, names_of_partials, open_sources
 
 MAX_SOURCES = 2**15 - 1
 """Maximum number of sources of an exposure; winners are int16 while a tile is merged."""
@@ -42,10 +42,15 @@ def make_plan(
     problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
     if normalise_url(output) in urls:
         problems.append(f"{normalise_url(output)}: is also an input; choose another output")
+    if options.without:
+        names = set[str]().union(*(names_of_partials(open_objects(url)) for url in urls))
+        problems += [
+            f"without: no input has a partial {name!r}" for name in {*options.without} - names
+        ]
     if problems:
         raise InvalidInputError(problems)
 
-    opened = [open_sources(open_objects(url)) for url in urls]
+    opened = [open_sources(open_objects(url), options.without) for url in urls]
     first = opened[0][0]
     for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
         for key in fmt.SHARED_BY_PARTIALS:

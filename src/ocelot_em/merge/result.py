@@ -26,7 +26,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.search import open_result, read_attributes, read_search_space
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
 
 
@@ -130,8 +130,8 @@ class MergedResult:
     @cached_property
     def maps(self) -> dict[str, ChunkedMap]:
         """Stored maps by name."""
-        names, shape = self.attributes.maps.merged, self.attributes.shape
-        return open_partial_maps(self.objects, "", "", names, shape)
+        group = open_result(self.objects, self.attributes)
+        return group.open(self.attributes.maps.merged, self.attributes.shape)
 
     @property
     def decoded_names(self) -> tuple[str, ...]:
@@ -207,7 +207,8 @@ class MergedResult:
             raise IncompleteError(
                 f"{self.url}: it was merged without statistics, by an earlier version; merge again"
             )
-        return Summary(self.statistics, read_histograms(self.objects, STATISTICS))
+        histograms = read_histograms(self.objects, STATISTICS, self.statistics)
+        return Summary(self.statistics, histograms)
 
     @cached_property
     def statistics_of_exposures(self) -> dict[str, StatisticsAttributes]:
@@ -237,8 +238,9 @@ class MergedResult:
         """
         if not self.plan.is_montage:
             return self.summary
-        histograms = read_histograms(self.objects, statistics_path(exposure.number))
-        return Summary(self.statistics_of_exposures[exposure.id], histograms)
+        statistics = self.statistics_of_exposures[exposure.id]
+        path = statistics_path(exposure.number)
+        return Summary(statistics, read_histograms(self.objects, path, statistics))
 
     # -- records of tiles ----------------------------------------------------------------------
 

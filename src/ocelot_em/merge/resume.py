@@ -2,34 +2,40 @@
 
 import logging
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ocelot_em.errors import ChunkError, OutputExistsError, StoreNotFoundError
 from ocelot_em.merge.forecast import Forecast, forecast
+from ocelot_em.merge.marks import (
+    ResultChecksums,
+    create_marks,
+    done_mark_path,
+    done_tiles,
+    verified,
+)
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
-from ocelot_em.merge.outcome import SUMMARY_FIELDS, Tiles
+from ocelot_em.merge.outcome import Tally, TileChecksums, Tiles
 from ocelot_em.merge.plan import MergePlan, changed_tiles, plan_differences, read_plan, tile_size_of
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.stats import layout as layout_module
-from ocelot_em.merge.stats import records
+from ocelot_em.merge.stats import records, summary
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants
-from ocelot_em.store.contract import Objects, ReusedMemory
-from ocelot_em.store.creation import provenance, write_search_space
+from ocelot_em.store import constants, groups
+from ocelot_em.store.contract import Objects
+from ocelot_em.store.creation import now, provenance, write_search_space
 from ocelot_em.store.lock import FOLDER as LOCK_FOLDER
-from ocelot_em.store.lock import OutputLock
+from ocelot_em.store.manifest import ArrayManifest, Manifest, write_manifest
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps, read_attributes, read_search_space
+from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
+from ocelot_em.store.sources import check_unchanged
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,8 @@ class PreparedMerge:
         Tiles to merge again, because their exposures are new or have changed.
     overwrites
         Whether an existing output is replaced.
+    checksums
+        Checksums of the tiles that earlier runs have written, and that were verified.
     """
 
     plan: MergePlan
@@ -55,6 +63,7 @@ class PreparedMerge:
     missing: Tiles
     stale: Tiles
     overwrites: bool = False
+    checksums: Mapping[tuple[int, int], TileChecksums] = field(default_factory=dict)
 
 
 def prepare(
@@ -79,9 +88,11 @@ def prepare(
         # The tile size was chosen by the run that is resumed.
         options = options.model_copy(update={"tile_size": tile_size_of(earlier)})
     plan = make_plan(inputs, output, options, device)
+    plan = plan.model_copy(update={"identity": uuid.uuid4().hex})
     done = np.zeros(plan.grid.counts, np.bool_)
     stale = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None and earlier is not None:
+        plan = plan.model_copy(update={"identity": earlier.identity})
         if differences := plan_differences(earlier, plan):
             raise OutputExistsError(
                 f"{objects.url}: already exists, from another merge: {'; '.join(differences)}; "
@@ -104,13 +115,13 @@ def prepare(
     )
 
 
-def confirm(ready: PreparedMerge, lock: OutputLock) -> PreparedMerge:
+def confirm(ready: PreparedMerge) -> PreparedMerge:
     """Check the existing output again, now that this run holds the lock.
 
     Returns
     -------
     PreparedMerge
-        After a power loss, ``missing`` also has the tiles marked as done that are not on disk.
+        Tiles that are marked as done, but are not there as they were written, are now missing.
 
     Raises
     ------
@@ -123,25 +134,19 @@ def confirm(ready: PreparedMerge, lock: OutputLock) -> PreparedMerge:
         raise OutputExistsError(
             f"{objects.url}: changed by another run in the meantime; run the same command again"
         )
-    if existing is None or existing.state == "complete" or not lock.power_was_lost:
+    if existing is None:
         return ready
-    earlier = read_plan(existing, objects.url)
-    done = done_tiles(objects, earlier.grid)
-    torn = _torn_tiles(objects, earlier, Tiles(earlier.grid.counts[1], np.flatnonzero(done)))
-    for iy, ix in torn:
-        log.warning("tile (%d, %d) was lost in a power failure, and will be merged again", iy, ix)
-        objects.delete(done_mark_path(iy, ix))
-        done[iy, ix] = False
-    if torn:
-        missing = Tiles(done.shape[1], np.flatnonzero(~done))
-        n_done = done.size - len(missing)
-        ready = replace(ready, missing=missing, forecast=replace(ready.forecast, n_done=n_done))
-    return ready
-
-
-def done_mark_path(iy: int, ix: int) -> str:
-    """Return the path of a tile's done-mark."""
-    return f"{constants.TILE_SUMMARY}/c/{iy}/{ix}"
+    n_columns = ready.plan.grid.counts[1]
+    numbers = np.setdiff1d(np.arange(len(ready.plan.grid)), ready.missing.numbers)
+    done = Tiles(n_columns, numbers)
+    checksums = _verified_tiles(objects, read_plan(existing, objects.url), done)
+    damaged = [iy * n_columns + ix for iy, ix in done if (iy, ix) not in checksums]
+    if damaged:
+        missing = Tiles(n_columns, np.union1d(ready.missing.numbers, damaged))
+        prediction = replace(ready.forecast, n_done=len(ready.plan.grid) - len(missing))
+        stale = Tiles(n_columns, np.union1d(ready.stale.numbers, damaged))
+        ready = replace(ready, missing=missing, stale=stale, forecast=prediction)
+    return replace(ready, checksums=checksums)
 
 
 def create_output(
@@ -154,19 +159,22 @@ def create_output(
         if options.overwrite:
             objects.delete("", keep=LOCK_FOLDER)
         attributes = _attributes_of(ready, options)
-        if not store.create_group(objects, "", fmt.dump_attributes(attributes)):
+        if not groups.create_group(objects, "", fmt.dump_attributes(attributes)):
             raise OutputExistsError(f"{objects.url}: was just created by another run")
     elif ready.stale:
         # A reader, or a run resumed after a crash, must see an unfinished merge without done-marks
         # of stale tiles.
         unfinished = attributes.model_copy(update={"state": "writing", "finished": None})
-        store.update_attributes(objects, "", fmt.dump_attributes(unfinished))
+        groups.update_attributes(objects, "", fmt.dump_attributes(unfinished))
         for iy, ix in ready.stale:
             objects.delete(done_mark_path(iy, ix))
         attributes = _attributes_of(ready, options)
-        store.update_attributes(objects, "", fmt.dump_attributes(attributes))
+        groups.update_attributes(objects, "", fmt.dump_attributes(attributes))
     elif attributes.state == "complete":
         return attributes
+    elif read_plan(attributes, objects.url) != plan:  # the inputs were moved
+        attributes = attributes.model_copy(update={"plan": plan.model_dump(mode="json")})
+        groups.update_attributes(objects, "", fmt.dump_attributes(attributes))
     for name in plan.maps.merged:
         store.create_map(objects, name, name, plan.shape, plan.chunk)
     if plan.search_space_digest is not None:
@@ -174,20 +182,40 @@ def create_output(
         space = read_search_space(first, plan.search_space_digest)
         if space is not None:
             write_search_space(objects, space)
-    store.create_group(objects, constants.TILE_SUMMARY.partition("/")[0], {})
+    groups.create_group(objects, constants.TILE_SUMMARY.partition("/")[0], {})
     records.create_records(objects, plan)
-    n = len(SUMMARY_FIELDS)
-    summaries = store.ArrayLayout(
-        shape=(*plan.grid.counts, n),
-        chunk=(1, 1, n),
-        dtype="float64",
-        fill=float("nan"),
-        dimensions=("tile_y", "tile_x", "field"),
-        attributes={"fields": list(SUMMARY_FIELDS)},
-    )
-    store.create_array(objects, constants.TILE_SUMMARY, summaries)
+    create_marks(objects, plan)
     objects.sync()
     return attributes
+
+
+def complete_output(
+    objects: Objects, ready: PreparedMerge, attributes: fmt.MergedAttributes, tally: Tally
+) -> None:
+    """Write the statistics and the manifest of an output, and mark it as complete.
+
+    Raises
+    ------
+    InputChangedError
+        An input is no longer the one that was planned, so that tiles may be of different data.
+    """
+    plan = ready.plan
+    summary.finish(objects, plan)
+    checksums = ResultChecksums(plan)
+    for (iy, ix), own in {**ready.checksums, **tally.checksums}.items():
+        checksums.put(iy, ix, own)
+    arrays = {
+        name: ArrayManifest(store.create_map(objects, name, name, plan.shape, plan.chunk), table)
+        for name, table in checksums.maps.items()
+    }
+    deque(map_in_threads(check_unchanged, plan.sources), maxlen=0)
+    digest = write_manifest(objects, "", Manifest(attributes.id, arrays))
+    objects.tidy("")
+    objects.sync()  # data must be on disk before the output is marked complete
+    changes = {"format_version": constants.FORMAT_VERSION, "manifest": digest}
+    changes |= {"state": "complete", "finished": now()}
+    finished = attributes.model_copy(update=changes)
+    groups.replace_attributes(objects, "", fmt.dump_attributes(finished))
 
 
 def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAttributes:
@@ -237,35 +265,26 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
     return attributes
 
 
-def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
-    """Whether each tile is marked as done, by row and column; other files are ignored."""
-    done = np.zeros(grid.counts, np.bool_)
-    prefix = f"{constants.TILE_SUMMARY}/c/"
-    for key in objects.keys(prefix.rstrip("/")):
-        record = key.removeprefix(prefix).split("/")
-        if len(record) == 3 and all(part.isdecimal() for part in record):
-            with suppress(IndexError):
-                done[int(record[0]), int(record[1])] = True
-    return done
-
-
-def _torn_tiles(objects: Objects, plan: MergePlan, tiles: Tiles) -> list[tuple[int, int]]:
-    """Find the tiles that are marked as done but cannot be read."""
-    maps = open_partial_maps(objects, "", "", plan.maps.merged)
+def _verified_tiles(
+    objects: Objects, plan: MergePlan, tiles: Tiles
+) -> dict[tuple[int, int], TileChecksums]:
+    """Read all that is written of done tiles; return the checksums of those that are intact."""
+    if not len(tiles):
+        return {}
+    maps = MapGroup(objects).open(plan.maps.merged)
     layouts = [layout_module.Layout.of(plan, exposure) for exposure in plan.exposures]
 
-    def is_torn(where: tuple[int, int]) -> bool:
-        tile, memory = plan.grid.at(*where), ReusedMemory()
+    def verify(where: tuple[int, int]) -> TileChecksums | None:
+        tile = plan.grid.at(*where)
         try:
-            for chunked in maps.values():
-                for chunk in chunked.grid.touching(tile.region):
-                    chunked.fetch(chunk, memory)
+            checksums = verified(objects, plan, tile, maps)
             for piece in plan.pieces(tile):
                 layout = layouts[piece.exposure]
                 layout.check(objects, layout.number_of(*where))
-        except ChunkError:
-            return True
-        return False
+        except ChunkError as error:
+            log.warning("tile (%d, %d) is merged again: %s", *where, error)
+            return None
+        return checksums
 
-    found = map_in_threads(is_torn, tiles)
-    return [where for where, torn in zip(tiles, found, strict=True) if torn]
+    found = zip(tiles, map_in_threads(verify, tiles), strict=True)
+    return {where: checksums for where, checksums in found if checksums is not None}

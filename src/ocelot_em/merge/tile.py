@@ -9,14 +9,14 @@ import numpy as np
 
 from ocelot_em.merge.fold import PieceReport
 from ocelot_em.merge.job import Job
-from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, TileSummary, failure
+from ocelot_em.merge.marks import no_checksums, write_mark
+from ocelot_em.merge.outcome import Outcome, TileSummary, failure
 from ocelot_em.merge.plan import Piece
-from ocelot_em.merge.resume import done_mark_path
 from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
 from ocelot_em.model.maps import MAPS, AnyArray, Float64
-from ocelot_em.model.regions import Tile
-from ocelot_em.store import arrays as store
+from ocelot_em.model.regions import Tile, ceil_div
+from ocelot_em.store.manifest import checksum_of
 from ocelot_em.store.transfer import Meter, ReadAhead, WriteBehind
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class TileWriter(Writer):
         self._read, self._write = Meter(), Meter()
         self._fold_seconds = 0.0
         self._error: Exception | None = None
+        self._checksums = no_checksums(job.plan)
 
     def __enter__(self) -> "TileWriter":
         """Start the tile; an error within the context is kept for :meth:`finish`."""
@@ -89,7 +90,7 @@ class TileWriter(Writer):
         with self._storage.metered():
             target = self._job.written[name]
             for chunk, parts in target.encode(self._tile.region, values):
-                self._put(target.key(chunk), parts)
+                self._put_chunk(name, chunk, parts)
 
     def statistics(self, piece: Piece, report: PieceReport) -> None:
         """Encode the statistics of a piece and queue them for writing."""
@@ -111,7 +112,7 @@ class TileWriter(Writer):
         with self._storage.metered():
             for name, target in self._job.written.items():
                 for chunk in target.grid.touching(self._tile.region):
-                    self._put(target.key(chunk), self._job.blank_chunk(name))
+                    self._put_chunk(name, chunk, self._job.blank_chunk(name))
 
     def finish(self) -> Outcome:
         """Wait until everything is written, and mark the tile as done."""
@@ -132,11 +133,21 @@ class TileWriter(Writer):
                 decoded_nbytes=self._job.decoded_nbytes(tile),
                 written_nbytes=self._write.nbytes,
             )
-            self._mark_done(summary)
+            assert self._job.objects is not None
+            write_mark(self._job.objects, self._job.plan, tile, summary, self._checksums)
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
             return failure(tile.iy, tile.ix, self._error or error)
-        return Outcome(tile.iy, tile.ix, summary)
+        return Outcome(tile.iy, tile.ix, summary, checksums=self._checksums)
+
+    def _put_chunk(self, name: str, chunk: Tile, parts: Sequence[bytes]) -> None:
+        """Queue a chunk of a map for writing, and note its checksum."""
+        target, region = self._job.written[name], self._tile.region
+        height, width = target.grid.cell
+        row, column = chunk.iy - region.y0 // height, chunk.ix - region.x0 // width
+        number = row * ceil_div(region.shape[1], width) + column
+        self._checksums[self._job.plan.maps.merged.index(name), number] = checksum_of(parts)
+        self._put(target.key(chunk), parts)
 
     def _put(self, key: str, parts: Sequence[bytes]) -> None:
         assert self._job.objects is not None
@@ -146,11 +157,3 @@ class TileWriter(Writer):
         """Return the layout of a piece's exposure, and the record number of this tile."""
         layout = self._job.open(piece).layout
         return layout, layout.number_of(self._tile.iy, self._tile.ix)
-
-    def _mark_done(self, summary: TileSummary) -> None:
-        """Write the done-mark of the tile, after its last chunk."""
-        assert self._job.objects is not None
-        values = np.array([[[getattr(summary, name) for name in SUMMARY_FIELDS]]], np.float64)
-        store.write_chunk(
-            self._job.objects, f"{done_mark_path(self._tile.iy, self._tile.ix)}/0", values
-        )

@@ -152,6 +152,8 @@ class MergeOptions(Options):
     poses
         Output for indexed poses. ``decoded``: the pose maps in addition to the index. ``index``:
         only the index, which is decoded when read; the output is a quarter smaller.
+    without
+        Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures.
     overwrite
         Replace an existing merged result, finished or not.
     overlap
@@ -196,6 +198,7 @@ class MergeOptions(Options):
     rmm_pool_size: Annotated[Size | None, Shown(_TILES, "SIZE")] = None
     nan: Annotated[Literal["raise", "mask"], Shown(_RESULT)] = "raise"
     poses: Annotated[Literal["decoded", "index"], Shown(_RESULT)] = "decoded"
+    without: Annotated[tuple[str, ...], Shown(_RESULT, "NAME")] = ()
     overwrite: Annotated[bool, Shown(_RESULT)] = False
     overlap: Annotated[Overlap, Shown(_MONTAGES)] = "earliest"
     erode: Annotated[int, Field(ge=0, le=2**30), Shown(_MONTAGES, "PX")] = 0

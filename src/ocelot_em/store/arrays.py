@@ -6,10 +6,9 @@ chunks, cannot decode into given memory, and sends all threads through one event
 plain Zarr v3 that any reader opens.
 """
 
-import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -20,7 +19,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError, MissingChunkError
+from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.store.blosc import BloscChunk, encode, max_encoded_nbytes
@@ -33,7 +32,14 @@ from ocelot_em.store.constants import (
     shuffle_of,
 )
 from ocelot_em.store.contract import Objects, ReusedMemory
-from ocelot_em.store.metadata import ArrayInfo, BloscSettings, parse_array, parse_group
+from ocelot_em.store.groups import join
+from ocelot_em.store.manifest import (
+    ArrayManifest,
+    Checksums,
+    checksum_of,
+    metadata_digest,
+)
+from ocelot_em.store.metadata import BloscSettings, parse_array
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 
@@ -41,40 +47,6 @@ TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
 """Stored dtypes of arrays that are not maps."""
 
 _of_thread = threading.local()
-
-
-def create_group(objects: Objects, path: str, attributes: dict[str, Any]) -> bool:
-    """Create a group atomically unless it exists; return whether it was created."""
-    return objects.create(_join(path, "zarr.json"), _group_metadata(attributes))
-
-
-def group_attributes(objects: Objects, path: str) -> dict[str, Any] | None:
-    """Attributes of a group, or None if it does not exist.
-
-    Raises
-    ------
-    FormatError
-        The metadata is not that of a Zarr v3 group.
-    """
-    encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
-    return None if encoded is None else parse_group(encoded, _join(objects.url, path))
-
-
-def update_attributes(objects: Objects, path: str, attributes: dict[str, Any]) -> None:
-    """Set attributes of an existing group, keeping the others; the replacement is atomic."""
-    kept = group_attributes(objects, path) or {}
-    objects.put(_join(path, "zarr.json"), [_group_metadata({**kept, **attributes})])
-
-
-def _group_metadata(attributes: dict[str, Any]) -> bytes:
-    content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    encoded = json.dumps(content, indent=2).encode()
-    if len(encoded) > MAX_METADATA_NBYTES:
-        raise InvalidInputError(
-            f"metadata: expected at most {MAX_METADATA_NBYTES:,} bytes, which is all that is read, "
-            f"got {len(encoded):,}; merge some of the inputs first, then the results"
-        )
-    return encoded
 
 
 def write_table(
@@ -101,7 +73,8 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
         It is missing, too large, or cannot be decoded.
     """
     place = f"{objects.url}/{path}"
-    about = _read_array(objects, path, place, TABLE_DTYPES, max_chunk_nbytes=max_nbytes)
+    encoded = _metadata(objects, path, place)
+    about = parse_array(encoded, place, place, TABLE_DTYPES, None, max_nbytes)
     if (nbytes := math.prod(about.shape) * about.data_type.itemsize) > max_nbytes:
         raise FormatError(f"{place}: expected at most {max_nbytes} bytes, got {nbytes}")
     nbytes = math.prod(about.chunk) * about.data_type.itemsize
@@ -109,11 +82,11 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
     counts = [ceil_div(n, cell) for n, cell in zip(about.shape, about.chunk, strict=True)]
     for index in np.ndindex(*counts):
         key = "/".join([path, "c", *map(str, index)])
-        encoded = objects.get(key, max_encoded_nbytes(nbytes))
-        if encoded is None:
+        content = objects.get(key, max_encoded_nbytes(nbytes))
+        if content is None:
             raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
         try:
-            frame = BloscChunk(memoryview(encoded), nbytes)
+            frame = BloscChunk(memoryview(content), nbytes)
             if not any(index):  # allocate only after the first chunk proved readable
                 values = whole = np.empty(about.shape, about.data_type)
                 if about.chunk != about.shape:
@@ -135,8 +108,14 @@ def create_map(
     shape: tuple[int, int],
     chunk: tuple[int, int],
     dtype: str | None = None,
-) -> None:
-    """Create the array of a map, by default with its first allowed dtype, without chunks."""
+) -> str:
+    """Create the array of a map, by default with its first allowed dtype, without chunks.
+
+    Returns
+    -------
+    str
+        Digest of its metadata for the manifest.
+    """
     layout = ArrayLayout(
         shape,
         chunk,
@@ -146,7 +125,7 @@ def create_map(
         map_attributes(name),
         shuffle_of(name),
     )
-    create_array(objects, path, layout)
+    return create_array(objects, path, layout)
 
 
 @dataclass(frozen=True)
@@ -162,11 +141,16 @@ class ArrayLayout:
     shuffle: Literal["shuffle", "bitshuffle"] = "shuffle"
 
 
-def create_array(objects: Objects, path: str, layout: ArrayLayout) -> None:
+def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
     """Write the metadata of an array with this package's codecs; existing chunks are kept.
 
     This is one atomic, repeatable write; zarr would also create parent groups and reject existing
     arrays.
+
+    Returns
+    -------
+    str
+        Digest of the metadata for the manifest.
     """
     metadata: dict[str, Buffer] = {}
     blosc = BloscCodec(
@@ -188,7 +172,9 @@ def create_array(objects: Objects, path: str, layout: ArrayLayout) -> None:
         dimension_names=layout.dimensions,
         attributes=layout.attributes,
     )
-    objects.put(_join(path, "zarr.json"), [metadata["zarr.json"].to_bytes()])
+    encoded = metadata["zarr.json"].to_bytes()
+    objects.put(join(path, "zarr.json"), [encoded])
+    return metadata_digest(encoded)
 
 
 @dataclass(frozen=True)
@@ -211,6 +197,8 @@ class ChunkedMap:
         Value that pads chunks at the lower and right edges.
     codec
         Codec for writing chunks.
+    checksums
+        Checksums of the chunks from the manifest; None without one, as while they are written.
     """
 
     objects: Objects
@@ -220,6 +208,7 @@ class ChunkedMap:
     dtype: "np.dtype[Any]"
     fill: float | int
     codec: Blosc
+    checksums: Checksums | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -289,9 +278,12 @@ class ChunkedMap:
                 f"missing: expected an object {self.key(chunk)}; write the partial again"
             )
         try:
-            return BloscChunk(encoded, nbytes)
+            fetched = BloscChunk(encoded, nbytes)
+            if self.checksums is not None:
+                fetched.check_place(self.checksums[chunk.iy, chunk.ix])
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
+        return fetched
 
     def decode(self, frame: BloscChunk, chunk: Tile, region: Region, out: AnyArray) -> None:
         """Decode the part of a chunk inside a region.
@@ -340,7 +332,8 @@ class ChunkedMap:
         region
             Region made of whole chunks; a chunk is never written in parts.
         values
-            Array with the region's shape; cast to the map's dtype.
+            Array with the region's shape; cast to the map's dtype. The chunks' checksums are
+            entered in :attr:`checksums`, if there are any.
 
         Returns
         -------
@@ -351,6 +344,8 @@ class ChunkedMap:
         for chunk, parts in self.encode(region, values):
             self.objects.put(self.key(chunk), parts)
             nbytes += sum(map(len, parts))
+            if self.checksums is not None:
+                self.checksums[chunk.iy, chunk.ix] = checksum_of(parts)
         return nbytes
 
     def encode(self, region: Region, values: AnyArray) -> Iterator[tuple[Tile, list[bytes]]]:
@@ -413,7 +408,13 @@ def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) 
         raise CorruptChunkError(f"{place}: is corrupt: {error}; merge again") from error
 
 
-def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> ChunkedMap:
+def open_map(
+    objects: Objects,
+    path: str,
+    place: str,
+    dtypes: Iterable[str],
+    expected: ArrayManifest | None = None,
+) -> ChunkedMap:
     """Open a two-dimensional array and check that it follows the format.
 
     Parameters
@@ -422,14 +423,23 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
         Name of the array in error messages.
     dtypes
         Allowed stored dtypes.
+    expected
+        What the manifest states of the array, if there is one.
 
     Raises
     ------
     FormatError
-        The array is missing; or its dimensions, dtype, chunks, codecs or key encoding do not follow
-        ``docs/format.md``. All problems are listed.
+        The array is missing, or is not the one of the manifest; or its dimensions, dtype, chunks,
+        codecs or key encoding do not follow ``docs/format.md``. All problems are listed.
     """
-    about = _read_array(objects, path, place, tuple(dtypes), DIMENSIONS)
+    encoded = _metadata(objects, path, place)
+    if expected is not None and metadata_digest(encoded) != expected.metadata:
+        raise FormatError(
+            f"{place}: its metadata are not those of the manifest: {objects.url}/{path}/zarr.json "
+            "has changed since it was written; write or merge this again"
+        )
+    where = f"{objects.url}/{path}"
+    about = parse_array(encoded, where, place, tuple(dtypes), DIMENSIONS, MAX_CHUNK_NBYTES)
     (height, width), (chunk_height, chunk_width) = about.shape, about.chunk
     return ChunkedMap(
         objects=objects,
@@ -439,22 +449,15 @@ def open_map(objects: Objects, path: str, place: str, dtypes: Iterable[str]) -> 
         dtype=about.data_type,
         fill=about.fill_value,
         codec=_codec(about.codecs[1]["configuration"]),
+        checksums=None if expected is None else expected.checksums,
     )
 
 
-def _read_array(
-    objects: Objects,
-    path: str,
-    place: str,
-    dtypes: Sequence[str],
-    dimensions: tuple[str, ...] | None = None,
-    max_chunk_nbytes: int = MAX_CHUNK_NBYTES,
-) -> ArrayInfo:
-    encoded = objects.get(_join(path, "zarr.json"), MAX_METADATA_NBYTES)
+def _metadata(objects: Objects, path: str, place: str) -> bytes:
+    encoded = objects.get(join(path, "zarr.json"), MAX_METADATA_NBYTES)
     if encoded is None:
         raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
-    where = f"{objects.url}/{path}"
-    return parse_array(encoded, where, place, dtypes, dimensions, max_chunk_nbytes)
+    return encoded
 
 
 def _codec(settings: BloscSettings) -> Blosc:
@@ -476,7 +479,3 @@ def _memory_of_thread() -> ReusedMemory:
     if not hasattr(_of_thread, "memory"):
         _of_thread.memory = ReusedMemory()
     return cast(ReusedMemory, _of_thread.memory)
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

@@ -1,7 +1,7 @@
-"""The stored format, version 2: names and attributes. Pure; ``docs/format.md`` is normative.
+"""The stored format, version 3: names and attributes. Pure; ``docs/format.md`` is normative.
 
 Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
-reports every problem with its place. Stores of version 1 are converted to version 2 when read.
+reports every problem with its place. Stores of versions 1 and 2 are converted when read.
 """
 
 import json
@@ -28,6 +28,12 @@ from ocelot_em.store.metadata import problems_of
 PartialName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}$")]
 ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._\-]{0,127})?$")]
 """Empty for the only exposure of a search without named exposures."""
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 of a manifest."""
+
+Folder = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{1,32})?$")]
+"""Folder of a partial's arrays."""
 
 PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Shape = tuple[PixelCount, PixelCount]
@@ -85,7 +91,7 @@ def too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
 class _Result(Attributes):
     """Attributes that a search and a merged result share."""
 
-    format_version: Literal[2]
+    format_version: Literal[2, 3]
     pixel_size_angstrom: Angstrom | None
     pose_form: PoseForm
     has_pixel_size: bool
@@ -197,13 +203,23 @@ class NumberAttributes(Attributes):
 
 
 class PartialAttributes(Attributes):
-    """One partial; ``state`` becomes ``complete`` after its last chunk is written."""
+    """One partial; ``state`` becomes ``complete`` after its last chunk is written.
+
+    Parameters
+    ----------
+    folder
+        Folder of its arrays within its group, its writer's own; versions 1 and 2 had none.
+    manifest
+        Digest of the manifest of a complete partial; versions 1 and 2 had none.
+    """
 
     id: str
     order: int
     total_projections: Count
     state: Literal["writing", "complete"]
     provenance: Provenance
+    folder: Folder = ""
+    manifest: Digest | None = None
 
 
 class Contribution(Attributes):
@@ -281,6 +297,8 @@ class MergedAttributes(_Result):
         Exposures of a montage, by number; otherwise empty.
     canvas_origin
         Row and column, in the search, of the merged maps' first pixel.
+    manifest
+        Digest of the manifest of a complete result; None before, and in versions 1 and 2.
     """
 
     kind: Literal["merged"]
@@ -294,6 +312,7 @@ class MergedAttributes(_Result):
     plan: dict[str, Any]
     finished: str | None = None
     has_decoded_poses: bool = True
+    manifest: Digest | None = None
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
@@ -323,6 +342,9 @@ class MergedAttributes(_Result):
         return replace(super().maps, decoded=decoded, exposures=several)
 
 
+READ_VERSIONS = 2, FORMAT_VERSION
+"""Versions that are read; version 1 is converted to 2 first, whose stores lack only manifests."""
+
 _Model = TypeVar("_Model", bound=Attributes)
 
 
@@ -341,7 +363,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
         )
     content = upgraded(content)
     version = content.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in READ_VERSIONS or isinstance(version, bool):
         raise FormatError(
             f"{where}: expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}; "
             "read it with the version of ocelot-em that wrote it, or a newer one"

@@ -33,6 +33,11 @@ _STORED_RAW = 0x02
 """Flag of a frame with uncompressed values and no offset table."""
 
 
+def checksum(data: bytes) -> int:
+    """Return the CRC32C of some bytes."""
+    return int(google_crc32c.value(data))
+
+
 def encode(values: AnyArray, codec: Any) -> list[bytes]:
     """Encode C-contiguous values; return a chunk's object in parts: a frame and its CRC32C."""
     frame: bytes = codec.encode(values)
@@ -72,6 +77,8 @@ class BloscChunk:
         if google_crc32c.value(data) != _CRC_OF_DATA_WITH_ITS_CRC:
             raise ValueError("its CRC32C does not match its bytes")
         self._frame = encoded[:-4]
+        self.checksum = int.from_bytes(encoded[-4:], "little")
+        """CRC32C of the frame, as stored."""
         self.encoded_nbytes = len(encoded)
         self._kind = encoded[:4]
         *_, flags, _, decoded, block, size = _HEADER.unpack_from(encoded)
@@ -80,6 +87,19 @@ class BloscChunk:
         self._flags, self._block_nbytes = flags, block
         self.n_blocks = self._count_blocks(nbytes)
         """Number of blocks that can be decoded separately; 1 if only the whole chunk can."""
+
+    def check_place(self, checksum: int) -> None:
+        """Check that this is the chunk that a manifest states for its place.
+
+        Raises
+        ------
+        ValueError
+        """
+        if self.checksum != checksum:
+            raise ValueError(
+                f"expected the chunk with the CRC32C {checksum:08x} that was written here, got an "
+                f"intact one with {self.checksum:08x}, which belongs elsewhere"
+            )
 
     def _count_blocks(self, nbytes: int) -> int:
         block = self._block_nbytes

@@ -4,11 +4,15 @@ from typing import Final, Literal
 
 from ocelot_em.model.maps import INDEX, MAPS, MEAN, MIP, SCALED_MIP, SQUARED_SUM, STD, SUM
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
+
+FIRST_SEALED_VERSION: Final = 3
+"""First version whose attributes are sealed, and whose data have manifests."""
 
 
 ATTRIBUTE_KEY = "ocelot"
 PARTIALS = "partials"
+ROSTER = "roster"
 
 
 EXPOSURES = "exposures"

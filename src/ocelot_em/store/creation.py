@@ -13,13 +13,16 @@ from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants
+from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     exposure_path,
+    partial_names,
     partials_path,
     read_attributes,
     read_exposure,
+    read_exposures,
     read_partials,
 )
 from ocelot_em.store.search_info import SearchInfo
@@ -54,26 +57,39 @@ def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) ->
     wanted = search_attributes(shape, info)
     if problems := layout_differences(objects, shape, info):
         raise InvalidInputError(problems)
-    is_new = store.create_group(objects, "", fmt.dump_attributes(wanted))
+    is_new = groups.create_group(objects, "", fmt.dump_attributes(wanted))
     # Another process may have just created it with other properties.
     if not is_new and (problems := _search_differences(objects, wanted)):
         raise InvalidInputError(problems)
     if info.exposure is not None:
         _ensure_exposure(objects, info.exposure.attributes(shape, info))
-    store.create_group(objects, partials_path(info.exposure_id), {})
+    groups.create_group(objects, partials_path(info.exposure_id), {})
+    adopt_earlier_version(objects)
     # The tables are written in order: if the last one exists, all of them are complete.
     last = f"{constants.SEARCH_SPACE}/{TABLES[-1]}/c/0"
     if info.search_space is not None and objects.get(last) is None:
         write_search_space(objects, info.search_space)
 
 
+def adopt_earlier_version(objects: Objects) -> None:
+    """Turn a search of version 1 or 2 into one of version 3, whose earlier partials stay as are."""
+    root = read_attributes(objects)
+    if root.format_version == constants.FORMAT_VERSION or isinstance(root, fmt.MergedAttributes):
+        return
+    for exposure in read_exposures(objects, root):
+        for name in partial_names(objects, exposure.id):
+            register(objects, exposure.id, name, has_manifest=False)
+    changed = root.model_copy(update={"format_version": constants.FORMAT_VERSION})
+    groups.replace_attributes(objects, "", fmt.dump_attributes(changed))
+
+
 def _ensure_exposure(objects: Objects, wanted: fmt.ExposureAttributes) -> None:
     """Create an exposure with a unique number, unless it exists."""
-    store.create_group(objects, constants.EXPOSURES, {})
+    groups.create_group(objects, constants.EXPOSURES, {})
     path = exposure_path(wanted.id)
-    if store.group_attributes(objects, path) is None:
+    if groups.group_attributes(objects, path) is None:
         numbered = wanted.model_copy(update={"number": _claim_number(objects, wanted.id)})
-        if store.create_group(objects, path, fmt.dump_attributes(numbered)):
+        if groups.create_group(objects, path, fmt.dump_attributes(numbered)):
             return
     if problems := _exposure_differences(objects, wanted):
         raise InvalidInputError(problems)
@@ -84,14 +100,14 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,9}")
 
 def _claim_number(objects: Objects, exposure: str) -> int:
     """Claim the next number, unique across processes; a process that dies here leaves a gap."""
-    store.create_group(objects, constants.EXPOSURE_NUMBERS, {})
+    groups.create_group(objects, constants.EXPOSURE_NUMBERS, {})
     claim = fmt.dump_attributes(fmt.NumberAttributes(exposure=exposure))
     taken = (int(n) for n in objects.children(constants.EXPOSURE_NUMBERS) if _NUMBER.fullmatch(n))
     number = max(taken, default=-1) + 1
     if number > 2**31 - 2:
         place = f"{objects.url}/{constants.EXPOSURE_NUMBERS}"
         raise FormatError(f"{place}: expected a free number, got none")
-    while not store.create_group(objects, f"{constants.EXPOSURE_NUMBERS}/{number}", claim):
+    while not groups.create_group(objects, f"{constants.EXPOSURE_NUMBERS}/{number}", claim):
         number += 1
     return number
 
@@ -151,7 +167,7 @@ def layout_differences(objects: Objects, shape: tuple[int, int], info: SearchInf
 
 def _search_differences(objects: Objects, wanted: fmt.SearchAttributes) -> list[str]:
     """Differences between an existing search and the wanted one; empty if none exists."""
-    if store.group_attributes(objects, "") is None:
+    if groups.group_attributes(objects, "") is None:
         return []
     found = read_attributes(objects)
     if isinstance(found, fmt.MergedAttributes):
@@ -185,7 +201,7 @@ def _differences(
 
 def write_search_space(objects: Objects, space: SearchSpace) -> None:
     """Write the tables of a search space."""
-    store.create_group(objects, constants.SEARCH_SPACE, {})
+    groups.create_group(objects, constants.SEARCH_SPACE, {})
     dimensions = (("orientation", "angle"), ("defocus",), ("pixel_size",))
     for name, dims in zip(TABLES, dimensions, strict=True):
         store.write_table(objects, f"{constants.SEARCH_SPACE}/{name}", getattr(space, name), dims)
@@ -205,5 +221,5 @@ def refresh_total(objects: Objects, exposure: str) -> None:
             return
         owner = read_exposure(objects, exposure) if exposure else read_attributes(objects)
         changed = owner.model_copy(update={"total_projections": total})
-        store.update_attributes(objects, exposure_path(exposure), fmt.dump_attributes(changed))
+        groups.update_attributes(objects, exposure_path(exposure), fmt.dump_attributes(changed))
         written = total

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
@@ -9,17 +10,36 @@ from typing import Any, Self
 
 import numpy as np
 
-from ocelot_em.errors import IncompleteError, InvalidDataError, InvalidInputError
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+    InvalidDataError,
+    InvalidInputError,
+)
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
 from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants
+from ocelot_em.store import constants, groups
+from ocelot_em.store.contract import Objects
 from ocelot_em.store.creation import ensure_search, layout_differences, provenance, refresh_total
+from ocelot_em.store.manifest import (
+    MANIFEST,
+    ArrayManifest,
+    Manifest,
+    create_manifest,
+    find_manifest,
+    new_checksums,
+)
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps, partial_path, read_partial_attributes
+from ocelot_em.store.roster import register
+from ocelot_em.store.search import (
+    MapGroup,
+    partial_path,
+    read_partial_attributes,
+)
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import (
     BadValues,
@@ -178,6 +198,7 @@ class PartialWriter:
         self._provenance = provenance(inputs=(), options={})
         self._written: set[tuple[int, int]] = set()
         self._id = uuid.uuid4().hex
+        self._folder = ""
         self._order = order
         problems = []
         try:
@@ -202,17 +223,33 @@ class PartialWriter:
 
     def __enter__(self) -> Self:
         ensure_search(self._objects, self.shape, self._info)
-        path = self._path
+        objects, path = self._objects, self._path
+        register(objects, self._exposure_id, self.name)
         attributes = fmt.dump_attributes(self._attributes("writing"))
-        if not store.create_group(self._objects, path, attributes):
-            problems = self._taken_problems()
-            if problems:
+        if not groups.create_group(objects, path, attributes):
+            if problems := self._taken_problems():
                 raise InvalidInputError(problems)
-            store.update_attributes(self._objects, path, attributes)
-        for key in self._info.maps.partial:
-            dtype = self._info.stored_dtype(key)
-            store.create_map(self._objects, f"{path}/{key}", key, self.shape, self.chunk, dtype)
-        self._maps = open_partial_maps(self._objects, path, self.name, self._info.maps.partial)
+            # The other writer may still live: its late chunks must not mix with these.
+            self._folder = self._id[:12]
+            attributes = fmt.dump_attributes(self._attributes("writing"))
+            groups.replace_attributes(objects, path, attributes)
+            groups.create_group(objects, f"{path}/{self._folder}", {})
+        group = MapGroup(objects, path, self.name, self._folder)
+        self._metadata = {
+            key: store.create_map(
+                objects,
+                group.path_of(key),
+                key,
+                self.shape,
+                self.chunk,
+                self._info.stored_dtype(key),
+            )
+            for key in self._info.maps.partial
+        }
+        self._maps = {
+            key: replace(chunked, checksums=new_checksums(chunked.grid))
+            for key, chunked in group.open(self._info.maps.partial).items()
+        }
         return self
 
     def write(self, region: Region, maps: Mapping[str, object], *, validated: bool = False) -> None:
@@ -265,29 +302,55 @@ class PartialWriter:
                 f"{self._objects.url}: partial {self.name!r}: {len(missing)} of {len(grid)} chunks "
                 f"were not written, the first at pixels {missing[0].region}; it stays incomplete"
             )
-        if read_partial_attributes(self._objects, self.name, self._exposure_id).id != self._id:
-            raise IncompleteError(
-                f"{self._objects.url}: partial {self.name!r} was taken over by another writer; "
-                "give every writer a name of its own"
-            )
-        self._objects.tidy(self._path)
-        self._objects.sync()  # the data must be on the disk before the mark
-        attributes = fmt.dump_attributes(self._attributes("complete"))
-        store.update_attributes(self._objects, self._path, attributes)
-        refresh_total(self._objects, self._exposure_id)
-        self._objects.sync()
+        objects, path = self._objects, self._path
+        if read_partial_attributes(objects, self.name, self._exposure_id).id != self._id:
+            raise IncompleteError(self._taken_over())
+        objects.tidy(path)
+        objects.sync()  # the data must be on the disk before the manifest
+        arrays = {}
+        for key, chunked in self._maps.items():
+            assert chunked.checksums is not None
+            arrays[key] = ArrayManifest(self._metadata[key], chunked.checksums)
+        attributes = self._attributes("complete").model_dump(mode="json")
+        # Several processes may write this partial; the first to create its manifest has written it.
+        mine = Manifest(self._id, arrays, attributes)
+        winner = mine if create_manifest(objects, path, mine) else find_manifest(objects, path)
+        assert winner is not None
+        objects.sync()
+        restore(objects, path, winner)
+        if winner.id != self._id:
+            raise IncompleteError(self._taken_over())
+        for child in objects.children(path):
+            if self._folder and child not in (self._folder, MANIFEST):  # unfinished writers
+                objects.delete(f"{path}/{child}")
+        refresh_total(objects, self._exposure_id)
+        objects.sync()
+
+    def _taken_over(self) -> str:
+        return (
+            f"{self._objects.url}: partial {self.name!r} was taken over by another writer; give "
+            "every writer a name of its own"
+        )
 
     def _taken_problems(self) -> list[str]:
-        if store.group_attributes(self._objects, self._path) is None:
-            return []
-        found = read_partial_attributes(self._objects, self.name, self._exposure_id)
-        if found.state != "complete":
+        written = find_manifest(self._objects, self._path)
+        if written is not None:
+            restore(self._objects, self._path, written)
+        elif not self._is_complete_without_manifest():
             return []
         of = exposure_prefix(self._exposure_id)
         return [
             f"{self._objects.url}: {of}a partial {self.name!r} is already there and complete; "
             "choose another name, or leave it out"
         ]
+
+    def _is_complete_without_manifest(self) -> bool:
+        """Whether version 1 or 2 has written the partial."""
+        try:
+            found = read_partial_attributes(self._objects, self.name, self._exposure_id)
+        except FormatError:  # there is none, or one that no writer has finished
+            return False
+        return found.state == "complete" and found.manifest is None
 
     def _attributes(self, state: Any) -> fmt.PartialAttributes:
         return fmt.PartialAttributes(
@@ -296,4 +359,17 @@ class PartialWriter:
             total_projections=self._count,
             state=state,
             provenance=self._provenance,
+            folder=self._folder,
         )
+
+
+def restore(objects: Objects, path: str, manifest: Manifest) -> None:
+    """Write the attributes of a complete partial from its manifest, unless they are there."""
+    content = {**manifest.attributes, "manifest": manifest.digest}
+    complete = fmt.validated(fmt.PartialAttributes, content, f"{objects.url}/{path}/{MANIFEST}")
+    with suppress(FormatError):
+        attributes = groups.group_attributes(objects, path)
+        found = fmt.parse_attributes(fmt.PartialAttributes, attributes, objects.url)
+        if found == complete:
+            return
+    groups.replace_attributes(objects, path, fmt.dump_attributes(complete))

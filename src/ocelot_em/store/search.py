@@ -1,6 +1,7 @@
 """Paths, attributes and maps of searches, their exposures and partials, and merged results."""
 
 import re
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ocelot_em.errors import FormatError, InvalidInputError, StoreNotFoundError
@@ -8,8 +9,9 @@ from ocelot_em.model.maps import MAPS
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants
+from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.manifest import Manifest, read_manifest
 from ocelot_em.store.validation import name_problems
 
 
@@ -38,7 +40,7 @@ def read_exposure(objects: Objects, exposure: str) -> fmt.ExposureAttributes:
     path = exposure_path(exposure)
     where = f"{objects.url}/{path}"
     found = fmt.parse_attributes(
-        fmt.ExposureAttributes, store.group_attributes(objects, path), where
+        fmt.ExposureAttributes, groups.group_attributes(objects, path), where
     )
     if found.id != exposure:
         raise FormatError(f"{where}: expected the exposure {exposure!r}, got {found.id!r}")
@@ -109,7 +111,7 @@ def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttrib
     ------
     StoreNotFoundError, FormatError
     """
-    attributes = store.group_attributes(objects, "")
+    attributes = groups.group_attributes(objects, "")
     if attributes is None:
         raise StoreNotFoundError(f"{objects.url}: expected an ocelot-em store, got nothing there")
     content = attributes.get(constants.ATTRIBUTE_KEY)
@@ -129,7 +131,7 @@ def read_partial_attributes(
     FormatError
     """
     path = partial_path(name, exposure)
-    attributes = store.group_attributes(objects, path)
+    attributes = groups.group_attributes(objects, path)
     return fmt.parse_attributes(fmt.PartialAttributes, attributes, f"{objects.url}/{path}")
 
 
@@ -161,11 +163,14 @@ def read_partials(objects: Objects, exposure: str = "") -> list[tuple[str, fmt.P
     """Names and attributes of an exposure's partials in the stated order: ``order``, then name.
 
     Names sort naturally: ``gpu9`` before ``gpu10``.
+
+    Raises
+    ------
+    FormatError
+        A partial cannot be read.
     """
-    found = [
-        (name, read_partial_attributes(objects, name, exposure))
-        for name in partial_names(objects, exposure)
-    ]
+    names = partial_names(objects, exposure)
+    found = [(name, read_partial_attributes(objects, name, exposure)) for name in names]
     return sorted(found, key=lambda item: (item[1].order, _natural(item[0])))
 
 
@@ -174,32 +179,93 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in pieces]
 
 
-def open_partial_maps(
-    objects: Objects,
-    path: str,
-    name: str,
-    keys: tuple[str, ...],
-    shape: tuple[int, int] | None = None,
-) -> dict[str, store.ChunkedMap]:
-    """Open maps of a partial (or, with an empty path, of a merged result).
+@dataclass(frozen=True)
+class MapGroup:
+    """The maps of a partial or of a merged result.
+
+    Parameters
+    ----------
+    objects
+        The store.
+    path, name
+        Path of the group and name of the partial; both empty for a merged result.
+    folder
+        Folder of the arrays within the group.
+    manifest
+        Checksums of all chunks, which are compared when chunks are read; None without.
+    """
+
+    objects: Objects
+    path: str = ""
+    name: str = ""
+    folder: str = ""
+    manifest: Manifest | None = None
+
+    @property
+    def place(self) -> str:
+        """Name of the partial or of the merged result in error messages."""
+        return place_of(self.objects.url, self.path, self.name)
+
+    def path_of(self, key: str) -> str:
+        """Path of the array of a map."""
+        return "/".join(part for part in (self.path, self.folder, key) if part)
+
+    def open(
+        self, keys: tuple[str, ...], shape: tuple[int, int] | None = None
+    ) -> dict[str, store.ChunkedMap]:
+        """Open some maps.
+
+        Raises
+        ------
+        FormatError
+            A map is missing, does not follow the format, is not the one of the manifest, or has
+            another shape than the given one.
+        """
+        maps = {key: self._open_one(key) for key in keys}
+        for chunked in maps.values():
+            if shape is not None and chunked.shape != shape:
+                raise FormatError(f"{chunked.place}: expected shape {shape}, got {chunked.shape}")
+            if wrong := chunk_problem(chunked, next(iter(maps.values()))):
+                raise FormatError(wrong)
+        return maps
+
+    def _open_one(self, key: str) -> store.ChunkedMap:
+        place, expected = f"{self.place}: {key}", None
+        if self.manifest is not None:
+            expected = self.manifest.arrays.get(key)
+            if expected is None:
+                raise FormatError(f"{place}: expected the map in the manifest, it is not there")
+        return store.open_map(self.objects, self.path_of(key), place, MAPS[key].dtypes, expected)
+
+
+def open_partial(
+    objects: Objects, name: str, exposure: str, attributes: fmt.PartialAttributes
+) -> MapGroup:
+    """Return the maps of a partial, with its manifest if it has one.
 
     Raises
     ------
     FormatError
-        A map is missing, does not follow the format, or has another shape than the given one.
+        The manifest is missing, or is not the recorded one.
     """
-    prefix = f"{path}/" if path else ""
-    label = place_of(objects.url, path, name)
-    maps = {
-        key: store.open_map(objects, f"{prefix}{key}", f"{label}: {key}", MAPS[key].dtypes)
-        for key in keys
-    }
-    for chunked in maps.values():
-        if shape is not None and chunked.shape != shape:
-            raise FormatError(f"{chunked.place}: expected shape {shape}, got {chunked.shape}")
-        if wrong := chunk_problem(chunked, next(iter(maps.values()))):
-            raise FormatError(wrong)
-    return maps
+    path, manifest = partial_path(name, exposure), None
+    if attributes.manifest is not None:
+        manifest = read_manifest(objects, path, attributes.id, attributes.manifest)
+    return MapGroup(objects, path, name, attributes.folder, manifest)
+
+
+def open_result(objects: Objects, attributes: fmt.MergedAttributes) -> MapGroup:
+    """Return the maps of a merged result, with its manifest if it has one.
+
+    Raises
+    ------
+    FormatError
+        The manifest is missing, or is not the recorded one.
+    """
+    manifest = None
+    if attributes.manifest is not None:
+        manifest = read_manifest(objects, "", attributes.id, attributes.manifest)
+    return MapGroup(objects, manifest=manifest)
 
 
 def chunk_problem(chunked: store.ChunkedMap, other: store.ChunkedMap) -> str:

@@ -1,19 +1,28 @@
 """Inputs of a merge: partials of a search, or an earlier merged result."""
 
+from collections.abc import Collection
 from typing import Annotated
 
 from pydantic import StringConstraints
 
-from ocelot_em.errors import FormatError, IncompleteError
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+    InputChangedError,
+    StoreNotFoundError,
+)
 from ocelot_em.model.maps import BEST_PARTIAL, MapSet
 from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants
+from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.manifest import read_manifest
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.roster import check_roster, read_roster
 from ocelot_em.store.search import (
-    open_partial_maps,
+    MapGroup,
+    partial_names,
     partial_path,
     place_of,
     read_attributes,
@@ -47,6 +56,10 @@ class Source(fmt.Attributes):
         Its partials: itself, or those of the earlier merge.
     has_counts
         Whether it has a map of counts.
+    folder
+        Folder of its arrays within its group.
+    manifest
+        Digest of its manifest; None for data of versions 1 and 2.
     """
 
     url: str
@@ -57,6 +70,8 @@ class Source(fmt.Attributes):
     first_number: fmt.Number
     contributions: fmt.Several[fmt.Contribution]
     has_counts: bool
+    folder: fmt.Folder = ""
+    manifest: fmt.Digest | None = None
 
     @property
     def place(self) -> str:
@@ -78,7 +93,7 @@ def open_one(source: Source, name: str) -> store.ChunkedMap:
         The map is missing or invalid.
     """
     objects = open_objects(source.url)
-    return open_partial_maps(objects, source.path, source.name, (name,))[name]
+    return MapGroup(objects, source.path, source.name, source.folder).open((name,))[name]
 
 
 def open_source_maps(
@@ -88,19 +103,70 @@ def open_source_maps(
 
     Raises
     ------
+    InputChangedError
+        The source is not the one that was planned.
     FormatError
-        As :func:`open_partial_maps`.
+        As :meth:`MapGroup.open`.
     """
     objects = open_objects(source.url)
-    return open_partial_maps(objects, source.path, source.name, source.map_names(maps), shape)
+    manifest = None
+    if source.manifest is None:
+        check_unchanged(source)
+    else:
+        try:
+            manifest = read_manifest(objects, source.path, source.id, source.manifest)
+        except FormatError as error:
+            check_unchanged(source)
+            raise error
+    group = MapGroup(objects, source.path, source.name, source.folder, manifest)
+    return group.open(source.map_names(maps), shape)
+
+
+def check_unchanged(source: Source) -> None:
+    """Raise unless a source is still the one that was planned.
+
+    Raises
+    ------
+    InputChangedError
+        It was written again, is incomplete or missing, or another store is at its path.
+    """
+    objects = open_objects(source.url)
+    found: fmt.PartialAttributes | fmt.SearchAttributes | fmt.MergedAttributes
+    try:
+        if source.path:
+            attributes = groups.group_attributes(objects, source.path)
+            found = fmt.parse_attributes(fmt.PartialAttributes, attributes, source.place)
+        else:
+            found = read_attributes(objects)
+    except (FormatError, StoreNotFoundError) as error:
+        raise InputChangedError(
+            f"{source.place}: changed since the merge was planned: {error}"
+        ) from error
+    expected = source.id, "complete", source.total_projections, source.manifest
+    got = tuple(
+        getattr(found, name, None) for name in ("id", "state", "total_projections", "manifest")
+    )
+    if got != expected:
+        raise InputChangedError(
+            f"{source.place}: changed since the merge was planned: expected id, state, number of "
+            f"projections and manifest {expected}, got {got}; workers must see the same storage "
+            "as the driver, and inputs must not change during a merge; run the same command again"
+        )
 
 
 def open_sources(
-    objects: Objects,
+    objects: Objects, without: Collection[str] = ()
 ) -> tuple[
     fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
 ]:
     """Read the sources of a store, in the stated order.
+
+    Parameters
+    ----------
+    objects
+        The store.
+    without
+        Names of partials to leave out; ``EXPOSURE/NAME`` in a search with exposures.
 
     Returns
     -------
@@ -137,11 +203,17 @@ def open_sources(
             first_number=0,
             contributions=attributes.partials,
             has_counts=attributes.has_counts,
+            manifest=attributes.manifest,
         )
         return attributes, [(exposures[0], [source])]
     opened, problems, n_partials = [], [], 0
     for exposure in exposures:
+        before = f"{exposure.id}/" if exposure.id else ""
+        left_out = {name.removeprefix(before) for name in without if name.startswith(before)}
         partials = read_partials(objects, exposure.id)
+        if attributes.format_version >= constants.FIRST_SEALED_VERSION:
+            check_roster(objects, exposure.id, partials, left_out)
+        partials = [(name, partial) for name, partial in partials if name not in left_out]
         n_partials += len(partials)
         if not partials and exposure.id:
             problems.append(f"{exposure_prefix(exposure.id)}has no partials yet")
@@ -160,11 +232,26 @@ def open_sources(
         raise IncompleteError(
             f"{objects.url}: {len(problems)} of {n_partials} {what} were never finished: "
             f"{', '.join(problems)}; their writer died or still runs: write them again, or "
-            "delete their groups to leave them out"
+            "leave them out (--without NAME)"
         )
     if not n_partials:
         raise IncompleteError(f"{objects.url}: the search has no partials yet")
     return attributes, opened
+
+
+def names_of_partials(objects: Objects) -> set[str]:
+    """Return the names of all partials of a search, there or only on its list.
+
+    Names are as in the argument ``without`` of :func:`open_sources`.
+    """
+    attributes = read_attributes(objects)
+    if isinstance(attributes, fmt.MergedAttributes):
+        return set()
+    return {
+        f"{exposure.id}/{name}" if exposure.id else name
+        for exposure in read_exposures(objects, attributes)
+        for name in {*partial_names(objects, exposure.id), *read_roster(objects, exposure.id)}
+    }
 
 
 def _source(
@@ -180,4 +267,6 @@ def _source(
         first_number=number,
         contributions=(fmt.Contribution(name=name, id=partial.id, total_projections=count),),
         has_counts=False,
+        folder=partial.folder,
+        manifest=partial.manifest,
     )

@@ -1,6 +1,8 @@
 """Attributes of the statistics of a merged result."""
 
-from ocelot_em.store.attributes import Attributes, Count, ExposureId, Number, Several
+from pydantic import Field
+
+from ocelot_em.store.attributes import Attributes, Count, Digest, ExposureId, Number, Several
 
 
 class PartialStatistics(Attributes):
@@ -72,6 +74,7 @@ class StatisticsAttributes(Attributes):
     """Statistics over the valid pixels of a merged result.
 
     In a montage, over those of all exposures, shown or not; ``exposures`` has the pixels shown.
+    ``tables`` has the SHA-256 of the values of each histogram; versions 1 and 2 had none.
     """
 
     valid_pixels: Count
@@ -86,3 +89,4 @@ class StatisticsAttributes(Attributes):
     partials: Several[PartialStatistics]
     sources: Several[SourceStatistics]
     exposures: Several[ExposureStatistics] = ()
+    tables: dict[str, Digest] = Field(default_factory=dict)

@@ -16,7 +16,7 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import open_partial_maps
+from ocelot_em.store.search import MapGroup
 from ocelot_em.testing.simulation import Simulation, simulate
 
 Attempt = Callable[[JobSpec, Sequence[tuple[int, int]]], list[Outcome]]
@@ -109,10 +109,10 @@ class ExecutorContract:
         ready = prepare([simulate(tmp_path, simulation)], tmp_path / "OUT.zarr", options)
         objects, ended = open_objects(ready.output), list[Outcome]()
         with OutputLock(objects) as lock:
-            ready = confirm(ready, lock)
+            ready = confirm(ready)
             report = merge(ready, options, make_executor(attempt_tiles), lock, ended.append)
         assert report.n_merged == len(ended) == len(ready.plan.grid) == 16
         whole = Region.whole(simulation.shape)
         expected = merge_arrays([simulation.partial_block(n, whole) for n in range(3)])
-        for name, chunked in open_partial_maps(objects, "", "", tuple(expected)).items():
+        for name, chunked in MapGroup(objects).open(tuple(expected)).items():
             np.testing.assert_array_equal(chunked.read(whole)[0], expected[name], err_msg=name)

@@ -4,13 +4,12 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from os import PathLike
-from typing import NamedTuple
 
 import numpy as np
 
 from ocelot_em.errors import OcelotError
+from ocelot_em.merge.marks import done_tiles
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.merge.resume import done_tiles
 from ocelot_em.merge.stats.records import record_problems
 from ocelot_em.model.cpus import n_cpus
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
@@ -20,13 +19,16 @@ from ocelot_em.model.text import partial_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.constants import FIRST_SEALED_VERSION
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.roster import roster_problems
 from ocelot_em.store.search import (
+    MapGroup,
     chunk_problem,
-    open_partial_maps,
+    open_partial,
+    open_result,
     partial_names,
-    partial_path,
     read_attributes,
     read_exposures,
     read_partial_attributes,
@@ -58,6 +60,8 @@ class StoreInfo:
         Total size of all objects in bytes.
     merged
         The merged result, if it is one and finished.
+    without_manifest
+        Complete partials, or the result, that have no manifest, as in format versions 1 and 2.
 
     Examples
     --------
@@ -74,6 +78,7 @@ class StoreInfo:
     n_tiles: int
     stored_nbytes: int
     merged: MergedResult | None = field(default=None, repr=False, compare=False)
+    without_manifest: tuple[str, ...] = ()
 
 
 def describe(store: str | PathLike[str]) -> StoreInfo:
@@ -95,6 +100,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     objects = open_objects(store)
     attributes = read_attributes(objects)
     tiles_done = n_tiles = 0
+    without_manifest: tuple[str, ...] = ()
     merged: MergedResult | None = None
     exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...] = ()
     if isinstance(attributes, fmt.MergedAttributes):
@@ -109,13 +115,19 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         merged = result if attributes.state == "complete" else None
         grid = result.plan.grid
         n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
+        is_bare = attributes.state == "complete" and attributes.manifest is None
+        without_manifest = (objects.url,) if is_bare else ()
     else:
         found = read_exposures(objects, attributes)
         exposures = tuple(found) if attributes.has_exposures else ()
-        partials = tuple(
-            (partial_text(exposure.id, name), p.state, p.total_projections)
+        read = [
+            (partial_text(exposure.id, name), partial)
             for exposure in found
-            for name, p in read_partials(objects, exposure.id)
+            for name, partial in read_partials(objects, exposure.id)
+        ]
+        partials = tuple((name, p.state, p.total_projections) for name, p in read)
+        without_manifest = tuple(
+            name for name, p in read if p.state == "complete" and p.manifest is None
         )
     return StoreInfo(
         url=objects.url,
@@ -126,6 +138,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         n_tiles=n_tiles,
         stored_nbytes=sum(objects.sizes("").values()),
         merged=merged,
+        without_manifest=without_manifest,
     )
 
 
@@ -156,8 +169,15 @@ def check(
     >>> check("MERGED.zarr")
     []
     """
-    objects = open_objects(store)
-    found = _problems(objects, on_progress)
+    return examine(store, on_progress)[0]
+
+
+def examine(
+    store: str | PathLike[str], on_progress: Callable[[float], None] | None = None
+) -> tuple[list[str], list[str]]:
+    """Return the problems of a store as :func:`check`, and what has no manifest."""
+    objects, without_manifest = open_objects(store), list[str]()
+    found = _problems(objects, on_progress, without_manifest)
     problems = list(islice(found, MAX_PROBLEMS))
     if next(found, None) is not None:
         problems.append(
@@ -165,7 +185,7 @@ def check(
             "looked at"
         )
     found.close()
-    return problems
+    return problems, without_manifest
 
 
 MAX_NBYTES = 2**30
@@ -176,9 +196,9 @@ MAX_PROBLEMS = 1000
 
 
 def _problems(
-    objects: Objects, on_progress: Callable[[float], None] | None
+    objects: Objects, on_progress: Callable[[float], None] | None, without_manifest: list[str]
 ) -> Generator[str, None, None]:
-    """Yield all problems of a store."""
+    """Yield all problems of a store, and append what has no manifest to a list."""
     try:
         attributes = read_attributes(objects)
     except OcelotError as error:
@@ -192,62 +212,64 @@ def _problems(
     groups: list[_Group] = []
     try:
         if isinstance(attributes, fmt.MergedAttributes):
-            groups.append(_Group("", "", attributes.shape))
             yield from _merge_problems(objects, attributes)
+            groups.append((open_result(objects, attributes), attributes.shape))
         else:
             exposures = read_exposures(objects, attributes)
             if not exposures:
                 yield f"{objects.url}: the search has no exposures"
             for exposure in exposures:
-                found, names = _search_problems(objects, exposure)
-                groups += [_Group(partial_path(n, exposure.id), n, exposure.shape) for n in names]
+                has_roster = attributes.format_version >= FIRST_SEALED_VERSION
+                found, opened = _search_problems(objects, exposure, has_roster=has_roster)
+                groups += [(group, exposure.shape) for group in opened]
                 yield from found
     except OcelotError as error:
         yield str(error)
     info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
+    without_manifest += [opened.place for opened, _ in groups if opened.manifest is None]
     for number, group in enumerate(groups):
-        yield from _group_problems(objects, group, attributes, info)
+        yield from _group_problems(group, attributes, info)
         if on_progress is not None:
             on_progress((number + 1) / len(groups))
 
 
-class _Group(NamedTuple):
-    """A group of maps: path, name of its partial, and expected shape."""
-
-    path: str
-    name: str
-    shape: tuple[int, int]
+_Group = tuple[MapGroup, tuple[int, int]]
+"""A group of maps, and their expected shape."""
 
 
 def _search_problems(
-    objects: Objects, exposure: fmt.ExposureAttributes
-) -> tuple[list[str], list[str]]:
-    """Return problems of the partials' attributes, and names of the complete partials."""
+    objects: Objects, exposure: fmt.ExposureAttributes, *, has_roster: bool
+) -> tuple[list[str], list[MapGroup]]:
+    """Return problems of the partials' attributes, and the maps of the complete partials."""
     problems: list[str] = []
-    complete: dict[str, int] = {}
+    complete: list[MapGroup] = []
+    total = 0
     names = partial_names(objects, exposure.id)
     place = f"{objects.url}: exposure {exposure.id!r}" if exposure.id else objects.url
+    found: dict[str, fmt.PartialAttributes | None] = dict.fromkeys(names)
     for name in names:
         try:
-            partial = read_partial_attributes(objects, name, exposure.id)
+            found[name] = partial = read_partial_attributes(objects, name, exposure.id)
+            if partial.state == "complete":
+                total += partial.total_projections
+                complete.append(open_partial(objects, name, exposure.id, partial))
         except OcelotError as error:
             problems.append(str(error))
             continue
-        if partial.state == "complete":
-            complete[name] = partial.total_projections
-        else:
+        if partial.state != "complete":
             problems.append(f"{place}: partial {name!r} was never finished")
+    if has_roster:
+        problems += roster_problems(objects, exposure.id, found)
     if not names:
         what = "exposure" if exposure.id else "search"
         problems.append(f"{place}: the {what} has no partials")
-    total = sum(complete.values())
     if total != exposure.total_projections:
         who = "exposure" if exposure.id else "root"
         problems.append(
             f"{place}: total_projections: the partials add up to {total}, the {who} has "
             f"{exposure.total_projections}; a writer died just before its end"
         )
-    return problems, list(complete)
+    return problems, complete
 
 
 def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Iterator[str]:
@@ -273,19 +295,18 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Itera
 
 
 def _group_problems(
-    objects: Objects,
     group: _Group,
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
 ) -> Iterator[str]:
     """Yield all problems of a group of maps, chunk by chunk."""
-    path, name, shape = group
+    opened, shape = group
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
     keys = attributes.maps.merged if merged else attributes.maps.partial
     maps: dict[str, ChunkedMap] = {}
     for key in keys:
         try:
-            chunked = open_partial_maps(objects, path, name, (key,), shape)[key]
+            chunked = opened.open((key,), shape)[key]
         except OcelotError as error:
             yield str(error)
             continue

@@ -303,7 +303,7 @@ def partials_section(data: ReportData) -> dict[str, object]:
 
 def timings_section(data: ReportData) -> dict[str, object]:
     """Return how the time was spent, and how much data was processed."""
-    tiles = read_table(data.merged.objects, constants.TILE_SUMMARY)
+    tiles = read_table(data.merged.objects, constants.TILE_SUMMARY)[..., : len(SUMMARY_FIELDS)]
     totals = dict(zip(SUMMARY_FIELDS, np.nansum(tiles, axis=(0, 1)).tolist(), strict=True))
     seconds = {name: totals[f"{name}_seconds"] for name in ("read", "fold", "write")}
     busy = sum(seconds.values())

@@ -39,6 +39,7 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import constants
 from ocelot_em.store.blosc import max_encoded_nbytes
 from ocelot_em.store.contract import Objects, ReusedMemory
+from ocelot_em.store.manifest import identity
 
 COUNTS = "counts"
 NUMBERS = "numbers"
@@ -83,16 +84,27 @@ class Layout:
     There is one record for each tile that the exposure touches, numbered row by row. Adding another
     exposure later does not change them.
 
+    Parameters
+    ----------
+    exposure
+        The exposure.
+    tile
+        Height and width of a tile.
+    maps
+        Maps of the result.
+    identity
+        Identity of the result's tiles; None in results of versions 1 and 2.
     """
 
     exposure: PlannedExposure
     tile: tuple[int, int]
     maps: MapSet
+    identity: str | None
 
     @classmethod
     def of(cls, plan: MergePlan, exposure: PlannedExposure) -> "Layout":
         """Return the layout of one of the exposures of a plan."""
-        return cls(exposure, plan.tile, plan.maps)
+        return cls(exposure, plan.tile, plan.maps, plan.identity)
 
     @property
     def is_montage(self) -> bool:
@@ -170,18 +182,30 @@ class Layout:
         (rows, columns), (n_edges, length) = self.candidates_shape, self.edges_shape
         return self.n_statistics + rows * columns + n_edges * length
 
+    def length(self, what: str) -> int:
+        """Return the number of stored values of one kind of record, with its identity."""
+        own = {COUNTS: N_FLAT, NUMBERS: self.n_numbers, SHOWN: len(SHOWN_FIELDS)}[what]
+        return own + (self.identity is not None)
+
+    def encode(self, what: str, number: int, record: AnyArray) -> tuple[str, list[bytes]]:
+        """Return the object of a record, with its identity: key and parts of its bytes."""
+        key = f"{self.folder}/{what}/c/{number}"
+        if self.identity is not None:
+            record = np.append(record, record.dtype.type(identity(self.identity, key)))
+        return key, store.encode_chunk(record)
+
     def counts(self, objects: Objects, number: int) -> Histograms:
         """Read the histograms of a record; valid until this thread reads the next one."""
-        return Histograms.from_flat(self._read(objects, COUNTS, number, N_FLAT, "uint32"))
+        return Histograms.from_flat(self._read(objects, COUNTS, number, "uint32"))
 
     def statistics(self, objects: Objects, number: int) -> PixelStatistics:
         """Read the statistics of a record."""
-        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64")
+        flat = self._read(objects, NUMBERS, number, "float64")
         return self._statistics(objects, number, flat[: self.n_statistics].copy())
 
     def record(self, objects: Objects, number: int) -> Record:
         """Read the statistics, the candidates and the edges of a record."""
-        flat = self._read(objects, NUMBERS, number, self.n_numbers, "float64").copy()
+        flat = self._read(objects, NUMBERS, number, "float64").copy()
         rows, columns = self.candidates_shape
         own, candidates, edges = np.split(
             flat, [self.n_statistics, self.n_statistics + rows * columns]
@@ -228,7 +252,7 @@ class Layout:
 
     def shown(self, objects: Objects, number: int) -> Float64:
         """Read the statistics of a record's pixels that a montage shows."""
-        return self._read(objects, SHOWN, number, len(SHOWN_FIELDS), "float64").copy()
+        return self._read(objects, SHOWN, number, "float64").copy()
 
     def check(self, objects: Objects, number: int) -> None:
         """Raise unless a record can be read.
@@ -242,10 +266,10 @@ class Layout:
         if self.is_montage:
             self.shown(objects, number)
 
-    def _read(self, objects: Objects, what: str, number: int, n: int, dtype: str) -> AnyArray:
+    def _read(self, objects: Objects, what: str, number: int, dtype: str) -> AnyArray:
         path = f"{self.folder}/{what}"
         key = f"{path}/c/{number}"
-        nbytes = n * np.dtype(dtype).itemsize
+        nbytes = self.length(what) * np.dtype(dtype).itemsize
         encoded = objects.get(key, max_encoded_nbytes(nbytes))
         if encoded is None:
             raise MissingChunkError(
@@ -254,7 +278,12 @@ class Layout:
             )
         # Allocating memory for each of thousands of records would fragment the heap.
         memory, label = _memory_of_thread(what), self._label(objects, what, number)
-        return np.frombuffer(store.decode_chunk(encoded, nbytes, memory, label), dtype)
+        record = np.frombuffer(store.decode_chunk(encoded, nbytes, memory, label), dtype)
+        if self.identity is None:
+            return record
+        if record[-1] != identity(self.identity, key):
+            raise CorruptChunkError(f"{label}: belongs to another tile or result; merge again")
+        return record[:-1]
 
     def _label(self, objects: Objects, what: str, number: int) -> str:
         """Return a record's name for errors."""

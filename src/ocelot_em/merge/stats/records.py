@@ -19,7 +19,6 @@ from ocelot_em.merge.overlap import SHOWN_FIELDS
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import (
     CANDIDATE_FIELDS,
-    N_FLAT,
     TILE_FIELDS,
     TileStatistics,
     candidate_capacity,
@@ -36,7 +35,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
-from ocelot_em.store import constants
+from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
 
 
@@ -49,20 +48,22 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of the tiles' records."""
     fields = {"tile_fields": list(TILE_FIELDS), "candidate_fields": list(CANDIDATE_FIELDS)}
     if plan.is_montage:
-        store.create_group(objects, f"progress/{constants.EXPOSURES}", {})
+        groups.create_group(objects, f"progress/{constants.EXPOSURES}", {})
 
     def create(exposure: PlannedExposure) -> None:
         layout = Layout.of(plan, exposure)
-        arrays: list[tuple[str, int, str, dict[str, Any]]] = [
-            (COUNTS, N_FLAT, "uint32", {}),
-            (NUMBERS, layout.n_numbers, "float64", fields),
+        arrays: list[tuple[str, str, dict[str, Any]]] = [
+            (COUNTS, "uint32", {}),
+            (NUMBERS, "float64", fields),
         ]
         if plan.is_montage:
-            store.create_group(objects, layout.folder, {})
-            arrays.append((SHOWN, len(SHOWN_FIELDS), "float64", {"fields": list(SHOWN_FIELDS)}))
-        for path, n, dtype, attributes in arrays:
-            shape, fill = (len(layout) * n,), 0 if path == COUNTS else float("nan")
-            array = store.ArrayLayout(shape, (n,), dtype, fill, ("record",), attributes)
+            groups.create_group(objects, layout.folder, {})
+            arrays.append((SHOWN, "float64", {"fields": list(SHOWN_FIELDS)}))
+        for path, dtype, attributes in arrays:
+            n, fill = layout.length(path), 0 if path == COUNTS else float("nan")
+            array = store.ArrayLayout(
+                (len(layout) * n,), (n,), dtype, fill, ("record",), attributes
+            )
             store.create_array(objects, f"{layout.folder}/{path}", array)
 
     deque(map_in_threads(create, plan.exposures), maxlen=0)
@@ -86,12 +87,12 @@ def encode_records(
         ]
     )
     for what, record in ((COUNTS, statistics.counts), (NUMBERS, numbers)):
-        yield f"{layout.folder}/{what}/c/{number}", store.encode_chunk(record)
+        yield layout.encode(what, number, record)
 
 
 def encode_shown(layout: Layout, shown: Float64, number: int) -> tuple[str, list[bytes]]:
     """Return the object with statistics of a record's shown pixels: key and parts of its bytes."""
-    return f"{layout.folder}/{SHOWN}/c/{number}", store.encode_chunk(shown)
+    return layout.encode(SHOWN, number, shown)
 
 
 def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
@@ -120,9 +121,10 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
     exposures = plan.exposures if plan.is_montage else ()
     for path in (STATISTICS, *(statistics_path(exposure.number) for exposure in exposures)):
         try:
-            if read_statistics(objects, path) is None:
+            statistics = read_statistics(objects, path)
+            if statistics is None:
                 yield f"{objects.url}: the group {path!r} is missing; merge again"
             else:
-                read_histograms(objects, path)
+                read_histograms(objects, path, statistics)
         except OcelotError as error:
             yield str(error)

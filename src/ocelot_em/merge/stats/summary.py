@@ -1,5 +1,6 @@
 """Summary of all records of a merged result, written at the end of a merge."""
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants, statistics_attributes
+from ocelot_em.store import constants, groups, statistics_attributes
 from ocelot_em.store.contract import Objects, return_free_memory
 
 EXPOSURES_BETWEEN_TIDYING = 32
@@ -108,17 +109,25 @@ def _write_summary(
     totals: Sequence[tuple[PlannedExposure, PixelStatistics]],
     exposures: tuple[statistics_attributes.ExposureStatistics, ...],
 ) -> None:
-    groups = path.split("/")
-    for depth in range(1, len(groups) + 1):
-        store.create_group(objects, "/".join(groups[:depth]), {})
+    parts = path.split("/")
+    for depth in range(1, len(parts) + 1):
+        groups.create_group(objects, "/".join(parts[:depth]), {})
+    tables = {}
     for name, counts, axes in (
         (MIP_HISTOGRAM, histograms.mip, (MIP_AXIS,)),
         (Z_HISTOGRAM, histograms.z, (Z_AXIS,)),
         (JOINT_HISTOGRAM, histograms.joint, (JOINT_MIP_AXIS, JOINT_Z_AXIS)),
     ):
         _write_histogram(objects, f"{path}/{name}", counts, axes)
+        tables[name] = _digest(counts)
     attributes = _attributes(totals, int(histograms.z.sum()), exposures)
-    store.update_attributes(objects, path, fmt.dump_attributes(attributes))
+    attributes = attributes.model_copy(update={"tables": tables})
+    groups.replace_attributes(objects, path, fmt.dump_attributes(attributes))
+
+
+def _digest(counts: AnyArray) -> str:
+    """Return the SHA-256 of the values of a histogram."""
+    return hashlib.sha256(np.ascontiguousarray(counts, "<i8").tobytes()).hexdigest()
 
 
 def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequence[Axis]) -> None:
@@ -224,7 +233,7 @@ def read_statistics(
     ------
     FormatError
     """
-    attributes = store.group_attributes(objects, path)
+    attributes = groups.group_attributes(objects, path)
     if attributes is None:
         return None
     return fmt.parse_attributes(
@@ -232,7 +241,9 @@ def read_statistics(
     )
 
 
-def read_histograms(objects: Objects, path: str) -> Histograms:
+def read_histograms(
+    objects: Objects, path: str, statistics: statistics_attributes.StatisticsAttributes
+) -> Histograms:
     """Read the histograms of the statistics of a group.
 
     Raises
@@ -247,6 +258,11 @@ def read_histograms(objects: Objects, path: str) -> Histograms:
             raise FormatError(
                 f"{objects.url}/{path}/{name}: expected {like.dtype} counts of shape {like.shape}, "
                 f"got {table.dtype} of shape {table.shape}, the lowest {table.min()}"
+            )
+        if statistics.tables and statistics.tables.get(name) != _digest(table):
+            raise FormatError(
+                f"{objects.url}/{path}/{name}: the counts are not those that were written here; "
+                "merge again"
             )
         tables.append(table)
     return Histograms(*tables)

@@ -1,0 +1,161 @@
+"""Done-marks: what a tile's writer records after the last chunk of the tile.
+
+A mark has the summary of the tile, a number that binds it to its result and place, and the
+checksums of the chunks of the tile, from which the manifest of the result is made.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ocelot_em.errors import CorruptChunkError, MissingChunkError
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileChecksums, TileSummary
+from ocelot_em.merge.plan import MergePlan
+from ocelot_em.model.regions import Tile, TileGrid, ceil_div
+from ocelot_em.store import arrays as store
+from ocelot_em.store import constants
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.blosc import max_encoded_nbytes
+from ocelot_em.store.contract import Objects, ReusedMemory
+from ocelot_em.store.manifest import Checksums, identity, new_checksums
+
+
+def done_mark_path(iy: int, ix: int) -> str:
+    """Return the path of a tile's done-mark."""
+    return f"{constants.TILE_SUMMARY}/c/{iy}/{ix}"
+
+
+def chunks_per_tile(plan: MergePlan) -> int:
+    """Return the number of chunks of a map in a whole tile."""
+    (height, width), (rows, columns) = plan.tile, plan.chunk
+    return ceil_div(height, rows) * ceil_div(width, columns)
+
+
+def no_checksums(plan: MergePlan) -> TileChecksums:
+    """Return the checksums of a tile before it is written."""
+    return np.zeros((len(plan.maps.merged), chunks_per_tile(plan)), np.uint32)
+
+
+def create_marks(objects: Objects, plan: MergePlan) -> None:
+    """Write the metadata of the marks."""
+    n = _length(plan)
+    marks = store.ArrayLayout(
+        shape=(*plan.grid.counts, n),
+        chunk=(1, 1, n),
+        dtype="float64",
+        fill=float("nan"),
+        dimensions=("tile_y", "tile_x", "field"),
+        attributes={"fields": list(SUMMARY_FIELDS)},
+    )
+    store.create_array(objects, constants.TILE_SUMMARY, marks)
+
+
+def write_mark(
+    objects: Objects, plan: MergePlan, tile: Tile, summary: TileSummary, checksums: TileChecksums
+) -> None:
+    """Write the mark of a tile, after its last chunk."""
+    key = f"{done_mark_path(tile.iy, tile.ix)}/0"
+    values = [np.array([getattr(summary, name) for name in SUMMARY_FIELDS], np.float64)]
+    if plan.identity is not None:
+        values += [np.array([identity(plan.identity, key)], np.float64)]
+        values += [checksums.reshape(-1).astype(np.float64)]
+    store.write_chunk(objects, key, np.concatenate(values)[None, None])
+
+
+def read_mark(objects: Objects, plan: MergePlan, tile: Tile) -> TileChecksums | None:
+    """Read the checksums of a done tile; None if the merge began with an earlier version.
+
+    Raises
+    ------
+    MissingChunkError, CorruptChunkError
+    """
+    if plan.identity is None:
+        return None
+    key, nbytes = f"{done_mark_path(tile.iy, tile.ix)}/0", _length(plan) * 8
+    place = f"{objects.url}: done-mark of {tile}"
+    encoded = objects.get(key, max_encoded_nbytes(nbytes))
+    if encoded is None:
+        raise MissingChunkError(f"{place}: expected an object {key}; merge again")
+    memory = ReusedMemory()
+    values = np.frombuffer(store.decode_chunk(encoded, nbytes, memory, place), np.float64)
+    own, checksums = values[len(SUMMARY_FIELDS)], values[len(SUMMARY_FIELDS) + 1 :]
+    if own != identity(plan.identity, key):
+        raise CorruptChunkError(f"{place}: belongs to another tile or result; merge again")
+    if not ((checksums >= 0) & (checksums < 2**32)).all():
+        raise CorruptChunkError(f"{place}: expected checksums, got other values; merge again")
+    return checksums.astype(np.uint32).reshape(len(plan.maps.merged), -1)
+
+
+def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
+    """Whether each tile is marked as done, by row and column; other files are ignored."""
+    done = np.zeros(grid.counts, np.bool_)
+    prefix = f"{constants.TILE_SUMMARY}/c/"
+    for key in objects.keys(prefix.rstrip("/")):
+        record = key.removeprefix(prefix).split("/")
+        if len(record) == 3 and all(part.isdecimal() for part in record):
+            with suppress(IndexError):
+                done[int(record[0]), int(record[1])] = True
+    return done
+
+
+def verified(
+    objects: Objects, plan: MergePlan, tile: Tile, maps: Mapping[str, ChunkedMap]
+) -> TileChecksums:
+    """Read the chunks of a done tile, and return their checksums.
+
+    Parameters
+    ----------
+    maps
+        The maps of the result, opened without a manifest.
+
+    Raises
+    ------
+    ChunkError
+        The mark or a chunk is missing or damaged, or a chunk is not the one that was written.
+    """
+    stated, memory = read_mark(objects, plan, tile), ReusedMemory()
+    found = no_checksums(plan)
+    for row, name in enumerate(plan.maps.merged):
+        chunked = maps[name]
+        for column, chunk in enumerate(chunked.grid.touching(tile.region)):
+            fetched = chunked.fetch(chunk, memory)
+            found[row, column] = fetched.checksum
+            if stated is not None and fetched.checksum != stated[row, column]:
+                raise CorruptChunkError(
+                    f"{chunked.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
+                    "not the one that was written there; merge again"
+                )
+    return found
+
+
+class ResultChecksums:
+    """The checksums of all chunks of a result, collected tile by tile.
+
+    Parameters
+    ----------
+    plan
+        Plan of the merge.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._grid = TileGrid(plan.shape, plan.chunk)
+        self._tiles = plan.grid
+        self.maps: dict[str, Checksums] = {
+            name: new_checksums(self._grid) for name in plan.maps.merged
+        }
+
+    def put(self, iy: int, ix: int, checksums: TileChecksums) -> None:
+        """Enter the checksums of a tile."""
+        region = self._tiles.at(iy, ix).region
+        for column, chunk in enumerate(self._grid.touching(region)):
+            for own, table in zip(checksums, self.maps.values(), strict=True):
+                table[chunk.iy, chunk.ix] = own[column]
+
+
+def _length(plan: MergePlan) -> int:
+    """Return the number of values in a mark."""
+    if plan.identity is None:  # as versions 1 and 2 wrote it
+        return len(SUMMARY_FIELDS)
+    return len(SUMMARY_FIELDS) + 1 + no_checksums(plan).size

@@ -1,0 +1,319 @@
+"""What is read is what was written: everything in its place, or an error that names the place."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ocelot_em
+from builders import explicit_maps, write_explicit_search, write_indexed_search
+from ocelot_em import PartialWriter, Region, merge, write_partial
+from ocelot_em.errors import (
+    CorruptChunkError,
+    FormatError,
+    IncompleteError,
+    InputChangedError,
+    InvalidInputError,
+    OcelotError,
+)
+from ocelot_em.merge.plan import read_plan
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_attributes
+from ocelot_em.store.sources import check_unchanged
+
+SHAPE = (40, 50)
+TILE = 16
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_explicit_search(tmp_path / "RUN.zarr", SHAPE, 3)
+
+
+@pytest.fixture
+def merged(run: Path, tmp_path: Path) -> Path:
+    merge(run, tmp_path / "OUT.zarr", tile_size=TILE)
+    return tmp_path / "OUT.zarr"
+
+
+READERS = {
+    "merge": lambda store: merge(store, store.with_name("AGAIN.zarr")),
+    "open_partials": lambda store: ocelot_em.open_partials(store).compute(),
+    "open_merged": lambda store: ocelot_em.open_merged(store).compute(),
+}
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def assert_refused(store: Path, *readers: str) -> None:
+    for name in readers:
+        with pytest.raises(OcelotError):
+            READERS[name](store)
+    assert ocelot_em.check(store)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("gpu0/mip/c/0/0", "gpu1/mip/c/0/0"),
+        ("gpu0/correlation_sum/c/0/0", "gpu0/correlation_squared_sum/c/0/0"),
+        ("gpu0/best_phi/c/0/0", "gpu0/best_psi/c/0/0"),
+        ("gpu0/mip/zarr.json", "gpu0/best_phi/zarr.json"),
+        ("gpu0/zarr.json", "gpu1/zarr.json"),
+        ("gpu0/manifest/content/c/0", "gpu1/manifest/content/c/0"),
+        ("gpu0", "gpu1"),
+    ],
+)
+def test_things_of_a_search_in_each_others_places_are_refused(
+    run: Path, one: str, other: str
+) -> None:
+    swap(run / "partials" / one, run / "partials" / other)
+    assert_refused(run, "merge", "open_partials")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("mip/c/0/0", "mip/c/0/1"),
+        ("scaled_mip/c/1/1", "scaled_mip/c/0/1"),
+        ("correlation_mean/c/0/0", "correlation_std/c/0/0"),
+    ],
+)
+def test_chunks_of_a_result_in_each_others_places_are_refused(
+    merged: Path, one: str, other: str
+) -> None:
+    swap(merged / one, merged / other)
+    assert_refused(merged, "open_merged", *(["merge"] if one.startswith("mip") else []))
+    with pytest.raises(CorruptChunkError, match="belongs elsewhere"):
+        ocelot_em.open_merged(merged).compute()
+
+
+@pytest.mark.parametrize("what", ["counts/c", "numbers/c", "tile_summary/c"])
+def test_records_in_each_others_places_are_refused(merged: Path, what: str) -> None:
+    ends = ("0/0/0", "0/1/0") if what.startswith("tile") else ("0", "1")
+    swap(*(merged / "progress" / what / end for end in ends))
+    if what.startswith("tile"):  # only a run that resumes reads marks: it merges both again
+        assert merge(merged.with_name("RUN.zarr"), merged, tile_size=TILE).n_merged == 2
+        assert ocelot_em.check(merged) == []
+        return
+    assert any("belongs to another tile or result" in text for text in ocelot_em.check(merged))
+    if what.startswith("numbers"):
+        with pytest.raises(CorruptChunkError, match="belongs to another"):
+            ocelot_em.find_peaks(merged)
+
+
+def test_records_of_another_result_are_refused(run: Path, merged: Path, tmp_path: Path) -> None:
+    merge(run, tmp_path / "OTHER.zarr", tile_size=TILE)
+    shutil.copy(tmp_path / "OTHER.zarr/progress/numbers/c/0", merged / "progress/numbers/c/0")
+    with pytest.raises(CorruptChunkError, match="belongs to another tile or result"):
+        ocelot_em.find_peaks(merged)
+
+
+@pytest.mark.parametrize("name", ["mip", "scaled_mip"])
+def test_chunks_of_another_search_are_refused(
+    run: Path, merged: Path, tmp_path: Path, name: str
+) -> None:
+    for number in range(3):
+        maps = explicit_maps(SHAPE, seed=number + 10)
+        write_partial(tmp_path / "B.zarr", f"gpu{number}", maps, total_projections=10 + number)
+    merge(tmp_path / "B.zarr", tmp_path / "B_OUT.zarr", tile_size=TILE)
+    shutil.copy(tmp_path / "B_OUT.zarr" / name / "c/0/0", merged / name / "c/0/0")
+    assert_refused(merged, "open_merged")
+    if name == "mip":
+        chunk = "partials/gpu1/mip/c/0/0"
+        shutil.copy(tmp_path / "B.zarr" / chunk, run / chunk)
+        assert_refused(run, "merge", "open_partials")
+
+
+@pytest.mark.parametrize("of", ["explicit", "indexed", "merged"])
+def test_no_flipped_bit_of_any_metadata_is_read_as_something_else(tmp_path: Path, of: str) -> None:
+    """Each is refused, or changes nothing of what is read."""
+    writer = write_indexed_search if of == "indexed" else write_explicit_search
+    store = writer(tmp_path / "RUN.zarr", (5, 6), 2)
+    if of == "merged":
+        merge(store, tmp_path / "OUT.zarr", tile_size=4)
+        store = tmp_path / "OUT.zarr"
+
+    def look() -> object:
+        about = ocelot_em.describe(store)
+        opened = (ocelot_em.open_merged if of == "merged" else ocelot_em.open_partials)(store)
+        values = {name: array.values.tobytes() for name, array in opened.items()}
+        coordinates = {name: array.values.tolist() for name, array in opened.coords.items()}
+        return about, values, coordinates, str(opened.attrs)
+
+    expected, n_silent = look(), []
+    progress = store / "progress"
+    files = [file for file in store.rglob("zarr.json") if progress not in file.parents]
+    rng = np.random.default_rng(0)
+    for file in sorted([*files, *store.rglob("manifest/content/c/0")]):
+        content = file.read_bytes()
+        for position in rng.choice(len(content), min(len(content), 60), replace=False):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << rng.integers(8)
+            file.write_bytes(flipped)
+            try:
+                if look() != expected:
+                    n_silent.append((file, position))
+            except OcelotError:
+                pass
+        file.write_bytes(content)
+    assert n_silent == []
+    assert look() == expected
+
+
+@pytest.mark.parametrize("what", ["partials/gpu1", "partials/gpu1/zarr.json", "partials"])
+def test_a_lost_partial_is_missed(run: Path, what: str) -> None:
+    lost = run / what
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises(FormatError, match=r"partial 'gpu1' is missing, which the search has"):
+        merge(run, run.with_name("OUT.zarr"))
+    assert any("'gpu1' is missing" in problem for problem in ocelot_em.check(run))
+
+
+def test_a_lost_partial_can_be_written_again(run: Path) -> None:
+    shutil.rmtree(run / "partials/gpu1")
+    write_partial(run, "gpu1", explicit_maps(SHAPE, 1), total_projections=11)
+    assert ocelot_em.check(run) == []
+
+
+def test_a_lost_entry_of_the_list_is_missed(run: Path) -> None:
+    shutil.rmtree(run / "roster/2")
+    with pytest.raises(FormatError, match=r"'gpu2' is not on the list of the search"):
+        merge(run, run.with_name("OUT.zarr"))
+    shutil.rmtree(run / "partials/gpu2")
+    merge(run, run.with_name("OUT.zarr"))
+
+
+@pytest.mark.parametrize("how", ["lost", "emptied", "flipped"])
+@pytest.mark.parametrize("state", ["complete", "writing"])
+def test_a_damaged_chunk_of_a_done_tile_is_merged_again(
+    run: Path, merged: Path, how: str, state: str
+) -> None:
+    if state == "writing":
+        interrupt(merged)
+    chunk = merged / "correlation_std/c/1/1"
+    content = chunk.read_bytes()
+    if how == "lost":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(b"" if how == "emptied" else bytes([content[0] ^ 1, *content[1:]]))
+    assert merge(run, merged, tile_size=TILE).n_merged == 1
+    assert chunk.read_bytes() == content
+    assert ocelot_em.check(merged) == []
+    assert merge(run, merged, tile_size=TILE).n_merged == 0
+
+
+def interrupt(merged: Path) -> None:
+    """Make a finished result one that a run has left just before its end."""
+    from ocelot_em.store import attributes, groups
+
+    objects = open_objects(merged)
+    found = read_attributes(objects)
+    unfinished = found.model_copy(update={"state": "writing", "finished": None, "manifest": None})
+    groups.replace_attributes(objects, "", attributes.dump_attributes(unfinished))
+    shutil.rmtree(merged / "manifest")
+
+
+def test_a_resumed_result_has_the_manifest_of_an_uninterrupted_one(run: Path, merged: Path) -> None:
+    before = (merged / "manifest/content/c/0").read_bytes().partition(b"\n")[2]
+    interrupt(merged)
+    for tile in ("0/0", "2/3"):
+        shutil.rmtree(merged / "progress/tile_summary/c" / tile)
+    assert merge(run, merged, tile_size=TILE).n_merged == 2
+    assert (merged / "manifest/content/c/0").read_bytes().partition(b"\n")[2] == before
+
+
+def test_an_input_that_was_written_again_since_the_plan_is_refused(run: Path, merged: Path) -> None:
+    plan = read_plan(read_attributes(open_objects(merged)), "")
+    for source in plan.sources:
+        check_unchanged(source)
+    shutil.rmtree(run / "partials/gpu1")
+    write_partial(run, "gpu1", explicit_maps(SHAPE, 5), total_projections=11)
+    with pytest.raises(InputChangedError, match=r"'gpu1'.*changed since the merge was planned"):
+        check_unchanged(plan.sources[1])
+
+
+def test_an_opened_result_that_is_replaced_is_not_read_as_the_new_one(
+    run: Path, merged: Path
+) -> None:
+    opened = ocelot_em.open_merged(merged)
+    write_partial(run, "gpu9", explicit_maps(SHAPE, 9), total_projections=12)
+    merge(run, merged, tile_size=TILE, overwrite=True)
+    with pytest.raises(CorruptChunkError, match="belongs elsewhere"):
+        opened.compute()
+
+
+def test_an_input_that_is_replaced_while_it_is_merged_fails_the_merge(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ocelot_em.merge import merge as story
+
+    begin = story.create_output
+    calls = itertools.count()
+
+    def replaced_first(*args, **kwargs):
+        if next(calls) == 0:
+            shutil.rmtree(run / "partials/gpu1")
+            write_partial(run, "gpu1", explicit_maps(SHAPE, 7), total_projections=11)
+        return begin(*args, **kwargs)
+
+    monkeypatch.setattr(story, "create_output", replaced_first)
+    with pytest.raises(OcelotError, match="changed since the merge was planned"):
+        merge(run, tmp_path / "OUT.zarr", tile_size=TILE)
+
+
+def test_of_two_writers_of_a_partial_one_wins_and_nothing_mixes(tmp_path: Path) -> None:
+    shape, run = (1500, 20), tmp_path / "RUN.zarr"
+    whole = Region.whole(shape)
+    late, early = explicit_maps(shape, 1), explicit_maps(shape, 2)
+    upper = Region(0, 1024, 0, 20)
+    lower = Region(1024, 1500, 0, 20)
+
+    def part(maps, region):
+        return {name: values[region.slices] for name, values in maps.items()}
+
+    first = PartialWriter(run, "gpu0", shape, total_projections=7)
+    second = PartialWriter(run, "gpu0", shape, total_projections=9)
+
+    def write_both() -> None:
+        with first:
+            first.write(upper, part(late, upper))
+            with second:
+                second.write(whole, early)
+                first.write(lower, part(late, lower))
+
+    with pytest.raises(IncompleteError, match="taken over by another writer"):
+        write_both()
+    found = ocelot_em.open_partials(run).compute()
+    for name, values in early.items():
+        np.testing.assert_array_equal(found[name][0], values)
+    assert found.total_projections.values.tolist() == [9]
+    assert ocelot_em.check(run) == []
+    with pytest.raises(InvalidInputError, match="already there and complete"):
+        PartialWriter(run, "gpu0", shape, total_projections=7)
+
+
+def test_a_writer_that_died_between_manifest_and_attributes_has_finished(run: Path) -> None:
+    file = run / "partials/gpu1/zarr.json"
+    complete = file.read_text()
+    file.write_text(complete.replace('"complete"', '"writing"'))
+    with pytest.raises(InvalidInputError, match="already there and complete"):
+        write_partial(run, "gpu1", explicit_maps(SHAPE, 1), total_projections=11)
+    assert json.loads(file.read_text()) == json.loads(complete)
+    assert ocelot_em.check(run) == []
+
+
+def test_indexed_partials_have_manifests_too(tmp_path: Path) -> None:
+    run = write_indexed_search(tmp_path / "RUN.zarr", SHAPE, 2)
+    swap(
+        run / "partials/gpu0/best_global_index/c/0/0", run / "partials/gpu1/best_global_index/c/0/0"
+    )
+    assert_refused(run, "merge", "open_partials")
