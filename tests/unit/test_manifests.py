@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ocelot_em
-from builders import explicit_maps, write_explicit_search, write_indexed_search
+from builders import explicit_maps, unsealed, write_explicit_search, write_indexed_search
 from ocelot_em import PartialWriter, Region, merge, write_partial
 from ocelot_em.errors import (
     CorruptChunkError,
@@ -18,11 +18,14 @@ from ocelot_em.errors import (
     InputChangedError,
     InvalidInputError,
     OcelotError,
+    TilesFailedError,
 )
+from ocelot_em.merge import job
 from ocelot_em.merge.plan import read_plan
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_attributes
 from ocelot_em.store.sources import check_unchanged
+from ocelot_em.store.upgrade import upgrade
 
 SHAPE = (40, 50)
 TILE = 16
@@ -317,3 +320,32 @@ def test_indexed_partials_have_manifests_too(tmp_path: Path) -> None:
         run / "partials/gpu0/best_global_index/c/0/0", run / "partials/gpu1/best_global_index/c/0/0"
     )
     assert_refused(run, "merge", "open_partials")
+
+
+def test_a_worker_with_another_version_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter(["0.1.0 (the driver's)"])
+    monkeypatch.setattr(job, "code_version", lambda: next(versions, "0.1.0 (a worker's)"))
+    with pytest.raises(TilesFailedError, match=r"expected ocelot-em 0.1.0 \(the driver's\)"):
+        merge(run, tmp_path / "OUT.zarr")
+
+
+def test_a_store_of_an_earlier_version_is_upgraded(run: Path, merged: Path) -> None:
+    for store in (unsealed(run), unsealed(merged)):
+        assert ocelot_em.describe(store).without_manifest
+        assert upgrade(store) > 0
+        assert ocelot_em.describe(store).without_manifest == ()
+        assert ocelot_em.describe(store).attributes.format_version == 3
+        assert ocelot_em.check(store) == []
+        assert upgrade(store) == 0
+    swap(run / "partials/gpu0/mip/c/0/0", run / "partials/gpu1/mip/c/0/0")
+    assert_refused(run, "merge", "open_partials")
+
+
+def test_a_moved_search_is_resumed(run: Path, merged: Path, tmp_path: Path) -> None:
+    interrupt(merged)
+    shutil.rmtree(merged / "progress/tile_summary/c/0/0")
+    moved = run.rename(tmp_path / "MOVED.zarr")
+    assert merge(moved, merged, tile_size=TILE).n_merged == 1
+    assert ocelot_em.check(merged) == []
