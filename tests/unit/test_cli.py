@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -139,6 +141,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(ocelot, run, tmp_path):
     labels = ("partials", "shape", "tiles", "to read", "to write", "memory", "free disk", "device")
     assert [line[:10].strip() for line in out.splitlines()] == list(labels)
     assert not (tmp_path / "M").exists()
+
+
+def test_a_failed_tile_is_named_once_on_standard_error(broken, tmp_path):
+    command = [sys.executable, "-m", "ocelot_em", "merge", broken, "--output", tmp_path / "M"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("is corrupt") == 1
 
 
 def test_a_merge_whose_tiles_fail_exits_1_and_keeps_the_others(ocelot, broken, tmp_path):

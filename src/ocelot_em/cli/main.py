@@ -76,7 +76,7 @@ def launch(
     handler.setLevel(logging.DEBUG if verbose else logging.WARNING)
     logging.basicConfig(handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
     # Failed tiles are reported once, at the end.
-    logging.getLogger("ocelot_em.merge.merge").setLevel(
+    logging.getLogger("ocelot_em.merge.outcome").setLevel(
         logging.DEBUG if verbose else logging.CRITICAL
     )
     return command(*bound.args, **bound.kwargs) or DONE
