@@ -18,6 +18,7 @@ from ocelot_em.errors import (
     InputChangedError,
     InvalidInputError,
     OcelotError,
+    OutputExistsError,
     TilesFailedError,
 )
 from ocelot_em.merge import job
@@ -349,3 +350,19 @@ def test_a_moved_search_is_resumed(run: Path, merged: Path, tmp_path: Path) -> N
     moved = run.rename(tmp_path / "MOVED.zarr")
     assert merge(moved, merged, tile_size=TILE).n_merged == 1
     assert ocelot_em.check(merged) == []
+
+
+def test_a_merge_is_resumed_after_its_input_was_upgraded(run: Path, tmp_path: Path) -> None:
+    merge(unsealed(run), tmp_path / "OUT.zarr", tile_size=TILE)
+    interrupt(tmp_path / "OUT.zarr")
+    shutil.rmtree(tmp_path / "OUT.zarr/progress/tile_summary/c/0/0")
+    assert upgrade(run) == 3
+    assert merge(run, tmp_path / "OUT.zarr", tile_size=TILE).n_merged == 1
+    assert ocelot_em.check(tmp_path / "OUT.zarr") == []
+
+
+def test_another_erosion_is_the_only_difference_named(run: Path, merged: Path) -> None:
+    with pytest.raises(OutputExistsError) as refusal:
+        merge(run, merged, erode=2)
+    assert "erode_px" in str(refusal.value)
+    assert "inputs" not in str(refusal.value)

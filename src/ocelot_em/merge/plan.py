@@ -318,18 +318,21 @@ def _differences(
         if _without_paths(old) == _without_paths(new):
             continue
         if key == "exposures":
-            differences.append(_inputs(*([s for e in es for s in e.sources] for es in (old, new))))
+            one, other = (tuple(s for e in es for s in e.sources) for es in (old, new))
+            if _without_paths(one) != _without_paths(other):
+                differences.append(_inputs(one, other))
         else:
             differences.append(f"{key}: the output has {old}, requested is {new}")
     return differences
 
 
 def _without_paths(value: object) -> object:
-    """Replace sources, which may have been moved, by all of them that tells what they are."""
+    """Reduce sources to what identifies them: they may have been moved, or given a manifest."""
     if isinstance(value, tuple):
         return tuple(map(_without_paths, value))
     if isinstance(value, Source):
-        return value.model_copy(update={"url": "", "name": value.name if value.path else ""})
+        name = value.name if value.path else ""
+        return value.model_copy(update={"url": "", "name": name, "manifest": None})
     if isinstance(value, PlannedExposure):
         return value.model_copy(update={"sources": _without_paths(value.sources)})
     return value
