@@ -185,10 +185,10 @@ def test_counts_are_given_where_files_have_none(montage):
     for device in range(2):
         save(montage.file("01", device), result("01", device), None)
     montage.change(0, total_projections=[70_000, 20_000])
-    montage.change(1, total_projections=[2**40, 0])
+    montage.change(1, total_projections=[2**40, 5])
     montage.imported()
     about = {e.id: e.total_projections for e in ocelot_em.describe(montage.output).exposures}
-    assert about == {"00": 90_000, "01": 2**40}
+    assert about == {"00": 90_000, "01": 2**40 + 5}
 
 
 def test_indexed_poses(montage):
