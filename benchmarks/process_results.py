@@ -30,7 +30,8 @@ def make_devices(side: int, form: str) -> Devices:
     def one(name: str) -> np.ndarray:
         if name == "best_global_index":
             return rng.integers(0, COUNT, (side, side), dtype=np.int32)
-        return rng.standard_normal((side, side), dtype=np.float32)
+        values = rng.standard_normal((side, side), dtype=np.float32)
+        return np.square(values) if name == "correlation_squared_sum" else values
 
     names = ("mip", *FORMS[form], "correlation_sum", "correlation_squared_sum")
     return [{name: one(name) for name in names} for _ in range(N_DEVICES)]

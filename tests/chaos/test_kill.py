@@ -82,7 +82,7 @@ def test_a_full_disk_is_said_plainly_and_the_rerun_finishes(
     assert str(output) in str(error.value)
     done = ocelot_em.describe(output).tiles_done
     assert 0 < done < search.n_tiles
-    with pytest.raises(PlanError, match=r"disk: the output needs about [\d,]+ bytes more"):
+    with pytest.raises(PlanError, match=r"disk: the output needs about [\d,]+ more bytes"):
         merge()
     ballast.unlink()
     merge()

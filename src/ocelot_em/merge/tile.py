@@ -133,12 +133,16 @@ class TileWriter(Writer):
                 decoded_nbytes=self._job.decoded_nbytes(tile),
                 written_nbytes=self._write.nbytes,
             )
-            assert self._job.objects is not None
-            write_mark(self._job.objects, self._job.plan, tile, summary, self._checksums)
+            self._mark_done(summary)
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
             return failure(tile.iy, tile.ix, self._error or error)
         return Outcome(tile.iy, tile.ix, summary, checksums=self._checksums)
+
+    def _mark_done(self, summary: TileSummary) -> None:
+        """Write the done-mark of the tile, after its last chunk."""
+        assert self._job.objects is not None
+        write_mark(self._job.objects, self._job.plan, self._tile, summary, self._checksums)
 
     def _put_chunk(self, name: str, chunk: Tile, parts: Sequence[bytes]) -> None:
         """Queue a chunk of a map for writing, and note its checksum."""
