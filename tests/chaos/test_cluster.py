@@ -238,7 +238,7 @@ def test_a_run_that_is_stopped_ends_well_and_goes_on(
     assert list(output.glob("lock/*")) == []
     done = tiles_done(output)
     assert gate.n_tiles < done < search.n_tiles
-    assert f"{search.n_tiles - done} of {search.n_tiles} tiles are left" in told
+    assert f"{search.n_tiles - done} of {search.n_tiles} tiles left" in told
     finish(output)
 
 
