@@ -136,5 +136,4 @@ def check_roster(
 
 
 def _path(exposure: str, number: int | None = None) -> str:
-    parts = (exposure_path(exposure), ROSTER, "" if number is None else str(number))
-    return "/".join(part for part in parts if part)
+    return groups.join(exposure_path(exposure), ROSTER, "" if number is None else str(number))

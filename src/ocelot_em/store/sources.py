@@ -248,7 +248,7 @@ def names_of_partials(objects: Objects) -> set[str]:
     if isinstance(attributes, fmt.MergedAttributes):
         return set()
     return {
-        f"{exposure.id}/{name}" if exposure.id else name
+        partial_text(exposure.id, name)
         for exposure in read_exposures(objects, attributes)
         for name in {*partial_names(objects, exposure.id), *read_roster(objects, exposure.id)}
     }
