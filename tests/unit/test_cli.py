@@ -73,6 +73,17 @@ def test_import_says_what_it_made(ocelot, tmp_path):
     assert [name for name, *_ in describe(output).partials] == ["gpu0", "gpu1"]
 
 
+def test_import_again_and_names_that_are_cleaned(ocelot, tmp_path):
+    first, second = save_results(tmp_path)
+    second = second.rename(tmp_path / "my gpu.npz")
+    assert ocelot("import", first, "--output", tmp_path / "R")[0] == 0
+    code, out, _ = ocelot("import", first, second, "--output", tmp_path / "R")
+    assert code == 0
+    assert f"partial my-gpu is {second}" in out
+    assert "imported 1 partials into" in out
+    assert "1 had been imported before, and are unchanged" in out
+
+
 def test_import_takes_all_its_options(ocelot, tmp_path, crops, tables):
     code, out, _ = ocelot(
         *("import", *crops, "--output", tmp_path / "R", "--search-space", tables),

@@ -217,6 +217,27 @@ def test_equal_file_names_are_told_apart_by_their_folders(tmp_path, monkeypatch,
     assert names is None or found == names
 
 
+@pytest.mark.parametrize(
+    ("stems", "names"),
+    [
+        (["my gpu.0 [1]"], ["my-gpu.0-1"]),
+        (["Größe 5 Å", ".hidden"], ["Grosse-5-A", "hidden"]),
+        (["zarr.json", "x" * 200], ["zarr-json", "x" * 110]),
+        (["gpu_0.", "-"], ["gpu_0.", "partial"]),
+        (["a b", "a-b", "a[b"], ["a-b-806c5cd3", "a-b", "a-b-4ca7fcee"]),
+        (["микро", "скоп"], ["partial-9d39311f", "partial-facf45b6"]),
+    ],
+)
+def test_any_file_name_gives_a_name_of_a_partial(tmp_path, stems, names):
+    files = [
+        save_npz(tmp_path / f"{stem}.npz", explicit_maps(seed=number))
+        for number, stem in enumerate(stems)
+    ]
+    found = import_results(files, tmp_path / "R [1].zarr")
+    assert found == names
+    assert import_results(files, tmp_path / "R [1].zarr") == []
+
+
 # What is refused
 
 
@@ -629,15 +650,20 @@ def test_one_result_under_two_names(tmp_path):
 def test_one_result_again_into_its_search(tmp_path):
     file = save_npz(tmp_path / "a.npz", explicit_maps())
     import_results([file], tmp_path / "R")
-    assert_mentions(refusal_of([file], tmp_path / "R"), "has a partial 'a' already")
+    before = snapshot(tmp_path / "R")
+    assert import_results([file], tmp_path / "R") == []
+    assert snapshot(tmp_path / "R") == before
+    problems = refusal_of([file], tmp_path / "R", ImportOptions(template_box=3))
+    assert_mentions(problems, "valid_shape: ")
     shutil.copy(file, tmp_path / "b.npz")
     problems = refusal_of([tmp_path / "b.npz"], tmp_path / "R")
     assert_mentions(problems, "already there as partial 'a'")
 
 
-def test_a_file_whose_name_is_no_name_of_a_partial(tmp_path):
-    file = save_npz(tmp_path / "my gpu.npz", explicit_maps())
-    assert_mentions(refusal_of([file], tmp_path / "R"), "partial name 'my gpu'")
+def test_another_result_under_a_name_that_is_there(tmp_path):
+    import_results([save_npz(tmp_path / "a.npz", explicit_maps())], tmp_path / "R")
+    file = save_npz(tmp_path / "a.npz", explicit_maps(seed=1))
+    assert_mentions(refusal_of([file], tmp_path / "R"), "has a partial 'a' already")
 
 
 def test_files_of_another_search_than_the_one_there(tmp_path):

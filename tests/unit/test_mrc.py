@@ -347,15 +347,25 @@ def test_finished_searches_are_appended_in_order(mrc_set, tmp_path):
     shutil.copytree(mrc_set, tmp_path / "SECOND")
     with pytest.raises(InvalidInputError, match="already there as partial 'z'"):
         import_mrc_set(tmp_path / "SECOND", tmp_path / "BACK", given(name="a"))
-    with pytest.raises(InvalidInputError, match="'z' is already there and complete") as caught:
-        import_mrc_set(mrc_set, tmp_path / "BACK", given(name="z"))
-    assert len(caught.value.problems) == 2
+    before = snapshot(tmp_path / "BACK")
+    again = import_mrc_set(mrc_set, tmp_path / "BACK", given(name="z"))
+    assert again.notes[0] == "z: was there before, and is unchanged"
+    assert snapshot(tmp_path / "BACK") == before
+    with pytest.raises(InvalidInputError, match="valid_shape: "):
+        import_mrc_set(mrc_set, tmp_path / "BACK", given(name="z", template_box=3))
     rewrite(tmp_path / "SECOND", "orientation_phi", lambda values: values + 1)
     import_mrc_set(
         tmp_path / "SECOND", tmp_path / "BACK", given(name="a", pixel_size_angstrom=1.06)
     )
     partials = ocelot_em.open_partials(tmp_path / "BACK").partial.values.tolist()
     assert partials == ["z", "a"]
+
+
+def test_any_folder_gives_a_name_of_a_partial(mrc_set, tmp_path):
+    shutil.copytree(mrc_set, tmp_path / "grüße [1]")
+    done = import_mrc_set(tmp_path / "grüße [1]", tmp_path / "BACK", given())
+    assert done.name == "grusse-1"
+    assert done.notes[0].startswith("name: 'grusse-1', because")
 
 
 def test_deviations_of_zero_stay_zero(tmp_path):

@@ -57,11 +57,20 @@ def import_files(
     if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in files):
         return import_finished(files, output, options, prefix, pixel_size_offset)
     from ocelot_em.io.leopard import import_results
+    from ocelot_em.io.partial_names import name_partials
 
     console = open_console()
+    for file, name in zip(files, name_partials(files), strict=True):
+        if name != Path(file).stem:
+            console.print(f"partial {name} is {file}", markup=False)
     with share_bar(console) as on_progress:
         names = import_results(files, output, options, on_progress)
-    console.print(f"imported {len(names)} partials into {output}: {', '.join(names)}", markup=False)
+    console.print(
+        f"imported {len(names)} partials into {output}{': ' * bool(names)}{', '.join(names)}",
+        markup=False,
+    )
+    if len(names) < len(files):
+        console.print(f"{len(files) - len(names)} had been imported before, and are unchanged")
     if options.template_box is None:
         console.print(
             "all pixels are taken as valid; if the maps have the micrograph's shape, import with "

@@ -24,6 +24,7 @@ from ocelot_em.io.import_options import (
     part_of,
     placed,
 )
+from ocelot_em.io.partial_names import name_partials
 from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import (
@@ -86,7 +87,7 @@ def check_batch(
         in_values, unreadable = list[str](), list[str]()
         for number, candidate in enumerate(candidates):
             on_file = part_of(on_fraction, number, len(candidates))
-            if exposure and _is_there(candidate, existing):
+            if _is_there(candidate, existing):
                 continue
             try:
                 in_values += _value_problems(candidate, info, on_file)
@@ -100,8 +101,8 @@ def check_batch(
         problems += unreadable + found + _same_content(candidates, seen)
         result.has_only_bad_values = not problems
         problems += in_values
-        candidates = [candidate for candidate in candidates if candidate.name not in there]
-        result.candidates = candidates
+        result.candidates = [c for c in candidates if c.name not in there]
+        result.is_resumed = bool(there)
     return result
 
 
@@ -128,7 +129,7 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
     problems: list[str] = []
     if batch.exposure is not None:
         problems += name_problems(batch.exposure.id, "exposure id")
-    names = _names([Path(path) for path in files])
+    names = name_partials(files)
     for path, name in zip(files, names, strict=True):
         try:
             file = open_result_file(path)
@@ -145,19 +146,6 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
             f"{batch.of}partial names: expected unequal ones, got {', '.join(names)}; rename files"
         )
     return candidates, problems
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Name partials after their files, with as many folders as needed to make names unique."""
-    folders = [path.absolute().parent.parts[1:] for path in paths]
-    for depth in range(1 + max(map(len, folders))):
-        names = [
-            "-".join((*parts[max(len(parts) - depth, 0) :], path.stem))
-            for parts, path in zip(folders, paths, strict=True)
-        ]
-        if len(set(names)) == len(names):
-            return names
-    return [path.stem for path in paths]
 
 
 def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
@@ -306,7 +294,10 @@ def _against_existing(
     url: str,
     exposure: str,
 ) -> tuple[int, list[str], set[str]]:
-    """Return the first new partial's order, problems with names, and partials already imported."""
+    """Return the first new partial's order, problems with names, and partials already imported.
+
+    Unfinished partials of these files are written again, and so are their places in the order.
+    """
     complete = {name: p for name, p in existing.items() if p.state == "complete"}
     hashes = {p.provenance.input_sha256: name for name, p in complete.items()}
     problems, there = [], set()
@@ -317,7 +308,7 @@ def _against_existing(
         found = complete.get(same)
         if found is None:
             continue
-        if exposure and found.provenance.input_sha256 == candidate.sha256:
+        if (exposure or same == name) and found.provenance.input_sha256 == candidate.sha256:
             there.add(name)
             if found.total_projections != candidate.count:
                 problems.append(
@@ -334,7 +325,9 @@ def _against_existing(
                 f"{candidate.path}: its content is already there as partial {same!r}; its "
                 "projections would be counted twice"
             )
-    return 1 + max((p.order for p in existing.values()), default=-1), problems, there
+    again = {candidate.name for candidate in candidates} - complete.keys()
+    orders = (p.order for name, p in existing.items() if name not in again)
+    return 1 + max(orders, default=-1), problems, there
 
 
 def _same_content(candidates: Sequence[Candidate], seen: dict[str, Path]) -> list[str]:

@@ -22,6 +22,8 @@ from ocelot_em.io.import_options import (
 from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
+from ocelot_em.store.creation import refresh_total
+from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
 
 
@@ -34,7 +36,8 @@ def import_results(
     """Convert result files into partials of a search, in the given order.
 
     All files are read and checked first, then converted in bands of rows; nothing is written if
-    there is a problem. Partials are appended to an existing search.
+    there is a problem. Partials are appended to an existing search; those that are there with the
+    same name and content stay, so that running an interrupted import again finishes it.
 
     Parameters
     ----------
@@ -50,7 +53,8 @@ def import_results(
     Returns
     -------
     list of str
-        Names of the new partials.
+        Names of the new partials: those of the files, with other characters than letters, digits,
+        ``.``, ``_`` and ``-`` replaced.
 
     Raises
     ------
@@ -77,7 +81,7 @@ def import_batches(
 ) -> list[str]:
     """Convert files of several exposures as :func:`import_results` does for one search.
 
-    Existing partials of exposures with the same content are not changed. Return the names of the
+    Existing partials with the same name and content are not changed. Return the names of the
     new partials, for exposures as ``exposure/partial``.
     """
     on_progress = on_progress or (lambda _phase, _fraction: None)
@@ -107,6 +111,9 @@ def import_batches(
     for number, found in enumerate(checked):
         on_batch = part_of(partial(on_progress, "convert"), number, len(batches))
         _convert(found, output, on_batch)
+        if found.is_resumed:  # a kill may have struck between the last partial and the total
+            exposure = found.info.exposure_id if found.info else ""
+            refresh_total(open_objects(output), exposure)
     return [
         partial_text(batch.exposure.id if batch.exposure else "", candidate.name)
         for batch, found in zip(batches, checked, strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.import_options import OnProgress
+from ocelot_em.io.partial_names import cleaned_name
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import (
     MEAN,
@@ -29,6 +30,8 @@ from ocelot_em.model.maps import (
     Float64,
 )
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
+from ocelot_em.store.attributes import PartialAttributes
+from ocelot_em.store.creation import layout_differences, refresh_total
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search import read_partials
@@ -150,7 +153,7 @@ def import_map_files(
     raised together.
     """
     on_progress = on_progress or (lambda _phase, _fraction: None)
-    name = about.name or files.name
+    name = about.name or cleaned_name(files.name)
     problems, count = _layout_problems(files), 0
     try:
         count = _count(files, about)
@@ -158,8 +161,15 @@ def import_map_files(
         problems += error.problems
     if problems:
         raise InvalidInputError([*problems, *name_problems(name)])
-    existing = read_partials(open_objects(output))
+    objects = open_objects(output)
+    existing = read_partials(objects)
     digest = _digest(files.paths)
+    notes = tuple(_notes(files, about, name))
+    if _is_there(dict(existing).get(name), digest, count):
+        if differences := layout_differences(objects, files.shape, _search_info(files, about)):
+            raise InvalidInputError(differences)
+        refresh_total(objects, "")  # a kill may have struck before it
+        return ImportedSearch(name, (f"{name}: was there before, and is unchanged", *notes))
     problems += [
         f"{files.place}: its content is already there as partial {there!r} of {output}; its "
         "projections would be counted twice"
@@ -172,7 +182,7 @@ def import_map_files(
             name,
             files.shape,
             total_projections=count,
-            order=1 + max((partial.order for _, partial in existing), default=-1),
+            order=1 + max((p.order for other, p in existing if other != name), default=-1),
             search=_search_info(files, about),
         )
     except InvalidInputError as error:
@@ -191,7 +201,17 @@ def import_map_files(
             maps = _as_partial(files.read(band.region), count, about.pixel_size_offset_angstrom)
             writer.write(band.region, maps, validated=True)
             on_progress("convert", (1 + band.iy * grid.counts[1] + band.ix) / len(grid))
-    return ImportedSearch(name, tuple(_notes(files, about)))
+    return ImportedSearch(name, notes)
+
+
+def _is_there(found: PartialAttributes | None, digest: str, count: int) -> bool:
+    """Return whether a partial is complete and of these files."""
+    return (
+        found is not None
+        and found.state == "complete"
+        and found.provenance.input_sha256 == digest
+        and found.total_projections == count
+    )
 
 
 def _layout_problems(files: MapFiles) -> list[str]:
@@ -348,7 +368,9 @@ def _squared_sum(mean: Float64, std: Float64, count: int) -> Float64:
     return squared
 
 
-def _notes(files: MapFiles, about: FinishedSearch) -> Iterator[str]:
+def _notes(files: MapFiles, about: FinishedSearch, name: str) -> Iterator[str]:
+    if about.name is None and name != files.name:
+        yield f"name: {name!r}, because names of partials cannot be like {files.name!r}"
     yield (
         "correlation_sum, correlation_squared_sum: reconstructed from mean, standard deviation and "
         "the number of projections, with the precision of float32 that those are stored in"
