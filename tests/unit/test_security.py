@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from builders import write_explicit_search
-from ocelot_em import merge
+from ocelot_em import import_results, merge
 from ocelot_em.cli import main as cli
 from ocelot_em.errors import InvalidInputError, PlanError
 from ocelot_em.model.options import MergeOptions
@@ -34,10 +34,20 @@ SECRET = "dont-tell"
         f"https://account.blob.core.windows.net/c/RUN.zarr?sv=2024&sig={SECRET}",
         f"https://host/RUN.zarr?access_token={SECRET}",
         f"gs://bucket/RUN.zarr?secret={SECRET}",
+        f"s3://bucket/RUN.zarr?apikey={SECRET}",
+        f"s3://bucket/RUN.zarr?region=x;x-api-key={SECRET}",
+        f"s3://bucket/RUN.zarr?key={SECRET}",
+        f"s3://bucket/RUN.zarr?%70assw%64={SECRET}",
+        f"s3://bucket/RUN.zarr?pwd={SECRET}",
+        f"s3://bucket/RUN.zarr?Authorization={SECRET}",
+        f"s3://bucket/RUN.zarr?GoogleAccessId={SECRET}",
+        f"s3://bucket/RUN.zarr#session={SECRET}",
+        f"memory://{SECRET}@x",
+        f"http://{SECRET}@[broken/RUN.zarr",
     ],
 )
 def test_urls_with_credentials_are_refused_without_repeating_them(url, tmp_path, capsys):
-    with pytest.raises(InvalidInputError, match="give them in the environment") as error:
+    with pytest.raises(InvalidInputError, match=r"in the environment|is invalid") as error:
         objects.normalise_url(url)
     assert SECRET not in str(error.value)
     assert cli.run(["merge", url, "--output", str(tmp_path / "O"), "--log", "-"]) == 2
@@ -49,6 +59,104 @@ def test_urls_with_credentials_are_refused_without_repeating_them(url, tmp_path,
 @pytest.mark.parametrize("url", ["https://host/design/RUN.zarr", "s3://bucket/a?versionId=3"])
 def test_other_urls_are_taken(url):
     assert objects.normalise_url(url) == url
+    assert objects.normalise_url(Path(url)) == url
+
+
+def test_credentials_are_neither_printed_nor_stored_by_any_command(tmp_path, capsys):
+    """Also where no URL belongs."""
+    url, output = f"s3://key:{SECRET}@bucket/x", str(tmp_path / "O")
+    kept = ["--run-folder", str(tmp_path / "night"), "--log", str(tmp_path / "log.jsonl")]
+    for words in (
+        ["merge", url, "--output", output, *kept],
+        ["merge", "x", "--output", url, *kept],
+        ["merge", "x", "--output", output, "--run-folder", url],
+        ["merge", "x", "--output", output, "--origins", url, *kept],
+        ["import", url, "--output", output],
+        ["import", "x", "--output", output, "--search-space", url],
+        ["info", url],
+        ["check", url],
+        ["report", url, "--output", output],
+        ["peaks", "x", "--output", url],
+        ["export", "x", "--to", "leopard", "--output", output, "--optics", url],
+    ):
+        assert cli.run(words) == 2, words
+        told = capsys.readouterr()
+        assert SECRET not in told.out + told.err, words
+        assert "carries credentials" in told.err, words
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["inputs", "output"])
+def test_credentials_in_a_file_of_options_are_not_repeated(tmp_path, capsys, place):
+    url = f"s3://key:{SECRET}@bucket/x"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"inputs: ['{url}']" if place == "inputs" else f"output: {url}")
+    kept = ["--run-folder", str(tmp_path / "night"), "--log", str(tmp_path / "log.jsonl")]
+    words = ["x"] if place == "output" else ["--output", "y"]
+    assert cli.run(["merge", *words, "--config", str(config), *kept]) == 2
+    told = capsys.readouterr()
+    assert "carries credentials" in told.err
+    assert SECRET not in told.out + told.err
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_address_of_a_web_server_gets_one_sentence(scheme, tmp_path, capsys):
+    url = f"{scheme}://example.org/RUN.zarr"
+    assert cli.run(["merge", url, "--output", str(tmp_path / "O")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ocelot: {url}: expected a path, or the URL of a bucket, got that of a")
+    assert said.count("\n") == 1
+    for name in ["gpu0.npz", "LAMELLA.yaml", "result.h5"]:
+        assert cli.run(["import", f"{scheme}://example.org/{name}", "--output", "O"]) == 2
+        said = capsys.readouterr().err
+        assert f"{scheme}://example.org/{name}: expected a path on this machine, got a URL" in said
+        assert said.count("\n") == 1
+
+
+def test_a_path_with_a_nul_character_gets_one_sentence(tmp_path, capsys):
+    with pytest.raises(InvalidInputError, match=r"x\\x00y: expected a path, got a text with a NUL"):
+        merge("x\0y", tmp_path / "O")
+    with pytest.raises(InvalidInputError, match="with a NUL character"):
+        merge(Path("x\0y"), tmp_path / "O")
+    with pytest.raises(InvalidInputError, match="with a NUL character"):
+        import_results(["x\0y.npz"], tmp_path / "O")
+    config = tmp_path / "config.yaml"
+    config.write_text('output: "a\\0b"')
+    assert cli.run(["merge", "x", "--config", str(config)]) == 2
+    assert "expected a path, got a text with a NUL character" in capsys.readouterr().err
+
+
+GUARDED = """
+import sys
+from ocelot_em import merge
+
+def main():
+    print(merge(sys.argv[1], sys.argv[2], cluster="local", workers=1, threads=1).n_merged)
+
+{guard}main()
+"""
+
+
+@pytest.mark.parametrize("guard", ["", "if __name__ == '__main__':\n    "])
+def test_a_script_without_its_main_guard_is_refused_before_anything_starts(tmp_path, guard):
+    search = write_explicit_search(tmp_path / "RUN.zarr", (40, 50))
+    script = tmp_path / "script.py"
+    script.write_text(GUARDED.format(guard=guard))
+    done = subprocess.run(
+        [sys.executable, script, search, tmp_path / "OUT.zarr"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if guard:
+        assert (done.returncode, done.stdout) == (0, "1\n")
+    else:
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"ocelot_em.errors.PlanError: {script}: line 8: cluster 'local'")
+        assert last.endswith("put what it does below: if __name__ == '__main__':")
+        assert done.stderr.count("Traceback") == 1
+        assert not (tmp_path / "OUT.zarr").exists()
 
 
 def test_nothing_of_the_environment_is_stored(tmp_path, monkeypatch):

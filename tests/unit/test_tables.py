@@ -1,5 +1,6 @@
 """Particle tables in other programs' formats, read back by the libraries that read them there."""
 
+import csv
 import json
 import math
 import struct
@@ -141,6 +142,32 @@ def test_leopard_aberrations_are_kept_as_its_table_has_them(tmp_path):
     row = pd.read_csv(tmp_path / "L.csv").iloc[0]
     assert json.loads(row["even_zernikes"]) == {"Z44c": 1.5}
     assert row["mag_matrix"] == "[1.0, 0.0, 0.0, 1.01]"
+
+
+@pytest.mark.parametrize("first", "=+-@")
+def test_no_cell_starts_a_formula(tmp_path, first):
+    """Paths mean the same files, numbers stay numbers, and other tables have the names as given."""
+    name = f"{first}cmd!A1.mrc"
+    columns = {"mip_path": name, "mag_matrix": "-1.5"}
+    optics = replace(OPTICS, micrograph=name, template=name, leopard_columns=columns)
+    table = make_table(2)
+    write_leopard_csv(table, optics, tmp_path / "L.csv")
+    with (tmp_path / "L.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    for row in rows:
+        for cell in row:
+            assert not cell.startswith(tuple("=+-@\t\r")) or math.isfinite(float(cell)), cell
+    row = dict(zip(header, rows[0], strict=True))
+    assert row["mip_path"] == f"./{name}"
+    assert row["mag_matrix"] == "-1.5"
+    write_relion_star(table, optics, tmp_path / "R.star")
+    assert f"./{first}" not in (tmp_path / "R.star").read_text()
+    wrong = replace(optics, leopard_columns={"mag_matrix": f"{first}cmd!A1"})
+    (problem,) = refused(lambda: write_leopard_csv(table, wrong, tmp_path / "L.csv"))
+    assert problem.startswith("mag_matrix: expected no text that spreadsheets take for a formula")
+    exposures = np.array(["a", f"{first}b"])
+    problems = refused(lambda: ParticleTable({**table.columns, "exposure": exposures}))
+    assert any("exposure: expected no text that spreadsheets take" in p for p in problems)
 
 
 def test_everything_that_is_wrong_with_a_configuration_is_named(tmp_path):

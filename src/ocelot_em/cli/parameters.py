@@ -8,10 +8,18 @@ from cyclopts import Parameter, Token, default_name_transform
 
 
 def _from_text(kind: Any, tokens: Sequence[Token]) -> Any:
-    """Convert texts as pydantic does, also for options that are in no model."""
+    """Convert texts as pydantic does, also for options that are in no model.
+
+    Refuse credentials and NUL characters in paths before anything is logged or stored.
+    """
     from pydantic import TypeAdapter
 
     texts = [token.value for token in tokens]
+    for text in texts:
+        if "://" in text or "\0" in text:
+            from ocelot_em.store.objects import normalise_url
+
+            normalise_url(text)
     is_several = (get_origin(kind) or kind) in (list, tuple)
     return TypeAdapter(kind).validate_python(texts if is_several else texts[0])
 

@@ -26,6 +26,7 @@ from ocelot_em.io.leopard_maps import (
     import_map_files,
     positive_or_none,
 )
+from ocelot_em.io.text_file import local_path
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
@@ -105,7 +106,7 @@ def import_hdf5(
     ``convert``) and the fraction done, 0 to 1. Raise an error that lists every problem.
     """
     h5py = _h5py()
-    place = Path(path)
+    place = local_path(path)
     if not place.is_file():
         raise InvalidInputError(f"{place}: expected an HDF5 file, got nothing there")
     with ExitStack() as stack:

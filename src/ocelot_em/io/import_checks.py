@@ -1,6 +1,7 @@
 """Checks of result files before anything is written."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -139,7 +140,7 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
         except InvalidInputError as error:
             problems += error.problems
         problems += [f"{path}: {problem}" for problem in name_problems(name)]
-    repeated = Counter(realpath(path) for path in files)
+    repeated = Counter(realpath(path) for path in files if "\0" not in os.fspath(path))
     problems += [f"{path}: given {n} times" for path, n in repeated.items() if n > 1]
     if len(repeated) == len(files) and len(set(names)) < len(names):
         problems.append(

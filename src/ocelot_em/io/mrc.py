@@ -27,6 +27,7 @@ from ocelot_em.io.leopard_maps import (
     import_map_files,
     positive_or_none,
 )
+from ocelot_em.io.text_file import local_path
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.store.whole_file import refuse_existing, storage_errors, whole_or_nothing
@@ -87,7 +88,7 @@ def import_mrc_set(
     float32 maps of one shape, NaN, a z-score of another search, a different search at ``output``.
     """
     mrcfile = _mrcfile()
-    paths = _paths(Path(folder), prefix)
+    paths = _paths(local_path(folder), prefix)
     found = {name: path for name, path in paths.items() if path.is_file()}
     with ExitStack() as stack:
         opened: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io import torch_pickle
+from ocelot_em.io.text_file import local_path
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.search_space import TABLES
 
@@ -47,7 +48,7 @@ def open_result_file(path: str | PathLike[str]) -> "ResultFile":
 
     Refuse a file that is missing, damaged, of another format, or would need unpickling.
     """
-    place = Path(path)
+    place = local_path(path)
     with ExitStack() as stack:
         try:
             if not place.is_file():

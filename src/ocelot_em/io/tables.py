@@ -24,7 +24,7 @@ from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import write_parquet
 from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
-from ocelot_em.particles.table import ParticleTable
+from ocelot_em.particles.table import ParticleTable, is_formula
 from ocelot_em.store.whole_file import write_file
 
 
@@ -61,12 +61,14 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
     deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's pixel size, as before a
     refinement. Zernike coefficients, magnification matrix and map paths are text from the optics,
     or empty. The table has no columns for ``pixel_size_offset``, ``best_partial``, sub-pixel
-    positions and ``neg_log_p``.
+    positions and ``neg_log_p``. A path that a spreadsheet would take for a formula begins with
+    ``./``.
 
     Raises
     ------
     InvalidInputError
-        The optics belong to another search.
+        The optics belong to another search, or an aberration is text that a spreadsheet would take
+        for a formula.
     StorageError
         The file cannot be written.
 
@@ -106,12 +108,23 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
         "phase_shift": optics.phase_shift_degrees,
         "ctf_B_factor": optics.ctf_b_factor_angstrom2,
         **{name: extra.get(name, "") for name in LEOPARD_ABERRATIONS},
-        "micrograph_path": optics.micrograph,
-        "template_path": optics.template,
-        **{name: extra.get(name, "") for name in LEOPARD_MAPS},
+        "micrograph_path": _path_cell(optics.micrograph),
+        "template_path": _path_cell(optics.template),
+        **{name: _path_cell(extra.get(name, "")) for name in LEOPARD_MAPS},
     }
+    formulas = [name for name in LEOPARD_ABERRATIONS if is_formula(extra.get(name, ""))]
+    if formulas:
+        raise InvalidInputError(
+            f"{name}: expected no text that spreadsheets take for a formula, got {extra[name]!r}"
+            for name in formulas
+        )
     text = _frame(table, columns).to_csv(index=False, lineterminator="\n")
     write_file(path, text.encode())
+
+
+def _path_cell(path: str) -> str:
+    """Return the same relative path so that no spreadsheet takes it for a formula."""
+    return f"./{path}" if is_formula(path) else path
 
 
 def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:

@@ -1,8 +1,18 @@
-"""Reading of text files from other programs and people."""
+"""Reading of files from other programs and people, and of text in them."""
 
+from os import PathLike
 from pathlib import Path
 
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.store.objects import is_local, normalise_url
+
+
+def local_path(path: str | PathLike[str]) -> Path:
+    """Return the path of a file or folder; refuse URLs, and texts that cannot be paths."""
+    url = normalise_url(path)
+    if not is_local(url):
+        raise InvalidInputError(f"{url}: expected a path on this machine, got a URL; download it")
+    return Path(path)
 
 
 def read_text(place: Path, max_nbytes: int, what: str, *, lenient: bool = False) -> str:
@@ -11,6 +21,7 @@ def read_text(place: Path, max_nbytes: int, what: str, *, lenient: bool = False)
     ``what`` describes the expected content in errors. ``lenient`` replaces invalid UTF-8 with
     U+FFFD.
     """
+    local_path(place)
     try:
         if not place.is_file():
             raise InvalidInputError(f"{place}: expected {what}, got no file")

@@ -299,6 +299,24 @@ def _name_problems(names: Iterable[str]) -> list[str]:
 
 _NOT_IN_TEXT = frozenset(',"\n\r')
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of texts that a spreadsheet takes for formulas, which can start programs."""
+
+
+def is_formula(text: str) -> bool:
+    """Whether a spreadsheet takes a cell for a formula; numbers are none.
+
+    >>> is_formula("=1+1"), is_formula("-1.5"), is_formula("gpu0")
+    (True, False, False)
+    """
+    if not text.startswith(_FORMULA):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return text.startswith(("\t", "\r"))
+
 
 def _column_problems(columns: Mapping[str, object]) -> list[str]:
     problems = _name_problems(columns)
@@ -313,6 +331,11 @@ def _column_problems(columns: Mapping[str, object]) -> list[str]:
         if expected.kind == "U" and values.dtype.kind == "U":
             if any(set(text) & _NOT_IN_TEXT for text in values.ravel().tolist()):
                 problems.append(f"{name}: expected no commas, quotation marks and line breaks")
+            problems += [
+                f"{name}: expected no text that spreadsheets take for a formula, got {text!r}"
+                for text in dict.fromkeys(values.ravel().tolist())
+                if is_formula(text)
+            ]
         elif values.dtype != expected:
             problems.append(f"{name}: expected dtype {expected}, got {values.dtype}")
         if values.ndim != 1:

@@ -31,6 +31,7 @@ from ocelot_em.model.text import count_text
 from ocelot_em.run import slurm
 from ocelot_em.run.connect import connect_client
 from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
+from ocelot_em.run.main_guard import require_main_guard
 from ocelot_em.run.security import security_of_run, warn_if_open
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
             f"cluster: expected {', '.join(KINDS)}, or the address of a Dask scheduler such as "
             f"tcp://host:8786, got {cluster!r}"
         )
+    if cluster in ("local", "cuda"):
+        require_main_guard(cluster)
     if cluster == "cuda" and requested == "cpu":
         raise PlanError("device cpu: cluster 'cuda' needs GPUs; use --cluster local or threads")
     if cluster == "local" and requested == "cuda":

@@ -1,6 +1,6 @@
 """Open stores of named byte objects in a directory, a bucket or memory, by path or URL.
 
-obstore provides buckets (``s3``, ``gs``, ``az``, ``http`` ...); credentials and endpoints come from
+obstore provides buckets (``s3``, ``gs``, ``az`` ...); credentials and endpoints come from
 the environment, as documented by obstore. ``memory://NAME`` is in the memory of this process, for
 trials. This module does not depend on Zarr's content.
 """
@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+import obstore
+
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.store.bucket import BucketObjects, MemoryObjects
 from ocelot_em.store.contract import Objects
@@ -18,8 +20,15 @@ from ocelot_em.store.local import LocalObjects
 _OBSTORE_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "http", "https"}
 
 
-_SECRETS = re.compile(r"secret|token|password|credential|signature|access_?key|\bsig\b", re.I)
+_SECRETS = re.compile(
+    "secret|token|passw|passwd|passphrase|pwd|credential|signature|session|bearer|cookie|jwt|login|"
+    r"auth(?!or\b)|access_?id|(^|[^a-z])(sig|sas|user|username|pin)([^a-z]|$)|key",
+    re.I,
+)
 """Names of URL parameters that carry credentials."""
+
+_URL_IN_PATH = re.compile("^(s3a?|gs|azure|az|abfss?|adl|https?|memory|file):/(?!/)", re.I)
+"""The beginning of a URL that was made a :class:`~pathlib.Path`, which merges slashes."""
 
 
 def normalise_url(place: str | os.PathLike[str]) -> str:
@@ -28,9 +37,14 @@ def normalise_url(place: str | os.PathLike[str]) -> str:
     Raises
     ------
     InvalidInputError
-        The URL carries credentials, which would be kept in logs and in stored data.
+        The URL carries credentials, which would be kept in logs and in stored data; or the text
+        cannot be a path or URL.
     """
     text = os.fspath(place)
+    if not isinstance(place, str):
+        text = _URL_IN_PATH.sub(r"\1://", text)
+    if "\0" in text:
+        raise InvalidInputError(f"{text}: expected a path, got a text with a NUL character")
     if "://" in text:
         _refuse_secrets(text)
         scheme = urlsplit(text).scheme
@@ -41,8 +55,12 @@ def normalise_url(place: str | os.PathLike[str]) -> str:
 
 
 def _refuse_secrets(url: str) -> None:
-    parts = urlsplit(url)
-    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidInputError(f"expected a URL, got one that is invalid: {error}") from None
+    parameters = f"{parts.query}&{parts.fragment}".replace(";", "&")
+    names = [name for name, _ in parse_qsl(parameters, keep_blank_values=True)]
     if "@" in parts.netloc or any(map(_SECRETS.search, names)):
         raise InvalidInputError(
             f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: the URL carries "
@@ -62,7 +80,8 @@ def open_objects(place: str | os.PathLike[str]) -> Objects:
     Raises
     ------
     InvalidInputError
-        The URL scheme is not supported, or the URL carries credentials.
+        The URL scheme is not supported, the URL is that of a web server, or it carries
+        credentials.
     """
     url = normalise_url(place)
     if is_local(url):
@@ -73,5 +92,11 @@ def open_objects(place: str | os.PathLike[str]) -> Objects:
     if scheme not in _OBSTORE_SCHEMES:
         raise InvalidInputError(
             f"{url}: expected a path, or a URL of one of {', '.join(sorted(_OBSTORE_SCHEMES))}"
+        )
+    if scheme.startswith("http") and obstore.parse_scheme(url) == "http":
+        raise InvalidInputError(
+            f"{url}: expected a path, or the URL of a bucket, got that of a web server, which "
+            "cannot list a store's content; download the store, or give its bucket as s3://, "
+            "gs:// or az://"
         )
     return BucketObjects.opened(url)
