@@ -7,6 +7,7 @@ trials. This module does not depend on Zarr's content.
 
 import os
 import re
+from os.path import realpath
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -51,7 +52,7 @@ def normalise_url(place: str | os.PathLike[str]) -> str:
         if scheme != "file":
             return text.rstrip("/")
         text = text.removeprefix("file://")
-    return str(Path(text).expanduser().resolve())
+    return realpath(Path(text).expanduser())
 
 
 def _refuse_secrets(url: str) -> None:
