@@ -82,11 +82,11 @@ def import_killed(
 
 
 def content(store: Path) -> tuple[object, ...]:
-    """What a search holds; a second attempt has a folder of its own."""
+    """What a search holds; a second attempt has a group of its own for its maps."""
     files = sorted(
         ATTEMPT.sub("/", str(path.relative_to(store)))
         for path in store.rglob("*")
-        if path.is_file()
+        if path.is_file() and not ATTEMPT.search(f"/{path.parent.name}/")
     )
     chunks = {ATTEMPT.sub("/", key): data for key, data in chunk_bytes(store).items()}
     info = ocelot_em.describe(store)

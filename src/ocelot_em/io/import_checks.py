@@ -47,7 +47,7 @@ from ocelot_em.store import constants
 from ocelot_em.store.attributes import PartialAttributes
 from ocelot_em.store.creation import layout_differences, search_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.search import partial_names, read_partials
+from ocelot_em.store.partials import existing_partials
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import BadValues, layout_problems, name_problems
 
@@ -82,9 +82,7 @@ def check_batch(
         if problems:
             return result
         exposure = "" if batch.exposure is None else batch.exposure.id
-        existing = (
-            dict(read_partials(objects, exposure)) if partial_names(objects, exposure) else {}
-        )
+        existing = existing_partials(objects, exposure)
         in_values, unreadable = list[str](), list[str]()
         for number, candidate in enumerate(candidates):
             on_file = part_of(on_fraction, number, len(candidates))

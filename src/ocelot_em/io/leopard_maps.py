@@ -33,8 +33,7 @@ from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.attributes import PartialAttributes
 from ocelot_em.store.creation import layout_differences, refresh_total
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import PartialWriter
-from ocelot_em.store.search import read_partials
+from ocelot_em.store.partials import PartialWriter, existing_partials
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import name_problems
 
@@ -162,10 +161,10 @@ def import_map_files(
     if problems:
         raise InvalidInputError([*problems, *name_problems(name)])
     objects = open_objects(output)
-    existing = read_partials(objects)
+    existing = existing_partials(objects)
     digest = _digest(files.paths)
     notes = tuple(_notes(files, about, name))
-    if _is_there(dict(existing).get(name), digest, count):
+    if _is_there(existing.get(name), digest, count):
         if differences := layout_differences(objects, files.shape, _search_info(files, about)):
             raise InvalidInputError(differences)
         refresh_total(objects, "")  # a kill may have struck before it
@@ -173,7 +172,7 @@ def import_map_files(
     problems += [
         f"{files.place}: its content is already there as partial {there!r} of {output}; its "
         "projections would be counted twice"
-        for there, partial in existing
+        for there, partial in existing.items()
         if partial.state == "complete" and partial.provenance.input_sha256 == digest
     ]
     try:
@@ -182,7 +181,7 @@ def import_map_files(
             name,
             files.shape,
             total_projections=count,
-            order=1 + max((p.order for other, p in existing if other != name), default=-1),
+            order=1 + max((p.order for other, p in existing.items() if other != name), default=-1),
             search=_search_info(files, about),
         )
     except InvalidInputError as error:

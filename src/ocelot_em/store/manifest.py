@@ -123,12 +123,16 @@ def write_manifest(objects: Objects, path: str, manifest: Manifest) -> str:
 
 
 def create_manifest(objects: Objects, path: str, manifest: Manifest) -> bool:
-    """Write the manifest of a group unless it has one; return whether it was written."""
-    encoded = manifest.encode()
-    if not objects.create(_key(path), encoded):
-        return False
-    _write_metadata(objects, path, len(encoded))
-    return True
+    """Write the manifest of a group unless it has one; return whether it was written.
+
+    :func:`describe_manifest` makes it readable for others.
+    """
+    return objects.create(_key(path), manifest.encode())
+
+
+def describe_manifest(objects: Objects, path: str, manifest: Manifest) -> None:
+    """Write the metadata of a manifest's group and array."""
+    _write_metadata(objects, path, len(manifest.encode()))
 
 
 def read_manifest(objects: Objects, path: str, owner: str, digest: str) -> Manifest:

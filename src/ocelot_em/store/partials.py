@@ -30,6 +30,7 @@ from ocelot_em.store.manifest import (
     ArrayManifest,
     Manifest,
     create_manifest,
+    describe_manifest,
     find_manifest,
     new_checksums,
 )
@@ -37,6 +38,7 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     MapGroup,
+    partial_names,
     partial_path,
     read_partial_attributes,
 )
@@ -363,8 +365,23 @@ class PartialWriter:
         )
 
 
+def existing_partials(objects: Objects, exposure: str = "") -> dict[str, fmt.PartialAttributes]:
+    """Attributes of a search's or exposure's partials by name; empty without any.
+
+    What a killed writer has written but for its record is completed.
+    """
+    found = {}
+    for name in partial_names(objects, exposure):
+        found[name] = read_partial_attributes(objects, name, exposure)
+        path = partial_path(name, exposure)
+        if found[name].state != "complete" and (written := find_manifest(objects, path)):
+            restore(objects, path, written)
+            found[name] = read_partial_attributes(objects, name, exposure)
+    return found
+
+
 def restore(objects: Objects, path: str, manifest: Manifest) -> None:
-    """Write the attributes of a complete partial from its manifest, unless they are there."""
+    """Complete a partial that has a manifest, unless it is."""
     content = {**manifest.attributes, "manifest": manifest.digest}
     complete = fmt.validated(fmt.PartialAttributes, content, f"{objects.url}/{path}/{MANIFEST}")
     with suppress(FormatError):
@@ -372,4 +389,5 @@ def restore(objects: Objects, path: str, manifest: Manifest) -> None:
         found = fmt.parse_attributes(fmt.PartialAttributes, attributes, objects.url)
         if found == complete:
             return
+    describe_manifest(objects, path, manifest)
     groups.replace_attributes(objects, path, fmt.dump_attributes(complete))
