@@ -81,14 +81,14 @@ def merge(partials, tables=None):
     return out | {"total_projections": counts}
 
 
-def nan_pixels(partial):
-    """How many pixels hold NaN; a NaN pose without a correlation is how idle pixels look."""
-    bad = set()
-    for name in ("mip", "correlation_sum", "correlation_squared_sum"):
-        bad |= {tuple(at) for at in np.argwhere(np.isnan(getattr(partial, name)))}
+def bad_pixels(partial):
+    """How many pixels hold NaN or infinities; what a pose is without a correlation is all one."""
+    bad = {tuple(at) for at in np.argwhere(np.isnan(partial.mip) | np.isposinf(partial.mip))}
+    for values in (partial.correlation_sum, partial.correlation_squared_sum):
+        bad |= {tuple(at) for at in np.argwhere(np.isnan(values) | np.isinf(values))}
     for pose in partial.pose:
         if pose.dtype.kind == "f":
-            for y, x in np.argwhere(np.isnan(pose)):
+            for y, x in np.argwhere(np.isnan(pose) | np.isinf(pose)):
                 if not np.isneginf(partial.mip[y, x]):
                     bad.add((y, x))
     return len(bad)
@@ -105,8 +105,8 @@ def invalid_indices(partial, n_poses):
     return invalid
 
 
-def drop_nan(partials):
-    """Per pixel ((y, x), list): one-pixel cuts of the partials that hold no NaN there."""
+def drop_bad(partials):
+    """Per pixel ((y, x), list): one-pixel cuts of the partials that are usable there."""
     for y, x in np.ndindex(partials[0].mip.shape):
         here = []
         for partial in partials:
@@ -118,6 +118,6 @@ def drop_nan(partials):
                 count=int(np.broadcast_to(partial.count, partial.mip.shape)[y, x]),
                 best_partial=int(np.broadcast_to(partial.best_partial, partial.mip.shape)[y, x]),
             )
-            if not nan_pixels(cut):
+            if not bad_pixels(cut):
                 here.append(cut)
         yield (y, x), here

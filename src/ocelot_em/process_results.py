@@ -74,9 +74,10 @@ def aggregate_distributed_results(
     Raises
     ------
     InvalidInputError
-        Lists every problem: no devices, missing keys, mismatched shapes or dtypes, NaN (except in a
-        pose where ``mip`` is -inf), indices below -1, or -1 where something was searched, a count
-        that only some devices have.
+        Lists every problem: no devices, missing keys, mismatched shapes or dtypes, NaN and
+        infinities (except -inf in ``mip``, and any pose where ``mip`` is -inf), indices below -1,
+        or -1 where something was searched, a count that only some devices have, or that is 0 where
+        something was searched.
     MissingDependencyError
         PyTorch is not installed.
     """
@@ -87,10 +88,11 @@ def aggregate_distributed_results(
     merged = {
         name: np.empty(tuple(shape), np.int32 if name == INDEX else np.float32) for name in names
     }
-    in_memory.fold_bands(devices, merged, in_memory.cpu_processor(_BAND_PIXELS), None)
+    counts = in_memory.counts_of(results)
+    in_memory.fold_bands(devices, merged, in_memory.cpu_processor(_BAND_PIXELS), counts)
     given_shape = cast("Any", results[0][MIP]).shape  # one axis less where there was none
     tensors = {n: torch.from_numpy(array).reshape(given_shape) for n, array in merged.items()}
-    return tensors | in_memory.total_count(results)
+    return tensors | in_memory.total_count(counts)
 
 
 def correlation_sum_and_squared_sum_to_mean_and_variance(

@@ -290,13 +290,14 @@ def damage(search: Path, how: str) -> str:
         chunk.unlink()
         return r"RUN.zarr: partial 'p1': correlation_sum: chunk \(0, 0\).* is missing"
     values = np.full(SHAPE, 1, np.float32)
-    values[40, 50] = np.nan
+    values[40, 50] = np.nan if how == "NaN" else -np.inf
+    kind = "NaN" if how == "NaN" else "NaN or infinite"
     unsealed(search)
     store.write_chunk(open_objects(chunk.parent), chunk.name, values)
-    return r"RUN.zarr: partial 'p1': correlation_sum: NaN at 1 pixel, first \(40, 50\)"
+    return rf"RUN.zarr: partial 'p1': correlation_sum: {kind} at 1 pixel, first \(40, 50\)"
 
 
-@pytest.mark.parametrize("how", ["flipped byte", "truncated chunk", "deleted chunk", "NaN"])
+@pytest.mark.parametrize("how", ["flipped byte", "truncated chunk", "deleted chunk", "NaN", "-inf"])
 def test_damage_is_refused_with_its_place(search: Path, tmp_path: Path, how: str) -> None:
     place = damage(search, how)
     with pytest.raises(TilesFailedError, match=place) as error:
@@ -310,12 +311,12 @@ def test_a_failed_tile_is_named_and_the_others_finish(search: Path, tmp_path: Pa
     unsealed(search)
     good = chunk.read_bytes()
     values = np.asarray(read_maps(search / "partials/p2")["mip"]).copy()
-    values[5, 5] = np.nan
+    values[5, 5] = np.inf
     store.write_chunk(open_objects(chunk.parent), chunk.name, values)
     output = tmp_path / "OUT.zarr"
     with pytest.raises(TilesFailedError, match=r"1 of 30 tiles failed") as error:
         merge(search, output, tile_size=16)
-    assert "partial 'p2': mip: NaN at 1 pixel, first (5, 5)" in str(error.value)
+    assert "partial 'p2': mip: NaN or infinite at 1 pixel, first (5, 5)" in str(error.value)
     assert ocelot_em.describe(output).tiles_done == 29
     chunk.write_bytes(good)
     assert merge(search, output).n_merged == 1
@@ -330,7 +331,7 @@ def test_masking_nan_drops_the_partial_and_its_count_there(
     write_search(tmp_path / "RUN.zarr", results, COUNTS)
     values = results[1]["mip"].copy()
     bad = rng.random(SHAPE) < 0.1
-    values[bad] = np.nan
+    values[bad] = rng.choice([np.nan, np.inf], bad.sum())
     folder = open_objects(unsealed(tmp_path / "RUN.zarr") / "partials/p1/mip/c/0")
     store.write_chunk(folder, "0", values)
     merge(tmp_path / "RUN.zarr", tmp_path / "M.zarr", nan="mask", tile_size=32)

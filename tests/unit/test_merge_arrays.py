@@ -4,6 +4,7 @@ import contextlib
 import functools
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,8 +77,9 @@ def on_device(results, *, make_device=HostDevice, band_pixels=32, search_space=N
         CudaKernels(stand_in), stand_in.empty, np.ascontiguousarray, band_pixels=band_pixels
     )
     devices = [{name: result[name] for name in names} for result in results]
-    fold_bands(devices, merged, processor, search_space)
-    return merged | in_memory.total_count(results)
+    counts = in_memory.counts_of(results)
+    fold_bands(devices, merged, processor, counts, search_space)
+    return merged | in_memory.total_count(counts)
 
 
 late = functools.partial(on_device, make_device=LateDevice)
@@ -110,6 +112,16 @@ def test_a_device_gives_the_same_bits(form, merge, band_pixels):
 @given(stacks(sets=st.sampled_from(MAP_SETS)))
 def test_against_the_oracle(stack):
     maps, partials = stack
+    largest = np.float32(3.3e38)  # infinities are refused
+    partials = [
+        replace(
+            p,
+            mip=np.where(p.mip == np.inf, largest, p.mip),
+            correlation_sum=np.clip(p.correlation_sum, -largest, largest),
+            correlation_squared_sum=np.clip(p.correlation_squared_sum, -largest, largest),
+        )
+        for p in partials
+    ]
     indexed = maps.form is PoseForm.INDEXED
     results = [
         {MIP: p.mip, SUM: p.correlation_sum, SQUARED_SUM: p.correlation_squared_sum}
@@ -242,12 +254,30 @@ def test_all_problems_at_once():
 
 
 @mergers
-@pytest.mark.parametrize("name", [MIP, "best_psi", SUM])
-def test_nan_is_named(merge, name):
+@pytest.mark.parametrize("name", [MIP, "best_psi", SUM, SQUARED_SUM])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinities_are_named(merge, name, bad):
     results = results_of()
-    results[4][name][3, 5] = results[4][name][22, 1] = np.nan
+    results[4][name][3, 5] = results[4][name][22, 1] = bad
+    if (name, bad) == (MIP, -np.inf):  # nothing was searched
+        merge(results)
+        return
     (problem,) = problems_of(merge, results)
-    assert problem.startswith(f"device 4: {name}: NaN at 2 pixels, first (3, 5); ")
+    kind = "NaN" if np.isnan(bad) else "NaN or infinite"
+    assert problem.startswith(f"device 4: {name}: {kind} at 2 pixels, first (3, 5); ")
+
+
+@mergers
+@forms
+def test_a_count_of_nothing_where_something_was_searched_is_named(merge, form):
+    results = results_of(form=form)
+    results[2][COUNT] = 0
+    (problem,) = problems_of(merge, results)
+    assert problem.startswith("device 2: total_projections: 0, but mip was searched, first at")
+    results[2][MIP][...] = -np.inf
+    if INDEX in results[2]:
+        results[2][INDEX][...] = -1
+    assert merge(results)[COUNT] == sum(result[COUNT] for result in results)
 
 
 @mergers

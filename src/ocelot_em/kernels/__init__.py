@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.kernels.device import Device
-from ocelot_em.model.maps import Accumulator, AnyArray, FoldReport, MapSet, PartialMaps
+from ocelot_em.model.maps import Accumulator, AnyArray, MapSet, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
 NAMES = ("cpu", "reference")
@@ -26,8 +26,8 @@ class Kernels(Protocol):
     def reset(self, acc: Accumulator) -> None:
         """Reset an accumulator to the empty state, in place."""
 
-    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
-        """Fold one partial into the accumulator, in place."""
+    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> bool:
+        """Fold one partial into the accumulator; return whether it has an unusable value."""
 
     def fold_all(
         self,
@@ -36,8 +36,8 @@ class Kernels(Protocol):
         space: SearchSpace | None,
         *,
         fresh: bool = False,
-    ) -> FoldReport:
-        """Fold partials into the accumulator, in place and in the given order."""
+    ) -> bool:
+        """Fold partials in the given order; return whether any has an unusable value."""
 
     def finalise(
         self,
@@ -49,7 +49,7 @@ class Kernels(Protocol):
         """Compute the merged maps from an accumulator."""
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
-        """Make a partial idle where any of its maps is NaN."""
+        """Make a partial idle where any of its maps is NaN or infinite."""
 
 
 def load(name: str) -> Kernels:

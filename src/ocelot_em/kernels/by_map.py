@@ -5,42 +5,42 @@ be merged separately while it is in the cache, and is complete after its last pa
 bit-identical to folding whole partials (:mod:`ocelot_em.kernels.reference`).
 
 All arrays are C-contiguous and have the same size. Winners are partial numbers, int16, -1 where no
-partial has searched. Functions that return a boolean report whether a value is NaN, or an index out
-of range.
+partial has searched. Functions that return a boolean report whether a value is NaN or infinite (a
+``mip`` may be -inf), or an index out of range.
 """
 
 from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.compiling import compiled
+from ocelot_em.kernels.compiling import compiled, not_a_mip, not_finite
 from ocelot_em.model.maps import NOT_SEARCHED
 
 
 @compiled
 def update_winner(new: Any, number: Any, mip: Any, winner: Any) -> Any:
     """Update the winner where a partial's ``mip`` is higher; -inf and NaN never win."""
-    any_nan = np.int32(0)
+    bad = np.int32(0)
     for i in range(mip.size):
         value, old, won_before = new[i], mip[i], winner[i]
         won = value > old
         mip[i] = value if won else old
         winner[i] = number if won else won_before
-        any_nan |= np.int32(value != value)
-    return any_nan != 0
+        bad |= not_a_mip(value)
+    return bad != 0
 
 
 @compiled
 def init_winner(new: Any, mip: Any, winner: Any) -> Any:
     """Do the same as :func:`update_winner` for the first partial, ignoring old contents."""
-    any_nan = np.int32(0)
+    bad = np.int32(0)
     for i in range(mip.size):
         value = new[i]
         won = value > -np.inf
         mip[i] = value if won else np.float32(-np.inf)
         winner[i] = np.int16(0) if won else np.int16(-1)
-        any_nan |= np.int32(value != value)
-    return any_nan != 0
+        bad |= not_a_mip(value)
+    return bad != 0
 
 
 @compiled
@@ -59,7 +59,7 @@ def update_winner_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, k
         mip[i] = value if won else old
         index[i] = candidate if won else old_index
         winner[i] = number if won else won_before
-        bad |= np.int32(value != value) | np.int32(
+        bad |= not_a_mip(value) | np.int32(
             (candidate < NOT_SEARCHED)
             | (candidate >= n_poses)
             | ((candidate == NOT_SEARCHED) & searched)
@@ -69,23 +69,23 @@ def update_winner_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, k
 
 @compiled
 def take(new: Any, number: Any, winner: Any, kept: Any) -> Any:
-    """Copy a partial's values where it won; return whether any value is NaN."""
-    any_nan = np.int32(0)
+    """Copy a partial's values where it won."""
+    bad = np.int32(0)
     for i in range(kept.size):
         value, old, won = new[i], kept[i], winner[i] == number
         kept[i] = value if won else old
-        any_nan |= np.int32(value != value)
-    return any_nan != 0
+        bad |= not_finite(value)
+    return bad != 0
 
 
 @compiled
-def has_nan(values: Any) -> Any:
-    """Return whether any value is NaN."""
-    any_nan = np.int32(0)
+def any_not_finite(values: Any) -> Any:
+    """Return whether any value is NaN or infinite."""
+    bad = np.int32(0)
     for i in range(values.size):
         value = values[i]
-        any_nan |= np.int32(value != value)
-    return any_nan != 0
+        bad |= not_finite(value)
+    return bad != 0
 
 
 @compiled
@@ -123,21 +123,21 @@ def take_number(new: Any, first: Any, number: Any, winner: Any, best_partial: An
 
 @compiled
 def add(new: Any, total: Any) -> Any:
-    """Add in float64; return whether any new value is NaN."""
-    any_nan = np.int32(0)
+    """Add in float64."""
+    bad = np.int32(0)
     for i in range(total.size):
         value, old = new[i], total[i]
         total[i] = old + np.float64(value)
-        any_nan |= np.int32(value != value)
-    return any_nan != 0
+        bad |= not_finite(value)
+    return bad != 0
 
 
 @compiled
 def add_first(new: Any, total: Any) -> Any:
     """Do the same as :func:`add` for a total of 0; the contents of ``total`` are ignored."""
-    any_nan = np.int32(0)
+    bad = np.int32(0)
     for i in range(total.size):
         value = new[i]
         total[i] = 0.0 + np.float64(value)  # -0.0 becomes 0.0, as in an addition
-        any_nan |= np.int32(value != value)
-    return any_nan != 0
+        bad |= not_finite(value)
+    return bad != 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.kernels.by_map import add, add_first
-from ocelot_em.kernels.compiling import compiled, summed
+from ocelot_em.kernels.compiling import compiled, not_finite, summed
 
 NAN, ZERO_STD, UNSEARCHED = 0, 1, 2
 """Positions in the counts of :func:`count_pixels`."""
@@ -307,7 +307,7 @@ def add_moments(values: Any, position: Any, into: Any) -> None:
 
 @compiled
 def add_and_measure(values: Any, total: Any, first: Any, position: Any, into: Any) -> Any:
-    """Add to totals as in ``by_map``, and to moments; return whether any value is NaN."""
+    """Add to totals as in ``by_map``, and to moments; return whether any may be unusable."""
     start, width, (n_rows, n_columns) = position
     if n_columns < width or start + values.size > n_rows * width:
         bad = add_first(values, total) if first else add(values, total)
@@ -317,7 +317,7 @@ def add_and_measure(values: Any, total: Any, first: Any, position: Any, into: An
         own, own_squared = _add_first_with_moments(values, total)
     else:
         own, own_squared = _add_with_moments(values, total)
-    if own != own:  # a NaN, or infinities of both signs
+    if not_finite(own):  # a value is NaN or infinite, or the sum overflows
         add_moments(values, position, into)
         return True
     into[0] += values.size

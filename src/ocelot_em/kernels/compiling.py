@@ -87,6 +87,18 @@ def start_of(array: Any) -> int:
     return address
 
 
+@compiled
+def not_finite(value: Any) -> Any:
+    """Return 1 for NaN and infinities, else 0, as int32."""
+    return np.int32(not np.abs(value) < np.inf)
+
+
+@compiled
+def not_a_mip(value: Any) -> Any:
+    """Return 1 for NaN and +inf, else 0, as int32; -inf means that nothing was searched."""
+    return np.int32(not value < np.inf)
+
+
 @intrinsic
 def pointer(_context: Any, _at: Any, _start: Any, dtype: Any) -> Any:
     """Convert an address and an offset in values to a pointer."""

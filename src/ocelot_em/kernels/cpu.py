@@ -21,10 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.compiling import F4, F8, I4, I8, MISSING, address_of, compiled, plane, planes
+from ocelot_em.kernels.compiling import (
+    F4,
+    F8,
+    I4,
+    I8,
+    MISSING,
+    address_of,
+    compiled,
+    not_a_mip,
+    not_finite,
+    plane,
+    planes,
+)
 from ocelot_em.kernels.cpu_statistics import finalise
 from ocelot_em.kernels.reference import check_counts, identity, mask_nan, reset
-from ocelot_em.model.maps import NOT_SEARCHED, Accumulator, FoldReport, PartialMaps
+from ocelot_em.model.maps import NOT_SEARCHED, Accumulator, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
 __all__ = ["finalise", "fold", "fold_all", "identity", "mask_nan", "reset"]
@@ -48,7 +60,7 @@ _NUMBER, _ONE_COUNT, _SUM_BYTES, _SQUARED_SUM_BYTES = range(4)
 """Columns of the number table: scalars that replace absent maps, and item sizes of the sums."""
 
 
-def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
+def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> bool:
     """Fold one partial into the accumulator; see :func:`fold_all`."""
     return fold_all(acc, (partial,), space)
 
@@ -59,12 +71,12 @@ def fold_all(
     space: SearchSpace | None,
     *,
     fresh: bool = False,
-) -> FoldReport:
+) -> bool:
     """Fold partials into the accumulator; see :func:`ocelot_em.kernels.reference.fold_all`."""
     if not partials:
         if fresh:
             reset(acc)
-        return FoldReport(0, 0)
+        return False
     n, pose_type = acc.mip.size, F4 if space is None else I4
     kept = [
         address_of(acc.mip, n, F4, changed=True),
@@ -104,7 +116,7 @@ def fold_all(
         numbers.append((number, one_count, total.itemsize, squared_total.itemsize))
     if fresh:
         reset(acc)
-    nan_pixels, invalid_indices = _fold(
+    found = _fold(
         n,
         np.array(kept, np.int64),
         np.array(rows, np.int64),
@@ -113,14 +125,14 @@ def fold_all(
     )
     if acc.count_map is None:
         acc.count += count
-    return FoldReport(nan_pixels, invalid_indices)
+    return bool(found)
 
 
 @compiled
 def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
-    """Mark the winners and the partials that searched; return whether any mip is NaN."""
+    """Mark the winners and the partials that searched; return whether any value is unusable."""
     a_mips, b_mips, c_mips, d_mips = mips
-    any_nan, none = np.int32(0), np.int32(0)
+    bad, none = np.int32(0), np.int32(0)
     for i in range(state.size):
         highest, a, b, c, d = best[i], a_mips[i], b_mips[i], c_mips[i], d_mips[i]
         won = _A if a > highest else none
@@ -133,13 +145,13 @@ def _explicit_winners(state: Any, best: Any, mips: Any) -> Any:
         searched = (_A if a > -np.inf else none) | (_B if b > -np.inf else none)
         searched |= (_C if c > -np.inf else none) | (_D if d > -np.inf else none)
         state[i] = won | (searched << _SEARCHED_SHIFT)
-        any_nan |= np.int32(a != a) | np.int32(b != b) | np.int32(c != c) | np.int32(d != d)
-    return any_nan
+        bad |= not_a_mip(a) | not_a_mip(b) | not_a_mip(c) | not_a_mip(d)
+    return bad
 
 
 @compiled
 def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any) -> Any:
-    """Mark wins of two partials, keep other marks; return whether NaN or a bad index occurs."""
+    """Mark wins of two partials, keep other marks; return whether any value is unusable."""
     (best, best_index), (a_mips, b_mips, a_indices, b_indices) = kept, new
     none, yes, lowest = np.int32(0), np.int32(1), np.int32(NOT_SEARCHED)
     a_bit, b_bit = (_C, _D) if second else (_A, _B)
@@ -156,7 +168,7 @@ def _indexed_winners(state: Any, kept: Any, new: Any, n_poses: Any, second: Any)
         b_won = tie | (yes if b > highest else none)
         won = a_bit if a_won else earlier
         state[i] = b_bit if b_won else won
-        bad |= np.int32(a != a) | np.int32(b != b)
+        bad |= not_a_mip(a) | not_a_mip(b)
         bad |= (yes if a_index < lowest else none) | (yes if a_index >= n_poses else none)
         bad |= (yes if b_index < lowest else none) | (yes if b_index >= n_poses else none)
         bad |= (yes if a_index == lowest else none) & a_searched
@@ -179,9 +191,9 @@ def _take(state: Any, kept: Any, new: Any) -> None:
 
 @compiled
 def _take_pose(state: Any, kept: Any, new: Any) -> Any:
-    """Do the same as :func:`_take`; return whether a pose of a searched pixel is NaN."""
+    """Do the same as :func:`_take`; return whether any value is unusable."""
     a_values, b_values, c_values, d_values = new
-    any_nan, none = np.int32(0), np.int32(0)
+    bad, none = np.int32(0), np.int32(0)
     for i in range(state.size):
         won, value = state[i], kept[i]
         a, b, c, d = a_values[i], b_values[i], c_values[i], d_values[i]
@@ -189,10 +201,10 @@ def _take_pose(state: Any, kept: Any, new: Any) -> Any:
         value = b if won & _B else value
         value = c if won & _C else value
         kept[i] = d if won & _D else value
-        nan = (_A if a != a else none) | (_B if b != b else none)
-        nan |= (_C if c != c else none) | (_D if d != d else none)
-        any_nan |= nan & (won >> _SEARCHED_SHIFT)
-    return any_nan
+        unusable = (_A if not_finite(a) else none) | (_B if not_finite(b) else none)
+        unusable |= (_C if not_finite(c) else none) | (_D if not_finite(d) else none)
+        bad |= unusable & (won >> _SEARCHED_SHIFT)
+    return bad
 
 
 @compiled
@@ -217,59 +229,54 @@ def _take_map(state: Any, kept: Any, bit: Any, new: Any) -> None:
 
 @compiled
 def _add_four(total: Any, new: Any) -> Any:
-    """Add four maps in float64, in order; return whether any new value is NaN."""
+    """Add four maps in float64, in order; return whether any value is unusable."""
     a_values, b_values, c_values, d_values = new
-    any_nan = np.int32(0)
+    bad = np.int32(0)
     for i in range(total.size):
         value, a, b, c, d = total[i], a_values[i], b_values[i], c_values[i], d_values[i]
         total[i] = value + np.float64(a) + np.float64(b) + np.float64(c) + np.float64(d)
-        any_nan |= np.int32(a != a) | np.int32(b != b) | np.int32(c != c) | np.int32(d != d)
-    return any_nan
+        bad |= not_finite(a) | not_finite(b) | not_finite(c) | not_finite(d)
+    return bad
 
 
 @compiled
 def _add(total: Any, new: Any) -> Any:
-    """Add in float64; return whether any new value is NaN."""
-    any_nan = np.int32(0)
+    """Add in float64; return whether any value is unusable."""
+    bad = np.int32(0)
     for i in range(total.size):
         value, a = total[i], new[i]
         total[i] = value + np.float64(a)
-        any_nan |= np.int32(a != a)
-    return any_nan
+        bad |= not_finite(a)
+    return bad
 
 
 @compiled
-def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> tuple[int, int]:
-    """Fold partials; return the numbers of pixels with NaN and with an invalid index.
+def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> Any:
+    """Fold partials; return whether any value is unusable.
 
     ``kept`` and ``rows`` hold addresses; ``n_poses`` is 0 for explicit poses.
     """
     state = np.empty(min(n, _BLOCK), np.int32)
-    nan_pixels = invalid_indices = 0
+    found = np.int32(0)
     for start in range(0, n, _BLOCK):
         block = state[: min(n - start, _BLOCK)]
         for first in range(0, len(rows), _GROUP):
             group = rows[first : first + _GROUP]
             values = numbers[first : first + _GROUP]
             if n_poses:
-                bad = _pick_indexed(block, start, kept, group, n_poses)
+                found |= _pick_indexed(block, start, kept, group, n_poses)
             else:
-                bad = _pick_explicit(block, start, kept, group)
+                found |= _pick_explicit(block, start, kept, group)
             _pick_best_partial(block, start, kept, group, values)
-            bad |= _add_sums(block, start, kept, group, values)
+            found |= _add_sums(block, start, kept, group, values)
             if kept[_COUNT] != MISSING:
                 _add_counts(block, start, kept, group, values)
-            if bad:  # rare, so pixels are counted only in this case
-                for number in range(len(group)):
-                    nan_pixels += _count_nan(block, start, group[number], values[number], n_poses)
-                    if n_poses:
-                        invalid_indices += _count_invalid(block, start, group[number], n_poses)
-    return nan_pixels, invalid_indices
+    return found
 
 
 @compiled
 def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
-    """Mark the winners and copy their mips and poses; return whether anything is NaN."""
+    """Mark the winners and copy their mips and poses; return whether any value is unusable."""
     size = state.size
     best = plane(kept[_MIP], np.float32, start, size)
     bad = _explicit_winners(state, best, planes(rows, _MIP, np.float32, start, size))
@@ -282,7 +289,7 @@ def _pick_explicit(state: Any, start: Any, kept: Any, rows: Any) -> Any:
 
 @compiled
 def _pick_indexed(state: Any, start: Any, kept: Any, rows: Any, n_poses: Any) -> Any:
-    """Mark winners, copy mips and indices; return whether NaN or a bad index occurs."""
+    """Mark winners, copy mips and indices; return whether any value is unusable."""
     size = state.size
     best = plane(kept[_MIP], np.float32, start, size)
     best_index = plane(kept[_POSE], np.int32, start, size)
@@ -325,22 +332,22 @@ def _pick_best_partial(state: Any, start: Any, kept: Any, rows: Any, numbers: An
 
 @compiled
 def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any:
-    """Add both sums; return whether any new value is NaN."""
-    any_nan, size = np.int32(0), state.size
+    """Add both sums; return whether any value is unusable."""
+    bad, size = np.int32(0), state.size
     for number in range(2):
         column, width = _SUM + number, _SUM_BYTES + number
         total = plane(kept[column], np.float64, start, size)
         if len(rows) == _GROUP and numbers[:, width].max() == 4:
-            any_nan |= _add_four(total, planes(rows, column, np.float32, start, size))
+            bad |= _add_four(total, planes(rows, column, np.float32, start, size))
         else:
             for row in range(len(rows)):
                 if numbers[row, width] == 4:
                     new = plane(rows[row, column], np.float32, start, size)
-                    any_nan |= _add(total, new)
+                    bad |= _add(total, new)
                 else:
                     wide = plane(rows[row, column], np.float64, start, size)
-                    any_nan |= _add(total, wide)
-    return any_nan
+                    bad |= _add(total, wide)
+    return bad
 
 
 @compiled
@@ -356,40 +363,3 @@ def _add_counts(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> N
             one_count = numbers[number, _ONE_COUNT]
             for i in range(total.size):
                 total[i] += one_count
-
-
-@compiled
-def _count_nan(bad: Any, start: Any, row: Any, numbers: Any, n_poses: Any) -> int:
-    """Count pixels where any map of a partial is NaN; poses only where it searched."""
-    size = bad.size
-    mip = plane(row[_MIP], np.float32, start, size)
-    for i in range(size):
-        bad[i] = np.isnan(mip[i])
-    for number in range(2):
-        address = row[_SUM + number]
-        if numbers[_SUM_BYTES + number] == 4:
-            new = plane(address, np.float32, start, size)
-            for i in range(size):
-                bad[i] |= np.isnan(new[i])
-        else:
-            wide = plane(address, np.float64, start, size)
-            for i in range(size):
-                bad[i] |= np.isnan(wide[i])
-    if not n_poses:
-        for column in range(_POSE, len(row)):
-            pose = plane(row[column], np.float32, start, size)
-            for i in range(size):
-                bad[i] |= np.isnan(pose[i]) & (mip[i] > -np.inf)
-    return int(bad.sum())
-
-
-@compiled
-def _count_invalid(state: Any, start: Any, row: Any, n_poses: Any) -> int:
-    """Count pixels whose index is outside the search space, or -1 where the partial searched."""
-    mip = plane(row[_MIP], np.float32, start, state.size)
-    index = plane(row[_POSE], np.int32, start, state.size)
-    invalid = 0
-    for i in range(state.size):
-        missing = (index[i] == NOT_SEARCHED) & (mip[i] > -np.inf)
-        invalid += int((index[i] < NOT_SEARCHED) | (index[i] >= n_poses) | missing)
-    return invalid

@@ -22,7 +22,6 @@ from ocelot_em.model.maps import (
     SUM,
     Accumulator,
     AnyArray,
-    FoldReport,
     MapSet,
     PartialMaps,
 )
@@ -79,7 +78,7 @@ class CudaKernels:
         reset(acc)
         return acc
 
-    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
+    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> bool:
         return self.fold_all(acc, (partial,), space)
 
     def fold_all(
@@ -89,7 +88,7 @@ class CudaKernels:
         space: SearchSpace | None,
         *,
         fresh: bool = False,
-    ) -> FoldReport:
+    ) -> bool:
         kept, n = np.zeros(1, _KEPT), acc.mip.size
         pose_type = _F4 if space is None else _I4
         addresses = [
@@ -112,9 +111,9 @@ class CudaKernels:
         if not partials:
             if fresh:
                 reset(acc)
-            return FoldReport(0, 0)
+            return False
         kernel = "fold_indexed" if space is not None else _FOLDS[len(acc.pose)]
-        findings = self._zeros(2)
+        findings = self._zeros(1)
         for start in range(0, len(tables), MAX_SOURCES):
             group = tables[start : start + MAX_SOURCES]
             sources = np.zeros(1, _SOURCES)
@@ -131,12 +130,12 @@ class CudaKernels:
                 findings,
             )
             self._device.launch(kernel, -(-n // PIXELS_PER_THREAD), arguments)
-        nan_pixels, invalid_indices = self._read(findings)
+        found = bool(self._read(findings)[0])
         if acc.count_map is None:
             acc.count = (0 if fresh else acc.count) + sum(
                 p.count for p in partials if isinstance(p.count, int)
             )
-        return FoldReport(nan_pixels, invalid_indices)
+        return found
 
     def finalise(
         self,
@@ -178,7 +177,7 @@ class CudaKernels:
         return merged_maps(acc, maps, computed)
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
-        """Copy a partial, made idle (count included) where any of its maps is NaN."""
+        """Copy a partial, made idle (count included) where any of its maps is NaN or infinite."""
         n, shape = partial.mip.size, partial.mip.shape
         indexed = partial.pose[0].dtype.kind == "i"
 

@@ -71,13 +71,18 @@ __device__ inline Pack<double, V> load_sum(int64 address, int64 nbytes, int64 at
 
 __device__ inline float minus_infinity() { return __int_as_float((int)0xff800000); }
 
+template <typename T>
+__device__ inline bool is_finite(T value) { return value - value == 0; }
+
+// Whether a correlation is NaN or +inf; -inf means that nothing was searched.
+__device__ inline bool not_a_mip(float value) { return !(value < __int_as_float(0x7f800000)); }
+
 __device__ inline float not_a_number() { return __int_as_float(0x7fc00000); }
 
-// P is the number of pose maps; n_poses is 0 for explicit poses. The numbers of pixels with NaN and
-// with an invalid index are added to findings.
+// P is the number of pose maps; n_poses is 0 for explicit poses. An unusable value sets found.
 template <int V, int P>
 __device__ inline void fold_pixels(const Kept &kept, const Sources &sources, int n_sources,
-                                   int n_poses, int fresh, int64 at, int64 *findings)
+                                   int n_poses, int fresh, int64 at, int64 *found)
 {
     Pack<float, V> mip;
     Pack<int, V> best, pose[P];
@@ -114,24 +119,22 @@ __device__ inline void fold_pixels(const Kept &kept, const Sources &sources, int
         } else {
             for (int v = 0; v < V; v++) new_best.at[v] = (int)source.number;
         }
-        int nan_pixels = 0, invalid = 0;
+        bool bad = false;
         for (int v = 0; v < V; v++) {
             float value = new_mip.at[v];
             bool searched = value > minus_infinity();
             bool won = value > mip.at[v];
-            bool nan = value != value || new_sum.at[v] != new_sum.at[v] ||
-                       new_squared_sum.at[v] != new_squared_sum.at[v];
+            bad |= not_a_mip(value) || !is_finite(new_sum.at[v]) ||
+                   !is_finite(new_squared_sum.at[v]);
             if (n_poses) {
                 int index = new_pose[0].at[v];
                 won |= value == mip.at[v] && index < pose[0].at[v] && searched;
-                invalid += index < -1 || index >= n_poses || (index == -1 && searched);
+                bad |= index < -1 || index >= n_poses || (index == -1 && searched);
             } else {
                 for (int p = 0; p < P; p++) {
-                    float angle = __int_as_float(new_pose[p].at[v]);
-                    nan |= angle != angle && searched;
+                    bad |= searched && !is_finite(__int_as_float(new_pose[p].at[v]));
                 }
             }
-            nan_pixels += nan;
             if (won) {
                 mip.at[v] = value;
                 best.at[v] = new_best.at[v];
@@ -149,8 +152,7 @@ __device__ inline void fold_pixels(const Kept &kept, const Sources &sources, int
             }
             for (int v = 0; v < V; v++) count.at[v] += more.at[v];
         }
-        if (nan_pixels) atomicAdd((unsigned long long *)findings, (unsigned long long)nan_pixels);
-        if (invalid) atomicAdd((unsigned long long *)findings + 1, (unsigned long long)invalid);
+        if (bad) *found = 1;
     }
     store<float, V>(kept.mip, at, mip);
     store<int, V>(kept.best_partial, at, best);
@@ -162,23 +164,23 @@ __device__ inline void fold_pixels(const Kept &kept, const Sources &sources, int
 
 template <int P>
 __device__ inline void fold_thread(const Kept &kept, const Sources &sources, int n_sources,
-                                   int n_poses, int fresh, int64 n, int aligned, int64 *findings)
+                                   int n_poses, int fresh, int64 n, int aligned, int64 *found)
 {
     int64 at = ((int64)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
     if (aligned && at + VECTOR <= n) {
-        fold_pixels<VECTOR, P>(kept, sources, n_sources, n_poses, fresh, at, findings);
+        fold_pixels<VECTOR, P>(kept, sources, n_sources, n_poses, fresh, at, found);
     } else {
         for (int64 end = at + VECTOR < n ? at + VECTOR : n; at < end; at++) {
-            fold_pixels<1, P>(kept, sources, n_sources, n_poses, fresh, at, findings);
+            fold_pixels<1, P>(kept, sources, n_sources, n_poses, fresh, at, found);
         }
     }
 }
 
 #define FOLD_KERNEL(NAME, P)                                                                      \
     extern "C" __global__ void NAME(Kept kept, Sources sources, int n_sources, int n_poses,       \
-                                    int fresh, int64 n, int aligned, int64 *findings)             \
+                                    int fresh, int64 n, int aligned, int64 *found)             \
     {                                                                                             \
-        fold_thread<P>(kept, sources, n_sources, n_poses, fresh, n, aligned, findings);           \
+        fold_thread<P>(kept, sources, n_sources, n_poses, fresh, n, aligned, found);           \
     }
 
 FOLD_KERNEL(fold_indexed, 1)
@@ -227,8 +229,8 @@ extern "C" __global__ void finalise(Finished maps, double one_count, int64 n, in
         load<float, 1>(maps.pixel_values, index / per_pixel_size).at[0];
 }
 
-// Copy a partial, made idle where any of its maps is NaN; a NaN pose counts only where the partial
-// searched. The copy has a map of counts.
+// Copy a partial, made idle where any of its maps is NaN or infinite; a pose counts only where the
+// partial searched. The copy has a map of counts.
 extern "C" __global__ void mask_nan(Source from, Source to, int n_pose_maps, int indexed, int64 n)
 {
     int64 at = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -237,12 +239,11 @@ extern "C" __global__ void mask_nan(Source from, Source to, int n_pose_maps, int
     double sum = load_sum<1>(from.sum, from.sum_nbytes, at).at[0];
     double squared_sum = load_sum<1>(from.squared_sum, from.squared_sum_nbytes, at).at[0];
     bool searched = mip > minus_infinity();
-    bool bad = mip != mip || sum != sum || squared_sum != squared_sum;
+    bool bad = not_a_mip(mip) || !is_finite(sum) || !is_finite(squared_sum);
     int pose[MOST_POSES];
     for (int p = 0; p < MOST_POSES; p++) {
         pose[p] = p < n_pose_maps ? load<int, 1>(from.pose[p], at).at[0] : 0;
-        float angle = __int_as_float(pose[p]);
-        bad |= !indexed && angle != angle && searched;
+        bad |= !indexed && searched && !is_finite(__int_as_float(pose[p]));
     }
     for (int p = 0; p < MOST_POSES; p++) {
         if (p >= n_pose_maps) break;

@@ -6,6 +6,7 @@ are changed in place only where stated. The interface is :class:`ocelot_em.kerne
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from ocelot_em.model.maps import (
     SUM,
     Accumulator,
     AnyArray,
-    FoldReport,
     MapSet,
     PartialMaps,
 )
@@ -49,14 +49,15 @@ def reset(acc: Accumulator) -> None:
     acc.count = 0
 
 
-def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> FoldReport:
+def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> bool:
     """Fold one partial into the accumulator, in place.
 
     The higher ``mip`` wins a pixel with its pose. In a tie, the earlier partial wins with explicit
     poses, the lower global index with indexed poses. -inf never wins. Sums and counts are added.
 
-    A NaN ``mip`` never wins, and NaN sums stay NaN. Both are counted in the report; the caller
-    decides.
+    Return whether the partial has an unusable value: NaN or an infinity (except -inf in ``mip``,
+    and any pose where ``mip`` is -inf), an index outside the search space, or -1 where it searched.
+    A NaN ``mip`` never wins, and such sums are added; the caller decides.
 
     ``space`` is None for explicit poses. A partial whose count is a map, when the accumulator's is
     not, is a TypeError; nothing is changed then.
@@ -64,17 +65,12 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
     check_counts(acc, partial)
     mip, searched = partial.mip, partial.mip > -np.inf
     won = mip > acc.mip
-    invalid = 0
-    nan = np.isnan(mip) | np.isnan(partial.correlation_sum)
-    nan |= np.isnan(partial.correlation_squared_sum)
+    bad = _unusable(partial)
     if space is not None:
         index = partial.pose[0]
         won |= (mip == acc.mip) & (index < acc.pose[0]) & searched
-        unusable = (index < NOT_SEARCHED) | (index >= space.n_poses)
-        invalid = int(np.count_nonzero(unusable | ((index == NOT_SEARCHED) & searched)))
-    else:
-        for pose in partial.pose:
-            nan |= np.isnan(pose) & searched
+        bad |= (index < NOT_SEARCHED) | (index >= space.n_poses)
+        bad |= (index == NOT_SEARCHED) & searched
     np.copyto(acc.mip, mip, where=won)
     for kept, new in zip(acc.pose, partial.pose, strict=True):
         np.copyto(kept, new, where=won)
@@ -86,7 +82,7 @@ def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> F
         acc.count_map += partial.count
     elif isinstance(partial.count, int):
         acc.count += partial.count
-    return FoldReport(int(np.count_nonzero(nan)), invalid)
+    return bool(bad.any())
 
 
 def fold_all(
@@ -95,21 +91,20 @@ def fold_all(
     space: SearchSpace | None,
     *,
     fresh: bool = False,
-) -> FoldReport:
+) -> bool:
     """Fold partials into the accumulator, in place and in the given order; see :func:`fold`.
 
-    ``fresh`` resets the accumulator first and ignores its contents. The report sums over all
-    partials: a pixel that is NaN in two partials counts twice.
+    ``fresh`` resets the accumulator first and ignores its contents. Return whether any partial has
+    an unusable value.
     """
     for partial in partials:
         check_counts(acc, partial)
     if fresh:
         reset(acc)
-    reports = [fold(acc, partial, space) for partial in partials]
-    return FoldReport(
-        sum(report.nan_pixels for report in reports),
-        sum(report.invalid_indices for report in reports),
-    )
+    found = False
+    for partial in partials:
+        found |= fold(acc, partial, space)
+    return found
 
 
 def finalise(
@@ -176,18 +171,21 @@ def merged_maps(
     return {name: merged[name] for name in maps.merged}
 
 
-def mask_nan(partial: PartialMaps) -> PartialMaps:
-    """Make a partial idle, count included, where any of its maps is NaN.
-
-    A NaN pose where ``mip`` is -inf marks an unsearched pixel and is ignored. Return a copy whose
-    count is a map.
-    """
-    searched = partial.mip > -np.inf
-    bad = np.isnan(partial.mip) | np.isnan(partial.correlation_sum)
-    bad |= np.isnan(partial.correlation_squared_sum)
+def _unusable(partial: PartialMaps) -> AnyArray:
+    """Mark pixels with NaN or infinities; see :func:`fold`."""
+    bad = ~(partial.mip < np.inf) | ~np.isfinite(partial.correlation_sum)
+    bad |= ~np.isfinite(partial.correlation_squared_sum)
     for pose in partial.pose:
-        if pose.dtype.kind == "f":
-            bad |= np.isnan(pose) & searched
+        bad |= ~np.isfinite(pose) & (partial.mip > -np.inf)
+    return cast("AnyArray", bad)
+
+
+def mask_nan(partial: PartialMaps) -> PartialMaps:
+    """Make a partial idle, count included, where any of its maps is NaN or infinite.
+
+    A pose where ``mip`` is -inf is ignored. Return a copy whose count is a map.
+    """
+    bad = _unusable(partial)
     count = np.broadcast_to(np.asarray(partial.count, np.int64), bad.shape)
     return PartialMaps(
         mip=np.where(bad, np.float32(-np.inf), partial.mip),

@@ -111,8 +111,7 @@ class DeviceFold:
             ]
             if self._mask_nan:
                 partials = [self._kernels.mask_nan(partial) for partial in partials]
-            found = self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0)
-            if found.nan_pixels or found.invalid_indices:
+            if self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0):
                 report.suspect(*numbers)
         merged = self._kernels.finalise(accumulator, self.maps, self.space, memory.computed(n))
         first = [name for name in MAPS_FOR_STATISTICS if name in merged]

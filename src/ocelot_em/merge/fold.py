@@ -42,8 +42,8 @@ class PieceReport:
     searched_pixels
         Number of pixels in which something was searched.
     suspects
-        Numbers of the sources to check because of NaN or an index out of range. They may be valid:
-        a NaN pose is allowed where nothing was searched.
+        Numbers of the sources to check, which may have unusable values. They may be valid: a NaN
+        pose is allowed where nothing was searched.
     """
 
     statistics: TileStatistics | None = None
@@ -78,7 +78,7 @@ class Fold:
     space
         The search space of an indexed search.
     mask_nan
-        Omit a partial where one of its maps is NaN.
+        Omit a partial where one of its maps is NaN or infinite.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Fold:
         all_sources = range(len(self.sources))
         for number, part, (new,) in self.parts(reader, work, (name,), all_sources, first=kept):
             if number == 0:  # its values are correct wherever no other source wins
-                bad = self._by_map.has_nan(new)
+                bad = self._by_map.any_not_finite(new)
             else:
                 bad = self._by_map.take(new, np.int16(number), winner[part], kept[part])
             if bad:
@@ -314,8 +314,7 @@ class Fold:
                 if statistics is not None and name in (SUM, SQUARED_SUM):
                     statistics.add_sums(number, name, 0, arrays[name].reshape(-1))
             partial = self._kernels.mask_nan(partial_maps(source, maps, arrays))
-            found = self._kernels.fold(accumulator, partial, self.space)
-            if found.nan_pixels or found.invalid_indices:
+            if self._kernels.fold(accumulator, partial, self.space):
                 report.suspect(number)
         report.searched_pixels = int(np.count_nonzero(accumulator.mip > -np.inf))
         yield MIP, accumulator.mip

@@ -100,9 +100,9 @@ def merge_arrays(
     ------
     InvalidInputError
         Lists every problem: no devices, missing keys, mismatched kinds, shapes or dtypes, a count
-        that only some devices have; or, with their number and first pixel, NaN (except in a pose
-        where ``mip`` is -inf), and indices that are outside the search space, or -1 where something
-        was searched.
+        that only some devices have; or, with their number and first pixel, NaN and infinities
+        (except -inf in ``mip``, and any pose where ``mip`` is -inf), indices that are outside the
+        search space, or -1 where something was searched, and a count of 0 where something was.
     MissingDependencyError, DeviceError
         Arrays are on a GPU, and CuPy is not installed or cannot use it.
 
@@ -124,7 +124,7 @@ def merge_arrays(
     names = check_results(results, checks, indexed=search_space is not None)
     devices = [{name: result[name] for name in names} for result in results]
     wide = any(dtype_name(d[name]) == "float64" for d in devices for name in (SUM, SQUARED_SUM))
-    first = devices[0][MIP]
+    first, counts = devices[0][MIP], counts_of(results)
     merged = {
         name: new_like(first, "float64" if wide and name in (SUM, SQUARED_SUM) else dtype)
         for name, dtype in ((name, MAPS[name].dtypes[0]) for name in names)
@@ -137,6 +137,7 @@ def merge_arrays(
                 [_viewed(maps, as_cupy) for maps in devices],
                 _viewed(merged, as_cupy),
                 processor,
+                counts,
                 search_space,
             )
     else:
@@ -144,9 +145,10 @@ def merge_arrays(
             [_viewed(maps, as_numpy) for maps in devices],
             _viewed(merged, as_numpy),
             cpu_processor(BAND_PIXELS),
+            counts,
             search_space,
         )
-    return merged | total_count(results)
+    return merged | total_count(counts)
 
 
 def _viewed(maps: Mapping[str, Any], view: Callable[[Any], AnyArray]) -> dict[str, AnyArray]:
@@ -265,11 +267,15 @@ def count_problems(place: str, value: object, least: int) -> list[str]:
     return [] if count >= least else [f"{place}: expected at least {least}, got {count}"]
 
 
-def total_count(results: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def counts_of(results: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """Return the count of each result, or None if the results have none."""
+    return [exact_count(result[COUNT]) if COUNT in result else None for result in results]
+
+
+def total_count(counts: Iterable[int | None]) -> dict[str, int]:
     """Return the sum of all counts under its name; empty if the results have none."""
-    if COUNT not in results[0]:
-        return {}
-    return {COUNT: sum(exact_count(result[COUNT]) for result in results)}
+    known = [count for count in counts if count is not None]
+    return {COUNT: sum(known)} if known else {}
 
 
 def refuse_bad_values(found: Iterable[BadValues], problems: Iterable[str] = ()) -> None:
@@ -342,7 +348,8 @@ def fold_bands(
     devices: Sequence[Mapping[str, Any]],
     merged: Mapping[str, AnyArray],
     processor: Processor,
-    space: SearchSpace | None,
+    counts: Sequence[int | None],
+    space: SearchSpace | None = None,
 ) -> None:
     """Merge maps of devices into given memory.
 
@@ -355,6 +362,8 @@ def fold_bands(
         them, the explicit rule decides, and the index is that of the winner.
     processor
         Folds them.
+    counts
+        Number of cross-correlations of each device, None if unknown; see :func:`total_count`.
     space
         Search space of the indices, if known.
 
@@ -369,7 +378,7 @@ def fold_bands(
     folded_space = None if poses else space or _space_of_unknown_tables()
     shape = merged[MIP].shape
     scratch = Scratch(shape, processor.band_pixels, processor.empty)
-    found = [BadValues(f"device {number}", space) for number in range(len(devices))]
+    found = [BadValues(f"device {number}", space, count) for number, count in enumerate(counts)]
     for band in bands(shape, processor.band_pixels):
         target = {name: array[band] for name, array in merged.items()}
         acc = scratch.accumulator(target[MIP], tuple(target[name] for name in maps.pose))
@@ -378,7 +387,7 @@ def fold_bands(
                 start + i: {name: processor.bring(array[band]) for name, array in device.items()}
                 for i, device in enumerate(devices[start : start + _TOGETHER])
             }
-            # Each device has one count; total_count adds them.
+            # total_count adds the counts, one per device.
             partials = [
                 PartialMaps(
                     part[MIP],
@@ -390,10 +399,9 @@ def fold_bands(
                 )
                 for number, part in parts.items()
             ]
-            report = processor.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
-            bad = report.nan_pixels or report.invalid_indices
+            bad = processor.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
             for number, part in parts.items():
-                if bad or carried:
+                if bad or carried or counts[number] == 0:
                     names = tuple(merged) if bad else (MIP, *carried)
                     looked_at = {name: part[name] for name in names}
                     found[number].look(looked_at, start_of(band, len(shape)))

@@ -113,7 +113,7 @@ class OpenExposure:
             yield Request(group, self._maps[number][name], piece.region)
 
     def check_suspects(self, region: Region, report: PieceReport) -> None:
-        """Raise if a suspect source has NaN or an invalid index, naming map and first pixel.
+        """Raise if a suspect source has an unusable value, naming map and first pixel.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class OpenExposure:
             place = self._exposure.sources[number].place
             wanted = {name: maps[name] for name in info.maps.partial}
             if problems := value_problems(wanted, region, info, place):
-                hint = "use nan='mask' (--nan mask) to omit the partial at pixels with NaN"
+                hint = "use nan='mask' (--nan mask) to omit the partial at these pixels"
                 raise InvalidDataError(f"pixels {region}: {'; '.join(problems)}; {hint}")
 
 

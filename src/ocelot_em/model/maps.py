@@ -225,15 +225,3 @@ class Accumulator:
             correlation_squared_sum=plane(SQUARED_SUM, "float64"),
             count_map=plane(COUNT, "int64") if maps.counts else None,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class FoldReport:
-    """Invalid values that a kernel found in a partial while folding it.
-
-    ``nan_pixels``: any map is NaN (a NaN pose does not count where ``mip`` is -inf).
-    ``invalid_indices``: outside the search space, or -1 where something was searched.
-    """
-
-    nan_pixels: int
-    invalid_indices: int

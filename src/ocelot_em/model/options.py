@@ -147,8 +147,8 @@ class MergeOptions(Options):
         Size of the RMM memory pool that each worker of ``--cluster cuda`` allocates on its GPU at
         the start, in bytes or as text. Default: CuPy's own pool, which grows as needed.
     nan
-        Treatment of NaN in a partial. ``raise``: it is an error. ``mask``: the partial and its
-        count are omitted at such pixels.
+        Treatment of NaN and infinities in a partial. ``raise``: they are an error. ``mask``: the
+        partial and its count are omitted at such pixels.
     poses
         Output for indexed poses. ``decoded``: the pose maps in addition to the index. ``index``:
         only the index, which is decoded when read; the output is a quarter smaller.

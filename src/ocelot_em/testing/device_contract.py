@@ -37,7 +37,7 @@ every_map_set = pytest.mark.parametrize(
 
 
 def draw_partials(maps: MapSet, *, nan: bool) -> list[PartialMaps]:
-    """Draw partials with ties, unsearched pixels and, if asked for, NaN in every map."""
+    """Draw partials with ties, unsearched pixels and, if asked for, NaN and infinities."""
     rng = np.random.default_rng(7)
     partials = []
     for number, sum_dtype in enumerate(("f4", "f8", "f4")):
@@ -54,7 +54,8 @@ def draw_partials(maps: MapSet, *, nan: bool) -> list[PartialMaps]:
         if nan:
             for values in (mip, *pose, *sums):
                 if values.dtype.kind == "f":
-                    values[rng.random(SHAPE) < 0.01] = np.nan
+                    bad = rng.random(SHAPE) < 0.01
+                    values[bad] = rng.choice([np.nan, np.inf], bad.sum())
         counts = rng.integers(1, count, SHAPE) if maps.counts and number else count
         partials.append(PartialMaps(mip, pose, sums[0], sums[1], counts, number))
     return partials
