@@ -133,11 +133,11 @@ def test_another_zarr_group_is_not_a_store(attributes):
 
 
 def test_fill_values_say_not_searched():
-    assert constants.fill_value("best_global_index") == constants.fill_value("best_partial") == -1
-    assert constants.fill_value("total_projections") == 0
-    assert constants.fill_value("source_exposure") == -1
+    assert MAPS["best_global_index"].fill == MAPS["best_partial"].fill == -1
+    assert MAPS["total_projections"].fill == 0
+    assert MAPS["source_exposure"].fill == -1
     integers = {"best_global_index", "best_partial", "source_exposure", "total_projections"}
-    assert all(math.isnan(constants.fill_value(name)) for name in MAPS if name not in integers)
+    assert all(math.isnan(MAPS[name].fill) for name in MAPS if name not in integers)
 
 
 def test_every_map_says_its_meaning_and_unit():

@@ -1,16 +1,10 @@
-"""Zarr arrays and groups of searches and merged results.
-
-Metadata is created by zarr and parsed by :mod:`ocelot_em.store.metadata`. Chunks are read and
-written here, directly into and from the caller's memory: zarr returns fill values for missing
-chunks, cannot decode into given memory, and sends all threads through one event loop. The result is
-plain Zarr v3 that any reader opens.
-"""
+"""Arrays of searches and merged results, and their chunks; zarr creates only the metadata."""
 
 import math
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -27,26 +21,31 @@ from ocelot_em.store.constants import (
     DIMENSIONS,
     MAX_CHUNK_NBYTES,
     MAX_METADATA_NBYTES,
-    fill_value,
     map_attributes,
     shuffle_of,
 )
 from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.groups import join
-from ocelot_em.store.manifest import (
-    ArrayManifest,
-    Checksums,
-    checksum_of,
-    metadata_digest,
-)
-from ocelot_em.store.metadata import BloscSettings, parse_array
+from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
+from ocelot_em.store.metadata import parse_array
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
 
 TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
 """Stored dtypes of arrays that are not maps."""
 
-_of_thread = threading.local()
+
+class _ThreadMemory(threading.local):
+    def __init__(self) -> None:
+        self.encoded, self.decoded = ReusedMemory(), ReusedMemory()
+
+    def chunk(self, shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
+        """Return an array of a decoded chunk, valid until the thread's next call."""
+        nbytes = shape[0] * shape[1] * dtype.itemsize
+        return np.frombuffer(self.decoded.of(nbytes), dtype).reshape(shape)
+
+
+_of_thread = _ThreadMemory()
 
 
 def write_table(
@@ -65,13 +64,7 @@ def write_table(
 
 
 def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyArray:
-    """Read a whole small array.
-
-    Raises
-    ------
-    FormatError
-        It is missing, too large, or cannot be decoded.
-    """
+    """Read a whole small array; ``FormatError`` if it is missing, too large or damaged."""
     place = f"{objects.url}/{path}"
     encoded = _metadata(objects, path, place)
     about = parse_array(encoded, place, place, TABLE_DTYPES, None, max_nbytes)
@@ -88,16 +81,13 @@ def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyAr
         try:
             frame = BloscChunk(memoryview(content), nbytes)
             if not any(index):  # allocate only after the first chunk proved readable
-                values = whole = np.empty(about.shape, about.data_type)
-                if about.chunk != about.shape:
-                    whole = np.empty(about.chunk, about.data_type)
+                values, whole = (np.empty(n, about.data_type) for n in (about.shape, about.chunk))
             frame.decode(whole)
         except ValueError as error:
             raise FormatError(f"{place}: chunk {key} is corrupt: {error}") from error
-        if whole is not values:
-            cells = zip(index, about.chunk, strict=True)
-            target = values[tuple(slice(i * n, (i + 1) * n) for i, n in cells)]
-            target[...] = whole[tuple(map(slice, target.shape))]
+        cells = zip(index, about.chunk, strict=True)
+        target = values[tuple(slice(i * n, (i + 1) * n) for i, n in cells)]
+        target[...] = whole[tuple(map(slice, target.shape))]
     return values
 
 
@@ -109,22 +99,10 @@ def create_map(
     chunk: tuple[int, int],
     dtype: str | None = None,
 ) -> str:
-    """Create the array of a map, by default with its first allowed dtype, without chunks.
-
-    Returns
-    -------
-    str
-        Digest of its metadata for the manifest.
-    """
-    layout = ArrayLayout(
-        shape,
-        chunk,
-        dtype or MAPS[name].dtypes[0],
-        fill_value(name),
-        DIMENSIONS,
-        map_attributes(name),
-        shuffle_of(name),
-    )
+    """Create the array of a map without chunks; return the digest of its metadata."""
+    info, attributes = MAPS[name], map_attributes(name)
+    dtype = dtype or info.dtypes[0]
+    layout = ArrayLayout(shape, chunk, dtype, info.fill, DIMENSIONS, attributes, shuffle_of(name))
     return create_array(objects, path, layout)
 
 
@@ -142,15 +120,10 @@ class ArrayLayout:
 
 
 def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
-    """Write the metadata of an array with this package's codecs; existing chunks are kept.
+    """Write the metadata of an array, keeping existing chunks; return the digest of the metadata.
 
     This is one atomic, repeatable write; zarr would also create parent groups and reject existing
     arrays.
-
-    Returns
-    -------
-    str
-        Digest of the metadata for the manifest.
     """
     metadata: dict[str, Buffer] = {}
     blosc = BloscCodec(
@@ -181,24 +154,8 @@ def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
 class ChunkedMap:
     """A two-dimensional array of a store, opened for reading or writing chunks.
 
-    Parameters
-    ----------
-    objects
-        The store.
-    path
-        Path of the array within it.
-    place
-        Store, partial and map, for error messages.
-    grid
-        Shape and chunks of the array.
-    dtype
-        Dtype of the array.
-    fill
-        Value that pads chunks at the lower and right edges.
-    codec
-        Codec for writing chunks.
-    checksums
-        Checksums of the chunks from the manifest; None without one, as while they are written.
+    ``place`` names store, partial and map in errors; ``fill`` pads chunks at the lower and right
+    edges; chunks are compared with ``checksums``, those of the manifest, if there is one.
     """
 
     objects: Objects
@@ -215,61 +172,23 @@ class ChunkedMap:
         """Height and width in pixels."""
         return self.grid.shape
 
-    @property
-    def _row_nbytes(self) -> int:
-        """Decoded bytes of one row of a chunk."""
-        return self.grid.cell[1] * self.dtype.itemsize
-
     def key(self, chunk: Tile) -> str:
         """Key of the object that holds a chunk."""
         return f"{self.path}/c/{chunk.iy}/{chunk.ix}"
 
     def read(self, region: Region, out: AnyArray | None = None) -> tuple[AnyArray, int]:
-        """Decode the chunks that touch a region.
-
-        Parameters
-        ----------
-        region
-            Pixels within the map.
-        out
-            C-contiguous output array, with the region's shape and the map's dtype.
-
-        Returns
-        -------
-        values : array
-            ``out``, or a new array.
-        nbytes : int
-            Number of encoded bytes read.
-
-        Raises
-        ------
-        MissingChunkError, CorruptChunkError
-            Naming store, partial, map and chunk.
-        """
+        """Decode a region into a C-contiguous array; also return the number of bytes read."""
         if out is None:
             out = np.empty(region.shape, self.dtype)
         nbytes = 0
         for chunk in self.grid.touching(region):
-            frame = self.fetch(chunk, _memory_of_thread())
+            frame = self.fetch(chunk, _of_thread.encoded)
             nbytes += frame.encoded_nbytes
             self.decode(frame, chunk, region, out)
         return out, nbytes
 
     def fetch(self, chunk: Tile, memory: ReusedMemory) -> BloscChunk:
-        """Read a chunk and check it, without decoding it.
-
-        Parameters
-        ----------
-        chunk
-            Cell of :attr:`grid`.
-        memory
-            Memory for the chunk, which is valid until the memory is used again.
-
-        Raises
-        ------
-        MissingChunkError, CorruptChunkError
-            Naming store, partial, map and chunk.
-        """
+        """Read a chunk into memory and check it, without decoding it."""
         nbytes = self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize
         encoded = self.objects.get_into(self.key(chunk), memory, max_encoded_nbytes(nbytes))
         if encoded is None:
@@ -286,59 +205,34 @@ class ChunkedMap:
         return fetched
 
     def decode(self, frame: BloscChunk, chunk: Tile, region: Region, out: AnyArray) -> None:
-        """Decode the part of a chunk inside a region.
-
-        Parameters
-        ----------
-        frame
-            The chunk, from :meth:`fetch`.
-        region
-            Region of the map that overlaps the chunk.
-        out
-            Array with the region's shape and the map's dtype; only the chunk's pixels are written.
-
-        Raises
-        ------
-        CorruptChunkError
-            Naming store, partial, map and chunk.
-        """
+        """Decode the part of a fetched chunk inside a region into that region's array."""
         wanted = chunk.region.intersect(region)
         target = out[wanted.relative_to(region).slices]
         fits = wanted.shape == self.grid.cell and target.flags.c_contiguous
         inside = wanted.relative_to(chunk.region)
-        whole = target if fits else _scratch_array(self.grid.cell, self.dtype)
+        whole = target if fits else _of_thread.chunk(self.grid.cell, self.dtype)
         try:
             if fits:
                 frame.decode(whole)
             else:
-                frame.decode_part(inside.y0 * self._row_nbytes, inside.y1 * self._row_nbytes, whole)
+                row_nbytes = self.grid.cell[1] * self.dtype.itemsize
+                frame.decode_part(inside.y0 * row_nbytes, inside.y1 * row_nbytes, whole)
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
         if not fits:
             target[...] = whole[inside.slices]
 
     def corrupt(self, chunk: Tile, complaint: ValueError) -> CorruptChunkError:
-        """Return the error of a :class:`BloscChunk` with the location of the chunk."""
+        """Return the error for a chunk that :class:`BloscChunk` rejects."""
         return CorruptChunkError(
             f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
             f"{complaint} (object {self.key(chunk)}); write the partial again"
         )
 
     def write(self, region: Region, values: AnyArray) -> int:
-        """Encode and write whole chunks.
+        """Write a region made of whole chunks, cast to the map's dtype, and note the checksums.
 
-        Parameters
-        ----------
-        region
-            Region made of whole chunks; a chunk is never written in parts.
-        values
-            Array with the region's shape; cast to the map's dtype. The chunks' checksums are
-            entered in :attr:`checksums`, if there are any.
-
-        Returns
-        -------
-        int
-            Number of encoded bytes written.
+        Returns the number of bytes written.
         """
         nbytes = 0
         for chunk, parts in self.encode(region, values):
@@ -361,7 +255,7 @@ class ChunkedMap:
                 or not source.flags.c_contiguous
                 or source.dtype != self.dtype
             ):
-                whole = _scratch_array(self.grid.cell, self.dtype)
+                whole = _of_thread.chunk(self.grid.cell, self.dtype)
                 if source.shape != self.grid.cell:
                     whole.fill(self.fill)
                 whole[: source.shape[0], : source.shape[1]] = source
@@ -373,11 +267,9 @@ class ChunkedMap:
         return encode(np.full(self.grid.cell, self.fill, self.dtype), self.codec)
 
 
-def write_chunk(objects: Objects, key: str, values: AnyArray) -> int:
-    """Write C-contiguous values as one chunk; return the number of encoded bytes."""
-    parts = encode_chunk(values)
-    objects.put(key, parts)
-    return sum(map(len, parts))
+def write_chunk(objects: Objects, key: str, values: AnyArray) -> None:
+    """Write C-contiguous values as one chunk."""
+    objects.put(key, encode_chunk(values))
 
 
 def encode_chunk(values: AnyArray) -> list[bytes]:
@@ -386,19 +278,7 @@ def encode_chunk(values: AnyArray) -> list[bytes]:
 
 
 def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) -> memoryview:
-    """Decode a chunk of the given decoded size.
-
-    Returns
-    -------
-    memoryview
-        The first ``nbytes`` bytes of ``memory``, valid until it is used again; memory is allocated
-        only for a valid chunk.
-
-    Raises
-    ------
-    CorruptChunkError
-        Naming the place.
-    """
+    """Decode a chunk of ``nbytes`` decoded bytes into memory, allocated only if it is intact."""
     try:
         frame = BloscChunk(memoryview(encoded), nbytes)
         decoded = memory.of(nbytes)
@@ -415,23 +295,7 @@ def open_map(
     dtypes: Iterable[str],
     expected: ArrayManifest | None = None,
 ) -> ChunkedMap:
-    """Open a two-dimensional array and check that it follows the format.
-
-    Parameters
-    ----------
-    place
-        Name of the array in error messages.
-    dtypes
-        Allowed stored dtypes.
-    expected
-        What the manifest states of the array, if there is one.
-
-    Raises
-    ------
-    FormatError
-        The array is missing, or is not the one of the manifest; or its dimensions, dtype, chunks,
-        codecs or key encoding do not follow ``docs/format.md``. All problems are listed.
-    """
+    """Open a map; ``FormatError`` lists what differs from the format or the manifest."""
     encoded = _metadata(objects, path, place)
     if expected is not None and metadata_digest(encoded) != expected.metadata:
         raise FormatError(
@@ -441,6 +305,9 @@ def open_map(
     where = f"{objects.url}/{path}"
     about = parse_array(encoded, where, place, tuple(dtypes), DIMENSIONS, MAX_CHUNK_NBYTES)
     (height, width), (chunk_height, chunk_width) = about.shape, about.chunk
+    settings = about.codecs[1]["configuration"]
+    shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
+    shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
     return ChunkedMap(
         objects=objects,
         path=path,
@@ -448,7 +315,7 @@ def open_map(
         grid=TileGrid((height, width), (chunk_height, chunk_width)),
         dtype=about.data_type,
         fill=about.fill_value,
-        codec=_codec(about.codecs[1]["configuration"]),
+        codec=Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),
         checksums=None if expected is None else expected.checksums,
     )
 
@@ -458,24 +325,3 @@ def _metadata(objects: Objects, path: str, place: str) -> bytes:
     if encoded is None:
         raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")
     return encoded
-
-
-def _codec(settings: BloscSettings) -> Blosc:
-    """Return the codec that an array's metadata names."""
-    shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
-    shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
-    return Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
-
-
-def _scratch_array(shape: tuple[int, int], dtype: "np.dtype[Any]") -> AnyArray:
-    """Return this thread's chunk buffer; valid until the thread's next call."""
-    if not hasattr(_of_thread, "scratch"):
-        _of_thread.scratch = ReusedMemory()
-    nbytes = shape[0] * shape[1] * dtype.itemsize
-    return np.frombuffer(_of_thread.scratch.of(nbytes), dtype).reshape(shape)
-
-
-def _memory_of_thread() -> ReusedMemory:
-    if not hasattr(_of_thread, "memory"):
-        _of_thread.memory = ReusedMemory()
-    return cast(ReusedMemory, _of_thread.memory)

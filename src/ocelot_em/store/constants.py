@@ -9,27 +9,21 @@ FORMAT_VERSION: Final = 3
 FIRST_SEALED_VERSION: Final = 3
 """First version whose attributes are sealed, and whose data have manifests."""
 
-
 ATTRIBUTE_KEY = "ocelot"
 PARTIALS = "partials"
 ROSTER = "roster"
 
-
 EXPOSURES = "exposures"
 EXPOSURE_NUMBERS = "exposure_numbers"
-
 
 SEARCH_SPACE = "search_space"
 TILE_SUMMARY = "progress/tile_summary"
 
-
 DIMENSIONS = ("y", "x")
-
 
 DEFAULT_CHUNK = 1024
 """Edge of a chunk in pixels. 4 MiB decoded: small enough for the CPU caches, large enough that a
 request per chunk costs little; ``docs/format.md`` has the measurements."""
-
 
 MAX_CHUNK_NBYTES = 256 * 2**20
 """Size limit of a decoded chunk; larger ones indicate corrupt or malicious metadata."""
@@ -41,14 +35,8 @@ MAX_TILES = 2**24
 """Maximum number of tiles of a merge: four million pixels squared in tiles of the default size.
 Lists of tiles must fit into memory, even if metadata claims nonexistent ones."""
 
-
 MAX_METADATA_NBYTES = 64 * 2**20
 """Size limit of a ``zarr.json``: a merge of about 60,000 partials."""
-
-
-def fill_value(name: str) -> float | int:
-    """Fill value of a map: NaN, or for the integer maps -1 (index, partial) and 0 (count)."""
-    return MAPS[name].fill
 
 
 def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
