@@ -24,8 +24,7 @@ from ocelot_em.store.constants import (
     map_attributes,
     shuffle_of,
 )
-from ocelot_em.store.contract import Objects, ReusedMemory
-from ocelot_em.store.groups import join
+from ocelot_em.store.contract import Objects, ReusedMemory, join
 from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
 from ocelot_em.store.metadata import parse_array
 

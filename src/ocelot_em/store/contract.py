@@ -44,6 +44,11 @@ _TRANSIENT_ERRORS = {
 T = TypeVar("T")
 
 
+def join(*parts: str) -> str:
+    """Join the parts of a key that are not empty."""
+    return "/".join(part for part in parts if part)
+
+
 class Objects(Protocol):
     """Byte objects below one location; keys use ``/``.
 
@@ -117,24 +122,13 @@ class ReusedMemory:
 
 
 def return_free_memory() -> None:
-    """Return freed memory to the system, which glibc would otherwise keep.
-
-    For code that repeatedly allocates and frees arrays of some MiB among small long-lived objects,
-    where freed memory is fragmented and not reused.
-    """
+    """Return freed memory to the system: glibc keeps it where small objects fragment it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def retrying(verb: str, url: str, key: str, action: Callable[[], T]) -> T:
-    """Run a storage action, with retries after transient errors.
-
-    Bucket clients retry requests themselves.
-
-    Raises
-    ------
-    StorageError
-    """
+    """Run a storage action, with retries after transient errors; raise ``StorageError``."""
     pauses = iter(PAUSES_SECONDS)
     while True:
         try:

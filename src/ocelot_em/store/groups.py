@@ -9,7 +9,7 @@ from typing import Any
 
 from ocelot_em.errors import FormatError, InvalidInputError
 from ocelot_em.store.constants import ATTRIBUTE_KEY, FIRST_SEALED_VERSION, MAX_METADATA_NBYTES
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.manifest import SEAL, seal_of
 from ocelot_em.store.metadata import parse_group
 
@@ -68,8 +68,3 @@ def _group_metadata(path: str, attributes: dict[str, Any]) -> bytes:
             f"got {len(encoded):,}; merge some of the inputs first, then the results"
         )
     return encoded
-
-
-def join(*parts: str) -> str:
-    """Join the parts of a path that are not empty."""
-    return "/".join(part for part in parts if part)

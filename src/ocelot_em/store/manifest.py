@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from ocelot_em.errors import FormatError
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.store.blosc import checksum
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, join
 
 MANIFEST: Final = "manifest"
 """Group in that of a partial or of a merged result; its array ``content`` holds bytes."""
@@ -217,7 +217,7 @@ def checksum_of(parts: Sequence[bytes]) -> int:
 
 def _key(path: str) -> str:
     """Return the key of the only chunk of the array, which holds all of it."""
-    return "/".join(part for part in (path, MANIFEST, "content/c/0") if part)
+    return join(path, MANIFEST, "content/c/0")
 
 
 def _write_metadata(objects: Objects, path: str, nbytes: int) -> None:
@@ -236,5 +236,5 @@ def _write_metadata(objects: Objects, path: str, nbytes: int) -> None:
     }
     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     for content, name in ((group, "zarr.json"), (metadata, "content/zarr.json")):
-        key = "/".join(part for part in (path, MANIFEST, name) if part)
+        key = join(path, MANIFEST, name)
         objects.put(key, [json.dumps(content).encode()])

@@ -19,7 +19,7 @@ from ocelot_em.store.attributes import (
     parse_attributes,
 )
 from ocelot_em.store.constants import ROSTER
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.search import exposure_path, partials_path
 
 READ_TOGETHER = 16
@@ -136,4 +136,4 @@ def check_roster(
 
 
 def _path(exposure: str, number: int | None = None) -> str:
-    return groups.join(exposure_path(exposure), ROSTER, "" if number is None else str(number))
+    return join(exposure_path(exposure), ROSTER, "" if number is None else str(number))

@@ -10,7 +10,7 @@ from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.manifest import Manifest, read_manifest
 from ocelot_em.store.validation import name_problems
 
@@ -208,7 +208,7 @@ class MapGroup:
 
     def path_of(self, key: str) -> str:
         """Path of the array of a map."""
-        return "/".join(part for part in (self.path, self.folder, key) if part)
+        return join(self.path, self.folder, key)
 
     def open(
         self, keys: tuple[str, ...], shape: tuple[int, int] | None = None
