@@ -64,9 +64,6 @@ class OnGpu:
         self._kernels.reset(there)
         self._back(acc, there)
 
-    def fold(self, acc, partial, space):
-        return self.fold_all(acc, (partial,), space)
-
     def fold_all(self, acc, partials, space, *, fresh=False):
         there = self._there(acc)
         partials = [self._there(p) for p in partials]

@@ -54,7 +54,7 @@ static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **
 { run(kernel, blocks, threads, arguments, std::index_sequence_for<A...>()); }
 #define LAUNCHER(NAME) extern "C" void launch_##NAME(unsigned b, unsigned t, void **a) \\
     { run(NAME, b, t, a); }
-LAUNCHER(fold_indexed) LAUNCHER(fold_four_poses) LAUNCHER(fold_five_poses)
+LAUNCHER(fold_indexed) LAUNCHER(fold_4_poses) LAUNCHER(fold_5_poses)
 LAUNCHER(finalise) LAUNCHER(mask_nan)
 """
 

@@ -81,7 +81,7 @@ def stacks(draw, shapes=SHAPES, sets=map_sets, nan=False, max_partials=6):
 
 def fold_each(kernels, maps, partials):
     acc = kernels.identity(partials[0].mip.shape, maps)
-    reports = [kernels.fold(acc, partial, space_of(maps)) for partial in partials]
+    reports = [kernels.fold_all(acc, [partial], space_of(maps)) for partial in partials]
     return acc, reports
 
 

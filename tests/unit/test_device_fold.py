@@ -281,5 +281,5 @@ def test_every_pixel_counts(cuda):
     zeros = np.zeros((1, n), np.float32)
     partial = PartialMaps(np.ones((1, n), np.float32), (zeros,) * 5, zeros, zeros, 1, 0)
     acc = cuda.identity((1, n), MapSet(PoseForm.EXPLICIT))
-    cuda.fold(acc, partial, None)
+    cuda.fold_all(acc, [partial], None)
     assert (acc.best_partial == 0).all()

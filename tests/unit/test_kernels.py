@@ -309,7 +309,7 @@ class TestKnownAnswers:
         ]:
             partial = one_pixel(mip, index, 0, 0, 1)
             acc = kernels.identity((1, 1), MapSet(PoseForm.INDEXED))
-            assert kernels.fold(acc, partial, SPACE) is is_bad
+            assert kernels.fold_all(acc, [partial], SPACE) is is_bad
             if index == n:
                 with pytest.raises(IndexError):
                     kernels.finalise(acc, MapSet(PoseForm.INDEXED), SPACE)
@@ -318,7 +318,7 @@ class TestKnownAnswers:
         acc = kernels.identity((1, 1), MapSet(PoseForm.EXPLICIT))
         partial = one_pixel(1, self.angles, 0, 0, np.ones((1, 1), np.int64))
         with pytest.raises(TypeError, match="counts=True"):
-            kernels.fold(acc, partial, None)
+            kernels.fold_all(acc, [partial], None)
         fine = one_pixel(1, self.angles, 0, 0, 1)
         with pytest.raises(TypeError, match="counts=True"):
             kernels.fold_all(acc, [fine, partial], None)
@@ -328,7 +328,7 @@ class TestKnownAnswers:
         partial = one_pixel(1.0, self.angles, 2, 3, 4)
         for array in (partial.mip, *partial.pose, partial.correlation_sum):
             array.flags.writeable = False
-        kernels.fold(kernels.identity((1, 1), MapSet(PoseForm.EXPLICIT)), partial, None)
+        kernels.fold_all(kernels.identity((1, 1), MapSet(PoseForm.EXPLICIT)), [partial], None)
         assert partial.correlation_squared_sum.flags.writeable
         assert partial.mip[0, 0] == 1.0
 
@@ -339,13 +339,13 @@ def test_cpu_refuses_arrays_that_it_cannot_read_as_they_are():
     fine.mip[...] = 1
     narrow = np.zeros((4, 8), np.float32)[:, ::2]
     with pytest.raises(ValueError, match="C-contiguous"):
-        cpu.fold(replace(acc, mip=narrow), fine, None)
+        cpu.fold_all(replace(acc, mip=narrow), [fine], None)
     unaligned = np.zeros(65, np.uint8)[1:].view(np.float32).reshape(4, 4)
     swapped = fine.mip.astype(">f4")
     read_only = fine.mip.copy()
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match="writeable: False"):
-        cpu.fold(replace(acc, mip=read_only), fine, None)
+        cpu.fold_all(replace(acc, mip=read_only), [fine], None)
     for mip in (narrow, unaligned, swapped, fine.mip.astype(np.float64)):
         with pytest.raises(ValueError, match="C-contiguous array of 16 values of float32"):
             cpu.fold_all(acc, [fine, replace(fine, mip=mip)], None)

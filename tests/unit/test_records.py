@@ -11,7 +11,7 @@ import ocelot_em
 from helpers import SPACE, combinations, make_result, read_maps, write_search
 from host_device import LateDevice, host_kernels
 from ocelot_em.errors import FormatError, MissingChunkError
-from ocelot_em.kernels import load_collect
+from ocelot_em.kernels.collect import count_wins
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.merge import job
 from ocelot_em.merge.result import MergedResult
@@ -323,6 +323,6 @@ def test_a_tile_that_failed_leaves_nothing_behind(rng):
 def test_wins_of_few_and_of_many(rng, n_partials):
     numbers = tile_maps(rng, n_partials)["best_partial"]
     wins = np.zeros(n_partials, np.int64)
-    load_collect().count_wins(numbers.reshape(-1), (0, 1200, (7, 1190)), wins)
+    count_wins(numbers.reshape(-1), (0, 1200, (7, 1190)), wins)
     expected = np.bincount(numbers[:7, :1190].ravel() + 1, minlength=n_partials + 1)[1:]
     np.testing.assert_array_equal(wins, expected)

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from helpers import make_result, write_search
 from ocelot_em import Exposure, SearchInfo, kernels, merge, write_partial
 from ocelot_em.cli import terminal
 from ocelot_em.cli.terminal import MergeProgress
-from ocelot_em.kernels import by_map, collect, compiling, compositing, cpu, cpu_statistics
+from ocelot_em.kernels import by_map, collect, compositing, cpu, cpu_statistics
 from ocelot_em.kernels import compiling as compiling_module
 from ocelot_em.merge import job, resume
 from ocelot_em.merge import merge as pipeline
@@ -38,12 +37,13 @@ class Calls:
             (cpu, "_fold"),
             (cpu_statistics, "_statistics"),
             (cpu_statistics, "_decode"),
-            (compiling, "start_of"),
+            (cpu, "address_of"),
+            (cpu_statistics, "address_of"),
         ):
             monkeypatch.setattr(module, name, self.noted(name, getattr(module, name)))
         for module in (by_map, collect, compositing):
-            loader = f"load_{module.__name__.rpartition('.')[2]}"
-            monkeypatch.setattr(kernels, loader, partial(self.of, module))
+            name = module.__name__.rpartition(".")[2]
+            monkeypatch.setattr(kernels, name, self.of(module))
         monkeypatch.setattr(job, "compile_kernels", self.warm_up(job.compile_kernels))
 
     def noted(self, name, function):
@@ -179,7 +179,7 @@ def nothing_compiled(monkeypatch):
         work()
         return 1e6
 
-    monkeypatch.setattr(kernels, "seconds_compiling", seconds_compiling)
+    monkeypatch.setattr(compiling_module, "seconds_compiling", seconds_compiling)
     return 1e6
 
 
@@ -237,7 +237,7 @@ def test_tiles_are_merged_where_nothing_can_be_compiled_before(search, tmp_path,
     def broken(*_):
         raise RuntimeError("no place for a cache")
 
-    monkeypatch.setattr(kernels, "seconds_compiling", broken)
+    monkeypatch.setattr(compiling_module, "seconds_compiling", broken)
     assert merge(search, tmp_path / "OUT.zarr").n_merged == 1
 
 

@@ -36,7 +36,7 @@ from ocelot_em.cli.finding import (
     size_of,
 )
 from ocelot_em.errors import DeviceError, MissingDependencyError
-from ocelot_em.kernels import Kernels, cache_folder, load
+from ocelot_em.kernels import Kernels, load
 from ocelot_em.kernels.device import find_devices, open_device
 from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.control_groups import memory_nbytes
@@ -183,10 +183,12 @@ def _kernels() -> tuple[State, str]:
         kernels.fold_all(acc, partials, None)
         return kernels.finalise(acc, maps, None)
 
+    from ocelot_em.kernels import compile_cache  # on demand, with numba
+
     started = time.perf_counter()
     compiled = merged(load("cpu"))
     seconds = time.perf_counter() - started
-    plain, folder = merged(load("reference")), cache_folder()
+    plain, folder = merged(load("reference")), compile_cache.cache_folder()
     wrong = [name for name in plain if compiled[name].tobytes() != plain[name].tobytes()]
     if wrong:
         return "problem", (

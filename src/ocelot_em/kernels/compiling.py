@@ -1,7 +1,4 @@
-"""Kernel compilation with numba, and array arguments as tables of addresses.
-
-One compilation serves any number of partials and any combination of optional maps.
-"""
+"""Kernel compilation with numba, and arrays from :mod:`ocelot_em.kernels.addresses`."""
 
 import time
 from collections.abc import Callable
@@ -13,15 +10,9 @@ from numba.core import event
 from numba.extending import intrinsic
 
 from ocelot_em.kernels.compile_cache import caching_there
-from ocelot_em.model.maps import AnyArray
-
-MISSING = 0
-"""Address that stands for an absent map."""
 
 ANNOUNCE_AFTER_SECONDS = 1.0
 """Duration after which compilation is announced; a few kernels take less, all of them 10 s."""
-
-F4, F8, I4, I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -61,27 +52,19 @@ class _CompileTimer(event.Listener):  # type: ignore[misc]
 
 
 def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) -> float:
-    """See :func:`ocelot_em.kernels.seconds_compiling`."""
+    """Call ``work`` and time it from its first kernel compilation to its end.
+
+    ``announce`` is called once if kernels that are not in the cache take long to compile. Return
+    seconds; 0 if nothing was compiled.
+    """
     timer = _CompileTimer(announce)
     with event.install_listener("numba:compile", timer):
         work()
     return time.perf_counter() - timer.started if timer.started else 0.0
 
 
-def address_of(array: AnyArray, size: int, dtype: np.dtype[Any], changed: bool = False) -> int:
-    """Return the address of an array after checking its layout, size and dtype."""
-    flags = array.flags
-    fit = flags.c_contiguous and flags.aligned and (flags.writeable or not changed)
-    if not fit or array.size != size or array.dtype != dtype:
-        raise ValueError(
-            f"expected a C-contiguous array of {size} values of {dtype}, got {array.dtype}, "
-            f"shape {array.shape}, strides {array.strides}, writeable: {flags.writeable}"
-        )
-    return start_of(array)
-
-
 @compiled
-def start_of(array: Any) -> int:
+def address_of(array: Any) -> int:
     """Return an array's address; several times faster than NumPy, which creates an object."""
     address: int = array.ctypes.data
     return address

@@ -11,9 +11,6 @@ and the accumulator is read and written a quarter as often. Two rules keep the l
 is selected, and a loop writes one array and reads few, because the compiler does not vectorise a
 loop that needs more than eight overlap tests between arrays. ``fastmath`` stays off because it
 would fuse and reorder the float64 arithmetic.
-
-Compiled functions take arrays as tables of addresses, so one compilation serves any number of
-partials and any combination of optional maps.
 """
 
 from collections.abc import Sequence
@@ -21,12 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ocelot_em.kernels.addresses import MISSING, of_fold
 from ocelot_em.kernels.compiling import (
-    F4,
-    F8,
-    I4,
-    I8,
-    MISSING,
     address_of,
     compiled,
     not_a_mip,
@@ -35,11 +28,11 @@ from ocelot_em.kernels.compiling import (
     planes,
 )
 from ocelot_em.kernels.cpu_statistics import finalise
-from ocelot_em.kernels.reference import check_counts, identity, mask_nan, reset
+from ocelot_em.kernels.reference import identity, mask_nan, reset
 from ocelot_em.model.maps import NOT_SEARCHED, Accumulator, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
-__all__ = ["finalise", "fold", "fold_all", "identity", "mask_nan", "reset"]
+__all__ = ["finalise", "fold_all", "identity", "mask_nan", "reset"]
 
 _BLOCK = 16384
 """Pixels per block of a fold: long enough for memory streaming, short enough for the cache."""
@@ -54,15 +47,10 @@ _SEARCHED_SHIFT = np.int32(4)
 """Shift of the mask bits that mark which partials of a group searched a pixel."""
 
 _MIP, _BEST_PARTIAL, _SUM, _SQUARED_SUM, _COUNT, _POSE = range(6)
-"""Columns of an address table (one row per partial); pose maps start at the last of these."""
+"""Columns of :mod:`ocelot_em.kernels.addresses`; pose maps start at the last of these."""
 
 _NUMBER, _ONE_COUNT, _SUM_BYTES, _SQUARED_SUM_BYTES = range(4)
-"""Columns of the number table: scalars that replace absent maps, and item sizes of the sums."""
-
-
-def fold(acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> bool:
-    """Fold one partial into the accumulator; see :func:`fold_all`."""
-    return fold_all(acc, (partial,), space)
+"""Columns of the numbers of partials."""
 
 
 def fold_all(
@@ -73,58 +61,20 @@ def fold_all(
     fresh: bool = False,
 ) -> bool:
     """Fold partials into the accumulator; see :func:`ocelot_em.kernels.reference.fold_all`."""
-    if not partials:
-        if fresh:
-            reset(acc)
-        return False
-    n, pose_type = acc.mip.size, F4 if space is None else I4
-    kept = [
-        address_of(acc.mip, n, F4, changed=True),
-        address_of(acc.best_partial, n, I4, changed=True),
-        address_of(acc.correlation_sum, n, F8, changed=True),
-        address_of(acc.correlation_squared_sum, n, F8, changed=True),
-        MISSING if acc.count_map is None else address_of(acc.count_map, n, I8, changed=True),
-        *(address_of(pose, n, pose_type, changed=True) for pose in acc.pose),
-    ]
-    rows, numbers, count = [], [], 0
-    for partial in partials:
-        total, squared_total = partial.correlation_sum, partial.correlation_squared_sum
-        number, number_map, one_count, count_map = 0, MISSING, 0, MISSING
-        if isinstance(partial.best_partial, int):
-            number = partial.best_partial
-        else:
-            number_map = address_of(partial.best_partial, n, I4)
-        check_counts(acc, partial)
-        if isinstance(partial.count, int):
-            one_count = partial.count
-            count += one_count
-        else:
-            count_map = address_of(partial.count, n, I8)
-        if len(partial.pose) != len(acc.pose):
-            raise ValueError(f"expected {len(acc.pose)} pose maps, got {len(partial.pose)}")
-        rows.append(
-            (
-                address_of(partial.mip, n, F4),
-                number_map,
-                address_of(total, n, F8 if total.dtype == F8 else F4),
-                address_of(squared_total, n, F8 if squared_total.dtype == F8 else F4),
-                count_map,
-                *[address_of(pose, n, pose_type) for pose in partial.pose],
-            )
-        )
-        one_count = one_count if acc.count_map is not None else 0
-        numbers.append((number, one_count, total.itemsize, squared_total.itemsize))
+    kept, rows, numbers = of_fold(acc, partials, space, address_of)
     if fresh:
         reset(acc)
+    if not partials:
+        return False
     found = _fold(
-        n,
+        acc.mip.size,
         np.array(kept, np.int64),
         np.array(rows, np.int64),
         np.array(numbers, np.int64),
         0 if space is None else space.n_poses,
     )
     if acc.count_map is None:
-        acc.count += count
+        acc.count += sum(partial.count for partial in partials if isinstance(partial.count, int))
     return bool(found)
 
 

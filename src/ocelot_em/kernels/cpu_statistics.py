@@ -5,19 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.compiling import F4, F8, I4, I8, MISSING, address_of, compiled, plane
+from ocelot_em.kernels.addresses import F4, I4, MISSING, checked, of_finalise, outside_space
+from ocelot_em.kernels.compiling import address_of, compiled, plane
 from ocelot_em.kernels.reference import merged_maps
-from ocelot_em.model.maps import (
-    MEAN,
-    SCALED_MIP,
-    SQUARED_SUM,
-    STD,
-    SUM,
-    Accumulator,
-    AnyArray,
-    MapSet,
-)
-from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.maps import Accumulator, AnyArray, MapSet
+from ocelot_em.model.search_space import TABLES, SearchSpace
 
 _SMALL_BLOCK = 1024
 """Pixels per block: all reused data fit the first-level cache."""
@@ -31,27 +23,18 @@ def finalise(
 ) -> dict[str, AnyArray]:
     """Compute the merged maps; see :func:`ocelot_em.kernels.reference.finalise`."""
     n, shape = acc.mip.size, acc.mip.shape
-    names = [SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses]
-    given = out or {}
-    computed = {
-        name: given[name] if name in given else np.empty(shape, np.float32) for name in names
-    }
-    targets = np.array(
-        [address_of(array, n, F4, changed=True) for array in computed.values()], np.int64
+    computed, inputs, addresses = of_finalise(
+        acc, maps, out, lambda: np.empty(shape, F4), address_of
     )
-    count_map = MISSING if acc.count_map is None else address_of(acc.count_map, n, I8)
-    sums = acc.correlation_sum, acc.correlation_squared_sum
-    inputs = address_of(acc.mip, n, F4), *(address_of(total, n, F8) for total in sums), count_map
-    _statistics(n, inputs, float(acc.count), targets)
+    targets = np.array(addresses, np.int64)
+    _statistics(n, tuple(inputs), float(acc.count), targets)
     if space is not None and maps.computed_poses:
-        tables = space.euler_angles, space.defocus_values, space.pixel_values
-        addresses = tuple(address_of(table, table.size, F4) for table in tables)
+        tables = [getattr(space, name) for name in TABLES]
         sizes = tuple(len(table) for table in tables)
-        outside = _decode(n, address_of(acc.pose[0], n, I4), addresses, sizes, targets[5:])
-        if outside:
-            raise IndexError(
-                f"{outside} pixels have an index beyond the search space of {space.n_poses} poses"
-            )
+        starts = tuple(address_of(checked(table, table.size, F4)) for table in tables)
+        index = address_of(checked(acc.pose[0], n, I4))
+        if outside := _decode(n, index, starts, sizes, targets[5:]):
+            raise outside_space(outside, space)
     return merged_maps(acc, maps, computed)
 
 

@@ -6,25 +6,23 @@ addresses to it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.device import Device
-from ocelot_em.kernels.reference import check_counts, merged_maps, reset
-from ocelot_em.model.maps import (
-    MEAN,
-    NOT_SEARCHED,
-    POSES,
-    SCALED_MIP,
-    SQUARED_SUM,
-    STD,
-    SUM,
-    Accumulator,
-    AnyArray,
-    MapSet,
-    PartialMaps,
+from ocelot_em.kernels.addresses import (
+    F4,
+    I4,
+    I8,
+    MISSING,
+    checked,
+    of_finalise,
+    of_fold,
+    of_partial,
+    outside_space,
 )
+from ocelot_em.kernels.device import Device
+from ocelot_em.kernels.reference import merged_maps, reset
+from ocelot_em.model.maps import NOT_SEARCHED, POSES, Accumulator, AnyArray, MapSet, PartialMaps
 from ocelot_em.model.search_space import TABLES, SearchSpace
 
 PIXELS_PER_THREAD = 4
@@ -36,31 +34,17 @@ MAX_SOURCES = 16
 _ALIGNMENT = 16
 """Alignment in bytes that all maps need for wide loads."""
 
-_i8 = np.dtype("i8")
-_KEPT = np.dtype(
-    [(name, _i8) for name in ("mip", "best_partial", "sum", "squared_sum", "count")]
-    + [("pose", _i8, (len(POSES),))]
-)
-_SOURCE = np.dtype(
-    [
-        *(_KEPT.descr[:-1]),
-        ("pose", _i8, (len(POSES),)),
-        *((name, _i8) for name in ("number", "one_count", "sum_nbytes", "squared_sum_nbytes")),
-    ]
-)
-_SOURCES = np.dtype([("source", _SOURCE, (MAX_SOURCES,))])
-_FINISHED = np.dtype(
-    [
-        *((name, _i8) for name in ("mip", "sum", "squared_sum", "count", "index")),
-        *((name, _i8) for name in (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)),
-        ("pose", _i8, (len(POSES),)),
-        *((name, _i8) for name in TABLES),
-        *((f"n_{name}", _i8) for name in TABLES),
-    ]
-)
-"""Structures of ``merge.cu``, field by field."""
+assert NOT_SEARCHED == -1, "merge.cu has it as a number"
 
-_F4, _F8, _I4, _I8 = (np.dtype(kind) for kind in ("f4", "f8", "i4", "i8"))
+
+def _structure(*values: int) -> AnyArray:
+    """Return a structure of ``merge.cu``, all of whose fields are 64-bit integers."""
+    return np.array(values, np.int64).view([("fields", I8, (len(values),))])
+
+
+def _table(addresses: Sequence[int]) -> list[int]:
+    """Return a table of addresses with columns for all poses."""
+    return [*addresses, *[MISSING] * (5 + len(POSES) - len(addresses))]
 
 
 class CudaKernels:
@@ -78,9 +62,6 @@ class CudaKernels:
         reset(acc)
         return acc
 
-    def fold(self, acc: Accumulator, partial: PartialMaps, space: SearchSpace | None) -> bool:
-        return self.fold_all(acc, (partial,), space)
-
     def fold_all(
         self,
         acc: Accumulator,
@@ -89,53 +70,36 @@ class CudaKernels:
         *,
         fresh: bool = False,
     ) -> bool:
-        kept, n = np.zeros(1, _KEPT), acc.mip.size
-        pose_type = _F4 if space is None else _I4
-        addresses = [
-            *self._fill(kept[0], "mip", acc.mip, n, _F4),
-            *self._fill(kept[0], "best_partial", acc.best_partial, n, _I4),
-            *self._fill(kept[0], "sum", acc.correlation_sum, n, _F8),
-            *self._fill(kept[0], "squared_sum", acc.correlation_squared_sum, n, _F8),
-            *self._fill_poses(kept[0], acc.pose, n, pose_type),
-        ]
-        if acc.count_map is not None:
-            addresses += self._fill(kept[0], "count", acc.count_map, n, _I8)
-        tables = []
-        for partial in partials:
-            check_counts(acc, partial)
-            if len(partial.pose) != len(acc.pose):
-                raise ValueError(f"expected {len(acc.pose)} pose maps, got {len(partial.pose)}")
-            table = np.zeros((), _SOURCE)
-            addresses += self._fill_source(table, partial, n, pose_type)
-            tables.append(table)
+        n, address_of = acc.mip.size, self._device.address
+        kept, rows, numbers = of_fold(acc, partials, space, address_of)
         if not partials:
             if fresh:
                 reset(acc)
             return False
-        kernel = "fold_indexed" if space is not None else _FOLDS[len(acc.pose)]
-        findings = self._zeros(1)
-        for start in range(0, len(tables), MAX_SOURCES):
-            group = tables[start : start + MAX_SOURCES]
-            sources = np.zeros(1, _SOURCES)
-            for number, table in enumerate(group):
-                sources[0]["source"][number] = table
+        kernel = "fold_indexed" if space is not None else f"fold_{len(acc.pose)}_poses"
+        is_aligned = not any(address % _ALIGNMENT for row in (kept, *rows) for address in row)
+        sources = [[*_table(row), *own] for row, own in zip(rows, numbers, strict=True)]
+        empty = [0] * len(sources[0])
+        found = self._zero()
+        for start in range(0, len(sources), MAX_SOURCES):
+            group = sources[start : start + MAX_SOURCES]
+            filled = [*group, *[empty] * (MAX_SOURCES - len(group))]
             arguments = (
-                kept,
-                sources,
+                _structure(*_table(kept)),
+                _structure(*(value for source in filled for value in source)),
                 np.int32(len(group)),
                 np.int32(0 if space is None else space.n_poses),
                 np.int32(fresh and start == 0),
                 np.int64(n),
-                np.int32(not any(address % _ALIGNMENT for address in addresses)),
-                findings,
+                np.int32(is_aligned),
+                found,
             )
             self._device.launch(kernel, -(-n // PIXELS_PER_THREAD), arguments)
-        found = bool(self._read(findings)[0])
         if acc.count_map is None:
             acc.count = (0 if fresh else acc.count) + sum(
                 p.count for p in partials if isinstance(p.count, int)
             )
-        return found
+        return bool(self._read(found))
 
     def finalise(
         self,
@@ -145,35 +109,22 @@ class CudaKernels:
         out: Mapping[str, AnyArray] | None = None,
     ) -> dict[str, AnyArray]:
         """Compute the merged maps from an accumulator; ``out`` must be on the device, too."""
-        n, shape, given = acc.mip.size, acc.mip.shape, out or {}
-        names = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *maps.computed_poses)
-        decoding = space is not None and bool(maps.computed_poses)
-        computed = {
-            name: given[name] if name in given else self._device.empty(n, _F4).reshape(shape)
-            for name in names
-        }
-        table = np.zeros(1, _FINISHED)
-        self._fill(table[0], "mip", acc.mip, n, _F4)
-        self._fill(table[0], "sum", acc.correlation_sum, n, _F8)
-        self._fill(table[0], "squared_sum", acc.correlation_squared_sum, n, _F8)
-        if acc.count_map is not None:
-            self._fill(table[0], "count", acc.count_map, n, _I8)
-        for name in names[:5]:
-            self._fill(table[0], name, computed[name], n, _F4)
-        if space is not None and decoding:
-            self._fill(table[0], "index", acc.pose[0], n, _I4)
-            self._fill_poses(table[0], [computed[name] for name in names[5:]], n, _F4)
-            tables = self._on_device(space)
-            for name, values in zip(TABLES, tables, strict=True):
-                table[0][name] = self._device.address(values)
-                table[0][f"n_{name}"] = len(getattr(space, name))
-        findings = self._zeros(1)
-        count = np.float64(acc.count)
-        self._device.launch("finalise", n, (table, count, np.int64(n), findings))
-        if space is not None and decoding and (outside := self._read(findings)[0]):
-            raise IndexError(
-                f"{outside} pixels have an index beyond the search space of {space.n_poses} poses"
-            )
+        n, shape, address_of = acc.mip.size, acc.mip.shape, self._device.address
+        computed, inputs, targets = of_finalise(
+            acc, maps, out, lambda: self._device.empty(n, F4).reshape(shape), address_of
+        )
+        decoded = space if maps.computed_poses else None
+        index, tables, sizes = MISSING, [MISSING] * len(TABLES), [0] * len(TABLES)
+        if decoded is not None:
+            index = address_of(checked(acc.pose[0], n, I4))
+            tables = [address_of(table) for table in self._on_device(decoded)]
+            sizes = [len(getattr(decoded, name)) for name in TABLES]
+        structure = _structure(*inputs, index, *_table(targets), *tables, *sizes)
+        outside = self._zero()
+        arguments = structure, np.float64(acc.count), np.int64(n), outside
+        self._device.launch("finalise", n, arguments)
+        if decoded is not None and (n_outside := self._read(outside)):
+            raise outside_space(n_outside, decoded)
         return merged_maps(acc, maps, computed)
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
@@ -189,57 +140,16 @@ class CudaKernels:
             pose=tuple(map(like, partial.pose)),
             correlation_sum=like(partial.correlation_sum),
             correlation_squared_sum=like(partial.correlation_squared_sum),
-            count=self._device.empty(n, _I8).reshape(shape),
+            count=self._device.empty(n, I8).reshape(shape),
             best_partial=partial.best_partial,
         )
-        before, after = np.zeros(1, _SOURCE), np.zeros(1, _SOURCE)
-        for table, maps in ((before, partial), (after, masked)):
-            self._fill_source(table[0], maps, n, _I4 if indexed else _F4)
-        arguments = before, after, np.int32(len(partial.pose)), np.int32(indexed), np.int64(n)
+        structures = []
+        for maps in (partial, masked):
+            row, own = of_partial(maps, n, I4 if indexed else F4, self._device.address)
+            structures.append(_structure(*_table(row), *own))
+        arguments = *structures, np.int32(len(partial.pose)), np.int32(indexed), np.int64(n)
         self._device.launch("mask_nan", n, arguments)
         return masked
-
-    def _fill_source(
-        self, table: Any, partial: PartialMaps, n: int, pose_type: "np.dtype[Any]"
-    ) -> list[int]:
-        """Fill a table from a partial; return the addresses of its maps."""
-        addresses = self._fill(table, "mip", partial.mip, n, _F4)
-        addresses += self._fill_poses(table, partial.pose, n, pose_type)
-        sums = partial.correlation_sum, partial.correlation_squared_sum
-        for name, values in zip(("sum", "squared_sum"), sums, strict=True):
-            addresses += self._fill(table, name, values, n, _F8 if values.dtype == _F8 else _F4)
-            table[f"{name}_nbytes"] = values.dtype.itemsize
-        if isinstance(partial.best_partial, int):
-            table["number"] = partial.best_partial
-        else:
-            addresses += self._fill(table, "best_partial", partial.best_partial, n, _I4)
-        if isinstance(partial.count, int):
-            table["one_count"] = partial.count
-        else:
-            addresses += self._fill(table, "count", partial.count, n, _I8)
-        return addresses
-
-    def _fill_poses(
-        self, table: Any, poses: Sequence[AnyArray], n: int, dtype: "np.dtype[Any]"
-    ) -> list[int]:
-        for number, pose in enumerate(poses):
-            table["pose"][number] = self._address(pose, n, dtype)
-        return [int(address) for address in table["pose"][: len(poses)]]
-
-    def _fill(
-        self, table: Any, name: str, values: AnyArray, n: int, dtype: "np.dtype[Any]"
-    ) -> list[int]:
-        table[name] = self._address(values, n, dtype)
-        return [int(table[name])]
-
-    def _address(self, values: AnyArray, n: int, dtype: "np.dtype[Any]") -> int:
-        """Return the address of an array after checking its layout, size and dtype."""
-        if not values.flags.c_contiguous or values.size != n or values.dtype != dtype:
-            raise ValueError(
-                f"expected a C-contiguous array of {n} values of {dtype}, got {values.dtype}, "
-                f"shape {values.shape}, strides {values.strides}"
-            )
-        return self._device.address(values)
 
     def _on_device(self, space: SearchSpace) -> tuple[AnyArray, ...]:
         """Return the tables of a search space on the device, copied only once."""
@@ -253,18 +163,13 @@ class CudaKernels:
             self._tables = space, tuple(copies)
         return self._tables[1]
 
-    def _zeros(self, n: int) -> AnyArray:
-        zeros = self._device.empty(n, _I8)
-        zeros.fill(0)
-        return zeros
+    def _zero(self) -> AnyArray:
+        zero = self._device.empty(1, I8)
+        zero.fill(0)
+        return zero
 
-    def _read(self, values: AnyArray) -> list[int]:
-        """Copy numbers to the host and wait."""
-        host = np.empty(values.size, values.dtype)
-        self._device.copy_out(values, host).synchronize()
-        return [int(number) for number in host]
-
-
-_FOLDS = {4: "fold_four_poses", 5: "fold_five_poses"}
-
-assert NOT_SEARCHED == -1, "merge.cu has it as a number"
+    def _read(self, value: AnyArray) -> int:
+        """Copy a number to the host and wait."""
+        host = np.empty(1, I8)
+        self._device.copy_out(value, host).synchronize()
+        return int(host[0])

@@ -184,8 +184,8 @@ __device__ inline void fold_thread(const Kept &kept, const Sources &sources, int
     }
 
 FOLD_KERNEL(fold_indexed, 1)
-FOLD_KERNEL(fold_four_poses, 4)
-FOLD_KERNEL(fold_five_poses, 5)
+FOLD_KERNEL(fold_4_poses, 4)
+FOLD_KERNEL(fold_5_poses, 5)
 
 // Compute mean, standard deviation, z-score, float32 sums, and the poses of indices. The number of
 // indices outside the search space is added to findings; their poses are NaN.

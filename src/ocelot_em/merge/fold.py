@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ocelot_em import kernels
 from ocelot_em.merge.stats.collected import TileStatistics
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
@@ -91,8 +90,9 @@ class Fold:
     ) -> None:
         self.sources, self.maps, self.space = sources, maps, space
         self._mask_nan = mask_nan
-        self._kernels = kernels.load("cpu")
-        self._by_map = kernels.load_by_map()
+        from ocelot_em.kernels import by_map, cpu  # on demand, with numba
+
+        self._by_map, self._kernels = by_map, cpu
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Yield source number and map name, in the order in which maps are read."""
@@ -156,7 +156,9 @@ class Fold:
         for number, part, new in self.parts(reader, work, names, all_sources):
             if self.space is not None:
                 kept = mip[part], index[part], winner[part]
-                bad = self._by_map.update_winner_indexed(*new, np.int16(number), n_poses, kept)
+                bad = self._by_map.update_winner_indexed(
+                    new[0], new[1], np.int16(number), n_poses, kept
+                )
             elif number == 0:
                 bad = self._by_map.init_winner(new[0], mip[part], winner[part])
             else:
@@ -314,7 +316,7 @@ class Fold:
                 if statistics is not None and name in (SUM, SQUARED_SUM):
                     statistics.add_sums(number, name, 0, arrays[name].reshape(-1))
             partial = self._kernels.mask_nan(partial_maps(source, maps, arrays))
-            if self._kernels.fold(accumulator, partial, self.space):
+            if self._kernels.fold_all(accumulator, (partial,), self.space):
                 report.suspect(number)
         report.searched_pixels = int(np.count_nonzero(accumulator.mip > -np.inf))
         yield MIP, accumulator.mip

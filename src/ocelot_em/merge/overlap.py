@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ocelot_em import kernels
 from ocelot_em.model.maps import MAPS, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64, MapSet
 from ocelot_em.model.regions import Overlap, Region
 from ocelot_em.model.workspace import Workspace
@@ -44,7 +43,9 @@ class WholeTile:
         """Yield the map unchanged."""
         yield name, values
         if self._is_montage and name == SCALED_MIP:
-            sums = kernels.load_compositing().sum_alone(values.reshape(-1))
+            from ocelot_em.kernels import compositing  # on demand, with numba
+
+            sums = compositing.sum_alone(values.reshape(-1))
             self._shown[: len(sums)] = sums
 
     def maps(self) -> Maps:
@@ -67,7 +68,9 @@ class Canvas:
     def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:
         self._finished = maps.merged
         self._names = tuple(name for name in maps.merged if name != SOURCE_EXPOSURE)
-        self._kernel = kernels.load_compositing()
+        from ocelot_em.kernels import compositing  # on demand, with numba
+
+        self._kernel = compositing
         self._rule = {
             "earliest": self._kernel.EARLIEST,
             "max-zscore": self._kernel.MAX_ZSCORE,

@@ -14,7 +14,6 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from ocelot_em import kernels
 from ocelot_em.merge.fold import Fold, PieceReport
 from ocelot_em.merge.overlap import Canvas, WholeTile
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
@@ -78,7 +77,9 @@ def compile_kernels(
         announced = True
         listener.compiling()
 
-    seconds = kernels.seconds_compiling(
+    from ocelot_em.kernels import compiling  # on demand, with numba
+
+    seconds = compiling.seconds_compiling(
         lambda: _merge_few_pixels(plan, exposure, space, dtype_of), announce
     )
     if announced:

@@ -130,7 +130,7 @@ class KernelsContract:
         at_once, one_by_one = kernels.identity(SHAPE, maps), kernels.identity(SHAPE, maps)
         assert kernels.fold_all(at_once, there, space, fresh=True) == expected_report
         for partial in there:
-            kernels.fold(one_by_one, partial, space)
+            kernels.fold_all(one_by_one, [partial], space)
         self._assert_same(at_once, expected)
         self._assert_same(one_by_one, expected)
         merged = kernels.finalise(at_once, maps, space)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ocelot_em import kernels
 from ocelot_em.model.histograms import (
     JOINT_MIP_AXIS,
     JOINT_Z_AXIS,
@@ -272,7 +271,9 @@ class TileStatistics:
     candidates: Float64 = field(init=False)
 
     def __post_init__(self) -> None:
-        self._kernel = kernels.load_collect()
+        from ocelot_em.kernels import collect  # on demand, with numba
+
+        self._kernel = collect
         self.counts = np.zeros(N_FLAT, np.uint32)
         self._histograms = Histograms.from_flat(self.counts)
         self._joint = np.zeros(_JOINT_SHAPE, np.uint32)
