@@ -179,7 +179,7 @@ def lazy_merge(
     >>> maps.scaled_mip.chunks
     ((256, 44), (256, 144))
     >>> round(float(maps.scaled_mip[:10, :10].max()), 2)  # merges one tile
-    6.13
+    5.87
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
     plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))

@@ -1,10 +1,11 @@
 """Simulated searches of any size with planted particles, for demonstrations and benchmarks.
 
 The maps have the properties of a real search that a merge and a peak search depend on: a smooth
-mean and standard deviation, a ``mip`` that is the maximum of one Gaussian draw per projection,
-consistent sums, and poses from the partial's own share. Noise is not correlated between pixels.
-A pixel depends only on the seed, the partial and its position, so maps can be generated region by
-region and need not fit into memory.
+mean and standard deviation, a ``mip`` that is the maximum of the effective number of independent
+correlations (:data:`~ocelot_em.testing.noise.INDEPENDENT_SHARE`), a correlation between adjacent
+pixels, consistent sums, and poses from the partial's own share. ``docs/benchmarks.md`` compares
+them with a real search. A pixel depends only on the seed, the partial and its position, so maps
+can be generated region by region and need not fit into memory.
 """
 
 import csv
@@ -42,9 +43,11 @@ from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.testing.noise import (
     BLOCK_PX,
     BLOCK_STREAM,
+    INDEPENDENT_SHARE,
     MAX_PARTIALS,
     PEAK_RADIUS_PX,
     TRUTH_STREAM,
+    draw_rarities,
     generator,
     maximum_of_normals,
     peak_profile,
@@ -266,7 +269,7 @@ class Simulation:
         std *= np.float32(0.165)
         std += np.float32(0.84)
 
-        mip = maximum_of_normals(rng.standard_exponential(shape), count)
+        mip = maximum_of_normals(draw_rarities(rng), INDEPENDENT_SHARE * count)
         mip *= std
         mip += mean
         correlation_sum = rng.standard_normal(shape, np.float32)  # error of the mean
