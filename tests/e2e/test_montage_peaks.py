@@ -1,6 +1,8 @@
 """Particles of montages: the real one's, wherever tiles are cut, each once."""
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,15 @@ from montages import SHOTS, Shot, merged_alone, write_shots
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
+from ocelot_em.model.maps import SCALED_MIP
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
+from ocelot_em.store.attributes import dump_attributes
+from ocelot_em.store.groups import update_attributes
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_attributes
 
 REAL = SHARED.with_name("leopard_em_montage")
 ORIGINS = {"00": (2, 0), "01": (0, 287), "02": (3, 576)}
@@ -180,6 +188,68 @@ def test_an_exposures_particles_are_those_of_it_alone(tmp_path):
         alone = find_peaks(tmp_path / f"{shot.id}_merged.zarr", cutoff=6.0)
         assert len(alone) > 0
         assert_equal(table.of_exposure(shot.id), alone)
+
+
+CROWDED = [
+    Shot("one", (0, 0), 0, (256, 256), (256, 256), (40_000,)),
+    Shot("two", (30, 30), 1, (256, 256), (256, 256), (40_000,)),
+]
+"""Exposures with far more pixels above the level of the candidates than records can hold."""
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """A crowded montage by the size of its tiles, and its exposures merged alone."""
+    folder = tmp_path_factory.mktemp("crowded")
+    search = write_shots(folder / "RUN.zarr", CROWDED)
+    for size in (64, 128, 256, 512):
+        ocelot_em.merge(search, folder / f"{size}.zarr", tile_size=size)
+    for shot in CROWDED:
+        merged_alone(folder, shot)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cutoff": 4.0},
+        {"cutoff": "lowest kept"},
+        {"method": "pvalue"},
+        {"method": "gev", "false_positives": 200.0},
+    ],
+)
+def test_no_particle_is_lost_where_records_are_full(crowded, options):
+    """Also where another exposure is shown: those of each exposure are those of it alone."""
+    if options.get("cutoff") == "lowest kept":
+        merged = MergedResult.open(crowded / "128.zarr")
+        z = merged.candidates(merged.plan.exposures[0]).rows[:, CANDIDATE_FIELDS.index(SCALED_MIP)]
+        options = {"cutoff": float(z.min())}
+    tables = [find_peaks(crowded / f"{n}.zarr", same_distance=0, **options) for n in (64, 128, 512)]
+    for shot in CROWDED:
+        alone = find_peaks(crowded / f"{shot.id}_merged.zarr", **options)
+        assert len(alone) > 50
+        for table in tables:
+            assert_equal(table.of_exposure(shot.id), alone)
+            assert table.about.incomplete_exposures == ()
+
+
+def test_particles_that_may_be_missing_are_announced(crowded, tmp_path, capsys, caplog):
+    for name in ("64", "256"):
+        shutil.copytree(crowded / f"{name}.zarr", tmp_path / f"{name}.zarr")
+    for size in (64, 256):
+        objects = open_objects(tmp_path / f"{size}.zarr")
+        attributes = read_attributes(objects)
+        plan = json.dumps(attributes.plan).replace(str(crowded), str(tmp_path / "GONE"))
+        moved = attributes.model_copy(update={"plan": json.loads(plan)})
+        update_attributes(objects, "", dump_attributes(moved))
+    table = find_peaks(tmp_path / "64.zarr")
+    assert table.about.incomplete_exposures == ("one", "two")
+    assert "incomplete where others are shown: exposures one, two" in repr(table)
+    assert "exposure two: weak candidates are missing where other" in caplog.text
+    assert run(["peaks", str(tmp_path / "64.zarr"), "--output", str(tmp_path / "P.csv")]) == 0
+    assert "incomplete where others are shown: exposures one, two" in capsys.readouterr().out
+    assert find_peaks(tmp_path / "256.zarr", cutoff=9.0).about.incomplete_exposures == ()
 
 
 def test_statistics_of_exposures_are_of_all_their_pixels(tmp_path):

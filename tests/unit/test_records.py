@@ -26,7 +26,7 @@ from ocelot_em.merge.stats.collected import (
 from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
 from ocelot_em.model.maps import MapSet
 from ocelot_em.model.regions import Region
-from ocelot_em.particles.picking import all_candidates
+from ocelot_em.particles.picking import all_candidates, find_peaks
 from ocelot_em.run import clusters as cluster
 from ocelot_em.store.partials import write_partial
 from ocelot_em.store.search_info import SearchInfo
@@ -164,6 +164,19 @@ def test_a_record_without_room_keeps_the_highest_and_says_from_where_on(tmp_path
     np.testing.assert_array_equal(np.sort(found[found >= level]), np.sort(z[z >= level]))
     about = MergedResult.open(tmp_path / "OUT.zarr").statistics
     assert about.n_candidates == np.count_nonzero(z >= 4)
+
+
+def test_pixels_that_tie_with_the_lowest_of_a_full_record_are_found(tmp_path):
+    result = make_result(np.random.default_rng(1), (40, 40), 1000)
+    result["mip"][:] = 3
+    result["mip"][10:27, 10:27] = 9
+    result["correlation_sum"][:], result["correlation_squared_sum"][:] = 0, 1000
+    search = write_search(tmp_path / "RUN.zarr", [result], [1000])
+    ocelot_em.merge(search, tmp_path / "OUT.zarr")
+    rows, level = all_candidates(tmp_path / "OUT.zarr")
+    assert len(rows) == 64
+    assert level == np.nextafter(np.float32(9), np.float32(10))
+    assert len(find_peaks(tmp_path / "OUT.zarr", cutoff=9.0, min_distance=0)) == 17 * 17
 
 
 def test_a_missing_or_damaged_record_is_named(tmp_path, rng):

@@ -213,6 +213,8 @@ def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
         cutoff = f", {kind}cutoff {about.cutoff_text}"
     if about is not None and about.per is not None:
         cutoff += f" per {about.per}"
+    if about is not None and about.incomplete_text:
+        cutoff += f", {about.incomplete_text}"
     open_console().print(f"{len(table)} particles{cutoff}: {output}", markup=False)
 
 

@@ -1,9 +1,9 @@
 """Particle picking from a merged result: cutoff, candidates, peaks, table.
 
-The candidates recorded by the merge usually suffice. Otherwise the maps are read, tile by tile,
-where they can contain candidates.
+The candidates recorded by the merge usually suffice. Otherwise the maps are read, tile by tile.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ocelot_em.errors import OcelotError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
@@ -32,8 +33,10 @@ from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rule
 from ocelot_em.particles.duplicates import Peaks, join_duplicates
 from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
-from ocelot_em.particles.scanning import scan
+from ocelot_em.particles.scanning import OwnMaps, scan
 from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTable, PickInfo
+
+log = logging.getLogger(__name__)
 
 
 def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> ParticleTable:
@@ -82,7 +85,7 @@ def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable
     """Pick particles as :func:`find_peaks` does, with parsed options."""
     _ = merged.summary  # fail early without statistics
     rules = make_rules(settings, merged)
-    candidates = _candidates(merged, rules)
+    candidates, incomplete = _candidates(merged, rules)
     found = [
         _Pixels(exposure, candidates[k], rules[k].height(candidates[k]))
         for k, exposure in enumerate(merged.plan.exposures)
@@ -92,28 +95,43 @@ def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable
     else:
         chosen = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in found]
         others = []
-    info = _pick_info(settings, merged, [rule.cutoff for rule in rules])
+    info = _pick_info(settings, merged, [rule.cutoff for rule in rules], incomplete)
     return _table(merged, chosen, others, settings, info)
 
 
-def _candidates(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
+def _candidates(
+    merged: MergedResult, rules: Sequence[CandidateRule]
+) -> tuple[list[Float64], tuple[str, ...]]:
     """Return candidates per exposure: columns :data:`CANDIDATE_FIELDS`, exposure pixels.
 
-    Uses the candidates recorded by the merge if they are complete. Otherwise reads the maps;
-    montage pixels won by another exposure are then limited to the recorded candidates.
+    Uses the candidates recorded by the merge if they are complete. Otherwise reads the maps, and
+    merges an exposure again where a montage may show another. Also return the ids of exposures
+    whose partials cannot be read for that.
     """
-    found, incomplete = [], False
-    for exposure, rule in zip(merged.plan.exposures, rules, strict=True):
+    found, missing = [], []
+    for k, (exposure, rule) in enumerate(zip(merged.plan.exposures, rules, strict=True)):
         rows, level = merged.candidates(exposure)
-        incomplete |= rule.model is not None or rule.cutoff < level
-        mip, z = column(rows, MIP), column(rows, SCALED_MIP)
-        found.append(rows[rule.accepts(mip, z)])
-    if not incomplete:
-        return found
+        if rule.model is not None or np.float32(rule.cutoff) < level:
+            missing.append(k)
+        found.append(rows[rule.accepts(column(rows, MIP), column(rows, SCALED_MIP))])
+    if not missing:
+        return found, ()
     scanned = scan(merged, rules)
     if not merged.plan.is_montage:
-        return scanned
-    return [_union(one, other) for one, other in zip(found, scanned, strict=True)]
+        return scanned, ()
+    unreadable = []
+    for k in missing:
+        try:
+            found[k] = _union(found[k], OwnMaps(merged, k).candidates(rules[k]))
+        except OcelotError as error:
+            name = merged.plan.exposures[k].id
+            log.warning(
+                "exposure %s: weak candidates are missing where other exposures are shown, since "
+                "its partials cannot be read: %s",
+                *(name, error),
+            )
+            unreadable.append(name)
+    return [_union(*both) for both in zip(found, scanned, strict=True)], tuple(unreadable)
 
 
 def _union(one: Float64, other: Float64) -> Float64:
@@ -174,7 +192,12 @@ def _peaks_of_montage(
     return chosen, others
 
 
-def _pick_info(settings: PickOptions, merged: MergedResult, cutoffs: Sequence[float]) -> PickInfo:
+def _pick_info(
+    settings: PickOptions,
+    merged: MergedResult,
+    cutoffs: Sequence[float],
+    incomplete: tuple[str, ...],
+) -> PickInfo:
     attributes, plan = merged.attributes, merged.plan
     given = settings.cutoff is not None or settings.method == "pvalue"
     own = zip(plan.exposures, cutoffs, strict=True)
@@ -190,6 +213,7 @@ def _pick_info(settings: PickOptions, merged: MergedResult, cutoffs: Sequence[fl
         per=settings.per if plan.is_montage else None,
         exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.is_montage else (),
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
+        incomplete_exposures=incomplete,
     )
 
 

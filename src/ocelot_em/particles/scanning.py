@@ -1,15 +1,25 @@
-"""Search of merged maps for candidates that the merge did not record."""
+"""Search of maps for candidates that the merge did not record.
 
-from collections.abc import Sequence
+A montage shows one exposure in each pixel. The maps of an exposure where others may be shown are
+merged again from its partials, in memory, so that candidates do not depend on the tiles.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ocelot_em.merge.job import Job
+from ocelot_em.merge.merge import merge_in_memory
+from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, GATHERED, neighbours_of
 from ocelot_em.model.maps import MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
-from ocelot_em.model.regions import Region
+from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.candidate_rules import CandidateRule
+
+_WINDOW = 1022
+"""Edge of the windows that are merged again; one pixel more on each side has the neighbours."""
 
 
 def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
@@ -23,8 +33,9 @@ def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
         if not there:
             return []
         mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
+        maps = _StoredMaps(merged, region)
         if not merged.plan.is_montage:
-            return [(0, rows_at(region, z, rules[0].accepts(mip, z), (0, 0)))]
+            return [(0, _rows_at(rules[0].accepts(mip, z), z, maps, region))]
         numbers = merged.read(region, SOURCE_EXPOSURE)
         found = []
         for k in there:
@@ -32,23 +43,9 @@ def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
             own = numbers == exposure.number
             where = own.copy()
             where[own] = rules[k].accepts(mip[own], z[own])
-            own_z = np.where(own, z, np.float32(np.nan))
-            found.append((k, rows_at(region, own_z, where, exposure.origin)))
+            own_z, (dy, dx) = np.where(own, z, np.float32(np.nan)), exposure.origin
+            found.append((k, _rows_at(where, own_z, maps, region.shifted(-dy, -dx))))
         return found
-
-    def rows_at(region: Region, z: AnyArray, where: AnyArray, origin: tuple[int, int]) -> Float64:
-        y, x = np.nonzero(where)
-        rows = np.full((len(y), len(CANDIDATE_FIELDS)), np.nan)
-        if not len(y):
-            return rows
-        _put(rows, "y", y + region.y0 - origin[0])
-        _put(rows, "x", x + region.x0 - origin[1])
-        for name in GATHERED:
-            if name in merged.maps:
-                _put(rows, name, merged.read(region, name)[y, x])
-        for name, beside in neighbours_of(z, y, x):
-            _put(rows, name, beside)
-        return rows
 
     found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in rules]
     for own in map_in_threads(look, merged.regions()):
@@ -57,5 +54,102 @@ def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
     return [np.concatenate(rows) for rows in found]
 
 
-def _put(rows: Float64, name: str, values: AnyArray) -> None:
-    rows[:, CANDIDATE_FIELDS.index(name)] = values
+class OwnMaps:
+    """The maps of one exposure of a montage, shown or hidden."""
+
+    def __init__(self, merged: MergedResult, position: int) -> None:
+        self._merged, self._exposure = merged, merged.plan.exposures[position]
+        alone = {"exposures": (self._exposure,), "tile": (_WINDOW + 2, _WINDOW + 2)}
+        self._job = Job(MergePlan(**(dict(merged.plan) | alone)), None)
+
+    def candidates(self, rule: CandidateRule) -> Float64:
+        """Search the windows that other exposures touch; rows as those of :func:`scan`.
+
+        Raises
+        ------
+        OcelotError
+            The exposure's partials cannot be read.
+        """
+
+        def look(window: Region) -> Float64:
+            around = self._grown(window)
+            maps = self._merge(around)
+            where = np.zeros(around.shape, np.bool_)
+            inside = window.relative_to(around).slices
+            where[inside] = rule.accepts(maps[MIP][inside], maps[SCALED_MIP][inside])
+            return _rows_at(where, maps[SCALED_MIP], maps, around)
+
+        touched = (window for window in self._windows() if self._touches_others(window))
+        return np.concatenate(
+            [np.empty((0, len(CANDIDATE_FIELDS))), *map_in_threads(look, touched)]
+        )
+
+    def pixels(self) -> tuple[AnyArray, AnyArray]:
+        """Return ``mip`` and z-score of all valid pixels, one-dimensional.
+
+        Raises
+        ------
+        OcelotError
+            The exposure's partials cannot be read.
+        """
+        names, (dy, dx), found = (MIP, SCALED_MIP), self._exposure.origin, []
+        for window in self._windows():
+            if self._touches_others(window):
+                maps = self._merge(window)
+                found.append([maps[name].ravel() for name in names])
+            else:
+                region = window.shifted(dy, dx)
+                found.append([self._merged.read(region, name).ravel() for name in names])
+        mips, zs = zip(*found, strict=True)
+        return np.concatenate(mips), np.concatenate(zs)
+
+    def _windows(self) -> Iterator[Region]:
+        grid = TileGrid(self._exposure.shape, (_WINDOW, _WINDOW))
+        counted = self._exposure.counted
+        return (tile.region.intersect(counted) for tile in grid.touching(counted))
+
+    def _grown(self, window: Region) -> Region:
+        """Return a window with the neighbours of its pixels."""
+        around = Region(window.y0 - 1, window.y1 + 1, window.x0 - 1, window.x1 + 1)
+        return around.intersect(self._exposure.counted)
+
+    def _touches_others(self, window: Region) -> bool:
+        """Whether another exposure may be shown in a window or next to it."""
+        on_canvas = self._grown(window).shifted(*self._exposure.origin)
+        return len(self._merged.plan.touching(on_canvas)) > 1
+
+    def _merge(self, region: Region) -> Mapping[str, AnyArray]:
+        return merge_in_memory(self._job, Tile(0, 0, region.shifted(*self._exposure.origin)))
+
+
+class _StoredMaps(Mapping[str, AnyArray]):
+    """The maps of a result over a region, read when they are needed."""
+
+    def __init__(self, merged: MergedResult, region: Region) -> None:
+        self._merged, self._region = merged, region
+
+    def __getitem__(self, name: str) -> AnyArray:
+        return self._merged.read(self._region, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._merged.maps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged.maps)
+
+    def __len__(self) -> int:
+        return len(self._merged.maps)
+
+
+def _rows_at(where: AnyArray, z: AnyArray, maps: Mapping[str, AnyArray], region: Region) -> Float64:
+    """Return the rows of candidates; ``region`` has the pixels in exposure coordinates."""
+    y, x = np.nonzero(where)
+    rows = np.full((len(y), len(CANDIDATE_FIELDS)), np.nan)
+    if not len(y):
+        return rows
+    values: dict[str, AnyArray] = {"y": y + region.y0, "x": x + region.x0}
+    values |= {name: maps[name][y, x] for name in GATHERED if name in maps}
+    values |= dict(neighbours_of(z, y, x))
+    for name, own in values.items():
+        rows[:, CANDIDATE_FIELDS.index(name)] = own
+    return rows

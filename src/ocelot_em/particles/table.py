@@ -90,7 +90,8 @@ class PickInfo:
 
     In a montage, ``per`` states whether each exposure or the whole has its own cutoff, and
     ``false_positives`` is per exposure or in total. ``exposure_cutoffs`` and ``exposure_shapes``
-    (shape, valid shape) are by exposure id; ``cutoff`` is the lowest.
+    (shape, valid shape) are by exposure id; ``cutoff`` is the lowest. Where others are shown,
+    particles of the ``incomplete_exposures`` may be missing, since their partials were not found.
     """
 
     store: str
@@ -104,6 +105,7 @@ class PickInfo:
     per: Literal["exposure", "montage"] | None = None
     exposure_cutoffs: tuple[tuple[str, float], ...] = ()
     exposure_shapes: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = ()
+    incomplete_exposures: tuple[str, ...] = ()
 
     @property
     def cutoff_text(self) -> str:
@@ -112,6 +114,12 @@ class PickInfo:
         if f"{highest:.4f}" == f"{self.cutoff:.4f}":
             return f"{self.cutoff:.4f}"
         return f"{self.cutoff:.4f} to {highest:.4f}"
+
+    @property
+    def incomplete_text(self) -> str:
+        """Where particles may be missing; empty if none are."""
+        names = ", ".join(self.incomplete_exposures)
+        return names and f"incomplete where others are shown: exposures {names}"
 
     @property
     def template_box_px(self) -> int | None:
@@ -256,6 +264,7 @@ class ParticleTable:
                 each = " in each exposure" if about.per == "exposure" else ""
                 parts.append(f"false positives {about.false_positives:g}{each}")
             parts.append(f"minimum distance {about.min_distance_px:g} px")
+            parts += filter(None, [about.incomplete_text])
         return ", ".join(parts)
 
     def _repr_html_(self) -> str:

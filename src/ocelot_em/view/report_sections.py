@@ -360,7 +360,7 @@ def provenance_section(data: ReportData) -> dict[str, object]:
             per = {"exposure": " in each exposure", "montage": " in the montage", None: ""}
             words.append(f"expected false positives {about.false_positives:g}{per[about.per]}")
         words.append(f"minimum distance {about.min_distance_px:g} px")
-        facts.append(("particles", ", ".join(words)))
+        facts.append(("particles", ", ".join(filter(None, [*words, about.incomplete_text]))))
     options = [(name, _option_text(value)) for name, value in made.options.items()]
     return {"facts": facts, "options": options, "inputs": made.inputs}
 

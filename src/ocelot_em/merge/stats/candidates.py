@@ -31,7 +31,8 @@ class Candidates(NamedTuple):
         One row per candidate, with columns :data:`CANDIDATE_FIELDS`; pixels are in exposure
         coordinates. NaN for maps that the result does not have.
     level
-        z-score at or above which the list is complete; infinite if there are no records.
+        z-score (float32) at or above which the list is complete; infinite if there are no records.
+        Of a record that was too small for its tile, some that tie with its lowest may be missing.
     """
 
     rows: Float64
@@ -52,13 +53,14 @@ def read_candidates(objects: Objects, layout: Layout) -> Candidates:
     ------
     ChunkError
     """
-    level = candidate_level(layout.exposure.total_projections)
+    level = float(np.float32(candidate_level(layout.exposure.total_projections)))
     z = CANDIDATE_FIELDS.index(SCALED_MIP)
 
     def read(number: int) -> tuple[Float64, float, Float64]:
-        _, rows, edges = layout.record(objects, number)
-        full = len(rows) == layout.candidates_shape[0]
-        return rows, float(rows[:, z].min()) if full else level, edges
+        statistics, rows, edges = layout.record(objects, number)
+        if len(rows) == statistics.n_candidates:
+            return rows, level, edges
+        return rows, float(np.nextafter(np.float32(rows[:, z].min()), np.float32(np.inf))), edges
 
     found, levels, edges = [np.empty((0, len(CANDIDATE_FIELDS)))], [level], []
     for rows, level_of_record, own_edges in map_in_threads(read, range(len(layout))):
