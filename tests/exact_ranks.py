@@ -1,4 +1,4 @@
-"""The model of p-values from whole maps, to hold the one from histograms against."""
+"""Histograms and the model of p-values from whole maps: what the faster ways are compared with."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, Histogram1D, JointHistogram
 from ocelot_em.particles.significance import PValueModel
+
+
+def histogram_of(values, axis):
+    """Count the finite pixels of a whole map of any shape."""
+    numbers = np.asarray(values, np.float64)
+    bins = axis.bin_of(numbers[np.isfinite(numbers)])
+    counts = np.bincount(bins + 1, minlength=axis.bins + 2)
+    return Histogram1D(axis, counts[1:-1], int(counts[0]), int(counts[-1]))
+
+
+def joint_histogram_of(mip, z, mip_axis=JOINT_MIP_AXIS, z_axis=JOINT_Z_AXIS):
+    """Count the pixels of whole maps where both are finite."""
+    maps = np.array([np.ravel(mip), np.ravel(z)], np.float64)
+    mips, zs = maps[:, np.isfinite(maps).all(axis=0)]
+    row = np.clip(mip_axis.bin_of(mips), 0, mip_axis.bins - 1)
+    column = np.clip(z_axis.bin_of(zs), 0, z_axis.bins - 1)
+    counts = np.zeros((mip_axis.bins, z_axis.bins), np.int64)
+    np.add.at(counts, (row, column), 1)
+    return JointHistogram(mip_axis, z_axis, counts)
 
 
 @dataclass(frozen=True)

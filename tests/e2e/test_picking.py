@@ -8,12 +8,12 @@ import pytest
 import ocelot_em
 from builders import unsealed
 from conftest import SHARED
-from exact_ranks import from_maps
+from exact_ranks import from_maps, histogram_of
 from helpers import make_result, read_maps, write_search
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
-from ocelot_em.model.histograms import Z_AXIS, Histogram1D
+from ocelot_em.model.histograms import Z_AXIS
 from ocelot_em.model.maps import MIP, POSES, SCALED_MIP
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks
@@ -100,7 +100,7 @@ def test_cutoffs_are_those_of_the_whole_map(merged):
     z, mip = maps[SCALED_MIP], maps[MIP]
     cutoffs = {m: find_peaks(merged / "33.zarr", method=m).about.cutoff for m in METHODS}
     assert cutoffs["gaussian"] == gaussian_cutoff(z.size, sum(COUNTS))
-    assert cutoffs["gev"] == gev_cutoff(Histogram1D.of(z, Z_AXIS))
+    assert cutoffs["gev"] == gev_cutoff(histogram_of(z, Z_AXIS))
     picked = find_peaks(merged / "33.zarr", method="pvalue")
     exact = from_maps(mip, z).neg_log_p(mip, z)
     y, x = picked.columns["pos_y"], picked.columns["pos_x"]

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import SHARED
-from exact_ranks import from_maps
+from exact_ranks import from_maps, histogram_of, joint_histogram_of
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import read_search_space_file
-from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
+from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import POSES
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
@@ -174,15 +174,15 @@ def test_leopard_em_picks_the_same(method, exact):
         maps = {name: file[name] for name in file if file[name].ndim}
     mip, z = maps["mip"][VALID], maps["scaled_mip"][VALID]
     if method == "pvalue":
-        fine = Histogram1D.of(mip, MIP_AXIS), Histogram1D.of(z, Z_AXIS)
+        fine = histogram_of(mip, MIP_AXIS), histogram_of(z, Z_AXIS)
         model = (
             from_maps(mip, z)
             if exact
-            else PValueModel.from_histogram(JointHistogram.of(mip, z), *fine)
+            else PValueModel.from_histogram(joint_histogram_of(mip, z), *fine)
         )
         height, cutoff = model.neg_log_p(mip, z), NEG_LOG_P_CUTOFF
     elif method == "gev":
-        height, cutoff = z, gev_cutoff(Histogram1D.of(z, Z_AXIS))
+        height, cutoff = z, gev_cutoff(histogram_of(z, Z_AXIS))
     else:
         height, cutoff = z, gaussian_cutoff(z.size, 129_600)
         assert cutoff == pytest.approx(6.4726, abs=5e-5)

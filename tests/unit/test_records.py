@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import ocelot_em
+from exact_ranks import histogram_of, joint_histogram_of
 from helpers import SPACE, combinations, make_result, read_maps, write_search
 from host_device import LateDevice, host_kernels
 from ocelot_em.errors import FormatError, MissingChunkError
@@ -23,7 +24,7 @@ from ocelot_em.merge.stats.collected import (
     TileStatistics,
     neighbours_of,
 )
-from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS, Histogram1D, JointHistogram
+from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import MapSet
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.picking import all_candidates, find_peaks
@@ -109,10 +110,10 @@ def test_everything_is_what_the_finished_maps_say(
         (mip, summary.histograms.of_mip(), MIP_AXIS),
         (z, summary.histograms.of_z(), Z_AXIS),
     ):
-        expected = Histogram1D.of(values[searched], axis)
+        expected = histogram_of(values[searched], axis)
         np.testing.assert_array_equal(found.counts, expected.counts)
         assert (found.underflow, found.overflow) == (expected.underflow, expected.overflow)
-    joint = JointHistogram.of(mip[searched], z[searched])
+    joint = joint_histogram_of(mip[searched], z[searched])
     np.testing.assert_array_equal(summary.histograms.of_both().counts, joint.counts)
     wins = [np.count_nonzero(maps["best_partial"] == number) for number in range(4)]
     assert [partial.won_pixels for partial in about.partials] == wins
@@ -284,11 +285,11 @@ def test_a_tile_is_counted_at_once_or_in_runs(rng, cuts, capacity):
         (mip, histograms.of_mip(), MIP_AXIS),
         (z, histograms.of_z(), Z_AXIS),
     ):
-        expected = Histogram1D.of(values[counted], axis)
+        expected = histogram_of(values[counted], axis)
         np.testing.assert_array_equal(found.counts, expected.counts)
         assert (found.underflow, found.overflow) == (expected.underflow, expected.overflow)
         assert found.overflow > 0
-    joint = JointHistogram.of(mip[counted], z[counted])
+    joint = joint_histogram_of(mip[counted], z[counted])
     np.testing.assert_array_equal(histograms.joint, joint.counts)
     statistics = collection.statistics
     assert list(statistics.extremes) == [

@@ -3,13 +3,11 @@
 :mod:`ocelot_em.particles.significance` computes cutoffs and p-values from them.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import Float64, Int64
 
 
@@ -24,17 +22,6 @@ class Axis:
     low: float
     width: float
     bins: int
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not math.isfinite(self.low):
-            problems.append(f"low: expected a finite number, got {self.low}")
-        if not 0 < self.width < math.inf:
-            problems.append(f"width: expected a finite number above 0, got {self.width}")
-        if self.bins < 1:
-            problems.append(f"bins: expected 1 or more, got {self.bins}")
-        if problems:
-            raise InvalidInputError(problems)
 
     @property
     def high(self) -> float:
@@ -73,24 +60,6 @@ class Histogram1D:
     counts: Int64
     underflow: int = 0
     overflow: int = 0
-
-    def __post_init__(self) -> None:
-        problems = _count_problems(self.counts, (self.axis.bins,))
-        problems += [
-            f"{name}: expected 0 or more pixels, got {value}"
-            for name, value in (("underflow", self.underflow), ("overflow", self.overflow))
-            if value < 0
-        ]
-        if problems:
-            raise InvalidInputError(problems)
-
-    @classmethod
-    def of(cls, values: ArrayLike, axis: Axis) -> "Histogram1D":
-        """Count the finite pixels of a whole map of any shape; this is the definition."""
-        numbers = np.asarray(values, np.float64)
-        bins = axis.bin_of(numbers[np.isfinite(numbers)])
-        counts = np.bincount(bins + 1, minlength=axis.bins + 2)
-        return cls(axis, counts[1:-1], int(counts[0]), int(counts[-1]))
 
     @property
     def pixels(self) -> int:
@@ -134,28 +103,6 @@ class JointHistogram:
     z_axis: Axis
     counts: Int64
 
-    def __post_init__(self) -> None:
-        problems = _count_problems(self.counts, (self.mip_axis.bins, self.z_axis.bins))
-        if problems:
-            raise InvalidInputError(problems)
-
-    @classmethod
-    def of(
-        cls,
-        mip: ArrayLike,
-        z: ArrayLike,
-        mip_axis: Axis = JOINT_MIP_AXIS,
-        z_axis: Axis = JOINT_Z_AXIS,
-    ) -> "JointHistogram":
-        """Count the pixels of whole maps where both are finite; this is the definition."""
-        mips, zs = searched_pixels(mip, z)
-        row = np.clip(mip_axis.bin_of(mips), 0, mip_axis.bins - 1)
-        column = np.clip(z_axis.bin_of(zs), 0, z_axis.bins - 1)
-        counts = np.bincount(
-            row * z_axis.bins + column, minlength=mip_axis.bins * z_axis.bins
-        ).reshape(mip_axis.bins, z_axis.bins)
-        return cls(mip_axis, z_axis, counts)
-
     @property
     def pixels(self) -> int:
         """Number of counted pixels."""
@@ -169,24 +116,3 @@ def normal_score(below: Float64, pixels: int) -> Float64:
     # Counted from the upper end, so that the highest of 10^9 pixels keeps its precision.
     above = np.clip(pixels - below, 0.5, pixels - 0.5)
     return np.asarray(-ndtri(above / pixels), np.float64)
-
-
-def searched_pixels(mip: ArrayLike, z: ArrayLike) -> tuple[Float64, Float64]:
-    """Values of the pixels where both maps are finite, one-dimensional float64."""
-    mips, zs = np.asarray(mip, np.float64), np.asarray(z, np.float64)
-    if mips.shape != zs.shape:
-        raise InvalidInputError(
-            f"mip and z: expected equal shapes, got {mips.shape} and {zs.shape}"
-        )
-    both = np.isfinite(mips) & np.isfinite(zs)
-    return mips[both], zs[both]
-
-
-def _count_problems(counts: Int64, shape: tuple[int, ...]) -> list[str]:
-    if counts.shape != shape:
-        return [f"counts: expected the axes' shape {shape}, got {counts.shape}"]
-    if counts.dtype.kind not in "iu":
-        return [f"counts: expected integers, got {counts.dtype}"]
-    if counts.min() < 0:
-        return [f"counts: expected 0 or more pixels in each bin, got {counts.min()}"]
-    return []
