@@ -19,7 +19,7 @@ from ocelot_em.merge.device_fold import (
 )
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import tile_statistics_nbytes
-from ocelot_em.model.cpus import n_cpus
+from ocelot_em.model.control_groups import n_cpus
 from ocelot_em.model.maps import MAPS, SUM, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div

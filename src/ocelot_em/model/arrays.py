@@ -37,13 +37,8 @@ def dtype_name(values: Any) -> str:
 def as_numpy(values: object) -> AnyArray:
     """Return a NumPy array that shares the memory, or a copy if the values are on a device.
 
-    Values are a NumPy array, torch tensor or CuPy array (any device), or anything that
-    :func:`numpy.asarray` accepts.
-
-    Raises
-    ------
-    ValueError
-        The values are a masked array with masked elements, whose values are undefined.
+    Values may be anything that :func:`numpy.asarray` accepts, too. Masked elements, whose values
+    are undefined, are a ValueError.
     """
     if isinstance(values, np.ma.MaskedArray):
         if n_masked := int(np.ma.getmaskarray(values).sum()):
@@ -95,11 +90,7 @@ def new_like(values: Any, dtype: str) -> Any:
 
 
 class HostRows:
-    """The rows of a map, copied to the host on access.
-
-    Values are as for :func:`as_numpy`; objects without shape, dtype or slicing are converted at
-    once.
-    """
+    """The rows of a map, copied to the host on access, or at once if it cannot be sliced."""
 
     def __init__(self, values: Any) -> None:
         sliced = all(hasattr(values, name) for name in ("shape", "dtype", "__getitem__"))
@@ -126,12 +117,10 @@ def exact_count(value: object) -> int:
     """
     if not isinstance(value, (int, np.integer)):
         array = as_numpy(value)
-        if array.size != 1 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"expected one integer, got {array.dtype} of shape {array.shape}"
-                if array.size != 1
-                else f"expected an integer, got {array.dtype}: {array.item()!r}"
-            )
+        if array.size != 1:
+            raise ValueError(f"expected one integer, got {array.dtype} of shape {array.shape}")
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"expected an integer, got {array.dtype}: {array.item()!r}")
         value = array.item()
     if isinstance(value, bool):
         raise ValueError("expected an integer, got a bool")

@@ -1,13 +1,16 @@
-"""Limits of the control groups (cgroups) of this process: those that a SLURM job or container sets.
+"""The memory and processors that this process may use, limited by its control groups (cgroups).
 
-Every group up to the root counts: SLURM limits the job, and the process is in a step of it.
+SLURM jobs and containers set such limits. Every group up to the root counts: SLURM limits the job,
+and the process is in a step of it.
 """
 
 import contextlib
+import math
 import os
 import re
 import resource
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 _MEMORY_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
@@ -15,13 +18,7 @@ _MEMORY_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
 
 
 def memory_nbytes(root: Path = Path("/")) -> int:
-    """Return the memory that this process may use, in bytes: the smallest limit that holds for it.
-
-    Parameters
-    ----------
-    root
-        Folder that contains ``proc`` and the mounted groups.
-    """
+    """Return the smallest limit of this process's memory, in bytes; ``root`` contains ``proc``."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     soft = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_RSS)]
     limits += [limit for limit in soft if limit != resource.RLIM_INFINITY]
@@ -32,15 +29,24 @@ def memory_nbytes(root: Path = Path("/")) -> int:
     return min(limits)
 
 
-def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
-    """Yield the folders of this process's groups, of versions 1 and 2, from its own up.
+@cache
+def n_cpus() -> int:
+    """Return the number of processors: the machine's, or fewer by affinity or control group."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:  # macOS and Windows
+        count = os.cpu_count() or 1
+    for group in control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            quota, period = (group / "cpu.max").read_text().split()
+            count = min(count, max(math.ceil(int(quota) / int(period)), 1))
+    return count
 
-    Parameters
-    ----------
-    controller
-        Name of the controller in version 1, such as ``memory``.
-    root
-        As in :func:`memory_nbytes`.
+
+def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
+    """Yield the folders of this process's groups, from its own up.
+
+    They are those of version 2 and of a ``controller`` of version 1, such as ``memory``.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -1,7 +1,7 @@
 """Names, dtypes, units and meaning of the maps, and the classes that hold them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -46,9 +46,6 @@ class Combine(StrEnum):
     """Determined when exposures are placed on the canvas."""
 
 
-_NAN = float("nan")
-
-
 @dataclass(frozen=True, slots=True)
 class MapInfo:
     """Description of a map; the first of its allowed stored dtypes is the default."""
@@ -57,11 +54,10 @@ class MapInfo:
     meaning: str
     unit: str = "1"
     dtypes: tuple[str, ...] = ("float32",)
-    fill: float | int = _NAN
+    fill: float | int = float("nan")
 
 
-_DECIDES, _FOLLOWS, _ADDS = Combine.DECIDES, Combine.FOLLOWS, Combine.ADDS
-_COMPUTED, _PLACED = Combine.COMPUTED, Combine.PLACED
+_DECIDES, _FOLLOWS, _ADDS, _COMPUTED, _PLACED = Combine
 _FLOATS, _NUMBER = ("float32", "float64"), ("int32",)
 MAPS: Mapping[str, MapInfo] = {
     MIP: MapInfo(_DECIDES, "highest cross-correlation"),
@@ -158,22 +154,12 @@ class MapSet:
         """Names of the maps of a merged result."""
         indexed = self.form is PoseForm.INDEXED
         poses = (*self.computed_poses, INDEX) if indexed else self.explicit_poses
-        return (
-            MIP,
-            *poses,
-            BEST_PARTIAL,
-            SCALED_MIP,
-            MEAN,
-            STD,
-            SUM,
-            SQUARED_SUM,
-            *self._count,
-            *((SOURCE_EXPOSURE,) if self.exposures else ()),
-        )
+        statistics = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *self._count)
+        return (MIP, *poses, BEST_PARTIAL, *statistics, *(SOURCE_EXPOSURE,) * self.exposures)
 
     @property
     def _count(self) -> tuple[str, ...]:
-        return (COUNT,) if self.counts else ()
+        return (COUNT,) * self.counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +197,7 @@ class Accumulator:
     correlation_sum: Float64
     correlation_squared_sum: Float64
     count_map: Int64 | None
-    count: int = field(default=0)
+    count: int = 0
 
     @classmethod
     def allocate(cls, maps: MapSet, plane: Callable[[str, str], AnyArray]) -> "Accumulator":

@@ -42,12 +42,9 @@ def in_words(problem: "ErrorDetails") -> str:
     if kind == "missing":
         return "missing"
     whole = {k: int(v) for k, v in context.items() if isinstance(v, float) and v.is_integer()}
-    text = (
-        f"expected {_EXPECTED[kind].format(**context | whole)}"
-        if kind in _EXPECTED
-        else problem["msg"]
-    )
-    text = "unknown" if kind == "extra_forbidden" else text
+    text = "unknown" if kind == "extra_forbidden" else problem["msg"]
+    if kind in _EXPECTED:
+        text = f"expected {_EXPECTED[kind].format(**context | whole)}"
     return f"{text}, got {reprlib.repr(problem['input'])}"
 
 

@@ -59,18 +59,12 @@ class Region:
 
     def intersect(self, other: "Region") -> "Region":
         """The pixels in both regions; empty (size 0) if there are none."""
-        return Region(
-            max(self.y0, other.y0),
-            min(self.y1, other.y1),
-            max(self.x0, other.x0),
-            min(self.x1, other.x1),
-        )
+        y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)
+        return Region(y0, min(self.y1, other.y1), x0, min(self.x1, other.x1))
 
     def relative_to(self, origin: "Region") -> "Region":
         """The same pixels, counted from the upper left corner of another region."""
-        return Region(
-            self.y0 - origin.y0, self.y1 - origin.y0, self.x0 - origin.x0, self.x1 - origin.x0
-        )
+        return self.shifted(-origin.y0, -origin.x0)
 
     def shifted(self, dy: int, dx: int) -> "Region":
         """The region moved downwards and to the right."""
@@ -124,9 +118,8 @@ class TileGrid:
         """Return the cell in this row and column."""
         (height, width), (cell_height, cell_width) = self.shape, self.cell
         y0, x0 = iy * cell_height, ix * cell_width
-        return Tile(
-            iy, ix, Region(y0, min(y0 + cell_height, height), x0, min(x0 + cell_width, width))
-        )
+        y1, x1 = min(y0 + cell_height, height), min(x0 + cell_width, width)
+        return Tile(iy, ix, Region(y0, y1, x0, x1))
 
     def touching(self, region: Region) -> Iterator[Tile]:
         """All cells that share at least one pixel with the region, row by row."""

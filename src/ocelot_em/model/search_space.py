@@ -118,12 +118,10 @@ class SearchSpace:
         safe = np.where(searched, index, 0).astype(np.int64)
         pixel_number, rest = np.divmod(safe, n_orientations * n_defocus)
         defocus_number, orientation = np.divmod(rest, n_orientations)
-        nan = np.float32(np.nan)
-        angles = self.euler_angles
-        return (
-            np.where(searched, angles[orientation, 0], nan),
-            np.where(searched, angles[orientation, 1], nan),
-            np.where(searched, angles[orientation, 2], nan),
-            np.where(searched, self.defocus_values[defocus_number], nan),
-            np.where(searched, self.pixel_values[pixel_number], nan),
-        )
+
+        def of_searched(values: Float32) -> Float32:
+            return np.where(searched, values, np.float32(np.nan))
+
+        phi, theta, psi = (of_searched(angle[orientation]) for angle in self.euler_angles.T)
+        defocus = of_searched(self.defocus_values[defocus_number])
+        return phi, theta, psi, defocus, of_searched(self.pixel_values[pixel_number])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from ocelot_em.model.cpus import n_cpus
+from ocelot_em.model.control_groups import n_cpus
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -25,7 +25,7 @@ from ocelot_em.errors import (
 from ocelot_em.kernels.device import DeviceFacts, find_devices, open_device
 from ocelot_em.merge.memory_model import DeviceChoice, n_threads
 from ocelot_em.merge.merge import Executor
-from ocelot_em.model.cpus import n_cpus
+from ocelot_em.model.control_groups import n_cpus
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.text import count_text
 from ocelot_em.run import slurm

@@ -11,7 +11,7 @@ from ocelot_em.errors import OcelotError
 from ocelot_em.merge.marks import done_tiles
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.records import record_problems
-from ocelot_em.model.cpus import n_cpus
+from ocelot_em.model.control_groups import n_cpus
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
