@@ -77,7 +77,7 @@ class InvalidInputError(OcelotError, ValueError):
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__(*self.problems)
+        super().__init__(self.problems)  # so that several problems survive pickling
 
     def _text(self) -> str:
         if len(self.problems) == 1:
@@ -155,19 +155,7 @@ class MissingDependencyError(OcelotError, ImportError):
 
 @contextmanager
 def optional_import(need: str, extra: str) -> Iterator[None]:
-    """Convert the ImportError of a missing optional package.
-
-    Parameters
-    ----------
-    need
-        What needs which package, for the message.
-    extra
-        Extra of this package that installs it.
-
-    Raises
-    ------
-    MissingDependencyError
-    """
+    """Convert the ImportError of an optional package, with what needs it and the extra it is in."""
     try:
         yield
     except ImportError as error:

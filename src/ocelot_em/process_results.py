@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.kernels import load
 from ocelot_em.merge import in_memory
 from ocelot_em.merge.in_memory import MapChecks, at_least_1d, on_host
@@ -185,13 +185,8 @@ def scale_mip(
 
 
 def _torch() -> Any:
-    try:
+    with optional_import("process_results returns PyTorch tensors, which need PyTorch", "torch"):
         import torch
-    except ImportError as error:
-        raise MissingDependencyError(
-            "ocelot_em.process_results returns PyTorch tensors, and PyTorch is not installed: "
-            "pip install 'ocelot-em[torch]'"
-        ) from error
     return torch
 
 

@@ -1,5 +1,7 @@
 """What is shipped: the sources and what they need to run, and nothing that lies beside them."""
 
+import io
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -58,3 +60,24 @@ def tree_of_errors(error: type[Exception], indent: str = "", own: str = "") -> l
 def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
     drawn = "\n".join(f"    {line}" for line in tree_of_errors(errors.OcelotError))
     assert drawn in str(errors.__doc__)
+
+
+def every_error(error: type[errors.OcelotError]) -> list[type[errors.OcelotError]]:
+    return [error, *(each for subclass in error.__subclasses__() for each in every_error(subclass))]
+
+
+@pytest.mark.parametrize("problems", ["one", ["one"], ["one", "two"], ["\x1b[2J", "", "Å"]])
+@pytest.mark.parametrize("kind", every_error(errors.OcelotError))
+def test_errors_survive_the_way_from_a_worker(
+    kind: type[errors.OcelotError], problems: str | list[str]
+) -> None:
+    lists = issubclass(kind, errors.InvalidInputError)
+    error = kind(problems if lists else str(problems))
+    error.add_note("from a worker")
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer)
+    pickler.dispatch_table = {}  # without the functions for exceptions that Dask registers
+    pickler.dump(error)
+    received = pickle.loads(buffer.getvalue())
+    assert type(received) is kind
+    assert (str(received), received.__dict__) == (str(error), error.__dict__)
