@@ -320,11 +320,11 @@ def test_partials_are_compared_within_their_exposure(words_of, tmp_path, rng):
         write_exposure(tmp_path, name, (0, 66 * number), number, partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     words = words_of(tmp_path / "OUT.zarr", tmp_path)
-    assert "exposure b: b-gpu2: its correlations have a standard deviation" in words
+    assert "exposure b: b-gpu2: the correlations of b-gpu2 have a root mean square" in words
     assert "exposure a:" not in words
     bad = [
         line
-        for line in plot_partials_of_exposures(tmp_path / "OUT.zarr", value="std").lines
+        for line in plot_partials_of_exposures(tmp_path / "OUT.zarr", value="rms").lines
         if to_rgba(line.get_color()) == to_rgba(RED)
     ]
     np.testing.assert_allclose(bad[0].get_xdata(), [1.3], rtol=1e-3)

@@ -1,5 +1,7 @@
 """Partials that are out of line are named."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from helpers import make_result
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.quality import montage_warnings, partial_warnings
 from ocelot_em.store.partials import write_partial
+from ocelot_em.store.statistics_attributes import SourceStatistics
 
 SHAPE, COUNTS = (120, 130), (1000, 2000, 1500)
 
@@ -38,7 +41,7 @@ def test_nothing_is_said_of_a_sound_search(tmp_path, rng):
 
 def test_a_wrong_count(tmp_path, rng):
     said = words(tmp_path, search_of(rng), (1000, 4000, 1500))
-    assert any("gpu1: its correlations have a standard deviation of 0.70" in s for s in said)
+    assert any("gpu1: the correlations of gpu1 have a root mean square of 0.70" in s for s in said)
     assert any(s.startswith("gpu1: won") and "fewer" in s for s in said)
 
 
@@ -54,8 +57,81 @@ def test_a_device_with_other_correlations(tmp_path, rng):
     results[2]["correlation_sum"] += np.float32(0.3 * COUNTS[2])
     results[2]["mip"] += 5
     said = words(tmp_path, results)
-    assert any(s.startswith("gpu2: its correlations have a mean of 0.3") for s in said)
+    assert any(s.startswith("gpu2: the correlations of gpu2 have a mean of 0.3") for s in said)
     assert any(s.startswith("gpu2: won") and "more" in s for s in said)
+
+
+def correlations(rng, n_orientations=200, edge=64):
+    """Correlations of neighbouring projections of a random particle with a noisy image."""
+    atoms, axis = rng.normal(0, rng.uniform(1.5, 3.5), (30, 3)), np.arange(17) - 8
+    k = np.hypot(np.fft.fftfreq(edge)[:, None], np.fft.rfftfreq(edge))
+    image = np.fft.rfft2(rng.normal(size=(edge, edge))) * (1 + 0.15 * np.cos(12 * k))
+    templates = []
+    for number in range(n_orientations):
+        theta, phi = np.divmod(number, 20) * np.array([np.pi * 20 / n_orientations, np.pi / 10])
+        (c, s), (cp, sp) = (np.cos([a, a - np.pi / 2]) for a in (theta, phi))
+        y, x = np.array([[cp * c, sp * c, -s], [-sp, cp, 0]]) @ atoms.T
+        distance = ((axis[:, None] - y) ** 2)[:, None] + (axis[:, None] - x) ** 2
+        template = np.exp(-distance / 2.4).sum(axis=-1)
+        template -= template.mean()
+        templates.append(template / np.sqrt((template**2).sum()))
+    spectra = np.fft.rfft2(templates, (edge, edge))
+    return np.fft.irfft2(image * spectra.conj(), (edge, edge))
+
+
+def source_of(name, share, count):
+    """What a merge collects of a share's correlations, if this count is given."""
+    mean, squares = share.sum(axis=0) / count, (share**2).sum(axis=0) / count
+    return SourceStatistics(
+        name=name,
+        total_projections=count,
+        mean=float(mean.mean()),
+        mean_spread=float(mean.std()),
+        std=float(np.sqrt(max((squares - mean**2).mean(), 0))),
+    )
+
+
+def statistics_of(shares, counts):
+    each = enumerate(zip(shares, counts, strict=True))
+    sources = tuple(source_of(f"p{k}", share, count) for k, (share, count) in each)
+    return SimpleNamespace(partials=(), sources=sources)
+
+
+def test_fair_shares_of_any_size_give_no_warning(rng):
+    """Also those of a few similar projections, in which the standard deviation is low."""
+    for _ in range(4):
+        searched = correlations(rng)
+        for n_shares in np.repeat([2, 2, 3, 4, 8], 10).tolist():
+            ends = np.sort(rng.choice(np.arange(1, 200), n_shares - 1, replace=False))
+            shares = np.split(searched, ends)
+            assert partial_warnings(statistics_of(shares, [len(s) for s in shares])) == []
+
+
+@pytest.mark.parametrize("n_shares", [2, 3, 4, 8])
+@pytest.mark.parametrize("factor", [0.97, 1.03, 1.1, 2.0])
+def test_a_count_that_is_wrong_by_a_few_percent_is_noticed(rng, n_shares, factor):
+    """Of shares as large as those of real searches, whose root mean squares differ by 0.1 %."""
+    for _ in range(20):
+        counts = rng.integers(9_000, 10**7, n_shares).tolist()
+        squares = rng.uniform(0.999, 1.001, n_shares)
+        fair = [
+            SourceStatistics(
+                name=f"p{k}", total_projections=n, mean=0.0, mean_spread=0.1, std=float(rms)
+            )
+            for k, (n, rms) in enumerate(zip(counts, squares, strict=True))
+        ]
+        assert partial_warnings(SimpleNamespace(partials=(), sources=tuple(fair))) == []
+        wrong = int(rng.integers(n_shares))
+        unfair = list(fair)
+        unfair[wrong] = fair[wrong].model_copy(
+            update={
+                "total_projections": round(factor * counts[wrong]),
+                "mean_spread": 0.1 / factor,
+                "std": float(np.sqrt((squares[wrong] ** 2 + 0.01) / factor - 0.01 / factor**2)),
+            }
+        )
+        (said,) = partial_warnings(SimpleNamespace(partials=(), sources=tuple(unfair)))
+        assert said.startswith("p0 or p1: " if n_shares == 2 else f"p{wrong}: ")
 
 
 @pytest.mark.parametrize("counts", [(0,), (5,)])

@@ -1,5 +1,6 @@
 """Warnings about unusual results: faulty devices, wrong counts, duplicate shares, seams."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
@@ -17,12 +18,19 @@ within 1 % in the shards of a real search."""
 MIN_EXPECTED_WINS = 1000
 """Minimum expected wins; below it, any ratio can be due to chance."""
 
-STD_RATIO = 1.05
-"""Maximum factor between a partial's standard deviation and the median of all; within 0.3 % in the
-shards of a real search. A count that is 10 % wrong causes 5 %."""
+MIN_PROJECTIONS = 1000
+"""Minimum projections of a partial whose wins are judged; a few similar ones win by chance."""
+
+RMS_DIFFERENCE = 0.005
+"""Maximum relative difference between the root mean squares of partials' correlations; within
+0.11 % in the shards of real searches. A count that is 2 % wrong causes 1 %."""
+
+CHANCE = 0.15
+"""Additional relative difference for n projections, times the square root of n: three times what
+shares of 2 to 100 similar projections of simulated particles had."""
 
 MEAN_DIFFERENCE = 0.05
-"""Maximum difference of a partial's mean from the median, in standard deviations."""
+"""Maximum difference of a partial's mean from the others', in root mean squares."""
 
 SEAM = 0.25
 """Maximum difference between means of shown z-scores, in standard deviations; larger ones are
@@ -43,7 +51,7 @@ def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
     """
     return [
         *_wins(statistics),
-        *_outliers([s for s in statistics.sources if s.mean is not None]),
+        *_outliers(statistics.sources),
         *_duplicate_sources(statistics.sources),
     ]
 
@@ -139,7 +147,7 @@ def expected_wins(partials: Sequence[PartialStatistics]) -> list[float]:
 def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
     partials = statistics.partials
     for partial, expected in zip(partials, expected_wins(partials), strict=True):
-        if expected < MIN_EXPECTED_WINS:
+        if expected < MIN_EXPECTED_WINS or partial.total_projections < MIN_PROJECTIONS:
             continue
         if partial.won_pixels == 0:
             yield (
@@ -155,22 +163,69 @@ def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
             )
 
 
-def _outliers(known: list[SourceStatistics]) -> Iterator[str]:
-    if len(known) < 2:
-        return
-    usual_std = median(_or_zero(source.std) for source in known)
-    usual_mean = median(_or_zero(source.mean) for source in known)
-    for source in known:
-        std, mean = _or_zero(source.std), _or_zero(source.mean)
-        if usual_std > 0 and not 1 / STD_RATIO <= std / usual_std <= STD_RATIO:
+def rms_of(source: SourceStatistics) -> float:
+    """Return the root mean square of a source's correlations; NaN if unknown.
+
+    Unlike the standard deviation, it is not lower for a few correlated projections.
+    """
+    if source.mean is None:
+        return math.nan
+    parts = source.std, source.mean, source.mean_spread
+    return math.hypot(*(_or_zero(part) for part in parts))
+
+
+def rms_deviations(sources: Sequence[SourceStatistics]) -> list[tuple[float, bool]]:
+    """Compare the root mean square of each source with those of the others.
+
+    Return its ratio to the other's if there are two, else to the median of all, and whether it is
+    unusual: a wrong count, or a faulty device. NaN if there is nothing to compare.
+    """
+    found = []
+    for source, others in _with_others(sources):
+        usual = median(map(rms_of, others)) if others else math.nan
+        ratio = rms_of(source) / usual if usual > 0 else math.nan
+        unusual = abs(math.log(max(ratio, 1e-9))) > RMS_DIFFERENCE + _chance(source, others)
+        found.append((ratio, unusual))
+    return found
+
+
+def _with_others(
+    sources: Sequence[SourceStatistics],
+) -> Iterator[tuple[SourceStatistics, list[SourceStatistics]]]:
+    """Yield each source with those that it is compared with: the other one, or a median pair."""
+    known = sorted((s for s in sources if s.mean is not None), key=rms_of)
+    middle = known[(len(known) - 1) // 2 : len(known) // 2 + 1]
+    for source in sources:
+        others = [s for s in known if s is not source] if len(known) == 2 else middle
+        yield source, others if source.mean is not None and len(known) > 1 else []
+
+
+def _chance(source: SourceStatistics, others: Sequence[SourceStatistics]) -> float:
+    """Relative difference that few projections explain."""
+    fewest = min((s.total_projections for s in others), default=1)
+    return CHANCE / math.sqrt(source.total_projections or 1) + CHANCE / math.sqrt(fewest or 1)
+
+
+def _outliers(sources: Sequence[SourceStatistics]) -> Iterator[str]:
+    deviations = rms_deviations(sources)
+    is_pair = sum(source.mean is not None for source in sources) == 2
+    for (source, others), (_, unusual) in zip(_with_others(sources), deviations, strict=True):
+        if not others or (is_pair and others[0] in sources[: sources.index(source)]):
+            continue
+        who = f"{source.name} or {others[0].name}" if is_pair else source.name
+        rms, usual_rms = rms_of(source), median(map(rms_of, others))
+        mean, usual_mean = (median(_or_zero(s.mean) for s in some) for some in ([source], others))
+        if unusual:
             yield (
-                f"{source.name}: its correlations have a standard deviation of {std:.4g}, and the "
-                f"median of all is {usual_std:.4g}: its count is wrong, or its device failed"
+                f"{who}: the correlations of {source.name} have a root mean square of {rms:.4g}, "
+                f"those of {'the other' if is_pair else 'the others'} {usual_rms:.4g}: a count is "
+                "wrong, or a device failed"
             )
-        elif abs(mean - usual_mean) > MEAN_DIFFERENCE * usual_std:
+        elif abs(mean - usual_mean) > (MEAN_DIFFERENCE + _chance(source, others)) * usual_rms:
             yield (
-                f"{source.name}: its correlations have a mean of {mean:.4g}, and the median of all "
-                f"is {usual_mean:.4g}: its device failed, or it searched another image"
+                f"{who}: the correlations of {source.name} have a mean of {mean:.4g}, those of "
+                f"{'the other' if is_pair else 'the others'} {usual_mean:.4g}: a device failed, or "
+                "searched another image"
             )
 
 

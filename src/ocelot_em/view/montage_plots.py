@@ -17,11 +17,13 @@ from ocelot_em.model.maps import Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.quality import (
     MIN_EXPECTED_WINS,
+    MIN_PROJECTIONS,
+    RMS_DIFFERENCE,
     SEAM,
-    STD_RATIO,
     WIN_RATIO,
     difference_in_std,
     expected_wins,
+    rms_deviations,
 )
 from ocelot_em.store.attributes import MergedExposure
 from ocelot_em.store.statistics_attributes import (
@@ -237,13 +239,15 @@ class ComparedPartial:
     expected_pixels: float
     won_ratio: float
     """Won pixels / expected ones; NaN if there is nothing to compare."""
-    std_ratio: float
-    """Standard deviation of its correlations / median of its exposure's; or NaN."""
+    rms_ratio: float
+    """Root mean square of its correlations / that of its exposure's others; or NaN."""
+    is_rms_unusual: bool
+    """Whether this ratio gives a warning."""
 
     @property
     def deviation(self) -> float:
         """Deviation from the other partials, for sorting."""
-        ratios = np.array([self.won_ratio, self.std_ratio])
+        ratios = np.array([self.won_ratio, self.rms_ratio])
         known = np.maximum(ratios[np.isfinite(ratios)], 1e-6)
         return float(np.abs(np.log(known)).max(initial=0))
 
@@ -252,25 +256,23 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
     """Return the partials of all exposures, compared within each exposure."""
     found = []
     for exposure, own in _open_montage(store).statistics_of_exposures.items():
-        stds = [source.std for source in own.sources if source.std is not None]
-        usual = float(np.median(stds)) if stds else 0.0
         several = len(own.partials) > 1
         # The sources of an exposure are its partials, because a montage is not merged again.
-        each = zip(own.partials, own.sources, expected_wins(own.partials), strict=True)
-        for partial, source, expected in each:
+        expected_pixels, deviations = expected_wins(own.partials), rms_deviations(own.sources)
+        each = zip(own.partials, own.sources, expected_pixels, deviations, strict=True)
+        for partial, source, expected, deviation in each:
             wins = partial.won_pixels / expected if several and expected else float("nan")
-            std = or_nan(source.std) / usual if several and usual else float("nan")
-            found.append(ComparedPartial(exposure, partial, source, expected, wins, std))
+            found.append(ComparedPartial(exposure, partial, source, expected, wins, *deviation))
     return found
 
 
 def plot_partials_of_exposures(
-    store: Store, ax: "Axes | None" = None, *, value: Literal["wins", "std"] = "wins"
+    store: Store, ax: "Axes | None" = None, *, value: Literal["wins", "rms"] = "wins"
 ) -> "Axes":
     """Draw the partials of a montage, compared within each exposure.
 
     ``wins``: won pixels / those expected from the partial's share of its exposure's projections.
-    ``std``: standard deviation of its correlations / median of its exposure's. Both are normally
+    ``rms``: root mean square of its correlations / that of its exposure's others. Both are normally
     about 1; unusual partials are red. An exposure with one partial has nothing to compare.
     """
     merged, ax = _open_montage(store), axes_or_new(ax)
@@ -280,12 +282,18 @@ def plot_partials_of_exposures(
     if value == "wins":
         most, title, label = WIN_RATIO, "pixels won", "pixels won / expected"
         ratios = np.array([partial.won_ratio for partial in partials])
-        is_certain = np.array([p.expected_pixels >= MIN_EXPECTED_WINS for p in partials])
+        is_certain = np.array(
+            [
+                p.expected_pixels >= MIN_EXPECTED_WINS
+                and p.partial.total_projections >= MIN_PROJECTIONS
+                for p in partials
+            ]
+        )
+        is_unusual = is_certain & ((ratios > most) | (ratios < 1 / most))
     else:
-        most, title, label = STD_RATIO, "correlations: std", "std / median"
-        ratios = np.array([partial.std_ratio for partial in partials])
-        is_certain = np.isfinite(ratios)
-    is_unusual = is_certain & ((ratios > most) | (ratios < 1 / most))
+        most, title, label = 1 + RMS_DIFFERENCE, "correlations: rms", "rms / others"
+        ratios = np.array([partial.rms_ratio for partial in partials])
+        is_unusual = np.array([partial.is_rms_unusual for partial in partials])
     named = has_names(len(names))
     mark, line = (ax.axvspan, ax.axvline) if named else (ax.axhspan, ax.axhline)
     mark(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)

@@ -125,7 +125,7 @@ def montage_partials_section(data: ReportData) -> dict[str, object]:
     def draw(figure: Any) -> None:
         wins, stds = figure.subplots(*((1, 2) if named else (2, 1)))
         plot_partials_of_exposures(merged, wins, value="wins")
-        plot_partials_of_exposures(merged, stds, value="std")
+        plot_partials_of_exposures(merged, stds, value="rms")
         if named:
             stds.tick_params(labelleft=False)
 
@@ -145,10 +145,10 @@ def montage_partials_section(data: ReportData) -> dict[str, object]:
                 "mean": number_text(source.mean, ".5f"),
                 "spread of mean": number_text(source.mean_spread, ".5f"),
                 "std": number_text(source.std, ".5f"),
-                "std / median": number_text(own.std_ratio, ".3f"),
+                "rms / others": number_text(own.rms_ratio, ".3f"),
             }
         )
-    is_comparable = any(np.isfinite([own.won_ratio, own.std_ratio]).any() for own in partials)
+    is_comparable = any(np.isfinite([own.won_ratio, own.rms_ratio]).any() for own in partials)
     tall = float(np.clip(0.34 * len(statistics) + 1.3, 2.0, 12.0)) if named else 4.6
     return {
         "drawing": Drawing.of("partials-plot", (12.0, tall), draw) if is_comparable else None,
