@@ -86,16 +86,17 @@ def finish(search: Undisturbed, begin_merge: Begin) -> Callable[..., str]:
 @pytest.fixture
 def scheduler(
     tmp_path: Path, gate: Gate
-) -> Iterator[Callable[[int], tuple[str, list["subprocess.Popen[bytes]"]]]]:
+) -> Iterator[Callable[..., tuple[str, list["subprocess.Popen[bytes]"]]]]:
     """Start a scheduler, and workers of it without nannies; its address, and the processes."""
     processes: list[subprocess.Popen[bytes]] = []
 
-    def begin(n_workers: int) -> tuple[str, list["subprocess.Popen[bytes]"]]:
+    def begin(n_workers: int, *options: str) -> tuple[str, list["subprocess.Popen[bytes]"]]:
         file = tmp_path / "scheduler.json"
         shared = ["--scheduler-file", str(file), "--interface", "lo"]
         commands = [
             ["scheduler", *shared, "--port", "0", "--dashboard-address", "127.0.0.1:0"],
-            *[["worker", *shared, "--no-nanny", "--nthreads", "1", "--no-dashboard"]] * n_workers,
+            *[["worker", *shared, "--no-nanny", "--nthreads", "1", "--no-dashboard", *options]]
+            * n_workers,
         ]
         for command in commands:
             processes.append(
@@ -137,6 +138,18 @@ def test_a_run_without_workers_ends_after_the_stated_wait(
     assert "the cluster has had no workers for 5 s" in told
     assert tiles_done(output) == gate.n_tiles
     assert f"{gate.n_tiles} of them done before" in finish(output)
+
+
+def test_a_run_whose_workers_are_all_paused_ends_after_the_stated_wait(
+    tmp_path, scheduler, begin_merge, finish
+) -> None:
+    output = tmp_path / "OUT.zarr"
+    address, _ = scheduler(2, "--memory-limit", "20MB")  # less than an idle worker has
+    driver = begin_merge(output, "--cluster", address, "--worker-timeout", "5")
+    told, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, told
+    assert "no workers but 2 paused ones, which lack memory, for 5 s" in told
+    finish(output)
 
 
 def test_a_run_ends_when_its_scheduler_is_killed(

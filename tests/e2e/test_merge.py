@@ -511,6 +511,7 @@ class FakeClient:
     """A cluster of one thread, which loses the result of every third task."""
 
     status = "running"
+    scheduler = SimpleNamespace(ncores_running=None)
 
     def __init__(self) -> None:
         self.n_tasks = 0
@@ -524,6 +525,9 @@ class FakeClient:
 
     def nthreads(self) -> dict[str, int]:
         return {"worker": 1}
+
+    def sync(self, _ask: object) -> dict[str, int]:
+        return self.nthreads()
 
     def run_on_scheduler(self, call: Callable[..., object], *arguments: object) -> object:
         return call(*arguments)
@@ -549,7 +553,8 @@ def test_a_cluster_without_workers_is_waited_for_only_so_long(
         return {"worker": 1} if now <= 1180 else {}
 
     client = FakeClient()
-    client.nthreads = ask  # type: ignore[method-assign]
+    client.nthreads = dict  # type: ignore[method-assign]
+    client.sync = lambda _: ask()  # type: ignore[method-assign]
     client.submit = lambda *_, key, **__: Unending(key)  # type: ignore[method-assign, misc]
     monkeypatch.setattr("ocelot_em.run.executors.time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr("ocelot_em.run.executors.POLL_SECONDS", 0.001)

@@ -12,6 +12,7 @@ import tracemalloc
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ class IdleClient:
     """A cluster of two threads which does every task at once; how many it was given."""
 
     status = "running"
+    scheduler = SimpleNamespace(ncores_running=None)
 
     def __init__(self):
         self.n_tasks = 0
@@ -144,7 +146,7 @@ class IdleClient:
         self.n_tasks += 1
         return DoneFuture(key, do_nothing(work, tiles))
 
-    def nthreads(self):
+    def sync(self, _ask):
         return {"worker": 2}
 
     def run_on_scheduler(self, call, *arguments):

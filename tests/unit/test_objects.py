@@ -5,6 +5,7 @@ import os
 import pytest
 
 from ocelot_em.errors import StorageError
+from ocelot_em.store.bucket import BucketObjects
 from ocelot_em.store.objects import open_objects
 from ocelot_em.testing.objects_contract import ObjectsContract
 from s3 import BUCKET, bucket, server
@@ -62,3 +63,20 @@ def test_a_pipe_is_no_object(objects, tmp_path):
     os.mkfifo(tmp_path / "place/m/pipe")
     with pytest.raises(StorageError, match="expected a file"):
         objects.get("m/pipe")
+
+
+def test_a_process_forked_from_a_user_of_buckets_is_told(monkeypatch):
+    monkeypatch.setattr(BucketObjects, "_used_by", os.getppid())
+    with pytest.raises(StorageError, match=r"cannot open s3://b/x: .* forked .* get_context"):
+        open_objects("s3://b/x").get("key")
+
+
+def test_an_object_created_by_a_request_whose_answer_was_lost_is_created(tmp_path, monkeypatch):
+    def link(source, target, link=os.link):
+        link(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", link)
+    assert open_objects(tmp_path / "x").create("key", b"1")
+    assert not open_objects(tmp_path / "x").create("key", b"2")
+    assert [*open_objects(tmp_path / "x").keys("")] == ["key"]

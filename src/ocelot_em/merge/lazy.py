@@ -1,6 +1,7 @@
 """Stores and merges as lazy xarray datasets, which read only the chunks of the pixels computed."""
 
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -8,6 +9,7 @@ from os import PathLike
 from typing import Any
 
 import dask.array as da
+import dask.threaded
 import numpy as np
 import xarray as xr
 from dask.base import tokenize
@@ -210,6 +212,15 @@ def lazy_merge(
 def _merge_for_dask(plan: str, iy: int, ix: int) -> dict[str, AnyArray]:
     job = _open_lazy_job(plan)
     return merge_in_memory(job, job.plan.grid.at(iy, ix))
+
+
+def _forget_pools() -> None:
+    """Make Dask start threads of its own in a forked process: those of its parent are missing."""
+    dask.threaded.default_pool = None
+    dask.threaded.pools.clear()
+
+
+os.register_at_fork(after_in_child=_forget_pools)
 
 
 @lru_cache(maxsize=8)

@@ -108,6 +108,9 @@ def _profiled(path: Path) -> Iterator[None]:
         visualize([profiler], filename=str(path), show=False, mode="inline")
 
 
+_users = set[int]()
+"""Ids of processes that have used a Dask cluster: this one, or those that it was forked from."""
+
 MAX_GPU_THREADS = 16
 """Maximum default number of threads of a GPU worker; they decode while the GPU waits."""
 
@@ -126,6 +129,12 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
         )
     if cluster in ("local", "cuda"):
         require_main_guard(cluster)
+    if cluster != "threads" and _users - {os.getpid()}:
+        raise PlanError(
+            f"cluster {cluster!r}: this process was forked from one that used a Dask cluster, and "
+            "Dask's threads do not survive that; use cluster 'threads', or start this process "
+            "with multiprocessing.get_context('spawn')"
+        )
     if cluster == "cuda" and requested == "cpu":
         raise PlanError("device cpu: cluster 'cuda' needs GPUs; use --cluster local or threads")
     if cluster == "local" and requested == "cuda":
@@ -243,6 +252,8 @@ def n_workers(options: MergeOptions) -> int:
 def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
     """Start or connect to the cluster in the options; on exit, stop it if it was started here."""
     kind = options.cluster
+    if kind != "threads":
+        _users.add(os.getpid())
     if kind == "threads":
         if options.workers not in (None, 1):
             raise PlanError(

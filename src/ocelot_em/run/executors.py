@@ -12,9 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import dask
 import dask.threaded
 from dask.callbacks import Callback
 
@@ -82,16 +82,18 @@ class ThreadExecutor:
             return [] if stopping.is_set() else self._attempt(spec, batch)
 
         batches = split_into_batches(tiles, lambda: self.n_threads)
-        while tasks := tuple(itertools.islice(batches, TASKS_PER_GRAPH)):
-            # The scheduler starts with the last key in text order, so the first batch gets that.
-            graph = {
-                f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (attempt, spec, [*batch])
-                for number, batch in enumerate(tasks)
-            }
-            with Callback(posttask=posttask):
-                dask.threaded.get(graph, list(graph), num_workers=self.n_threads)
-            if stopping.is_set():
-                return
+        # Threads of Dask's own pool would outlive the run, and be missing in forked processes.
+        with ThreadPoolExecutor(self.n_threads, "ocelot-merge") as pool:
+            while tasks := tuple(itertools.islice(batches, TASKS_PER_GRAPH)):
+                # The scheduler starts with the last key in text order: the first batch gets that.
+                graph = {
+                    f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (attempt, spec, [*batch])
+                    for number, batch in enumerate(tasks)
+                }
+                with Callback(posttask=posttask):
+                    dask.threaded.get(graph, list(graph), pool=pool)
+                if stopping.is_set():
+                    return
 
 
 class ClientExecutor:
@@ -106,7 +108,7 @@ class ClientExecutor:
         self.client, self.attempt = client, attempt
         self._worker_timeout = worker_timeout_seconds
         self._cached_n_threads, self._queried_at = 0, float("-inf")
-        self._had_workers = time.monotonic()
+        self.had_workers()
 
     def run(
         self, spec: JobSpec, tiles: Tiles, on_outcome: OnOutcome, stopping: threading.Event
@@ -118,7 +120,7 @@ class ClientExecutor:
             metrics.count(outcome)
             on_outcome(outcome)
 
-        self._had_workers = time.monotonic()
+        self.had_workers()
         window = _Window(self, spec, split_into_batches(tiles, self.n_threads), count)
         stop_by = float("inf")
         while True:
@@ -135,6 +137,10 @@ class ClientExecutor:
             metrics.publish()
         metrics.publish(force=True)
 
+    def had_workers(self) -> None:
+        """Note that there are workers; also when a paused one has ended a task."""
+        self._had_workers = time.monotonic()
+
     def _require_workers(self) -> None:
         """Raise if the scheduler is lost, or there have been no workers for too long."""
         if self.client.status in ("closing", "closed"):
@@ -143,22 +149,29 @@ class ClientExecutor:
                 "same command again when the cluster is available"
             )
         if self.n_threads() > 0:
-            self._had_workers = time.monotonic()
+            self.had_workers()
         elif time.monotonic() - self._had_workers > self._worker_timeout:
+            n_paused = len(self.client.nthreads())
+            paused = f" but {n_paused} paused ones, which lack memory," if n_paused else ""
             raise ClusterLostError(
-                f"the cluster has had no workers for {self._worker_timeout:.0f} s; finished tiles "
-                "are kept: run the same command again when there are workers, or set a longer "
-                "--worker-timeout"
+                f"the cluster has had no workers{paused} for {self._worker_timeout:.0f} s; "
+                "finished tiles are kept: run the same command again when there are workers, or "
+                "set a longer --worker-timeout"
             )
 
     def n_threads(self) -> int:
-        """Return the cached number of threads of all workers: a query costs as much as a task."""
+        """Return the cached number of threads of all workers: a query costs as much as a task.
+
+        Workers that Dask has paused, because they lack memory, take no tasks and do not count.
+        """
         now = time.monotonic()
         if now - self._queried_at > POLL_SECONDS:
             self._queried_at = now
             # A lost connection is detected elsewhere.
             with contextlib.suppress(OSError, TimeoutError, ValueError, RuntimeError):
-                self._cached_n_threads = sum(self.client.nthreads().values())
+                self._cached_n_threads = sum(
+                    self.client.sync(self.client.scheduler.ncores_running).values()
+                )
         return self._cached_n_threads
 
 
@@ -211,6 +224,7 @@ class _Window:
             lost = [key for key, (_, future) in self.in_flight.items() if future.status == "lost"]
             self._to_retry.extend(self.in_flight.pop(key)[0] for key in lost)
             return
+        self._executor.had_workers()
         batch, _ = self.in_flight.pop(str(future.key), (None, None))
         if batch is None:
             return

@@ -1,6 +1,7 @@
 """Objects in a bucket, through obstore."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -9,6 +10,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import MemoryStore
 
+from ocelot_em.errors import StorageError
 from ocelot_em.store.contract import (
     MAX_NBYTES,
     ReusedMemory,
@@ -23,6 +25,7 @@ class BucketObjects:
     """Objects in a bucket; methods as in :class:`ocelot_em.store.contract.Objects`."""
 
     streams = 8  # latency is far longer than transfer
+    _used_by: ClassVar[int | None] = None  # the process that started obstore's threads
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -38,6 +41,14 @@ class BucketObjects:
 
     @property
     def _store(self) -> Any:
+        cls = BucketObjects
+        cls._used_by = cls._used_by or os.getpid()
+        if cls._used_by != os.getpid() and not isinstance(self, MemoryObjects):
+            raise StorageError(
+                f"cannot open {self.url}: this process was forked from one that used a bucket, "
+                "and connections do not survive that; start processes with "
+                "multiprocessing.get_context('spawn')"
+            )
         if not hasattr(self, "_opened"):
             self._opened = self._guard("open", "", self._connect)
         return self._opened

@@ -13,9 +13,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from obstore.store import LocalStore
 
 from ocelot_em.store.bucket import BucketObjects
 from ocelot_em.store.contract import MAX_NBYTES, ReusedMemory, refuse_too_large
@@ -44,9 +41,6 @@ class LocalObjects(BucketObjects):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._checked: dict[str, float] = {}
-
-    def _connect(self) -> Any:
-        return LocalStore(self.url, mkdir=True)
 
     def get_into(
         self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
@@ -85,30 +79,48 @@ class LocalObjects(BucketObjects):
         return os.open(self._resolved(path), flags)
 
     def create(self, key: str, data: bytes) -> bool:
-        self._guard("create", key, lambda: self._path(key))
-        return super().create(key, data)
+        def action() -> bool:
+            with self._staged(key, [data]) as staged:
+                try:
+                    os.link(staged, self._path(key))
+                except OSError as error:
+                    # A file server's answer may get lost, and the repeated request then fails.
+                    if staged.stat().st_nlink == 1:
+                        if isinstance(error, FileExistsError):
+                            return False
+                        raise
+                finally:
+                    staged.unlink()
+            return True
+
+        return self._guard("create", key, action)
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         def action() -> None:
-            # Renamed once it is complete.
-            staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
-            try:
-                descriptor = open_new(staged)
-                try:
-                    write_all(descriptor, parts)
-                    if key.endswith(".json") and Path(self._path(key)).exists():
-                        # A power loss must not destroy both the old and the new metadata: not
-                        # every file system writes content before names.
-                        os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            with self._staged(key, parts) as staged:
                 staged.rename(self._path(key))
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    staged.unlink()
-                raise
 
         self._guard("write", key, action)
+
+    @contextlib.contextmanager
+    def _staged(self, key: str, parts: Sequence[bytes]) -> Iterator[Path]:
+        """Write a temporary file beside the object, which the caller makes it once complete."""
+        staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
+        try:
+            descriptor = open_new(staged)
+            try:
+                write_all(descriptor, parts)
+                if key.endswith(".json") and Path(self._path(key)).exists():
+                    # A power loss must not destroy both the old and the new metadata: not
+                    # every file system writes content before names.
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            yield staged
+        except BaseException:
+            with contextlib.suppress(OSError):
+                staged.unlink()
+            raise
 
     def sizes(self, prefix: str) -> dict[str, int]:
         def action() -> dict[str, int]:
@@ -175,8 +187,6 @@ class LocalObjects(BucketObjects):
 
         if target.is_dir():
             self._guard("delete", prefix, action)
-        if not prefix and keep is None and hasattr(self, "_opened"):
-            del self._opened  # the next write creates the directory again
 
     def delete_one(self, key: str) -> None:
         def action() -> None:
