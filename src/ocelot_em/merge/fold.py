@@ -34,15 +34,8 @@ from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 class PieceReport:
     """What a fold finds out while it merges a piece.
 
-    Parameters
-    ----------
-    statistics
-        Collects statistics and candidates; None: they are not collected.
-    searched_pixels
-        Number of pixels in which something was searched.
-    suspects
-        Numbers of the sources to check, which may have unusable values. They may be valid: a NaN
-        pose is allowed where nothing was searched.
+    ``statistics`` are None if they are not collected. ``suspects`` are numbers of sources that may
+    have unusable values, and must be checked: a NaN pose is valid where nothing was searched.
     """
 
     statistics: TileStatistics | None = None
@@ -66,18 +59,10 @@ Merged = Iterator[tuple[str, AnyArray]]
 
 
 class Fold:
-    """Merges the pieces of an exposure; shared by all tiles and threads.
+    """Merges the pieces of an exposure from its sources, in the stated order.
 
-    Parameters
-    ----------
-    sources
-        Sources in the stated order.
-    maps
-        Maps of the result.
-    space
-        The search space of an indexed search.
-    mask_nan
-        Omit a partial where one of its maps is NaN or infinite.
+    It is shared by all tiles and threads. ``space`` is None for explicit poses; with ``mask_nan``,
+    a partial is omitted where one of its maps is NaN or infinite.
     """
 
     def __init__(
@@ -105,26 +90,10 @@ class Fold:
                 yield from ((number, name) for name in phase if name in own)
 
     def merge(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
-        """Merge one piece.
+        """Merge one piece, whose maps ``reader`` reads in the order of :meth:`order`.
 
-        Parameters
-        ----------
-        reader
-            Reads its maps, in the order of :meth:`order`.
-        work
-            Memory with the shape of the piece.
-        report
-            Filled in.
-
-        Yields
-        ------
-        name, values
-            The merged maps.
-
-        Raises
-        ------
-        StorageError
-            A map cannot be read.
+        ``work`` has the shape of the piece, and ``report`` is filled in. A map that cannot be read
+        is a StorageError.
         """
         if self._mask_nan:
             yield from self._by_partial(reader, work, report)
@@ -137,10 +106,7 @@ class Fold:
                 yield from self._pose(name, reader, work, report)
 
     def _winners(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
-        """Find the source with the highest correlation at each pixel.
-
-        Stores the number of the source, and its number in the result, in the workspace.
-        """
+        """Find the source with the highest correlation at each pixel, and its number."""
         mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
         best_partial = work.flat(BEST_PARTIAL, "i4")
         firsts = np.array([source.first_number for source in self.sources], np.int32)
@@ -153,12 +119,10 @@ class Fold:
             index.fill(NOT_SEARCHED)
         merged_sources = self._merged_sources()
         report.searched_pixels = work.n_pixels
-        for number, part, new in self.parts(reader, work, names, all_sources):
+        for number, part, new in self._parts(reader, work, names, all_sources):
             if self.space is not None:
-                kept = mip[part], index[part], winner[part]
-                bad = self._by_map.update_winner_indexed(
-                    new[0], new[1], np.int16(number), n_poses, kept
-                )
+                kept, own = (mip[part], index[part], winner[part]), np.int16(number)
+                bad = self._by_map.update_winner_indexed(new[0], new[1], own, n_poses, kept)
             elif number == 0:
                 bad = self._by_map.init_winner(new[0], mip[part], winner[part])
             else:
@@ -177,7 +141,7 @@ class Fold:
         """Take each pixel from its winner."""
         winner, kept = work.flat("winner", "i2"), work.flat("kept pose", "f4")
         all_sources = range(len(self.sources))
-        for number, part, (new,) in self.parts(reader, work, (name,), all_sources, first=kept):
+        for number, part, (new,) in self._parts(reader, work, (name,), all_sources, first=kept):
             if number == 0:  # its values are correct wherever no other source wins
                 bad = self._by_map.any_not_finite(new)
             else:
@@ -194,20 +158,15 @@ class Fold:
         """Yield the numbers of the winning partials, also within sources merged earlier."""
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
         merged_sources = self._merged_sources()
-        for number, part, (new,) in self.parts(reader, work, (BEST_PARTIAL,), merged_sources):
-            self._by_map.take_number(
-                new,
-                np.int32(self.sources[number].first_number),
-                np.int16(number),
-                winner[part],
-                best_partial[part],
-            )
+        for number, part, (new,) in self._parts(reader, work, (BEST_PARTIAL,), merged_sources):
+            own = np.int32(self.sources[number].first_number), np.int16(number)
+            self._by_map.take_number(new, *own, winner[part], best_partial[part])
         if report.statistics is not None and merged_sources:
             report.statistics.count_wins(0, best_partial)
         yield BEST_PARTIAL, work.array(BEST_PARTIAL, "i4")
 
     def _merged_sources(self) -> list[int]:
-        """Numbers of the sources that consist of merged_sources partials merged earlier."""
+        """Numbers of the sources that were merged earlier from several partials."""
         return [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
 
     def _sums(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
@@ -217,11 +176,11 @@ class Fold:
         if counts is not None:
             counts.fill(sum(s.total_projections for s in self.sources if not s.has_counts))
             mapped = [number for number in all_sources if self.sources[number].has_counts]
-            for _, part, (new,) in self.parts(reader, work, (COUNT,), mapped):
+            for _, part, (new,) in self._parts(reader, work, (COUNT,), mapped):
                 counts[part] += new
         for name in (SUM, SQUARED_SUM):
             total = work.flat(name, "f8")
-            for number, part, (new,) in self.parts(reader, work, (name,), all_sources):
+            for number, part, (new,) in self._parts(reader, work, (name,), all_sources):
                 if report.statistics is not None:
                     bad = report.statistics.add_sums(number, name, part.start, new, total[part])
                 else:
@@ -247,7 +206,7 @@ class Fold:
             count=sum(source.total_projections for source in self.sources),
         )
 
-    def parts(
+    def _parts(
         self,
         reader: ReadAhead,
         work: Workspace,
@@ -257,27 +216,10 @@ class Fold:
     ) -> Iterator[tuple[int, slice, list[AnyArray]]]:
         """Decode maps of sources part by part: one part of each source, then the next part.
 
-        The merged values of a part thus stay in the caches until its last source is decoded.
-
-        Parameters
-        ----------
-        reader, work
-            The encoded maps, and the memory.
-        names
-            Maps that are decoded together, of n_parts_found dtypes.
-        numbers
-            Numbers of the sources.
-        first
-            A flat array of the tile's size into which the first source is decoded.
-
-        Yields
-        ------
-        number : int
-            Number of the source.
-        part : slice
-            The tile's pixels, in one dimension.
-        values : list of array
-            Values of the maps in these pixels, valid until the next item is requested.
+        The merged values of a part thus stay in the caches until its last source is decoded. Yield
+        the number of the source, the part of the tile's pixels, and the values of the maps there,
+        valid until the next item is requested. The first source is decoded into ``first``, if
+        given.
         """
         n_names = len(names)
         n_sources = READ_TOGETHER // n_names
