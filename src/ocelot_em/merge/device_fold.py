@@ -63,15 +63,7 @@ def partial_nbytes_per_pixel(maps: MapSet, sum_nbytes: int, *, mask_nan: bool) -
 
 
 class DeviceFold:
-    """Merges the pieces of an exposure on a device; shared by all tiles and threads.
-
-    Parameters
-    ----------
-    sources, maps, space, mask_nan
-        As for :class:`ocelot_em.merge.fold.Fold`.
-    device_memory
-        The device and its memory.
-    """
+    """Merges the pieces of an exposure on a device, as :class:`ocelot_em.merge.fold.Fold` does."""
 
     def __init__(
         self,
@@ -92,15 +84,7 @@ class DeviceFold:
             yield from ((number, name) for name in source.map_names(self.maps))
 
     def merge(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
-        """Merge one piece, like :meth:`ocelot_em.merge.fold.Fold.merge`.
-
-        Raises
-        ------
-        StorageError
-            A map cannot be read.
-        DeviceMemoryError
-            Not even one partial fits.
-        """
+        """Merge one piece; it is a DeviceMemoryError if not even one partial fits."""
         memory, n = self._memory.for_this_thread(work.max_pixels), work.n_pixels
         accumulator = memory.accumulator(n)
         for start in range(0, len(self.sources), memory.max_partials):
@@ -163,13 +147,7 @@ class DeviceMemory:
         self._per_thread = threading.local()
 
     def for_this_thread(self, max_pixels: int) -> "ThreadMemory":
-        """Return this thread's memory.
-
-        Raises
-        ------
-        DeviceMemoryError
-            Not even one partial fits.
-        """
+        """Return this thread's memory."""
         if not hasattr(self._per_thread, "memory"):
             self._per_thread.memory = ThreadMemory(
                 self._maps, self._device, max_pixels, self._max_partials, self._sum_dtype
@@ -182,11 +160,6 @@ class ThreadMemory:
     """One thread's memory for one tile at a time: on the device, and pinned on the host.
 
     The attribute ``max_partials`` is the number of partials that fit.
-
-    Raises
-    ------
-    DeviceMemoryError
-        Not even one partial fits.
     """
 
     def __init__(

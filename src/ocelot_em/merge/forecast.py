@@ -37,24 +37,10 @@ BLANK_RATIO = 1 / 128
 class Forecast:
     """Predicted cost of a plan.
 
-    Parameters
-    ----------
-    n_tiles, n_done
-        Total number of tiles, and number finished by an interrupted run.
-    decoded_nbytes_in, stored_nbytes_in
-        Bytes of the inputs' maps in memory, and as stored.
-    decoded_nbytes_out, stored_nbytes_out
-        The same for the output; the stored size is estimated from the inputs' compression ratio.
-    worker_nbytes
-        Predicted peak memory of one worker.
-    free_nbytes
-        Free space at the output, or None if the storage does not report it.
-    device
-        Device of the computation.
-    partials_on_device
-        Number of partials that a thread holds on the device at a time; 0 on the CPU.
-    device_nbytes
-        Predicted memory of one worker on its device.
+    ``n_done`` tiles were finished by an interrupted run. The stored size of the output is estimated
+    from the inputs' compression ratio. ``worker_nbytes`` and ``device_nbytes`` are the peak memory
+    of one worker, and of one on its device, where a thread holds ``partials_on_device`` at a time
+    (0 on the CPU). ``free_nbytes`` is None if the output's storage does not report it.
     """
 
     n_tiles: int
@@ -127,12 +113,7 @@ def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
 
 
 def require_resources(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
-    """Raise with numbers if the disk is too small, or the memory that the workers here share.
-
-    Raises
-    ------
-    PlanError
-    """
+    """Raise PlanError if the disk is too small, or the memory that the workers here share."""
     missing = 1 - prediction.n_done / prediction.n_tiles
     needed = int(prediction.stored_nbytes_out * missing)
     if prediction.free_nbytes is not None and needed > prediction.free_nbytes:

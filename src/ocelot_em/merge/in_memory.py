@@ -122,37 +122,26 @@ def merge_arrays(
     """
     checks = MapChecks((NUMPY, CUPY, TORCH_CPU, TORCH_CUDA), one_kind=True)
     names = check_results(results, checks, indexed=search_space is not None)
-    devices = [{name: result[name] for name in names} for result in results]
-    wide = any(dtype_name(d[name]) == "float64" for d in devices for name in (SUM, SQUARED_SUM))
-    first, counts = devices[0][MIP], counts_of(results)
-    merged = {
-        name: new_like(first, "float64" if wide and name in (SUM, SQUARED_SUM) else dtype)
-        for name, dtype in ((name, MAPS[name].dtypes[0]) for name in names)
-    }
-    if kind_of(first) in (CUPY, TORCH_CUDA):
-        producers = {gpu_number(array) for maps in (*devices, merged) for array in maps.values()}
-        with borrow_device(gpu_number(first), producers) as device:
-            processor = Processor(load_cuda(device), device.empty, device.bring, _GPU_BAND_PIXELS)
-            fold_bands(
-                [_viewed(maps, as_cupy) for maps in devices],
-                _viewed(merged, as_cupy),
-                processor,
-                counts,
-                search_space,
-            )
-    else:
-        fold_bands(
-            [_viewed(maps, as_numpy) for maps in devices],
-            _viewed(merged, as_numpy),
-            cpu_processor(BAND_PIXELS),
-            counts,
-            search_space,
+    first, counts = results[0][MIP], counts_of(results)
+    wide = any(dtype_name(r[name]) == "float64" for r in results for name in (SUM, SQUARED_SUM))
+    merged = {name: new_like(first, MAPS[name].dtypes[0]) for name in names}
+    if wide:
+        merged |= {name: new_like(first, "float64") for name in (SUM, SQUARED_SUM)}
+
+    def fold(view: Callable[[Any], AnyArray], processor: Processor) -> None:
+        *devices, out = (
+            {name: at_least_1d(view(maps[name])) for name in names} for maps in (*results, merged)
         )
+        fold_bands(devices, out, processor, counts, search_space)
+
+    if kind_of(first) in (CUPY, TORCH_CUDA):
+        producers = {gpu_number(maps[name]) for maps in (*results, merged) for name in names}
+        with borrow_device(gpu_number(first), producers) as device:
+            kernels = load_cuda(device)
+            fold(as_cupy, Processor(kernels, device.empty, device.bring, _GPU_BAND_PIXELS))
+    else:
+        fold(as_numpy, cpu_processor(BAND_PIXELS))
     return merged | total_count(counts)
-
-
-def _viewed(maps: Mapping[str, Any], view: Callable[[Any], AnyArray]) -> dict[str, AnyArray]:
-    return {name: at_least_1d(view(array)) for name, array in maps.items()}
 
 
 # -- input checks ------------------------------------------------------------------------------
@@ -161,12 +150,8 @@ def _viewed(maps: Mapping[str, Any], view: Callable[[Any], AnyArray]) -> dict[st
 class MapChecks:
     """Checks that values are maps of one shape, and collects the problems.
 
-    Parameters
-    ----------
-    kinds
-        Allowed kinds: prefixes of the results of :func:`~ocelot_em.model.arrays.kind_of`.
-    one_kind
-        Whether all maps must be of the same kind.
+    ``kinds`` are the allowed ones: prefixes of :func:`~ocelot_em.model.arrays.kind_of`. With
+    ``one_kind``, all maps must be of the same kind.
     """
 
     def __init__(self, kinds: tuple[str, ...], *, one_kind: bool = False) -> None:
@@ -204,14 +189,7 @@ def check_results(
 ) -> tuple[str, ...]:
     """Reject results that cannot be merged; return the names of the maps to merge.
 
-    Parameters
-    ----------
-    results
-        One dictionary per device.
-    checks
-        Defines the allowed kinds of maps.
-    indexed
-        Use the index even if there are explicit poses.
+    ``indexed``: the index is used even if there are explicit poses.
     """
     if not isinstance(results, Sequence) or not results:
         raise InvalidInputError(
@@ -296,10 +274,7 @@ def start_of(band: "_Band", n_axes: int) -> tuple[int, ...]:
 
 
 def _space_of_unknown_tables() -> SearchSpace:
-    """Return a space that contains every index, for results without tables.
-
-    The table takes no memory; only its length is used.
-    """
+    """Return a space that contains every index, for results without tables; it has no memory."""
     zeros = np.zeros(1, np.float32)
     return SearchSpace(np.broadcast_to(zeros, (np.iinfo(np.int32).max, 3)), zeros, zeros)
 
@@ -309,18 +284,10 @@ def _space_of_unknown_tables() -> SearchSpace:
 
 @dataclass(frozen=True)
 class Processor:
-    """The CPU or GPU that folds bands.
+    """The CPU or GPU that folds bands of at most ``band_pixels``.
 
-    Parameters
-    ----------
-    kernels
-        Kernels that fold them.
-    empty
-        Allocates a number of values of a dtype in its memory.
-    bring
-        Converts one band of a map to an array for the kernels; copies only if necessary.
-    band_pixels
-        Maximum number of pixels folded at a time.
+    ``empty`` allocates values of a dtype in its memory; ``bring`` converts one band of a map to an
+    array for the kernels, and copies it only if necessary.
     """
 
     kernels: Kernels
@@ -351,26 +318,12 @@ def fold_bands(
     counts: Sequence[int | None],
     space: SearchSpace | None = None,
 ) -> None:
-    """Merge maps of devices into given memory.
+    """Merge maps of devices, in the stated order and with at least one axis, into given memory.
 
-    Parameters
-    ----------
-    devices
-        Maps of each device by name, in the stated order, each with at least one axis.
-    merged
-        The maps to fill, C-contiguous, on the device of the kernels. If explicit poses are among
-        them, the explicit rule decides, and the index is that of the winner.
-    processor
-        Folds them.
-    counts
-        Number of cross-correlations of each device, None if unknown; see :func:`total_count`.
-    space
-        Search space of the indices, if known.
-
-    Raises
-    ------
-    InvalidInputError
-        Names all maps with values that no search produces; the merged maps are then unusable.
+    The merged maps are C-contiguous, on the device of the kernels. If explicit poses are among
+    them, the explicit rule decides, and the index is that of the winner. ``space`` is that of the
+    indices, if known. Values that no search produces are an InvalidInputError that names all; the
+    merged maps are then unusable.
     """
     poses = tuple(name for name in merged if name in POSES)
     maps = MapSet(PoseForm.EXPLICIT if poses else PoseForm.INDEXED, PIXEL_SIZE in poses)
@@ -388,17 +341,11 @@ def fold_bands(
                 for i, device in enumerate(devices[start : start + _TOGETHER])
             }
             # total_count adds the counts, one per device.
-            partials = [
-                PartialMaps(
-                    part[MIP],
-                    tuple(part[name] for name in maps.pose),
-                    part[SUM],
-                    part[SQUARED_SUM],
-                    0,
-                    number,
-                )
-                for number, part in parts.items()
-            ]
+            partials = []
+            for number, part in parts.items():
+                pose = tuple(part[name] for name in maps.pose)
+                own = PartialMaps(part[MIP], pose, part[SUM], part[SQUARED_SUM], 0, number)
+                partials.append(own)
             bad = processor.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
             for number, part in parts.items():
                 if bad or carried or counts[number] == 0:

@@ -35,11 +35,10 @@ LARGE_TILE_NBYTES = 10**9
 SOURCES_SAMPLED = 256
 """Maximum number of sources that are inspected to predict memory and size."""
 
-PROCESS_NBYTES = 288 * 2**20
-"""Resident memory of a worker before its first tile: Python, NumPy, numba, zarr, Dask, and parts of
-pyarrow and SciPy that pandas and numba import if installed. ``python -m benchmarks.memory``
-measures whole workers; ``docs/benchmarks.md`` lists the results."""
-
+PROCESS_NBYTES = 304 * 2**20
+"""Most resident memory of a worker before its first tile, if it compiles the kernels: Python,
+NumPy, numba, zarr, Dask, and parts of pyarrow and SciPy that pandas and numba import if installed.
+``docs/benchmarks.md`` lists what was measured."""
 
 DEVICE_TABLES_NBYTES = 64 * 2**20
 """Device memory that does not depend on the tile size: tables of poses, rounding."""
@@ -49,18 +48,9 @@ MAX_PARTIALS_ON_DEVICE = 64
 
 
 class DeviceChoice(NamedTuple):
-    """The device of a merge, and the reason for the choice.
+    """The device of a merge, and the reason for the choice, for users.
 
-    Parameters
-    ----------
-    kind
-        ``cpu`` or ``cuda``.
-    reason
-        Reason for users.
-    n_devices
-        Number of GPUs, each with a worker; 0 for ``cpu``.
-    memory_nbytes
-        Memory that may be allocated on the smallest of them.
+    Each of the GPUs has a worker, and ``memory_nbytes`` may be allocated on the smallest of them.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -75,14 +65,8 @@ ON_CPU = DeviceChoice("cpu", "requested")
 class StorageShape(NamedTuple):
     """Properties of inputs and output that determine the memory of a worker.
 
-    Parameters
-    ----------
-    chunk
-        Height and width in pixels of the largest chunk of an input.
-    sum_itemsize
-        Bytes per value of the inputs' sums.
-    streams
-        Number of concurrent transfers, see :class:`ocelot_em.store.contract.Objects`.
+    The largest chunk of an input in pixels, bytes per value of the inputs' sums, and the number of
+    concurrent transfers (:class:`ocelot_em.store.contract.Objects`).
     """
 
     chunk: tuple[int, int]
@@ -93,13 +77,7 @@ class StorageShape(NamedTuple):
 def storage_shape(
     exposures: Sequence[PlannedExposure], output: str | PathLike[str]
 ) -> StorageShape:
-    """Inspect the inputs' metadata: of all sources, or of a sample if there are many.
-
-    Raises
-    ------
-    FormatError
-        A source has no usable sums.
-    """
+    """Inspect the inputs' metadata: of all sources, or of a sample if there are many."""
     sources = sample_of([source for exposure in exposures for source in exposure.sources])
     sums = [open_one(source, SUM) for source in sources]
     cells = [chunked.grid.cell for chunked in sums]
@@ -188,7 +166,6 @@ def worker_nbytes(
     For a tile a thread holds the highest correlation and its source, the sums, incoming maps, and
     the maps computed at the end; or, where NaN is masked, all maps of a partial and copies. It also
     holds the encoded chunks that are prefetched or not written yet.
-
     """
     poses, indexed = 4 * len(maps.pose), maps.form is PoseForm.INDEXED
     wide = max(storage.sum_itemsize, 8 if maps.counts else 4)

@@ -90,16 +90,9 @@ class Canvas:
             n_covering[region.slices] += 1
 
     def place(self, number: int, in_tile: Region, regions: tuple[Region, Region]) -> None:
-        """Start the piece of an exposure.
+        """Start the piece of an exposure, which has pixels ``in_tile``.
 
-        Parameters
-        ----------
-        number
-            Number of the exposure.
-        in_tile
-            Pixels of the piece, in tile coordinates.
-        regions
-            Pixels of the piece and all merged pixels, in exposure coordinates.
+        ``regions`` are those of the piece and of all merged pixels, in the exposure's coordinates.
         """
         self._number, self._in_tile = number, in_tile
         self._piece.shape = in_tile.shape
@@ -108,13 +101,7 @@ class Canvas:
         self._edge_distance = _distances_from_edge(*regions)
 
     def put(self, name: str, values: AnyArray) -> Maps:
-        """Place a map of the exposure; its memory may be reused afterwards.
-
-        Returns
-        -------
-        Iterator
-            Empty, since no map of the tile is finished before the last exposure is placed.
-        """
+        """Place a map of the exposure; no map of the tile is finished before all are placed."""
         if self._is_chosen:
             self._put(name, values)
         elif name != SCALED_MIP:  # it is not known yet which exposure wins
