@@ -67,7 +67,7 @@ def test_a_pipe_is_no_object(objects, tmp_path):
 
 def test_a_process_forked_from_a_user_of_buckets_is_told(monkeypatch):
     monkeypatch.setattr(BucketObjects, "_used_by", os.getppid())
-    with pytest.raises(StorageError, match=r"open s3://b/x: .* was forked from .* get_context"):
+    with pytest.raises(StorageError, match=r"open s3://b/x: .* was forked from .*get_context"):
         open_objects("s3://b/x").get("key")
 
 
