@@ -305,3 +305,29 @@ def test_files_that_are_imported_stay_imported(tmp_path, disk, crops, tables) ->
     with mounted(copy, tmp_path / "again") as again:
         assert ocelot_em.check(again / "RUN.zarr") == []
         assert digests(again / "RUN.zarr") == digests(run)
+
+
+def test_exports_are_on_the_disk_when_they_are_announced(
+    search: Undisturbed, disk: Disk, tmp_path: Path
+) -> None:
+    merged = tmp_path / "OUT.zarr"
+    ocelot_em.merge(search.run, merged, tile_size=search.tile)
+    place = disk.folder
+    for options in (
+        ["peaks", merged, "--output", place / "particles.csv", "--cutoff", "3"],
+        ["report", merged, "--output", place / "report.html"],
+        *(
+            ["export", merged, "--to", to, "--output", place / name]
+            for to, name in (("mrc", "maps"), ("hdf5", "maps.h5"), ("ome-zarr", "image.ome.zarr"))
+        ),
+    ):
+        do(*OCELOT, *map(str, options))
+        copy = disk.without_power()
+        with mounted(copy, tmp_path / "again") as again:
+            assert contents(again) == contents(place)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: data for name, data in found.items() if name != "never-asked-for"}

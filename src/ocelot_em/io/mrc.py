@@ -30,7 +30,12 @@ from ocelot_em.io.leopard_maps import (
 from ocelot_em.io.text_file import local_path
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
-from ocelot_em.store.whole_file import refuse_existing, storage_errors, whole_or_nothing
+from ocelot_em.store.whole_file import (
+    finish_set,
+    refuse_existing,
+    storage_errors,
+    whole_set_or_nothing,
+)
 
 _FLOAT32 = 2
 """MRC mode of float32 values."""
@@ -53,18 +58,19 @@ def write_mrc_set(
     Return the eight paths by Leopard-EM's map names: ``prefix`` followed by ``mip.mrc``,
     ``scaled_mip.mrc``, ``correlation_average.mrc`` and so on. Without ``overwrite`` existing files
     are an error, which names all of them. If writing fails, or there is not enough space, nothing
-    is left behind.
+    is left behind. Existing files are replaced as a set: files of two results are never mixed.
     """
     mrcfile = _mrcfile()
     merged, place = MergedResult.open(store), Path(folder)
     paths = _paths(place, prefix)
+    finish_set(place)
     refuse_existing(paths.values(), overwrite)
     with storage_errors(place):
         place.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        for name, path in paths.items():
-            staged = stack.enter_context(whole_or_nothing(path))
-            _write_map(mrcfile, staged, merged, OUR_NAMES[name])
+    with whole_set_or_nothing(place, [path.name for path in paths.values()]) as staged:
+        for path, (name, final) in zip(staged, paths.items(), strict=True):
+            with storage_errors(final):
+                _write_map(mrcfile, path, merged, OUR_NAMES[name])
     return paths
 
 
@@ -89,6 +95,7 @@ def import_mrc_set(
     """
     mrcfile = _mrcfile()
     paths = _paths(local_path(folder), prefix)
+    finish_set(local_path(folder))
     found = {name: path for name, path in paths.items() if path.is_file()}
     with ExitStack() as stack:
         opened: dict[str, Any] = {}

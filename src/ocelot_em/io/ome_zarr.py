@@ -20,8 +20,8 @@ from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, 
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
-from ocelot_em.store.objects import is_local, normalise_url
-from ocelot_em.store.whole_file import storage_errors
+from ocelot_em.store.objects import is_local, normalise_url, open_objects
+from ocelot_em.store.whole_file import storage_errors, sync_to_disk
 
 VERSION = "0.5"
 AXES = ("c", "y", "x")
@@ -79,7 +79,9 @@ def write_ome_zarr(
             for channel, name in enumerate(maps):
                 pyramid.write(channel, name)
             group.attrs["ome"] = _metadata(place.name, merged, pyramid, maps)
+            open_objects(staged).sync()
             _put_in_place(staged, place)
+            sync_to_disk(place.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return place

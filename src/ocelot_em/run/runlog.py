@@ -25,6 +25,7 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
 from ocelot_em.store.objects import is_local, normalise_url
+from ocelot_em.store.whole_file import write_file
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ class RunFolder(Observer):
             log.warning("no report: %s", error)
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_file(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:

@@ -40,6 +40,7 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.whole_file import whole_or_nothing
 from ocelot_em.testing.noise import (
     BLOCK_PX,
     BLOCK_STREAM,
@@ -322,7 +323,10 @@ def write_truth(simulation: Simulation, path: str | PathLike[str]) -> None:
     Angles and offsets use the shortest text that reads back as the same float32. An existing file
     is replaced.
     """
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    with (
+        whole_or_nothing(Path(path)) as staged,
+        staged.open("w", newline="", encoding="utf-8") as file,
+    ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(TRUTH_DTYPE.names or ())
         rows.writerows([str(value) for value in particle] for particle in simulation.truth)

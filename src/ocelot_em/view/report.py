@@ -13,7 +13,7 @@ from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.store.whole_file import write_file
+from ocelot_em.store.whole_file import whole_or_nothing, write_file
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
@@ -127,7 +127,9 @@ def save_overview(
     plot_zscore(merged, left, truth)
     outline_exposures(left, merged.attributes.exposures)
     plot_survival(merged, right, cutoff)
-    figure.savefig(path, dpi=110)
+    place = Path(path)
+    with whole_or_nothing(place) as staged:
+        figure.savefig(staged, format=place.suffix.lstrip(".") or "png", dpi=110)
 
 
 def _overview(data: ReportData, pyramid: str | PathLike[str] | None) -> tuple[Float32, int]:
