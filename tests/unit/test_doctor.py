@@ -19,8 +19,7 @@ from distributed import LocalCluster
 from ocelot_em import __version__
 from ocelot_em.cli import doctor, doctor_cluster
 from ocelot_em.cli.doctor import examine
-from ocelot_em.cli.doctor_cluster import WorkerFacts
-from ocelot_em.cli.finding import Finding
+from ocelot_em.cli.doctor_cluster import Finding, WorkerFacts
 from ocelot_em.errors import DeviceError
 from ocelot_em.kernels import load
 from ocelot_em.kernels.device import DeviceFacts
@@ -47,7 +46,7 @@ def test_this_machine(fast, tmp_path):
     assert f"zarr {importlib.metadata.version('zarr')}" in says["versions"]
     assert "lz4 encodes" in says["codecs"]
     assert "zstd encodes" in says["codecs"]
-    assert "MB/s" in says["disk speed"]
+    assert "B/s" in says["disk speed"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +114,7 @@ def test_gpus(monkeypatch, tmp_path):
 
     monkeypatch.setattr(doctor, "find_devices", lambda: [DeviceFacts("H100", 80 * 10**9)] * 2)
     monkeypatch.setattr(doctor, "open_device", lambda: None)
-    assert doctor._gpus() == ("ok", "H100 with 80.0 GB, H100 with 80.0 GB")
+    assert doctor._gpus() == ("ok", "H100 with 80 GB, H100 with 80 GB")
     monkeypatch.setattr(doctor, "_NVIDIA_GPUS", tmp_path)
     unusable = "1 on this machine, but none can be used: cuda: the driver is for CUDA 11"
     monkeypatch.setattr(doctor, "open_device", none)
@@ -214,10 +213,10 @@ def test_file_descriptors(monkeypatch, limits, state, says):
 @pytest.mark.parametrize(
     ("mask", "state", "says"),
     [
-        (0o022, "ok", "umask 0022: new files are for everybody to read"),
-        (0o027, "ok", "umask 0027: new files are for your group to read"),
-        (0o077, "ok", "umask 0077: new files are for you alone"),
-        (0o277, "problem", "umask 0277: new files are for nobody, not even you; set another umask"),
+        (0o022, "ok", "umask 0022: everybody can read new files"),
+        (0o027, "ok", "umask 0027: your group can read new files"),
+        (0o077, "ok", "umask 0077: only you can read new files"),
+        (0o277, "problem", "umask 0277: you cannot use your own new files; "),
     ],
 )
 def test_file_mode(mask, state, says):
@@ -275,7 +274,7 @@ def test_little_space(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
     assert doctor._disk_space(tmp_path) == (
         "warning",
-        "1.0 GB of 1000.0 GB are free, which is little",
+        "1 GB of 1 TB are free, which is little",
     )
     usage.free = 10**11
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=9, f_favail=7))
@@ -284,7 +283,7 @@ def test_little_space(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=0, f_favail=0))
     assert doctor._disk_space(tmp_path)[0] == "ok"
     usage.free = doctor.SPEED_NBYTES
-    assert doctor._disk_speed(tmp_path) == ("warning", "not measured: less than 0.5 GB are free")
+    assert doctor._disk_speed(tmp_path) == ("warning", "not measured: less than 512 MB are free")
 
 
 def test_a_slow_disk_is_given_up_after_some_time(fast, monkeypatch, tmp_path):
@@ -473,7 +472,7 @@ def test_what_workers_answer_is_judged(tmp_path):
 
 def test_many_hosts_are_counted():
     workers = [f"tcp://host{n}:1" for n in range(8)]
-    assert doctor_cluster._told({"bad": workers}) == (
+    assert doctor_cluster._described({"bad": workers}) == (
         "bad (8 workers on host0, host1, host2, host3, host4 and 3 more)"
     )
 

@@ -12,7 +12,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
@@ -22,18 +22,15 @@ from typing import Any
 import numpy as np
 
 from ocelot_em import __version__
-from ocelot_em.cli.doctor_cluster import of_cluster
-from ocelot_em.cli.finding import (
-    CHECK_SECONDS,
+from ocelot_em.cli.doctor_cluster import (
     MAX_CLOCK_SECONDS,
-    Check,
+    SCRATCH_PREFIX,
     Finding,
     State,
     ahead_by,
+    clock_offset,
     named,
-    rate_of,
-    scratch_folder,
-    size_of,
+    of_cluster,
 )
 from ocelot_em.errors import DeviceError, MissingDependencyError
 from ocelot_em.kernels import Kernels, load
@@ -42,10 +39,14 @@ from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.text import nbytes_text
 from ocelot_em.run.connect import call_with_timeout
 from ocelot_em.store.blosc import BloscChunk, encode
 from ocelot_em.store.constants import DEFAULT_CHUNK
 from ocelot_em.store.objects import open_objects
+
+CHECK_SECONDS = 180.0
+"""Timeout of a check; compiling all kernels takes a minute on a slow machine."""
 
 SPEED_NBYTES = 256 * 10**6
 SPEED_SECONDS = 20.0
@@ -61,16 +62,15 @@ _NOT_FOR_USERS = ("all", "test")
 _ONE_OF_THESE = {"cuda12", "cuda13"}
 _TRANSIENT = ("tmpfs", "ramfs", "overlay")
 
+Check = Callable[[], tuple[State, str]]
+
 
 def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Finding]:
     """Check this installation and machine, a folder, and the workers of a cluster.
 
     Test files in the folder, at most 256 MB at a time, are removed. The checks take seconds, or
-    minutes if something does not answer.
-
-    ``folder`` is an existing folder on the file system for the results, ``cluster`` the address of
-    a Dask scheduler. Return one finding per check, in a fixed order; an exception of a check
-    becomes a problem.
+    minutes if something does not answer. Return one finding per check, in a fixed order; an
+    exception of a check becomes a problem.
     """
     place = Path(folder).absolute()
     checks: dict[str, Check] = {
@@ -115,13 +115,13 @@ def _extras() -> tuple[State, str]:
     missing = {extra: _installed(extra)[1] for extra in sorted({*extras} - {*_NOT_FOR_USERS})}
     complete = [extra for extra, packages in missing.items() if not packages]
     has_one = not _ONE_OF_THESE.isdisjoint(complete)
-    others, state = list[str](), "ok"
-    for extra, packages in missing.items():
-        if packages and not (has_one and extra in _ONE_OF_THESE):
-            others.append(f"{', '.join(packages)}: pip install 'ocelot-em[{extra}]'")
-            state = "warning" if any("expected" in text for text in packages) else state
+    others = [
+        f"{', '.join(packages)}: pip install 'ocelot-em[{extra}]'"
+        for extra, packages in missing.items()
+        if packages and not (has_one and extra in _ONE_OF_THESE)
+    ]
     text = "; ".join([f"installed: {', '.join(complete) or 'none'}", *others])
-    return ("warning" if state == "warning" else "ok"), text
+    return ("warning" if any("expected" in other for other in others) else "ok"), text
 
 
 def _installed(extra: str) -> tuple[list[str], list[str]]:
@@ -160,7 +160,7 @@ def _gpus() -> tuple[State, str]:
         if n_there:
             return "warning", f"{n_there} on this machine, but none can be used: {error}"
         return "ok", "none; merges run on the CPU"
-    return "ok", ", ".join(f"{facts.name} with {size_of(facts.memory_nbytes)}" for facts in found)
+    return "ok", ", ".join(f"{gpu.name} with {nbytes_text(gpu.memory_nbytes)}" for gpu in found)
 
 
 def _kernels() -> tuple[State, str]:
@@ -212,10 +212,8 @@ def _codecs() -> tuple[State, str]:
     from numcodecs.blosc import Blosc
 
     if google_crc32c.value(b"123456789") != 0xE3069283:
-        return (
-            "problem",
-            "CRC32C is computed incorrectly: pip install --force-reinstall google-crc32c",
-        )
+        hint = "pip install --force-reinstall google-crc32c"
+        return "problem", f"CRC32C is computed incorrectly: {hint}"
     random = np.random.default_rng(1)
     values = random.normal(5, 1, (DEFAULT_CHUNK, DEFAULT_CHUNK)).astype(np.float32)
     speeds = []
@@ -230,8 +228,8 @@ def _codecs() -> tuple[State, str]:
             return "problem", (
                 f"{name} does not decode what it encoded: pip install --force-reinstall numcodecs"
             )
-        rates = [rate_of(values.nbytes, s) for s in (encoded - started, ended - encoded)]
-        speeds.append(f"{name} encodes {rates[0]}, decodes {rates[1]}")
+        encodes = _rate(values.nbytes, encoded - started)
+        speeds.append(f"{name} encodes {encodes}, decodes {_rate(values.nbytes, ended - encoded)}")
     text = f"with CRC32C, in one thread: {'; '.join(speeds)}"
     if google_crc32c.implementation != "c":
         return "warning", (
@@ -252,8 +250,8 @@ def _memory() -> tuple[State, str]:
     threads = n_threads(MergeOptions())
     per_worker = _worker_nbytes(threads)
     text = (
-        f"{size_of(limit)}, {size_of(available)} of it available now; a merge with "
-        f"{threads} threads needs about {size_of(per_worker)}"
+        f"{nbytes_text(limit)}, {nbytes_text(available)} of it available now; a merge with "
+        f"{threads} threads needs about {nbytes_text(per_worker)}"
     )
     if per_worker <= available:
         return "ok", text
@@ -293,11 +291,10 @@ def _file_mode() -> tuple[State, str]:
     if not masks:
         return "ok", "not known on this system"
     mask = masks[0]
-    text = f"umask {mask:04o}: new files are for "
     if mask & 0o700:
-        return "problem", f"{text}nobody, not even you; set another umask, such as 022"
-    others = "everybody to read" if not mask & 0o005 else "your group to read"
-    return "ok", text + (others if not mask & 0o050 else "you alone")
+        return "problem", f"umask {mask:04o}: you cannot use your own new files; run 'umask 022'"
+    others = "everybody" if not mask & 0o005 else "your group"
+    return "ok", f"umask {mask:04o}: {'only you' if mask & 0o050 else others} can read new files"
 
 
 # the folder
@@ -305,7 +302,7 @@ def _file_mode() -> tuple[State, str]:
 
 def _file_system(place: Path) -> tuple[State, str]:
     kind, mount = _mount_of(place)
-    with scratch_folder(place) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=place) as scratch:
         objects = open_objects(scratch)
         won = [objects.create("a", b"first"), objects.create("a", b"second")]
         objects.put("b", [b"old"])
@@ -337,7 +334,7 @@ def _mount_of(place: Path) -> tuple[str, str]:
 
 def _disk_space(place: Path) -> tuple[State, str]:
     usage, facts = shutil.disk_usage(place), os.statvfs(place)
-    text = f"{size_of(usage.free)} of {size_of(usage.total)} are free"
+    text = f"{nbytes_text(usage.free)} of {nbytes_text(usage.total)} are free"
     if usage.free < LITTLE_NBYTES:
         return "warning", f"{text}, which is little"
     # File systems that create inodes on demand report a total of zero.
@@ -348,7 +345,7 @@ def _disk_space(place: Path) -> tuple[State, str]:
 
 def _disk_speed(place: Path) -> tuple[State, str]:
     if shutil.disk_usage(place).free < 2 * SPEED_NBYTES:
-        return "warning", f"not measured: less than {size_of(2 * SPEED_NBYTES)} are free"
+        return "warning", f"not measured: less than {nbytes_text(2 * SPEED_NBYTES)} are free"
     block = np.random.default_rng(1).bytes(8 * 10**6)  # incompressible for any file system
     # The file has no name, so nothing remains even if this process is killed.
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:
@@ -366,13 +363,17 @@ def _disk_speed(place: Path) -> tuple[State, str]:
             read += len(data)
         read_seconds = time.perf_counter() - started
     text = (
-        f"writes {rate_of(written, write_seconds)}, with fsync; "
-        f"reads {rate_of(read, read_seconds)}, possibly from a cache (the page cache of this "
+        f"writes {_rate(written, write_seconds)}, with fsync; "
+        f"reads {_rate(read, read_seconds)}, possibly from a cache (the page cache of this "
         "machine was asked to drop the file)"
     )
     if min(written / write_seconds, read / read_seconds) < SLOW_NBYTES_PER_SECOND:
         return "warning", f"{text}; merges will be limited by it: a local disk may be faster"
     return "ok", text
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes_text(nbytes / max(seconds, 1e-9))}/s"
 
 
 def _clock(place: Path) -> tuple[State, str]:
@@ -381,7 +382,7 @@ def _clock(place: Path) -> tuple[State, str]:
         file.write(b"x")
         os.fsync(file.fileno())
         stamp, after = os.fstat(file.fileno()).st_mtime, time.time()
-    off = min(stamp - before, 0.0) + max(stamp - after, 0.0)
+    off = clock_offset(stamp, stamp, before, after)
     text = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     if abs(off) > MAX_CLOCK_SECONDS:
         return "warning", (

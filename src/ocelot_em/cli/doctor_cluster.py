@@ -1,4 +1,4 @@
-"""Checks of the workers of a cluster, for ``ocelot doctor``."""
+"""Findings of ``ocelot doctor``, and the checks of the workers of a cluster."""
 
 import asyncio
 import importlib
@@ -6,23 +6,52 @@ import importlib.metadata
 import platform
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from ocelot_em.cli.finding import (
-    MAX_CLOCK_SECONDS,
-    Finding,
-    State,
-    ahead_by,
-    named,
-    scratch_folder,
-)
+from ocelot_em.errors import OcelotError
 from ocelot_em.model.text import count_text
 from ocelot_em.run.connect import RESPONSE_SECONDS, call_with_timeout, connect_client
+
+SCRATCH_PREFIX = ".ocelot-doctor-"
+"""Prefix of temporary folders in the folder that is checked."""
+
+MAX_CLOCK_SECONDS = 3.0
+"""Maximum difference between clocks that gives no warning."""
+
+State = Literal["ok", "warning", "problem"]
+
+
+class Finding(NamedTuple):
+    """Result of one check; ``text`` includes a remedy unless the state is ``ok``."""
+
+    name: str
+    state: State
+    text: str
+
+
+def named(error: BaseException) -> str:
+    """Format an error, with its type if the text alone may be unclear."""
+    # Dask replaces exceptions that it cannot send by plain ones whose text has the type.
+    if isinstance(error, (OcelotError, TimeoutError)) or type(error) is Exception:
+        return str(error) or "no answer"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def clock_offset(started: float, ended: float, before: float, after: float) -> float:
+    """Return by how many seconds another clock is ahead, given times of one event on both."""
+    return min(started - before, 0.0) + max(ended - after, 0.0)
+
+
+def ahead_by(seconds: float) -> str:
+    """Format the offset of a clock; positive is ahead."""
+    return f"{abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
+
 
 HOSTS_NAMED = 5
 SAME_EVERYWHERE = ("ocelot_em", "dask", "distributed", "zarr", "numcodecs", "numpy", "numba")
@@ -95,9 +124,9 @@ def _ask(client: Any, workers: list[str], place: Path) -> dict[str, _Answer]:
         error = task.exception()
         return task.result() if error is None else _Answer(error, 0, 0)
 
-    with scratch_folder(place) as scratch:
-        scratch.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may run as another user
-        file = scratch / "of-the-driver"
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=place) as scratch:
+        file = Path(scratch) / "of-the-driver"
+        file.parent.chmod(stat.S_IMODE(place.stat().st_mode))  # workers may run as another user
         file.write_bytes(content)
         answers: dict[str, _Answer] = call_with_timeout(
             2 * RESPONSE_SECONDS, partial(client.sync, everyone, str(file))
@@ -154,7 +183,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
                 versions.setdefault(trouble, []).append(worker)
         if facts.folder_trouble:
             folder.setdefault(facts.folder_trouble, []).append(worker)
-        off = min(facts.started - before, 0.0) + max(facts.ended - after, 0.0)
+        off = clock_offset(facts.started, facts.ended, before, after)
         farthest = max(farthest, abs(off))
         if abs(off) > MAX_CLOCK_SECONDS:
             clocks.setdefault(ahead_by(off), []).append(worker)
@@ -162,41 +191,24 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
     findings = []
     if silent:
         hint = "they must be able to import this ocelot_em, and to answer"
-        findings.append(Finding("workers", "problem", f"{_told(silent)}; {hint}"))
+        findings.append(Finding("workers", "problem", f"{_described(silent)}; {hint}"))
     if not n_answered:
         return findings
-    judged: list[tuple[str, _Troubles, State, str, str]] = [
-        (
-            "workers' versions",
-            versions,
-            "problem",
-            "install the same versions on all machines",
-            f"the same as here: {', '.join(here)}",
-        ),
-        (
-            "workers' folder",
-            folder,
-            "problem",
-            "use a folder that all machines share, under one name",
-            f"{count_text(n_answered, 'worker')} can read and write {place}",
-        ),
-        (
-            "workers' clocks",
-            clocks,
-            "warning",
-            "synchronise all machines with the same time server",
-            f"within {farthest:.1f} s of this machine's",
-        ),
-    ]
-    for name, troubles, state, hint, praise in judged:
-        if troubles:
-            findings.append(Finding(name, state, f"{_told(troubles)}; {hint}"))
-        else:
-            findings.append(Finding(name, "ok", praise))
+
+    def judge(name: str, troubles: _Troubles, praise: str, hint: str, state: State) -> None:
+        text = f"{_described(troubles)}; {hint}" if troubles else praise
+        findings.append(Finding(f"workers' {name}", state if troubles else "ok", text))
+
+    same, shared = f"the same as here: {', '.join(here)}", count_text(n_answered, "worker")
+    judge("versions", versions, same, "install the same versions on all machines", "problem")
+    hint = "use a folder that all machines share, under one name"
+    judge("folder", folder, f"{shared} can read and write {place}", hint, "problem")
+    near = f"within {farthest:.1f} s of this machine's"
+    judge("clocks", clocks, near, "synchronise all machines with the same time server", "warning")
     return findings
 
 
-def _told(troubles: _Troubles) -> str:
+def _described(troubles: _Troubles) -> str:
     """Describe the problems, each with the hosts of its workers."""
     sentences = []
     for trouble, workers in troubles.items():
