@@ -11,13 +11,12 @@ import pytest
 from conftest import CROPS, DATA
 from helpers import chunk_bytes, read_maps
 from ocelot_em import describe
-from ocelot_em.cli import demo, doctor
+from ocelot_em.cli import doctor, trial_commands
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.main import run
 from ocelot_em.io.ome_zarr import read_level
 from ocelot_em.io.star_file import parse_star
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.testing.simulation import Simulation
 
 OPTICS = """\
 micrograph_path: M.mrc
@@ -163,6 +162,7 @@ def test_simulate_and_merge_with_a_run_folder(tmp_path):
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "DEMO", Simulation((256, 320), n_partials=3, n_particles=6, seed=20))
+    small = {"shape": (256, 320), "n_partials": 3, "n_particles": 6, "seed": 20}
+    monkeypatch.setattr(trial_commands, "DEMO", small)
     ocelot("demo", "--output", tmp_path / "demo")
     assert "of 6 planted particles 6 are above" in capsys.readouterr().out

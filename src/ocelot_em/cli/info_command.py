@@ -1,8 +1,10 @@
 """The commands ``info`` and ``check``, which describe stores."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ocelot_em.cli.console import missing_manifests_text, open_console
@@ -41,8 +43,7 @@ def check(stores: list[PathOrUrl], /, *, upgrade: bool = False) -> int:
         console.print(
             f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", markup=False
         )
-        for problem in problems:
-            console.print(f"  - {problem}", markup=False)
+        print_list(console, problems)
         if without_manifest:
             console.print(f"  {missing_manifests_text(without_manifest)}", markup=False)
     return FAILED if found_any else DONE
@@ -61,16 +62,13 @@ def info(store: PathOrUrl, /) -> int:
     from ocelot_em.view.inspection import describe
 
     console, info = open_console(), describe(store)
-    attributes = info.attributes
+    attributes, pixel_size = info.attributes, info.attributes.pixel_size_angstrom
     rows: list[tuple[str, object]] = [
         ("store", info.url),
         ("kind", f"{attributes.kind}, format version {attributes.format_version}"),
         ("shape", pixels_text(attributes.shape)),
         ("valid", pixels_text(attributes.valid_shape)),
-        (
-            "pixel size",
-            f"{attributes.pixel_size_angstrom} Å" if attributes.pixel_size_angstrom else "unknown",
-        ),
+        ("pixel size", f"{pixel_size} Å" if pixel_size else "unknown"),
         ("poses", attributes.pose_form.value),
         ("maps", ", ".join(attributes.maps.merged if info.n_tiles else attributes.maps.partial)),
         ("projections", projections_text(info)),
@@ -84,19 +82,43 @@ def info(store: PathOrUrl, /) -> int:
         rows.append(("tiles", f"{info.tiles_done} of {info.n_tiles} done"))
         if attributes.finished:
             rows.append(("finished", attributes.finished))
-    for label, value in rows:
-        console.print(f"{label:12}  {value}", markup=False)
+    print_rows(console, rows)
     if info.exposures:
         print_exposures(console, info)
-    table = Table("partial", "state", "projections")
-    table.columns[2].justify = "right"
-    for name, state, count in info.partials[:ROWS_SHOWN]:
-        table.add_row(name, state, f"{count:,}")
-    console.print(table)
-    print_more(console, len(info.partials))
+    partials = ((name, state, f"{count:,}") for name, state, count in info.partials)
+    print_table(console, ("partial", "state", "projections"), partials, right=(2,))
     if info.merged is not None:
         print_statistics(console, info.merged)
     return DONE
+
+
+def print_rows(console: Console, rows: Iterable[tuple[str, object]]) -> None:
+    """Print labels and values."""
+    for label, value in rows:
+        console.print(f"{label:12}  {value}", markup=False)
+
+
+def print_list(console: Console, sentences: Iterable[str]) -> None:
+    """Print sentences as a list."""
+    for sentence in sentences:
+        console.print(f"  - {sentence}", markup=False)
+
+
+def print_table(
+    console: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Iterable[int] = (),
+) -> None:
+    """Print a table with some right-justified columns, and the number of rows not shown."""
+    table, shown = Table(*columns), [*rows]
+    for number in right:
+        table.columns[number].justify = "right"
+    for row in shown[:ROWS_SHOWN]:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if len(shown) > ROWS_SHOWN:
+        console.print(f"and {len(shown) - ROWS_SHOWN:,} more")
 
 
 def projections_text(info: "StoreInfo") -> str:
@@ -112,27 +134,17 @@ def pixels_text(shape: tuple[int, int] | None) -> str:
     return "of each exposure" if shape is None else f"{shape[0]} x {shape[1]} pixels"
 
 
-def print_more(console: Console, n: int) -> None:
-    """Print the number of rows that are not shown."""
-    if n > ROWS_SHOWN:
-        console.print(f"and {n - ROWS_SHOWN:,} more")
-
-
 def print_exposures(console: Console, info: "StoreInfo") -> None:
     """Print the origin and other facts of each exposure."""
-    table = Table("exposure", "number", "origin", "acquired", "valid", "projections")
-    for exposure in info.exposures[:ROWS_SHOWN]:
-        y, x = exposure.origin
-        table.add_row(
-            exposure.id,
-            f"{exposure.number}",
-            f"{y:g}, {x:g}",
-            f"{exposure.acquired}",
-            f"{exposure.valid_shape[0]} x {exposure.valid_shape[1]}",
-            f"{exposure.total_projections:,}",
+    rows = (
+        (
+            *(e.id, f"{e.number}", "{:g}, {:g}".format(*e.origin), f"{e.acquired}"),
+            *("{} x {}".format(*e.valid_shape), f"{e.total_projections:,}"),
         )
-    console.print(table)
-    print_more(console, len(info.exposures))
+        for e in info.exposures
+    )
+    columns = ("exposure", "number", "origin", "acquired", "valid", "projections")
+    print_table(console, columns, rows)
 
 
 def print_statistics(console: Console, merged: "MergedResult") -> None:
@@ -152,54 +164,43 @@ def print_statistics(console: Console, merged: "MergedResult") -> None:
         rows.append(("mip", "{:.4g} to {:.4g}".format(*counted.mip_range)))
         rows.append(("z-score", "{:.4g} to {:.4g}".format(*counted.scaled_mip_range)))
     if counted.candidate_level is not None:
-        rows.append(
-            (
-                "candidates",
-                f"{counted.n_candidates:,} pixels above z = {counted.candidate_level:.2f}",
-            )
-        )
-    for label, value in rows:
-        console.print(f"{label:12}  {value}", markup=False)
+        level = f"{counted.candidate_level:.2f}"
+        rows.append(("candidates", f"{counted.n_candidates:,} pixels above z = {level}"))
+    print_rows(console, rows)
     if counted.exposures:
         print_shown(console, merged, counted)
         return
-    table = Table("partial", "pixels won", "expected", title_justify="left")
     total = sum(partial.total_projections for partial in counted.partials) or 1
     won = sum(partial.won_pixels for partial in counted.partials)
-    for partial in counted.partials:
-        expected = won * partial.total_projections / total
-        table.add_row(partial.name, f"{partial.won_pixels:,}", f"{expected:,.0f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
-    sources = Table("input", "mean", "spread of means", "standard deviation")
-    for source in counted.sources:
-        numbers = (source.mean, source.mean_spread, source.std)
-        sources.add_row(source.name, *("-" if n is None else f"{n:.4g}" for n in numbers))
-    console.print(sources)
-    for sentence in partial_warnings(counted):
-        console.print(f"  - {sentence}", markup=False)
+    partials = (
+        (p.name, f"{p.won_pixels:,}", f"{won * p.total_projections / total:,.0f}")
+        for p in counted.partials
+    )
+    print_table(console, ("partial", "pixels won", "expected"), partials, right=(1, 2))
+    sources = (
+        (source.name, *map(mean_text, (source.mean, source.mean_spread, source.std)))
+        for source in counted.sources
+    )
+    print_table(console, ("input", "mean", "spread of means", "standard deviation"), sources)
+    print_list(console, partial_warnings(counted))
+
+
+def mean_text(value: float | None) -> str:
+    """Format a number that may not be known."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def print_shown(console: Console, merged: "MergedResult", counted: "StatisticsAttributes") -> None:
     """Print what a montage shows of each exposure, and warnings."""
     from ocelot_em.particles.quality import montage_warnings
 
-    table = Table(
-        "exposure", "valid pixels", "shown", "of them in overlaps", "mean z there", "elsewhere"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for exposure in counted.exposures[:ROWS_SHOWN]:
-        means = (exposure.overlap.mean, exposure.alone.mean)
-        table.add_row(
-            exposure.id,
-            f"{exposure.valid_pixels:,}",
-            f"{exposure.shown_pixels:,}",
-            f"{exposure.overlap.pixels:,}",
-            *("-" if mean is None else f"{mean:.4g}" for mean in means),
+    columns = ("exposure", "valid pixels", "shown", "of them in overlaps", "mean z there")
+    rows = (
+        (
+            *(e.id, f"{e.valid_pixels:,}", f"{e.shown_pixels:,}", f"{e.overlap.pixels:,}"),
+            *map(mean_text, (e.overlap.mean, e.alone.mean)),
         )
-    console.print(table)
-    print_more(console, len(counted.exposures))
-    for sentence in montage_warnings(counted, merged.statistics_of_exposures):
-        console.print(f"  - {sentence}", markup=False)
+        for e in counted.exposures
+    )
+    print_table(console, (*columns, "elsewhere"), rows, right=range(1, 6))
+    print_list(console, montage_warnings(counted, merged.statistics_of_exposures))

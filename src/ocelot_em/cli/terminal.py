@@ -9,7 +9,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -22,7 +21,7 @@ from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.text import nbytes_text, seconds_text
+from ocelot_em.model.text import count_text, nbytes_text, seconds_text
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
 
@@ -35,14 +34,25 @@ class MergeProgress(Observer):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self._bar = Progress(
+            TextColumn("merging"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tiles  {task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("merge", rate="")
         self._n_tiles = self._n_done = self._at_start = 0
         self._failed: set[tuple[int, int]] = set()
         self._stop: Callable[[], None] | None = None
         self._is_to_stop = False
         self._nbytes = 0
-        self._started = self._told = time.perf_counter()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self._started = self._printed = time.perf_counter()
 
     def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
         """Print the plan; tiles merged earlier count as done."""
@@ -81,33 +91,20 @@ class MergeProgress(Observer):
         self.console.print(f"running on {cluster.description}", markup=False)
         if cluster.dashboard:
             self.console.print(f"dashboard: {cluster.dashboard}", markup=False)
-        self._started = self._told = time.perf_counter()
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("merging"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("tiles  {task.fields[rate]}"),
-                TimeRemainingColumn(compact=True),
-                console=self.console,
-            )
-            self._task = self._bar.add_task(
-                "merge", total=self._n_tiles, completed=self._n_done, rate=""
-            )
-            self._bar.start()
+        self._start_clock()
+        self._bar.reset(self._task, total=self._n_tiles, completed=self._n_done)
+        self._bar.start()
 
     def compiling(self) -> None:
         """Print a message, and hide the bar."""
         self.console.print("compiling kernels (once after an installation; about 10 s)")
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, visible=False)
+        self._bar.update(self._task, visible=False)
 
     def compiled(self, seconds: float) -> None:
         """Print the compilation time, and restart the timer of the tiles."""
         self.console.print(f"compiled kernels in {seconds_text(seconds)}")
-        self._started = self._told = time.perf_counter()
-        if self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, completed=self._n_done, visible=True)
+        self._start_clock()
+        self._bar.reset(self._task, completed=self._n_done, visible=True)
 
     def tile_ended(self, outcome: Outcome) -> None:
         """Count a tile."""
@@ -125,10 +122,9 @@ class MergeProgress(Observer):
             self._nbytes += outcome.summary.decoded_nbytes
         now = time.perf_counter()
         rate = f"{nbytes_text(round(self._nbytes / max(now - self._started, 1e-9)))}/s"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._n_done, rate=rate)
-        elif not self.console.is_terminal and now - self._told >= PLAIN_SECONDS:
-            self._told = now
+        self._bar.update(self._task, completed=self._n_done, rate=rate)
+        if not self.console.is_terminal and now - self._printed >= PLAIN_SECONDS:
+            self._printed = now
             here = self._n_done - self._at_start
             left = (now - self._started) / max(here, 1) * (self._n_tiles - self._n_done)
             failed = f", {len(self._failed)} failed" if self._failed else ""
@@ -141,8 +137,7 @@ class MergeProgress(Observer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
 
 def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) -> None:
@@ -208,8 +203,7 @@ def print_report(console: Console, report: MergeReport) -> None:
     if report.n_merged:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
         console.print(
-            f"merged {report.n_merged} tile{'s' * (report.n_merged != 1)} "
-            f"in {seconds_text(report.seconds)}: "
+            f"merged {count_text(report.n_merged, 'tile')} in {seconds_text(report.seconds)}: "
             f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
             f"waiting for storage {report.waiting_share:.0%}"
         )
