@@ -278,7 +278,10 @@ def test_every_command_has_help(ocelot, command):
 def test_every_option_is_described():
     for command in cli.COMMANDS:
         options = cli.app[command].assemble_argument_collection(parse_docstring=True)
-        assert [o.name for o in options if o.name != "*" and not o.parameter.help] == []
+        helps = {o.name: o.parameter.help or "" for o in options if o.name != "*"}
+        assert all(helps.values())
+        python_names = [re.findall(r"[a-z]+_[a-z_]+\b(?!\.)", text) for text in helps.values()]
+        assert not any(python_names)
 
 
 def test_the_help_of_merge_is_grouped_and_has_defaults(ocelot):
@@ -305,6 +308,7 @@ def test_the_help_explains_the_exit_codes(ocelot):
         (["merge", "A", "--output"], "--output: expected a value"),
         (["import", "a.npz"], "--output is required"),
         (["info"], "STORE is required"),
+        (["info", "A", "B"], "unexpected argument 'B'"),
         (["simulate", "S", "--shape", 3], "--shape: expected a value"),
     ],
 )
@@ -334,11 +338,11 @@ def test_the_last_of_repeated_options_wins(ocelot, run, tmp_path):
     assert "tiles       12 of 16 x 16" in ocelot(*arguments, 8, "--tile-size", 16)[1]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_can_be_installed(ocelot, tmp_path, monkeypatch, shell):
+@pytest.mark.parametrize("words", [["bash"], ["zsh"], ["--shell", "fish"]])
+def test_completion_can_be_installed(ocelot, tmp_path, monkeypatch, words):
     monkeypatch.setenv("HOME", str(tmp_path))
-    script = tmp_path / "completion"
-    code, _, err = ocelot("--install-completion", "--shell", shell, "--output", script)
+    script, shell = tmp_path / "completion", words[-1]
+    code, _, err = ocelot("--install-completion", *words, "--output", script)
     assert (code, err) == (0, "")
     text = script.read_text()
     assert all(word in text for word in ("memory-limit", "farthest-from-edge", "simulate"))

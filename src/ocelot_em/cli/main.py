@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import BoundArguments
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
@@ -47,7 +48,27 @@ app = App(
 for _number, (_name, (_place, _summary)) in enumerate(COMMANDS.items()):
     _own = {} if _place.endswith(":app") else AS_COMMAND
     app.command(f"ocelot_em.cli.{_place}", name=_name, help=_summary, sort_key=_number, **_own)
-app.register_install_completion_command(help="Install completion for your shell.")
+
+
+@app.command(name="--install-completion", sort_key=len(COMMANDS), help_format="markdown")
+def install_completion(
+    shell: Literal["bash", "zsh", "fish", "powershell"] | None = None,
+    *,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+) -> None:
+    """Install completion of commands and options for your shell.
+
+    Parameters
+    ----------
+    shell
+        Shell to install it for. Default: the one that runs this command.
+    output
+        File to write. Default: the shell's own place for completions.
+    """
+    from cyclopts.completion.install import create_install_completion_command
+
+    create_install_completion_command(app.install_completion, True)(shell=shell, output=output)
+
 
 EVERY = Parameter(group=Group.create_ordered("Every command", sort_key=2))
 

@@ -6,6 +6,7 @@ from cyclopts import (
     MissingArgumentError,
     UnknownCommandError,
     UnknownOptionError,
+    UnusedCliTokensError,
     ValidationError,
 )
 
@@ -32,6 +33,8 @@ def _problem(error: CycloptsError) -> str:
         return f"unknown command {word!r}{hint}"
     if isinstance(error, UnknownOptionError):
         return _unknown(error.token.keyword or error.token.value, error)
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument {error.unused_tokens[0]!r}"
     if isinstance(error, MissingArgumentError) and error.argument:
         if error.argument.tokens or error.keyword:
             return f"{error.keyword or error.argument.name}: expected a value"

@@ -61,7 +61,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _probe(folder: Path) -> None:
-    """Raise OSError unless files can be written here, and by nobody else who shares the place."""
+    """Raise OSError unless this user, and no other, can write files here."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.parent == Path(tempfile.gettempdir()):
         # numba unpickles what it finds.

@@ -23,6 +23,10 @@ MAX_FAILURES_SHOWN = 20
 """Maximum number of failed tiles that an error names."""
 
 
+ACTIVITIES = {"read": "reading", "fold": "merging", "write": "writing"}
+"""What people read for the activities that are timed."""
+
+
 @dataclass(frozen=True, slots=True)
 class TileSummary:
     """Summary of a written tile, stored in the output as its done-mark.
@@ -190,9 +194,9 @@ class MergeReport:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Fractions of the workers' time spent reading, folding and writing."""
+        """Fractions of the workers' time spent reading, merging and writing."""
         seconds, total = self.totals.seconds, self._busy_seconds or 1.0
-        return {name: seconds[name] / total for name in ("read", "fold", "write")}
+        return {activity: seconds[name] / total for name, activity in ACTIVITIES.items()}
 
     @property
     def waiting_share(self) -> float:

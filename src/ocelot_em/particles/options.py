@@ -15,24 +15,25 @@ class PickOptions(Options):
     ----------
     method
         How significance is judged. ``gaussian``: by the z-score that Gaussian noise exceeds
-        ``false_positives`` times. ``gev``: the same for an extreme value distribution fitted to the
-        map. ``pvalue``: by -ln p from the ranks of ``mip`` and z-score.
+        as often as there may be false positives. ``gev``: the same for an extreme value
+        distribution fitted to the map. ``pvalue``: by -ln p from the ranks of ``mip`` and z-score.
     false_positives
         Expected number of false positives in the whole map (``gaussian``, ``gev``).
     cutoff
         Cutoff to use instead of the method's, in the method's own scale: z-score, or -ln p.
-        Default: from ``false_positives``, or 8 for ``pvalue``.
+        Default: from the expected number of false positives, or 8 for ``pvalue``.
     min_distance
         Minimum distance between peaks in pixels; in a montage, within one exposure.
     per
-        Scope of ``false_positives`` and cutoff in a montage. ``exposure``: each exposure has its
-        own cutoff, and peaks are picked from all its valid pixels, shown or hidden. ``montage``:
-        one cutoff applies to the whole montage, and peaks are picked from the shown pixels.
+        Scope of the false positives and of the cutoff in a montage. ``exposure``: each exposure has
+        its own cutoff, and peaks are picked from all its valid pixels, shown or hidden.
+        ``montage``: one cutoff applies to the whole montage, and peaks are picked from the shown
+        pixels.
         ``pvalue`` ranks are always per exposure.
     same_distance
         Maximum distance in pixels on the canvas between peaks of different exposures that are one
         particle, if their poses agree, too; 0: never. The particle is reported once, from the
-        exposure that the montage's overlap rule prefers. Default: ``min_distance``.
+        exposure that the montage's overlap rule prefers. Default: the minimum distance of peaks.
     same_angle
         Maximum difference in degrees between the orientations of one particle in two exposures.
     same_defocus

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.merge.outcome import SUMMARY_FIELDS
+from ocelot_em.merge.outcome import ACTIVITIES, SUMMARY_FIELDS
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.text import (
@@ -305,7 +305,7 @@ def timings_section(data: ReportData) -> dict[str, object]:
     """Return how the time was spent, and how much data was processed."""
     tiles = read_table(data.merged.objects, constants.TILE_SUMMARY)[..., : len(SUMMARY_FIELDS)]
     totals = dict(zip(SUMMARY_FIELDS, np.nansum(tiles, axis=(0, 1)).tolist(), strict=True))
-    seconds = {name: totals[f"{name}_seconds"] for name in ("read", "fold", "write")}
+    seconds = {activity: totals[f"{name}_seconds"] for name, activity in ACTIVITIES.items()}
     busy = sum(seconds.values())
     shares = {name: value / busy for name, value in seconds.items() if busy > 0}
     decoded = totals["decoded_nbytes"]
