@@ -97,7 +97,7 @@ class ExposureEntry(_Strict):
         ]
         | None
     ) = None
-    acquired: fmt.Acquired | None = None
+    acquired: fmt.Order | None = None
     valid_shape: Annotated[list[fmt.PixelCount], Field(min_length=2, max_length=2)] | None = None
     partials: Annotated[list[_FileName], Field(min_length=1)]
     total_projections: list[fmt.Count] = []

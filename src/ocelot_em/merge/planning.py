@@ -149,7 +149,8 @@ def _placed(
                 "are never interpolated; use --origins round to round origins to whole pixels"
             )
         height, width = exposure.valid_shape if exposure.id or erode else exposure.shape
-        if min(height, width) <= 2 * erode:
+        edge = erode if min(height, width) > 2 * erode else 0
+        if edge < erode:
             name = f"exposure {exposure.id!r}" if exposure.id else "inputs"
             problems.append(
                 f"{name}: erode: expected less than half of the valid {height} x {width} pixels, "
@@ -159,7 +160,7 @@ def _placed(
             PlannedExposure(
                 **exposure.model_dump(exclude={"origin", "total_projections"}),
                 origin=(round(y), round(x)),
-                taken=(erode, height - erode, erode, width - erode),
+                taken=(edge, height - edge, edge, width - edge),
                 sources=_numbered(sources),
             )
         )

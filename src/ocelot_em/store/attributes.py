@@ -1,7 +1,7 @@
-"""The stored format, version 3: names and attributes. Pure; ``docs/format.md`` is normative.
+"""The attributes of the stored format, version 3, which ``docs/format.md`` describes.
 
-Attributes are pydantic models under the one key ``ocelot`` of a group's attributes; parsing
-reports every problem with its place. Stores of versions 1 and 2 are converted when read.
+They are pydantic models under the one key ``ocelot`` of a group's attributes; parsing reports
+every problem with its place. Stores of version 1 are converted when read.
 """
 
 import json
@@ -32,6 +32,9 @@ ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9.
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 of a manifest."""
 
+Id = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,128}$")]
+"""Id of a version of the data."""
+
 Folder = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{1,32})?$")]
 """Folder of a partial's arrays."""
 
@@ -39,7 +42,7 @@ PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Shape = tuple[PixelCount, PixelCount]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 2)]
-Acquired = Annotated[int, Field(ge=-(2**53), le=2**53)]
+Order = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Origin = Annotated[float, Field(ge=-(2**31), le=2**31, allow_inf_nan=False)]
 Angstrom = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CanvasPixel = Annotated[int, Field(ge=-(2**33), le=2**33)]
@@ -58,21 +61,7 @@ class Attributes(BaseModel):
 
 
 class Provenance(Attributes):
-    """Origin of the data, for readers; ``input_sha256`` also reveals files given twice.
-
-    Parameters
-    ----------
-    created
-        UTC time of creation (ISO 8601).
-    versions
-        Versions of the packages used.
-    inputs
-        Stores that were merged, or the file that a partial was imported from.
-    input_sha256
-        SHA-256 hash of that file.
-    options
-        Options given by the user.
-    """
+    """Origin of the data, for readers; ``input_sha256`` also reveals files given twice."""
 
     created: str
     versions: dict[str, str]
@@ -81,11 +70,17 @@ class Provenance(Attributes):
     options: dict[str, Any] = {}
 
 
-def too_large(shape: tuple[int, int], valid_shape: tuple[int, int]) -> str:
-    """Return the problem if the valid shape exceeds the shape, else ``""``."""
-    if valid_shape[0] > shape[0] or valid_shape[1] > shape[1]:
-        return f"valid_shape: expected at most shape {shape}, got {valid_shape}"
-    return ""
+def _shapes_agree(model: Any) -> Any:
+    """Require valid pixels within the shape, or neither of the two."""
+    shape, valid = model.shape, model.valid_shape
+    if (shape is None) != (valid is None):
+        raise ValueError(
+            "valid_shape: expected one where there is a shape, and none where there is none, "
+            f"got {valid} for shape {shape}"
+        )
+    if shape and (valid[0] > shape[0] or valid[1] > shape[1]):
+        raise ValueError(f"valid_shape: expected at most shape {shape}, got {valid}")
+    return model
 
 
 class _Result(Attributes):
@@ -141,16 +136,7 @@ class SearchAttributes(_Result):
     shape: Shape | None
     valid_shape: Shape | None
 
-    @model_validator(mode="after")
-    def _shapes_agree(self) -> Self:
-        if (self.shape is None) != (self.valid_shape is None):
-            raise ValueError(
-                "valid_shape: expected one where there is a shape, and none where there is none, "
-                f"got {self.valid_shape} for shape {self.shape}"
-            )
-        if self.shape and self.valid_shape and (wrong := too_large(self.shape, self.valid_shape)):
-            raise ValueError(wrong)
-        return self
+    _sized = model_validator(mode="after")(_shapes_agree)
 
     @property
     def has_exposures(self) -> bool:
@@ -159,37 +145,17 @@ class SearchAttributes(_Result):
 
 
 class ExposureAttributes(Attributes):
-    """One exposure of a search.
-
-    Parameters
-    ----------
-    id
-        Name; empty for the only exposure of a search without named exposures.
-    number
-        Permanent number, which identifies the exposure in maps.
-    origin
-        Row and column of its first pixel on the canvas; may be fractional or negative.
-    acquired
-        Order of acquisition.
-    shape, valid_shape
-        Shapes of its maps and of their valid pixels.
-    total_projections
-        As in :class:`SearchAttributes`.
-    """
+    """One exposure of a search; the only one of a search without named exposures has no id."""
 
     id: ExposureId
     number: Number
     origin: tuple[Origin, Origin]
-    acquired: Acquired
+    acquired: Order
     shape: Shape
     valid_shape: Shape
     total_projections: Count
 
-    @model_validator(mode="after")
-    def _shapes_agree(self) -> Self:
-        if wrong := too_large(self.shape, self.valid_shape):
-            raise ValueError(wrong)
-        return self
+    _sized = model_validator(mode="after")(_shapes_agree)
 
 
 SHARED_BY_EXPOSURE = ("origin", "acquired", "shape", "valid_shape")
@@ -203,18 +169,10 @@ class NumberAttributes(Attributes):
 
 
 class PartialAttributes(Attributes):
-    """One partial; ``state`` becomes ``complete`` after its last chunk is written.
+    """One partial; ``state`` becomes ``complete`` after its last chunk is written."""
 
-    Parameters
-    ----------
-    folder
-        Folder of its arrays within its group, its writer's own; versions 1 and 2 had none.
-    manifest
-        Digest of the manifest of a complete partial; versions 1 and 2 had none.
-    """
-
-    id: str
-    order: int
+    id: Id
+    order: Order
     total_projections: Count
     state: Literal["writing", "complete"]
     provenance: Provenance
@@ -226,26 +184,16 @@ class Contribution(Attributes):
     """A partial in a merged result; ``best_partial`` holds its index in the list."""
 
     name: PartialName
-    id: str
+    id: Id
     total_projections: Count
 
 
 class PlacedExposure(Attributes):
-    """Position of an exposure on a canvas, and its region used there.
-
-    Parameters
-    ----------
-    id, number, acquired, shape, valid_shape
-        As in :class:`ExposureAttributes`; ``source_exposure`` holds the number.
-    origin
-        Row and column of its first pixel in the merged maps; may be negative.
-    taken
-        First row, end row, first column and end column of the region used, in the exposure.
-    """
+    """An exposure on a canvas: the origin there, and its region that is used."""
 
     id: ExposureId
     number: Number
-    acquired: Acquired
+    acquired: Order
     origin: tuple[CanvasPixel, CanvasPixel]
     shape: Shape
     valid_shape: Shape
@@ -261,27 +209,18 @@ class PlacedExposure(Attributes):
         """The same region in the merged maps."""
         return self.region.shifted(*self.origin)
 
+    _sized = model_validator(mode="after")(_shapes_agree)
 
-def not_taken(exposure: PlacedExposure) -> str:
-    """Return the problem if the region used of an exposure is invalid, else ``""``."""
-    whole, region = Region.whole(exposure.shape), exposure.region
-    if wrong := too_large(exposure.shape, exposure.valid_shape):
-        return wrong
-    if region.size and region.intersect(whole) == region:
-        return ""
-    return f"taken: expected pixels of {whole}, got {region}"
+    @model_validator(mode="after")
+    def _takes_own_pixels(self) -> Self:
+        whole, region = Region.whole(self.shape), self.region
+        if not region.size or region.intersect(whole) != region:
+            raise ValueError(f"taken: expected pixels of {whole}, got {region}")
+        return self
 
 
 class MergedExposure(PlacedExposure):
-    """An exposure of a merged result.
-
-    Parameters
-    ----------
-    total_projections
-        Sum over its partials.
-    first_partial, n_partials
-        Its range in the result's ``partials``; ``best_partial`` counts from the first.
-    """
+    """An exposure of a merged result, and its range in the result's ``partials``."""
 
     total_projections: Count
     first_partial: Number
@@ -289,24 +228,14 @@ class MergedExposure(PlacedExposure):
 
 
 class MergedAttributes(_Result):
-    """Root of a merged result; ``state`` becomes ``complete`` after the last tile.
-
-    Parameters
-    ----------
-    exposures
-        Exposures of a montage, by number; otherwise empty.
-    canvas_origin
-        Row and column, in the search, of the merged maps' first pixel.
-    manifest
-        Digest of the manifest of a complete result; None before, and in versions 1 and 2.
-    """
+    """Root of a merged result; ``state`` becomes ``complete`` after the last tile."""
 
     kind: Literal["merged"]
     shape: Shape
     valid_shape: Shape
     exposures: Several[MergedExposure] = ()
     canvas_origin: tuple[CanvasPixel, CanvasPixel] = (0, 0)
-    id: str
+    id: Id
     state: Literal["writing", "complete"]
     partials: Several[Contribution]
     plan: dict[str, Any]
@@ -314,14 +243,12 @@ class MergedAttributes(_Result):
     has_decoded_poses: bool = True
     manifest: Digest | None = None
 
+    _sized = model_validator(mode="after")(_shapes_agree)
+
     @model_validator(mode="after")
-    def _shapes_agree(self) -> Self:
-        if wrong := too_large(self.shape, self.valid_shape):
-            raise ValueError(wrong)
+    def _partials_agree(self) -> Self:
         next_partial = 0
         for exposure in self.exposures:
-            if wrong := not_taken(exposure):
-                raise ValueError(f"exposures: {exposure.id}: {wrong}")
             if exposure.first_partial != next_partial:
                 raise ValueError(
                     f"exposures: expected the partials of exposure {exposure.number} to begin with "
@@ -338,24 +265,15 @@ class MergedAttributes(_Result):
     @property
     def maps(self) -> MapSet:
         """Which maps there are."""
-        decoded, several = self.has_decoded_poses, bool(self.exposures)
-        return replace(super().maps, decoded=decoded, exposures=several)
+        several = bool(self.exposures)
+        return replace(super().maps, decoded=self.has_decoded_poses, exposures=several)
 
-
-READ_VERSIONS = 2, FORMAT_VERSION
-"""Versions that are read; version 1 is converted to 2 first, whose stores lack only manifests."""
 
 _Model = TypeVar("_Model", bound=Attributes)
 
 
 def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Model:
-    """Read the ``ocelot`` attributes of a group.
-
-    Raises
-    ------
-    FormatError
-        Naming the place and every problem, or an unsupported format version.
-    """
+    """Read the ``ocelot`` attributes of a group; ``FormatError`` names every problem."""
     content = attributes.get(ATTRIBUTE_KEY) if isinstance(attributes, dict) else None
     if not isinstance(content, dict):
         raise FormatError(
@@ -363,7 +281,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
         )
     content = upgraded(content)
     version = content.get("format_version", FORMAT_VERSION)
-    if version not in READ_VERSIONS or isinstance(version, bool):
+    if version not in (2, FORMAT_VERSION) or isinstance(version, bool):
         raise FormatError(
             f"{where}: expected format version {FORMAT_VERSION}, got {reprlib.repr(version)}; "
             "read it with the version of ocelot-em that wrote it, or a newer one"
@@ -372,13 +290,7 @@ def parse_attributes(model: type[_Model], attributes: object, where: str) -> _Mo
 
 
 def validated(model: type[_Model], content: object, where: str) -> _Model:
-    """Validate part of a JSON document.
-
-    Raises
-    ------
-    FormatError
-        Naming the place and the problems.
-    """
+    """Validate part of a JSON document; ``FormatError`` names every problem."""
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -388,11 +300,7 @@ def validated(model: type[_Model], content: object, where: str) -> _Model:
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert attributes of an earlier version to the current one.
-
-    Version 1 had no exposures. Its fields have the same meaning, except that a merge's plan listed
-    sources instead of exposures.
-    """
+    """Convert attributes of version 1 to 2: a merge's plan listed sources instead of exposures."""
     if content.get("format_version") != 1 or isinstance(content["format_version"], bool):
         return content
     new = {**content, "format_version": 2}

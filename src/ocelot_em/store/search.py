@@ -31,17 +31,10 @@ def partial_path(name: str, exposure: str = "") -> str:
 
 
 def read_exposure(objects: Objects, exposure: str) -> fmt.ExposureAttributes:
-    """Read the attributes of one exposure.
-
-    Raises
-    ------
-    FormatError
-    """
+    """Read the attributes of one exposure."""
     path = exposure_path(exposure)
-    where = f"{objects.url}/{path}"
-    found = fmt.parse_attributes(
-        fmt.ExposureAttributes, groups.group_attributes(objects, path), where
-    )
+    where, attributes = f"{objects.url}/{path}", groups.group_attributes(objects, path)
+    found = fmt.parse_attributes(fmt.ExposureAttributes, attributes, where)
     if found.id != exposure:
         raise FormatError(f"{where}: expected the exposure {exposure!r}, got {found.id!r}")
     return found
@@ -50,13 +43,7 @@ def read_exposure(objects: Objects, exposure: str) -> fmt.ExposureAttributes:
 def read_exposures(
     objects: Objects, attributes: fmt.SearchAttributes | fmt.MergedAttributes
 ) -> list[fmt.ExposureAttributes]:
-    """Read a store's exposures, by number; a store that has a shape is itself one.
-
-    Raises
-    ------
-    FormatError
-        An exposure cannot be read, or two have the same number.
-    """
+    """Read a store's exposures, by number; a store that has a shape is itself one."""
     if attributes.shape is not None and attributes.valid_shape is not None:
         return [
             fmt.ExposureAttributes(
@@ -82,13 +69,7 @@ def read_exposures(
 
 
 def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | None:
-    """Read the tables and check them against the recorded digest.
-
-    Raises
-    ------
-    FormatError
-        The tables are missing, or differ from those of the search.
-    """
+    """Read the tables, and check them against the recorded digest."""
     if digest is None:
         return None
     tables = (store.read_table(objects, f"{constants.SEARCH_SPACE}/{name}") for name in TABLES)
@@ -105,12 +86,7 @@ def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | Non
 
 
 def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttributes:
-    """Read the root attributes of a search or a merged result.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError
-    """
+    """Read the root attributes of a search or a merged result."""
     attributes = groups.group_attributes(objects, "")
     if attributes is None:
         raise StoreNotFoundError(f"{objects.url}: expected an ocelot-em store, got nothing there")
@@ -124,35 +100,21 @@ def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttrib
 def read_partial_attributes(
     objects: Objects, name: str, exposure: str = ""
 ) -> fmt.PartialAttributes:
-    """Read the attributes of one partial.
-
-    Raises
-    ------
-    FormatError
-    """
+    """Read the attributes of one partial."""
     path = partial_path(name, exposure)
     attributes = groups.group_attributes(objects, path)
     return fmt.parse_attributes(fmt.PartialAttributes, attributes, f"{objects.url}/{path}")
 
 
 def partial_names(objects: Objects, exposure: str = "") -> list[str]:
-    """Names of all partials of an exposure, complete or not, in alphabetical order.
-
-    Raises
-    ------
-    FormatError
-        A group's name is not valid for a partial.
-    """
+    """Names of all partials of an exposure, complete or not, in alphabetical order."""
     return names_of_groups(objects, partials_path(exposure), "partial name")
 
 
 def names_of_groups(objects: Objects, path: str, what: str) -> list[str]:
     """Return the names of the groups below a path."""
-    names = {
-        name
-        for name in objects.children(path)
-        if objects.get(f"{path}/{name}/zarr.json") is not None
-    }
+    folders = objects.children(path)
+    names = {name for name in folders if objects.get(f"{path}/{name}/zarr.json") is not None}
     problems = [problem for name in names for problem in name_problems(name, what)]
     if problems:
         raise FormatError(f"{objects.url}/{path}: {'; '.join(sorted(problems)[:20])}")
@@ -163,11 +125,6 @@ def read_partials(objects: Objects, exposure: str = "") -> list[tuple[str, fmt.P
     """Names and attributes of an exposure's partials in the stated order: ``order``, then name.
 
     Names sort naturally: ``gpu9`` before ``gpu10``.
-
-    Raises
-    ------
-    FormatError
-        A partial cannot be read.
     """
     names = partial_names(objects, exposure)
     found = [(name, read_partial_attributes(objects, name, exposure)) for name in names]
@@ -181,18 +138,10 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 @dataclass(frozen=True)
 class MapGroup:
-    """The maps of a partial or of a merged result.
+    """The maps of a partial or of a merged result, which has no path and no name.
 
-    Parameters
-    ----------
-    objects
-        The store.
-    path, name
-        Path of the group and name of the partial; both empty for a merged result.
-    folder
-        Folder of the arrays within the group.
-    manifest
-        Checksums of all chunks, which are compared when chunks are read; None without.
+    ``folder`` has the arrays within the group; chunks are compared with the manifest, if there is
+    one.
     """
 
     objects: Objects
@@ -213,14 +162,7 @@ class MapGroup:
     def open(
         self, keys: tuple[str, ...], shape: tuple[int, int] | None = None
     ) -> dict[str, store.ChunkedMap]:
-        """Open some maps.
-
-        Raises
-        ------
-        FormatError
-            A map is missing, does not follow the format, is not the one of the manifest, or has
-            another shape than the given one.
-        """
+        """Open some maps, which must have the given shape, and be those of the manifest."""
         maps = {key: self._open_one(key) for key in keys}
         for chunked in maps.values():
             if shape is not None and chunked.shape != shape:
@@ -241,31 +183,22 @@ class MapGroup:
 def open_partial(
     objects: Objects, name: str, exposure: str, attributes: fmt.PartialAttributes
 ) -> MapGroup:
-    """Return the maps of a partial, with its manifest if it has one.
-
-    Raises
-    ------
-    FormatError
-        The manifest is missing, or is not the recorded one.
-    """
-    path, manifest = partial_path(name, exposure), None
-    if attributes.manifest is not None:
-        manifest = read_manifest(objects, path, attributes.id, attributes.manifest)
-    return MapGroup(objects, path, name, attributes.folder, manifest)
+    """Return the maps of a partial, with its manifest if it has one."""
+    path = partial_path(name, exposure)
+    return MapGroup(objects, path, name, attributes.folder, _manifest(objects, path, attributes))
 
 
 def open_result(objects: Objects, attributes: fmt.MergedAttributes) -> MapGroup:
-    """Return the maps of a merged result, with its manifest if it has one.
+    """Return the maps of a merged result, with its manifest if it has one."""
+    return MapGroup(objects, manifest=_manifest(objects, "", attributes))
 
-    Raises
-    ------
-    FormatError
-        The manifest is missing, or is not the recorded one.
-    """
-    manifest = None
-    if attributes.manifest is not None:
-        manifest = read_manifest(objects, "", attributes.id, attributes.manifest)
-    return MapGroup(objects, manifest=manifest)
+
+def _manifest(
+    objects: Objects, path: str, attributes: fmt.PartialAttributes | fmt.MergedAttributes
+) -> Manifest | None:
+    if attributes.manifest is None:
+        return None
+    return read_manifest(objects, path, attributes.id, attributes.manifest)
 
 
 def chunk_problem(chunked: store.ChunkedMap, other: store.ChunkedMap) -> str:

@@ -5,12 +5,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from ocelot_em.errors import (
-    FormatError,
-    IncompleteError,
-    InputChangedError,
-    StoreNotFoundError,
-)
+from ocelot_em.errors import FormatError, IncompleteError, InputChangedError, StoreNotFoundError
 from ocelot_em.model.maps import BEST_PARTIAL, MapSet
 from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
@@ -38,34 +33,15 @@ _GROUP = rf"^(({constants.EXPOSURES}/{_NAME}/)?{constants.PARTIALS}/{_NAME})?$"
 
 
 class Source(fmt.Attributes):
-    """One input of a merge: a partial of a search, or an earlier merged result.
+    """One input of a merge: a partial of a search, or an earlier merged result, without a path.
 
-    Parameters
-    ----------
-    url, path
-        The store, and the path of its group (empty for a merged result).
-    name
-        Name of the partial, or of the merged store.
-    id
-        Id of this version of the data.
-    total_projections
-        Exact number of cross-correlations.
-    first_number
-        Number of its first contribution in the stated order of the merge.
-    contributions
-        Its partials: itself, or those of the earlier merge.
-    has_counts
-        Whether it has a map of counts.
-    folder
-        Folder of its arrays within its group.
-    manifest
-        Digest of its manifest; None for data of versions 1 and 2.
+    ``first_number`` is the number of its first contribution in the stated order of the merge.
     """
 
     url: str
     path: Annotated[str, StringConstraints(pattern=_GROUP)]
     name: str
-    id: str
+    id: fmt.Id
     total_projections: fmt.Count
     first_number: fmt.Number
     contributions: fmt.Several[fmt.Contribution]
@@ -84,14 +60,12 @@ class Source(fmt.Attributes):
         return names if self.path else (*names, BEST_PARTIAL)
 
 
-def open_one(source: Source, name: str) -> store.ChunkedMap:
-    """Open one map of a source; all its maps have the same shape and chunks.
+_OF_PARTIAL = "id", "total_projections", "folder", "manifest"
+"""Attributes of a partial that its source repeats."""
 
-    Raises
-    ------
-    FormatError
-        The map is missing or invalid.
-    """
+
+def open_one(source: Source, name: str) -> store.ChunkedMap:
+    """Open one map of a source; all its maps have the same shape and chunks."""
     objects = open_objects(source.url)
     return MapGroup(objects, source.path, source.name, source.folder).open((name,))[name]
 
@@ -99,15 +73,7 @@ def open_one(source: Source, name: str) -> store.ChunkedMap:
 def open_source_maps(
     source: Source, maps: MapSet, shape: tuple[int, int]
 ) -> dict[str, store.ChunkedMap]:
-    """Open the maps of a source that a merge needs; they must have this shape.
-
-    Raises
-    ------
-    InputChangedError
-        The source is not the one that was planned.
-    FormatError
-        As :meth:`MapGroup.open`.
-    """
+    """Open the maps of a planned source that a merge needs; they must have this shape."""
     objects = open_objects(source.url)
     manifest = None
     if source.manifest is None:
@@ -123,15 +89,9 @@ def open_source_maps(
 
 
 def check_unchanged(source: Source) -> None:
-    """Raise unless a source is still the one that was planned.
-
-    Raises
-    ------
-    InputChangedError
-        It was written again, is incomplete or missing, or another store is at its path.
-    """
+    """Raise ``InputChangedError`` unless a source is still the one that was planned."""
     objects = open_objects(source.url)
-    found: fmt.PartialAttributes | fmt.SearchAttributes | fmt.MergedAttributes
+    found: fmt.Attributes
     try:
         if source.path:
             attributes = groups.group_attributes(objects, source.path)
@@ -143,9 +103,8 @@ def check_unchanged(source: Source) -> None:
             f"{source.place}: changed since the merge was planned: {error}"
         ) from error
     expected = source.id, "complete", source.total_projections, source.manifest
-    got = tuple(
-        getattr(found, name, None) for name in ("id", "state", "total_projections", "manifest")
-    )
+    names = "id", "state", "total_projections", "manifest"
+    got = tuple(getattr(found, name, None) for name in names)
     if got != expected:
         raise InputChangedError(
             f"{source.place}: changed since the merge was planned: expected id, state, number of "
@@ -159,28 +118,10 @@ def open_sources(
 ) -> tuple[
     fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
 ]:
-    """Read the sources of a store, in the stated order.
+    """Read the sources of a store and its exposures, by number, in the stated order.
 
-    Parameters
-    ----------
-    objects
-        The store.
-    without
-        Names of partials to leave out; ``EXPOSURE/NAME`` in a search with exposures.
-
-    Returns
-    -------
-    attributes
-        Attributes of the store.
-    exposures
-        Attributes of each, by number, and its sources, numbered from 0; at least one of each.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError
-        It is not a store, or a merged montage, which cannot be merged again.
-    IncompleteError
-        The merged result is incomplete, or partials are missing or incomplete; all are listed.
+    Partials ``without`` are left out (``EXPOSURE/NAME`` in a search with exposures).
+    ``IncompleteError`` lists all partials that are missing or incomplete.
     """
     attributes = read_attributes(objects)
     exposures = read_exposures(objects, attributes)
@@ -218,15 +159,23 @@ def open_sources(
         if not partials and exposure.id:
             problems.append(f"{exposure_prefix(exposure.id)}has no partials yet")
         problems += [partial_text(exposure.id, n) for n, p in partials if p.state != "complete"]
-        opened.append(
-            (
-                exposure,
-                [
-                    _source(objects, exposure.id, name, partial, number)
-                    for number, (name, partial) in enumerate(partials)
-                ],
+        sources = [
+            Source(
+                url=objects.url,
+                path=partial_path(name, exposure.id),
+                name=name,
+                first_number=number,
+                contributions=(
+                    fmt.Contribution(
+                        name=name, id=partial.id, total_projections=partial.total_projections
+                    ),
+                ),
+                has_counts=False,
+                **{key: getattr(partial, key) for key in _OF_PARTIAL},
             )
-        )
+            for number, (name, partial) in enumerate(partials)
+        ]
+        opened.append((exposure, sources))
     if problems:
         what = "partials" if not attributes.has_exposures else "partials of exposures"
         raise IncompleteError(
@@ -240,10 +189,7 @@ def open_sources(
 
 
 def names_of_partials(objects: Objects) -> set[str]:
-    """Return the names of all partials of a search, there or only on its list.
-
-    Names are as in the argument ``without`` of :func:`open_sources`.
-    """
+    """Return what ``without`` may name: all partials of a search, there or only on its list."""
     attributes = read_attributes(objects)
     if isinstance(attributes, fmt.MergedAttributes):
         return set()
@@ -252,21 +198,3 @@ def names_of_partials(objects: Objects) -> set[str]:
         for exposure in read_exposures(objects, attributes)
         for name in {*partial_names(objects, exposure.id), *read_roster(objects, exposure.id)}
     }
-
-
-def _source(
-    objects: Objects, exposure: str, name: str, partial: fmt.PartialAttributes, number: int
-) -> Source:
-    count = partial.total_projections
-    return Source(
-        url=objects.url,
-        path=partial_path(name, exposure),
-        name=name,
-        id=partial.id,
-        total_projections=count,
-        first_number=number,
-        contributions=(fmt.Contribution(name=name, id=partial.id, total_projections=count),),
-        has_counts=False,
-        folder=partial.folder,
-        manifest=partial.manifest,
-    )

@@ -1,8 +1,4 @@
-"""Prefetching of chunks, and writing in the background.
-
-Separate threads wait for the storage, so that a worker's CPU always has bytes to decode. The number
-of chunks in flight is bounded.
-"""
+"""Prefetching of chunks, and writing in the background, by threads that wait for the storage."""
 
 import time
 from collections import deque
@@ -35,17 +31,7 @@ def chunks_behind(streams: int) -> int:
 
 
 class Request(NamedTuple):
-    """A region of a map to read.
-
-    Parameters
-    ----------
-    group
-        Key of the group; the requests of a group are consecutive.
-    source
-        The map.
-    region
-        Pixels of the map.
-    """
+    """A region of a map to read; the requests of a group are consecutive."""
 
     group: Hashable
     source: ChunkedMap
@@ -61,54 +47,21 @@ class _Piece(NamedTuple):
 
 
 class Arrival:
-    """A region of a map that has been read, and can be decoded in equal parts of its pixels.
-
-    Parameters
-    ----------
-    source
-        The map.
-    meter
-        Counts the decoding time.
-    chunk
-        The chunk and its encoded bytes, if the region is one chunk; decoded on request.
-    values
-        Otherwise, the decoded values of the region.
-    """
+    """A region of a map that has been read: an encoded chunk, or the values of several."""
 
     def __init__(
-        self,
-        source: ChunkedMap,
-        meter: "Meter",
-        chunk: tuple[Tile, BloscChunk] | None = None,
-        values: AnyArray | None = None,
+        self, source: ChunkedMap, meter: "Meter", content: tuple[Tile, BloscChunk] | AnyArray
     ) -> None:
         self.dtype = source.dtype
-        self._source, self._meter, self._chunk, self._values = source, meter, chunk, values
-        self.n_parts = 1 if chunk is None else chunk[1].n_blocks
+        self._source, self._meter, self._content = source, meter, content
+        self.n_parts = content[1].n_blocks if isinstance(content, tuple) else 1
         """Number of equal parts in which the pixels can be decoded."""
 
     def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
-        """Decode a part into a flat array of its size.
-
-        Parameters
-        ----------
-        part
-            Index of the part.
-        n_parts
-            :attr:`n_parts`, or 1 for the whole region.
-        out
-            C-contiguous, of the map's dtype.
-
-        Raises
-        ------
-        CorruptChunkError
-        """
+        """Decode one of :attr:`n_parts` parts, or the only one, into a flat array of its size."""
         started = time.perf_counter()
-        if self._chunk is None:
-            assert self._values is not None
-            out[...] = self._values.reshape(-1)
-        else:
-            chunk, encoded = self._chunk
+        if isinstance(self._content, tuple):
+            chunk, encoded = self._content
             try:
                 if n_parts == 1:
                     encoded.decode(out)
@@ -116,22 +69,14 @@ class Arrival:
                     encoded.decode_block(part, out)
             except ValueError as error:
                 raise self._source.corrupt(chunk, error) from error
+        else:
+            out[...] = self._content.reshape(-1)
         self._meter.seconds += time.perf_counter() - started
 
 
 @dataclass(slots=True)
 class Meter:
-    """Cost of transfers for the thread that requested them.
-
-    Parameters
-    ----------
-    seconds
-        Total time, with decoding.
-    waited_seconds
-        The part of it spent waiting for the storage.
-    nbytes
-        Number of encoded bytes.
-    """
+    """Encoded bytes of transfers, their seconds with decoding, and those spent waiting."""
 
     seconds: float = 0.0
     waited_seconds: float = 0.0
@@ -156,18 +101,9 @@ Spare = Callable[[int, "np.dtype[np.generic]"], AnyArray]
 
 
 class ReadAhead:
-    """Reads regions in the given order and prefetches the next ones.
+    """Reads regions in the given order, and prefetches the next ones into ``memory``.
 
     A reader can only take the next region, so that the given and the actual order never differ.
-
-    Parameters
-    ----------
-    requests
-        All requests, in order.
-    streams
-        Number of concurrent fetches.
-    memory
-        Buffers for the encoded chunks; :func:`chunks_ahead` returns their number.
     """
 
     def __init__(
@@ -181,15 +117,7 @@ class ReadAhead:
         self.meter = Meter()
 
     def group(self, group: Hashable, spare: Spare) -> Self:
-        """Advance to the requests of a group, skipping unread requests of earlier groups.
-
-        Parameters
-        ----------
-        group
-            As in the requests.
-        spare
-            Provides memory for regions that are not whole chunks.
-        """
+        """Advance to the requests of a group, skipping unread requests of earlier groups."""
         self._release()
         while self._in_flight and self._in_flight[0].request.group != group:
             self._skip(self._in_flight.popleft())
@@ -198,18 +126,9 @@ class ReadAhead:
 
     @contextmanager
     def take(self, n: int) -> Iterator[list[Arrival]]:
-        """Wait for the next regions of the group; they are valid within the context.
+        """Wait for the next regions of the group, which are valid within the context.
 
-        Parameters
-        ----------
-        n
-            Number of regions, at most :data:`READ_TOGETHER`.
-
-        Raises
-        ------
-        MissingChunkError, CorruptChunkError, StorageError
-        LookupError
-            The group has fewer regions left.
+        There are at most :data:`READ_TOGETHER`; ``LookupError`` if the group has fewer left.
         """
         started = time.perf_counter()
         arrivals = [self._next(number) for number in range(n)]
@@ -225,7 +144,7 @@ class ReadAhead:
         source, region = piece.request.source, piece.request.region
         if piece.chunk.region == region and source.grid.is_whole(piece.chunk):
             self._in_use.append(self._in_flight.popleft().memory)
-            return Arrival(source, self.meter, chunk=(piece.chunk, self._arrived(piece)))
+            return Arrival(source, self.meter, (piece.chunk, self._arrived(piece)))
         values = self._spare(number, source.dtype)
         while True:
             piece = self._in_flight.popleft()
@@ -235,7 +154,7 @@ class ReadAhead:
                 self._free.append(piece.memory)
                 self._fetch_more()
             if piece.is_last:
-                return Arrival(source, self.meter, values=values)
+                return Arrival(source, self.meter, values)
 
     def _arrived(self, piece: _Piece) -> BloscChunk:
         started = time.perf_counter()
@@ -278,13 +197,7 @@ class ReadAhead:
 
 
 class WriteBehind:
-    """Writes a bounded number of objects at a time, on its own threads.
-
-    Parameters
-    ----------
-    streams
-        Number of concurrent writes.
-    """
+    """Writes a bounded number of objects at a time, on ``streams`` threads."""
 
     def __init__(self, streams: int) -> None:
         self._pool = ThreadPoolExecutor(streams, "ocelot-write")
@@ -311,13 +224,7 @@ class WriteBehind:
         return written
 
     def wait(self, written: Sequence["Future[None]"], *, quietly: bool = False) -> None:
-        """Wait for writes to finish.
-
-        Raises
-        ------
-        StorageError
-            A write failed, unless ``quietly``.
-        """
+        """Wait for writes to finish; raise the error of one that failed, unless ``quietly``."""
         started = time.perf_counter()
         try:
             for future in written:
