@@ -48,9 +48,11 @@ from ocelot_em.errors import (
     InvalidDataError,
     InvalidInputError,
     StoreNotFoundError,
+    TilesFailedError,
 )
 from ocelot_em.model.maps import INDEX, MIP, PIXEL_SIZE, SQUARED_SUM, SUM
-from ocelot_em.store import partials, validation
+from ocelot_em.store import attributes as fmt
+from ocelot_em.store import groups, partials, validation
 from ocelot_em.store import search as searches
 from ocelot_em.store import sources as sources_module
 from ocelot_em.store.objects import open_objects
@@ -452,6 +454,37 @@ def test_a_merged_result_takes_no_partials(tmp_path):
     )
     assert_mentions(problems, "expected a search, got a merged result")
     assert snapshot(tmp_path / "M") == before
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_count_of_0_where_something_was_searched_is_refused(tmp_path, indexed):
+    maps, info = (indexed_maps(), INDEXED) if indexed else (explicit_maps(), None)
+    problem = "total_projections: 0, but mip was searched, first at pixel (0, "
+    place = tmp_path / "R"
+    problems = refusal_of(write_partial, place, "a", maps, total_projections=0, search=info)
+    assert_mentions(problems, problem)
+    writer = PartialWriter(place, "a", maps[MIP].shape, total_projections=0, search=info)
+    whole = Region.whole(maps[MIP].shape)
+    with pytest.raises(InvalidDataError, match="but mip was searched"), writer:
+        writer.write(whole, maps)
+
+    # An earlier version took it.
+    write_partial(place, "a", maps, total_projections=5, search=info)
+    objects, path = open_objects(place), "partials/a"
+    written = searches.read_partial_attributes(objects, "a")
+    wrong = written.model_copy(update={"total_projections": 0})
+    groups.replace_attributes(objects, path, fmt.dump_attributes(wrong))
+    assert any(problem in found for found in check(place))
+    for nan in ("raise", "mask"):
+        with pytest.raises(TilesFailedError, match=r"partial 'a'.*but mip was searched.*--without"):
+            merge(place, tmp_path / nan, nan=nan)
+
+
+def test_values_out_of_bounds_come_in_one_message(tmp_path):
+    options = {"total_projections": -1, "order": 10**400}
+    problems = refusal_of(write_partial, tmp_path / "R", "a", explicit_maps(), **options)
+    assert_mentions(problems, "expected a count from 0", f"order: expected at most {2**53}, got 1")
+    assert not (tmp_path / "R").exists()
 
 
 def test_all_problems_come_in_one_message(tmp_path):

@@ -22,7 +22,7 @@ from ocelot_em.merge.plan import MergePlan, Piece, PlannedExposure, read_plan
 from ocelot_em.merge.stats import layout, records
 from ocelot_em.merge.stats.collected import TileStatistics
 from ocelot_em.merge.warm_up import CompileListener, CompileLog, compile_kernels
-from ocelot_em.model.maps import SUM
+from ocelot_em.model.maps import MIP, SUM
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
@@ -112,21 +112,23 @@ class OpenExposure:
         for number, name in self.fold.order():
             yield Request(group, self._maps[number][name], piece.region)
 
-    def check_suspects(self, region: Region, report: PieceReport) -> None:
-        """Raise if a suspect source has an unusable value, naming map and first pixel.
+    def uncounted(self, region: Region) -> list[int]:
+        """Return the sources with a count of 0 that have searched something in a region."""
+        idle = [n for n, s in enumerate(self._exposure.sources) if not s.total_projections]
+        return [n for n in idle if (self._maps[n][MIP].read(region)[0] > -np.inf).any()]
 
-        Raises
-        ------
-        InvalidDataError
-        """
+    def check_suspects(self, region: Region, report: PieceReport) -> None:
+        """Raise ``InvalidDataError`` if a suspect source has an unusable value, naming it."""
         while report.suspects:
             number = report.suspects.pop(0)
             maps = {name: chunked.read(region)[0] for name, chunked in self._maps[number].items()}
             info = SearchInfo(search_space=self._space, has_pixel_size=self._plan.maps.pixel_size)
-            place = self._exposure.sources[number].place
-            wanted = {name: maps[name] for name in info.maps.partial}
-            if problems := value_problems(wanted, region, info, place):
-                hint = "use nan='mask' (--nan mask) to omit the partial at these pixels"
+            source = self._exposure.sources[number]
+            count = source.total_projections
+            if problems := value_problems(maps, region, info, source.place, count):
+                hint = "write the partial again, or leave it out (--without NAME)"
+                if count:
+                    hint = "use nan='mask' (--nan mask) to omit the partial at these pixels"
                 raise InvalidDataError(f"pixels {region}: {'; '.join(problems)}; {hint}")
 
 
@@ -253,7 +255,7 @@ class Job:
         statistics = self.memory.statistics
         if statistics is not None:
             statistics.begin(piece.region, self.open(piece).layout.scope)
-        return PieceReport(statistics)
+        return PieceReport(statistics, suspects=self.open(piece).uncounted(piece.region))
 
     def workspace(self, piece: Piece) -> Workspace:
         """Return this thread's workspace with the shape of a piece."""

@@ -13,15 +13,13 @@ import numpy as np
 from pydantic import Field
 
 from ocelot_em.errors import FormatError
+from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import Int64, MapSet, PoseForm
 from ocelot_em.model.options import LARGEST_TILE
 from ocelot_em.model.regions import Overlap, Region, Tile, TileGrid, ceil_div
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.sources import Source
-
-MAX_PROJECTIONS = 2**62
-"""Maximum total of all partials' projections, which are added as 64-bit integers."""
 
 
 class PlannedExposure(fmt.PlacedExposure):
@@ -111,14 +109,14 @@ class MergePlan(fmt.Attributes):
     pose_form: PoseForm
     has_pixel_size: bool
     has_counts: bool
-    search_space_digest: str | None
+    search_space_digest: fmt.Digest | None
     tile: fmt.Shape
     nan: Literal["raise", "mask"]
     has_decoded_poses: bool = True
     canvas_origin: tuple[fmt.CanvasPixel, fmt.CanvasPixel] = (0, 0)
     overlap: Overlap = "earliest"
-    erode_px: int = 0
-    identity: str | None = None
+    erode_px: fmt.Number = 0
+    identity: fmt.Id | None = None
 
     @property
     def is_montage(self) -> bool:
@@ -255,7 +253,7 @@ def _impossible(plan: MergePlan) -> list[str]:
     numbers = [exposure.number for exposure in plan.exposures]
     if numbers != sorted(set(numbers)):
         problems.append("exposures: expected unique numbers in ascending order")
-    if (total := plan.total_projections) > MAX_PROJECTIONS:
+    if (total := plan.total_projections) > MAX_COUNT:
         problems.append(f"total_projections: expected at most 2**62, got {total}")
     if max(plan.tile) > LARGEST_TILE:
         problems.append(f"tile: expected at most {LARGEST_TILE:,} pixels, got {plan.tile}")

@@ -6,7 +6,8 @@ from os import PathLike
 
 from ocelot_em.errors import InvalidInputError, PlanError
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice, choose_tile, storage_shape
-from ocelot_em.merge.plan import MAX_PROJECTIONS, MergePlan, PlannedExposure
+from ocelot_em.merge.plan import MergePlan, PlannedExposure
+from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
@@ -72,7 +73,7 @@ def make_plan(
         for exposure in placed
         if len(exposure.sources) > MAX_SOURCES
     ]
-    if (total := sum(source.total_projections for source in sources)) > MAX_PROJECTIONS:
+    if (total := sum(source.total_projections for source in sources)) > MAX_COUNT:
         problems.append(f"inputs: expected at most 2**62 projections in total, got {total}")
     if problems:
         raise InvalidInputError(problems)

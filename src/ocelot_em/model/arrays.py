@@ -104,6 +104,10 @@ class HostRows:
         return as_numpy(self._values[rows])
 
 
+MAX_COUNT = 2**62
+"""Maximum number of cross-correlations, also of all partials together: sums stay 64-bit."""
+
+
 def exact_count(value: object) -> int:
     """Return an integer, a scalar or a one-element array as an exact count of cross-correlations.
 
@@ -125,6 +129,6 @@ def exact_count(value: object) -> int:
     if isinstance(value, bool):
         raise ValueError("expected an integer, got a bool")
     count = operator.index(cast(int, value))
-    if not 0 <= count <= 2**62:
+    if not 0 <= count <= MAX_COUNT:
         raise ValueError(f"expected a count from 0 to 2**62, got {count}")
     return count

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from ocelot_em.errors import FormatError
+from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.regions import Region
 from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
@@ -30,7 +31,7 @@ ExposureId = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9.
 """Empty for the only exposure of a search without named exposures."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-"""SHA-256 of a manifest."""
+"""SHA-256, as of a manifest."""
 
 Id = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,128}$")]
 """Id of a version of the data."""
@@ -40,7 +41,7 @@ Folder = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{1,32})?$")]
 
 PixelCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Shape = tuple[PixelCount, PixelCount]
-Count = Annotated[int, Field(ge=0, le=2**62)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 2)]
 Order = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Origin = Annotated[float, Field(ge=-(2**31), le=2**31, allow_inf_nan=False)]
@@ -91,7 +92,7 @@ class _Result(Attributes):
     pose_form: PoseForm
     has_pixel_size: bool
     has_counts: bool
-    search_space_digest: str | None
+    search_space_digest: Digest | None
     total_projections: Count
     provenance: Provenance
 

@@ -9,13 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from pydantic import ValidationError
 
-from ocelot_em.errors import (
-    FormatError,
-    IncompleteError,
-    InvalidDataError,
-    InvalidInputError,
-)
+from ocelot_em.errors import FormatError, IncompleteError, InvalidDataError, InvalidInputError
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
 from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
@@ -34,6 +30,7 @@ from ocelot_em.store.manifest import (
     find_manifest,
     new_checksums,
 )
+from ocelot_em.store.metadata import problems_of
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
@@ -120,19 +117,22 @@ def write_partial(
     def on_host(band: Region) -> dict[str, AnyArray]:
         return {key: rows[band.slices[0]] for key, rows in maps.items()}
 
-    wrong_layout = layout_problems(_layouts(maps), shape, info, name)
-    if not wrong_layout:
-        found = BadValues(name, info.search_space)
-        for band in bands:
-            found.look(on_host(band), (band.y0, band.x0))
-        problems += found.problems()
-    problems += wrong_layout
+    partial, refused = None, InvalidInputError(())
     try:
         partial = PartialWriter(
             store, name, shape, total_projections=total_projections, order=order, search=info
         )
     except InvalidInputError as error:
-        raise InvalidInputError([*problems, *error.problems]) from None
+        refused = error
+    if wrong_layout := layout_problems(_layouts(maps), shape, info, name):
+        problems += wrong_layout
+    else:
+        found = BadValues(name, info.search_space, partial.total_projections if partial else None)
+        for band in bands:
+            found.look(on_host(band), (band.y0, band.x0))
+        problems += found.problems()
+    if partial is None:
+        raise InvalidInputError([*problems, *refused.problems])
     if problems:
         raise InvalidDataError(problems)
     with partial as writer:
@@ -187,8 +187,7 @@ class PartialWriter:
         order: int = 0,
         search: SearchInfo | None = None,
     ) -> None:
-        self.name = name
-        self.shape = shape
+        self.name, self.shape = name, shape
         self.chunk = (
             min(constants.DEFAULT_CHUNK, shape[0]),
             min(constants.DEFAULT_CHUNK, shape[1]),
@@ -197,16 +196,22 @@ class PartialWriter:
         self._exposure_id = self._info.exposure_id
         self._path = partial_path(name, self._exposure_id)
         self._objects = open_objects(store)
-        self._provenance = provenance(inputs=(), options={})
         self._written: set[tuple[int, int]] = set()
-        self._id = uuid.uuid4().hex
-        self._folder = ""
-        self._order = order
-        problems = []
+        problems, self.total_projections = [], 0
         try:
-            self._count = exact_count(total_projections)
+            self.total_projections = exact_count(total_projections)
         except ValueError as error:
             problems.append(f"{name}: total_projections: {error}")
+        try:
+            self._record = fmt.PartialAttributes(
+                id=uuid.uuid4().hex,
+                order=order,
+                total_projections=self.total_projections,
+                state="writing",
+                provenance=provenance(inputs=(), options={}),
+            )
+        except ValidationError as error:
+            problems += [f"{name}: {problem}" for problem in problems_of(error)]
         wrong_names = name_problems(name)
         if self._info.exposure is not None:
             wrong_names += name_problems(self._exposure_id, "exposure id")
@@ -221,37 +226,32 @@ class PartialWriter:
 
     def describe(self, *, file: str, sha256: str) -> None:
         """Record the file that the partial comes from; call this before entering the writer."""
-        self._provenance = provenance(inputs=(file,), input_sha256=sha256, options={})
+        self._change(provenance=provenance(inputs=(file,), input_sha256=sha256, options={}))
+
+    def _change(self, **changes: object) -> None:
+        self._record = self._record.model_copy(update=changes)
 
     def __enter__(self) -> Self:
         ensure_search(self._objects, self.shape, self._info)
         objects, path = self._objects, self._path
         register(objects, self._exposure_id, self.name)
-        attributes = fmt.dump_attributes(self._attributes("writing"))
-        if not groups.create_group(objects, path, attributes):
+        if not groups.create_group(objects, path, fmt.dump_attributes(self._record)):
             if problems := self._taken_problems():
                 raise InvalidInputError(problems)
             # The other writer may still live: its late chunks must not mix with these.
-            self._folder = self._id[:12]
-            attributes = fmt.dump_attributes(self._attributes("writing"))
-            groups.replace_attributes(objects, path, attributes)
-            groups.create_group(objects, f"{path}/{self._folder}", {})
-        group = MapGroup(objects, path, self.name, self._folder)
-        self._metadata = {
-            key: store.create_map(
-                objects,
-                group.path_of(key),
-                key,
-                self.shape,
-                self.chunk,
-                self._info.stored_dtype(key),
-            )
-            for key in self._info.maps.partial
-        }
-        self._maps = {
-            key: replace(chunked, checksums=new_checksums(chunked.grid))
-            for key, chunked in group.open(self._info.maps.partial).items()
-        }
+            self._change(folder=self._record.id[:12])
+            groups.replace_attributes(objects, path, fmt.dump_attributes(self._record))
+            groups.create_group(objects, f"{path}/{self._record.folder}", {})
+        group = MapGroup(objects, path, self.name, self._record.folder)
+        self._arrays = {}
+        for key in self._info.maps.partial:
+            place, dtype = group.path_of(key), self._info.stored_dtype(key)
+            metadata = store.create_map(objects, place, key, self.shape, self.chunk, dtype)
+            checksums = new_checksums(TileGrid(self.shape, self.chunk))
+            self._arrays[key] = ArrayManifest(metadata, checksums)
+        self._maps = replace(group, manifest=Manifest(self._record.id, self._arrays)).open(
+            self._info.maps.partial
+        )
         return self
 
     def write(self, region: Region, maps: Mapping[str, object], *, validated: bool = False) -> None:
@@ -274,12 +274,12 @@ class PartialWriter:
         ValueError
             The region is not made of whole chunks.
         """
-        arrays, problems = converted(maps, self._info, self.name, as_numpy)
+        info, place = self._info, self.name
+        arrays, problems = converted(maps, info, place, as_numpy)
         if not validated:
-            layouts = _layouts(arrays)
-            problems += layout_problems(
-                layouts, region.shape, self._info, self.name
-            ) or value_problems(arrays, region, self._info, self.name)
+            problems += layout_problems(_layouts(arrays), region.shape, info, place) or (
+                value_problems(arrays, region, info, place, self.total_projections)
+            )
         if problems:
             raise InvalidDataError(problems)
         for key, chunked in self._maps.items():
@@ -305,25 +305,21 @@ class PartialWriter:
                 f"were not written, the first at pixels {missing[0].region}; it stays incomplete"
             )
         objects, path = self._objects, self._path
-        if read_partial_attributes(objects, self.name, self._exposure_id).id != self._id:
+        if read_partial_attributes(objects, self.name, self._exposure_id).id != self._record.id:
             raise IncompleteError(self._taken_over())
         objects.tidy(path)
         objects.sync()  # the data must be on the disk before the manifest
-        arrays = {}
-        for key, chunked in self._maps.items():
-            assert chunked.checksums is not None
-            arrays[key] = ArrayManifest(self._metadata[key], chunked.checksums)
-        attributes = self._attributes("complete").model_dump(mode="json")
+        self._change(state="complete")
         # Several processes may write this partial; the first to create its manifest has written it.
-        mine = Manifest(self._id, arrays, attributes)
+        mine = Manifest(self._record.id, self._arrays, self._record.model_dump(mode="json"))
         winner = mine if create_manifest(objects, path, mine) else find_manifest(objects, path)
         assert winner is not None
         objects.sync()
         restore(objects, path, winner)
-        if winner.id != self._id:
+        if winner.id != self._record.id:
             raise IncompleteError(self._taken_over())
-        for child in objects.children(path):
-            if self._folder and child not in (self._folder, MANIFEST):  # unfinished writers
+        if folder := self._record.folder:  # delete what unfinished writers left
+            for child in {*objects.children(path)} - {folder, MANIFEST}:
                 objects.delete(f"{path}/{child}")
         refresh_total(objects, self._exposure_id)
         objects.sync()
@@ -353,16 +349,6 @@ class PartialWriter:
         except FormatError:  # there is none, or one that no writer has finished
             return False
         return found.state == "complete" and found.manifest is None
-
-    def _attributes(self, state: Any) -> fmt.PartialAttributes:
-        return fmt.PartialAttributes(
-            id=self._id,
-            order=self._order,
-            total_projections=self._count,
-            state=state,
-            provenance=self._provenance,
-            folder=self._folder,
-        )
 
 
 def existing_partials(objects: Objects, exposure: str = "") -> dict[str, fmt.PartialAttributes]:

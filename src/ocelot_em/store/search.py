@@ -149,6 +149,7 @@ class MapGroup:
     name: str = ""
     folder: str = ""
     manifest: Manifest | None = None
+    total_projections: int | None = None
 
     @property
     def place(self) -> str:
@@ -185,12 +186,14 @@ def open_partial(
 ) -> MapGroup:
     """Return the maps of a partial, with its manifest if it has one."""
     path = partial_path(name, exposure)
-    return MapGroup(objects, path, name, attributes.folder, _manifest(objects, path, attributes))
+    manifest, count = _manifest(objects, path, attributes), attributes.total_projections
+    return MapGroup(objects, path, name, attributes.folder, manifest, count)
 
 
 def open_result(objects: Objects, attributes: fmt.MergedAttributes) -> MapGroup:
     """Return the maps of a merged result, with its manifest if it has one."""
-    return MapGroup(objects, manifest=_manifest(objects, "", attributes))
+    manifest, count = _manifest(objects, "", attributes), attributes.total_projections
+    return MapGroup(objects, manifest=manifest, total_projections=count)
 
 
 def _manifest(

@@ -66,10 +66,14 @@ def layout_problems(
 
 
 def value_problems(
-    maps: Mapping[str, AnyArray], region: Region, info: SearchInfo, place: str
+    maps: Mapping[str, AnyArray],
+    region: Region,
+    info: SearchInfo,
+    place: str,
+    count: int | None = None,
 ) -> list[str]:
     """Problems with values, each with its first pixel; missing maps are ignored."""
-    found = BadValues(place, info.search_space)
+    found = BadValues(place, info.search_space, count)
     own = {key: maps[key] for key in info.maps.partial if key in maps}
     found.look(own, (region.y0, region.x0))
     return found.problems()

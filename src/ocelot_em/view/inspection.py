@@ -329,7 +329,7 @@ def _group_problems(
             place = next(iter(maps.values())).place.rpartition(": ")[0]
             if merged and merged.exposures:
                 arrays = _blanks_as_unsearched(arrays)
-            found += value_problems(arrays, region, info, place)
+            found += value_problems(arrays, region, info, place, opened.total_projections)
         if merged and BEST_PARTIAL in arrays:
             numbers, n = arrays[BEST_PARTIAL], len(merged.partials)
             if merged.exposures:
