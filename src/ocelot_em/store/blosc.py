@@ -2,8 +2,7 @@
 
 A frame (version 1 of the format) is a header of 16 bytes, a table of block offsets, and the blocks,
 each compressed separately. To decode a single block, a new header is written in front of it, which
-makes it a frame that numcodecs decodes. Decoded values can then be used while they are in the CPU
-caches, before the next block overwrites them.
+makes it a frame that numcodecs decodes.
 """
 
 import struct
@@ -45,28 +44,15 @@ def encode(values: AnyArray, codec: Any) -> list[bytes]:
 
 
 def max_encoded_nbytes(nbytes: int) -> int:
-    """Return the maximum encoded size in bytes of a chunk of this decoded size.
-
-    Blosc stores incompressible data unchanged after a header; the rest allows for other encoders.
-    """
-    return nbytes + nbytes // 16 + 2**16
+    """Return the maximum encoded size in bytes of a chunk of this decoded size."""
+    return nbytes + nbytes // 16 + 2**16  # Blosc needs less; this allows for other encoders
 
 
 class BloscChunk:
-    """The encoded object of a chunk.
+    """The encoded object of a chunk of ``nbytes`` decoded bytes; ``ValueError`` if it is corrupt.
 
-    Parameters
-    ----------
-    encoded
-        Its bytes, not copied. While a block is decoded from writable memory, the bytes in front of
-        it are overwritten, and then restored.
-    nbytes
-        Expected decoded size in bytes.
-
-    Raises
-    ------
-    ValueError
-        The object is corrupt: too short, a wrong checksum, or inconsistent sizes.
+    While a block is decoded from writable memory, the bytes in front of it are overwritten, and
+    then restored.
     """
 
     def __init__(self, encoded: memoryview, nbytes: int) -> None:
@@ -89,12 +75,7 @@ class BloscChunk:
         """Number of blocks that can be decoded separately; 1 if only the whole chunk can."""
 
     def check_place(self, checksum: int) -> None:
-        """Check that this is the chunk that a manifest states for its place.
-
-        Raises
-        ------
-        ValueError
-        """
+        """Raise ``ValueError`` unless this is the chunk that a manifest states for its place."""
         if self.checksum != checksum:
             raise ValueError(
                 f"expected the chunk with the CRC32C {checksum:08x} that was written here, got an "
@@ -102,13 +83,8 @@ class BloscChunk:
             )
 
     def _count_blocks(self, nbytes: int) -> int:
-        block = self._block_nbytes
-        if (
-            block < _SMALLEST_BLOCK
-            or nbytes % block
-            or self._flags & _STORED_RAW
-            or self._frame.readonly
-        ):
+        block, is_raw = self._block_nbytes, self._flags & _STORED_RAW
+        if block < _SMALLEST_BLOCK or nbytes % block or is_raw or self._frame.readonly:
             return 1
         n_blocks = nbytes // block
         table_end = _HEADER.size + 4 * n_blocks
@@ -121,23 +97,11 @@ class BloscChunk:
         return n_blocks if in_order and starts[0] >= table_end else 1
 
     def decode(self, out: AnyArray) -> None:
-        """Decode the whole chunk into a C-contiguous array.
-
-        Raises
-        ------
-        ValueError
-            The chunk cannot be decoded.
-        """
+        """Decode the whole chunk into a C-contiguous array."""
         _decode(self._frame, out)
 
     def decode_block(self, number: int, out: AnyArray) -> None:
-        """Decode one block into a C-contiguous array of its size.
-
-        Raises
-        ------
-        ValueError
-            The block cannot be decoded.
-        """
+        """Decode one block into a C-contiguous array of its size."""
         if self.n_blocks == 1:
             self.decode(out)
             return
@@ -152,20 +116,7 @@ class BloscChunk:
             alone[: _BLOCK_HEADER.size] = borrowed
 
     def decode_part(self, start: int, end: int, out: AnyArray) -> None:
-        """Decode at least a byte range, in place in a C-contiguous array of the whole chunk.
-
-        Parameters
-        ----------
-        start, end
-            Range of decoded bytes; the rest of ``out`` may keep its content.
-        out
-            Array of the size of the whole chunk.
-
-        Raises
-        ------
-        ValueError
-            The range cannot be decoded.
-        """
+        """Decode at least a range of bytes, in place in a C-contiguous array of the whole chunk."""
         block = self._block_nbytes
         if self.n_blocks == 1 or end - start + block >= out.nbytes:
             self.decode(out)

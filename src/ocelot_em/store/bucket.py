@@ -78,11 +78,10 @@ class BucketObjects:
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         # A single put is atomic everywhere; multipart uploads would need an abort path.
-        self._guard(
-            "write",
-            key,
-            lambda: obstore.put(self._store, key, b"".join(parts), use_multipart=False),
-        )
+        def action() -> None:
+            obstore.put(self._store, key, b"".join(parts), use_multipart=False)
+
+        self._guard("write", key, action)
 
     def create(self, key: str, data: bytes) -> bool:
         def action() -> bool:
@@ -132,11 +131,8 @@ class BucketObjects:
     def delete(self, prefix: str, keep: str | None = None) -> None:
         keys = [key for key in self.sizes(prefix) if keep is None or not key.startswith(f"{keep}/")]
 
-        def action() -> None:
-            if keys:
-                obstore.delete(self._store, keys)
-
-        self._guard("delete", prefix, action)
+        if keys:
+            self._guard("delete", prefix, lambda: obstore.delete(self._store, keys))
 
     def delete_one(self, key: str) -> None:
         def action() -> None:

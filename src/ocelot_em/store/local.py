@@ -30,10 +30,8 @@ _STAGED = re.compile(r"#\d+$")
 class LocalObjects(BucketObjects):
     """Objects in a directory, which the first write creates; reading never creates it.
 
-    Chunks are read and written with plain system calls: one copy between them and the page cache.
-    The directory may be a symbolic link. Inside it, links that point outside are rejected, so that
-    a store from elsewhere cannot expose other files. Links that stay inside are followed, except in
-    listings.
+    The directory may be a symbolic link. Inside it, links that point outside are rejected; others
+    are followed, except in listings.
     """
 
     streams = 1
@@ -220,13 +218,7 @@ class LocalObjects(BucketObjects):
             self._guard("write to the disk", "", action)
 
     def _path(self, key: str) -> str:
-        """Return the path of an object, whose folder must be inside the store.
-
-        Raises
-        ------
-        OSError
-            A link points outside the store.
-        """
+        """Return the path of an object, whose folder must be inside the store."""
         folder, _, _ = key.rpartition("/")
         now = time.monotonic()
         if not now - self._checked.get(folder, -math.inf) < _CHECKED_SECONDS:

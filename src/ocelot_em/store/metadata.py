@@ -1,8 +1,7 @@
 """Models of the ``zarr.json`` files that ``docs/format.md`` allows. Pure.
 
 Metadata is untrusted, so nothing that it names is looked up, loaded or allocated: dtypes, codecs
-and grids outside the format are rejected by name. (zarr would look up any codec or dtype, and
-create values of it, before it could be rejected.)
+and grids outside the format are rejected by name.
 """
 
 import json
@@ -215,20 +214,7 @@ def _float_of(value: object, dtype: "np.dtype[Any]") -> float | None:
 
 
 def parse_group(encoded: bytes, where: str) -> dict[str, Any]:
-    """Return the attributes of a group.
-
-    Parameters
-    ----------
-    encoded
-        Content of its ``zarr.json``.
-    where
-        Its location, for error messages.
-
-    Raises
-    ------
-    FormatError
-        It is not a Zarr v3 group, or its attributes are not an object.
-    """
+    """Return the attributes of a group from its ``zarr.json``."""
     attributes = _parse(encoded, "group", where).get("attributes", {})
     if not isinstance(attributes, dict):
         raise FormatError(
@@ -245,28 +231,9 @@ def parse_array(
     dimensions: tuple[str, ...] | None = None,
     max_chunk_nbytes: int = MAX_CHUNK_NBYTES,
 ) -> ArrayInfo:
-    """Parse the metadata of an array.
+    """Parse the ``zarr.json`` of an array; ``FormatError`` lists what is not allowed.
 
-    Parameters
-    ----------
-    encoded
-        Content of its ``zarr.json``.
-    where
-        Its location, for error messages.
-    place
-        Name of the array in error messages.
-    dtypes
-        Allowed stored dtypes.
-    dimensions
-        Required dimension names; None allows any.
-    max_chunk_nbytes
-        Size limit of a decoded chunk in bytes.
-
-    Raises
-    ------
-    FormatError
-        Its shape, dimensions, dtype, chunks, codecs, key encoding or fill value do not follow
-        ``docs/format.md``. All problems are listed.
+    ``where`` locates the file, ``place`` names the array; ``dimensions`` None allows any names.
     """
     document = _parse(encoded, "array", where)
     allowed = _Allowed(tuple(dtypes), dimensions, max_chunk_nbytes)

@@ -46,13 +46,7 @@ class Exposure:
     valid_shape: tuple[int, int] | None = None
 
     def attributes(self, shape: tuple[int, int], info: "SearchInfo") -> fmt.ExposureAttributes:
-        """Return its stored attributes for maps of this shape, without its final number.
-
-        Raises
-        ------
-        InvalidInputError
-            Listing all problems.
-        """
+        """Return its stored attributes for maps of this shape, without its final number."""
         try:
             valid = info.valid_shape(shape) if self.valid_shape is None else self.valid_shape
             if not self.id:

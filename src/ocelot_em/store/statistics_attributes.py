@@ -16,14 +16,9 @@ class PartialStatistics(Attributes):
 class SourceStatistics(Attributes):
     """Statistics of an input's own correlations over the valid pixels; None if unknown.
 
-    Parameters
-    ----------
-    mean, mean_spread
-        Mean and standard deviation, over the pixels, of the mean correlation.
-    std
-        Standard deviation of the correlations at one pixel, as quadratic mean over the pixels.
-    correlation_sum, correlation_squared_sum
-        Sums over all pixels; equal sums reveal a share that was searched twice.
+    ``mean_spread`` is the standard deviation of the mean correlation over the pixels; ``std`` that
+    of the correlations at one pixel, as quadratic mean over the pixels. The sums are over all
+    pixels; equal sums reveal a share that was searched twice.
     """
 
     name: str
@@ -44,16 +39,9 @@ class ShownStatistics(Attributes):
 
 
 class ExposureStatistics(Attributes):
-    """Statistics of an exposure of a montage.
+    """Statistics of an exposure of a montage, outside (``alone``) and inside overlaps.
 
-    Parameters
-    ----------
-    id, number, total_projections
-        As in :class:`ExposureAttributes`.
-    valid_pixels, searched_pixels
-        Numbers of pixels, shown or not.
-    alone, overlap
-        Statistics of its pixels shown in the montage, outside and inside overlaps.
+    The numbers of valid and searched pixels count pixels that are shown or not.
     """
 
     id: ExposureId

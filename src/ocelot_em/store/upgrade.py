@@ -25,7 +25,7 @@ from ocelot_em.store.partials import restore
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     MapGroup,
-    partial_path,
+    open_partial,
     read_attributes,
     read_exposures,
     read_partials,
@@ -33,26 +33,9 @@ from ocelot_em.store.search import (
 
 
 def upgrade(path: str | PathLike[str]) -> int:
-    """Give all data of an earlier version manifests; everything is read, and maps stay as they are.
+    """Give a search or a complete result manifests; return the number of those that had none.
 
-    Chunks are taken to be the right ones: from now on, any change is noticed.
-
-    Parameters
-    ----------
-    path
-        Path or URL of a search, or of a complete merged result.
-
-    Returns
-    -------
-    int
-        Number of partials and results that had no manifest.
-
-    Raises
-    ------
-    IncompleteError
-        The merge was never finished; the next run of its command upgrades it.
-    StoreNotFoundError, FormatError, ChunkError
-        Something is missing or damaged.
+    Everything is read, and taken to be right: from now on, any change is noticed.
     """
     objects = open_objects(path)
     attributes = read_attributes(objects)
@@ -64,7 +47,7 @@ def upgrade(path: str | PathLike[str]) -> int:
         for name, found in read_partials(objects, exposure.id):
             if found.state != "complete" or found.manifest is not None:
                 continue
-            group = MapGroup(objects, partial_path(name, exposure.id), name, found.folder)
+            group = open_partial(objects, name, exposure.id, found)
             arrays = _arrays(group, attributes.maps.partial)
             content = found.model_dump(mode="json", exclude={"manifest"})
             manifest = Manifest(found.id, arrays, content)

@@ -40,19 +40,7 @@ def layout_problems(
     info: SearchInfo,
     place: str,
 ) -> list[str]:
-    """Problems with the shapes and dtypes of a partial's maps; missing maps are ignored.
-
-    Parameters
-    ----------
-    layouts
-        Shape and dtype of each map by name.
-    shape
-        Expected shape; None: any.
-    info
-        Properties of the search.
-    place
-        Name of the partial in messages.
-    """
+    """Problems with the shapes (None: any) and dtypes of a partial's maps, if they are there."""
     problems = []
     for key, (own_shape, dtype) in layouts.items():
         allowed = [d for d in MAPS[key].dtypes if info.float64_sums or d != "float64"]
@@ -83,17 +71,8 @@ class BadValues:
     """Values that no search produces, found in a result's maps part by part.
 
     They are NaN and infinities, except in a pose where ``mip`` is -inf; negative sums of squares;
-    indices outside the search space; -1 where something was searched; and anything searched by a
-    result whose count is 0.
-
-    Parameters
-    ----------
-    place
-        Name of the result in messages; may be empty.
-    space
-        Search space of the indices; None: unknown tables, which may have any size.
-    count
-        Number of cross-correlations of the result; None: unknown.
+    indices outside the search space, if that is known; -1 where something was searched; and
+    anything searched by a result whose count is 0.
     """
 
     def __init__(
@@ -108,14 +87,9 @@ class BadValues:
         self._outside: list[int] = []
 
     def look(self, maps: Mapping[str, AnyArray], origin: tuple[int, ...]) -> None:
-        """Check one part of all or some maps, on the device that holds them.
+        """Check one part of all or some maps, which begins at ``origin``, on their own device.
 
-        Parameters
-        ----------
-        maps
-            Arrays by map name; without ``mip``, all pixels count as searched.
-        origin
-            Position of their first pixel; leading axes that the arrays lack are kept as they are.
+        Without ``mip``, all pixels count as searched. The arrays may lack leading axes.
         """
         searched = maps[MIP] > -np.inf if MIP in maps else None
         if self._is_empty and searched is not None:
