@@ -221,10 +221,7 @@ class MergeReport:
 
 
 def failure(iy: int, ix: int, error: Exception) -> Outcome:
-    """Return the outcome of a tile that failed.
-
-    Errors in the data are permanent; any other error may be transient.
-    """
+    """Return the outcome of a tile that failed; errors in the data are permanent."""
     in_data = isinstance(error, (InvalidInputError, FormatError))
     return Outcome(iy, ix, None, f"{type(error).__name__}: {error}", is_transient=not in_data)
 

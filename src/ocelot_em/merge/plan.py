@@ -23,15 +23,10 @@ from ocelot_em.store.sources import Source
 
 
 class PlannedExposure(fmt.PlacedExposure):
-    """An exposure and its sources.
+    """An exposure and its sources, numbered in the stated order.
 
     A search without exposures is one exposure with an empty id, of which all pixels are merged,
     valid or not.
-
-    Parameters
-    ----------
-    sources
-        Partials or earlier merged results, numbered in the stated order.
     """
 
     sources: Annotated[fmt.Several[Source], Field(min_length=1)]
@@ -53,53 +48,21 @@ class PlannedExposure(fmt.PlacedExposure):
 
 
 class Piece(NamedTuple):
-    """The part of an exposure that is in a tile.
-
-    Parameters
-    ----------
-    exposure
-        Position of the exposure in the plan.
-    region
-        The pixels, in exposure coordinates.
-    in_tile
-        The same pixels, in tile coordinates.
-    """
+    """The part of an exposure that is in a tile."""
 
     exposure: int
+    """Position of the exposure in the plan."""
     region: Region
+    """The pixels, in exposure coordinates."""
     in_tile: Region
+    """The same pixels, in tile coordinates."""
 
 
 class MergePlan(fmt.Attributes):
     """Everything that determines the bytes of the output; two equal plans give equal maps.
 
-    Parameters
-    ----------
-    exposures
-        The inputs, by number; a search without exposures is one exposure.
-    shape, valid_shape
-        Height and width of the maps, and of their valid pixels.
-    pixel_size_angstrom
-        Pixel size, if known.
-    pose_form, has_pixel_size, has_counts
-        Maps of the output.
-    search_space_digest
-        Fingerprint of the search space of indexed inputs.
-    tile
-        Height and width of a tile.
-    nan
-        ``raise`` or ``mask``.
-    has_decoded_poses
-        Whether the output has pose maps in addition to an index.
-    canvas_origin
-        As in :class:`ocelot_em.store.attributes.MergedAttributes`.
-    overlap
-        Rule that selects the exposure in an overlap.
-    erode_px
-        Width of the edge removed from all exposures.
-    identity
-        Identity of the output's tiles, which their records contain; it is kept when a montage is
-        extended. None for an output that an earlier version began.
+    ``identity`` is in the records of the output's tiles, and is kept when a montage is extended;
+    None for an output that an earlier version began. ``docs/format.md`` describes the rest.
     """
 
     exposures: Annotated[fmt.Several[PlannedExposure], Field(min_length=1)]
@@ -126,13 +89,8 @@ class MergePlan(fmt.Attributes):
     @property
     def maps(self) -> MapSet:
         """Maps of the output."""
-        return MapSet(
-            self.pose_form,
-            self.has_pixel_size,
-            self.has_counts,
-            self.has_decoded_poses,
-            self.is_montage,
-        )
+        counts, decoded = self.has_counts, self.has_decoded_poses
+        return MapSet(self.pose_form, self.has_pixel_size, counts, decoded, self.is_montage)
 
     @property
     def maps_of_exposure(self) -> MapSet:
@@ -147,9 +105,8 @@ class MergePlan(fmt.Attributes):
     @property
     def chunk(self) -> tuple[int, int]:
         """Chunk shape of the output: the default, or the tile if it is smaller."""
-        return min(self.tile[0], constants.DEFAULT_CHUNK), min(
-            self.tile[1], constants.DEFAULT_CHUNK
-        )
+        edge = constants.DEFAULT_CHUNK
+        return min(self.tile[0], edge), min(self.tile[1], edge)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -212,13 +169,7 @@ class MergePlan(fmt.Attributes):
 
 
 def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
-    """Read the plan of a merged result, finished or not.
-
-    Raises
-    ------
-    FormatError
-        The plan is invalid, or differs from the attributes of the result.
-    """
+    """Read the plan of a merged result, finished or not, which must agree with the result."""
     plan = fmt.validated(MergePlan, attributes.plan, f"{url}: plan")
     if problems := _impossible(plan) or _disagreements(plan, attributes):
         raise FormatError(f"{url}: plan: {'; '.join(problems[:20])}")

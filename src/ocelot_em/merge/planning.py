@@ -26,17 +26,7 @@ def make_plan(
     options: MergeOptions,
     device: DeviceChoice = ON_CPU,
 ) -> MergePlan:
-    """Plan the merge of some inputs; reads metadata only.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError, IncompleteError
-        An input cannot be read, or was never finished.
-    InvalidInputError
-        The inputs do not match; every difference is named.
-    PlanError
-        The tile size, the memory limit or the device's memory does not permit the merge.
-    """
+    """Plan the merge of some inputs from their metadata; every difference of them is named."""
     urls = [normalise_url(path) for path in inputs]
     if not urls:
         raise InvalidInputError("merge: expected at least one input store, got none")
@@ -113,7 +103,7 @@ _Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]
 
 
 def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
-    """Combine the exposures of is_montage stores; those with the same id are merged into one."""
+    """Combine the exposures of several stores; those with the same id are merged into one."""
     joined: dict[str, tuple[fmt.ExposureAttributes, list[Source]]] = {}
     problems, next_number = [], 0
     for exposures in stores:
@@ -127,13 +117,12 @@ def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
                 continue
             found, known = joined[exposure.id]
             known += sources
-            if exposure.id:
-                problems += [
-                    f"exposure {exposure.id!r}: {key}: {known[0].url} has {getattr(found, key)}, "
-                    f"{sources[0].url} has {getattr(exposure, key)}"
-                    for key in fmt.SHARED_BY_EXPOSURE
-                    if getattr(found, key) != getattr(exposure, key)
-                ]
+            problems += [
+                f"exposure {exposure.id!r}: {key}: {known[0].url} has {getattr(found, key)}, "
+                f"{sources[0].url} has {getattr(exposure, key)}"
+                for key in fmt.SHARED_BY_EXPOSURE
+                if exposure.id and getattr(found, key) != getattr(exposure, key)
+            ]
     return list(joined.values()), problems
 
 

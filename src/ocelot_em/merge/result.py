@@ -61,15 +61,7 @@ class MergedResult:
 
     @classmethod
     def open(cls, place: "str | PathLike[str] | Objects | MergedResult") -> "MergedResult":
-        """Open a merged result by path or URL; an open one is returned as it is.
-
-        Raises
-        ------
-        StoreNotFoundError, FormatError
-            The store does not exist, or is a search.
-        IncompleteError
-            The merge was never finished.
-        """
+        """Open a finished merged result by path or URL; an open one is returned as it is."""
         if isinstance(place, MergedResult):
             return place
         objects = open_objects(place) if isinstance(place, (str, PathLike)) else place
@@ -100,13 +92,7 @@ class MergedResult:
 
     @property
     def projections_per_pixel(self) -> int:
-        """Number of cross-correlations of every pixel.
-
-        Raises
-        ------
-        InvalidInputError
-            The exposures of a montage have different numbers.
-        """
+        """Number of cross-correlations of every pixel, if all exposures have the same."""
         counts = {exposure.total_projections for exposure in self.attributes.exposures}
         if len(counts) > 1:
             raise InvalidInputError(
@@ -119,8 +105,6 @@ class MergedResult:
     def plan(self) -> MergePlan:
         """Plan of the merge."""
         return read_plan(self.attributes, self.url)
-
-    # -- maps ----------------------------------------------------------------------------------
 
     @cached_property
     def search_space(self) -> SearchSpace | None:
@@ -187,8 +171,6 @@ class MergedResult:
             shown[here] = numbers[y[here] - region.y0, x[here] - region.x0] == exposure.number
         return shown
 
-    # -- statistics ----------------------------------------------------------------------------
-
     @cached_property
     def statistics(self) -> StatisticsAttributes | None:
         """Counts, ranges and partials of the whole result; None if merged without statistics."""
@@ -196,13 +178,7 @@ class MergedResult:
 
     @cached_property
     def summary(self) -> Summary:
-        """Statistics of the whole result, with histograms.
-
-        Raises
-        ------
-        IncompleteError
-            The result was merged without statistics.
-        """
+        """Statistics of the whole result, with histograms."""
         if self.statistics is None:
             raise IncompleteError(
                 f"{self.url}: it was merged without statistics, by an earlier version; merge again"
@@ -212,13 +188,7 @@ class MergedResult:
 
     @cached_property
     def statistics_of_exposures(self) -> dict[str, StatisticsAttributes]:
-        """Statistics of each exposure of a montage, by id; without histograms.
-
-        Raises
-        ------
-        IncompleteError
-            The statistics of an exposure are missing.
-        """
+        """Statistics of each exposure of a montage, by id; without histograms."""
         found = {}
         for exposure in self.attributes.exposures:
             path = statistics_path(exposure.number)
@@ -229,20 +199,12 @@ class MergedResult:
         return found
 
     def summary_of(self, exposure: PlannedExposure) -> Summary:
-        """Return the statistics of an exposure; without a montage, those of the whole result.
-
-        Raises
-        ------
-        IncompleteError
-            They are missing.
-        """
+        """Return the statistics of an exposure; without a montage, those of the whole result."""
         if not self.plan.is_montage:
             return self.summary
         statistics = self.statistics_of_exposures[exposure.id]
         path = statistics_path(exposure.number)
         return Summary(statistics, read_histograms(self.objects, path, statistics))
-
-    # -- records of tiles ----------------------------------------------------------------------
 
     @cached_property
     def has_records(self) -> bool:
@@ -250,12 +212,7 @@ class MergedResult:
         return has_records(self.objects, self.plan)
 
     def candidates(self, exposure: PlannedExposure) -> Candidates:
-        """Read the candidates of an exposure; without records there are none.
-
-        Raises
-        ------
-        ChunkError
-        """
+        """Read the candidates of an exposure; without records there are none."""
         if not self.has_records:
             return Candidates.unknown()
         return read_candidates(self.objects, Layout.of(self.plan, exposure))

@@ -2,8 +2,7 @@
 
 numba compiles a kernel at its first call with given argument types, and caches the machine code on
 disk. Therefore the code of the tiles first merges a few dummy pixels with the dtypes of the
-sources, which calls all kernels with the right types. Loading cached kernels takes no longer than
-in the first tile.
+sources.
 """
 
 import logging
@@ -61,14 +60,10 @@ def compile_kernels(
     dtype_of: DTypeOf,
     listener: CompileListener,
 ) -> float:
-    """Compile or load the kernels of a merge on the CPU.
+    """Compile or load the kernels of a merge on the CPU; one exposure represents all.
 
-    One exposure represents all. ``listener`` is notified if compilation takes a while.
-
-    Returns
-    -------
-    float
-        Seconds spent compiling; 0 if everything was cached on disk.
+    Returns the seconds spent compiling, 0 if everything was cached on disk; ``listener`` is
+    notified if compilation takes a while.
     """
     announced = False
 
