@@ -216,9 +216,8 @@ def _impossible(plan: MergePlan) -> list[str]:
 def _disagreements(plan: MergePlan, attributes: fmt.MergedAttributes) -> list[str]:
     """Return the differences between a plan and the attributes of its result."""
     problems = [
-        f"{key}: expected {getattr(attributes, key)} as in the result, got {getattr(plan, key)}"
-        for key in _REPEATED
-        if getattr(plan, key) != getattr(attributes, key)
+        f"{field}: expected {theirs} as in the result, got {own}"
+        for field, own, theirs in fmt.differences(plan, attributes, _REPEATED)
     ]
     if plan.contributions != attributes.partials:
         problems.append("partials: expected those of the result, got others")

@@ -44,12 +44,10 @@ def make_plan(
     opened = [open_sources(open_objects(url), options.without) for url in urls]
     first = opened[0][0]
     for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
-        for key in fmt.SHARED_BY_PARTIALS:
-            if getattr(attributes, key) != getattr(first, key):
-                problems.append(
-                    f"{url}: {key}: expected {getattr(first, key)} as in {urls[0]}, "
-                    f"got {getattr(attributes, key)}"
-                )
+        problems += [
+            f"{url}: {field}: expected {wanted} as in {urls[0]}, got {got}"
+            for field, wanted, got in fmt.differences(first, attributes, fmt.SHARED_BY_PARTIALS)
+        ]
     if problems:
         raise InvalidInputError(problems)
     joined, problems = _joined([exposures for _, exposures in opened])
@@ -118,10 +116,10 @@ def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
             found, known = joined[exposure.id]
             known += sources
             problems += [
-                f"exposure {exposure.id!r}: {key}: {known[0].url} has {getattr(found, key)}, "
-                f"{sources[0].url} has {getattr(exposure, key)}"
-                for key in fmt.SHARED_BY_EXPOSURE
-                if exposure.id and getattr(found, key) != getattr(exposure, key)
+                f"exposure {exposure.id!r}: {field}: {known[0].url} has {one}, {sources[0].url} "
+                f"has {other}"
+                for field, one, other in fmt.differences(found, exposure, fmt.SHARED_BY_EXPOSURE)
+                if exposure.id
             ]
     return list(joined.values()), problems
 

@@ -6,6 +6,7 @@ every problem with its place. Stores of version 1 are converted when read.
 
 import json
 import reprlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -268,6 +269,16 @@ class MergedAttributes(_Result):
         """Which maps there are."""
         several = bool(self.exposures)
         return replace(super().maps, decoded=self.has_decoded_poses, exposures=several)
+
+
+def differences(
+    one: Attributes, other: Attributes, fields: Iterable[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the fields in which two records differ, and both values."""
+    for field in fields:
+        own, others = getattr(one, field), getattr(other, field)
+        if own != others:
+            yield field, own, others
 
 
 _Model = TypeVar("_Model", bound=Attributes)

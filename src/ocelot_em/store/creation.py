@@ -192,10 +192,8 @@ def _differences(
     place: str, found: fmt.Attributes, wanted: fmt.Attributes, fields: Sequence[str]
 ) -> list[str]:
     return [
-        f"{place}: {field}: the search has {getattr(found, field)}, the new partial "
-        f"{getattr(wanted, field)}"
-        for field in fields
-        if getattr(found, field) != getattr(wanted, field)
+        f"{place}: {field}: the search has {own}, the new partial {new}"
+        for field, own, new in fmt.differences(found, wanted, fields)
     ]
 
 

@@ -80,10 +80,9 @@ class BadValues:
     ) -> None:
         self._place = f"{place}: " if place else ""
         self._n_poses = space.n_poses if space is not None else None
-        self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._names: dict[str, None] = {}
-        self._infinite: set[str] = set()
         self._is_empty = count == 0
+        self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._infinite: set[str] = set()
         self._outside: list[int] = []
 
     def look(self, maps: Mapping[str, AnyArray], origin: tuple[int, ...]) -> None:
@@ -95,15 +94,15 @@ class BadValues:
         if self._is_empty and searched is not None:
             self._note(_UNCOUNTED, searched, origin)
         for key, values in maps.items():
-            self._names[key] = None
             if key == INDEX:
                 self._look_at_index(values, searched, origin)
             elif values.dtype.kind == "f":
                 bad = ~(values < np.inf) if key == MIP else ~np.isfinite(values)
                 if key in POSES and searched is not None:
                     bad &= searched
-                if self._note(key, bad, origin) and np.isinf(values[bad]).any():
-                    self._infinite.add(key)
+                problem = f"{key}: {{kind}} {{where}}"
+                if self._note(problem, bad, origin) and np.isinf(values[bad]).any():
+                    self._infinite.add(problem)
                 if key == SQUARED_SUM:
                     self._note(_NEGATIVE, (values < 0) & ~bad, origin)
 
@@ -112,61 +111,47 @@ class BadValues:
     ) -> None:
         end = np.iinfo(np.int32).max if self._n_poses is None else self._n_poses
         outside = (index < NOT_SEARCHED) | (index >= end)
-        if self._note(_OUTSIDE, outside, origin):
+        problem = _OUTSIDE_ANY if self._n_poses is None else _OUTSIDE
+        if self._note(problem, outside, origin):
             self._outside += [int(index[outside].min()), int(index[outside].max())]
         if searched is not None:
             self._note(_MISSING, (index == NOT_SEARCHED) & searched, origin)
 
-    def _note(self, what: str, bad: AnyArray, origin: tuple[int, ...]) -> bool:
+    def _note(self, problem: str, bad: AnyArray, origin: tuple[int, ...]) -> bool:
         """Count bad pixels; return whether there are any."""
         if not bad.any():
             return False
         within = np.unravel_index(int(bad.argmax()), bad.shape)
         n_leading = len(origin) - bad.ndim
-        first = (
-            *origin[:n_leading],
-            *(start + int(n) for start, n in zip(origin[n_leading:], within, strict=True)),
-        )
-        n_before, first = self._found.get(what, (0, first))
-        self._found[what] = n_before + int(np.count_nonzero(bad)), first
+        ends = (start + int(n) for start, n in zip(origin[n_leading:], within, strict=True))
+        n_before, first = self._found.get(problem, (0, (*origin[:n_leading], *ends)))
+        self._found[problem] = n_before + int(np.count_nonzero(bad)), first
         return True
 
     def problems(self) -> list[str]:
-        """Describe all problems, map by map."""
-        described = []
-        for what in (*self._names, _NEGATIVE, _OUTSIDE, _MISSING, _UNCOUNTED):
-            if what not in self._found:
-                continue
-            count, first = self._found[what]
-            where = f"at {count} pixel{'s' * (count > 1)}, first {first}"
-            if what == _MISSING:
-                problem = f"{INDEX}: -1 where {MIP} was searched {where}"
-            elif what == _OUTSIDE:
-                problem = f"{INDEX}: {self._outside_text(where)}"
-            elif what == _NEGATIVE:
-                problem = f"{SQUARED_SUM}: negative {where}"
-            elif what == _UNCOUNTED:
-                problem = f"{COUNT}: 0, but {MIP} was searched, first at pixel {first}"
-            else:
-                kind = "NaN or infinite" if what in self._infinite else "NaN"
-                problem = f"{what}: {kind} {where}"
-            described.append(self._place + problem)
-        return described
-
-    def _outside_text(self, where: str) -> str:
-        got = f"got {min(self._outside)} to {max(self._outside)} {where}"
-        if self._n_poses is None:
-            return f"expected -1 or more, {got}"
-        return (
-            f"expected -1 to {self._n_poses - 1}, {got}; either the search space is another one, "
-            "or this is Leopard-EM 1.2's wrong index in the last batch, when the number of "
-            "orientations is no multiple of the batch size: search again with a batch size that "
-            "divides it"
-        )
+        """Describe all problems."""
+        return [
+            self._place
+            + problem.format(
+                where=f"at {n} pixel{'s' * (n > 1)}, first {first}",
+                first=first,
+                kind="NaN or infinite" if problem in self._infinite else "NaN",
+                last=(self._n_poses or 0) - 1,
+                got=f"got {min(self._outside)} to {max(self._outside)}" if self._outside else "",
+            )
+            for problem, (n, first) in self._found.items()
+        ]
 
 
-_OUTSIDE, _MISSING, _NEGATIVE, _UNCOUNTED = "outside", "missing", "negative", "uncounted"
-"""Kinds of problems; the other kinds are names of maps with NaN or infinite values."""
+_UNCOUNTED = f"{COUNT}: 0, but {MIP} was searched, first at pixel {{first}}"
+_NEGATIVE = f"{SQUARED_SUM}: negative {{where}}"
+_MISSING = f"{INDEX}: -1 where {MIP} was searched {{where}}"
+_OUTSIDE_ANY = f"{INDEX}: expected -1 or more, {{got}} {{where}}"
+_OUTSIDE = (
+    f"{INDEX}: expected -1 to {{last}}, {{got}} {{where}}; either the search space is another one, "
+    "or this is Leopard-EM 1.2's wrong index in the last batch, when the number of orientations is "
+    "no multiple of the batch size: search again with a batch size that divides it"
+)
 
 
 def name_problems(name: str, what: str = "partial name") -> list[str]:
