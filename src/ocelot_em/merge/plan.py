@@ -7,6 +7,7 @@ a run can be resumed. An impossible plan is rejected with numbers.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -153,19 +154,16 @@ class MergePlan(fmt.Attributes):
         """Return the exposures for the output's attributes; empty if it is not a montage."""
         if not self.is_montage:
             return ()
-        first, described = 0, []
-        for exposure in self.exposures:
-            n = len(exposure.contributions)
-            described.append(
-                fmt.MergedExposure(
-                    **exposure.model_dump(exclude={"sources"}),
-                    total_projections=exposure.total_projections,
-                    first_partial=first,
-                    n_partials=n,
-                )
+        ns = [len(exposure.contributions) for exposure in self.exposures]
+        return tuple(
+            fmt.MergedExposure(
+                **exposure.model_dump(exclude={"sources"}),
+                total_projections=exposure.total_projections,
+                first_partial=end - n,
+                n_partials=n,
             )
-            first += n
-        return tuple(described)
+            for exposure, n, end in zip(self.exposures, ns, accumulate(ns), strict=True)
+        )
 
 
 def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:

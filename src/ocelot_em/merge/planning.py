@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from os import PathLike
 
 from ocelot_em.errors import InvalidInputError, PlanError
@@ -168,22 +169,17 @@ def _placed(
 
 
 def _numbered(sources: Sequence[Source]) -> tuple[Source, ...]:
-    numbered, number = [], 0
-    for source in sources:
-        numbered.append(source.model_copy(update={"first_number": number}))
-        number += len(source.contributions)
-    return tuple(numbered)
+    firsts = accumulate((len(source.contributions) for source in sources), initial=0)
+    numbered = zip(sources, firsts, strict=False)
+    return tuple(source.model_copy(update={"first_number": first}) for source, first in numbered)
 
 
 def _duplicates(sources: Sequence[Source]) -> list[str]:
     origins: dict[str, list[str]] = {}
     for source in sources:
         for contribution in source.contributions:
-            origins.setdefault(contribution.id, []).append(
-                source.place
-                if source.path
-                else f"{source.place} (which contains {contribution.name!r})"
-            )
+            inside = "" if source.path else f" (which contains {contribution.name!r})"
+            origins.setdefault(contribution.id, []).append(source.place + inside)
     return [
         f"the same partial is given {len(found)} times, and would be counted each time: "
         + "; ".join(found)
