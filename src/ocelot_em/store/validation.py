@@ -119,17 +119,18 @@ class BadValues:
 
     def _note(self, problem: str, bad: AnyArray, origin: tuple[int, ...]) -> bool:
         """Count bad pixels; return whether there are any."""
+        n_before, first = self._found.setdefault(problem, (0, ()))  # this fixes their order
         if not bad.any():
             return False
         within = np.unravel_index(int(bad.argmax()), bad.shape)
         n_leading = len(origin) - bad.ndim
         ends = (start + int(n) for start, n in zip(origin[n_leading:], within, strict=True))
-        n_before, first = self._found.get(problem, (0, (*origin[:n_leading], *ends)))
+        first = first or (*origin[:n_leading], *ends)
         self._found[problem] = n_before + int(np.count_nonzero(bad)), first
         return True
 
     def problems(self) -> list[str]:
-        """Describe all problems."""
+        """Describe all problems, map by map."""
         return [
             self._place
             + problem.format(
@@ -140,6 +141,7 @@ class BadValues:
                 got=f"got {min(self._outside)} to {max(self._outside)}" if self._outside else "",
             )
             for problem, (n, first) in self._found.items()
+            if n
         ]
 
 
