@@ -3,11 +3,12 @@
 import logging
 import urllib.request
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from ocelot_em.store.bucket import BucketObjects
+
+boto3 = pytest.importorskip("boto3")
+moto_server = pytest.importorskip("moto.server")
 
 BUCKET = "ocelot-tests"
 
@@ -18,7 +19,7 @@ def server():
     logger = logging.getLogger("werkzeug")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
     yield f"http://{host}:{port}"

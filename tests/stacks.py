@@ -3,29 +3,18 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from ocelot_em.model.maps import Accumulator, MapSet, PartialMaps, PoseForm
-from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.maps import Accumulator, PartialMaps, PoseForm
+from ocelot_em.testing.device_contract import MAP_SETS, SPACE, assert_same, assert_same_bits
 
-SPACE = SearchSpace.from_tables(
-    np.random.default_rng(1).uniform(0, 360, (7, 3)), [-100.0, 0.0, 100.0], [0.0, 0.01]
-)
+__all__ = ["assert_same", "assert_same_bits"]  # how stacks are compared
+
 TABLES = SPACE.euler_angles, SPACE.defocus_values, SPACE.pixel_values
 SHAPES = [(1, 1), (1, 9), (5, 1), (3, 4), (1, 2047), (1, 2048), (1, 2049), (2, 2049), (33, 125)]
 COUNTS = [0, 1, 3, 1000, 20_500_000, 2**31 + 5, 2**53 + 1]
 MIPS = np.array([1, 1, 2, 2.5, -3, 0.0, -0.0, np.inf, -np.inf, 3.4e38, 1e-45], np.float32)
 SUMS = np.array([0, -0.0, 1, 3, 1e7, -2, 1e-30, 3.2e38, -3.4e38, np.inf, -np.inf], np.float32)
 
-# form (4 or 5 explicit maps, or indexed) and counts
-map_sets = st.sampled_from(
-    [
-        MapSet(PoseForm.EXPLICIT, pixel_size=False),
-        MapSet(PoseForm.EXPLICIT),
-        MapSet(PoseForm.EXPLICIT, counts=True),
-        MapSet(PoseForm.INDEXED),
-        MapSet(PoseForm.INDEXED, counts=True),
-        MapSet(PoseForm.INDEXED, decoded=False),
-    ]
-)
+map_sets = st.sampled_from(MAP_SETS)
 
 
 def space_of(maps):
@@ -99,30 +88,3 @@ def as_partial(acc: Accumulator) -> PartialMaps:
         acc.count if acc.count_map is None else acc.count_map.copy(),
         acc.best_partial.copy(),
     )
-
-
-def assert_same_bits(actual, expected, name=""):
-    assert actual.dtype == expected.dtype, name
-    assert actual.shape == expected.shape, name
-    if actual.dtype.kind == "f":  # one NaN is as good as another
-        actual = np.where(np.isnan(actual), np.array(np.nan, actual.dtype), actual)
-        expected = np.where(np.isnan(expected), np.array(np.nan, expected.dtype), expected)
-    np.testing.assert_array_equal(
-        actual.view(f"i{actual.dtype.itemsize}"),
-        expected.view(f"i{expected.dtype.itemsize}"),
-        err_msg=name,
-    )
-
-
-def assert_same_accumulators(actual, expected):
-    assert_same_bits(actual.mip, expected.mip, "mip")
-    for number, (one, other) in enumerate(zip(actual.pose, expected.pose, strict=True)):
-        assert_same_bits(one, other, f"pose {number}")
-    assert_same_bits(actual.best_partial, expected.best_partial, "best_partial")
-    assert_same_bits(actual.correlation_sum, expected.correlation_sum, "sum")
-    assert_same_bits(actual.correlation_squared_sum, expected.correlation_squared_sum, "squared")
-    assert actual.count == expected.count
-    if expected.count_map is None:
-        assert actual.count_map is None
-    else:
-        assert_same_bits(actual.count_map, expected.count_map, "count_map")

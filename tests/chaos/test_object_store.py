@@ -1,7 +1,6 @@
 """A bucket that misbehaves: behind a proxy that answers as it should not."""
 
 import http.client
-import logging
 import os
 import random
 import re
@@ -9,13 +8,13 @@ import socket
 import struct
 import subprocess
 import threading
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -32,15 +31,13 @@ from chaos_common import (
 )
 from ocelot_em import check, describe, merge
 from ocelot_em.errors import TilesFailedError
-from ocelot_em.store.bucket import BucketObjects
 from ocelot_em.store.objects import open_objects
+from s3 import BUCKET, bucket, server
 
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
+__all__ = ["bucket", "server"]  # fixtures
 
 pytestmark = pytest.mark.chaos
 
-BUCKET = "ocelot-chaos"
 RUN, OUT = f"s3://{BUCKET}/x/RUN.zarr", f"s3://{BUCKET}/x/OUT.zarr"
 CHUNK = re.compile(r"\.zarr/(?P<path>.*/c(/\d+)+)$")
 
@@ -168,52 +165,24 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return undisturbed(tmp_path_factory.mktemp("store"), 200, 64, n_partials=2)
 
 
-@pytest.fixture(scope="module")
-def behind() -> Iterator[tuple[str, int]]:
-    logger = logging.getLogger("werkzeug")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    moto = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    yield moto.get_host_and_port()
-    moto.stop()
-    logger.setLevel(level)
-
-
 @pytest.fixture
-def faults(behind, search: Undisturbed, monkeypatch) -> Iterator[Faults]:
+def faults(server: str, bucket, search: Undisturbed, monkeypatch) -> Iterator[Faults]:
     """A bucket with the search in it, behind a proxy that does no harm yet."""
-    server = f"http://{behind[0]}:{behind[1]}"
-    made = Faults()
-    handler = type("Handler", (Proxy,), {"behind": behind, "faults": made})
+    made, behind = Faults(), urlsplit(server)
+    place = behind.hostname, behind.port
+    handler = type("Handler", (Proxy,), {"behind": place, "faults": made})
     proxy = Server(("127.0.0.1", 0), handler)
     serving = threading.Thread(target=proxy.serve_forever, daemon=True)
     serving.start()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_address[1]}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "false",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    # A process opens each place once, with the environment of that moment.
-    BucketObjects.opened.cache_clear()
-    client = boto3.client("s3", endpoint_url=server, region_name="us-east-1")
-    client.create_bucket(Bucket=BUCKET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
     for path in search.run.rglob("*"):
         if path.is_file():
             key = f"x/RUN.zarr/{path.relative_to(search.run)}"
-            client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
-    client.close()
+            bucket.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
     yield made
-    BucketObjects.opened.cache_clear()
     proxy.shutdown()
     serving.join()
     proxy.server_close()
-    urllib.request.urlopen(f"{server}/moto-api/reset", data=b"").close()
 
 
 def assert_finished(search: Undisturbed, faults: Faults, folder: Path) -> None:

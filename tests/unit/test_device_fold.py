@@ -24,7 +24,7 @@ from ocelot_em.kernels.cuda import MAX_SOURCES, CudaKernels
 from ocelot_em.merge.memory_model import DEVICE_TABLES_NBYTES
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from stacks import SPACE as TEST_SPACE
-from stacks import as_partial, assert_same_accumulators, draw_partial, fold_at_once
+from stacks import as_partial, assert_same, draw_partial, fold_at_once
 
 COUNTS = (1000, 2**31 + 7, 300, 25, 3)
 SHAPE = (70, 90)
@@ -236,7 +236,7 @@ def test_unaligned_maps_and_many_partials(cuda, form):
 
         shifted = [dataclasses.replace(p, mip=moved(p.mip)) for p in partials]
         acc, _ = fold_at_once(cuda, maps, shifted)
-        assert_same_accumulators(acc, expected)
+        assert_same(acc, expected)
 
 
 def test_fresh_is_reset_and_fold(cuda):
@@ -248,9 +248,9 @@ def test_fresh_is_reset_and_fold(cuda):
         expected, _ = fold_at_once(kernels, maps, partials)
         acc, _ = fold_at_once(kernels, maps, partials[::-1])
         kernels.fold_all(acc, partials, TEST_SPACE, fresh=True)
-        assert_same_accumulators(acc, expected)
+        assert_same(acc, expected)
         kernels.fold_all(acc, [], TEST_SPACE, fresh=True)
-        assert_same_accumulators(acc, kernels.identity((5, 9), maps))
+        assert_same(acc, kernels.identity((5, 9), maps))
 
 
 def test_arrays_that_a_kernel_cannot_read_are_refused(cuda):
@@ -263,7 +263,7 @@ def test_arrays_that_a_kernel_cannot_read_are_refused(cuda):
             cuda.fold_all(acc, [fine, dataclasses.replace(fine, mip=mip)], None)
     with pytest.raises(ValueError, match="5 pose maps, got 4"):
         cuda.fold_all(acc, [dataclasses.replace(fine, pose=fine.pose[:4])], None)
-    assert_same_accumulators(acc, cuda.identity((4, 4), maps))
+    assert_same(acc, cuda.identity((4, 4), maps))
 
 
 def test_the_stand_in_notices_what_is_used_too_early():

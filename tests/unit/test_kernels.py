@@ -17,7 +17,7 @@ from stacks import (
     SPACE,
     TABLES,
     as_partial,
-    assert_same_accumulators,
+    assert_same,
     assert_same_bits,
     draw_partial,
     fold_at_once,
@@ -66,7 +66,7 @@ def test_kernels_agree_bit_by_bit(stack):
     one, one_reports = fold_each(load("cpu"), maps, partials)
     other, other_reports = fold_each(load("reference"), maps, partials)
     assert one_reports == other_reports
-    assert_same_accumulators(one, other)
+    assert_same(one, other)
     left = load("cpu").finalise(one, maps, space_of(maps))
     right = load("reference").finalise(other, maps, space_of(maps))
     assert list(left) == list(right)
@@ -80,12 +80,12 @@ def test_folding_all_is_folding_one_by_one(kernels, stack, cut):
     maps, partials = stack
     acc, report = fold_at_once(kernels, maps, partials)
     expected, reports = fold_each(load("reference"), maps, partials)
-    assert_same_accumulators(acc, expected)
+    assert_same(acc, expected)
     assert report is any(reports)
     in_two = kernels.identity(acc.mip.shape, maps)
     for part in (partials[:cut], partials[cut:]):
         kernels.fold_all(in_two, part, space_of(maps))
-    assert_same_accumulators(in_two, acc)
+    assert_same(in_two, acc)
     merged = kernels.finalise(acc, maps, space_of(maps))
     assert_is_oracle(merged, acc, maps, partials)
 
@@ -107,7 +107,7 @@ def test_folding_all_over_more_than_one_block(maps, sums):
     acc, report = fold_at_once(load("cpu"), maps, partials)
     expected, expected_report = fold_at_once(load("reference"), maps, partials)
     assert report is expected_report is True
-    assert_same_accumulators(acc, expected)
+    assert_same(acc, expected)
     if maps.form is PoseForm.EXPLICIT:
         merged = load("cpu").finalise(acc, maps, None)
         for name, array in load("reference").finalise(expected, maps, None).items():
@@ -119,7 +119,7 @@ def test_folding_none_changes_nothing(kernels):
     maps = MapSet(PoseForm.EXPLICIT)
     acc = kernels.identity((2, 3), maps)
     assert kernels.fold_all(acc, [], None) is False
-    assert_same_accumulators(acc, kernels.identity((2, 3), maps))
+    assert_same(acc, kernels.identity((2, 3), maps))
 
 
 @every_kernel
@@ -135,7 +135,7 @@ def test_merging_merged_results_is_merging_at_once(kernels, stack, cut):
         "correlation_sum": at_once.correlation_sum,
         "correlation_squared_sum": at_once.correlation_squared_sum,
     }
-    assert_same_accumulators(replace(grouped, **sums), at_once)
+    assert_same(replace(grouped, **sums), at_once)
 
 
 @every_kernel
@@ -156,7 +156,7 @@ def test_an_idle_partial_changes_nothing(kernels, stack, at):
     idle = as_partial(kernels.identity(partials[0].mip.shape, maps))
     one, _ = fold_each(kernels, maps, partials)
     other, reports = fold_each(kernels, maps, [*partials[:at], idle, *partials[at:]])
-    assert_same_accumulators(other, one)
+    assert_same(other, one)
     assert not reports[min(at, len(partials))]
 
 
@@ -190,7 +190,7 @@ def test_a_reset_accumulator_is_as_good_as_new(kernels, stack):
     own = acc.mip
     kernels.reset(acc)
     assert acc.mip is own
-    assert_same_accumulators(acc, kernels.identity(own.shape, maps))
+    assert_same(acc, kernels.identity(own.shape, maps))
 
 
 @every_kernel
@@ -322,7 +322,7 @@ class TestKnownAnswers:
         fine = one_pixel(1, self.angles, 0, 0, 1)
         with pytest.raises(TypeError, match="counts=True"):
             kernels.fold_all(acc, [fine, partial], None)
-        assert_same_accumulators(acc, kernels.identity((1, 1), MapSet(PoseForm.EXPLICIT)))
+        assert_same(acc, kernels.identity((1, 1), MapSet(PoseForm.EXPLICIT)))
 
     def test_read_only_inputs_are_accepted_and_unchanged(self, kernels):
         partial = one_pixel(1.0, self.angles, 2, 3, 4)
@@ -353,7 +353,7 @@ def test_cpu_refuses_arrays_that_it_cannot_read_as_they_are():
         cpu.fold_all(acc, [fine, as_partial(cpu.identity((4, 5), maps))], None)
     with pytest.raises(ValueError, match="5 pose maps, got 4"):
         cpu.fold_all(acc, [fine, replace(fine, pose=fine.pose[:4])], None)
-    assert_same_accumulators(acc, cpu.identity((4, 4), maps))
+    assert_same(acc, cpu.identity((4, 4), maps))
 
 
 def test_unknown_kernels_are_refused():

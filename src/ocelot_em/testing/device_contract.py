@@ -22,18 +22,14 @@ SPACE = SearchSpace.from_tables(
 
 Record = TypeVar("Record", PartialMaps, Accumulator)
 
-every_map_set = pytest.mark.parametrize(
-    "maps",
-    [
-        MapSet(PoseForm.EXPLICIT, pixel_size=False),
-        MapSet(PoseForm.EXPLICIT),
-        MapSet(PoseForm.EXPLICIT, counts=True),
-        MapSet(PoseForm.INDEXED),
-        MapSet(PoseForm.INDEXED, counts=True),
-        MapSet(PoseForm.INDEXED, decoded=False),
-    ],
-    ids=str,
-)
+MAP_SETS = [
+    MapSet(PoseForm.EXPLICIT, pixel_size=False),
+    *(MapSet(form, counts=counts) for form in PoseForm for counts in (False, True)),
+    MapSet(PoseForm.INDEXED, decoded=False),
+]
+"""Every combination of maps that kernels distinguish."""
+
+every_map_set = pytest.mark.parametrize("maps", MAP_SETS, ids=str)
 
 
 def draw_partials(maps: MapSet, *, nan: bool) -> list[PartialMaps]:
@@ -61,12 +57,25 @@ def draw_partials(maps: MapSet, *, nan: bool) -> list[PartialMaps]:
     return partials
 
 
-def assert_same_bits(actual: AnyArray, expected: AnyArray, name: str) -> None:
+def assert_same_bits(actual: AnyArray, expected: AnyArray, name: str = "") -> None:
     """Fail unless two arrays are equal bit by bit; all NaN count as one."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), name
     both_nan = (actual != actual) & (expected != expected)
     bits = f"u{actual.dtype.itemsize}"
-    assert ((actual.view(bits) == expected.view(bits)) | both_nan).all(), name
+    other = np.argwhere((actual.view(bits) != expected.view(bits)) & ~both_nan)
+    assert not len(other), f"{name}: {len(other)} pixels differ, first {other[0]}"
+
+
+def assert_same(actual: Record, expected: Record) -> None:
+    """Fail unless all maps of two accumulators or partials are equal bit by bit."""
+    for field in fields(expected):
+        one, other = getattr(actual, field.name), getattr(expected, field.name)
+        if isinstance(other, int | None):
+            assert one == other, field.name
+        else:
+            pairs = zip(one, other, strict=True) if isinstance(other, tuple) else [(one, other)]
+            for left, right in pairs:
+                assert_same_bits(left, right, field.name)
 
 
 class KernelsContract:
@@ -107,15 +116,7 @@ class KernelsContract:
         return replace(record, **{f.name: copied(getattr(record, f.name)) for f in fields(record)})
 
     def _assert_same(self, actual: Record, expected: Record) -> None:
-        actual = self._each(self.fetched, actual)
-        for field in fields(expected):
-            one, other = getattr(actual, field.name), getattr(expected, field.name)
-            if isinstance(other, int | None):
-                assert one == other, field.name
-            else:
-                pairs = zip(one, other, strict=True) if isinstance(other, tuple) else [(one, other)]
-                for left, right in pairs:
-                    assert_same_bits(left, right, field.name)
+        assert_same(self._each(self.fetched, actual), expected)
 
     @pytest.mark.parametrize("nan", [False, True], ids=["finite", "nan"])
     @every_map_set
