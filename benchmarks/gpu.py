@@ -28,7 +28,7 @@ from benchmarks import _floor, common
 from benchmarks.common import Run
 from benchmarks.merge import merge_once
 from ocelot_em.errors import OcelotError
-from ocelot_em.kernels import load_cuda
+from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.device import Device, find_devices, open_device
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
@@ -93,7 +93,7 @@ def kernel_table(side: int, repeats: int) -> None:
     import cupy
 
     device = open_device()
-    kernels = load_cuda(device)
+    kernels = CudaKernels(device)
     copied = copy_rate(device, repeats) / 1e9
     rows = [("copy on the device", "", f"{copied:.0f}", "1.00")]
     space = SearchSpace.from_tables(

@@ -7,7 +7,7 @@ import pytest
 
 from host_device import HostDevice, host_kernels
 from ocelot_em.errors import OcelotError
-from ocelot_em.kernels import load, load_cuda
+from ocelot_em.kernels import load
 from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.device import find_devices, open_device
 from ocelot_em.model.maps import Accumulator
@@ -32,7 +32,7 @@ class OnGpu:
         import cupy
 
         self._cupy, self._device = cupy, open_device()
-        self._kernels = load_cuda(self._device)
+        self._kernels = CudaKernels(self._device)
 
     def _there(self, record):
         """Copy a partial or an accumulator to the device."""

@@ -5,7 +5,6 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.kernels.device import Device
 from ocelot_em.model.maps import Accumulator, AnyArray, MapSet, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
@@ -56,10 +55,3 @@ def load(name: str) -> Kernels:
     if name not in NAMES:
         raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")
     return cast("Kernels", import_module(f"ocelot_em.kernels.{name}"))
-
-
-def load_cuda(device: Device) -> Kernels:
-    """Return the kernels for a CUDA device, which must hold all their arrays."""
-    from ocelot_em.kernels.cuda import CudaKernels
-
-    return CudaKernels(device)

@@ -5,8 +5,8 @@ be merged separately while it is in the cache, and is complete after its last pa
 bit-identical to folding whole partials (:mod:`ocelot_em.kernels.reference`).
 
 All arrays are C-contiguous and have the same size. Winners are partial numbers, int16, -1 where no
-partial has searched. Functions that return a boolean report whether a value is NaN or infinite (a
-``mip`` may be -inf), or an index out of range.
+partial has searched. Functions that return a number report with a 1 that a value is NaN or infinite
+(a ``mip`` may be -inf), or an index out of range.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def update_winner(new: Any, number: Any, mip: Any, winner: Any) -> Any:
         mip[i] = value if won else old
         winner[i] = number if won else won_before
         bad |= not_a_mip(value)
-    return bad != 0
+    return bad
 
 
 @compiled
@@ -40,7 +40,7 @@ def init_winner(new: Any, mip: Any, winner: Any) -> Any:
         mip[i] = value if won else np.float32(-np.inf)
         winner[i] = np.int16(0) if won else np.int16(-1)
         bad |= not_a_mip(value)
-    return bad != 0
+    return bad
 
 
 @compiled
@@ -64,7 +64,7 @@ def update_winner_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, k
             | (candidate >= n_poses)
             | ((candidate == NOT_SEARCHED) & searched)
         )
-    return bad != 0
+    return bad
 
 
 @compiled
@@ -75,7 +75,7 @@ def take(new: Any, number: Any, winner: Any, kept: Any) -> Any:
         value, old, won = new[i], kept[i], winner[i] == number
         kept[i] = value if won else old
         bad |= not_finite(value)
-    return bad != 0
+    return bad
 
 
 @compiled
@@ -85,7 +85,7 @@ def any_not_finite(values: Any) -> Any:
     for i in range(values.size):
         value = values[i]
         bad |= not_finite(value)
-    return bad != 0
+    return bad
 
 
 @compiled
@@ -129,7 +129,7 @@ def add(new: Any, total: Any) -> Any:
         value, old = new[i], total[i]
         total[i] = old + np.float64(value)
         bad |= not_finite(value)
-    return bad != 0
+    return bad
 
 
 @compiled
@@ -140,4 +140,4 @@ def add_first(new: Any, total: Any) -> Any:
         value = new[i]
         total[i] = 0.0 + np.float64(value)  # -0.0 becomes 0.0, as in an addition
         bad |= not_finite(value)
-    return bad != 0
+    return bad

@@ -48,6 +48,15 @@ def values_of(ranks: Any) -> Any:
 
 
 @compiled
+def _row(at: Any, size: Any, most: Any, position: Any) -> Any:
+    """Return the number of pixels up to the end of a row, at most ``most``, and the valid end."""
+    start, width, (n_rows, n_columns) = position
+    y, x = divmod(start + at, width)
+    n = min(width - x, size - at, most)
+    return n, at + (min(max(n_columns - x, 0), n) if y < n_rows else 0)
+
+
+@compiled
 def count_pixels(maps: Any, position: Any, axes: Any, into: Any, found: Any) -> int:
     """Add the valid pixels of a run to histograms and counts, and record candidates.
 
@@ -63,17 +72,13 @@ def count_pixels(maps: Any, position: Any, axes: Any, into: Any, found: Any) -> 
     including this run.
     """
     mips, zs, stds = maps
-    start, width, (n_rows, n_columns) = position
     bins, special = np.empty(_RUN_PIXELS, np.int32), np.empty((2, _RUN_PIXELS), np.float32)
     level, where, n_found = found
     at = 0
     while at < mips.size:
-        y, x = divmod(start + at, width)
-        n = min(width - x, mips.size - at, _RUN_PIXELS)
-        n_valid = min(max(n_columns - x, 0), n)
-        if y < n_rows and n_valid > 0:
-            end = at + n_valid
-            n_found = _find_above(zs[at:end], level, start + at, where, n_found)
+        n, end = _row(at, mips.size, _RUN_PIXELS, position)
+        if end > at:
+            n_found = _find_above(zs[at:end], level, position[0] + at, where, n_found)
             _count_run(mips[at:end], zs[at:end], stds[at:end], axes, into, (bins, special))
         at += n
     return int(n_found)
@@ -181,14 +186,11 @@ def _increment(counts: Any, bins: Any) -> None:
 @compiled
 def count_wins(numbers: Any, position: Any, wins: Any) -> None:
     """Count the valid pixels of a run that each partial won; -1 means no winner."""
-    start, width, (n_rows, n_columns) = position
     at = 0
     while at < numbers.size:
-        y, x = divmod(start + at, width)
-        n = min(width - x, numbers.size - at, _RUN_PIXELS)
-        n_valid = min(max(n_columns - x, 0), n)
-        if y < n_rows and n_valid > 0:
-            own = numbers[at : at + n_valid]
+        n, end = _row(at, numbers.size, _RUN_PIXELS, position)
+        if end > at:
+            own = numbers[at:end]
             # Several vectorised passes are faster than one scalar pass.
             if wins.size <= _MAX_VECTORISED_PARTIALS:
                 for number in range(wins.size):
@@ -290,16 +292,13 @@ def add_moments(values: Any, position: Any, into: Any) -> None:
 
     A row of pixels with NaN is left out.
     """
-    start, width, (n_rows, n_columns) = position
     at = 0
     while at < values.size:
-        y, x = divmod(start + at, width)
-        n = min(width - x, values.size - at)
-        n_valid = min(max(n_columns - x, 0), n)
-        if y < n_rows and n_valid > 0:
-            total, squared_total = _moments(values[at : at + n_valid])
+        n, end = _row(at, values.size, values.size, position)
+        if end > at:
+            total, squared_total = _moments(values[at:end])
             if total == total:
-                into[0] += n_valid
+                into[0] += end - at
                 into[1] += total
                 into[2] += squared_total
         at += n
@@ -319,8 +318,8 @@ def add_and_measure(values: Any, total: Any, first: Any, position: Any, into: An
         own, own_squared = _add_with_moments(values, total)
     if not_finite(own):  # a value is NaN or infinite, or the sum overflows
         add_moments(values, position, into)
-        return True
+        return np.int32(1)
     into[0] += values.size
     into[1] += own
     into[2] += own_squared
-    return False
+    return np.int32(0)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.kernels.addresses import MISSING, of_fold
+from ocelot_em.kernels.by_map import add
 from ocelot_em.kernels.compiling import (
     address_of,
     compiled,
@@ -190,17 +191,6 @@ def _add_four(total: Any, new: Any) -> Any:
 
 
 @compiled
-def _add(total: Any, new: Any) -> Any:
-    """Add in float64; return whether any value is unusable."""
-    bad = np.int32(0)
-    for i in range(total.size):
-        value, a = total[i], new[i]
-        total[i] = value + np.float64(a)
-        bad |= not_finite(a)
-    return bad
-
-
-@compiled
 def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> Any:
     """Fold partials; return whether any value is unusable.
 
@@ -293,10 +283,10 @@ def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any
             for row in range(len(rows)):
                 if numbers[row, width] == 4:
                     new = plane(rows[row, column], np.float32, start, size)
-                    bad |= _add(total, new)
+                    bad |= add(new, total)
                 else:
                     wide = plane(rows[row, column], np.float64, start, size)
-                    bad |= _add(total, wide)
+                    bad |= add(wide, total)
     return bad
 
 

@@ -141,11 +141,8 @@ def open_device() -> Device:
 def borrow_device(number: int, producers: Iterable[int]) -> Iterator["CudaDevice"]:
     """Use a GPU for arrays that are already on it, after waiting for their producers.
 
-    Within the context, it is CuPy's current device. On exit, all work started on it is complete,
-    and the caller's device and stream are current again.
-
-    ``number`` is the CUDA number of the GPU among the visible ones; ``producers`` are those of all
-    GPUs whose pending work must be complete first.
+    It is CuPy's current device within the context, and has completed all work after it. Numbers
+    are those of CUDA; ``producers`` are the GPUs whose pending work must be complete first.
     """
     cuda = _cupy().cuda
     device = _open_at(number)

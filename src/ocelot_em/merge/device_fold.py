@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ocelot_em import kernels
 from ocelot_em.errors import DeviceMemoryError
+from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.device import Device, DeviceEvent
 from ocelot_em.merge.fold import Merged, PieceReport, decode_map, partial_maps
 from ocelot_em.model.maps import (
@@ -143,7 +143,7 @@ class DeviceMemory:
     ) -> None:
         self._device, self._maps = device, maps
         self._max_partials, self._sum_dtype = max_partials, sum_dtype
-        self.kernels = kernels.load_cuda(device)
+        self.kernels = CudaKernels(device)
         self._per_thread = threading.local()
 
     def for_this_thread(self, max_pixels: int) -> "ThreadMemory":

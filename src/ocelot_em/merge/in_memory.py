@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.kernels import Kernels, load, load_cuda
+from ocelot_em.kernels import Kernels, load
+from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.device import borrow_device
 from ocelot_em.model.arrays import (
     CUPY,
@@ -137,7 +138,7 @@ def merge_arrays(
     if kind_of(first) in (CUPY, TORCH_CUDA):
         producers = {gpu_number(maps[name]) for maps in (*results, merged) for name in names}
         with borrow_device(gpu_number(first), producers) as device:
-            kernels = load_cuda(device)
+            kernels = CudaKernels(device)
             fold(as_cupy, Processor(kernels, device.empty, device.bring, _GPU_BAND_PIXELS))
     else:
         fold(as_numpy, cpu_processor(BAND_PIXELS))

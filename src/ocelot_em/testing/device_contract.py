@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ocelot_em.errors import DeviceMemoryError
-from ocelot_em.kernels import Kernels, load, load_cuda
+from ocelot_em.kernels import Kernels, load
+from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.device import Device
 from ocelot_em.model.maps import Accumulator, AnyArray, MapSet, PartialMaps, PoseForm
 from ocelot_em.model.search_space import SearchSpace
@@ -179,7 +180,7 @@ class DeviceContract(KernelsContract):
     def kernels(self, device: Device) -> Kernels:
         """Return the kernels of the device."""
         self._device = device
-        return load_cuda(device)
+        return CudaKernels(device)
 
     def sent(self, values: AnyArray) -> AnyArray:
         """Return a copy on the device."""
