@@ -77,7 +77,10 @@ class InvalidInputError(OcelotError, ValueError):
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__(self.problems)  # so that several problems survive pickling
+        super().__init__(*self.problems)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.problems,), self.__dict__
 
     def _text(self) -> str:
         if len(self.problems) == 1:
