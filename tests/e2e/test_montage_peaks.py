@@ -252,6 +252,24 @@ def test_particles_that_may_be_missing_are_announced(crowded, tmp_path, capsys, 
     assert find_peaks(tmp_path / "256.zarr", cutoff=9.0).about.incomplete_exposures == ()
 
 
+def test_the_cutoff_of_an_exposure_counts_its_searched_pixels(tmp_path):
+    search = write_shots(tmp_path / "RUN.zarr", SHOTS)
+    for overlap in ("earliest", "max-zscore"):
+        ocelot_em.merge(search, tmp_path / f"{overlap}.zarr", overlap=overlap)
+        merged = MergedResult.open(tmp_path / f"{overlap}.zarr")
+        cutoffs = dict(find_peaks(merged).about.exposure_cutoffs)
+        assert merged.statistics.searched_pixels < merged.statistics.valid_pixels
+        for about, exposure in zip(SHOTS, merged.statistics.exposures, strict=True):
+            assert cutoffs[about.id] == gaussian_cutoff(exposure.searched_pixels, sum(about.counts))
+        name = "searched_pixels" if overlap == "max-zscore" else "shown_pixels"
+        correlations = sum(
+            getattr(exposure, name) * exposure.total_projections
+            for exposure in merged.statistics.exposures
+        )
+        expected = gaussian_cutoff(correlations, 1)
+        assert find_peaks(merged, per="montage").about.cutoff == expected
+
+
 def test_statistics_of_exposures_are_of_all_their_pixels(tmp_path):
     search = write_shots(tmp_path / "RUN.zarr", SHOTS)
     ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=11)

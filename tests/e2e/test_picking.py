@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import ocelot_em
@@ -11,6 +12,7 @@ from conftest import SHARED
 from exact_ranks import from_maps, histogram_of
 from helpers import make_result, read_maps, write_search
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
 from ocelot_em.model.histograms import Z_AXIS
@@ -19,6 +21,9 @@ from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.significance import gev_cutoff
+from ocelot_em.particles.table import ParticleTable
+from ocelot_em.store.arrays import write_chunk
+from ocelot_em.store.objects import open_objects
 
 SHAPE, COUNTS = (150, 190), (1000, 700, 300)
 METHODS = ("gaussian", "gev", "pvalue")
@@ -105,11 +110,60 @@ def test_cutoffs_are_those_of_the_whole_map(merged):
     exact = from_maps(mip, z).neg_log_p(mip, z)
     y, x = picked.columns["pos_y"], picked.columns["pos_x"]
     assert cutoffs["pvalue"] == 8.0
-    # Ranks from histograms are off by little, but for the order of those at the very top.
-    usual = exact[y, x] < 9.5
-    assert np.abs(picked.columns["neg_log_p"] - exact[y, x])[usual].max() < 0.05
+    np.testing.assert_allclose(picked.columns["neg_log_p"], exact[y, x], rtol=1e-9)
     found = select_peaks(*np.nonzero(exact >= 8), exact[exact >= 8], 5.0)
-    assert abs(len(found) - len(picked)) <= 2
+    assert len(found) == len(picked)
+
+
+@pytest.mark.parametrize(("mip_scale", "spread"), [(0.01, 0.1), (1, 0.01), (1, 0.3), (50, 0.1)])
+def test_p_values_of_small_maps_are_exact_whatever_their_spread(tmp_path, mip_scale, spread):
+    rng, shape, count = np.random.default_rng(3), (100, 100), 1000
+    result = make_result(rng, shape, count)
+    std = np.clip(rng.normal(1, spread, shape), 0.2, None) * mip_scale
+    result["mip"] = (std * rng.gumbel(4, 0.25, shape)).astype(np.float32)
+    result["correlation_sum"][:] = 0
+    result["correlation_squared_sum"] = (count * std**2).astype(np.float32)
+    search = write_search(tmp_path / "RUN.zarr", [result], [count])
+    ocelot_em.merge(search, tmp_path / "OUT.zarr")
+    picked = find_peaks(tmp_path / "OUT.zarr", method="pvalue", min_distance=0)
+    maps = read_maps(tmp_path / "OUT.zarr")
+    exact = from_maps(maps[MIP], maps[SCALED_MIP]).neg_log_p(maps[MIP], maps[SCALED_MIP])
+    np.testing.assert_allclose(picked.columns["neg_log_p"], np.sort(exact[exact >= 8])[::-1])
+    assert len(picked) > 0
+
+
+def test_counts_that_float64_cannot_hold_are_exact_in_tables(tmp_path):
+    """Also where a NaN left a device out, and where another exposure is shown."""
+    rng, shape, counts = np.random.default_rng(4), (30, 30), (2**55 + 1, 2**54 + 3)
+    search = tmp_path / "R.zarr"
+    for number, origin in enumerate([(0, 0), (3, 5)]):
+        info = ocelot_em.SearchInfo(exposure=ocelot_em.Exposure(f"e{number}", origin, number))
+        for k, count in enumerate(counts):
+            result = make_result(rng, shape, count)
+            ocelot_em.write_partial(search, f"p{k}", result, total_projections=count, search=info)
+    result["mip"][10:20] = np.nan
+    for folder in unsealed(search).glob("**/p1/mip/c/0"):
+        write_chunk(open_objects(folder), "0", result["mip"])
+    ocelot_em.merge(search, tmp_path / "M.zarr", nan="mask")
+    table = find_peaks(tmp_path / "M.zarr", cutoff=5.0, same_distance=0)
+    is_masked = (table.columns["pos_y"] >= 10) & (table.columns["pos_y"] < 20)
+    expected = np.where(is_masked, counts[0], sum(counts))
+    assert 0 < is_masked.sum() < len(table)
+    assert set(table.columns["exposure"]) == {"e0", "e1"}
+    table.to_csv(tmp_path / "P.csv")
+    write_parquet(table, tmp_path / "P.parquet")
+    microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
+    optics = ocelot_em.Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 1)
+    ocelot_em.write_leopard_csv(table.of_exposure("e1"), optics, tmp_path / "L.csv")
+    own = expected[table.columns["exposure"] == "e1"]
+    for counted, wanted in (
+        (table.columns["total_correlations"], expected),
+        (ParticleTable.read_csv(tmp_path / "P.csv").columns["total_correlations"], expected),
+        (read_parquet(tmp_path / "P.parquet").columns["total_correlations"], expected),
+        (pd.read_csv(tmp_path / "L.csv")["total_correlations"].to_numpy(), own),
+    ):
+        assert counted.dtype == np.int64
+        np.testing.assert_array_equal(counted, wanted)
 
 
 def test_only_valid_pixels(tmp_path, rng):

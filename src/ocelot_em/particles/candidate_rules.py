@@ -5,13 +5,20 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ocelot_em.errors import OcelotError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.options import PickOptions
-from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
+from ocelot_em.particles.scanning import all_pixels
+from ocelot_em.particles.significance import (
+    EXACT_PIXELS,
+    NEG_LOG_P_CUTOFF,
+    PValueModel,
+    gev_cutoff,
+)
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,22 @@ def make_rules(options: PickOptions, merged: MergedResult) -> list[CandidateRule
     plan = merged.plan
     if options.method == "pvalue":
         cutoff = NEG_LOG_P_CUTOFF if options.cutoff is None else options.cutoff
-        rules = []
-        for exposure in plan.exposures:
-            own = merged.summary_of(exposure)
-            model = p_value_model(own)
-            rules.append(CandidateRule(cutoff, model, levels_of(model, own, cutoff)))
-        return rules
+        return [_p_value_rule(merged, k, cutoff) for k in range(len(plan.exposures))]
     if options.cutoff is not None:
         return [CandidateRule(options.cutoff)] * len(plan.exposures)
     if plan.is_montage and options.per == "montage":
         return [CandidateRule(_montage_cutoff(options, merged))] * len(plan.exposures)
-    rules = []
+    about, rules = merged.summary.attributes, []
+    searched = {exposure.number: exposure.searched_pixels for exposure in about.exposures}
     for exposure in plan.exposures:
         if options.method == "gev":
             own = merged.summary_of(exposure)
             cutoff = gev_cutoff(own.histograms.of_z(), options.false_positives)
         else:
+            pixels = searched.get(exposure.number, about.searched_pixels)
+            # At least one: where nothing was searched, there are no candidates.
             cutoff = gaussian_cutoff(
-                exposure.counted.size, exposure.total_projections, options.false_positives
+                max(pixels, 1), exposure.total_projections, options.false_positives
             )
         rules.append(CandidateRule(cutoff))
     return rules
@@ -73,12 +78,12 @@ def make_rules(options: PickOptions, merged: MergedResult) -> list[CandidateRule
 def _montage_cutoff(options: PickOptions, merged: MergedResult) -> float:
     """Return the z-score cutoff for the false positives of the whole montage.
 
-    If the highest z-score wins a pixel, any exposure can contribute noise there, so all their valid
-    pixels count. Otherwise, only shown pixels count.
+    If the highest z-score wins a pixel, any exposure can contribute noise there, so all their
+    searched pixels count. Otherwise, only shown pixels count.
     """
     all_count = merged.plan.overlap == "max-zscore"
     pixels = {
-        exposure.number: exposure.valid_pixels if all_count else exposure.shown_pixels
+        exposure.number: exposure.searched_pixels if all_count else exposure.shown_pixels
         for exposure in merged.summary.attributes.exposures
     }
     if options.method == "gev":
@@ -92,10 +97,19 @@ def _montage_cutoff(options: PickOptions, merged: MergedResult) -> float:
     return gaussian_cutoff(correlations, 1, options.false_positives)
 
 
-def p_value_model(summary: Summary) -> PValueModel:
-    """Return the p-value model of a whole map."""
-    counted = summary.histograms
-    return PValueModel.from_histogram(counted.of_both(), counted.of_mip(), counted.of_z())
+def _p_value_rule(merged: MergedResult, position: int, cutoff: float) -> CandidateRule:
+    """Return the rule of an exposure, by exact ranks if it is small enough."""
+    own = merged.summary_of(merged.plan.exposures[position])
+    if 0 < own.attributes.searched_pixels < EXACT_PIXELS:
+        try:
+            model = PValueModel.from_pixels(*all_pixels(merged, position))
+            return CandidateRule(cutoff, model)
+        except OcelotError:  # the partials of an exposure, which picking then reports
+            if not merged.plan.is_montage:
+                raise
+    counted = own.histograms
+    model = PValueModel.from_histogram(counted.of_both(), counted.of_mip(), counted.of_z())
+    return CandidateRule(cutoff, model, levels_of(model, own, cutoff))
 
 
 def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:

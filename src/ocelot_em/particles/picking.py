@@ -33,7 +33,7 @@ from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rule
 from ocelot_em.particles.duplicates import Peaks, join_duplicates
 from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
-from ocelot_em.particles.scanning import OwnMaps, scan
+from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
 from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTable, PickInfo
 
 log = logging.getLogger(__name__)
@@ -116,13 +116,13 @@ def _candidates(
         found.append(rows[rule.accepts(column(rows, MIP), column(rows, SCALED_MIP))])
     if not missing:
         return found, ()
-    scanned = scan(merged, rules)
+    scanned = scan(merged, [rule.accepts for rule in rules])
     if not merged.plan.is_montage:
         return scanned, ()
     unreadable = []
     for k in missing:
         try:
-            found[k] = _union(found[k], OwnMaps(merged, k).candidates(rules[k]))
+            found[k] = _union(found[k], OwnMaps(merged, k).candidates(rules[k].accepts))
         except OcelotError as error:
             name = merged.plan.exposures[k].id
             log.warning(
@@ -297,6 +297,8 @@ def _columns(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str,
     counts = totals[exposures]
     if merged.attributes.has_counts:
         counts = column(rows, COUNT).astype(np.int64)
+        for k in np.flatnonzero(counts >= 2**53).tolist():
+            counts[k] = exact_count(merged, int(exposures[k]), int(y[k]), int(x[k]))
     return {
         "pos_y": y,
         "pos_x": x,

@@ -4,7 +4,7 @@ A montage shows one exposure in each pixel. The maps of an exposure where others
 merged again from its partials, in memory, so that candidates do not depend on the tiles.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -13,16 +13,18 @@ from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, GATHERED, neighbours_of
-from ocelot_em.model.maps import MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
+from ocelot_em.model.maps import COUNT, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
 from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.model.threads import map_in_threads
-from ocelot_em.particles.candidate_rules import CandidateRule
+
+Rule = Callable[[AnyArray, AnyArray], AnyArray]
+"""Returns from ``mip`` and z-scores which pixels are candidates."""
 
 _WINDOW = 1022
 """Edge of the windows that are merged again; one pixel more on each side has the neighbours."""
 
 
-def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
+def scan(merged: MergedResult, rules: Sequence[Rule]) -> list[Float64]:
     """Search maps chunk by chunk for the shown candidates of each exposure.
 
     Return rows of :data:`CANDIDATE_FIELDS` for each exposure; ``rules`` has one rule for each.
@@ -35,14 +37,14 @@ def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
         mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
         maps = _StoredMaps(merged, region)
         if not merged.plan.is_montage:
-            return [(0, _rows_at(rules[0].accepts(mip, z), z, maps, region))]
+            return [(0, _rows_at(rules[0](mip, z), z, maps, region))]
         numbers = merged.read(region, SOURCE_EXPOSURE)
         found = []
         for k in there:
             exposure = merged.plan.exposures[k]
             own = numbers == exposure.number
             where = own.copy()
-            where[own] = rules[k].accepts(mip[own], z[own])
+            where[own] = rules[k](mip[own], z[own])
             own_z, (dy, dx) = np.where(own, z, np.float32(np.nan)), exposure.origin
             found.append((k, _rows_at(where, own_z, maps, region.shifted(-dy, -dx))))
         return found
@@ -54,6 +56,39 @@ def scan(merged: MergedResult, rules: Sequence[CandidateRule]) -> list[Float64]:
     return [np.concatenate(rows) for rows in found]
 
 
+def all_pixels(merged: MergedResult, position: int) -> tuple[AnyArray, AnyArray]:
+    """Return ``mip`` and z-score of all valid pixels of an exposure, one-dimensional.
+
+    Raises
+    ------
+    OcelotError
+        Maps, or the partials of an exposure of a montage, cannot be read.
+    """
+    if merged.plan.is_montage:
+        return OwnMaps(merged, position).pixels()
+    found = [
+        [merged.read(region, name).ravel() for name in (MIP, SCALED_MIP)]
+        for region in merged.regions()
+    ]
+    mips, zs = zip(*found, strict=True)
+    return np.concatenate(mips), np.concatenate(zs)
+
+
+def exact_count(merged: MergedResult, position: int, y: int, x: int) -> int:
+    """Return the number of cross-correlations of a pixel, which float64 rows round above 2**53.
+
+    Raises
+    ------
+    OcelotError
+        The map, or the partials of an exposure that is hidden there, cannot be read.
+    """
+    exposure, pixel = merged.plan.exposures[position], Region(y, y + 1, x, x + 1)
+    shown = pixel.shifted(*exposure.origin)
+    if merged.plan.is_montage and merged.read(shown, SOURCE_EXPOSURE)[0, 0] != exposure.number:
+        return int(OwnMaps(merged, position).merge(pixel)[COUNT][0, 0])
+    return int(merged.read(shown, COUNT)[0, 0])
+
+
 class OwnMaps:
     """The maps of one exposure of a montage, shown or hidden."""
 
@@ -62,7 +97,7 @@ class OwnMaps:
         alone = {"exposures": (self._exposure,), "tile": (_WINDOW + 2, _WINDOW + 2)}
         self._job = Job(MergePlan(**(dict(merged.plan) | alone)), None)
 
-    def candidates(self, rule: CandidateRule) -> Float64:
+    def candidates(self, rule: Rule) -> Float64:
         """Search the windows that other exposures touch; rows as those of :func:`scan`.
 
         Raises
@@ -73,10 +108,10 @@ class OwnMaps:
 
         def look(window: Region) -> Float64:
             around = self._grown(window)
-            maps = self._merge(around)
+            maps = self.merge(around)
             where = np.zeros(around.shape, np.bool_)
             inside = window.relative_to(around).slices
-            where[inside] = rule.accepts(maps[MIP][inside], maps[SCALED_MIP][inside])
+            where[inside] = rule(maps[MIP][inside], maps[SCALED_MIP][inside])
             return _rows_at(where, maps[SCALED_MIP], maps, around)
 
         touched = (window for window in self._windows() if self._touches_others(window))
@@ -85,17 +120,11 @@ class OwnMaps:
         )
 
     def pixels(self) -> tuple[AnyArray, AnyArray]:
-        """Return ``mip`` and z-score of all valid pixels, one-dimensional.
-
-        Raises
-        ------
-        OcelotError
-            The exposure's partials cannot be read.
-        """
+        """Return ``mip`` and z-score of all valid pixels, as :func:`all_pixels` does."""
         names, (dy, dx), found = (MIP, SCALED_MIP), self._exposure.origin, []
         for window in self._windows():
             if self._touches_others(window):
-                maps = self._merge(window)
+                maps = self.merge(window)
                 found.append([maps[name].ravel() for name in names])
             else:
                 region = window.shifted(dy, dx)
@@ -118,7 +147,8 @@ class OwnMaps:
         on_canvas = self._grown(window).shifted(*self._exposure.origin)
         return len(self._merged.plan.touching(on_canvas)) > 1
 
-    def _merge(self, region: Region) -> Mapping[str, AnyArray]:
+    def merge(self, region: Region) -> Mapping[str, AnyArray]:
+        """Merge pixels of the exposure; at most one window with its neighbours."""
         return merge_in_memory(self._job, Tile(0, 0, region.shifted(*self._exposure.origin)))
 
 
