@@ -17,7 +17,7 @@ import numpy as np
 from ocelot_em.errors import DeviceMemoryError
 from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.device import Device, DeviceEvent
-from ocelot_em.merge.fold import Merged, PieceReport, decode_map, partial_maps
+from ocelot_em.merge.fold import Merged, PieceReport, partial_maps, whole_maps
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     MAPS,
@@ -29,7 +29,6 @@ from ocelot_em.model.maps import (
     Accumulator,
     AnyArray,
     MapSet,
-    PartialMaps,
 )
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
@@ -89,10 +88,14 @@ class DeviceFold:
         accumulator = memory.accumulator(n)
         for start in range(0, len(self.sources), memory.max_partials):
             numbers = range(len(self.sources))[start : start + memory.max_partials]
-            partials = [
-                self._send((number, slot), reader, memory, n, report)
-                for slot, number in enumerate(numbers)
-            ]
+            partials = []
+            for slot, number in enumerate(numbers):
+                source = self.sources[number]
+                read = whole_maps(
+                    reader, (number, source), self.maps, report, lambda _, t: memory.pinned(n, t)
+                )
+                on_device = {name: memory.send(values, slot, name) for name, values in read}
+                partials.append(partial_maps(source, self.maps, on_device))
             if self._mask_nan:
                 partials = [self._kernels.mask_nan(partial) for partial in partials]
             if self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0):
@@ -110,26 +113,6 @@ class DeviceFold:
             shaped = values.reshape(work.shape)
             report.keep_candidates(name, shaped)
             yield name, shaped
-
-    def _send(
-        self,
-        number_and_slot: tuple[int, int],
-        reader: ReadAhead,
-        memory: "ThreadMemory",
-        n: int,
-        report: PieceReport,
-    ) -> PartialMaps:
-        """Read a partial, by number of its source, and start its copy to a device slot."""
-        (number, slot), on_device = number_and_slot, {}
-        source = self.sources[number]
-        for name in source.map_names(self.maps):
-            with reader.take(1) as (arrival,):
-                values = memory.pinned(n, arrival.dtype)
-                decode_map(name, arrival, source, values)
-            if report.statistics is not None and name in (SUM, SQUARED_SUM):
-                report.statistics.add_sums(number, name, 0, values)
-            on_device[name] = memory.send(values, slot, name)
-        return partial_maps(source, self.maps, on_device)
 
 
 class DeviceMemory:

@@ -4,7 +4,7 @@ Encoded chunks come from a reader, in an order that is known beforehand so that 
 they are decoded here. Merged maps are yielded to the caller, one at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.sources import Source
-from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
+from ocelot_em.store.transfer import READ_TOGETHER, ReadAhead
 
 
 @dataclass
@@ -250,13 +250,10 @@ class Fold:
         accumulator = Accumulator.allocate(maps, work.array)
         self._kernels.reset(accumulator)
         for number, source in enumerate(self.sources):
-            arrays = {}
-            for name in source.map_names(maps):
-                with reader.take(1) as (arrival,):
-                    arrays[name] = work.array(f"incoming {name}", arrival.dtype)
-                    decode_map(name, arrival, source, arrays[name].reshape(-1))
-                if statistics is not None and name in (SUM, SQUARED_SUM):
-                    statistics.add_sums(number, name, 0, arrays[name].reshape(-1))
+            read = whole_maps(
+                reader, (number, source), maps, report, lambda n, t: work.flat(f"incoming {n}", t)
+            )
+            arrays = {name: values.reshape(work.shape) for name, values in read}
             partial = self._kernels.mask_nan(partial_maps(source, maps, arrays))
             if self._kernels.fold_all(accumulator, (partial,), self.space):
                 report.suspect(number)
@@ -294,11 +291,24 @@ class Fold:
         yield from computed.items()
 
 
-def decode_map(name: str, arrival: Arrival, source: Source, out: AnyArray) -> None:
-    """Decode a whole map of a source; numbers of partials become those of the result."""
-    arrival.decode(0, 1, out)
-    if name == BEST_PARTIAL:
-        np.add(out, source.first_number, out=out, where=out != NOT_SEARCHED)
+def whole_maps(
+    reader: ReadAhead,
+    numbered_source: tuple[int, Source],
+    maps: MapSet,
+    report: PieceReport,
+    memory: Callable[[str, "np.dtype[np.generic]"], AnyArray],
+) -> Merged:
+    """Decode the maps of a source; numbers of partials become those of the result."""
+    number, source = numbered_source
+    for name in source.map_names(maps):
+        with reader.take(1) as (arrival,):
+            values = memory(name, arrival.dtype)
+            arrival.decode(0, 1, values)
+        if name == BEST_PARTIAL:
+            np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
+        if report.statistics is not None and name in (SUM, SQUARED_SUM):
+            report.statistics.add_sums(number, name, 0, values)
+        yield name, values
 
 
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:

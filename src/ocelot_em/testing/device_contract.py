@@ -197,8 +197,7 @@ class DeviceContract(KernelsContract):
     @pytest.mark.parametrize("dtype", ["u1", "i4", "f4", "i8", "f8"])
     def test_arrays(self, device: Device, dtype: str) -> None:
         values = device.empty(1000, dtype)
-        assert (values.shape, values.size) == ((1000,), 1000)
-        assert values.dtype == np.dtype(dtype)
+        assert (values.shape, values.size, values.dtype) == ((1000,), 1000, np.dtype(dtype))
         assert values.reshape(10, 100).shape == (10, 100)
         assert values[:300].flags.c_contiguous
         assert device.address(values) == device.address(values[:300])
@@ -206,8 +205,7 @@ class DeviceContract(KernelsContract):
 
     def test_pinned_memory_is_memory_of_the_host(self, device: Device) -> None:
         pinned, there = device.pinned(4000), device.empty(1000, "f4")
-        assert pinned.dtype == np.uint8
-        assert pinned.shape == (4000,)
+        assert (pinned.dtype, pinned.shape) == (np.uint8, (4000,))
         values = pinned.view(np.float32)
         values[:] = np.arange(1000)
         device.copy_in(values, there).synchronize()
