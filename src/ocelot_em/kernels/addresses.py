@@ -38,19 +38,19 @@ AddressOf = Callable[[AnyArray], int]
 def checked(
     array: AnyArray, size: int, dtype: np.dtype[Any], *, is_output: bool = False
 ) -> AnyArray:
-    """Return an array that has the layout, size and dtype that a kernel expects.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Return an array; it is a ValueError if a kernel cannot use its layout, size or dtype."""
     flags: Any = array.flags  # those of CuPy are always aligned and writable
-    fit = flags.c_contiguous and getattr(flags, "aligned", True)
-    writeable = getattr(flags, "writeable", True)
-    if not fit or (is_output and not writeable) or array.size != size or array.dtype != dtype:
+    if (
+        array.dtype != dtype
+        or array.size != size
+        or not flags.c_contiguous
+        or not getattr(flags, "aligned", True)
+        or (is_output and not getattr(flags, "writeable", True))
+    ):
         raise ValueError(
             f"expected a C-contiguous array of {size} values of {dtype}, got {array.dtype}, "
-            f"shape {array.shape}, strides {array.strides}, writeable: {writeable}"
+            f"shape {array.shape}, strides {array.strides}, "
+            f"writeable: {getattr(flags, 'writeable', True)}"
         )
     return array
 
@@ -83,7 +83,9 @@ def of_fold(
             raise ValueError(f"expected {len(acc.pose)} pose maps, got {len(partial.pose)}")
         row, own = of_partial(partial, n, pose_type, address_of)
         rows.append(row)
-        numbers.append([own[0], own[1] if count is not None else 0, *own[2:]])
+        if count is None:
+            own[1] = 0  # it is added outside, where it may have any size
+        numbers.append(own)
     return kept, rows, numbers
 
 
@@ -91,7 +93,7 @@ def of_partial(
     partial: PartialMaps, n: int, pose_type: np.dtype[Any], address_of: AddressOf
 ) -> tuple[list[int], list[int]]:
     """Return the table and the numbers of a partial."""
-    sums = partial.correlation_sum, partial.correlation_squared_sum
+    total, squared_total = partial.correlation_sum, partial.correlation_squared_sum
     number, number_map, count, count_map = 0, MISSING, 0, MISSING
     if isinstance(partial.best_partial, int):
         number = partial.best_partial
@@ -104,11 +106,12 @@ def of_partial(
     row = [
         address_of(checked(partial.mip, n, F4)),
         number_map,
-        *(address_of(checked(s, n, F8 if s.dtype == F8 else F4)) for s in sums),
+        address_of(checked(total, n, F8 if total.dtype == F8 else F4)),
+        address_of(checked(squared_total, n, F8 if squared_total.dtype == F8 else F4)),
         count_map,
-        *(address_of(checked(pose, n, pose_type)) for pose in partial.pose),
+        *[address_of(checked(pose, n, pose_type)) for pose in partial.pose],
     ]
-    return row, [number, count, *(s.dtype.itemsize for s in sums)]
+    return row, [number, count, total.itemsize, squared_total.itemsize]
 
 
 def of_finalise(
