@@ -18,6 +18,7 @@ The tree, with the built-in exceptions from which they also derive::
     +-- OutputLockedError (BlockingIOError)
     +-- StoppedError (RuntimeError)
     |   +-- ClusterLostError
+    |   +-- LockLostError
     +-- TilesFailedError (RuntimeError)
     +-- MissingDependencyError (ImportError)
     +-- DeviceError (RuntimeError)
@@ -146,6 +147,10 @@ class StoppedError(OcelotError, RuntimeError):
 
 class ClusterLostError(StoppedError):
     """The scheduler is lost, or no workers became available."""
+
+
+class LockLostError(StoppedError):
+    """A run no longer holds the lock of its output, so that it must not write any more."""
 
 
 class TilesFailedError(OcelotError, RuntimeError):

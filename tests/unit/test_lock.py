@@ -1,14 +1,19 @@
 """One writer of an output: who is refused, what is left behind, who has to stop."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 
-from ocelot_em.errors import OutputLockedError
-from ocelot_em.store import lock
-from ocelot_em.store.lock import OutputLock, RunLease
+from ocelot_em.errors import LockLostError, OutputLockedError, StorageError
+from ocelot_em.store import fence, lock
+from ocelot_em.store.fence import RunLease
+from ocelot_em.store.local import LocalObjects
+from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 
 HANGING_SECONDS = 60
@@ -35,6 +40,7 @@ def clock(monkeypatch):
     """The clock by which locks are watched."""
     clock = Clock()
     monkeypatch.setattr(lock, "time", clock)
+    monkeypatch.setattr(fence, "now", clock.monotonic)
     return clock
 
 
@@ -60,9 +66,7 @@ def test_a_lock_is_there_as_long_as_it_is_held(place):
     with OutputLock(place) as held:
         assert keys(place) == [held.key] == ["lock/0"]
         content = json.loads(place.get(held.key))
-        assert {"id", "host", "boot", "pid", "process_started", "beat", "stops"} == set(content)
-        assert held.replaced_holder is None
-        assert not held.power_was_lost
+        assert {"id", "host", "boot", "pid", "since", "started", "beat", "stops"} == set(content)
     assert keys(place) == []
 
 
@@ -76,21 +80,88 @@ def test_a_second_holder_is_refused_at_once_and_told_who_holds_it(place, clock):
 
 
 def test_the_lock_of_a_process_that_is_gone_is_replaced_at_once(place, clock):
-    left_by(place, process_started=1.0)
+    left_by(place, started=1)
     with OutputLock(place) as held:
         assert clock.slept == 0
         assert keys(place) == [held.key] == ["lock/1"]
-        assert held.replaced_holder["beat"] == 3
-        assert not held.power_was_lost  # this machine still runs
+
+
+def test_a_step_of_the_clock_does_not_make_a_living_process_look_dead(place, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        left_by(place, pid=living.pid, started=lock._started(living.pid))
+        create_time = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda p: create_time(p) + 3600)
+        with pytest.raises(OutputLockedError, match=f"process {living.pid} on"):
+            OutputLock(place).__enter__()
+        living.communicate(b"\n")
+    with OutputLock(place) as held:
+        assert held.key == "lock/1"
+
+
+def test_a_process_takes_again_what_it_could_not_release(place, clock, monkeypatch):
+    def fails(_key):
+        raise StorageError("no")
+
+    with OutputLock(place) as held:
+        monkeypatch.setattr(held.objects, "delete_one", fails)
+    assert keys(place) == ["lock/0"]
+    with OutputLock(place) as again:
+        assert again.key == "lock/1"
+        assert clock.slept == 0
+    assert keys(place) == []
+
+
+def test_a_lock_that_vanished_is_not_held(place):
+    with OutputLock(place) as held:
+        held.objects.put("a", [b"mine"])
+        place.delete_one("lock/0")
+        with pytest.raises(LockLostError, match="its lock is gone"):
+            held.prove()
+        with pytest.raises(LockLostError):
+            held.objects.put("a", [b"late"])
+        assert held.stopping.is_set()
+    assert place.get("a") == b"mine"
+
+
+LATE = {
+    "put": lambda objects: objects.put("a/b", [b"late"]),
+    "put anew": lambda objects: objects.put("new/b", [b"late"]),
+    "create": lambda objects: objects.create("new/c", b"late"),
+    "delete_one": lambda objects: objects.delete_one("a/b"),
+    "delete": lambda objects: objects.delete("a"),
+    "delete all": lambda objects: objects.delete("", keep="lock"),
+    "set_aside": lambda objects: objects.set_aside(),
+    "heartbeat": lambda objects: objects.put("lock/0", [b"{}"]),
+}
+
+
+@pytest.mark.parametrize("has_proof", [True, False])
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+def test_a_run_that_was_replaced_writes_nothing(place, late, has_proof, clock, monkeypatch):
+    """Whether it was stopped longer than a proof is valid, or, in a directory, right after it."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 1000)
+    with OutputLock(place) as old:
+        old.objects.put("a/b", [b"old"])
+        monkeypatch.setattr(lock, "_held_here", set())  # as if the old one were a dead process
+        with OutputLock(place) as new:
+            new.objects.put("a/b", [b"new"])
+            if not (has_proof and isinstance(place, LocalObjects)):
+                clock.now += 1.5 * fence.CHECK_SECONDS
+            with pytest.raises(
+                LockLostError, match=r"process \d+ on .* since 20.* has taken it over"
+            ):
+                late(old.objects)
+            assert place.get("a/b") == b"new"
+            assert sorted(place.sizes("")) == ["a/b", new.key]
+    assert sorted(place.sizes("")) == ["a/b"]
 
 
 @pytest.mark.parametrize("changes", [{"host": "another"}, {"boot": "before"}, {"pid": "no number"}])
 def test_a_lock_of_elsewhere_is_watched_and_replaced_if_it_does_not_change(place, clock, changes):
     left_by(place, **changes)
     told = []
-    with OutputLock(place, told.append) as held:
+    with OutputLock(place, told.append):
         assert 0 <= clock.slept - lock.STALE_SECONDS < lock.CHECK_SECONDS
-        assert held.power_was_lost == ("boot" in changes)
     assert len(told) == 1
     assert "for a heartbeat of that run" in told[0]
 
@@ -126,7 +197,7 @@ def test_other_files_beside_a_lock_do_not_matter(place):
 
 
 def test_of_many_that_want_a_left_lock_one_gets_it(place):
-    left_by(place, process_started=1.0)
+    left_by(place, started=1)
     n = 8
     together, done = threading.Barrier(n), threading.Barrier(n)
     ends = []
@@ -155,7 +226,9 @@ def test_a_holder_that_was_replaced_notices(place):
         left_by(place, number=7)
         assert held.lost.wait(HANGING_SECONDS)
         assert held.stopping.is_set()
-    assert keys(place) == ["lock/7"]
+        with pytest.raises(LockLostError, match=r"process \d+ on .* has taken it over"):
+            held.prove()
+    assert "lock/7" in keys(place)
 
 
 def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place, clock):

@@ -28,7 +28,7 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.contract import Objects, ReusedMemory
-from ocelot_em.store.lock import RunLease
+from ocelot_em.store.fence import RunLease, hold
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
 from ocelot_em.store.search_info import SearchInfo
@@ -168,11 +168,13 @@ class Job:
     def __init__(
         self, plan: MergePlan, objects: Objects | None, spec: JobSpec | None = None
     ) -> None:
-        self.plan, self.objects = plan, objects
+        self.plan = plan
         partials_on_device = 0 if spec is None else spec.partials_on_device
-        self._lease = None
+        self._lease: RunLease | None = None
         if objects is not None and spec is not None and spec.lock:
             self._lease = RunLease(objects, spec.lock, spec.holder)
+            objects = hold(objects, self._lease)
+        self.objects = objects
         first = plan.exposures[0].sources[0]
         self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
         self._device_memory = None
@@ -207,6 +209,11 @@ class Job:
     def may_begin(self) -> bool:
         """Whether another tile may start: the run still holds the lock and is not stopping."""
         return self._lease is None or self._lease.is_held
+
+    def require_proof(self) -> None:
+        """Make the next write prove that the run still holds the lock."""
+        if self._lease is not None:
+            self._lease.expire()
 
     @property
     def memory(self) -> TileMemory:

@@ -36,7 +36,6 @@ from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Tile
 from ocelot_em.store.lock import OutputLock
-from ocelot_em.store.objects import open_objects
 from ocelot_em.store.transfer import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -82,11 +81,12 @@ def merge(
     TilesFailedError
         Names the tiles that failed; later runs merge only these, since all others are done.
     StoppedError
-        A stop was requested, the lock was lost, or no workers are left. Running tiles were
-        finished.
+        A stop was requested, or no workers are left. Running tiles were finished.
+    LockLostError
+        Another run has taken over the output.
     """
     started = time.perf_counter()
-    objects = open_objects(ready.output)
+    objects = lock.objects
     attributes = create_output(objects, ready, options)
     tally = Tally(on_outcome, lock.stop)
     tiles = ready.missing

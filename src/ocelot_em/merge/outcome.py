@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import overload
@@ -9,10 +10,16 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ocelot_em.errors import FormatError, InvalidInputError, StoppedError, TilesFailedError
+from ocelot_em.errors import (
+    FormatError,
+    InvalidInputError,
+    StoppedError,
+    StorageError,
+    TilesFailedError,
+)
 from ocelot_em.model.html import render
 from ocelot_em.model.text import seconds_text
-from ocelot_em.store.lock import STALE_SECONDS, OutputLock
+from ocelot_em.store.lock import OutputLock
 
 log = logging.getLogger(__name__)
 
@@ -229,13 +236,16 @@ def failure(iy: int, ix: int, error: Exception) -> Outcome:
 def unfinished(
     output: str, left_of_all: tuple[int, int], tally: Tally, lock: OutputLock
 ) -> StoppedError | TilesFailedError:
-    """Return the error that explains why some of all tiles of an output are left."""
+    """Return the error that explains why some of all tiles of an output are left.
+
+    Raises
+    ------
+    LockLostError
+        The run no longer holds the output.
+    """
     (n_left, n_tiles), n_failed = left_of_all, len(tally.failed)
-    if lock.lost.is_set():
-        return StoppedError(
-            f"{output}: another run has taken over the output, because this run did not "
-            f"renew its lock for {STALE_SECONDS:.0f} s; {n_left} of {n_tiles} tiles were left"
-        )
+    with suppress(StorageError):
+        lock.prove()
     if lock.stopping.is_set() and not tally.has_given_up:
         return StoppedError(
             f"{output}: stopped with {n_left} of {n_tiles} tiles left; the others are done; "

@@ -31,7 +31,8 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.creation import now, provenance, write_search_space
-from ocelot_em.store.lock import FOLDER as LOCK_FOLDER
+from ocelot_em.store.fence import FOLDER as LOCK_FOLDER
+from ocelot_em.store.fence import HeldObjects, was_being_replaced
 from ocelot_em.store.manifest import ArrayManifest, Manifest, write_manifest
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
@@ -129,7 +130,8 @@ def confirm(ready: PreparedMerge) -> PreparedMerge:
         Another run has changed the output since the merge was planned.
     """
     objects = open_objects(ready.output)
-    existing = None if ready.overwrites else _existing_output(objects)
+    found = _existing_output(objects)
+    existing = None if ready.overwrites else found
     if not ready.overwrites and existing != ready.existing:
         raise OutputExistsError(
             f"{objects.url}: changed by another run in the meantime; run the same command again"
@@ -150,17 +152,21 @@ def confirm(ready: PreparedMerge) -> PreparedMerge:
 
 
 def create_output(
-    objects: Objects, ready: PreparedMerge, options: MergeOptions
+    objects: HeldObjects, ready: PreparedMerge, options: MergeOptions
 ) -> fmt.MergedAttributes:
     """Write all metadata of the output; only the driver does this, workers write chunks."""
     plan = ready.plan
     attributes = ready.existing
     if attributes is None:
         if options.overwrite:
-            objects.delete("", keep=LOCK_FOLDER)
+            objects.set_aside()
         attributes = _attributes_of(ready, options)
-        if not groups.create_group(objects, "", fmt.dump_attributes(attributes)):
-            raise OutputExistsError(f"{objects.url}: was just created by another run")
+        content = fmt.dump_attributes(attributes)
+        if not groups.create_group(objects, "", content):
+            if not options.overwrite:
+                raise OutputExistsError(f"{objects.url}: was just created by another run")
+            groups.replace_attributes(objects, "", content)
+        objects.delete_replaced()
     elif ready.stale:
         # A reader, or a run resumed after a crash, must see an unfinished merge without done-marks
         # of stale tiles.
@@ -190,7 +196,7 @@ def create_output(
 
 
 def complete_output(
-    objects: Objects, ready: PreparedMerge, attributes: fmt.MergedAttributes, tally: Tally
+    objects: HeldObjects, ready: PreparedMerge, attributes: fmt.MergedAttributes, tally: Tally
 ) -> None:
     """Write the statistics and the manifest of an output, and mark it as complete.
 
@@ -198,8 +204,11 @@ def complete_output(
     ------
     InputChangedError
         An input is no longer the one that was planned, so that tiles may be of different data.
+    LockLostError
+        Another run has taken over the output.
     """
     plan = ready.plan
+    objects.lease.prove()
     summary.finish(objects, plan)
     checksums = ResultChecksums(plan)
     for (iy, ix), own in {**ready.checksums, **tally.checksums}.items():
@@ -209,12 +218,14 @@ def complete_output(
         for name, table in checksums.maps.items()
     }
     deque(map_in_threads(check_unchanged, plan.sources), maxlen=0)
+    objects.lease.prove()
     digest = write_manifest(objects, "", Manifest(attributes.id, arrays))
     objects.tidy("")
     objects.sync()  # data must be on disk before the output is marked complete
     changes = {"format_version": constants.FORMAT_VERSION, "manifest": digest}
     changes |= {"state": "complete", "finished": now()}
     finished = attributes.model_copy(update=changes)
+    objects.lease.prove()
     groups.replace_attributes(objects, "", fmt.dump_attributes(finished))
 
 
@@ -252,7 +263,8 @@ def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
     try:
         attributes = read_attributes(objects)
     except StoreNotFoundError:
-        if any(not key.startswith(f"{LOCK_FOLDER}/") for key in objects.sizes("")):
+        others = (key for key in objects.sizes("") if not key.startswith(f"{LOCK_FOLDER}/"))
+        if any(others) and not was_being_replaced(objects):
             raise OutputExistsError(
                 f"{objects.url}: expected nothing or a merged result, got other files; choose "
                 "another output"

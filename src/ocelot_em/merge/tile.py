@@ -142,6 +142,7 @@ class TileWriter(Writer):
     def _mark_done(self, summary: TileSummary) -> None:
         """Write the done-mark of the tile, after its last chunk."""
         assert self._job.objects is not None
+        self._job.require_proof()
         write_mark(self._job.objects, self._job.plan, self._tile, summary, self._checksums)
 
     def _put_chunk(self, name: str, chunk: Tile, parts: Sequence[bytes]) -> None:
@@ -155,6 +156,8 @@ class TileWriter(Writer):
 
     def _put(self, key: str, parts: Sequence[bytes]) -> None:
         assert self._job.objects is not None
+        if not self._written:
+            self._job.require_proof()
         self._written.append(self._storage.put(self._job.objects, key, parts))
 
     def _record_of(self, piece: Piece) -> tuple[layout_module.Layout, int]:

@@ -10,7 +10,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -24,7 +24,10 @@ _MAX_CHECKED = 4096
 """Maximum number of cached folder checks."""
 
 _STAGED = re.compile(r"#\d+$")
-"""Suffix of temporary files; listings leave them out."""
+"""Suffix of temporary files and folders; listings leave them out."""
+
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+"""Flags to open a file that must not exist."""
 
 
 class LocalObjects(BucketObjects):
@@ -78,9 +81,10 @@ class LocalObjects(BucketObjects):
 
     def create(self, key: str, data: bytes) -> bool:
         def action() -> bool:
-            with self._staged(key, [data]) as staged:
+            target = self._path(key)
+            with self._staged(target, [data]) as staged:
                 try:
-                    os.link(staged, self._path(key))
+                    self._publish(lambda: Path(target).hardlink_to(staged), target)
                 except OSError as error:
                     # A file server's answer may get lost, and the repeated request then fails.
                     if staged.stat().st_nlink == 1:
@@ -88,29 +92,30 @@ class LocalObjects(BucketObjects):
                             return False
                         raise
                 finally:
-                    staged.unlink()
+                    staged.unlink(missing_ok=True)
             return True
 
         return self._guard("create", key, action)
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         def action() -> None:
-            with self._staged(key, parts) as staged:
-                staged.rename(self._path(key))
+            target = self._path(key)
+            # A power loss must not destroy both the old and the new metadata: not every file
+            # system writes content before names.
+            sync = key.endswith(".json") and Path(target).exists()
+            with self._staged(target, parts, sync=sync) as staged:
+                self._publish(lambda: staged.rename(target), target)
 
         self._guard("write", key, action)
 
     @contextlib.contextmanager
-    def _staged(self, key: str, parts: Sequence[bytes]) -> Iterator[Path]:
-        """Write a temporary file beside the object, which the caller makes it once complete."""
-        staged = Path(f"{self._path(key)}#{uuid.uuid4().int}")
+    def _staged(self, target: str, parts: Sequence[bytes], *, sync: bool = False) -> Iterator[Path]:
+        """Write a temporary file; it is deleted after an error."""
+        staged, descriptor = self._stage(target)
         try:
-            descriptor = open_new(staged)
             try:
                 write_all(descriptor, parts)
-                if key.endswith(".json") and Path(self._path(key)).exists():
-                    # A power loss must not destroy both the old and the new metadata: not
-                    # every file system writes content before names.
+                if sync:
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -119,6 +124,15 @@ class LocalObjects(BucketObjects):
             with contextlib.suppress(OSError):
                 staged.unlink()
             raise
+
+    def _stage(self, target: str) -> tuple[Path, int]:
+        """Open a temporary file for a target, whose folder is created if needed."""
+        staged = Path(f"{target}#{uuid.uuid4().int}")
+        return staged, open_new(staged)
+
+    def _publish(self, move: Callable[[], object], _target: str) -> None:
+        """Give a temporary file its final name."""
+        move()
 
     def sizes(self, prefix: str) -> dict[str, int]:
         def action() -> dict[str, int]:
@@ -163,9 +177,11 @@ class LocalObjects(BucketObjects):
         while folders:
             folder = folders.pop()
             for entry in self._guard("list", folder, partial(self._entries, folder)):
+                if _STAGED.search(entry.name):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{folder}/{entry.name}" if folder else entry.name)
-                elif entry.is_file(follow_symlinks=False) and not _STAGED.search(entry.name):
+                elif entry.is_file(follow_symlinks=False):
                     yield entry
 
     def delete(self, prefix: str, keep: str | None = None) -> None:
@@ -173,15 +189,9 @@ class LocalObjects(BucketObjects):
 
         def action() -> None:
             self._path(prefix)
-            if keep is None:
-                shutil.rmtree(target)
-                return
-            for path in target.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    if path.name != keep:
-                        shutil.rmtree(path)
-                else:
-                    path.unlink()
+            for path in [target] if keep is None else list(target.iterdir()):
+                if keep is None or path.name != keep or not path.is_dir():
+                    self._discard(path)
 
         if target.is_dir():
             self._guard("delete", prefix, action)
@@ -189,13 +199,20 @@ class LocalObjects(BucketObjects):
     def delete_one(self, key: str) -> None:
         def action() -> None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                Path(self._path(key)).unlink()
+                self._discard(Path(self._path(key)))
                 # Remove empty folders, which a bucket would not have.
                 with contextlib.suppress(OSError):
                     for folder in PurePosixPath(key).parents:
                         Path(self.url, folder).rmdir()
 
         self._guard("delete", key, action)
+
+    def _discard(self, path: Path) -> None:
+        """Delete a file, or a folder with all that it contains."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
     def tidy(self, prefix: str) -> None:
         def action() -> None:
@@ -256,12 +273,11 @@ def sync_file_system(descriptor: int) -> None:
 
 def open_new(path: Path) -> int:
     """Open a new file for writing; create its folders if needed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        return os.open(path, flags, 0o666)
+        return os.open(path, NEW_FILE, 0o666)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, flags, 0o666)
+        return os.open(path, NEW_FILE, 0o666)
 
 
 def write_all(descriptor: int, parts: Sequence[bytes]) -> None:

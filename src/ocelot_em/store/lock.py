@@ -8,9 +8,10 @@ replaced.
 """
 
 import contextlib
+import datetime
 import json
 import logging
-import re
+import os
 import socket
 import threading
 import time
@@ -21,12 +22,21 @@ from typing import Self
 
 import psutil
 
-from ocelot_em.errors import OutputLockedError, StorageError
+from ocelot_em.errors import LockLostError, OutputLockedError, StorageError
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.fence import (
+    CHECK_SECONDS,
+    FOLDER,
+    MAX_NBYTES,
+    RunLease,
+    highest,
+    hold,
+    named,
+    numbers,
+    parsed,
+)
 
 log = logging.getLogger(__name__)
-
-FOLDER = "lock"
 
 HEARTBEAT_SECONDS = 10.0
 """Time between two heartbeats of a lock's holder."""
@@ -34,13 +44,8 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 """Time without a heartbeat after which a lock is stale; longer than network file systems cache."""
 
-CHECK_SECONDS = 1.0
-"""Time between two checks of a possibly stale lock, and of a worker's own."""
-
-_KEY = re.compile(f"{FOLDER}/([0-9]{{1,15}})")
-
-_MAX_NBYTES = 2**16
-"""Size limit of a lock's object; this package writes smaller ones."""
+_held_here: set[str] = set()
+"""Ids of the locks that this process holds or is about to take."""
 
 
 class OutputLock:
@@ -60,14 +65,16 @@ class OutputLock:
         self._objects, self._on_wait = objects, on_wait
         self.id = uuid.uuid4().hex
         """Unique id of this holder; lock numbers are reused."""
-        self._holder = {"id": self.id, **_this_process()}
-        self._number = 0
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._holder = {"id": self.id, "since": since, **_this_process()}
+        self._lease = RunLease(objects, f"{FOLDER}/0", self.id)
+        self.objects = hold(objects, self._lease)
+        """The output, in which each write needs this lock."""
         self._beat = 0
         self._wake = threading.Event()
         self._ended = False
         self._heartbeat_thread: threading.Thread | None = None
-        self.replaced_holder: dict[str, object] | None = None
-        """Content of the stale lock that this one replaces."""
+        self._stale: dict[str, object] = {}
         self.lost = threading.Event()
         """Set if another run replaced the lock while this one was suspended or disconnected."""
         self.stopping = threading.Event()
@@ -76,15 +83,7 @@ class OutputLock:
     @property
     def key(self) -> str:
         """Key of the lock's object, which workers receive."""
-        return f"{FOLDER}/{self._number}"
-
-    @property
-    def power_was_lost(self) -> bool:
-        """Whether the data of an earlier run may not have reached the disk.
-
-        True if it ended without releasing its lock, and not on this machine since the last boot.
-        """
-        return self.replaced_holder is not None and self.replaced_holder.get("boot") != _boot()
+        return self._lease.key
 
     def stop(self) -> None:
         """Ask all workers to stop after their current tile, without waiting for them."""
@@ -99,8 +98,13 @@ class OutputLock:
         OutputLockedError
             Another run holds it.
         """
-        while not self._taken():
-            pass
+        _held_here.add(self.id)
+        try:
+            while not self._taken():
+                pass
+        except BaseException:
+            self._end()
+            raise
         self._heartbeat_thread = threading.Thread(
             target=self._write_heartbeats, name="ocelot-lock", daemon=True
         )
@@ -116,10 +120,16 @@ class OutputLock:
             log.warning("the lock is not released: %s", error)
         else:
             self._end_heartbeat()
-            with contextlib.suppress(StorageError):  # it becomes stale
-                self._objects.delete_one(self.key)
+            # If it cannot be deleted, it becomes stale; this process can take it at once.
+            with contextlib.suppress(StorageError, LockLostError):
+                self.objects.delete_one(self.key)
         finally:
             self._end_heartbeat()
+            self._end()
+
+    def _end(self) -> None:
+        _held_here.discard(self.id)
+        self.objects.release()
 
     def _end_heartbeat(self) -> None:
         self._ended = True
@@ -127,19 +137,40 @@ class OutputLock:
         if self._heartbeat_thread is not None:
             self._heartbeat_thread.join()
 
+    def prove(self) -> None:
+        """Check that this run still holds the lock.
+
+        Raises
+        ------
+        LockLostError, StorageError
+        """
+        try:
+            self._lease.prove()
+        except LockLostError:
+            self.lost.set()
+            self.stopping.set()
+            raise
+
     def _taken(self) -> bool:
         """Try to take the lock."""
-        held = _highest(self._objects)
+        held = highest(self._objects)
         if held is not None:
             self._wait_until_stale(held)
-        self._number = 0 if held is None else held + 1
+        own = 0 if held is None else held + 1
+        self._lease.key = f"{FOLDER}/{own}"
+        # Before the lock exists, so that whoever takes this lock over finds it.
+        self.objects.claim()
         # A request may succeed but return an error, and then be retried.
-        if not self._objects.create(self.key, self._content()) and not self._is_mine():
+        if not self._objects.create(self.key, self._content()) and self._id_of(own) != self.id:
             return False
-        if _highest(self._objects) != self._number:  # another run took a higher number
+        others = [number for number in numbers(self._objects) if number != own]
+        if others and (max(others) != held or self._id_of(max(others)) != self._stale.get("id")):
+            # Another run took a lock after this one had looked.
+            self._objects.delete_one(self.key)
             return False
-        for number in range(self._number):
-            self._objects.delete_one(f"{FOLDER}/{number}")
+        self.objects.take_over()
+        for number in others:
+            self.objects.delete_one(f"{FOLDER}/{number}")
         return True
 
     def _wait_until_stale(self, number: int) -> None:
@@ -151,10 +182,10 @@ class OutputLock:
             Its holder is alive.
         """
         key = f"{FOLDER}/{number}"
-        first = self._objects.get(key, _MAX_NBYTES)
+        first = self._objects.get(key, MAX_NBYTES)
+        self._stale = holder = parsed(first or b"{}")
         if first is None:
             return
-        holder = _parsed(first)
         alive = _is_alive(holder)
         deadline = time.monotonic() + STALE_SECONDS
         has_notified = False
@@ -162,26 +193,24 @@ class OutputLock:
             if not has_notified:
                 has_notified = True
                 self._on_wait(
-                    f"{self._objects.url}: locked by {_named(holder)}; waiting up to "
+                    f"{self._objects.url}: locked by {named(holder)}; waiting up to "
                     f"{STALE_SECONDS:.0f} s for a heartbeat of that run"
                 )
             time.sleep(CHECK_SECONDS)
-            content = self._objects.get(key, _MAX_NBYTES)
+            content = self._objects.get(key, MAX_NBYTES)
             if content is None:
                 return
             if content != first:
                 alive = True
         if alive:
             raise OutputLockedError(
-                f"{self._objects.url}: another run is writing it: {_named(holder)}; wait until it "
+                f"{self._objects.url}: another run is writing it: {named(holder)}; wait until it "
                 "has ended, or stop it"
             )
-        log.warning("%s: replacing the stale lock of %s", self._objects.url, _named(holder))
-        self.replaced_holder = holder
+        log.warning("%s: replacing the stale lock of %s", self._objects.url, named(holder))
 
-    def _is_mine(self) -> bool:
-        found = self._objects.get(self.key, _MAX_NBYTES)
-        return found is not None and _parsed(found).get("id") == self.id
+    def _id_of(self, number: int) -> object:
+        return parsed(self._objects.get(f"{FOLDER}/{number}", MAX_NBYTES) or b"{}").get("id")
 
     def _content(self) -> bytes:
         state = {"beat": self._beat, "stops": self.stopping.is_set()}
@@ -195,65 +224,23 @@ class OutputLock:
             if self._ended:
                 return
             try:
-                if _highest(self._objects) not in (None, self._number):
-                    self.lost.set()
-                    self.stopping.set()
-                    return
+                if highest(self._objects) not in (None, int(self.key.rpartition("/")[2])):
+                    self._lease.lost()
+                self.prove()
                 self._beat += 1
-                self._objects.put(self.key, [self._content()])
+                self.objects.put(self.key, [self._content()])
+            except LockLostError as error:
+                log.error("%s", error)
+                self.lost.set()
+                self.stopping.set()
+                return
             except StorageError as error:
                 log.warning("the heartbeat could not be written: %s", error)
 
 
-class RunLease:
-    """A worker's view of its run's lock: whether the run is still active.
-
-    Parameters
-    ----------
-    objects
-        The output.
-    key, holder
-        Key of the run's lock and id of its holder.
-    """
-
-    def __init__(self, objects: Objects, key: str, holder: str) -> None:
-        self._objects, self._key, self._holder = objects, key, holder
-        self._checking = threading.Lock()
-        self._checked_at = float("-inf")
-        self._is_held = True
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the run still holds its lock and is not stopping; cached briefly.
-
-        Raises
-        ------
-        StorageError
-            The lock cannot be read.
-        """
-        with self._checking:
-            if self._is_held and time.monotonic() - self._checked_at > CHECK_SECONDS:
-                content = _parsed(self._objects.get(self._key, _MAX_NBYTES) or b"{}")
-                stops = content.get("stops", True)
-                self._is_held = content.get("id") == self._holder and not stops
-                self._checked_at = time.monotonic()
-            return self._is_held
-
-
-def _highest(objects: Objects) -> int | None:
-    """Return the highest lock number, or None if there is no lock."""
-    found = map(_KEY.fullmatch, objects.keys(FOLDER))
-    return max((int(match[1]) for match in found if match), default=None)
-
-
 def _this_process() -> dict[str, object]:
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "boot": _boot(),
-        "pid": process.pid,
-        "process_started": process.create_time(),
-    }
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
 
 
 def _boot() -> str:
@@ -264,24 +251,48 @@ def _boot() -> str:
     return f"{psutil.boot_time():.0f}"
 
 
+def _started(pid: int) -> float | None:
+    """Return when a process started; None if it cannot be looked up, or has ended.
+
+    On Linux in ticks since the boot, which do not change when the clock is set. Elsewhere in
+    seconds, as the system recorded them then.
+    """
+    if not Path("/proc/self/stat").exists():
+        try:
+            return float(psutil.Process(pid).create_time())
+        except (psutil.Error, ValueError, OverflowError):
+            return None
+    try:
+        # Fields 3 and 22; field 2 is a name, which may contain anything.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
 def _is_alive(holder: dict[str, object]) -> bool | None:
     """Whether the process that wrote a lock is alive; None if unknown on this machine."""
     this, pid = _this_process(), holder.get("pid")
-    if any(holder.get(name) != this[name] for name in ("host", "boot")) or not isinstance(pid, int):
+    if (
+        any(holder.get(name) != this[name] for name in ("host", "boot"))
+        or type(pid) is not int
+        or pid < 1
+    ):
         return None
+    if "started" not in holder:  # written by an earlier version
+        return None
+    started = _started(pid)
+    if pid == os.getpid() and started == holder["started"]:
+        return holder.get("id") in _held_here
+    return None if started is None and _is_hidden(pid) else started == holder["started"]
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process exists, but belongs to another user; its start may be hidden."""
     try:
-        return bool(psutil.Process(pid).create_time() == holder.get("process_started"))
-    except (psutil.Error, ValueError, OverflowError):
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
         return False
-
-
-def _parsed(content: bytes) -> dict[str, object]:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _named(holder: dict[str, object]) -> str:
-    return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
+    return False
