@@ -125,7 +125,7 @@ class Client:
     def __init__(self, *answers):
         self._answers = answers
 
-    def run(self, _function, on_error):
+    def run(self, _function, _question, on_error):
         return dict(enumerate(self._answers))
 
     def nthreads(self):
@@ -166,7 +166,7 @@ def test_workers_without_the_gpu_that_was_asked_for(monkeypatch):
 
 def test_workers_whose_gpu_fails_at_the_start():
     with pytest.raises(DeviceError, match="1 workers cannot use their GPUs: out of order"):
-        cluster._open_gpus(Client("", "out of order"), MergeOptions(device="cuda"))
+        cluster._open_gpus(Client(False, "out of order"), MergeOptions(device="cuda"))
 
 
 def test_a_cluster_of_gpus_is_asked_for_what_it_should_be(install, monkeypatch, tmp_path, rng):

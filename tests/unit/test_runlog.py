@@ -31,7 +31,7 @@ def test_a_log_has_a_line_for_every_tile_with_phases_seconds_and_bytes(search, t
     found = lines(tmp_path / "deep" / "log.jsonl")
     # The first merge after an installation compiles.
     kinds = [line["event"] for line in found if "compil" not in line["event"]]
-    assert kinds == ["planned", "locked", "started", *["tile"] * 12, "merged"]
+    assert kinds == ["planned", "locked", "started", *["tile"] * 12, "merged", "ended"]
     assert {line["run"] for line in found} == {log.run_id}
     tiles = [line for line in found if line["event"] == "tile"]
     assert sorted(line["tile"] for line in tiles) == [[y, x] for y in range(3) for x in range(4)]
@@ -40,7 +40,7 @@ def test_a_log_has_a_line_for_every_tile_with_phases_seconds_and_bytes(search, t
         assert set(line["seconds"]) == {"read", "fold", "write", "waited"}
         assert all(nbytes > 0 for nbytes in line["bytes"].values())
         assert ":" in line["worker"]
-    assert sum(line["bytes"]["decoded"] for line in tiles) == found[-1]["totals"]["decoded_nbytes"]
+    assert sum(line["bytes"]["decoded"] for line in tiles) == found[-2]["totals"]["decoded_nbytes"]
 
 
 def test_lines_are_appended_and_warnings_are_in_it(tmp_path):
@@ -49,7 +49,7 @@ def test_lines_are_appended_and_warnings_are_in_it(tmp_path):
             logging.getLogger("ocelot_em.x").warning("take %s", "care")
             logging.getLogger("distributed.x").info("nothing")
     found = lines(tmp_path / "log.jsonl")
-    assert [line["text"] for line in found] == ["take care"] * 2
+    assert [line["text"] for line in found] == ["take care", ""] * 2
     assert len({line["run"] for line in found}) == 2
     assert found[0]["level"] == "warning"
     assert logging.getLogger().handlers == [

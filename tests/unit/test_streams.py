@@ -103,7 +103,7 @@ def test_no_control_character_is_logged(tmp_path):
         logging.getLogger("ocelot_em").warning("%s", HOSTILE.removesuffix("\udcff"))
     data = (tmp_path / "log.jsonl").read_bytes()
     assert not CONTROL & {*data}
-    first, second = map(json.loads, data.splitlines())
+    first, second, _ = map(json.loads, data.splitlines())
     assert first["text"] == SHOWN
     assert second["text"] == SHOWN.removesuffix(r"\udcff")
     assert first["more"] == {"a": SHOWN + r"\x7f"}

@@ -97,25 +97,16 @@ def run_kept(
     log: str | Path | None, run_folder: str | Path | None, effective: Mapping[str, object]
 ) -> Iterator[list["Observer"]]:
     """Open the log and the run folder, if requested."""
+    from ocelot_em.run.api import Observer
     from ocelot_em.run.runlog import RunFolder, RunLog
 
-    kept: list[Observer] = []
     with contextlib.ExitStack() as stack:
-        logs: list[str | Path] = [log] if log else []
+        kept, logs = list[Observer](), [log] if log else []
         if run_folder:
             folder = RunFolder(run_folder, lambda path: write_config(path, effective))
             kept.append(stack.enter_context(folder))
             logs.append(folder.log_file)
-        writers = [stack.enter_context(RunLog(path)) for path in logs]
-        kept += writers
-        try:
-            yield kept
-        except BaseException as error:
-            for writer in writers:
-                writer.event("ended", state=type(error).__name__, text=str(error))
-            raise
-        for writer in writers:
-            writer.event("ended", state="done", text="")
+        yield kept + [stack.enter_context(RunLog(path)) for path in logs]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import ipaddress
 import logging
 import os
 import socket
@@ -32,7 +31,7 @@ from ocelot_em.run import slurm
 from ocelot_em.run.connect import connect_client
 from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
 from ocelot_em.run.main_guard import require_main_guard
-from ocelot_em.run.security import security_of_run, warn_if_open
+from ocelot_em.run.security import is_loopback, security_of_run, warn_if_open
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +186,7 @@ USABLE_SHARE = 0.9
 def _device_of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
     """Choose a device from the workers' GPUs; also return the largest thread count of a worker."""
     with connect_client(options.cluster) as client:
-        responses = _query_workers(client, _facts_or_reason)
+        responses = _query_workers(client, lambda: find_devices()[0])
         threads = max(client.nthreads().values(), default=1)
     found = [response for response in responses if isinstance(response, DeviceFacts)]
     if responses and len(found) == len(responses):
@@ -195,38 +194,26 @@ def _device_of_workers(options: MergeOptions) -> tuple[DeviceChoice, int]:
         return _cuda(found, f"{kind}; all workers have a GPU", options), threads
     without = f"{len(responses) - len(found)} of {len(responses)} workers have no GPU"
     if options.device == "cuda":
-        first = next(
-            (response for response in responses if isinstance(response, str)), "no workers"
-        )
+        first = next((reason for reason in responses if isinstance(reason, str)), "no workers")
         raise DeviceError(f"device cuda: {without} at {options.cluster}: {first}")
     return DeviceChoice("cpu", f"auto: {without}"), threads
 
 
-def _query_workers(client: Any, question: Callable[[], _T]) -> list[_T]:
-    """Query all workers; those that fail before they respond are omitted."""
+def _query_workers(client: Any, question: Callable[[], _T]) -> list[_T | str]:
+    """Return the answers of all workers, or why they have none; lost workers are omitted."""
     try:
-        return list(client.run(question, on_error="ignore").values())
+        return list(client.run(_answer_or_reason, question, on_error="ignore").values())
     except OcelotError:  # such as one raised by a signal handler
         raise
     except (OSError, TimeoutError, RuntimeError) as error:
         raise ClusterLostError(f"the connection to the Dask scheduler was lost: {error}") from error
 
 
-def _facts_or_reason() -> DeviceFacts | str:
-    """Describe this process's first GPU, or return why there is none."""
+def _answer_or_reason(question: Callable[[], _T]) -> _T | str:
     try:
-        return find_devices()[0]
+        return question()
     except OcelotError as error:
         return str(error)
-
-
-def _open_or_reason() -> str:
-    """Open this process's GPU; return an error message, or an empty string."""
-    try:
-        open_device()
-    except OcelotError as error:
-        return str(error)
-    return ""
 
 
 def _require_dask_cuda() -> None:
@@ -329,8 +316,7 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
 
     jobs = options.workers or slurm.DEFAULT_JOBS
     with (
-        dask.config.set(TIMEOUTS),
-        _ignored_port_warning(),
+        _dask_settings(),
         slurm.slurm_cluster(options, WORKER_ENVIRONMENT) as cluster,
         Client(cluster) as client,
     ):
@@ -362,9 +348,8 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             settings["rmm_allocator_external_lib_list"] = "cupy"
     has_dashboard = importlib.util.find_spec("bokeh") is not None
     with (
-        dask.config.set(TIMEOUTS),
         _restored_environment(),
-        _ignored_port_warning(),
+        _dask_settings(),
         cluster_class(
             n_workers=workers,
             threads_per_worker=threads,
@@ -409,7 +394,7 @@ def _dashboard_of(client: Any) -> str | None:
         # Dask's link has the scheduler's host whatever address the dashboard listens on. A lambda
         # is pickled by value, so the scheduler needs no ocelot_em.
         bound = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.http_server.address)
-        if link and ipaddress.ip_address(bound).is_loopback:
+        if link and is_loopback(bound):
             return str(urlsplit(link)._replace(netloc=f"{bound}:{urlsplit(link).port}").geturl())
     return link
 
@@ -429,9 +414,9 @@ def _dashboard_address() -> str:
 
 
 @contextlib.contextmanager
-def _ignored_port_warning() -> Iterator[None]:
-    """Suppress Dask's warning about another dashboard port; the link is printed anyway."""
-    with warnings.catch_warnings():
+def _dask_settings() -> Iterator[None]:
+    """Set timeouts, and ignore warnings about another dashboard port; the link is printed."""
+    with dask.config.set(TIMEOUTS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
         yield
 
@@ -440,6 +425,7 @@ def _open_gpus(client: Any, options: MergeOptions) -> None:
     """Open the GPU of every worker; raise a DeviceError with the first failure's reason."""
     if options.device != "cuda":
         return
-    reasons = [reason for reason in _query_workers(client, _open_or_reason) if reason]
+    answers = _query_workers(client, lambda: open_device() is None)  # devices stay where they are
+    reasons = [answer for answer in answers if isinstance(answer, str)]
     if reasons:
         raise DeviceError(f"{len(reasons)} workers cannot use their GPUs: {reasons[0]}")

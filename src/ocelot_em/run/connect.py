@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from ocelot_em.errors import ClusterLostError, OcelotError, PlanError
@@ -53,10 +53,8 @@ def keep_connected(address: str) -> Iterator[None]:
         raise ClusterLostError(
             f"the connection to the Dask scheduler at {address} was lost: {error}"
         ) from error
-    try:
+    with contextlib.closing(client):
         yield
-    finally:
-        client.close()
 
 
 def close_without_clients(first_seconds: float, seconds: float) -> Any:
@@ -103,23 +101,16 @@ async def _require_scheduler(address: str) -> None:
 
 
 def call_with_timeout(seconds: float, action: Callable[[], _T]) -> _T:
-    """Call ``action`` in a thread, which is abandoned after a timeout.
-
-    Its own exceptions are raised unchanged.
-    """
-    done: queue.SimpleQueue[tuple[_T] | Exception] = queue.SimpleQueue()
+    """Call ``action`` in a thread, which is abandoned after a timeout; raise what it raises."""
+    outcome = Future[_T]()
 
     def run() -> None:
         try:
-            done.put((action(),))
+            outcome.set_result(action())
         except Exception as error:
-            done.put(error)
+            outcome.set_exception(error)
 
     threading.Thread(target=run, name="ocelot-timeout", daemon=True).start()
-    try:
-        outcome = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no response within {seconds:g} s") from None
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome[0]
+    if wait([outcome], seconds).not_done:
+        raise TimeoutError(f"no response within {seconds:g} s")
+    return outcome.result()

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -60,10 +60,15 @@ class RunLog(Observer):
                 self._file = self._stack.enter_context(Path(self._path).open("a", buffering=1))
             except OSError as error:
                 raise InvalidInputError(f"log {self._path}: cannot be written: {error}") from error
-        self._stack.enter_context(_attached(_Handler(self.event)))
+        root, handler = logging.getLogger(), _Handler(self.event)
+        root.addHandler(handler)
+        self._stack.callback(root.removeHandler, handler)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        """Write how the run ended, and close the file."""
+        state, text = ("done", "") if error is None else (type(error).__name__, str(error))
+        self.event("ended", state=state, text=text)
         with contextlib.suppress(OSError):  # what could not be written is still in the buffer
             self._stack.close()
 
@@ -156,16 +161,6 @@ class _Handler(logging.Handler):
                 logger=record.name,
                 text=record.getMessage(),
             )
-
-
-@contextlib.contextmanager
-def _attached(handler: logging.Handler) -> Iterator[None]:
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
 
 
 class RunFolder(Observer):

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import ipaddress
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,25 +37,21 @@ def configured_security() -> Any | None:
 
 
 def share_certificates(folder: Path, *, creates: bool) -> dict[str, str]:
-    """Share certificates between the processes of a run through a common folder.
+    """Share certificates between the processes of a run through a folder for this user only.
 
-    The folder is created with access for this user only; remove it with
-    :func:`remove_certificates`. One process ``creates`` them, the others wait. Return Dask
-    configuration with their paths, which is empty if Dask is already configured.
+    One process ``creates`` them, the others wait. Return Dask configuration with their paths, which
+    is empty if Dask is already configured.
     """
     if configured_security() is not None:
         return {}
     if creates:
         created = _temporary()
         folder.mkdir(mode=0o700)
-        for name, content in (
-            (_KEY, created.tls_scheduler_key),
-            (_CERTIFICATE, created.tls_ca_file),
-        ):
+        pems = {_KEY: created.tls_scheduler_key, _CERTIFICATE: created.tls_ca_file}
+        for name, content in pems.items():
             staged = folder / f"{name}.new"
-            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(content)
+            staged.touch(mode=0o600, exist_ok=False)
+            staged.write_text(content)
             staged.rename(folder / name)
     deadline = time.monotonic() + CERTIFICATES_TIMEOUT_SECONDS
     while not (folder / _CERTIFICATE).exists():
@@ -96,7 +91,7 @@ def _temporary() -> Any:
 def warn_if_open(address: str) -> None:
     """Warn if a scheduler can be reached from other hosts without certificates."""
     parts = urlsplit(address)
-    if parts.scheme in ("tls", "inproc", "ws", "wss") or _is_loopback(parts.hostname or ""):
+    if parts.scheme in ("tls", "inproc", "ws", "wss") or is_loopback(parts.hostname or ""):
         return
     log.warning(
         "the Dask scheduler at %s is not protected: anyone who can reach it can run code as you, "
@@ -105,7 +100,8 @@ def warn_if_open(address: str) -> None:
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is reachable only on its host."""
     if host == "localhost":
         return True
     try:

@@ -75,7 +75,7 @@ def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
     def choose(name: str, default: Any) -> Any:
         value = getattr(jobs, name)
         if value is None:
-            value = _configured(name.replace("_", "-"), name)
+            value = _configured(name)
         return default if value is None else value
 
     cores = choose("cores", DEFAULT_CORES)
@@ -90,19 +90,14 @@ def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
     )
 
 
-def _configured(key: str, name: str) -> Any:
-    """Return the value of a job option in Dask's configuration; None if there is none.
-
-    Raises
-    ------
-    PlanError
-        It cannot be used: YAML turns ``1:30:00`` without quotes into a number of seconds.
-    """
+def _configured(name: str) -> Any:
+    """Return a job option in Dask's configuration; None if there is none."""
+    key = name.replace("_", "-")
     value = dask.config.get(f"jobqueue.slurm.{key}", None)
     if value is None:
         return None
     place = f"Dask's configuration: jobqueue.slurm.{key}"
-    if name == "walltime":
+    if name == "walltime":  # YAML turns 1:30:00 without quotes into a number of seconds
         try:
             _seconds(value)
         except (AttributeError, ValueError):
