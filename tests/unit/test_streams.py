@@ -14,6 +14,7 @@ import pytest
 
 from builders import explicit_maps, write_explicit_search
 from ocelot_em import OcelotError, SearchInfo, describe, write_partial
+from ocelot_em.cli.console import open_console
 from ocelot_em.errors import StorageError, printable
 from ocelot_em.run.runlog import RunLog
 
@@ -182,3 +183,8 @@ def test_terminals_without_our_characters(tmp_path, encoding):
     code, out, err = call("doctor", PYTHONIOENCODING=encoding)
     assert b"Traceback" not in err
     assert b" + " in out
+
+
+def test_names_are_printed_as_they_are(capsys):
+    open_console().print("[red]a[/red] :sun:")
+    assert capsys.readouterr().out == "[red]a[/red] :sun:\n"

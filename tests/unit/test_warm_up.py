@@ -206,7 +206,7 @@ def test_compiling_is_in_the_log(search, tmp_path, nothing_compiled):
     with RunLog(tmp_path / "log.jsonl") as log:
         merge(search, tmp_path / "OUT.zarr", observer=log)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    events = ["planned", "locked", "started", "compiling", "compiled", "tile", "merged"]
+    events = ["planned", "locked", "started", "compiling", "compiled", "tile", "merged", "ended"]
     assert [line["event"] for line in lines] == events
     assert lines[4]["seconds"] == nothing_compiled
     assert lines[6]["compile_seconds"] == nothing_compiled

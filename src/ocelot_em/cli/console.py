@@ -25,8 +25,8 @@ class PlainConsole(Console):
 
 
 def open_console() -> Console:
-    """Return a console on standard output that neither highlights nor wraps."""
-    return PlainConsole(highlight=False, soft_wrap=True)
+    """Return a console on standard output that prints text as it is: a name may have brackets."""
+    return PlainConsole(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def missing_manifests_text(names: Sequence[str]) -> str:

@@ -62,12 +62,11 @@ def import_files(
     console = open_console()
     for file, name in zip(files, name_partials(files), strict=True):
         if name != Path(file).stem:
-            console.print(f"partial {name} is {file}", markup=False)
+            console.print(f"partial {name} is {file}")
     with share_bar(console) as on_progress:
         names = import_results(files, output, options, on_progress)
     console.print(
-        f"imported {len(names)} partials into {output}{': ' * bool(names)}{', '.join(names)}",
-        markup=False,
+        f"imported {len(names)} partials into {output}{': ' * bool(names)}{', '.join(names)}"
     )
     if len(names) < len(files):
         console.print(f"{len(files) - len(names)} had been imported before, and are unchanged")
@@ -93,9 +92,7 @@ def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) 
     with share_bar(console) as on_progress:
         names = import_description(files[0], output, on_progress)
     exposures = {name.partition("/")[0] for name in names}
-    console.print(
-        f"imported {len(names)} partials of {len(exposures)} exposures into {output}", markup=False
-    )
+    console.print(f"imported {len(names)} partials of {len(exposures)} exposures into {output}")
     return DONE
 
 
@@ -128,11 +125,9 @@ def import_finished(
             found = import_mrc_set(place, output, about, prefix=prefix, on_progress=on_progress)
         else:
             found = import_hdf5(place, output, about, on_progress=on_progress)
-    console.print(
-        f"imported {place} into {output}; its partial is named {found.name}", markup=False
-    )
+    console.print(f"imported {place} into {output}; its partial is named {found.name}")
     for note in found.notes:
-        console.print(f"  - {note}", markup=False)
+        console.print(f"  - {note}")
     return DONE
 
 

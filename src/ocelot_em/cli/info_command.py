@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ocelot_em.cli.console import missing_manifests_text, open_console
@@ -37,15 +36,13 @@ def check(stores: list[PathOrUrl], /, *, upgrade: bool = False) -> int:
     console, found_any = open_console(), False
     for place in stores:
         if upgrade:
-            console.print(f"{place}: {upgrade_store(place)} manifests written", markup=False)
+            console.print(f"{place}: {upgrade_store(place)} manifests written")
         problems, without_manifest = examine(place)
         found_any |= bool(problems)
-        console.print(
-            f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", markup=False
-        )
+        console.print(f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
         print_list(console, problems)
         if without_manifest:
-            console.print(f"  {missing_manifests_text(without_manifest)}", markup=False)
+            console.print(f"  {missing_manifests_text(without_manifest)}")
     return FAILED if found_any else DONE
 
 
@@ -95,13 +92,13 @@ def info(store: PathOrUrl, /) -> int:
 def print_rows(console: Console, rows: Iterable[tuple[str, object]]) -> None:
     """Print labels and values."""
     for label, value in rows:
-        console.print(f"{label:12}  {value}", markup=False)
+        console.print(f"{label:12}  {value}")
 
 
 def print_list(console: Console, sentences: Iterable[str]) -> None:
     """Print sentences as a list."""
     for sentence in sentences:
-        console.print(f"  - {sentence}", markup=False)
+        console.print(f"  - {sentence}")
 
 
 def print_table(
@@ -115,7 +112,7 @@ def print_table(
     for number in right:
         table.columns[number].justify = "right"
     for row in shown[:ROWS_SHOWN]:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
     if len(shown) > ROWS_SHOWN:
         console.print(f"and {len(shown) - ROWS_SHOWN:,} more")

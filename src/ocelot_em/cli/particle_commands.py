@@ -1,6 +1,8 @@
 """The commands ``peaks``, ``export``, ``report`` and ``view``."""
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,14 +11,13 @@ from cyclopts import Group, Parameter
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.parameters import PathOrUrl
+from ocelot_em.errors import InvalidInputError, OutputExistsError
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.io.optics import Optics
     from ocelot_em.particles.table import ParticleTable
-
-MAP_FORMATS = "mrc", "hdf5", "ome-zarr"
 
 PICKING = Parameter(name="*", group=Group.create_ordered("Picking", sort_key=1))
 OPTICS = Parameter(name="*", group=Group.create_ordered("Optics of the micrograph", sort_key=1))
@@ -122,18 +123,18 @@ def export(
     store
         Path or URL of a merged result.
     """
-    from ocelot_em.errors import InvalidInputError, OutputExistsError
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
-    from ocelot_em.io import optics as optics_module
+    from ocelot_em.io.optics import with_maps_in
 
     to, output, overwrite = options.to, options.output, options.overwrite
-    if to in MAP_FORMATS:
-        if to == "mrc":
-            mrc.write_mrc_set(store, output, prefix=options.prefix, overwrite=overwrite)
-        else:
-            write = {"hdf5": hdf5.write_hdf5, "ome-zarr": ome_zarr.write_ome_zarr}[to]
-            write(store, output, overwrite=overwrite)
-        open_console().print(f"wrote {output}", markup=False)
+    writers_of_maps: dict[str, Callable[..., object]] = {
+        "mrc": partial(mrc.write_mrc_set, prefix=options.prefix),
+        "hdf5": hdf5.write_hdf5,
+        "ome-zarr": ome_zarr.write_ome_zarr,
+    }
+    if to in writers_of_maps:
+        writers_of_maps[to](store, output, overwrite=overwrite)
+        open_console().print(f"wrote {output}")
         return DONE
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
@@ -148,7 +149,7 @@ def export(
         parquet.write_parquet(table, output)
     else:
         if options.maps is not None:
-            found = optics_module.with_maps_in(found, options.maps, options.prefix)
+            found = with_maps_in(found, options.maps, options.prefix)
         writers = {
             "leopard": tables.write_leopard_csv,
             "relion": tables.write_relion_star,
@@ -163,21 +164,18 @@ def particles_to_export(
     store: PathOrUrl, options: ExportOptions, picking: PickOptions
 ) -> "ParticleTable":
     """Read or pick particles, and select the exposure if one is given."""
-    from ocelot_em.errors import InvalidInputError
     from ocelot_em.io.parquet import read_parquet
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
     from ocelot_em.particles.table import ParticleTable
 
-    readers = {".csv": ParticleTable.read_csv, ".parquet": read_parquet}
-    if options.particles is None:
+    readers, path = {".csv": ParticleTable.read_csv, ".parquet": read_parquet}, options.particles
+    if path is None:
         table = pick_particles(MergedResult.open(store), picking)
-    elif Path(options.particles).suffix in readers:
-        table = readers[Path(options.particles).suffix](options.particles)
+    elif Path(path).suffix in readers:
+        table = readers[Path(path).suffix](path)
     else:
-        raise InvalidInputError(
-            f"{options.particles}: expected a table that ends in .csv or .parquet"
-        )
+        raise InvalidInputError(f"{path}: expected a table that ends in .csv or .parquet")
     return table if options.exposure is None else table.of_exposure(options.exposure)
 
 
@@ -206,16 +204,13 @@ def report(
 
 def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     """Print the number of particles, the cutoff and the output path."""
-    about = table.about
-    cutoff = ""
+    about, cutoff = table.about, ""
     if about is not None:
         kind = "" if about.method == "cutoff" else f"{about.method} "
-        cutoff = f", {kind}cutoff {about.cutoff_text}"
-    if about is not None and about.per is not None:
-        cutoff += f" per {about.per}"
+        cutoff = f", {kind}cutoff {about.cutoff_text}" + (f" per {about.per}" if about.per else "")
     if about is not None and about.incomplete_text:
         cutoff += f", {about.incomplete_text}"
-    open_console().print(f"{len(table)} particles{cutoff}: {output}", markup=False)
+    open_console().print(f"{len(table)} particles{cutoff}: {output}")
 
 
 def view_map(picture: PathOrUrl, /, *, port: int = 0) -> int:
@@ -232,13 +227,12 @@ def view_map(picture: PathOrUrl, /, *, port: int = 0) -> int:
 
     console = open_console()
     with view(picture, port) as shown:
-        console.print(f"serving {shown.url}", markup=False)
-        console.print(f"open {shown.neuroglancer_url}", markup=False)
+        console.print(f"serving {shown.url}")
+        console.print(f"open {shown.neuroglancer_url}")
         if not shown.is_offline:
             console.print(
                 "the viewer is loaded from the network; to use it offline: "
-                "pip install 'ocelot-em[view]'",
-                markup=False,
+                "pip install 'ocelot-em[view]'"
             )
         console.print("Ctrl-C stops it")
         with contextlib.suppress(KeyboardInterrupt):

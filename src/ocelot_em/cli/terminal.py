@@ -64,7 +64,7 @@ class MergeProgress(Observer):
 
     def waiting(self, why: str) -> None:
         """Print why the merge is waiting."""
-        self.console.print(why, markup=False)
+        self.console.print(why)
 
     def locked(self, stop: Callable[[], None]) -> None:
         """Keep the function that stops the run."""
@@ -83,14 +83,14 @@ class MergeProgress(Observer):
         self._is_to_stop = True
         if self._stop is None:
             raise StoppedError(f"{why}: stopped before anything was merged")
-        self.console.print(f"{why}: stopping after the tiles in hand", markup=False)
+        self.console.print(f"{why}: stopping after the tiles in hand")
         self._stop()
 
     def started(self, cluster: Cluster) -> None:
         """Print where the merge runs, and start the bar."""
-        self.console.print(f"running on {cluster.description}", markup=False)
+        self.console.print(f"running on {cluster.description}")
         if cluster.dashboard:
-            self.console.print(f"dashboard: {cluster.dashboard}", markup=False)
+            self.console.print(f"dashboard: {cluster.dashboard}")
         self._start_clock()
         self._bar.reset(self._task, total=self._n_tiles, completed=self._n_done)
         self._bar.start()
@@ -113,8 +113,7 @@ class MergeProgress(Observer):
             again = outcome.is_transient and where not in self._failed
             self._failed.add(where)
             self.console.print(
-                f"tile {where} failed{', to be tried again' * again}: {outcome.error}",
-                markup=False,
+                f"tile {where} failed{', to be tried again' * again}: {outcome.error}"
             )
         else:
             self._failed.discard(where)
@@ -170,9 +169,9 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
         ("device", _device(cost)),
     )
     for label, value in rows:
-        console.print(f"{label:10}  {value}", markup=False)
+        console.print(f"{label:10}  {value}")
     if names := [source.name for source in plan.sources if source.manifest is None]:
-        console.print(f"{'manifests':10}  {missing_manifests_text(names)}", markup=False)
+        console.print(f"{'manifests':10}  {missing_manifests_text(names)}")
 
 
 def _what(plan: MergePlan) -> list[tuple[str, str]]:
@@ -207,4 +206,4 @@ def print_report(console: Console, report: MergeReport) -> None:
             f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
             f"waiting for storage {report.waiting_share:.0%}"
         )
-    console.print(f"result: {report.output}", markup=False)
+    console.print(f"result: {report.output}")

@@ -29,10 +29,10 @@ def doctor(*, folder: PathOrUrl = ".", cluster: str | None = None) -> int:
     from ocelot_em.cli.doctor import examine
 
     findings = examine(folder, cluster)
-    marks = {"ok": "[green]✓", "warning": "[yellow]!", "problem": "[red]✗"}
+    marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
     table = Table("", "check", "found")
     for finding in findings:
-        table.add_row(marks[finding.state], finding.name, Text(finding.text))
+        table.add_row(Text(*marks[finding.state]), finding.name, finding.text)
     open_console().print(table, soft_wrap=False)
     return FAILED if any(finding.state == "problem" for finding in findings) else DONE
 
@@ -75,8 +75,7 @@ def simulate(
     seconds = time.perf_counter() - started
     open_console().print(
         f"simulated {partials} partials of {shape[0]} x {shape[1]} pixels with {particles} "
-        f"particles in {seconds:.1f} s: {store}; truth in {store.parent / 'truth.csv'}",
-        markup=False,
+        f"particles in {seconds:.1f} s: {store}; truth in {store.parent / 'truth.csv'}"
     )
     return DONE
 
@@ -125,16 +124,13 @@ def demo(*, output: PathOrUrl = "ocelot-demo") -> int:
         f"{found.pose_right} of them with the planted pose"
     )
     if find_spec("matplotlib") is None:
-        console.print(
-            "no picture: pip install 'ocelot-em[viz]' for the matplotlib that it needs",
-            markup=False,
-        )
+        console.print("no picture: pip install 'ocelot-em[viz]' for the matplotlib that it needs")
     else:
         from ocelot_em.view.report import save_overview, write_report
 
         picture = folder / "zscore.png"
         save_overview(merged, picture, cutoff=cutoff, truth=planted.truth)
         page = write_report(merged, folder / "report.html")
-        console.print(f"picture: {picture}, report: {page}", markup=False)
-    console.print(f"look at it with: ocelot info {report.output}", markup=False)
+        console.print(f"picture: {picture}, report: {page}")
+    console.print(f"look at it with: ocelot info {report.output}")
     return DONE if found.found == found.n else FAILED
