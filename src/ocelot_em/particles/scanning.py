@@ -35,9 +35,14 @@ def scan(merged: MergedResult, rules: Sequence[Rule]) -> list[Float64]:
         if not there:
             return []
         mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
-        maps = _StoredMaps(merged, region)
+        names = [name for name in GATHERED if name in merged.maps]
+
+        def rows_at(where: AnyArray, z: AnyArray, origin: tuple[int, int]) -> Float64:
+            maps = {name: merged.read(region, name) for name in names} if where.any() else {}
+            return _rows_at(where, z, maps, region.shifted(-origin[0], -origin[1]))
+
         if not merged.plan.is_montage:
-            return [(0, _rows_at(rules[0](mip, z), z, maps, region))]
+            return [(0, rows_at(rules[0](mip, z), z, (0, 0)))]
         numbers = merged.read(region, SOURCE_EXPOSURE)
         found = []
         for k in there:
@@ -45,8 +50,8 @@ def scan(merged: MergedResult, rules: Sequence[Rule]) -> list[Float64]:
             own = numbers == exposure.number
             where = own.copy()
             where[own] = rules[k](mip[own], z[own])
-            own_z, (dy, dx) = np.where(own, z, np.float32(np.nan)), exposure.origin
-            found.append((k, _rows_at(where, own_z, maps, region.shifted(-dy, -dx))))
+            own_z = np.where(own, z, np.float32(np.nan))
+            found.append((k, rows_at(where, own_z, exposure.origin)))
         return found
 
     found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in rules]
@@ -150,25 +155,6 @@ class OwnMaps:
     def merge(self, region: Region) -> Mapping[str, AnyArray]:
         """Merge pixels of the exposure; at most one window with its neighbours."""
         return merge_in_memory(self._job, Tile(0, 0, region.shifted(*self._exposure.origin)))
-
-
-class _StoredMaps(Mapping[str, AnyArray]):
-    """The maps of a result over a region, read when they are needed."""
-
-    def __init__(self, merged: MergedResult, region: Region) -> None:
-        self._merged, self._region = merged, region
-
-    def __getitem__(self, name: str) -> AnyArray:
-        return self._merged.read(self._region, name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._merged.maps
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._merged.maps)
-
-    def __len__(self) -> int:
-        return len(self._merged.maps)
 
 
 def _rows_at(where: AnyArray, z: AnyArray, maps: Mapping[str, AnyArray], region: Region) -> Float64:

@@ -7,7 +7,6 @@ see :func:`ocelot_em.particles.gaussian.gaussian_cutoff`.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -109,20 +108,9 @@ def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
     return float(genextreme.isf(false_positives / pixels, *fit_gev(z_histogram)))
 
 
-class Ranks(Protocol):
-    """Ranks among the searched pixels of a map."""
-
-    @property
-    def pixels(self) -> int:
-        """Number of pixels."""
-
-    def below(self, values: ArrayLike) -> Float64:
-        """Number of pixels with a lower value plus half of those with the same value."""
-
-
 @dataclass(frozen=True, eq=False)
 class SortedPixels:
-    """Exact :class:`Ranks`, from the ascending values of all searched pixels."""
+    """Exact ranks, from the ascending values of all searched pixels."""
 
     values: Float64
 
@@ -153,8 +141,8 @@ class PValueModel:
     then not resolved. The root mean squares of the normal scores are about 1.
     """
 
-    mip_ranks: Ranks
-    z_ranks: Ranks
+    mip_ranks: Histogram1D | SortedPixels
+    z_ranks: Histogram1D | SortedPixels
     mip_rms: float
     z_rms: float
     correlation: float
