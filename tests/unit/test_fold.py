@@ -128,7 +128,7 @@ def test_an_invalid_index_is_looked_at():
     for bad in (np.array([0, 5, 2]), np.array([0, -2, 2]), np.array([0, -1, 2])):
         kept = np.full(3, -np.inf, np.float32), np.full(3, -1, np.int32), np.full(3, -1, np.int16)
         index = bad.astype(np.int32)
-        assert by_map.update_winner_indexed(new, index, np.int16(0), np.int32(5), kept)
+        assert by_map.update_winner_indexed(new, index, np.int16(0), True, np.int32(5), kept)
 
 
 def test_memory_of_a_tile_does_not_grow_with_the_partials():

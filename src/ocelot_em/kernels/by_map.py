@@ -18,11 +18,16 @@ from ocelot_em.model.maps import NOT_SEARCHED
 
 
 @compiled
-def update_winner(new: Any, number: Any, mip: Any, winner: Any) -> Any:
-    """Update the winner where a partial's ``mip`` is higher; -inf and NaN never win."""
+def update_winner(new: Any, number: Any, first: Any, mip: Any, winner: Any) -> Any:
+    """Update the winner where a partial's ``mip`` is higher; -inf and NaN never win.
+
+    ``first``: old contents are ignored.
+    """
     bad = np.int32(0)
     for i in range(mip.size):
         value, old, won_before = new[i], mip[i], winner[i]
+        old = np.float32(-np.inf) if first else old
+        won_before = np.int16(NOT_SEARCHED) if first else won_before
         won = value > old
         mip[i] = value if won else old
         winner[i] = number if won else won_before
@@ -31,20 +36,9 @@ def update_winner(new: Any, number: Any, mip: Any, winner: Any) -> Any:
 
 
 @compiled
-def init_winner(new: Any, mip: Any, winner: Any) -> Any:
-    """Do the same as :func:`update_winner` for the first partial, ignoring old contents."""
-    bad = np.int32(0)
-    for i in range(mip.size):
-        value = new[i]
-        won = value > -np.inf
-        mip[i] = value if won else np.float32(-np.inf)
-        winner[i] = np.int16(0) if won else np.int16(-1)
-        bad |= not_a_mip(value)
-    return bad
-
-
-@compiled
-def update_winner_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, kept: Any) -> Any:
+def update_winner_indexed(
+    new: Any, new_index: Any, number: Any, first: Any, n_poses: Any, kept: Any
+) -> Any:
     """Do the same as :func:`update_winner`; in a tie, the lower index wins.
 
     ``kept`` holds the ``mip``, the index and the winner.
@@ -54,6 +48,9 @@ def update_winner_indexed(new: Any, new_index: Any, number: Any, n_poses: Any, k
     for i in range(mip.size):
         value, old, won_before = new[i], mip[i], winner[i]
         candidate, old_index = new_index[i], index[i]
+        old = np.float32(-np.inf) if first else old
+        won_before = np.int16(NOT_SEARCHED) if first else won_before
+        old_index = np.int32(NOT_SEARCHED) if first else old_index
         searched = value > -np.inf
         won = (value > old) | ((value == old) & (candidate < old_index) & searched)
         mip[i] = value if won else old
@@ -122,22 +119,12 @@ def take_number(new: Any, first: Any, number: Any, winner: Any, best_partial: An
 
 
 @compiled
-def add(new: Any, total: Any) -> Any:
-    """Add in float64."""
+def add(new: Any, first: Any, total: Any) -> Any:
+    """Add in float64; ``first``: to 0, instead of the total."""
     bad = np.int32(0)
     for i in range(total.size):
         value, old = new[i], total[i]
-        total[i] = old + np.float64(value)
-        bad |= not_finite(value)
-    return bad
-
-
-@compiled
-def add_first(new: Any, total: Any) -> Any:
-    """Do the same as :func:`add` for a total of 0; the contents of ``total`` are ignored."""
-    bad = np.int32(0)
-    for i in range(total.size):
-        value = new[i]
-        total[i] = 0.0 + np.float64(value)  # -0.0 becomes 0.0, as in an addition
+        old = 0.0 if first else old
+        total[i] = old + np.float64(value)  # -0.0 becomes 0.0
         bad |= not_finite(value)
     return bad

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.kernels.by_map import add, add_first
+from ocelot_em.kernels.by_map import add
 from ocelot_em.kernels.compiling import compiled, not_finite, summed
 
 NAN, ZERO_STD, UNSEARCHED = 0, 1, 2
@@ -263,24 +263,13 @@ def _moments(values: Any) -> Any:
 
 
 @summed
-def _add_with_moments(values: Any, into: Any) -> Any:
-    """Add values to float64 totals elementwise; return their sum and sum of squares."""
+def _add_with_moments(values: Any, first: Any, into: Any) -> Any:
+    """Add values to totals as in ``by_map``; return their sum and sum of squares."""
     total, squared_total = 0.0, 0.0
     for i in range(values.size):
         value, old = np.float64(values[i]), into[i]
+        old = 0.0 if first else old
         into[i] = old + value
-        total += value
-        squared_total += value * value
-    return total, squared_total
-
-
-@summed
-def _add_first_with_moments(values: Any, into: Any) -> Any:
-    """Do the same as :func:`_add_with_moments` for totals of 0, ignoring their contents."""
-    total, squared_total = 0.0, 0.0
-    for i in range(values.size):
-        value = np.float64(values[i])
-        into[i] = 0.0 + value  # -0.0 becomes 0.0, as in an addition
         total += value
         squared_total += value * value
     return total, squared_total
@@ -309,13 +298,10 @@ def add_and_measure(values: Any, total: Any, first: Any, position: Any, into: An
     """Add to totals as in ``by_map``, and to moments; return whether any may be unusable."""
     start, width, (n_rows, n_columns) = position
     if n_columns < width or start + values.size > n_rows * width:
-        bad = add_first(values, total) if first else add(values, total)
+        bad = add(values, first, total)
         add_moments(values, position, into)
         return bad
-    if first:
-        own, own_squared = _add_first_with_moments(values, total)
-    else:
-        own, own_squared = _add_with_moments(values, total)
+    own, own_squared = _add_with_moments(values, first, total)
     if not_finite(own):  # a value is NaN or infinite, or the sum overflows
         add_moments(values, position, into)
         return np.int32(1)

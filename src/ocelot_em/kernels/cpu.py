@@ -283,10 +283,10 @@ def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any
             for row in range(len(rows)):
                 if numbers[row, width] == 4:
                     new = plane(rows[row, column], np.float32, start, size)
-                    bad |= add(new, total)
+                    bad |= add(new, False, total)
                 else:
                     wide = plane(rows[row, column], np.float64, start, size)
-                    bad |= add(wide, total)
+                    bad |= add(wide, False, total)
     return bad
 
 

@@ -113,20 +113,15 @@ class Fold:
         n_poses = np.int32(0 if self.space is None else self.space.n_poses)
         names = self.maps.phases[0]
         all_sources = range(len(self.sources))
-        if self.space is not None:
-            mip.fill(-np.inf)
-            winner.fill(-1)
-            index.fill(NOT_SEARCHED)
         merged_sources = self._merged_sources()
         report.searched_pixels = work.n_pixels
         for number, part, new in self._parts(reader, work, names, all_sources):
-            if self.space is not None:
-                kept, own = (mip[part], index[part], winner[part]), np.int16(number)
-                bad = self._by_map.update_winner_indexed(new[0], new[1], own, n_poses, kept)
-            elif number == 0:
-                bad = self._by_map.init_winner(new[0], mip[part], winner[part])
+            own, first = np.int16(number), number == 0
+            if self.space is None:
+                bad = self._by_map.update_winner(new[0], own, first, mip[part], winner[part])
             else:
-                bad = self._by_map.update_winner(new[0], np.int16(number), mip[part], winner[part])
+                kept = mip[part], index[part], winner[part]
+                bad = self._by_map.update_winner_indexed(new[0], new[1], own, first, n_poses, kept)
             if bad:
                 report.suspect(number)
             if number == all_sources[-1]:
@@ -184,8 +179,7 @@ class Fold:
                 if report.statistics is not None:
                     bad = report.statistics.add_sums(number, name, part.start, new, total[part])
                 else:
-                    add = self._by_map.add if number else self._by_map.add_first
-                    bad = add(new, total[part])
+                    bad = self._by_map.add(new, number == 0, total[part])
                 if bad:
                     report.suspect(number)
                 if name == SQUARED_SUM and number == all_sources[-1]:
