@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from ocelot_em.cli.console import open_console
-from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.parameters import PathOrUrl
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportOptions
@@ -30,7 +29,7 @@ def import_files(
     options: Annotated[ImportOptions, MISSING] = DEFAULTS,
     prefix: Annotated[str, FINISHED] = "",
     pixel_size_offset: Annotated[float | None, FINISHED] = None,
-) -> int:
+) -> None:
     """Import result files as partials of a search.
 
     Parameters
@@ -53,9 +52,11 @@ def import_files(
             *["prefix"] * bool(prefix),
             *["pixel_size_offset"] * (pixel_size_offset is not None),
         ]
-        return import_montage(files, output, given)
+        import_montage(files, output, given)
+        return
     if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in files):
-        return import_finished(files, output, options, prefix, pixel_size_offset)
+        import_finished(files, output, options, prefix, pixel_size_offset)
+        return
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.partial_names import name_partials
 
@@ -75,10 +76,9 @@ def import_files(
             "all pixels are taken as valid; if the maps have the micrograph's shape, import with "
             "--template-box N"
         )
-    return DONE
 
 
-def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) -> int:
+def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) -> None:
     """Import the exposures listed in a description file, which excludes the given options."""
     from ocelot_em.io.description import import_description
 
@@ -93,7 +93,6 @@ def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) 
         names = import_description(files[0], output, on_progress)
     exposures = {name.partition("/")[0] for name in names}
     console.print(f"imported {len(names)} partials of {len(exposures)} exposures into {output}")
-    return DONE
 
 
 def import_finished(
@@ -102,7 +101,7 @@ def import_finished(
     options: ImportOptions,
     prefix: str,
     pixel_size_offset: float | None,
-) -> int:
+) -> None:
     """Import the results of a finished search: MRC files or an HDF5 file."""
     from ocelot_em.io.hdf5 import import_hdf5
     from ocelot_em.io.leopard_maps import FinishedSearch
@@ -128,16 +127,12 @@ def import_finished(
     console.print(f"imported {place} into {output}; its partial is named {found.name}")
     for note in found.notes:
         console.print(f"  - {note}")
-    return DONE
 
 
 @contextlib.contextmanager
 def share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
     """Show progress by phase on a terminal, and nothing elsewhere."""
-    if not console.is_terminal:
-        yield lambda _phase, _share: None
-        return
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, TaskID] = {}
 
         def on_progress(phase: str, fraction: float) -> None:

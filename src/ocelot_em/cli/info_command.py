@@ -46,7 +46,7 @@ def check(stores: list[PathOrUrl], /, *, upgrade: bool = False) -> int:
     return FAILED if found_any else DONE
 
 
-def info(store: PathOrUrl, /) -> int:
+def info(store: PathOrUrl, /) -> None:
     """Print a description of a store.
 
     Parameters
@@ -86,7 +86,6 @@ def info(store: PathOrUrl, /) -> int:
     print_table(console, ("partial", "state", "projections"), partials, right=(2,))
     if info.merged is not None:
         print_statistics(console, info.merged)
-    return DONE
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, object]]) -> None:

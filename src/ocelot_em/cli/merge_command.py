@@ -10,7 +10,6 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 
 from ocelot_em.cli.config_file import write_config
 from ocelot_em.cli.console import open_console
-from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl
 from ocelot_em.model.options import MergeOptions, Shown
 
@@ -57,7 +56,7 @@ def merge(
     log: Annotated[PathOrUrl | None, RUN] = None,
     run_folder: Annotated[PathOrUrl | None, RUN] = None,
     dry_run: Annotated[bool, RUN] = False,
-) -> int:
+) -> None:
     """Merge the partials of searches, tile by tile.
 
     Parameters
@@ -81,7 +80,7 @@ def merge(
     console = open_console()
     if dry_run:
         print_plan(console, *plan_merge(inputs, output, options))
-        return DONE
+        return
     effective = {"inputs": inputs, "output": output, **options.model_dump()}
     effective |= {"log": log, "run_folder": run_folder}
     with MergeProgress(console) as progress, stopped_by_signals(progress.stop):
@@ -89,7 +88,6 @@ def merge(
         with within_job(options) as asked, run_kept(log, run_folder, effective) as others:
             report = run_merge(inputs, output, asked, Observers(progress, *others))
         print_report(console, report)
-    return DONE
 
 
 @contextlib.contextmanager

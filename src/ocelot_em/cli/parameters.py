@@ -39,5 +39,8 @@ OPTION = Parameter(
 PathOrUrl = Annotated[str | Path, Parameter(metavar="PATH")]
 """Text that shells complete like a path; it stays text, as URLs are not paths."""
 
+Merged = Annotated[PathOrUrl, Parameter(help="Path or URL of a merged result.")]
+"""A merged result that a command reads."""
+
 AS_COMMAND: dict[str, Any] = {"default_parameter": OPTION, "help_format": "markdown"}
 """Arguments of the app of a command."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
-from ocelot_em.cli.exit_codes import DONE
-from ocelot_em.cli.parameters import PathOrUrl
+from ocelot_em.cli.parameters import Merged, PathOrUrl
 from ocelot_em.errors import InvalidInputError, OutputExistsError
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
@@ -81,19 +80,17 @@ class ExportOptions(Options):
 
 
 def peaks(
-    store: PathOrUrl,
+    store: Merged,
     /,
     *,
     output: PathOrUrl,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
-) -> int:
+) -> None:
     """Pick particles and write their table.
 
     Parameters
     ----------
-    store
-        Path or URL of a merged result.
     output
         Table to write: .csv, .parquet, or .star (for RELION; needs ``--optics``).
     """
@@ -105,24 +102,17 @@ def peaks(
     table = pick_particles(MergedResult.open(store), picking)
     write_table(table, output, found)
     print_particles(table, output)
-    return DONE
 
 
 def export(
-    store: PathOrUrl,
+    store: Merged,
     /,
     *,
     options: Annotated[ExportOptions, Parameter(name="*")],
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
-) -> int:
-    """Write maps or a table for other programs.
-
-    Parameters
-    ----------
-    store
-        Path or URL of a merged result.
-    """
+) -> None:
+    """Write maps or a table for other programs."""
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
 
@@ -135,7 +125,7 @@ def export(
     if to in writers_of_maps:
         writers_of_maps[to](store, output, overwrite=overwrite)
         open_console().print(f"wrote {output}")
-        return DONE
+        return
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
     found = optics.read()
@@ -157,7 +147,6 @@ def export(
         }
         writers[to](table, found, output)
     print_particles(table, output)
-    return DONE
 
 
 def particles_to_export(
@@ -180,14 +169,12 @@ def particles_to_export(
 
 
 def report(
-    store: PathOrUrl, /, *, output: PathOrUrl, picking: Annotated[PickOptions, PICKING] = DEFAULTS
-) -> int:
+    store: Merged, /, *, output: PathOrUrl, picking: Annotated[PickOptions, PICKING] = DEFAULTS
+) -> None:
     """Write the report of a merged result.
 
     Parameters
     ----------
-    store
-        Path or URL of a merged result.
     output
         HTML file to write.
     """
@@ -199,7 +186,6 @@ def report(
     table = pick_particles(merged, picking)
     write_report(merged, output, particles=table)
     print_particles(table, output)
-    return DONE
 
 
 def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
@@ -213,7 +199,7 @@ def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     open_console().print(f"{len(table)} particles{cutoff}: {output}")
 
 
-def view_map(picture: PathOrUrl, /, *, port: int = 0) -> int:
+def view_map(picture: PathOrUrl, /, *, port: int = 0) -> None:
     """Serve a map to a browser until interrupted.
 
     Parameters
@@ -237,4 +223,3 @@ def view_map(picture: PathOrUrl, /, *, port: int = 0) -> int:
         console.print("Ctrl-C stops it")
         with contextlib.suppress(KeyboardInterrupt):
             shown.wait()
-    return DONE

@@ -28,14 +28,9 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 class Outlet:
-    """A text stream of which no write fails: what cannot be written is dropped.
+    """A text stream of which no write fails: text is edited, and dropped if it cannot be written.
 
-    Parameters
-    ----------
-    stream
-        The stream; its other methods and attributes are available, too.
-    edit
-        Applied to all text.
+    The other methods and attributes are those of the wrapped stream.
     """
 
     def __init__(self, stream: TextIO, edit: Callable[[str], str] = str) -> None:

@@ -73,13 +73,7 @@ class MergeProgress(Observer):
             stop()
 
     def stop(self, why: str) -> None:
-        """Stop the run after the running tiles.
-
-        Raises
-        ------
-        StoppedError
-            The run has not started yet.
-        """
+        """Stop the run after the running tiles; raise a StoppedError if it has not started."""
         self._is_to_stop = True
         if self._stop is None:
             raise StoppedError(f"{why}: stopped before anything was merged")

@@ -46,7 +46,7 @@ def simulate(
     particles: int = 50,
     seed: int = 0,
     form: Literal["explicit", "indexed"] = "explicit",
-) -> int:
+) -> None:
     """Make the partial results of a search, and the truth.
 
     Parameters
@@ -77,7 +77,6 @@ def simulate(
         f"simulated {partials} partials of {shape[0]} x {shape[1]} pixels with {particles} "
         f"particles in {seconds:.1f} s: {store}; truth in {store.parent / 'truth.csv'}"
     )
-    return DONE
 
 
 def demo(*, output: PathOrUrl = "ocelot-demo") -> int:

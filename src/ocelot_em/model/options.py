@@ -21,12 +21,7 @@ _SIZE = re.compile(r"([\d_]*\.?\d+|\d+\.)(e[+-]?\d+)?(?:([kmgtp])(i?))?b?", re.I
 
 
 def parse_size(text: object) -> object:
-    """Parse a number of bytes such as ``800MB``, ``1.5 GiB`` or ``2g``.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Parse a number of bytes such as ``800MB``, ``1.5 GiB`` or ``2g``."""
     if not isinstance(text, str):
         return text
     match = _SIZE.fullmatch(text.replace(" ", ""))
@@ -43,15 +38,7 @@ Count = Annotated[int, Field(ge=1, le=10_000)]
 
 @dataclass(frozen=True)
 class Shown:
-    """How the command line shows an option.
-
-    Parameters
-    ----------
-    heading
-        Heading of the option's group.
-    placeholder
-        Placeholder of the value; empty: derived from the type.
-    """
+    """How the command line shows an option: under a heading, with a placeholder of its value."""
 
     heading: str
     placeholder: str = ""
@@ -64,13 +51,7 @@ class Options(BaseModel):
 
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> Self:
-        """Check options by name.
-
-        Raises
-        ------
-        InvalidInputError
-            Names every option that is unknown or has an invalid value.
-        """
+        """Check options by name; raise an InvalidInputError that names all invalid ones."""
         try:
             return cls.model_validate(options)
         except ValidationError as error:

@@ -295,13 +295,10 @@ def _exit_after(scheduler_file: Path) -> None:
         time.sleep(1)
 
 
-@contextlib.contextmanager
-def _credentials(options: MergeOptions, name: str, *, creates: bool) -> Iterator[None]:
-    settings = (
-        share_certificates(_certificates_folder(name), creates=creates) if options.tls else {}
-    )
-    with dask.config.set(settings):
-        yield
+def _credentials(options: MergeOptions, name: str, *, creates: bool) -> Any:
+    """Return a context in which Dask has this run's certificates."""
+    folder = _certificates_folder(name)
+    return dask.config.set(share_certificates(folder, creates=creates) if options.tls else {})
 
 
 def _scheduler_file(name: str) -> Path:
