@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +76,7 @@ def merge(
     from ocelot_em.cli.terminal import MergeProgress, print_plan, print_report
     from ocelot_em.run.api import Observers, plan_merge, run_merge
     from ocelot_em.run.clusters import within_job
+    from ocelot_em.run.slurm import handled_signals
 
     console = open_console()
     if dry_run:
@@ -83,7 +84,12 @@ def merge(
         return
     effective = {"inputs": inputs, "output": output, **options.model_dump()}
     effective |= {"log": log, "run_folder": run_folder}
-    with MergeProgress(console) as progress, stopped_by_signals(progress.stop):
+
+    def stop(number: int, _frame: object) -> None:
+        progress.stop(signal.Signals(number).name)
+
+    # Batch systems send signals before the time limit of a run.
+    with MergeProgress(console) as progress, handled_signals(stop):
         # The other tasks of a SLURM job never get past this line.
         with within_job(options) as asked, run_kept(log, run_folder, effective) as others:
             report = run_merge(inputs, output, asked, Observers(progress, *others))
@@ -105,17 +111,3 @@ def run_kept(
             kept.append(stack.enter_context(folder))
             logs.append(folder.log_file)
         yield kept + [stack.enter_context(RunLog(path)) for path in logs]
-
-
-@contextlib.contextmanager
-def stopped_by_signals(stop: Callable[[str], None]) -> Iterator[None]:
-    """Stop a run cleanly on the signals that batch systems send before its time limit."""
-    announcements = signal.SIGTERM, signal.SIGUSR1
-    before = {number: signal.getsignal(number) for number in announcements}
-    for number in announcements:
-        signal.signal(number, lambda number, _frame: stop(signal.Signals(number).name))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

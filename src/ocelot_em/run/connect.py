@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ocelot_em.errors import ClusterLostError, OcelotError, PlanError
@@ -98,6 +99,15 @@ async def _require_scheduler(address: str) -> None:
     about = Security().get_connection_args("client")
     comm = await asyncio.wait_for(connect(address, CONNECT_SECONDS, **about), CONNECT_SECONDS)
     await comm.close()
+
+
+def wait_for_file(path: Path, seconds: float, problem: str) -> None:
+    """Wait for a file that another process writes; raise a PlanError after a timeout."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise PlanError(problem)
+        time.sleep(0.2)
 
 
 def call_with_timeout(seconds: float, action: Callable[[], _T]) -> _T:

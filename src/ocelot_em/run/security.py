@@ -4,12 +4,12 @@ import contextlib
 import importlib.util
 import ipaddress
 import logging
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ocelot_em.errors import MissingDependencyError, PlanError
+from ocelot_em.errors import MissingDependencyError
+from ocelot_em.run.connect import wait_for_file
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +53,11 @@ def share_certificates(folder: Path, *, creates: bool) -> dict[str, str]:
             staged.touch(mode=0o600, exist_ok=False)
             staged.write_text(content)
             staged.rename(folder / name)
-    deadline = time.monotonic() + CERTIFICATES_TIMEOUT_SECONDS
-    while not (folder / _CERTIFICATE).exists():
-        if time.monotonic() > deadline:
-            raise PlanError(
-                f"tls: no certificates in {folder} after {CERTIFICATES_TIMEOUT_SECONDS:.0f} s; all "
-                "tasks of a job need access to its working folder"
-            )
-        time.sleep(0.2)
+    problem = (
+        f"tls: no certificates in {folder} after {CERTIFICATES_TIMEOUT_SECONDS:.0f} s; all tasks "
+        "of a job need access to its working folder"
+    )
+    wait_for_file(folder / _CERTIFICATE, CERTIFICATES_TIMEOUT_SECONDS, problem)
     prefix = "distributed.comm.tls"
     settings = {f"{prefix}.ca-file": str(folder.absolute() / _CERTIFICATE)}
     for role in _ROLES:

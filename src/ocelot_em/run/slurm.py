@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,12 @@ import dask
 
 from ocelot_em.errors import InvalidInputError, MissingDependencyError, PlanError
 from ocelot_em.model.options import MergeOptions, SlurmJobs
-from ocelot_em.run.connect import close_without_clients, connect_client, keep_connected
+from ocelot_em.run.connect import (
+    close_without_clients,
+    connect_client,
+    keep_connected,
+    wait_for_file,
+)
 from ocelot_em.run.security import (
     configured_security,
     remove_certificates,
@@ -270,14 +275,9 @@ def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
 
 
 def _wait_for_scheduler(name: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while not _scheduler_file(name).exists():
-        if time.monotonic() > deadline:
-            raise PlanError(
-                f"cluster slurm-job: no scheduler has started in {START_TIMEOUT_SECONDS} s; its "
-                f"output is in {_workers_log()}"
-            )
-        time.sleep(0.2)
+    problem = f"cluster slurm-job: no scheduler has started in {START_TIMEOUT_SECONDS} s"
+    hint = f"its output is in {_workers_log()}"
+    wait_for_file(_scheduler_file(name), START_TIMEOUT_SECONDS, f"{problem}; {hint}")
 
 
 def _exit_after(scheduler_file: Path) -> None:
@@ -316,25 +316,28 @@ def _clean_up(name: str) -> None:
 
 
 @contextlib.contextmanager
+def handled_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle ``STOP_SIGNALS``; restore the earlier handlers on exit."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
     """Defer the first of ``STOP_SIGNALS`` and collect it; a second is not deferred."""
     received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with contextlib.ExitStack() as stack:
 
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        def record(number: int, _frame: object) -> None:
+            received.append(number)
+            stack.close()
 
-    def record(number: int, _frame: object) -> None:
-        received.append(number)
-        restore()
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, record)
-    try:
+        stack.enter_context(handled_signals(record))
         yield received
-    finally:
-        restore()
 
 
 def _redirect_output() -> None:
