@@ -138,7 +138,7 @@ class Gate:
 
 def is_stopping(output: Path) -> bool:
     """Whether the lock of an output says that its run is being stopped."""
-    for lock in output.glob("lock/*"):
+    for lock in filter(Path.is_file, output.glob("lock/*")):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             if json.loads(lock.read_bytes())["stops"]:
                 return True
