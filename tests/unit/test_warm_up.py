@@ -12,9 +12,10 @@ from rich.console import Console
 
 from builders import explicit_maps, write_explicit_search
 from helpers import make_result, write_search
-from ocelot_em import Exposure, SearchInfo, kernels, merge, write_partial
+from ocelot_em import Exposure, SearchInfo, kernels, lazy_merge, merge, write_partial
 from ocelot_em.cli import terminal
 from ocelot_em.cli.terminal import MergeProgress
+from ocelot_em.errors import PlanError
 from ocelot_em.kernels import by_map, collect, compositing, cpu, cpu_statistics
 from ocelot_em.kernels import compiling as compiling_module
 from ocelot_em.merge import job, resume
@@ -284,3 +285,14 @@ def test_a_terminal_has_no_bar_while_kernels_are_compiled():
     text = shown.console.file.getvalue()
     assert "compiling kernels (once after an installation; about 10 s)" in text
     assert "compiled kernels in 12.5 s" in text
+
+
+def test_merges_without_the_compiler_are_refused(tmp_path, monkeypatch):
+    search = write_explicit_search(tmp_path / "RUN.zarr", (20, 30))
+    lazy = lazy_merge(search)
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    with pytest.raises(PlanError, match="unset it"):
+        merge(search, tmp_path / "OUT.zarr")
+    with pytest.raises(PlanError, match="unset it"):
+        lazy.mip.compute()
+    assert not (tmp_path / "OUT.zarr").exists()

@@ -144,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # and interrupts the process (SIGINT) where it may not.
     for name in _BLAS_THREADS:
         os.environ.setdefault(name, "1")
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written into files
     secure_streams()
     sys.exit(run(arguments))
 

@@ -1,10 +1,11 @@
 """Kernels: the arithmetic of a merge, one module per kind of processor."""
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
-from ocelot_em.errors import InvalidInputError
+from ocelot_em.errors import InvalidInputError, PlanError
 from ocelot_em.model.maps import Accumulator, AnyArray, MapSet, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
@@ -45,6 +46,12 @@ class Kernels(Protocol):
 
     def mask_nan(self, partial: PartialMaps) -> PartialMaps:
         """Make a partial idle where any of its maps is NaN or infinite."""
+
+
+def require_compiler() -> None:
+    """Raise a PlanError if numba must not compile: merging would fail, or take days."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        raise PlanError("NUMBA_DISABLE_JIT is set, but merging needs compiled kernels; unset it")
 
 
 def load(name: str) -> Kernels:

@@ -14,6 +14,7 @@ import numpy as np
 
 import ocelot_em
 from ocelot_em.errors import InvalidDataError, OcelotError, PlanError, StoreNotFoundError
+from ocelot_em.kernels import require_compiler
 from ocelot_em.kernels.device import open_device
 from ocelot_em.merge.device_fold import DeviceFold, DeviceMemory
 from ocelot_em.merge.fold import Fold, PieceReport
@@ -169,6 +170,7 @@ class Job:
         self, plan: MergePlan, objects: Objects | None, spec: JobSpec | None = None
     ) -> None:
         self.plan = plan
+        require_compiler()
         partials_on_device = 0 if spec is None else spec.partials_on_device
         self._lease: RunLease | None = None
         if objects is not None and spec is not None and spec.lock:

@@ -21,6 +21,7 @@ from ocelot_em.errors import (
     OcelotError,
     PlanError,
 )
+from ocelot_em.kernels import require_compiler
 from ocelot_em.kernels.device import DeviceFacts, find_devices, open_device
 from ocelot_em.merge.memory_model import DeviceChoice, n_threads
 from ocelot_em.merge.merge import Executor
@@ -126,6 +127,7 @@ def choose_device(options: MergeOptions) -> tuple[DeviceChoice, MergeOptions]:
             f"cluster: expected {', '.join(KINDS)}, or the address of a Dask scheduler such as "
             f"tcp://host:8786, got {cluster!r}"
         )
+    require_compiler()
     if cluster in ("local", "cuda"):
         require_main_guard(cluster)
     if cluster != "threads" and _users - {os.getpid()}:
@@ -350,7 +352,10 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     with (
         _restored_environment(),
         _dask_settings(),
-        cluster_class(
+        _started(
+            cluster_class,
+            # Without it, nannies wait for ever for workers that cannot start.
+            death_timeout=options.worker_timeout or WORKER_TIMEOUT_SECONDS,
             n_workers=workers,
             threads_per_worker=threads,
             processes=True,
@@ -372,6 +377,25 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             f"{count_text(workers, kind)} of {count_text(threads, 'thread')}",
             _dashboard_of(client) if has_dashboard else None,
         )
+
+
+def _started(cluster_class: Any, **settings: Any) -> Any:
+    try:
+        return cluster_class(**settings)
+    except OcelotError:  # such as one raised by a signal handler
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"cluster: {cluster_class.__name__} cannot start: {_innermost(error)}; its processes "
+            "need a network interface for 127.0.0.1 and enough threads ('ulimit -u'); or use "
+            "--cluster threads"
+        ) from error
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
