@@ -181,7 +181,7 @@ def test_a_worker_that_was_stopped_writes_nothing_after_its_run(
     output = tmp_path / "OUT.zarr"
     ready, options = plan_merge(search.run, output, MergeOptions(tile_size=20))
     with OutputLock(open_objects(output)) as held:
-        attributes = create_output(held.objects, confirm(ready), options)
+        attributes = create_output(held.objects, confirm(ready, held.objects), options)
         spec = JobSpec(str(output), attributes.id, held.key, held.id)
         arguments = [spec.output, spec.run_id, spec.lock, spec.holder]
         _, wake = asleep(WORKER, ("_stage", "mip/c/0/0", 1), arguments)
@@ -221,7 +221,7 @@ def test_an_overwriting_run_that_is_killed_at_any_moment_leaves_the_old_or_the_n
         patched.setattr(shutil, "rmtree", remember_and_delete)
         ready, options = plan_merge(other.run, output, MergeOptions(tile_size=20, overwrite=True))
         with OutputLock(open_objects(output)) as held:
-            create_output(held.objects, confirm(ready), options)
+            create_output(held.objects, confirm(ready, held.objects), options)
     # The locks in them are of this process, which holds them no more.
     was_restored = []
     for number, state in enumerate(states):

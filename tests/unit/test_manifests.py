@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,50 @@ def test_a_damaged_chunk_of_a_done_tile_is_merged_again(
     assert merge(run, merged, tile_size=TILE).n_merged == 0
 
 
+@pytest.mark.parametrize("state", ["complete", "writing"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "manifest/content/c/0",
+        "statistics/zarr.json",
+        "statistics/mip_histogram/zarr.json",
+        "statistics/mip_histogram/c/0",
+        "mip/zarr.json",
+        "progress/counts/c/0",
+        "progress/tile_summary/zarr.json",
+        "progress/tile_summary/c/0/0/0",
+    ],
+)
+def test_what_is_lost_or_damaged_is_written_again_by_the_same_command(
+    run: Path, merged: Path, state: str, file: str
+) -> None:
+    before = ocelot_em.open_merged(merged).compute()
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"\0"), stray):
+        if state == "writing":
+            interrupt(merged)
+        (merged / file).parent.mkdir(parents=True, exist_ok=True)
+        (merged / file).touch()
+        damage(merged / file)
+        merge(run, merged, tile_size=TILE)
+        assert ocelot_em.check(merged) == []
+        assert before.identical(ocelot_em.open_merged(merged).compute())
+
+
+def stray(path: Path) -> None:
+    path.with_name("notes.txt").write_text("of somebody")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{")])
+def test_a_lost_or_damaged_root_names_the_command_that_mends_it(
+    run: Path, merged: Path, damage: Callable[[Path], object]
+) -> None:
+    damage(merged / "zarr.json")
+    with pytest.raises(OutputExistsError, match=r"zarr\.json, cannot be read .* --overwrite"):
+        merge(run, merged, tile_size=TILE)
+    merge(run, merged, tile_size=TILE, overwrite=True)
+    assert ocelot_em.check(merged) == []
+
+
 def interrupt(merged: Path) -> None:
     """Make a finished result one that a run has left just before its end."""
     from ocelot_em.store import attributes, groups
@@ -223,7 +268,7 @@ def interrupt(merged: Path) -> None:
     found = read_attributes(objects)
     unfinished = found.model_copy(update={"state": "writing", "finished": None, "manifest": None})
     groups.replace_attributes(objects, "", attributes.dump_attributes(unfinished))
-    shutil.rmtree(merged / "manifest")
+    shutil.rmtree(merged / "manifest", ignore_errors=True)
 
 
 def test_a_resumed_result_has_the_manifest_of_an_uninterrupted_one(run: Path, merged: Path) -> None:

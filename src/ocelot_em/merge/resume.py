@@ -9,7 +9,14 @@ from os import PathLike
 
 import numpy as np
 
-from ocelot_em.errors import ChunkError, OutputExistsError, StoreNotFoundError
+from ocelot_em.errors import (
+    ChunkError,
+    FormatError,
+    IncompleteError,
+    OcelotError,
+    OutputExistsError,
+    StoreNotFoundError,
+)
 from ocelot_em.merge.forecast import Forecast, forecast
 from ocelot_em.merge.marks import (
     ResultChecksums,
@@ -22,6 +29,7 @@ from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
 from ocelot_em.merge.outcome import Tally, TileChecksums, Tiles
 from ocelot_em.merge.plan import MergePlan, changed_tiles, plan_differences, read_plan, tile_size_of
 from ocelot_em.merge.planning import make_plan
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records, summary
 from ocelot_em.model.options import MergeOptions
@@ -82,7 +90,8 @@ def prepare(
         the output already holds something else.
     """
     objects = open_objects(output)
-    found = _existing_output(objects)  # also raises if there is something else to overwrite
+    # Also raises if there is something else to overwrite.
+    found = _existing_output(objects, options.overwrite)
     existing = None if options.overwrite else found
     earlier = None if existing is None else read_plan(existing, objects.url)
     if earlier is not None and options.tile_size is None:
@@ -116,21 +125,21 @@ def prepare(
     )
 
 
-def confirm(ready: PreparedMerge) -> PreparedMerge:
+def confirm(ready: PreparedMerge, objects: Objects) -> PreparedMerge:
     """Check the existing output again, now that this run holds the lock.
 
     Returns
     -------
     PreparedMerge
-        Tiles that are marked as done, but are not there as they were written, are now missing.
+        Tiles that are marked as done, but are not there as they were written, are now missing. If
+        metadata, statistics or the manifest are damaged, the output is unfinished.
 
     Raises
     ------
     OutputExistsError
         Another run has changed the output since the merge was planned.
     """
-    objects = open_objects(ready.output)
-    found = _existing_output(objects)
+    found = _existing_output(objects, ready.overwrites)
     existing = None if ready.overwrites else found
     if not ready.overwrites and existing != ready.existing:
         raise OutputExistsError(
@@ -138,10 +147,18 @@ def confirm(ready: PreparedMerge) -> PreparedMerge:
         )
     if existing is None:
         return ready
+    plan = read_plan(existing, objects.url)
+    if (problem := _damage(objects, existing, plan)) is not None:
+        log.warning("%s; it is written again", problem)
+        changes = {"state": "writing", "finished": None, "manifest": None}
+        unfinished = existing.model_copy(update=changes)
+        groups.update_attributes(objects, "", fmt.dump_attributes(unfinished))
+        ready = replace(ready, existing=unfinished)
+        _create_maps(objects, plan)
     n_columns = ready.plan.grid.counts[1]
     numbers = np.setdiff1d(np.arange(len(ready.plan.grid)), ready.missing.numbers)
     done = Tiles(n_columns, numbers)
-    checksums = _verified_tiles(objects, read_plan(existing, objects.url), done)
+    checksums = _verified_tiles(objects, plan, done)
     damaged = [iy * n_columns + ix for iy, ix in done if (iy, ix) not in checksums]
     if damaged:
         missing = Tiles(n_columns, np.union1d(ready.missing.numbers, damaged))
@@ -181,8 +198,7 @@ def create_output(
     elif read_plan(attributes, objects.url) != plan:  # the inputs were moved
         attributes = attributes.model_copy(update={"plan": plan.model_dump(mode="json")})
         groups.update_attributes(objects, "", fmt.dump_attributes(attributes))
-    for name in plan.maps.merged:
-        store.create_map(objects, name, name, plan.shape, plan.chunk)
+    _create_maps(objects, plan)
     if plan.search_space_digest is not None:
         first = open_objects(plan.sources[0].url)
         space = read_search_space(first, plan.search_space_digest)
@@ -258,23 +274,54 @@ def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAtt
     )
 
 
-def _existing_output(objects: Objects) -> fmt.MergedAttributes | None:
-    """Read the attributes of an existing merged result; None if there is nothing."""
+def _existing_output(objects: Objects, overwrites: bool) -> fmt.MergedAttributes | None:
+    """Read the attributes of an existing merged result; None if there is nothing to keep."""
     try:
         attributes = read_attributes(objects)
-    except StoreNotFoundError:
-        others = (key for key in objects.sizes("") if not key.startswith(f"{LOCK_FOLDER}/"))
-        if any(others) and not was_being_replaced(objects):
+    except (StoreNotFoundError, FormatError) as error:
+        others = [key for key in objects.sizes("") if not key.startswith(f"{LOCK_FOLDER}/")]
+        if not others or was_being_replaced(objects):
+            return None
+        if not any(key.startswith(f"{constants.TILE_SUMMARY}/") for key in others):
+            if isinstance(error, FormatError):
+                raise
             raise OutputExistsError(
                 f"{objects.url}: expected nothing or a merged result, got other files; choose "
                 "another output"
             ) from None
-        return None
+        if overwrites:
+            return None
+        raise OutputExistsError(
+            f"{objects.url}: the metadata of this merged result, zarr.json, cannot be read "
+            f"({error}); restore that file, or merge again with --overwrite"
+        ) from None
     if not isinstance(attributes, fmt.MergedAttributes):
         raise OutputExistsError(
             f"{objects.url}: is a search, not a merged result; choose another output"
         )
     return attributes
+
+
+def _create_maps(objects: Objects, plan: MergePlan) -> None:
+    """Write the metadata of all maps, keeping existing chunks."""
+    for name in plan.maps.merged:
+        store.create_map(objects, name, name, plan.shape, plan.chunk)
+
+
+def _damage(
+    objects: Objects, attributes: fmt.MergedAttributes, plan: MergePlan
+) -> OcelotError | None:
+    """Return what is wrong with the metadata, manifest or statistics of an existing output."""
+    try:
+        if attributes.manifest is None:
+            MapGroup(objects).open(plan.maps.merged, plan.shape)
+        else:
+            merged = MergedResult(objects, attributes)
+            _ = merged.maps, merged.search_space, merged.summary
+            deque(map_in_threads(merged.summary_of, plan.exposures), maxlen=0)
+    except (FormatError, ChunkError, IncompleteError, StoreNotFoundError) as error:
+        return error
+    return None
 
 
 def _verified_tiles(

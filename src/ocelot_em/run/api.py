@@ -152,7 +152,7 @@ def run_merge(
     observer.planned(ready, completed)
     with OutputLock(open_objects(ready.output), observer.waiting) as lock:
         observer.locked(lock.stop)
-        report = _merge(confirm(ready), completed, lock, observer)
+        report = _merge(confirm(ready, lock.objects), completed, lock, observer)
     observer.merged(report)
     return report
 

@@ -109,7 +109,7 @@ class ExecutorContract:
         ready = prepare([simulate(tmp_path, simulation)], tmp_path / "OUT.zarr", options)
         objects, ended = open_objects(ready.output), list[Outcome]()
         with OutputLock(objects) as lock:
-            ready = confirm(ready)
+            ready = confirm(ready, lock.objects)
             report = merge(ready, options, make_executor(attempt_tiles), lock, ended.append)
         assert report.n_merged == len(ended) == len(ready.plan.grid) == 16
         whole = Region.whole(simulation.shape)
