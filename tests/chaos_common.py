@@ -216,8 +216,10 @@ def wait_for(
     deadline = time.monotonic() + seconds
     while not holds():
         if alive is not None and alive.poll() is not None:
-            told = alive.stdout.read() if alive.stdout else ""
-            raise AssertionError(f"it ended ({alive.returncode}) before there was {what}: {told}")
+            printed = alive.stdout.read() if alive.stdout else ""
+            raise AssertionError(
+                f"it ended ({alive.returncode}) before there was {what}: {printed}"
+            )
         assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
         time.sleep(0.01)
 

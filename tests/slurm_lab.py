@@ -81,8 +81,10 @@ class Slurm:
         return self.call("squeue", "-h", "-j", job, "-t", "all", "-o", "%T")
 
     def exit_code(self, job: str) -> str:
-        told = self.call("scontrol", "show", "job", job).split()
-        return next(word for word in told if word.startswith("ExitCode=")).removeprefix("ExitCode=")
+        printed = self.call("scontrol", "show", "job", job).split()
+        return next(word for word in printed if word.startswith("ExitCode=")).removeprefix(
+            "ExitCode="
+        )
 
     def wait(self, job: str, *states: str, seconds: float = 400) -> str:
         """Wait until a job is in one of some states; the time only ends a hang."""
@@ -96,9 +98,9 @@ class Slurm:
         """Have a job that was requeued begin at once, not in two minutes; wait for its end."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) != "COMPLETED":
-            told = self.call("scontrol", "show", "job", job)
-            assert state in ("PENDING", "RUNNING", "COMPLETING"), told
-            assert time.monotonic() < deadline, told
+            printed = self.call("scontrol", "show", "job", job)
+            assert state in ("PENDING", "RUNNING", "COMPLETING"), printed
+            assert time.monotonic() < deadline, printed
             self.hurry(job)
             time.sleep(1)
 

@@ -75,10 +75,10 @@ def finish(search: Undisturbed, begin_merge: Begin) -> Callable[..., str]:
 
     def finish(output: Path, *options: str) -> str:
         again = begin_merge(output, *options)
-        told, _ = again.communicate(timeout=300)
-        assert again.returncode == 0, told
+        printed, _ = again.communicate(timeout=300)
+        assert again.returncode == 0, printed
         search.assert_finished(output)
-        return told
+        return printed
 
     return finish
 
@@ -108,8 +108,8 @@ def scheduler(
                     env={**os.environ, **gate.environment},
                 )
             )
-        wait_for(lambda: bool(told(file)), "a scheduler")
-        return str(told(file)["address"]), processes
+        wait_for(lambda: bool(content_of(file)), "a scheduler")
+        return str(content_of(file)["address"]), processes
 
     yield begin
     for process in processes:
@@ -117,7 +117,7 @@ def scheduler(
         process.wait()
 
 
-def told(file: Path) -> Mapping[str, object]:
+def content_of(file: Path) -> Mapping[str, object]:
     """What a scheduler's file says, which is there before it is whole."""
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         return dict(json.loads(file.read_text()))
@@ -133,9 +133,9 @@ def test_a_run_without_workers_ends_after_the_stated_wait(
     gate.wait_until_reached(output, driver)
     for worker in processes[1:]:
         worker.kill()
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 75, told
-    assert "the cluster has had no workers for 5 s" in told
+    printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, printed
+    assert "the cluster has had no workers for 5 s" in printed
     assert tiles_done(output) == gate.n_tiles
     assert f"{gate.n_tiles} of them done before" in finish(output)
 
@@ -146,9 +146,9 @@ def test_a_run_whose_workers_are_all_paused_ends_after_the_stated_wait(
     output = tmp_path / "OUT.zarr"
     address, _ = scheduler(2, "--memory-limit", "20MB")  # less than an idle worker has
     driver = begin_merge(output, "--cluster", address, "--worker-timeout", "5")
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 75, told
-    assert "no workers but 2 paused ones, which lack memory, for 5 s" in told
+    printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, printed
+    assert "no workers but 2 paused ones, which lack memory, for 5 s" in printed
     finish(output)
 
 
@@ -160,9 +160,9 @@ def test_a_run_ends_when_its_scheduler_is_killed(
     driver = begin_merge(output, "--cluster", address)
     gate.wait_until_reached(output, driver)
     processes[0].kill()
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 75, told
-    assert "the connection to the Dask scheduler was lost" in told
+    printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, printed
+    assert "the connection to the Dask scheduler was lost" in printed
     assert tiles_done(output) == gate.n_tiles
     gate.open()
     finish(output)
@@ -214,8 +214,8 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_workers(
     gate.wait_until_reached(output, driver)
     driver.terminate()
     gate.open_for_a_run_that_stops(output)
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 75, told
+    printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, printed
     assert tiles_done(output) < search.n_tiles
     finish(output, "--cluster", address)
 
@@ -226,12 +226,12 @@ def test_a_second_run_on_the_same_output_is_refused(search, tmp_path, begin_merg
     gate.wait_until_reached(output, first)
     for options in ([], ["--overwrite"]):
         second = begin_merge(output, *options)
-        told, _ = second.communicate(timeout=300)
-        assert second.returncode == 2, told
-        assert f"another run is writing it: process {first.pid} on" in told
+        printed, _ = second.communicate(timeout=300)
+        assert second.returncode == 2, printed
+        assert f"another run is writing it: process {first.pid} on" in printed
     gate.open()
-    told, _ = first.communicate(timeout=300)
-    assert first.returncode == 0, told
+    printed, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, printed
     search.assert_finished(output)
 
 
@@ -245,13 +245,13 @@ def test_a_run_that_is_stopped_ends_well_and_goes_on(
     gate.wait_until_reached(output, driver)
     driver.send_signal(number)
     gate.open_for_a_run_that_stops(output)
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 75, told
-    assert f"{signal.Signals(number).name}: stopping after the tiles in hand" in told
+    printed, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, printed
+    assert f"{signal.Signals(number).name}: stopping after the tiles in hand" in printed
     assert list(output.glob("lock/*")) == []
     done = tiles_done(output)
     assert gate.n_tiles < done < search.n_tiles
-    assert f"{search.n_tiles - done} of {search.n_tiles} tiles left" in told
+    assert f"{search.n_tiles - done} of {search.n_tiles} tiles left" in printed
     finish(output)
 
 
@@ -282,9 +282,9 @@ def test_a_tile_that_always_kills_its_worker_is_named_and_the_others_finish(
         assert isinstance(executor, ClientExecutor)
         executor.attempt = poisoned
         one = rf"1 of {search.n_tiles} tiles failed.*\n.*tile \(3, 5\)"
-        with pytest.raises(TilesFailedError, match=one) as told:
+        with pytest.raises(TilesFailedError, match=one) as printed:
             merge(ready, options, executor, lock, note)
-    assert "KilledWorker" in str(told.value)
+    assert "KilledWorker" in str(printed.value)
     assert [(end.iy, end.ix) for end in failed] == [(3, 5)]
     assert tiles_done(output) == search.n_tiles - 1
     assert f"{search.n_tiles - 1} of them done before" in finish(output)

@@ -160,14 +160,14 @@ def test_a_driver_that_was_stopped_writes_nothing_into_what_another_run_made(
             third = held.enter_context(OutputLock(open_objects(output)))
             assert third.key == "lock/0"
         before = result_of(output)
-        told = wake()
+        printed = wake()
         assert result_of(output) == before
         if moment == "release":
             third.prove()
             assert driver.returncode == 0
         else:
-            assert driver.returncode == 75, told
-            assert "this run no longer holds the output" in " ".join(told.split())
+            assert driver.returncode == 75, printed
+            assert "this run no longer holds the output" in " ".join(printed.split())
     by.assert_finished(output)
     search.assert_inputs_untouched()
 

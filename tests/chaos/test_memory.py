@@ -117,8 +117,8 @@ def cluster(
         start_worker("poor", THREADS, group)
         poor = started[-1]
         # Small tiles it can do. What it has then is what it needs for nothing but being there.
-        told = merged(small, tmp_path / "SMALL.zarr", address)
-        assert told[0] == 0, told[1]
+        printed = merged(small, tmp_path / "SMALL.zarr", address)
+        assert printed[0] == 0, printed[1]
         small.assert_finished(tmp_path / "SMALL.zarr")
         group.limit(group.number("memory.stat", "total_rss") + SPARE_NBYTES)
         assert group.kills() == 0
@@ -136,10 +136,10 @@ def merged(search: Undisturbed, output: Path, address: str) -> tuple[int, str]:
     command = merge_command(search.run, output, search.tile, "--cluster", address)
     run = start(command)
     try:
-        told, _ = run.communicate(timeout=300)
+        printed, _ = run.communicate(timeout=300)
     finally:
         end(run)
-    return run.returncode, told
+    return run.returncode, printed
 
 
 def test_tiles_that_a_worker_has_no_memory_for_are_done_by_others_or_named(
@@ -147,7 +147,7 @@ def test_tiles_that_a_worker_has_no_memory_for_are_done_by_others_or_named(
 ) -> None:
     output = tmp_path / "OUT.zarr"
     address, _ = cluster(1)
-    code, told = merged(search, output, address)
+    code, printed = merged(search, output, address)
     done = tiles_done(output)
     print(f"{group.kills()} kills, {done} done, exit {code}")
     assert group.kills() > 0
@@ -155,34 +155,34 @@ def test_tiles_that_a_worker_has_no_memory_for_are_done_by_others_or_named(
     if code == 0:
         search.assert_finished(output)
         return
-    assert code == 1, told
-    assert_failed_by_name(told, search.n_tiles - done)
+    assert code == 1, printed
+    assert_failed_by_name(printed, search.n_tiles - done)
     group.limit(-1)
-    code, told = merged(search, output, address)
-    assert code == 0, told
-    assert f"{done} of them done before" in told
+    code, printed = merged(search, output, address)
+    assert code == 0, printed
+    assert f"{done} of them done before" in printed
     search.assert_finished(output)
 
 
 def test_tiles_that_no_worker_has_memory_for_fail_by_name(search, group, cluster, tmp_path) -> None:
     output = tmp_path / "OUT.zarr"
     address, _ = cluster(0)
-    code, told = merged(search, output, address)
+    code, printed = merged(search, output, address)
     done = tiles_done(output)
     print(f"{group.kills()} kills, {done} done, exit {code}")
     assert group.kills() > 1
     assert (group.folder / "memory.failcnt").read_text() != "0\n"
-    assert code == 1, told
-    assert_failed_by_name(told, search.n_tiles - done)
+    assert code == 1, printed
+    assert_failed_by_name(printed, search.n_tiles - done)
     search.assert_inputs_untouched()
     group.limit(-1)
-    code, told = merged(search, output, address)
-    assert code == 0, told
+    code, printed = merged(search, output, address)
+    assert code == 0, printed
     search.assert_finished(output)
 
 
-def assert_failed_by_name(told: str, n_failed: int) -> None:
-    _, found, named = told.partition(f"{n_failed} of 4 tiles failed")
-    assert found, told
+def assert_failed_by_name(printed: str, n_failed: int) -> None:
+    _, found, named = printed.partition(f"{n_failed} of 4 tiles failed")
+    assert found, printed
     lost = re.findall(r"- tile \((\d), (\d)\): its task failed: KilledWorker", named)
-    assert len(set(lost)) == n_failed, told
+    assert len(set(lost)) == n_failed, printed

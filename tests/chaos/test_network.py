@@ -154,16 +154,16 @@ class Run:
 
     def ended(self) -> str:
         """Wait for its end; what it printed."""
-        told, _ = self.driver.communicate(timeout=300)
+        printed, _ = self.driver.communicate(timeout=300)
         lines = (self.network.folder / "log.jsonl").read_text().splitlines()
         tiles = [line for line in map(json.loads, lines) if line["event"] == "tile"]
         workers = Counter(line["worker"] for line in tiles)
         print(f"{len(tiles)} tiles: {sorted(workers.values())}")
-        return told
+        return printed
 
     def finished(self) -> None:
-        told = self.ended()
-        assert self.driver.returncode == 0, told
+        printed = self.ended()
+        assert self.driver.returncode == 0, printed
         self.search.assert_finished(self.output)
 
 
@@ -200,11 +200,11 @@ def test_a_driver_that_is_cut_off_ends_and_goes_on_later(run: Run, network: Netw
     run.start()
     run.under_way()
     network.cut("driver")
-    told = run.ended()
-    assert run.driver.returncode == 75, told
-    assert "the connection to the Dask scheduler was lost" in told
-    assert "run the same command again" in told
-    assert "Traceback" not in told
+    printed = run.ended()
+    assert run.driver.returncode == 75, printed
+    assert "the connection to the Dask scheduler was lost" in printed
+    assert "run the same command again" in printed
+    assert "Traceback" not in printed
     assert list(run.output.glob("lock/*")) == []
     assert tiles_done(run.output) == network.gate.n_tiles
     network.mend("driver")

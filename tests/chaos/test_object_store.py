@@ -247,14 +247,16 @@ def test_a_chunk_that_is_not_found_fails_by_name_and_a_rerun_finishes(
 
     faults.fault = is_gone
     run = start(merge_command(RUN, OUT, search.tile))
-    told, _ = run.communicate(timeout=300)
-    assert run.returncode == 1, told
-    assert re.search(r"MissingChunkError: .*partial 'p1': mip: chunk \(0, 0\).* is missing", told)
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 1, printed
+    assert re.search(
+        r"MissingChunkError: .*partial 'p1': mip: chunk \(0, 0\).* is missing", printed
+    )
     info = describe(OUT)
     assert info.attributes.state == "writing"
     assert info.tiles_done < search.n_tiles
     left = search.n_tiles - info.tiles_done
-    assert f"{left} of {search.n_tiles} tiles failed" in told
+    assert f"{left} of {search.n_tiles} tiles failed" in printed
     with pytest.raises(TilesFailedError, match="MissingChunkError"):
         merge(RUN, OUT, tile_size=search.tile)
     faults.fault = None
@@ -284,12 +286,12 @@ def test_one_run_at_a_time_writes_an_output_in_a_bucket(
     search, faults, tmp_path, first, gate
 ) -> None:
     second = start(merge_command(RUN, OUT, search.tile))
-    told, _ = second.communicate(timeout=300)
-    assert second.returncode == 2, told
-    assert f"another run is writing it: process {first.pid} on" in told
+    printed, _ = second.communicate(timeout=300)
+    assert second.returncode == 2, printed
+    assert f"another run is writing it: process {first.pid} on" in printed
     gate.open()
-    told, _ = first.communicate(timeout=300)
-    assert first.returncode == 0, told
+    printed, _ = first.communicate(timeout=300)
+    assert first.returncode == 0, printed
     assert_finished(search, faults, tmp_path)
 
 

@@ -225,8 +225,8 @@ def test_a_stopped_run_that_power_is_taken_from_later_goes_on(
     with merging(search, disk, gate) as run:
         run.send_signal(signal.SIGTERM)
         gate.open_for_a_run_that_stops(output)
-        told, _ = run.communicate(timeout=300)
-        assert run.returncode == 75, told
+        printed, _ = run.communicate(timeout=300)
+        assert run.returncode == 75, printed
         done = tiles_done(output)
         assert gate.n_tiles < done < search.n_tiles
         copy = without_power_when(
@@ -242,9 +242,9 @@ def test_a_stopped_run_that_power_is_taken_from_later_goes_on(
 def test_what_is_called_complete_stays_complete(search, tmp_path, disk, monkeypatch) -> None:
     run = start(merge_command(search.run, disk.folder / "OUT.zarr", search.tile, "--threads", "1"))
     try:
-        told, _ = run.communicate(timeout=300)
+        printed, _ = run.communicate(timeout=300)
         copy = disk.without_power()
-        assert run.returncode == 0, told
+        assert run.returncode == 0, printed
     finally:
         end(run)
     with started_again(copy, tmp_path / "again") as again:
@@ -299,9 +299,9 @@ def test_files_that_are_imported_stay_imported(tmp_path, disk, crops, tables) ->
     importing = start(
         [*OCELOT, "import", *files, "--output", str(run), "--search-space", str(tables)]
     )
-    told, _ = importing.communicate(timeout=300)
+    printed, _ = importing.communicate(timeout=300)
     copy = disk.without_power()
-    assert importing.returncode == 0, told
+    assert importing.returncode == 0, printed
     with mounted(copy, tmp_path / "again") as again:
         assert ocelot_em.check(again / "RUN.zarr") == []
         assert digests(again / "RUN.zarr") == digests(run)

@@ -116,9 +116,9 @@ def test_errors_that_stay_are_named(place, tmp_path, monkeypatch, number) -> Non
 
     monkeypatch.setattr(os, "readv", broken)
     reason = os.strerror(number)
-    with pytest.raises(TilesFailedError, match=f"p1/mip/c/0/0: .*{reason}") as told:
+    with pytest.raises(TilesFailedError, match=f"p1/mip/c/0/0: .*{reason}") as caught:
         ocelot_em.merge(place / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=TILE)
-    assert f"{N_TILES} of {N_TILES} tiles failed" in str(told.value)
+    assert f"{N_TILES} of {N_TILES} tiles failed" in str(caught.value)
     # What may pass is tried four times, each time the tile is.
     tries = 2 * N_TILES * (4 if number == errno.EIO else 1)
     assert failing.n_failed == tries

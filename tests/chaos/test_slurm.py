@@ -95,12 +95,12 @@ def test_a_job_of_two_nodes(lab, search: Undisturbed, tmp_path: Path, more: str)
     gate.open()
     lab.wait(job, "COMPLETED")
     assert_finished(search, tmp_path)
-    told = printed(tmp_path)
-    assert f"merged {search.n_tiles} tiles" in told
-    assert "Traceback" not in told
-    assert "dashboard: http://127.0.0.1:" in told
-    assert ("is not protected" in told) == (more == "")
-    assert ("tls://" in told) == (more == "--tls")
+    text = printed(tmp_path)
+    assert f"merged {search.n_tiles} tiles" in text
+    assert "Traceback" not in text
+    assert "dashboard: http://127.0.0.1:" in text
+    assert ("is not protected" in text) == (more == "")
+    assert ("tls://" in text) == (more == "--tls")
     assert len({line["worker"] for line in events(tmp_path, "tile")}) == 4
 
 
@@ -247,8 +247,8 @@ def test_a_cancelled_worker_is_replaced(
     lab.call("scancel", first[0])
     wait_for(lambda: bool({*worker_jobs(lab)} - {*first}), "another worker", alive=driver)
     gate.open()
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, told
+    text, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, text
     assert len(first) == 2
     assert_finished(search, tmp_path)
     wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs")
@@ -264,8 +264,8 @@ def test_a_worker_that_is_cancelled_before_it_connects_is_replaced(
         lab.call("scancel", job)
     wait_for(lambda: len({*worker_jobs(lab)} - {*first}) == 2, "two others", 120, alive=driver)
     gate.open()
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 0, told
+    text, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, text
     assert_finished(search, tmp_path)
 
 
@@ -276,11 +276,11 @@ def test_a_driver_that_is_stopped_cancels_its_jobs(
     gate.wait_until_reached(tmp_path / "OUT.zarr", driver)
     driver.send_signal(signal.SIGTERM)
     gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
-    told, _ = driver.communicate(timeout=300)
-    assert driver.returncode == 75, told
-    assert "run the same command again to resume" in told
+    text, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 75, text
+    assert "run the same command again to resume" in text
     wait_for(lambda: not worker_jobs(lab), "the end of all worker jobs")
     again = start_driver()
-    told, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, told
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text
     assert_finished(search, tmp_path)

@@ -281,10 +281,10 @@ def test_an_exposure_that_cannot_be_opened_fails_its_own_tiles(tmp_path):
     broken.unlink()
     with pytest.raises(TilesFailedError) as failed:
         ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=16, threads=1)
-    said = str(failed.value)
-    assert "of 20 tiles failed" in said
-    assert said.count("exposure 'far'") == said.count("\n  - tile (") <= 4
-    assert "the array is missing" in said
+    message = str(failed.value)
+    assert "of 20 tiles failed" in message
+    assert message.count("exposure 'far'") == message.count("\n  - tile (") <= 4
+    assert "the array is missing" in message
     broken.write_bytes(kept)
     ocelot_em.merge(search, tmp_path / "OUT.zarr", tile_size=16)
     assert chunk_bytes(tmp_path / "OUT.zarr") == chunk_bytes(tmp_path / "EXPECTED.zarr")

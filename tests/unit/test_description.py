@@ -166,7 +166,7 @@ def test_files_are_looked_for_beside_the_description(montage, monkeypatch):
 
 def test_progress_is_of_the_whole(montage):
     shares: list[tuple[str, float]] = []
-    import_description(montage.write(), montage.output, lambda *told: shares.append(told))
+    import_description(montage.write(), montage.output, lambda *step: shares.append(step))
     assert shares == sorted(shares)
     assert shares[-1] == ("convert", 1.0)
     assert ("check", 1.0) in shares

@@ -80,10 +80,10 @@ def test_an_example_works(test, request, tmp_path, monkeypatch):
         if name in test.docstring:
             file = request.getfixturevalue("own") / name
             (shutil.copytree if file.is_dir() else shutil.copy)(file, tmp_path / name)
-    said = []
+    printed = []
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    result = doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
-    assert result.failed == 0, "".join(said)
+    result = doctest.DocTestRunner(optionflags=flags).run(test, out=printed.append)
+    assert result.failed == 0, "".join(printed)
 
 
 def test_public_names_have_examples():

@@ -327,9 +327,9 @@ def test_of_very_many_wrong_entries_few_are_named(stores, key):
 
 def test_names_in_metadata_cannot_write_to_the_terminal(stores):
     with edit_root(stores / "explicit", lambda a: a.update({"\x1b[2J\u202e": 1})):
-        said = refusal(stores / "explicit")
-    assert "\\x1b[2J\\u202e" in said
-    assert said.isprintable()
+        printed = refusal(stores / "explicit")
+    assert "\\x1b[2J\\u202e" in printed
+    assert printed.isprintable()
 
 
 @pytest.mark.parametrize(

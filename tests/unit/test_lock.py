@@ -159,11 +159,11 @@ def test_a_run_that_was_replaced_writes_nothing(place, late, has_proof, clock, m
 @pytest.mark.parametrize("changes", [{"host": "another"}, {"boot": "before"}, {"pid": "no number"}])
 def test_a_lock_of_elsewhere_is_watched_and_replaced_if_it_does_not_change(place, clock, changes):
     left_by(place, **changes)
-    told = []
-    with OutputLock(place, told.append):
+    reasons = []
+    with OutputLock(place, reasons.append):
         assert 0 <= clock.slept - lock.STALE_SECONDS < lock.CHECK_SECONDS
-    assert len(told) == 1
-    assert "for a heartbeat of that run" in told[0]
+    assert len(reasons) == 1
+    assert "for a heartbeat of that run" in reasons[0]
 
 
 @pytest.mark.parametrize("looks", [1, 80])

@@ -506,12 +506,14 @@ def test_volumes_of_one_section_and_foreign_byte_order_are_read(merged, mrc_set,
 
 
 def test_progress_is_told(mrc_set, tmp_path):
-    told = []
-    import_mrc_set(mrc_set, tmp_path / "BACK", given(), on_progress=lambda *step: told.append(step))
-    phases = [phase for phase, _ in told]
+    steps = []
+    import_mrc_set(
+        mrc_set, tmp_path / "BACK", given(), on_progress=lambda *step: steps.append(step)
+    )
+    phases = [phase for phase, _ in steps]
     assert phases == sorted(phases)
     for phase in ("check", "convert"):
-        shares = [share for p, share in told if p == phase]
+        shares = [share for p, share in steps if p == phase]
         assert shares == sorted(shares)
         assert len(shares) > 1
         assert shares[-1] == 1

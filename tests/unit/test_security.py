@@ -51,8 +51,8 @@ def test_urls_with_credentials_are_refused_without_repeating_them(url, tmp_path,
         objects.normalise_url(url)
     assert SECRET not in str(error.value)
     assert cli.run(["merge", url, "--output", str(tmp_path / "O"), "--log", "-"]) == 2
-    told = capsys.readouterr()
-    assert SECRET not in told.out + told.err
+    printed = capsys.readouterr()
+    assert SECRET not in printed.out + printed.err
     assert not (tmp_path / "O").exists()
 
 
@@ -80,9 +80,9 @@ def test_credentials_are_neither_printed_nor_stored_by_any_command(tmp_path, cap
         ["export", "x", "--to", "leopard", "--output", output, "--optics", url],
     ):
         assert cli.run(words) == 2, words
-        told = capsys.readouterr()
-        assert SECRET not in told.out + told.err, words
-        assert "carries credentials" in told.err, words
+        printed = capsys.readouterr()
+        assert SECRET not in printed.out + printed.err, words
+        assert "carries credentials" in printed.err, words
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,9 +94,9 @@ def test_credentials_in_a_file_of_options_are_not_repeated(tmp_path, capsys, pla
     kept = ["--run-folder", str(tmp_path / "night"), "--log", str(tmp_path / "log.jsonl")]
     words = ["x"] if place == "output" else ["--output", "y"]
     assert cli.run(["merge", *words, "--config", str(config), *kept]) == 2
-    told = capsys.readouterr()
-    assert "carries credentials" in told.err
-    assert SECRET not in told.out + told.err
+    printed = capsys.readouterr()
+    assert "carries credentials" in printed.err
+    assert SECRET not in printed.out + printed.err
     assert list(tmp_path.iterdir()) == [config]
 
 
@@ -104,14 +104,18 @@ def test_credentials_in_a_file_of_options_are_not_repeated(tmp_path, capsys, pla
 def test_the_address_of_a_web_server_gets_one_sentence(scheme, tmp_path, capsys):
     url = f"{scheme}://example.org/RUN.zarr"
     assert cli.run(["merge", url, "--output", str(tmp_path / "O")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"ocelot: {url}: expected a path, or the URL of a bucket, got that of a")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(
+        f"ocelot: {url}: expected a path, or the URL of a bucket, got that of a"
+    )
+    assert printed.count("\n") == 1
     for name in ["gpu0.npz", "LAMELLA.yaml", "result.h5"]:
         assert cli.run(["import", f"{scheme}://example.org/{name}", "--output", "O"]) == 2
-        said = capsys.readouterr().err
-        assert f"{scheme}://example.org/{name}: expected a path on this machine, got a URL" in said
-        assert said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert (
+            f"{scheme}://example.org/{name}: expected a path on this machine, got a URL" in printed
+        )
+        assert printed.count("\n") == 1
 
 
 def test_a_path_with_a_nul_character_gets_one_sentence(tmp_path, capsys):
@@ -224,8 +228,8 @@ def test_a_local_cluster_listens_to_this_machine_alone_and_tells_its_metrics(tmp
     assert looks.scheduler.startswith("tls://" if tls else "tcp://")
     assert len(looks.listening) >= 4
     assert set(looks.listening) == {"127.0.0.1"}
-    told = [line for line in looks.metrics.splitlines() if line.startswith("ocelot_")]
-    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in told}
+    printed = [line for line in looks.metrics.splitlines() if line.startswith("ocelot_")]
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in printed}
     run = json.loads((tmp_path / "OUT.zarr" / "zarr.json").read_text())
     label = run["attributes"]["ocelot"]["id"][:12]
     assert values[f'ocelot_tiles_total{{run="{label}",state="merged"}}'] == 12

@@ -131,11 +131,11 @@ def test_a_merge_outlives_the_reader_of_its_output(run, tmp_path, stream):
         getattr(process, stream).readline()
         getattr(process, stream).close()
         other = process.stderr if stream == "stdout" else process.stdout
-        said = other.read()
-    assert process.returncode == 0, said
-    assert b"Traceback" not in said
+        printed = other.read()
+    assert process.returncode == 0, printed
+    assert b"Traceback" not in printed
     if stream == "stdout":
-        assert said == b""
+        assert printed == b""
     found = describe(output)
     assert (found.attributes.state, found.tiles_done) == ("complete", 12)
 

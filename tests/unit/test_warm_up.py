@@ -130,25 +130,27 @@ def test_tiles_call_nothing_that_was_not_compiled_before(tmp_path, rng, monkeypa
 def test_compiling_is_told_before_the_first_function_and_only_then(monkeypatch):
     monkeypatch.setattr(compiling_module, "ANNOUNCE_AFTER_SECONDS", 0)
     one, two = njit(lambda x: x + 1), njit(lambda x: x * 2)
-    told = []
+    calls = []
 
     def work():
-        told.append(one(1) + two(1))
+        calls.append(one(1) + two(1))
 
-    assert compiling_module.seconds_compiling(work, lambda: told.append("compiling")) > 0
-    assert told == ["compiling", 4]
-    assert compiling_module.seconds_compiling(work, lambda: told.append("compiling")) == 0
-    assert told == ["compiling", 4, 4]
+    assert compiling_module.seconds_compiling(work, lambda: calls.append("compiling")) > 0
+    assert calls == ["compiling", 4]
+    assert compiling_module.seconds_compiling(work, lambda: calls.append("compiling")) == 0
+    assert calls == ["compiling", 4, 4]
 
 
 def test_a_few_kernels_are_compiled_without_a_word(monkeypatch):
     monkeypatch.setattr(compiling_module, "ANNOUNCE_AFTER_SECONDS", 1e9)
-    told, triple = [], njit(lambda x: x * 3)
-    assert compiling_module.seconds_compiling(lambda: triple(1), lambda: told.append("told")) > 0
-    assert told == []
+    calls, triple = [], njit(lambda x: x * 3)
+    assert (
+        compiling_module.seconds_compiling(lambda: triple(1), lambda: calls.append("compiling")) > 0
+    )
+    assert calls == []
 
 
-class Told(Observer):
+class Recorder(Observer):
     def __init__(self):
         self.events = []
 
@@ -186,17 +188,17 @@ def nothing_compiled(monkeypatch):
 
 def test_nothing_is_told_where_kernels_are_at_hand(search, tmp_path):
     merge(search, tmp_path / "ONCE.zarr")
-    told = Told()
-    report = merge(search, tmp_path / "AGAIN.zarr", observer=told)
-    assert told.events == ["started", "tile"]
+    observer = Recorder()
+    report = merge(search, tmp_path / "AGAIN.zarr", observer=observer)
+    assert observer.events == ["started", "tile"]
     assert report.compile_seconds == 0
 
 
 def test_compiling_is_a_phase_of_its_own(search, tmp_path, nothing_compiled):
-    told = Told()
-    report = merge(search, tmp_path / "OUT.zarr", observer=told, tile_size=16)
+    observer = Recorder()
+    report = merge(search, tmp_path / "OUT.zarr", observer=observer, tile_size=16)
     compiled = ["compiling", ("compiled", nothing_compiled)]
-    assert told.events == ["started", *compiled, *["tile"] * 4]
+    assert observer.events == ["started", *compiled, *["tile"] * 4]
     assert report.compile_seconds == nothing_compiled
     assert -nothing_compiled < report.seconds < 0  # which has what really passed, without it
     assert sum(report.shares.values()) == pytest.approx(1)
@@ -227,8 +229,8 @@ def test_workers_compile_before_their_first_tile(search, tmp_path, nothing_compi
     assert report.compile_seconds == 0
     assert report.seconds > 0
     assert outcomes[0].summary.fold_seconds < nothing_compiled
-    said = [record.getMessage() for record in caplog.records]
-    assert [words for words in said if "kernels" in words] == [
+    logged = [record.getMessage() for record in caplog.records]
+    assert [words for words in logged if "kernels" in words] == [
         "compiling kernels",
         "compiled kernels in 1000000.0 s",
     ]
