@@ -407,8 +407,8 @@ def test_a_merge_report_in_a_notebook(crops, tmp_path):
 
 
 def test_templates_escape_values_and_require_them():
-    pairs = [("<", "\"&'")]
-    assert "<tr><th>&lt;</th><td>&#34;&amp;&#39;</td></tr>" in render(
+    pairs = [("<", "\"&'\x1b\u202e")]
+    assert r"<tr><th>&lt;</th><td>&#34;&amp;&#39;\x1b\u202e</td></tr>" in render(
         "model/templates/facts.html.j2", pairs=pairs
     )
     with pytest.raises(UndefinedError, match="'cards' is undefined"):

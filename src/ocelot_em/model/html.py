@@ -1,7 +1,9 @@
-"""HTML from the package's jinja2 templates, in which every value is escaped."""
+"""HTML from the package's jinja2 templates, which escape values and control characters."""
 
 from functools import cache
 from typing import TYPE_CHECKING
+
+from ocelot_em.errors import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -19,6 +21,7 @@ def _environment() -> "Environment":
     environment = Environment(
         loader=PackageLoader("ocelot_em", ""),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
