@@ -69,8 +69,7 @@ def merge_rows(
         total, squared_total = sums[:, : band.stop - band.start]
         picks = tuple(here[name] for name in maps.pose)
         acc = Accumulator(here[MIP], picks, here[BEST_PARTIAL], total, squared_total, None)
-        cpu.reset(acc)
-        cpu.fold_all(acc, [cut(partial, band) for partial in partials], space)
+        cpu.fold_all(acc, [cut(partial, band) for partial in partials], space, fresh=True)
         cpu_statistics.finalise(acc, maps, space, here)
 
 

@@ -59,11 +59,6 @@ class OnGpu:
     def identity(self, shape, maps):
         return load("reference").identity(shape, maps)
 
-    def reset(self, acc):
-        there = self._there(acc)
-        self._kernels.reset(there)
-        self._back(acc, there)
-
     def fold_all(self, acc, partials, space, *, fresh=False):
         there = self._there(acc)
         partials = [self._there(p) for p in partials]

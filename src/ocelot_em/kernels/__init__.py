@@ -22,9 +22,6 @@ class Kernels(Protocol):
     def identity(self, shape: tuple[int, int], maps: MapSet) -> Accumulator:
         """Return an empty accumulator."""
 
-    def reset(self, acc: Accumulator) -> None:
-        """Reset an accumulator to the empty state, in place."""
-
     def fold_all(
         self,
         acc: Accumulator,

@@ -33,7 +33,7 @@ from ocelot_em.kernels.reference import identity, mask_nan, reset
 from ocelot_em.model.maps import NOT_SEARCHED, Accumulator, PartialMaps
 from ocelot_em.model.search_space import SearchSpace
 
-__all__ = ["finalise", "fold_all", "identity", "mask_nan", "reset"]
+__all__ = ["finalise", "fold_all", "identity", "mask_nan"]
 
 _BLOCK = 16384
 """Pixels per block of a fold: long enough for memory streaming, short enough for the cache."""

@@ -50,8 +50,6 @@ def _table(addresses: Sequence[int]) -> list[int]:
 class CudaKernels:
     """Kernels of one device, which holds all arrays; see :class:`ocelot_em.kernels.Kernels`."""
 
-    reset = staticmethod(reset)
-
     def __init__(self, device: Device) -> None:
         self._device = device
         self._tables: tuple[SearchSpace, tuple[AnyArray, ...]] | None = None

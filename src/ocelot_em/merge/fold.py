@@ -242,14 +242,14 @@ class Fold:
         """Fold one partial after another: its mask depends on all its maps."""
         maps, statistics = self.maps, report.statistics
         accumulator = Accumulator.allocate(maps, work.array)
-        self._kernels.reset(accumulator)
         for number, source in enumerate(self.sources):
             read = whole_maps(
                 reader, (number, source), maps, report, lambda n, t: work.flat(f"incoming {n}", t)
             )
             arrays = {name: values.reshape(work.shape) for name, values in read}
             partial = self._kernels.mask_nan(partial_maps(source, maps, arrays))
-            if self._kernels.fold_all(accumulator, (partial,), self.space):
+            fresh = number == 0
+            if self._kernels.fold_all(accumulator, (partial,), self.space, fresh=fresh):
                 report.suspect(number)
         report.searched_pixels = int(np.count_nonzero(accumulator.mip > -np.inf))
         yield MIP, accumulator.mip

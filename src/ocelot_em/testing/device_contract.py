@@ -138,7 +138,7 @@ class KernelsContract:
         merged = kernels.finalise(at_once, maps, space)
         for name, values in reference.finalise(expected, maps, space).items():
             assert_same_bits(self.fetched(merged[name]), values, name)
-        kernels.reset(at_once)
+        assert not kernels.fold_all(at_once, [], space, fresh=True)
         self._assert_same(at_once, reference.identity(SHAPE, maps))
 
     @every_map_set
