@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,13 @@ from ocelot_em.errors import (
     TilesFailedError,
 )
 from ocelot_em.merge import job
+from ocelot_em.merge.merge import attempt_tiles
 from ocelot_em.merge.plan import read_plan
+from ocelot_em.merge.resume import confirm, create_output
+from ocelot_em.model.options import MergeOptions
+from ocelot_em.run.api import plan_merge
+from ocelot_em.store import local
+from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_attributes
 from ocelot_em.store.sources import check_unchanged
@@ -411,3 +418,29 @@ def test_another_erosion_is_the_only_difference_named(run: Path, merged: Path) -
         merge(run, merged, erode=2)
     assert "erode_px" in str(refusal.value)
     assert "inputs" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("host", ["driver", "other"])
+def test_another_host_brings_a_tile_to_the_disk_before_its_mark(
+    run: Path, tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, events = tmp_path / "OUT.zarr", list[str]()
+    ready, options = plan_merge(run, output, MergeOptions(tile_size=TILE))
+    with OutputLock(open_objects(output)) as lock:
+        attributes = create_output(lock.objects, confirm(ready, lock.objects), options)
+        spec = job.JobSpec(str(output), attributes.id, lock.key, lock.id)
+        stage, sync = local.LocalObjects.put, local.sync_file_system
+        monkeypatch.setattr(
+            local.LocalObjects, "put", lambda *args: (events.append(args[1]), stage(*args))
+        )
+        monkeypatch.setattr(
+            local, "sync_file_system", lambda disk: (events.append("sync"), sync(disk))
+        )
+        if host == "other":
+            spec = replace(spec, kernel="of the driver")
+        assert not attempt_tiles(spec, [(0, 0)])[0].error
+        written = [event for event in events if "/c/" in event or event == "sync"]
+        job.close_job()
+    assert written[-1].startswith("progress/tile_summary/c/0/0")
+    assert [event for event in written if event == "sync"] == ["sync"] * (host == "other")
+    assert written[-2] == "sync" or host == "driver"

@@ -30,6 +30,7 @@ from ocelot_em.model.workspace import Workspace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.fence import RunLease, hold
+from ocelot_em.store.lock import kernel_id
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
 from ocelot_em.store.search_info import SearchInfo
@@ -70,6 +71,8 @@ class JobSpec:
         Number of partials that a thread holds on the GPU at a time; 0 to merge on the CPU.
     code
         Version and digest of the driver's package.
+    kernel
+        The kernel that brings writes to the disk when the merge ends: that of the driver.
     """
 
     output: str
@@ -78,6 +81,7 @@ class JobSpec:
     holder: str = ""
     partials_on_device: int = 0
     code: str = field(default_factory=lambda: code_version())
+    kernel: str = field(default_factory=lambda: kernel_id())
 
 
 class OpenExposure:
@@ -173,6 +177,7 @@ class Job:
         require_compiler()
         partials_on_device = 0 if spec is None else spec.partials_on_device
         self._lease: RunLease | None = None
+        self._kernel = kernel_id() if spec is None else spec.kernel
         if objects is not None and spec is not None and spec.lock:
             self._lease = RunLease(objects, spec.lock, spec.holder)
             objects = hold(objects, self._lease)
@@ -216,6 +221,11 @@ class Job:
         """Make the next write prove that the run still holds the lock."""
         if self._lease is not None:
             self._lease.expire()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk, unless the driver will, on the same host."""
+        if self.objects is not None and self._kernel != kernel_id():
+            self.objects.sync()
 
     @property
     def memory(self) -> TileMemory:

@@ -121,6 +121,7 @@ class TileWriter(Writer):
             self._storage.wait(self._written)
             if self._error is not None:
                 raise self._error
+            self._job.sync()
             waited = self._storage.meter.since(before).waited_seconds
             summary = TileSummary(
                 pixels=tile.region.size,

@@ -246,9 +246,15 @@ def _this_process() -> dict[str, object]:
 def _boot() -> str:
     """Identify the boot of this machine and its process id namespace."""
     with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return f"{psutil.boot_time():.0f}"
+        return f"{kernel_id()} {Path('/proc/self/ns/pid').readlink()}"
+    return kernel_id()
+
+
+def kernel_id() -> str:
+    """Identify the running kernel, in whose memory files are until they are on the disk."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
 def _started(pid: int) -> float | None:
