@@ -247,7 +247,7 @@ def test_a_run_that_is_stopped_ends_well_and_goes_on(
     gate.open_for_a_run_that_stops(output)
     printed, _ = driver.communicate(timeout=300)
     assert driver.returncode == 75, printed
-    assert f"{signal.Signals(number).name}: stopping after the tiles in hand" in printed
+    assert f"{signal.Signals(number).name}: stopping after the running tiles" in printed
     assert list(output.glob("lock/*")) == []
     done = tiles_done(output)
     assert gate.n_tiles < done < search.n_tiles

@@ -153,7 +153,7 @@ def test_a_cancelled_job_is_not_queued_again(
     lab.call("scancel", job)
     gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
     lab.wait(job, "CANCELLED")
-    assert "stopping after the tiles in hand" in printed(tmp_path)
+    assert "stopping after the running tiles" in printed(tmp_path)
     assert "queued again" not in printed(tmp_path).replace("not queued again", "")
     assert list(tmp_path.glob("OUT.zarr/lock/*")) == []
     assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
@@ -189,7 +189,7 @@ def test_a_preempted_job_makes_room_and_goes_on(
     assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
     (end,) = events(tmp_path, "ended")
     assert end["state"] == "StoppedError"
-    assert "SIGTERM: stopping after the tiles in hand" in printed(tmp_path)
+    assert "SIGTERM: stopping after the running tiles" in printed(tmp_path)
     lab.wait(job, "PENDING")
     (tmp_path / f".ocelot-{job}-0-0.json").touch()  # as if all of its tasks had been killed
     gate.open()

@@ -77,7 +77,7 @@ class MergeProgress(Observer):
         self._is_to_stop = True
         if self._stop is None:
             raise StoppedError(f"{why}: stopped before anything was merged")
-        self.console.print(f"{why}: stopping after the tiles in hand")
+        self.console.print(f"{why}: stopping after the running tiles")
         self._stop()
 
     def started(self, cluster: Cluster) -> None:

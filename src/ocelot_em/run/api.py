@@ -102,9 +102,7 @@ def merge(
     observer
         Receives the events of the merge.
     **options
-        The fields of :class:`MergeOptions`: ``cluster``, ``workers``, ``threads``, ``device``,
-        ``rmm_pool_size``, ``tile_size``, ``memory_limit``, ``nan``, ``poses``, ``overwrite``,
-        ``worker_timeout``, ``tls``, ``slurm``; for montages ``overlap``, ``erode``, ``origins``.
+        The fields of :class:`MergeOptions`, which describes them.
 
     Returns
     -------

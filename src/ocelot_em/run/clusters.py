@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import dask
@@ -37,6 +37,7 @@ from ocelot_em.run.security import is_loopback, security_of_run, warn_if_open
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+Profile = contextlib.AbstractContextManager[object]
 
 DASHBOARD_PORT = 8787
 """Dask's default port; another one is used if it is taken."""
@@ -62,7 +63,7 @@ class Cluster:
     description: str
     dashboard: str | None
 
-    def profiled(self, path: Path) -> contextlib.AbstractContextManager[object]:
+    def profiled(self, path: Path) -> Profile:
         """Profile the tasks; on exit, write an HTML page that needs no network."""
         if importlib.util.find_spec("bokeh") is None:
             log.warning("no performance report: it needs bokeh: pip install 'ocelot-em[viz]'")
@@ -70,10 +71,7 @@ class Cluster:
         if isinstance(self.executor, ClientExecutor):
             from distributed import performance_report
 
-            profile: contextlib.AbstractContextManager[object] = performance_report(
-                path, mode="inline"
-            )
-            return profile
+            return cast("Profile", performance_report(path, mode="inline"))
         return _profiled(path)
 
 
@@ -255,11 +253,8 @@ def open_cluster(options: MergeOptions) -> Iterator[Cluster]:
         yield Cluster(
             ThreadExecutor(threads), f"{count_text(threads, 'thread')} in this process", None
         )
-    elif kind in ("local", "cuda"):
-        with _local_cluster(options) as cluster:
-            yield cluster
-    elif kind == "slurm":
-        with _slurm_cluster(options) as cluster:
+    elif kind in ("local", "cuda", "slurm"):
+        with (_slurm_cluster if kind == "slurm" else _local_cluster)(options) as cluster:
             yield cluster
     elif ":" in kind:
         with connect_client(kind) as client:
