@@ -1,5 +1,7 @@
 """Leopard-EM's HDF5 file out of a merged store, and back in as one partial of a search."""
 
+import errno
+import fcntl
 import shutil
 import sys
 import tracemalloc
@@ -322,3 +324,24 @@ def test_a_real_search_makes_the_round_trip(tmp_path, monkeypatch):
     back = read_maps(tmp_path / "BACKM")
     for name, ours in OUR_NAMES.items():
         np.testing.assert_allclose(back[ours], maps[name], rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_file_systems_without_locks_are_written_and_read(merged, tmp_path, monkeypatch):
+    """As HDF5 reports a file system whose ``flock`` fails."""
+
+    def opened(place, mode, locking=None, opened=h5py.File):
+        if locking is None:
+            raise OSError(errno.ENOLCK, "Unable to open file (unable to lock file, errno = 37)")
+        return opened(place, mode, locking=locking)
+
+    monkeypatch.setattr(h5py, "File", opened)
+    write_hdf5(merged, tmp_path / "maps.h5")
+    import_hdf5(tmp_path / "maps.h5", tmp_path / "AGAIN.zarr", FinishedSearch())
+    assert [p[1] for p in describe(tmp_path / "AGAIN.zarr").partials] == ["complete"]
+
+
+def test_a_file_that_somebody_else_has_locked_is_refused(file, tmp_path):
+    with file.open("rb+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InvalidInputError, match="unable to lock file"):
+            import_hdf5(file, tmp_path / "AGAIN.zarr", FinishedSearch())

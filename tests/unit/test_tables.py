@@ -217,7 +217,7 @@ def test_the_template_is_looked_for_where_leopard_does_first(tmp_path, monkeypat
     write_mrc(tmp_path / "there" / "T.mrc", (40, 40, 40), order)
     monkeypatch.chdir(tmp_path)
     assert Optics.from_leopard_yaml("there/C.yaml").template_box_px == 40
-    write_mrc(tmp_path / "T.mrc", (300, 300, 300), order)
+    write_mrc(tmp_path / "T.mrc", (300, 300, 300), order, b"MAP\0")
     assert Optics.from_leopard_yaml("there/C.yaml").template_box_px == 300
 
 

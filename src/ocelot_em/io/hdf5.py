@@ -69,7 +69,7 @@ def write_hdf5(
     grid = band_grid(shape, (_whole_chunks(merged.chunk[0]), _whole_chunks(merged.chunk[1])))
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_or_nothing(path) as staged, h5py.File(staged, "w") as file:
+    with whole_or_nothing(path) as staged, _opened(h5py, staged, "w") as file:
         file.attrs["leopard_em_version"] = f"none: ocelot-em {__version__}"
         file.attrs["total_projections"] = merged.projections_per_pixel
         file.attrs["total_orientations"] = 0 if space is None else len(space.euler_angles)
@@ -111,7 +111,7 @@ def import_hdf5(
         raise InvalidInputError(f"{place}: expected an HDF5 file, got nothing there")
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(h5py.File(place, "r"))
+            file = stack.enter_context(_opened(h5py, place, "r"))
             maps, problems = _maps(h5py, file)
             count = file.attrs.get("total_projections")
             size = file.attrs.get(PIXEL_SIZE_ATTRIBUTE)
@@ -169,6 +169,18 @@ def _dataset_problem(dataset: Any) -> str | None:
     expected = math.prod(map(ceil_div, shape, chunk))
     got = dataset.id.get_num_chunks()
     return f"expected {expected:,} chunks, got {got:,}" if got != expected else None
+
+
+def _opened(h5py: Any, place: Path, mode: str) -> Any:
+    """Open a file; without a lock where the file system has none, as on some clusters."""
+    try:
+        return h5py.File(place, mode)
+    except BlockingIOError:  # somebody else has locked it
+        raise
+    except OSError as error:
+        if "unable to lock file" not in str(error):
+            raise
+        return h5py.File(place, mode, locking=False)
 
 
 def _h5py() -> Any:

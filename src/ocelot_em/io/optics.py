@@ -277,7 +277,8 @@ def _template_edge(template: str, beside: Path) -> tuple[int | None, list[str]]:
         return None, [
             f"template_volume_path: {place or template} cannot be read: {error.strerror}{hint}"
         ]
-    if len(header) == 1024 and header[208:212] == b"MAP ":
+    # Some programs end the stamp with a zero byte, not with the space of the standard.
+    if len(header) == 1024 and header[208:212] in (b"MAP ", b"MAP\0"):
         shapes = [struct.unpack_from(f"{order}3i", header) for order in "<>"]
         # Small numbers become enormous in the wrong byte order.
         edges = min(shapes, key=lambda shape: max(map(abs, shape)))
