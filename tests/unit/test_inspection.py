@@ -194,6 +194,11 @@ def test_what_is_no_store_is_one_problem(tmp_path, content, problem):
     assert_one_problem(tmp_path / "X", problem)
 
 
+def test_a_file_in_place_of_a_store_is_one_to_import(tmp_path):
+    (tmp_path / "gpu0.npz").touch()
+    assert_one_problem(tmp_path / "gpu0.npz", "got a file", "ocelot import")
+
+
 # What is wrong with a merged result
 
 

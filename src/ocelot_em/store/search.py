@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from ocelot_em.errors import FormatError, InvalidInputError, StoreNotFoundError
 from ocelot_em.model.maps import MAPS
@@ -89,7 +90,10 @@ def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttrib
     """Read the root attributes of a search or a merged result."""
     attributes = groups.group_attributes(objects, "")
     if attributes is None:
-        raise StoreNotFoundError(f"{objects.url}: expected an ocelot-em store, got nothing there")
+        got = "nothing there"
+        if Path(objects.url).is_file():
+            got = "a file; results of other programs are read by ocelot import"
+        raise StoreNotFoundError(f"{objects.url}: expected an ocelot-em store, got {got}")
     content = attributes.get(constants.ATTRIBUTE_KEY)
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind == "merged":
