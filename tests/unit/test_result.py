@@ -87,4 +87,5 @@ def test_a_result_that_is_handed_on_is_read_once(results, tmp_path, reads, kind)
         read = merged.read(region, str(name))
         np.testing.assert_array_equal(read, values.to_numpy()[region.slices])
     assert set(reads.values()) == {1}
-    assert len(reads) < 30
+    # Weak candidates in the overlaps of these tiny exposures are read from their partials.
+    assert len([key for key in reads if not key.startswith("exposures/")]) < 30

@@ -1,13 +1,14 @@
 """The reader of merged results: opened once, then handed on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from os import PathLike
 
 import numpy as np
 
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.merge.job import MAX_OPEN_EXPOSURES, Job
 from ocelot_em.merge.plan import MergePlan, PlannedExposure, read_plan
 from ocelot_em.merge.stats.candidates import Candidates, read_candidates
 from ocelot_em.merge.stats.layout import Layout
@@ -170,6 +171,19 @@ class MergedResult:
             here = doubtful[cells == cell]
             shown[here] = numbers[y[here] - region.y0, x[here] - region.x0] == exposure.number
         return shown
+
+    @cached_property
+    def job_alone(self) -> Callable[[int, int], Job]:
+        """Opens the merge of one exposure alone, in memory; the most recent ones stay open.
+
+        Its arguments are the exposure's position in the plan and the edge of the largest tile.
+        """
+
+        def open_alone(position: int, edge: int) -> Job:
+            alone = {"exposures": (self.plan.exposures[position],), "tile": (edge, edge)}
+            return Job(MergePlan(**(dict(self.plan) | alone)), None)
+
+        return lru_cache(MAX_OPEN_EXPOSURES)(open_alone)
 
     @cached_property
     def statistics(self) -> StatisticsAttributes | None:

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ocelot_em.merge.job import Job
 from ocelot_em.merge.merge import merge_in_memory
-from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, GATHERED, neighbours_of
 from ocelot_em.model.maps import COUNT, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
@@ -99,8 +97,7 @@ class OwnMaps:
 
     def __init__(self, merged: MergedResult, position: int) -> None:
         self._merged, self._exposure = merged, merged.plan.exposures[position]
-        alone = {"exposures": (self._exposure,), "tile": (_WINDOW + 2, _WINDOW + 2)}
-        self._job = Job(MergePlan(**(dict(merged.plan) | alone)), None)
+        self._job = merged.job_alone(position, _WINDOW + 2)
 
     def candidates(self, rule: Rule) -> Float64:
         """Search the windows that other exposures touch; rows as those of :func:`scan`.
