@@ -361,19 +361,18 @@ def existing_partials(objects: Objects, exposure: str = "") -> dict[str, fmt.Par
         found[name] = read_partial_attributes(objects, name, exposure)
         path = partial_path(name, exposure)
         if found[name].state != "complete" and (written := find_manifest(objects, path)):
-            restore(objects, path, written)
-            found[name] = read_partial_attributes(objects, name, exposure)
+            found[name] = restore(objects, path, written)
     return found
 
 
-def restore(objects: Objects, path: str, manifest: Manifest) -> None:
-    """Complete a partial that has a manifest, unless it is."""
+def restore(objects: Objects, path: str, manifest: Manifest) -> fmt.PartialAttributes:
+    """Complete a partial that has a manifest, unless it is; return its attributes."""
     content = {**manifest.attributes, "manifest": manifest.digest}
     complete = fmt.validated(fmt.PartialAttributes, content, f"{objects.url}/{path}/{MANIFEST}")
     with suppress(FormatError):
         attributes = groups.group_attributes(objects, path)
-        found = fmt.parse_attributes(fmt.PartialAttributes, attributes, objects.url)
-        if found == complete:
-            return
+        if fmt.parse_attributes(fmt.PartialAttributes, attributes, objects.url) == complete:
+            return complete
     describe_manifest(objects, path, manifest)
     groups.replace_attributes(objects, path, fmt.dump_attributes(complete))
+    return complete
