@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import ocelot_em
-from chaos_common import Undisturbed, digests, end, start, undisturbed, wait_for
-from ocelot_em.errors import CorruptChunkError, FormatError
+from builders import explicit_maps
+from chaos_common import Undisturbed, digests, do, end, require, start, undisturbed, wait_for
+from ocelot_em import PartialWriter, Region, write_partial
+from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.resume import confirm, create_output
 from ocelot_em.model.options import MergeOptions
@@ -56,6 +58,15 @@ WORKER = (
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import attempt_tiles
 print([end.error for end in attempt_tiles(JobSpec(*sys.argv[1:5]), [(0, 0), (0, 1)])])
+"""
+)
+
+WRITER = (
+    SLEEPER.replace("_HeldFolder if step in vars(_HeldFolder) else ", "")
+    + """
+from builders import explicit_maps
+from ocelot_em import write_partial
+write_partial(sys.argv[1], "gpu0", explicit_maps((40, 30), 1), total_projections=7)
 """
 )
 
@@ -236,6 +247,65 @@ def test_an_overwriting_run_that_is_killed_at_any_moment_leaves_the_old_or_the_n
         other.assert_finished(state)
     assert was_restored == sorted(was_restored, reverse=True)  # once there, the new one stays
     assert 10 < sum(was_restored) < len(states)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("_stage", "gpu0/mip/c/0/0", 1),
+        ("_publish", "gpu0/best_phi/c/0/0", 1),
+        ("_stage", "gpu0/manifest/content/c/0", 1),
+        ("_stage", "gpu0/zarr.json", 2),
+    ],
+    ids=lambda moment: moment[1],
+)
+def test_a_writer_that_was_stopped_does_not_change_what_another_one_completed(
+    moment: tuple[str, str, int], tmp_path: Path, asleep: Callable[..., Sleeper]
+) -> None:
+    run, maps = tmp_path / "RUN.zarr", explicit_maps((40, 30), 2)
+    first = PartialWriter(run, "gpu0", (40, 30), total_projections=9)
+    is_second = moment[1] == "gpu0/zarr.json"  # it stops before it takes an unfinished one over
+    if is_second:
+        first.__enter__()
+    writer, wake = asleep(WRITER, moment, [str(run)])
+    if is_second:
+        first.write(Region.whole((40, 30)), maps)
+        first.__exit__(None, None, None)
+    else:
+        write_partial(run, "gpu0", maps, total_projections=9)
+    before = digests(run)
+    told = wake()
+    assert writer.returncode != 0
+    assert "taken over by another writer" in told or "already there and complete" in told
+    assert digests(run) == before
+    assert ocelot_em.open_partials(run).total_projections.values.tolist() == [9]
+    assert ocelot_em.check(run) == []
+
+
+def test_bind_mounts_do_not_hide_that_an_output_is_an_input(
+    search: Undisturbed, tmp_path: Path
+) -> None:
+    require("mount", "umount")
+    output, bound = tmp_path / "OUT.zarr", tmp_path / "bound"
+    ocelot_em.merge(search.run, output, tile_size=20)
+    before = digests(output)
+    bound.mkdir()
+    (output / "in").mkdir()
+    for source, target, inputs, to in (
+        (output, bound, [output], bound),
+        (output, bound, [bound], output),
+        (search.run, bound, [search.run], bound / "OUT.zarr"),
+        (search.run / "partials", bound, [search.run], bound / "OUT.zarr"),
+        (search.run, output / "in", [search.run], output),
+    ):
+        do("mount", "--bind", source, target)
+        try:
+            with pytest.raises(InvalidInputError, match=r"is also an input|lies inside|contains"):
+                ocelot_em.merge(inputs, to, tile_size=20, overwrite=True)
+        finally:
+            do("umount", target)
+        assert digests(output) == before
+        search.assert_inputs_untouched()
 
 
 def test_what_a_bucket_receives_late_is_an_error_with_its_place(

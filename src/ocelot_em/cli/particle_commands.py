@@ -115,6 +115,7 @@ def export(
     """Write maps or a table for other programs."""
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
+    from ocelot_em.store.distinct import require_distinct
 
     to, output, overwrite = options.to, options.output, options.overwrite
     writers_of_maps: dict[str, Callable[..., object]] = {
@@ -126,6 +127,8 @@ def export(
         writers_of_maps[to](store, output, overwrite=overwrite)
         open_console().print(f"wrote {output}")
         return
+    given = (options.particles, optics.optics)
+    require_distinct(output, [path for path in given if path is not None])
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
     found = optics.read()

@@ -23,6 +23,7 @@ from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
 from ocelot_em.store.creation import refresh_total
+from ocelot_em.store.distinct import require_distinct
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
 
@@ -108,6 +109,7 @@ def import_batches(
         ):
             raise InvalidDataError(problems)
         raise InvalidInputError(problems)
+    require_distinct(output, [file for batch in batches for file in batch.files])
     for number, found in enumerate(checked):
         on_batch = part_of(partial(on_progress, "convert"), number, len(batches))
         _convert(found, output, on_batch)

@@ -32,6 +32,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.attributes import PartialAttributes
 from ocelot_em.store.creation import layout_differences, refresh_total
+from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter, existing_partials
 from ocelot_em.store.search_info import SearchInfo
@@ -153,7 +154,7 @@ def import_map_files(
     """
     on_progress = on_progress or (lambda _phase, _fraction: None)
     name = about.name or cleaned_name(files.name)
-    problems, count = _layout_problems(files), 0
+    problems, count = [*overlaps(output, files.paths), *_layout_problems(files)], 0
     try:
         count = _count(files, about)
     except InvalidInputError as error:

@@ -20,6 +20,7 @@ from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, 
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
+from ocelot_em.store.distinct import require_distinct, require_no_store_within
 from ocelot_em.store.objects import is_local, normalise_url, open_objects
 from ocelot_em.store.whole_file import storage_errors, sync_to_disk
 
@@ -70,6 +71,7 @@ def write_ome_zarr(
         raise InvalidInputError(problems)
     merged, place = MergedResult.open(store), Path(url)
     _refuse_existing(place, overwrite)
+    require_distinct(url, [merged.url])
     staged = place.with_name(f"{place.name}#{uuid.uuid4().int}")
     try:
         with storage_errors(place):
@@ -273,6 +275,7 @@ def _refuse_existing(place: Path, overwrite: bool) -> None:
             f"{place}: expected an OME-Zarr image to overwrite, got something else, which is not "
             "replaced; choose another path, or delete it"
         )
+    require_no_store_within(open_objects(place))
 
 
 def _put_in_place(staged: Path, place: Path) -> None:

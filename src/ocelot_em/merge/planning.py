@@ -14,6 +14,7 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
+from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import normalise_url, open_objects
 from ocelot_em.store.sources import Source, names_of_partials, open_sources
 
@@ -32,8 +33,7 @@ def make_plan(
     if not urls:
         raise InvalidInputError("merge: expected at least one input store, got none")
     problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
-    if normalise_url(output) in urls:
-        problems.append(f"{normalise_url(output)}: is also an input; choose another output")
+    problems += overlaps(output, urls)
     if options.without:
         names = set[str]().union(*(names_of_partials(open_objects(url)) for url in urls))
         problems += [

@@ -13,6 +13,7 @@ from ocelot_em.errors import (
     ChunkError,
     FormatError,
     IncompleteError,
+    InvalidInputError,
     OcelotError,
     OutputExistsError,
     StoreNotFoundError,
@@ -39,6 +40,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.creation import now, provenance, write_search_space
+from ocelot_em.store.distinct import require_no_store_within
 from ocelot_em.store.fence import FOLDER as LOCK_FOLDER
 from ocelot_em.store.fence import HeldObjects, was_being_replaced
 from ocelot_em.store.manifest import ArrayManifest, Manifest, write_manifest
@@ -98,6 +100,12 @@ def prepare(
         # The tile size was chosen by the run that is resumed.
         options = options.model_copy(update={"tile_size": tile_size_of(earlier)})
     plan = make_plan(inputs, output, options, device)
+    if found is not None and found.id in {source.id for source in plan.sources}:
+        raise InvalidInputError(
+            f"{objects.url}: is also an input, under another name; choose another output"
+        )
+    if found is not None and options.overwrite:
+        require_no_store_within(objects)
     plan = plan.model_copy(update={"identity": uuid.uuid4().hex})
     done = np.zeros(plan.grid.counts, np.bool_)
     stale = np.zeros(plan.grid.counts, np.bool_)

@@ -15,6 +15,7 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.distinct import inside_store
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     exposure_path,
@@ -56,6 +57,8 @@ def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) ->
     """
     wanted = search_attributes(shape, info)
     if problems := layout_differences(objects, shape, info):
+        raise InvalidInputError(problems)
+    if groups.group_attributes(objects, "") is None and (problems := inside_store(objects.url)):
         raise InvalidInputError(problems)
     is_new = groups.create_group(objects, "", fmt.dump_attributes(wanted))
     # Another process may have just created it with other properties.

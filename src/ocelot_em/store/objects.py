@@ -31,6 +31,8 @@ _SECRETS = re.compile(
 _URL_IN_PATH = re.compile("^(s3a?|gs|azure|az|abfss?|adl|https?|memory|file):/(?!/)", re.I)
 """The beginning of a URL that was made a :class:`~pathlib.Path`, which merges slashes."""
 
+_FILE_URL = re.compile("^file://(localhost(?=/))?", re.I)
+
 
 def normalise_url(place: str | os.PathLike[str]) -> str:
     """Return a local path as absolute, or a URL, both without a trailing slash.
@@ -51,7 +53,7 @@ def normalise_url(place: str | os.PathLike[str]) -> str:
         scheme = urlsplit(text).scheme
         if scheme != "file":
             return text.rstrip("/")
-        text = text.removeprefix("file://")
+        text = _FILE_URL.sub("", text)
     return realpath(Path(text).expanduser())
 
 

@@ -1,7 +1,7 @@
 """Write partials of a search, from several processes at the same time."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -11,7 +11,13 @@ from typing import Any, Self
 import numpy as np
 from pydantic import ValidationError
 
-from ocelot_em.errors import FormatError, IncompleteError, InvalidDataError, InvalidInputError
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+    InvalidDataError,
+    InvalidInputError,
+    StorageError,
+)
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
 from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
@@ -35,6 +41,7 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     MapGroup,
+    completed,
     partial_names,
     partial_path,
     read_partial_attributes,
@@ -241,6 +248,8 @@ class PartialWriter:
             # The other writer may still live: its late chunks must not mix with these.
             self._change(folder=self._record.id[:12])
             groups.replace_attributes(objects, path, fmt.dump_attributes(self._record))
+            if problems := self._taken_problems():  # completed meanwhile
+                raise InvalidInputError(problems)
             groups.create_group(objects, f"{path}/{self._record.folder}", {})
         group = MapGroup(objects, path, self.name, self._record.folder)
         self._arrays = {}
@@ -282,8 +291,12 @@ class PartialWriter:
             )
         if problems:
             raise InvalidDataError(problems)
-        for key, chunked in self._maps.items():
-            chunked.write(region, arrays[key])
+        try:
+            for key, chunked in self._maps.items():
+                chunked.write(region, arrays[key])
+        except StorageError:  # another writer that is done has deleted its folders
+            self._require_own()
+            raise
         grid = TileGrid(self.shape, self.chunk)
         self._written.update((chunk.iy, chunk.ix) for chunk in grid.touching(region))
 
@@ -305,8 +318,7 @@ class PartialWriter:
                 f"were not written, the first at pixels {missing[0].region}; it stays incomplete"
             )
         objects, path = self._objects, self._path
-        if read_partial_attributes(objects, self.name, self._exposure_id).id != self._record.id:
-            raise IncompleteError(self._taken_over())
+        self._require_own()
         objects.tidy(path)
         objects.sync()  # the data must be on the disk before the manifest
         self._change(state="complete")
@@ -317,15 +329,28 @@ class PartialWriter:
         objects.sync()
         restore(objects, path, winner)
         if winner.id != self._record.id:
-            raise IncompleteError(self._taken_over())
-        if folder := self._record.folder:  # delete what unfinished writers left
-            for child in {*objects.children(path)} - {folder, MANIFEST}:
-                objects.delete(f"{path}/{child}")
+            raise self._taken_over()
+        # Delete what unfinished writers left.
+        for child in {*objects.children(path)} - {*self._own_children(), MANIFEST}:
+            objects.delete(f"{path}/{child}")
         refresh_total(objects, self._exposure_id)
         objects.sync()
 
-    def _taken_over(self) -> str:
-        return (
+    def _require_own(self) -> None:
+        found = read_partial_attributes(self._objects, self.name, self._exposure_id)
+        if found.id != self._record.id:
+            raise self._taken_over()
+
+    def _own_children(self) -> Collection[str]:
+        return [self._record.folder] if self._record.folder else self._maps
+
+    def _taken_over(self) -> IncompleteError:
+        """Delete what this writer has written, and return its error."""
+        found = read_partial_attributes(self._objects, self.name, self._exposure_id)
+        if found.folder != self._record.folder:
+            for child in self._own_children():
+                self._objects.delete(f"{self._path}/{child}")
+        return IncompleteError(
             f"{self._objects.url}: partial {self.name!r} was taken over by another writer; give "
             "every writer a name of its own"
         )
@@ -360,15 +385,14 @@ def existing_partials(objects: Objects, exposure: str = "") -> dict[str, fmt.Par
     for name in partial_names(objects, exposure):
         found[name] = read_partial_attributes(objects, name, exposure)
         path = partial_path(name, exposure)
-        if found[name].state != "complete" and (written := find_manifest(objects, path)):
+        if found[name].manifest and (written := find_manifest(objects, path)):
             found[name] = restore(objects, path, written)
     return found
 
 
 def restore(objects: Objects, path: str, manifest: Manifest) -> fmt.PartialAttributes:
     """Complete a partial that has a manifest, unless it is; return its attributes."""
-    content = {**manifest.attributes, "manifest": manifest.digest}
-    complete = fmt.validated(fmt.PartialAttributes, content, f"{objects.url}/{path}/{MANIFEST}")
+    complete = completed(manifest, f"{objects.url}/{path}")
     with suppress(FormatError):
         attributes = groups.group_attributes(objects, path)
         if fmt.parse_attributes(fmt.PartialAttributes, attributes, objects.url) == complete:

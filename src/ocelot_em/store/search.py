@@ -12,7 +12,7 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects, join
-from ocelot_em.store.manifest import Manifest, read_manifest
+from ocelot_em.store.manifest import MANIFEST, Manifest, find_manifest, read_manifest
 from ocelot_em.store.validation import name_problems
 
 
@@ -105,9 +105,37 @@ def read_partial_attributes(
     objects: Objects, name: str, exposure: str = ""
 ) -> fmt.PartialAttributes:
     """Read the attributes of one partial."""
-    path = partial_path(name, exposure)
+    return read_partial_at(objects, partial_path(name, exposure))
+
+
+def read_partial_at(objects: Objects, path: str) -> fmt.PartialAttributes:
+    """Read the attributes of the partial at a path; with a manifest, it is complete.
+
+    A writer may have been killed before it changed the attributes, and one that came too late may
+    have changed them back.
+
+    Raises
+    ------
+    FormatError
+    """
+    where = f"{objects.url}/{path}"
     attributes = groups.group_attributes(objects, path)
-    return fmt.parse_attributes(fmt.PartialAttributes, attributes, f"{objects.url}/{path}")
+    found = fmt.parse_attributes(fmt.PartialAttributes, attributes, where)
+    if found.state == "complete":
+        return found
+    written = find_manifest(objects, path)
+    return found if written is None else completed(written, where)
+
+
+def completed(manifest: Manifest, where: str) -> fmt.PartialAttributes:
+    """Return the attributes of a complete partial from its manifest.
+
+    Raises
+    ------
+    FormatError
+    """
+    content = {**manifest.attributes, "manifest": manifest.digest}
+    return fmt.validated(fmt.PartialAttributes, content, f"{where}/{MANIFEST}")
 
 
 def partial_names(objects: Objects, exposure: str = "") -> list[str]:

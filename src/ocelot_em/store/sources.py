@@ -10,7 +10,7 @@ from ocelot_em.model.maps import BEST_PARTIAL, MapSet
 from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants, groups
+from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.manifest import read_manifest
 from ocelot_em.store.objects import open_objects
@@ -22,6 +22,7 @@ from ocelot_em.store.search import (
     place_of,
     read_attributes,
     read_exposures,
+    read_partial_at,
     read_partials,
 )
 
@@ -93,11 +94,8 @@ def check_unchanged(source: Source) -> None:
     objects = open_objects(source.url)
     found: fmt.Attributes
     try:
-        if source.path:
-            attributes = groups.group_attributes(objects, source.path)
-            found = fmt.parse_attributes(fmt.PartialAttributes, attributes, source.place)
-        else:
-            found = read_attributes(objects)
+        path = source.path
+        found = read_partial_at(objects, path) if path else read_attributes(objects)
     except (FormatError, StoreNotFoundError) as error:
         raise InputChangedError(
             f"{source.place}: changed since the merge was planned: {error}"

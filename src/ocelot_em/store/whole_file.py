@@ -14,19 +14,25 @@ from os import PathLike
 from pathlib import Path
 
 from ocelot_em.errors import FormatError, OcelotError, OutputExistsError, StorageError
+from ocelot_em.store.distinct import require_outside_stores
 
 _JOURNAL = ".ocelot-replacing.json"
 """File that lists a set of files while it is put in place."""
 
 
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
-    """Refuse to overwrite files.
+    """Refuse to overwrite files, and to write into a store.
 
     Raises
     ------
     OutputExistsError
         Naming all existing files.
+    InvalidInputError
+        A file would lie inside a store.
     """
+    paths = list(paths)
+    for path in paths:
+        require_outside_stores(path)
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
         raise OutputExistsError(
@@ -56,7 +62,10 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     ------
     StorageError
         Any OSError is converted to this.
+    InvalidInputError
+        The file would lie inside a store.
     """
+    require_outside_stores(path)
     if path.exists() and not path.is_file():
         with storage_errors(path):
             yield path
