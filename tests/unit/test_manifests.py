@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 import ocelot_em
-from builders import explicit_maps, unsealed, write_explicit_search, write_indexed_search
+from builders import (
+    explicit_maps,
+    flip_byte,
+    unsealed,
+    write_explicit_search,
+    write_indexed_search,
+)
+from helpers import chunk_bytes
+from montages import Shot, write_shots
 from ocelot_em import PartialWriter, Region, merge, write_partial
 from ocelot_em.errors import (
     CorruptChunkError,
@@ -204,6 +212,34 @@ def test_a_lost_entry_of_the_list_is_missed(run: Path) -> None:
     merge(run, run.with_name("OUT.zarr"))
 
 
+SHOTS = [Shot(name, (0.0, 9.0 * n), n, (12, 14), (12, 14), (5,)) for n, name in enumerate("ABC")]
+
+
+@pytest.mark.parametrize("what", ["A", "C/zarr.json", "B"])
+def test_a_lost_exposure_is_missed(tmp_path: Path, what: str) -> None:
+    run = write_shots(tmp_path / "RUN.zarr", SHOTS)
+    damage(run / "exposures" / what, "lost")
+    with pytest.raises(FormatError, match=rf"exposure '{what[0]}' is missing, which the search"):
+        merge(run, tmp_path / "OUT.zarr")
+    assert any(f"'{what[0]}' is missing" in problem for problem in ocelot_em.check(run))
+    assert merge(run, tmp_path / "OUT.zarr", without=[what[0]]).n_merged == 1
+    if what != "B":
+        return
+    shutil.rmtree(tmp_path / "OUT.zarr")
+    write_shots(run, SHOTS[1:2])
+    assert merge(run, tmp_path / "OUT.zarr").n_merged == 1
+    assert ocelot_em.check(run) == []
+
+
+@pytest.mark.parametrize("what", ["0", "2"])
+def test_a_lost_entry_of_the_list_of_exposures_is_missed(tmp_path: Path, what: str) -> None:
+    run = write_shots(tmp_path / "RUN.zarr", SHOTS)
+    damage(run / "exposure_numbers" / what, "lost")
+    with pytest.raises(FormatError, match=r"exposure 'C' is not on the list of the search"):
+        merge(run, tmp_path / "OUT.zarr")
+    assert ocelot_em.check(run)
+
+
 @pytest.mark.parametrize("how", ["lost", "emptied", "flipped"])
 @pytest.mark.parametrize("state", ["complete", "writing"])
 def test_a_damaged_chunk_of_a_done_tile_is_merged_again(
@@ -213,10 +249,7 @@ def test_a_damaged_chunk_of_a_done_tile_is_merged_again(
         interrupt(merged)
     chunk = merged / "correlation_std/c/1/1"
     content = chunk.read_bytes()
-    if how == "lost":
-        chunk.unlink()
-    else:
-        chunk.write_bytes(b"" if how == "emptied" else bytes([content[0] ^ 1, *content[1:]]))
+    damage(chunk, how)
     assert merge(run, merged, tile_size=TILE).n_merged == 1
     assert chunk.read_bytes() == content
     assert ocelot_em.check(merged) == []
@@ -265,6 +298,42 @@ def test_a_lost_or_damaged_root_names_the_command_that_mends_it(
         merge(run, merged, tile_size=TILE)
     merge(run, merged, tile_size=TILE, overwrite=True)
     assert ocelot_em.check(merged) == []
+
+
+@pytest.mark.parametrize("state", ["complete", "writing"])
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("mip", "lost"),
+        ("progress", "lost"),
+        ("progress/numbers/zarr.json", "lost"),
+        ("progress/tile_summary/c/0/0/0", "shortened"),
+        ("progress/tile_summary/c/9/9/0", "stray"),
+        ("progress/tile_summary/c/x", "stray"),
+    ],
+)
+def test_no_state_of_a_result_is_stuck(
+    run: Path, merged: Path, what: str, how: str, state: str
+) -> None:
+    expected = chunk_bytes(merged)
+    if state == "writing":
+        interrupt(merged)
+    damage(merged / what, how)
+    merge(run, merged, tile_size=TILE)
+    assert ocelot_em.check(merged) == []
+    assert chunk_bytes(merged) == expected
+
+
+def damage(place: Path, how: str) -> None:
+    if how == "lost":
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    elif how == "stray":
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"of something else")
+    elif how == "flipped":
+        flip_byte(place, 3, 1)
+    else:
+        place.write_bytes(b"" if how == "emptied" else place.read_bytes()[:-3])
 
 
 def interrupt(merged: Path) -> None:

@@ -134,7 +134,8 @@ class MergeOptions(Options):
         Output for indexed poses. ``decoded``: the pose maps in addition to the index. ``index``:
         only the index, which is decoded when read; the output is a quarter smaller.
     without
-        Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures.
+        Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures; also
+        exposures whose folders were lost, by id.
     overwrite
         Replace an existing merged result, finished or not.
     overlap

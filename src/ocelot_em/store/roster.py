@@ -1,24 +1,28 @@
-"""The list of an exposure's partials, which does not depend on listing the storage.
+"""The lists of partials and exposures of a search, which do not depend on listing the storage.
 
 A folder that was lost, or that the listing of a bucket does not show yet, would otherwise leave a
-partial out without a word. Every writer adds its partial as the next group ``roster/N``, created
-only if it is new, before it writes anything else; readers fetch them by number.
+partial or an exposure out without a word. Every writer adds its partial as the next group
+``roster/N``, created only if it is new, before it writes anything else, and a new exposure as
+``exposure_numbers/N``; readers fetch them by number.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
+from typing import TypeVar
 
 from ocelot_em.errors import FormatError
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import groups
 from ocelot_em.store.attributes import (
     Attributes,
+    ExposureAttributes,
+    NumberAttributes,
     PartialAttributes,
     PartialName,
     dump_attributes,
     parse_attributes,
 )
-from ocelot_em.store.constants import ROSTER
+from ocelot_em.store.constants import EXPOSURE_NUMBERS, EXPOSURES, ROSTER
 from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.search import exposure_path, partials_path
 
@@ -49,21 +53,65 @@ def read_roster(objects: Objects, exposure: str = "") -> dict[str, Entry]:
     FormatError
         An entry is damaged.
     """
+    return {entry.name: entry for entry in _numbered(objects, _path(exposure), Entry)}
 
-    def read(number: int) -> Entry | None:
-        path = _path(exposure, number)
-        attributes = groups.group_attributes(objects, path)
+
+Item = TypeVar("Item", bound=Attributes)
+
+
+def _numbered(objects: Objects, path: str, model: type[Item]) -> Iterator[Item]:
+    """Read the groups ``path/0``, ``path/1`` and so on, up to the first that does not exist."""
+
+    def read(number: int) -> Item | None:
+        own = f"{path}/{number}"
+        attributes = groups.group_attributes(objects, own)
         if attributes is None:
             return None
-        return parse_attributes(Entry, attributes, f"{objects.url}/{path}")
+        return parse_attributes(model, attributes, f"{objects.url}/{own}")
 
-    found: dict[str, Entry] = {}
     for start in count(0, READ_TOGETHER):
-        for entry in map_in_threads(read, range(start, start + READ_TOGETHER)):
-            if entry is None:
-                return found
-            found[entry.name] = entry
-    raise AssertionError("unreachable")
+        for item in map_in_threads(read, range(start, start + READ_TOGETHER)):
+            if item is None:
+                return
+            yield item
+
+
+def listed_exposures(objects: Objects) -> list[str]:
+    """Return the exposures that own the numbers 0, 1 and so on of a search."""
+    return [claim.exposure for claim in _numbered(objects, EXPOSURE_NUMBERS, NumberAttributes)]
+
+
+def exposure_problems(
+    objects: Objects, exposures: Sequence[ExposureAttributes], without: Collection[str] = ()
+) -> list[str]:
+    """Compare the exposures of a search with its list, the groups that claim their numbers.
+
+    Parameters
+    ----------
+    exposures
+        The exposures that are there.
+    without
+        Exposures that do not matter.
+
+    Returns
+    -------
+    list of str
+        One sentence for each exposure that is missing or not on the list.
+    """
+    listed = listed_exposures(objects)
+    place = f"{objects.url}/{EXPOSURES}"
+    missing = {*listed} - {exposure.id for exposure in exposures} - {*without}
+    return [
+        f"{place}: exposure {name!r} is missing, which the search has; restore its folder, or "
+        f"write its partials again, or leave it out (--without {name})"
+        for name in sorted(missing)
+    ] + [
+        f"{place}: exposure {exposure.id!r} is not on the list of the search, "
+        f"{EXPOSURE_NUMBERS}: the list was damaged, or the folder was put there by hand; restore "
+        "the list, or write the search again"
+        for exposure in exposures
+        if exposure.number >= len(listed) or listed[exposure.number] != exposure.id
+    ]
 
 
 def register(objects: Objects, exposure: str, name: str, *, has_manifest: bool = True) -> None:
@@ -117,6 +165,14 @@ def roster_problems(
         if name in roster and roster[name].has_manifest
     ]
     return sorted(problems)
+
+
+def check_exposures(
+    objects: Objects, exposures: Sequence[ExposureAttributes], without: Collection[str] = ()
+) -> None:
+    """Raise ``FormatError`` unless the exposures of a search are those on its list."""
+    if problems := exposure_problems(objects, exposures, without):
+        raise FormatError("; ".join(problems[:20]))
 
 
 def check_roster(

@@ -14,7 +14,7 @@ from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.manifest import read_manifest
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.roster import check_roster, read_roster
+from ocelot_em.store.roster import check_exposures, check_roster, listed_exposures, read_roster
 from ocelot_em.store.search import (
     MapGroup,
     partial_names,
@@ -118,7 +118,8 @@ def open_sources(
 ]:
     """Read the sources of a store and its exposures, by number, in the stated order.
 
-    Partials ``without`` are left out (``EXPOSURE/NAME`` in a search with exposures).
+    Partials ``without`` are left out (``EXPOSURE/NAME`` in a search with exposures), as are
+    exposures of which only the number is left (``EXPOSURE``).
     ``IncompleteError`` lists all partials that are missing or incomplete.
     """
     attributes = read_attributes(objects)
@@ -145,12 +146,15 @@ def open_sources(
             manifest=attributes.manifest,
         )
         return attributes, [(exposures[0], [source])]
+    is_sealed = attributes.format_version >= constants.FIRST_SEALED_VERSION
+    if is_sealed and attributes.has_exposures:
+        check_exposures(objects, exposures, without)
     opened, problems, n_partials = [], [], 0
     for exposure in exposures:
         before = f"{exposure.id}/" if exposure.id else ""
         left_out = {name.removeprefix(before) for name in without if name.startswith(before)}
         partials = read_partials(objects, exposure.id)
-        if attributes.format_version >= constants.FIRST_SEALED_VERSION:
+        if is_sealed:
             check_roster(objects, exposure.id, partials, left_out)
         partials = [(name, partial) for name, partial in partials if name not in left_out]
         n_partials += len(partials)
@@ -187,12 +191,13 @@ def open_sources(
 
 
 def names_of_partials(objects: Objects) -> set[str]:
-    """Return what ``without`` may name: all partials of a search, there or only on its list."""
+    """Return what ``without`` may name: partials, there or only listed, and lost exposures."""
     attributes = read_attributes(objects)
     if isinstance(attributes, fmt.MergedAttributes):
         return set()
+    exposures = read_exposures(objects, attributes)
     return {
         partial_text(exposure.id, name)
-        for exposure in read_exposures(objects, attributes)
+        for exposure in exposures
         for name in {*partial_names(objects, exposure.id), *read_roster(objects, exposure.id)}
-    }
+    } | ({*listed_exposures(objects)} - {exposure.id for exposure in exposures})

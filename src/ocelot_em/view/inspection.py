@@ -22,7 +22,7 @@ from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.constants import FIRST_SEALED_VERSION
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.roster import roster_problems
+from ocelot_em.store.roster import exposure_problems, roster_problems
 from ocelot_em.store.search import (
     MapGroup,
     chunk_problem,
@@ -218,8 +218,10 @@ def _problems(
             exposures = read_exposures(objects, attributes)
             if not exposures:
                 yield f"{objects.url}: the search has no exposures"
+            has_roster = attributes.format_version >= FIRST_SEALED_VERSION
+            if has_roster and attributes.has_exposures:
+                yield from exposure_problems(objects, exposures)
             for exposure in exposures:
-                has_roster = attributes.format_version >= FIRST_SEALED_VERSION
                 found, opened = _search_problems(objects, exposure, has_roster=has_roster)
                 groups += [(group, exposure.shape) for group in opened]
                 yield from found

@@ -71,6 +71,8 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
 
 def has_records(objects: Objects, plan: MergePlan) -> bool:
     """Whether the tiles of a merge have records; early versions wrote none."""
+    if plan.identity is not None:
+        return True
     first = Layout.of(plan, plan.exposures[0])
     return objects.get(f"{first.folder}/{NUMBERS}/zarr.json") is not None
 
