@@ -49,7 +49,7 @@ class Copy(Fold):
                 yield name, left[name]
 
     def _read(self, reader: ReadAhead, work: Workspace, names: Sequence[str]) -> None:
-        for _ in self.parts(reader, work, names, range(len(self.sources))):
+        for _ in self._parts(reader, work, names, range(len(self.sources))):
             pass
 
 

@@ -14,6 +14,7 @@ from ocelot_em.model.maps import INDEX, POSES, AnyArray
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.attributes import dump_attributes
 from ocelot_em.store.groups import update_attributes
+from ocelot_em.store.manifest import MANIFEST
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import write_partial
 from ocelot_em.store.search import partial_path, read_partial_attributes
@@ -78,6 +79,7 @@ def unfinish(store: Path, name: str) -> None:
     objects = open_objects(store)
     writing = read_partial_attributes(objects, name).model_copy(update={"state": "writing"})
     update_attributes(objects, partial_path(name), dump_attributes(writing))
+    objects.delete(f"{partial_path(name)}/{MANIFEST}")  # which comes last
 
 
 def read_maps(store: Path | str) -> dict[str, AnyArray]:
