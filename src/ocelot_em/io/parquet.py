@@ -102,7 +102,7 @@ def _read_arrow(pa: Any, path: Path) -> Any:
 def _to_columns(table: Any) -> dict[str, AnyArray]:
     """Return the columns of an Arrow table, with text as NumPy arrays.
 
-    Reject columns that no particle table has, and text so long that its rows exceed the memory.
+    Unknown columns are refused, and so is text that would need too much memory.
     """
     counts = Counter(table.column_names)
     problems = [f"{n}: expected once, got {k} columns" for n, k in counts.items() if k > 1]

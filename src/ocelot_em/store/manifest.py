@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -89,8 +90,9 @@ class Manifest:
     arrays: Mapping[str, ArrayManifest]
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self) -> bytes:
-        """Return the bytes of the stored object: a line of JSON, then all checksums."""
+    @cached_property
+    def encoded(self) -> bytes:
+        """Bytes of the stored object: a line of JSON, then all checksums."""
         head = {
             "id": self.id,
             "attributes": dict(self.attributes),
@@ -103,10 +105,10 @@ class Manifest:
         parts += [array.checksums.astype("<u4").tobytes() for array in self.arrays.values()]
         return b"".join(parts)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the stored object."""
-        return hashlib.sha256(self.encode()).hexdigest()
+        return hashlib.sha256(self.encoded).hexdigest()
 
 
 def new_checksums(grid: TileGrid) -> Checksums:
@@ -116,10 +118,9 @@ def new_checksums(grid: TileGrid) -> Checksums:
 
 def write_manifest(objects: Objects, path: str, manifest: Manifest) -> str:
     """Write the manifest of a group; return its digest, which the group must record."""
-    encoded = manifest.encode()
-    _write_metadata(objects, path, len(encoded))
-    objects.put(_key(path), [encoded])
-    return hashlib.sha256(encoded).hexdigest()
+    describe_manifest(objects, path, manifest)
+    objects.put(_key(path), [manifest.encoded])
+    return manifest.digest
 
 
 def create_manifest(objects: Objects, path: str, manifest: Manifest) -> bool:
@@ -127,12 +128,12 @@ def create_manifest(objects: Objects, path: str, manifest: Manifest) -> bool:
 
     :func:`describe_manifest` makes it readable for others.
     """
-    return objects.create(_key(path), manifest.encode())
+    return objects.create(_key(path), manifest.encoded)
 
 
 def describe_manifest(objects: Objects, path: str, manifest: Manifest) -> None:
     """Write the metadata of a manifest's group and array."""
-    _write_metadata(objects, path, len(manifest.encode()))
+    _write_metadata(objects, path, len(manifest.encoded))
 
 
 def read_manifest(objects: Objects, path: str, owner: str, digest: str) -> Manifest:
