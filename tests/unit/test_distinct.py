@@ -147,3 +147,12 @@ def test_exports_and_imports_do_not_touch_stores_and_inputs(
 def test_urls_have_several_spellings(output: str, given: str, is_refused: bool) -> None:
     assert bool(overlaps(output, [given])) == is_refused
     assert normalise_url(output) == output.rstrip("/")
+
+
+def test_a_damaged_result_that_contains_a_store_is_not_overwritten(place: Path) -> None:
+    moved("RUN1.zarr", "OUT0.zarr/kept.zarr")
+    Path("OUT0.zarr/zarr.json").write_bytes(b"{")
+    before = digests(place)
+    with pytest.raises(InvalidInputError, match=r"contains kept\.zarr, which would be deleted"):
+        ocelot_em.merge("RUN0.zarr", "OUT0.zarr", overwrite=True)
+    assert digests(place) == before

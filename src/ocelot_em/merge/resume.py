@@ -104,7 +104,7 @@ def prepare(
         raise InvalidInputError(
             f"{objects.url}: is also an input, under another name; choose another output"
         )
-    if found is not None and options.overwrite:
+    if options.overwrite:
         require_no_store_within(objects)
     plan = plan.model_copy(update={"identity": uuid.uuid4().hex})
     done = np.zeros(plan.grid.counts, np.bool_)

@@ -20,6 +20,7 @@ from ocelot_em.errors import InvalidInputError, StorageError
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.constants import ATTRIBUTE_KEY, MAX_METADATA_NBYTES
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.fence import FOLDER
 from ocelot_em.store.objects import is_local, normalise_url, open_objects
 
 _SAME_SCHEME = {"s3a": "s3", "azure": "az", "adl": "az", "abfs": "az", "abfss": "az"}
@@ -90,7 +91,7 @@ def require_no_store_within(objects: Objects) -> None:
     InvalidInputError
         Naming all of them.
     """
-    keys = [key for key in objects.keys("") if key.endswith("/zarr.json")]
+    keys = [key for key in objects.keys("") if _is_metadata_below_root(key)]
     stores = [
         key.removesuffix("/zarr.json")
         for key, is_root in zip(keys, map_in_threads(partial(_is_root, objects), keys), strict=True)
@@ -101,6 +102,11 @@ def require_no_store_within(objects: Objects) -> None:
             f"{objects.url}: contains {', '.join(stores[:20])}, which would be deleted with it; "
             "move it elsewhere, or choose another output"
         )
+
+
+def _is_metadata_below_root(key: str) -> bool:
+    """Whether a key is of metadata, but neither the root's nor those of a result set aside."""
+    return key.endswith("/zarr.json") and not key.startswith(f"{FOLDER}/")
 
 
 def _is_root(objects: Objects, key: str) -> bool:
