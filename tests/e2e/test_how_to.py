@@ -71,6 +71,10 @@ def files(tmp_path_factory):
     info = ocelot_em.ImportOptions(template_box=56, pixel_size_angstrom=2.5)
     ocelot_em.import_results(sorted(place.glob("gpu*.npz")), place / "RUN.zarr", info)
     ocelot_em.merge(place / "RUN.zarr", place / "MERGED.zarr")
+    indexed = info.model_copy(update={"search_space": place / "search_space.npz"})
+    ocelot_em.import_results(sorted(place.glob("gpu*.npz")), place / "INDEXED", indexed)
+    ocelot_em.merge(place / "INDEXED", place / "40S.zarr")
+    shutil.copytree(place / "40S.zarr", place / "60S.zarr")
     with np.load(CROPS[0]) as crop:
         later = {name: crop[name] for name in crop.files} | {"mip": crop["mip"] + 0.5}
     np.savez(place / "later.npz", **later)

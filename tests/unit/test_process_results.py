@@ -10,9 +10,12 @@ import pytest
 
 import ocelot_em.process_results as module
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.merge import runs as runs_module
 from ocelot_em.process_results import (
     aggregate_distributed_results,
     correlation_sum_and_squared_sum_to_mean_and_variance,
+    merge_runs_independent_zscore,
+    merge_runs_pooled_zscore,
     scale_mip,
 )
 
@@ -277,6 +280,186 @@ class TestRefusals:
         problems = problems_of([device])
         assert "got byte-swapped float32" in problems[0]
         assert "got float16" in problems[1]
+
+
+def make_table(threshold, *rows):
+    index, x, y, value = np.array(rows, np.float64).reshape(-1, 4).T
+    columns = {"global_idx": index, "pos_x": x, "pos_y": y}
+    columns = {name: torch.from_numpy(column.astype(np.int32)) for name, column in columns.items()}
+    return columns | {
+        "corr_value": torch.from_numpy(value.astype(np.float32)),
+        "threshold": threshold,
+    }
+
+
+class TestCorrelationTables:
+    """As Leopard-EM 1.3 records them: all correlations above a threshold."""
+
+    def merge(self, *tables):
+        devices = make_devices(n=len(tables), explicit=False, indexed=True)
+        devices = [d | {"correlation_table": t} for d, t in zip(devices, tables, strict=True)]
+        return aggregate_distributed_results(devices)["correlation_table"]
+
+    def test_they_are_concatenated_in_the_order_of_the_devices(self):
+        one = make_table(torch.tensor(5.5), (7, 1, 2, 6.0), (3, 0, 0, 5.6))
+        one["pos_x"] = one["pos_x"].long()  # a device that found something has int64
+        merged = self.merge(one, make_table(5.5), make_table(5.5, (3, 0, 0, 5.75)))
+        assert merged.pop("threshold") == 5.5
+        dtypes = {name: column.dtype for name, column in merged.items()}
+        assert list(dtypes.values()) == [torch.int32, torch.int64, torch.int32, torch.float32]
+        assert merged["global_idx"].tolist() == [7, 3, 3]
+        assert (merged["pos_x"].tolist(), merged["pos_y"].tolist()) == ([1, 0, 0], [2, 0, 0])
+        np.testing.assert_allclose(merged["corr_value"], [6.0, 5.6, 5.75])
+
+    def test_the_highest_threshold_applies_to_all(self):
+        merged = self.merge(make_table(5, (1, 0, 0, 6.0), (2, 0, 0, 5.9)), make_table(6.0))
+        assert merged["threshold"] == 6.0
+        assert not len(merged["global_idx"])
+
+    @pytest.mark.parametrize(
+        ("change", "problem"),
+        [
+            (None, "device 1, correlation_table: missing"),
+            ({"threshold": None}, "device 1, correlation_table: expected a dictionary of columns"),
+            ({"corr_value": torch.ones(2)}, "device 1, correlation_table: expected columns of one"),
+            ({"more": torch.ones(0)}, "device 1, correlation_table: expected columns ['corr_value"),
+        ],
+    )
+    def test_refusals(self, change, problem):
+        devices = make_devices(n=2)
+        devices[0]["correlation_table"] = make_table(5)
+        if change is not None:
+            devices[1]["correlation_table"] = make_table(5) | change
+        assert problems_of(devices)[0].startswith(problem)
+
+
+def test_what_else_devices_have_is_passed_on():
+    devices = make_devices(n=2)
+    config, same = {"spam": np.ones(2)}, np.arange(3)
+    devices[0] |= {"scaled_mip": same, "rows": same, "part": (0, 5), "n": 3, "config": config}
+    devices[1] |= {"rows": torch.arange(3), "part": (5, 9), "n": 3, "config": {"spam": np.ones(2)}}
+    merged = aggregate_distributed_results(devices)
+    assert set(merged) == {*make_devices(1)[0], "rows", "part", "n", "config"}
+    assert merged["rows"] is same
+    assert merged["n"] == 3
+    assert merged["part"] == [(0, 5), (5, 9)]
+    assert merged["config"][0] is config
+
+
+def runs_by_hand(runs, counts, *, pooled):
+    """Everything in one array, as in Leopard-EM's pull request 137."""
+    stack = {name: np.stack([run[name].astype(np.float64) for run in runs]) for name in runs[0]}
+    if pooled:
+        stack |= {name: np.repeat(stack[name].sum(axis=0)[None], len(runs), 0) for name in SUMS}
+    columns = stack["mip"], *(stack[name] for name in SUMS), counts
+    each = [by_hand(*of_run) for of_run in zip(*columns, strict=True)]
+    mean, std, z = map(np.stack, zip(*each, strict=True))
+    winner = (stack["mip"] if pooled else z).argmax(axis=0)[None]
+    out = {
+        "mip": stack["mip"],
+        "scaled_mip": z,
+        "correlation_mean": mean,
+        "correlation_variance": std,
+        "best_global_index": stack["best_global_index"],
+    }
+    return winner[0], {k: np.take_along_axis(v, winner, axis=0)[0] for k, v in out.items()}
+
+
+class TestRuns:
+    @pytest.fixture(params=[(70, 45), (7,), (2, 3, 5), (0, 4)], ids=str)
+    def runs(self, request, monkeypatch):
+        monkeypatch.setattr(runs_module, "_SIDE", 32)
+        runs = make_devices(n=3, shape=request.param, explicit=False, indexed=True)
+        for run, factor in zip(runs, (900, 1600, 400), strict=True):
+            run["correlation_squared_sum"] *= factor / 900
+        return runs
+
+    @pytest.mark.parametrize("given", [list, as_torch, as_strided])
+    def test_the_best_z_score_wins(self, runs, given):
+        counts = [900, 800, 700]
+        found = merge_runs_independent_zscore(
+            given(runs), total_correlation_positions_per_run=counts
+        )
+        winner, expected = runs_by_hand(runs, counts, pooled=False)
+        assert found.pop("total_correlation_positions") == sum(counts)
+        np.testing.assert_array_equal(found.pop("winner_run_index"), winner)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name].numpy(), values, err_msg=name)
+
+    def test_the_best_mip_wins_with_one_noise_model(self, runs):
+        found = merge_runs_pooled_zscore(
+            runs, pooled_total_correlation_positions=2700, run_tag_values=[-100, 0, 100.5]
+        )
+        winner, expected = runs_by_hand(runs, [2700] * 3, pooled=True)
+        tags = np.array([-100, 0, 100.5], np.float32)[winner]
+        np.testing.assert_array_equal(found.pop("best_run_tag"), tags)
+        assert set(found) == set(expected)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name].numpy(), values, err_msg=name)
+
+    def test_where_nothing_was_searched(self):
+        runs = make_devices(n=2, shape=(2, 2), explicit=False, indexed=True)
+        for run, pixels in zip(runs, (np.s_[:, 0], np.s_[0]), strict=True):
+            run["mip"][pixels], run["best_global_index"][pixels] = -np.inf, -1
+        kinds = {"total_correlation_positions_per_run": 900}
+        found = merge_runs_independent_zscore(runs, **kinds)
+        assert found["winner_run_index"].tolist() == [[-1, 0], [1, found["winner_run_index"][1, 1]]]
+        assert found["best_global_index"][0, 0] == -1
+        assert math.isnan(found["scaled_mip"][0, 0])
+
+    def test_maps_larger_than_memory(self, tmp_path, monkeypatch):
+        """Only a region of each map is read and written at a time."""
+        monkeypatch.setattr(runs_module, "_SIDE", 64)
+        shape, largest = (100, 300), 0
+
+        class OnDisk:
+            def __init__(self, name, values):
+                self.values = np.memmap(tmp_path / name, values.dtype, "w+", shape=shape)
+                self.values[:] = values
+                self.shape, self.dtype = shape, values.dtype
+
+            def __getitem__(self, region):
+                nonlocal largest
+                part = self.values[region]
+                largest = max(largest, part.size)
+                return part
+
+        runs = make_devices(n=2, shape=shape, explicit=False, indexed=True)
+        stored = [
+            {name: OnDisk(f"{i}-{name}", values) for name, values in run.items()}
+            for i, run in enumerate(runs)
+        ]
+        z = np.memmap(tmp_path / "z", np.float32, "w+", shape=shape)
+        counts = {"total_correlation_positions_per_run": [900, 800]}
+        found = merge_runs_independent_zscore(stored, **counts, out={"scaled_mip": z})
+        assert found["scaled_mip"] is z
+        assert largest == 64**2
+        expected = merge_runs_independent_zscore(runs, **counts)
+        np.testing.assert_array_equal(z, expected["scaled_mip"])
+        np.testing.assert_array_equal(found["winner_run_index"], expected["winner_run_index"])
+
+    def test_refusals(self):
+        runs = make_devices(n=2, explicit=False, indexed=True)
+
+        def problems(runs, count=900, **more):
+            with pytest.raises(InvalidInputError) as caught:
+                merge_runs_independent_zscore(
+                    runs, total_correlation_positions_per_run=count, **more
+                )
+            return caught.value.problems
+
+        assert "at least one" in problems([])[0]
+        assert "expected 2 numbers, got 1" in problems(runs, [900])[0]
+        assert "run, run 1: expected at least 1, got 0" in problems(runs, [900, 0])[0]
+        out = {"best_phi": runs[0]["mip"]}
+        assert "out, best_phi: expected a result" in problems(runs, out=out)[0]
+        broken = [runs[0], {"mip": runs[0]["mip"][1:]}]
+        assert len(problems(broken)) == 4
+        runs[1]["mip"][3, 4] = np.nan
+        assert problems(runs)[0].startswith("run 1: mip: NaN at 1 pixel, first (3, 4)")
+        with pytest.raises(InvalidInputError, match="run_tag_values: expected 2 numbers, got 1"):
+            merge_runs_pooled_zscore(runs, pooled_total_correlation_positions=9, run_tag_values=[1])
 
 
 def by_hand(mip, total, squared, count):

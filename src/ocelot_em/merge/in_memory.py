@@ -7,7 +7,7 @@ functions on top of the same checks, bands and fold.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +28,19 @@ from ocelot_em.model.arrays import (
     kind_of,
     new_like,
 )
+from ocelot_em.model.correlations import merge_tables
 from ocelot_em.model.maps import (
     COUNT,
     INDEX,
     MAPS,
+    MEAN,
     MIP,
     NOT_SEARCHED,
     PIXEL_SIZE,
     POSES,
+    SCALED_MIP,
     SQUARED_SUM,
+    STD,
     SUM,
     Accumulator,
     AnyArray,
@@ -80,7 +84,8 @@ def merge_arrays(
         ``correlation_squared_sum`` and the pose, which is explicit (``best_phi``, ``best_theta``,
         ``best_psi``, ``best_defocus``, optionally ``best_pixel_size``), or indexed
         (``best_global_index``), or both: then the explicit rule decides, and the index is that of
-        the same winner. ``total_projections`` is an optional integer. Other keys are ignored.
+        the same winner. ``total_projections`` is an optional integer, ``correlation_table``
+        optional, too. Other keys are ignored.
 
         All maps have the same shape, which is arbitrary, and the same kind: NumPy arrays, CuPy
         arrays, torch tensors on the CPU or torch tensors on a GPU. They are float32, the index
@@ -94,16 +99,18 @@ def merge_arrays(
     dict
         New arrays of the same kind and names, on the device of the first result's ``mip``;
         :func:`~ocelot_em.write_partial` accepts the dictionary unchanged. Both sums are float32, or
-        float64 if any device has float64 sums. ``total_projections`` is an exact integer, present
-        if the devices have it.
+        float64 if any device has float64 sums. ``total_projections`` is an exact integer,
+        ``correlation_table`` has all rows, in NumPy arrays; they are present if the devices have
+        them.
 
     Raises
     ------
     InvalidInputError
         Lists every problem: no devices, missing keys, mismatched kinds, shapes or dtypes, a count
-        that only some devices have; or, with their number and first pixel, NaN and infinities
-        (except -inf in ``mip``, and any pose where ``mip`` is -inf), indices that are outside the
-        search space, or -1 where something was searched, and a count of 0 where something was.
+        or table that only some devices have; or, with their number and first pixel, NaN and
+        infinities (except -inf in ``mip``, and any pose where ``mip`` is -inf), indices that are
+        outside the search space, or -1 where something was searched, and a count of 0 where
+        something was.
     MissingDependencyError, DeviceError
         Arrays are on a GPU, and CuPy is not installed or cannot use it.
 
@@ -123,6 +130,7 @@ def merge_arrays(
     """
     checks = MapChecks((NUMPY, CUPY, TORCH_CPU, TORCH_CUDA), one_kind=True)
     names = check_results(results, checks, indexed=search_space is not None)
+    tables = merge_tables(results)
     first, counts = results[0][MIP], counts_of(results)
     wide = any(dtype_name(r[name]) == "float64" for r in results for name in (SUM, SQUARED_SUM))
     merged = {name: new_like(first, MAPS[name].dtypes[0]) for name in names}
@@ -142,7 +150,7 @@ def merge_arrays(
             fold(as_cupy, Processor(kernels, device.empty, device.bring, _GPU_BAND_PIXELS))
     else:
         fold(as_numpy, cpu_processor(BAND_PIXELS))
-    return merged | total_count(counts)
+    return merged | total_count(counts) | tables
 
 
 # -- input checks ------------------------------------------------------------------------------
@@ -270,8 +278,8 @@ def refuse_bad_values(found: Iterable[BadValues], problems: Iterable[str] = ()) 
 
 def start_of(band: "_Band", n_axes: int) -> tuple[int, ...]:
     """Return the position of a band's first pixel in a map with this number of axes."""
-    leading, rows = cast("list[int]", list(band[:-1])), cast("slice", band[-1])
-    return (*leading, rows.start, *[0] * (n_axes - len(band)))
+    starts = [part.start if isinstance(part, slice) else part for part in band]
+    return (*starts, *[0] * (n_axes - len(band)))
 
 
 def _space_of_unknown_tables() -> SearchSpace:
@@ -395,3 +403,29 @@ class Scratch:
         return Accumulator(
             mip, pose, self._numbers[:size].reshape(shape), total, squared_total, None
         )
+
+
+class Statistics:
+    """Computes mean, standard deviation and z-score of bands, in memory that is reused."""
+
+    def __init__(self, shape: tuple[int, ...], band_pixels: int) -> None:
+        self._kernels, self._maps = load("cpu"), MapSet(PoseForm.EXPLICIT)
+        self._scratch = Scratch(shape, band_pixels)
+        self._unused = np.empty(min(band_pixels, math.prod(shape)), np.float32)
+
+    def compute(
+        self, sums: Mapping[str, AnyArray], count: int, out: Mapping[str, AnyArray]
+    ) -> None:
+        """Write ``correlation_mean``, ``correlation_std`` and ``scaled_mip`` of one band.
+
+        The last one is meaningless without ``mip`` beside the sums.
+        """
+        shape = out[MEAN].shape
+        unused = self._unused[: out[MEAN].size].reshape(shape)
+        # finalise does not use poses; any arrays serve as placeholders.
+        acc = self._scratch.accumulator(sums.get(MIP, unused), (unused,) * len(POSES))
+        np.copyto(acc.correlation_sum, sums[SUM])
+        np.copyto(acc.correlation_squared_sum, sums[SQUARED_SUM])
+        acc.count = count
+        wanted = {name: out[name] for name in (SCALED_MIP, MEAN, STD)}
+        self._kernels.finalise(acc, self._maps, None, wanted | {SUM: unused, SQUARED_SUM: unused})

@@ -90,7 +90,7 @@ def new_like(values: Any, dtype: str) -> Any:
 
 
 class HostRows:
-    """The rows of a map, copied to the host on access, or at once if it cannot be sliced."""
+    """Parts of a map, copied to the host on access, or at once if it cannot be sliced."""
 
     def __init__(self, values: Any) -> None:
         sliced = all(hasattr(values, name) for name in ("shape", "dtype", "__getitem__"))
@@ -100,7 +100,7 @@ class HostRows:
         self.shape: tuple[int, ...] = tuple(self._values.shape)
         self.dtype = as_numpy(self._values[:0] if self.shape else self._values).dtype
 
-    def __getitem__(self, rows: slice) -> AnyArray:
+    def __getitem__(self, rows: slice | tuple[int | slice, ...]) -> AnyArray:
         return as_numpy(self._values[rows])
 
 
