@@ -10,6 +10,8 @@ from helpers import assert_same_maps, make_result, read_maps, write_search
 from host_device import HostDevice, host_kernels, lend_device
 from montages import SHOTS, write_shots
 
+SLOW = pytest.mark.slow
+
 OPTIONS = {
     "none": {},
     "erode": {"erode": 3},
@@ -22,7 +24,16 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=["explicit", "indexed", "montage"])
+KINDS = ("explicit", "indexed", "montage")
+LEAN = {("indexed", "all"), ("montage", "all"), ("montage", "max-zscore")}
+CASES = [
+    pytest.param(kind, name, marks=() if kind == "explicit" or (kind, name) in LEAN else SLOW)
+    for kind in KINDS
+    for name in OPTIONS
+]
+
+
+@pytest.fixture(scope="module")
 def search(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("searches") / "RUN.zarr"
     if request.param == "montage":
@@ -32,7 +43,7 @@ def search(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_search(place, results, (70, 90), indexed=request.param == "indexed")
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("search", "name"), CASES, indirect=["search"])
 def test_an_option_gives_the_same_maps_wherever_it_is_merged(
     search: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,11 @@ KINDS = (
 )
 
 
+def lean(kinds, *fast):
+    """All kinds as parameters, of which only some are in the fast tier."""
+    return [kind if kind in fast else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
 def write_montage(place):
     for number, origin in enumerate([(0, 0), (-3, 30)]):
         for name in ("a", "b"):
@@ -252,7 +257,7 @@ def merge_into(folder):
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", lean(KINDS, "explicit", "montage_merged"))
 @given(data=st.data())
 def test_mangled_metadata_is_read_or_refused(stores, tmp_path, kind, data):
     place = stores / kind
@@ -495,7 +500,7 @@ def framed(frame):
     return frame + google_crc32c.value(frame).to_bytes(4, "little")
 
 
-@pytest.mark.parametrize("kind", ["explicit", "indexed_merged", "montage_merged"])
+@pytest.mark.parametrize("kind", lean(["explicit", "indexed_merged", "montage_merged"], "explicit"))
 @given(data=st.data())
 def test_mangled_chunks_are_read_or_refused(stores, tmp_path, kind, data):
     place = stores / kind
@@ -985,6 +990,7 @@ needs_linux = pytest.mark.skipif(
 
 
 @needs_linux
+@pytest.mark.slow
 def test_what_is_only_said_to_be_huge_takes_little_memory(stores, tmp_path):
     refused = refused_in_little_memory(stores, tmp_path, HUGE)
     # What decodes to much memory, but follows the format, is read: in little memory, all the same.

@@ -384,7 +384,10 @@ def test_foreign_entries_that_matter_are_named(tmp_path, key):
     assert "it would run 'torch.device'" in problem
 
 
-@pytest.mark.parametrize("kind", ["npz", "pt", "pt of another order"])
+@pytest.mark.parametrize(
+    "kind",
+    ["npz", *(pytest.param(one, marks=pytest.mark.slow) for one in ("pt", "pt of another order"))],
+)
 def test_descriptors_do_not_grow_with_files_and_maps(tmp_path, kind):
     files = []
     for number in range(40):

@@ -62,6 +62,7 @@ def test_control_characters_become_text():
     assert str(OcelotError("x")) == "x"
 
 
+@pytest.mark.slow
 def test_names_cannot_control_a_terminal(run, tmp_path):
     place = tmp_path / HOSTILE.replace("\udcff", "")
     shutil.copytree(run, place)
@@ -120,7 +121,7 @@ def merge_command(run, output, *options):
     return [*OCELOT, "merge", run, "--output", output, "--tile-size", "16", *options]
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.slow)])
 def test_a_merge_outlives_the_reader_of_its_output(run, tmp_path, stream):
     output = tmp_path / "OUT.zarr"
     options = ["--log", "-"] if stream == "stderr" else []
@@ -149,7 +150,10 @@ def test_every_command_ends_quietly_without_its_reader(run):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-"))],
+)
 def test_a_merge_needs_no_streams(run, tmp_path, closed):
     output = tmp_path / "OUT.zarr"
     words = merge_command(run, output, "--log", "-")
@@ -172,7 +176,7 @@ def test_a_full_disk_below_the_output_is_reported_once(run, tmp_path):
     assert describe(output).attributes.state == "complete"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_terminals_without_our_characters(tmp_path, encoding):
     info = SearchInfo(pixel_size_angstrom=2.5)
     write_partial(tmp_path / "Å α.zarr", "p", explicit_maps(), total_projections=9, search=info)
