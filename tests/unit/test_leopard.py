@@ -39,6 +39,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM
 from ocelot_em.model.search_space import TABLES
+from ocelot_em.store.local import LocalObjects
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_partials
 
@@ -449,14 +450,45 @@ def test_a_file_that_is_replaced_while_it_is_checked(tmp_path):
     path = save_npz(tmp_path / "a.npz", explicit_maps())
     file = open_result_file(path)
     assert file.small(COUNT) == 9
-    file.release()
+    file.close()
     assert file.small(COUNT) == 9
-    file.release()
+    file.close()
     path.unlink()
     save_npz(path, explicit_maps(), 10)
-    with pytest.raises(InvalidInputError, match="was changed while it was checked"):
+    with pytest.raises(InvalidInputError, match="was changed while it was imported"):
         file.small(COUNT)
     file.close()
+
+
+@pytest.mark.parametrize("replaced", ["a", "b"])
+def test_a_file_that_is_replaced_before_or_while_it_is_converted(tmp_path, replaced):
+    files = [
+        save_npz(tmp_path / f"{name}.npz", explicit_maps(), 10 + i) for i, name in enumerate("ab")
+    ]
+
+    def replace(phase, _fraction):
+        if phase == "convert":
+            save_npz(tmp_path / f"{replaced}.npz", explicit_maps(seed=7), 10)
+
+    with pytest.raises(InvalidInputError, match=f"{replaced}.npz: was changed while it was imp"):
+        import_results(files, tmp_path / "R", on_progress=replace)
+    complete = [
+        name for name, p in read_partials(open_objects(tmp_path / "R")) if p.state == "complete"
+    ]
+    assert complete == ["a"] * (replaced == "b")
+
+
+def test_metadata_are_read_as_often_for_each_of_many_files_as_of_few(tmp_path, monkeypatch):
+    n_reads, get = [], LocalObjects.get
+    monkeypatch.setattr(LocalObjects, "get", lambda *args: n_reads.append(1) or get(*args))
+    files = [save_npz(tmp_path / f"g{i}.npz", explicit_maps((4, 5)), 9 + i) for i in range(40)]
+    costs = []
+    for n in (4, 16, 40):
+        n_reads.clear()
+        assert len(import_results(files[:n], tmp_path / f"R{n}")) == n
+        costs.append(len(n_reads) / n)
+    assert costs[0] > costs[1] > costs[2]
+    assert describe(tmp_path / "R40").attributes.total_projections == sum(range(9, 49))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from os import PathLike
 from os.path import realpath
@@ -61,47 +61,43 @@ def check_batch(
     on_fraction: OnFraction,
 ) -> Checked:
     """Read and check a batch's files; add them to ``seen``, which maps hashes to files."""
-    with ExitStack() as stack:
-        candidates, problems = _open_all(batch, stack)
-        result = Checked(f"{batch.files[0]}", problems)
-        problems += _read_counts(candidates, batch)
-        space, found = _search_space(candidates, options, space)
-        problems += found
-        result.info = info = replace(
-            _common_info(candidates, options, space), exposure=batch.exposure
-        )
-        problems += _layout_problems(candidates, info, batch)
-        if problems:
-            return result
-        shape = cast("tuple[int, int]", candidates[0].shape)
-        objects = open_objects(output)
+    candidates, problems = _open_all(batch)
+    result = Checked(f"{batch.files[0]}", problems)
+    problems += _read_counts(candidates, batch)
+    space, found = _search_space(candidates, options, space)
+    problems += found
+    result.info = info = replace(_common_info(candidates, options, space), exposure=batch.exposure)
+    problems += _layout_problems(candidates, info, batch)
+    if problems:
+        return result
+    shape = cast("tuple[int, int]", candidates[0].shape)
+    objects = open_objects(output)
+    try:
+        problems += layout_differences(objects, shape, info)
+    except InvalidInputError as error:
+        problems += error.problems
+    if problems:
+        return result
+    exposure = "" if batch.exposure is None else batch.exposure.id
+    existing = existing_partials(objects, exposure)
+    in_values, unreadable = list[str](), list[str]()
+    for number, candidate in enumerate(candidates):
+        on_file = part_of(on_fraction, number, len(candidates))
+        if _is_there(candidate, existing):
+            continue
         try:
-            problems += layout_differences(objects, shape, info)
-        except InvalidInputError as error:
-            problems += error.problems
-        if problems:
-            return result
-        exposure = "" if batch.exposure is None else batch.exposure.id
-        existing = existing_partials(objects, exposure)
-        in_values, unreadable = list[str](), list[str]()
-        for number, candidate in enumerate(candidates):
-            on_file = part_of(on_fraction, number, len(candidates))
-            if _is_there(candidate, existing):
-                continue
-            try:
+            with closing(candidate.file):
                 in_values += _value_problems(candidate, info, on_file)
                 candidate.sha256 = candidate.file.sha256()
-                candidate.file.release()
-            except InvalidInputError as error:
-                unreadable += error.problems
-        result.first_order, found, there = _against_existing(
-            candidates, existing, objects.url, exposure
-        )
-        problems += unreadable + found + _same_content(candidates, seen)
-        result.has_only_bad_values = not problems
-        problems += in_values
-        result.candidates = [c for c in candidates if c.name not in there]
-        result.is_resumed = bool(there)
+        except InvalidInputError as error:
+            unreadable += error.problems
+    result.first_order, found, there = _against_existing(
+        candidates, existing, objects.url, exposure
+    )
+    problems += unreadable + found + _same_content(candidates, seen)
+    result.has_only_bad_values = not problems
+    problems += in_values
+    result.candidates = [c for c in candidates if c.name not in there]
     return result
 
 
@@ -122,7 +118,7 @@ def unequal(checked: Sequence[Checked]) -> list[str]:
     return [f"{place}: its search space is not the one of {first}" for place in others]
 
 
-def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str]]:
+def _open_all(batch: Batch) -> tuple[list[Candidate], list[str]]:
     files = batch.files
     candidates: list[Candidate] = []
     problems: list[str] = []
@@ -132,9 +128,8 @@ def _open_all(batch: Batch, stack: ExitStack) -> tuple[list[Candidate], list[str
     for path, name in zip(files, names, strict=True):
         try:
             file = open_result_file(path)
-            stack.callback(file.close)
-            candidates.append(Candidate(Path(path), name, file, file.info()))
-            file.release()
+            with closing(file):
+                candidates.append(Candidate(Path(path), name, file, file.info()))
         except InvalidInputError as error:
             problems += error.problems
         problems += [f"{path}: {problem}" for problem in name_problems(name)]
@@ -192,9 +187,8 @@ def _one_number(candidate: Candidate, key: str) -> object:
     shape, dtype = candidate.arrays[key]
     if math.prod(shape) != 1 or dtype.kind not in "biufcO":
         raise ValueError(f"expected one integer, got {dtype} of shape {shape}")
-    found = candidate.file.small(key)
-    candidate.file.release()
-    return found
+    with closing(candidate.file):
+        return candidate.file.small(key)
 
 
 def _search_space(
@@ -210,8 +204,8 @@ def _search_space(
         if not set(TABLES) <= set(candidate.arrays) or (explicit and space is None):
             continue
         try:
-            own = SearchSpace.from_tables(*(candidate.file.small(name) for name in TABLES))
-            candidate.file.release()
+            with closing(candidate.file):
+                own = SearchSpace.from_tables(*(candidate.file.small(name) for name in TABLES))
         except InvalidInputError as error:
             problems += placed(error, candidate.path)
             continue
@@ -282,8 +276,8 @@ def _is_there(candidate: Candidate, existing: Mapping[str, PartialAttributes]) -
     found = existing.get(candidate.name)
     if found is None or found.state != "complete":
         return False
-    candidate.sha256 = candidate.file.sha256()
-    candidate.file.release()
+    with closing(candidate.file):
+        candidate.sha256 = candidate.file.sha256()
     return candidate.sha256 == found.provenance.input_sha256
 
 

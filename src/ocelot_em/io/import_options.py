@@ -131,8 +131,7 @@ class Checked:
     """Result of checking a batch's files.
 
     ``has_only_bad_values``: any problems concern only the maps' values. ``candidates`` are the
-    files to convert, which are closed; ``first_order`` is the order of the first of them.
-    ``is_resumed``: other files have been imported before, perhaps by an import that was killed.
+    files to convert; ``first_order`` is the order of the first of them.
     """
 
     place: str
@@ -141,7 +140,6 @@ class Checked:
     has_only_bad_values: bool = False
     first_order: int = 0
     candidates: Sequence[Candidate] = ()
-    is_resumed: bool = False
 
 
 def part_of(on_fraction: OnFraction, number: int, n: int) -> OnFraction:

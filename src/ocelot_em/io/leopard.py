@@ -19,13 +19,13 @@ from ocelot_em.io.import_options import (
     part_of,
     read_search_space_file,
 )
-from ocelot_em.io.result_file import open_result_file
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
-from ocelot_em.store.creation import refresh_total
+from ocelot_em.store.creation import ensure_search, refresh_total
 from ocelot_em.store.distinct import require_distinct
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
+from ocelot_em.store.roster import register
 
 
 def import_results(
@@ -113,9 +113,6 @@ def import_batches(
     for number, found in enumerate(checked):
         on_batch = part_of(partial(on_progress, "convert"), number, len(batches))
         _convert(found, output, on_batch)
-        if found.is_resumed:  # a kill may have struck between the last partial and the total
-            exposure = found.info.exposure_id if found.info else ""
-            refresh_total(open_objects(output), exposure)
     return [
         partial_text(batch.exposure.id if batch.exposure else "", candidate.name)
         for batch, found in zip(batches, checked, strict=True)
@@ -124,7 +121,13 @@ def import_batches(
 
 
 def _convert(checked: Checked, output: str | PathLike[str], on_fraction: OnFraction) -> None:
+    """Write the partials of a batch, and then their total, which an interrupted import lacks."""
     assert checked.info is not None
+    info, objects = checked.info, open_objects(output)
+    names = [candidate.name for candidate in checked.candidates]
+    if names:
+        ensure_search(objects, cast("tuple[int, int]", checked.candidates[0].shape), info)
+        register(objects, info.exposure_id, names)
     for number, candidate in enumerate(checked.candidates):
         shape = cast("tuple[int, int]", candidate.shape)
         writer = PartialWriter(
@@ -133,13 +136,17 @@ def _convert(checked: Checked, output: str | PathLike[str], on_fraction: OnFract
             shape,
             total_projections=candidate.count or 0,
             order=checked.first_order + number,
-            search=checked.info,
+            search=info,
         )
+        writer.in_batch()
         writer.describe(file=candidate.path.name, sha256=candidate.sha256)
-        with closing(open_result_file(candidate.path)) as file, writer:
-            readers = {key: file.rows(key) for key in checked.info.maps.partial}
+        with closing(candidate.file) as file, writer:
+            readers = {key: file.rows(key) for key in info.maps.partial}
             for band in bands_of(shape):
                 region = band.region
                 maps = {key: read(region.y0, region.y1) for key, read in readers.items()}
                 writer.write(region, maps, validated=True)
-                on_fraction((number + region.y1 / shape[0]) / len(checked.candidates))
+                on_fraction((number + region.y1 / shape[0]) / len(names))
+            file.require_unchanged()
+    refresh_total(objects, info.exposure_id)
+    objects.sync()

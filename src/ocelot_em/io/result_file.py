@@ -14,7 +14,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -49,34 +49,23 @@ def open_result_file(path: str | PathLike[str]) -> "ResultFile":
     Refuse a file that is missing, damaged, of another format, or would need unpickling.
     """
     place = local_path(path)
-    with ExitStack() as stack:
-        try:
+    with closing(_DigestedFile(place)) as file:
+        with _refusing(place, "cannot be opened"):
             if not place.is_file():
                 raise InvalidInputError(f"{place}: expected a file, got nothing there")
-            file = _DigestedFile(place)
-            stack.callback(file.close)
             if file.read(2) != b"PK":
                 raise InvalidInputError(
                     f"{place}: expected a .npz or .pt dictionary of arrays"
                     + "; save it again with torch 1.6 or later" * (place.suffix in (".pt", ".pth"))
                 )
-            archive = stack.enter_context(zipfile.ZipFile(cast(Any, file)))
-        except InvalidInputError:
-            raise
-        except Exception as error:  # zipfile's exceptions are undocumented
-            raise InvalidInputError(f"{place}: cannot be opened: {error}") from error
+            archive = zipfile.ZipFile(cast(Any, file))
         members = Counter(archive.namelist())
-        twice = [
-            f"{place}: {member}: expected once, got it {n} times"
-            for member, n in members.items()
-            if n > 1
-        ]
-        if twice:
-            raise InvalidInputError(twice)
-        kind = _TorchFile if any(member.endswith("/data.pkl") for member in members) else _NpzFile
-        opened = kind(place, file, archive)
-        opened.stack.push(stack.pop_all())
-    return opened
+        if twice := {member: n for member, n in members.items() if n > 1}:
+            raise InvalidInputError(
+                f"{place}: {member}: expected once, got it {n} times" for member, n in twice.items()
+            )
+        is_torch = any(member.endswith("/data.pkl") for member in members)
+        return (_TorchFile if is_torch else _NpzFile)(place, file, archive)
 
 
 class _DigestedFile:
@@ -121,13 +110,17 @@ class _DigestedFile:
     def _opened(self) -> io.FileIO:
         if self._file is None:
             self._file = io.FileIO(self._path)
-            facts = os.fstat(self._file.fileno())
-            identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            if self._identity and identity != self._identity:
-                raise InvalidInputError(f"{self._path}: was changed while it was checked")
-            self._identity = identity
+            self.require_unchanged()
             self._file.seek(self._at)
         return self._file
+
+    def require_unchanged(self) -> None:
+        """Raise if the file is not what it was when it was first opened."""
+        facts = os.stat(self._path)
+        identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        if identity != (self._identity or identity):
+            raise InvalidInputError(f"{self._path}: was changed while it was imported")
+        self._identity = identity
 
     def _digest_until(self, end: int) -> None:
         file = self._opened()
@@ -175,7 +168,7 @@ class ResultFile(ABC):
 
     def __init__(self, path: Path, file: _DigestedFile, archive: zipfile.ZipFile) -> None:
         self.path = path
-        self.stack = ExitStack()
+        self._streams = ExitStack()
         self._file = file
         self._archive = archive
 
@@ -207,13 +200,14 @@ class ResultFile(ABC):
         """Return the digest of the file's bytes, as hexadecimal digits."""
         return self._file.sha256()
 
-    def release(self) -> None:
-        """Free the file's descriptors until it is read again."""
-        self._file.close()
+    def require_unchanged(self) -> None:
+        """Raise if the file was changed since it was opened."""
+        self._file.require_unchanged()
 
     def close(self) -> None:
-        """Close the file."""
-        self.stack.close()
+        """Free memory and descriptors until the file is read again."""
+        self._streams.close()
+        self._file.close()
 
     @abstractmethod
     def _member_of(self, key: str) -> str:
@@ -308,7 +302,7 @@ class _NpzFile(ResultFile):
                 return np.ndarray(shape, dtype, data)
 
     def rows(self, key: str) -> Rows:
-        stream = self.stack.enter_context(self._open(f"{key}.npy"))
+        stream = self._streams.enter_context(self._open(f"{key}.npy"))
         shape, dtype = self._header(stream, key)
         return self._bands(stream, key, shape, dtype)
 
@@ -415,7 +409,7 @@ class _TorchFile(ResultFile):
             return lambda y0, y1: values[y0:y1].astype(dtype.newbyteorder("="), copy=False)
         member = self._storage(tensor.storage)
         with _refusing(self.path, member):
-            stream = self.stack.enter_context(self._archive.open(member))
+            stream = self._streams.enter_context(self._archive.open(member))
             self._skip(stream, tensor.offset * dtype.itemsize)
         return self._bands(stream, member, tensor.shape, dtype)
 
@@ -449,10 +443,6 @@ class _TorchFile(ResultFile):
             start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
             return np.memmap(self.path, np.uint8, "r", start, (info.file_size,))
 
-    def release(self) -> None:
-        self._storages = {}
-        super().release()
-
     def close(self) -> None:
-        self._content, self._storages = {}, {}
+        self._storages = {}
         super().close()

@@ -3,6 +3,7 @@
 import datetime
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -35,11 +36,14 @@ def provenance(
     """Provenance of data created now, with the present package versions."""
     return fmt.Provenance(
         created=now(),
-        versions={name: version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
+        versions={name: _version(name) for name in ("ocelot-em", "zarr", "numpy", "numcodecs")},
         inputs=tuple(inputs),
         input_sha256=input_sha256,
         options=dict(options),
     )
+
+
+_version = cache(version)  # looks for the package's files
 
 
 def now() -> str:
@@ -80,8 +84,7 @@ def adopt_earlier_version(objects: Objects) -> None:
     if root.format_version == constants.FORMAT_VERSION or isinstance(root, fmt.MergedAttributes):
         return
     for exposure in read_exposures(objects, root):
-        for name in partial_names(objects, exposure.id):
-            register(objects, exposure.id, name, has_manifest=False)
+        register(objects, exposure.id, partial_names(objects, exposure.id), has_manifest=False)
     changed = root.model_copy(update={"format_version": constants.FORMAT_VERSION})
     groups.replace_attributes(objects, "", fmt.dump_attributes(changed))
 

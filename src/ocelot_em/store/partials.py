@@ -204,6 +204,7 @@ class PartialWriter:
         self._path = partial_path(name, self._exposure_id)
         self._objects = open_objects(store)
         self._written: set[tuple[int, int]] = set()
+        self._in_batch = False
         problems, self.total_projections = [], 0
         try:
             self.total_projections = exact_count(total_projections)
@@ -235,13 +236,23 @@ class PartialWriter:
         """Record the file that the partial comes from; call this before entering the writer."""
         self._change(provenance=provenance(inputs=(file,), input_sha256=sha256, options={}))
 
+    def in_batch(self) -> None:
+        """Leave the list of partials and the total to the caller, who writes many partials.
+
+        The caller creates the search and registers all partials first, and refreshes the total last
+        (:func:`ensure_search`, :func:`register`, :func:`refresh_total`): each of these reads what
+        all other partials have written.
+        """
+        self._in_batch = True
+
     def _change(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)
 
     def __enter__(self) -> Self:
         ensure_search(self._objects, self.shape, self._info)
         objects, path = self._objects, self._path
-        register(objects, self._exposure_id, self.name)
+        if not self._in_batch:
+            register(objects, self._exposure_id, [self.name])
         if not groups.create_group(objects, path, fmt.dump_attributes(self._record)):
             if problems := self._taken_problems():
                 raise InvalidInputError(problems)
@@ -333,8 +344,9 @@ class PartialWriter:
         # Delete what unfinished writers left.
         for child in {*objects.children(path)} - {*self._own_children(), MANIFEST}:
             objects.delete(f"{path}/{child}")
-        refresh_total(objects, self._exposure_id)
-        objects.sync()
+        if not self._in_batch:
+            refresh_total(objects, self._exposure_id)
+            objects.sync()
 
     def _require_own(self) -> None:
         found = read_partial_attributes(self._objects, self.name, self._exposure_id)

@@ -114,15 +114,17 @@ def exposure_problems(
     ]
 
 
-def register(objects: Objects, exposure: str, name: str, *, has_manifest: bool = True) -> None:
-    """Add a partial to the list, unless it is there."""
-    entry = Entry(name=name, has_manifest=has_manifest)
-    if read_roster(objects, exposure).get(name) == entry:
-        return
-    groups.create_group(objects, _path(exposure), {})
-    number = 0
-    while not groups.create_group(objects, _path(exposure, number), dump_attributes(entry)):
-        number += 1
+def register(
+    objects: Objects, exposure: str, names: Collection[str], *, has_manifest: bool = True
+) -> None:
+    """Add partials to the list, unless they are there."""
+    entries = list(_numbered(objects, _path(exposure), Entry))
+    roster, number = {entry.name: entry for entry in entries}, len(entries)
+    for entry in (Entry(name=name, has_manifest=has_manifest) for name in names):
+        if roster.get(entry.name) != entry:
+            groups.create_group(objects, _path(exposure), {})
+            while not groups.create_group(objects, _path(exposure, number), dump_attributes(entry)):
+                number += 1
 
 
 def roster_problems(

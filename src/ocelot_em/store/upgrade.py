@@ -53,7 +53,7 @@ def upgrade(path: str | PathLike[str]) -> int:
             manifest = Manifest(found.id, arrays, content)
             create_manifest(objects, group.path, manifest)
             restore(objects, group.path, manifest)
-            register(objects, exposure.id, name)
+            register(objects, exposure.id, [name])
             n_upgraded += 1
     return n_upgraded
 

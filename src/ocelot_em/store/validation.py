@@ -156,10 +156,13 @@ _OUTSIDE = (
 )
 
 
+_PARTIAL_NAME = TypeAdapter(fmt.PartialName)
+
+
 def name_problems(name: str, what: str = "partial name") -> list[str]:
     """Problems with the name of a partial or an exposure."""
     try:
-        TypeAdapter(fmt.PartialName).validate_python(name)
+        _PARTIAL_NAME.validate_python(name)
     except ValidationError:
         return [
             f"{what} {name!r}: expected up to 128 letters, digits, '.', '_' and '-', "
