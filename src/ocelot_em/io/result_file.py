@@ -8,7 +8,6 @@ every member that is read is verified.
 import hashlib
 import io
 import math
-import os
 import struct
 import zipfile
 from abc import ABC, abstractmethod
@@ -116,7 +115,7 @@ class _DigestedFile:
 
     def require_unchanged(self) -> None:
         """Raise if the file is not what it was when it was first opened."""
-        facts = os.stat(self._path)
+        facts = self._path.stat()
         identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
         if identity != (self._identity or identity):
             raise InvalidInputError(f"{self._path}: was changed while it was imported")
