@@ -37,7 +37,7 @@ def merged_map(side: int, small_side: int, data: Path) -> Path:
 def pick(store: str, method: str) -> None:
     """Pick once, and print the figures."""
     started = time.perf_counter()
-    table = find_peaks(store, method=method)
+    table = find_peaks(store, method=method, min_distance=5)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found = {"seconds": seconds, "n": len(table), "cutoff": table.about and table.about.cutoff}

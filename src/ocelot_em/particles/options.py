@@ -23,7 +23,8 @@ class PickOptions(Options):
         Cutoff to use instead of the method's, in the method's own scale: z-score, or -ln p.
         Default: from the expected number of false positives, or 8 for ``pvalue``.
     min_distance
-        Minimum distance between peaks in pixels; in a montage, within one exposure.
+        Minimum distance between peaks in pixels; in a montage, within one exposure. Leopard-EM up
+        to 1.3.0 has 5; later versions, and cisTEM, have 10.
     per
         Scope of the false positives and of the cutoff in a montage. ``exposure``: each exposure has
         its own cutoff, and peaks are picked from all its valid pixels, shown or hidden.
@@ -43,7 +44,7 @@ class PickOptions(Options):
     method: Literal["gaussian", "gev", "pvalue"] = "gaussian"
     false_positives: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     cutoff: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    min_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    min_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     per: Literal["exposure", "montage"] = "exposure"
     same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     same_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
