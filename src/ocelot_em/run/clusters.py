@@ -347,6 +347,9 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     with (
         _restored_environment(),
         _dask_settings(),
+        # Dask looks for a lost worker once, 15 s later, and closes its nanny if the next one is
+        # just then lost as well. Nannies restart their workers without that.
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10000 days"}),
         _started(
             cluster_class,
             # Without it, nannies wait for ever for workers that cannot start.

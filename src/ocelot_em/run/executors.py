@@ -188,6 +188,9 @@ class _Window:
         self._executor, self._spec, self._batches = executor, spec, batches
         self._on_outcome = on_outcome
         self._to_retry: deque[TileBatch] = deque()
+        self._suspects: deque[TileBatch] = deque()
+        """Tiles whose workers died: retried one at a time, so that no other tile is blamed."""
+        self._alone: set[TileBatch] = set()
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.in_flight: dict[str, tuple[TileBatch, Any]] = {}
 
@@ -196,7 +199,10 @@ class _Window:
         while len(self.in_flight) < TASKS_PER_THREAD * max(self._executor.n_threads(), 1):
             batch = self._to_retry.popleft() if self._to_retry else next(self._batches, None)
             if batch is None:
-                return True
+                if self.in_flight or not self._suspects:
+                    return not self._suspects
+                batch = self._suspects.popleft()
+                self._alone.add(batch)
             number = next(_numbers)
             try:
                 future = self._executor.client.submit(
@@ -230,12 +236,16 @@ class _Window:
             return
         if future.status == "error":
             error = future.exception()
+            killed = type(error).__name__ == "KilledWorker"
             if len(batch) > 1:
                 # A single tile may be the cause: retry each one in a task of its own.
                 self._to_retry.extend((tile,) for tile in batch)
+            elif killed and batch not in self._alone:
+                # Dask blames every task that its worker had, also those that only shared it.
+                self._suspects.append(batch)
             else:
                 reason = f"{type(error).__name__}: {error}"
-                if type(error).__name__ == "KilledWorker":
+                if killed:
                     reason += (
                         "; the usual cause is a lack of memory: use fewer threads, or a smaller "
                         "--memory-limit for smaller tiles"
