@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ocelot_em.merge.in_memory import merge_arrays
     from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
     from ocelot_em.merge.outcome import MergeReport
+    from ocelot_em.merge.recorder import SearchRecorder
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.regions import Region
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.run.api import Observer, merge
     from ocelot_em.store.partials import PartialWriter, write_partial
+    from ocelot_em.store.recorded import SearchSize
     from ocelot_em.store.search_info import Exposure, SearchInfo
     from ocelot_em.testing.simulation import Simulation, simulate
     from ocelot_em.view.inspection import StoreInfo, check, describe
@@ -54,6 +56,7 @@ _HOME = {
         "merge.in_memory": "merge_arrays",
         "merge.lazy": "lazy_merge open_merged open_partials",
         "merge.outcome": "MergeReport",
+        "merge.recorder": "SearchRecorder",
         "merge.result": "MergedResult",
         "model.options": "MergeOptions",
         "model.regions": "Region",
@@ -63,6 +66,7 @@ _HOME = {
         "particles.table": "ParticleTable",
         "run.api": "Observer merge",
         "store.partials": "PartialWriter write_partial",
+        "store.recorded": "SearchSize",
         "store.search_info": "Exposure SearchInfo",
         "testing.simulation": "Simulation simulate",
         "view.inspection": "StoreInfo check describe",
@@ -94,6 +98,8 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "import_description",
     "write_partial",
     "PartialWriter",
+    "SearchRecorder",
+    "SearchSize",
     "Exposure",
     "SearchInfo",
     "SearchSpace",

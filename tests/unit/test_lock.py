@@ -54,7 +54,7 @@ def place(request, tmp_path, monkeypatch, clock):
 
 def left_by(objects, number=0, **changes):
     """Leave a lock behind, as a process of this machine that is no more would."""
-    this = {"id": "x", **lock._this_process(), "beat": 3}
+    this = {"id": "x", **lock.this_process(), "beat": 3}
     objects.put(f"lock/{number}", [json.dumps({**this, **changes}).encode()])
 
 

@@ -72,6 +72,9 @@ def info(store: PathOrUrl, /) -> None:
         ("stored", nbytes_text(info.stored_nbytes)),
         ("created", attributes.provenance.created),
     ]
+    if info.progress is not None:
+        rows.append(("search", info.progress.text))
+        rows += [("warning", info.progress.warning)] * bool(info.progress.warning)
     if info.without_manifest:
         rows.append(("manifests", missing_manifests_text(info.without_manifest)))
     if isinstance(attributes, MergedAttributes):

@@ -164,6 +164,10 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
     )
     for label, value in rows:
         console.print(f"{label:10}  {value}")
+    if searched := plan.progress:
+        console.print(f"{'search':10}  {searched.text}")
+        if searched.warning:
+            console.print(f"{'warning':10}  {searched.warning}")
     if names := [source.name for source in plan.sources if source.manifest is None]:
         console.print(f"{'manifests':10}  {missing_manifests_text(names)}")
 

@@ -20,6 +20,7 @@ from ocelot_em.model.options import LARGEST_TILE
 from ocelot_em.model.regions import Overlap, Region, Tile, TileGrid, ceil_div
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
+from ocelot_em.store.progress import SearchProgress, combined, progress_of
 from ocelot_em.store.sources import Source
 
 
@@ -123,6 +124,12 @@ class MergePlan(fmt.Attributes):
     def contributions(self) -> tuple[fmt.Contribution, ...]:
         """The partials of all exposures, each in the order of their numbers."""
         return tuple(c for exposure in self.exposures for c in exposure.contributions)
+
+    @property
+    def progress(self) -> SearchProgress | None:
+        """How much of the searches is merged; None if the partials do not state it."""
+        several = [[c.coverage for c in exposure.contributions] for exposure in self.exposures]
+        return combined([progress_of(coverages) for coverages in several])
 
     @cached_property
     def _bounds(self) -> Int64:
@@ -276,7 +283,8 @@ def _without_paths(value: object) -> object:
         return tuple(map(_without_paths, value))
     if isinstance(value, Source):
         name = value.name if value.path else ""
-        return value.model_copy(update={"url": "", "name": name, "manifest": None})
+        moved = {"url": "", "name": name, "manifest": None, "manifest_folder": ""}
+        return value.model_copy(update=moved)
     if isinstance(value, PlannedExposure):
         return value.model_copy(update={"sources": _without_paths(value.sources)})
     return value

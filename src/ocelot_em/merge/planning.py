@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from itertools import accumulate
 from os import PathLike
 
-from ocelot_em.errors import InvalidInputError, PlanError
+from ocelot_em.errors import IncompleteError, InvalidInputError, PlanError
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice, choose_tile, storage_shape
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
+from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import normalise_url, open_objects
+from ocelot_em.store.progress import overlap_problems, progress_of
 from ocelot_em.store.sources import Source, names_of_partials, open_sources
 
 MAX_SOURCES = 2**15 - 1
@@ -42,7 +44,9 @@ def make_plan(
     if problems:
         raise InvalidInputError(problems)
 
-    opened = [open_sources(open_objects(url), options.without) for url in urls]
+    opened = [
+        open_sources(open_objects(url), options.without, so_far=options.so_far) for url in urls
+    ]
     first = opened[0][0]
     for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
         problems += [
@@ -56,6 +60,8 @@ def make_plan(
     problems += found
     sources = [source for exposure in placed for source in exposure.sources]
     problems += _duplicates(sources)
+    for exposure in placed:
+        problems += _searched_twice(exposure)
     problems += [
         f"inputs: expected at most {MAX_SOURCES:,} partials at a time, got "
         f"{len(exposure.sources):,}; merge some of them first, then the results"
@@ -66,6 +72,8 @@ def make_plan(
         problems.append(f"inputs: expected at most 2**62 projections in total, got {total}")
     if problems:
         raise InvalidInputError(problems)
+    if not options.so_far:
+        _refuse_incomplete(placed)
     is_montage = first.shape is None
     maps = MapSet(
         first.pose_form,
@@ -186,3 +194,34 @@ def _duplicates(sources: Sequence[Source]) -> list[str]:
         for found in origins.values()
         if len(found) > 1
     ]
+
+
+def _searched_twice(exposure: PlannedExposure) -> list[str]:
+    return overlap_problems(
+        (f"{source.url}: partial {partial_text(exposure.id, contribution.name)!r}", found)
+        for source in exposure.sources
+        for contribution in source.contributions
+        if (found := contribution.coverage) is not None
+    )
+
+
+def _refuse_incomplete(exposures: Sequence[PlannedExposure]) -> None:
+    """Raise ``IncompleteError`` unless all orientations of each exposure were searched.
+
+    That is known where partials state their orientations, and it does not matter then whether the
+    writer of one died before it completed it.
+    """
+    problems = []
+    for exposure in exposures:
+        found = progress_of(c.coverage for c in exposure.contributions)
+        place = f"{exposure.sources[0].url}: {exposure_prefix(exposure.id)}"
+        running = [s.name for s in exposure.sources if s.manifest_folder] if found is None else []
+        if running:
+            problems.append(f"{place}{', '.join(running)}: still recorded by a search")
+        elif found is not None and not found.is_whole:
+            problems.append(f"{place}{found.text}")
+    if problems:
+        raise IncompleteError(
+            f"{'; '.join(problems)}: the search is incomplete; run it again, which searches only "
+            "what is missing, or merge what there is (--so-far)"
+        )

@@ -89,6 +89,23 @@ def new_like(values: Any, dtype: str) -> Any:
     return np.empty(values.shape, dtype)
 
 
+def synchronize(values: Any) -> None:
+    """Wait until a device has finished all work on its arrays, in whichever stream."""
+    kind = kind_of(values)
+    if kind == TORCH_CUDA:
+        import torch
+
+        torch.cuda.synchronize(values.device)
+    elif kind == CUPY:
+        with values.device:
+            values.device.synchronize()
+
+
+def fill(values: Any, value: float) -> None:
+    """Set all elements of an array of any kind, in place."""
+    (values.fill_ if kind_of(values).startswith(TORCH) else values.fill)(value)
+
+
 class HostRows:
     """Parts of a map, copied to the host on access, or at once if it cannot be sliced."""
 

@@ -136,6 +136,8 @@ class MergeOptions(Options):
     without
         Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures; also
         exposures whose folders were lost, by id.
+    so_far
+        Merge what a search has recorded so far, although it is incomplete.
     overwrite
         Replace an existing merged result, finished or not.
     overlap
@@ -181,6 +183,7 @@ class MergeOptions(Options):
     nan: Annotated[Literal["raise", "mask"], Shown(_RESULT)] = "raise"
     poses: Annotated[Literal["decoded", "index"], Shown(_RESULT)] = "decoded"
     without: Annotated[tuple[str, ...], Shown(_RESULT, "NAME")] = ()
+    so_far: Annotated[bool, Shown(_RESULT)] = False
     overwrite: Annotated[bool, Shown(_RESULT)] = False
     overlap: Annotated[Overlap, Shown(_MONTAGES)] = "earliest"
     erode: Annotated[int, Field(ge=0, le=2**30), Shown(_MONTAGES, "PX")] = 0

@@ -1,6 +1,7 @@
-"""Numbers and quantities as people read them."""
+"""Numbers and quantities as people read and write them."""
 
-from math import isnan
+import re
+from math import isfinite, isnan
 
 
 def count_text(n: int, what: str) -> str:
@@ -77,6 +78,28 @@ def seconds_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+_DURATION = re.compile(r"([\d.]+) *(s|min|h|d)?")
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_seconds(duration: str | float) -> float:
+    """Parse a duration: seconds, or a text with a unit.
+
+    >>> parse_seconds("10min"), parse_seconds("1.5 h"), parse_seconds(30)
+    (600.0, 5400.0, 30.0)
+    """
+    match = _DURATION.fullmatch(str(duration).strip())
+    try:
+        assert match is not None
+        seconds = float(match[1]) * _SECONDS[match[2] or ""]
+        assert isfinite(seconds)
+    except (AssertionError, ValueError):
+        raise ValueError(
+            f"expected a duration such as '10min', '90s' or seconds, got {duration!r}"
+        ) from None
+    return seconds
 
 
 def exposure_prefix(exposure: str) -> str:

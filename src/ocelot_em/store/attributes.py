@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
+    PlainSerializer,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -23,6 +25,7 @@ from pydantic import (
 from ocelot_em.errors import FormatError
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import MapSet, PoseForm
+from ocelot_em.model.ranges import Ranges, parse_ranges, ranges_text, union
 from ocelot_em.model.regions import Region
 from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
 from ocelot_em.store.metadata import problems_of
@@ -170,16 +173,65 @@ class NumberAttributes(Attributes):
     exposure: ExposureId
 
 
+class Coverage(Attributes):
+    """The orientations in a partial, out of those of the whole search.
+
+    ``ranges`` are stored as text: the orientations of a long search are handed out in thousands of
+    small ranges. ``batch_size`` is the number of orientations that were computed at a time.
+    """
+
+    ranges: Annotated[Ranges, BeforeValidator(parse_ranges), PlainSerializer(ranges_text)]
+    n_orientations: PixelCount
+    batch_size: PixelCount | None = None
+
+    @model_validator(mode="after")
+    def _ranges_are_sorted(self) -> Self:
+        ranges, end = self.ranges, self.n_orientations
+        if ranges != union(ranges) or (ranges and not 0 <= ranges[0][0] <= ranges[-1][1] <= end):
+            raise ValueError(f"ranges: expected sorted disjoint ranges within 0 to {end}")
+        return self
+
+
+class Recording(Attributes):
+    """When and by which process a partial was recorded while its search ran; times in UTC."""
+
+    started: str
+    heartbeat: str
+    every_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    process: dict[str, Any]
+
+
 class PartialAttributes(Attributes):
-    """One partial; ``state`` becomes ``complete`` after its last chunk is written."""
+    """One partial; ``state`` becomes ``complete`` after its last chunk is written.
+
+    A ``running`` partial is recorded while its search runs: it can be read, and will be replaced.
+    """
 
     id: Id
     order: Order
     total_projections: Count
-    state: Literal["writing", "complete"]
+    state: Literal["writing", "running", "complete"]
     provenance: Provenance
     folder: Folder = ""
     manifest: Digest | None = None
+    coverage: Coverage | None = None
+    recording: Recording | None = None
+
+    @model_validator(mode="after")
+    def _running_is_recorded(self) -> Self:
+        if self.state == "running" and (self.coverage is None or self.recording is None):
+            raise ValueError("state: expected coverage and recording of a running partial")
+        return self
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there are maps that can be read."""
+        return self.state != "writing" and (self.state == "complete" or self.manifest is not None)
+
+    @property
+    def manifest_folder(self) -> str:
+        """Group of the manifest, within the partial's; each checkpoint has its own."""
+        return self.folder if self.state == "running" else ""
 
 
 class Contribution(Attributes):
@@ -188,6 +240,7 @@ class Contribution(Attributes):
     name: PartialName
     id: Id
     total_projections: Count
+    coverage: Coverage | None = None
 
 
 class PlacedExposure(Attributes):

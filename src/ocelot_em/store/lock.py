@@ -66,7 +66,7 @@ class OutputLock:
         self.id = uuid.uuid4().hex
         """Unique id of this holder; lock numbers are reused."""
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._holder = {"id": self.id, "since": since, **_this_process()}
+        self._holder = {"id": self.id, "since": since, **this_process()}
         self._lease = RunLease(objects, f"{FOLDER}/0", self.id)
         self.objects = hold(objects, self._lease)
         """The output, in which each write needs this lock."""
@@ -238,7 +238,8 @@ class OutputLock:
                 log.warning("the heartbeat could not be written: %s", error)
 
 
-def _this_process() -> dict[str, object]:
+def this_process() -> dict[str, object]:
+    """Identify this process among those of all machines."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
 
@@ -278,7 +279,7 @@ def _started(pid: int) -> float | None:
 
 def _is_alive(holder: dict[str, object]) -> bool | None:
     """Whether the process that wrote a lock is alive; None if unknown on this machine."""
-    this, pid = _this_process(), holder.get("pid")
+    this, pid = this_process(), holder.get("pid")
     if (
         any(holder.get(name) != this[name] for name in ("host", "boot"))
         or type(pid) is not int
@@ -291,6 +292,11 @@ def _is_alive(holder: dict[str, object]) -> bool | None:
     if pid == os.getpid() and started == holder["started"]:
         return holder.get("id") in _held_here
     return None if started is None and _is_hidden(pid) else started == holder["started"]
+
+
+def has_ended(process: dict[str, object]) -> bool:
+    """Whether a process, as :func:`this_process` described it, is known to have ended."""
+    return process != this_process() and _is_alive(process) is False
 
 
 def _is_hidden(pid: int) -> bool:

@@ -263,15 +263,8 @@ class PartialWriter:
                 raise InvalidInputError(problems)
             groups.create_group(objects, f"{path}/{self._record.folder}", {})
         group = MapGroup(objects, path, self.name, self._record.folder)
-        self._arrays = {}
-        for key in self._info.maps.partial:
-            place, dtype = group.path_of(key), self._info.stored_dtype(key)
-            metadata = store.create_map(objects, place, key, self.shape, self.chunk, dtype)
-            checksums = new_checksums(TileGrid(self.shape, self.chunk))
-            self._arrays[key] = ArrayManifest(metadata, checksums)
-        self._maps = replace(group, manifest=Manifest(self._record.id, self._arrays)).open(
-            self._info.maps.partial
-        )
+        grid = TileGrid(self.shape, self.chunk)
+        self._manifest, self._maps = create_arrays(group, self._info, grid, self._record.id)
         return self
 
     def write(self, region: Region, maps: Mapping[str, object], *, validated: bool = False) -> None:
@@ -330,20 +323,9 @@ class PartialWriter:
             )
         objects, path = self._objects, self._path
         self._require_own()
-        objects.tidy(path)
-        objects.sync()  # the data must be on the disk before the manifest
-        self._change(state="complete")
-        # Several processes may write this partial; the first to create its manifest has written it.
-        mine = Manifest(self._record.id, self._arrays, self._record.model_dump(mode="json"))
-        winner = mine if create_manifest(objects, path, mine) else find_manifest(objects, path)
-        assert winner is not None
-        objects.sync()
-        restore(objects, path, winner)
+        winner = complete_partial(objects, path, self._record, self._manifest)
         if winner.id != self._record.id:
             raise self._taken_over()
-        # Delete what unfinished writers left.
-        for child in {*objects.children(path)} - {*self._own_children(), MANIFEST}:
-            objects.delete(f"{path}/{child}")
         if not self._in_batch:
             refresh_total(objects, self._exposure_id)
             objects.sync()
@@ -371,21 +353,57 @@ class PartialWriter:
         written = find_manifest(self._objects, self._path)
         if written is not None:
             restore(self._objects, self._path, written)
-        elif not self._is_complete_without_manifest():
+        state = "complete" if written is not None else self._state_without_manifest()
+        if state == "writing":
             return []
         of = exposure_prefix(self._exposure_id)
         return [
-            f"{self._objects.url}: {of}a partial {self.name!r} is already there and complete; "
+            f"{self._objects.url}: {of}a partial {self.name!r} is already there and {state}; "
             "choose another name, or leave it out"
         ]
 
-    def _is_complete_without_manifest(self) -> bool:
-        """Whether version 1 or 2 has written the partial."""
+    def _state_without_manifest(self) -> str:
+        """State of a partial that version 1 or 2 has written, or that a search is recording."""
         try:
-            found = read_partial_attributes(self._objects, self.name, self._exposure_id)
+            return read_partial_attributes(self._objects, self.name, self._exposure_id).state
         except FormatError:  # there is none, or one that no writer has finished
-            return False
-        return found.state == "complete" and found.manifest is None
+            return "writing"
+
+
+def create_arrays(
+    group: MapGroup, info: SearchInfo, grid: TileGrid, owner: str
+) -> tuple[Manifest, dict[str, store.ChunkedMap]]:
+    """Create the arrays of a partial; return them, and the manifest that writing them fills."""
+    arrays = {}
+    for key in info.maps.partial:
+        place, dtype = group.path_of(key), info.stored_dtype(key)
+        metadata = store.create_map(group.objects, place, key, grid.shape, grid.cell, dtype)
+        arrays[key] = ArrayManifest(metadata, new_checksums(grid))
+    manifest = Manifest(owner, arrays)
+    return manifest, replace(group, manifest=manifest).open(info.maps.partial)
+
+
+def complete_partial(
+    objects: Objects, path: str, record: fmt.PartialAttributes, manifest: Manifest
+) -> Manifest:
+    """Complete a partial whose arrays are written, unless another process already has.
+
+    Of several processes, the first to create the manifest of the partial has completed it; that
+    manifest is returned. What unfinished writers left is deleted.
+    """
+    objects.tidy(path)
+    objects.sync()  # the data must be on the disk before the manifest
+    complete = record.model_copy(update={"state": "complete", "manifest": None})
+    mine = Manifest(record.id, manifest.arrays, complete.model_dump(mode="json"))
+    winner = mine if create_manifest(objects, path, mine) else find_manifest(objects, path)
+    assert winner is not None
+    objects.sync()
+    kept = restore(objects, path, winner).folder
+    if winner.id == record.id:
+        own = {MANIFEST, *([kept] if kept else winner.arrays)}
+        for child in {*objects.children(path)} - own:
+            objects.delete(f"{path}/{child}")
+    return winner
 
 
 def existing_partials(objects: Objects, exposure: str = "") -> dict[str, fmt.PartialAttributes]:

@@ -218,7 +218,8 @@ def open_partial(
 ) -> MapGroup:
     """Return the maps of a partial, with its manifest if it has one."""
     path = partial_path(name, exposure)
-    manifest, count = _manifest(objects, path, attributes), attributes.total_projections
+    where, count = join(path, attributes.manifest_folder), attributes.total_projections
+    manifest = _manifest(objects, where, attributes)
     return MapGroup(objects, path, name, attributes.folder, manifest, count)
 
 

@@ -11,7 +11,7 @@ from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.manifest import read_manifest
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.roster import check_exposures, check_roster, listed_exposures, read_roster
@@ -49,6 +49,7 @@ class Source(fmt.Attributes):
     has_counts: bool
     folder: fmt.Folder = ""
     manifest: fmt.Digest | None = None
+    manifest_folder: fmt.Folder = ""
 
     @property
     def place(self) -> str:
@@ -61,7 +62,7 @@ class Source(fmt.Attributes):
         return names if self.path else (*names, BEST_PARTIAL)
 
 
-_OF_PARTIAL = "id", "total_projections", "folder", "manifest"
+_OF_PARTIAL = "id", "total_projections", "folder", "manifest", "manifest_folder"
 """Attributes of a partial that its source repeats."""
 
 
@@ -81,7 +82,8 @@ def open_source_maps(
         check_unchanged(source)
     else:
         try:
-            manifest = read_manifest(objects, source.path, source.id, source.manifest)
+            where = join(source.path, source.manifest_folder)
+            manifest = read_manifest(objects, where, source.id, source.manifest)
         except FormatError as error:
             check_unchanged(source)
             raise error
@@ -100,7 +102,8 @@ def check_unchanged(source: Source) -> None:
         raise InputChangedError(
             f"{source.place}: changed since the merge was planned: {error}"
         ) from error
-    expected = source.id, "complete", source.total_projections, source.manifest
+    state = "running" if source.manifest_folder else "complete"
+    expected = source.id, state, source.total_projections, source.manifest
     names = "id", "state", "total_projections", "manifest"
     got = tuple(getattr(found, name, None) for name in names)
     if got != expected:
@@ -112,14 +115,15 @@ def check_unchanged(source: Source) -> None:
 
 
 def open_sources(
-    objects: Objects, without: Collection[str] = ()
+    objects: Objects, without: Collection[str] = (), *, so_far: bool = False
 ) -> tuple[
     fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
 ]:
     """Read the sources of a store and its exposures, by number, in the stated order.
 
     Partials ``without`` are left out (``EXPOSURE/NAME`` in a search with exposures), as are
-    exposures of which only the number is left (``EXPOSURE``).
+    exposures of which only the number is left (``EXPOSURE``). ``so_far`` leaves out partials that
+    are being written. Those that are recorded while their search runs are sources in any case.
     ``IncompleteError`` lists all partials that are missing or incomplete.
     """
     attributes = read_attributes(objects)
@@ -158,9 +162,12 @@ def open_sources(
             check_roster(objects, exposure.id, partials, left_out)
         partials = [(name, partial) for name, partial in partials if name not in left_out]
         n_partials += len(partials)
-        if not partials and exposure.id:
+        if not partials and exposure.id and not so_far:
             problems.append(f"{exposure_prefix(exposure.id)}has no partials yet")
-        problems += [partial_text(exposure.id, n) for n, p in partials if p.state != "complete"]
+        if not so_far:
+            problems += [partial_text(exposure.id, n) for n, p in partials if p.state == "writing"]
+        # A running partial without maps has searched nothing yet.
+        partials = [(name, partial) for name, partial in partials if partial.is_readable]
         sources = [
             Source(
                 url=objects.url,
@@ -169,7 +176,10 @@ def open_sources(
                 first_number=number,
                 contributions=(
                     fmt.Contribution(
-                        name=name, id=partial.id, total_projections=partial.total_projections
+                        name=name,
+                        id=partial.id,
+                        total_projections=partial.total_projections,
+                        coverage=partial.coverage,
                     ),
                 ),
                 has_counts=False,
@@ -177,7 +187,8 @@ def open_sources(
             )
             for number, (name, partial) in enumerate(partials)
         ]
-        opened.append((exposure, sources))
+        if sources:
+            opened.append((exposure, sources))
     if problems:
         what = "partials" if not attributes.has_exposures else "partials of exposures"
         raise IncompleteError(
@@ -185,8 +196,9 @@ def open_sources(
             f"{', '.join(problems)}; their writer died or still runs: write them again, or "
             "leave them out (--without NAME)"
         )
-    if not n_partials:
-        raise IncompleteError(f"{objects.url}: the search has no partials yet")
+    if not opened:
+        has = "no partials" if not n_partials else "no partial that can be read"
+        raise IncompleteError(f"{objects.url}: the search has {has} yet")
     return attributes, opened
 
 

@@ -22,6 +22,12 @@ from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.constants import FIRST_SEALED_VERSION
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.progress import (
+    SearchProgress,
+    combined,
+    overlap_problems,
+    progress_of_partials,
+)
 from ocelot_em.store.roster import exposure_problems, roster_problems
 from ocelot_em.store.search import (
     MapGroup,
@@ -62,6 +68,8 @@ class StoreInfo:
         The merged result, if it is one and finished.
     without_manifest
         Complete partials, or the result, that have no manifest, as in format versions 1 and 2.
+    progress
+        How much has been searched; None if the partials do not state their orientations.
 
     Examples
     --------
@@ -79,6 +87,7 @@ class StoreInfo:
     stored_nbytes: int
     merged: MergedResult | None = field(default=None, repr=False, compare=False)
     without_manifest: tuple[str, ...] = ()
+    progress: SearchProgress | None = None
 
 
 def describe(store: str | PathLike[str]) -> StoreInfo:
@@ -117,14 +126,16 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
         is_bare = attributes.state == "complete" and attributes.manifest is None
         without_manifest = (objects.url,) if is_bare else ()
+        progress = result.plan.progress
     else:
         found = read_exposures(objects, attributes)
         exposures = tuple(found) if attributes.has_exposures else ()
-        read = [
-            (partial_text(exposure.id, name), partial)
-            for exposure in found
-            for name, partial in read_partials(objects, exposure.id)
-        ]
+        read, searched = [], list[SearchProgress | None]()
+        for exposure in found:
+            own = read_partials(objects, exposure.id)
+            searched.append(progress_of_partials(own))
+            read += [(partial_text(exposure.id, name), partial) for name, partial in own]
+        progress = combined(searched)
         partials = tuple((name, p.state, p.total_projections) for name, p in read)
         without_manifest = tuple(
             name for name, p in read if p.state == "complete" and p.manifest is None
@@ -139,6 +150,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         stored_nbytes=sum(objects.sizes("").values()),
         merged=merged,
         without_manifest=without_manifest,
+        progress=progress,
     )
 
 
@@ -242,7 +254,7 @@ _Group = tuple[MapGroup, tuple[int, int]]
 def _search_problems(
     objects: Objects, exposure: fmt.ExposureAttributes, *, has_roster: bool
 ) -> tuple[list[str], list[MapGroup]]:
-    """Return problems of the partials' attributes, and the maps of the complete partials."""
+    """Return problems of the partials' attributes, and the maps of those that can be read."""
     problems: list[str] = []
     complete: list[MapGroup] = []
     total = 0
@@ -254,12 +266,20 @@ def _search_problems(
             found[name] = partial = read_partial_attributes(objects, name, exposure.id)
             if partial.state == "complete":
                 total += partial.total_projections
+            if partial.is_readable:
                 complete.append(open_partial(objects, name, exposure.id, partial))
         except OcelotError as error:
             problems.append(str(error))
             continue
-        if partial.state != "complete":
+        if partial.state == "writing":
             problems.append(f"{place}: partial {name!r} was never finished")
+    known = [(name, partial) for name, partial in found.items() if partial is not None]
+    searched = progress_of_partials(known)
+    if searched is not None and not searched.is_whole:
+        problems.append(f"{place}: the search is incomplete: {searched.text}")
+    problems += overlap_problems(
+        (f"{place}: partial {name!r}", partial.coverage) for name, partial in known
+    )
     if has_roster:
         problems += roster_problems(objects, exposure.id, found)
     if not names:

@@ -1,0 +1,201 @@
+"""Record what a search finds while it runs, so that a search that was killed can be resumed."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.errors import InvalidDataError, InvalidInputError
+from ocelot_em.kernels import load
+from ocelot_em.merge.in_memory import BAND_PIXELS, Processor, fold_bands, on_host
+from ocelot_em.model import ranges as sets
+from ocelot_em.model.arrays import HostRows, fill, synchronize
+from ocelot_em.model.maps import INDEX, MIP, NOT_SEARCHED, PIXEL_SIZE, POSES, AnyArray
+from ocelot_em.model.ranges import Range
+from ocelot_em.model.regions import Region
+from ocelot_em.model.text import parse_seconds, seconds_text
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.attributes import Coverage
+from ocelot_em.store.progress import batch_warning
+from ocelot_em.store.recorded import RecordedPartial, SearchSize
+from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.validation import converted, layout_problems, value_problems
+
+log = logging.getLogger(__name__)
+
+_EMPTY = {MIP: -np.inf, INDEX: NOT_SEARCHED, **dict.fromkeys(POSES, np.nan)}
+"""Values of maps in which nothing was searched, where they are not 0."""
+
+
+class SearchRecorder:
+    """Records the maps of one device of a running search, one checkpoint after another.
+
+    Each device of a search has a recorder, in whichever process and on whichever machine; all write
+    to the same store. A checkpoint adds the maps to those of the last one, in the store, and sets
+    them back to nothing searched, which also keeps sums in float32 accurate. After a kill, the same
+    program, with any number of devices, searches what is missing.
+
+    Parameters
+    ----------
+    store
+        Path or URL of the search; created if missing. It holds one search, or several exposures.
+    name
+        Name of the partial. If it is taken, as after a restart, a number is appended: ``gpu0.2``.
+    maps
+        Maps by name, as for :func:`~ocelot_em.write_partial`: NumPy, torch or CuPy, to which the
+        search adds. They are set back in place.
+    search
+        Properties that all partials share.
+    size
+        Number of orientations of the whole search, and of cross-correlations for each. With a
+        search space, by default as it says.
+    every
+        Time between two checkpoints: seconds, or text such as ``10min``.
+
+    Raises
+    ------
+    InvalidInputError
+        Listing all problems.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ocelot_em import SearchInfo, SearchRecorder, SearchSpace
+    >>> angles = np.float32([[0, 0, psi] for psi in range(0, 360, 15)])
+    >>> info = SearchInfo(search_space=SearchSpace.from_tables(angles, [0], [0]))
+    >>> maps = {name: np.zeros((64, 80), np.float32) for name in ("mip", "correlation_sum")}
+    >>> maps["mip"][:] = -np.inf
+    >>> maps["correlation_squared_sum"] = np.zeros((64, 80), np.float32)
+    >>> maps["best_global_index"] = np.full((64, 80), -1, np.int32)
+    >>> recorder = SearchRecorder("RECORDED.zarr", "gpu0", maps, search=info)
+    >>> for start, stop in recorder.ranges([(0, 8), (8, 16), (16, 24)]):
+    ...     for number in range(start, stop):  # the search, instead of this
+    ...         scores = np.random.default_rng(number).normal(size=(64, 80)).astype(np.float32)
+    ...         maps["best_global_index"][scores > maps["mip"]] = number
+    ...         np.maximum(maps["mip"], scores, out=maps["mip"])
+    ...         maps["correlation_sum"] += scores
+    ...         maps["correlation_squared_sum"] += scores**2
+    >>> recorder.finish()
+    """
+
+    def __init__(
+        self,
+        store: str | PathLike[str],
+        name: str,
+        maps: Mapping[str, Any],
+        *,
+        search: SearchInfo | None = None,
+        size: SearchSize | None = None,
+        every: str | float = "10min",
+    ) -> None:
+        info = search or SearchInfo(has_pixel_size=PIXEL_SIZE in maps)
+        if size is None and info.search_space is not None:
+            size = SearchSize.of(info.search_space)
+        rows, problems = converted(maps, info, name, HostRows)
+        shape = next((values.shape for values in rows.values()), ())
+        if len(shape) != 2 or not all(shape):
+            problems.append(f"{name}: expected maps (y, x), got shape {shape}")
+        layouts = {key: (values.shape, values.dtype) for key, values in rows.items()}
+        problems += layout_problems(layouts, shape, replace(info, float64_sums=True), name)
+        if size is None:
+            problems.append("size: expected a SearchSize, since there is no search space, got none")
+        try:
+            self._every = parse_seconds(every)
+        except ValueError as error:
+            problems.append(f"every: {error}")
+        if problems or size is None:
+            raise InvalidInputError(problems)
+        self._maps = {key: maps[key] for key in info.maps.partial}
+        self._rows, self._info = rows, info
+        self._partial = RecordedPartial(store, name, (shape[0], shape[1]), info, size, self._every)
+        self._done = self._partial.searched_before()
+        self._pending: list[Range] = []
+        self._last = time.monotonic()
+        coverage = Coverage(
+            ranges=(), n_orientations=size.n_orientations, batch_size=size.batch_size
+        )
+        if warning := batch_warning(coverage):
+            warnings.warn(warning, stacklevel=2)
+
+    @property
+    def name(self) -> str:
+        """Name of the partial; known for good from the first checkpoint on."""
+        return self._partial.name
+
+    def ranges(self, next_range: Callable[[], Range | None] | Iterable[Range]) -> Iterator[Range]:
+        """Iterate over what this device has to search, and write checkpoints in between.
+
+        A range counts as searched when the next one is asked for. Orientations that are in the
+        store already are left out.
+
+        Parameters
+        ----------
+        next_range
+            Returns the first orientation of the next range and the one after its last, or None at
+            the end; or all ranges in advance. Each device must have ranges of its own.
+        """
+        given = iter(next_range, None) if callable(next_range) else iter(next_range)
+        for start, stop in given:
+            for piece in sets.minus(((int(start), int(stop)),), self._done):
+                yield piece
+                self._pending.append(piece)
+                self._write_when_due()
+
+    def _write_when_due(self) -> None:
+        """Write a checkpoint if the time between two has passed."""
+        if time.monotonic() - self._last >= self._every:
+            self.write()
+
+    def write(self) -> None:
+        """Write a checkpoint of what has been searched since the last one, if there is anything.
+
+        Raises
+        ------
+        InvalidDataError
+            The maps have values that no search produces.
+        IncompleteError
+            Another process has recorded the same orientations meanwhile.
+        """
+        self._last = time.monotonic()
+        if not self._pending:
+            return
+        ranges, partial = sets.union(self._pending), self._partial
+        partial.refuse_overlap(ranges)
+        synchronize(self._maps[MIP])
+        before, slot = partial.maps(), partial.begin()
+        (height, width), edge = partial.grid.shape, partial.grid.cell[0]
+        for top in range(0, height, edge):
+            band = Region(top, min(top + edge, height), 0, width)
+            for key, values in self._folded(band, before).items():
+                slot.maps[key].write(band, values)
+        partial.publish(slot, ranges)
+        self._pending.clear()
+        self._done = partial.searched_before()
+        for key, values in self._maps.items():
+            fill(values, _EMPTY.get(key, 0))
+        seconds = time.monotonic() - self._last
+        log.info("%s: checkpoint written in %s", self.name, seconds_text(seconds))
+
+    def _folded(self, band: Region, before: Mapping[str, ChunkedMap]) -> dict[str, AnyArray]:
+        """Merge a band of the last checkpoint with what was searched since."""
+        new = {key: on_host(rows[band.slices[0]]) for key, rows in self._rows.items()}
+        if problems := value_problems(new, band, self._info, self.name):
+            raise InvalidDataError(problems)
+        if not before:
+            return new
+        old = {key: chunked.read(band)[0] for key, chunked in before.items()}
+        folded = {key: np.empty(band.shape, values.dtype) for key, values in old.items()}
+        # The compiled kernels would compile in the process of every device.
+        processor = Processor(load("reference"), np.empty, on_host, BAND_PIXELS)
+        fold_bands([old, new], folded, processor, [None, None], self._info.search_space)
+        return folded
+
+    def finish(self) -> None:
+        """Write what has not been written yet, and complete the partial."""
+        self.write()
+        self._partial.complete()
