@@ -77,7 +77,7 @@ class SearchRecorder:
     ...     for number in range(start, stop):  # the search, instead of this
     ...         scores = np.random.default_rng(number).normal(size=(64, 80)).astype(np.float32)
     ...         maps["best_global_index"][scores > maps["mip"]] = number
-    ...         np.maximum(maps["mip"], scores, out=maps["mip"])
+    ...         maps["mip"] = np.maximum(maps["mip"], scores, out=maps["mip"])
     ...         maps["correlation_sum"] += scores
     ...         maps["correlation_squared_sum"] += scores**2
     >>> recorder.finish()
