@@ -365,9 +365,11 @@ class PartialWriter:
     def _state_without_manifest(self) -> str:
         """State of a partial that version 1 or 2 has written, or that a search is recording."""
         try:
-            return read_partial_attributes(self._objects, self.name, self._exposure_id).state
+            found = read_partial_attributes(self._objects, self.name, self._exposure_id)
         except FormatError:  # there is none, or one that no writer has finished
             return "writing"
+        # A complete one that has lost its manifest may be written again.
+        return "writing" if found.state == "complete" and found.manifest else found.state
 
 
 def create_arrays(
