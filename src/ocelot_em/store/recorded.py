@@ -249,7 +249,7 @@ class RecordedPartial:
             self.name = wanted if number == 1 else f"{wanted}.{number}"
             if self.name in taken:
                 continue
-            register(objects, self._exposure, self.name)
+            register(objects, self._exposure, [self.name])
             if groups.create_group(objects, self._path, fmt.dump_attributes(self._record)):
                 self._is_claimed = True
                 return
