@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ocelot_em.process_results as module
+from conftest import DATA
 from ocelot_em.errors import InvalidInputError, MissingDependencyError
 from ocelot_em.merge import runs as runs_module
 from ocelot_em.process_results import (
@@ -331,6 +332,35 @@ class TestCorrelationTables:
         if change is not None:
             devices[1]["correlation_table"] = make_table(5) | change
         assert problems_of(devices)[0].startswith(problem)
+
+
+def test_the_results_are_those_of_leopard_em_13():
+    """Recorded; `test_leopard_search.py` compares with Leopard-EM where it is installed."""
+    with np.load(DATA / "leopard_13_devices.npz") as file:
+        groups = {}
+        for name, values in file.items():
+            where, _, name = name.partition("/")
+            groups.setdefault(where, {"correlation_table": {}})
+            where, name = (
+                (groups[where], name)
+                if "table/" not in name
+                else (groups[where]["correlation_table"], name.removeprefix("table/"))
+            )
+            where[name] = values
+    expected = groups.pop("merged")
+    found = aggregate_distributed_results([groups["device0"], groups["device1"]])
+    # Theirs takes the earlier device of a tie, ours the lower index.
+    devices = groups["device0"], groups["device1"]
+    ties = devices[0]["mip"] == devices[1]["mip"]
+    lower = np.minimum(*(device["best_global_index"] for device in devices))
+    assert 0 < ties.sum() < 30
+    expected["best_global_index"] = np.where(ties, lower, expected["best_global_index"])
+    table, their_table = found.pop("correlation_table"), expected.pop("correlation_table")
+    for ours, theirs in ((found, expected), (table, their_table)):
+        assert set(ours) == set(theirs)
+        for name, values in theirs.items():
+            np.testing.assert_array_equal(ours[name], values, err_msg=name)
+            assert np.asarray(ours[name]).dtype == values.dtype, name
 
 
 def test_what_else_devices_have_is_passed_on():
