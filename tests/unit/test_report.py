@@ -257,7 +257,7 @@ def test_an_unusual_partial_is_named(report_of, tmp_path, rng):
 
 @pytest.mark.parametrize("n_partials", [13, pytest.param(60, marks=pytest.mark.slow)])
 def test_many_partials_and_particles(report_of, tmp_path, rng, monkeypatch, n_partials):
-    for module in ("plots", "report_sections"):
+    for module in ("plots", "report"):
         monkeypatch.setattr(f"ocelot_em.view.{module}.MAX_CIRCLES", 1000)
     n_named = min(n_partials - 1, MAX_NAMED_ROWS)
     monkeypatch.setattr("ocelot_em.view.figures.MAX_NAMED_ROWS", n_named)
@@ -411,7 +411,7 @@ def test_templates_escape_values_and_require_them():
     assert r"<tr><th>&lt;</th><td>&#34;&amp;&#39;\x1b\u202e</td></tr>" in render(
         "model/templates/facts.html.j2", pairs=pairs
     )
-    with pytest.raises(UndefinedError, match="'cards' is undefined"):
+    with pytest.raises(UndefinedError, match="'data' is undefined"):
         render("view/templates/report.html.j2", name="", url="", montage=None)
 
 

@@ -4,6 +4,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ocelot_em.errors import printable
+from ocelot_em.model import text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -27,4 +28,6 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
     )
     environment.filters["integer"] = "{:,}".format
+    for name in ("area", "count", "nbytes", "number", "percent", "seconds", "shape"):
+        environment.filters[f"{name}_text"] = getattr(text, f"{name}_text")
     return environment

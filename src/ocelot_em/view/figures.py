@@ -64,14 +64,19 @@ def has_names(n_rows: int) -> bool:
     return n_rows <= MAX_NAMED_ROWS
 
 
-def name_rows(ax: "Axes", names: Sequence[str]) -> None:
-    """Label the rows, the first on top; with numbers if there are too many for names."""
+def rows_height(n_rows: int) -> float:
+    """Return the height of a plot with rows, in inches."""
+    return min(max(0.34 * n_rows + 1.3, 2.0), 12.0) if has_names(n_rows) else 4.6
+
+
+def name_rows(ax: "Axes", names: Sequence[str], what: str) -> None:
+    """Label the rows, the first on top; with numbers of ``what`` if there are too many names."""
     if has_names(len(names)):
         # Names are text, not formulas.
         short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
         ax.set_yticks(range(len(names)), labels=short, parse_math=False)
     else:
-        ax.set_ylabel("partial number")
+        ax.set_ylabel(f"{what} number")
     ax.set_ylim(max(len(names), 1) - 0.4, -0.6)
 
 

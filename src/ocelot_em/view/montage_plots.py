@@ -13,7 +13,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.maps import Float64
+from ocelot_em.model.maps import AnyArray, Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.quality import (
     MIN_EXPECTED_WINS,
@@ -53,6 +53,7 @@ MAX_LABELS = 40
 """Maximum number of labelled exposures; more labels would hide the map."""
 
 _LABEL_POINTS = 7.5
+_RINGS = [0, 0, 1, 1, 0, 4], [2, 3, 3, 2, 2, 4]  # y and x among bounds and NaN
 _MAX_SHADES = 12
 
 
@@ -93,29 +94,15 @@ def outline_exposures(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
 
     At most :data:`MAX_LABELS` exposures are labelled.
     """
-    if not exposures:
-        return
-    bounds = np.array([exposure.on_canvas.bounds for exposure in exposures], float)
-    y0, y1, x0, x1 = bounds.reshape(-1, 4).T
-    gap = np.full(len(exposures), np.nan)
-    x, y = (
-        np.stack(corners, axis=1).ravel()
-        for corners in ((x0, x1, x1, x0, x0, gap), (y0, y0, y1, y1, y0, gap))
-    )
+    # Around each exposure, and a gap before the next.
+    bounds = [(*exposure.on_canvas.bounds, np.nan) for exposure in exposures]
+    y, x = (np.array(bounds).reshape(-1, 5)[:, ring].ravel() for ring in _RINGS)
     many = len(exposures) > MAX_LABELS
+    # Above the map, below particles.
+    look: Any = {"alpha": 0.75, "zorder": 0.5, "scalex": False, "scaley": False}
     # White on black, to be visible on maps and on light and dark pages.
     for colour, thickness in (("black", 1.6), ("white", 0.7)):
-        ax.plot(
-            x,
-            y,
-            color=colour,
-            linewidth=thickness / 2 if many else thickness,
-            alpha=0.75,
-            scalex=False,
-            scaley=False,
-            solid_joinstyle="miter",
-            zorder=0.5,  # above the map, below particles
-        )
+        ax.plot(x, y, color=colour, linewidth=thickness / 2 if many else thickness, **look)
     if not many:
         _label(ax, exposures)
 
@@ -190,7 +177,7 @@ def _draw_means(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
         ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     ax.set(title="z-scores shown in the montage")
     if named:
-        name_rows(ax, [exposure.id for exposure in exposures])
+        name_rows(ax, [exposure.id for exposure in exposures], "exposure")
         bottom, top = ax.get_ylim()
         ax.set(xlabel="mean ± std", ylim=(bottom, top - 1.1))  # room for the legend
     else:
@@ -201,21 +188,28 @@ def _draw_means(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
 def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
     seams = np.array([seam_of(exposure) for exposure in exposures])
     known = np.isfinite(seams)
-    ax.set(title="overlaps minus alone", xlabel="difference / std")
+    ax.set(title="overlaps minus alone", xlabel="difference of means (std)")
     widest = max(float(np.abs(seams[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
     ax.set_xlim(-widest, widest)
     ax.axvspan(-SEAM, SEAM, color=foreground(), alpha=0.08, linewidth=0)
     if has_names(len(exposures)):
-        visible = known & (np.abs(seams) > SEAM)
-        for which, colour in ((known & ~visible, BLUE), (visible, RED)):
-            ax.plot(seams[which], np.flatnonzero(which), "o", markersize=6, color=colour)
-        name_rows(ax, [exposure.id for exposure in exposures])
+        places = np.arange(len(seams))
+        _draw_dots(ax, seams[known], places[known], np.abs(seams[known]) > SEAM)
+        name_rows(ax, [exposure.id for exposure in exposures], "exposure")
     elif known.any():
         ax.hist(seams[known], np.linspace(-widest, widest, 41).tolist(), color=BLUE)
         ax.set(ylabel="exposures")
         ax.locator_params(axis="y", integer=True)
     if not known.any():
         explain_empty(ax, "too few pixels to compare")
+
+
+def _draw_dots(
+    ax: "Axes", x: AnyArray, y: AnyArray, is_unusual: AnyArray, usual_size: float = 5
+) -> None:
+    """Draw blue dots, and unusual ones in red on top."""
+    for which, colour, size in ((~is_unusual, BLUE, usual_size), (is_unusual, RED, 5)):
+        ax.plot(x[which], y[which], "o", markersize=size, color=colour, alpha=0.85)
 
 
 def seam_of(exposure: ExposureStatistics) -> float:
@@ -231,14 +225,16 @@ def _shown(statistics: Iterable[ShownStatistics]) -> Float64:
 
 @dataclass(frozen=True)
 class ComparedPartial:
-    """A partial's wins and correlations, and the wins expected from its projections."""
+    """A partial's wins and correlations, compared with those of its exposure's others."""
 
     exposure: str
     partial: PartialStatistics
     source: SourceStatistics
-    expected_pixels: float
+    share: float
+    """Its share of the exposure's projections."""
     won_ratio: float
-    """Won pixels / expected ones; NaN if there is nothing to compare."""
+    """Won pixels / those expected from its share; NaN if there is nothing to compare."""
+    is_won_unusual: bool
     rms_ratio: float
     """Root mean square of its correlations / that of its exposure's others; or NaN."""
     is_rms_unusual: bool
@@ -256,13 +252,22 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
     """Return the partials of all exposures, compared within each exposure."""
     found = []
     for exposure, own in _open_montage(store).statistics_of_exposures.items():
-        several = len(own.partials) > 1
+        projections = max(sum(partial.total_projections for partial in own.partials), 1)
         # The sources of an exposure are its partials, because a montage is not merged again.
-        expected_pixels, deviations = expected_wins(own.partials), rms_deviations(own.sources)
-        each = zip(own.partials, own.sources, expected_pixels, deviations, strict=True)
-        for partial, source, expected, deviation in each:
-            wins = partial.won_pixels / expected if several and expected else float("nan")
-            found.append(ComparedPartial(exposure, partial, source, expected, wins, *deviation))
+        wins, deviations = expected_wins(own.partials), rms_deviations(own.sources)
+        for partial, source, expected, deviation in zip(
+            own.partials, own.sources, wins, deviations, strict=True
+        ):
+            is_comparable = len(own.partials) > 1 and expected
+            ratio = partial.won_pixels / expected if is_comparable else float("nan")
+            is_certain = (
+                expected >= MIN_EXPECTED_WINS and partial.total_projections >= MIN_PROJECTIONS
+            )
+            unusual = is_certain and (ratio > WIN_RATIO or ratio < 1 / WIN_RATIO)
+            share = partial.total_projections / projections
+            found.append(
+                ComparedPartial(exposure, partial, source, share, ratio, unusual, *deviation)
+            )
     return found
 
 
@@ -280,35 +285,23 @@ def plot_partials_of_exposures(
     row_of = {name: row for row, name in enumerate(names)}
     places = np.array([row_of[partial.exposure] for partial in partials])
     if value == "wins":
-        most, title, label = WIN_RATIO, "pixels won", "pixels won / expected"
-        ratios = np.array([partial.won_ratio for partial in partials])
-        is_certain = np.array(
-            [
-                p.expected_pixels >= MIN_EXPECTED_WINS
-                and p.partial.total_projections >= MIN_PROJECTIONS
-                for p in partials
-            ]
-        )
-        is_unusual = is_certain & ((ratios > most) | (ratios < 1 / most))
+        most, title, label = WIN_RATIO, "pixels won", "won / expected"
+        found = [(partial.won_ratio, partial.is_won_unusual) for partial in partials]
     else:
-        most, title, label = 1 + RMS_DIFFERENCE, "correlations: rms", "rms / others"
-        ratios = np.array([partial.rms_ratio for partial in partials])
-        is_unusual = np.array([partial.is_rms_unusual for partial in partials])
-    named = has_names(len(names))
-    mark, line = (ax.axvspan, ax.axvline) if named else (ax.axhspan, ax.axhline)
-    mark(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
-    line(1, color=foreground(), alpha=0.4, linewidth=0.8)
-    for which, colour in ((~is_unusual, BLUE), (is_unusual, RED)):
-        points = (ratios[which], places[which]) if named else (places[which], ratios[which])
-        size = 5 if named or colour == RED else 2.5
-        ax.plot(*points, "o", markersize=size, color=colour, alpha=0.85)
+        most, title, label = 1 + RMS_DIFFERENCE, "rms of correlations", "rms / rms of the others"
+        found = [(partial.rms_ratio, partial.is_rms_unusual) for partial in partials]
+    ratios, is_unusual = np.array(found).T
     known = ratios[np.isfinite(ratios)]
     low = min(float(known.min(initial=1)), 1 / most) - (most - 1) / 2
     high = max(float(known.max(initial=1)), most) + (most - 1) / 2
-    if named:
-        name_rows(ax, names)
+    if has_names(len(names)):
+        ax.axvspan(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
+        _draw_dots(ax, ratios, places, is_unusual > 0)
+        name_rows(ax, names, "exposure")
         ax.set(xlabel=label, xlim=(low, high))
     else:
+        ax.axhspan(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
+        _draw_dots(ax, places, ratios, is_unusual > 0, usual_size=2.5)
         ax.set(xlabel="exposure", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
     ax.set(title=title)
     if not known.size:

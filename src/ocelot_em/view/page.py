@@ -1,8 +1,8 @@
-"""Parts of a page, as data for its template: figures as inline SVG, and tables."""
+"""Figures of a page, as inline SVG."""
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,6 @@ _STYLE = {
     "grid.color": _INK,
     "patch.edgecolor": _INK,
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; its rows are cells by column, and ``n_rows`` includes those that are not listed."""
-
-    rows: Sequence[Mapping[str, object]]
-    n_rows: int
 
 
 @dataclass(frozen=True)

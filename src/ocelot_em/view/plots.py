@@ -1,4 +1,4 @@
-"""Plots of merged maps and particles in matplotlib axes.
+"""Plots of merged maps and particles.
 
 The z-score map is read chunk by chunk and pooled, so that no full map is ever in memory. Every plot
 takes matplotlib axes as ``ax``, by default those of a new figure, and returns them.
@@ -76,11 +76,9 @@ def plot_zscore(
 
     Parameters
     ----------
-    store
+    store, ax
         A merged result, or the return value of :func:`pooled_zscore` or, for a pyramid, of
-        :func:`ocelot_em.io.ome_zarr.read_level`.
-    ax
-        Axes to draw into; new ones by default.
+        :func:`ocelot_em.io.ome_zarr.read_level`; and axes to draw into.
     truth
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
@@ -98,12 +96,11 @@ def plot_zscore(
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
     interpolation = "none" if max(pooled.shape) > OVERVIEW_PX else None
     _draw_map(ax, pooled, (0, width, height, 0), interpolation, label="z-score")
-    if truth is not None:
-        circle(ax, truth["x"] + 0.5, truth["y"] + 0.5, CYAN, "planted", size=90)
     if particles is not None and len(particles):
         y, x = (place[:MAX_CIRCLES] + 0.5 for place in map_positions(particles))
         circle(ax, x, y, CYAN, "picked", size=90)
     if truth is not None:
+        circle(ax, truth["x"] + 0.5, truth["y"] + 0.5, CYAN, "planted", size=90)
         ax.legend(loc="upper right")
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
     ax.set(title=title, xlabel="x (pixels)", ylabel="y (pixels)", xlim=(0, width), ylim=(height, 0))
@@ -112,8 +109,8 @@ def plot_zscore(
 
 def map_positions(particles: ParticleTable) -> tuple[AnyArray, AnyArray]:
     """Return rows and columns of particles on the merged maps; in a montage, on its canvas."""
-    names = ("canvas_y", "canvas_x") if particles.is_of_montage else ("pos_y", "pos_x")
-    return particles.columns[names[0]], particles.columns[names[1]]
+    prefix = "canvas" if particles.is_of_montage else "pos"
+    return particles.columns[f"{prefix}_y"], particles.columns[f"{prefix}_x"]
 
 
 def plot_crop(
@@ -121,16 +118,8 @@ def plot_crop(
 ) -> "Axes":
     """Draw the z-scores around one pixel; only that part of the map is read.
 
-    Parameters
-    ----------
-    store
-        A merged result.
-    particle
-        Row and column of the centre on the merged maps; in a montage, on its canvas.
-    ax
-        Axes to draw into; new ones by default.
-    edge_px
-        Edge of the crop.
+    ``particle`` is the row and column of the centre on the merged maps; in a montage, on its
+    canvas.
 
     Examples
     --------
@@ -203,7 +192,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     polar.set_rticks(np.sin(np.radians(ticks) / 2), labels=labels, fontsize="small")
     polar.set_rlim(0, 1.02)
     polar.set_rlabel_position(67.5)
-    polar.set_title("view directions (angle: phi, radius: theta)")
+    polar.set_title("view directions (angle: φ, radius: θ)", pad=12)
     if known.any():
         many = int(known.sum()) > MAX_VECTOR_MARKERS
         dots = polar.scatter(
@@ -224,11 +213,6 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """Draw a histogram of the in-plane angles of particles; those without a pose are ignored.
 
-    Parameters
-    ----------
-    particles, ax
-        Particles, and axes to draw into (new ones by default).
-
     Examples
     --------
     >>> from ocelot_em import find_peaks, plot_psi
@@ -245,7 +229,7 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
         ax.legend(loc="upper right")
     else:
         explain_empty(ax, "no poses")
-    ax.set(title="in-plane angle", xlabel="psi (°)", ylabel="particles", xlim=(0, 360))
+    ax.set(title="in-plane angle", xlabel="ψ (°)", ylabel="particles", xlim=(0, 360))
     ax.set_xticks(np.arange(0, 361, 90))
     ax.locator_params(axis="y", integer=True)
     return ax
@@ -269,11 +253,6 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 
     Particles without a pose are ignored.
 
-    Parameters
-    ----------
-    particles, ax
-        Particles, and axes to draw into (new ones by default).
-
     Examples
     --------
     >>> from ocelot_em import find_peaks, plot_defocus
@@ -281,10 +260,10 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     """
     ax, defocus = axes_or_new(ax), _known(particles, "relative_defocus")
     planes, counts = np.unique(defocus, return_counts=True)
+    step = float(np.diff(planes).min(initial=np.inf)) if len(planes) > 1 else 100.0
     if not planes.size:
         explain_empty(ax, "no poses")
-    elif len(planes) <= 60:
-        step = float(np.diff(planes).min()) if len(planes) > 1 else 100.0
+    elif np.ptp(planes) <= 60 * step:
         ax.bar(planes, counts, width=0.8 * step, color=BLUE)
     else:
         ax.hist(defocus, 40, color=BLUE)

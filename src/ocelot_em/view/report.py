@@ -18,14 +18,13 @@ from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.montage_sections import montage_partials_section, montage_section
-from ocelot_em.view.plots import plot_zscore, pooled_zscore
+from ocelot_em.view.plots import MAX_CIRCLES, plot_zscore, pooled_zscore
 from ocelot_em.view.report_data import ReportData, read_report_data
 from ocelot_em.view.report_sections import (
-    headline,
+    options_section,
     partials_section,
     particles_section,
     poses_section,
-    provenance_section,
     significance_section,
     timings_section,
     warnings_of,
@@ -37,6 +36,9 @@ MAX_WARNINGS = 8
 
 MAX_FOLDED_WARNINGS = 200
 """Maximum number of warnings on the page."""
+
+MAX_PARTIALS = 1000
+"""Maximum number of listed partials of a search."""
 
 
 def write_report(
@@ -95,18 +97,20 @@ def write_report(
     page = render(
         "view/templates/report.html.j2",
         name=data.merged.url.rstrip("/").rpartition("/")[2] or data.merged.url,
-        url=data.merged.url,
-        cards=headline(data, coverage),
+        data=data,
+        coverage=coverage,
         warnings=warnings_of(data),
         max_warnings=MAX_WARNINGS,
         max_folded_warnings=MAX_FOLDED_WARNINGS,
         particles=particles_section(data, overview, max_zooms),
-        montage=coverage and montage_section(data, coverage),
+        montage=montage_section(data) if data.is_montage else None,
         significance=significance_section(data),
         poses=poses_section(data.particles),
         partials=(montage_partials_section if data.is_montage else partials_section)(data),
         timings=timings_section(data),
-        provenance=provenance_section(data),
+        options=options_section(data),
+        max_circles=MAX_CIRCLES,
+        max_partials=MAX_PARTIALS,
     )
     place = Path(path)
     write_file(place, page.encode())

@@ -50,12 +50,7 @@ def plot_survival(
     has projections. Neighbouring projections are correlated, so that real noise is below it. In a
     montage, the expectation is the sum over exposures, each with its own number of projections.
 
-    Parameters
-    ----------
-    store, ax
-        A merged result or its summary, and axes to draw into (new ones by default).
-    cutoff
-        z-score to mark, or the lowest and highest of several.
+    ``cutoff`` is a z-score to mark, or the lowest and highest of several.
 
     Examples
     --------
@@ -76,7 +71,8 @@ def plot_survival(
         ax.semilogy(edges[:-1], noise, "--", color=foreground(), alpha=0.65, label="Gaussian noise")
         z, pixels = edges[first:last], np.maximum(above[first:last], 0.5)
         ax.step(z, pixels, where="pre", color=BLUE, linewidth=1.8, label="this search")
-        right = max(min(bounds[1], Z_AXIS.high), *cutoffs, 0.0)
+        # A cutoff far above all z-scores would squeeze the curves.
+        right = max(min(bounds[1], Z_AXIS.high), *(c for c in cutoffs if c < 2 * bounds[1]), 0.0)
         top = 2 * summary.attributes.valid_pixels
         ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, top))
     else:
@@ -110,11 +106,6 @@ def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     """Draw the distributions of ``mip`` and z-score.
-
-    Parameters
-    ----------
-    store, ax
-        A merged result or its summary, and axes to draw into (new ones by default).
 
     Examples
     --------
@@ -154,15 +145,8 @@ def plot_joint(
 ) -> "Axes":
     """Draw the joint density of ``mip`` and z-score, with candidates and particles.
 
-    Parameters
-    ----------
-    store, ax
-        A merged result or its summary, and axes to draw into (new ones by default).
-    particles
-        Picked particles, drawn as circles.
-    candidates
-        Rows of :func:`ocelot_em.particles.picking.all_candidates`; the highest 20,000 are drawn as
-        dots.
+    Particles are drawn as circles. The highest 20,000 ``candidates``, which are rows of
+    :func:`ocelot_em.particles.picking.all_candidates`, are drawn as dots.
 
     Examples
     --------
@@ -204,7 +188,7 @@ def plot_joint(
     margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
     ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper left", markerscale=2)
     return ax
 
 
@@ -213,11 +197,6 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
 
     For a montage, pass the summary of one exposure, because partials of different exposures win
     different pixels, or use :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
-
-    Parameters
-    ----------
-    store, ax
-        A merged result or its summary, and axes to draw into (new ones by default).
 
     Examples
     --------
@@ -237,7 +216,7 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     else:
         ax.plot(won, places, ".", color=BLUE, label="won", rasterized=True)
         ax.plot(expected, places, rasterized=True, **mark)
-    name_rows(ax, [partial.name for partial in partials])
+    name_rows(ax, [partial.name for partial in partials], "partial")
     ax.set(title="pixels won", xlabel="share (%)")
     ax.set_xlim(left=0)
     if len(partials):
@@ -251,13 +230,6 @@ def plot_correlations(
     """Draw the mean of each input's own correlations, with its spread over pixels, or their std.
 
     Both are normally about the same for all inputs of one search.
-
-    Parameters
-    ----------
-    store, ax
-        A merged result or its summary, and axes to draw into (new ones by default).
-    value
-        Statistic to draw.
 
     Examples
     --------
@@ -278,7 +250,7 @@ def plot_correlations(
         color=BLUE,
         capsize=3 if named else 0,
     )
-    name_rows(ax, [source.name for source in sources])
+    name_rows(ax, [source.name for source in sources], "input")
     known = numbers[np.isfinite(numbers)]
     if value == "std" and known.size:
         # Negligible differences should not look large.
