@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from functools import partial
+from itertools import islice, repeat
 from os import PathLike
 
 import numpy as np
@@ -55,38 +56,41 @@ class StoreInfo:
         URL of the store.
     attributes
         Attributes of the root group.
+    stored_nbytes
+        Total size of all objects in bytes.
     partials
         Name, state and number of projections of each partial of a search, or of each input of a
         merged result (all complete). In a montage, names start with the exposure's id and a slash.
     exposures
         Exposures, if the store has several.
-    tiles_done, n_tiles
-        Progress of a merge; 0 for a search.
-    stored_nbytes
-        Total size of all objects in bytes.
-    merged
-        The merged result, if it is one and finished.
     without_manifest
         Complete partials, or the result, that have no manifest, as in format versions 1 and 2.
+    tiles_done, n_tiles
+        Progress of a merge; 0 for a search.
+    merged
+        The merged result, if it is one and finished.
     progress
         How much has been searched; None if the partials do not state their orientations.
 
     Examples
     --------
     >>> from ocelot_em import describe
-    >>> describe("SEARCH.zarr").attributes.shape
-    (300, 400)
+    >>> about = describe("MERGED.zarr")
+    >>> about.tiles_done, about.n_tiles
+    (4, 4)
+    >>> about.partials[0]
+    ('device_0', 'complete', 8242560)
     """
 
     url: str
     attributes: fmt.SearchAttributes | fmt.MergedAttributes
+    stored_nbytes: int
     partials: tuple[tuple[str, str, int], ...]
     exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...]
-    tiles_done: int
-    n_tiles: int
-    stored_nbytes: int
+    without_manifest: tuple[str, ...]
+    tiles_done: int = 0
+    n_tiles: int = 0
     merged: MergedResult | None = field(default=None, repr=False, compare=False)
-    without_manifest: tuple[str, ...] = ()
     progress: SearchProgress | None = None
 
 
@@ -100,57 +104,36 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     Examples
     --------
     >>> from ocelot_em import describe
-    >>> about = describe("MERGED.zarr")
-    >>> about.tiles_done, about.n_tiles
-    (4, 4)
-    >>> about.partials[0]
-    ('device_0', 'complete', 8242560)
+    >>> describe("SEARCH.zarr").attributes.shape
+    (300, 400)
     """
     objects = open_objects(store)
     attributes = read_attributes(objects)
-    tiles_done = n_tiles = 0
-    without_manifest: tuple[str, ...] = ()
-    merged: MergedResult | None = None
-    exposures: tuple[fmt.ExposureAttributes | fmt.MergedExposure, ...] = ()
-    if isinstance(attributes, fmt.MergedAttributes):
-        exposures = attributes.exposures
-        owners = [f"{e.id}/" for e in attributes.exposures for _ in range(e.n_partials)]
-        partials = tuple(
-            (f"{owner}{c.name}", "complete", c.total_projections)
-            for owner, c in zip_longest(owners, attributes.partials, fillvalue="")
-            if not isinstance(c, str)
+    about = partial(StoreInfo, objects.url, attributes, sum(objects.sizes("").values()))
+    if isinstance(attributes, fmt.SearchAttributes):
+        exposures = read_exposures(objects, attributes)
+        found = [(exposure.id, read_partials(objects, exposure.id)) for exposure in exposures]
+        read = [(partial_text(owner, name), own) for owner, owns in found for name, own in owns]
+        return about(
+            tuple((name, own.state, own.total_projections) for name, own in read),
+            tuple(exposures) if attributes.has_exposures else (),
+            tuple(name for name, own in read if own.state == "complete" and own.manifest is None),
+            progress=combined([progress_of_partials(owns) for _, owns in found]),
         )
-        result = MergedResult(objects, attributes)
-        merged = result if attributes.state == "complete" else None
-        grid = result.plan.grid
-        n_tiles, tiles_done = len(grid), int(done_tiles(objects, grid).sum())
-        is_bare = attributes.state == "complete" and attributes.manifest is None
-        without_manifest = (objects.url,) if is_bare else ()
-        progress = result.plan.progress
-    else:
-        found = read_exposures(objects, attributes)
-        exposures = tuple(found) if attributes.has_exposures else ()
-        read, searched = [], list[SearchProgress | None]()
-        for exposure in found:
-            own = read_partials(objects, exposure.id)
-            searched.append(progress_of_partials(own))
-            read += [(partial_text(exposure.id, name), partial) for name, partial in own]
-        progress = combined(searched)
-        partials = tuple((name, p.state, p.total_projections) for name, p in read)
-        without_manifest = tuple(
-            name for name, p in read if p.state == "complete" and p.manifest is None
-        )
-    return StoreInfo(
-        url=objects.url,
-        attributes=attributes,
-        partials=partials,
-        exposures=exposures,
-        tiles_done=tiles_done,
-        n_tiles=n_tiles,
-        stored_nbytes=sum(objects.sizes("").values()),
-        merged=merged,
-        without_manifest=without_manifest,
-        progress=progress,
+    owners = [exposure.id for exposure in attributes.exposures for _ in range(exposure.n_partials)]
+    result, is_complete = MergedResult(objects, attributes), attributes.state == "complete"
+    grid = result.plan.grid
+    return about(
+        tuple(
+            (partial_text(owner, own.name), "complete", own.total_projections)
+            for owner, own in zip(owners or repeat(""), attributes.partials, strict=False)
+        ),
+        attributes.exposures,
+        (objects.url,) if is_complete and attributes.manifest is None else (),
+        tiles_done=int(done_tiles(objects, grid).sum()),
+        n_tiles=len(grid),
+        merged=result if is_complete else None,
+        progress=result.plan.progress,
     )
 
 
@@ -221,7 +204,7 @@ def _problems(
         space = read_search_space(objects, attributes.search_space_digest)
     except OcelotError as error:
         yield str(error)
-    groups: list[_Group] = []
+    groups: list[tuple[MapGroup, tuple[int, int]]] = []
     try:
         if isinstance(attributes, fmt.MergedAttributes):
             yield from _merge_problems(objects, attributes)
@@ -241,14 +224,10 @@ def _problems(
         yield str(error)
     info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
     without_manifest += [opened.place for opened, _ in groups if opened.manifest is None]
-    for number, group in enumerate(groups):
-        yield from _group_problems(group, attributes, info)
+    for number, (group, shape) in enumerate(groups, 1):
+        yield from _group_problems(group, shape, attributes, info)
         if on_progress is not None:
-            on_progress((number + 1) / len(groups))
-
-
-_Group = tuple[MapGroup, tuple[int, int]]
-"""A group of maps, and their expected shape."""
+            on_progress(number / len(groups))
 
 
 def _search_problems(
@@ -263,30 +242,28 @@ def _search_problems(
     found: dict[str, fmt.PartialAttributes | None] = dict.fromkeys(names)
     for name in names:
         try:
-            found[name] = partial = read_partial_attributes(objects, name, exposure.id)
-            if partial.state == "complete":
-                total += partial.total_projections
-            if partial.is_readable:
-                complete.append(open_partial(objects, name, exposure.id, partial))
+            found[name] = own = read_partial_attributes(objects, name, exposure.id)
+            if own.state == "complete":
+                total += own.total_projections
+            if own.is_readable:
+                complete.append(open_partial(objects, name, exposure.id, own))
+            if own.state == "writing":
+                problems.append(f"{place}: partial {name!r} was never finished")
         except OcelotError as error:
             problems.append(str(error))
-            continue
-        if partial.state == "writing":
-            problems.append(f"{place}: partial {name!r} was never finished")
-    known = [(name, partial) for name, partial in found.items() if partial is not None]
+    known = [(name, own) for name, own in found.items() if own is not None]
     searched = progress_of_partials(known)
     if searched is not None and not searched.is_whole:
         problems.append(f"{place}: the search is incomplete: {searched.text}")
     problems += overlap_problems(
-        (f"{place}: partial {name!r}", partial.coverage) for name, partial in known
+        (f"{place}: partial {name!r}", own.coverage) for name, own in known
     )
     if has_roster:
         problems += roster_problems(objects, exposure.id, found)
+    what, who = ("exposure", "exposure") if exposure.id else ("search", "root")
     if not names:
-        what = "exposure" if exposure.id else "search"
         problems.append(f"{place}: the {what} has no partials")
     if total != exposure.total_projections:
-        who = "exposure" if exposure.id else "root"
         problems.append(
             f"{place}: total_projections: the partials add up to {total}, the {who} has "
             f"{exposure.total_projections}; a writer died just before its end"
@@ -295,20 +272,20 @@ def _search_problems(
 
 
 def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Iterator[str]:
-    n_tiles = n_done = 0
+    done = "0 of 0"
     try:
         plan = MergedResult(objects, attributes).plan
-        n_tiles, n_done = len(plan.grid), int(done_tiles(objects, plan.grid).sum())
+        done = f"{int(done_tiles(objects, plan.grid).sum())} of {len(plan.grid)}"
         if attributes.state == "complete":
             yield from record_problems(objects, plan)
     except OcelotError as error:
         yield str(error)
     if attributes.state != "complete":
         yield (
-            f"{objects.url}: the merge was never finished: {n_done} of {n_tiles} "
-            "tiles are done; run the command that made it again"
+            f"{objects.url}: the merge was never finished: {done} tiles are done; run the command "
+            "that made it again"
         )
-    total = sum(partial.total_projections for partial in attributes.partials)
+    total = sum(own.total_projections for own in attributes.partials)
     if total != attributes.total_projections:
         yield (
             f"{objects.url}: total_projections: its partials add up to {total}, the root has "
@@ -317,12 +294,12 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Itera
 
 
 def _group_problems(
-    group: _Group,
+    opened: MapGroup,
+    shape: tuple[int, int],
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
 ) -> Iterator[str]:
     """Yield all problems of a group of maps, chunk by chunk."""
-    opened, shape = group
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
     keys = attributes.maps.merged if merged else attributes.maps.partial
     maps: dict[str, ChunkedMap] = {}
@@ -353,9 +330,8 @@ def _group_problems(
                 arrays = _blanks_as_unsearched(arrays)
             found += value_problems(arrays, region, info, place, opened.total_projections)
         if merged and BEST_PARTIAL in arrays:
-            numbers, n = arrays[BEST_PARTIAL], len(merged.partials)
-            if merged.exposures:
-                n = max(exposure.n_partials for exposure in merged.exposures)
+            numbers = arrays[BEST_PARTIAL]
+            n = max((e.n_partials for e in merged.exposures), default=len(merged.partials))
             if numbers.min() < NOT_SEARCHED or numbers.max() >= n:
                 found.append(
                     f"{maps[BEST_PARTIAL].place}: expected -1 to {n - 1} for {n} partials, got "
@@ -374,8 +350,9 @@ def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:
     if SOURCE_EXPOSURE not in arrays:
         return arrays
     blank = arrays[SOURCE_EXPOSURE] == NOT_SEARCHED
-    filled = dict(arrays)
-    for name, values in arrays.items():
-        if values.dtype.kind == "f":
-            filled[name] = np.where(blank, -np.inf if name == MIP else 0, values)
-    return filled
+    return {
+        name: np.where(blank, -np.inf if name == MIP else 0, values)
+        if values.dtype.kind == "f"
+        else values
+        for name, values in arrays.items()
+    }

@@ -296,11 +296,13 @@ def plot_partials_of_exposures(
     high = max(float(known.max(initial=1)), most) + (most - 1) / 2
     if has_names(len(names)):
         ax.axvspan(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
+        ax.axvline(1, color=foreground(), alpha=0.4, linewidth=0.8)
         _draw_dots(ax, ratios, places, is_unusual > 0)
         name_rows(ax, names, "exposure")
         ax.set(xlabel=label, xlim=(low, high))
     else:
         ax.axhspan(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
+        ax.axhline(1, color=foreground(), alpha=0.4, linewidth=0.8)
         _draw_dots(ax, places, ratios, is_unusual > 0, usual_size=2.5)
         ax.set(xlabel="exposure", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
     ax.set(title=title)

@@ -106,7 +106,7 @@ def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray, columns: i
             ax.set_title(f"{number}: z = {z[i]:.2f}{hidden}")
             ax.tick_params(labelsize=8)
 
-    return Drawing.of("zooms", (2.9 * columns, 2.6 * rows + 0.2), draw)
+    return Drawing.of("zooms", (2.9 * columns, 2.5 * rows + 0.2), draw)
 
 
 def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
@@ -165,7 +165,7 @@ def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
     def draw_views(figure: Any) -> None:
         plot_poses(particles, figure.add_subplot(projection="polar"))
 
-    size = (5.0, 3.9)
+    size = (5.0, 4.2)
     return {
         "views": Drawing.of("views", size, draw_views),
         "angles": Drawing.of("angles", size, draw_angles),

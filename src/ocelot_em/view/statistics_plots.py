@@ -180,7 +180,7 @@ def plot_joint(
     if candidates is not None and len(candidates):
         mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
         best = np.argsort(-z, kind="stable")[:_MAX_CANDIDATES]
-        dots: Any = {"s": 2, "color": ORANGE, "linewidths": 0, "rasterized": True}
+        dots: Any = {"s": 5, "color": ORANGE, "linewidths": 0, "rasterized": True}
         ax.scatter(mip[best], z[best], label="candidates", **dots)
     if particles is not None and len(particles):
         mip, z = (particles.columns[name] for name in (MIP, SCALED_MIP))
@@ -188,7 +188,7 @@ def plot_joint(
     margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
     ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper left", markerscale=2)
+        ax.legend(loc="upper left")
     return ax
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from http import HTTPStatus
+from io import BufferedReader
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ FITTING_PX = 800
 IDLE_SECONDS = 60
 """Timeout of an idle connection, in seconds."""
 
-_CORS = {
+_HEADERS = {
+    "Accept-Ranges": "bytes",
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Methods": "GET, HEAD, OPTIONS",
     "Access-Control-Allow-Headers": "Range",
@@ -190,18 +194,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._head(HTTPStatus.NO_CONTENT, 0)
 
     def _answer(self, *, with_body: bool) -> None:
-        found = self._find(urlsplit(self.path).path)
-        try:
-            opened = None if found is None else found.open("rb")
-        except OSError:
-            opened = None
-        if found is None or opened is None:
+        opened = self._open(urlsplit(self.path).path)
+        if opened is None:
             self._head(HTTPStatus.NOT_FOUND, 0)
             return
         with opened as file:
             size = os.fstat(file.fileno()).st_size
-            kind = "application/json" if found.suffix == ".json" else "application/octet-stream"
-            headers = {"Content-Type": kind}
+            kind = "json" if file.name.endswith(".json") else "octet-stream"
+            headers = {"Content-Type": f"application/{kind}"}
             status, (start, stop) = HTTPStatus.OK, (0, size)
             picked = _byte_range(self.headers.get("Range", ""), size)
             if picked is not None:
@@ -216,8 +216,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 file.seek(start)
                 self._copy(file, stop - start)
 
-    def _find(self, path: str) -> Path | None:
-        """Return the file of a URL path if it is in the folder, with links resolved."""
+    def _open(self, path: str) -> BufferedReader | None:
+        """Open the file of a URL path if it is in the folder, with links resolved."""
         prefix, root = self.server.prefix, self.server.root
         if not secrets.compare_digest(path[: len(prefix)].encode(), prefix.encode()):
             return None
@@ -226,25 +226,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return None
         try:
             found = root.joinpath(*parts).resolve()
-            return found if found.is_relative_to(root) and found.is_file() else None
-        except (OSError, RuntimeError):  # too long names, circular links
+            return found.open("rb") if found.is_relative_to(root) and found.is_file() else None
+        except (OSError, RuntimeError):  # too long names, circular links, no permission
             return None
 
     def _head(
         self, status: HTTPStatus, n_bytes: int, headers: Mapping[str, str] | None = None
     ) -> None:
         self.send_response(status)
-        common = {
-            "Content-Length": str(n_bytes),
-            "Accept-Ranges": "bytes",
-            "Cache-Control": "no-cache",
-            "X-Content-Type-Options": "nosniff",
-        }
-        for name, value in (common | _CORS | dict(headers or {})).items():
+        self.send_header("Content-Length", str(n_bytes))
+        for name, value in (_HEADERS | dict(headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
 
-    def _copy(self, file: Any, n_bytes: int) -> None:
+    def _copy(self, file: BufferedReader, n_bytes: int) -> None:
         while n_bytes > 0:
             piece = file.read(min(n_bytes, 2**20))
             if not piece:  # the file was truncated: Content-Length cannot be met
