@@ -1,7 +1,4 @@
-"""What all plots share: figures, axes, colours, labels.
-
-Every plot takes matplotlib axes as ``ax``, by default those of a new figure, and returns them.
-"""
+"""What all plots share: figures, axes, colours, labels."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -107,11 +104,15 @@ def foreground() -> Any:
     return rcParams["text.color"]
 
 
-def magma() -> Any:
-    """Return the colormap of maps."""
+def draw_image(
+    ax: "Axes", values: AnyArray, label: str, cmap: str, *, blank: float = 0.3, **options: Any
+) -> Any:
+    """Draw an image, in a grey of opacity ``blank`` where values are NaN; return its colour bar."""
     from matplotlib import colormaps
 
-    return colormaps["magma"].with_extremes(bad=(0.5, 0.5, 0.5, 0.35))
+    shades = colormaps[cmap].with_extremes(bad=(0.5, 0.5, 0.5, blank))
+    image = ax.imshow(values, cmap=shades, **{"interpolation": "none"} | options)
+    return ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
 
 
 def explain_empty(ax: "Axes", reason: str) -> None:

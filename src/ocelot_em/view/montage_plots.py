@@ -39,6 +39,7 @@ from ocelot_em.view.figures import (
     RED,
     Store,
     axes_or_new,
+    draw_image,
     explain_empty,
     foreground,
     has_names,
@@ -70,18 +71,13 @@ def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
     coverage, ax = Coverage.of(attributes), axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor
     most = max(len(coverage.areas) - 1, 1)
-    image = ax.imshow(
-        np.where(coverage.most > 0, coverage.most, np.nan),
-        cmap="viridis",
-        vmin=0.5,
-        vmax=most + 0.5,
-        extent=(0, columns * factor, rows * factor, 0),
-        interpolation="none",
-    )
-    shades = image.get_cmap().with_extremes(bad=(0.5, 0.5, 0.5, 0.25))
-    image.set_cmap(shades.resampled(most) if most <= _MAX_SHADES else shades)
-    ticks = range(1, most + 1, ceil_div(most, _MAX_SHADES))
-    ax.figure.colorbar(image, ax=ax, label="exposures", shrink=0.8, ticks=ticks)
+    covered = np.where(coverage.most > 0, coverage.most, np.nan)
+    extent = (0, columns * factor, rows * factor, 0)
+    limits: Any = {"vmin": 0.5, "vmax": most + 0.5, "extent": extent}
+    bar = draw_image(ax, covered, "exposures", "viridis", **limits)
+    if most <= _MAX_SHADES:
+        bar.mappable.set_cmap(bar.cmap.resampled(most))
+    bar.set_ticks(range(1, most + 1, ceil_div(most, _MAX_SHADES)))
     height, width = attributes.valid_shape
     ax.set(title="exposures per pixel", xlabel="x (pixels)", ylabel="y (pixels)")
     ax.set(xlim=(0, width), ylim=(height, 0))

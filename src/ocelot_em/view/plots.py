@@ -22,9 +22,9 @@ from ocelot_em.view.figures import (
     Store,
     axes_or_new,
     circle,
+    draw_image,
     explain_empty,
     foreground,
-    magma,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def plot_zscore(
     ax = axes_or_new(ax)
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
     interpolation = "none" if max(pooled.shape) > OVERVIEW_PX else None
-    _draw_map(ax, pooled, (0, width, height, 0), interpolation, label="z-score")
+    _draw_map(ax, pooled, "z-score", extent=(0, width, height, 0), interpolation=interpolation)
     if particles is not None and len(particles):
         y, x = (place[:MAX_CIRCLES] + 0.5 for place in map_positions(particles))
         circle(ax, x, y, CYAN, "picked", size=90)
@@ -127,13 +127,13 @@ def plot_crop(
     >>> axes = plot_crop("MERGED.zarr", (120, 150))
     """
     merged = MergedResult.open(store)
-    y, x = (int(position) for position in particle)
+    y, x = map(int, particle)
     half = edge_px // 2
     window = Region(max(y - half, 0), y + half + 1, max(x - half, 0), x + half + 1)
     region = window.intersect(Region.whole(merged.valid_shape))
     ax = axes_or_new(ax)
     extent = (region.x0, region.x1, region.y1, region.y0)
-    _draw_map(ax, merged.read(region, SCALED_MIP), extent, "none")
+    _draw_map(ax, merged.read(region, SCALED_MIP), extent=extent)
     ax.set_facecolor((0.5, 0.5, 0.5, 0.25))  # beyond the map
     ax.set(xlim=(x - half, x + half + 1), ylim=(y + half + 1, y - half))
     # A fixed number of ticks: otherwise a resizing layout leaves no room for their labels.
@@ -141,20 +141,11 @@ def plot_crop(
     return ax
 
 
-def _draw_map(
-    ax: "Axes",
-    z: Float32,
-    extent: tuple[float, float, float, float],
-    interpolation: str | None,
-    label: str = "",
-) -> None:
+def _draw_map(ax: "Axes", z: Float32, label: str = "", **options: Any) -> None:
     """Draw z-scores from their median to their 99.99th percentile, so that peaks stand out."""
-    known, low, high = z[np.isfinite(z)], 0.0, 1.0
-    if known.size:
-        low, high = (float(limit) for limit in np.percentile(known, (50, 99.99)))
-    image = ax.imshow(z, cmap=magma(), vmin=low, vmax=max(high, low + 1), extent=extent)
-    image.set_interpolation(interpolation)
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+    known = z[np.isfinite(z)]
+    low, high = np.percentile(known, (50, 99.99)).tolist() if known.size else (0.0, 1.0)
+    draw_image(ax, z, label, "magma", vmin=low, vmax=max(high, low + 1), **options)
 
 
 def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":

@@ -38,7 +38,7 @@ MAX_FOLDED_WARNINGS = 200
 """Maximum number of warnings on the page."""
 
 MAX_PARTIALS = 1000
-"""Maximum number of listed partials of a search."""
+"""Maximum number of listed partials of a search; there may be thousands."""
 
 
 def write_report(
@@ -52,14 +52,12 @@ def write_report(
     """Write an HTML report: particles, significance, poses, partials, timings, provenance.
 
     For a montage, it also shows the placement of exposures and whether their seams are visible. The
-    file refers to no other. Maps are read chunk by chunk, for the overview and the zooms.
+    file refers to no other.
 
     Parameters
     ----------
-    store
-        Path or URL of a merged result, or an open one.
-    path
-        File to write; an existing one is replaced.
+    store, path
+        A merged result, and the file to write; an existing one is replaced.
     particles
         Picked particles; those of :func:`ocelot_em.particles.picking.find_peaks` by default.
     max_zooms
@@ -67,11 +65,6 @@ def write_report(
     pyramid
         Image of this result from :func:`ocelot_em.io.ome_zarr.write_ome_zarr`, from which the
         overview is then read.
-
-    Returns
-    -------
-    pathlib.Path
-        Path of the report.
 
     Raises
     ------

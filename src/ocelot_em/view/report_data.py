@@ -57,15 +57,12 @@ def read_report_data(
 def _check_origin(particles: ParticleTable, merged: MergedResult) -> None:
     """Raise InvalidInputError for particles that cannot belong to a result."""
     known = {exposure.id for exposure in merged.attributes.exposures}
-    if not len(particles):
-        return
-    if particles.is_of_montage != bool(known):
-        expected, got = ("a montage", "one exposure") if known else ("one exposure", "a montage")
-    elif unknown := {*particles.columns.get(EXPOSURE, np.array([])).tolist()} - known:
-        expected, got = "its exposures", f"exposure {min(unknown)!r}"
-    else:
-        return
-    raise InvalidInputError(
-        f"particles: expected particles of {expected}, got particles of {got}; pick them with "
-        f"find_peaks from {merged.url}"
-    )
+    unknown = {*particles.columns.get(EXPOSURE, np.array([])).tolist()} - known
+    expected, got = ("a montage", "one exposure") if known else ("one exposure", "a montage")
+    if particles.is_of_montage and known:
+        expected, got = "its exposures", f"exposure {min(unknown, default='')!r}"
+    if len(particles) and (unknown or particles.is_of_montage != bool(known)):
+        raise InvalidInputError(
+            f"particles: expected particles of {expected}, got particles of {got}; pick them with "
+            f"find_peaks from {merged.url}"
+        )

@@ -5,8 +5,7 @@ default those of a new figure, and returns the axes. No map is read. For a monta
 all exposures are counted, shown or not.
 """
 
-from collections import Counter
-from math import erfc, sqrt
+from math import erfc, log1p, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +24,7 @@ from ocelot_em.view.figures import (
     axes_or_new,
     circle,
     coarse,
+    draw_image,
     explain_empty,
     foreground,
     has_names,
@@ -91,16 +91,12 @@ def plot_survival(
 
 def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
     """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
-    draws: Counter[int] = Counter()
-    for exposure in attributes.exposures:
-        draws[exposure.total_projections] += exposure.valid_pixels
-    if not draws:
-        projections = sum(partial.total_projections for partial in attributes.partials)
-        draws[projections] = attributes.valid_pixels
-    tail = np.array([erfc(level / sqrt(2)) / 2 for level in z])
+    projections = sum(partial.total_projections for partial in attributes.partials)
+    draws = [(own.total_projections, own.valid_pixels) for own in attributes.exposures]
+    log_below = np.array([log1p(-erfc(level / sqrt(2)) / 2) for level in z])
     above = np.zeros(len(z))
-    for projections, pixels in draws.items():
-        above += pixels * -np.expm1(projections * np.log1p(-tail))
+    for n, pixels in draws or [(projections, attributes.valid_pixels)]:
+        above -= pixels * np.expm1(n * log_below)
     return above
 
 
@@ -158,25 +154,17 @@ def plot_joint(
     summary, ax = summary_of(store), axes_or_new(ax)
     joint = summary.histograms.joint
     ax.set(title="mip and z-score of each pixel", xlabel="mip", ylabel="z-score")
-    used_rows, used_columns = np.nonzero(joint)
-    if not used_rows.size:
+    if not joint.any():
         explain_empty(ax, "no pixel was searched")
         return ax
-    y0, y1 = int(used_rows.min()), int(used_rows.max()) + 1
-    x0, x1 = int(used_columns.min()), int(used_columns.max()) + 1
+    # The part of both axes where there are pixels.
+    used = [np.flatnonzero(joint.any(axis=axis)) for axis in (1, 0)]
+    (y0, y1), (x0, x1) = ((int(bins[0]), int(bins[-1]) + 1) for bins in used)
+    (left, right), (low, high) = JOINT_MIP_AXIS.edges[[y0, y1]], JOINT_Z_AXIS.edges[[x0, x1]]
     shown = joint[y0:y1, x0:x1].T.astype(np.float64)
-    left, right = (float(JOINT_MIP_AXIS.edges[i]) for i in (y0, y1))
-    low, high = (float(JOINT_Z_AXIS.edges[i]) for i in (x0, x1))
-    image = ax.imshow(
-        np.where(shown > 0, shown, np.nan),
-        cmap="viridis",
-        norm=LogNorm(1, max(shown.max(), 2)),
-        origin="lower",
-        aspect="auto",
-        extent=(left, right, low, high),
-        interpolation="none",
-    )
-    ax.figure.colorbar(image, ax=ax, label="pixels", shrink=0.8)
+    shown[shown == 0] = np.nan
+    look: Any = {"norm": LogNorm(1, max(np.nanmax(shown), 2)), "origin": "lower", "aspect": "auto"}
+    draw_image(ax, shown, "pixels", "viridis", blank=0, extent=(left, right, low, high), **look)
     if candidates is not None and len(candidates):
         mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
         best = np.argsort(-z, kind="stable")[:_MAX_CANDIDATES]
