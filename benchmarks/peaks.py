@@ -6,7 +6,6 @@ disk for the result, made once), each method in a process of its own.
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -39,7 +38,7 @@ def pick(store: str, method: str) -> None:
     started = time.perf_counter()
     table = find_peaks(store, method=method, min_distance=5)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = common.peak_nbytes()
     found = {"seconds": seconds, "n": len(table), "cutoff": table.about and table.about.cutoff}
     print(json.dumps(found | {"peak_nbytes": peak}))
 
