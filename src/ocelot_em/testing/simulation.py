@@ -8,15 +8,15 @@ them with a real search. A pixel depends only on the seed, the partial and its p
 can be generated region by region and need not fit into memory.
 """
 
-import csv
 import math
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import pairwise, product
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,12 @@ from ocelot_em.model.maps import (
     MapSet,
     PoseForm,
 )
-from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search_info import SearchInfo
-from ocelot_em.store.whole_file import whole_or_nothing
+from ocelot_em.store.whole_file import write_file
 from ocelot_em.testing.noise import (
     BLOCK_PX,
     BLOCK_STREAM,
@@ -112,31 +112,28 @@ class Simulation:
     projections_per_pose: int = 1
 
     def __post_init__(self) -> None:
-        problems = []
-        if len(self.shape) != 2 or min(self.shape) < 1:
-            problems.append(f"shape: expected a height and a width above 0, got {self.shape}")
-        elif not 1 <= self.template_box <= min(self.shape):
-            problems.append(
-                f"template_box: expected 1 to {min(self.shape)} pixels for maps of {self.shape}, "
-                f"got {self.template_box}"
-            )
-        else:
-            capacity = math.prod(self._placement_cells)
-            if not 0 <= self.n_particles <= capacity:
-                problems.append(
-                    f"n_particles: expected 0 to {capacity}, as {self.valid_shape} valid pixels "
-                    f"hold, got {self.n_particles}; make the maps larger or plant fewer"
-                )
-        if not 1 <= self.n_partials <= MAX_PARTIALS:
-            problems.append(f"n_partials: expected 1 to {MAX_PARTIALS}, got {self.n_partials}")
-        if self.seed < 0:
-            problems.append(f"seed: expected 0 or more, got {self.seed}")
-        if self.form not in tuple(PoseForm):
-            problems.append(f"form: expected {' or '.join(PoseForm)}, got {self.form!r}")
-        if self.projections_per_pose < 1:
-            problems.append(
-                f"projections_per_pose: expected 1 or more, got {self.projections_per_pose}"
-            )
+        is_shape = len(self.shape) == 2 and min(self.shape) >= 1
+        shortest = min(self.shape, default=0)
+        fits = is_shape and 1 <= self.template_box <= shortest
+        capacity = math.prod(self._placement_cells) if fits else max(self.n_particles, 0)
+        checks = (
+            ("shape", is_shape, "a height and a width above 0"),
+            ("template_box", fits or not is_shape, f"1 to {shortest} pixels, the shorter edge"),
+            (
+                "n_particles",
+                0 <= self.n_particles <= capacity,
+                f"0 to {capacity}, which is what the valid pixels hold (use larger maps for more)",
+            ),
+            ("n_partials", 1 <= self.n_partials <= MAX_PARTIALS, f"1 to {MAX_PARTIALS}"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("form", self.form in tuple(PoseForm), " or ".join(PoseForm)),
+            ("projections_per_pose", self.projections_per_pose >= 1, "1 or more"),
+        )
+        problems = [
+            f"{name}: expected {expected}, got {getattr(self, name)!r}"
+            for name, is_valid, expected in checks
+            if not is_valid
+        ]
         if problems:
             raise InvalidInputError(problems)
         object.__setattr__(self, "form", PoseForm(self.form))
@@ -157,11 +154,9 @@ class Simulation:
 
         Shares shrink from the first partial to the last, to about half the size.
         """
-        n = self.n_partials
-        weights = np.arange(2 * n, n, -1)
+        weights = np.arange(2 * self.n_partials, self.n_partials, -1)
         ends = np.cumsum(weights) * len(self.search_space.euler_angles) // weights.sum()
-        starts = np.concatenate([[0], ends[:-1]])
-        return tuple(zip(starts.tolist(), ends.tolist(), strict=True))
+        return tuple(pairwise([0, *ends.tolist()]))
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -184,10 +179,9 @@ class Simulation:
             # At most one particle per cell; limited jitter keeps the minimum spacing between
             # particles of neighbouring cells.
             chosen = rng.choice(math.prod(cells), self.n_particles, replace=False)
+            room = _PLACEMENT_CELL_PX - MIN_SPACING_PX + 1
             for axis, cell in zip(("y", "x"), np.unravel_index(chosen, cells), strict=True):
-                jitter = rng.integers(
-                    0, _PLACEMENT_CELL_PX - MIN_SPACING_PX, self.n_particles, endpoint=True
-                )
+                jitter = rng.integers(0, room, self.n_particles)
                 table[axis] = _PLACEMENT_MARGIN_PX + cell * _PLACEMENT_CELL_PX + jitter
         table["global_index"] = rng.integers(0, space.n_poses, self.n_particles)
         for name, values in zip(TRUTH_POSES, space.decode(table["global_index"]), strict=True):
@@ -203,35 +197,21 @@ class Simulation:
     @property
     def _placement_cells(self) -> tuple[int, int]:
         """Number of rows and columns of cells that can hold one particle each."""
-        height, width = (
-            max(edge - 2 * _PLACEMENT_MARGIN_PX, 0) // _PLACEMENT_CELL_PX
-            for edge in self.valid_shape
-        )
+        inner = (max(edge - 2 * _PLACEMENT_MARGIN_PX, 0) for edge in self.valid_shape)
+        height, width = (edge // _PLACEMENT_CELL_PX for edge in inner)
         return height, width
 
     def partial_block(self, partial: int, region: Region) -> dict[str, AnyArray]:
-        """Generate the maps of one partial in one region.
+        """Generate the maps of one partial, by its number, in one region, which may be empty.
 
         Pixel values do not depend on the region. Regions made of whole 256 x 256 blocks, such as
-        chunks, are fastest.
-
-        Parameters
-        ----------
-        partial
-            Number of the partial, 0 <= partial < n_partials.
-        region
-            Region within the map; may be empty.
-
-        Returns
-        -------
-        dict
-            The maps of :attr:`~ocelot_em.model.maps.MapSet.partial`, each with the region's shape
-            and its stored dtype, without NaN and unsearched pixels.
+        chunks, are fastest. The maps are those of :attr:`~ocelot_em.model.maps.MapSet.partial`,
+        with their stored dtypes, without NaN and unsearched pixels.
 
         Raises
         ------
         InvalidInputError
-            If the partial does not exist or the region extends beyond the map.
+            The partial does not exist, or the region extends beyond the map.
         """
         problems = []
         if not 0 <= partial < self.n_partials:
@@ -247,12 +227,12 @@ class Simulation:
             wanted = block.region.intersect(region)
             source = wanted.relative_to(block.region).slices
             target = wanted.relative_to(region).slices
-            for name, values in self._draw_block(partial, block.iy, block.ix).items():
-                if name in maps:
-                    maps[name][target] = values[source]
-                else:
-                    for pose, table in zip(POSES, _pose_tables(), strict=True):
-                        maps[pose][target] = table.take(values[source])
+            drawn = {n: v[source] for n, v in self._draw_block(partial, block.iy, block.ix).items()}
+            if self.form == PoseForm.EXPLICIT:
+                index = drawn.pop(INDEX)
+                drawn |= {pose: table.take(index) for pose, table in _pose_tables()}
+            for name, values in drawn.items():
+                maps[name][target] = values
         return maps
 
     def _draw_block(self, partial: int, iy: int, ix: int) -> dict[str, AnyArray]:
@@ -323,13 +303,8 @@ def write_truth(simulation: Simulation, path: str | PathLike[str]) -> None:
     Angles and offsets use the shortest text that reads back as the same float32. An existing file
     is replaced.
     """
-    with (
-        whole_or_nothing(Path(path)) as staged,
-        staged.open("w", newline="", encoding="utf-8") as file,
-    ):
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(TRUTH_DTYPE.names or ())
-        rows.writerows([str(value) for value in particle] for particle in simulation.truth)
+    rows = [TRUTH_DTYPE.names or (), *(map(str, particle) for particle in simulation.truth)]
+    write_file(Path(path), "".join(f"{','.join(row)}\n" for row in rows).encode())
 
 
 def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_threads: int = 1) -> Path:
@@ -341,23 +316,19 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
     Parameters
     ----------
     directory
-        Local directory for ``RUN.zarr`` and ``truth.csv``; created if missing.
+        Local directory for ``RUN.zarr``, whose path is returned, and ``truth.csv``; created if
+        missing.
     simulation
         Search to write; its partials are named ``device_0``, ``device_1``, ... with leading zeros.
     n_threads
         Number of chunks generated in parallel.
 
-    Returns
-    -------
-    Path
-        Path of the store.
-
     Raises
     ------
     OutputExistsError
-        If the directory already contains a search or a truth table; nothing is changed.
+        The directory already contains a search or a truth table; nothing is changed.
     InvalidInputError
-        If ``n_threads`` is below 1.
+        ``n_threads`` is below 1.
 
     Examples
     --------
@@ -383,28 +354,19 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
     )
     digits = len(str(simulation.n_partials - 1))
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                PartialWriter(
-                    store,
-                    f"device_{number:0{digits}}",
-                    simulation.shape,
-                    total_projections=count,
-                    order=number,
-                    search=info,
-                )
-            )
-            for number, count in enumerate(simulation.counts)
-        ]
+        writers = []
+        for number, count in enumerate(simulation.counts):
+            options: Any = {"total_projections": count, "order": number, "search": info}
+            name = f"device_{number:0{digits}}"
+            writer = PartialWriter(store, name, simulation.shape, **options)
+            writers.append(stack.enter_context(writer))
+
+        def write_chunk(which: tuple[int, Tile]) -> None:
+            partial, chunk = which
+            writers[partial].write(chunk.region, simulation.partial_block(partial, chunk.region))
 
         chunks = TileGrid(simulation.shape, writers[0].chunk)
-
-        def write_chunk(which: tuple[int, int]) -> None:
-            partial, number = which
-            region = chunks[number].region
-            writers[partial].write(region, simulation.partial_block(partial, region))
-
-        every = product(range(simulation.n_partials), range(len(chunks)))
+        every = product(range(simulation.n_partials), chunks)
         deque(map_in_threads(write_chunk, every, n_threads), maxlen=0)
     write_truth(simulation, truth)
     return store
@@ -414,13 +376,10 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
 def _search_space() -> SearchSpace:
     # As in real searches, psi varies slowest, and theta rows near the poles have fewer phi.
     step = 12
-    rows = [
-        (phi, theta)
-        for theta in range(0, 180 + step, step)
-        for phi in np.linspace(
-            0, 360, max(1, round(360 / step * math.sin(math.radians(theta)))), endpoint=False
-        )
-    ]
+    rows = []
+    for theta in range(0, 180 + step, step):
+        n_phi = max(1, round(360 / step * math.sin(math.radians(theta))))
+        rows += [(phi, theta) for phi in np.linspace(0, 360, n_phi, endpoint=False)]
     angles = [(phi, theta, psi) for psi in range(0, 360, step) for phi, theta in rows]
     space = SearchSpace.from_tables(angles, [-600.0, -300.0, 0.0, 300.0, 600.0], [-0.15, 0.0, 0.15])
     for table in (space.euler_angles, space.defocus_values, space.pixel_values):
@@ -429,7 +388,8 @@ def _search_space() -> SearchSpace:
 
 
 @lru_cache(maxsize=1)
-def _pose_tables() -> tuple[Float32, ...]:
-    """Return the pose of every global index; a lookup is faster than decoding."""
+def _pose_tables() -> tuple[tuple[str, Float32], ...]:
+    """Return the poses of all global indices by map; a lookup is faster than decoding."""
     space = _search_space()
-    return space.decode(np.arange(space.n_poses, dtype=np.int32))
+    poses = space.decode(np.arange(space.n_poses, dtype=np.int32))
+    return tuple(zip(POSES, poses, strict=True))
