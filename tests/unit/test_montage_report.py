@@ -333,7 +333,7 @@ def test_partials_are_compared_within_their_exposure(words_of, tmp_path, rng):
 
 def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     """The highest of two z-scores is higher than one: overlaps look brighter."""
-    for module in ("particles.quality", "view.montage_sections"):
+    for module in ("particles.quality", "view.report_sections"):
         monkeypatch.setattr(f"ocelot_em.{module}.MIN_SHOWN", 100)
     store = montages / "max-zscore.zarr"
     shift = {
@@ -358,8 +358,8 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
 def test_more_exposures_than_rows(words_of, tmp_path, rng, monkeypatch):
     monkeypatch.setattr("ocelot_em.view.figures.MAX_NAMED_ROWS", 5)
     monkeypatch.setattr("ocelot_em.view.montage_plots.MAX_LABELS", 5)
-    monkeypatch.setattr("ocelot_em.view.montage_sections.MAX_ROWS", 6)
-    for module in ("particles.quality", "view.montage_sections"):
+    monkeypatch.setattr("ocelot_em.view.report_sections.MAX_ROWS", 6)
+    for module in ("particles.quality", "view.report_sections"):
         monkeypatch.setattr(f"ocelot_em.{module}.MIN_SHOWN", 10)
     monkeypatch.setattr("ocelot_em.view.report.MAX_WARNINGS", 1)
     monkeypatch.setattr("ocelot_em.view.report.MAX_FOLDED_WARNINGS", 2)

@@ -66,15 +66,18 @@ def rows_height(n_rows: int) -> float:
     return min(max(0.34 * n_rows + 1.3, 2.0), 12.0) if has_names(n_rows) else 4.6
 
 
-def name_rows(ax: "Axes", names: Sequence[str], what: str) -> None:
-    """Label the rows, the first on top; with numbers of ``what`` if there are too many names."""
+def name_rows(ax: "Axes", names: Sequence[str], what: str, *, above: float = 0.6) -> None:
+    """Label the rows, the first on top; with numbers of ``what`` if there are too many names.
+
+    ``above`` is the room above the first row, in rows.
+    """
     if has_names(len(names)):
         # Names are text, not formulas.
         short = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names]
         ax.set_yticks(range(len(names)), labels=short, parse_math=False)
     else:
         ax.set_ylabel(f"{what} number")
-    ax.set_ylim(max(len(names), 1) - 0.4, -0.6)
+    ax.set_ylim(max(len(names), 1) - 0.4, -above)
 
 
 def circle(ax: "Axes", x: AnyArray, y: AnyArray, colour: str, label: str, *, size: float) -> None:
@@ -90,11 +93,6 @@ def circle(ax: "Axes", x: AnyArray, y: AnyArray, colour: str, label: str, *, siz
         label=label,
         rasterized=many,
     )
-
-
-def or_nan(value: float | None) -> float:
-    """Return a number that plots leave out if it is unknown."""
-    return float("nan") if value is None else value
 
 
 def foreground() -> Any:

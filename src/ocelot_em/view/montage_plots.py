@@ -5,7 +5,7 @@ new figure, and returns the axes. It raises InvalidInputError for a result of on
 is read: all data come from the placement and the merge statistics.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.maps import AnyArray, Float64
+from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.particles.quality import (
     MIN_EXPECTED_WINS,
@@ -29,7 +29,6 @@ from ocelot_em.store.attributes import MergedExposure
 from ocelot_em.store.statistics_attributes import (
     ExposureStatistics,
     PartialStatistics,
-    ShownStatistics,
     SourceStatistics,
 )
 from ocelot_em.view.coverage import Coverage
@@ -44,7 +43,6 @@ from ocelot_em.view.figures import (
     foreground,
     has_names,
     name_rows,
-    or_nan,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +54,7 @@ MAX_LABELS = 40
 _LABEL_POINTS = 7.5
 _RINGS = [0, 0, 1, 1, 0, 4], [2, 3, 3, 2, 2, 4]  # y and x among bounds and NaN
 _MAX_SHADES = 12
+_LEGEND_ROOM = 1.7
 
 
 def _open_montage(store: Store) -> MergedResult:
@@ -153,36 +152,38 @@ def plot_seams(
 
 
 def _draw_means(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
-    kinds = (
-        ("alone", _shown(e.alone for e in exposures), BLUE, -0.14),
-        ("in overlaps", _shown(e.overlap for e in exposures), ORANGE, 0.14),
+    # Unknown ones become NaN.
+    alone, overlap = (
+        np.array([(shown.mean, shown.std) for shown in kind], np.float64).reshape(-1, 2)
+        for kind in ([e.alone for e in exposures], [e.overlap for e in exposures])
     )
     places, named = np.arange(len(exposures)), has_names(len(exposures))
     # Exposures that are shown only in overlaps (NaN) come last.
-    order = places if named else np.argsort(kinds[0][1][:, 0], kind="stable")
-    for label, numbers, colour, aside in kinds:
+    order = places if named else np.argsort(alone[:, 0], kind="stable")
+    for numbers, label, colour, aside in (
+        (alone, "alone", BLUE, -0.14),
+        (overlap, "in overlaps", ORANGE, 0.14),
+    ):
         mean, std = numbers[order].T
+        look: Any = {"color": colour, "label": label}
         if named:
-            dots: Any = {"fmt": "o", "markersize": 5, "elinewidth": 1}
-            ax.errorbar(mean, places + aside, xerr=std, color=colour, label=label, **dots)
+            ax.errorbar(mean, places + aside, None, std, "o", ms=5, elinewidth=1, **look)
             continue
         # The means that define the order are a line, on top of the other dots.
         is_line = label == "alone"
-        look: Any = {"linestyle": "-" if is_line else "", "linewidth": 1.6, "zorder": 2 + is_line}
-        ax.plot(places, mean, marker=".", markersize=3.5, color=colour, label=label, **look)
+        ax.plot(places, mean, ".-" if is_line else ".", ms=3.5, lw=1.6, zorder=2 + is_line, **look)
         ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     ax.set(title="z-scores shown in the montage")
     if named:
-        name_rows(ax, [exposure.id for exposure in exposures], "exposure")
-        bottom, top = ax.get_ylim()
-        ax.set(xlabel="mean ± std", ylim=(bottom, top - 1.1))  # room for the legend
+        name_rows(ax, [exposure.id for exposure in exposures], "exposure", above=_LEGEND_ROOM)
+        ax.set(xlabel="mean ± std")
     else:
         ax.set(xlabel="exposures, sorted by mean", ylabel="mean ± std", xlim=(-1, len(exposures)))
     ax.legend(loc="upper right" if named else "best", ncols=2 if named else 1)
 
 
 def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
-    seams = np.array([seam_of(exposure) for exposure in exposures])
+    seams = np.array([seam_of(exposure) for exposure in exposures], np.float64)
     known = np.isfinite(seams)
     ax.set(title="overlaps minus alone", xlabel="difference of means (std)")
     widest = max(float(np.abs(seams[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
@@ -191,7 +192,7 @@ def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> No
     if has_names(len(exposures)):
         places = np.arange(len(seams))
         _draw_dots(ax, seams[known], places[known], np.abs(seams[known]) > SEAM)
-        name_rows(ax, [exposure.id for exposure in exposures], "exposure")
+        name_rows(ax, [exposure.id for exposure in exposures], "exposure", above=_LEGEND_ROOM)
     elif known.any():
         ax.hist(seams[known], np.linspace(-widest, widest, 41).tolist(), color=BLUE)
         ax.set(ylabel="exposures")
@@ -208,15 +209,9 @@ def _draw_dots(
         ax.plot(x[which], y[which], "o", markersize=size, color=colour, alpha=0.85)
 
 
-def seam_of(exposure: ExposureStatistics) -> float:
-    """Return mean in overlaps minus mean alone, in standard deviations; NaN if pixels are few."""
-    return or_nan(difference_in_std(exposure.overlap, exposure.alone))
-
-
-def _shown(statistics: Iterable[ShownStatistics]) -> Float64:
-    """Return (n, 2) means and standard deviations; NaN where nothing is shown."""
-    rows = [(or_nan(shown.mean), or_nan(shown.std)) for shown in statistics]
-    return np.array(rows, np.float64).reshape(-1, 2)
+def seam_of(exposure: ExposureStatistics) -> float | None:
+    """Return mean in overlaps minus mean alone, in standard deviations; None if pixels are few."""
+    return difference_in_std(exposure.overlap, exposure.alone)
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,27 @@ class Drawing:
 
     @classmethod
     def of(
-        cls, name: str, size_inches: tuple[float, float], draw: Callable[[Any], object]
+        cls,
+        name: str,
+        size_inches: tuple[float, float],
+        *plots: Callable[[Any], object],
+        **grid: Any,
     ) -> "Drawing":
-        """Draw a figure of a unique name, in the text colour of the page."""
+        """Draw each plot into its axes of a figure with a unique name, in the page's text colour.
+
+        ``grid`` is that of the axes; axes with a common y have labels on the left only.
+        """
         figure = new_figure(size_inches)
         from matplotlib import rc_context
 
         with rc_context(_STYLE | {"svg.hashsalt": name}):
-            draw(figure)
+            panels = figure.subplots(squeeze=False, **grid).ravel()
+            for ax in panels[len(plots) :]:
+                ax.set_axis_off()
+            for ax, plot in zip(panels, plots, strict=False):
+                plot(ax)
+                if grid.get("sharey"):
+                    ax.label_outer()
             for ax in figure.axes:
                 if ax.images:
                     ax.grid(visible=False)

@@ -17,14 +17,16 @@ from ocelot_em.store.whole_file import whole_or_nothing, write_file
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
-from ocelot_em.view.montage_sections import montage_partials_section, montage_section
 from ocelot_em.view.plots import MAX_CIRCLES, plot_zscore, pooled_zscore
-from ocelot_em.view.report_data import ReportData, read_report_data
 from ocelot_em.view.report_sections import (
+    ReportData,
+    montage_partials_section,
+    montage_section,
     options_section,
     partials_section,
     particles_section,
     poses_section,
+    read_report_data,
     significance_section,
     timings_section,
     warnings_of,

@@ -1,24 +1,36 @@
-"""Sections of the report: figures and values for its template."""
+"""Data of a report and its sections: figures and values for its template."""
 
-import functools
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import numpy as np
 
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileSummary
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.text import count_text, seconds_text
-from ocelot_em.particles.picking import all_candidates
-from ocelot_em.particles.quality import montage_warnings, partial_warnings
+from ocelot_em.particles.picking import all_candidates, find_peaks
+from ocelot_em.particles.quality import MIN_SHOWN, montage_warnings, partial_warnings
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.arrays import read_table
-from ocelot_em.view.figures import rows_height
-from ocelot_em.view.montage_plots import outline_exposures
+from ocelot_em.view.figures import has_names, rows_height
+from ocelot_em.view.montage_plots import (
+    compared_partials,
+    outline_exposures,
+    plot_exposures,
+    plot_partials_of_exposures,
+    plot_seams,
+    seam_of,
+)
 from ocelot_em.view.page import Drawing
 from ocelot_em.view.plots import (
     map_positions,
@@ -28,7 +40,6 @@ from ocelot_em.view.plots import (
     plot_psi,
     plot_zscore,
 )
-from ocelot_em.view.report_data import ReportData
 from ocelot_em.view.statistics_plots import (
     plot_correlations,
     plot_distributions,
@@ -37,7 +48,72 @@ from ocelot_em.view.statistics_plots import (
     plot_survival,
 )
 
+MAX_ROWS = 100
+"""Maximum number of listed exposures, or partials of exposures; there may be thousands."""
+
 _PARTICLES_LISTED = 12
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The data of a report.
+
+    ``no_particles_reason``: why no particles could be picked; otherwise empty.
+    """
+
+    merged: MergedResult
+    summary: Summary
+    particles: ParticleTable
+    no_particles_reason: str
+
+    @property
+    def is_montage(self) -> bool:
+        """Whether the result has exposures."""
+        return bool(self.merged.attributes.exposures)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the maps are much wider than high: they take the full width of the page."""
+        height, width = self.merged.valid_shape
+        return width > 2 * height
+
+    @property
+    def cutoff(self) -> tuple[float, float] | None:
+        """Lowest and highest z-score cutoff of the particles, if they have one."""
+        about = self.particles.about
+        if about is None or NEG_LOG_P in self.particles.columns:
+            return None
+        own = [cutoff for _, cutoff in about.exposure_cutoffs]
+        return about.cutoff, max(own, default=about.cutoff)
+
+
+def read_report_data(
+    store: str | PathLike[str] | MergedResult, particles: ParticleTable | None
+) -> ReportData:
+    """Read the data of a report."""
+    merged = MergedResult.open(store)
+    summary, reason = merged.summary, ""
+    if particles is None:
+        try:
+            particles = find_peaks(merged)
+        except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
+            particles, reason = ParticleTable.empty(), str(error)
+    _check_origin(particles, merged)
+    return ReportData(merged, summary, particles, reason)
+
+
+def _check_origin(particles: ParticleTable, merged: MergedResult) -> None:
+    """Raise InvalidInputError for particles that cannot belong to a result."""
+    known = {exposure.id for exposure in merged.attributes.exposures}
+    unknown = {*particles.columns.get(EXPOSURE, np.array([])).tolist()} - known
+    expected, got = ("a montage", "one exposure") if known else ("one exposure", "a montage")
+    if particles.is_of_montage and known:
+        expected, got = "its exposures", f"exposure {min(unknown, default='')!r}"
+    if len(particles) and (unknown or particles.is_of_montage != bool(known)):
+        raise InvalidInputError(
+            f"particles: expected particles of {expected}, got particles of {got}; pick them with "
+            f"find_peaks from {merged.url}"
+        )
 
 
 def warnings_of(data: ReportData) -> list[str]:
@@ -67,14 +143,12 @@ def particles_section(
 ) -> dict[str, object]:
     """Return the map with the particles, the best ones enlarged, and the rows of their table."""
     particles = data.particles
-    height, width = data.merged.attributes.valid_shape
-    # Maps much wider than high take the full width of the page.
-    is_wide = width > 2 * height
-    across = 12.0 if is_wide else 7.4
-    tall = float(np.clip((across - 1.5) * height / width, 1.4, 8.5))
+    height, width = data.merged.valid_shape
+    across, tall = (12.0, 10.5) if data.is_wide else (7.4, 5.9)
+    tall = float(np.clip(tall * height / width, 1.4, 8.5)) + 0.8
 
-    def draw(figure: Any) -> None:
-        ax = plot_zscore(overview, figure.subplots(), particles=particles)
+    def draw_overview(ax: Any) -> None:
+        plot_zscore(overview, ax, particles=particles)
         outline_exposures(ax, data.merged.attributes.exposures)
 
     score = particles.columns.get(NEG_LOG_P, particles.columns["scaled_mip"])
@@ -82,31 +156,29 @@ def particles_section(
     zoomed = best[: max(max_zooms, 0)]
     is_shown = _which_are_shown(data, zoomed)
     return {
-        "is_wide": is_wide,
         "pooling": overview[1],
-        "overview": Drawing.of("overview", (across, tall + 0.8), draw),
-        "zooms": _zooms(data, zoomed, is_shown, 6 if is_wide else 2) if len(zoomed) else None,
+        "overview": Drawing.of("overview", (across, tall), draw_overview),
+        "zooms": _zooms(data, zoomed, is_shown) if len(zoomed) else None,
         "has_hidden": not is_shown.all(),
         "rows": [_particle_row(data, i) for i in best[:_PARTICLES_LISTED].tolist()],
     }
 
 
-def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray, columns: int) -> Drawing:
-    columns = min(columns, len(particles))
+def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray) -> Drawing:
+    columns = min(6 if data.is_wide else 2, len(particles))
     rows = ceil_div(len(particles), columns)
     (y, x), z = map_positions(data.particles), data.particles.columns["scaled_mip"]
 
-    def draw(figure: Any) -> None:
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for ax in panels[len(particles) :]:
-            ax.set_axis_off()
-        for number, (i, ax) in enumerate(zip(particles, panels, strict=False), 1):
-            plot_crop(data.merged, (y[i], x[i]), ax)
-            hidden = "" if is_shown[number - 1] else " (hidden)"
-            ax.set_title(f"{number}: z = {z[i]:.2f}{hidden}")
-            ax.tick_params(labelsize=8)
+    def draw(number: int, ax: Any) -> None:
+        i = particles[number]
+        plot_crop(data.merged, (y[i], x[i]), ax)
+        hidden = "" if is_shown[number] else " (hidden)"
+        ax.set_title(f"{number + 1}: z = {z[i]:.2f}{hidden}")
+        ax.tick_params(labelsize=8)
 
-    return Drawing.of("zooms", (2.9 * columns, 2.5 * rows + 0.2), draw)
+    plots = [partial(draw, number) for number in range(len(particles))]
+    size = (2.9 * columns, 2.5 * rows + 0.2)
+    return Drawing.of("zooms", size, *plots, nrows=rows, ncols=columns)
 
 
 def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
@@ -138,57 +210,106 @@ def _particle_row(data: ReportData, i: int) -> dict[str, Any]:
 
 def significance_section(data: ReportData) -> dict[str, Drawing]:
     """Return the survival histogram and the distributions of mip and z-score."""
-    candidates = all_candidates(data.merged).rows
-    joint = functools.partial(plot_joint, particles=data.particles, candidates=candidates)
-    plots: dict[str, tuple[float, Callable[..., object]]] = {
-        "survival": (6.5, functools.partial(plot_survival, cutoff=data.cutoff)),
-        "distributions": (2.7, plot_distributions),
-        "joint": (3.3, joint),
+    summary, candidates = data.summary, all_candidates(data.merged).rows
+    survival = partial(plot_survival, summary, cutoff=data.cutoff)
+    joint = partial(plot_joint, summary, particles=data.particles, candidates=candidates)
+    return {
+        "survival": Drawing.of("survival", (5.4, 6.5), survival),
+        "distributions": Drawing.of(
+            "distributions", (5.4, 2.7), partial(plot_distributions, summary)
+        ),
+        "joint": Drawing.of("joint", (5.4, 3.3), joint),
     }
-
-    def drawing(name: str, tall: float, plot: Callable[..., object]) -> Drawing:
-        return Drawing.of(name, (5.4, tall), lambda figure: plot(data.summary, figure.subplots()))
-
-    return {name: drawing(name, *plot) for name, plot in plots.items()}
 
 
 def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
     """Return the distributions of the particles' poses; None without particles."""
     if not len(particles):
         return None
-
-    def draw_angles(figure: Any) -> None:
-        above, below = figure.subplots(2, 1)
-        plot_psi(particles, above)
-        plot_defocus(particles, below)
-
-    def draw_views(figure: Any) -> None:
-        plot_poses(particles, figure.add_subplot(projection="polar"))
-
-    size = (5.0, 4.2)
+    views, psi, defocus = (
+        partial(plot, particles) for plot in (plot_poses, plot_psi, plot_defocus)
+    )
+    polar = {"projection": "polar"}
     return {
-        "views": Drawing.of("views", size, draw_views),
-        "angles": Drawing.of("angles", size, draw_angles),
+        "views": Drawing.of("views", (5.0, 4.2), views, subplot_kw=polar),
+        "angles": Drawing.of("angles", (5.0, 4.2), psi, defocus, nrows=2),
+    }
+
+
+def montage_section(data: ReportData) -> dict[str, object]:
+    """Return the placement of the exposures, their seams, and the rows of their table."""
+    merged, placed = data.merged, data.merged.attributes.exposures
+    exposures, particles = data.summary.attributes.exposures, data.particles
+    found = Counter(particles.columns[EXPOSURE].tolist() if particles.is_of_montage else ())
+    height, width = merged.valid_shape
+    across, tall = (11.6, 10.2) if data.is_wide else (5.4, 4.0)
+    tall = float(np.clip(tall * height / width, 1.2, 7.5)) + 0.8
+    seams = np.array([seam_of(exposure) for exposure in exposures], np.float64)
+    n_compared, named = int(np.isfinite(seams).sum()), has_names(len(exposures))
+    is_beside = named or data.is_wide
+    plots = [partial(plot_seams, merged), partial(plot_seams, merged, value="difference")]
+    grid = (
+        {"ncols": 2, "width_ratios": (1.6, 1)}
+        if is_beside
+        else {"nrows": 2, "height_ratios": (1.4, 1)}
+    )
+    if not n_compared:
+        plots, grid = plots[:1], {}
+    seams_tall = float(np.clip(0.25 * len(exposures) + 1.7, 2.4, 12.0))
+    if not named:
+        seams_tall = 3.2 if is_beside else 5.2
+    return {
+        "width": "full" if data.is_wide else "half",
+        "coverage": Drawing.of("coverage", (across, tall), partial(plot_exposures, merged)),
+        "seams": Drawing.of("seams", (across, seams_tall), *plots, sharey=named, **grid),
+        "has_names": named,
+        "is_beside": is_beside,
+        "n_compared": n_compared,
+        "min_shown": MIN_SHOWN,
+        "rows": [
+            (exposures[k], placed[k], seams[k], found[placed[k].id])
+            for k in _chosen_rows(np.abs(seams))
+        ],
     }
 
 
 def partials_section(data: ReportData) -> dict[str, object]:
     """Return the contribution of each partial, and the statistics of each input."""
     partials, sources = data.summary.attributes.partials, data.summary.attributes.sources
-    same = [partial.name for partial in partials] == [source.name for source in sources]
+    drawing = Drawing.of(
+        "partials-plot",
+        (12.0, rows_height(max(len(partials), len(sources)))),
+        partial(plot_partials, data.summary),
+        partial(plot_correlations, data.summary, value="mean"),
+        partial(plot_correlations, data.summary, value="std"),
+        ncols=3,
+        sharey=[partial.name for partial in partials] == [source.name for source in sources],
+    )
+    return {"drawing": drawing}
 
-    def draw(figure: Any) -> None:
-        won, mean, std = figure.subplots(1, 3)
-        plot_partials(data.summary, won)
-        plot_correlations(data.summary, mean, value="mean")
-        plot_correlations(data.summary, std, value="std")
-        for ax, is_labelled in ((mean, not same), (std, False)):
-            if not is_labelled:
-                ax.tick_params(labelleft=False)
-                ax.set_ylabel("")
 
-    tall = rows_height(max(len(partials), len(sources)))
-    return {"drawing": Drawing.of("partials-plot", (12.0, tall), draw)}
+def montage_partials_section(data: ReportData) -> dict[str, object]:
+    """Return the partials, compared within each exposure."""
+    merged, n_exposures = data.merged, len(data.merged.attributes.exposures)
+    partials, named = compared_partials(merged), has_names(n_exposures)
+    wins = partial(plot_partials_of_exposures, merged, value="wins")
+    rms = partial(plot_partials_of_exposures, merged, value="rms")
+    size, grid = (12.0, rows_height(n_exposures)), {"ncols" if named else "nrows": 2}
+    is_comparable = any(np.isfinite([own.won_ratio, own.rms_ratio]).any() for own in partials)
+    return {
+        "drawing": Drawing.of("partials-plot", size, wins, rms, sharey=named, **grid)
+        if is_comparable
+        else None,
+        "rows": [partials[k] for k in _chosen_rows(np.array([own.deviation for own in partials]))],
+    }
+
+
+def _chosen_rows(interest: AnyArray) -> list[int]:
+    """Return the rows to list: all in order, or the most interesting if there are too many."""
+    if len(interest) <= MAX_ROWS:
+        return list(range(len(interest)))
+    order: list[int] = np.argsort(-np.nan_to_num(interest), kind="stable").tolist()
+    return order[:MAX_ROWS]
 
 
 def timings_section(data: ReportData) -> dict[str, object]:

@@ -29,7 +29,6 @@ from ocelot_em.view.figures import (
     foreground,
     has_names,
     name_rows,
-    or_nan,
     summary_of,
 )
 
@@ -226,8 +225,9 @@ def plot_correlations(
     """
     summary, ax = summary_of(store), axes_or_new(ax)
     sources = summary.attributes.sources
-    numbers = np.array([or_nan(getattr(source, value)) for source in sources])
-    spread = np.array([or_nan(source.mean_spread) for source in sources])
+    # Unknown ones become NaN.
+    numbers = np.array([getattr(source, value) for source in sources], np.float64)
+    spread = np.array([source.mean_spread for source in sources], np.float64)
     named = has_names(len(sources))
     ax.errorbar(
         numbers,
