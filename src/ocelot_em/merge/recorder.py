@@ -18,11 +18,18 @@ from ocelot_em.model.arrays import HostRows, fill, synchronize
 from ocelot_em.model.maps import INDEX, MIP, NOT_SEARCHED, PIXEL_SIZE, POSES, AnyArray
 from ocelot_em.model.ranges import Range
 from ocelot_em.model.regions import Region
+from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import parse_seconds, seconds_text
 from ocelot_em.store.arrays import ChunkedMap
-from ocelot_em.store.attributes import Coverage
-from ocelot_em.store.progress import batch_warning
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.progress import SearchProgress, batch_warning, progress_of_partials
 from ocelot_em.store.recorded import RecordedPartial, SearchSize
+from ocelot_em.store.search import (
+    open_partial,
+    read_attributes,
+    read_partials,
+    read_search_space,
+)
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import converted, layout_problems, value_problems
 
@@ -116,10 +123,7 @@ class SearchRecorder:
         self._done = self._partial.searched_before()
         self._pending: list[Range] = []
         self._last = time.monotonic()
-        coverage = Coverage(
-            ranges=(), n_orientations=size.n_orientations, batch_size=size.batch_size
-        )
-        if warning := batch_warning(coverage):
+        if warning := batch_warning(size.coverage):
             warnings.warn(warning, stacklevel=2)
 
     @property
@@ -186,16 +190,50 @@ class SearchRecorder:
         new = {key: on_host(rows[band.slices[0]]) for key, rows in self._rows.items()}
         if problems := value_problems(new, band, self._info, self.name):
             raise InvalidDataError(problems)
-        if not before:
-            return new
         old = {key: chunked.read(band)[0] for key, chunked in before.items()}
-        folded = {key: np.empty(band.shape, values.dtype) for key, values in old.items()}
-        # The compiled kernels would compile in the process of every device.
-        processor = Processor(load("reference"), np.empty, on_host, BAND_PIXELS)
-        fold_bands([old, new], folded, processor, [None, None], self._info.search_space)
-        return folded
+        return _merged(old, new, self._info.search_space) if old else new
 
     def finish(self) -> None:
         """Write what has not been written yet, and complete the partial."""
         self.write()
         self._partial.complete()
+
+
+def read_recorded(
+    store: str | PathLike[str], exposure: str = ""
+) -> tuple[SearchProgress | None, dict[str, AnyArray]]:
+    """Merge all partials of a recorded search, or of its exposure, in memory.
+
+    Also return the progress of the search; None, and no maps, if nothing was recorded.
+    """
+    objects = open_objects(store)
+    attributes = read_attributes(objects)
+    space = read_search_space(objects, attributes.search_space_digest)
+    partials = read_partials(objects, exposure)
+    whole: dict[str, AnyArray] = {}
+    for name, partial in partials:
+        if not partial.is_readable:
+            continue
+        maps = open_partial(objects, name, exposure, partial).open(attributes.maps.partial)
+        grid = maps[MIP].grid
+        wanted = whole or {key: np.empty(grid.shape, m.dtype) for key, m in maps.items()}
+        for cell in grid:
+            new = {key: chunked.read(cell.region)[0] for key, chunked in maps.items()}
+            if whole:
+                old = {key: values[cell.region.slices] for key, values in whole.items()}
+                new = _merged({key: on_host(values) for key, values in old.items()}, new, space)
+            for key, values in new.items():
+                wanted[key][cell.region.slices] = values
+        whole = wanted
+    return progress_of_partials(partials), whole
+
+
+def _merged(
+    old: Mapping[str, AnyArray], new: Mapping[str, AnyArray], space: SearchSpace | None
+) -> dict[str, AnyArray]:
+    """Merge maps of one shape; the old ones win ties of explicit poses, and give the dtypes."""
+    merged = {key: np.empty(values.shape, values.dtype) for key, values in old.items()}
+    # The compiled kernels would be compiled in the process of every device.
+    processor = Processor(load("reference"), np.empty, on_host, BAND_PIXELS)
+    fold_bands([old, new], merged, processor, [None, None], space)
+    return merged

@@ -177,12 +177,14 @@ class Coverage(Attributes):
     """The orientations in a partial, out of those of the whole search.
 
     ``ranges`` are stored as text: the orientations of a long search are handed out in thousands of
-    small ranges. ``batch_size`` is the number of orientations that were computed at a time.
+    small ranges. ``batch_size`` is the number of orientations that were computed at a time;
+    ``data_sha256`` identifies what was searched, so that no other search continues this one.
     """
 
     ranges: Annotated[Ranges, BeforeValidator(parse_ranges), PlainSerializer(ranges_text)]
     n_orientations: PixelCount
     batch_size: PixelCount | None = None
+    data_sha256: Digest | None = None
 
     @model_validator(mode="after")
     def _ranges_are_sorted(self) -> Self:

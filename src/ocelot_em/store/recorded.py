@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from os import PathLike
+from typing import Any
 
 from ocelot_em.errors import IncompleteError, InvalidInputError
 from ocelot_em.model import ranges as sets
@@ -50,6 +51,9 @@ class SearchSize:
         Number of cross-correlations of each orientation: of defocus values times pixel sizes.
     batch_size
         Number of orientations that are computed at a time, to be kept with the data.
+    data_sha256
+        SHA-256 of what is searched, such as micrograph, template and filters, hexadecimal. A store
+        that was recorded with another one is refused.
 
     Examples
     --------
@@ -61,16 +65,28 @@ class SearchSize:
     n_orientations: int
     projections_each: int = 1
     batch_size: int | None = None
+    data_sha256: str | None = None
 
     @classmethod
-    def of(cls, space: SearchSpace, batch_size: int | None = None) -> "SearchSize":
+    def of(cls, space: SearchSpace) -> "SearchSize":
         """Return the size of an indexed search."""
         n_orientations = len(space.euler_angles)
-        return cls(n_orientations, space.n_poses // n_orientations, batch_size)
+        return cls(n_orientations, space.n_poses // n_orientations)
+
+    @property
+    def coverage(self) -> fmt.Coverage:
+        """Return the coverage of a partial without orientations."""
+        return fmt.Coverage(
+            ranges=(),
+            n_orientations=self.n_orientations,
+            batch_size=self.batch_size,
+            data_sha256=self.data_sha256,
+        )
 
     def problems(self, space: SearchSpace | None) -> list[str]:
         """Name what is wrong with it."""
         names = "n_orientations", "projections_each", "batch_size"
+        rest: dict[str, Any] = {"batch_size": self.batch_size, "data_sha256": self.data_sha256}
         problems = [
             f"{name}: expected an integer of at least 1, got {value!r}"
             for name in names
@@ -79,7 +95,7 @@ class SearchSize:
         ]
         if problems:
             return problems
-        if space is not None and replace(self, batch_size=None) != SearchSize.of(space):
+        if space is not None and replace(SearchSize.of(space), **rest) != self:
             problems.append(
                 f"size: expected {SearchSize.of(space)} as the search space, got {self}"
             )
@@ -140,9 +156,7 @@ class RecordedPartial:
             total_projections=0,
             state="running",
             provenance=provenance(inputs=(), options={}),
-            coverage=fmt.Coverage(
-                ranges=(), n_orientations=size.n_orientations, batch_size=size.batch_size
-            ),
+            coverage=size.coverage,
             recording=fmt.Recording(
                 started=now(), heartbeat=now(), every_seconds=every_seconds, process=this_process()
             ),
@@ -170,6 +184,11 @@ class RecordedPartial:
                     f"{self._objects.url}: partial {name!r}: expected a search of "
                     f"{self.size.n_orientations:,} orientations, got {found.n_orientations:,}; "
                     "give every search a store of its own"
+                )
+            if found.data_sha256 != self.size.data_sha256:
+                raise InvalidInputError(
+                    f"{self._objects.url}: partial {name!r}: is of a search with another "
+                    "micrograph, template or other filters; give every search a store of its own"
                 )
             everything += found.ranges
         return sets.union(everything)

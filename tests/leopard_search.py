@@ -1,0 +1,96 @@
+"""A small search of Leopard-EM, recorded, as a script: ``leopard_search.py FOLDER RUN N_DEVICES``.
+
+The devices are processes of the CPU, for which functions of CUDA are replaced. Written to FOLDER:
+the micrograph, the template and, at the end, Leopard-EM's results: ``recorded.npz``. RUN may
+be ``-``: then nothing is recorded, and they are in ``alone.npz``.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
+import numpy as np
+import torch
+
+from ocelot_em import leopard
+
+EDGE, SHAPE, POSITION = 32, (112, 96), (40, 30)
+RESULTS = "mip", "scaled_mip", "orientation_phi", "orientation_theta", "orientation_psi"
+
+
+class Stream:
+    """Stands in for a stream of a GPU."""
+
+    def __init__(self, device=None):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+torch.cuda.Stream = Stream
+for name in ("synchronize", "empty_cache", "ipc_collect"):
+    setattr(torch.cuda, name, lambda *_: None)
+torch.set_num_threads(1)
+
+
+def manager(folder, n_devices):
+    import mrcfile
+    from leopard_em.pydantic_models.managers import MatchTemplateManager
+
+    if not (folder / "micrograph.mrc").exists():
+        rng = np.random.default_rng(7)
+        volume = rng.normal(0, 0.1, (EDGE,) * 3)  # without symmetry, so that no poses tie
+        z, y, x = np.mgrid[:EDGE, :EDGE, :EDGE] - EDGE // 2
+        volume *= np.exp(-(z**2 + y**2 + x**2) / 60)
+        volume += np.exp(-((z - 3) ** 2 + (y + x / 3) ** 2 + (x / 2 - 1) ** 2) / 9)
+        image = rng.normal(0, 1, SHAPE)
+        rows, columns = (slice(start, start + EDGE) for start in POSITION)
+        image[rows, columns] -= 2 * volume.sum(axis=0)
+        mrcfile.write(folder / "volume.mrc", volume.astype("f4"), voxel_size=2.5)
+        mrcfile.write(folder / "micrograph.mrc", image.astype("f4"), voxel_size=2.5)
+    maps = (
+        *("mip", "scaled_mip", "correlation_average", "correlation_variance"),
+        *("orientation_psi", "orientation_theta", "orientation_phi", "relative_defocus"),
+    )
+    return MatchTemplateManager(
+        micrograph_path=str(folder / "micrograph.mrc"),
+        template_volume_path=str(folder / "volume.mrc"),
+        optics_group={
+            **{"label": "A", "pixel_size": 2.5, "voltage": 200.0, "spherical_aberration": 2.7},
+            **{"amplitude_contrast_ratio": 0.1, "phase_shift": 0.0, "ctf_B_factor": 60.0},
+            **{"defocus_u": 5000.0, "defocus_v": 4800.0, "astigmatism_angle": 30.0},
+        },
+        defocus_search_config={"defocus_min": 0, "defocus_max": 200, "defocus_step": 200},
+        orientation_search_config={"psi_step": 30.0, "theta_step": 20.0},
+        preprocessing_filters={},
+        match_template_result={
+            **{f"{name}_path": str(folder / f"{name}.mrc") for name in maps},
+            "allow_file_overwrite": True,
+        },
+        computational_config={
+            **{"gpu_ids": ["cpu"] * n_devices, "num_cpus": 1, "backend": "batched"}
+        },
+    )
+
+
+def main(folder, run, n_devices):
+    search = manager(Path(folder), int(n_devices))
+    recorded = contextlib.nullcontext() if run == "-" else leopard.recording(run, every=0.5)
+    started = time.time()
+    with recorded:
+        search.run_match_template(orientation_batch_size=4, do_result_export=False)
+    found = search.match_template_result
+    maps = {name: np.asarray(getattr(found, name)) for name in RESULTS}
+    maps["count"] = np.int64(found.total_projections)
+    name = "alone" if run == "-" else "recorded"
+    np.savez(Path(folder, f"{name}.npz"), **maps)
+    print(f"finished in {time.time() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
