@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
+    from ocelot_em.particles.correlations import read_correlations
     from ocelot_em.particles.gaussian import gaussian_cutoff
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
@@ -61,6 +62,7 @@ _HOME = {
         "model.options": "MergeOptions",
         "model.regions": "Region",
         "model.search_space": "SearchSpace",
+        "particles.correlations": "read_correlations",
         "particles.gaussian": "gaussian_cutoff",
         "particles.picking": "find_peaks",
         "particles.table": "ParticleTable",
@@ -88,6 +90,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "open_partials",
     "MergedResult",
     "find_peaks",
+    "read_correlations",
     "gaussian_cutoff",
     "ParticleTable",
     "Optics",

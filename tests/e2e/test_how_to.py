@@ -75,6 +75,7 @@ def files(tmp_path_factory):
     ocelot_em.import_results(sorted(place.glob("gpu*.npz")), place / "INDEXED", indexed)
     ocelot_em.merge(place / "INDEXED", place / "40S.zarr")
     shutil.copytree(place / "40S.zarr", place / "60S.zarr")
+    write_tables(place)
     with np.load(CROPS[0]) as crop:
         later = {name: crop[name] for name in crop.files} | {"mip": crop["mip"] + 0.5}
     np.savez(place / "later.npz", **later)
@@ -83,6 +84,19 @@ def files(tmp_path_factory):
         command = ["export", place / "MERGED.zarr", "--to", target, "--output", place / output]
         assert run([str(word) for word in command]) == DONE
     return place
+
+
+def write_tables(place):
+    """The result of a search with a correlation table."""
+    space = ocelot_em.read_search_space_file(place / "search_space.npz")
+    row = {"global_idx": [5], "pos_y": [9], "pos_x": [9], "corr_value": np.float32([50])}
+    with np.load(CROPS[0]) as crop:
+        result = {**crop, "correlation_table": {**row, "threshold": 5.5}}
+    count, search = int(result["total_projections"]), ocelot_em.SearchInfo(search_space=space)
+    ocelot_em.write_partial(
+        place / "TABLES.zarr", "gpu0", result, total_projections=count, search=search
+    )
+    ocelot_em.merge(place / "TABLES.zarr", place / "MERGED_TABLES.zarr")
 
 
 @pytest.fixture

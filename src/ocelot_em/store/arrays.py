@@ -151,7 +151,7 @@ def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
 
 @dataclass(frozen=True)
 class ChunkedMap:
-    """A two-dimensional array of a store, opened for reading or writing chunks.
+    """An array of a store, opened for reading or writing chunks; a column of one axis has a second.
 
     ``place`` names store, partial and map in errors; ``fill`` pads chunks at the lower and right
     edges; chunks are compared with ``checksums``, those of the manifest, if there is one.
@@ -165,6 +165,7 @@ class ChunkedMap:
     fill: float | int
     codec: Blosc
     checksums: Checksums | None = None
+    is_column: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -173,7 +174,7 @@ class ChunkedMap:
 
     def key(self, chunk: Tile) -> str:
         """Key of the object that holds a chunk."""
-        return f"{self.path}/c/{chunk.iy}/{chunk.ix}"
+        return f"{self.path}/c/{chunk.iy}" + ("" if self.is_column else f"/{chunk.ix}")
 
     def read(self, region: Region, out: AnyArray | None = None) -> tuple[AnyArray, int]:
         """Decode a region into a C-contiguous array; also return the number of bytes read."""
@@ -293,8 +294,9 @@ def open_map(
     place: str,
     dtypes: Iterable[str],
     expected: ArrayManifest | None = None,
+    dimensions: tuple[str, ...] = DIMENSIONS,
 ) -> ChunkedMap:
-    """Open a map; ``FormatError`` lists what differs from the format or the manifest."""
+    """Open a map or a column; ``FormatError`` lists what differs from the format or manifest."""
     encoded = _metadata(objects, path, place)
     if expected is not None and metadata_digest(encoded) != expected.metadata:
         raise FormatError(
@@ -302,8 +304,8 @@ def open_map(
             "has changed since it was written; write or merge this again"
         )
     where = f"{objects.url}/{path}"
-    about = parse_array(encoded, where, place, tuple(dtypes), DIMENSIONS, MAX_CHUNK_NBYTES)
-    (height, width), (chunk_height, chunk_width) = about.shape, about.chunk
+    about = parse_array(encoded, where, place, tuple(dtypes), dimensions, MAX_CHUNK_NBYTES)
+    (height, width), (chunk_height, chunk_width) = ((*n, 1)[:2] for n in (about.shape, about.chunk))
     settings = about.codecs[1]["configuration"]
     shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
     shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
@@ -316,6 +318,7 @@ def open_map(
         fill=about.fill_value,
         codec=Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),
         checksums=None if expected is None else expected.checksums,
+        is_column=len(dimensions) == 1,
     )
 
 

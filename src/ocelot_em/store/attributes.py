@@ -218,6 +218,7 @@ class PartialAttributes(Attributes):
     manifest: Digest | None = None
     coverage: Coverage | None = None
     recording: Recording | None = None
+    correlation_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _running_is_recorded(self) -> Self:

@@ -19,6 +19,7 @@ from ocelot_em.errors import (
     StorageError,
 )
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
+from ocelot_em.model.correlations import TABLE, CorrelationTable
 from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.text import exposure_prefix
@@ -26,6 +27,7 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.correlations import table_problems, write_table
 from ocelot_em.store.creation import ensure_search, layout_differences, provenance, refresh_total
 from ocelot_em.store.manifest import (
     MANIFEST,
@@ -79,9 +81,12 @@ def write_partial(
         ``_``, ``-``.
     result
         Maps by name (see :class:`MapSet`), each (y, x), NumPy, torch or CuPy; ``mip`` is -inf
-        where nothing was searched. Other keys are ignored. Poses are indexed if there is a search
-        space, otherwise explicit. Sums keep their dtype, float32 or float64. Maps on a GPU are
-        copied to the host one band of rows at a time, twice: for validation and for writing.
+        where nothing was searched. Poses are indexed if there is a search space, otherwise
+        explicit. Sums keep their dtype, float32 or float64. Maps on a GPU are copied to the host
+        one band of rows at a time, twice: for validation and for writing. A table of correlations
+        above a threshold, ``correlation_table``, may be there, as Leopard-EM 1.3 has it, with
+        ``global_idx``, ``pos_y``, ``pos_x``, ``corr_value`` and ``threshold``. Other keys are
+        ignored.
     total_projections
         Exact number of cross-correlations in the sums.
     order
@@ -124,6 +129,13 @@ def write_partial(
     def on_host(band: Region) -> dict[str, AnyArray]:
         return {key: rows[band.slices[0]] for key, rows in maps.items()}
 
+    table = None
+    if TABLE in result:
+        try:
+            table = CorrelationTable.of(result[TABLE], f"{name}: {TABLE}")
+            problems += table_problems(table, shape, info.search_space, name)
+        except InvalidInputError as error:
+            problems += error.problems
     partial, refused = None, InvalidInputError(())
     try:
         partial = PartialWriter(
@@ -145,6 +157,8 @@ def write_partial(
     with partial as writer:
         for band in bands:
             writer.write(band, on_host(band), validated=True)
+        if table is not None:
+            writer.write_correlations(table, validated=True)
 
 
 def _layouts(
@@ -304,6 +318,22 @@ class PartialWriter:
         grid = TileGrid(self.shape, self.chunk)
         self._written.update((chunk.iy, chunk.ix) for chunk in grid.touching(region))
 
+    def write_correlations(self, table: CorrelationTable, *, validated: bool = False) -> None:
+        """Write the correlation table, once, with the maps.
+
+        Raises
+        ------
+        InvalidDataError
+            Listing all problems.
+        """
+        space = self._info.search_space
+        if not validated and (problems := table_problems(table, self.shape, space, self.name)):
+            raise InvalidDataError(problems)
+        self._change(correlation_threshold=table.threshold)
+        group = MapGroup(self._objects, self._path, self.name, self._record.folder)
+        arrays = write_table(group, table, TileGrid(self.shape, self.chunk))
+        self._manifest = replace(self._manifest, arrays={**self._manifest.arrays, **arrays})
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -336,7 +366,7 @@ class PartialWriter:
             raise self._taken_over()
 
     def _own_children(self) -> Collection[str]:
-        return [self._record.folder] if self._record.folder else self._maps
+        return [self._record.folder] if self._record.folder else [*self._maps, TABLE]
 
     def _taken_over(self) -> IncompleteError:
         """Delete what this writer has written, and return its error."""
@@ -402,7 +432,7 @@ def complete_partial(
     objects.sync()
     kept = restore(objects, path, winner).folder
     if winner.id == record.id:
-        own = {MANIFEST, *([kept] if kept else winner.arrays)}
+        own = {MANIFEST, *([kept] if kept else {key.partition("/")[0] for key in winner.arrays})}
         for child in {*objects.children(path)} - own:
             objects.delete(f"{path}/{child}")
     return winner

@@ -182,6 +182,7 @@ class MapGroup:
     folder: str = ""
     manifest: Manifest | None = None
     total_projections: int | None = None
+    correlation_threshold: float | None = None
 
     @property
     def place(self) -> str:
@@ -220,7 +221,8 @@ def open_partial(
     path = partial_path(name, exposure)
     where, count = join(path, attributes.manifest_folder), attributes.total_projections
     manifest = _manifest(objects, where, attributes)
-    return MapGroup(objects, path, name, attributes.folder, manifest, count)
+    threshold = attributes.correlation_threshold
+    return MapGroup(objects, path, name, attributes.folder, manifest, count, threshold)
 
 
 def open_result(objects: Objects, attributes: fmt.MergedAttributes) -> MapGroup:

@@ -76,6 +76,11 @@ def open_source_maps(
     source: Source, maps: MapSet, shape: tuple[int, int]
 ) -> dict[str, store.ChunkedMap]:
     """Open the maps of a planned source that a merge needs; they must have this shape."""
+    return open_source(source).open(source.map_names(maps), shape)
+
+
+def open_source(source: Source) -> MapGroup:
+    """Open a planned source, with its manifest if it has one."""
     objects = open_objects(source.url)
     manifest = None
     if source.manifest is None:
@@ -87,8 +92,7 @@ def open_source_maps(
         except FormatError as error:
             check_unchanged(source)
             raise error
-    group = MapGroup(objects, source.path, source.name, source.folder, manifest)
-    return group.open(source.map_names(maps), shape)
+    return MapGroup(objects, source.path, source.name, source.folder, manifest)
 
 
 def check_unchanged(source: Source) -> None:

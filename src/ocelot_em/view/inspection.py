@@ -22,6 +22,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.constants import FIRST_SEALED_VERSION
 from ocelot_em.store.contract import Objects
+from ocelot_em.store.correlations import open_table
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import (
     SearchProgress,
@@ -226,6 +227,7 @@ def _problems(
     without_manifest += [opened.place for opened, _ in groups if opened.manifest is None]
     for number, (group, shape) in enumerate(groups, 1):
         yield from _group_problems(group, shape, attributes, info)
+        yield from _table_problems(group, space)
         if on_progress is not None:
             on_progress(number / len(groups))
 
@@ -343,6 +345,16 @@ def _group_problems(
     n_threads = max(min(n_cpus(), MAX_NBYTES // nbytes), 1)
     for found in map_in_threads(at_chunk, (cell.region for cell in grid), n_threads):
         yield from found
+
+
+def _table_problems(group: MapGroup, space: SearchSpace | None) -> Iterator[str]:
+    """Yield all problems of the correlation table of a partial, if it has one."""
+    try:
+        table = open_table(group)
+        if table is not None:
+            yield from table.problems(space)
+    except OcelotError as error:
+        yield str(error)
 
 
 def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:

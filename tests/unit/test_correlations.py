@@ -1,0 +1,214 @@
+"""Correlation tables of partials, and what the merged mean and deviation leave of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import ocelot_em
+from builders import INDEXED, SPACE, indexed_maps
+from ocelot_em import check, merge_arrays, read_correlations, write_partial
+from ocelot_em.errors import ChunkError, IncompleteError, InputChangedError, InvalidInputError
+from ocelot_em.store import correlations
+
+SHAPE, COUNTS = (70, 90), (1000, 1001, 1002)
+
+
+def make_table(number, n, threshold=5.5):
+    rng = np.random.default_rng((number, 9))
+    return {
+        "threshold": threshold,
+        "global_idx": rng.integers(0, SPACE.n_poses, n, dtype=np.int32),
+        "pos_y": rng.integers(0, SHAPE[0], n),
+        "pos_x": rng.integers(0, SHAPE[1], n),
+        "corr_value": (threshold + rng.exponential(1, n)).astype(np.float32) + np.float32(0.001),
+    }
+
+
+def make_results(rows=(3000, 0, 500)):
+    return [
+        indexed_maps(SHAPE, number) | {"correlation_table": make_table(number, n)}
+        for number, n in enumerate(rows)
+    ]
+
+
+def write(place, results):
+    for number, result in enumerate(results):
+        name, count = f"gpu{number}", COUNTS[number]
+        write_partial(place, name, result, total_projections=count, search=INDEXED)
+    return place
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A search and its result, in several chunks of maps and of columns, which differ."""
+    place = tmp_path_factory.mktemp("tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 32)
+        patch.setattr(correlations, "ROWS_PER_CHUNK", 100)
+        search = write(place / "RUN", make_results())
+        ocelot_em.merge(search, place / "OUT", tile_size=24)
+    return search, place / "OUT"
+
+
+def all_rows(blocks):
+    blocks = list(blocks)
+    assert all(len(block["pos_y"]) <= 100 for block in blocks)
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def by_hand(results, merged, cutoff):
+    """All rows at or above a cutoff, sorted."""
+    maps = {name: merged[name].to_numpy() for name in ("correlation_mean", "correlation_std")}
+    found = []
+    for number, result in enumerate(results):
+        table = result["correlation_table"]
+        y, x, value = (table[name] for name in ("pos_y", "pos_x", "corr_value"))
+        mean, std = (values[y, x].astype(np.float64) for values in maps.values())
+        z = ((value - mean) / std).astype(np.float32)
+        rows = zip(*(a.tolist() for a in (y, x, table["global_idx"], value, z)), strict=True)
+        found += [(number, *row) for row in rows if row[-1] >= cutoff]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("cutoff", [0, 6.5, None])
+def test_tables_of_all_devices_with_the_merged_mean_and_deviation(stores, cutoff):
+    search, output = stores
+    assert check(search) == []
+    rows = all_rows(read_correlations(output, cutoff=0))
+    if cutoff is None:
+        cutoff = ocelot_em.gaussian_cutoff(SHAPE[0] * SHAPE[1], sum(COUNTS))
+        assert cutoff < 6
+        rows = all_rows(read_correlations(output))
+    elif cutoff:
+        rows = all_rows(read_correlations(output, cutoff=cutoff))
+    names = "partial", "pos_y", "pos_x", "global_index", "correlation", "zscore"
+    found = sorted(zip(*(rows[name].tolist() for name in names), strict=True))
+    expected = by_hand(make_results(), ocelot_em.open_merged(output), cutoff)
+    assert 0 < len(expected) <= 3500
+    assert found == expected
+    poses = SPACE.decode(rows["global_index"])
+    for name, values in zip(("phi", "theta", "psi", "relative_defocus"), poses, strict=False):
+        np.testing.assert_array_equal(rows[name], values)
+
+
+def test_rows_keep_their_order_in_a_chunk_of_the_maps(stores):
+    _, output = stores
+    table = make_results()[0]["correlation_table"]
+    first = (table["pos_y"] < 24) & (table["pos_x"] < 24)
+    rows = all_rows(read_correlations(output, cutoff=-100))
+    n = first.sum()
+    np.testing.assert_array_equal(rows["correlation"][:n], table["corr_value"][first])
+
+
+def test_the_highest_threshold_applies_to_all(tmp_path):
+    results = make_results()
+    results[2]["correlation_table"] = make_table(2, 500, threshold=6.0)
+    ocelot_em.merge(write(tmp_path / "RUN", results), tmp_path / "OUT")
+    rows = all_rows_of_any_length(read_correlations(tmp_path / "OUT", cutoff=-100))
+    assert rows["correlation"].min() > 6.0
+    n = (results[0]["correlation_table"]["corr_value"] > 6.0).sum()
+    assert len(rows["pos_y"]) == n + 500
+
+
+def all_rows_of_any_length(blocks):
+    blocks = list(blocks)
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def test_of_results_that_were_merged_in_steps(tmp_path):
+    results = make_results()
+    write(tmp_path / "RUN", results)
+    ocelot_em.merge(tmp_path / "RUN", tmp_path / "FIRST")
+    later = indexed_maps(SHAPE, 7) | {"correlation_table": make_table(7, 40)}
+    write_partial(tmp_path / "LATER", "gpu3", later, total_projections=900, search=INDEXED)
+    ocelot_em.merge([tmp_path / "FIRST", tmp_path / "LATER"], tmp_path / "OUT")
+    rows = all_rows_of_any_length(read_correlations(tmp_path / "OUT", cutoff=-100))
+    assert np.bincount(rows["partial"]).tolist() == [3000, 0, 500, 40]
+
+
+def test_a_node_merges_the_tables_of_its_devices(tmp_path):
+    results = make_results()
+    one, several = tmp_path / "ONE", tmp_path / "SEVERAL"
+    ocelot_em.merge(write(several, results), tmp_path / "SEVERAL_OUT")
+    node = merge_arrays(results, search_space=SPACE)
+    write_partial(one, "node", node, total_projections=sum(COUNTS), search=INDEXED)
+    ocelot_em.merge(one, tmp_path / "ONE_OUT")
+    tables = [
+        all_rows_of_any_length(read_correlations(tmp_path / f"{name}_OUT", cutoff=0))
+        for name in ("ONE", "SEVERAL")
+    ]
+    names = "pos_y", "pos_x", "global_index", "correlation"
+    one, several = (sorted(zip(*(t[n].tolist() for n in names), strict=True)) for t in tables)
+    assert one == several
+
+
+def change(name, value):
+    return lambda table: table.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("pos_x", np.full(500, 90), "pos_x: expected 0 to 89, got 90 to 90"),
+        ("pos_y", np.full(500, -1), "pos_y: expected 0 to 69, got -1 to -1"),
+        ("global_idx", np.full(500, 10**6), "global_idx: expected 0 to"),
+        ("global_idx", np.zeros(500), "global_idx: expected integers, got float64"),
+        ("corr_value", np.full(500, np.nan, "f4"), "expected finite values above the threshold"),
+        ("corr_value", np.full(500, 5.5, "f4"), "expected finite values above the threshold 5.5"),
+        ("threshold", np.nan, "expected a finite threshold"),
+        ("pos_x", None, "expected columns"),
+    ],
+)
+def test_refusals(tmp_path, name, value, problem):
+    result = indexed_maps(SHAPE) | {"correlation_table": make_table(0, 500)}
+    result["correlation_table"][name] = value
+    if value is None:
+        del result["correlation_table"][name]
+    with pytest.raises(InvalidInputError) as caught:
+        write_partial(tmp_path / "RUN", "gpu0", result, total_projections=9, search=INDEXED)
+    assert any(problem in found for found in caught.value.problems), caught.value.problems
+    assert not (tmp_path / "RUN").exists()
+
+
+def test_what_cannot_be_read_is_named(stores, tmp_path):
+    search, output = stores
+    extra = tmp_path / "EXTRA"
+    write_partial(extra, "gpu9", indexed_maps(SHAPE), total_projections=9, search=INDEXED)
+    ocelot_em.merge([search, extra], tmp_path / "BOTH")
+    with pytest.raises(IncompleteError, match=r"1 of 4 partials have no correlation table.*gpu9"):
+        read_correlations(tmp_path / "BOTH")
+    (search / "partials/gpu1").rename(search / "gpu1")
+    try:
+        with pytest.raises(InputChangedError, match="gpu1"):
+            read_correlations(output)
+    finally:
+        (search / "gpu1").rename(search / "partials/gpu1")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("global_idx", "swapped"),
+        ("offsets", "swapped"),
+        ("corr_value", "flipped"),
+        ("pos_y", "lost"),
+    ],
+)
+def test_a_chunk_that_is_not_the_one_written(stores, name, damage):
+    search, output = stores
+    chunk = search / "partials/gpu0/correlation_table" / name / "c/0"
+    written = chunk.read_bytes()
+    if damage == "lost":
+        chunk.unlink()
+    elif damage == "swapped":
+        shutil.copy(search / "partials/gpu2/correlation_table" / name / "c/0", chunk)
+    else:
+        middle = len(written) // 2
+        chunk.write_bytes(written[:middle] + bytes([written[middle] ^ 4]) + written[middle + 1 :])
+    try:
+        with pytest.raises(ChunkError, match=f"'gpu0': correlation_table/{name}"):
+            list(read_correlations(output, cutoff=0))
+        assert any(f"'gpu0': correlation_table/{name}" in problem for problem in check(search))
+    finally:
+        chunk.write_bytes(written)
