@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ocelot_em.errors import OcelotError
     from ocelot_em.io.description import import_description
+    from ocelot_em.io.finished import import_finished
     from ocelot_em.io.import_options import ImportOptions, read_search_space_file
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.optics import Optics
@@ -50,6 +51,7 @@ _HOME = {
     for module, names in {
         "errors": "OcelotError",
         "io.description": "import_description",
+        "io.finished": "import_finished",
         "io.import_options": "ImportOptions read_search_space_file",
         "io.leopard": "import_results",
         "io.optics": "Optics",
@@ -97,6 +99,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "write_leopard_csv",
     "write_relion_star",
     "write_cistem_star",
+    "import_finished",
     "import_results",
     "import_description",
     "write_partial",

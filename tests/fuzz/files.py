@@ -18,9 +18,10 @@ from tests.builders import SPACE, explicit_maps, indexed_maps
 
 from ocelot_em import import_results, read_search_space_file
 from ocelot_em.io.description import placed_exposures, read_description
-from ocelot_em.io.hdf5 import GROUP, import_hdf5
-from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch
-from ocelot_em.io.mrc import import_mrc_set
+from ocelot_em.io.finished import import_finished
+from ocelot_em.io.hdf5 import GROUP
+from ocelot_em.io.import_options import ImportOptions
+from ocelot_em.io.leopard_maps import OUR_NAMES
 from ocelot_em.io.optics import Optics
 from ocelot_em.io.origins import read_origins
 from ocelot_em.io.parquet import read_parquet, write_parquet
@@ -177,10 +178,10 @@ def mrc(folder: Path) -> tuple[list[bytes], Reader]:
         file.set_extended_header(np.zeros(32, "V1"))
         file.set_data(values.astype(">f4"))
     seeds = [seed, (folder / "BIG.mrc").read_bytes()]
-    about = FinishedSearch(total_projections=N_PROJECTIONS)
+    about = ImportOptions(total_projections=(N_PROJECTIONS,))
     read = in_file(
         path,
-        lambda _: into_search(folder, lambda output: import_mrc_set(inputs, output, about)),
+        lambda _: into_search(folder, lambda output: import_finished(inputs, output, about)),
     )
     return seeds, read
 
@@ -196,7 +197,7 @@ def hdf5(folder: Path) -> tuple[list[bytes], Reader]:
         seeds.append((folder / "SEED.h5").read_bytes())
     read = in_file(
         folder / "A.h5",
-        lambda path: into_search(folder, lambda output: import_hdf5(path, output)),
+        lambda path: into_search(folder, lambda output: import_finished(path, output)),
     )
     return seeds, read
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ocelot_em
+from ocelot_em.io.mrc import write_mrc_set
 from ocelot_em.model.search_space import TABLES
 
 ROOT = Path(ocelot_em.__file__).parent
@@ -57,6 +58,7 @@ def own(tmp_path_factory):
     indexed = ocelot_em.Simulation(**about, form="indexed", projections_per_pose=159)
     ocelot_em.simulate(folder, indexed).rename(folder / "SEARCH.zarr")
     ocelot_em.merge(folder / "SEARCH.zarr", folder / "MERGED.zarr", tile_size=256)
+    write_mrc_set(folder / "MERGED.zarr", folder / "maps")
     explicit = ocelot_em.Simulation(**about)
     for number, count in enumerate(explicit.counts):
         maps = explicit.partial_block(number, ocelot_em.Region(0, shape[0], 0, shape[1]))
@@ -67,7 +69,7 @@ def own(tmp_path_factory):
     return folder
 
 
-OWN = ("SEARCH.zarr", "MERGED.zarr", "gpu0.npz", "gpu1.npz", "search_space.npz")
+OWN = ("SEARCH.zarr", "MERGED.zarr", "maps", "gpu0.npz", "gpu1.npz", "search_space.npz")
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,13 @@ from ocelot_em.errors import (
 )
 from ocelot_em.io import hdf5
 from ocelot_em.io import leopard_maps as map_set
-from ocelot_em.io.hdf5 import import_hdf5, write_hdf5
+from ocelot_em.io.finished import import_finished
+from ocelot_em.io.hdf5 import write_hdf5
 from ocelot_em.io.import_options import ImportOptions
 from ocelot_em.io.leopard import import_results
-from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch
-from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
+from ocelot_em.io.leopard_maps import OUR_NAMES
+from ocelot_em.io.map_files import COUNT_FACT
+from ocelot_em.io.mrc import write_mrc_set
 from ocelot_em.model.maps import SCALED_MIP
 from ocelot_em.model.regions import TileGrid
 
@@ -126,7 +128,7 @@ def test_indexed_searches_know_their_size(tmp_path, poses):
 def test_pixels_strips_and_uneven_shapes_make_the_round_trip(tmp_path, shape):
     merge(write_explicit_search(tmp_path / "R", shape), tmp_path / "M", tile_size=32)
     write_hdf5(tmp_path / "M", tmp_path / "RESULT.h5")
-    done = import_hdf5(tmp_path / "RESULT.h5", tmp_path / "BACK")
+    done = import_finished(tmp_path / "RESULT.h5", tmp_path / "BACK")
     assert done.name == "RESULT"
     assert describe(tmp_path / "BACK").attributes.total_projections == 3003
     merge(tmp_path / "BACK", tmp_path / "BACKM")
@@ -137,12 +139,14 @@ def test_pixels_strips_and_uneven_shapes_make_the_round_trip(tmp_path, shape):
 
 
 def test_a_file_gives_the_same_partial_as_mrc_files(merged, file, tmp_path):
-    about = FinishedSearch(pixel_size_offset_angstrom=0.0, name="same")
-    done = import_hdf5(file, tmp_path / "A", about)
+    about = ImportOptions(pixel_size_offset_angstrom=0.0, name="same")
+    done = import_finished(file, tmp_path / "A", about)
     assert any(note.startswith("correlation_sum") for note in done.notes)
     write_mrc_set(merged, tmp_path / "SET")
-    given = FinishedSearch(total_projections=COUNT, pixel_size_offset_angstrom=0.0, name="same")
-    assert import_mrc_set(tmp_path / "SET", tmp_path / "B", given) == done
+    given = ImportOptions(total_projections=(COUNT,), pixel_size_offset_angstrom=0.0, name="same")
+    assert import_finished(tmp_path / "SET", tmp_path / "B", given).name == done.name
+    with pytest.raises(InvalidInputError, match="content is already there as partial 'same'"):
+        import_finished(tmp_path / "SET", tmp_path / "A", given.model_copy(update={"name": "new"}))
     left, right = (read_maps(tmp_path / store / "partials" / "same") for store in "AB")
     assert set(left) == set(right)
     for name, values in left.items():
@@ -163,7 +167,7 @@ def test_files_of_leopard_itself_are_read(tmp_path):
         group = opened.create_group("tensors")
         for name, values in maps.items():
             group.create_dataset(name, data=values, compression="gzip", compression_opts=4)
-    done = import_hdf5(tmp_path / "output.h5", tmp_path / "BACK")
+    done = import_finished(tmp_path / "output.h5", tmp_path / "BACK")
     assert done.name == "output"
     assert any("pixel size: neither in the files nor given" in note for note in done.notes)
     merge(tmp_path / "BACK", tmp_path / "M")
@@ -179,17 +183,17 @@ def change(path, action):
 
 
 def test_counts_must_agree(file, tmp_path):
-    with pytest.raises(InvalidInputError, match="the file has 2001, 5 was given"):
-        import_hdf5(file, tmp_path / "BACK", FinishedSearch(total_projections=5))
+    done = import_finished(file, tmp_path / "GIVEN", ImportOptions(total_projections=(5,)))
+    assert f"{COUNT_FACT}: 5, as given; RESULT.h5 has 2001" in done.notes
     change(file, lambda opened: opened.attrs.__setitem__("total_projections", 0))
     with pytest.raises(InvalidInputError, match="missing: the number of cross-correlations"):
-        import_hdf5(file, tmp_path / "BACK")
+        import_finished(file, tmp_path / "BACK")
     change(file, lambda opened: opened.attrs.__setitem__("total_projections", 2001.5))
     with pytest.raises(InvalidInputError, match="expected an integer"):
-        import_hdf5(file, tmp_path / "BACK")
+        import_finished(file, tmp_path / "BACK")
     change(file, lambda opened: opened.attrs.__delitem__("total_projections"))
     change(file, lambda opened: opened.attrs.__setitem__("pixel_size_angstrom", "unknown"))
-    import_hdf5(file, tmp_path / "BACK", FinishedSearch(total_projections=5))
+    import_finished(file, tmp_path / "BACK", ImportOptions(total_projections=(5,)))
     assert describe(tmp_path / "BACK").attributes.total_projections == 5
     assert describe(tmp_path / "BACK").attributes.pixel_size_angstrom is None
 
@@ -207,29 +211,29 @@ def test_everything_that_is_wrong_is_listed(file, tmp_path):
 
     change(file, damage)
     with pytest.raises(InvalidInputError) as caught:
-        import_hdf5(file, tmp_path / "BACK")
+        import_finished(file, tmp_path / "BACK")
     problems = "\n".join(caught.value.problems)
     assert f"{file}: mip: missing" in problems
-    assert "relative_defocus: expected float32 values, as Leopard-EM writes them, got f" in problems
+    assert "relative_defocus: expected float32 or float16 values, got float64" in problems
     assert f"orientation_phi: expected shape {VALID}, as scaled_mip has, got" in problems
     assert not (tmp_path / "BACK").exists()
 
 
 def test_files_that_are_broken_are_refused(file, tmp_path):
     with pytest.raises(InvalidInputError, match="nothing there"):
-        import_hdf5(tmp_path / "NOTHING.h5", tmp_path / "BACK")
+        import_finished(tmp_path / "NOTHING.h5", tmp_path / "BACK")
     (tmp_path / "TEXT.h5").write_text("no HDF5 at all")
     with pytest.raises(InvalidInputError, match="cannot be read as HDF5"):
-        import_hdf5(tmp_path / "TEXT.h5", tmp_path / "BACK")
+        import_finished(tmp_path / "TEXT.h5", tmp_path / "BACK")
     with h5py.File(tmp_path / "EMPTY.h5", "w"):
         pass
     with pytest.raises(InvalidInputError, match="mip: missing"):
-        import_hdf5(tmp_path / "EMPTY.h5", tmp_path / "BACK")
+        import_finished(tmp_path / "EMPTY.h5", tmp_path / "BACK")
     with h5py.File(file) as opened:
         chunk = opened["tensors/orientation_psi"].id.get_chunk_info(3)
     flip_byte(file, chunk.byte_offset + 5)
     with pytest.raises(InvalidInputError, match=r"orientation_psi: pixels .* cannot be read"):
-        import_hdf5(file, tmp_path / "BACK")
+        import_finished(file, tmp_path / "BACK")
     assert not (tmp_path / "BACK").exists()
 
 
@@ -259,12 +263,12 @@ def test_places_that_cannot_be_written_are_named(merged, tmp_path):
         write_hdf5(merged, tmp_path / "FILE" / "OTHER.h5")
 
 
-def test_h5py_is_named_where_it_is_missing(merged, tmp_path, monkeypatch):
+def test_h5py_is_named_where_it_is_missing(merged, file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingDependencyError, match=r"ocelot-em\[maps\]"):
-        write_hdf5(merged, tmp_path / "RESULT.h5")
+        write_hdf5(merged, tmp_path / "NEW.h5")
     with pytest.raises(MissingDependencyError, match=r"ocelot-em\[maps\]"):
-        import_hdf5(tmp_path / "RESULT.h5", tmp_path / "BACK")
+        import_finished(file, tmp_path / "BACK")
 
 
 def test_every_chunk_is_written_once(merged, tmp_path, monkeypatch):
@@ -319,7 +323,7 @@ def test_a_real_search_makes_the_round_trip(tmp_path, monkeypatch):
     assert attributes["total_defocus"] == 5
     with np.load(SHARED / "A_official_full.npz", allow_pickle=False) as official:
         assert same_bits(maps["mip"], official["mip"][:377, :425])
-    import_hdf5(tmp_path / "A.h5", tmp_path / "BACK")
+    import_finished(tmp_path / "A.h5", tmp_path / "BACK")
     merge(tmp_path / "BACK", tmp_path / "BACKM")
     back = read_maps(tmp_path / "BACKM")
     for name, ours in OUR_NAMES.items():
@@ -336,7 +340,7 @@ def test_file_systems_without_locks_are_written_and_read(merged, tmp_path, monke
 
     monkeypatch.setattr(h5py, "File", opened)
     write_hdf5(merged, tmp_path / "maps.h5")
-    import_hdf5(tmp_path / "maps.h5", tmp_path / "AGAIN.zarr", FinishedSearch())
+    import_finished(tmp_path / "maps.h5", tmp_path / "AGAIN.zarr", ImportOptions())
     assert [p[1] for p in describe(tmp_path / "AGAIN.zarr").partials] == ["complete"]
 
 
@@ -344,4 +348,4 @@ def test_a_file_that_somebody_else_has_locked_is_refused(file, tmp_path):
     with file.open("rb+") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(InvalidInputError, match="unable to lock file"):
-            import_hdf5(file, tmp_path / "AGAIN.zarr", FinishedSearch())
+            import_finished(file, tmp_path / "AGAIN.zarr", ImportOptions())

@@ -34,9 +34,9 @@ from tests.fuzz.files import (
 from builders import explicit_maps
 from ocelot_em import import_results, read_search_space_file
 from ocelot_em.errors import InvalidInputError, OcelotError
-from ocelot_em.io.hdf5 import GROUP, import_hdf5
-from ocelot_em.io.leopard_maps import FinishedSearch
-from ocelot_em.io.mrc import import_mrc_set
+from ocelot_em.io.finished import import_finished
+from ocelot_em.io.hdf5 import GROUP
+from ocelot_em.io.import_options import ImportOptions
 from ocelot_em.io.optics import Optics
 from ocelot_em.io.origin import Origin
 from ocelot_em.io.origins import read_origins
@@ -153,8 +153,8 @@ def test_whatever_is_in_a_file_it_is_read_or_refused(kinds, name, data):
     [
         ("F.npz", lambda path: import_results([path], path.with_name("R"))),
         ("F.npz", read_search_space_file),
-        ("F.h5", lambda path: import_hdf5(path, path.with_name("R"))),
-        ("mip.mrc", lambda path: import_mrc_set(path.parent, path.with_name("R"), ABOUT)),
+        ("F.h5", lambda path: import_finished(path, path.with_name("R"))),
+        ("mip.mrc", lambda path: import_finished(path.parent, path.with_name("R"), ABOUT)),
         ("F.csv", read_origins),
         ("F.star", read_origins),
         ("F.mdoc", read_origins),
@@ -403,7 +403,7 @@ def test_values_of_tensors_are_all_there_and_as_they_were_written(tmp_path):
 
 # MRC
 
-ABOUT = FinishedSearch(total_projections=1000)
+ABOUT = ImportOptions(total_projections=(1000,))
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def test_headers_of_mrc_files_that_lie(mrc_set, at, field):
     data[at : at + len(field)] = field
     path.write_bytes(data)
     with pytest.raises(InvalidInputError, match="mip"), bounded():
-        import_mrc_set(mrc_set, mrc_set / "R", ABOUT)
+        import_finished(mrc_set, mrc_set / "R", ABOUT)
 
 
 def test_mrc_files_that_end_early(mrc_set):
@@ -451,7 +451,7 @@ def test_mrc_files_that_end_early(mrc_set):
     for n in (0, 3, 1023, 1024, 1025, len(data) - 1):
         path.write_bytes(data[:n])
         with pytest.raises(InvalidInputError, match=r"mip\.mrc: cannot be read"), bounded():
-            import_mrc_set(mrc_set, mrc_set / "R", ABOUT)
+            import_finished(mrc_set, mrc_set / "R", ABOUT)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_pixel_sizes_that_are_none(mrc_set, n, edge):
     struct.pack_into("<i", data, 28, n)
     struct.pack_into("<f", data, 40, edge)
     path.write_bytes(data)
-    notes = import_mrc_set(mrc_set, mrc_set / "R", ABOUT).notes
+    notes = import_finished(mrc_set, mrc_set / "R", ABOUT).notes
     assert any("pixel size: neither" in note for note in notes) == (edge != 1e38)
 
 
@@ -559,7 +559,7 @@ def test_maps_of_hdf5_files_that_are_none(tmp_path, change, problem):
     with changed_hdf5(tmp_path / "a.h5") as file:
         del file[f"{GROUP}/mip"]
         change(file)
-    assert problem in refusal_of(import_hdf5, tmp_path / "a.h5", tmp_path / "R")
+    assert problem in refusal_of(import_finished, tmp_path / "a.h5", tmp_path / "R")
     assert not (tmp_path / "R").exists()
 
 
@@ -571,11 +571,11 @@ def test_maps_of_hdf5_files_that_are_none(tmp_path, change, problem):
 def test_counts_of_hdf5_files_that_are_none(tmp_path, count, given):
     with changed_hdf5(tmp_path / "a.h5") as file:
         file.attrs["total_projections"] = count
-    about = FinishedSearch(total_projections=given)
+    about = ImportOptions(total_projections=() if given is None else (given,))
     if given and count in (0, [0]):  # the file does not say, then
-        import_hdf5(tmp_path / "a.h5", tmp_path / "R", about)
+        import_finished(tmp_path / "a.h5", tmp_path / "R", about)
         return
-    problem = refusal_of(import_hdf5, tmp_path / "a.h5", tmp_path / "R", about)
+    problem = refusal_of(import_finished, tmp_path / "a.h5", tmp_path / "R", about)
     assert "total_projections: " in problem
 
 
@@ -583,7 +583,7 @@ def test_an_hdf5_file_without_a_group(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.attrs["total_projections"] = 1000
         file[GROUP] = np.zeros(3)
-    assert "mip: missing" in refusal_of(import_hdf5, tmp_path / "a.h5", tmp_path / "R")
+    assert "mip: missing" in refusal_of(import_finished, tmp_path / "a.h5", tmp_path / "R")
 
 
 # Text

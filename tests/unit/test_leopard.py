@@ -27,6 +27,7 @@ from builders import (
     snapshot,
     write_explicit_search,
 )
+from helpers import bytes_read
 from ocelot_em import (
     ImportOptions,
     check,
@@ -96,12 +97,6 @@ def assert_imported(output, name, maps):
     stored = open_partials(output).sel(partial=name)
     for key in stored.data_vars:
         assert same_bits(stored[key], maps[key]), key
-
-
-def bytes_read():
-    """Bytes that this process has read from files by system calls."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(lines[0].removeprefix("rchar: "))
 
 
 # What can be imported

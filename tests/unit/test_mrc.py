@@ -37,10 +37,11 @@ from ocelot_em.errors import (
     StoreNotFoundError,
 )
 from ocelot_em.io import leopard_maps as map_set
+from ocelot_em.io.finished import import_finished
 from ocelot_em.io.import_options import ImportOptions, read_search_space_file
 from ocelot_em.io.leopard import import_results
-from ocelot_em.io.leopard_maps import OUR_NAMES, FinishedSearch, band_grid
-from ocelot_em.io.mrc import import_mrc_set, write_mrc_set
+from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
+from ocelot_em.io.mrc import write_mrc_set
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, PIXEL_SIZE, SCALED_MIP, SQUARED_SUM, STD, SUM
 from ocelot_em.model.regions import Region
@@ -112,7 +113,8 @@ def rewrite(folder, name, change):
 
 
 def given(**more):
-    return FinishedSearch(**({"total_projections": COUNT} | more))
+    count = more.pop("total_projections", COUNT)
+    return ImportOptions(total_projections=(count,), **more)
 
 
 def test_files_hold_the_valid_pixels_under_leopards_names(merged, tmp_path):
@@ -172,7 +174,7 @@ def test_pixels_strips_and_uneven_shapes_make_the_round_trip(tmp_path, shape):
     maps = read_maps(merged)
     for name, values in read_set(tmp_path / "SET").items():
         assert same_bits(values, maps[OUR_NAMES[name]])
-    import_mrc_set(tmp_path / "SET", tmp_path / "BACK", given())
+    import_finished(tmp_path / "SET", tmp_path / "BACK", given())
     merge(tmp_path / "BACK", tmp_path / "BACKM")
     back = read_maps(tmp_path / "BACKM")
     for name in OUR_NAMES.values():
@@ -265,16 +267,16 @@ def test_places_that_cannot_be_used_are_named(merged, tmp_path):
     assert not (tmp_path / "SET").exists()
 
 
-def test_mrcfile_is_named_where_it_is_missing(merged, tmp_path, monkeypatch):
+def test_mrcfile_is_named_where_it_is_missing(merged, mrc_set, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mrcfile", None)
     with pytest.raises(MissingDependencyError, match=r"ocelot-em\[maps\]"):
-        write_mrc_set(merged, tmp_path / "SET")
+        write_mrc_set(merged, tmp_path / "NEW")
     with pytest.raises(MissingDependencyError, match=r"ocelot-em\[maps\]"):
-        import_mrc_set(tmp_path, tmp_path / "BACK", given())
+        import_finished(mrc_set, tmp_path / "BACK", given())
 
 
 def test_a_finished_search_becomes_a_partial(merged, mrc_set, tmp_path):
-    done = import_mrc_set(mrc_set, tmp_path / "BACK", given())
+    done = import_finished(mrc_set, tmp_path / "BACK", given())
     assert done.name == "SET"
     info = describe(tmp_path / "BACK")
     assert list(info.partials) == [("SET", "complete", COUNT)]
@@ -294,7 +296,7 @@ def test_a_finished_search_becomes_a_partial(merged, mrc_set, tmp_path):
 
 
 def test_sums_are_kept_in_float64(mrc_set, tmp_path):
-    import_mrc_set(mrc_set, tmp_path / "BACK", given())
+    import_finished(mrc_set, tmp_path / "BACK", given())
     partial = ocelot_em.open_partials(tmp_path / "BACK").isel(partial=0).compute()
     maps = read_set(mrc_set)
     mean, std = (
@@ -305,24 +307,24 @@ def test_sums_are_kept_in_float64(mrc_set, tmp_path):
 
 
 def test_it_is_said_what_the_files_lack(mrc_set, tmp_path):
-    notes = "\n".join(import_mrc_set(mrc_set, tmp_path / "A", given()).notes)
+    notes = "\n".join(import_finished(mrc_set, tmp_path / "A", given()).notes)
     assert "correlation_sum, correlation_squared_sum: reconstructed" in notes
     assert "best_pixel_size: the files have no map" in notes
     assert "best_partial: the files do not record" in notes
     assert "template box: not given" in notes
     assert "scaled_mip" not in notes
-    assert "pixel size: " not in notes
+    assert "pixel size: 1.06 Å, from mip.mrc" in notes
     (mrc_set / "scaled_mip.mrc").unlink()
     about = given(
         template_box=3, pixel_size_offset_angstrom=0.0, pixel_size_angstrom=2.5, name="night1"
     )
-    done = import_mrc_set(mrc_set, tmp_path / "B", about)
+    done = import_finished(mrc_set, tmp_path / "B", about)
     notes = "\n".join(done.notes)
     assert done.name == "night1"
-    assert "best_pixel_size: 0.0 Å everywhere" in notes
+    assert "pixel-size offset: 0.0 Å, as given" in notes
     assert "scaled_mip: missing" in notes
     assert "template box" not in notes
-    assert "pixel size: the files have 1.06 Å; the given 2.5 Å is used" in notes
+    assert "pixel size: 2.5 Å, as given; mip.mrc has 1.06" in notes
     attributes = describe(tmp_path / "B").attributes
     assert attributes.valid_shape == (VALID[0] - 2, VALID[1] - 2)
     assert attributes.pixel_size_angstrom == 2.5
@@ -330,7 +332,7 @@ def test_it_is_said_what_the_files_lack(mrc_set, tmp_path):
 
 def test_a_given_offset_lets_it_merge_with_other_searches(merged, mrc_set, tmp_path):
     about = given(pixel_size_offset_angstrom=0.01)
-    import_mrc_set(mrc_set, tmp_path / "BACK", about)
+    import_finished(mrc_set, tmp_path / "BACK", about)
     other = explicit_maps(VALID, 5)
     info = SearchInfo(pixel_size_angstrom=1.06)
     write_partial(tmp_path / "OTHER", "q", other, total_projections=7, search=info)
@@ -343,18 +345,18 @@ def test_a_given_offset_lets_it_merge_with_other_searches(merged, mrc_set, tmp_p
 
 
 def test_finished_searches_are_appended_in_order(mrc_set, tmp_path):
-    import_mrc_set(mrc_set, tmp_path / "BACK", given(name="z"))
+    import_finished(mrc_set, tmp_path / "BACK", given(name="z"))
     shutil.copytree(mrc_set, tmp_path / "SECOND")
     with pytest.raises(InvalidInputError, match="already there as partial 'z'"):
-        import_mrc_set(tmp_path / "SECOND", tmp_path / "BACK", given(name="a"))
+        import_finished(tmp_path / "SECOND", tmp_path / "BACK", given(name="a"))
     before = snapshot(tmp_path / "BACK")
-    again = import_mrc_set(mrc_set, tmp_path / "BACK", given(name="z"))
+    again = import_finished(mrc_set, tmp_path / "BACK", given(name="z"))
     assert again.notes[0] == "z: was there before, and is unchanged"
     assert snapshot(tmp_path / "BACK") == before
     with pytest.raises(InvalidInputError, match="valid_shape: "):
-        import_mrc_set(mrc_set, tmp_path / "BACK", given(name="z", template_box=3))
+        import_finished(mrc_set, tmp_path / "BACK", given(name="z", template_box=3))
     rewrite(tmp_path / "SECOND", "orientation_phi", lambda values: values + 1)
-    import_mrc_set(
+    import_finished(
         tmp_path / "SECOND", tmp_path / "BACK", given(name="a", pixel_size_angstrom=1.06)
     )
     partials = ocelot_em.open_partials(tmp_path / "BACK").partial.values.tolist()
@@ -363,9 +365,9 @@ def test_finished_searches_are_appended_in_order(mrc_set, tmp_path):
 
 def test_any_folder_gives_a_name_of_a_partial(mrc_set, tmp_path):
     shutil.copytree(mrc_set, tmp_path / "grüße [1]")
-    done = import_mrc_set(tmp_path / "grüße [1]", tmp_path / "BACK", given())
+    done = import_finished(tmp_path / "grüße [1]", tmp_path / "BACK", given())
     assert done.name == "grusse-1"
-    assert done.notes[0].startswith("name: 'grusse-1', because")
+    assert done.notes[1].startswith("name: 'grusse-1', because")
 
 
 def test_deviations_of_zero_stay_zero(tmp_path):
@@ -379,7 +381,7 @@ def test_deviations_of_zero_stay_zero(tmp_path):
         mrcfile.new(folder / f"{name}.mrc", values).close()
     for number, count in enumerate((1, 3, 129_600, 20_500_000, 2**40 + 1)):
         place = tmp_path / f"BACK{number}"
-        import_mrc_set(folder, place, given(total_projections=count))
+        import_finished(folder, place, given(total_projections=count))
         merge(place, tmp_path / f"M{number}")
         back = read_maps(tmp_path / f"M{number}")
         assert (back[STD] == 0).all()
@@ -389,7 +391,7 @@ def test_deviations_of_zero_stay_zero(tmp_path):
 
 def test_pixels_that_some_device_left_out_are_kept(tmp_path):
     write_mrc_set(partly_searched(tmp_path), tmp_path / "SET")
-    import_mrc_set(tmp_path / "SET", tmp_path / "BACK", given(pixel_size_offset_angstrom=0.0))
+    import_finished(tmp_path / "SET", tmp_path / "BACK", given(pixel_size_offset_angstrom=0.0))
     merge(tmp_path / "BACK", tmp_path / "BACKM")
     back, maps = read_maps(tmp_path / "BACKM"), read_maps(tmp_path / "M")
     assert np.isneginf(back[MIP][5:9, 30:40]).all()
@@ -407,7 +409,7 @@ def test_pixels_without_a_count_cannot_become_a_partial(tmp_path):
     merge(tmp_path / "R", tmp_path / "M", nan="mask")
     write_mrc_set(tmp_path / "M", tmp_path / "SET")
     with pytest.raises(InvalidDataError, match=r"cannot say that it is 0") as caught:
-        import_mrc_set(tmp_path / "SET", tmp_path / "BACK", given())
+        import_finished(tmp_path / "SET", tmp_path / "BACK", given())
     assert "first (7, 8)" in str(caught.value)
     assert not (tmp_path / "BACK").exists()
 
@@ -424,7 +426,7 @@ BAD_VALUES = [
 def test_values_that_no_search_gives_are_refused(mrc_set, tmp_path, name, bad):
     rewrite(mrc_set, name, lambda values: values.__setitem__((60, 33), bad))
     with pytest.raises(InvalidDataError, match=rf"{name}: not a finite number") as caught:
-        import_mrc_set(mrc_set, tmp_path / "BACK", given())
+        import_finished(mrc_set, tmp_path / "BACK", given())
     assert "at 1 pixel of" in str(caught.value)
     assert "first (60, 33)" in str(caught.value)
     assert not (tmp_path / "BACK").exists()
@@ -433,29 +435,29 @@ def test_values_that_no_search_gives_are_refused(mrc_set, tmp_path, name, bad):
 def test_maps_that_do_not_belong_together_are_refused(mrc_set, tmp_path):
     rewrite(mrc_set, "mip", lambda values: values[::-1])
     with pytest.raises(InvalidDataError, match="are these files of one search"):
-        import_mrc_set(mrc_set, tmp_path / "BACK", given())
+        import_finished(mrc_set, tmp_path / "BACK", given())
 
 
 def test_a_true_variance_is_noticed(mrc_set, tmp_path):
     rewrite(mrc_set, "correlation_variance", np.square)
     with pytest.raises(InvalidDataError, match="replace it by its square root"):
-        import_mrc_set(mrc_set, tmp_path / "BACK", given())
+        import_finished(mrc_set, tmp_path / "BACK", given())
     rewrite(mrc_set, "correlation_variance", lambda values: -np.sqrt(values))
     with pytest.raises(InvalidDataError, match="correlation_variance: below 0"):
-        import_mrc_set(mrc_set, tmp_path / "BACK", given())
+        import_finished(mrc_set, tmp_path / "BACK", given())
 
 
 def test_everything_that_is_wrong_is_listed(mrc_set, tmp_path):
     (mrc_set / "orientation_psi.mrc").unlink()
     rewrite(mrc_set, "orientation_phi", lambda values: values[1:])
-    rewrite(mrc_set, "relative_defocus", lambda values: values.astype("f2"))
+    rewrite(mrc_set, "relative_defocus", lambda values: values.astype("i2"))
     rewrite(mrc_set, "orientation_theta", lambda values: np.stack([values, values]))
     with pytest.raises(InvalidInputError) as caught:
-        import_mrc_set(mrc_set, tmp_path / "BACK", FinishedSearch(name="no/name"))
+        import_finished(mrc_set, tmp_path / "BACK", ImportOptions(name="no/name"))
     problems = "\n".join(caught.value.problems)
     assert "orientation_psi: missing" in problems
     assert f"orientation_phi: expected shape {VALID}, as mip has, got (62, 54)" in problems
-    assert "relative_defocus: expected float32 values, as Leopard-EM writes them" in problems
+    assert "relative_defocus: expected float32 or float16 values, got int16" in problems
     assert "orientation_theta: expected a map (y, x), got shape (2, 63, 54)" in problems
     assert "total_projections: missing" in problems
     assert "partial name 'no/name'" in problems
@@ -467,7 +469,7 @@ def test_everything_that_is_wrong_is_listed(mrc_set, tmp_path):
 )
 def test_counts_that_cannot_be_are_refused(mrc_set, tmp_path, count, message):
     with pytest.raises(InvalidInputError, match=message):
-        import_mrc_set(mrc_set, tmp_path / "BACK", given(total_projections=count))
+        import_finished(mrc_set, tmp_path / "BACK", given(total_projections=count))
 
 
 def test_files_that_are_broken_are_refused(mrc_set, tmp_path):
@@ -477,18 +479,18 @@ def test_files_that_are_broken_are_refused(mrc_set, tmp_path):
     phi.write_bytes(phi.read_bytes() + b"more")
     psi.write_bytes(b"no MRC file at all" * 100)
     with pytest.raises(InvalidInputError) as caught:
-        import_mrc_set(mrc_set, tmp_path / "BACK", given())
+        import_finished(mrc_set, tmp_path / "BACK", given())
     assert len(caught.value.problems) == 3
     for path, problem in zip((mip, psi, phi), caught.value.problems, strict=True):
         assert problem.startswith(f"{path}: cannot be read as an MRC file: ")
-    with pytest.raises(InvalidInputError, match="mip: missing"):
-        import_mrc_set(tmp_path / "NOWHERE", tmp_path / "BACK", given())
+    with pytest.raises(InvalidInputError, match="got nothing there"):
+        import_finished(tmp_path / "NOWHERE", tmp_path / "BACK", given())
 
 
 def test_a_search_that_differs_is_refused(mrc_set, tmp_path):
     write_explicit_search(tmp_path / "R2", (5, 6))
     with pytest.raises(InvalidInputError) as caught:
-        import_mrc_set(mrc_set, tmp_path / "R2", given())
+        import_finished(mrc_set, tmp_path / "R2", given())
     problems = "\n".join(caught.value.problems)
     assert "shape: the search has (5, 6)" in problems
     assert "has_pixel_size: the search has True, the new partial False" in problems
@@ -498,7 +500,7 @@ def test_volumes_of_one_section_and_foreign_byte_order_are_read(merged, mrc_set,
     rewrite(mrc_set, "mip", lambda values: values[None])
     rewrite(mrc_set, "orientation_phi", lambda values: values.astype(">f4"))
     assert mrcfile.read(mrc_set / "mip.mrc").ndim == 3
-    import_mrc_set(mrc_set, tmp_path / "BACK", given())
+    import_finished(mrc_set, tmp_path / "BACK", given())
     merge(tmp_path / "BACK", tmp_path / "BACKM")
     back, maps = read_maps(tmp_path / "BACKM"), read_maps(merged)
     for name in (MIP, "best_phi"):
@@ -507,7 +509,7 @@ def test_volumes_of_one_section_and_foreign_byte_order_are_read(merged, mrc_set,
 
 def test_progress_is_told(mrc_set, tmp_path):
     steps = []
-    import_mrc_set(
+    import_finished(
         mrc_set, tmp_path / "BACK", given(), on_progress=lambda *step: steps.append(step)
     )
     phases = [phase for phase, _ in steps]
@@ -565,7 +567,7 @@ def test_memory_does_not_grow_with_the_map(tmp_path, monkeypatch):
 
     assert peak_of(lambda: write_mrc_set(tmp_path / "M", tmp_path / "SET")) < whole / 2
     # Eight maps and two sums of float64 of each band.
-    assert peak_of(lambda: import_mrc_set(tmp_path / "SET", tmp_path / "B", given())) < 2 * whole
+    assert peak_of(lambda: import_finished(tmp_path / "SET", tmp_path / "B", given())) < 2 * whole
 
 
 def test_the_maps_of_a_store_are_read_in_their_own_chunks(merged):
@@ -626,7 +628,7 @@ def test_a_real_search_is_what_leopard_writes(tmp_path, poses, monkeypatch):
         ("scaled_mip", "scaled_mip", 1e-5),
     ):
         assert np.abs(found[name] - official[theirs]).max() <= tolerance, name
-    import_mrc_set(tmp_path / "SET", tmp_path / "BACK", given(total_projections=129_600))
+    import_finished(tmp_path / "SET", tmp_path / "BACK", given(total_projections=129_600))
     merge(tmp_path / "BACK", tmp_path / "BACKM")
     back = read_maps(tmp_path / "BACKM")
     for name, ours in OUR_NAMES.items():

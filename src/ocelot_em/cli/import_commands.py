@@ -17,7 +17,6 @@ from ocelot_em.io.import_options import ImportOptions
 MISSING = Parameter(
     name="*", consume_multiple=True, group=Group.create_ordered("What the files lack", sort_key=1)
 )
-FINISHED = Parameter(group=Group.create_ordered("Finished searches", sort_key=1))
 DEFAULTS = ImportOptions()
 
 
@@ -27,8 +26,6 @@ def import_files(
     *,
     output: PathOrUrl,
     options: Annotated[ImportOptions, MISSING] = DEFAULTS,
-    prefix: Annotated[str, FINISHED] = "",
-    pixel_size_offset: Annotated[float | None, FINISHED] = None,
 ) -> None:
     """Import result files as partials of a search.
 
@@ -36,27 +33,23 @@ def import_files(
     ----------
     files
         One .npz or .pt file of each device, in order; or the description of a montage's exposures
-        (.yaml); or the result of a finished search: a folder of Leopard-EM's MRC files, or an HDF5
-        file.
+        (.yaml); or a finished search: the folder with the results of Leopard-EM or cisTEM, or one
+        of its files.
     output
         Path or URL of the search to write.
-    prefix
-        Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``.
-    pixel_size_offset
-        The single pixel-size offset of the search in Å, which the files do not contain; 0 if the
-        pixel size was not varied.
     """
-    if any(Path(file).suffix.lower() in (".yaml", ".yml") for file in files):
-        given = [
-            *options.model_fields_set,
-            *["prefix"] * bool(prefix),
-            *["pixel_size_offset"] * (pixel_size_offset is not None),
-        ]
-        import_montage(files, output, given)
-        return
-    if any(Path(file).is_dir() or Path(file).suffix in (".h5", ".hdf5") for file in files):
-        import_finished(files, output, options, prefix, pixel_size_offset)
-        return
+    from ocelot_em.io.beside import is_finished
+
+    if any(map(is_finished, files)):
+        import_search(files, output, options)
+    elif any(Path(file).suffix.lower() in (".yaml", ".yml") for file in files):
+        import_montage(files, output, options)
+    else:
+        import_devices(files, output, options)
+
+
+def import_devices(files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions) -> None:
+    """Import the results of devices."""
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.partial_names import name_partials
 
@@ -78,12 +71,13 @@ def import_files(
         )
 
 
-def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) -> None:
-    """Import the exposures listed in a description file, which excludes the given options."""
+def import_montage(files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions) -> None:
+    """Import the exposures listed in a description file, which excludes options."""
     from ocelot_em.io.description import import_description
 
+    given = sorted(options.model_fields_set)
     if len(files) > 1 or given:
-        names = [f"--{n.removesuffix('_angstrom').replace('_', '-')}" for n in sorted(given)]
+        names = [f"--{n.removesuffix('_angstrom').replace('_', '-')}" for n in given]
         raise InvalidInputError(
             "import: expected one description of exposures (.yaml), which contains everything else"
             + (f", got {', '.join(names)}, too" if given else f", got {len(files)} files")
@@ -95,36 +89,19 @@ def import_montage(files: list[PathOrUrl], output: PathOrUrl, given: list[str]) 
     console.print(f"imported {len(names)} partials of {len(exposures)} exposures into {output}")
 
 
-def import_finished(
-    files: list[PathOrUrl],
-    output: PathOrUrl,
-    options: ImportOptions,
-    prefix: str,
-    pixel_size_offset: float | None,
-) -> None:
-    """Import the results of a finished search: MRC files or an HDF5 file."""
-    from ocelot_em.io.hdf5 import import_hdf5
-    from ocelot_em.io.leopard_maps import FinishedSearch
-    from ocelot_em.io.mrc import import_mrc_set
+def import_search(files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions) -> None:
+    """Import a finished search."""
+    from ocelot_em.io.finished import import_finished
 
-    if len(files) > 1 or len(options.total_projections) > 1 or options.search_space:
+    if len(files) > 1:
         raise InvalidInputError(
-            "import: expected one folder of MRC files, or one HDF5 file, with at most one count "
-            "and no search space; import each of the others with its own command"
+            f"import: expected one finished search, got {len(files)} files; import each with its "
+            "own command, by its folder or one of its files"
         )
-    place, console = Path(files[0]), open_console()
-    about = FinishedSearch(
-        total_projections=next(iter(options.total_projections), None),
-        template_box=options.template_box,
-        pixel_size_angstrom=options.pixel_size_angstrom,
-        pixel_size_offset_angstrom=pixel_size_offset,
-    )
+    console = open_console()
     with share_bar(console) as on_progress:
-        if place.is_dir():
-            found = import_mrc_set(place, output, about, prefix=prefix, on_progress=on_progress)
-        else:
-            found = import_hdf5(place, output, about, on_progress=on_progress)
-    console.print(f"imported {place} into {output}; its partial is named {found.name}")
+        found = import_finished(files[0], output, options, on_progress)
+    console.print(f"imported {files[0]} into {output}; its partial is named {found.name}")
     for note in found.notes:
         console.print(f"  - {note}")
 

@@ -1,4 +1,4 @@
-"""Export of merged results to Leopard-EM 1.3's HDF5 file, and import as a partial, in bands.
+"""Export of merged results to Leopard-EM 1.3's HDF5 file, in bands, and reading of such files.
 
 The file has eight float32 maps in the group ``tensors``, compressed with gzip, and the root
 attributes ``leopard_em_version``, ``total_projections``, ``total_orientations`` and
@@ -7,7 +7,7 @@ attributes ``leopard_em_version``, ``total_projections``, ``total_orientations``
 
 import math
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,16 @@ import numpy as np
 
 from ocelot_em import __version__
 from ocelot_em.errors import InvalidInputError, optional_import
-from ocelot_em.io.import_options import OnProgress
-from ocelot_em.io.leopard_maps import (
-    OUR_NAMES,
-    FinishedSearch,
-    ImportedSearch,
+from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
+from ocelot_em.io.map_files import (
+    COUNT_FACT,
+    OFFSET,
+    PIXEL,
+    FoundSearch,
     MapFiles,
-    band_grid,
-    import_map_files,
     positive_or_none,
+    single_offset,
 )
-from ocelot_em.io.text_file import local_path
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
@@ -90,44 +89,29 @@ def write_hdf5(
     return path
 
 
-def import_hdf5(
-    path: str | PathLike[str],
-    output: str | PathLike[str],
-    about: FinishedSearch | None = None,
-    *,
-    on_progress: OnProgress | None = None,
-) -> ImportedSearch:
-    """Import the HDF5 file of a finished search as a partial, as far as its content allows.
-
-    Works like :func:`ocelot_em.io.mrc.import_mrc_set`, but reads the number of projections from the
-    file.
-
-    ``about`` has what the file lacks. ``on_progress`` is called with the phase (``check`` or
-    ``convert``) and the fraction done, 0 to 1. Raise an error that lists every problem.
-    """
+def is_result(path: Path) -> bool:
+    """Return whether a file can be a result, and not, for example, a table of correlations."""
     h5py = _h5py()
-    place = local_path(path)
-    if not place.is_file():
-        raise InvalidInputError(f"{place}: expected an HDF5 file, got nothing there")
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(_opened(h5py, place, "r"))
-            maps, problems = _maps(h5py, file)
-            count = file.attrs.get("total_projections")
-            size = file.attrs.get(PIXEL_SIZE_ATTRIBUTE)
-        except Exception as error:  # h5py's exceptions are undocumented
-            raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error
-        if problems:
-            raise InvalidInputError(f"{place}: {problem}" for problem in problems)
-        files = MapFiles(
-            place=str(place),
-            name=place.stem,
-            maps=maps,
-            paths=[place],
-            pixel_size_angstrom=positive_or_none(size),
-            total_projections=count,
-        )
-        return import_map_files(files, output, about or FinishedSearch(), on_progress)
+    with suppress(OSError), _opened(h5py, path, "r") as file:
+        return GROUP in file
+    return False
+
+
+def open_hdf5(found: FoundSearch, stack: ExitStack) -> MapFiles:
+    """Open a finished search's file until a stack is left; note what its attributes have."""
+    h5py, place = _h5py(), found.paths[""]
+    try:
+        file = stack.enter_context(_opened(h5py, place, "r"))
+        maps, problems = _maps(h5py, file)
+        attributes = dict(file.attrs)
+    except Exception as error:  # h5py's exceptions are undocumented
+        raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error
+    if problems:
+        raise InvalidInputError(f"{place}: {problem}" for problem in problems)
+    found.facts.add(OFFSET, single_offset(attributes), place.name)
+    found.facts.add(COUNT_FACT, attributes.get("total_projections"), place.name)
+    found.facts.add(PIXEL, positive_or_none(attributes.get(PIXEL_SIZE_ATTRIBUTE)), place.name)
+    return MapFiles(found.place, maps)
 
 
 def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:

@@ -65,7 +65,7 @@ def _parse_text(value: object, parse: Callable[[object], int]) -> object:
 
 
 class ImportOptions(Options):
-    """Information that the files of partial results lack.
+    """Information that result files lack, or that overrides what they have.
 
     Parameters
     ----------
@@ -80,6 +80,14 @@ class ImportOptions(Options):
     total_projections
         Number of cross-correlations of each file, in the order of the files, if the files do not
         contain it.
+    pixel_size_offset_angstrom
+        The single pixel-size offset of a finished search in Å: 0 if the pixel size was not varied.
+    prefix
+        Prefix of the names of a finished search's files, such as ``output`` for
+        ``output_mip.mrc``, where a folder has several searches.
+    name
+        Name of the partial of a finished search. Default: the prefix, or the name of the folder or
+        file.
 
     Examples
     --------
@@ -93,6 +101,9 @@ class ImportOptions(Options):
     template_box: int | None = None
     pixel_size_angstrom: float | None = None
     total_projections: tuple[Annotated[int, WrapValidator(_parse_text)], ...] = ()
+    pixel_size_offset_angstrom: float | None = None
+    prefix: str = ""
+    name: str | None = None
 
 
 @dataclass

@@ -71,6 +71,11 @@ def import_results(
     options = options or ImportOptions()
     if not files:
         raise InvalidInputError("import: expected at least one file, got none")
+    if unused := {"pixel_size_offset_angstrom", "prefix", "name"} & options.model_fields_set:
+        raise InvalidInputError(
+            f"import: {', '.join(sorted(unused))}: expected with a finished search, got results of "
+            "devices"
+        )
     return import_batches([Batch(files, options.total_projections)], output, options, on_progress)
 
 

@@ -1,4 +1,4 @@
-"""Export of merged results to Leopard-EM's eight MRC files, and import as a partial.
+"""Export of merged results to Leopard-EM's eight MRC files, and reading of such files.
 
 Maps are written and read in bands through memory maps, so files may be larger than memory.
 """
@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError, optional_import
-from ocelot_em.io.import_options import OnProgress
-from ocelot_em.io.leopard_maps import (
-    OUR_NAMES,
-    FinishedSearch,
-    ImportedSearch,
-    MapFiles,
-    band_grid,
-    import_map_files,
-    positive_or_none,
-)
-from ocelot_em.io.text_file import local_path
+from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
+from ocelot_em.io.map_files import CISTEM, PIXEL, FoundSearch, MapFiles, positive_or_none
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.store.whole_file import (
@@ -74,47 +65,23 @@ def write_mrc_set(
     return paths
 
 
-def import_mrc_set(
-    folder: str | PathLike[str],
-    output: str | PathLike[str],
-    about: FinishedSearch,
-    *,
-    prefix: str = "",
-    on_progress: OnProgress | None = None,
-) -> ImportedSearch:
-    """Import the MRC files of a finished search as a partial, as far as their content allows.
-
-    The files hold mean and standard deviation but no sums. With the number of projections ``N`` the
-    sums are ``mean * N`` and ``(std**2 + mean**2) * N``, stored as float64. Merging only this
-    partial reproduces the files' mean and standard deviation bit for bit.
-
-    ``folder`` and ``prefix`` are as for :func:`write_mrc_set`; ``about`` has what the files lack,
-    and ``total_projections`` is required. ``scaled_mip`` may be missing; otherwise the maps must
-    agree with it. Raise an error that lists every problem: files that are missing or are not
-    float32 maps of one shape, NaN, a z-score of another search, a different search at ``output``.
-    """
+def open_mrc_set(found: FoundSearch, stack: ExitStack) -> MapFiles:
+    """Memory-map a finished search's maps until a stack is left; note the header's pixel size."""
     mrcfile = _mrcfile()
-    paths = _paths(local_path(folder), prefix)
-    finish_set(local_path(folder))
-    found = {name: path for name, path in paths.items() if path.is_file()}
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
-        problems: list[str] = []
-        for name, path in found.items():
-            try:
-                opened[name] = stack.enter_context(_opened(mrcfile, path))
-            except InvalidInputError as error:
-                problems += error.problems
-        if problems:
-            raise InvalidInputError(problems)
-        files = MapFiles(
-            place=str(Path(folder) / f"{prefix}*.mrc"),
-            name=prefix.rstrip("_-.") or Path(folder).absolute().name,
-            maps={name: _picture(file.data) for name, file in opened.items()},
-            paths=list(found.values()),
-            pixel_size_angstrom=_pixel_size(opened["mip"]) if "mip" in opened else None,
-        )
-        return import_map_files(files, output, about, on_progress)
+    finish_set(next(iter(found.files)).parent)
+    opened: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, path in found.paths.items():
+        try:
+            opened[name] = stack.enter_context(_opened(mrcfile, path))
+        except InvalidInputError as error:
+            problems += error.problems
+    if problems:
+        raise InvalidInputError(problems)
+    if "mip" in opened:
+        found.facts.add(PIXEL, _pixel_size(opened["mip"]), found.paths["mip"].name)
+    arrays = {name: _picture(file.data) for name, file in opened.items()}
+    return MapFiles(found.place, arrays, marks_unsearched=found.program == CISTEM)
 
 
 def _mrcfile() -> Any:

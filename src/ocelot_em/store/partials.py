@@ -209,10 +209,7 @@ class PartialWriter:
         search: SearchInfo | None = None,
     ) -> None:
         self.name, self.shape = name, shape
-        self.chunk = (
-            min(constants.DEFAULT_CHUNK, shape[0]),
-            min(constants.DEFAULT_CHUNK, shape[1]),
-        )
+        self.chunk = self.chunk_of(shape)
         self._info = search or SearchInfo()
         self._exposure_id = self._info.exposure_id
         self._path = partial_path(name, self._exposure_id)
@@ -245,6 +242,11 @@ class PartialWriter:
                 problems += error.problems
         if problems:
             raise InvalidInputError(problems)
+
+    @staticmethod
+    def chunk_of(shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the chunks of maps of a shape."""
+        return min(constants.DEFAULT_CHUNK, shape[0]), min(constants.DEFAULT_CHUNK, shape[1])
 
     def describe(self, *, file: str, sha256: str) -> None:
         """Record the file that the partial comes from; call this before entering the writer."""
