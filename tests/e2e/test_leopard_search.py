@@ -7,6 +7,7 @@ threads on the CPU here, and Leopard-EM does not compile its functions.
 import os
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mrcfile
 import numpy as np
 import pytest
 
+import ocelot_em
 from ocelot_em import process_results as ours
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -105,7 +107,9 @@ def manager(core: Any, tmp_path: Path) -> Any:
     )
 
 
-def test_a_search_runs_to_the_end(core: Any, manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_runs_to_the_end(
+    core: Any, manager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its results are those of Leopard-EM's own functions, which see the same devices."""
     is_13 = hasattr(core, "CORRELATION_TABLE_THRESHOLD")
     if is_13:
@@ -155,3 +159,35 @@ def test_a_search_runs_to_the_end(core: Any, manager: Any, monkeypatch: pytest.M
     assert result.mip.argmax() == width * POSITION[0] + POSITION[1]
     if is_13:
         assert result.correlation_table.num_observations == len(table["corr_value"]) > 100
+        kept_out_of_core(manager, devices, tmp_path)
+
+
+def kept_out_of_core(manager: Any, devices: list[dict[str, Any]], place: Path) -> None:
+    """Compare the rows above a cutoff, from stores, with those of Leopard-EM's own table."""
+    inputs = manager.make_backend_core_function_kwargs()
+    tables = (inputs[name] for name in ("euler_angles", "defocus_values", "pixel_values"))
+    search = ocelot_em.SearchInfo(search_space=ocelot_em.SearchSpace.from_tables(*tables))
+    count = manager.match_template_result.total_projections
+    for number, own in enumerate((count - 1000, 1000)):  # only their sum matters
+        write = partial(ocelot_em.write_partial, total_projections=own, search=search)
+        write(place / "RUN", f"cpu{number}", devices[number])
+    ocelot_em.merge(place / "RUN", place / "OUT")
+
+    frame = manager.match_template_result.correlation_table.to_dataframe()
+    z = (frame.correlation_value - frame.correlation_mean) / frame.correlation_variance
+    heights = np.sort(z)[::-1][20:200]
+    widest = int(np.argmin(np.diff(heights)))  # where rounding changes nothing
+    cutoff = float(heights[widest : widest + 2].mean())
+    kept = frame[z >= cutoff]
+    blocks = list(ocelot_em.read_correlations(place / "OUT", cutoff=cutoff))
+    names = {"pos_y": "y", "pos_x": "x", "global_index": "search_index"}
+    names["correlation"] = "correlation_value"
+    found, expected = (
+        sorted(zip(*columns, strict=True))
+        for columns in (
+            [np.concatenate([b[ours_here] for b in blocks]).tolist() for ours_here in names],
+            [kept[theirs_here].tolist() for theirs_here in names.values()],
+        )
+    )
+    assert found == expected
+    assert 20 < len(found) < len(frame)

@@ -1,14 +1,19 @@
 """Correlation tables of partials, and what the merged mean and deviation leave of them."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+from pyarrow import parquet as pq
 
 import ocelot_em
 from builders import INDEXED, SPACE, indexed_maps
 from ocelot_em import check, merge_arrays, read_correlations, write_partial
+from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.main import run
 from ocelot_em.errors import ChunkError, IncompleteError, InputChangedError, InvalidInputError
+from ocelot_em.particles.correlations import COLUMNS
 from ocelot_em.store import correlations
 
 SHAPE, COUNTS = (70, 90), (1000, 1001, 1002)
@@ -90,6 +95,20 @@ def test_tables_of_all_devices_with_the_merged_mean_and_deviation(stores, cutoff
     poses = SPACE.decode(rows["global_index"])
     for name, values in zip(("phi", "theta", "psi", "relative_defocus"), poses, strict=False):
         np.testing.assert_array_equal(rows[name], values)
+
+
+def test_export(stores, tmp_path, capsys):
+    _, output = stores
+    command = ["export", str(output), "--to", "correlations", "--output", str(tmp_path / "ROWS")]
+    assert run([*command, "--cutoff", "6.5"]) == DONE
+    written = pq.read_table(tmp_path / "ROWS")
+    rows = all_rows(read_correlations(output, cutoff=6.5))
+    assert f"{len(rows['pos_y']):,} correlations, cutoff 6.5000" in capsys.readouterr().out
+    assert written.column_names == list(COLUMNS)
+    for name, values in rows.items():
+        np.testing.assert_array_equal(written[name], values)
+    about = json.loads(written.schema.metadata[b"ocelot_em.about"])
+    assert about == {"threshold": 5.5, "cutoff": 6.5}
 
 
 def test_rows_keep_their_order_in_a_chunk_of_the_maps(stores):

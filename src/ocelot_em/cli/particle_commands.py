@@ -55,7 +55,8 @@ class ExportOptions(Options):
     Parameters
     ----------
     to
-        Format of maps (``mrc``, ``hdf5``, ``ome-zarr``) or of particles.
+        Format of maps (``mrc``, ``hdf5``, ``ome-zarr``) or of particles; ``correlations``: Parquet
+        with the devices' correlation tables above the cutoff.
     output
         File to write, or folder for ``mrc`` and ``ome-zarr``.
     overwrite
@@ -70,7 +71,7 @@ class ExportOptions(Options):
         Table (.csv, .parquet) written by ``peaks``. Default: pick particles.
     """
 
-    to: Literal["mrc", "hdf5", "ome-zarr", "leopard", "relion", "cistem", "parquet"]
+    to: Literal["mrc", "hdf5", "ome-zarr", "leopard", "relion", "cistem", "parquet", "correlations"]
     output: PathOrUrl
     overwrite: bool = False
     prefix: str = ""
@@ -131,6 +132,10 @@ def export(
     require_distinct(output, [path for path in given if path is not None])
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
+    if to == "correlations":
+        n_rows, cutoff = parquet.write_correlations(store, output, cutoff=picking.cutoff)
+        open_console().print(f"{n_rows:,} correlations, cutoff {cutoff:.4f}: {output}")
+        return
     found = optics.read()
     if found is None and to != "parquet":
         raise InvalidInputError(

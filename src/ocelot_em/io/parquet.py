@@ -1,4 +1,4 @@
-"""Particle tables in Parquet files."""
+"""Tables of particles and of correlations in Parquet files."""
 
 import json
 from collections import Counter
@@ -10,7 +10,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, optional_import
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
+from ocelot_em.particles.correlations import COLUMNS as ROW
+from ocelot_em.particles.correlations import Correlations
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
     MONTAGE_COLUMNS,
@@ -18,11 +21,14 @@ from ocelot_em.particles.table import (
     PickInfo,
     text_array,
 )
-from ocelot_em.store.whole_file import write_file
+from ocelot_em.store.whole_file import whole_or_nothing, write_file
 
 _PARQUET_KEY = b"ocelot_em.about"
 MAX_PARTICLES = 2**24
 """Maximum number of particles to read; they take two gigabytes of memory."""
+
+_ROW_GROUP = 2**20
+"""Minimum number of rows of a group, but for the last one."""
 
 _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
 
@@ -46,6 +52,39 @@ def write_parquet(table: ParticleTable, path: str | PathLike[str]) -> None:
     buffer = pa.BufferOutputStream()
     pa.parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
     write_file(path, buffer.getvalue().to_pybytes())
+
+
+def write_correlations(
+    place: str | PathLike[str] | MergedResult,
+    path: str | PathLike[str],
+    *,
+    cutoff: float | None = None,
+) -> tuple[int, float]:
+    """Write the rows of :func:`~ocelot_em.read_correlations`, block by block.
+
+    Returns the number of rows and the cutoff. The schema's metadata has threshold and cutoff.
+    """
+    pa, found = _pyarrow(), Correlations(place, cutoff)
+    about = json.dumps({"threshold": found.threshold, "cutoff": found.cutoff})
+    schema = pa.schema(
+        [pa.field(name, pa.from_numpy_dtype(dtype), nullable=False) for name, dtype in ROW.items()],
+        metadata={_PARQUET_KEY: about},
+    )
+    n_rows, blocks = 0, list[Any]()
+    with whole_or_nothing(Path(path)) as staged, pa.parquet.ParquetWriter(staged, schema) as writer:
+
+        def write() -> None:
+            writer.write_table(pa.Table.from_batches(blocks, schema))
+            blocks.clear()
+
+        for rows in found:
+            arrays = [pa.array(rows[name]) for name in ROW]
+            blocks.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            n_rows += len(arrays[0])
+            if sum(block.num_rows for block in blocks) >= _ROW_GROUP:
+                write()
+        write()
+    return n_rows, found.cutoff
 
 
 def read_parquet(path: str | PathLike[str]) -> ParticleTable:

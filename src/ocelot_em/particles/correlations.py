@@ -77,9 +77,9 @@ class Correlations:
         n_pixels = result.valid_shape[0] * result.valid_shape[1]
         if (statistics := result.statistics) is not None:
             n_pixels = statistics.searched_pixels
+        if cutoff is None:
+            cutoff = gaussian_cutoff(n_pixels, result.attributes.total_projections)
         self.cutoff = cutoff
-        if self.cutoff is None:
-            self.cutoff = gaussian_cutoff(n_pixels, result.attributes.total_projections)
 
     @property
     def n_rows(self) -> int:
