@@ -144,7 +144,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
     free = "unknown" if cost.free_nbytes is None else nbytes_text(cost.free_nbytes)
     done = f", {cost.n_done} of them done before" if cost.n_done else ""
     if ready.stale:
-        done += f", {len(ready.stale)} again, because exposures or partials have come since"
+        done += f", {len(ready.stale)} again, because more has been searched or added since"
     rows = (
         *_what(plan),
         ("shape", f"{plan.shape[0]} x {plan.shape[1]} pixels, {plan.pose_form.value} poses"),

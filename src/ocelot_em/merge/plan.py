@@ -239,14 +239,17 @@ def tile_size_of(plan: MergePlan) -> int:
     return ceil_div(edge, constants.DEFAULT_CHUNK) * constants.DEFAULT_CHUNK
 
 
-def plan_differences(found: MergePlan, wanted: MergePlan) -> list[str]:
+def plan_differences(found: MergePlan, wanted: MergePlan, *, is_update: bool = False) -> list[str]:
     """Return why a merge cannot be resumed with another plan; empty if it can.
 
-    A montage can be resumed after exposures, or partials of exposures, were added.
+    A montage can be resumed after exposures, or partials of exposures, were added. In an update, a
+    search has gone on since: partials may have other contents.
     """
-    if not (found.is_montage and wanted.is_montage):
+    is_montage = found.is_montage and wanted.is_montage
+    if not (is_montage or is_update):
         return _differences(found, wanted)
-    differences = _differences(found, wanted, ignored=("exposures", "shape", "valid_shape"))
+    of_canvas = ("shape", "valid_shape") if is_montage else ()
+    differences = _differences(found, wanted, ignored=("exposures", *of_canvas))
     wanted_by_id = {exposure.id: exposure for exposure in wanted.exposures}
     for old in found.exposures:
         new = wanted_by_id.get(old.id)
@@ -255,7 +258,9 @@ def plan_differences(found: MergePlan, wanted: MergePlan) -> list[str]:
             continue
         changed = _differences(old, new, ignored=("sources",))
         differences += [f"exposure {old.id!r}: {text}" for text in changed]
-        if not {source.id for source in old.sources} <= {source.id for source in new.sources}:
+        if not is_update and not {source.id for source in old.sources} <= {
+            source.id for source in new.sources
+        }:
             differences.append(f"exposure {old.id!r}: {_inputs(old.sources, new.sources)}")
     return differences
 

@@ -44,8 +44,10 @@ def make_plan(
     if problems:
         raise InvalidInputError(problems)
 
+    so_far, complete_only = options.takes_incomplete, options.complete_only
     opened = [
-        open_sources(open_objects(url), options.without, so_far=options.so_far) for url in urls
+        open_sources(open_objects(url), options.without, so_far=so_far, complete_only=complete_only)
+        for url in urls
     ]
     first = opened[0][0]
     for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
@@ -72,7 +74,7 @@ def make_plan(
         problems.append(f"inputs: expected at most 2**62 projections in total, got {total}")
     if problems:
         raise InvalidInputError(problems)
-    if not options.so_far:
+    if not so_far:
         _refuse_incomplete(placed)
     is_montage = first.shape is None
     maps = MapSet(

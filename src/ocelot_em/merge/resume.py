@@ -111,7 +111,8 @@ def prepare(
     stale = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None and earlier is not None:
         plan = plan.model_copy(update={"identity": earlier.identity})
-        if differences := plan_differences(earlier, plan):
+        is_update = _is_interim(existing, earlier) and _is_of(earlier, plan)
+        if differences := plan_differences(earlier, plan, is_update=is_update):
             raise OutputExistsError(
                 f"{objects.url}: already exists, from another merge: {'; '.join(differences)}; "
                 "choose another output, or --overwrite to replace it"
@@ -131,6 +132,19 @@ def prepare(
         stale=Tiles(n_columns, np.flatnonzero(stale)),
         overwrites=options.overwrite,
     )
+
+
+def _is_interim(existing: fmt.MergedAttributes, plan: MergePlan) -> bool:
+    """Whether an output is of a search that was incomplete, as far as is known."""
+    if plan.progress is not None:
+        return not plan.progress.is_whole
+    options = existing.provenance.options
+    return bool(options.get("so_far") or options.get("complete_only"))
+
+
+def _is_of(earlier: MergePlan, plan: MergePlan) -> bool:
+    """Whether a plan has all inputs of an earlier one, whatever they contain now."""
+    return {source.url for source in earlier.sources} <= {source.url for source in plan.sources}
 
 
 def confirm(ready: PreparedMerge, objects: Objects) -> PreparedMerge:
@@ -241,7 +255,9 @@ def complete_output(
         name: ArrayManifest(store.create_map(objects, name, name, plan.shape, plan.chunk), table)
         for name, table in checksums.maps.items()
     }
-    deque(map_in_threads(check_unchanged, plan.sources), maxlen=0)
+    # Of a running partial, only the planned checkpoint was read; there may be later ones.
+    final = [source for source in plan.sources if not source.manifest_folder]
+    deque(map_in_threads(check_unchanged, final), maxlen=0)
     objects.lease.prove()
     digest = write_manifest(objects, "", Manifest(attributes.id, arrays))
     objects.tidy("")

@@ -137,7 +137,10 @@ class MergeOptions(Options):
         Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures; also
         exposures whose folders were lost, by id.
     so_far
-        Merge what a search has recorded so far, although it is incomplete.
+        Merge what a search has recorded so far, although it is incomplete. The same command updates
+        the result later.
+    complete_only
+        Merge an incomplete search, but only its partials that can no longer change.
     overwrite
         Replace an existing merged result, finished or not.
     overlap
@@ -184,6 +187,7 @@ class MergeOptions(Options):
     poses: Annotated[Literal["decoded", "index"], Shown(_RESULT)] = "decoded"
     without: Annotated[tuple[str, ...], Shown(_RESULT, "NAME")] = ()
     so_far: Annotated[bool, Shown(_RESULT)] = False
+    complete_only: Annotated[bool, Shown(_RESULT)] = False
     overwrite: Annotated[bool, Shown(_RESULT)] = False
     overlap: Annotated[Overlap, Shown(_MONTAGES)] = "earliest"
     erode: Annotated[int, Field(ge=0, le=2**30), Shown(_MONTAGES, "PX")] = 0
@@ -196,3 +200,8 @@ class MergeOptions(Options):
     ] = None
     tls: Annotated[bool, Shown(_WORKERS)] = False
     slurm: Annotated[SlurmJobs, Shown(_SLURM)] = SlurmJobs()
+
+    @property
+    def takes_incomplete(self) -> bool:
+        """Whether an incomplete search is merged."""
+        return self.so_far or self.complete_only

@@ -1,10 +1,13 @@
 """The merge as one call: plan and validate, start the cluster, merge, stop the cluster."""
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
 
+from ocelot_em.errors import ChunkError, FormatError, InputChangedError, TilesFailedError
 from ocelot_em.merge.forecast import require_resources
 from ocelot_em.merge.merge import merge as merge_tiles
 from ocelot_em.merge.outcome import MergeReport, Outcome
@@ -15,8 +18,17 @@ from ocelot_em.run.clusters import Cluster, choose_device, n_workers, open_clust
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.sources import is_current
+
+log = logging.getLogger(__name__)
 
 PathOrUrl = str | PathLike[str]
+
+MAX_PLANS = 6
+"""Maximum number of times that the merge of a running search is planned."""
+
+REPLAN_SECONDS = 0.1
+"""Pause before it is planned again."""
 
 
 class Observer:
@@ -145,12 +157,32 @@ def run_merge(
     options: MergeOptions,
     observer: Observer,
 ) -> MergeReport:
-    """Merge as :func:`merge` does, with options that are parsed, in the driver of a SLURM job."""
-    ready, completed = plan_merge(inputs, output, options)
-    observer.planned(ready, completed)
-    with OutputLock(open_objects(ready.output), observer.waiting) as lock:
-        observer.locked(lock.stop)
-        report = _merge(confirm(ready, lock.objects), completed, lock, observer)
+    """Merge as :func:`merge` does, with options that are parsed, in the driver of a SLURM job.
+
+    A running search may replace checkpoints while they are merged. Then the merge is planned again,
+    in the end with the partials only that can no longer change.
+    """
+    for n_left in reversed(range(MAX_PLANS)):
+        plan = None
+        try:
+            ready, completed = plan_merge(inputs, output, options)
+            plan = ready.plan
+            observer.planned(ready, completed)
+            with OutputLock(open_objects(ready.output), observer.waiting) as lock:
+                observer.locked(lock.stop)
+                report = _merge(confirm(ready, lock.objects), completed, lock, observer)
+            break
+        except (TilesFailedError, InputChangedError, ChunkError, FormatError) as error:
+            is_replaced = plan is None or not all(map(is_current, plan.sources))
+            if not (options.takes_incomplete and is_replaced and n_left):
+                raise
+            log.debug("the merge is planned again", exc_info=error)
+        time.sleep(REPLAN_SECONDS)
+        if plan is not None:
+            observer.waiting("the search has replaced what was being merged; planning again")
+        if n_left == 1:
+            observer.waiting("checkpoints come faster than a merge; leaving running partials out")
+            options = options.model_copy(update={"complete_only": True})
     observer.merged(report)
     return report
 

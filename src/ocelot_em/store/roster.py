@@ -132,6 +132,8 @@ def roster_problems(
     exposure: str,
     found: Mapping[str, PartialAttributes | None],
     without: Collection[str] = (),
+    *,
+    all_created: bool = True,
 ) -> list[str]:
     """Compare the partials of an exposure with the list.
 
@@ -141,6 +143,8 @@ def roster_problems(
         The partials that are there; None for those whose attributes are damaged.
     without
         Partials that do not matter.
+    all_created
+        Whether partials on the list that are missing are a problem. They may just be created.
 
     Returns
     -------
@@ -153,6 +157,7 @@ def roster_problems(
         f"{place}: partial {name!r} is missing, which the search has; restore its folder, or write "
         "it again under this name, or leave it out (--without NAME)"
         for name in roster.keys() - found.keys() - {*without}
+        if all_created
     ]
     problems += [
         f"{place}: partial {name!r} is not on the list of the search: its folder was put there by "
@@ -182,6 +187,8 @@ def check_roster(
     exposure: str,
     partials: Sequence[tuple[str, PartialAttributes]],
     without: Collection[str] = (),
+    *,
+    all_created: bool = True,
 ) -> None:
     """Raise unless the partials of an exposure are those on the list, but for some.
 
@@ -189,7 +196,8 @@ def check_roster(
     ------
     FormatError
     """
-    if problems := roster_problems(objects, exposure, dict(partials), without):
+    found = dict(partials)
+    if problems := roster_problems(objects, exposure, found, without, all_created=all_created):
         raise FormatError("; ".join(problems[:20]))
 
 

@@ -1,6 +1,7 @@
 """Inputs of a merge: partials of a search, or an earlier merged result."""
 
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Annotated
 
 from pydantic import StringConstraints
@@ -12,8 +13,10 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects, join
+from ocelot_em.store.lock import has_ended
 from ocelot_em.store.manifest import read_manifest
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.progress import progress_of
 from ocelot_em.store.roster import check_exposures, check_roster, listed_exposures, read_roster
 from ocelot_em.store.search import (
     MapGroup,
@@ -119,7 +122,11 @@ def check_unchanged(source: Source) -> None:
 
 
 def open_sources(
-    objects: Objects, without: Collection[str] = (), *, so_far: bool = False
+    objects: Objects,
+    without: Collection[str] = (),
+    *,
+    so_far: bool = False,
+    complete_only: bool = False,
 ) -> tuple[
     fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
 ]:
@@ -127,8 +134,9 @@ def open_sources(
 
     Partials ``without`` are left out (``EXPOSURE/NAME`` in a search with exposures), as are
     exposures of which only the number is left (``EXPOSURE``). ``so_far`` leaves out partials that
-    are being written. Those that are recorded while their search runs are sources in any case.
-    ``IncompleteError`` lists all partials that are missing or incomplete.
+    are being created or written. Those that are recorded while their search runs are sources, with
+    ``complete_only`` if they can no longer change. ``IncompleteError`` lists all partials that are
+    missing or incomplete.
     """
     attributes = read_attributes(objects)
     exposures = read_exposures(objects, attributes)
@@ -155,7 +163,7 @@ def open_sources(
         )
         return attributes, [(exposures[0], [source])]
     is_sealed = attributes.format_version >= constants.FIRST_SEALED_VERSION
-    if is_sealed and attributes.has_exposures:
+    if is_sealed and attributes.has_exposures and not so_far:
         check_exposures(objects, exposures, without)
     opened, problems, n_partials = [], [], 0
     for exposure in exposures:
@@ -163,7 +171,7 @@ def open_sources(
         left_out = {name.removeprefix(before) for name in without if name.startswith(before)}
         partials = read_partials(objects, exposure.id)
         if is_sealed:
-            check_roster(objects, exposure.id, partials, left_out)
+            check_roster(objects, exposure.id, partials, left_out, all_created=not so_far)
         partials = [(name, partial) for name, partial in partials if name not in left_out]
         n_partials += len(partials)
         if not partials and exposure.id and not so_far:
@@ -172,6 +180,10 @@ def open_sources(
             problems += [partial_text(exposure.id, n) for n, p in partials if p.state == "writing"]
         # A running partial without maps has searched nothing yet.
         partials = [(name, partial) for name, partial in partials if partial.is_readable]
+        if complete_only:
+            searched = progress_of(partial.coverage for _, partial in partials)
+            if searched is None or not searched.is_whole:
+                partials = [(name, partial) for name, partial in partials if _is_final(partial)]
         sources = [
             Source(
                 url=objects.url,
@@ -204,6 +216,21 @@ def open_sources(
         has = "no partials" if not n_partials else "no partial that can be read"
         raise IncompleteError(f"{objects.url}: the search has {has} yet")
     return attributes, opened
+
+
+def _is_final(partial: fmt.PartialAttributes) -> bool:
+    """Whether a partial is complete, or its process is known to have ended."""
+    about = partial.recording
+    return partial.state == "complete" or (about is not None and has_ended(about.process))
+
+
+def is_current(source: Source) -> bool:
+    """Whether a source has had no checkpoint since the merge was planned."""
+    if not source.manifest_folder:
+        return True
+    with suppress(FormatError, StoreNotFoundError):
+        return read_partial_at(open_objects(source.url), source.path).id == source.id
+    return False
 
 
 def names_of_partials(objects: Objects) -> set[str]:
