@@ -12,9 +12,18 @@ from builders import INDEXED, SPACE, indexed_maps
 from ocelot_em import check, merge_arrays, read_correlations, write_partial
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.main import run
-from ocelot_em.errors import ChunkError, IncompleteError, InputChangedError, InvalidInputError
+from ocelot_em.errors import (
+    ChunkError,
+    FormatError,
+    IncompleteError,
+    InputChangedError,
+    InvalidInputError,
+)
 from ocelot_em.particles.correlations import COLUMNS
 from ocelot_em.store import correlations
+from ocelot_em.store.arrays import create_map, open_map
+from ocelot_em.store.manifest import ArrayManifest
+from ocelot_em.store.objects import open_objects
 
 SHAPE, COUNTS = (70, 90), (1000, 1001, 1002)
 
@@ -231,3 +240,13 @@ def test_a_chunk_that_is_not_the_one_written(stores, name, damage):
         assert any(f"'gpu0': correlation_table/{name}" in problem for problem in check(search))
     finally:
         chunk.write_bytes(written)
+
+
+def test_a_manifest_for_other_chunks_is_refused():
+    """Or looking up a checksum would fail later, without a place."""
+    objects = open_objects("memory://other-chunks")
+    digest = create_map(objects, "mip", "mip", (64, 64), (32, 32))
+    for counts in ((1, 1), (2, 3)):
+        expected = ArrayManifest(digest, np.zeros(counts, np.uint32))
+        with pytest.raises(FormatError, match=r"MIP: expected \(.*got \(2, 2\)"):
+            open_map(objects, "mip", "MIP", ("float32",), expected)

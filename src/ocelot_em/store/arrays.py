@@ -306,6 +306,12 @@ def open_map(
     where = f"{objects.url}/{path}"
     about = parse_array(encoded, where, place, tuple(dtypes), dimensions, MAX_CHUNK_NBYTES)
     (height, width), (chunk_height, chunk_width) = ((*n, 1)[:2] for n in (about.shape, about.chunk))
+    grid = TileGrid((height, width), (chunk_height, chunk_width))
+    if expected is not None and expected.checksums.shape != grid.counts:
+        counts = expected.checksums.shape
+        raise FormatError(
+            f"{place}: expected {counts} chunks as in the manifest, got {grid.counts}"
+        )
     settings = about.codecs[1]["configuration"]
     shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
     shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
@@ -313,7 +319,7 @@ def open_map(
         objects=objects,
         path=path,
         place=place,
-        grid=TileGrid((height, width), (chunk_height, chunk_width)),
+        grid=grid,
         dtype=about.data_type,
         fill=about.fill_value,
         codec=Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),

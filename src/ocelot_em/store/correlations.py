@@ -176,16 +176,17 @@ def open_table(group: MapGroup) -> StoredTable | None:
     place, found = f"{group.place}: {TABLE}", expected[_OFFSETS]
     if found is None:
         raise FormatError(f"{place}: expected it in the manifest, it is not there")
-    column = _open_column(group, _OFFSETS, "int64", found)
-    offsets = column.read(Region.whole(column.shape))[0][:, 0]
+    column, offsets = _open_column(group, _OFFSETS, "int64", found), np.zeros(0, np.int64)
+    if column.shape[0] == len(grid) + 1:  # or it may be of any size
+        offsets = column.read(Region.whole(column.shape))[0][:, 0]
+    if not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise FormatError(f"{place}: expected ascending offsets of {len(grid)} chunks, from 0 on")
     n = int(offsets[-1])
     columns = {
         name: _open_column(group, name, dtype, array)
         for name, dtype in COLUMNS.items()
         if (array := expected[name]) is not None
     }
-    if len(offsets) != len(grid) + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
-        raise FormatError(f"{place}: expected ascending offsets of {len(grid)} chunks, from 0 on")
     if {*columns} != ({*COLUMNS} if n else set()) or len({c.grid for c in columns.values()}) > 1:
         raise FormatError(f"{place}: expected columns {', '.join(COLUMNS)} with the same chunks")
     if any(column.shape != (n, 1) for column in columns.values()):
