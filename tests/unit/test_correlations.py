@@ -112,7 +112,7 @@ def test_export(stores, tmp_path, capsys):
     assert run([*command, "--cutoff", "6.5"]) == DONE
     written = pq.read_table(tmp_path / "ROWS")
     rows = all_rows(read_correlations(output, cutoff=6.5))
-    assert f"{len(rows['pos_y']):,} correlations, cutoff 6.5000" in capsys.readouterr().out
+    assert f"{len(rows['pos_y']):,} of 3,500 correlations, cutoff 6.5000" in capsys.readouterr().out
     assert written.column_names == list(COLUMNS)
     for name, values in rows.items():
         np.testing.assert_array_equal(written[name], values)

@@ -133,8 +133,9 @@ def export(
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
     if to == "correlations":
-        n_rows, cutoff = parquet.write_correlations(store, output, cutoff=picking.cutoff)
-        open_console().print(f"{n_rows:,} correlations, cutoff {cutoff:.4f}: {output}")
+        n_rows, rows = parquet.write_correlations(store, output, cutoff=picking.cutoff)
+        counts = f"{n_rows:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
+        open_console().print(f"{counts}: {output}")
         return
     found = optics.read()
     if found is None and to != "parquet":

@@ -59,10 +59,10 @@ def write_correlations(
     path: str | PathLike[str],
     *,
     cutoff: float | None = None,
-) -> tuple[int, float]:
+) -> tuple[int, Correlations]:
     """Write the rows of :func:`~ocelot_em.read_correlations`, block by block.
 
-    Returns the number of rows and the cutoff. The schema's metadata has threshold and cutoff.
+    Returns the number of rows, and what was read. The schema's metadata has threshold and cutoff.
     """
     pa, found = _pyarrow(), Correlations(place, cutoff)
     about = json.dumps({"threshold": found.threshold, "cutoff": found.cutoff})
@@ -84,7 +84,7 @@ def write_correlations(
             if sum(block.num_rows for block in blocks) >= _ROW_GROUP:
                 write()
         write()
-    return n_rows, found.cutoff
+    return n_rows, found
 
 
 def read_parquet(path: str | PathLike[str]) -> ParticleTable:

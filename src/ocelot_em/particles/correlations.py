@@ -17,16 +17,14 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_partial_at
 from ocelot_em.store.sources import Source, check_unchanged, open_source
 
+_POSE = "phi", "theta", "psi", "relative_defocus", "pixel_size_offset"
+
 COLUMNS = {
     "pos_y": "int32",
     "pos_x": "int32",
     "correlation": "float32",
     "zscore": "float32",
-    "phi": "float32",
-    "theta": "float32",
-    "psi": "float32",
-    "relative_defocus": "float32",
-    "pixel_size_offset": "float32",
+    **dict.fromkeys(_POSE, "float32"),
     "global_index": "int32",
     MEAN: "float32",
     STD: "float32",
@@ -36,27 +34,7 @@ COLUMNS = {
 
 
 class Correlations:
-    """The correlations of a finished search above a threshold and a z-score.
-
-    The tables of its partials are read where they are, chunk by chunk, whatever their size, and
-    joined with the maps of the merged result.
-
-    Parameters
-    ----------
-    place
-        Path or URL of a merged result, or an open one.
-    cutoff
-        Minimum z-score. Default: the one that Gaussian noise exceeds once in the whole search.
-
-    Raises
-    ------
-    StoreNotFoundError, FormatError, InputChangedError
-        The merged result or its partials are not there, or are other ones.
-    IncompleteError
-        Partials without a table, by name.
-    InvalidInputError
-        The result is a montage.
-    """
+    """What :func:`read_correlations` reads, with the threshold and the cutoff that apply."""
 
     def __init__(self, place: str | PathLike[str] | MergedResult, cutoff: float | None = None):
         self.result = result = MergedResult.open(place)
@@ -74,11 +52,9 @@ class Correlations:
             )
         self._tables = [table for _, table in tables if table is not None]
         self.threshold = max(table.threshold for table in self._tables)
-        n_pixels = result.valid_shape[0] * result.valid_shape[1]
-        if (statistics := result.statistics) is not None:
-            n_pixels = statistics.searched_pixels
         if cutoff is None:
-            cutoff = gaussian_cutoff(n_pixels, result.attributes.total_projections)
+            counted = result.summary.attributes.searched_pixels
+            cutoff = gaussian_cutoff(counted, result.attributes.total_projections)
         self.cutoff = cutoff
 
     @property
@@ -105,22 +81,17 @@ class Correlations:
             z = (block[VALUE].astype(np.float64) - mean) / std
         z = np.where(std == 0, 0, z).astype(np.float32)
         kept = (z >= self.cutoff) & (block[VALUE] > self.threshold)
-        index = block[POSE][kept]
-        phi, theta, psi, defocus, pixel_size = self.result.decode(index)
-        return {
-            "pos_y": block[Y][kept],
-            "pos_x": block[X][kept],
-            "correlation": block[VALUE][kept],
-            "zscore": z[kept],
-            "phi": phi,
-            "theta": theta,
-            "psi": psi,
-            "relative_defocus": defocus,
-            "pixel_size_offset": pixel_size,
-            "global_index": index,
-            MEAN: mean[kept],
-            STD: std[kept],
+        found = {
+            "pos_y": block[Y],
+            "pos_x": block[X],
+            "correlation": block[VALUE],
+            "zscore": z,
+            "global_index": block[POSE],
+            MEAN: mean,
+            STD: std,
         }
+        found = {name: values[kept] for name, values in found.items()}
+        return found | dict(zip(_POSE, self.result.decode(found["global_index"]), strict=True))
 
 
 def read_correlations(
@@ -145,7 +116,8 @@ def read_correlations(
     iterator of dict
         Columns by name: ``pos_y``, ``pos_x``, ``correlation``, ``zscore``, pose, ``global_index``,
         ``correlation_mean``, ``correlation_std``, and ``partial``, the number of the device. Rows
-        are grouped by chunk of the maps, then by device, then as the device found them.
+        are grouped by chunk of the maps, then by device, then as the device found them. Those of
+        pixels that are not valid are left out.
 
     Raises
     ------
