@@ -1,7 +1,8 @@
 """Merge of a tile's pieces: map by map, or partial by partial.
 
-Encoded chunks come from a reader, in an order that is known beforehand so that they are prefetched;
-they are decoded here. Merged maps are yielded to the caller, one at a time.
+Maps come from a reader, in an order that is known beforehand so that their chunks are prefetched. A
+piece that is one whole chunk is decoded here, block by block; of others, the reader decodes and
+crops the chunks. Merged maps are yielded to the caller, one at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +93,8 @@ class Fold:
     def merge(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Merge one piece, whose maps ``reader`` reads in the order of :meth:`order`.
 
-        ``work`` has the shape of the piece, and ``report`` is filled in. A map that cannot be read
-        is a StorageError.
+        ``work`` has the shape of the piece, and ``report`` is filled in. A chunk that is missing or
+        corrupt is a ChunkError, and one that cannot be read is a StorageError.
         """
         if self._mask_nan:
             yield from self._by_partial(reader, work, report)
@@ -106,7 +107,7 @@ class Fold:
                 yield from self._pose(name, reader, work, report)
 
     def _winners(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
-        """Find the source with the highest correlation at each pixel, and its number."""
+        """Find the source with the highest correlation at each pixel, and its partial's number."""
         mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
         best_partial = work.flat(BEST_PARTIAL, "i4")
         firsts = np.array([source.first_number for source in self.sources], np.int32)
@@ -208,12 +209,12 @@ class Fold:
         numbers: Sequence[int],
         first: AnyArray | None = None,
     ) -> Iterator[tuple[int, slice, list[AnyArray]]]:
-        """Decode maps of sources part by part: one part of each source, then the next part.
+        """Decode maps of several sources part by part: one part of each, then the next part.
 
-        The merged values of a part thus stay in the caches until its last source is decoded. Yield
-        the number of the source, the part of the tile's pixels, and the values of the maps there,
-        valid until the next item is requested. The first source is decoded into ``first``, if
-        given.
+        At most :data:`READ_TOGETHER` chunks are open; the merged values of a part stay in the
+        caches until it is decoded from all of them. Yield the number of the source, the part of the
+        piece's pixels, and the values of the maps there, valid until the next item is requested.
+        The first source is decoded into ``first``, if given.
         """
         n_names = len(names)
         n_sources = READ_TOGETHER // n_names

@@ -344,5 +344,5 @@ def _open_job(spec: JobSpec) -> Job:
 
 
 def close_job() -> None:
-    """Release this process's tile buffers."""
+    """Close this process's job, and release its memory."""
     _open_job.cache_clear()

@@ -38,7 +38,7 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
     Parameters
     ----------
     store
-        Path or URL of a search whose partials are all complete.
+        Path or URL of a search whose partials are all complete, or recorded while it runs.
     exposure
         Id of an exposure, if the search has any.
 
@@ -162,7 +162,8 @@ def lazy_merge(
         One or more searches or merged results.
     **options
         Options of :class:`ocelot_em.MergeOptions` that affect the merged maps or the tiles:
-        ``tile_size``, ``nan``, ``poses``, ``overlap``, ``erode``, ``origins``.
+        ``tile_size``, ``nan``, ``poses``, ``without``, ``so_far``, ``complete_only``,
+        ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------

@@ -4,7 +4,7 @@
 runs on a worker for a batch of tiles, and :func:`merge_tile` merges one tile. Data flow in one
 direction: the reader fetches encoded chunks, the fold merges the partials of an exposure, the
 canvas places exposures, the writer stores maps. A search without exposures is one exposure that
-covers the canvas alone. This module does not depend on executors, Dask or Zarr.
+covers the canvas alone. This module imports neither an executor, nor Dask, nor Zarr.
 
 :mod:`ocelot_em.merge.resume` prepares outputs and resumes interrupted runs.
 """
@@ -79,11 +79,13 @@ def merge(
     Raises
     ------
     TilesFailedError
-        Names the tiles that failed; later runs merge only these, since all others are done.
+        Names tiles that failed; the next run merges only the tiles that are not done.
     StoppedError
-        A stop was requested, or no workers are left. Running tiles were finished.
+        A stop was requested, and the running tiles were finished; or no workers are left.
     LockLostError
         Another run has taken over the output.
+    InputChangedError
+        All tiles are merged, but an input has changed since the merge was planned.
     """
     started = time.perf_counter()
     objects = lock.objects

@@ -1,4 +1,4 @@
-"""PreparedMerge of an output: new, or resumed from an interrupted merge."""
+"""Preparation of an output, new or of an interrupted merge that is resumed, and its completion."""
 
 import logging
 import uuid

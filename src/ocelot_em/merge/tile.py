@@ -115,7 +115,7 @@ class TileWriter(Writer):
                     self._put_chunk(name, chunk, self._job.blank_chunk(name))
 
     def finish(self) -> Outcome:
-        """Wait until everything is written, and mark the tile as done."""
+        """Wait until everything is written, and mark the tile as done, unless it failed."""
         tile, started, before = self._tile, time.perf_counter(), self._storage.meter.copy()
         try:
             self._storage.wait(self._written)

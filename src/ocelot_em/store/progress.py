@@ -24,7 +24,7 @@ class SearchProgress:
     warning
         Names a batch size with which Leopard-EM stores wrong poses; empty if there is none.
     last
-        Name of the device that wrote last, and when; None if no device is running.
+        Name of the running partial that was written last, and when; None if there is none.
     seconds_left
         Estimated time to the end, in seconds; None if it is not known.
     """
