@@ -82,7 +82,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     ocelot_em.import_results([SHARED / f"A_shard{i}.npz" for i in range(4)], place / "R", options)
     ocelot_em.merge(place / "R", place / "M", tile_size=100, threads=2)
     particles = find_peaks(place / "M")
-    files = write_mrc_set(place / "M", place / "SET")
     # The search's own micrograph is not among the data; what is in it does not matter here.
     micrograph = np.random.default_rng(1).standard_normal(MICROGRAPH).astype(np.float32)
     mrcfile.write(place / "micrograph.mrc", micrograph)
@@ -90,8 +89,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         Optics.from_leopard_yaml(SHARED / "A_official_config.yaml", template_box_px=TEMPLATE[0]),
         micrograph=str(place / "micrograph.mrc"),
     )
-    optics = with_maps_in(optics, next(iter(files.values())).parent)
-    write_leopard_csv(particles, optics, place / "particles.csv")
+    optics = with_maps_in(optics, write_mrc_set(place / "M", place / "SET"))
+    write_leopard_csv(particles, place / "particles.csv", optics=optics)
     merged = read_maps(place / "M")
     return Exported(
         maps={name: merged[name][: VALID[0], : VALID[1]] for name in MAPS.values()},

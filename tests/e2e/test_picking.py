@@ -154,7 +154,7 @@ def test_counts_that_float64_cannot_hold_are_exact_in_tables(tmp_path):
     write_parquet(table, tmp_path / "P.parquet")
     microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
     optics = ocelot_em.Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 1)
-    ocelot_em.write_leopard_csv(table.of_exposure("e1"), optics, tmp_path / "L.csv")
+    ocelot_em.write_leopard_csv(table.of_exposure("e1"), tmp_path / "L.csv", optics=optics)
     own = expected[table.columns["exposure"] == "e1"]
     for counted, wanted in (
         (table.columns["total_correlations"], expected),

@@ -298,7 +298,7 @@ def particles_csv(folder: Path) -> tuple[list[bytes], Reader]:
 def particles_parquet(folder: Path) -> tuple[list[bytes], Reader]:
     path, seeds = folder / "P.parquet", []
     for table in (particles(2), particles(2, montage=True)):
-        write_parquet(table, path)
+        write_parquet(table, path, overwrite=True)
         seeds.append(path.read_bytes())
     return seeds, in_file(path, read_parquet)
 

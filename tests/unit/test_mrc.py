@@ -118,27 +118,26 @@ def given(**more):
 
 
 def test_files_hold_the_valid_pixels_under_leopards_names(merged, tmp_path):
-    paths = write_mrc_set(merged, tmp_path / "new" / "folder")
-    assert list(paths) == [
-        "mip",
-        "scaled_mip",
-        "correlation_average",
-        "correlation_variance",
-        "orientation_psi",
-        "orientation_theta",
-        "orientation_phi",
-        "relative_defocus",
-    ]
-    assert {path.name for path in paths.values()} == {f"{name}.mrc" for name in paths}
+    folder = write_mrc_set(merged, tmp_path / "new" / "folder")
+    assert {path.name for path in folder.iterdir()} == {
+        "mip.mrc",
+        "scaled_mip.mrc",
+        "correlation_average.mrc",
+        "correlation_variance.mrc",
+        "orientation_psi.mrc",
+        "orientation_theta.mrc",
+        "orientation_phi.mrc",
+        "relative_defocus.mrc",
+    }
     maps = read_maps(merged)
     for name, ours in OUR_NAMES.items():
         stored = maps[ours][: VALID[0], : VALID[1]]
-        assert same_bits(mrcfile.read(paths[name]), stored), name
+        assert same_bits(mrcfile.read(folder / f"{name}.mrc"), stored), name
     assert set(OUR_NAMES.values()) >= {MEAN, STD, "best_psi", "best_theta", "best_phi"}
 
 
 def test_headers_are_those_of_a_picture_with_a_voxel_size(merged, tmp_path, capsys):
-    for name, path in write_mrc_set(merged, tmp_path / "SET").items():
+    for path in write_mrc_set(merged, tmp_path / "SET").iterdir():
         assert mrcfile.validate(path), capsys.readouterr().out
         with mrcfile.open(path) as file:
             assert file.header.mode == 2
@@ -146,7 +145,7 @@ def test_headers_are_those_of_a_picture_with_a_voxel_size(merged, tmp_path, caps
             assert file.voxel_size.x == pytest.approx(1.06)
             assert file.voxel_size.y == pytest.approx(1.06)
             values = file.data.astype("f8")
-            assert file.header.dmin == np.float32(values.min()), name
+            assert file.header.dmin == np.float32(values.min()), path
             assert file.header.dmax == np.float32(values.max())
             assert file.header.dmean == pytest.approx(values.mean(), rel=1e-5)
             assert file.header.rms == pytest.approx(values.std(), rel=1e-5)
@@ -154,15 +153,15 @@ def test_headers_are_those_of_a_picture_with_a_voxel_size(merged, tmp_path, caps
 
 def test_an_unknown_pixel_size_stays_unknown(tmp_path):
     merge(write_explicit_search(tmp_path / "R"), tmp_path / "M")
-    paths = write_mrc_set(tmp_path / "M", tmp_path / "SET")
-    with mrcfile.open(paths["mip"]) as file:
+    folder = write_mrc_set(tmp_path / "M", tmp_path / "SET")
+    with mrcfile.open(folder / "mip.mrc") as file:
         assert file.voxel_size.x == 0
 
 
 def test_names_can_have_a_prefix(merged, tmp_path):
-    paths = write_mrc_set(merged, tmp_path, prefix="output_")
-    assert paths["mip"] == tmp_path / "output_mip.mrc"
-    assert all(path.is_file() for path in paths.values())
+    write_mrc_set(merged, tmp_path / "SET", prefix="output_")
+    names = {path.name for path in (tmp_path / "SET").iterdir()}
+    assert names == {f"output_{name}.mrc" for name in OUR_NAMES}
     with pytest.raises(InvalidInputError, match="expected the beginning of file names"):
         write_mrc_set(merged, tmp_path, prefix="sub/")
 
@@ -203,20 +202,20 @@ def partly_searched(place, count=1000):
 
 
 def test_pixels_that_nobody_searched_are_nan_in_the_files(tmp_path):
-    paths = write_mrc_set(partly_searched(tmp_path), tmp_path / "SET")
+    folder = write_mrc_set(partly_searched(tmp_path), tmp_path / "SET")
     for name in ("scaled_mip", "orientation_phi", "relative_defocus"):
-        assert np.isnan(mrcfile.read(paths[name])[5:9, 30:40]).all()
-    mip = mrcfile.read(paths["mip"])
+        assert np.isnan(mrcfile.read(folder / f"{name}.mrc")[5:9, 30:40]).all()
+    mip = mrcfile.read(folder / "mip.mrc")
     assert np.isneginf(mip[5:9, 30:40]).all()
-    with mrcfile.open(paths["mip"]) as file:  # of what was searched
+    with mrcfile.open(folder / "mip.mrc") as file:  # of what was searched
         assert file.header.dmin == mip[np.isfinite(mip)].min()
 
 
 def test_a_map_without_values_has_unknown_statistics(tmp_path, capsys):
     write_partial(tmp_path / "R", "p", idle_maps(explicit_maps()), total_projections=0)
     merge(tmp_path / "R", tmp_path / "M")
-    paths = write_mrc_set(tmp_path / "M", tmp_path / "SET")
-    with mrcfile.open(paths["scaled_mip"]) as file:
+    folder = write_mrc_set(tmp_path / "M", tmp_path / "SET")
+    with mrcfile.open(folder / "scaled_mip.mrc") as file:
         header = file.header
         assert (header.dmin, header.dmax, header.dmean, header.rms) == (0, -1, -2, -1)
 
@@ -581,8 +580,8 @@ def test_the_maps_of_a_store_are_read_in_their_own_chunks(merged):
 
 def test_leopard_em_itself_reads_the_files(merged, tmp_path):
     results = pytest.importorskip("leopard_em.pydantic_models.results")
-    paths = write_mrc_set(merged, tmp_path / "SET")
-    fields = {f"{name}_path": str(path) for name, path in paths.items()}
+    folder = write_mrc_set(merged, tmp_path / "SET")
+    fields = {f"{name}_path": str(folder / f"{name}.mrc") for name in OUR_NAMES}
     result = results.MatchTemplateResult(allow_file_overwrite=True, **fields)
     result.load_tensors_from_paths()
     maps = read_maps(merged)

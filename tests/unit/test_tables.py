@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from conftest import SHARED
-from ocelot_em.errors import InvalidInputError, MissingDependencyError
+from ocelot_em.errors import InvalidInputError, MissingDependencyError, OutputExistsError
 from ocelot_em.io.optics import LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import parse_star
@@ -83,9 +83,9 @@ def assert_same(table, other, names=None):
         np.testing.assert_array_equal(again, values, err_msg=name)
 
 
-def refused(function, *arguments):
+def refused(function, *arguments, **options):
     with pytest.raises(InvalidInputError) as refusal:
-        function(*arguments)
+        function(*arguments, **options)
     return refusal.value.problems
 
 
@@ -138,7 +138,7 @@ def test_leopard_aberrations_are_kept_as_its_table_has_them(tmp_path):
     assert optics.leopard_columns["even_zernikes"] == '{"Z44c": 1.5}'
     assert optics.leopard_columns["mag_matrix"] == "[1.0, 0.0, 0.0, 1.01]"
     assert optics.template_box_px == 40
-    write_leopard_csv(make_table(1), optics, tmp_path / "L.csv")
+    write_leopard_csv(make_table(1), tmp_path / "L.csv", optics=optics)
     row = pd.read_csv(tmp_path / "L.csv").iloc[0]
     assert json.loads(row["even_zernikes"]) == {"Z44c": 1.5}
     assert row["mag_matrix"] == "[1.0, 0.0, 0.0, 1.01]"
@@ -151,7 +151,7 @@ def test_no_cell_starts_a_formula(tmp_path, first):
     columns = {"mip_path": name, "mag_matrix": "-1.5"}
     optics = replace(OPTICS, micrograph=name, template=name, leopard_columns=columns)
     table = make_table(2)
-    write_leopard_csv(table, optics, tmp_path / "L.csv")
+    write_leopard_csv(table, tmp_path / "L.csv", optics=optics)
     with (tmp_path / "L.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     for row in rows:
@@ -160,10 +160,10 @@ def test_no_cell_starts_a_formula(tmp_path, first):
     row = dict(zip(header, rows[0], strict=True))
     assert row["mip_path"] == f"./{name}"
     assert row["mag_matrix"] == "-1.5"
-    write_relion_star(table, optics, tmp_path / "R.star")
+    write_relion_star(table, tmp_path / "R.star", optics=optics)
     assert f"./{first}" not in (tmp_path / "R.star").read_text()
     wrong = replace(optics, leopard_columns={"mag_matrix": f"{first}cmd!A1"})
-    (problem,) = refused(lambda: write_leopard_csv(table, wrong, tmp_path / "L.csv"))
+    (problem,) = refused(lambda: write_leopard_csv(table, tmp_path / "L.csv", optics=wrong))
     assert problem.startswith("mag_matrix: expected no text that spreadsheets take for a formula")
     exposures = np.array(["a", f"{first}b"])
     problems = refused(lambda: ParticleTable({**table.columns, "exposure": exposures}))
@@ -291,14 +291,14 @@ def official_table():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real search is not on this machine")
 def test_the_table_of_a_real_search_is_leopards_own(tmp_path):
     optics = Optics.from_leopard_yaml(SHARED / "A_official_config.yaml", template_box_px=56)
-    write_leopard_csv(official_table(), optics, tmp_path / "L.csv")
+    write_leopard_csv(official_table(), tmp_path / "L.csv", optics=optics)
     assert (tmp_path / "L.csv").read_bytes() == (SHARED / "A_official_results.csv").read_bytes()
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_leopards_table_has_its_columns_in_its_order(tmp_path, n):
     table = make_table(n, neg_log_p=True)
-    write_leopard_csv(table, OPTICS, tmp_path / "L.csv")
+    write_leopard_csv(table, tmp_path / "L.csv", optics=OPTICS)
     assert (tmp_path / "L.csv").read_text().partition("\n")[0] == LEOPARD_HEADER
     frame = pd.read_csv(tmp_path / "L.csv")
     assert len(frame) == n
@@ -317,7 +317,7 @@ def test_leopards_table_has_its_columns_in_its_order(tmp_path, n):
 def test_leopards_table_has_nothing_where_a_number_is_nan(tmp_path):
     table = make_table(2)
     table.columns["relative_defocus"][0] = np.nan
-    write_leopard_csv(table, replace(OPTICS, micrograph="nan.mrc"), tmp_path / "L.csv")
+    write_leopard_csv(table, tmp_path / "L.csv", optics=replace(OPTICS, micrograph="nan.mrc"))
     frame = pd.read_csv(tmp_path / "L.csv")
     assert frame["relative_defocus"].isna().tolist() == [True, False]
     assert frame["micrograph_path"].tolist() == ["nan.mrc", "nan.mrc"]
@@ -326,7 +326,7 @@ def test_leopards_table_has_nothing_where_a_number_is_nan(tmp_path):
 @pytest.mark.parametrize("name", ['q"uote', "co,mma", "apo'strophe", "#1", *NAMES.values()])
 def test_leopards_table_keeps_any_name(tmp_path, name):
     optics = replace(OPTICS, micrograph=name, leopard_columns={"mip_path": name})
-    write_leopard_csv(make_table(1), optics, tmp_path / "L.csv")
+    write_leopard_csv(make_table(1), tmp_path / "L.csv", optics=optics)
     row = pd.read_csv(tmp_path / "L.csv").iloc[0]
     assert row["micrograph_path"] == row["mip_path"] == name
 
@@ -402,14 +402,14 @@ def particles(draw):
 @given(particles(), st.integers(1, 512))
 def test_a_relion_file_keeps_what_it_has_columns_for(tmp_path, table, box):
     optics = replace(OPTICS, template_box_px=box)
-    write_relion_star(table, optics, tmp_path / "P.star")
+    write_relion_star(table, tmp_path / "P.star", optics=optics, overwrite=True)
     assert_in_star(table, tmp_path / "P.star", optics)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_relion_finds_its_columns(tmp_path, n):
     table = make_table(n, neg_log_p=True)
-    write_relion_star(table, replace(OPTICS, label="group 7"), tmp_path / "P.star")
+    write_relion_star(table, tmp_path / "P.star", optics=replace(OPTICS, label="group 7"))
     blocks = read_star(tmp_path / "P.star")
     assert list(blocks) == ["optics", "particles"]
     assert blocks["optics"].to_dict("records") == [
@@ -526,13 +526,13 @@ def test_star_files_to_the_byte(tmp_path, write, expected):
     values |= {"pos_y": 20, "pos_x": 60, "pos_y_subpixel": 20.25, "pos_x_subpixel": 60}
     for name, value in values.items():
         table.columns[name][:] = value
-    write(table, replace(OPTICS, label="group 7"), tmp_path / "P.star")
+    write(table, tmp_path / "P.star", optics=replace(OPTICS, label="group 7"))
     assert (tmp_path / "P.star").read_text() == expected
 
 
 @pytest.mark.parametrize("name", ["_x", "loop_", "LOOP_", "data_x", "save_", "?", ".", "$a", ";a"])
 def test_names_that_mean_something_in_star_files_are_quoted(tmp_path, name):
-    write_relion_star(make_table(2), replace(OPTICS, micrograph=name), tmp_path / "P.star")
+    write_relion_star(make_table(2), tmp_path / "P.star", optics=replace(OPTICS, micrograph=name))
     block = cif.read(str(tmp_path / "P.star"))["particles"]
     values = [cif.as_string(value) for value in block.find_values("_rlnMicrographName")]
     assert values == [name, name]
@@ -541,7 +541,7 @@ def test_names_that_mean_something_in_star_files_are_quoted(tmp_path, name):
 def test_a_particle_whose_place_between_pixels_is_not_known_is_at_its_pixel(tmp_path):
     table = make_table(2)
     table.columns["pos_x_subpixel"][0] = np.nan
-    write_relion_star(table, OPTICS, tmp_path / "P.star")
+    write_relion_star(table, tmp_path / "P.star", optics=OPTICS)
     again = columns_in_star(tmp_path / "P.star", OPTICS)
     assert again["pos_x_subpixel"][0] == table.columns["pos_x"][0]
 
@@ -549,7 +549,7 @@ def test_a_particle_whose_place_between_pixels_is_not_known_is_at_its_pixel(tmp_
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_relion_files_keep_names(tmp_path, name):
     optics = replace(OPTICS, micrograph=name, label=f"{name} group")
-    write_relion_star(make_table(2), optics, tmp_path / "P.star")
+    write_relion_star(make_table(2), tmp_path / "P.star", optics=optics)
     blocks = read_star(tmp_path / "P.star")
     assert blocks["particles"]["rlnMicrographName"].tolist() == [name, name]
     assert blocks["optics"]["rlnOpticsGroupName"].tolist() == [f"{name} group"]
@@ -561,7 +561,7 @@ def test_relion_files_keep_a_name_or_refuse_it(tmp_path, name):
     def attempt():
         try:
             optics = replace(OPTICS, micrograph=name, label=name)
-            write_relion_star(make_table(2), optics, tmp_path / "P.star")
+            write_relion_star(make_table(2), tmp_path / "P.star", optics=optics, overwrite=True)
         except InvalidInputError as refusal:
             return None, refusal.problems
         return optics, ()
@@ -579,7 +579,7 @@ def test_relion_files_keep_a_name_or_refuse_it(tmp_path, name):
 @pytest.mark.parametrize("write", [write_relion_star, write_cistem_star])
 def test_names_that_star_files_cannot_hold_are_refused(tmp_path, write, name):
     (problem,) = refused(
-        write, make_table(1), replace(OPTICS, micrograph=name), tmp_path / "P.star"
+        write, make_table(1), tmp_path / "P.star", optics=replace(OPTICS, micrograph=name)
     )
     assert problem.startswith("micrograph: expected a name without")
     assert not list(tmp_path.iterdir())
@@ -591,7 +591,7 @@ def test_names_that_star_files_cannot_hold_are_refused(tmp_path, write, name):
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_cistem_finds_its_columns(tmp_path, n):
     table = make_table(n, neg_log_p=True)
-    write_cistem_star(table, replace(OPTICS, phase_shift_degrees=90.0), tmp_path / "C.star")
+    write_cistem_star(table, tmp_path / "C.star", optics=replace(OPTICS, phase_shift_degrees=90.0))
     found, own = read_star(tmp_path / "C.star")[""], table.columns
     assert len(found) == n
     for theirs, ours in (
@@ -618,15 +618,15 @@ def test_cistem_finds_its_columns(tmp_path, n):
 
 
 def test_cistem_reads_names_between_single_quotation_marks_only(tmp_path):
-    write_cistem_star(make_table(1), OPTICS, tmp_path / "C.star")
+    write_cistem_star(make_table(1), tmp_path / "C.star", optics=OPTICS)
     text = (tmp_path / "C.star").read_text()
     assert f"\t'{OPTICS.micrograph}'\t'T.mrc'\t" in text
     assert "\ndata_\n\nloop_\n_cisTEMPositionInStack #1\n" in text
     problems = refused(
         write_cistem_star,
         make_table(1),
-        replace(OPTICS, micrograph="a b", template="c d"),
         tmp_path / "C",
+        optics=replace(OPTICS, micrograph="a b", template="c d"),
     )
     assert [p[:45] for p in problems] == [
         "micrograph: expected a name without quotation",
@@ -648,7 +648,7 @@ def any_table(draw):
 
 @given(any_table())
 def test_parquet_keeps_everything(tmp_path, table):
-    write_parquet(table, tmp_path / "P.parquet")
+    write_parquet(table, tmp_path / "P.parquet", overwrite=True)
     again = read_parquet(tmp_path / "P.parquet")
     assert_same(table, again)
     assert again.about == table.about
@@ -702,14 +702,14 @@ def test_what_is_no_parquet_file_is_refused(tmp_path, content):
 def test_the_suffix_names_the_format(tmp_path):
     table = make_table(2, about=ABOUT)
     for name in ("T.csv", "T.CSV", "T.parquet", "T.star"):
-        write_table(table, tmp_path / name, OPTICS)
+        write_table(table, tmp_path / name, optics=OPTICS)
     assert_same(table, ParticleTable.read_csv(tmp_path / "T.csv"))
     assert_same(table, ParticleTable.read_csv(tmp_path / "T.CSV"))
     assert read_parquet(tmp_path / "T.parquet").about == ABOUT
     assert_in_star(table, tmp_path / "T.star", OPTICS)
     write_table(table, str(tmp_path / "U.csv"))
     for name in ("T.txt", "T", "T.csv.gz"):
-        (problem,) = refused(write_table, table, tmp_path / name, OPTICS)
+        (problem,) = refused(write_table, table, tmp_path / name)
         assert "expected a name that ends in .csv, .star (RELION) or .parquet" in problem
     (problem,) = refused(write_table, table, tmp_path / "U.star")
     assert "needs the micrograph's optics" in problem
@@ -718,21 +718,33 @@ def test_the_suffix_names_the_format(tmp_path):
 @pytest.mark.parametrize("write", [write_leopard_csv, write_relion_star, write_cistem_star])
 def test_optics_of_another_search_are_refused(tmp_path, write):
     table = make_table(1, about=ABOUT)
-    write(table, OPTICS, tmp_path / "T")
+    write(table, tmp_path / "T", optics=OPTICS)
     other = replace(OPTICS, template_box_px=56, pixel_size_angstrom=1.07)
-    assert refused(write, table, other, tmp_path / "U") == (
+    assert refused(write, table, tmp_path / "U", optics=other) == (
         "template_box_px: expected 57, got 56; are these the optics of s3://bucket/OUT.zarr?",
         "pixel_size_angstrom: expected 1.06, got 1.07; are these the optics of "
         "s3://bucket/OUT.zarr?",
     )
     valid = replace(ABOUT, valid_shape=ABOUT.shape, pixel_size_angstrom=None)
-    write(ParticleTable(table.columns, valid), other, tmp_path / "U")
+    write(ParticleTable(table.columns, valid), tmp_path / "U", optics=other)
+
+
+@pytest.mark.parametrize("write", [write_table, write_leopard_csv, write_parquet])
+def test_a_folder_is_created_and_a_file_replaced_only_if_asked(tmp_path, write):
+    path, optics = tmp_path / "new" / "T.csv", {} if write is write_parquet else {"optics": OPTICS}
+    assert write(make_table(1), path, **optics) == path
+    content = path.read_bytes()
+    with pytest.raises(OutputExistsError, match=r"T\.csv: already there"):
+        write(make_table(2), path, **optics)
+    assert path.read_bytes() == content
+    write(make_table(2), path, **optics, overwrite=True)
+    assert path.read_bytes() != content
 
 
 @pytest.mark.parametrize(
     ("package", "use"),
     [
-        ("pyarrow", lambda place: write_parquet(make_table(1), place)),
+        ("pyarrow", lambda place: write_parquet(make_table(1), place, overwrite=True)),
         ("pyarrow", read_parquet),
     ],
 )

@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import Merged, PathOrUrl
-from ocelot_em.errors import InvalidInputError, OutputExistsError
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
 
@@ -58,17 +58,17 @@ class ExportOptions(Options):
         Format of maps (``mrc``, ``hdf5``, ``ome-zarr``) or of particles; ``correlations``: Parquet
         with the devices' correlation tables above the cutoff.
     output
-        File to write, or folder for ``mrc`` and ``ome-zarr``.
+        File to write; folder for ``mrc`` and ``ome-zarr``.
     overwrite
         Replace an existing file or folder.
     prefix
         Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``.
     exposure
-        Identifier of the exposure of a montage to which the particles are restricted.
+        Export only the particles of this exposure of a montage.
     maps
-        Folder with the MRC files that Leopard-EM's table refers to.
+        Folder of the MRC files to which Leopard-EM's table refers.
     particles
-        Table (.csv, .parquet) written by ``peaks``. Default: pick particles.
+        Table of particles (.csv, .parquet) written by ``peaks``. Default: pick particles.
     """
 
     to: Literal["mrc", "hdf5", "ome-zarr", "leopard", "relion", "cistem", "parquet", "correlations"]
@@ -101,7 +101,7 @@ def peaks(
 
     found = optics.read()
     table = pick_particles(MergedResult.open(store), picking)
-    write_table(table, output, found)
+    write_table(table, output, optics=found, overwrite=True)
     print_particles(table, output)
 
 
@@ -116,45 +116,45 @@ def export(
     """Write maps or a table for other programs."""
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
+    from ocelot_em.particles.correlations import Correlations
     from ocelot_em.store.distinct import require_distinct
+    from ocelot_em.store.whole_file import refuse_existing
 
     to, output, overwrite = options.to, options.output, options.overwrite
-    writers_of_maps: dict[str, Callable[..., object]] = {
+    writers: dict[str, Callable[..., object]] = {
         "mrc": partial(mrc.write_mrc_set, prefix=options.prefix),
         "hdf5": hdf5.write_hdf5,
         "ome-zarr": ome_zarr.write_ome_zarr,
+        "parquet": parquet.write_parquet,
+        "leopard": tables.write_leopard_csv,
+        "relion": tables.write_relion_star,
+        "cistem": tables.write_cistem_star,
     }
-    if to in writers_of_maps:
-        writers_of_maps[to](store, output, overwrite=overwrite)
+    if to in ("mrc", "hdf5", "ome-zarr"):
+        writers[to](store, output, overwrite=overwrite)
         open_console().print(f"wrote {output}")
         return
     given = (options.particles, optics.optics)
     require_distinct(output, [path for path in given if path is not None])
-    if Path(output).exists() and not overwrite:
-        raise OutputExistsError(f"{output}: already exists; choose another name, or --overwrite")
+    refuse_existing([Path(output)], overwrite)
     if to == "correlations":
-        n_rows, rows = parquet.write_correlations(store, output, cutoff=picking.cutoff)
-        counts = f"{n_rows:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
+        rows = Correlations(store, picking.cutoff)
+        parquet.write_correlations(rows, output, overwrite=overwrite)
+        counts = f"{rows.n_kept:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
         open_console().print(f"{counts}: {output}")
         return
-    found = optics.read()
-    if found is None and to != "parquet":
-        raise InvalidInputError(
-            f"--to {to}: needs the micrograph's optics; give Leopard-EM's configuration of the "
-            "search with --optics CONFIG.yaml"
-        )
-    table = particles_to_export(store, options, picking)
-    if to == "parquet" or found is None:
-        parquet.write_parquet(table, output)
-    else:
+    found, write = optics.read(), writers[to]
+    if to != "parquet":
+        if found is None:
+            raise InvalidInputError(
+                f"--to {to}: needs the micrograph's optics; give Leopard-EM's configuration of the "
+                "search with --optics CONFIG.yaml"
+            )
         if options.maps is not None:
             found = with_maps_in(found, options.maps, options.prefix)
-        writers = {
-            "leopard": tables.write_leopard_csv,
-            "relion": tables.write_relion_star,
-            "cistem": tables.write_cistem_star,
-        }
-        writers[to](table, found, output)
+        write = partial(write, optics=found)
+    table = particles_to_export(store, options, picking)
+    write(table, output, overwrite=overwrite)
     print_particles(table, output)
 
 

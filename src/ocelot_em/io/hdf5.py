@@ -30,7 +30,7 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.model.threads import map_in_threads
-from ocelot_em.store.whole_file import refuse_existing, storage_errors, whole_or_nothing
+from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing
 
 GROUP = "tensors"
 GZIP_LEVEL = 4
@@ -45,7 +45,7 @@ PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
 
 
 def write_hdf5(
-    store: str | PathLike[str] | MergedResult,
+    source: str | PathLike[str] | MergedResult,
     output: str | PathLike[str],
     *,
     overwrite: bool = False,
@@ -61,13 +61,11 @@ def write_hdf5(
     is left behind.
     """
     h5py = _h5py()
-    merged, path = MergedResult.open(store), Path(output)
+    merged, path = MergedResult.open(source), Path(output)
     refuse_existing([path], overwrite)
     shape, space = merged.valid_shape, merged.search_space
     chunk = min(CHUNK, shape[0]), min(CHUNK, shape[1])
-    grid = band_grid(shape, (_whole_chunks(merged.chunk[0]), _whole_chunks(merged.chunk[1])))
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = (ceil_div(edge, CHUNK) * CHUNK for edge in merged.chunk)  # whole chunks of both
     with whole_or_nothing(path) as staged, _opened(h5py, staged, "w") as file:
         file.attrs["leopard_em_version"] = f"none: ocelot-em {__version__}"
         file.attrs["total_projections"] = merged.projections_per_pixel
@@ -84,7 +82,7 @@ def write_hdf5(
                 compression="gzip",
                 compression_opts=GZIP_LEVEL,
             )
-            for band in grid:
+            for band in band_grid(shape, (height, width)):
                 _write(dataset, band.region, merged.read(band.region, ours))
     return path
 
@@ -185,8 +183,3 @@ def _write(dataset: Any, region: Region, values: AnyArray) -> None:
 
     for cell, data in zip(cells, map_in_threads(compressed, cells), strict=True):
         dataset.id.write_direct_chunk((cell.region.y0, cell.region.x0), data)
-
-
-def _whole_chunks(length: int) -> int:
-    """Round a length up to whole chunks of the file."""
-    return ceil_div(length, CHUNK) * CHUNK

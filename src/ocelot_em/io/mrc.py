@@ -7,9 +7,8 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,12 @@ _FLOAT32 = 2
 
 
 def write_mrc_set(
-    store: str | PathLike[str] | MergedResult,
-    folder: str | PathLike[str],
+    source: str | PathLike[str] | MergedResult,
+    output: str | PathLike[str],
     *,
     prefix: str = "",
     overwrite: bool = False,
-) -> dict[str, Path]:
+) -> Path:
     """Write a merged result as the MRC files that Leopard-EM writes and refines from.
 
     Only valid pixels are written, as Leopard-EM does by default; a pixel remains the upper left
@@ -46,23 +45,22 @@ def write_mrc_set(
     Leopard-EM. Unsearched pixels are NaN, and -inf in ``mip``. These files cannot hold pixel-size
     offsets.
 
-    Return the eight paths by Leopard-EM's map names: ``prefix`` followed by ``mip.mrc``,
-    ``scaled_mip.mrc``, ``correlation_average.mrc`` and so on. Without ``overwrite`` existing files
-    are an error, which names all of them. If writing fails, or there is not enough space, nothing
-    is left behind. Existing files are replaced as a set: files of two results are never mixed.
+    Return the folder ``output`` with eight files: ``prefix`` followed by Leopard-EM's names of the
+    maps, ``mip.mrc``, ``scaled_mip.mrc``, ``correlation_average.mrc`` and so on. Without
+    ``overwrite`` existing ones are an error, which names all of them. If writing fails, or there is
+    not enough space, nothing is left behind. Existing files are replaced as a set: files of two
+    results are never mixed.
     """
     mrcfile = _mrcfile()
-    merged, place = MergedResult.open(store), Path(folder)
-    paths = _paths(place, prefix)
-    finish_set(place)
+    merged, folder = MergedResult.open(source), Path(output)
+    paths = _paths(folder, prefix)
+    finish_set(folder)
     refuse_existing(paths.values(), overwrite)
-    with storage_errors(place):
-        place.mkdir(parents=True, exist_ok=True)
-    with whole_set_or_nothing(place, [path.name for path in paths.values()]) as staged:
+    with whole_set_or_nothing(folder, [path.name for path in paths.values()]) as staged:
         for path, (name, final) in zip(staged, paths.items(), strict=True):
             with storage_errors(final):
                 _write_map(mrcfile, path, merged, OUR_NAMES[name])
-    return paths
+    return folder
 
 
 def open_mrc_set(found: FoundSearch, stack: ExitStack) -> MapFiles:
@@ -100,52 +98,36 @@ def _paths(folder: Path, prefix: str) -> dict[str, Path]:
 
 
 def _write_map(mrcfile: Any, path: Path, merged: MergedResult, name: str) -> None:
-    values = _Statistics()
+    bands = list[tuple[float, ...]]()
     with mrcfile.new_mmap(path, merged.valid_shape, mrc_mode=_FLOAT32) as file:
         # Without enough space, writing to mapped memory would kill the process.
         with path.open("r+b") as reserved:
             os.posix_fallocate(reserved.fileno(), 0, path.stat().st_size)
         for band in band_grid(merged.valid_shape, merged.chunk):
-            read = merged.read(band.region, name)
-            file.data[band.region.slices] = read
-            values.add(read)
+            values = merged.read(band.region, name)
+            file.data[band.region.slices] = values
+            finite = values[np.isfinite(values)].astype(np.float64)
+            if finite.size:
+                low, high, total = finite.min(), finite.max(), finite.sum()
+                squared_total = np.square(finite, out=finite).sum()
+                bands.append((finite.size, low, high, total, squared_total))
         if merged.attributes.pixel_size_angstrom is not None:
             file.voxel_size = merged.attributes.pixel_size_angstrom
-        for field, value in values.header().items():
+        for field, value in _statistics(bands).items():
             file.header[field] = value
 
 
-@dataclass
-class _Statistics:
-    """Statistics of a map's finite values for its header."""
+def _statistics(bands: Sequence[tuple[float, ...]]) -> dict[str, float]:
+    """Return a header's statistics of finite values, given their number, range and sums by band.
 
-    n: int = 0
-    lowest: float = math.inf
-    highest: float = -math.inf
-    total: float = 0.0
-    squared_total: float = 0.0
-
-    def add(self, values: AnyArray) -> None:
-        finite = values[np.isfinite(values)].astype(np.float64)
-        if finite.size:
-            self.n += finite.size
-            self.lowest = min(self.lowest, float(finite.min()))
-            self.highest = max(self.highest, float(finite.max()))
-            self.total += float(finite.sum())
-            self.squared_total += float(np.square(finite, out=finite).sum())
-
-    def header(self) -> dict[str, float]:
-        """Return header fields; without values, the format's markers for unknown ones."""
-        if not self.n:
-            return {"dmin": 0, "dmax": -1, "dmean": -2, "rms": -1}
-        mean = self.total / self.n
-        variance = max(self.squared_total / self.n - mean * mean, 0)
-        return {
-            "dmin": self.lowest,
-            "dmax": self.highest,
-            "dmean": mean,
-            "rms": math.sqrt(variance),
-        }
+    Without values, they are the format's markers for unknown ones.
+    """
+    if not bands:
+        return {"dmin": 0, "dmax": -1, "dmean": -2, "rms": -1}
+    n, low, high, total, squared_total = np.array(bands).T
+    mean = total.sum() / n.sum()
+    variance = max(squared_total.sum() / n.sum() - mean * mean, 0)
+    return {"dmin": low.min(), "dmax": high.max(), "dmean": mean, "rms": math.sqrt(variance)}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.distinct import require_distinct, require_no_store_within
 from ocelot_em.store.objects import is_local, normalise_url, open_objects
-from ocelot_em.store.whole_file import storage_errors, sync_to_disk
+from ocelot_em.store.whole_file import refuse_existing, storage_errors, sync_to_disk
 
 VERSION = "0.5"
 AXES = ("c", "y", "x")
@@ -37,7 +37,7 @@ BLOCK = 2048
 
 
 def write_ome_zarr(
-    store: str | PathLike[str] | MergedResult,
+    source: str | PathLike[str] | MergedResult,
     output: str | PathLike[str],
     *,
     maps: Sequence[str] = (SCALED_MIP,),
@@ -69,20 +69,22 @@ def write_ome_zarr(
         problems.append(f"{url}: expected a local folder; write the image there, then copy it")
     if problems:
         raise InvalidInputError(problems)
-    merged, place = MergedResult.open(store), Path(url)
-    _refuse_existing(place, overwrite)
+    merged, place = MergedResult.open(source), Path(url)
+    if place.exists():
+        refuse_existing([place], overwrite)
+        _require_image(place)
     require_distinct(url, [merged.url])
-    staged = place.with_name(f"{place.name}#{uuid.uuid4().int}")
+    staged, old = (place.with_name(f"{place.name}#{uuid.uuid4().int}") for _ in range(2))
     try:
         with storage_errors(place):
             staged.parent.mkdir(parents=True, exist_ok=True)
-            group = zarr.create_group(staged, zarr_format=3)
-            pyramid = _Pyramid(merged, group, len(maps))
-            for channel, name in enumerate(maps):
-                pyramid.write(channel, name)
-            group.attrs["ome"] = _metadata(place.name, merged, pyramid, maps)
+            pyramid = _Pyramid(merged, zarr.create_group(staged, zarr_format=3), maps)
+            pyramid.write(place.name)
             open_objects(staged).sync()
-            _put_in_place(staged, place)
+            if place.exists():
+                place.rename(old)
+            staged.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
             sync_to_disk(place.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -139,114 +141,85 @@ def pool(values: Float32) -> Float32:
 class _Pyramid:
     """The levels of an image, written block by block from the finest upwards."""
 
-    def __init__(self, merged: MergedResult, group: zarr.Group, n_channels: int) -> None:
-        self._merged = merged
-        shapes = _level_shapes(merged.valid_shape)
+    def __init__(self, merged: MergedResult, group: zarr.Group, maps: Sequence[str]) -> None:
+        self._merged, self._group, self._maps = merged, group, maps
+        shapes = [merged.valid_shape]
+        while max(shapes[-1]) > CHUNK:
+            shapes.append((ceil_div(shapes[-1][0], 2), ceil_div(shapes[-1][1], 2)))
         self._grids = [TileGrid(shape, (BLOCK, BLOCK)) for shape in shapes]
         self._arrays = [
             group.create_array(
                 str(level),
-                shape=(n_channels, *grid.shape),
+                shape=(len(maps), *shape),
                 chunks=(1, CHUNK, CHUNK),
                 dtype="float32",
                 fill_value=np.nan,
                 compressors=BloscCodec(typesize=4, cname="lz4", clevel=5, shuffle="shuffle"),
                 dimension_names=AXES,
             )
-            for level, grid in enumerate(self._grids)
+            for level, shape in enumerate(shapes)
         ]
 
-    def __len__(self) -> int:
-        return len(self._arrays)
+    def write(self, name: str) -> None:
+        """Write all levels of all maps, then the metadata of the image with this name."""
+        for channel in range(len(self._maps)):
+            for block in self._grids[-1]:
+                self._write_block(channel, len(self._grids) - 1, block.region)
+        self._group.attrs["ome"] = self._metadata(name)
 
-    def write(self, channel: int, name: str) -> None:
-        """Write all levels of a map."""
-        for block in self._grids[-1]:
-            self._write_block(channel, name, len(self) - 1, (block.iy, block.ix))
-
-    def last(self, channel: int) -> Float32:
-        """Read the last level back."""
-        return np.asarray(self._arrays[-1][channel], np.float32)
-
-    def _write_block(self, channel: int, name: str, level: int, at: tuple[int, int]) -> Float32:
+    def _write_block(self, channel: int, level: int, region: Region) -> Float32:
         """Write a block and all blocks below it; return its pixels of the level above."""
-        region = self._grids[level].at(*at).region
         if level == 0:
-            values = self._merged.read(region, name)
+            values = self._merged.read(region, self._maps[channel])
             values = np.where(np.isneginf(values), np.float32(np.nan), values)
         else:
             values = np.empty(region.shape, np.float32)
-            for below in self._grids[level - 1].touching(_doubled(region)):
-                share = self._write_block(channel, name, level - 1, (below.iy, below.ix))
+            finer = Region(2 * region.y0, 2 * region.y1, 2 * region.x0, 2 * region.x1)
+            for below in self._grids[level - 1].touching(finer):
+                share = self._write_block(channel, level - 1, below.region)
                 y0, x0 = below.region.y0 // 2 - region.y0, below.region.x0 // 2 - region.x0
                 values[y0 : y0 + share.shape[0], x0 : x0 + share.shape[1]] = share
         self._arrays[level][(channel, *region.slices)] = values
         return pool(values)
 
-
-def _level_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    shapes = [shape]
-    while max(shapes[-1]) > CHUNK:
-        height, width = shapes[-1]
-        shapes.append((ceil_div(height, 2), ceil_div(width, 2)))
-    return shapes
-
-
-def _doubled(region: Region) -> Region:
-    """Return the same region on the next finer level."""
-    return Region(2 * region.y0, 2 * region.y1, 2 * region.x0, 2 * region.x1)
-
-
-def _metadata(
-    name: str, merged: MergedResult, pyramid: _Pyramid, maps: Sequence[str]
-) -> dict[str, Any]:
-    size = merged.attributes.pixel_size_angstrom
-    unit = {} if size is None else {"unit": "angstrom"}
-
-    def transforms(level: int) -> list[dict[str, Any]]:
-        edge = 2.0**level
-        scale = edge * (size or 1)
-        offset = (edge - 1) / 2 * (size or 1)  # centre of a pooled pixel
-        return [
-            {"type": "scale", "scale": [1.0, scale, scale]},
-            {"type": "translation", "translation": [0.0, offset, offset]},
-        ]
-
-    return {
-        "version": VERSION,
-        "multiscales": [
-            {
-                "name": name,
-                "axes": [
-                    {"name": "c", "type": "channel"},
-                    {"name": "y", "type": "space", **unit},
-                    {"name": "x", "type": "space", **unit},
-                ],
-                "datasets": [
-                    {"path": str(level), "coordinateTransformations": transforms(level)}
-                    for level in range(len(pyramid))
-                ],
-                "type": "maximum",
-                "metadata": {
-                    "description": "Maximum of 2 x 2 pixels of the level before, NaN left out. A "
-                    "pixel is the upper left corner of the template box.",
-                    "method": "numpy.fmax",
-                },
-            }
-        ],
-        "omero": {
-            "channels": [
-                {
-                    "label": channel,
-                    "active": number == 0,
-                    "color": "FFFFFF",
-                    "window": _window(pyramid.last(number)),
-                }
-                for number, channel in enumerate(maps)
+    def _metadata(self, name: str) -> dict[str, Any]:
+        size = self._merged.attributes.pixel_size_angstrom
+        unit = {} if size is None else {"unit": "angstrom"}
+        datasets = []
+        for level in range(len(self._arrays)):
+            scale = 2.0**level * (size or 1)
+            offset = (2.0**level - 1) / 2 * (size or 1)  # centre of a pooled pixel
+            transformations = [
+                {"type": "scale", "scale": [1.0, scale, scale]},
+                {"type": "translation", "translation": [0.0, offset, offset]},
+            ]
+            datasets.append({"path": str(level), "coordinateTransformations": transformations})
+        multiscale = {
+            "name": name,
+            "axes": [
+                {"name": "c", "type": "channel"},
+                {"name": "y", "type": "space", **unit},
+                {"name": "x", "type": "space", **unit},
             ],
-            "rdefs": {"model": "greyscale"},
-        },
-    }
+            "datasets": datasets,
+            "type": "maximum",
+            "metadata": {
+                "description": "Maximum of 2 x 2 pixels of the level before, NaN left out. A "
+                "pixel is the upper left corner of the template box.",
+                "method": "numpy.fmax",
+            },
+        }
+        channels = [
+            {
+                "label": label,
+                "active": number == 0,
+                "color": "FFFFFF",
+                "window": _window(np.asarray(self._arrays[-1][number], np.float32)),
+            }
+            for number, label in enumerate(self._maps)
+        ]
+        omero = {"channels": channels, "rdefs": {"model": "greyscale"}}
+        return {"version": VERSION, "multiscales": [multiscale], "omero": omero}
 
 
 def _window(values: Float32) -> dict[str, float]:
@@ -254,18 +227,15 @@ def _window(values: Float32) -> dict[str, float]:
     known = values[np.isfinite(values)].astype(np.float64)
     if not known.size:
         return {"min": 0.0, "max": 1.0, "start": 0.0, "end": 1.0}
-    start, end = np.percentile(known, (50, 99.99))
+    start, end = map(float, np.percentile(known, (50, 99.99)))
     if end <= start:
         end = start + 1
-    low, high = float(known.min()), max(float(known.max()), float(end))
-    return {"min": low, "max": high, "start": float(start), "end": float(end)}
+    low, high = float(known.min()), max(float(known.max()), end)
+    return {"min": low, "max": high, "start": start, "end": end}
 
 
-def _refuse_existing(place: Path, overwrite: bool) -> None:
-    if not place.exists():
-        return
-    if not overwrite:
-        raise OutputExistsError(f"{place}: already there; choose another path, or ask to overwrite")
+def _require_image(place: Path) -> None:
+    """Refuse to delete anything but an image."""
     try:
         is_image = "ome" in zarr.open_group(place, mode="r").attrs
     except (BaseZarrError, ValueError, OSError):
@@ -276,12 +246,3 @@ def _refuse_existing(place: Path, overwrite: bool) -> None:
             "replaced; choose another path, or delete it"
         )
     require_no_store_within(open_objects(place))
-
-
-def _put_in_place(staged: Path, place: Path) -> None:
-    """Rename a complete image to its final name, then delete the image it replaces."""
-    old = place.with_name(f"{place.name}#{uuid.uuid4().int}")
-    if place.exists():
-        place.rename(old)
-    staged.rename(place)
-    shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,50 +25,61 @@ from ocelot_em.io.parquet import write_parquet
 from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles.table import ParticleTable, is_formula
-from ocelot_em.store.whole_file import write_file
+from ocelot_em.store.whole_file import refuse_existing, write_file
 
 
 def write_table(
-    table: ParticleTable, path: str | PathLike[str], optics: Optics | None = None
-) -> None:
-    """Write a table in the format given by the file's suffix, replacing an existing file.
+    table: ParticleTable,
+    output: str | PathLike[str],
+    *,
+    optics: Optics | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a table in the format that the file's suffix names.
 
     ``.csv``: all columns. ``.parquet``: all columns and the picking parameters. ``.star``: for
     RELION, which requires optics.
     """
-    suffix = Path(path).suffix.lower()
+    place = Path(output)
+    suffix = place.suffix.lower()
     if suffix == ".csv":
-        table.to_csv(path)
-    elif suffix == ".parquet":
-        write_parquet(table, path)
-    elif suffix != ".star":
+        refuse_existing([place], overwrite)
+        table.to_csv(place)
+        return place
+    if suffix == ".parquet":
+        return write_parquet(table, output, overwrite=overwrite)
+    if suffix != ".star":
         raise InvalidInputError(
-            f"{path}: expected a name that ends in .csv, .star (RELION) or .parquet, got {suffix!r}"
+            f"{output}: expected a name that ends in .csv, .star (RELION) or .parquet, got "
+            f"{suffix!r}"
         )
-    elif optics is None:
+    if optics is None:
         raise InvalidInputError(
-            f"{path}: a STAR file needs the micrograph's optics, got none; give Leopard-EM's "
+            f"{output}: a STAR file needs the micrograph's optics, got none; give Leopard-EM's "
             "configuration of the search, or write .csv"
         )
-    else:
-        write_relion_star(table, optics, path)
+    return write_relion_star(table, output, optics=optics, overwrite=overwrite)
 
 
-def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
+def write_leopard_csv(
+    table: ParticleTable, output: str | PathLike[str], *, optics: Optics, overwrite: bool = False
+) -> Path:
     """Write the results table of Leopard-EM's ``match_template``, which its refinement reads.
 
     It has all 39 columns in Leopard-EM's order. ``correlation_variance`` is the standard
     deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's pixel size, as before a
     refinement. Zernike coefficients, magnification matrix and map paths are text from the optics,
     or empty. The table has no columns for ``pixel_size_offset``, ``best_partial``, sub-pixel
-    positions and ``neg_log_p``. A path that a spreadsheet would take for a formula begins with
-    ``./``.
+    positions and ``neg_log_p``. A path that a spreadsheet would interpret as a formula gets the
+    prefix ``./``.
 
     Raises
     ------
     InvalidInputError
-        The optics belong to another search, or an aberration is text that a spreadsheet would take
-        for a formula.
+        The optics belong to another search, or a spreadsheet would interpret the text of an
+        aberration as a formula.
+    OutputExistsError
+        The file exists, and ``overwrite`` is False.
     StorageError
         The file cannot be written.
 
@@ -77,21 +88,22 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
     >>> from ocelot_em import Optics, find_peaks, write_leopard_csv
     >>> microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
     >>> optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
-    >>> write_leopard_csv(find_peaks("MERGED.zarr"), optics, "leopard.csv")
+    >>> write_leopard_csv(find_peaks("MERGED.zarr"), "leopard.csv", optics=optics).name
+    'leopard.csv'
     """
-    _require_same_search(table, optics)
-    own = table.columns
-    y, x = _centres(table, optics)
-    size, extra = optics.pixel_size_angstrom, optics.leopard_columns
+    own, extra, size = table.columns, optics.leopard_columns, optics.pixel_size_angstrom
+    formulas = [name for name in LEOPARD_ABERRATIONS if is_formula(extra.get(name, ""))]
+    if formulas:
+        raise InvalidInputError(
+            f"{name}: expected no text that spreadsheets take for a formula, got {extra[name]!r}"
+            for name in formulas
+        )
+    y, x, _, _ = _positions(table, optics)
     columns = {
         "particle_index": np.arange(len(table)),
-        "mip": own[MIP],
-        "scaled_mip": own[SCALED_MIP],
-        "correlation_mean": own[MEAN],
+        **{name: own[name] for name in (MIP, SCALED_MIP, MEAN)},
         "correlation_variance": own[STD],
-        "total_correlations": own["total_correlations"],
-        "pos_x": own["pos_x"],
-        "pos_y": own["pos_y"],
+        **{name: own[name] for name in ("total_correlations", "pos_x", "pos_y")},
         "pos_x_img": x,
         "pos_y_img": y,
         "pos_x_img_angstrom": x * size,
@@ -108,26 +120,17 @@ def write_leopard_csv(table: ParticleTable, optics: Optics, path: str | PathLike
         "phase_shift": optics.phase_shift_degrees,
         "ctf_B_factor": optics.ctf_b_factor_angstrom2,
         **{name: extra.get(name, "") for name in LEOPARD_ABERRATIONS},
-        "micrograph_path": _path_cell(optics.micrograph),
-        "template_path": _path_cell(optics.template),
-        **{name: _path_cell(extra.get(name, "")) for name in LEOPARD_MAPS},
     }
-    formulas = [name for name in LEOPARD_ABERRATIONS if is_formula(extra.get(name, ""))]
-    if formulas:
-        raise InvalidInputError(
-            f"{name}: expected no text that spreadsheets take for a formula, got {extra[name]!r}"
-            for name in formulas
-        )
+    paths = {"micrograph_path": optics.micrograph, "template_path": optics.template}
+    paths |= {name: extra.get(name, "") for name in LEOPARD_MAPS}
+    columns |= {name: f"./{p}" if is_formula(p) else p for name, p in paths.items()}
     text = _frame(table, columns).to_csv(index=False, lineterminator="\n")
-    write_file(path, text.encode())
+    return write_file(output, text.encode(), overwrite=overwrite)
 
 
-def _path_cell(path: str) -> str:
-    """Return the same relative path so that no spreadsheet takes it for a formula."""
-    return f"./{path}" if is_formula(path) else path
-
-
-def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
+def write_relion_star(
+    table: ParticleTable, output: str | PathLike[str], *, optics: Optics, overwrite: bool = False
+) -> Path:
     """Write a STAR file of RELION 3.1 and later: one optics group and its particles.
 
     Coordinates are whole pixels, because RELION truncates them; the remainder is in
@@ -142,6 +145,8 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
         The optics belong to another search, or STAR files cannot hold the name of the micrograph
         or the label: it contains quotation marks, ``#`` or whitespace other than plain spaces, or
         stands for a missing value.
+    OutputExistsError
+        The file exists, and ``overwrite`` is False.
     StorageError
         The file cannot be written.
 
@@ -150,14 +155,12 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
     >>> from ocelot_em import Optics, find_peaks, write_relion_star
     >>> microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
     >>> optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
-    >>> write_relion_star(find_peaks("MERGED.zarr"), optics, "particles.star")
+    >>> write_relion_star(find_peaks("MERGED.zarr"), "particles.star", optics=optics).name
+    'particles.star'
     """
-    _require_same_search(table, optics)
     _require_star_names({"micrograph": optics.micrograph, "label": optics.label})
-    own = table.columns
-    y, x = _centres(table, optics)
-    u, v = _defocus(table, optics)
-    size = optics.pixel_size_angstrom
+    own, size = table.columns, optics.pixel_size_angstrom
+    y, x, u, v = _positions(table, optics)
     # Numbers come first: parsers take any line that starts like a header for one.
     group = {
         "rlnOpticsGroup": [1],
@@ -185,10 +188,13 @@ def write_relion_star(table: ParticleTable, optics: Optics, path: str | PathLike
         "rlnOpticsGroup": 1,
         "rlnMicrographName": optics.micrograph,
     }
-    write_file(path, format_star({"optics": group, "particles": _frame(table, particles)}))
+    blocks = {"optics": group, "particles": _frame(table, particles)}
+    return write_file(output, format_star(blocks), overwrite=overwrite)
 
 
-def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike[str]) -> None:
+def write_cistem_star(
+    table: ParticleTable, output: str | PathLike[str], *, optics: Optics, overwrite: bool = False
+) -> Path:
     """Write template matches in cisTEM's own STAR format.
 
     Positions are distances in Å from the micrograph's first pixel to the particle's centre, in
@@ -200,6 +206,8 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
     InvalidInputError
         The optics belong to another search, or cisTEM cannot read the name of the micrograph or
         the template: it contains spaces, quotation marks or ``#``.
+    OutputExistsError
+        The file exists, and ``overwrite`` is False.
     StorageError
         The file cannot be written.
 
@@ -208,16 +216,13 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
     >>> from ocelot_em import Optics, find_peaks, write_cistem_star
     >>> microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
     >>> optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
-    >>> write_cistem_star(find_peaks("MERGED.zarr"), optics, "cistem.star")
+    >>> write_cistem_star(find_peaks("MERGED.zarr"), "cistem.star", optics=optics).name
+    'cistem.star'
     """
-    _require_same_search(table, optics)
-    _require_star_names(
-        {"micrograph": optics.micrograph, "template": optics.template}, spaces=False
-    )
-    own = table.columns
-    y, x = _centres(table, optics)
-    u, v = _defocus(table, optics)
-    size = optics.pixel_size_angstrom
+    names = {"micrograph": optics.micrograph, "template": optics.template}
+    _require_star_names(names, spaces=False)
+    own, size = table.columns, optics.pixel_size_angstrom
+    y, x, u, v = _positions(table, optics)
     matches = {
         "cisTEMPositionInStack": np.arange(1, len(table) + 1),
         "cisTEMAnglePsi": own["psi"],
@@ -238,30 +243,34 @@ def write_cistem_star(table: ParticleTable, optics: Optics, path: str | PathLike
         "cisTEMOriginalXPosition": x * size,
         "cisTEMOriginalYPosition": y * size,
     }
-    write_file(path, format_star({"": _frame(table, matches)}))
+    return write_file(output, format_star({"": _frame(table, matches)}), overwrite=overwrite)
 
 
-def _require_same_search(table: ParticleTable, optics: Optics) -> None:
-    """Refuse optics that contradict the table's record of its search."""
+def _positions(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64, AnyArray, AnyArray]:
+    """Return the particles' centres y and x in pixels, and their absolute defocus u and v in Å.
+
+    Optics that contradict the table's record of its search are refused.
+    """
     if table.is_of_montage:
         raise InvalidInputError(
             "particles: expected those of one micrograph, got those of a montage, whose exposures "
             "have optics of their own: take one exposure's with --exposure ID "
             "(ParticleTable.of_exposure)"
         )
-    about = table.about
-    if about is None:
-        return
-    problems = []
-    box, size = about.template_box_px, about.pixel_size_angstrom
-    if box is not None and box != optics.template_box_px:
-        problems.append(f"template_box_px: expected {box}, got {optics.template_box_px}")
-    if size is not None and not math.isclose(size, optics.pixel_size_angstrom, rel_tol=1e-4):
-        problems.append(f"pixel_size_angstrom: expected {size}, got {optics.pixel_size_angstrom}")
-    if problems:
-        raise InvalidInputError(
-            f"{problem}; are these the optics of {about.store}?" for problem in problems
-        )
+    if table.about is not None:
+        box, size = table.about.template_box_px, table.about.pixel_size_angstrom
+        got, problems = optics.pixel_size_angstrom, []
+        if box not in (None, optics.template_box_px):
+            problems.append(f"template_box_px: expected {box}, got {optics.template_box_px}")
+        if size is not None and not math.isclose(size, got, rel_tol=1e-4):
+            problems.append(f"pixel_size_angstrom: expected {size}, got {got}")
+        if problems:
+            store = table.about.store
+            raise InvalidInputError(f"{p}; are these the optics of {store}?" for p in problems)
+    half, own = optics.template_box_px // 2, table.columns
+    y, x = (own[name].astype(np.int64) + half for name in ("pos_y", "pos_x"))
+    relative = own["relative_defocus"].astype(np.float64)
+    return y, x, relative + optics.defocus_u_angstrom, relative + optics.defocus_v_angstrom
 
 
 def _frame(table: ParticleTable, columns: Mapping[str, Any]) -> Any:
@@ -271,23 +280,9 @@ def _frame(table: ParticleTable, columns: Mapping[str, Any]) -> Any:
     return pd.DataFrame(columns, index=range(len(table)))
 
 
-def _centres(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64]:
-    """Return y and x of the particles' centres, in pixels of the micrograph."""
-    half = optics.template_box_px // 2
-    y, x = (table.columns[name].astype(np.int64) + half for name in ("pos_y", "pos_x"))
-    return y, x
-
-
-def _defocus(table: ParticleTable, optics: Optics) -> tuple[AnyArray, AnyArray]:
-    """Return the particles' absolute defocus u and v in Å."""
-    relative = table.columns["relative_defocus"].astype(np.float64)
-    return relative + optics.defocus_u_angstrom, relative + optics.defocus_v_angstrom
-
-
 def _residual(whole: AnyArray, subpixel: AnyArray) -> AnyArray:
     """Return whole minus sub-pixel positions; 0 where the latter are NaN."""
-    residual: AnyArray = np.nan_to_num(whole - subpixel.astype(np.float64))
-    return residual
+    return cast("AnyArray", np.nan_to_num(whole - subpixel.astype(np.float64)))
 
 
 def _require_star_names(names: Mapping[str, str], *, spaces: bool = True) -> None:

@@ -56,6 +56,8 @@ class Correlations:
             counted = result.summary.attributes.searched_pixels
             cutoff = gaussian_cutoff(counted, result.attributes.total_projections)
         self.cutoff = cutoff
+        self.n_kept = 0
+        """Number of rows that were read and kept."""
 
     @property
     def n_rows(self) -> int:
@@ -63,13 +65,15 @@ class Correlations:
         return sum(table.n_rows for table in self._tables)
 
     def __iter__(self) -> Iterator[dict[str, AnyArray]]:
+        self.n_kept = 0
         for region in self.result.regions():
             maps = {name: self.result.read(region, name) for name in (MEAN, STD)}
             for number, table in enumerate(self._tables):
                 for block in table.blocks(region):
                     rows = self._joined(block, region, maps)
-                    if len(rows["pos_y"]):
-                        yield rows | {"partial": np.full(len(rows["pos_y"]), number, np.int32)}
+                    if n := len(rows["pos_y"]):
+                        self.n_kept += n
+                        yield rows | {"partial": np.full(n, number, np.int32)}
 
     def _joined(
         self, block: dict[str, AnyArray], region: Region, maps: dict[str, AnyArray]

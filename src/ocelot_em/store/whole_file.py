@@ -40,23 +40,30 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
         )
 
 
-def write_file(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all; an existing one is replaced.
+def write_file(path: str | PathLike[str], data: bytes, *, overwrite: bool = True) -> Path:
+    """Write a file whole or not at all, and return its path.
 
     Raises
     ------
+    OutputExistsError
+        The file exists, and ``overwrite`` is False.
     StorageError
         The file cannot be written; an existing one is unchanged.
     """
-    with whole_or_nothing(Path(path)) as staged:
+    place = Path(path)
+    if not overwrite:
+        refuse_existing([place], overwrite)
+    with whole_or_nothing(place) as staged:
         staged.write_bytes(data)
+    return place
 
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces the file at the end, or is deleted on an error.
 
-    Afterwards the file is on the disk. Devices and pipes are written directly.
+    A missing folder is created. Afterwards the file is on the disk. Devices and pipes are written
+    directly.
 
     Raises
     ------
@@ -71,6 +78,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
             yield path
         return
     with _staged([path]) as (staged,), storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield staged
         sync_to_disk(staged)
         staged.replace(path)
@@ -80,6 +88,8 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_set_or_nothing(folder: Path, names: Sequence[str]) -> Iterator[list[Path]]:
     """Yield temporary paths that replace files of a folder, as a set; or are deleted on an error.
+
+    A missing folder is created.
 
     At no time does the folder contain files of both sets: first the new ones are brought to the
     disk and listed in a journal, then the old ones are deleted, then the new ones are renamed.
@@ -92,6 +102,7 @@ def whole_set_or_nothing(folder: Path, names: Sequence[str]) -> Iterator[list[Pa
     """
     finish_set(folder)
     with _staged([folder / name for name in names]) as staged, storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         yield staged
         for path in staged:
             sync_to_disk(path)
