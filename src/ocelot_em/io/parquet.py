@@ -20,7 +20,7 @@ from ocelot_em.particles.table import (
     PickInfo,
     text_array,
 )
-from ocelot_em.store.whole_file import whole_or_nothing, write_file
+from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing, write_file
 
 _PARQUET_KEY = b"ocelot_em.about"
 MAX_PARTICLES = 2**24
