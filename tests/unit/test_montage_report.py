@@ -165,7 +165,7 @@ def test_particles_are_shown_at_their_canvas_positions(words_of, montage, tmp_pa
     np.testing.assert_array_equal(drawn, np.stack([x, y], axis=1) + 0.5)
     cut_out = []
     monkeypatch.setattr(
-        "ocelot_em.view.report_sections.plot_crop", lambda *given: cut_out.append(given[1])
+        "ocelot_em.view.plots.plot_crop", lambda *given: cut_out.append(given[1])
     )
     words = words_of(montage, tmp_path, particles=particles, max_zooms=3)
     assert cut_out == list(zip(y[:3].tolist(), x[:3].tolist(), strict=True))

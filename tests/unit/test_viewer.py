@@ -239,7 +239,7 @@ def test_requests_without_the_token_are_refused(served, picture, no_client):
 
 def test_the_server_listens_locally(served):
     assert urlsplit(served.url).hostname == "127.0.0.1"
-    assert served._server.socket.getsockname()[0] == "127.0.0.1"
+    assert served.socket.getsockname()[0] == "127.0.0.1"
 
 
 def test_a_closed_view_does_not_respond(picture, no_client):

@@ -41,20 +41,7 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.whole_file import write_file
-from ocelot_em.testing.noise import (
-    BLOCK_PX,
-    BLOCK_STREAM,
-    INDEPENDENT_SHARE,
-    MAX_PARTIALS,
-    PEAK_RADIUS_PX,
-    TRUTH_STREAM,
-    draw_rarities,
-    generator,
-    maximum_of_normals,
-    peak_profile,
-    waves,
-    window,
-)
+from ocelot_em.testing import noise
 from ocelot_em.testing.recovery import TRUTH_DTYPE, TRUTH_POSES
 
 STORE_NAME = "RUN.zarr"
@@ -62,7 +49,7 @@ TRUTH_NAME = "truth.csv"
 MIN_SPACING_PX = 12
 PIXEL_SIZE_ANGSTROM = 2.5
 _PLACEMENT_CELL_PX = 2 * MIN_SPACING_PX
-_PLACEMENT_MARGIN_PX = PEAK_RADIUS_PX + 1
+_PLACEMENT_MARGIN_PX = noise.PEAK_RADIUS_PX + 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,11 @@ class Simulation:
                 0 <= self.n_particles <= capacity,
                 f"0 to {capacity}, which is what the valid pixels hold (use larger maps for more)",
             ),
-            ("n_partials", 1 <= self.n_partials <= MAX_PARTIALS, f"1 to {MAX_PARTIALS}"),
+            (
+                "n_partials",
+                1 <= self.n_partials <= noise.MAX_PARTIALS,
+                f"1 to {noise.MAX_PARTIALS}",
+            ),
             ("seed", self.seed >= 0, "0 or more"),
             ("form", self.form in tuple(PoseForm), " or ".join(PoseForm)),
             ("projections_per_pose", self.projections_per_pose >= 1, "1 or more"),
@@ -171,7 +162,7 @@ class Simulation:
     @cached_property
     def truth(self) -> NDArray[np.void]:
         """Planted particles, (n_particles,) of :data:`TRUTH_DTYPE`, sorted by y, then x."""
-        rng = generator(self.seed, TRUTH_STREAM)
+        rng = noise.generator(self.seed, noise.TRUTH_STREAM)
         cells = self._placement_cells
         space = self.search_space
         table = np.zeros(self.n_particles, TRUTH_DTYPE)
@@ -223,7 +214,7 @@ class Simulation:
         maps = {
             name: np.empty(region.shape, MAPS[name].dtypes[0]) for name in MapSet(self.form).partial
         }
-        for block in TileGrid(self.shape, (BLOCK_PX, BLOCK_PX)).touching(region):
+        for block in TileGrid(self.shape, (noise.BLOCK_PX, noise.BLOCK_PX)).touching(region):
             wanted = block.region.intersect(region)
             source = wanted.relative_to(block.region).slices
             target = wanted.relative_to(region).slices
@@ -237,20 +228,20 @@ class Simulation:
 
     def _draw_block(self, partial: int, iy: int, ix: int) -> dict[str, AnyArray]:
         """Draw the indexed maps of one whole block, which may extend beyond the map."""
-        shape = (BLOCK_PX, BLOCK_PX)
+        shape = (noise.BLOCK_PX, noise.BLOCK_PX)
         count = self.counts[partial]
-        rng = generator(self.seed, BLOCK_STREAM, partial, iy, ix)
+        rng = noise.generator(self.seed, noise.BLOCK_STREAM, partial, iy, ix)
         # In place where possible: allocating an array costs as much as the arithmetic here.
-        mean = waves(self.seed, 0, iy, ix, amplitude=0.2)
-        mean += waves(self.seed, 2 + partial, iy, ix, amplitude=0.1)
+        mean = noise.waves(self.seed, 0, iy, ix, amplitude=0.2)
+        mean += noise.waves(self.seed, 2 + partial, iy, ix, amplitude=0.1)
         # 0.84 to 1.5 and mostly near 1, as in real searches; the same for all devices.
-        std = waves(self.seed, 1, iy, ix, amplitude=1.0)
+        std = noise.waves(self.seed, 1, iy, ix, amplitude=1.0)
         std += 1
         std *= std
         std *= np.float32(0.165)
         std += np.float32(0.84)
 
-        mip = maximum_of_normals(draw_rarities(rng), INDEPENDENT_SHARE * count)
+        mip = noise.maximum_of_normals(noise.draw_rarities(rng), noise.INDEPENDENT_SHARE * count)
         mip *= std
         mip += mean
         correlation_sum = rng.standard_normal(shape, np.float32)  # error of the mean
@@ -263,11 +254,12 @@ class Simulation:
         correlation_sum *= np.float32(count)
         index = self._draw_poses(rng, partial, shape)
 
-        block = Region(iy * BLOCK_PX, (iy + 1) * BLOCK_PX, ix * BLOCK_PX, (ix + 1) * BLOCK_PX)
+        y0, x0 = iy * noise.BLOCK_PX, ix * noise.BLOCK_PX
+        block = Region(y0, y0 + noise.BLOCK_PX, x0, x0 + noise.BLOCK_PX)
         for particle in self._particles_near(partial, block):
-            around = window(particle)
+            around = noise.window(particle)
             at = around.intersect(block).relative_to(block).slices
-            profile = peak_profile()[around.intersect(block).relative_to(around).slices]
+            profile = noise.peak_profile()[around.intersect(block).relative_to(around).slices]
             peak = mean[at] + particle["amplitude"] * std[at] * profile
             higher = peak > mip[at]
             mip[at] = np.where(higher, peak, mip[at])
@@ -289,7 +281,7 @@ class Simulation:
         return index
 
     def _particles_near(self, partial: int, block: Region) -> NDArray[np.void]:
-        reach = PEAK_RADIUS_PX
+        reach = noise.PEAK_RADIUS_PX
         first, last = np.searchsorted(self.truth["y"], (block.y0 - reach, block.y1 + reach))
         band = self.truth[first:last]
         near = (band["x"] >= block.x0 - reach) & (band["x"] < block.x1 + reach)

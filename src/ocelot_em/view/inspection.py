@@ -19,6 +19,7 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store import search as searches
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.constants import FIRST_SEALED_VERSION
 from ocelot_em.store.contract import Objects
@@ -31,18 +32,6 @@ from ocelot_em.store.progress import (
     progress_of_partials,
 )
 from ocelot_em.store.roster import exposure_problems, roster_problems
-from ocelot_em.store.search import (
-    MapGroup,
-    chunk_problem,
-    open_partial,
-    open_result,
-    partial_names,
-    read_attributes,
-    read_exposures,
-    read_partial_attributes,
-    read_partials,
-    read_search_space,
-)
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import value_problems
 
@@ -109,11 +98,13 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     (300, 400)
     """
     objects = open_objects(store)
-    attributes = read_attributes(objects)
+    attributes = searches.read_attributes(objects)
     about = partial(StoreInfo, objects.url, attributes, sum(objects.sizes("").values()))
     if isinstance(attributes, fmt.SearchAttributes):
-        exposures = read_exposures(objects, attributes)
-        found = [(exposure.id, read_partials(objects, exposure.id)) for exposure in exposures]
+        exposures = searches.read_exposures(objects, attributes)
+        found = [
+            (exposure.id, searches.read_partials(objects, exposure.id)) for exposure in exposures
+        ]
         read = [(partial_text(owner, name), own) for owner, owns in found for name, own in owns]
         return about(
             tuple((name, own.state, own.total_projections) for name, own in read),
@@ -196,22 +187,22 @@ def _problems(
 ) -> Generator[str, None, None]:
     """Yield all problems of a store, and append what has no manifest to a list."""
     try:
-        attributes = read_attributes(objects)
+        attributes = searches.read_attributes(objects)
     except OcelotError as error:
         yield str(error)
         return
     space: SearchSpace | None = None
     try:
-        space = read_search_space(objects, attributes.search_space_digest)
+        space = searches.read_search_space(objects, attributes.search_space_digest)
     except OcelotError as error:
         yield str(error)
-    groups: list[tuple[MapGroup, tuple[int, int]]] = []
+    groups: list[tuple[searches.MapGroup, tuple[int, int]]] = []
     try:
         if isinstance(attributes, fmt.MergedAttributes):
             yield from _merge_problems(objects, attributes)
-            groups.append((open_result(objects, attributes), attributes.shape))
+            groups.append((searches.open_result(objects, attributes), attributes.shape))
         else:
-            exposures = read_exposures(objects, attributes)
+            exposures = searches.read_exposures(objects, attributes)
             if not exposures:
                 yield f"{objects.url}: the search has no exposures"
             has_roster = attributes.format_version >= FIRST_SEALED_VERSION
@@ -234,21 +225,21 @@ def _problems(
 
 def _search_problems(
     objects: Objects, exposure: fmt.ExposureAttributes, *, has_roster: bool
-) -> tuple[list[str], list[MapGroup]]:
+) -> tuple[list[str], list[searches.MapGroup]]:
     """Return problems of the partials' attributes, and the maps of those that can be read."""
     problems: list[str] = []
-    complete: list[MapGroup] = []
+    complete: list[searches.MapGroup] = []
     total = 0
-    names = partial_names(objects, exposure.id)
+    names = searches.partial_names(objects, exposure.id)
     place = f"{objects.url}: exposure {exposure.id!r}" if exposure.id else objects.url
     found: dict[str, fmt.PartialAttributes | None] = dict.fromkeys(names)
     for name in names:
         try:
-            found[name] = own = read_partial_attributes(objects, name, exposure.id)
+            found[name] = own = searches.read_partial_attributes(objects, name, exposure.id)
             if own.state == "complete":
                 total += own.total_projections
             if own.is_readable:
-                complete.append(open_partial(objects, name, exposure.id, own))
+                complete.append(searches.open_partial(objects, name, exposure.id, own))
             if own.state == "writing":
                 problems.append(f"{place}: partial {name!r} was never finished")
         except OcelotError as error:
@@ -296,7 +287,7 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Itera
 
 
 def _group_problems(
-    opened: MapGroup,
+    opened: searches.MapGroup,
     shape: tuple[int, int],
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
     info: SearchInfo,
@@ -311,7 +302,7 @@ def _group_problems(
         except OcelotError as error:
             yield str(error)
             continue
-        if wrong := chunk_problem(chunked, next(iter(maps.values()), chunked)):
+        if wrong := searches.chunk_problem(chunked, next(iter(maps.values()), chunked)):
             yield wrong
         else:
             maps[key] = chunked

@@ -25,25 +25,11 @@ from ocelot_em.particles.quality import (
     expected_wins,
     rms_deviations,
 )
+from ocelot_em.store import statistics_attributes as statistics
 from ocelot_em.store.attributes import MergedExposure
-from ocelot_em.store.statistics_attributes import (
-    ExposureStatistics,
-    PartialStatistics,
-    SourceStatistics,
-)
+from ocelot_em.view import figures
 from ocelot_em.view.coverage import Coverage
-from ocelot_em.view.figures import (
-    BLUE,
-    ORANGE,
-    RED,
-    Store,
-    axes_or_new,
-    draw_image,
-    explain_empty,
-    foreground,
-    has_names,
-    name_rows,
-)
+from ocelot_em.view.figures import Store
 
 if TYPE_CHECKING:
     from ocelot_em.view.figures import Axes
@@ -67,13 +53,13 @@ def _open_montage(store: Store) -> MergedResult:
 def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
     """Draw how many exposures of a montage cover each pixel, and their outlines."""
     attributes = _open_montage(store).attributes
-    coverage, ax = Coverage.of(attributes), axes_or_new(ax)
+    coverage, ax = Coverage.of(attributes), figures.axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor
     most = max(len(coverage.areas) - 1, 1)
     covered = np.where(coverage.most > 0, coverage.most, np.nan)
     extent = (0, columns * factor, rows * factor, 0)
     limits: Any = {"vmin": 0.5, "vmax": most + 0.5, "extent": extent}
-    bar = draw_image(ax, covered, "exposures", "viridis", **limits)
+    bar = figures.draw_image(ax, covered, "exposures", "viridis", **limits)
     if most <= _MAX_SHADES:
         bar.mappable.set_cmap(bar.cmap.resampled(most))
     bar.set_ticks(range(1, most + 1, ceil_div(most, _MAX_SHADES)))
@@ -145,24 +131,24 @@ def plot_seams(
     their mean. ``difference``: difference of the means in standard deviations, where enough pixels
     of both are shown. A seam is visible from about 0.25.
     """
-    exposures, ax = _open_montage(store).summary.attributes.exposures, axes_or_new(ax)
+    exposures, ax = _open_montage(store).summary.attributes.exposures, figures.axes_or_new(ax)
     draw = _draw_means if value == "mean" else _draw_differences
     draw(ax, exposures)
     return ax
 
 
-def _draw_means(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
+def _draw_means(ax: "Axes", exposures: Sequence[statistics.ExposureStatistics]) -> None:
     # Unknown ones become NaN.
     alone, overlap = (
         np.array([(shown.mean, shown.std) for shown in kind], np.float64).reshape(-1, 2)
         for kind in ([e.alone for e in exposures], [e.overlap for e in exposures])
     )
-    places, named = np.arange(len(exposures)), has_names(len(exposures))
+    places, named = np.arange(len(exposures)), figures.has_names(len(exposures))
     # Exposures that are shown only in overlaps (NaN) come last.
     order = places if named else np.argsort(alone[:, 0], kind="stable")
     for numbers, label, colour, aside in (
-        (alone, "alone", BLUE, -0.14),
-        (overlap, "in overlaps", ORANGE, 0.14),
+        (alone, "alone", figures.BLUE, -0.14),
+        (overlap, "in overlaps", figures.ORANGE, 0.14),
     ):
         mean, std = numbers[order].T
         look: Any = {"color": colour, "label": label}
@@ -175,41 +161,48 @@ def _draw_means(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
         ax.fill_between(places, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
     ax.set(title="z-scores shown in the montage")
     if named:
-        name_rows(ax, [exposure.id for exposure in exposures], "exposure", above=_LEGEND_ROOM)
+        figures.name_rows(
+            ax, [exposure.id for exposure in exposures], "exposure", above=_LEGEND_ROOM
+        )
         ax.set(xlabel="mean ± std")
     else:
         ax.set(xlabel="exposures, sorted by mean", ylabel="mean ± std", xlim=(-1, len(exposures)))
     ax.legend(loc="upper right" if named else "best", ncols=2 if named else 1)
 
 
-def _draw_differences(ax: "Axes", exposures: Sequence[ExposureStatistics]) -> None:
+def _draw_differences(ax: "Axes", exposures: Sequence[statistics.ExposureStatistics]) -> None:
     seams = np.array([seam_of(exposure) for exposure in exposures], np.float64)
     known = np.isfinite(seams)
     ax.set(title="overlaps minus alone", xlabel="difference of means (std)")
     widest = max(float(np.abs(seams[known]).max(initial=0)) * 1.15, 1.6 * SEAM)
     ax.set_xlim(-widest, widest)
-    ax.axvspan(-SEAM, SEAM, color=foreground(), alpha=0.08, linewidth=0)
-    if has_names(len(exposures)):
+    ax.axvspan(-SEAM, SEAM, color=figures.foreground(), alpha=0.08, linewidth=0)
+    if figures.has_names(len(exposures)):
         places = np.arange(len(seams))
         _draw_dots(ax, seams[known], places[known], np.abs(seams[known]) > SEAM)
-        name_rows(ax, [exposure.id for exposure in exposures], "exposure", above=_LEGEND_ROOM)
+        figures.name_rows(
+            ax, [exposure.id for exposure in exposures], "exposure", above=_LEGEND_ROOM
+        )
     elif known.any():
-        ax.hist(seams[known], np.linspace(-widest, widest, 41).tolist(), color=BLUE)
+        ax.hist(seams[known], np.linspace(-widest, widest, 41).tolist(), color=figures.BLUE)
         ax.set(ylabel="exposures")
         ax.locator_params(axis="y", integer=True)
     if not known.any():
-        explain_empty(ax, "too few pixels to compare")
+        figures.explain_empty(ax, "too few pixels to compare")
 
 
 def _draw_dots(
     ax: "Axes", x: AnyArray, y: AnyArray, is_unusual: AnyArray, usual_size: float = 5
 ) -> None:
     """Draw blue dots, and unusual ones in red on top."""
-    for which, colour, size in ((~is_unusual, BLUE, usual_size), (is_unusual, RED, 5)):
+    for which, colour, size in (
+        (~is_unusual, figures.BLUE, usual_size),
+        (is_unusual, figures.RED, 5),
+    ):
         ax.plot(x[which], y[which], "o", markersize=size, color=colour, alpha=0.85)
 
 
-def seam_of(exposure: ExposureStatistics) -> float | None:
+def seam_of(exposure: statistics.ExposureStatistics) -> float | None:
     """Return mean in overlaps minus mean alone, in standard deviations; None if pixels are few."""
     return difference_in_std(exposure.overlap, exposure.alone)
 
@@ -219,8 +212,8 @@ class ComparedPartial:
     """A partial's wins and correlations, compared with those of its exposure's others."""
 
     exposure: str
-    partial: PartialStatistics
-    source: SourceStatistics
+    partial: statistics.PartialStatistics
+    source: statistics.SourceStatistics
     share: float
     """Its share of the exposure's projections."""
     won_ratio: float
@@ -271,7 +264,7 @@ def plot_partials_of_exposures(
     ``rms``: root mean square of its correlations / that of its exposure's others. Both are normally
     about 1; unusual partials are red. An exposure with one partial has nothing to compare.
     """
-    merged, ax = _open_montage(store), axes_or_new(ax)
+    merged, ax = _open_montage(store), figures.axes_or_new(ax)
     partials, names = compared_partials(merged), list(merged.statistics_of_exposures)
     row_of = {name: row for row, name in enumerate(names)}
     places = np.array([row_of[partial.exposure] for partial in partials])
@@ -285,18 +278,18 @@ def plot_partials_of_exposures(
     known = ratios[np.isfinite(ratios)]
     low = min(float(known.min(initial=1)), 1 / most) - (most - 1) / 2
     high = max(float(known.max(initial=1)), most) + (most - 1) / 2
-    if has_names(len(names)):
-        ax.axvspan(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
-        ax.axvline(1, color=foreground(), alpha=0.4, linewidth=0.8)
+    if figures.has_names(len(names)):
+        ax.axvspan(1 / most, most, color=figures.foreground(), alpha=0.08, linewidth=0)
+        ax.axvline(1, color=figures.foreground(), alpha=0.4, linewidth=0.8)
         _draw_dots(ax, ratios, places, is_unusual > 0)
-        name_rows(ax, names, "exposure")
+        figures.name_rows(ax, names, "exposure")
         ax.set(xlabel=label, xlim=(low, high))
     else:
-        ax.axhspan(1 / most, most, color=foreground(), alpha=0.08, linewidth=0)
-        ax.axhline(1, color=foreground(), alpha=0.4, linewidth=0.8)
+        ax.axhspan(1 / most, most, color=figures.foreground(), alpha=0.08, linewidth=0)
+        ax.axhline(1, color=figures.foreground(), alpha=0.4, linewidth=0.8)
         _draw_dots(ax, places, ratios, is_unusual > 0, usual_size=2.5)
         ax.set(xlabel="exposure", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
     ax.set(title=title)
     if not known.size:
-        explain_empty(ax, "nothing to compare")
+        figures.explain_empty(ax, "nothing to compare")
     return ax

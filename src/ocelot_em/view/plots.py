@@ -14,18 +14,8 @@ from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.view.figures import (
-    BLUE,
-    CYAN,
-    MAX_VECTOR_MARKERS,
-    OVERVIEW_PX,
-    Store,
-    axes_or_new,
-    circle,
-    draw_image,
-    explain_empty,
-    foreground,
-)
+from ocelot_em.view import figures
+from ocelot_em.view.figures import Store
 
 if TYPE_CHECKING:
     from ocelot_em.view.figures import Axes
@@ -36,7 +26,7 @@ MAX_CIRCLES = 5000
 _THREADS = 4  # each holds a chunk in memory
 
 
-def pooled_zscore(store: Store, longest_edge_px: int = OVERVIEW_PX) -> tuple[Float32, int]:
+def pooled_zscore(store: Store, longest_edge_px: int = figures.OVERVIEW_PX) -> tuple[Float32, int]:
     """Return the z-score map, pooled by maximum so that peaks survive, and the pooling factor.
 
     The values are (y, x) float32 of the valid pixels, NaN in blocks without searched pixels, with
@@ -92,15 +82,15 @@ def plot_zscore(
     >>> axes.figure.savefig("zscore.png")
     """
     pooled, factor = store if isinstance(store, tuple) else pooled_zscore(store)
-    ax = axes_or_new(ax)
+    ax = figures.axes_or_new(ax)
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
-    interpolation = "none" if max(pooled.shape) > OVERVIEW_PX else None
+    interpolation = "none" if max(pooled.shape) > figures.OVERVIEW_PX else None
     _draw_map(ax, pooled, "z-score", extent=(0, width, height, 0), interpolation=interpolation)
     if particles is not None and len(particles):
         y, x = (place[:MAX_CIRCLES] + 0.5 for place in map_positions(particles))
-        circle(ax, x, y, CYAN, "picked", size=90)
+        figures.circle(ax, x, y, figures.CYAN, "picked", size=90)
     if truth is not None:
-        circle(ax, truth["x"] + 0.5, truth["y"] + 0.5, CYAN, "planted", size=90)
+        figures.circle(ax, truth["x"] + 0.5, truth["y"] + 0.5, figures.CYAN, "planted", size=90)
         ax.legend(loc="upper right")
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
     ax.set(title=title, xlabel="x (pixels)", ylabel="y (pixels)", xlim=(0, width), ylim=(height, 0))
@@ -131,7 +121,7 @@ def plot_crop(
     half = edge_px // 2
     window = Region(max(y - half, 0), y + half + 1, max(x - half, 0), x + half + 1)
     region = window.intersect(Region.whole(merged.valid_shape))
-    ax = axes_or_new(ax)
+    ax = figures.axes_or_new(ax)
     extent = (region.x0, region.x1, region.y1, region.y0)
     _draw_map(ax, merged.read(region, SCALED_MIP), extent=extent)
     ax.set_facecolor((0.5, 0.5, 0.5, 0.25))  # beyond the map
@@ -145,7 +135,7 @@ def _draw_map(ax: "Axes", z: Float32, label: str = "", **options: Any) -> None:
     """Draw z-scores from their median to their 99.99th percentile, so that peaks stand out."""
     known = z[np.isfinite(z)]
     low, high = np.percentile(known, (50, 99.99)).tolist() if known.size else (0.0, 1.0)
-    draw_image(ax, z, label, "magma", vmin=low, vmax=max(high, low + 1), **options)
+    figures.draw_image(ax, z, label, "magma", vmin=low, vmax=max(high, low + 1), **options)
 
 
 def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
@@ -169,7 +159,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import find_peaks, plot_poses
     >>> axes = plot_poses(find_peaks("MERGED.zarr"))
     """
-    ax = axes_or_new(ax, projection="polar")
+    ax = figures.axes_or_new(ax, projection="polar")
     polar: Any = ax
     if polar.name != "polar":
         raise InvalidInputError(
@@ -185,7 +175,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     polar.set_rlabel_position(67.5)
     polar.set_title("view directions (angle: φ, radius: θ)", pad=12)
     if known.any():
-        many = int(known.sum()) > MAX_VECTOR_MARKERS
+        many = int(known.sum()) > figures.MAX_VECTOR_MARKERS
         dots = polar.scatter(
             np.radians(phi[known]),
             np.sin(np.radians(theta[known]) / 2),
@@ -197,7 +187,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
         )
         polar.figure.colorbar(dots, ax=polar, label="z-score", shrink=0.7, pad=0.1)
     else:
-        explain_empty(polar, "no poses")
+        figures.explain_empty(polar, "no poses")
     return ax
 
 
@@ -209,17 +199,17 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import find_peaks, plot_psi
     >>> axes = plot_psi(find_peaks("MERGED.zarr"))
     """
-    ax = axes_or_new(ax)
+    ax = figures.axes_or_new(ax)
     psi = np.round(_known(particles, "psi"), 3) % 360
     if psi.size:
         width = _bin_width(np.unique(psi))
-        ax.hist(psi, [float(edge) for edge in range(0, 361, width)], color=BLUE)
+        ax.hist(psi, [float(edge) for edge in range(0, 361, width)], color=figures.BLUE)
         even = psi.size * width / 360
-        ax.axhline(even, linestyle="--", color=foreground(), alpha=0.65, label="uniform")
+        ax.axhline(even, linestyle="--", color=figures.foreground(), alpha=0.65, label="uniform")
         ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
         ax.legend(loc="upper right")
     else:
-        explain_empty(ax, "no poses")
+        figures.explain_empty(ax, "no poses")
     ax.set(title="in-plane angle", xlabel="ψ (°)", ylabel="particles", xlim=(0, 360))
     ax.set_xticks(np.arange(0, 361, 90))
     ax.locator_params(axis="y", integer=True)
@@ -249,15 +239,15 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import find_peaks, plot_defocus
     >>> axes = plot_defocus(find_peaks("MERGED.zarr"))
     """
-    ax, defocus = axes_or_new(ax), _known(particles, "relative_defocus")
+    ax, defocus = figures.axes_or_new(ax), _known(particles, "relative_defocus")
     planes, counts = np.unique(defocus, return_counts=True)
     step = float(np.diff(planes).min(initial=np.inf)) if len(planes) > 1 else 100.0
     if not planes.size:
-        explain_empty(ax, "no poses")
+        figures.explain_empty(ax, "no poses")
     elif np.ptp(planes) <= 60 * step:
-        ax.bar(planes, counts, width=0.8 * step, color=BLUE)
+        ax.bar(planes, counts, width=0.8 * step, color=figures.BLUE)
     else:
-        ax.hist(defocus, 40, color=BLUE)
+        ax.hist(defocus, 40, color=figures.BLUE)
     ax.set(title="defocus", xlabel="relative defocus (Å)", ylabel="particles")
     ax.locator_params(axis="y", integer=True)
     return ax

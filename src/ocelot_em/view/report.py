@@ -14,23 +14,11 @@ from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.whole_file import whole_or_nothing, write_file
+from ocelot_em.view import report_sections as sections
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.plots import MAX_CIRCLES, plot_zscore, pooled_zscore
-from ocelot_em.view.report_sections import (
-    ReportData,
-    montage_partials_section,
-    montage_section,
-    options_section,
-    partials_section,
-    particles_section,
-    poses_section,
-    read_report_data,
-    significance_section,
-    timings_section,
-    warnings_of,
-)
 from ocelot_em.view.statistics_plots import plot_survival
 
 MAX_WARNINGS = 8
@@ -86,7 +74,7 @@ def write_report(
     >>> write_report("MERGED.zarr", "report.html", particles=find_peaks("MERGED.zarr"), max_zooms=1)
     PosixPath('report.html')
     """
-    data = read_report_data(store, particles)
+    data = sections.read_report_data(store, particles)
     overview = _overview(data, pyramid)
     coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
     page = render(
@@ -94,16 +82,18 @@ def write_report(
         name=data.merged.url.rstrip("/").rpartition("/")[2] or data.merged.url,
         data=data,
         coverage=coverage,
-        warnings=warnings_of(data),
+        warnings=sections.warnings_of(data),
         max_warnings=MAX_WARNINGS,
         max_folded_warnings=MAX_FOLDED_WARNINGS,
-        particles=particles_section(data, overview, max_zooms),
-        montage=montage_section(data) if data.is_montage else None,
-        significance=significance_section(data),
-        poses=poses_section(data.particles),
-        partials=(montage_partials_section if data.is_montage else partials_section)(data),
-        timings=timings_section(data),
-        options=options_section(data),
+        particles=sections.particles_section(data, overview, max_zooms),
+        montage=sections.montage_section(data) if data.is_montage else None,
+        significance=sections.significance_section(data),
+        poses=sections.poses_section(data.particles),
+        partials=(
+            sections.montage_partials_section if data.is_montage else sections.partials_section
+        )(data),
+        timings=sections.timings_section(data),
+        options=sections.options_section(data),
         max_circles=MAX_CIRCLES,
         max_partials=MAX_PARTIALS,
     )
@@ -131,7 +121,9 @@ def save_overview(
         figure.savefig(staged, format=place.suffix.lstrip(".") or "png", dpi=110)
 
 
-def _overview(data: ReportData, pyramid: str | PathLike[str] | None) -> tuple[Float32, int]:
+def _overview(
+    data: sections.ReportData, pyramid: str | PathLike[str] | None
+) -> tuple[Float32, int]:
     if pyramid is None:
         return pooled_zscore(data.merged, PAGE_OVERVIEW_PX)
     from ocelot_em.io.ome_zarr import read_level

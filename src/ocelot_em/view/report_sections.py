@@ -22,31 +22,8 @@ from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.arrays import read_table
-from ocelot_em.view.figures import has_names, rows_height
-from ocelot_em.view.montage_plots import (
-    compared_partials,
-    outline_exposures,
-    plot_exposures,
-    plot_partials_of_exposures,
-    plot_seams,
-    seam_of,
-)
+from ocelot_em.view import figures, montage_plots, plots, statistics_plots
 from ocelot_em.view.page import Drawing
-from ocelot_em.view.plots import (
-    map_positions,
-    plot_crop,
-    plot_defocus,
-    plot_poses,
-    plot_psi,
-    plot_zscore,
-)
-from ocelot_em.view.statistics_plots import (
-    plot_correlations,
-    plot_distributions,
-    plot_joint,
-    plot_partials,
-    plot_survival,
-)
 
 MAX_ROWS = 100
 """Maximum number of listed exposures, or partials of exposures; there may be thousands."""
@@ -148,8 +125,8 @@ def particles_section(
     tall = float(np.clip(tall * height / width, 1.4, 8.5)) + 0.8
 
     def draw_overview(ax: Any) -> None:
-        plot_zscore(overview, ax, particles=particles)
-        outline_exposures(ax, data.merged.attributes.exposures)
+        plots.plot_zscore(overview, ax, particles=particles)
+        montage_plots.outline_exposures(ax, data.merged.attributes.exposures)
 
     score = particles.columns.get(NEG_LOG_P, particles.columns["scaled_mip"])
     best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
@@ -167,18 +144,18 @@ def particles_section(
 def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray) -> Drawing:
     columns = min(6 if data.is_wide else 2, len(particles))
     rows = ceil_div(len(particles), columns)
-    (y, x), z = map_positions(data.particles), data.particles.columns["scaled_mip"]
+    (y, x), z = plots.map_positions(data.particles), data.particles.columns["scaled_mip"]
 
     def draw(number: int, ax: Any) -> None:
         i = particles[number]
-        plot_crop(data.merged, (y[i], x[i]), ax)
+        plots.plot_crop(data.merged, (y[i], x[i]), ax)
         hidden = "" if is_shown[number] else " (hidden)"
         ax.set_title(f"{number + 1}: z = {z[i]:.2f}{hidden}")
         ax.tick_params(labelsize=8)
 
-    plots = [partial(draw, number) for number in range(len(particles))]
+    panels = [partial(draw, number) for number in range(len(particles))]
     size = (2.9 * columns, 2.5 * rows + 0.2)
-    return Drawing.of("zooms", size, *plots, nrows=rows, ncols=columns)
+    return Drawing.of("zooms", size, *panels, nrows=rows, ncols=columns)
 
 
 def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
@@ -187,7 +164,7 @@ def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
         return np.ones(len(particles), np.bool_)
     merged = data.merged
     exposures = {exposure.id: exposure for exposure in merged.plan.exposures}
-    (y, x), own = map_positions(data.particles), data.particles.columns[EXPOSURE]
+    (y, x), own = plots.map_positions(data.particles), data.particles.columns[EXPOSURE]
     return np.array(
         [
             merged.shows(exposures[str(own[i])], y[i : i + 1], x[i : i + 1])[0]
@@ -211,12 +188,14 @@ def _particle_row(data: ReportData, i: int) -> dict[str, Any]:
 def significance_section(data: ReportData) -> dict[str, Drawing]:
     """Return the survival histogram and the distributions of mip and z-score."""
     summary, candidates = data.summary, all_candidates(data.merged).rows
-    survival = partial(plot_survival, summary, cutoff=data.cutoff)
-    joint = partial(plot_joint, summary, particles=data.particles, candidates=candidates)
+    survival = partial(statistics_plots.plot_survival, summary, cutoff=data.cutoff)
+    joint = partial(
+        statistics_plots.plot_joint, summary, particles=data.particles, candidates=candidates
+    )
     return {
         "survival": Drawing.of("survival", (5.4, 6.5), survival),
         "distributions": Drawing.of(
-            "distributions", (5.4, 2.7), partial(plot_distributions, summary)
+            "distributions", (5.4, 2.7), partial(statistics_plots.plot_distributions, summary)
         ),
         "joint": Drawing.of("joint", (5.4, 3.3), joint),
     }
@@ -227,7 +206,7 @@ def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:
     if not len(particles):
         return None
     views, psi, defocus = (
-        partial(plot, particles) for plot in (plot_poses, plot_psi, plot_defocus)
+        partial(plot, particles) for plot in (plots.plot_poses, plots.plot_psi, plots.plot_defocus)
     )
     polar = {"projection": "polar"}
     return {
@@ -244,24 +223,27 @@ def montage_section(data: ReportData) -> dict[str, object]:
     height, width = merged.valid_shape
     across, tall = (11.6, 10.2) if data.is_wide else (5.4, 4.0)
     tall = float(np.clip(tall * height / width, 1.2, 7.5)) + 0.8
-    seams = np.array([seam_of(exposure) for exposure in exposures], np.float64)
-    n_compared, named = int(np.isfinite(seams).sum()), has_names(len(exposures))
+    seams = np.array([montage_plots.seam_of(exposure) for exposure in exposures], np.float64)
+    n_compared, named = int(np.isfinite(seams).sum()), figures.has_names(len(exposures))
     is_beside = named or data.is_wide
-    plots = [partial(plot_seams, merged), partial(plot_seams, merged, value="difference")]
+    seam_plot = partial(montage_plots.plot_seams, merged)
+    panels = [seam_plot, partial(seam_plot, value="difference")]
     grid = (
         {"ncols": 2, "width_ratios": (1.6, 1)}
         if is_beside
         else {"nrows": 2, "height_ratios": (1.4, 1)}
     )
     if not n_compared:
-        plots, grid = plots[:1], {}
+        panels, grid = panels[:1], {}
     seams_tall = float(np.clip(0.25 * len(exposures) + 1.7, 2.4, 12.0))
     if not named:
         seams_tall = 3.2 if is_beside else 5.2
     return {
         "width": "full" if data.is_wide else "half",
-        "coverage": Drawing.of("coverage", (across, tall), partial(plot_exposures, merged)),
-        "seams": Drawing.of("seams", (across, seams_tall), *plots, sharey=named, **grid),
+        "coverage": Drawing.of(
+            "coverage", (across, tall), partial(montage_plots.plot_exposures, merged)
+        ),
+        "seams": Drawing.of("seams", (across, seams_tall), *panels, sharey=named, **grid),
         "has_names": named,
         "is_beside": is_beside,
         "n_compared": n_compared,
@@ -278,10 +260,10 @@ def partials_section(data: ReportData) -> dict[str, object]:
     partials, sources = data.summary.attributes.partials, data.summary.attributes.sources
     drawing = Drawing.of(
         "partials-plot",
-        (12.0, rows_height(max(len(partials), len(sources)))),
-        partial(plot_partials, data.summary),
-        partial(plot_correlations, data.summary, value="mean"),
-        partial(plot_correlations, data.summary, value="std"),
+        (12.0, figures.rows_height(max(len(partials), len(sources)))),
+        partial(statistics_plots.plot_partials, data.summary),
+        partial(statistics_plots.plot_correlations, data.summary, value="mean"),
+        partial(statistics_plots.plot_correlations, data.summary, value="std"),
         ncols=3,
         sharey=[partial.name for partial in partials] == [source.name for source in sources],
     )
@@ -291,10 +273,10 @@ def partials_section(data: ReportData) -> dict[str, object]:
 def montage_partials_section(data: ReportData) -> dict[str, object]:
     """Return the partials, compared within each exposure."""
     merged, n_exposures = data.merged, len(data.merged.attributes.exposures)
-    partials, named = compared_partials(merged), has_names(n_exposures)
-    wins = partial(plot_partials_of_exposures, merged, value="wins")
-    rms = partial(plot_partials_of_exposures, merged, value="rms")
-    size, grid = (12.0, rows_height(n_exposures)), {"ncols" if named else "nrows": 2}
+    partials, named = montage_plots.compared_partials(merged), figures.has_names(n_exposures)
+    wins = partial(montage_plots.plot_partials_of_exposures, merged, value="wins")
+    rms = partial(montage_plots.plot_partials_of_exposures, merged, value="rms")
+    size, grid = (12.0, figures.rows_height(n_exposures)), {"ncols" if named else "nrows": 2}
     is_comparable = any(np.isfinite([own.won_ratio, own.rms_ratio]).any() for own in partials)
     return {
         "drawing": Drawing.of("partials-plot", size, wins, rms, sharey=named, **grid)

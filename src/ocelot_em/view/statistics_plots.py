@@ -16,21 +16,8 @@ from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z
 from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
-from ocelot_em.view.figures import (
-    BLUE,
-    ORANGE,
-    RED,
-    Store,
-    axes_or_new,
-    circle,
-    coarse,
-    draw_image,
-    explain_empty,
-    foreground,
-    has_names,
-    name_rows,
-    summary_of,
-)
+from ocelot_em.view import figures
+from ocelot_em.view.figures import Store
 
 if TYPE_CHECKING:
     from ocelot_em.view.figures import Axes
@@ -56,10 +43,10 @@ def plot_survival(
     >>> from ocelot_em import plot_survival
     >>> axes = plot_survival("MERGED.zarr")
     """
-    summary, ax = summary_of(store), axes_or_new(ax)
+    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     cutoffs = cutoff if isinstance(cutoff, tuple) else () if cutoff is None else (cutoff, cutoff)
     histogram = summary.histograms.of_z()
-    edges, counts = coarse(histogram.counts, Z_AXIS, 16)
+    edges, counts = figures.coarse(histogram.counts, Z_AXIS, 16)
     above = histogram.overflow + counts[::-1].cumsum()[::-1]
     found = np.flatnonzero(counts)
     if histogram.pixels:
@@ -67,21 +54,23 @@ def plot_survival(
         last = min(int(found[-1]) + 2 if found.size else 2, len(counts))
         first = max(int(found[0]) - 1 if found.size else 0, 0)
         noise = _noise_above(edges[:-1], summary.attributes)
-        ax.semilogy(edges[:-1], noise, "--", color=foreground(), alpha=0.65, label="Gaussian noise")
+        ax.semilogy(
+            edges[:-1], noise, "--", color=figures.foreground(), alpha=0.65, label="Gaussian noise"
+        )
         z, pixels = edges[first:last], np.maximum(above[first:last], 0.5)
-        ax.step(z, pixels, where="pre", color=BLUE, linewidth=1.8, label="this search")
+        ax.step(z, pixels, where="pre", color=figures.BLUE, linewidth=1.8, label="this search")
         # A cutoff far above all z-scores would squeeze the curves.
         right = max(min(bounds[1], Z_AXIS.high), *(c for c in cutoffs if c < 2 * bounds[1]), 0.0)
         top = 2 * summary.attributes.valid_pixels
         ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, top))
     else:
-        explain_empty(ax, "no pixel was searched")
+        figures.explain_empty(ax, "no pixel was searched")
     if cutoffs:
         lowest, highest = (f"{z:.2f}" for z in cutoffs)
         label = f"cutoff {lowest}" if lowest == highest else f"cutoffs {lowest} to {highest}"
-        ax.axvline(cutoffs[0], color=RED, linewidth=1.2, label=label)
+        ax.axvline(cutoffs[0], color=figures.RED, linewidth=1.2, label=label)
         if lowest != highest:
-            ax.axvspan(*cutoffs, color=RED, alpha=0.25, linewidth=0)
+            ax.axvspan(*cutoffs, color=figures.RED, alpha=0.25, linewidth=0)
     ax.set(title="pixels above a z-score", xlabel="z-score", ylabel="pixels")
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
@@ -107,16 +96,16 @@ def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axe
     >>> from ocelot_em import plot_distributions
     >>> axes = plot_distributions("MERGED.zarr")
     """
-    summary, ax = summary_of(store), axes_or_new(ax)
+    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     kinds = (
-        ("mip", summary.histograms.of_mip(), MIP_AXIS, ORANGE),
-        ("z-score", summary.histograms.of_z(), Z_AXIS, BLUE),
+        ("mip", summary.histograms.of_mip(), MIP_AXIS, figures.ORANGE),
+        ("z-score", summary.histograms.of_z(), Z_AXIS, figures.BLUE),
     )
     filled = [np.flatnonzero(histogram.counts) for _, histogram, _, _ in kinds]
     widest = max((int(found[-1] - found[0]) for found in filled if found.size), default=0)
     together = min(2 ** max((widest // 160).bit_length(), 1), 512)
     for label, histogram, axis, colour in kinds:
-        edges, counts = coarse(histogram.counts, axis, together)
+        edges, counts = figures.coarse(histogram.counts, axis, together)
         used = np.flatnonzero(counts)
         if used.size:
             first, last = used[0], used[-1] + 1
@@ -126,7 +115,7 @@ def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axe
         ax.set_yscale("log")
         ax.legend()
     else:
-        explain_empty(ax, "no pixel was searched")
+        figures.explain_empty(ax, "no pixel was searched")
     ax.set(title="mip and z-score", xlabel="value", ylabel="share of pixels per unit")
     return ax
 
@@ -150,11 +139,11 @@ def plot_joint(
     """
     from matplotlib.colors import LogNorm
 
-    summary, ax = summary_of(store), axes_or_new(ax)
+    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     joint = summary.histograms.joint
     ax.set(title="mip and z-score of each pixel", xlabel="mip", ylabel="z-score")
     if not joint.any():
-        explain_empty(ax, "no pixel was searched")
+        figures.explain_empty(ax, "no pixel was searched")
         return ax
     # The part of both axes where there are pixels.
     used = [np.flatnonzero(joint.any(axis=axis)) for axis in (1, 0)]
@@ -163,15 +152,17 @@ def plot_joint(
     shown = joint[y0:y1, x0:x1].T.astype(np.float64)
     shown[shown == 0] = np.nan
     look: Any = {"norm": LogNorm(1, max(np.nanmax(shown), 2)), "origin": "lower", "aspect": "auto"}
-    draw_image(ax, shown, "pixels", "viridis", blank=0, extent=(left, right, low, high), **look)
+    figures.draw_image(
+        ax, shown, "pixels", "viridis", blank=0, extent=(left, right, low, high), **look
+    )
     if candidates is not None and len(candidates):
         mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
         best = np.argsort(-z, kind="stable")[:_MAX_CANDIDATES]
-        dots: Any = {"s": 5, "color": ORANGE, "linewidths": 0, "rasterized": True}
+        dots: Any = {"s": 5, "color": figures.ORANGE, "linewidths": 0, "rasterized": True}
         ax.scatter(mip[best], z[best], label="candidates", **dots)
     if particles is not None and len(particles):
         mip, z = (particles.columns[name] for name in (MIP, SCALED_MIP))
-        circle(ax, mip, z, RED, "particles", size=36)
+        figures.circle(ax, mip, z, figures.RED, "particles", size=36)
     margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
     ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
     if ax.get_legend_handles_labels()[0]:
@@ -190,20 +181,20 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import plot_partials
     >>> axes = plot_partials("MERGED.zarr")
     """
-    summary, ax = summary_of(store), axes_or_new(ax)
+    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     partials = summary.attributes.partials
     won = np.array([partial.won_pixels for partial in partials], np.float64)
     expected = np.array([partial.total_projections for partial in partials], np.float64)
     won, expected = (100 * share / max(share.sum(), 1.0) for share in (won, expected))
     places = np.arange(len(partials))
-    mark: Any = {"color": ORANGE, "label": "expected", "marker": "|", "linestyle": ""}
-    if has_names(len(partials)):
-        ax.barh(places, won, height=0.62, color=BLUE, label="won")
+    mark: Any = {"color": figures.ORANGE, "label": "expected", "marker": "|", "linestyle": ""}
+    if figures.has_names(len(partials)):
+        ax.barh(places, won, height=0.62, color=figures.BLUE, label="won")
         ax.plot(expected, places, markersize=13, markeredgewidth=2, **mark)
     else:
-        ax.plot(won, places, ".", color=BLUE, label="won", rasterized=True)
+        ax.plot(won, places, ".", color=figures.BLUE, label="won", rasterized=True)
         ax.plot(expected, places, rasterized=True, **mark)
-    name_rows(ax, [partial.name for partial in partials], "partial")
+    figures.name_rows(ax, [partial.name for partial in partials], "partial")
     ax.set(title="pixels won", xlabel="share (%)")
     ax.set_xlim(left=0)
     if len(partials):
@@ -223,22 +214,22 @@ def plot_correlations(
     >>> from ocelot_em import plot_correlations
     >>> axes = plot_correlations("MERGED.zarr")
     """
-    summary, ax = summary_of(store), axes_or_new(ax)
+    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     sources = summary.attributes.sources
     # Unknown ones become NaN.
     numbers = np.array([getattr(source, value) for source in sources], np.float64)
     spread = np.array([source.mean_spread for source in sources], np.float64)
-    named = has_names(len(sources))
+    named = figures.has_names(len(sources))
     ax.errorbar(
         numbers,
         np.arange(len(sources)),
         xerr=spread if value == "mean" and len(sources) else None,
         fmt="o",
         markersize=5 if named else 2,
-        color=BLUE,
+        color=figures.BLUE,
         capsize=3 if named else 0,
     )
-    name_rows(ax, [source.name for source in sources], "input")
+    figures.name_rows(ax, [source.name for source in sources], "input")
     known = numbers[np.isfinite(numbers)]
     if value == "std" and known.size:
         # Negligible differences should not look large.

@@ -13,7 +13,6 @@ import secrets
 import socketserver
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from http import HTTPStatus
 from io import BufferedReader
 from os import PathLike
@@ -49,21 +48,27 @@ _HEADERS = {
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-class View(AbstractContextManager["View"]):
+class View(socketserver.ThreadingTCPServer):
     """A served folder; as a context manager, it stops serving on exit.
 
     ``is_offline`` states whether the link to neuroglancer works without a network, because it is
     served locally, too.
     """
 
-    def __init__(self, server: "_Server", url: str, state: str) -> None:
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, root: Path, port: int, state: dict[str, Any]) -> None:
+        self.root, self.prefix = root, f"/{secrets.token_urlsafe(16)}/"
+        super().__init__((HOST, port), _Handler)
+        self.url = f"http://{HOST}:{self.server_address[1]}{self.prefix}"
+        for layer in state["layers"]:
+            layer["source"] = f"zarr3://{self.url}"
         page, self._client = _own_client() or (PUBLIC_CLIENT, None)
-        self.url = url
-        self.neuroglancer_url = f"{page}#!{state}"
+        self.neuroglancer_url = f"{page}#!{quote(json.dumps(state), safe='')}"
         self.is_offline = self._client is not None
-        self._server = server
         self._thread = threading.Thread(
-            target=server.serve_forever, args=(0.1,), name="ocelot-view", daemon=True
+            target=self.serve_forever, args=(0.1,), name="ocelot-view", daemon=True
         )
         self._thread.start()
 
@@ -75,12 +80,16 @@ class View(AbstractContextManager["View"]):
     def close(self) -> None:
         """Stop serving the folder; neuroglancer's own server keeps running with nothing to show."""
         self._client = None
-        self._server.shutdown()
+        self.shutdown()
         self._thread.join()
-        self._server.server_close()
+        self.server_close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """Log what the base class would print; mostly closed connections."""
+        log.debug("request of %s failed", client_address, exc_info=True)
 
 
 def view(path: str | PathLike[str], port: int = 0) -> View:
@@ -93,19 +102,15 @@ def view(path: str | PathLike[str], port: int = 0) -> View:
     state = _neuroglancer_state(folder)
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
-    prefix = f"/{secrets.token_urlsafe(16)}/"
     try:
-        server = _Server((HOST, port), prefix, folder.resolve())
+        served = View(folder.resolve(), port, state)
     except OSError as error:
         raise StorageError(
             f"cannot listen at {HOST}:{port}: {error.strerror or error}; choose another port, or 0 "
             "for any free port"
         ) from error
-    url = f"http://{HOST}:{server.server_address[1]}{prefix}"
-    log.info("serving %s at %s:%d", folder, HOST, server.server_address[1])
-    for layer in state["layers"]:
-        layer["source"] = f"zarr3://{url}"
-    return View(server, url, quote(json.dumps(state), safe=""))
+    log.info("serving %s at %s:%d", folder, HOST, served.server_address[1])
+    return served
 
 
 def _neuroglancer_state(folder: Path) -> dict[str, Any]:
@@ -164,21 +169,8 @@ def _own_client() -> tuple[str, object] | None:
     return client.get_viewer_url().partition("#!")[0], client
 
 
-class _Server(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], prefix: str, root: Path) -> None:
-        self.prefix, self.root = prefix, root
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Log what the base class would print; mostly closed connections."""
-        log.debug("request of %s failed", client_address, exc_info=True)
-
-
 class _Handler(http.server.BaseHTTPRequestHandler):
-    server: _Server
+    server: View
     protocol_version = "HTTP/1.1"
     server_version = "ocelot-em"
     sys_version = ""
