@@ -83,16 +83,8 @@ def name_rows(ax: "Axes", names: Sequence[str], what: str, *, above: float = 0.6
 def circle(ax: "Axes", x: AnyArray, y: AnyArray, colour: str, label: str, *, size: float) -> None:
     """Mark points with circles, with small ones if there are many."""
     many = len(x) > MAX_VECTOR_MARKERS
-    ax.scatter(
-        x,
-        y,
-        s=size / 7 if many else size,
-        facecolors="none",
-        edgecolors=colour,
-        linewidths=0.45 if many else 1.1,
-        label=label,
-        rasterized=many,
-    )
+    look: Any = {"facecolors": "none", "edgecolors": colour, "label": label, "rasterized": many}
+    ax.scatter(x, y, s=size / 7 if many else size, linewidths=0.45 if many else 1.1, **look)
 
 
 def foreground() -> Any:

@@ -102,9 +102,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     about = partial(StoreInfo, objects.url, attributes, sum(objects.sizes("").values()))
     if isinstance(attributes, fmt.SearchAttributes):
         exposures = searches.read_exposures(objects, attributes)
-        found = [
-            (exposure.id, searches.read_partials(objects, exposure.id)) for exposure in exposures
-        ]
+        found = [(own.id, searches.read_partials(objects, own.id)) for own in exposures]
         read = [(partial_text(owner, name), own) for owner, owns in found for name, own in owns]
         return about(
             tuple((name, own.state, own.total_projections) for name, own in read),
@@ -227,9 +225,7 @@ def _search_problems(
     objects: Objects, exposure: fmt.ExposureAttributes, *, has_roster: bool
 ) -> tuple[list[str], list[searches.MapGroup]]:
     """Return problems of the partials' attributes, and the maps of those that can be read."""
-    problems: list[str] = []
-    complete: list[searches.MapGroup] = []
-    total = 0
+    problems, complete, total = list[str](), list[searches.MapGroup](), 0
     names = searches.partial_names(objects, exposure.id)
     place = f"{objects.url}: exposure {exposure.id!r}" if exposure.id else objects.url
     found: dict[str, fmt.PartialAttributes | None] = dict.fromkeys(names)
@@ -308,7 +304,8 @@ def _group_problems(
             maps[key] = chunked
     if not maps:
         return
-    grid = next(iter(maps.values())).grid
+    first = next(iter(maps.values()))
+    grid = first.grid
 
     def at_chunk(region: Region) -> list[str]:
         found, arrays = [], {}
@@ -318,7 +315,7 @@ def _group_problems(
             except OcelotError as error:
                 found.append(str(error))
         if set(info.maps.partial) <= set(arrays):
-            place = next(iter(maps.values())).place.rpartition(": ")[0]
+            place = first.place.rpartition(": ")[0]
             if merged and merged.exposures:
                 arrays = _blanks_as_unsearched(arrays)
             found += value_problems(arrays, region, info, place, opened.total_projections)

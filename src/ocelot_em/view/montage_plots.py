@@ -7,6 +7,7 @@ is read: all data come from the placement and the merge statistics.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,6 +39,14 @@ MAX_LABELS = 40
 """Maximum number of labelled exposures; more labels would hide the map."""
 
 _LABEL_POINTS = 7.5
+_LABEL: Any = {
+    "fontsize": _LABEL_POINTS,
+    "color": "white",
+    "ha": "center",
+    "va": "center",
+    "parse_math": False,
+    "bbox": {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.2},
+}
 _RINGS = [0, 0, 1, 1, 0, 4], [2, 3, 3, 2, 2, 4]  # y and x among bounds and NaN
 _MAX_SHADES = 12
 _LEGEND_ROOM = 1.7
@@ -99,27 +108,14 @@ def _label(ax: "Axes", exposures: Sequence[MergedExposure]) -> None:
         own, edge = exposure.on_canvas, int(3 * per_point) + 1
         height = int(1.5 * _LABEL_POINTS * per_point) + 1
         width = int((0.62 * len(exposure.id) + 0.5) * _LABEL_POINTS * per_point) + 1
-        for y, x in (
-            (y, x)
-            for y in (own.y0 + edge, own.y1 - edge - height)
-            for x in (own.x0 + edge, own.x1 - edge - width)
+        for y, x in product(
+            (own.y0 + edge, own.y1 - edge - height), (own.x0 + edge, own.x1 - edge - width)
         ):
             place = Region(y, y + height, x, x + width)
-            if place.intersect(own) != place or any(place.intersect(o).size for o in placed):
-                continue
-            placed.append(place)
-            ax.text(
-                x + width / 2,
-                y + height / 2,
-                exposure.id,
-                fontsize=_LABEL_POINTS,
-                color="white",
-                ha="center",
-                va="center",
-                parse_math=False,
-                bbox={"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 1.2},
-            )
-            break
+            if place.intersect(own) == place and not any(place.intersect(o).size for o in placed):
+                placed.append(place)
+                ax.text(x + width / 2, y + height / 2, exposure.id, **_LABEL)
+                break
 
 
 def plot_seams(
@@ -195,10 +191,8 @@ def _draw_dots(
     ax: "Axes", x: AnyArray, y: AnyArray, is_unusual: AnyArray, usual_size: float = 5
 ) -> None:
     """Draw blue dots, and unusual ones in red on top."""
-    for which, colour, size in (
-        (~is_unusual, figures.BLUE, usual_size),
-        (is_unusual, figures.RED, 5),
-    ):
+    usual, unusual = (~is_unusual, figures.BLUE, usual_size), (is_unusual, figures.RED, 5)
+    for which, colour, size in (usual, unusual):
         ax.plot(x[which], y[which], "o", markersize=size, color=colour, alpha=0.85)
 
 
@@ -278,16 +272,16 @@ def plot_partials_of_exposures(
     known = ratios[np.isfinite(ratios)]
     low = min(float(known.min(initial=1)), 1 / most) - (most - 1) / 2
     high = max(float(known.max(initial=1)), most) + (most - 1) / 2
-    if figures.has_names(len(names)):
-        ax.axvspan(1 / most, most, color=figures.foreground(), alpha=0.08, linewidth=0)
-        ax.axvline(1, color=figures.foreground(), alpha=0.4, linewidth=0.8)
-        _draw_dots(ax, ratios, places, is_unusual > 0)
+    named = figures.has_names(len(names))
+    x, y = (ratios, places) if named else (places, ratios)
+    _draw_dots(ax, x, y, is_unusual > 0, 5 if named else 2.5)
+    mark, line = (ax.axvspan, ax.axvline) if named else (ax.axhspan, ax.axhline)
+    mark(1 / most, most, color=figures.foreground(), alpha=0.08, linewidth=0)
+    line(1, color=figures.foreground(), alpha=0.4, linewidth=0.8)
+    if named:
         figures.name_rows(ax, names, "exposure")
         ax.set(xlabel=label, xlim=(low, high))
     else:
-        ax.axhspan(1 / most, most, color=figures.foreground(), alpha=0.08, linewidth=0)
-        ax.axhline(1, color=figures.foreground(), alpha=0.4, linewidth=0.8)
-        _draw_dots(ax, places, ratios, is_unusual > 0, usual_size=2.5)
         ax.set(xlabel="exposure", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
     ax.set(title=title)
     if not known.size:

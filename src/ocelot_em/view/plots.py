@@ -143,24 +143,14 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 
     The angle is phi, the radius sin(theta / 2), so that equal areas are equal solid angles:
     uniformly distributed views fill the circle uniformly. Particles without a pose are ignored.
-
-    Parameters
-    ----------
-    particles, ax
-        Particles, and polar axes to draw into (new ones by default).
-
-    Raises
-    ------
-    InvalidInputError
-        The axes are not polar.
+    The axes must be polar.
 
     Examples
     --------
     >>> from ocelot_em import find_peaks, plot_poses
     >>> axes = plot_poses(find_peaks("MERGED.zarr"))
     """
-    ax = figures.axes_or_new(ax, projection="polar")
-    polar: Any = ax
+    ax = polar = figures.axes_or_new(ax, projection="polar")
     if polar.name != "polar":
         raise InvalidInputError(
             "ax: expected polar axes, for example figure.add_subplot(projection='polar'), got "
@@ -174,20 +164,14 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     polar.set_rlim(0, 1.02)
     polar.set_rlabel_position(67.5)
     polar.set_title("view directions (angle: φ, radius: θ)", pad=12)
-    if known.any():
-        many = int(known.sum()) > figures.MAX_VECTOR_MARKERS
-        dots = polar.scatter(
-            np.radians(phi[known]),
-            np.sin(np.radians(theta[known]) / 2),
-            c=particles.columns[SCALED_MIP][known],
-            s=6 if many else 22,
-            cmap="plasma",
-            linewidths=0,
-            rasterized=many,
-        )
-        polar.figure.colorbar(dots, ax=polar, label="z-score", shrink=0.7, pad=0.1)
-    else:
+    if not known.any():
         figures.explain_empty(polar, "no poses")
+        return ax
+    angle, radius = np.radians(phi[known]), np.sin(np.radians(theta[known]) / 2)
+    z, many = particles.columns[SCALED_MIP][known], len(angle) > figures.MAX_VECTOR_MARKERS
+    look = {"s": 6 if many else 22, "cmap": "plasma", "linewidths": 0, "rasterized": many}
+    dots = polar.scatter(angle, radius, c=z, **look)
+    polar.figure.colorbar(dots, ax=polar, label="z-score", shrink=0.7, pad=0.1)
     return ax
 
 

@@ -89,9 +89,7 @@ def write_report(
         montage=sections.montage_section(data) if data.is_montage else None,
         significance=sections.significance_section(data),
         poses=sections.poses_section(data.particles),
-        partials=(
-            sections.montage_partials_section if data.is_montage else sections.partials_section
-        )(data),
+        partials=sections.partials_section(data),
         timings=sections.timings_section(data),
         options=sections.options_section(data),
         max_circles=MAX_CIRCLES,

@@ -189,14 +189,12 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
     """Return the survival histogram and the distributions of mip and z-score."""
     summary, candidates = data.summary, all_candidates(data.merged).rows
     survival = partial(statistics_plots.plot_survival, summary, cutoff=data.cutoff)
-    joint = partial(
-        statistics_plots.plot_joint, summary, particles=data.particles, candidates=candidates
-    )
+    distributions = partial(statistics_plots.plot_distributions, summary)
+    found: Any = {"particles": data.particles, "candidates": candidates}
+    joint = partial(statistics_plots.plot_joint, summary, **found)
     return {
         "survival": Drawing.of("survival", (5.4, 6.5), survival),
-        "distributions": Drawing.of(
-            "distributions", (5.4, 2.7), partial(statistics_plots.plot_distributions, summary)
-        ),
+        "distributions": Drawing.of("distributions", (5.4, 2.7), distributions),
         "joint": Drawing.of("joint", (5.4, 3.3), joint),
     }
 
@@ -256,34 +254,37 @@ def montage_section(data: ReportData) -> dict[str, object]:
 
 
 def partials_section(data: ReportData) -> dict[str, object]:
-    """Return the contribution of each partial, and the statistics of each input."""
+    """Return the contribution of each partial; in a montage, compared within each exposure."""
+    if data.is_montage:
+        return _montage_partials(data)
     partials, sources = data.summary.attributes.partials, data.summary.attributes.sources
+    correlations = partial(statistics_plots.plot_correlations, data.summary)
     drawing = Drawing.of(
         "partials-plot",
         (12.0, figures.rows_height(max(len(partials), len(sources)))),
         partial(statistics_plots.plot_partials, data.summary),
-        partial(statistics_plots.plot_correlations, data.summary, value="mean"),
-        partial(statistics_plots.plot_correlations, data.summary, value="std"),
+        partial(correlations, value="mean"),
+        partial(correlations, value="std"),
         ncols=3,
-        sharey=[partial.name for partial in partials] == [source.name for source in sources],
+        sharey=[own.name for own in partials] == [source.name for source in sources],
     )
     return {"drawing": drawing}
 
 
-def montage_partials_section(data: ReportData) -> dict[str, object]:
-    """Return the partials, compared within each exposure."""
-    merged, n_exposures = data.merged, len(data.merged.attributes.exposures)
-    partials, named = montage_plots.compared_partials(merged), figures.has_names(n_exposures)
-    wins = partial(montage_plots.plot_partials_of_exposures, merged, value="wins")
-    rms = partial(montage_plots.plot_partials_of_exposures, merged, value="rms")
+def _montage_partials(data: ReportData) -> dict[str, object]:
+    n_exposures, partials = (
+        len(data.merged.attributes.exposures),
+        montage_plots.compared_partials(data.merged),
+    )
+    named = figures.has_names(n_exposures)
+    plot = partial(montage_plots.plot_partials_of_exposures, data.merged)
     size, grid = (12.0, figures.rows_height(n_exposures)), {"ncols" if named else "nrows": 2}
-    is_comparable = any(np.isfinite([own.won_ratio, own.rms_ratio]).any() for own in partials)
-    return {
-        "drawing": Drawing.of("partials-plot", size, wins, rms, sharey=named, **grid)
-        if is_comparable
-        else None,
-        "rows": [partials[k] for k in _chosen_rows(np.array([own.deviation for own in partials]))],
-    }
+    drawing = None
+    if any(np.isfinite([own.won_ratio, own.rms_ratio]).any() for own in partials):
+        panels = partial(plot, value="wins"), partial(plot, value="rms")
+        drawing = Drawing.of("partials-plot", size, *panels, sharey=named, **grid)
+    chosen = _chosen_rows(np.array([own.deviation for own in partials]))
+    return {"drawing": drawing, "rows": [partials[k] for k in chosen]}
 
 
 def _chosen_rows(interest: AnyArray) -> list[int]:
@@ -316,10 +317,8 @@ def _elapsed(attributes: fmt.MergedAttributes) -> str:
 
 def options_section(data: ReportData) -> list[tuple[str, str]]:
     """Return the options of the merge, as text."""
-    return [
-        (name, _option_text(value))
-        for name, value in data.merged.attributes.provenance.options.items()
-    ]
+    options = data.merged.attributes.provenance.options
+    return [(name, _option_text(value)) for name, value in options.items()]
 
 
 def _option_text(value: object) -> str:

@@ -51,12 +51,11 @@ def plot_survival(
     found = np.flatnonzero(counts)
     if histogram.pixels:
         bounds = summary.attributes.scaled_mip_range or (0.0, 1.0)
-        last = min(int(found[-1]) + 2 if found.size else 2, len(counts))
-        first = max(int(found[0]) - 1 if found.size else 0, 0)
+        lowest, highest = (int(found[0]), int(found[-1])) if found.size else (0, 0)
+        first, last = max(lowest - 1, 0), min(highest + 2, len(counts))
         noise = _noise_above(edges[:-1], summary.attributes)
-        ax.semilogy(
-            edges[:-1], noise, "--", color=figures.foreground(), alpha=0.65, label="Gaussian noise"
-        )
+        look: Any = {"color": figures.foreground(), "alpha": 0.65, "label": "Gaussian noise"}
+        ax.semilogy(edges[:-1], noise, "--", **look)
         z, pixels = edges[first:last], np.maximum(above[first:last], 0.5)
         ax.step(z, pixels, where="pre", color=figures.BLUE, linewidth=1.8, label="this search")
         # A cutoff far above all z-scores would squeeze the curves.
@@ -66,10 +65,10 @@ def plot_survival(
     else:
         figures.explain_empty(ax, "no pixel was searched")
     if cutoffs:
-        lowest, highest = (f"{z:.2f}" for z in cutoffs)
-        label = f"cutoff {lowest}" if lowest == highest else f"cutoffs {lowest} to {highest}"
+        ends = sorted({f"{z:.2f}" for z in cutoffs}, key=float)
+        label = f"cutoff{'s' * (len(ends) > 1)} {' to '.join(ends)}"
         ax.axvline(cutoffs[0], color=figures.RED, linewidth=1.2, label=label)
-        if lowest != highest:
+        if len(ends) > 1:
             ax.axvspan(*cutoffs, color=figures.RED, alpha=0.25, linewidth=0)
     ax.set(title="pixels above a z-score", xlabel="z-score", ylabel="pixels")
     if ax.get_legend_handles_labels()[0]:
@@ -220,15 +219,9 @@ def plot_correlations(
     numbers = np.array([getattr(source, value) for source in sources], np.float64)
     spread = np.array([source.mean_spread for source in sources], np.float64)
     named = figures.has_names(len(sources))
-    ax.errorbar(
-        numbers,
-        np.arange(len(sources)),
-        xerr=spread if value == "mean" and len(sources) else None,
-        fmt="o",
-        markersize=5 if named else 2,
-        color=figures.BLUE,
-        capsize=3 if named else 0,
-    )
+    xerr = spread if value == "mean" and len(sources) else None
+    look: Any = {"fmt": "o", "markersize": 5 if named else 2, "capsize": 3 if named else 0}
+    ax.errorbar(numbers, np.arange(len(sources)), xerr=xerr, color=figures.BLUE, **look)
     figures.name_rows(ax, [source.name for source in sources], "input")
     known = numbers[np.isfinite(numbers)]
     if value == "std" and known.size:
