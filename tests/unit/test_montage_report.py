@@ -164,9 +164,7 @@ def test_particles_are_shown_at_their_canvas_positions(words_of, montage, tmp_pa
     drawn = plot_zscore(montage, particles=particles).collections[-1].get_offsets()
     np.testing.assert_array_equal(drawn, np.stack([x, y], axis=1) + 0.5)
     cut_out = []
-    monkeypatch.setattr(
-        "ocelot_em.view.plots.plot_crop", lambda *given: cut_out.append(given[1])
-    )
+    monkeypatch.setattr("ocelot_em.view.plots.plot_crop", lambda *given: cut_out.append(given[1]))
     words = words_of(montage, tmp_path, particles=particles, max_zooms=3)
     assert cut_out == list(zip(y[:3].tolist(), x[:3].tolist(), strict=True))
     assert "3: z = 9.50 (hidden)" in words

@@ -335,7 +335,7 @@ def _group_problems(
         yield from found
 
 
-def _table_problems(group: MapGroup, space: SearchSpace | None) -> Iterator[str]:
+def _table_problems(group: searches.MapGroup, space: SearchSpace | None) -> Iterator[str]:
     """Yield all problems of the correlation table of a partial, if it has one."""
     try:
         table = open_table(group)

@@ -266,7 +266,7 @@ def plot_partials_of_exposures(
         most, title, label = WIN_RATIO, "pixels won", "won / expected"
         found = [(partial.won_ratio, partial.is_won_unusual) for partial in partials]
     else:
-        most, title, label = 1 + RMS_DIFFERENCE, "rms of correlations", "rms / rms of the others"
+        most, title, label = 1 + RMS_DIFFERENCE, "rms of correlations", "rms / others"
         found = [(partial.rms_ratio, partial.is_rms_unusual) for partial in partials]
     ratios, is_unusual = np.array(found).T
     known = ratios[np.isfinite(ratios)]
@@ -282,7 +282,7 @@ def plot_partials_of_exposures(
         figures.name_rows(ax, names, "exposure")
         ax.set(xlabel=label, xlim=(low, high))
     else:
-        ax.set(xlabel="exposure", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
+        ax.set(xlabel="exposure number", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
     ax.set(title=title)
     if not known.size:
         figures.explain_empty(ax, "nothing to compare")
