@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 
 import ocelot_em
-from ocelot_em.errors import InvalidDataError, OcelotError, PlanError, StoreNotFoundError
+from ocelot_em.errors import (
+    FormatError,
+    InvalidDataError,
+    OcelotError,
+    PlanError,
+    StoreNotFoundError,
+)
 from ocelot_em.kernels import require_compiler
 from ocelot_em.kernels.device import open_device
 from ocelot_em.merge.device_fold import DeviceFold, DeviceMemory
@@ -334,11 +340,14 @@ def _open_job(spec: JobSpec) -> Job:
             f"got {code_version()}; install the same version for the driver and all workers"
         )
     objects = open_objects(spec.output)
-    attributes = read_attributes(objects)
+    attributes = None
+    with suppress(FormatError, StoreNotFoundError):
+        attributes = read_attributes(objects)
     if not isinstance(attributes, fmt.MergedAttributes) or attributes.id != spec.run_id:
         raise StoreNotFoundError(
-            f"{spec.output}: expected the output of run {spec.run_id[:8]}, got something else; "
-            "all workers need access to the driver's storage under the same path"
+            f"{spec.output}: expected the output of run {spec.run_id[:8]}, got something else on "
+            f"{socket.gethostname()}; all workers need access to the driver's storage under the "
+            "same path"
         )
     return Job(read_plan(attributes, spec.output), objects, spec)
 

@@ -1,5 +1,6 @@
 """Calls in several threads, in order, with a bounded number in flight."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,3 +48,18 @@ def map_in_threads(
         finally:
             for future in in_flight:
                 future.cancel()
+
+
+def require_threads(n_threads: int) -> None:
+    """Raise ``RuntimeError`` unless this process can start this many more threads at once."""
+    checked = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(n_threads):
+            thread = threading.Thread(target=checked.wait, name="ocelot-check", daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        checked.set()
+        for thread in started:
+            thread.join()

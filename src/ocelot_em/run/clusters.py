@@ -28,6 +28,7 @@ from ocelot_em.merge.merge import Executor
 from ocelot_em.model.control_groups import n_cpus
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.text import count_text
+from ocelot_em.model.threads import require_threads
 from ocelot_em.run import slurm
 from ocelot_em.run.connect import connect_client
 from ocelot_em.run.executors import WORKER_TIMEOUT_SECONDS, ClientExecutor, ThreadExecutor
@@ -326,6 +327,10 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
         )
 
 
+_MAX_SPARE_THREADS = 64
+"""Maximum number of threads that are tried: the stack of each takes addresses (``ulimit -v``)."""
+
+
 @contextlib.contextmanager
 def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
@@ -352,6 +357,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         dask.config.set({"distributed.deploy.lost-worker-timeout": "10000 days"}),
         _started(
             cluster_class,
+            min(workers * (2 * threads + 1) + 4, _MAX_SPARE_THREADS),
             # Without it, nannies wait for ever for workers that cannot start.
             death_timeout=options.worker_timeout or WORKER_TIMEOUT_SECONDS,
             n_workers=workers,
@@ -377,9 +383,14 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         )
 
 
-def _started(cluster_class: Any, **settings: Any) -> Any:
+def _started(cluster_class: Any, n_spare_threads: int, **settings: Any) -> Any:
+    """Start a cluster; there must then be threads to spare for its tiles, which may not end."""
     try:
-        return cluster_class(**settings)
+        with contextlib.ExitStack() as on_error:
+            cluster = on_error.enter_context(cluster_class(**settings))
+            require_threads(n_spare_threads)
+            on_error.pop_all()
+            return cluster
     except OcelotError:  # such as one raised by a signal handler
         raise
     except Exception as error:
