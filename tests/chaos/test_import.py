@@ -1,7 +1,8 @@
-"""An import that was killed is finished by the same command."""
+"""Imports that are killed, or whose files are replaced meanwhile."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 
 import ocelot_em
 from builders import SPACE, explicit_maps, indexed_maps, save_plain_npz
+from chaos_common import end, start, wait_for
 from helpers import chunk_bytes
+from ocelot_em.io.hdf5 import write_hdf5
 from ocelot_em.io.mrc import write_mrc_set
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_partials
 
 pytestmark = pytest.mark.chaos
 
@@ -108,3 +113,72 @@ def test_the_same_command_finishes_a_killed_import(made, tmp_path: Path) -> None
         assert again.returncode == 0, (moment, again.stderr)
         assert content(output) == whole, moment
         assert ocelot_em.check(output) == [], moment
+
+
+PAUSED = """
+import sys, time
+from pathlib import Path
+from ocelot_em.cli.main import run
+from ocelot_em.store.partials import PartialWriter
+
+folder, when = Path(sys.argv[1]), sys.argv[2]
+def paused(self, *arguments, original=getattr(PartialWriter, when), **options):
+    (folder / "checked").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.02)
+    return original(self, *arguments, **options)
+setattr(PartialWriter, when, paused)
+sys.exit(run(sys.argv[3:]))
+"""
+"""Runs a command that waits before or within the conversion of its first partial."""
+
+
+def in_npz(folder: Path, seed: int) -> list[Path]:
+    return [save_plain_npz(folder / "a.npz", explicit_maps(SHAPE, seed=seed), 9)]
+
+
+def in_result(folder: Path, seed: int) -> Path:
+    ocelot_em.write_partial(folder / "R", "p", explicit_maps(SHAPE, seed), total_projections=9)
+    ocelot_em.merge(folder / "R", folder / "M")
+    return folder / "M"
+
+
+def in_mrc(folder: Path, seed: int) -> list[Path]:
+    return [*write_mrc_set(in_result(folder, seed), folder / "maps").values()]
+
+
+def in_hdf5(folder: Path, seed: int) -> list[Path]:
+    return [write_hdf5(in_result(folder, seed), folder / "a.h5")]
+
+
+@pytest.mark.parametrize("when", ["__enter__", "write"])
+@pytest.mark.parametrize("is_in_place", [False, True], ids=["renamed", "in place"])
+@pytest.mark.parametrize("made", [in_npz, in_mrc, in_hdf5])
+def test_files_that_are_replaced_between_check_and_conversion_are_refused(
+    made, is_in_place: bool, when: str, tmp_path: Path
+) -> None:
+    for folder in ("given", "newer"):
+        (tmp_path / folder).mkdir()
+    files, newer = made(tmp_path / "given", 1), made(tmp_path / "newer", 2)
+    words = [files[0] if len(files) == 1 else files[0].parent]
+    if made is not in_npz:
+        words += ["--total-projections", "9"]
+    words += ["--output", tmp_path / "OUT"]
+    command = [sys.executable, "-c", PAUSED, tmp_path, when, "import", *words]
+    importing = start([*map(os.fspath, command)], {"PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        wait_for((tmp_path / "checked").exists, "files that were checked", alive=importing)
+        replace = shutil.copyfile if is_in_place else os.replace
+        for old, new in zip(files, newer, strict=True):
+            replace(new, old)
+        (tmp_path / "go").touch()
+        printed = importing.communicate(timeout=300)[0]
+    finally:
+        end(importing)
+    assert importing.returncode == 2, printed
+    assert "was changed while it was imported" in " ".join(printed.split())
+    partials = read_partials(open_objects(tmp_path / "OUT"))
+    assert [partial.state for _, partial in partials] == ["writing"]
+    again = import_killed(10**9, words, tmp_path / "OUT")
+    assert again.returncode == 0, again.stderr
+    assert ocelot_em.check(tmp_path / "OUT") == []

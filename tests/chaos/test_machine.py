@@ -84,4 +84,4 @@ def test_merges_with_few_threads_end(search, tmp_path, options, numbers) -> None
         done = ocelot(*merge, "--worker-timeout", "60", before=limited(number))
         found.add(done.returncode)
         assert done.returncode == 0 or "new thread" in done.stderr or "more threads" in done.stderr
-    assert found == {0, 2}
+    assert found >= {0, 2}
