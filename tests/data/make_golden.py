@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import ocelot_em
-from helpers import make_result, write_search
+from helpers import make_result, with_tables, write_search
 from montages import SHOTS, write_shots
 from ocelot_em.store.attributes import FORMAT_VERSION
 
@@ -22,6 +22,8 @@ def main() -> None:
         rng = np.random.default_rng(FORMAT_VERSION)
         results = [make_result(rng, (24, 40), count, ties=True) for count in (70, 2**31 + 1)]
         results[1]["mip"][:3] = results[0]["mip"][:3] = -np.inf
+        if form == "indexed":
+            write_search(place / "tables.zarr", with_tables(results), (70, 2**31 + 1), indexed=True)
         search = place / f"{form}.zarr"
         write_search(search, results, (70, 2**31 + 1), indexed=form == "indexed")
         ocelot_em.merge(search, place / f"{form}_merged.zarr", tile_size=24)

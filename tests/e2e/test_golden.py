@@ -9,11 +9,12 @@ import pytest
 
 import ocelot_em
 from conftest import DATA
-from helpers import SPACE, assert_same_maps, make_result, read_maps
+from helpers import SPACE, assert_same_maps, make_result, read_maps, with_tables
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.picking import all_candidates
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
+TABLES = sorted(DATA.glob("golden_v*/tables.zarr"))
 STATISTICS = sorted(DATA.glob("golden_v*/statistics.zarr"))
 
 
@@ -84,5 +85,19 @@ def test_statistics_and_candidates_are_read_for_ever(golden: Path, tmp_path: Pat
     assert len(ocelot_em.find_peaks(golden, cutoff=1.0)) > 0
 
 
+@pytest.mark.parametrize("golden", TABLES, ids=lambda p: p.parent.name)
+def test_correlation_tables_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
+    assert ocelot_em.check(golden) == []
+    ocelot_em.merge(golden, tmp_path / "OUT.zarr", tile_size=24)
+    columns = {"pos_y": "pos_y", "pos_x": "pos_x", "global_index": "global_idx"}
+    columns["correlation"] = "corr_value"
+    blocks = list(ocelot_em.read_correlations(tmp_path / "OUT.zarr", cutoff=-100))
+    for number, result in enumerate(with_tables([{}, {}])):
+        own = [block for block in blocks if (block["partial"] == number).all()]
+        for name, stored in columns.items():
+            found = sorted(np.concatenate([block[name] for block in own]))
+            assert found == sorted(result["correlation_table"][stored])
+
+
 def test_there_are_golden_stores() -> None:
-    assert (len(GOLDEN), len(STATISTICS)) == (8, 3)
+    assert (len(GOLDEN), len(STATISTICS), len(TABLES)) == (8, 3, 1)
