@@ -6,6 +6,7 @@ be ``-``: then nothing is recorded, and they are in ``alone.npz``.
 """
 
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -36,6 +37,10 @@ torch.cuda.Stream = Stream
 for name in ("synchronize", "empty_cache", "ipc_collect"):
     setattr(torch.cuda, name, lambda *_: None)
 torch.set_num_threads(1)
+CORE = "leopard_em.backend.core_match_template"
+importlib.import_module(CORE)
+if hasattr(sys.modules[CORE], "CORRELATION_TABLE_THRESHOLD"):
+    sys.modules[CORE].CORRELATION_TABLE_THRESHOLD = 4.0
 
 
 def manager(folder, n_devices):
@@ -87,6 +92,9 @@ def main(folder, run, n_devices):
     found = search.match_template_result
     maps = {name: np.asarray(getattr(found, name)) for name in RESULTS}
     maps["count"] = np.int64(found.total_projections)
+    if table := getattr(found, "correlation_table", None):
+        rows = zip(table.search_index, table.y, table.x, table.correlation_value, strict=True)
+        maps["rows"] = np.array(sorted(rows))
     name = "alone" if run == "-" else "recorded"
     np.savez(Path(folder, f"{name}.npz"), **maps)
     print(f"finished in {time.time() - started:.1f} s")

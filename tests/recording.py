@@ -3,6 +3,7 @@
 import numpy as np
 
 from ocelot_em import SearchInfo, SearchRecorder, SearchSpace
+from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.maps import INDEX, MIP, POSES, SQUARED_SUM, SUM
 
 N, SHAPE, BATCH = 48, (40, 56), 4
@@ -10,6 +11,7 @@ SPACE = SearchSpace.from_tables(
     np.random.default_rng(0).uniform(0, 180, (N, 3)).astype("f4"), [-100, 0], [0]
 )
 INFO = SearchInfo(template_box=8, pixel_size_angstrom=2.0, search_space=SPACE)
+THRESHOLD, COLUMNS = 3.0, ("pos_y", "pos_x", "global_idx", "corr_value")
 BATCHES = [(start, start + BATCH) for start in range(0, N, BATCH)]
 
 
@@ -21,6 +23,13 @@ def new_maps(*, explicit=False):
         key: np.full(SHAPE, value, getattr(value, "dtype", "f4")) for key, value in poses.items()
     }
     return maps | {key: np.zeros(SHAPE, "f4") for key in (SUM, SQUARED_SUM)}
+
+
+def new_table():
+    """A correlation table of a device that has searched nothing."""
+    dtypes = "i4", "i4", "i4", "f4"
+    columns = {key: np.empty(0, dtype) for key, dtype in zip(COLUMNS, dtypes, strict=True)}
+    return columns | {"threshold": THRESHOLD}
 
 
 def search(maps, start, stop):
@@ -37,6 +46,11 @@ def search(maps, start, stop):
                     maps[key][won] = values[0]
             maps[SUM] += scores
             maps[SQUARED_SUM] += scores**2
+            if TABLE in maps:
+                rows = np.nonzero(scores > THRESHOLD)
+                new = *rows, np.full(len(rows[0]), index), scores[rows]
+                for key, values in zip(COLUMNS, new, strict=True):
+                    maps[TABLE][key] = np.concatenate([maps[TABLE][key], values])
 
 
 def recorder(run, name="gpu0", maps=None, every=0, **options):

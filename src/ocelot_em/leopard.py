@@ -22,6 +22,7 @@ from ocelot_em.errors import IncompleteError, InvalidInputError
 from ocelot_em.merge.recorder import SearchRecorder, read_recorded
 from ocelot_em.model import ranges as sets
 from ocelot_em.model.arrays import as_numpy
+from ocelot_em.model.correlations import TABLE, THRESHOLD
 from ocelot_em.model.maps import INDEX, MIP, NOT_SEARCHED, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.ranges import Range, Ranges
 from ocelot_em.model.search_space import SearchSpace
@@ -95,7 +96,7 @@ def recording(
         )
         device = _Device(about, target)
         results = jobs(target=device, kwargs_list=kwargs_list, **rest)
-        return about.completed(results)
+        return about.completed(results, len(kwargs_list))
 
     changes = (
         (core, "run_multiprocess_jobs", run_multiprocess_jobs),
@@ -163,7 +164,9 @@ class _Recorded:
                 )
         return cls(store, every, info, size, done)
 
-    def completed(self, results: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    def completed(
+        self, results: dict[int, dict[str, Any]], n_devices: int
+    ) -> dict[int, dict[str, Any]]:
         """Return the results of the devices, with those of earlier runs in the first one.
 
         Raises
@@ -180,10 +183,17 @@ class _Recorded:
             )
         for name in (SUM, SQUARED_SUM):
             whole[name] = whole[name].astype(np.float32)
-        first, *others = results
-        for rank in others:
-            results[rank] = {**results[rank], **_nothing(whole[MIP].shape)}
-        results[first] = {**results[first], **whole}
+        # A device that was killed after its last checkpoint has no results; none is needed.
+        some, columns = results[min(results)], whole.pop(TABLE, {})
+        for rank in range(n_devices):
+            result = {**results.get(rank, some), **_nothing(whole[MIP].shape)}
+            if TABLE in result:  # without rows, for all are recorded
+                result[TABLE] = result[TABLE].clone()
+            results[rank] = result
+        results[0] |= whole
+        for name in columns.keys() - {THRESHOLD}:
+            like = results[0][TABLE][name]
+            results[0][TABLE][name] = like.new_tensor(columns[name])
         return results
 
 
@@ -225,7 +235,7 @@ class _Device:
             queue.recorder = SearchRecorder(
                 self.about.store,
                 f"{'gpu' if kind == 'cuda' else kind}{rank}",
-                {name: maps[name] for name in _MAPS},
+                {name: maps[name] for name in (*_MAPS, TABLE) if name in maps},
                 search=self.about.info,
                 size=self.about.size,
                 every=self.about.every,

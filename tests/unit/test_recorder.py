@@ -12,7 +12,9 @@ from ocelot_em.cli.main import run as ocelot
 from ocelot_em.errors import IncompleteError, InputChangedError, InvalidInputError
 from ocelot_em.merge import planning
 from ocelot_em.merge.lazy import lazy_merge
+from ocelot_em.merge.recorder import read_recorded
 from ocelot_em.model import ranges as sets
+from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.maps import MEAN, SCALED_MIP, SQUARED_SUM, STD, SUM
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.store import recorded
@@ -20,7 +22,18 @@ from ocelot_em.store.bucket import MemoryObjects
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_partials
 from ocelot_em.store.sources import open_source_maps
-from recording import BATCHES, INFO, SHAPE, N, new_maps, record, recorder, search
+from recording import (
+    BATCHES,
+    COLUMNS,
+    INFO,
+    SHAPE,
+    N,
+    new_maps,
+    new_table,
+    record,
+    recorder,
+    search,
+)
 
 INEXACT = SUM, SQUARED_SUM, MEAN, STD, SCALED_MIP
 
@@ -101,6 +114,27 @@ def test_a_resumed_search_is_as_one_that_was_not_interrupted(kind, undisturbed, 
     if kind == "explicit":
         expected = expected.drop_vars("best_global_index")
     assert_same(found, expected)
+
+
+def test_a_correlation_table_grows_with_the_maps():
+    place, alone = "memory://tables", new_maps() | {TABLE: new_table()}
+    search(alone, 0, N)
+    for last in (5, N):
+        device, maps = recorder(place, maps=new_maps() | {TABLE: new_table()})
+        for number, (start, stop) in enumerate(device.ranges(BATCHES)):
+            if number == last:
+                break
+            search(maps, start, stop)
+        else:
+            device.finish()
+    assert len(maps[TABLE]["pos_y"]) == 0
+    table = read_recorded(place)[1][TABLE]
+    found, expected = (
+        sorted(zip(*(t[key] for key in COLUMNS), strict=True)) for t in (table, alone[TABLE])
+    )
+    assert found == expected
+    assert len(found) > 100
+    assert check(place) == []
 
 
 def test_who_has_ended_is_completed_and_what_it_left_is_deleted(monkeypatch):

@@ -15,12 +15,14 @@ from ocelot_em.kernels import load
 from ocelot_em.merge.in_memory import BAND_PIXELS, Processor, fold_bands, on_host
 from ocelot_em.model import ranges as sets
 from ocelot_em.model.arrays import HostRows, fill, synchronize
+from ocelot_em.model.correlations import TABLE, THRESHOLD, CorrelationTable, merge_tables
 from ocelot_em.model.maps import INDEX, MIP, NOT_SEARCHED, PIXEL_SIZE, POSES, AnyArray
 from ocelot_em.model.ranges import Range
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import parse_seconds, seconds_text
 from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.correlations import COLUMNS, StoredTable, open_table, table_problems
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import SearchProgress, batch_warning, progress_of_partials
 from ocelot_em.store.recorded import RecordedPartial, SearchSize
@@ -55,7 +57,7 @@ class SearchRecorder:
         Name of the partial. If it is taken, as after a restart, a number is appended: ``gpu0.2``.
     maps
         Maps by name, as for :func:`~ocelot_em.write_partial`: NumPy, torch or CuPy, to which the
-        search adds. They are set back in place.
+        search adds, and possibly its ``correlation_table``. They are set back in place.
     search
         Properties that all partials share.
     size
@@ -118,7 +120,7 @@ class SearchRecorder:
         if problems or size is None:
             raise InvalidInputError(problems)
         self._maps = {key: maps[key] for key in info.maps.partial}
-        self._rows, self._info = rows, info
+        self._rows, self._info, self._table = rows, info, maps.get(TABLE)
         self._partial = RecordedPartial(store, name, (shape[0], shape[1]), info, size, self._every)
         self._done = self._partial.searched_before()
         self._pending: list[Range] = []
@@ -171,17 +173,22 @@ class SearchRecorder:
         ranges, partial = sets.union(self._pending), self._partial
         partial.refuse_overlap(ranges)
         synchronize(self._maps[MIP])
-        before, slot = partial.maps(), partial.begin()
+        (before, rows), slot = partial.last(), partial.begin()
         (height, width), edge = partial.grid.shape, partial.grid.cell[0]
         for top in range(0, height, edge):
             band = Region(top, min(top + edge, height), 0, width)
             for key, values in self._folded(band, before).items():
                 slot.maps[key].write(band, values)
+        if self._table is not None:
+            slot = slot.with_table(self._joined(rows))
         partial.publish(slot, ranges)
         self._pending.clear()
         self._done = partial.searched_before()
         for key, values in self._maps.items():
             fill(values, _EMPTY.get(key, 0))
+        if self._table is not None:
+            for key in self._table.keys() - {THRESHOLD}:
+                self._table[key] = self._table[key][:0]
         seconds = time.monotonic() - self._last
         log.info("%s: checkpoint written in %s", self.name, seconds_text(seconds))
 
@@ -193,6 +200,15 @@ class SearchRecorder:
         old = {key: chunked.read(band)[0] for key, chunked in before.items()}
         return _merged(old, new, self._info.search_space) if old else new
 
+    def _joined(self, rows: StoredTable | None) -> CorrelationTable:
+        """Join the rows of the last checkpoint with those since."""
+        tables = [{TABLE: self._table}] if rows is None else [_rows_of(rows), {TABLE: self._table}]
+        table = CorrelationTable.of(merge_tables(tables)[TABLE], self.name)
+        shape, space = self._partial.grid.shape, self._info.search_space
+        if problems := table_problems(table, shape, space, self.name):
+            raise InvalidDataError(problems)
+        return table
+
     def finish(self) -> None:
         """Write what has not been written yet, and complete the partial."""
         self.write()
@@ -201,8 +217,8 @@ class SearchRecorder:
 
 def read_recorded(
     store: str | PathLike[str], exposure: str = ""
-) -> tuple[SearchProgress | None, dict[str, AnyArray]]:
-    """Merge all partials of a recorded search, or of its exposure, in memory.
+) -> tuple[SearchProgress | None, dict[str, Any]]:
+    """Merge all partials of a recorded search, or of its exposure, in memory, also their tables.
 
     Also return the progress of the search; None, and no maps, if nothing was recorded.
     """
@@ -210,11 +226,13 @@ def read_recorded(
     attributes = read_attributes(objects)
     space = read_search_space(objects, attributes.search_space_digest)
     partials = read_partials(objects, exposure)
-    whole: dict[str, AnyArray] = {}
+    whole, tables = dict[str, AnyArray](), list[dict[str, Any]]()
     for name, partial in partials:
         if not partial.is_readable:
             continue
-        maps = open_partial(objects, name, exposure, partial).open(attributes.maps.partial)
+        group = open_partial(objects, name, exposure, partial)
+        maps, rows = group.open(attributes.maps.partial), open_table(group)
+        tables += [_rows_of(rows)] if rows is not None else []
         grid = maps[MIP].grid
         wanted = whole or {key: np.empty(grid.shape, m.dtype) for key, m in maps.items()}
         for cell in grid:
@@ -225,7 +243,17 @@ def read_recorded(
             for key, values in new.items():
                 wanted[key][cell.region.slices] = values
         whole = wanted
-    return progress_of_partials(partials), whole
+    return progress_of_partials(partials), {**whole, **merge_tables(tables)}
+
+
+def _rows_of(table: StoredTable) -> dict[str, Any]:
+    """Read all rows of a table, as a result of a device has them."""
+    blocks = list(table.blocks(Region.whole(table.grid.shape)))
+    columns = {
+        name: np.concatenate([np.empty(0, dtype), *(block[name] for block in blocks)])
+        for name, dtype in COLUMNS.items()
+    }
+    return {TABLE: {**columns, THRESHOLD: table.threshold}}
 
 
 def _merged(

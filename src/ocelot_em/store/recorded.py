@@ -16,12 +16,15 @@ from typing import Any
 from ocelot_em.errors import IncompleteError, InvalidInputError
 from ocelot_em.model import ranges as sets
 from ocelot_em.model.arrays import MAX_COUNT
+from ocelot_em.model.correlations import CorrelationTable
+from ocelot_em.model.maps import MIP
 from ocelot_em.model.ranges import Ranges
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.correlations import StoredTable, open_table, write_table
 from ocelot_em.store.creation import ensure_search, now, provenance, refresh_total
 from ocelot_em.store.lock import has_ended, this_process
 from ocelot_em.store.manifest import MANIFEST, Manifest, find_manifest, write_manifest
@@ -106,11 +109,18 @@ class SearchSize:
 
 @dataclass(frozen=True)
 class Slot:
-    """A version of a partial that is being written: its id, manifest and maps."""
+    """A version of a partial that is being written: its group, manifest and maps."""
 
-    id: str
+    group: MapGroup
     manifest: Manifest
     maps: dict[str, ChunkedMap]
+
+    def with_table(self, table: CorrelationTable) -> "Slot":
+        """Write a correlation table, which has no problems."""
+        arrays = write_table(self.group, table, self.maps[MIP].grid)
+        manifest = replace(self.manifest, arrays={**self.manifest.arrays, **arrays})
+        group = replace(self.group, correlation_threshold=table.threshold)
+        return replace(self, group=group, manifest=manifest)
 
 
 class RecordedPartial:
@@ -237,12 +247,12 @@ class RecordedPartial:
                     "checkpoint: search orientations in one process only"
                 )
 
-    def maps(self) -> dict[str, ChunkedMap]:
-        """Open the maps of the last checkpoint; empty if there is none."""
+    def last(self) -> tuple[dict[str, ChunkedMap], StoredTable | None]:
+        """Open the maps and the correlation table of the last checkpoint, if there is one."""
         if self._record.manifest is None:
-            return {}
+            return {}, None
         group = open_partial(self._objects, self.name, self._exposure, self._record)
-        return group.open(self._info.maps.partial, self.grid.shape)
+        return group.open(self._info.maps.partial, self.grid.shape), open_table(group)
 
     def begin(self) -> Slot:
         """Create the arrays of the next checkpoint."""
@@ -254,7 +264,7 @@ class RecordedPartial:
         group = MapGroup(self._objects, self._path, self.name, owner[:12])
         groups.create_group(self._objects, group.path_of(""), {})
         manifest, maps = create_arrays(group, self._info, self.grid, owner)
-        return Slot(owner, manifest, maps)
+        return Slot(group, manifest, maps)
 
     @property
     def _path(self) -> str:
@@ -287,15 +297,16 @@ class RecordedPartial:
         assert before.coverage is not None
         assert before.recording is not None
         everything = sets.union((*before.coverage.ranges, *ranges))
-        folder = slot.id[:12]
+        folder = slot.group.folder
         digest = write_manifest(objects, f"{self._path}/{folder}", slot.manifest)
         objects.sync()  # the data must be on the disk before the record
         changes = {
-            "id": slot.id,
+            "id": slot.manifest.id,
             "folder": folder,
             "manifest": digest,
             "total_projections": sets.size(everything) * self.size.projections_each,
             "coverage": before.coverage.model_copy(update={"ranges": everything}),
+            "correlation_threshold": slot.group.correlation_threshold,
             "recording": before.recording.model_copy(update={"heartbeat": now()}),
         }
         self._require_own()
