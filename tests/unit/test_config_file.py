@@ -416,4 +416,4 @@ def test_what_cannot_be_written(tmp_path):
         write_config(path, {"a": 1, "c": "\udcff"})
     assert path.read_text() == "what was there"
     with pytest.raises(StorageError, match=r"R\.yaml: cannot be written"):
-        write_config(tmp_path / "none" / "R.yaml", {"a": 1})
+        write_config(path / "R.yaml", {"a": 1})
