@@ -42,7 +42,7 @@ def write_report(
     """Write an HTML report: particles, significance, poses, partials, timings, provenance.
 
     For a montage, it also shows the placement of exposures and whether their seams are visible. The
-    file refers to no other.
+    file refers to no other; its path is returned.
 
     Parameters
     ----------

@@ -165,13 +165,8 @@ def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
     merged = data.merged
     exposures = {exposure.id: exposure for exposure in merged.plan.exposures}
     (y, x), own = plots.map_positions(data.particles), data.particles.columns[EXPOSURE]
-    return np.array(
-        [
-            merged.shows(exposures[str(own[i])], y[i : i + 1], x[i : i + 1])[0]
-            for i in particles.tolist()
-        ],
-        np.bool_,
-    )
+    at = [(exposures[str(own[i])], y[i : i + 1], x[i : i + 1]) for i in particles.tolist()]
+    return np.array([merged.shows(*place)[0] for place in at], np.bool_)
 
 
 def _particle_row(data: ReportData, i: int) -> dict[str, Any]:

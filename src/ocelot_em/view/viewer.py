@@ -193,16 +193,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with opened as file:
             size = os.fstat(file.fileno()).st_size
             kind = "json" if file.name.endswith(".json") else "octet-stream"
-            headers = {"Content-Type": f"application/{kind}"}
-            status, (start, stop) = HTTPStatus.OK, (0, size)
+            headers, status = {"Content-Type": f"application/{kind}"}, HTTPStatus.OK
             picked = _byte_range(self.headers.get("Range", ""), size)
-            if picked is not None:
-                status, (start, stop) = HTTPStatus.PARTIAL_CONTENT, picked
+            start, stop = picked or (0, size)
+            if picked:
+                status = HTTPStatus.PARTIAL_CONTENT
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-                if start >= stop:
-                    refused = {"Content-Range": f"bytes */{size}"}
-                    self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, refused)
-                    return
+            if picked and start >= stop:
+                status, stop = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, start
+                headers = {"Content-Range": f"bytes */{size}"}
             self._head(status, stop - start, headers)
             if with_body:
                 file.seek(start)
