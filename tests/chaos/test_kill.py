@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ocelot_em
-from chaos_common import Undisturbed, undisturbed
+from chaos_common import OCELOT, Undisturbed, digests, undisturbed
 from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.merge.outcome import Outcome
 from ocelot_em.run.api import Observer
@@ -90,3 +91,45 @@ def test_a_full_disk_is_said_plainly_and_the_rerun_finishes(
     ballast.unlink()
     merge()
     search.assert_finished(output)
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from ocelot_em.cli.main import run
+from ocelot_em.io import ome_zarr
+
+left, kinds = int(sys.argv[1]), {"write": ome_zarr._Pyramid, "rename": Path, "rmtree": shutil}
+for name, kind in kinds.items():
+    def killed(*arguments, original=getattr(kind, name), **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    setattr(kind, name, killed)
+sys.exit(run(sys.argv[2:]))
+"""
+"""Runs a command that is killed before a step."""
+
+
+@pytest.mark.parametrize("before", range(4), ids=["write", "set aside", "rename", "delete"])
+def test_an_export_that_is_killed_leaves_nothing_behind_when_it_is_repeated(
+    search: Undisturbed, tmp_path: Path, before: int
+) -> None:
+    folder = tmp_path / "images"
+    image = folder / "a [1].zarr"
+    ocelot_em.merge(search.run, tmp_path / "OUT.zarr")
+    words = ["export", str(tmp_path / "OUT.zarr"), "--to", "ome-zarr", "--output", str(image)]
+    subprocess.run([*OCELOT, *words], check=True)
+    whole = digests(image)
+    words += ["--overwrite"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(before), *words])
+    assert killed.returncode == -9
+    assert len([*folder.iterdir()]) == 2
+    unrelated = folder / "a [1].zarr#1"
+    unrelated.mkdir()
+    done = subprocess.run([*OCELOT, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(folder.iterdir()) == [image, unrelated]
+    assert digests(image) == whole

@@ -30,7 +30,9 @@ from chaos_common import (
     wait_for,
 )
 from ocelot_em import check, describe, merge
-from ocelot_em.errors import TilesFailedError
+from ocelot_em.errors import FormatError, StoppedError, TilesFailedError
+from ocelot_em.merge.outcome import Outcome
+from ocelot_em.run.api import Observer
 from ocelot_em.store.objects import open_objects
 from s3 import BUCKET, bucket, server
 
@@ -41,6 +43,11 @@ pytestmark = pytest.mark.chaos
 RUN, OUT = f"s3://{BUCKET}/x/RUN.zarr", f"s3://{BUCKET}/x/OUT.zarr"
 CHUNK = re.compile(r"\.zarr/(?P<path>.*/c(/\d+)+)$")
 
+LISTED = re.compile(
+    r"<(Contents|CommonPrefixes)>\s*<(Key|Prefix)>(?P<key>[^<]*)</.*?</\1>", re.DOTALL
+)
+"""An entry of a listing."""
+
 Fault = Callable[[str, str], str]
 """What befalls a request for a chunk, of a method and a key: a word of :class:`Proxy`, or none."""
 
@@ -50,6 +57,8 @@ class Faults:
     """What the proxy does to requests for chunks of maps, and how often it did."""
 
     fault: Fault | None = None
+    hidden: re.Pattern[str] | None = None
+    """Keys that listings do not show yet."""
     struck: Counter[str] = field(default_factory=Counter)
     asked: int = 0
     counting: threading.Lock = field(default_factory=threading.Lock)
@@ -66,6 +75,18 @@ class Faults:
             if chosen:
                 self.struck[f"{method} {chosen}"] += 1
         return chosen
+
+    def late_listing(self, content: bytes) -> bytes:
+        """Leave the hidden keys out of the answer to a listing."""
+        assert self.hidden is not None
+        hidden = self.hidden
+
+        def shown(entry: re.Match[str]) -> str:
+            is_hidden = hidden.search(entry["key"]) is not None
+            self.struck["late"] += is_hidden
+            return "" if is_hidden else entry[0]
+
+        return LISTED.sub(shown, content.decode()).encode()
 
 
 class Company:
@@ -123,6 +144,9 @@ class Proxy(BaseHTTPRequestHandler):
             content = answer.read()
         finally:
             connection.close()
+        if self.faults.hidden is not None and "list-type=2" in self.path:
+            content = self.faults.late_listing(content)
+            answer.headers.replace_header("Content-Length", str(len(content)))
         length = int(answer.headers.get("Content-Length") or len(content))
         if fault == "reset":
             self._answer(answer.status, answer.getheaders(), content[: len(content) // 2], length)
@@ -261,6 +285,52 @@ def test_a_chunk_that_is_not_found_fails_by_name_and_a_rerun_finishes(
         merge(RUN, OUT, tile_size=search.tile)
     faults.fault = None
     assert merge(RUN, OUT, tile_size=search.tile).n_merged == left
+    assert_finished(search, faults, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "hidden", ["/partials/p1/", "/RUN.zarr/(partials|roster)/", "/(p1|roster)/.*zarr.json"]
+)
+def test_partials_that_a_listing_does_not_show_yet_are_missed_by_name(
+    search, faults, tmp_path, hidden
+) -> None:
+    faults.hidden = re.compile(hidden)
+    if hidden.endswith(".json"):  # folders are listed, and all else is fetched by its name
+        merge(RUN, OUT, tile_size=search.tile)
+    else:
+        with pytest.raises(FormatError, match=r"partial 'p1' is missing"):
+            merge(RUN, OUT, tile_size=search.tile)
+        assert open_objects(OUT).sizes("") == {}
+        assert any("partial 'p1' is missing" in problem for problem in check(RUN))
+        faults.hidden = None
+        merge(RUN, OUT, tile_size=search.tile)
+    faults.hidden = None
+    assert_finished(search, faults, tmp_path)
+
+
+def test_a_result_that_listings_do_not_show_yet_is_complete_only_when_it_is(
+    search, faults, tmp_path
+) -> None:
+    """All that a run has just written is hidden: while it runs, and from the one that resumes."""
+
+    class Stops(Observer):
+        def locked(self, stop: Callable[[], None]) -> None:
+            self.stop = stop
+
+        def tile_ended(self, outcome: Outcome) -> None:
+            self.stop()
+
+    faults.hidden = re.compile(r"OUT\.zarr/(?!lock/)")
+    with pytest.raises(StoppedError):
+        merge(RUN, OUT, tile_size=search.tile, threads=1, observer=Stops())
+    assert describe(OUT).attributes.state == "writing"
+    merge(RUN, OUT, tile_size=search.tile, threads=1)
+    assert describe(OUT).attributes.state == "complete"
+    faults.hidden = re.compile(r"OUT\.zarr/")
+    merge(RUN, OUT, tile_size=search.tile, threads=1)
+    merge(RUN, OUT, tile_size=search.tile, threads=1, overwrite=True)
+    assert faults.struck["late"] > 0
+    faults.hidden = None
     assert_finished(search, faults, tmp_path)
 
 

@@ -4,9 +4,14 @@ A pyramid is written in one pass: each block of the full map is read once and co
 levels above. Memory use is a few blocks per level, whatever the size of the map.
 """
 
+import fcntl
+import os
+import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from glob import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +39,10 @@ CHUNK = 512
 
 BLOCK = 2048
 """Edge in pixels of the blocks that are read, pooled and written on every level."""
+
+
+_LEFT_BEHIND = re.compile(r"#\d{30,39}$")
+"""Suffix of images that are being written or were replaced, a random number of 128 bits."""
 
 
 def write_ome_zarr(
@@ -76,15 +85,16 @@ def write_ome_zarr(
     require_distinct(url, [merged.url])
     staged, old = (place.with_name(f"{place.name}#{uuid.uuid4().int}") for _ in range(2))
     try:
-        with storage_errors(place):
-            staged.parent.mkdir(parents=True, exist_ok=True)
+        with storage_errors(place), ExitStack() as stack:
+            staged.mkdir(parents=True)
+            stack.enter_context(_locked(staged))
             pyramid = _Pyramid(merged, zarr.create_group(staged, zarr_format=3), maps)
             pyramid.write(place.name)
             open_objects(staged).sync()
             if place.exists():
                 place.rename(old)
             staged.rename(place)
-            shutil.rmtree(old, ignore_errors=True)
+            _delete_left_behind(place)
             sync_to_disk(place.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -232,6 +242,25 @@ def _window(values: Float32) -> dict[str, float]:
         end = start + 1
     low, high = float(known.min()), max(float(known.max()), end)
     return {"min": low, "max": high, "start": start, "end": end}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder until the end of this process at the latest; OSError if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _delete_left_behind(place: Path) -> None:
+    """Delete the replaced image, and what killed exports of this name have left."""
+    for path in place.parent.glob(f"{escape(place.name)}#*"):
+        if _LEFT_BEHIND.search(path.name) and not path.is_symlink():
+            with suppress(OSError), _locked(path):
+                shutil.rmtree(path)
 
 
 def _require_image(place: Path) -> None:
