@@ -7,12 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from ocelot_em import SearchInfo, SearchSize, check, describe, merge, open_merged, write_partial
+from ocelot_em import (
+    SearchInfo,
+    SearchSize,
+    check,
+    describe,
+    find_peaks,
+    merge,
+    open_merged,
+    write_partial,
+)
 from ocelot_em.cli.main import run as ocelot
 from ocelot_em.errors import IncompleteError, InputChangedError, InvalidInputError
 from ocelot_em.merge import planning
 from ocelot_em.merge.lazy import lazy_merge
 from ocelot_em.merge.recorder import read_recorded
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model import ranges as sets
 from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.maps import MEAN, SCALED_MIP, SQUARED_SUM, STD, SUM
@@ -22,6 +32,7 @@ from ocelot_em.store.bucket import MemoryObjects
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_partials
 from ocelot_em.store.sources import open_source_maps
+from ocelot_em.view.report_sections import ReportData, warnings_of
 from recording import (
     BATCHES,
     COLUMNS,
@@ -216,6 +227,11 @@ def test_an_incomplete_search_is_named_everywhere(tmp_path, capsys):
     assert "gpu1 wrote " in out
     assert " left" in out
     assert open_merged(merged).total_projections == 60
+    particles, result = find_peaks(merged, cutoff=4), MergedResult.open(merged)
+    assert "incomplete search: searched 30 of 48" in repr(particles)
+    warnings = warnings_of(ReportData(result, result.summary, particles, ""))
+    assert any(text.startswith("Incomplete search: searched 30 of 48") for text in warnings)
+    assert any("not a multiple of the batch size 5" in text for text in warnings)
 
 
 def test_a_merge_reads_what_it_planned_until_the_checkpoint_after_the_next():

@@ -214,6 +214,7 @@ def _pick_info(
         exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.is_montage else (),
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
         incomplete_exposures=incomplete,
+        incomplete_search=plan.progress.incomplete_text if plan.progress else "",
     )
 
 

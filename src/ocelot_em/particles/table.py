@@ -92,6 +92,7 @@ class PickInfo:
     ``false_positives`` is per exposure or in total. ``exposure_cutoffs`` and ``exposure_shapes``
     (shape, valid shape) are by exposure id; ``cutoff`` is the lowest. Where others are shown,
     particles of the ``incomplete_exposures`` may be missing, since their partials were not found.
+    ``incomplete_search`` states how much was searched, unless it was all.
     """
 
     store: str
@@ -106,6 +107,7 @@ class PickInfo:
     exposure_cutoffs: tuple[tuple[str, float], ...] = ()
     exposure_shapes: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = ()
     incomplete_exposures: tuple[str, ...] = ()
+    incomplete_search: str = ""
 
     @property
     def cutoff_text(self) -> str:
@@ -119,7 +121,8 @@ class PickInfo:
     def incomplete_text(self) -> str:
         """Where particles may be missing; empty if none are."""
         names = ", ".join(self.incomplete_exposures)
-        return names and f"incomplete where others are shown: exposures {names}"
+        where = names and f"incomplete where others are shown: exposures {names}"
+        return ", ".join(filter(None, [where, self.incomplete_search]))
 
     @property
     def template_box_px(self) -> int | None:

@@ -41,6 +41,11 @@ class SearchProgress:
         return self.n_searched >= self.n_orientations
 
     @property
+    def incomplete_text(self) -> str:
+        """Describe an incomplete search; empty if all was searched."""
+        return "" if self.is_whole else f"incomplete search: {self.text}"
+
+    @property
     def text(self) -> str:
         """Describe the progress in one sentence, without a full stop."""
         share = percent_text(self.n_searched / self.n_orientations)

@@ -108,6 +108,9 @@ def warnings_of(data: ReportData) -> list[str]:
         for n, what in counted
         if n
     ]
+    if searched := data.merged.plan.progress:
+        found = filter(None, [searched.incomplete_text, searched.warning])
+        problems += [f"{text[0].upper()}{text[1:]}." for text in found]
     if data.no_particles_reason:
         problems.append(f"No particles could be picked: {data.no_particles_reason}")
     if data.is_montage:
