@@ -39,20 +39,10 @@ from ocelot_em.io.import_options import Batch, ImportOptions, OnProgress
 from ocelot_em.io.leopard import import_batches
 from ocelot_em.io.origin import Origin
 from ocelot_em.io.origins import read_origins
-from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.io.yaml_file import as_number, read_yaml
 from ocelot_em.model.problems import in_words
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.search_info import Exposure
-
-
-def _as_number(value: object) -> object:
-    """Convert text that YAML failed to read as a number, such as 1e4."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
 
 
 def _as_text(value: object) -> object:
@@ -64,14 +54,10 @@ def _as_text(value: object) -> object:
     return value
 
 
-def _as_origins_file(value: object) -> object:
-    """Expand a plain file name into the mapping it stands for."""
-    return {"file": value} if isinstance(value, str) else value
-
-
-_FileName = Annotated[
-    str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4095), BeforeValidator(_as_text)
-]
+_TEXT, _NUMBER = BeforeValidator(_as_text), BeforeValidator(as_number)
+_FILE_OR_MAPPING = BeforeValidator(lambda value: {"file": value} if type(value) is str else value)
+_PAIR = Field(min_length=2, max_length=2)
+_FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=4095), _TEXT]
 
 
 class _Strict(BaseModel):
@@ -89,16 +75,10 @@ class OriginsFile(_Strict):
 class ExposureEntry(_Strict):
     """One exposure of a description."""
 
-    id: Annotated[fmt.PartialName, BeforeValidator(_as_text)]
-    origin: (
-        Annotated[
-            list[Annotated[fmt.Origin, BeforeValidator(_as_number)]],
-            Field(min_length=2, max_length=2),
-        ]
-        | None
-    ) = None
+    id: Annotated[fmt.PartialName, _TEXT]
+    origin: Annotated[list[Annotated[fmt.Origin, _NUMBER]], _PAIR] | None = None
     acquired: fmt.Order | None = None
-    valid_shape: Annotated[list[fmt.PixelCount], Field(min_length=2, max_length=2)] | None = None
+    valid_shape: Annotated[list[fmt.PixelCount], _PAIR] | None = None
     partials: Annotated[list[_FileName], Field(min_length=1)]
     total_projections: list[fmt.Count] = []
 
@@ -106,10 +86,10 @@ class ExposureEntry(_Strict):
 class Description(_Strict):
     """Content of a description file; see :mod:`ocelot_em.io.description`."""
 
-    pixel_size: Annotated[fmt.Angstrom, BeforeValidator(_as_number)] | None = None
+    pixel_size: Annotated[fmt.Angstrom, _NUMBER] | None = None
     search_space: _FileName | None = None
     template_box: fmt.PixelCount | None = None
-    origins: Annotated[OriginsFile, BeforeValidator(_as_origins_file)] | None = None
+    origins: Annotated[OriginsFile, _FILE_OR_MAPPING] | None = None
     exposures: Annotated[list[ExposureEntry], Field(min_length=1)]
 
 
@@ -157,10 +137,9 @@ def import_description(
     place = Path(path)
     description = read_description(place)
     exposures = placed_exposures(description, place)
+    tables = description.search_space
     options = ImportOptions(
-        search_space=None
-        if description.search_space is None
-        else place.parent / description.search_space,
+        search_space=None if tables is None else place.parent / tables,
         template_box=description.template_box,
         pixel_size_angstrom=description.pixel_size,
     )
@@ -201,13 +180,10 @@ def placed_exposures(description: Description, path: Path) -> list[Exposure]:
     Raise an error that names every exposure whose origin or order of acquisition is missing or
     contradictory.
     """
-    known: dict[str, Origin] = {}
-    file = description.origins
-    if file is not None:
-        known = read_origins(
-            path.parent / file.file, flip_y=file.flip_y, coordinates=file.coordinates
-        )
-    exposures, problems = [], []
+    known, exposures, problems = dict[str, Origin](), [], []
+    if description.origins is not None:
+        how = description.origins.model_dump()
+        known = read_origins(path.parent / how.pop("file"), **how)
     for entry in description.exposures:
         found, place = known.get(entry.id), f"{path}: exposure {entry.id!r}"
         both: dict[str, tuple[Any, Any]] = {

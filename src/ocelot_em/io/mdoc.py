@@ -3,9 +3,12 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
+
+import numpy as np
 
 from ocelot_em.io.origin import NAMES_SHOWN, Origin, coordinate_of, id_problem, integer_of, stem_of
 
@@ -16,12 +19,9 @@ PIECE_KEYS: Mapping[str, str] = {
 }
 """Keys of coordinates in an ``.mdoc`` file, the preferred one first."""
 
-_MDOC_KEYS = {*PIECE_KEYS.values(), "SubFramePath", "DateTime"}
-
+_KEYS = {*PIECE_KEYS.values(), "SubFramePath", "DateTime"}
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-
 _TITLE = re.compile(r"\[\s*T\s*=")
-
 _DATE = re.compile(
     r"(?:([0-9]{1,2})-([A-Za-z]{3})-([0-9]{4}|[0-9]{2})|([0-9]{4})-([A-Za-z]{3})-([0-9]{1,2}))"
     r"\s+([0-9]{1,2}):([0-9]{2}):([0-9]{2})"
@@ -30,7 +30,7 @@ _DATE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A section of an ``.mdoc`` file: lines and values by key."""
+    """A section: its line, and lines and values by key."""
 
     line: int
     kind: str
@@ -49,33 +49,24 @@ def read_mdoc(
     sections, problems = _sections(text)
     if not sections:
         return {}, problems or ["expected sections [ZValue = ...] or [Image = ...], got none"]
-    if coordinates is None:
-        everywhere = [
-            kind
-            for kind, key in PIECE_KEYS.items()
-            if all(key in section.values for section in sections)
-        ]
-        piece_key = PIECE_KEYS[everywhere[0] if everywhere else "piece"]
-    else:
-        piece_key = PIECE_KEYS[coordinates]
-    ids, found = _mdoc_ids(sections)
+    everywhere = (k for k in PIECE_KEYS.values() if all(k in s.values for s in sections))
+    key = PIECE_KEYS[coordinates] if coordinates else next(everywhere, PIECE_KEYS["piece"])
+    ids, found = _ids(sections)
     problems += found
-    pieces = list[tuple[float, float]]()
-    montages = dict[str, int]()
+    pieces, montages = list[tuple[float, float]](), dict[str, int]()
     for section in sections:
-        key = piece_key
         if key not in section.values:
             problems.append(f"line {section.line}: {section.title}: expected {key}, got none")
             continue
         line, written = section.values[key]
-        numbers = [coordinate_of(number) for number in written.split()]
-        if len(numbers) != 3 or None in numbers:
+        numbers = [n for n in map(coordinate_of, written.split()) if n is not None]
+        if not len(numbers) == len(written.split()) == 3:
             problems.append(
                 f"line {line}: {key}: expected x, y and z, numbers from -2**31 to 2**31, got "
                 f"{written!r}"
             )
             continue
-        x, y, z = (number for number in numbers if number is not None)
+        x, y, z = numbers
         montages.setdefault(f"{z:g}", line)
         pieces.append((y, x))
     if len(montages) > 1:
@@ -86,18 +77,16 @@ def read_mdoc(
         )
     if problems:
         return {}, problems
-    top, bottom, left = (max(pieces)[0], min(pieces)[0], min(x for _, x in pieces))
-    ranks = _acquired(sections)
+    top, bottom, left = max(pieces)[0], min(pieces)[0], min(x for _, x in pieces)
     return {
         name: Origin(top - y if flip_y else y - bottom, x - left, rank)
-        for name, (y, x), rank in zip(ids, pieces, ranks, strict=True)
+        for name, (y, x), rank in zip(ids, pieces, _acquired(sections), strict=True)
     }, []
 
 
 def _sections(text: str) -> tuple[list[_Section], list[str]]:
     """Return the image sections in the order of the file, and problems."""
-    sections, problems = list[_Section](), list[str]()
-    titles = dict[str, int]()
+    sections, problems, titles = list[_Section](), list[str](), dict[str, int]()
     current: _Section | None = None
     for line, written in enumerate(io.StringIO(text, newline=None), 1):
         content = written.strip()
@@ -120,7 +109,7 @@ def _sections(text: str) -> tuple[list[_Section], list[str]]:
             sections.append(current)
         elif current is not None:
             key, _, value = (part.strip() for part in content.partition("="))
-            if key not in _MDOC_KEYS:
+            if key not in _KEYS:
                 continue
             before, _ = current.values.setdefault(key, (line, value))
             if before != line:
@@ -131,7 +120,7 @@ def _sections(text: str) -> tuple[list[_Section], list[str]]:
     return sections, problems
 
 
-def _mdoc_ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
+def _ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
     """Return the sections' ids, and problems."""
     framed = all(section.values.get("SubFramePath", (0, ""))[1] for section in sections)
     ids, lines, problems = list[str](), dict[str, int](), list[str]()
@@ -154,16 +143,12 @@ def _mdoc_ids(sections: Sequence[_Section]) -> tuple[list[str], list[str]]:
 def _acquired(sections: Sequence[_Section]) -> list[int]:
     """Return the sections' order of acquisition: from times, Z values or the file's order."""
     times = [_time(section.values.get("DateTime", (0, ""))[1]) for section in sections]
-    known = [time for time in times if time is not None]
-    if len(known) == len(times):
-        order = sorted(range(len(known)), key=known.__getitem__)
-        ranks = [0] * len(order)
-        for rank, section in enumerate(order):
-            ranks[section] = rank
-        return ranks
+    if None not in times:
+        order = np.argsort(np.array(times, "datetime64[s]"), kind="stable")
+        return [int(rank) for rank in np.argsort(order)]
     numbers = [integer_of(s.name) if s.kind == "ZValue" else None for s in sections]
-    known_numbers = [number for number in numbers if number is not None]
-    return known_numbers if len(known_numbers) == len(numbers) else list(range(len(sections)))
+    known = [number for number in numbers if number is not None]
+    return known if len(known) == len(sections) else list(range(len(sections)))
 
 
 def _time(text: str) -> datetime | None:
@@ -173,12 +158,9 @@ def _time(text: str) -> datetime | None:
         return None
     groups = match.groups()
     day, month, year = groups[:3] if groups[0] else groups[5:2:-1]
-    if month.lower() not in _MONTHS:
-        return None
-    century = 2000 if len(year) == 2 else 0
-    hour, minute, second = map(int, groups[6:])
-    number = _MONTHS.index(month.lower()) + 1
-    try:
+    with suppress(ValueError):  # no such month or day
+        number = _MONTHS.index(month.lower()) + 1
+        century = 2000 if len(year) == 2 else 0
+        hour, minute, second = map(int, groups[6:])
         return datetime(century + int(year), number, int(day), hour, minute, second)
-    except ValueError:
-        return None
+    return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.io.yaml_file import as_number, read_yaml
 
 LEOPARD_MAPS: Mapping[str, str] = {
     "mip_path": "mip_path",
@@ -30,6 +30,7 @@ LEOPARD_ABERRATIONS = ("even_zernikes", "odd_zernikes", "mag_matrix")
 """Columns of Leopard-EM's table with aberrations as text; also their configuration keys."""
 
 LEOPARD_ONLY = (*LEOPARD_ABERRATIONS, *LEOPARD_MAPS)
+"""Columns of Leopard-EM's table that other tables lack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,13 @@ class _Quantity:
     default: float | None = None
 
     def problem(self, value: Any) -> str | None:
-        bounds = f" above {self.above:g}" if self.above > -math.inf else ""
-        bounds += f" from {self.least:g}" if self.least > -math.inf else ""
-        bounds += f" to {self.most:g}" if self.most < math.inf else ""
-        expected = f"expected a number{bounds} ({self.unit}), got {value!r}"
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            return expected
-        within = self.above < value and self.least <= value <= self.most
-        return None if within and abs(value) <= sys.float_info.max else expected
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            within = self.above < value and self.least <= value <= self.most
+            if within and abs(value) <= sys.float_info.max:
+                return None
+        limits = (("above", self.above), ("from", self.least), ("to", self.most))
+        bounds = "".join(f" {word} {limit:g}" for word, limit in limits if math.isfinite(limit))
+        return f"expected a number{bounds} ({self.unit}), got {value!r}"
 
 
 _QUANTITIES: Mapping[str, _Quantity] = {
@@ -173,14 +173,15 @@ class Optics:
         InvalidInputError
             Naming every missing or invalid key.
         """
-        config, problems = read_yaml(path, "the configuration of a match_template run"), list[str]()
-        sections: dict[str, Mapping[str, Any]] = {}
-        for name in ("optics_group", "match_template_result"):
-            section = config.get(name) or {}
-            if not isinstance(section, Mapping):
-                problems.append(f"{name}: expected keys and values, got {section!r}")
-            sections[name] = section if isinstance(section, Mapping) else {}
-        group, results = sections["optics_group"], sections["match_template_result"]
+        config = read_yaml(path, "the configuration of a match_template run")
+        group, results = (config.get(k) or {} for k in ("optics_group", "match_template_result"))
+        problems = list[str]()
+        if not isinstance(group, Mapping):
+            problems.append(f"optics_group: expected keys and values, got {group!r}")
+            group = {}
+        if not isinstance(results, Mapping):
+            problems.append(f"match_template_result: expected keys and values, got {results!r}")
+            results = {}
         texts = {c: _leopard_text(group.get(c)) for c in LEOPARD_ABERRATIONS}
         texts |= {c: results.get(key, "") for c, key in LEOPARD_MAPS.items()}
         template = config.get("template_volume_path")
@@ -188,7 +189,7 @@ class Optics:
             template_box_px, why_not = _template_edge(template, Path(path).parent)
             problems += why_not
         values: dict[str, Any] = {
-            **{name: _number(group.get(q.key, q.default)) for name, q in _QUANTITIES.items()},
+            **{name: as_number(group.get(q.key, q.default)) for name, q in _QUANTITIES.items()},
             "label": group.get("label", "opticsGroup1"),
             "micrograph": config.get("micrograph_path"),
             "template": template,
@@ -209,11 +210,8 @@ def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") 
 
     Paths are made absolute, because Leopard-EM resolves relative ones from its working directory.
     """
-    place = Path(folder).absolute()
-    paths = {
-        column: str(place / f"{prefix}{key.removesuffix('_path')}.mrc")
-        for column, key in LEOPARD_MAPS.items()
-    }
+    start = f"{Path(folder).absolute()}/{prefix}"
+    paths = {c: f"{start}{key.removesuffix('_path')}.mrc" for c, key in LEOPARD_MAPS.items()}
     return replace(optics, leopard_columns={**optics.leopard_columns, **paths})
 
 
@@ -240,16 +238,6 @@ def _text_problem(value: object) -> str | None:
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
         return f"expected text without line breaks and control characters, got {value!r}"
     return None
-
-
-def _number(value: object) -> object:
-    """Convert to float where possible: YAML reads 300 as an integer and 1e4 as text."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return value
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return value
 
 
 def _leopard_text(value: object) -> object:

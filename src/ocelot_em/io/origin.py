@@ -42,11 +42,6 @@ def coordinate_of(text: str | None) -> float | None:
     return value if abs(value) <= _MAX_COORDINATE_PX else None  # NaN gives None
 
 
-def expected_coordinate(text: str | None) -> str:
-    """Return the message that a coordinate was expected."""
-    return f"expected a number of pixels from -2**31 to 2**31, got {text!r}"
-
-
 def integer_of(text: str | None) -> int | None:
     """Return an integer; None if the text is not one."""
     return int(text) if text is not None and _INTEGER.fullmatch(text) else None

@@ -24,23 +24,14 @@ flipped. An image whose first row is its top, as in TIFF files, needs ``flip_y``
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.mdoc import PIECE_KEYS, read_mdoc
-from ocelot_em.io.origin import (
-    NAMES_SHOWN,
-    Origin,
-    coordinate_of,
-    expected_coordinate,
-    id_problem,
-    integer_of,
-    stem_of,
-)
-from ocelot_em.io.star_file import parse_star
+from ocelot_em.io.origin import NAMES_SHOWN, Origin, coordinate_of, id_problem, integer_of, stem_of
+from ocelot_em.io.star_file import StarTable, parse_star
 from ocelot_em.io.text_file import read_text
 
 _MAX_NBYTES = 256_000_000
@@ -54,22 +45,14 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 """Accepted names of a table's columns."""
 
-_STAR_COLUMNS: Mapping[str, tuple[str, ...]] = {
+_STAR_COLUMNS = {
+    **_COLUMNS,
     "id": (*_COLUMNS["id"], "rlnMicrographName"),
     "y": (*_COLUMNS["y"], "rlnCoordinateY"),
     "x": (*_COLUMNS["x"], "rlnCoordinateX"),
-    "acquired": _COLUMNS["acquired"],
 }
 
 _OPTIONAL = "acquired"
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A table's values for one exposure, as text; empty where a value is missing."""
-
-    line: int
-    values: Mapping[str, str]
 
 
 def read_origins(
@@ -120,16 +103,19 @@ def read_origins(
             f"{place}: origins of a {suffix} file are taken as they are; leave out flip_y and "
             "coordinates, which are for .mdoc files"
         )
-    what = "a file with origins of exposures"
-    text = read_text(place, _MAX_NBYTES, what, lenient=suffix == ".mdoc")
+    text = read_text(
+        place, _MAX_NBYTES, "a file with origins of exposures", lenient=suffix == ".mdoc"
+    )
     if suffix == ".mdoc":
         origins, problems = read_mdoc(text, flip_y, coordinates)
     else:
-        rows, problems = _csv_rows(text) if suffix == ".csv" else _star_rows(text)
-        origins, found = _from_rows(rows)
-        problems += found
-        if not problems and not origins:
-            problems.append("expected a row for each exposure, got none")
+        table, problems = (_csv_table if suffix == ".csv" else _star_table)(text)
+        origins = dict[str, Origin]()
+        if table is not None:
+            origins, found = _from_table(table, _COLUMNS if suffix == ".csv" else _STAR_COLUMNS)
+            problems += found
+            if not problems and not origins:
+                problems.append("expected a row for each exposure, got none")
     if problems:
         more = len(problems) - _PROBLEMS_SHOWN
         shown = problems[:_PROBLEMS_SHOWN] + ([f"and {more} more problems"] if more > 0 else [])
@@ -137,33 +123,49 @@ def read_origins(
     return origins
 
 
-def _from_rows(rows: Iterable[_Row]) -> tuple[dict[str, Origin], list[str]]:
-    """Return the origins in a table's rows, and problems."""
-    origins, lines, problems = dict[str, Origin](), dict[str, int](), list[str]()
-    for row in rows:
-        values = row.values
-        name, y, x = values["id"], coordinate_of(values["y"]), coordinate_of(values["x"])
-        found = [id_problem(name, row.line, lines)]
-        found += [
-            f"{axis}: {expected_coordinate(values[axis])}"
-            for axis, value in (("y", y), ("x", x))
-            if value is None
+def _csv_table(text: str) -> tuple[StarTable | None, list[str]]:
+    """Return the rows of a CSV file without ragged ones, as a table without name; and problems."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(reader.line_num, tuple(row)) for row in reader if row]
+    except csv.Error as error:
+        return None, [f"line {reader.line_num}: cannot be read as CSV: {error}"]
+    if not rows:
+        return None, ["expected a header line with the columns, got nothing"]
+    (line, header), *body = rows
+    names = tuple(name.strip() for name in header)
+    _, problems = _choose(names, _COLUMNS)
+    if problems:
+        return None, [f"line {line}: {problem}" for problem in problems]
+    whole = [(line, row) for line, row in body if len(row) == len(names)]
+    return StarTable("", names, [row for _, row in whole], [line for line, _ in whole]), [
+        f"line {line}: expected {len(names)} values, as the header has, got {len(row)}"
+        for line, row in body
+        if len(row) != len(names)
+    ]
+
+
+def _star_table(text: str) -> tuple[StarTable | None, list[str]]:
+    """Return the only table with the necessary columns, and problems."""
+    try:
+        tables, problems = parse_star(text)
+    except ValueError as error:
+        return None, [
+            f"cannot be read as a STAR file: {error}; expected blocks that start with 'data_', and "
+            "values with quotation marks around them where they have spaces"
         ]
-        acquired = None
-        if _OPTIONAL in values:
-            acquired = integer_of(values[_OPTIONAL])
-            if acquired is None:
-                found.append(f"acquired: expected an integer, got {values[_OPTIONAL]!r}")
-        problems += [f"line {row.line}: {problem}" for problem in found if problem]
-        if y is not None and x is not None:
-            origins[name] = Origin(y, x, acquired)
-    return origins, problems
-
-
-def _quoted(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = len(listed) - NAMES_SHOWN
-    return ", ".join(map(repr, listed[:NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    needed = [accepted for kind, accepted in _STAR_COLUMNS.items() if kind != _OPTIONAL]
+    having = [t for t in tables if all(set(names) & set(t.columns) for names in needed)]
+    if len(having) != 1:
+        got = [f"block {t.block!r} with {_quoted(t.columns)}" for t in having or tables]
+        return None, [
+            *problems,
+            f"expected one block with one column of each of: {'; '.join(map(_quoted, needed))}; "
+            f"got {', '.join(got[:NAMES_SHOWN]) or 'no block'}",
+        ]
+    _, found = _choose(having[0].columns, _STAR_COLUMNS)
+    problems += [f"block {having[0].block!r}: {problem}" for problem in found]
+    return None if found else having[0], problems
 
 
 def _choose(
@@ -183,55 +185,33 @@ def _choose(
     return chosen, problems
 
 
-def _csv_rows(text: str) -> tuple[list[_Row], list[str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        lines = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        return [], [f"line {reader.line_num}: cannot be read as CSV: {error}"]
-    if not lines:
-        return [], ["expected a header line with the columns, got nothing"]
-    (line, names), *body = lines
-    chosen, problems = _choose([name.strip() for name in names], _COLUMNS)
-    if problems:
-        return [], [f"line {line}: {problem}" for problem in problems]
-    ragged = [
-        f"line {line}: expected {len(names)} values, as the header has, got {len(row)}"
-        for line, row in body
-        if len(row) != len(names)
-    ]
-    return [
-        _Row(line, {kind: row[i].strip() for kind, i in chosen.items()})
-        for line, row in body
-        if len(row) == len(names)
-    ], ragged
-
-
-def _star_rows(text: str) -> tuple[list[_Row], list[str]]:
-    try:
-        tables, problems = parse_star(text)
-    except ValueError as error:
-        return [], [
-            f"cannot be read as a STAR file: {error}; expected blocks that start with 'data_', and "
-            "values with quotation marks around them where they have spaces"
-        ]
-    needed = [accepted for kind, accepted in _STAR_COLUMNS.items() if kind != _OPTIONAL]
-    having = [t for t in tables if all(set(names) & set(t.columns) for names in needed)]
-    if len(having) != 1:
-        got = [f"block {t.block!r} with {_quoted(t.columns)}" for t in having or tables]
-        return [], [
-            *problems,
-            f"expected one block with one column of each of: {'; '.join(map(_quoted, needed))}; "
-            f"got {', '.join(got[:NAMES_SHOWN]) or 'no block'}",
-        ]
-    (table,) = having
-    chosen, found = _choose(table.columns, _STAR_COLUMNS)
-    if found:
-        return [], [*problems, *(f"block {table.block!r}: {problem}" for problem in found)]
-    rows = []
+def _from_table(
+    table: StarTable, known: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, Origin], list[str]]:
+    """Return the origins in a table's rows, and problems."""
+    origins, lines, problems = dict[str, Origin](), dict[str, int](), list[str]()
+    chosen, _ = _choose(table.columns, known)
+    is_path = table.columns[chosen["id"]] == "rlnMicrographName"
     for line, row in zip(table.lines, table.rows, strict=True):
         values = {kind: row[i].strip() for kind, i in chosen.items()}
-        if table.columns[chosen["id"]] == "rlnMicrographName":
-            values["id"] = stem_of(values["id"])
-        rows.append(_Row(line, values))
-    return rows, problems
+        name = stem_of(values["id"]) if is_path else values["id"]
+        y, x = coordinate_of(values["y"]), coordinate_of(values["x"])
+        acquired = integer_of(values.get(_OPTIONAL))
+        found = [id_problem(name, line, lines)]
+        found += [
+            f"{axis}: expected a number of pixels from -2**31 to 2**31, got {values[axis]!r}"
+            for axis, value in (("y", y), ("x", x))
+            if value is None
+        ]
+        if _OPTIONAL in values and acquired is None:
+            found.append(f"acquired: expected an integer, got {values[_OPTIONAL]!r}")
+        problems += [f"line {line}: {problem}" for problem in found if problem]
+        if y is not None and x is not None:
+            origins[name] = Origin(y, x, acquired)
+    return origins, problems
+
+
+def _quoted(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = len(listed) - NAMES_SHOWN
+    return ", ".join(map(repr, listed[:NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")

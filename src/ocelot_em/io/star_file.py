@@ -63,16 +63,17 @@ def parse_star(text: str) -> tuple[list[StarTable], list[str]]:
     for block in document:
         name = unquote(block.name.strip())
         items: list[Any] = list(block)  # gemmi types pairs as objects
-        single = [item for item in items if item.pair]
-        if single:
-            pairs = [item.pair for item in single]
-            rows_of_one = [tuple(_plain(cif, value) for _, value in pairs)]
-            columns = tuple(unquote(tag[1:]) for tag, _ in pairs)
-            tables.append(StarTable(name, columns, rows_of_one, [single[0].line_number]))
-        for item in items:
-            if item.loop:
-                places = loops.get(item.line_number, [])
-                tables.append(_loop_table(cif, name, item, places))
+        if single := [item for item in items if item.pair]:
+            tags, values = zip(*(item.pair for item in single), strict=True)
+            tables.append(_table(cif, name, tags, values, [single[0].line_number]))
+        for item in (item for item in items if item.loop):
+            rows, n = loops.get(item.line_number, []), item.loop.length()
+            if n != len(rows):
+                raise ValueError(
+                    f"line {item.line_number}: expected every row of the loop on a line of its "
+                    f"own, got {n} rows on {len(rows)} lines"
+                )
+            tables.append(_table(cif, name, item.loop.tags, item.loop.values, rows))
     return tables, problems
 
 
@@ -97,21 +98,13 @@ def _loops(lines: Sequence[str]) -> Iterator[tuple[int, int, list[int]]]:
         yield start, width, rows
 
 
-def _loop_table(cif: Any, block: str, item: Any, lines: Sequence[int]) -> StarTable:
-    loop = item.loop
-    width, n, values = loop.width(), loop.length(), loop.values
-    if n != len(lines):
-        raise ValueError(
-            f"line {item.line_number}: expected every row of the loop on a line of its own, got "
-            f"{n} rows on {len(lines)} lines"
-        )
-    plain = [_plain(cif, value) for value in values]
-    rows = [tuple(plain[i * width : (i + 1) * width]) for i in range(n)]
-    return StarTable(block, tuple(unquote(tag[1:]) for tag in loop.tags), rows, lines)
-
-
-def _plain(cif: Any, value: str) -> str:
-    return "" if value in _MISSING else unquote(cif.as_string(value))
+def _table(
+    cif: Any, block: str, tags: Sequence[str], values: Sequence[str], lines: Sequence[int]
+) -> StarTable:
+    """Return values, row by row, without quotation marks and escapes."""
+    plain = ["" if value in _MISSING else unquote(cif.as_string(value)) for value in values]
+    rows = [tuple(plain[i : i + len(tags)]) for i in range(0, len(plain), len(tags))]
+    return StarTable(block, tuple(unquote(tag[1:]) for tag in tags), rows, lines)
 
 
 def format_star(blocks: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.text_file import read_text
@@ -23,6 +23,16 @@ MAX_UNQUOTED = 3000
 _MERGE = "tag:yaml.org,2002:merge"
 
 
+def as_number(value: object) -> object:
+    """Convert to float where possible: YAML reads 300 as an integer and 1e4 as text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
 def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
     """Read a mapping, which errors call ``what``.
 
@@ -36,38 +46,34 @@ def read_yaml(path: str | PathLike[str], what: str) -> Mapping[Any, Any]:
 
 def read_items(path: str | PathLike[str], what: str) -> Iterable[tuple[Any, Any]]:
     """Read a mapping as :func:`read_yaml` does, and return PyYAML's nodes of its items."""
-    items: Iterable[tuple[Any, Any]] = _read(path, what)[1].value
-    return items
+    return cast("Iterable[tuple[Any, Any]]", _read(path, what)[1].value)
 
 
 def _read(path: str | PathLike[str], what: str) -> tuple[Mapping[Any, Any], Any]:
     import yaml
 
-    place = Path(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = read_text(place, MAX_NBYTES, what)
+    text, content = read_text(Path(path), MAX_NBYTES, what), None
     try:
-        problem = _first_unwanted(yaml.parse(text, Loader=loader))
-        if problem:
-            raise InvalidInputError(f"{path}: {problem}")
-        document = loader(text)
-        node = document.get_single_node()
-        repeated = [f"{path}: {problem}" for problem in _repeated_keys(node)]
-        if repeated:
-            raise InvalidInputError(repeated)
-        content = None if node is None else document.construct_document(node)
-    except InvalidInputError:
-        raise
+        problems = _unwanted(yaml.parse(text, Loader=loader))
+        if not problems:
+            document = loader(text)
+            node = document.get_single_node()
+            problems = _repeated_keys(node)
+            if node is not None and not problems:
+                content = document.construct_document(node)
     except (ValueError, OverflowError, yaml.YAMLError) as error:
         raise InvalidInputError(f"{path}: cannot be read as YAML: {error}") from error
+    if problems:
+        raise InvalidInputError(f"{path}: {problem}" for problem in problems)
     if not isinstance(content, Mapping):
         got = "nothing" if content is None else type(content).__name__
         raise InvalidInputError(f"{path}: expected {what}, got {got}")
     return content, node
 
 
-def _first_unwanted(events: Iterable[Any]) -> str | None:
-    """Return the first unwanted feature; reading the whole file might take forever."""
+def _unwanted(events: Iterable[Any]) -> list[str]:
+    """List the first unwanted feature; reading the whole file might take forever."""
     import yaml
 
     depth = n_values = 0
@@ -75,7 +81,7 @@ def _first_unwanted(events: Iterable[Any]) -> str | None:
         n_values += isinstance(event, yaml.NodeEvent)  # a collection, a value or a key
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
-        problem = None
+        problem, unquoted = None, isinstance(event, yaml.ScalarEvent) and event.implicit[0]
         if isinstance(event, yaml.AliasEvent):
             problem = f"expected no aliases, got *{event.anchor}; write the value out"
         elif getattr(event, "tag", None) is not None:
@@ -84,18 +90,14 @@ def _first_unwanted(events: Iterable[Any]) -> str | None:
             problem = f"expected at most {MAX_VALUES:,} values and keys, got more"
         elif depth > MAX_DEPTH:
             problem = f"expected values nested at most {MAX_DEPTH} deep, got deeper ones"
-        elif (
-            isinstance(event, yaml.ScalarEvent)
-            and event.implicit[0]
-            and len(event.value) > MAX_UNQUOTED
-        ):
+        elif (n := len(event.value) if unquoted else 0) > MAX_UNQUOTED:
             problem = (
-                f"expected at most {MAX_UNQUOTED} characters of a value, got {len(event.value)}; "
-                "write text between quotation marks"
+                f"expected at most {MAX_UNQUOTED} characters of a value, got {n}; write text "
+                "between quotation marks"
             )
         if problem:
-            return f"line {event.start_mark.line + 1}: {problem}"
-    return None
+            return [f"line {event.start_mark.line + 1}: {problem}"]
+    return []
 
 
 def _repeated_keys(root: Any) -> list[str]:
