@@ -1,6 +1,9 @@
 """Searches that are recorded while they run: nothing searched twice, nothing half written."""
 
+import shutil
+import sys
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from ocelot_em import (
+    Exposure,
     SearchInfo,
     SearchSize,
     check,
@@ -18,7 +22,13 @@ from ocelot_em import (
     write_partial,
 )
 from ocelot_em.cli.main import run as ocelot
-from ocelot_em.errors import IncompleteError, InputChangedError, InvalidInputError
+from ocelot_em.errors import (
+    FormatError,
+    IncompleteError,
+    InputChangedError,
+    InvalidInputError,
+    StorageError,
+)
 from ocelot_em.merge import planning
 from ocelot_em.merge.lazy import lazy_merge
 from ocelot_em.merge.recorder import read_recorded
@@ -167,6 +177,7 @@ def test_who_has_ended_is_completed_and_what_it_left_is_deleted(monkeypatch):
     search(maps, 12, 16)
     device._maps.update(maps)
     device._pending.append((12, 16))
+    device._given = None
     with pytest.raises(IncompleteError, match=r"recorded by 'gpu0\.2' meanwhile"):
         device.write()
     device._partial.refuse_overlap = lambda _ranges: None
@@ -264,3 +275,75 @@ def test_what_is_wrong_is_named():
     next(ranges := device.ranges(BATCHES)), next(ranges)
     with pytest.raises(InvalidInputError, match=r"expected a search of 47 orient.*, got 48"):
         recorder("memory://wrong", size=SearchSize(47), **explicit)
+
+
+def test_a_range_counts_once_and_only_within_the_search(undisturbed):
+    device, maps = recorder("memory://given-twice", every=1e9)
+    for start, stop in device.ranges([(0, 12), (0, 12), (12, N)]):
+        search(maps, start, stop)
+    device.finish()
+    assert_same(lazy_merge("memory://given-twice").compute(), undisturbed)
+    device, _ = recorder("memory://beyond", every=1e9)
+    with pytest.raises(InvalidInputError, match=r"within 0 to 48.*got 40 to 50"):
+        list(device.ranges([(0, 40), (40, 50)]))
+
+
+def test_maps_in_the_middle_of_a_range_are_not_recorded():
+    device, maps = recorder("memory://middle", every=1e9)
+    for start, stop in device.ranges(BATCHES):
+        search(maps, start, stop)
+        break
+    with pytest.raises(IncompleteError, match="in the middle of orientations 0 to 4"):
+        device.finish()
+
+
+@pytest.mark.parametrize("moment", ["after the record", "while the maps are reset"])
+def test_a_checkpoint_that_failed_is_not_added_again(undisturbed, monkeypatch, moment):
+    place = f"memory://failed-{moment[:5]}"
+    device, maps = recorder(place, every=1e9)
+    for start, stop in device.ranges(BATCHES):
+        search(maps, start, stop)
+    looked = []
+
+    def fail(*_args):
+        looked.append(1)
+        if moment != "after the record" or len(looked) == 3:
+            raise StorageError("the network is down")
+
+    if moment == "after the record":
+        monkeypatch.setattr(device._partial, "refuse_overlap", fail)
+    else:
+        monkeypatch.setattr(sys.modules["ocelot_em.merge.recorder"], "fill", fail)
+    with pytest.raises(StorageError, match="network"):
+        device.write()
+    monkeypatch.undo()
+    with pytest.raises(IncompleteError, match="an earlier checkpoint failed"):
+        device.finish()
+    assert_same(lazy_merge(place).compute(), undisturbed)
+
+
+def test_a_recorder_leaves_other_partials_to_their_writers(tmp_path):
+    place = tmp_path / "RUN"
+    for name in ("a", "b"):
+        maps = new_maps()
+        search(maps, 0, 4)
+        write_partial(place, name, maps, total_projections=8, search=INFO)
+    shutil.rmtree(place / "partials/b")
+    recorder(place)
+    with pytest.raises(FormatError, match="'b' is missing"):
+        lazy_merge(place)
+
+
+def test_an_exposure_without_a_checkpoint_is_not_left_out():
+    place = "memory://exposures"
+    for number, name in enumerate(("A", "B")):
+        info = replace(INFO, exposure=Exposure(name, (0, 60 * number), number))
+        device, maps = recorder(place, search=info)
+        if name == "A":
+            for start, stop in device.ranges(BATCHES):
+                search(maps, start, stop)
+            device.finish()
+        else:
+            device._partial.begin()
+    with pytest.raises(IncompleteError, match=r"B.*no partials yet"):
+        lazy_merge(place)

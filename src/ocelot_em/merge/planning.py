@@ -63,7 +63,7 @@ def make_plan(
     sources = [source for exposure in placed for source in exposure.sources]
     problems += _duplicates(sources)
     for exposure in placed:
-        problems += _searched_twice(exposure)
+        problems += _searched_twice(exposure, is_indexed=first.pose_form is PoseForm.INDEXED)
     problems += [
         f"inputs: expected at most {MAX_SOURCES:,} partials at a time, got "
         f"{len(exposure.sources):,}; merge some of them first, then the results"
@@ -198,13 +198,18 @@ def _duplicates(sources: Sequence[Source]) -> list[str]:
     ]
 
 
-def _searched_twice(exposure: PlannedExposure) -> list[str]:
-    return overlap_problems(
-        (f"{source.url}: partial {partial_text(exposure.id, contribution.name)!r}", found)
-        for source in exposure.sources
-        for contribution in source.contributions
-        if (found := contribution.coverage) is not None
-    )
+def _searched_twice(exposure: PlannedExposure, *, is_indexed: bool) -> list[str]:
+    """Name partials that have the same orientations.
+
+    Orientations are known by their numbers in a search space, or in a store without one.
+    """
+    by_store: dict[str, list[tuple[str, fmt.Coverage | None]]] = {}
+    for source in exposure.sources:
+        for contribution in source.contributions:
+            place = f"{source.url}: partial {partial_text(exposure.id, contribution.name)!r}"
+            numbered_by = "" if is_indexed else source.url
+            by_store.setdefault(numbered_by, []).append((place, contribution.coverage))
+    return [problem for found in by_store.values() for problem in overlap_problems(found)]
 
 
 def _refuse_incomplete(exposures: Sequence[PlannedExposure]) -> None:

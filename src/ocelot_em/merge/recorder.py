@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ocelot_em.errors import InvalidDataError, InvalidInputError
+from ocelot_em.errors import IncompleteError, InvalidDataError, InvalidInputError
 from ocelot_em.kernels import load
 from ocelot_em.merge.in_memory import BAND_PIXELS, Processor, fold_bands, on_host
 from ocelot_em.model import ranges as sets
@@ -123,7 +123,10 @@ class SearchRecorder:
         self._rows, self._info, self._table = rows, info, maps.get(TABLE)
         self._partial = RecordedPartial(store, name, (shape[0], shape[1]), info, size, self._every)
         self._done = self._partial.searched_before()
+        self._n_orientations = size.n_orientations
         self._pending: list[Range] = []
+        self._given: Range | None = None
+        self._has_failed = False
         self._last = time.monotonic()
         if warning := batch_warning(size.coverage):
             warnings.warn(warning, stacklevel=2)
@@ -144,11 +147,24 @@ class SearchRecorder:
         next_range
             Returns the first orientation of the next range and the one after its last, or None at
             the end; or all ranges in advance. Each device must have ranges of its own.
+
+        Raises
+        ------
+        InvalidInputError
+            A range has orientations that the search has not.
         """
         given = iter(next_range, None) if callable(next_range) else iter(next_range)
         for start, stop in given:
-            for piece in sets.minus(((int(start), int(stop)),), self._done):
+            if not 0 <= start <= stop <= self._n_orientations:
+                raise InvalidInputError(
+                    f"{self.name}: expected ranges within 0 to {self._n_orientations}, which the "
+                    f"search has, got {start} to {stop}"
+                )
+            missing = sets.minus(((int(start), int(stop)),), self._done)
+            for piece in sets.minus(missing, sets.union(self._pending)):
+                self._given = piece
                 yield piece
+                self._given = None
                 self._pending.append(piece)
                 self._write_when_due()
 
@@ -165,9 +181,21 @@ class SearchRecorder:
         InvalidDataError
             The maps have values that no search produces.
         IncompleteError
-            Another process has recorded the same orientations meanwhile.
+            Another process has recorded the same orientations meanwhile; or it is not known what
+            the maps contain, because a range was begun, or an earlier checkpoint failed.
         """
         self._last = time.monotonic()
+        if self._has_failed:
+            raise IncompleteError(
+                f"{self.name}: an earlier checkpoint failed, and its maps may have been recorded; "
+                "run the search again, which searches only what is missing"
+            )
+        if self._given is not None:
+            raise IncompleteError(
+                f"{self.name}: expected maps of whole ranges, got a checkpoint in the middle of "
+                f"orientations {self._given[0]:,} to {self._given[1]:,}; let the iterator over "
+                "ranges ask for the next one first, and end it by None"
+            )
         if not self._pending:
             return
         ranges, partial = sets.union(self._pending), self._partial
@@ -181,14 +209,17 @@ class SearchRecorder:
                 slot.maps[key].write(band, values)
         if self._table is not None:
             slot = slot.with_table(self._joined(rows))
+        self._has_failed = True
         partial.publish(slot, ranges)
         self._pending.clear()
-        self._done = partial.searched_before()
         for key, values in self._maps.items():
             fill(values, _EMPTY.get(key, 0))
         if self._table is not None:
             for key in self._table.keys() - {THRESHOLD}:
                 self._table[key] = self._table[key][:0]
+        synchronize(self._maps[MIP])
+        self._has_failed = False
+        self._done = partial.searched_before()
         seconds = time.monotonic() - self._last
         log.info("%s: checkpoint written in %s", self.name, seconds_text(seconds))
 

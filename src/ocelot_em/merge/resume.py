@@ -143,8 +143,17 @@ def _is_interim(existing: fmt.MergedAttributes, plan: MergePlan) -> bool:
 
 
 def _is_of(earlier: MergePlan, plan: MergePlan) -> bool:
-    """Whether a plan has all inputs of an earlier one, whatever they contain now."""
-    return {source.url for source in earlier.sources} <= {source.url for source in plan.sources}
+    """Whether a plan has all inputs of an earlier one, whatever has been searched since then."""
+    return _searches(earlier) <= _searches(plan)
+
+
+def _searches(plan: MergePlan) -> set[tuple[str, str | None]]:
+    """Return the stores of a plan, with what identifies the search that was recorded there."""
+    return {
+        (source.url, contribution.coverage.data_sha256 if contribution.coverage else None)
+        for source in plan.sources
+        for contribution in source.contributions
+    }
 
 
 def confirm(ready: PreparedMerge, objects: Objects) -> PreparedMerge:

@@ -194,7 +194,7 @@ class ChunkedMap:
         if encoded is None:
             raise MissingChunkError(
                 f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
-                f"missing: expected an object {self.key(chunk)}; write the partial again"
+                f"missing: expected an object {self.key(chunk)}; write the partial, or merge, again"
             )
         try:
             fetched = BloscChunk(encoded, nbytes)
@@ -226,7 +226,7 @@ class ChunkedMap:
         """Return the error for a chunk that :class:`BloscChunk` rejects."""
         return CorruptChunkError(
             f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is corrupt: "
-            f"{complaint} (object {self.key(chunk)}); write the partial again"
+            f"{complaint} (object {self.key(chunk)}); write the partial, or merge, again"
         )
 
     def write(self, region: Region, values: AnyArray) -> int:

@@ -8,12 +8,13 @@ A name has one writer for ever: a process that is started again takes another na
 
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from os import PathLike
 from typing import Any
 
-from ocelot_em.errors import IncompleteError, InvalidInputError
+from ocelot_em.errors import IncompleteError, InvalidInputError, StorageError
 from ocelot_em.model import ranges as sets
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.correlations import CorrelationTable
@@ -216,8 +217,11 @@ class RecordedPartial:
     def _repair(self) -> None:
         """Finish what killed processes have left half done."""
         objects, exposure = self._objects, self._exposure
-        for name in read_roster(objects, exposure).keys() - {*partial_names(objects, exposure)}:
-            # Killed between the list and the group: nothing has been searched yet.
+        there = {*partial_names(objects, exposure)}
+        for name, entry in read_roster(objects, exposure).items():
+            if name in there or not entry.is_recorded:
+                continue
+            # Killed between the list and the group, or lost: the search of this is repeated.
             nothing = self._record.model_copy(update={"id": uuid.uuid4().hex})
             path = partial_path(name, exposure)
             groups.create_group(objects, path, fmt.dump_attributes(nothing))
@@ -278,7 +282,7 @@ class RecordedPartial:
             self.name = wanted if number == 1 else f"{wanted}.{number}"
             if self.name in taken:
                 continue
-            register(objects, self._exposure, [self.name])
+            register(objects, self._exposure, [self.name], is_recorded=True)
             if groups.create_group(objects, self._path, fmt.dump_attributes(self._record)):
                 self._is_claimed = True
                 return
@@ -317,8 +321,9 @@ class RecordedPartial:
         except IncompleteError:
             self._replace(before)
             raise
-        for child in {*objects.children(self._path)} - {before.folder, folder, MANIFEST}:
-            objects.delete(f"{self._path}/{child}")
+        with suppress(StorageError):  # the next checkpoint deletes them, too
+            for child in {*objects.children(self._path)} - {before.folder, folder, MANIFEST}:
+                objects.delete(f"{self._path}/{child}")
 
     def _replace(self, record: fmt.PartialAttributes) -> None:
         groups.replace_attributes(self._objects, self._path, fmt.dump_attributes(record))

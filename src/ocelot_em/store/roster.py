@@ -39,10 +39,13 @@ class Entry(Attributes):
         Name of the partial.
     has_manifest
         Whether it must have a manifest once it is complete; versions 1 and 2 wrote none.
+    is_recorded
+        Whether it is recorded while its search runs.
     """
 
     name: PartialName
     has_manifest: bool
+    is_recorded: bool = False
 
 
 def read_roster(objects: Objects, exposure: str = "") -> dict[str, Entry]:
@@ -115,12 +118,18 @@ def exposure_problems(
 
 
 def register(
-    objects: Objects, exposure: str, names: Collection[str], *, has_manifest: bool = True
+    objects: Objects,
+    exposure: str,
+    names: Collection[str],
+    *,
+    has_manifest: bool = True,
+    is_recorded: bool = False,
 ) -> None:
     """Add partials to the list, unless they are there."""
     entries = list(_numbered(objects, _path(exposure), Entry))
     roster, number = {entry.name: entry for entry in entries}, len(entries)
-    for entry in (Entry(name=name, has_manifest=has_manifest) for name in names):
+    for name in names:
+        entry = Entry(name=name, has_manifest=has_manifest, is_recorded=is_recorded)
         if roster.get(entry.name) != entry:
             groups.create_group(objects, _path(exposure), {})
             while not groups.create_group(objects, _path(exposure, number), dump_attributes(entry)):

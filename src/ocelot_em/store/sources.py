@@ -174,12 +174,13 @@ def open_sources(
             check_roster(objects, exposure.id, partials, left_out, all_created=not so_far)
         partials = [(name, partial) for name, partial in partials if name not in left_out]
         n_partials += len(partials)
-        if not partials and exposure.id and not so_far:
-            problems.append(f"{exposure_prefix(exposure.id)}has no partials yet")
-        if not so_far:
-            problems += [partial_text(exposure.id, n) for n, p in partials if p.state == "writing"]
+        unfinished = [name for name, partial in partials if partial.state == "writing"]
         # A running partial without maps has searched nothing yet.
         partials = [(name, partial) for name, partial in partials if partial.is_readable]
+        if not so_far:
+            problems += [partial_text(exposure.id, name) for name in unfinished]
+            if exposure.id and not partials and not unfinished:
+                problems.append(f"{exposure_prefix(exposure.id)}has no partials yet")
         if complete_only:
             searched = progress_of(partial.coverage for _, partial in partials)
             if searched is None or not searched.is_whole:
