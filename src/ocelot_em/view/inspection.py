@@ -16,7 +16,7 @@ from ocelot_em.model.control_groups import n_cpus
 from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
-from ocelot_em.model.text import partial_text
+from ocelot_em.model.text import count_text, partial_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import search as searches
@@ -134,19 +134,8 @@ def check(
 
     Checks the metadata, that every chunk exists and holds the bytes that were written, that no
     partial has NaN or an index outside the search space, that partials and merges are finished, and
-    that counts add up.
-
-    Parameters
-    ----------
-    store
-        Path or URL of a search or a merged result.
-    on_progress
-        Called with the finished fraction, 0 to 1.
-
-    Returns
-    -------
-    list of str
-        One sentence per problem, empty if there are none; the first :data:`MAX_PROBLEMS` only.
+    that counts add up. Returns one sentence per problem, for the first :data:`MAX_PROBLEMS`.
+    ``on_progress`` is called with the finished fraction, 0 to 1.
 
     Examples
     --------
@@ -324,8 +313,9 @@ def _group_problems(
             n = max((e.n_partials for e in merged.exposures), default=len(merged.partials))
             if numbers.min() < NOT_SEARCHED or numbers.max() >= n:
                 found.append(
-                    f"{maps[BEST_PARTIAL].place}: expected -1 to {n - 1} for {n} partials, got "
-                    f"{numbers.min()} to {numbers.max()} in {region}"
+                    f"{maps[BEST_PARTIAL].place}: expected -1 to {n - 1} for "
+                    f"{count_text(n, 'partial')}, got {numbers.min()} to {numbers.max()} in "
+                    f"{region}"
                 )
         return found
 
@@ -350,9 +340,8 @@ def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:
     if SOURCE_EXPOSURE not in arrays:
         return arrays
     blank = arrays[SOURCE_EXPOSURE] == NOT_SEARCHED
-    return {
+    return arrays | {
         name: np.where(blank, -np.inf if name == MIP else 0, values)
-        if values.dtype.kind == "f"
-        else values
         for name, values in arrays.items()
+        if values.dtype.kind == "f"
     }
