@@ -1,13 +1,20 @@
 """Merges of a running search: replaced checkpoints, updates of the result, what is left out."""
 
+import io
+
 import numpy as np
 import pytest
 
-from ocelot_em import describe, merge, open_merged
+from ocelot_em import MergeOptions, describe, find_peaks, merge, open_merged
+from ocelot_em.cli import watch_command
+from ocelot_em.cli.console import PlainConsole
+from ocelot_em.cli.main import run as ocelot
+from ocelot_em.cli.text_map import map_text, strip_text
 from ocelot_em.errors import IncompleteError, OutputExistsError
 from ocelot_em.merge.lazy import lazy_merge
 from ocelot_em.run.api import MAX_PLANS, Observer
 from recording import BATCHES, N, record, recorder, search
+from report_pages import stub_rendering
 
 
 class Device:
@@ -93,3 +100,61 @@ def test_the_same_command_updates_the_result_and_completes_it():
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     other.recorder.finish()
     assert merge(run, output, so_far=True).n_merged == 0
+
+
+def test_a_search_is_watched_until_it_is_complete(tmp_path, monkeypatch, capsys):
+    stub_rendering(monkeypatch)
+    run, page, output = str(tmp_path / "RUN"), tmp_path / "page.html", str(tmp_path / "OUT")
+    device = Device(run)
+    device.step(3)
+    assert ocelot(["watch", run, "--once", "--page", str(page), "--output", output]) == 0
+    out = capsys.readouterr().out
+    assert "searched 12 of 48 orientations (25.0%), gpu0 wrote " in out
+    assert "  gpu0: running, 12 (25.0%), wrote " in out
+    assert "particles above z = " in out
+    assert find_peaks(output).about.incomplete_text.startswith("incomplete search: searched 12")
+    html = page.read_text()
+    assert '<meta http-equiv="refresh" content="30">' in html
+    assert "Incomplete search: searched 12 of 48 orientations (25.0%)." in html
+    monkeypatch.setattr(watch_command.time, "sleep", lambda _seconds: device.step(5))
+    assert ocelot(["watch", run, "--page", str(page)]) == 0
+    assert capsys.readouterr().out.count("searched 48 of 48 orientations (100%)\n") == 1
+    assert "refresh" not in page.read_text()
+    assert "incomplete" not in page.read_text()
+
+
+@pytest.mark.parametrize(("colours", "encoding"), [("truecolor", "utf-8"), (None, "ascii")])
+def test_a_watched_search_fits_the_terminal(colours, encoding, tmp_path):
+    run = str(tmp_path / "RUN")
+    record(run, "gpu0", n=5)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    console = PlainConsole(
+        force_terminal=True, color_system=colours, width=70, height=24, file=stream
+    )
+    options = MergeOptions(so_far=True)
+    watched = watch_command.Watched(run, (tmp_path / "OUT", None), options, console)
+    watched.look()
+    empty = console.render_lines(watched.render())
+    watched.merge()
+    assert not watched.look()
+    assert not watched.is_complete
+    lines = console.render_lines(watched.render())
+    assert len(empty) < len(lines) <= 24
+    watched.show_once()
+    stream.flush()
+    shown = stream.buffer.getvalue().decode(encoding)
+    assert ("▀" in shown) == (colours is not None)
+    assert "\x1b[2J" not in shown
+
+
+def test_the_map_is_pooled_by_maximum_and_fits():
+    z = np.zeros((90, 200), np.float32)
+    z[88, 199], z[:4] = 9, np.nan
+    console = PlainConsole(force_terminal=True, color_system=None, width=41, height=30)
+    lines = map_text(z, console, 20).plain.splitlines()
+    assert len(lines) <= 20
+    assert {len(line) for line in lines} == {40}
+    assert "".join(lines).strip() == "█"
+    assert lines[-1][-1] == "█"
+    assert map_text(z[:4], console, 20).plain.strip() == ""
+    assert strip_text(((0, 50), (75, 80)), 100, 4, "utf-8") == "██·░"

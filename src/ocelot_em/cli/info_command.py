@@ -73,7 +73,7 @@ def info(store: PathOrUrl, /) -> None:
         ("created", attributes.provenance.created),
     ]
     if info.progress is not None:
-        rows.append(("search", info.progress.text))
+        rows.append(("search", info.progress.incomplete_text or info.progress.text))
         rows += [("warning", info.progress.warning)] * bool(info.progress.warning)
     if info.without_manifest:
         rows.append(("manifests", missing_manifests_text(info.without_manifest)))

@@ -22,6 +22,7 @@ from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 COMMANDS = {
     "import": ("import_commands:import_files", "Convert result files into a search."),
     "merge": ("merge_command:app", "Merge the partials of searches, tile by tile."),
+    "watch": ("watch_command:watch", "Show the progress and particles of a running search."),
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
     "export": ("particle_commands:export", "Write maps or particles for other programs."),
     "report": ("particle_commands:report", "Write one HTML page to judge a merged result by."),

@@ -165,7 +165,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
     for label, value in rows:
         console.print(f"{label:10}  {value}")
     if searched := plan.progress:
-        console.print(f"{'search':10}  {searched.text}")
+        console.print(f"{'search':10}  {searched.incomplete_text or searched.text}")
         if searched.warning:
             console.print(f"{'warning':10}  {searched.warning}")
     if names := [source.name for source in plan.sources if source.manifest is None]:

@@ -38,6 +38,7 @@ def write_report(
     particles: ParticleTable | None = None,
     max_zooms: int = 6,
     pyramid: str | PathLike[str] | None = None,
+    refresh_seconds: int | None = None,
 ) -> Path:
     """Write an HTML report: particles, significance, poses, partials, timings, provenance.
 
@@ -55,6 +56,8 @@ def write_report(
     pyramid
         Image of this result from :func:`ocelot_em.io.ome_zarr.write_ome_zarr`, from which the
         overview is then read.
+    refresh_seconds
+        Time after which browsers load the page again, as for a running search; never by default.
 
     Raises
     ------
@@ -80,6 +83,7 @@ def write_report(
     page = render(
         "view/templates/report.html.j2",
         name=data.merged.url.rstrip("/").rpartition("/")[2] or data.merged.url,
+        refresh_seconds=refresh_seconds,
         data=data,
         coverage=coverage,
         warnings=sections.warnings_of(data),
