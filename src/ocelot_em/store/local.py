@@ -136,8 +136,11 @@ class LocalObjects(BucketObjects):
 
     def sizes(self, prefix: str) -> dict[str, int]:
         def action() -> dict[str, int]:
-            found = ((self._key(e), e.stat(follow_symlinks=False)) for e in self._walk(prefix))
-            return {key: status.st_size for key, status in found}
+            sizes = {}
+            for entry in self._walk(prefix):
+                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                    sizes[self._key(entry)] = entry.stat(follow_symlinks=False).st_size
+            return sizes
 
         return self._guard("list", prefix, action)
 
