@@ -212,10 +212,11 @@ class LocalObjects(BucketObjects):
 
     def _discard(self, path: Path) -> None:
         """Delete a file, or a folder with all that it contains."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        while path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(FileNotFoundError):  # another process deletes it, too
+                shutil.rmtree(path)
+                return
+        path.unlink(missing_ok=True)
 
     def tidy(self, prefix: str) -> None:
         def action() -> None:

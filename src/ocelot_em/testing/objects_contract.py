@@ -23,6 +23,7 @@ class ObjectsContract:
     - A prefix is a folder: ``a`` has ``a/b``, but not ``ab``.
     - Absence is a result (None, or an empty listing), not an error. Failures and objects above a
       size limit are a :class:`~ocelot_em.errors.StorageError` that names the object.
+    - Several may delete the same at the same time.
     - A pickled store opens the same place in another process.
 
     Subclass it in a test module, with a fixture that returns an empty store. (The first call lets
@@ -42,6 +43,14 @@ class ObjectsContract:
     def objects(self) -> Objects:
         """Return an empty store, of its own for each test."""
         raise NotImplementedError("return an empty store from the fixture 'objects'")
+
+    def test_several_may_delete_the_same(self, objects: Objects) -> None:
+        for key in range(200):
+            objects.put(f"old/m/c/{key % 10}/{key}", [b"1"])
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(objects.delete, "old") for _ in range(4)]:
+                done.result()
+        assert not [*objects.children("old")]
 
     def test_what_is_put_is_read(self, objects: Objects) -> None:
         objects.put("a/b/c", [b"12", b"", b"3" * 100_000])
