@@ -112,13 +112,13 @@ def test_a_device_gives_the_same_bits(form, merge, band_pixels):
 @given(stacks(sets=st.sampled_from(MAP_SETS)))
 def test_against_the_oracle(stack):
     maps, partials = stack
-    largest = np.float32(3.3e38)  # infinities are refused
+    largest = np.float32(3.3e38)  # infinities and negative squared sums are refused
     partials = [
         replace(
             p,
             mip=np.where(p.mip == np.inf, largest, p.mip),
             correlation_sum=np.clip(p.correlation_sum, -largest, largest),
-            correlation_squared_sum=np.clip(p.correlation_squared_sum, -largest, largest),
+            correlation_squared_sum=np.clip(p.correlation_squared_sum, 0, largest),
         )
         for p in partials
     ]
@@ -265,6 +265,15 @@ def test_nan_and_infinities_are_named(merge, name, bad):
     (problem,) = problems_of(merge, results)
     kind = "NaN" if np.isnan(bad) else "NaN or infinite"
     assert problem.startswith(f"device 4: {name}: {kind} at 2 pixels, first (3, 5); ")
+
+
+@mergers
+@forms
+def test_negative_squared_sums_are_named(merge, form):
+    results = results_of(form=form)
+    results[3][SQUARED_SUM][2, 1] = -1
+    (problem,) = problems_of(merge, results)
+    assert problem.startswith("device 3: correlation_squared_sum: negative at 1 pixel, first (2, 1")
 
 
 @mergers

@@ -108,9 +108,9 @@ def merge_arrays(
     InvalidInputError
         Lists every problem: no devices, missing keys, mismatched kinds, shapes or dtypes, a count
         or table that only some devices have; or, with their number and first pixel, NaN and
-        infinities (except -inf in ``mip``, and any pose where ``mip`` is -inf), indices that are
-        outside the search space, or -1 where something was searched, and a count of 0 where
-        something was.
+        infinities (except -inf in ``mip``, and any pose where ``mip`` is -inf), negative squared
+        sums, indices that are outside the search space, or -1 where something was searched, and a
+        count of 0 where something was.
     MissingDependencyError, DeviceError
         Arrays are on a GPU, and CuPy is not installed or cannot use it.
 
@@ -357,8 +357,10 @@ def fold_bands(
                 partials.append(own)
             bad = processor.kernels.fold_all(acc, partials, folded_space, fresh=start == 0)
             for number, part in parts.items():
-                if bad or carried or counts[number] == 0:
-                    names = tuple(merged) if bad else (MIP, *carried)
+                # Kernels take negative squared sums.
+                is_bad = bad or bool((part[SQUARED_SUM] < 0).any())
+                if is_bad or carried or counts[number] == 0:
+                    names = tuple(merged) if is_bad else (MIP, *carried)
                     looked_at = {name: part[name] for name in names}
                     found[number].look(looked_at, start_of(band, len(shape)))
                 for name in carried:

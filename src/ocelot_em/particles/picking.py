@@ -6,6 +6,7 @@ The candidates recorded by the merge usually suffice. Otherwise the maps are rea
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from os import PathLike
 from typing import Any
 
@@ -298,8 +299,9 @@ def _columns(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str,
     counts = totals[exposures]
     if merged.attributes.has_counts:
         counts = column(rows, COUNT).astype(np.int64)
+        own = cache(partial(OwnMaps, merged))  # opens the partials of an exposure once
         for k in np.flatnonzero(counts >= 2**53).tolist():
-            counts[k] = exact_count(merged, int(exposures[k]), int(y[k]), int(x[k]))
+            counts[k] = exact_count(merged, own, int(exposures[k]), int(y[k]), int(x[k]))
     return {
         "pos_y": y,
         "pos_x": x,

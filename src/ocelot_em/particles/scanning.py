@@ -77,8 +77,12 @@ def all_pixels(merged: MergedResult, position: int) -> tuple[AnyArray, AnyArray]
     return np.concatenate(mips), np.concatenate(zs)
 
 
-def exact_count(merged: MergedResult, position: int, y: int, x: int) -> int:
+def exact_count(
+    merged: MergedResult, own: "Callable[[int], OwnMaps]", position: int, y: int, x: int
+) -> int:
     """Return the number of cross-correlations of a pixel, which float64 rows round above 2**53.
+
+    ``own`` returns the maps of an exposure that is hidden there.
 
     Raises
     ------
@@ -88,7 +92,7 @@ def exact_count(merged: MergedResult, position: int, y: int, x: int) -> int:
     exposure, pixel = merged.plan.exposures[position], Region(y, y + 1, x, x + 1)
     shown = pixel.shifted(*exposure.origin)
     if merged.plan.is_montage and merged.read(shown, SOURCE_EXPOSURE)[0, 0] != exposure.number:
-        return int(OwnMaps(merged, position).merge(pixel)[COUNT][0, 0])
+        return int(own(position).merge(pixel)[COUNT][0, 0])
     return int(merged.read(shown, COUNT)[0, 0])
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from os.path import isfile
 
 from ocelot_em.errors import FormatError, InvalidInputError, StoreNotFoundError
 from ocelot_em.model.maps import MAPS
@@ -91,7 +91,7 @@ def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttrib
     attributes = groups.group_attributes(objects, "")
     if attributes is None:
         got = "nothing there"
-        if Path(objects.url).is_file():
+        if isfile(objects.url):  # noqa: PTH113 - Path.is_file raises for long names
             got = "a file; results of other programs are read by ocelot import"
         raise StoreNotFoundError(f"{objects.url}: expected an ocelot-em store, got {got}")
     content = attributes.get(constants.ATTRIBUTE_KEY)
