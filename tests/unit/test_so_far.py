@@ -1,11 +1,12 @@
 """Merges of a running search: replaced checkpoints, updates of the result, what is left out."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ocelot_em import MergeOptions, describe, find_peaks, merge, open_merged
+from ocelot_em import Exposure, MergeOptions, describe, find_peaks, merge, open_merged
 from ocelot_em.cli import watch_command
 from ocelot_em.cli.console import PlainConsole
 from ocelot_em.cli.main import run as ocelot
@@ -13,15 +14,15 @@ from ocelot_em.cli.text_map import map_text, strip_text
 from ocelot_em.errors import IncompleteError, OutputExistsError
 from ocelot_em.merge.lazy import lazy_merge
 from ocelot_em.run.api import MAX_PLANS, Observer
-from recording import BATCHES, N, record, recorder, search
+from recording import BATCHES, INFO, N, record, recorder, search
 from report_pages import stub_rendering
 
 
 class Device:
     """A device that searches batch by batch, each a checkpoint."""
 
-    def __init__(self, run, name="gpu0", batches=BATCHES):
-        self.recorder, self.maps = recorder(run, name)
+    def __init__(self, run, name="gpu0", batches=BATCHES, **options):
+        self.recorder, self.maps = recorder(run, name, **options)
         self._ranges = self.recorder.ranges(batches)
         self.step()
 
@@ -102,6 +103,30 @@ def test_the_same_command_updates_the_result_and_completes_it():
     assert merge(run, output, so_far=True).n_merged == 0
 
 
+def test_of_a_montage_only_exposures_with_new_checkpoints_are_merged_again():
+    run, output = "memory://montage/run", "memory://montage/out"
+
+    def device(name, x):
+        exposure = Exposure(name, origin=(0, x), acquired=x)
+        return Device(run, search=replace(INFO, exposure=exposure))
+
+    def assert_merged(n_tiles):
+        assert merge(run, output, tile_size=32, so_far=True).n_merged == n_tiles
+        found, expected = open_merged(output), lazy_merge(run, so_far=True)
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+    one, other = device("one", 0), device("other", 40)
+    one.step(), other.step(2)
+    assert_merged(6)
+    other.step()
+    assert_merged(4)
+    third = device("third", 80)
+    third.step()
+    assert_merged(6)
+    assert_merged(0)
+
+
 def test_a_search_is_watched_until_it_is_complete(tmp_path, monkeypatch, capsys):
     stub_rendering(monkeypatch)
     run, page, output = str(tmp_path / "RUN"), tmp_path / "page.html", str(tmp_path / "OUT")
@@ -120,7 +145,9 @@ def test_a_search_is_watched_until_it_is_complete(tmp_path, monkeypatch, capsys)
     assert ocelot(["watch", run, "--page", str(page)]) == 0
     assert capsys.readouterr().out.count("searched 48 of 48 orientations (100%)\n") == 1
     assert "refresh" not in page.read_text()
-    assert "incomplete" not in page.read_text()
+    assert "ncomplete" not in page.read_text()
+    assert ocelot(["watch", output]) == 2
+    assert "expected a search, got a merged result" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("colours", "encoding"), [("truecolor", "utf-8"), (None, "ascii")])

@@ -33,7 +33,7 @@ from ocelot_em.model.text import count_text, partial_text, percent_text, seconds
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.run.api import Observer, run_merge
-from ocelot_em.store.attributes import PartialAttributes
+from ocelot_em.store.attributes import PartialAttributes, SearchAttributes
 from ocelot_em.store.lock import has_ended
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import combined, progress_of_partials
@@ -151,6 +151,11 @@ class Watched(Observer):
     def look(self) -> bool:
         """Read the partials; return whether there is anything new to merge."""
         attributes = read_attributes(self._objects)
+        if not isinstance(attributes, SearchAttributes):
+            raise InvalidInputError(
+                f"{self._objects.url}: expected a search, got a merged result; give the "
+                "search from which it was merged"
+            )
         self._partials = [
             (exposure.id, read_partials(self._objects, exposure.id))
             for exposure in read_exposures(self._objects, attributes)
