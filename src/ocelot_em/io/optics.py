@@ -210,8 +210,9 @@ def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") 
 
     Paths are made absolute, because Leopard-EM resolves relative ones from its working directory.
     """
-    start = f"{Path(folder).absolute()}/{prefix}"
-    paths = {c: f"{start}{key.removesuffix('_path')}.mrc" for c, key in LEOPARD_MAPS.items()}
+    root = Path(folder).absolute()
+    files = {c: f"{prefix}{key.removesuffix('_path')}.mrc" for c, key in LEOPARD_MAPS.items()}
+    paths = {c: str(root / file) for c, file in files.items()}
     return replace(optics, leopard_columns={**optics.leopard_columns, **paths})
 
 
