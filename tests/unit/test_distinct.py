@@ -139,6 +139,7 @@ def test_exports_and_imports_do_not_touch_stores_and_inputs(
         ("S3://b/x/", "s3://b/x", True),
         ("s3://b/x//y/", "s3a://b/x", True),
         ("s3://b", "s3://b/x", True),
+        ("s3://b/a%20b", "s3://b/a b/c", True),
         ("abfss://b/x", "az://b/x/y", True),
         ("memory://b/x", "memory://b/x2", False),
         ("memory://b/x", "memory://c/x", False),

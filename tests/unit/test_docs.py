@@ -479,3 +479,10 @@ def test_the_changelog_has_one_unreleased_section():
     headings = re.findall(r"^## (.+)$", PAGES["CHANGELOG.md"], re.MULTILINE)
     assert [h for h in headings if "unreleased" in h.lower()] == ["[Unreleased]"]
     assert len(headings) == len(set(headings))
+
+
+def test_faults_name_tests_that_exist():
+    cells = re.findall(r"\| ([^|]*) \|$", PAGES["docs/reliability.md"], re.MULTILINE)
+    named = [name for cell in cells for name in re.findall("`(test_[a-z0-9_]+)`", cell)]
+    assert len(named) > 50
+    assert {*named} <= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}

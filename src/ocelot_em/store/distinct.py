@@ -14,7 +14,7 @@ from functools import partial
 from os import PathLike
 from os.path import realpath
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ocelot_em.errors import InvalidInputError, StorageError
 from ocelot_em.model.threads import map_in_threads
@@ -123,7 +123,7 @@ def _places(url: str) -> Sequence[Hashable]:
     if not is_local(url):
         parts = urlsplit(url)
         scheme = _SAME_SCHEME.get(parts.scheme, parts.scheme)
-        path = Path(posixpath.normpath(f"/{parts.path}").lstrip("/"))
+        path = Path(posixpath.normpath(f"/{unquote(parts.path)}").lstrip("/"))
         return [(scheme, parts.netloc.lower(), str(p)) for p in (path, *path.parents)]
     found: list[Hashable] = []
     for path in (Path(url), *Path(url).parents):
