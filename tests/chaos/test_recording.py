@@ -110,10 +110,14 @@ def test_a_search_that_is_killed_again_and_again_ends_whole(script: Path, tmp_pa
     _, errors = processes.communicate()
     assert processes.returncode == 0, (seed, errors)
     assert_whole(run, tmp_path / "M", seed)
-    # Nothing is left of the checkpoints that were not finished.
+    # Who records next finds nothing to do, and nothing is left of what was not finished.
+    processes = start(script, run, 1)
+    _, errors = processes.communicate()
+    assert processes.returncode == 0, (seed, errors)
+    assert check(run) == [], seed
     for partial in (run / "partials").iterdir():
         assert len([*partial.glob("*/mip")]) <= 1, seed
-    assert list(run.rglob("*#*")) == []
+    assert list(run.rglob("c/*/*#*")) == []
 
 
 def test_a_process_that_slept_records_nothing_twice(script: Path, tmp_path: Path) -> None:

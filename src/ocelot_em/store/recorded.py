@@ -236,6 +236,7 @@ class RecordedPartial:
         if manifest := open_partial(objects, name, self._exposure, partial).manifest:
             complete_partial(objects, path, partial, manifest)
         else:
+            objects.tidy(path)
             for child in objects.children(path):
                 objects.delete(f"{path}/{child}")
 
