@@ -144,7 +144,7 @@ def in_result(folder: Path, seed: int) -> Path:
 
 
 def in_mrc(folder: Path, seed: int) -> list[Path]:
-    return [*write_mrc_set(in_result(folder, seed), folder / "maps").values()]
+    return sorted(write_mrc_set(in_result(folder, seed), folder / "maps").iterdir())
 
 
 def in_hdf5(folder: Path, seed: int) -> list[Path]:
