@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ocelot_em
-from builders import explicit_maps
+from builders import explicit_maps, save_plain_npz
 from chaos_common import Undisturbed, digests, do, end, require, start, undisturbed, wait_for
 from ocelot_em import PartialWriter, Region, write_partial
 from ocelot_em.errors import CorruptChunkError, FormatError, InvalidInputError
@@ -306,6 +306,15 @@ def test_bind_mounts_do_not_hide_that_an_output_is_an_input(
             do("umount", target)
         assert digests(output) == before
         search.assert_inputs_untouched()
+    (tmp_path / "given").mkdir()
+    folder = save_plain_npz(tmp_path / "given" / "a.npz", explicit_maps((4, 5), 1), 9).parent
+    do("mount", "--bind", folder, bound)
+    try:
+        with pytest.raises(InvalidInputError, match="contains the input"):
+            ocelot_em.import_results([folder / "a.npz"], bound)
+    finally:
+        do("umount", bound)
+    assert [*folder.iterdir()] == [folder / "a.npz"]
 
 
 def test_what_a_bucket_receives_late_is_an_error_with_its_place(

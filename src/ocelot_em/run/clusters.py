@@ -396,8 +396,8 @@ def _started(cluster_class: Any, n_spare_threads: int, **settings: Any) -> Any:
     except Exception as error:
         raise PlanError(
             f"cluster: {cluster_class.__name__} cannot start: {_innermost(error)}; its processes "
-            "need a network interface for 127.0.0.1 and enough threads ('ulimit -u'); or use "
-            "--cluster threads"
+            "need a network interface for 127.0.0.1 and enough threads ('ulimit -u', 'ulimit -v'); "
+            "or use --cluster threads"
         ) from error
 
 
