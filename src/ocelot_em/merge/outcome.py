@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ocelot_em.errors import (
     FormatError,
+    InputChangedError,
     InvalidInputError,
     StoppedError,
     StorageError,
@@ -133,7 +134,10 @@ class Tally:
         if outcome.summary is None:
             self.failed[tile] = outcome
             self._n_consecutive += 1
-            log.error("tile (%d, %d): %s", *tile, outcome.error)
+            # A merge of a running search is planned again if its inputs change.
+            is_changed = str(outcome.error).startswith(InputChangedError.__name__)
+            level = logging.INFO if is_changed else logging.ERROR
+            log.log(level, "tile (%d, %d): %s", *tile, outcome.error)
         else:
             self.failed.pop(tile, None)
             if outcome.checksums is not None:
