@@ -45,8 +45,7 @@ def recording(
 
     Each device writes a checkpoint when it is due. After a kill, the same script searches what is
     missing, on any number of devices. Leopard-EM's results are as without it, also those of a
-    search that was resumed, except that a correlation table of 1.3 is not recorded: after a kill it
-    has only the rows of the last run.
+    search that was resumed.
 
     Parameters
     ----------

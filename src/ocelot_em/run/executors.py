@@ -45,6 +45,9 @@ TASKS_PER_THREAD = 2
 POLL_SECONDS = 1.0
 """Interval between checks of the cluster's state and number of threads."""
 
+ENDED = ("finished", "error")
+"""States of the futures of tasks that have ended."""
+
 RESULT_SECONDS = 60.0
 """Timeout for fetching the result of a finished task."""
 
@@ -185,16 +188,13 @@ class _Window:
         batches: Iterator[TileBatch],
         on_outcome: OnOutcome,
     ) -> None:
-        from distributed import as_completed
-
         self._executor, self._spec, self._batches = executor, spec, batches
         self._on_outcome = on_outcome
         self._to_retry: deque[TileBatch] = deque()
         self._suspects: deque[TileBatch] = deque()
         """Tiles whose workers died: retried one at a time, so that no other tile is blamed."""
         self._alone: set[TileBatch] = set()
-        # Futures' own callbacks need one more thread, and are lost where it cannot be started.
-        self._ended = as_completed(loop=executor.client.loop)
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.in_flight: dict[str, tuple[TileBatch, Any]] = {}
 
     def fill(self) -> bool:
@@ -221,18 +221,22 @@ class _Window:
                 self._to_retry.append(batch)  # the connection was lost just now
                 return False
             self.in_flight[str(future.key)] = batch, future
-            self._ended.add(future)
+            future.add_done_callback(self._ended.put)
         return False
 
     def wait_for_task(self) -> None:
         """Wait briefly for a task to end, and report its tiles or put them back in the queue."""
         try:
-            future = self._ended.queue.get(timeout=POLL_SECONDS)
+            future = self._ended.get(timeout=POLL_SECONDS)
         except queue.Empty:
             # Tasks lost in a restart of the scheduler never end.
             lost = [key for key, (_, future) in self.in_flight.items() if future.status == "lost"]
             self._to_retry.extend(self.in_flight.pop(key)[0] for key in lost)
-            return
+            # Callbacks need one more thread, and are lost where it cannot be started.
+            ended = [one for _, one in self.in_flight.values() if one.status in ENDED]
+            if not ended:
+                return
+            future = ended[0]
         self._executor.had_workers()
         batch, _ = self.in_flight.pop(str(future.key), (None, None))
         if batch is None:
