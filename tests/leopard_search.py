@@ -17,9 +17,9 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"
 import numpy as np
 import torch
 
+from leopard_manager import EDGE, match_template_manager, write_inputs
 from ocelot_em import leopard
 
-EDGE, SHAPE, POSITION = 32, (112, 96), (40, 30)
 RESULTS = "mip", "scaled_mip", "orientation_phi", "orientation_theta", "orientation_psi"
 
 
@@ -44,43 +44,14 @@ if hasattr(sys.modules[CORE], "CORRELATION_TABLE_THRESHOLD"):
 
 
 def manager(folder, n_devices):
-    import mrcfile
-    from leopard_em.pydantic_models.managers import MatchTemplateManager
-
     if not (folder / "micrograph.mrc").exists():
         rng = np.random.default_rng(7)
         volume = rng.normal(0, 0.1, (EDGE,) * 3)  # without symmetry, so that no poses tie
         z, y, x = np.mgrid[:EDGE, :EDGE, :EDGE] - EDGE // 2
         volume *= np.exp(-(z**2 + y**2 + x**2) / 60)
         volume += np.exp(-((z - 3) ** 2 + (y + x / 3) ** 2 + (x / 2 - 1) ** 2) / 9)
-        image = rng.normal(0, 1, SHAPE)
-        rows, columns = (slice(start, start + EDGE) for start in POSITION)
-        image[rows, columns] -= 2 * volume.sum(axis=0)
-        mrcfile.write(folder / "volume.mrc", volume.astype("f4"), voxel_size=2.5)
-        mrcfile.write(folder / "micrograph.mrc", image.astype("f4"), voxel_size=2.5)
-    maps = (
-        *("mip", "scaled_mip", "correlation_average", "correlation_variance"),
-        *("orientation_psi", "orientation_theta", "orientation_phi", "relative_defocus"),
-    )
-    return MatchTemplateManager(
-        micrograph_path=str(folder / "micrograph.mrc"),
-        template_volume_path=str(folder / "volume.mrc"),
-        optics_group={
-            **{"label": "A", "pixel_size": 2.5, "voltage": 200.0, "spherical_aberration": 2.7},
-            **{"amplitude_contrast_ratio": 0.1, "phase_shift": 0.0, "ctf_B_factor": 60.0},
-            **{"defocus_u": 5000.0, "defocus_v": 4800.0, "astigmatism_angle": 30.0},
-        },
-        defocus_search_config={"defocus_min": 0, "defocus_max": 200, "defocus_step": 200},
-        orientation_search_config={"psi_step": 30.0, "theta_step": 20.0},
-        preprocessing_filters={},
-        match_template_result={
-            **{f"{name}_path": str(folder / f"{name}.mrc") for name in maps},
-            "allow_file_overwrite": True,
-        },
-        computational_config={
-            **{"gpu_ids": ["cpu"] * n_devices, "num_cpus": 1, "backend": "batched"}
-        },
-    )
+        write_inputs(folder, rng, volume)
+    return match_template_manager(folder, n_devices)
 
 
 def main(folder, run, n_devices):

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mrcfile
 import numpy as np
 import pytest
 
 import ocelot_em
+from leopard_manager import EDGE, POSITION, SHAPE, match_template_manager, write_inputs
 from ocelot_em import process_results as ours
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 REPLACED = "aggregate_distributed_results", "scale_mip"
 COLUMNS = "global_idx", "pos_x", "pos_y", "corr_value"
-EDGE, SHAPE, POSITION = 32, (112, 96), (40, 30)
 
 
 class _Stream:
@@ -73,38 +72,12 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def manager(core: Any, tmp_path: Path) -> Any:
     """A small search on two devices, of a micrograph with one particle."""
-    from leopard_em.pydantic_models.managers import MatchTemplateManager
-
     rng = np.random.default_rng(7)
     z, y, x = np.mgrid[:EDGE, :EDGE, :EDGE] - EDGE // 2
     volume = np.exp(-((z - 3) ** 2 + y**2 + (x / 2) ** 2) / 9)
     volume += np.exp(-((y + 5) ** 2 + x**2 + z**2) / 5)
-    micrograph = rng.normal(0, 1, SHAPE)
-    rows, columns = (slice(start, start + EDGE) for start in POSITION)
-    micrograph[rows, columns] -= 2 * volume.sum(axis=0)
-    mrcfile.write(tmp_path / "volume.mrc", volume.astype(np.float32), voxel_size=2.5)
-    mrcfile.write(tmp_path / "micrograph.mrc", micrograph.astype(np.float32), voxel_size=2.5)
-    maps = (
-        *("mip", "scaled_mip", "correlation_average", "correlation_variance"),
-        *("orientation_psi", "orientation_theta", "orientation_phi", "relative_defocus"),
-    )
-    return MatchTemplateManager(
-        micrograph_path=str(tmp_path / "micrograph.mrc"),
-        template_volume_path=str(tmp_path / "volume.mrc"),
-        optics_group={
-            **{"label": "A", "pixel_size": 2.5, "voltage": 200.0, "spherical_aberration": 2.7},
-            **{"amplitude_contrast_ratio": 0.1, "phase_shift": 0.0, "ctf_B_factor": 60.0},
-            **{"defocus_u": 5000.0, "defocus_v": 4800.0, "astigmatism_angle": 30.0},
-        },
-        defocus_search_config={"defocus_min": 0, "defocus_max": 200, "defocus_step": 200},
-        orientation_search_config={"psi_step": 30.0, "theta_step": 20.0},
-        preprocessing_filters={},
-        match_template_result={
-            **{f"{name}_path": str(tmp_path / f"{name}.mrc") for name in maps},
-            "allow_file_overwrite": True,
-        },
-        computational_config={"gpu_ids": ["cpu", "cpu"], "num_cpus": 1, "backend": "batched"},
-    )
+    write_inputs(tmp_path, rng, volume)
+    return match_template_manager(tmp_path, n_devices=2)
 
 
 def test_a_search_runs_to_the_end(

@@ -19,7 +19,7 @@ from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
 from ocelot_em.io.map_files import BOX, CISTEM, COUNT_FACT, OFFSET, PIXEL, FoundSearch, MapFiles
 from ocelot_em.io.mrc import open_mrc_set
 from ocelot_em.io.partial_names import cleaned_name
-from ocelot_em.io.text_file import local_path
+from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
 from ocelot_em.model.regions import Region, TileGrid
@@ -103,7 +103,7 @@ def import_finished(
     found = find_search(local_path(source), options.prefix)
     with ExitStack() as stack:
         plan = _plan(found, _opened(found, stack), options, overlaps(output, found.files))
-        before = [path.stat() for path in found.files]
+        before = [file_identity(path) for path in found.files]
         objects = open_objects(output)
         if problems := layout_differences(objects, plan.files.shape, plan.info):
             raise InvalidInputError(problems)
@@ -141,11 +141,7 @@ def import_finished(
                 writer.write(band.region, maps, validated=True)
                 progress("convert", number / len(grid))
             for path, was in zip(found.files, before, strict=True):
-                now = path.stat()
-                if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-                    *(was.st_ino, was.st_size, was.st_mtime_ns),
-                ):
-                    raise InvalidInputError(f"{path}: was changed while it was imported")
+                require_unchanged(path, was)
     return ImportedSearch(plan.name, plan.notes)
 
 
@@ -320,8 +316,8 @@ def _value_problems(files: MapFiles, maps: Mapping[str, AnyArray], region: Regio
         bad = ~np.isfinite(values)
         if name in (MEAN, STD) and (bad & ~searched).any():
             problems.append(
-                f"{place}: {name}: not a number {_where(bad & ~searched, region)}, where nobody "
-                "searched: a partial has one count at every pixel, and cannot say that it is 0 "
+                f"{place}: {name}: not a number {_where(bad & ~searched, region)}, where nothing "
+                "was searched: a partial has one count at every pixel, and cannot say that it is 0 "
                 "there; merge the search's own partials instead"
             )
         if (bad := bad & searched).any():

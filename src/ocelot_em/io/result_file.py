@@ -23,7 +23,7 @@ from numpy.lib import format as npy
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io import torch_pickle
-from ocelot_em.io.text_file import local_path
+from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.search_space import TABLES
 
@@ -115,11 +115,10 @@ class _DigestedFile:
 
     def require_unchanged(self) -> None:
         """Raise if the file is not what it was when it was first opened."""
-        facts = self._path.stat()
-        identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-        if identity != (self._identity or identity):
-            raise InvalidInputError(f"{self._path}: was changed while it was imported")
-        self._identity = identity
+        if not self._identity:
+            self._identity = file_identity(self._path)
+        else:
+            require_unchanged(self._path, self._identity)
 
     def _digest_until(self, end: int) -> None:
         file = self._opened()

@@ -15,6 +15,18 @@ def local_path(path: str | PathLike[str]) -> Path:
     return Path(path)
 
 
+def file_identity(path: Path) -> tuple[int, ...]:
+    """Return what changes if a file is replaced or written."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def require_unchanged(path: Path, identity: tuple[int, ...]) -> None:
+    """Raise unless a file still has this identity."""
+    if file_identity(path) != identity:
+        raise InvalidInputError(f"{path}: was changed while it was imported")
+
+
 def read_text(place: Path, max_nbytes: int, what: str, *, lenient: bool = False) -> str:
     """Return a file's text; refuse one that is missing, too large, binary, not UTF-8 or unreadable.
 
