@@ -7,7 +7,7 @@ Kernels: 8 partials on the device, bytes that must move (every input read once, 
 once) against a copy from device to device, which is counted in the same way. Whole merges: 4
 explicit partials, 1 to 8 threads, against the same threads without a GPU, against the same chunks
 decoded and encoded with nothing in between, and against the copies over PCIe alone. Page cache
-warm.
+warm. Decoding: one chunk, copied encoded over PCIe.
 
 Results that are on the device already: merging 8 of them there and writing one partial, against
 writing all 8.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numcodecs.blosc import Blosc
 
 import ocelot_em
 from benchmarks import _floor, common
@@ -29,12 +30,15 @@ from benchmarks.common import Run
 from benchmarks.merge import merge_once
 from ocelot_em.errors import OcelotError
 from ocelot_em.kernels.cuda import CudaKernels
+from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
 from ocelot_em.kernels.device import Device, find_devices, open_device
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.run.executors import ThreadExecutor
+from ocelot_em.store.blosc import BloscChunk, encode
+from ocelot_em.store.constants import shuffle_of
 
 N_IN_KERNEL, N_PARTIALS = 8, 4
 THREADS = (1, 2, 4, 8)
@@ -145,6 +149,32 @@ def pcie_rates(repeats: int) -> tuple[float, float]:
         ways: dict[str, Callable[[], object]] = {"copy": lambda copy=copy: copy().synchronize()}
         rates.append(host.nbytes / common.in_turn(ways, repeats)["copy"].median)
     return rates[0], rates[1]
+
+
+def decode_table(side: int, repeats: int) -> None:
+    """Print how fast the chunk of a map is copied to the device and decoded there."""
+    device = open_device()
+    rng = np.random.default_rng(0)
+    angles = rng.choice(np.arange(0, 360, 1.5, dtype="f4"), (side, side))
+    maps = {"mip": rng.standard_normal((side, side), dtype="f4") + 5, "best_psi": angles}
+    rows = []
+    for name, values in maps.items():
+        bits = shuffle_of(name) == "bitshuffle"
+        codec = Blosc("lz4", 5, Blosc.BITSHUFFLE if bits else Blosc.SHUFFLE)
+        chunk = BloscChunk(memoryview(bytearray(b"".join(encode(values, codec)))), values.nbytes)
+        streams = chunk.streams()
+        if streams is None:
+            raise OcelotError(f"{name}: expected a chunk that the device decodes")
+        packed = device.pinned(packed_nbytes(len(chunk.frame), streams))
+        pack(chunk.frame, streams, packed)
+        out, finding = device.empty(values.size, "f4"), device.empty(1, "i8")
+        finding.fill(0)
+        decoder = ChunkDecoder(device, max(values.nbytes, packed.size))
+        seconds = device_seconds(partial(decoder.decode, packed, streams, out, finding), repeats)
+        rate = values.nbytes / seconds / 1e9
+        rows.append((name, len(streams.table), f"{seconds * 1e3:.2f}", f"{rate:.1f}"))
+    print(f"\none chunk of {side}^2, copied encoded and decoded, medians of {repeats}\n")
+    common.table(("map", "streams", "ms", "GB/s decoded"), rows)
 
 
 def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
@@ -264,6 +294,8 @@ def main() -> None:
     repeats = 1 if asked.quick else asked.repeats
     asked.data.mkdir(parents=True, exist_ok=True)
     kernel_table(512 if asked.quick else 4096, repeats)
+    for side in (512,) if asked.quick else (1024, 4096):
+        decode_table(side, repeats)
     merge_table(1024 if asked.quick else 8192, repeats, asked.data, quick=asked.quick)
     arrays_table(512 if asked.quick else 4096, repeats, asked.data)
 

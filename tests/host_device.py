@@ -28,6 +28,9 @@ static thread_local Index blockIdx, blockDim, threadIdx;
 #define __device__
 #define __global__
 static inline float __int_as_float(int bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+#define LANES 1
+static inline void __syncwarp() {}
+static inline double __shfl_down_sync(unsigned, double a, int) { return a; }
 static inline double __dadd_rn(double a, double b) { return a + b; }
 static inline double __dsub_rn(double a, double b) { return a - b; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
@@ -56,6 +59,7 @@ static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **
     { run(NAME, b, t, a); }
 LAUNCHER(fold_indexed) LAUNCHER(fold_4_poses) LAUNCHER(fold_5_poses)
 LAUNCHER(finalise) LAUNCHER(mask_nan)
+LAUNCHER(decode_streams) LAUNCHER(unshuffle) LAUNCHER(measure_rows)
 """
 
 THREADS = 32

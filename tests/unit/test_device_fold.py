@@ -1,8 +1,10 @@
 """Merging on a device: the same code and the same CUDA source, on a stand-in for the device."""
 
 import dataclasses
+import struct
 from functools import partial
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -22,7 +24,9 @@ from montages import SHOTS, write_shots
 from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.kernels.cuda import MAX_SOURCES, CudaKernels
 from ocelot_em.merge.memory_model import DEVICE_TABLES_NBYTES
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.store.transfer import Arrival
 from stacks import SPACE as TEST_SPACE
 from stacks import as_partial, assert_same, draw_partial, fold_at_once
 
@@ -80,6 +84,36 @@ def spoil(search, partial, name, where):
     array = zarr.open_array(unsealed(search) / "partials" / partial / name, mode="r+")
     values = array[where]
     array[where] = np.where(np.arange(values.size).reshape(values.shape) % 2, np.inf, np.nan)
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
+def test_whole_chunks_are_decoded_on_the_device(tmp_path, rng, lend, indexed, monkeypatch):
+    shape, n_maps = (128, 264), 4 if indexed else 8
+    search = write_search(tmp_path / "RUN.zarr", results_of(rng, shape), COUNTS, indexed=indexed)
+    merge(search, tmp_path / "CPU.zarr")
+    device = lend(LateDevice())
+    with monkeypatch.context() as context:
+        context.setattr(Arrival, "decode", None)
+        merge(search, tmp_path / "GPU.zarr", device="cuda")
+    assert device.launched.count("decode_streams") == n_maps * len(COUNTS)
+    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    there, here = (MergedResult.open(tmp_path / f"{on}.zarr").statistics for on in ("GPU", "CPU"))
+    for one, other in zip(there.sources, here.sources, strict=True):
+        one, other = (s.model_dump(exclude={"name"}) for s in (one, other))
+        assert one == pytest.approx(other, rel=1e-9)
+
+
+def test_a_chunk_that_the_device_cannot_decode_is_named(tmp_path, rng, lend):
+    results = results_of(rng, (128, 264))
+    search = unsealed(write_search(tmp_path / "RUN.zarr", results, COUNTS))
+    chunk = search / "partials" / "p2" / "best_psi" / "c" / "0" / "0"
+    content = bytearray(chunk.read_bytes()[:-4])
+    start = struct.unpack_from("<I", content, 16)[0] + 4
+    content[start : start + 2] = b"\xff\xff"
+    chunk.write_bytes(content + struct.pack("<I", google_crc32c.value(bytes(content))))
+    lend(HostDevice())
+    with pytest.raises(TilesFailedError, match=r"'p2': best_psi: chunk \(0, 0\).*LZ4 streams"):
+        merge(search, tmp_path / "OUT.zarr", device="cuda")
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
@@ -173,7 +207,7 @@ def test_a_plan_that_no_device_holds_is_refused_with_numbers(tmp_path, rng, lend
 
 def test_tiles_shrink_to_the_device(tmp_path, rng, lend):
     search = write_search(tmp_path / "RUN.zarr", results_of(rng, (300, 300)), COUNTS)
-    lend(HostDevice(), memory_nbytes=75 * 2**20)
+    lend(HostDevice(), memory_nbytes=76 * 2**20)
     report = merge(search, tmp_path / "OUT.zarr", device="cuda")
     assert report.n_tiles == 9
 

@@ -48,7 +48,7 @@ class Device(Protocol):
         """Copy contiguous values to the host; they are complete at the event."""
 
     def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
-        """Start a kernel of ``kernels/merge.cu`` with at least ``n_threads`` threads.
+        """Start a kernel of ``kernels/*.cu`` with at least ``n_threads`` threads.
 
         Arguments are NumPy integers and floats, structures as one-record arrays, and device arrays.
         """
@@ -59,7 +59,8 @@ class Device(Protocol):
 
 def kernel_source() -> str:
     """Return the CUDA source of all kernels."""
-    return files("ocelot_em.kernels").joinpath("merge.cu").read_text(encoding="utf-8")
+    folder = files("ocelot_em.kernels")
+    return "".join(folder.joinpath(f"{n}.cu").read_text("utf-8") for n in ("merge", "decode"))
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,25 @@
 """Merge of a tile on a device: partials are copied map by map, and one pass folds several of them.
 
-This is the device version of :mod:`ocelot_em.merge.fold`, for the same caller. A thread decodes a
-map into pinned memory and starts its copy; during the copy it decodes the next map into other
-pinned memory. Merged maps return the same way, each encoded while the next is copied. Every thread
-has its own device memory, allocated once, and its own stream, so the threads of a worker also
-overlap.
+This is the device version of :mod:`ocelot_em.merge.fold`, for the same caller. A thread copies an
+encoded chunk to pinned memory and starts its copy to the device, which decodes it; during the copy
+it prepares the next map in other pinned memory. What the device does not decode (regions that are
+not one chunk, other codecs than LZ4) is decoded into the pinned memory instead. Merged maps return
+the same way, each encoded while the next is copied. Every thread has its own device memory,
+allocated once, and its own stream, so the threads of a worker also overlap.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ocelot_em.errors import DeviceMemoryError
+from ocelot_em.errors import DeviceMemoryError, OcelotError
 from ocelot_em.kernels.cuda import CudaKernels
+from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
 from ocelot_em.kernels.device import Device, DeviceEvent
-from ocelot_em.merge.fold import Merged, PieceReport, partial_maps, whole_maps
+from ocelot_em.merge.fold import Merged, PieceReport, partial_maps, whole_map
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     MAPS,
@@ -33,7 +35,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.sources import Source
-from ocelot_em.store.transfer import ReadAhead
+from ocelot_em.store.transfer import Arrival, ReadAhead
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def accumulator_nbytes_per_pixel(maps: MapSet) -> int:
     """Device bytes per thread and pixel of a tile, excluding those of its partials."""
     computed = len(maps.computed)
     counts = 8 if maps.counts else 0
-    return 4 + 4 * len(maps.pose) + 4 + 8 + 8 + counts + 4 * computed
+    chunk = 2 * WIDEST_NBYTES  # encoded, and decoded but not unshuffled
+    return 4 + 4 * len(maps.pose) + 4 + 8 + 8 + counts + 4 * computed + chunk
 
 
 def partial_nbytes_per_pixel(maps: MapSet, sum_nbytes: int, *, mask_nan: bool) -> int:
@@ -88,18 +91,18 @@ class DeviceFold:
         accumulator = memory.accumulator(n)
         for start in range(0, len(self.sources), memory.max_partials):
             numbers = range(len(self.sources))[start : start + memory.max_partials]
-            partials = []
+            incoming, partials = Incoming(memory, work.shape, report), []
             for slot, number in enumerate(numbers):
-                source = self.sources[number]
-                read = whole_maps(
-                    reader, (number, source), self.maps, report, lambda _, t: memory.pinned(n, t)
-                )
-                on_device = {name: memory.send(values, slot, name) for name, values in read}
+                source, on_device = self.sources[number], {}
+                for name in source.map_names(self.maps):
+                    with reader.take(1) as (arrival,):
+                        on_device[name] = incoming.receive(arrival, name, slot, (number, source))
                 partials.append(partial_maps(source, self.maps, on_device))
             if self._mask_nan:
                 partials = [self._kernels.mask_nan(partial) for partial in partials]
             if self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0):
                 report.suspect(*numbers)
+            incoming.finish()
         merged = self._kernels.finalise(accumulator, self.maps, self.space, memory.computed(n))
         first = [name for name in MAPS_FOR_STATISTICS if name in merged]
         if report.statistics is not None:
@@ -113,6 +116,64 @@ class DeviceFold:
             shaped = values.reshape(work.shape)
             report.keep_candidates(name, shaped)
             yield name, shaped
+
+
+class Incoming:
+    """Maps of the partials of a piece on their way to the device."""
+
+    def __init__(self, memory: "ThreadMemory", shape: tuple[int, int], report: PieceReport) -> None:
+        self._memory, self._shape, self._report = memory, shape, report
+        self._n = shape[0] * shape[1]
+        self._complaints: list[Callable[[ValueError], OcelotError]] = []
+        self._measured: list[tuple[int, str, AnyArray]] = []
+        memory.findings.fill(0)
+
+    def receive(
+        self, arrival: Arrival, name: str, slot: int, numbered_source: tuple[int, Source]
+    ) -> AnyArray:
+        """Copy a map to the device, encoded if the device decodes it; return its device array."""
+        memory, statistics = self._memory, self._report.statistics
+        values = memory.plane(slot, name, arrival.dtype.name, self._n)
+        # Numbers of partials become those of the result on the host.
+        if name == BEST_PARTIAL or not self._decode(arrival, values):
+            host = memory.pinned(self._n, arrival.dtype)
+            whole_map(name, arrival, numbered_source, self._report, host)
+            memory.send(host, values)
+        elif statistics is not None and name in (SUM, SQUARED_SUM):
+            rows = memory.decoder.measure_rows(values, self._shape, statistics.n_valid_columns)
+            kept = memory.keep(len(self._measured), rows)
+            self._measured.append((numbered_source[0], name, kept))
+        return values
+
+    def _decode(self, arrival: Arrival, values: AnyArray) -> bool:
+        """Start to decode a map on the device; return False if it must be decoded on the host."""
+        memory, chunk = self._memory, arrival.chunk
+        streams = None if chunk is None else chunk.streams()
+        if chunk is None or streams is None:
+            return False
+        nbytes = packed_nbytes(len(chunk.frame), streams)
+        if streams.itemsize != values.itemsize or nbytes > memory.decoder.max_nbytes:
+            return False
+        packed = memory.pinned(nbytes, np.dtype(np.uint8))
+        pack(chunk.frame, streams, packed)
+        finding = memory.findings[len(self._complaints) :]
+        memory.sent(memory.decoder.decode(packed, streams, values, finding))
+        self._complaints.append(arrival.corrupt)
+        return True
+
+    def finish(self) -> None:
+        """Wait for all maps, and add what was measured; a malformed chunk is a CorruptChunkError.
+
+        Nothing may be received afterwards.
+        """
+        n_malformed = self._memory.read_findings(len(self._complaints))
+        for complain, n in zip(self._complaints, n_malformed, strict=True):
+            if n:
+                raise complain(ValueError(f"{n} of its LZ4 streams cannot be decoded"))
+        statistics = self._report.statistics
+        for number, name, rows in self._measured:
+            assert statistics is not None
+            statistics.add_measured(number, name, rows.reshape(-1, 2))
 
 
 class DeviceMemory:
@@ -165,6 +226,10 @@ class ThreadMemory:
                     self.max_partials,
                 )
         nbytes = max_pixels * WIDEST_NBYTES
+        self.decoder = ChunkDecoder(device, nbytes)
+        self.findings = device.empty(self.max_partials * len(MAPS), "i8")
+        """Numbers of malformed streams of the chunks of a piece."""
+        self._kept: dict[int, AnyArray] = {}
         self._buffers = [device.pinned(nbytes) for _ in range(PINNED_PLANES)]
         self._events: list[DeviceEvent | None] = [None] * PINNED_PLANES
         self._current = 0
@@ -176,15 +241,15 @@ class ThreadMemory:
         for slot in range(self.max_partials):
             for name in self._maps.partial:
                 is_sum = name in (SUM, SQUARED_SUM)
-                self._plane(slot, name, sum_dtype if is_sum else MAPS[name].dtypes[0], 1)
+                self.plane(slot, name, sum_dtype if is_sum else MAPS[name].dtypes[0], 1)
 
     def accumulator(self, n: int) -> Accumulator:
         """Return the accumulator of the first ``n`` pixels, with its previous contents."""
-        return Accumulator.allocate(self._maps, lambda name, t: self._plane(-1, name, t, n))
+        return Accumulator.allocate(self._maps, lambda name, t: self.plane(-1, name, t, n))
 
     def computed(self, n: int) -> dict[str, AnyArray]:
         """Return memory for the maps computed at the end."""
-        return {name: self._plane(-2, name, "float32", n) for name in self._maps.computed}
+        return {name: self.plane(-2, name, "float32", n) for name in self._maps.computed}
 
     def pinned(self, n: int, dtype: "np.dtype[np.generic]") -> AnyArray:
         """Return pinned memory for a map, after waiting for the last copy from or to it."""
@@ -195,11 +260,27 @@ class ThreadMemory:
             self._events[self._current] = None
         return self._buffers[self._current][: n * dtype.itemsize].view(dtype)
 
-    def send(self, values: AnyArray, slot: int, name: str) -> AnyArray:
-        """Start copying the last :meth:`pinned` memory; return its device array."""
-        on_device = self._plane(slot, name, values.dtype.name, values.size)
-        self._events[self._current] = self._device.copy_in(values, on_device)
-        return on_device
+    def send(self, values: AnyArray, on_device: AnyArray) -> None:
+        """Start copying the last :meth:`pinned` memory to the device."""
+        self.sent(self._device.copy_in(values, on_device))
+
+    def sent(self, event: DeviceEvent) -> None:
+        """Reuse the last :meth:`pinned` memory only after an event."""
+        self._events[self._current] = event
+
+    def keep(self, number: int, values: AnyArray) -> AnyArray:
+        """Start copying values to numbered host memory, to read after :meth:`read_findings`."""
+        if number not in self._kept or self._kept[number].nbytes < values.nbytes:
+            self._kept[number] = self._device.pinned(values.nbytes)
+        kept = self._kept[number][: values.nbytes].view(values.dtype)
+        self._device.copy_out(values, kept)
+        return kept
+
+    def read_findings(self, n: int) -> AnyArray:
+        """Wait for everything that was started; return the first ``n`` findings."""
+        findings = np.empty(len(self.findings), np.int64)
+        self._device.copy_out(self.findings, findings).synchronize()
+        return findings[:n]
 
     def fetch(
         self, maps: Mapping[str, AnyArray], names: Sequence[str]
@@ -215,7 +296,8 @@ class ThreadMemory:
         while in_flight:
             yield _completed(in_flight.popleft())
 
-    def _plane(self, slot: int, name: str, dtype: str, n: int) -> AnyArray:
+    def plane(self, slot: int, name: str, dtype: str, n: int) -> AnyArray:
+        """Return the first ``n`` values of a map on the device, allocated once."""
         key = slot, name, dtype
         if key not in self._on_device:
             self._on_device[key] = self._device.empty(self._max_pixels, dtype)

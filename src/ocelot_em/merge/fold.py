@@ -28,7 +28,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.sources import Source
-from ocelot_em.store.transfer import READ_TOGETHER, ReadAhead
+from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 
 
 @dataclass
@@ -293,17 +293,28 @@ def whole_maps(
     report: PieceReport,
     memory: Callable[[str, "np.dtype[np.generic]"], AnyArray],
 ) -> Merged:
-    """Decode the maps of a source; numbers of partials become those of the result."""
-    number, source = numbered_source
-    for name in source.map_names(maps):
+    """Decode the maps of a source, one after another."""
+    for name in numbered_source[1].map_names(maps):
         with reader.take(1) as (arrival,):
             values = memory(name, arrival.dtype)
-            arrival.decode(0, 1, values)
-        if name == BEST_PARTIAL:
-            np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
-        if report.statistics is not None and name in (SUM, SQUARED_SUM):
-            report.statistics.add_sums(number, name, 0, values)
+            whole_map(name, arrival, numbered_source, report, values)
         yield name, values
+
+
+def whole_map(
+    name: str,
+    arrival: Arrival,
+    numbered_source: tuple[int, Source],
+    report: PieceReport,
+    values: AnyArray,
+) -> None:
+    """Decode a map of a source; numbers of partials become those of the result."""
+    number, source = numbered_source
+    arrival.decode(0, 1, values)
+    if name == BEST_PARTIAL:
+        np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
+    if report.statistics is not None and name in (SUM, SQUARED_SUM):
+        report.statistics.add_sums(number, name, 0, values)
 
 
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:

@@ -14,6 +14,8 @@ import numpy as np
 from numcodecs.blosc import decompress
 
 from ocelot_em.model.maps import AnyArray
+from ocelot_em.model.regions import ceil_div
+from ocelot_em.model.streams import LZ4Streams
 
 _CRC_OF_DATA_WITH_ITS_CRC = 0x48674BC7
 """CRC32C of any bytes followed by their little-endian CRC32C; avoids slicing in checks."""
@@ -24,12 +26,24 @@ _HEADER = struct.Struct("<4B3I")
 _BLOCK_HEADER = struct.Struct("<4B4I")
 """A header with a table of one offset."""
 
+_STREAM_SIZE = struct.Struct("<i")
+"""Encoded size in bytes in front of a stream."""
+
 _SMALLEST_BLOCK = 1024
 """Minimum size in bytes of blocks decoded separately; smaller ones could have tables larger than
 the data."""
 
 _STORED_RAW = 0x02
 """Flag of a frame with uncompressed values and no offset table."""
+
+_SHUFFLED, _BIT_SHUFFLED, _WHOLE_BLOCKS = 0x01, 0x04, 0x10
+"""Flags of a frame whose bytes or bits are shuffled, and whose blocks are single streams."""
+
+_LZ4_FORMAT = 1
+"""Format of the streams, in the highest bits of the flags."""
+
+_MIN_STREAM_VALUES = 128
+"""Blocks of fewer values are single streams in any case."""
 
 
 def checksum(data: bytes) -> int:
@@ -67,10 +81,11 @@ class BloscChunk:
         """CRC32C of the frame, as stored."""
         self.encoded_nbytes = len(encoded)
         self._kind = encoded[:4]
-        *_, flags, _, decoded, block, size = _HEADER.unpack_from(encoded)
+        *_, flags, itemsize, decoded, block, size = _HEADER.unpack_from(encoded)
         if decoded != nbytes or size != len(self._frame):
             raise ValueError(f"expected {nbytes} bytes decoded, got {decoded}")
-        self._flags, self._block_nbytes = flags, block
+        self._flags, self._itemsize, self._block_nbytes = flags, itemsize, block
+        self._nbytes = nbytes
         self.n_blocks = self._count_blocks(nbytes)
         """Number of blocks that can be decoded separately; 1 if only the whole chunk can."""
 
@@ -95,6 +110,43 @@ class BloscChunk:
         # Several threads may write blocks in another order.
         in_order = all(start < end for start, end in pairwise(self._bounds))
         return n_blocks if in_order and starts[0] >= table_end else 1
+
+    @property
+    def frame(self) -> memoryview:
+        """The frame without its CRC32C."""
+        return self._frame
+
+    def streams(self) -> LZ4Streams | None:
+        """Return the streams for decoders that unshuffle, too; None: only numcodecs decodes it.
+
+        The streams are inside of the frame, and of the decoded chunk; their content is not checked.
+        """
+        flags, itemsize, block = self._flags, self._itemsize, self._block_nbytes
+        is_shuffled = flags & (_SHUFFLED | _BIT_SHUFFLED) in (_SHUFFLED, _BIT_SHUFFLED)
+        is_raw, unit = flags & _STORED_RAW, 8 * itemsize
+        if flags >> 5 != _LZ4_FORMAT or not is_shuffled or is_raw or itemsize not in (4, 8):
+            return None
+        if block < _SMALLEST_BLOCK or block % unit or self._nbytes % unit:
+            return None
+        n_blocks = ceil_div(self._nbytes, block)
+        if len(self._frame) < _HEADER.size + 4 * n_blocks:
+            return None
+        is_split = not flags & _WHOLE_BLOCKS and block // itemsize >= _MIN_STREAM_VALUES
+        table = []
+        for number, at in enumerate(struct.unpack_from(f"<{n_blocks}I", self._frame, _HEADER.size)):
+            to, decoded = number * block, min(block, self._nbytes - number * block)
+            n_streams = itemsize if is_split and decoded == block else 1
+            decoded //= n_streams
+            for stream in range(n_streams):
+                start = at + _STREAM_SIZE.size
+                if start > len(self._frame):
+                    return None
+                (encoded,) = _STREAM_SIZE.unpack_from(self._frame, at)
+                at = start + encoded
+                if encoded <= 0 or at > len(self._frame):
+                    return None
+                table.append((start, encoded, to + stream * decoded, decoded))
+        return LZ4Streams(np.array(table, np.int64), block, itemsize, bool(flags & _BIT_SHUFFLED))
 
     def decode(self, out: AnyArray) -> None:
         """Decode the whole chunk into a C-contiguous array."""

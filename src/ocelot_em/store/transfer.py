@@ -10,6 +10,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from ocelot_em.errors import CorruptChunkError
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.store.arrays import ChunkedMap
@@ -57,18 +58,28 @@ class Arrival:
         self.n_parts = content[1].n_blocks if isinstance(content, tuple) else 1
         """Number of equal parts in which the pixels can be decoded."""
 
+    @property
+    def chunk(self) -> BloscChunk | None:
+        """The encoded chunk, if the region is one."""
+        return self._content[1] if isinstance(self._content, tuple) else None
+
+    def corrupt(self, complaint: ValueError) -> CorruptChunkError:
+        """Return the error for an encoded chunk that cannot be decoded."""
+        assert isinstance(self._content, tuple)
+        return self._source.corrupt(self._content[0], complaint)
+
     def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
         """Decode one of :attr:`n_parts` parts, or the only one, into a flat array of its size."""
         started = time.perf_counter()
         if isinstance(self._content, tuple):
-            chunk, encoded = self._content
+            _, encoded = self._content
             try:
                 if n_parts == 1:
                     encoded.decode(out)
                 else:
                     encoded.decode_block(part, out)
             except ValueError as error:
-                raise self._source.corrupt(chunk, error) from error
+                raise self.corrupt(error) from error
         else:
             out[...] = self._content.reshape(-1)
         self._meter.seconds += time.perf_counter() - started

@@ -327,6 +327,22 @@ class TileStatistics:
         bad: bool = self._kernel.add_and_measure(values, total, number == 0, position, into)
         return bad
 
+    def add_measured(self, number: int, name: str, rows: Float64) -> None:
+        """Add to a source's moments as :meth:`add_sums` does, from the sums of each row.
+
+        ``rows`` (shape: rows x 2) has the sum and the sum of squares of the valid columns of each
+        row of the piece, NaN where a value is.
+        """
+        n_rows, n_columns = self._valid
+        usable = rows[:n_rows][~np.isnan(rows[:n_rows, 0])]
+        into = self.statistics.moments[number, 0 if name == SUM else 1]
+        into += len(usable) * n_columns, *usable.sum(axis=0)
+
+    @property
+    def n_valid_columns(self) -> int:
+        """Number of columns of the piece that count."""
+        return self._valid[1]
+
     def _position(self, start: int) -> tuple[int, int, tuple[int, int]]:
         return start, self.region.shape[1], self._valid
 
