@@ -1,20 +1,42 @@
 """Merges of a running search: replaced checkpoints, updates of the result, what is left out."""
 
 import io
+import json
 from dataclasses import replace
 
+import h5py
+import mrcfile
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+import zarr
 
-from ocelot_em import Exposure, MergeOptions, describe, find_peaks, merge, open_merged
+from ocelot_em import (
+    Exposure,
+    MergedResult,
+    MergeOptions,
+    Optics,
+    ParticleTable,
+    describe,
+    find_peaks,
+    merge,
+    open_merged,
+    write_cistem_star,
+    write_leopard_csv,
+    write_relion_star,
+)
 from ocelot_em.cli import watch_command
 from ocelot_em.cli.console import PlainConsole
 from ocelot_em.cli.main import run as ocelot
 from ocelot_em.cli.text_map import map_text, strip_text
 from ocelot_em.errors import IncompleteError, OutputExistsError
+from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.merge.lazy import lazy_merge
+from ocelot_em.model.correlations import TABLE
+from ocelot_em.particles.table import SEARCHED
 from ocelot_em.run.api import MAX_PLANS, Observer
-from recording import BATCHES, INFO, N, record, recorder, search
+from recording import BATCHES, INFO, N, new_maps, new_table, record, recorder, search
 from report_pages import stub_rendering
 
 
@@ -101,6 +123,50 @@ def test_the_same_command_updates_the_result_and_completes_it():
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     other.recorder.finish()
     assert merge(run, output, so_far=True).n_merged == 0
+
+
+def test_everything_that_is_written_states_that_the_search_was_incomplete(tmp_path, capsys):
+    run, out = str(tmp_path / "RUN"), str(tmp_path / "OUT")
+    recorded, maps = recorder(run, maps=new_maps() | {TABLE: new_table()})
+    for found in recorded.ranges(BATCHES[:3]):
+        search(maps, *found)
+    recorded.finish()
+    share, text = 12 / N, "incomplete search: searched 12 of 48 orientations (25.0%)"
+    report = merge(run, out, so_far=True)
+    assert report.incomplete_search == text in report._repr_html_()
+    merged = MergedResult.open(out)
+    assert text in repr(merged)
+    assert open_merged(out).incomplete_search == lazy_merge(run, so_far=True).incomplete_search
+    optics = Optics(300, 2.7, 0.1, 2.0, 5200, 4900, 25, 0, "m.mrc", "t.mrc", 8)
+    for table in (find_peaks(out, cutoff=4), find_peaks(out, cutoff=100)):
+        assert text in repr(table)
+        paths = [tmp_path / f"table.{number}" for number in range(4)]
+        table.to_csv(paths[0])
+        found = pd.read_csv(paths[0])[SEARCHED]
+        assert found.tolist() == [share] * len(table)
+        again = ParticleTable.read_csv(paths[0])
+        said = ": searched 25.0% of the orientations" * bool(len(table))
+        assert again.incomplete_text == f"incomplete search{said}"
+        assert write_relion_star(again, paths[1], optics=optics, overwrite=True)
+        assert write_cistem_star(table, paths[2], optics=optics, overwrite=True)
+        assert paths[1].read_text().splitlines()[1] == f"# {again.incomplete_text}"
+        assert paths[2].read_text().splitlines()[1] == f"# {text}"
+        write_leopard_csv(table, paths[3], optics=optics, overwrite=True)
+        assert pd.read_csv(paths[3])[SEARCHED].tolist() == [share] * len(table)
+        assert (
+            read_parquet(write_parquet(table, tmp_path / "p", overwrite=True)).about == table.about
+        )
+    capsys.readouterr()
+    for to in ("mrc", "hdf5", "ome-zarr", "correlations"):
+        assert ocelot(["export", out, "--to", to, "--output", str(tmp_path / to)]) == 0
+        assert text in capsys.readouterr().out
+    with mrcfile.open(tmp_path / "mrc" / "mip.mrc", header_only=True) as file:
+        assert text in file.get_labels()
+    with h5py.File(tmp_path / "hdf5") as file:
+        assert file.attrs["incomplete_search"] == text
+    assert zarr.open_group(tmp_path / "ome-zarr").attrs["incomplete_search"] == text
+    schema = pq.read_schema(tmp_path / "correlations")
+    assert json.loads(schema.metadata[b"ocelot_em.about"])["incomplete_search"] == text
 
 
 def test_of_a_montage_only_exposures_with_new_checkpoints_are_merged_again():

@@ -116,6 +116,7 @@ def export(
     """Write maps or a table for other programs."""
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.correlations import Correlations
     from ocelot_em.store.distinct import require_distinct
     from ocelot_em.store.whole_file import refuse_existing
@@ -131,8 +132,9 @@ def export(
         "cistem": tables.write_cistem_star,
     }
     if to in ("mrc", "hdf5", "ome-zarr"):
-        writers[to](store, output, overwrite=overwrite)
-        open_console().print(f"wrote {output}")
+        merged = MergedResult.open(store)
+        writers[to](merged, output, overwrite=overwrite)
+        open_console().print(", ".join(filter(None, [f"wrote {output}", merged.incomplete_text])))
         return
     given = (options.particles, optics.optics)
     require_distinct(output, [path for path in given if path is not None])
@@ -141,7 +143,8 @@ def export(
         rows = Correlations(store, picking.cutoff)
         parquet.write_correlations(rows, output, overwrite=overwrite)
         counts = f"{rows.n_kept:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
-        open_console().print(f"{counts}: {output}")
+        incomplete = rows.result.incomplete_text
+        open_console().print(f"{', '.join(filter(None, [counts, incomplete]))}: {output}")
         return
     found, write = optics.read(), writers[to]
     if to != "parquet":
@@ -203,8 +206,8 @@ def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     if about is not None:
         kind = "" if about.method == "cutoff" else f"{about.method} "
         cutoff = f", {kind}cutoff {about.cutoff_text}" + (f" per {about.per}" if about.per else "")
-    if about is not None and about.incomplete_text:
-        cutoff += f", {about.incomplete_text}"
+    if table.incomplete_text:
+        cutoff += f", {table.incomplete_text}"
     open_console().print(f"{len(table)} particles{cutoff}: {output}")
 
 

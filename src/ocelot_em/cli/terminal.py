@@ -204,4 +204,4 @@ def print_report(console: Console, report: MergeReport) -> None:
             f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
             f"waiting for storage {report.waiting_share:.0%}"
         )
-    console.print(f"result: {report.output}")
+    console.print("; ".join(filter(None, [f"result: {report.output}", report.incomplete_search])))

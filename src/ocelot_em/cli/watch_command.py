@@ -235,7 +235,7 @@ class Watched(Observer):
         """Return the progress of the search in words, and as a share."""
         progress = combined([progress_of_partials(own) for _, own in self._partials])
         if progress is not None:
-            return progress.text, progress.n_searched / progress.n_orientations
+            return progress.text, progress.share
         named = list(self._named())
         n = sum(partial.state == "complete" for _, partial in named)
         return f"{n} of {count_text(len(named), 'partial')} complete", None

@@ -43,6 +43,9 @@ MAX_CHUNK_NBYTES = 2**30
 PIXEL_SIZE_ATTRIBUTE = "pixel_size_angstrom"
 """An attribute in addition to Leopard-EM's own; Leopard-EM ignores unknown ones."""
 
+INCOMPLETE_ATTRIBUTE = "incomplete_search"
+"""States how much had been searched, unless it was all."""
+
 
 def write_hdf5(
     source: str | PathLike[str] | MergedResult,
@@ -73,6 +76,8 @@ def write_hdf5(
         file.attrs["total_defocus"] = 0 if space is None else len(space.defocus_values)
         if merged.attributes.pixel_size_angstrom is not None:
             file.attrs[PIXEL_SIZE_ATTRIBUTE] = merged.attributes.pixel_size_angstrom
+        if merged.incomplete_text:
+            file.attrs[INCOMPLETE_ATTRIBUTE] = merged.incomplete_text
         for theirs, ours in OUR_NAMES.items():
             dataset = file.create_dataset(
                 f"{GROUP}/{theirs}",

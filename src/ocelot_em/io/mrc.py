@@ -30,6 +30,9 @@ from ocelot_em.store.whole_file import (
 _FLOAT32 = 2
 """MRC mode of float32 values."""
 
+LABEL_LENGTH = 80
+"""Maximum length of a label of the header."""
+
 
 def write_mrc_set(
     source: str | PathLike[str] | MergedResult,
@@ -113,6 +116,8 @@ def _write_map(mrcfile: Any, path: Path, merged: MergedResult, name: str) -> Non
                 bands.append((finite.size, low, high, total, squared_total))
         if merged.attributes.pixel_size_angstrom is not None:
             file.voxel_size = merged.attributes.pixel_size_angstrom
+        if merged.incomplete_text:
+            file.add_label(merged.incomplete_text[:LABEL_LENGTH])
         for field, value in _statistics(bands).items():
             file.header[field] = value
 

@@ -176,6 +176,8 @@ class _Pyramid:
             for block in self._grids[-1]:
                 self._write_block(channel, len(self._grids) - 1, block.region)
         self._group.attrs["ome"] = self._metadata(name)
+        if self._merged.incomplete_text:
+            self._group.attrs["incomplete_search"] = self._merged.incomplete_text
 
     def _write_block(self, channel: int, level: int, region: Region) -> Float32:
         """Write a block and all blocks below it; return its pixels of the level above."""

@@ -56,9 +56,14 @@ def write_parquet(
 def write_correlations(
     source: Correlations, output: str | PathLike[str], *, overwrite: bool = False
 ) -> Path:
-    """Write correlations block by block; the schema's metadata has their threshold and cutoff."""
+    """Write correlations block by block; the schema's metadata describes them.
+
+    It has their threshold and cutoff, and what the search lacked, if anything.
+    """
     pa, place, blocks = _pyarrow(), Path(output), list[Any]()
-    about = json.dumps({"threshold": source.threshold, "cutoff": source.cutoff})
+    facts = {"threshold": source.threshold, "cutoff": source.cutoff}
+    incomplete = source.result.incomplete_text
+    about = json.dumps(facts | ({"incomplete_search": incomplete} if incomplete else {}))
     schema = pa.schema(
         [pa.field(name, pa.from_numpy_dtype(dtype), nullable=False) for name, dtype in ROW.items()],
         metadata={_PARQUET_KEY: about},

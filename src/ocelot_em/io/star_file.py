@@ -107,12 +107,14 @@ def _table(
     return StarTable(block, tuple(unquote(tag[1:]) for tag in tags), rows, lines)
 
 
-def format_star(blocks: Mapping[str, Any]) -> bytes:
+def format_star(blocks: Mapping[str, Any], comment: str = "") -> bytes:
     """Return a STAR file of blocks with a loop each: data frames, or lists of values by column.
+
+    ``comment`` is a line at its beginning.
 
     Values that need quotation marks get double ones; none may contain them.
     """
-    lines = ["# Created by ocelot-em", "", ""]
+    lines = ["# Created by ocelot-em", *([f"# {comment}"] if comment else []), "", ""]
     for name, block in blocks.items():
         columns = [np.asarray(values).astype(str).tolist() for _, values in block.items()]
         lines += [f"data_{name}", "", "loop_"]

@@ -24,8 +24,8 @@ from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import write_parquet
 from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
-from ocelot_em.particles.table import ParticleTable, is_formula
-from ocelot_em.store.whole_file import refuse_existing, write_file
+from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula
+from ocelot_em.store.whole_file import write_file
 
 
 def write_table(
@@ -43,9 +43,7 @@ def write_table(
     place = Path(output)
     suffix = place.suffix.lower()
     if suffix == ".csv":
-        refuse_existing([place], overwrite)
-        table.to_csv(place)
-        return place
+        return table.to_csv(place, overwrite=overwrite)
     if suffix == ".parquet":
         return write_parquet(table, output, overwrite=overwrite)
     if suffix != ".star":
@@ -70,8 +68,8 @@ def write_leopard_csv(
     deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's pixel size, as before a
     refinement. Zernike coefficients, magnification matrix and map paths are text from the optics,
     or empty. The table has no columns for ``pixel_size_offset``, ``best_partial``, sub-pixel
-    positions and ``neg_log_p``. A path that a spreadsheet would interpret as a formula gets the
-    prefix ``./``.
+    positions and ``neg_log_p``. Of an incomplete search, ``searched_share`` is the 40th. A path
+    that a spreadsheet would interpret as a formula gets the prefix ``./``.
 
     Raises
     ------
@@ -124,6 +122,7 @@ def write_leopard_csv(
     paths = {"micrograph_path": optics.micrograph, "template_path": optics.template}
     paths |= {name: extra.get(name, "") for name in LEOPARD_MAPS}
     columns |= {name: f"./{p}" if is_formula(p) else p for name, p in paths.items()}
+    columns |= {name: own[name] for name in INCOMPLETE_COLUMNS if name in own}
     text = _frame(table, columns).to_csv(index=False, lineterminator="\n")
     return write_file(output, text.encode(), overwrite=overwrite)
 
@@ -189,7 +188,7 @@ def write_relion_star(
         "rlnMicrographName": optics.micrograph,
     }
     blocks = {"optics": group, "particles": _frame(table, particles)}
-    return write_file(output, format_star(blocks), overwrite=overwrite)
+    return write_file(output, format_star(blocks, table.incomplete_text), overwrite=overwrite)
 
 
 def write_cistem_star(
@@ -243,7 +242,8 @@ def write_cistem_star(
         "cisTEMOriginalXPosition": x * size,
         "cisTEMOriginalYPosition": y * size,
     }
-    return write_file(output, format_star({"": _frame(table, matches)}), overwrite=overwrite)
+    text = format_star({"": _frame(table, matches)}, table.incomplete_text)
+    return write_file(output, text, overwrite=overwrite)
 
 
 def _positions(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64, AnyArray, AnyArray]:

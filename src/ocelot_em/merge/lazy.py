@@ -115,6 +115,7 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
         Maps with dimensions ``y``, ``x``; pose maps that are not stored are decoded from the index.
         Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful. In a montage,
         ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes).
+        The attribute ``incomplete_search`` is present if not all was searched.
 
     Raises
     ------
@@ -141,7 +142,7 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     names = replace(attributes.maps, decoded=True).merged
     return xr.Dataset(
         {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
-        attrs=_dataset_attributes(attributes, attributes.partials),
+        attrs=_dataset_attributes(attributes, attributes.partials, merged.incomplete_text),
     )
 
 
@@ -206,7 +207,7 @@ def lazy_merge(
 
     return xr.Dataset(
         {name: (DIMENSIONS, lazy_map(name), map_attributes(name)) for name in plan.maps.merged},
-        attrs=_dataset_attributes(plan, plan.contributions),
+        attrs=_dataset_attributes(plan, plan.contributions, plan.incomplete_text),
     )
 
 
@@ -272,7 +273,7 @@ def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
 
 
 def _dataset_attributes(
-    merged: MergedAttributes | MergePlan, partials: Sequence[Contribution]
+    merged: MergedAttributes | MergePlan, partials: Sequence[Contribution], incomplete: str
 ) -> dict[str, Any]:
     """Return the attributes of a dataset of merged maps."""
     exposures = [e for e in merged.exposures if e.id]
@@ -287,4 +288,5 @@ def _dataset_attributes(
         "pixel_size_angstrom": merged.pixel_size_angstrom,
         "partials": [partial.name for partial in partials],
         **(of_montage if exposures else {}),
+        **({"incomplete_search": incomplete} if incomplete else {}),
     }

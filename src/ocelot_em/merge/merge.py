@@ -116,6 +116,7 @@ def merge(
         seconds=time.perf_counter() - started - compile_seconds,
         totals=tally.totals,
         compile_seconds=compile_seconds,
+        incomplete_search=ready.plan.incomplete_text,
     )
 
 

@@ -182,6 +182,8 @@ class MergeReport:
         Sums over the tiles of this run.
     compile_seconds
         Time spent compiling kernels in this process, only in the first run after an installation.
+    incomplete_search
+        How much is merged of an incomplete search; empty if all.
 
     Examples
     --------
@@ -197,6 +199,7 @@ class MergeReport:
     seconds: float
     totals: TileSummary
     compile_seconds: float = 0.0
+    incomplete_search: str = ""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -228,7 +231,8 @@ class MergeReport:
             ("time", f"{seconds_text(self.seconds)}: {', '.join(shares)}"),
             ("rate", f"{self.gigabytes_per_second:.3g} GB/s of decoded input"),
         )
-        return render("model/templates/facts.html.j2", pairs=facts)
+        found = [("search", self.incomplete_search)] * bool(self.incomplete_search)
+        return render("model/templates/facts.html.j2", pairs=[*facts, *found])
 
 
 def failure(iy: int, ix: int, error: Exception) -> Outcome:

@@ -131,6 +131,11 @@ class MergePlan(fmt.Attributes):
         several = [[c.coverage for c in exposure.contributions] for exposure in self.exposures]
         return combined([progress_of(coverages) for coverages in several])
 
+    @property
+    def incomplete_text(self) -> str:
+        """How much is merged of an incomplete search; empty if all, or if it is not known."""
+        return self.progress.incomplete_text if self.progress else ""
+
     @cached_property
     def _bounds(self) -> Int64:
         """Bounds of the exposures on the canvas, (n, 4), in the order in which they are placed."""

@@ -31,7 +31,7 @@ from ocelot_em.store.search import open_result, read_attributes, read_search_spa
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MergedResult:
     """A finished merged result.
 
@@ -48,8 +48,8 @@ class MergedResult:
     --------
     >>> from ocelot_em import MergedResult, Region, find_peaks
     >>> merged = MergedResult.open("MERGED.zarr")
-    >>> merged.valid_shape
-    (245, 345)
+    >>> merged
+    <merged result ...MERGED.zarr, 245 x 345 valid pixels>
     >>> merged.read(Region(0, 2, 0, 3), "scaled_mip").round(2)
     array([[5.16, 5.13, 5.4 ],
            [4.81, 4.97, 4.9 ]], dtype=float32)
@@ -75,6 +75,16 @@ class MergedResult:
         if attributes.state != "complete":
             raise IncompleteError(f"{objects.url}: this merge was never finished; run it again")
         return cls(objects, attributes)
+
+    def __repr__(self) -> str:
+        height, width = self.valid_shape
+        facts = [f"merged result {self.url}", f"{height} x {width} valid pixels"]
+        return f"<{', '.join([*facts, *filter(None, [self.incomplete_text])])}>"
+
+    @property
+    def incomplete_text(self) -> str:
+        """How much was merged of an incomplete search; empty if all, or if it is not known."""
+        return self.plan.incomplete_text
 
     @property
     def url(self) -> str:

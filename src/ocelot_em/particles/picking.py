@@ -35,7 +35,14 @@ from ocelot_em.particles.duplicates import Peaks, join_duplicates
 from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
-from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P, ParticleTable, PickInfo
+from ocelot_em.particles.table import (
+    ALSO_SEEN,
+    EXPOSURE,
+    NEG_LOG_P,
+    SEARCHED,
+    ParticleTable,
+    PickInfo,
+)
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +222,7 @@ def _pick_info(
         exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.is_montage else (),
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
         incomplete_exposures=incomplete,
-        incomplete_search=plan.progress.incomplete_text if plan.progress else "",
+        incomplete_search=merged.incomplete_text,
     )
 
 
@@ -239,6 +246,8 @@ def _table(
     columns = _columns(merged, rows, exposures)
     if settings.method == "pvalue":
         columns[NEG_LOG_P] = np.asarray(height, np.float64)
+    if merged.incomplete_text and (searched := merged.plan.progress):
+        columns[SEARCHED] = np.full(len(rows), searched.share)
     kept = np.arange(n_chosen)
     if merged.plan.is_montage:
         columns |= {"canvas_y": canvas_y.astype(np.int32), "canvas_x": canvas_x.astype(np.int32)}

@@ -13,6 +13,7 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.html import render
 from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
+from ocelot_em.model.text import percent_text
 from ocelot_em.store.whole_file import write_file
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
 NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
 ALSO_SEEN = "also_seen"
+SEARCHED = "searched_share"
 
 _MAX_NBYTES = 2**30
 """Maximum size of a CSV file to read: about six million particles."""
@@ -72,9 +74,14 @@ MONTAGE_COLUMNS: Mapping[str, Column] = {
 }
 """Additional columns for particles of a montage: all or none are present."""
 
-ALL_COLUMNS: Mapping[str, Column] = {**COLUMNS, **MONTAGE_COLUMNS}
+INCOMPLETE_COLUMNS: Mapping[str, Column] = {
+    SEARCHED: Column("float64", "1", "share of the orientations that had been searched"),
+}
+"""Additional column for particles of an incomplete search, which marks them in every format."""
 
-_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS))
+ALL_COLUMNS: Mapping[str, Column] = {**COLUMNS, **MONTAGE_COLUMNS, **INCOMPLETE_COLUMNS}
+
+_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS), (SEARCHED,))
 """Groups of optional columns; a group is present or absent as a whole."""
 
 _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
@@ -138,10 +145,10 @@ class ParticleTable:
     Parameters
     ----------
     columns
-        One-dimensional arrays of equal length, with the names and dtypes of :data:`COLUMNS` and
-        :data:`MONTAGE_COLUMNS`; ``neg_log_p`` and the montage columns are optional. They are not
-        copied, only sorted into that order. NaN is allowed; text must not contain commas,
-        quotation marks or line breaks.
+        One-dimensional arrays of equal length, with the names and dtypes of :data:`COLUMNS`,
+        :data:`MONTAGE_COLUMNS` and :data:`INCOMPLETE_COLUMNS`; ``neg_log_p`` and the last two
+        groups are optional. They are not copied, only sorted into that order. NaN is allowed; text
+        must not contain commas, quotation marks or line breaks.
     about
         Picking parameters, if known.
 
@@ -156,7 +163,8 @@ class ParticleTable:
     >>> particles = find_peaks("MERGED.zarr")
     >>> particles.columns["scaled_mip"][:2]
     array([12.813256, 12.608299], dtype=float32)
-    >>> particles.to_csv("particles.csv")
+    >>> particles.to_csv("particles.csv").name
+    'particles.csv'
     >>> len(ParticleTable.read_csv("particles.csv"))
     20
     """
@@ -207,7 +215,8 @@ class ParticleTable:
     def read_csv(cls, path: str | PathLike[str]) -> "ParticleTable":
         """Read a file written by :meth:`to_csv`, without loss; columns may be in any order.
 
-        CSV files do not contain picking parameters: ``about`` is None.
+        CSV files do not contain picking parameters: ``about`` is None. That a search was incomplete
+        is known from ``searched_share``.
 
         Raises
         ------
@@ -234,20 +243,33 @@ class ParticleTable:
     def __repr__(self) -> str:
         return f"<{self._summary()}>"
 
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write a header line and one line per particle; an existing file is replaced.
+    @property
+    def incomplete_text(self) -> str:
+        """Where particles may be missing; empty if none are, as far as is known."""
+        if (self.about is not None and self.about.incomplete_text) or SEARCHED not in self.columns:
+            return self.about.incomplete_text if self.about else ""
+        shares = [
+            f": searched {percent_text(x)} of the orientations"
+            for x in self.columns[SEARCHED][:1].tolist()
+        ]
+        return "".join(["incomplete search", *shares])
+
+    def to_csv(self, path: str | PathLike[str], *, overwrite: bool = True) -> Path:
+        """Write a header line and one line per particle; return the path.
 
         Floating-point numbers have enough digits for :meth:`read_csv` to restore the same bits;
         NaN is ``nan``.
 
         Raises
         ------
+        OutputExistsError
+            If the file exists, and ``overwrite`` is False.
         StorageError
             If the file cannot be written.
         """
         rows = zip(*(as_text(values) for values in self.columns.values()), strict=True)
         lines = [",".join(self.columns), *(",".join(row) for row in rows)]
-        write_file(path, ("\n".join(lines) + "\n").encode())
+        return write_file(path, ("\n".join(lines) + "\n").encode(), overwrite=overwrite)
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return the columns as a pandas DataFrame, without the picking parameters."""
@@ -267,7 +289,7 @@ class ParticleTable:
                 each = " in each exposure" if about.per == "exposure" else ""
                 parts.append(f"false positives {about.false_positives:g}{each}")
             parts.append(f"minimum distance {about.min_distance_px:g} px")
-            parts += filter(None, [about.incomplete_text])
+        parts += filter(None, [self.incomplete_text])
         return ", ".join(parts)
 
     def _repr_html_(self) -> str:

@@ -36,6 +36,11 @@ class SearchProgress:
     seconds_left: float | None = None
 
     @property
+    def share(self) -> float:
+        """Searched share of the orientations, 0 to 1."""
+        return self.n_searched / self.n_orientations
+
+    @property
     def is_whole(self) -> bool:
         """Whether every orientation has been searched."""
         return self.n_searched >= self.n_orientations
@@ -48,7 +53,7 @@ class SearchProgress:
     @property
     def text(self) -> str:
         """Describe the progress in one sentence, without a full stop."""
-        share = percent_text(self.n_searched / self.n_orientations)
+        share = percent_text(self.share)
         parts = [f"searched {self.n_searched:,} of {self.n_orientations:,} orientations ({share})"]
         if self.last is not None and not self.is_whole:
             name, written = self.last
@@ -100,9 +105,12 @@ def progress_of_partials(
 
 
 def combined(several: Sequence[SearchProgress | None]) -> SearchProgress | None:
-    """Add up the progress of several exposures; None if that of one is not known."""
+    """Add up the progress of several exposures.
+
+    None if that of one is not known, unless another one is known to be incomplete.
+    """
     known = [one for one in several if one is not None]
-    if not known or len(known) < len(several):
+    if not known or (len(known) < len(several) and all(one.is_whole for one in known)):
         return None
     newest = max((one.last for one in known if one.last), key=lambda last: last[1], default=None)
     left = [one.seconds_left for one in known if not one.is_whole]

@@ -13,7 +13,7 @@ from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.store.whole_file import whole_or_nothing, write_file
+from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing, write_file
 from ocelot_em.view import report_sections as sections
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
@@ -39,6 +39,7 @@ def write_report(
     max_zooms: int = 6,
     pyramid: str | PathLike[str] | None = None,
     refresh_seconds: int | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Write an HTML report: particles, significance, poses, partials, timings, provenance.
 
@@ -48,7 +49,7 @@ def write_report(
     Parameters
     ----------
     store, path
-        A merged result, and the file to write; an existing one is replaced.
+        A merged result, and the file to write.
     particles
         Picked particles; those of :func:`ocelot_em.particles.picking.find_peaks` by default.
     max_zooms
@@ -58,6 +59,8 @@ def write_report(
         overview is then read.
     refresh_seconds
         Time after which browsers load the page again, as for a running search; never by default.
+    overwrite
+        Replace an existing file.
 
     Raises
     ------
@@ -68,6 +71,8 @@ def write_report(
         that is none, or vice versa, or particles of other exposures.
     MissingDependencyError
         matplotlib is not installed.
+    OutputExistsError
+        The file exists, and ``overwrite`` is False.
     StorageError
         The report cannot be written.
 
@@ -77,6 +82,7 @@ def write_report(
     >>> write_report("MERGED.zarr", "report.html", particles=find_peaks("MERGED.zarr"), max_zooms=1)
     PosixPath('report.html')
     """
+    refuse_existing([Path(path)], overwrite)
     data = sections.read_report_data(store, particles)
     overview = _overview(data, pyramid)
     coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
@@ -99,9 +105,7 @@ def write_report(
         max_circles=MAX_CIRCLES,
         max_partials=MAX_PARTIALS,
     )
-    place = Path(path)
-    write_file(place, page.encode())
-    return place
+    return write_file(path, page.encode(), overwrite=overwrite)
 
 
 def save_overview(
@@ -110,17 +114,21 @@ def save_overview(
     *,
     cutoff: float | None = None,
     truth: AnyArray | None = None,
-) -> None:
-    """Save the z-score map and its survival histogram as one image."""
+    overwrite: bool = True,
+) -> Path:
+    """Save the z-score map and its survival histogram as one image; return its path."""
+    place = Path(path)
+    refuse_existing([place], overwrite)
     figure = new_figure((13.0, 5.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     merged = MergedResult.open(store)
     plot_zscore(merged, left, truth)
     outline_exposures(left, merged.attributes.exposures)
     plot_survival(merged, right, cutoff)
-    place = Path(path)
+    figure.suptitle(merged.incomplete_text)
     with whole_or_nothing(place) as staged:
         figure.savefig(staged, format=place.suffix.lstrip(".") or "png", dpi=110)
+    return place
 
 
 def _overview(
