@@ -38,6 +38,7 @@ from ocelot_em.store.lock import has_ended
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import combined, progress_of_partials
 from ocelot_em.store.search import read_attributes, read_exposures, read_partials
+from ocelot_em.store.whole_file import write_file
 from ocelot_em.view.plots import pooled_zscore
 
 POLL_SECONDS = 2.0
@@ -207,12 +208,13 @@ class Watched(Observer):
         self._merged, self._status = readable, f"merged at {datetime.datetime.now():%H:%M:%S}"
 
     def _write_page(self, merged: MergedResult, particles: ParticleTable | None) -> None:
-        from ocelot_em.view.report import write_report
+        from ocelot_em.view.report import report_page
 
         assert self._page is not None
         progress = merged.plan.progress
         refresh = PAGE_SECONDS if progress and not progress.is_whole else None
-        write_report(merged, self._page, particles=particles, refresh_seconds=refresh)
+        page = report_page(merged, particles=particles, refresh_seconds=refresh)
+        write_file(self._page, page)
 
     def planned(self, ready: PreparedMerge, _options: MergeOptions) -> None:
         """Begin to count tiles."""

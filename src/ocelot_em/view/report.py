@@ -38,7 +38,6 @@ def write_report(
     particles: ParticleTable | None = None,
     max_zooms: int = 6,
     pyramid: str | PathLike[str] | None = None,
-    refresh_seconds: int | None = None,
     overwrite: bool = True,
 ) -> Path:
     """Write an HTML report: particles, significance, poses, partials, timings, provenance.
@@ -57,8 +56,6 @@ def write_report(
     pyramid
         Image of this result from :func:`ocelot_em.io.ome_zarr.write_ome_zarr`, from which the
         overview is then read.
-    refresh_seconds
-        Time after which browsers load the page again, as for a running search; never by default.
     overwrite
         Replace an existing file.
 
@@ -83,10 +80,26 @@ def write_report(
     PosixPath('report.html')
     """
     refuse_existing([Path(path)], overwrite)
+    page = report_page(store, particles=particles, max_zooms=max_zooms, pyramid=pyramid)
+    return write_file(path, page)
+
+
+def report_page(
+    store: str | PathLike[str] | MergedResult,
+    *,
+    particles: ParticleTable | None = None,
+    max_zooms: int = 6,
+    pyramid: str | PathLike[str] | None = None,
+    refresh_seconds: int | None = None,
+) -> bytes:
+    """Return the page that :func:`write_report` writes.
+
+    With ``refresh_seconds``, browsers load it again after that time.
+    """
     data = sections.read_report_data(store, particles)
     overview = _overview(data, pyramid)
     coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
-    page = render(
+    return render(
         "view/templates/report.html.j2",
         name=data.merged.url.rstrip("/").rpartition("/")[2] or data.merged.url,
         refresh_seconds=refresh_seconds,
@@ -104,8 +117,7 @@ def write_report(
         options=sections.options_section(data),
         max_circles=MAX_CIRCLES,
         max_partials=MAX_PARTIALS,
-    )
-    return write_file(path, page.encode(), overwrite=overwrite)
+    ).encode()
 
 
 def save_overview(
