@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,45 @@ def test_export(stores, tmp_path, capsys):
         np.testing.assert_array_equal(written[name], values)
     about = json.loads(written.schema.metadata[b"ocelot_em.about"])
     assert about == {"threshold": 5.5, "cutoff": 6.5}
+
+
+def test_rows_of_a_montage_are_those_of_each_exposure_alone(tmp_path):
+    """Also where another exposure is shown."""
+    search_path, results = tmp_path / "RUN", {}
+    for number in range(2):
+        name, alone = f"e{number}", []
+        for device in range(2):
+            seed = 2 * number + device
+            table = make_table(seed, 400, threshold=5.5 + number)
+            alone.append(indexed_maps(SHAPE, seed) | {"correlation_table": table})
+            exposure = ocelot_em.Exposure(name, origin=(20 * number, 30 * number), acquired=number)
+            search = replace(INDEXED, exposure=exposure)
+            count = COUNTS[seed % 3]
+            write_partial(
+                search_path, f"gpu{device}", alone[-1], total_projections=count, search=search
+            )
+            plain = tmp_path / name
+            write_partial(plain, f"gpu{device}", alone[-1], total_projections=count, search=INDEXED)
+        ocelot_em.merge(plain, tmp_path / f"{name}-merged")
+        results[name] = all_rows_of_any_length(read_correlations(tmp_path / f"{name}-merged"))
+    ocelot_em.merge(search_path, tmp_path / "OUT", tile_size=64)
+    rows = all_rows_of_any_length(read_correlations(tmp_path / "OUT"))
+    for name, expected in results.items():
+        of_one = all_rows_of_any_length(read_correlations(tmp_path / "OUT", exposure=name))
+        own = rows["exposure"] == name
+        assert 0 < len(expected["pos_y"]) == own.sum() == len(of_one["pos_y"])
+        order = [np.lexsort([found[c] for c in COLUMNS]) for found in (expected, of_one)]
+        for column, values in expected.items():
+            np.testing.assert_array_equal(values[order[0]], of_one[column][order[1]])
+            np.testing.assert_array_equal(rows[column][own], of_one[column])
+    with pytest.raises(InvalidInputError, match=r"expected one of e0.*, got 'nine'"):
+        read_correlations(tmp_path / "OUT", exposure="nine")
+    output = tmp_path / "ROWS"
+    command = ["export", str(tmp_path / "OUT"), "--to", "correlations", "--output", str(output)]
+    assert run(command) == DONE
+    assert pq.read_table(output)["exposure"].to_pylist() == rows["exposure"].tolist()
+    about = json.loads(pq.read_schema(output).metadata[b"ocelot_em.about"])
+    assert [own[0] for own in about["exposures"].values()] == [5.5, 6.5]
 
 
 def test_rows_keep_their_order_in_a_chunk_of_the_maps(stores):

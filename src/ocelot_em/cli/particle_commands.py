@@ -64,7 +64,7 @@ class ExportOptions(Options):
     prefix
         Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``.
     exposure
-        Export only the particles of this exposure of a montage.
+        Export only the particles, or correlations, of this exposure of a montage.
     maps
         Folder of the MRC files to which Leopard-EM's table refers.
     particles
@@ -140,7 +140,7 @@ def export(
     require_distinct(output, [path for path in given if path is not None])
     refuse_existing([Path(output)], overwrite)
     if to == "correlations":
-        rows = Correlations(store, picking.cutoff)
+        rows = Correlations(store, picking.cutoff, options.exposure)
         parquet.write_correlations(rows, output, overwrite=overwrite)
         counts = f"{rows.n_kept:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
         incomplete = rows.result.incomplete_text

@@ -7,11 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.model.maps import AnyArray
-from ocelot_em.particles.correlations import COLUMNS as ROW
 from ocelot_em.particles.correlations import Correlations
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
@@ -58,14 +58,21 @@ def write_correlations(
 ) -> Path:
     """Write correlations block by block; the schema's metadata describes them.
 
-    It has their threshold and cutoff, and what the search lacked, if anything.
+    It has their threshold and cutoff, of a montage the lowest and those of each exposure, and what
+    the search lacked, if anything.
     """
     pa, place, blocks = _pyarrow(), Path(output), list[Any]()
-    facts = {"threshold": source.threshold, "cutoff": source.cutoff}
+    facts: dict[str, object] = {"threshold": source.threshold, "cutoff": source.cutoff}
+    if source.result.plan.is_montage:
+        limits = source.limits.values()
+        facts["exposures"] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
     incomplete = source.result.incomplete_text
     about = json.dumps(facts | ({"incomplete_search": incomplete} if incomplete else {}))
     schema = pa.schema(
-        [pa.field(name, pa.from_numpy_dtype(dtype), nullable=False) for name, dtype in ROW.items()],
+        [
+            pa.field(name, pa.from_numpy_dtype(np.dtype(dtype)), nullable=False)
+            for name, dtype in source.columns.items()
+        ],
         metadata={_PARQUET_KEY: about},
     )
     refuse_existing([place], overwrite)
@@ -76,7 +83,7 @@ def write_correlations(
             blocks.clear()
 
         for rows in source:
-            blocks.append(pa.record_batch([rows[name] for name in ROW], schema=schema))
+            blocks.append(pa.record_batch([rows[name] for name in source.columns], schema=schema))
             if sum(block.num_rows for block in blocks) >= _ROW_GROUP:
                 write()
         write()

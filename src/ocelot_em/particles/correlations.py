@@ -1,17 +1,20 @@
 """Correlation tables of all partials, joined with the mean and deviation of the merged result."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 
 import numpy as np
 
 from ocelot_em.errors import IncompleteError, InvalidInputError
+from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.correlations import VALUE
 from ocelot_em.model.maps import MEAN, STD, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.scanning import OwnMaps
+from ocelot_em.particles.table import EXPOSURE
 from ocelot_em.store.correlations import POSE, StoredTable, X, Y, open_table
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_partial_at
@@ -30,53 +33,102 @@ COLUMNS = {
     STD: "float32",
     "partial": "int32",
 }
-"""Columns of the rows, and their dtypes."""
+"""Columns of the rows, and their dtypes; a montage has also the column ``exposure``, of text."""
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The tables of an exposure, and what its rows must exceed or reach."""
+
+    exposure: PlannedExposure
+    tables: Sequence[StoredTable]
+    threshold: float
+    cutoff: float
 
 
 class Correlations:
-    """What :func:`read_correlations` reads, with the threshold and the cutoff that apply."""
+    """What :func:`read_correlations` reads, with the thresholds and cutoffs that apply."""
 
-    def __init__(self, place: str | PathLike[str] | MergedResult, cutoff: float | None = None):
+    def __init__(
+        self,
+        place: str | PathLike[str] | MergedResult,
+        cutoff: float | None = None,
+        exposure: str | None = None,
+    ):
         self.result = result = MergedResult.open(place)
-        if result.plan.is_montage:
+        known = {own.id: number for number, own in enumerate(result.plan.exposures) if own.id}
+        if exposure is not None and exposure not in known:
             raise InvalidInputError(
-                f"{result.url}: expected the result of one exposure, got a montage; search and "
-                "merge each exposure in a store of its own to read correlation tables"
+                f"{result.url}: exposure: expected one of {', '.join([*known][:20]) or 'none'}, "
+                f"got {exposure!r}"
             )
-        sources = list(_partials_of(result))
-        tables = [(source, _open(source)) for source in sources]
-        if missing := [source.place for source, table in tables if table is None]:
+        numbers = range(len(result.plan.exposures)) if exposure is None else [known[exposure]]
+        planned = {k: result.plan.exposures[k].sources for k in numbers}
+        sources = {k: [*_partials_of(own)] for k, own in planned.items()}
+        tables = {k: [(source, _open(source)) for source in own] for k, own in sources.items()}
+        opened = [pair for own in tables.values() for pair in own]
+        if missing := [source.place for source, table in opened if table is None]:
             raise IncompleteError(
-                f"{result.url}: {len(missing)} of {len(sources)} partials have no correlation "
+                f"{result.url}: {len(missing)} of {len(opened)} partials have no correlation "
                 f"table: {', '.join(missing[:20])}; search them again with one"
             )
-        self._tables = [table for _, table in tables if table is not None]
-        self.threshold = max(table.threshold for table in self._tables)
-        if cutoff is None:
-            counted = result.summary.attributes.searched_pixels
-            cutoff = gaussian_cutoff(counted, result.attributes.total_projections)
-        self.cutoff = cutoff
+        self.limits = {
+            k: self._limits(k, [table for _, table in own if table is not None], cutoff)
+            for k, own in tables.items()
+        }
+        """By position of the exposure in the plan."""
+        self.threshold = min(own.threshold for own in self.limits.values())
+        self.cutoff = min(own.cutoff for own in self.limits.values())
         self.n_kept = 0
         """Number of rows that were read and kept."""
+
+    def _limits(self, k: int, tables: Sequence[StoredTable], cutoff: float | None) -> _Limits:
+        exposure = self.result.plan.exposures[k]
+        if cutoff is None:
+            about = self.result.summary.attributes
+            searched = {own.number: own.searched_pixels for own in about.exposures}
+            n_pixels = searched.get(exposure.number, about.searched_pixels)
+            cutoff = gaussian_cutoff(n_pixels, exposure.total_projections)
+        return _Limits(exposure, tables, max(table.threshold for table in tables), cutoff)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the rows, and their dtypes."""
+        return COLUMNS | ({EXPOSURE: "str"} if self.result.plan.is_montage else {})
 
     @property
     def n_rows(self) -> int:
         """Number of rows of all tables, before anything is left out."""
-        return sum(table.n_rows for table in self._tables)
+        return sum(table.n_rows for limits in self.limits.values() for table in limits.tables)
 
     def __iter__(self) -> Iterator[dict[str, AnyArray]]:
         self.n_kept = 0
+        for k, limits in self.limits.items():
+            for region, maps in self._regions(k):
+                for number, table in enumerate(limits.tables):
+                    for block in table.blocks(region):
+                        rows = self._joined(block, region, maps, limits)
+                        if n := len(rows["pos_y"]):
+                            self.n_kept += n
+                            rows["partial"] = np.full(n, number, np.int32)
+                            if self.result.plan.is_montage:
+                                rows[EXPOSURE] = np.full(n, limits.exposure.id)
+                            yield rows
+
+    def _regions(self, k: int) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
+        """Yield the valid pixels of an exposure, shown or hidden: regions, with their maps."""
+        if self.result.plan.is_montage:
+            yield from OwnMaps(self.result, k).regions(MEAN, STD)
+            return
         for region in self.result.regions():
-            maps = {name: self.result.read(region, name) for name in (MEAN, STD)}
-            for number, table in enumerate(self._tables):
-                for block in table.blocks(region):
-                    rows = self._joined(block, region, maps)
-                    if n := len(rows["pos_y"]):
-                        self.n_kept += n
-                        yield rows | {"partial": np.full(n, number, np.int32)}
+            yield region, {name: self.result.read(region, name) for name in (MEAN, STD)}
 
     def _joined(
-        self, block: dict[str, AnyArray], region: Region, maps: dict[str, AnyArray]
+        self,
+        block: dict[str, AnyArray],
+        region: Region,
+        maps: Mapping[str, AnyArray],
+        limits: _Limits,
     ) -> dict[str, AnyArray]:
         """Return the rows at or above the cutoff, with their z-scores and poses."""
         pixels = block[Y] - region.y0, block[X] - region.x0
@@ -84,7 +136,7 @@ class Correlations:
         with np.errstate(invalid="ignore", divide="ignore"):
             z = (block[VALUE].astype(np.float64) - mean) / std
         z = np.where(std == 0, 0, z).astype(np.float32)
-        kept = (z >= self.cutoff) & (block[VALUE] > self.threshold)
+        kept = (z >= limits.cutoff) & (block[VALUE] > limits.threshold)
         found = {
             "pos_y": block[Y],
             "pos_x": block[X],
@@ -99,7 +151,10 @@ class Correlations:
 
 
 def read_correlations(
-    store: str | PathLike[str] | MergedResult, *, cutoff: float | None = None
+    store: str | PathLike[str] | MergedResult,
+    *,
+    cutoff: float | None = None,
+    exposure: str | None = None,
 ) -> Iterator[dict[str, AnyArray]]:
     """Read all correlations of a search above its threshold and a z-score, in blocks.
 
@@ -113,7 +168,10 @@ def read_correlations(
     store
         Path or URL of a merged result, or an open one. Its partials must still be where they were.
     cutoff
-        Minimum z-score. Default: the one that Gaussian noise exceeds once in the whole search.
+        Minimum z-score. Default: the one that Gaussian noise exceeds once in the whole search of
+        the exposure.
+    exposure
+        Id of the only exposure of a montage to read. Default: all, one after another.
 
     Returns
     -------
@@ -123,6 +181,11 @@ def read_correlations(
         are grouped by chunk of the maps, then by device, then as the device found them. Those of
         pixels that are not valid are left out.
 
+        Rows of a montage have also ``exposure``, its id; position and ``partial`` are of that
+        exposure, and windows of it take the place of chunks. All its rows are there, also those of
+        pixels where the montage shows another exposure, so that a particle in an overlap is in the
+        tables of both. There, maps are merged again from the partials.
+
     Raises
     ------
     StoreNotFoundError, FormatError, InputChangedError
@@ -130,7 +193,7 @@ def read_correlations(
     IncompleteError
         Partials without a table, by name.
     InvalidInputError
-        The result is a montage.
+        The exposure is not one of the result's.
 
     Examples
     --------
@@ -156,17 +219,18 @@ def read_correlations(
     ...     print(rows["pos_x"], rows["psi"], rows["zscore"])
     [1 1] [ 0. 90.] [9. 8.]
     """
-    return iter(Correlations(store, cutoff))
+    return iter(Correlations(store, cutoff, exposure))
 
 
-def _partials_of(result: MergedResult) -> Iterator[Source]:
-    """Yield the partials of a result, through earlier results that were merged again."""
-    for source in result.plan.exposures[0].sources:
+def _partials_of(sources: Sequence[Source]) -> Iterator[Source]:
+    """Yield partials, also those of earlier results that were merged again."""
+    for source in sources:
         if source.path:
             yield source
         else:
             check_unchanged(source)
-            yield from _partials_of(MergedResult.open(source.url))
+            earlier = MergedResult.open(source.url)  # never a montage
+            yield from _partials_of(earlier.plan.exposures[0].sources)
 
 
 def _open(source: Source) -> StoredTable | None:

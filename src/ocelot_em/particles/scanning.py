@@ -127,16 +127,19 @@ class OwnMaps:
 
     def pixels(self) -> tuple[AnyArray, AnyArray]:
         """Return ``mip`` and z-score of all valid pixels, as :func:`all_pixels` does."""
-        names, (dy, dx), found = (MIP, SCALED_MIP), self._exposure.origin, []
-        for window in self._windows():
-            if self._touches_others(window):
-                maps = self.merge(window)
-                found.append([maps[name].ravel() for name in names])
-            else:
-                region = window.shifted(dy, dx)
-                found.append([self._merged.read(region, name).ravel() for name in names])
+        names = MIP, SCALED_MIP
+        found = [[maps[name].ravel() for name in names] for _, maps in self.regions(*names)]
         mips, zs = zip(*found, strict=True)
         return np.concatenate(mips), np.concatenate(zs)
+
+    def regions(self, *names: str) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
+        """Yield regions that have all valid pixels, in exposure coordinates, and these maps."""
+        for window in self._windows():
+            if self._touches_others(window):
+                yield window, self.merge(window)
+            else:
+                region = window.shifted(*self._exposure.origin)
+                yield window, {name: self._merged.read(region, name) for name in names}
 
     def _windows(self) -> Iterator[Region]:
         grid = TileGrid(self._exposure.shape, (_WINDOW, _WINDOW))
