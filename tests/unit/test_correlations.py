@@ -107,6 +107,12 @@ def test_tables_of_all_devices_with_the_merged_mean_and_deviation(stores, cutoff
         np.testing.assert_array_equal(rows[name], values)
 
 
+def test_info(stores, capsys):
+    assert run(["info", str(stores[0])]) == DONE
+    out = capsys.readouterr().out
+    assert [f"{n} above 5.5" in out for n in ("3,000", "0", "500")] == [True] * 3
+
+
 def test_export(stores, tmp_path, capsys):
     _, output = stores
     command = ["export", str(output), "--to", "correlations", "--output", str(tmp_path / "ROWS")]

@@ -158,14 +158,16 @@ def test_tables_that_the_files_carry_are_used(tmp_path):
     assert describe(tmp_path / "R").attributes.search_space_digest == SPACE.digest
 
 
-def test_big_endian_and_strided_arrays(tmp_path):
+def test_big_endian_and_strided_arrays_and_what_is_left_out(tmp_path, caplog):
     maps = explicit_maps()
     swapped = {key: values.astype(">f4") for key, values in maps.items()}
     import_results([save_npz(tmp_path / "gpu0.npz", swapped)], tmp_path / "R")
     assert_imported(tmp_path / "R", "gpu0", maps)
     tensors = {key: torch.from_numpy(values.T.copy()).T for key, values in maps.items()}
-    torch.save(tensors | {COUNT: 9}, tmp_path / "gpu1.pt")
+    table = {"correlation_table": {"threshold": 5.0}}
+    torch.save(tensors | table | {COUNT: 9}, tmp_path / "gpu1.pt")
     import_results([tmp_path / "gpu1.pt"], tmp_path / "S")
+    assert "gpu1.pt: the correlation_table is left out" in caplog.text
     assert_imported(tmp_path / "S", "gpu1", maps)
 
 

@@ -56,6 +56,7 @@ from ocelot_em.store import groups, partials, validation
 from ocelot_em.store import search as searches
 from ocelot_em.store import sources as sources_module
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.roster import register
 
 
 def refusal_of(call, *arguments, **options):
@@ -538,7 +539,10 @@ def test_a_partial_with_unwritten_regions_stays_incomplete(tmp_path, small_chunk
     writer = PartialWriter(tmp_path / "R", "gpu0", (64, 40), total_projections=9)
     with pytest.raises(IncompleteError, match=r"2 of 4 chunks.*\[32:64, 0:32\]"), writer:
         writer.write(region, {key: values[region.slices] for key, values in maps.items()})
-    assert describe(tmp_path / "R").partials == (("gpu0", "writing", 9),)
+    register(open_objects(tmp_path / "R"), "", ["gpu1"])
+    about = describe(tmp_path / "R")
+    assert about.partials == (("gpu0", "writing", 9), ("gpu1", "missing", 0))
+    assert about.unfinished_text.startswith("2 of 2 partials: gpu0, gpu1; unless")
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,13 @@ from ocelot_em.cli import watch_command
 from ocelot_em.cli.console import PlainConsole
 from ocelot_em.cli.main import run as ocelot
 from ocelot_em.cli.text_map import map_text, strip_text
-from ocelot_em.errors import IncompleteError, OutputExistsError
+from ocelot_em.errors import IncompleteError, OutputExistsError, PlanError
 from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.merge.lazy import lazy_merge
 from ocelot_em.model.correlations import TABLE
 from ocelot_em.particles.table import SEARCHED
 from ocelot_em.run.api import MAX_PLANS, Observer
+from ocelot_em.store.objects import open_objects
 from recording import BATCHES, INFO, N, new_maps, new_table, record, recorder, search
 from report_pages import stub_rendering
 
@@ -91,14 +92,34 @@ def test_replaced_checkpoints_are_planned_again_and_in_the_end_left_out(n_steps,
     assert ("leaving running partials out" in " ".join(observer.reasons)) == (merged == 4)
 
 
-def test_the_same_command_updates_the_result_and_completes_it():
+def test_checkpoints_that_are_always_replaced_and_nothing_else(monkeypatch):
+    """The error states what happens, and what to do."""
+    monkeypatch.setattr("ocelot_em.run.api.REPLAN_SECONDS", 0)
+    run = "memory://replaced-only/run"
+    device = Device(run, batches=[(number, number + 1) for number in range(N)])
+    with pytest.raises(IncompleteError, match="has no partials yet; run this again when"):
+        merge(run, "memory://replaced-only/out", so_far=True)
+    device.step()
+    with pytest.raises(IncompleteError, match="of 1 partial, none is complete, or of a process"):
+        merge(run, "memory://replaced-only/out", complete_only=True)
+    with pytest.raises(IncompleteError, match="replaced 5 times before they were merged, and no"):
+        merge(run, "memory://replaced-only/out", so_far=True, observer=Meanwhile(device, MAX_PLANS))
+
+
+def test_the_same_command_updates_the_result_and_completes_it(monkeypatch):
     run, output = "memory://updated/run", "memory://updated/out"
     one, other = Device(run, "gpu0", BATCHES[:6]), Device(run, "gpu1", BATCHES[6:])
     with pytest.raises(IncompleteError, match="the search has no partials yet"):
         merge(run, output, so_far=True)
+    one.step()
+    monkeypatch.setattr(type(open_objects(output)), "free_bytes", lambda _: 10)
+    with pytest.raises(PlanError, match="disk: the output needs about"):
+        merge(run, output, so_far=True)
+    monkeypatch.undo()
     for n in (4, 8):
-        one.step()
-        other.step(n == 8)
+        if n == 8:  # an update replaces what is there
+            one.step(), other.step()
+            monkeypatch.setattr(type(open_objects(output)), "free_bytes", lambda _: 10)
         report = merge(run, output, so_far=True, tile_size=32)
         assert report.n_merged == 4
         assert n_searched(output) == n + 4 * (n == 8)

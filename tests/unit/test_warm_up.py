@@ -269,7 +269,7 @@ def test_the_time_left_is_reckoned_without_compiling(clock):
     assert shown.console.file.getvalue().splitlines() == [
         "running on 2 threads in this process",
         "compiling kernels (once after an installation; about 10 s)",
-        "compiled kernels in 12.5 s",
+        "compiled kernels in 12 s",
         "1 of 3 tiles, 500 kB/s, about 20 s left",
     ]
 
@@ -286,7 +286,7 @@ def test_a_terminal_has_no_bar_while_kernels_are_compiled():
         assert task.start_time > 0  # the time left is reckoned from now on
     text = shown.console.file.getvalue()
     assert "compiling kernels (once after an installation; about 10 s)" in text
-    assert "compiled kernels in 12.5 s" in text
+    assert "compiled kernels in 12 s" in text
 
 
 def test_merges_without_the_compiler_are_refused(tmp_path, monkeypatch):

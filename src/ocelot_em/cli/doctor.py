@@ -39,7 +39,7 @@ from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.text import nbytes_text
+from ocelot_em.model.text import nbytes_text, seconds_text
 from ocelot_em.run.connect import call_with_timeout
 from ocelot_em.store.blosc import BloscChunk, encode
 from ocelot_em.store.constants import DEFAULT_CHUNK
@@ -195,7 +195,7 @@ def _kernels() -> tuple[State, str]:
             f"the compiled kernels compute {', '.join(wrong)} incorrectly; delete the folder "
             f"{folder}, and report it if that does not help"
         )
-    text = f"loaded and correct after {seconds:.1f} s"
+    text = f"loaded and correct after {seconds_text(seconds)}"
     if folder is None:
         return "warning", (
             f"{text}: each process compiles them, because no folder can be written to cache them; "

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from ocelot_em.errors import OcelotError
-from ocelot_em.model.text import count_text
+from ocelot_em.model.text import count_text, seconds_text
 from ocelot_em.run.connect import RESPONSE_SECONDS, call_with_timeout, connect_client
 
 SCRATCH_PREFIX = ".ocelot-doctor-"
@@ -50,7 +50,7 @@ def clock_offset(started: float, ended: float, before: float, after: float) -> f
 
 def ahead_by(seconds: float) -> str:
     """Format the offset of a clock; positive is ahead."""
-    return f"{abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}"
+    return f"{seconds_text(round(abs(seconds)))} {'ahead' if seconds > 0 else 'behind'}"
 
 
 HOSTS_NAMED = 5
@@ -203,7 +203,7 @@ def _of_workers(place: Path, answers: Mapping[str, _Answer]) -> list[Finding]:
     judge("versions", versions, same, "install the same versions on all machines", "problem")
     hint = "use a folder that all machines share, under one name"
     judge("folder", folder, f"{shared} can read and write {place}", hint, "problem")
-    near = f"within {farthest:.1f} s of this machine's"
+    near = f"within {seconds_text(farthest)} of this machine's"
     judge("clocks", clocks, near, "synchronise all machines with the same time server", "warning")
     return findings
 

@@ -75,6 +75,8 @@ def info(store: PathOrUrl, /) -> None:
     if info.progress is not None:
         rows.append(("search", info.progress.incomplete_text or info.progress.text))
         rows += [("warning", info.progress.warning)] * bool(info.progress.warning)
+    if info.unfinished_text:
+        rows.append(("unfinished", info.unfinished_text))
     if info.without_manifest:
         rows.append(("manifests", missing_manifests_text(info.without_manifest)))
     if isinstance(attributes, MergedAttributes):
@@ -85,8 +87,14 @@ def info(store: PathOrUrl, /) -> None:
     print_rows(console, rows)
     if info.exposures:
         print_exposures(console, info)
-    partials = ((name, state, f"{count:,}") for name, state, count in info.partials)
-    print_table(console, ("partial", "state", "projections"), partials, right=(2,))
+    columns, right = ["partial", "state", "projections"], [2]
+    partials = [[name, state, f"{count:,}"] for name, state, count in info.partials]
+    if tables := {name: rest for name, *rest in info.correlation_tables}:
+        columns, right = [*columns, "correlations"], [2, 3]
+        for row in partials:
+            found = tables.get(row[0])
+            row.append("none" if found is None else f"{found[1]:,} above {found[0]:g}")
+    print_table(console, columns, partials, right)
     if info.merged is not None:
         print_statistics(console, info.merged)
 

@@ -123,7 +123,7 @@ class MergeProgress(Observer):
             failed = f", {len(self._failed)} failed" if self._failed else ""
             self.console.print(
                 f"{self._n_done} of {self._n_tiles} tiles{failed}, {rate}, "
-                f"about {seconds_text(left)} left"
+                f"about {seconds_text(left, is_rough=True)} left"
             )
 
     def __enter__(self) -> Self:

@@ -65,6 +65,7 @@ def simulate(
         Form of the poses.
     """
     from ocelot_em.model.maps import PoseForm
+    from ocelot_em.model.text import seconds_text
     from ocelot_em.testing.simulation import Simulation, simulate
 
     simulation = Simulation(
@@ -75,7 +76,7 @@ def simulate(
     seconds = time.perf_counter() - started
     open_console().print(
         f"simulated {partials} partials of {shape[0]} x {shape[1]} pixels with {particles} "
-        f"particles in {seconds:.1f} s: {store}; truth in {store.parent / 'truth.csv'}"
+        f"particles in {seconds_text(seconds)}: {store}; truth in {store.parent / 'truth.csv'}"
     )
 
 

@@ -279,8 +279,8 @@ class Watched(Observer):
                     start, end = map(
                         datetime.datetime.fromisoformat, (about.started, about.heartbeat)
                     )
-                    ago = max((now - end).total_seconds() // 1, 0)
-                    last = f"{seconds_text(ago)} ago"
+                    ago = max((now - end).total_seconds(), 0)
+                    last = f"{seconds_text(ago, is_rough=True)} ago"
                     per_minute = n / max((end - start).total_seconds(), 1) * 60
                     rate = f"{per_minute:,.0f}/min" if per_minute >= 10 else f"{per_minute:.2g}/min"
             if state == "running" and about is not None and has_ended(about.process):

@@ -1,5 +1,6 @@
 """Import of Leopard-EM's per-device result files as partials of a search, in bands."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -19,6 +20,8 @@ from ocelot_em.io.import_options import (
     part_of,
     read_search_space_file,
 )
+from ocelot_em.io.origin import NAMES_SHOWN
+from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
 from ocelot_em.store.creation import ensure_search, refresh_total
@@ -26,6 +29,8 @@ from ocelot_em.store.distinct import require_distinct
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.roster import register
+
+log = logging.getLogger(__name__)
 
 
 def import_results(
@@ -114,6 +119,13 @@ def import_batches(
         ):
             raise InvalidDataError(problems)
         raise InvalidInputError(problems)
+    files = [candidate.file for found in checked for candidate in found.candidates]
+    if names := [file.path.name for file in files if file.has_correlation_table]:
+        shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
+        log.warning(
+            "%s: the %s is left out: import reads maps only; ocelot_em.write_partial stores it",
+            *(shown, TABLE),
+        )
     require_distinct(output, [file for batch in batches for file in batch.files])
     for number, found in enumerate(checked):
         on_batch = part_of(partial(on_progress, "convert"), number, len(batches))

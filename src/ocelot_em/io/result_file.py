@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io import torch_pickle
 from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
+from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.search_space import TABLES
 
@@ -176,6 +177,11 @@ class ResultFile(ABC):
     ) -> Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
         """Return shape and dtype of the arrays of these keys; others are not looked at."""
 
+    @property
+    @abstractmethod
+    def has_correlation_table(self) -> bool:
+        """Whether there is a correlation table, which is not looked at."""
+
     @abstractmethod
     def small(self, key: str) -> AnyArray:
         """Read a scalar or a table whole."""
@@ -256,6 +262,10 @@ class _NpzFile(ResultFile):
                 with self._open(member) as stream:
                     found[key] = self._header(stream, member)
         return found
+
+    @property
+    def has_correlation_table(self) -> bool:
+        return any(member.startswith(TABLE) for member in self._archive.namelist())
 
     def _member_of(self, key: str) -> str:
         return f"{key}.npy"
@@ -349,6 +359,10 @@ class _TorchFile(ResultFile):
             else:
                 found[key] = (value.shape, value.dtype)
         return found
+
+    @property
+    def has_correlation_table(self) -> bool:
+        return TABLE in self._content
 
     def _value(self, key: str) -> torch_pickle.Tensor | AnyArray:
         value = self._content[key]

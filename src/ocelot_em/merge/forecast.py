@@ -112,10 +112,19 @@ def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
     return sum(size or 0 for size in sizes) * len(grid) // CHUNKS_SAMPLED
 
 
-def require_resources(prediction: Forecast, n_workers: int, memory_nbytes: int) -> None:
-    """Raise PlanError if the disk is too small, or the memory that the workers here share."""
+def require_resources(
+    prediction: Forecast, output: str, n_workers: int, memory_nbytes: int
+) -> None:
+    """Raise PlanError if the disk is too small, or the memory that the workers here share.
+
+    What an earlier version of the output takes is free, too: it is replaced object by object, or
+    deleted before.
+    """
     missing = 1 - prediction.n_done / prediction.n_tiles
     needed = int(prediction.stored_nbytes_out * missing)
+    if prediction.free_nbytes is not None and needed > prediction.free_nbytes:
+        held = sum(open_objects(output).sizes("").values())
+        needed = min(needed, prediction.stored_nbytes_out - held)
     if prediction.free_nbytes is not None and needed > prediction.free_nbytes:
         raise PlanError(
             f"disk: the output needs about {needed:,} more bytes, {prediction.free_nbytes:,} are "

@@ -67,17 +67,27 @@ def nbytes_text(nbytes: float) -> str:
     return f"{nbytes:.4g} TB"
 
 
-def seconds_text(seconds: float) -> str:
-    """Format a duration in seconds, minutes or hours.
+def seconds_text(seconds: float, *, is_rough: bool = False) -> str:
+    """Format a duration: two digits below 10 s, then whole seconds, minutes, hours.
 
-    >>> seconds_text(61), seconds_text(7265)
-    ('1 min 01 s', '2 h 01 min')
+    A rough one, such as an estimate, has a single unit, from seconds to days.
+
+    >>> seconds_text(2.27), seconds_text(61), seconds_text(7265)
+    ('2.3 s', '1 min 01 s', '2 h 01 min')
+    >>> [seconds_text(s, is_rough=True) for s in (2.27, 119, 2425, 90_000, 900_000)]
+    ['2 s', '2 min', '40 min', '25 h', '10 days']
     """
-    if seconds < 60:
-        return f"{seconds:.3g} s"
+    if is_rough:
+        units = (("days", 86400, 2), ("h", 3600, 2), ("min", 60, 1.5), ("s", 1, 0))
+        name, size = next((n, size) for n, size, least in units if seconds >= least * size)
+        return f"{seconds / size:.0f} {name}"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    if not hours:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{hours} h {minutes:02d} min"
 
 
 _DURATION = re.compile(r"([\d.]+) *(s|min|h|d)?")

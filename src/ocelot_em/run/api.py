@@ -7,7 +7,13 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from ocelot_em.errors import ChunkError, FormatError, InputChangedError, TilesFailedError
+from ocelot_em.errors import (
+    ChunkError,
+    FormatError,
+    IncompleteError,
+    InputChangedError,
+    TilesFailedError,
+)
 from ocelot_em.merge.forecast import require_resources
 from ocelot_em.merge.merge import merge as merge_tiles
 from ocelot_em.merge.outcome import MergeReport, Outcome
@@ -162,6 +168,7 @@ def run_merge(
     A running search may replace checkpoints while they are merged. Then the merge is planned again,
     in the end with the partials only that can no longer change.
     """
+    asked = options
     for n_left in reversed(range(MAX_PLANS)):
         plan = None
         try:
@@ -172,6 +179,14 @@ def run_merge(
                 observer.locked(lock.stop)
                 report = _merge(confirm(ready, lock.objects), completed, lock, observer)
             break
+        except IncompleteError as error:
+            if n_left or options == asked:
+                raise
+            raise IncompleteError(
+                f"{inputs}: checkpoints were replaced {MAX_PLANS - 1} times before they were "
+                "merged, and no partial can no longer change; write checkpoints less often (every "
+                "of the recording), merge faster (more threads), or run this again later"
+            ) from error
         except (TilesFailedError, InputChangedError, ChunkError, FormatError) as error:
             is_replaced = plan is None or not all(map(is_current, plan.sources))
             if not (options.takes_incomplete and is_replaced and n_left):
@@ -212,5 +227,5 @@ def plan_merge(
     device, completed = choose_device(options)
     ready = prepare(paths, output, completed, device)
     if ready.missing:
-        require_resources(ready.forecast, n_workers(completed), memory_nbytes())
+        require_resources(ready.forecast, ready.output, n_workers(completed), memory_nbytes())
     return ready, completed

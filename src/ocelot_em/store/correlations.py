@@ -16,6 +16,7 @@ from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import groups
 from ocelot_em.store.arrays import ArrayLayout, ChunkedMap, create_array, open_map
+from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.manifest import ArrayManifest, new_checksums
 from ocelot_em.store.search import MapGroup
 
@@ -100,6 +101,14 @@ def _open_column(group: MapGroup, name: str, dtype: str, expected: ArrayManifest
     path = f"{TABLE}/{name}"
     place = f"{group.place}: {path}"
     return open_map(group.objects, group.path_of(path), place, (dtype,), expected, _DIMENSION)
+
+
+def n_rows(objects: Objects, path: str) -> int:
+    """Return the number of rows of the table of a partial, from its metadata."""
+    column = join(path, TABLE, VALUE)
+    if objects.size(f"{column}/zarr.json") is None:  # of a table without rows
+        return 0
+    return open_map(objects, column, column, (COLUMNS[VALUE],), None, _DIMENSION).shape[0]
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@ class SearchProgress:
         parts = [f"searched {self.n_searched:,} of {self.n_orientations:,} orientations ({share})"]
         if self.last is not None and not self.is_whole:
             name, written = self.last
-            ago = seconds_text(max((_now() - written).total_seconds() // 1, 0))
+            ago = seconds_text(max((_now() - written).total_seconds(), 0), is_rough=True)
             parts.append(f"{name} wrote {ago} ago")
         if self.seconds_left is not None and not self.is_whole:
-            parts.append(f"about {seconds_text(self.seconds_left)} left")
+            parts.append(f"about {seconds_text(self.seconds_left, is_rough=True)} left")
         return ", ".join(parts)
 
 

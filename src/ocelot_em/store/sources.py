@@ -8,7 +8,7 @@ from pydantic import StringConstraints
 
 from ocelot_em.errors import FormatError, IncompleteError, InputChangedError, StoreNotFoundError
 from ocelot_em.model.maps import BEST_PARTIAL, MapSet
-from ocelot_em.model.text import exposure_prefix, partial_text
+from ocelot_em.model.text import count_text, exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
@@ -214,8 +214,18 @@ def open_sources(
             "leave them out (--without NAME)"
         )
     if not opened:
-        has = "no partials" if not n_partials else "no partial that can be read"
-        raise IncompleteError(f"{objects.url}: the search has {has} yet")
+        has = "the search has no partials yet; run this again when a device has written one"
+        if n_partials and complete_only:
+            has = (
+                f"of {count_text(n_partials, 'partial')}, none is complete, or of a process that "
+                "is known to have ended; wait for one, or merge checkpoints, too (--so-far)"
+            )
+        elif n_partials:
+            has = (
+                f"of {count_text(n_partials, 'partial')}, none can be read yet; run this again "
+                "when a device has written its first checkpoint"
+            )
+        raise IncompleteError(f"{objects.url}: {has}")
     return attributes, opened
 
 

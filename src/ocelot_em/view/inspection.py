@@ -22,8 +22,8 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import search as searches
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.constants import FIRST_SEALED_VERSION
-from ocelot_em.store.contract import Objects
-from ocelot_em.store.correlations import open_table
+from ocelot_em.store.contract import Objects, join
+from ocelot_em.store.correlations import n_rows, open_table
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import (
     SearchProgress,
@@ -31,7 +31,7 @@ from ocelot_em.store.progress import (
     overlap_problems,
     progress_of_partials,
 )
-from ocelot_em.store.roster import exposure_problems, roster_problems
+from ocelot_em.store.roster import exposure_problems, read_roster, roster_problems
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import value_problems
 
@@ -51,6 +51,7 @@ class StoreInfo:
     partials
         Name, state and number of projections of each partial of a search, or of each input of a
         merged result (all complete). In a montage, names start with the exposure's id and a slash.
+        The state of partials that are only on the search's list is ``missing``.
     exposures
         Exposures, if the store has several.
     without_manifest
@@ -61,6 +62,9 @@ class StoreInfo:
         The merged result, if it is one and finished.
     progress
         How much has been searched; None if the partials do not state their orientations.
+    correlation_tables
+        Name of each partial of a search that has a correlation table, its threshold and number of
+        rows.
 
     Examples
     --------
@@ -82,6 +86,20 @@ class StoreInfo:
     n_tiles: int = 0
     merged: MergedResult | None = field(default=None, repr=False, compare=False)
     progress: SearchProgress | None = None
+    correlation_tables: tuple[tuple[str, float, int], ...] = ()
+
+    @property
+    def unfinished_text(self) -> str:
+        """Which partials were never finished, and what to do; empty without any."""
+        names = [name for name, state, _ in self.partials if state in ("writing", "missing")]
+        if not names:
+            return ""
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        return (
+            f"{len(names)} of {count_text(len(self.partials), 'partial')}: {shown}; unless they "
+            "are being written, run the command that writes them again, such as the same ocelot "
+            "import, or merge without them (--without NAME)"
+        )
 
 
 def describe(store: str | PathLike[str]) -> StoreInfo:
@@ -104,11 +122,23 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
         exposures = searches.read_exposures(objects, attributes)
         found = [(own.id, searches.read_partials(objects, own.id)) for own in exposures]
         read = [(partial_text(owner, name), own) for owner, owns in found for name, own in owns]
+        missing = [
+            (partial_text(owner, name), "missing", 0)
+            for owner, owns in found
+            for name in read_roster(objects, owner).keys() - dict(owns).keys()
+        ]
         return about(
-            tuple((name, own.state, own.total_projections) for name, own in read),
+            (*((name, own.state, own.total_projections) for name, own in read), *sorted(missing)),
             tuple(exposures) if attributes.has_exposures else (),
             tuple(name for name, own in read if own.state == "complete" and own.manifest is None),
             progress=combined([progress_of_partials(owns) for _, owns in found]),
+            correlation_tables=tuple(
+                (partial_text(owner, name), own.correlation_threshold, n_rows(objects, path))
+                for owner, owns in found
+                for name, own in owns
+                if own.correlation_threshold is not None and own.is_readable
+                for path in [join(searches.partial_path(name, owner), own.folder)]
+            ),
         )
     owners = [exposure.id for exposure in attributes.exposures for _ in range(exposure.n_partials)]
     result, is_complete = MergedResult(objects, attributes), attributes.state == "complete"
