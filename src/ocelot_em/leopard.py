@@ -9,9 +9,11 @@ the maps tells where they are.
 import contextlib
 import hashlib
 import importlib
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from os import PathLike, fspath
 from typing import Any
@@ -93,7 +95,10 @@ def recording(
         about = _Recorded.of(
             fspath(store), every, search or SearchInfo(), running[-1], kwargs_list[0]
         )
-        device = _Device(about, target)
+        device, queue = _Device(about, target), kwargs_list[0]["index_queue"]
+        if show := rest.get("post_start_callback"):
+            others = multiprocessing.active_children()
+            rest["post_start_callback"] = partial(_until_all_ended, queue, show, others)
         results = jobs(target=device, kwargs_list=kwargs_list, **rest)
         return about.completed(results, len(kwargs_list))
 
@@ -110,6 +115,23 @@ def recording(
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+def _until_all_ended(queue: Any, show_progress: Callable[[], None], others: list[Any]) -> None:
+    """Show progress until all is searched, or until no device is left.
+
+    Leopard-EM alone would wait forever for the orientations of devices that were killed.
+    """
+    children = [child for child in multiprocessing.active_children() if child not in others]
+    devices = [child for child in children if not child.name.startswith("SyncManager")]
+    get_current_index = queue.get_current_index
+
+    def end_without_devices() -> int:
+        is_searching = any(device.is_alive() for device in devices)
+        return int(get_current_index() if is_searching else queue.total_indices)
+
+    queue.get_current_index = end_without_devices
+    show_progress()
 
 
 @dataclass(frozen=True)

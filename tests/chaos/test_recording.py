@@ -1,4 +1,7 @@
-"""Recorded searches whose processes are killed or stopped at random moments and writes."""
+"""Recorded searches whose processes are killed or stopped at random moments and writes.
+
+On one host, on two that share a folder, and in a bucket.
+"""
 
 import os
 import random
@@ -12,7 +15,12 @@ import numpy as np
 import pytest
 
 from ocelot_em import check, describe, merge, open_merged
+from ocelot_em.errors import StoreNotFoundError
+from ocelot_em.store.objects import open_objects
 from recording import N, new_maps, search
+from s3 import BUCKET, bucket, server
+
+__all__ = ["bucket", "server"]  # fixtures
 
 pytestmark = pytest.mark.chaos
 
@@ -25,13 +33,13 @@ from multiprocessing import get_context
 import recording
 
 
-def device(run, name, taken):
+def device(run, name, taken, last):
     recorder, maps = recording.recorder(run, name)
 
     def next_range():
         with taken.get_lock():
             taken.value += 1
-            return (taken.value - 1, taken.value) if taken.value <= recording.N else None
+            return (taken.value - 1, taken.value) if taken.value <= last else None
 
     for start, stop in recorder.ranges(next_range):
         recording.search(maps, start, stop)
@@ -39,11 +47,11 @@ def device(run, name, taken):
 
 
 if __name__ == "__main__":
-    run, n_devices = sys.argv[1], int(sys.argv[2])
+    run, (n_devices, first, last) = sys.argv[1], map(int, sys.argv[2:])
     context = get_context("spawn")
-    taken = context.Value("i", 0)
+    taken = context.Value("i", first)
     processes = [
-        context.Process(target=device, args=(run, f"gpu{number}", taken))
+        context.Process(target=device, args=(run, f"gpu{number}", taken, last))
         for number in range(n_devices)
     ]
     for process in processes:
@@ -60,10 +68,16 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "devices.py"
 
 
-def start(script: Path, run: Path, n_devices: int) -> "subprocess.Popen[str]":
+def start(
+    script: Path,
+    run: Path | str,
+    n_devices: int,
+    share: tuple[int, int] = (0, N),
+    on: tuple[str, ...] = (),
+) -> "subprocess.Popen[str]":
     path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     return subprocess.Popen(
-        [sys.executable, str(script), str(run), str(n_devices)],
+        [*on, sys.executable, str(script), str(run), *map(str, (n_devices, *share))],
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
@@ -71,15 +85,16 @@ def start(script: Path, run: Path, n_devices: int) -> "subprocess.Popen[str]":
     )
 
 
-def n_searched(run: Path) -> int:
+def n_searched(run: Path | str) -> int:
     """Number of orientations that are recorded, read while the search goes on."""
-    if not (run / "zarr.json").exists():
+    try:
+        progress = describe(run).progress
+    except StoreNotFoundError:
         return 0
-    progress = describe(run).progress
     return progress.n_searched if progress else 0
 
 
-def assert_whole(run: Path, output: Path, *about: object) -> None:
+def assert_whole(run: Path | str, output: Path, *about: object) -> None:
     """Each orientation is in it once, and the maps are those of a search without any fault."""
     assert check(run) == [], about
     maps = new_maps()
@@ -93,10 +108,15 @@ def assert_whole(run: Path, output: Path, *about: object) -> None:
         np.testing.assert_allclose(merged[key], maps[key], 1e-5, 1e-4, err_msg=str(about))
 
 
-def test_a_search_that_is_killed_again_and_again_ends_whole(script: Path, tmp_path: Path) -> None:
-    run, seed, seen = tmp_path / "RUN", random.randrange(10**6), 0
+@pytest.mark.parametrize(("place", "n_kills"), [("{}/RUN", 10), (f"s3://{BUCKET}/RUN", 3)])
+def test_a_search_that_is_killed_again_and_again_ends_whole(
+    place: str, n_kills: int, script: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if place.startswith("s3:"):
+        request.getfixturevalue("bucket")
+    run, seed, seen = place.format(tmp_path), random.randrange(10**6), 0
     moments = random.Random(seed)
-    for number in range(10):
+    for number in range(n_kills):
         processes = start(script, run, number % 3 + 1)
         while processes.poll() is None and n_searched(run) == seen < N:
             time.sleep(0.01)
@@ -106,18 +126,43 @@ def test_a_search_that_is_killed_again_and_again_ends_whole(script: Path, tmp_pa
         now = n_searched(run)
         assert now >= seen, seed  # what was recorded once stays
         seen = now
-    processes = start(script, run, 2)
-    _, errors = processes.communicate()
-    assert processes.returncode == 0, (seed, errors)
+    # Who records last finds nothing to do, and nothing is left of what was not finished.
+    for n_devices in (2, 1):
+        processes = start(script, run, n_devices)
+        _, errors = processes.communicate()
+        assert processes.returncode == 0, (seed, errors)
+        assert_whole(run, tmp_path / f"M{n_devices}", seed)
+    objects = open_objects(run)
+    for partial in objects.children("partials"):
+        assert sum("/mip/zarr.json" in key for key in objects.keys(f"partials/{partial}")) <= 1
+    assert [*tmp_path.rglob("c/*/*#*")] == []
+
+
+def test_two_hosts_record_in_one_folder(script: Path, tmp_path: Path) -> None:
+    """One sees no process of the other. One or both are killed; restarts have the other half."""
+    run, seed, halves = tmp_path / "RUN", random.randrange(10**6), [(0, N // 2), (N // 2, N)]
+    moments = random.Random(seed)
+    name = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c")
+    hosts = [(*name, f'hostname host{number}; exec "$0" "$@"') for number in range(2)]
+    if subprocess.run([*hosts[0], "true"]).returncode:
+        pytest.skip("needs hosts of their own: unshare --uts --pid")
+    for number, killed in enumerate((slice(2), slice(1), slice(2), slice(1, 2), slice(0))):
+        each = [
+            start(script, run, number % 2 + 1, half, host)
+            for half, host in zip(halves[:: (-1) ** number], hosts, strict=True)
+        ]
+        seen = n_searched(run)
+        while any(host.poll() is None for host in each) and n_searched(run) == seen < N:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.1))
+        for host in each[killed]:  # the other one, if any, searches its half to the end
+            os.killpg(host.pid, signal.SIGKILL)
+        for host in each:
+            _, errors = host.communicate()
+            assert host.returncode in (0, -9), (seed, number, errors)
+    # Whether a process of another host has ended is not known, and need not be.
+    assert "running" in {state for _, state, _ in describe(run).partials}, seed
     assert_whole(run, tmp_path / "M", seed)
-    # Who records next finds nothing to do, and nothing is left of what was not finished.
-    processes = start(script, run, 1)
-    _, errors = processes.communicate()
-    assert processes.returncode == 0, (seed, errors)
-    assert check(run) == [], seed
-    for partial in (run / "partials").iterdir():
-        assert len([*partial.glob("*/mip")]) <= 1, seed
-    assert list(run.rglob("c/*/*#*")) == []
 
 
 def test_a_process_that_slept_records_nothing_twice(script: Path, tmp_path: Path) -> None:

@@ -5,82 +5,98 @@ Leopard-EM is no dependency of the tests: CONTRIBUTING.md says how to install it
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from ocelot_em import check, describe, merge, open_merged
-from ocelot_em.errors import StoreNotFoundError
+from leopard_manager import BATCH
+from ocelot_em import check, merge, open_merged
+from ocelot_em.model import ranges as sets
+from ocelot_em.model.ranges import Ranges
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_partials
 
 pytest.importorskip("leopard_em", reason="Leopard-EM is not installed; see CONTRIBUTING.md")
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "leopard_search.py"
+AT_ONCE = 10 * BATCH
+"""Number of orientations that Leopard-EM's queue gives to a device at a time."""
 
 
-def start(folder: Path, run: Path | str, n_devices: int) -> "subprocess.Popen[str]":
-    """Start the search in a process group of its own, with some processes as devices."""
+def search(folder: Path, run: Path | str, n_devices: int, kill: str = "") -> int:
+    """Search in a process group of its own, with some processes as devices."""
     command = [sys.executable, str(SCRIPT), str(folder), str(run), str(n_devices)]
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    with (folder / "log.txt").open("a") as output:
-        return subprocess.Popen(
+    environment = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    environment |= {"KILL": kill} if kill else {}
+    with (folder / "log.txt").open("w") as output:
+        return subprocess.run(
             command,
-            text=True,
+            cwd=folder if run == "-" else Path(run).parent,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+            env={**os.environ, **environment},
+        ).returncode
 
 
-def n_searched(run: Path) -> int:
-    """Number of orientations that are recorded; read while the search goes on."""
-    try:
-        progress = describe(run).progress
-    except StoreNotFoundError:
-        return 0
-    return progress.n_searched if progress else 0
+def recorded(run: Path) -> Ranges:
+    """The orientations in all partials."""
+    partials = read_partials(open_objects(run)) if run.exists() else []
+    found = [partial.coverage for _, partial in partials]
+    return sets.union(one for coverage in found if coverage for one in coverage.ranges)
 
 
-def devices(search: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """The processes of the devices, without that of the shared results."""
-    children = psutil.Process(search.pid).children(recursive=True)
-    spawned = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-    return sorted(spawned, key=lambda child: child.pid)[1:]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search that was not recorded, with its inputs and results."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert search(folder, "-", 1) == 0, (folder / "log.txt").read_text()
+    return folder
 
 
-def test_killed_searches_end_as_one_that_was_not(tmp_path: Path) -> None:
-    """One device or everything is killed at random moments; each restart has other devices."""
-    run, seed = tmp_path / "RUN", random.randrange(10**6)
-    moments = random.Random(seed)
-    assert start(tmp_path, "-", 1).wait() == 0
-    lost = []
-    for number, n_devices in enumerate((2, 1, 3, 2)):
-        search, before = start(tmp_path, run, n_devices), n_searched(run)
-        while search.poll() is None and n_searched(run) == before:
-            time.sleep(0.05)
-        time.sleep(moments.uniform(0, 0.7))
-        if number == 0 and (running := devices(search)):
-            running[0].kill()
-            log = tmp_path / "log.txt"  # it may have been killed after its last checkpoint
-            assert search.wait() == 0 or "a device ended before its time" in log.read_text()
-        elif search.poll() is None:
-            os.killpg(search.pid, signal.SIGKILL)
-            search.wait()
-        assert n_searched(run) >= before, seed
-        lost.append(n_searched(run))
-    assert start(tmp_path, run, 4).wait() == 0, (seed, (tmp_path / "log.txt").read_text())
-    assert check(run) == [], (seed, lost)
-    one, resumed = (np.load(tmp_path / f"{name}.npz") for name in ("alone", "recorded"))
+@pytest.mark.parametrize("who", ["all", "both", "device"])
+def test_killed_searches_end_as_one_that_was_not(who: str, alone: Path, tmp_path: Path) -> None:
+    """Killed at random moments, every second time during a write; restarts have other devices."""
+    run, seed, n_kills = tmp_path / "RUN", random.randrange(10**6), 0
+    moments, killed, given = random.Random(seed), tmp_path / "killed", tmp_path / "given"
+    for number in range(10):
+        before, n_devices = recorded(run), number % 3 + 1
+        for file in (killed, given):
+            file.unlink(missing_ok=True)
+        where, count = ("write", moments.randint(1, 24)) if number % 2 else ("given", 1)
+        kill = f"{who} {where} {count} {moments.uniform(0, 0.2)}"
+        ended = search(alone, run, n_devices, kill)
+        about, log = (seed, number, kill, before), (alone / "log.txt").read_text()
+        if not killed.exists():  # of a device that had nothing left to search
+            assert ended == 0, (about, log)
+            continue
+        n_kills += 1
+        if who == "device" or (who == "both" and n_devices == 1):
+            # It may have been killed after its last checkpoint.
+            assert ended == 0 or "a device ended before its time" in log, (about, log)
+        else:
+            assert ended == -9, (about, log)
+        if where == "write":
+            assert any("#" in file.name for file in run.rglob("*")), about
+        # Every interval is one request for orientations here: of each, only the last may be lost.
+        lines = given.read_text().split("\n")[:-1] if given.exists() else []
+        asked = sets.union((int(one), int(other)) for one, other in map(str.split, lines))
+        now = recorded(run)
+        assert sets.minus(before, now) == (), about
+        assert sets.size(sets.minus(asked, now)) <= n_devices * AT_ONCE, (about, asked, now)
+    assert n_kills >= (1 if who == "device" else 10), seed
+    assert search(alone, run, 4) == 0, (seed, (alone / "log.txt").read_text())
+    assert check(run) == [], seed
+    assert [*run.rglob("c/*/*#*")] == [], seed
+    one, resumed = (np.load(alone / f"{name}.npz") for name in ("alone", "recorded"))
     for key, expected in one.items():
-        tolerance = 1e-5 if key == "scaled_mip" else 0
+        is_sum = key.startswith(("scaled", "correlation"))
+        tolerance = 1e-5 if is_sum else 0
         np.testing.assert_allclose(resumed[key], expected, tolerance, tolerance, err_msg=f"{seed}")
     merge(run, tmp_path / "M")
     merged = open_merged(tmp_path / "M")

@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 
 import ocelot_em
-from leopard_manager import EDGE, POSITION, SHAPE, match_template_manager, write_inputs
+from leopard_manager import (
+    EDGE,
+    POSITION,
+    SHAPE,
+    match_template_manager,
+    run_options,
+    write_inputs,
+)
 from ocelot_em import process_results as ours
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -95,7 +102,7 @@ def test_a_search_runs_to_the_end(
 
     monkeypatch.setattr(core, "aggregate_distributed_results", aggregate)
     monkeypatch.setattr(core, "scale_mip", ours.scale_mip)
-    manager.run_match_template(orientation_batch_size=4, do_result_export=False)
+    manager.run_match_template(**run_options(manager))
 
     (devices,) = seen
     assert len(devices) == 2

@@ -178,11 +178,10 @@ def test_who_has_ended_is_completed_and_what_it_left_is_deleted(monkeypatch):
     device._maps.update(maps)
     device._pending.append((12, 16))
     device._given = None
-    with pytest.raises(IncompleteError, match=r"recorded by 'gpu0\.2' meanwhile"):
-        device.write()
-    device._partial.refuse_overlap = lambda _ranges: None
     with pytest.raises(IncompleteError, match="was completed or replaced"):
         device.write()
+    with pytest.raises(IncompleteError, match=r"recorded by 'gpu0\.2' meanwhile"):
+        device._partial.searched_before(((12, 16),))
 
 
 def test_of_two_that_search_the_same_one_records(monkeypatch):
@@ -191,18 +190,18 @@ def test_of_two_that_search_the_same_one_records(monkeypatch):
     record_one, record_other = one.ranges(BATCHES), other.ranges(BATCHES)
     next(record_one), next(record_other)
     search(maps, 0, 4), search(others, 0, 4)
-    refuse, looked = recorded.RecordedPartial.refuse_overlap, []
+    look, looked = recorded.RecordedPartial.searched_before, []
 
-    def meanwhile(self, ranges):
+    def meanwhile(self, ranges=()):
         """The other one records between the last look of this one and its record."""
-        if self is one._partial and len(looked) < 2:
+        found = look(self, ranges)
+        if self is one._partial:
             looked.append(ranges)
-            if len(looked) == 2:
+            if len(looked) == 1:
                 next(record_other)
-            return
-        refuse(self, ranges)
+        return found
 
-    monkeypatch.setattr(recorded.RecordedPartial, "refuse_overlap", meanwhile)
+    monkeypatch.setattr(recorded.RecordedPartial, "searched_before", meanwhile)
     with pytest.raises(IncompleteError, match="partial 'gpu0': 4 orientations, from 0 on"):
         next(record_one)
     assert describe(place).progress.n_searched == 4
@@ -307,11 +306,11 @@ def test_a_checkpoint_that_failed_is_not_added_again(undisturbed, monkeypatch, m
 
     def fail(*_args):
         looked.append(1)
-        if moment != "after the record" or len(looked) == 3:
+        if moment != "after the record" or len(looked) == 2:
             raise StorageError("the network is down")
 
     if moment == "after the record":
-        monkeypatch.setattr(device._partial, "refuse_overlap", fail)
+        monkeypatch.setattr(device._partial, "searched_before", fail)
     else:
         monkeypatch.setattr(sys.modules["ocelot_em.merge.recorder"], "fill", fail)
     with pytest.raises(StorageError, match="network"):

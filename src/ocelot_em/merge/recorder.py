@@ -199,7 +199,6 @@ class SearchRecorder:
         if not self._pending:
             return
         ranges, partial = sets.union(self._pending), self._partial
-        partial.refuse_overlap(ranges)
         synchronize(self._maps[MIP])
         (before, rows), slot = partial.last(), partial.begin()
         (height, width), edge = partial.grid.shape, partial.grid.cell[0]
@@ -210,7 +209,7 @@ class SearchRecorder:
         if self._table is not None:
             slot = slot.with_table(self._joined(rows))
         self._has_failed = True
-        partial.publish(slot, ranges)
+        self._done = partial.publish(slot, ranges)
         self._pending.clear()
         for key, values in self._maps.items():
             fill(values, _EMPTY.get(key, 0))
@@ -219,7 +218,6 @@ class SearchRecorder:
                 self._table[key] = self._table[key][:0]
         synchronize(self._maps[MIP])
         self._has_failed = False
-        self._done = partial.searched_before()
         seconds = time.monotonic() - self._last
         log.info("%s: checkpoint written in %s", self.name, seconds_text(seconds))
 

@@ -34,6 +34,7 @@ from ocelot_em.store.partials import complete_partial, create_arrays
 from ocelot_em.store.roster import read_roster, register
 from ocelot_em.store.search import (
     MapGroup,
+    find_partial_at,
     open_partial,
     partial_names,
     partial_path,
@@ -183,23 +184,38 @@ class RecordedPartial:
         assert self._record.coverage is not None
         return self._record.coverage.ranges
 
-    def searched_before(self) -> Ranges:
-        """Return the orientations in all partials, including this one."""
+    def searched_before(self, added: Ranges = ()) -> Ranges:
+        """Return the orientations in all partials, including this one.
+
+        Raises
+        ------
+        InvalidInputError
+            Another partial is of another search.
+        IncompleteError
+            Another partial has orientations that are to be added to this one.
+        """
         everything = list(self.ranges)
         for name, partial in self._others():
-            found = partial.coverage
+            found, where = partial.coverage, f"{self._objects.url}: partial"
             if found is None:
                 continue
             if found.n_orientations != self.size.n_orientations:
                 raise InvalidInputError(
-                    f"{self._objects.url}: partial {name!r}: expected a search of "
-                    f"{self.size.n_orientations:,} orientations, got {found.n_orientations:,}; "
-                    "give every search a store of its own"
+                    f"{where} {name!r}: expected a search of {self.size.n_orientations:,} "
+                    f"orientations, got {found.n_orientations:,}; give every search a store of its "
+                    "own"
                 )
             if found.data_sha256 != self.size.data_sha256:
                 raise InvalidInputError(
-                    f"{self._objects.url}: partial {name!r}: is of a search with another "
-                    "micrograph, template or other filters; give every search a store of its own"
+                    f"{where} {name!r}: is of a search with another micrograph, template or other "
+                    "filters; give every search a store of its own"
+                )
+            if twice := sets.shared(found.ranges, added):
+                raise IncompleteError(
+                    f"{where} {self.name!r}: {sets.size(twice):,} orientations, from "
+                    f"{twice[0][0]:,} on, have been recorded by {name!r} meanwhile, and must not "
+                    "be counted twice; nothing was recorded since the last checkpoint: search "
+                    "orientations in one process only"
                 )
             everything += found.ranges
         return sets.union(everything)
@@ -208,11 +224,11 @@ class RecordedPartial:
         """Read all other partials by the names on the list, which does not lag."""
         objects, exposure = self._objects, self._exposure
         for name in sorted({*read_roster(objects, exposure), *partial_names(objects, exposure)}):
-            path = partial_path(name, exposure)
             if self._is_claimed and name == self.name:
                 continue
-            if groups.group_attributes(objects, path) is not None:  # or it is just being created
-                yield name, read_partial_at(objects, path)
+            found = find_partial_at(objects, partial_path(name, exposure))
+            if found is not None:  # or it is just being created
+                yield name, found
 
     def _repair(self) -> None:
         """Finish what killed processes have left half done."""
@@ -239,18 +255,6 @@ class RecordedPartial:
             objects.tidy(path)
             for child in objects.children(path):
                 objects.delete(f"{path}/{child}")
-
-    def refuse_overlap(self, ranges: Ranges) -> None:
-        """Raise ``IncompleteError`` if another partial has orientations that are to be recorded."""
-        for name, partial in self._others():
-            found = partial.coverage
-            if found is not None and (twice := sets.shared(found.ranges, ranges)):
-                raise IncompleteError(
-                    f"{self._objects.url}: partial {self.name!r}: {sets.size(twice):,} "
-                    f"orientations, from {twice[0][0]:,} on, have been recorded by {name!r} "
-                    "meanwhile, and must not be counted twice; nothing was recorded since the last "
-                    "checkpoint: search orientations in one process only"
-                )
 
     def last(self) -> tuple[dict[str, ChunkedMap], StoredTable | None]:
         """Open the maps and the correlation table of the last checkpoint, if there is one."""
@@ -288,8 +292,12 @@ class RecordedPartial:
                 self._is_claimed = True
                 return
 
-    def publish(self, slot: Slot, ranges: Ranges) -> None:
+    def publish(self, slot: Slot, ranges: Ranges) -> Ranges:
         """Make a checkpoint, whose arrays are written, the content of the partial.
+
+        Other partials are read twice: before the record is replaced, because a kill afterwards
+        would leave orientations in two partials; and then, because another process may have looked
+        before.
 
         Parameters
         ----------
@@ -297,6 +305,11 @@ class RecordedPartial:
             The checkpoint.
         ranges
             The orientations searched since the last one.
+
+        Returns
+        -------
+        Ranges
+            The orientations in all partials.
         """
         objects, before = self._objects, self._record
         assert before.coverage is not None
@@ -315,16 +328,17 @@ class RecordedPartial:
             "recording": before.recording.model_copy(update={"heartbeat": now()}),
         }
         self._require_own()
-        self.refuse_overlap(ranges)
+        self.searched_before(ranges)
         self._replace(before.model_copy(update=changes))
-        try:  # another process may have looked before this one replaced the record
-            self.refuse_overlap(ranges)
-        except IncompleteError:
+        try:
+            searched = self.searched_before(ranges)
+        except (IncompleteError, InvalidInputError):
             self._replace(before)
             raise
         with suppress(StorageError):  # the next checkpoint deletes them, too
             for child in {*objects.children(self._path)} - {before.folder, folder, MANIFEST}:
                 objects.delete(f"{self._path}/{child}")
+        return searched
 
     def _replace(self, record: fmt.PartialAttributes) -> None:
         groups.replace_attributes(self._objects, self._path, fmt.dump_attributes(record))

@@ -109,17 +109,28 @@ def read_partial_attributes(
 
 
 def read_partial_at(objects: Objects, path: str) -> fmt.PartialAttributes:
-    """Read the attributes of the partial at a path; with a manifest, it is complete.
-
-    A writer may have been killed before it changed the attributes, and one that came too late may
-    have changed them back.
+    """Read the attributes of the partial at a path, as :func:`find_partial_at` does.
 
     Raises
     ------
     FormatError
+        It does not exist, or is damaged.
+    """
+    found = find_partial_at(objects, path)
+    where = f"{objects.url}/{path}"
+    return found or fmt.parse_attributes(fmt.PartialAttributes, None, where)
+
+
+def find_partial_at(objects: Objects, path: str) -> fmt.PartialAttributes | None:
+    """Read the attributes of a partial, None if there is none; with a manifest, it is complete.
+
+    A writer may have been killed before it changed the attributes, and one that came too late may
+    have changed them back.
     """
     where = f"{objects.url}/{path}"
     attributes = groups.group_attributes(objects, path)
+    if attributes is None:
+        return None
     found = fmt.parse_attributes(fmt.PartialAttributes, attributes, where)
     if found.state == "complete":
         return found
