@@ -16,6 +16,7 @@ from ocelot_em.cli.main import run
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "docs/format.md",
     "docs/montages.md",
     "docs/operations.md",
     "docs/particles.md",
@@ -111,6 +112,7 @@ def folder(files, tmp_path, monkeypatch, request):
     for path in files.iterdir():
         if path.name not in skip:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")  # the golden stores
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -121,6 +123,10 @@ def test_what_a_page_shows_runs(page, folder, capsys):
         assert run(words) == DONE, f"ocelot {shlex.join(words)}: {capsys.readouterr().err}"
     for name in programs(page):
         exec(compile(name, page, "exec"), names_of_the_pages())
+    for store in re.findall(
+        r"^`ocelot check (\S+)` finds no problem", (ROOT / page).read_text(), re.M
+    ):
+        assert ocelot_em.check(store) == []
 
 
 def names_of_the_pages():

@@ -345,7 +345,7 @@ def test_a_seam_is_reported(words_of, montages, tmp_path, monkeypatch):
     for name, difference in shift.items():
         assert f" {difference:.2f} " in words, name
     # Said once where all overlaps are brighter; of those exposures that are, otherwise.
-    assert "visible seams: the z-scores have a mean of" in words
+    assert "Visible seams: the z-scores have a mean of" in words
     assert ": visible seam:" not in words
     drawn = np.concatenate(
         [line.get_xdata() for line in plot_seams(store, value="difference").lines]

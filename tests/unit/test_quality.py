@@ -42,16 +42,17 @@ def test_nothing_is_said_of_a_sound_search(tmp_path, rng):
 def test_a_wrong_count(tmp_path, rng):
     warnings = words(tmp_path, search_of(rng), (1000, 4000, 1500))
     assert any(
-        "gpu1: the correlations of gpu1 have a root mean square of 0.70" in s for s in warnings
+        "Input gpu1: the correlations of gpu1 have a root mean square of 0.70" in s
+        for s in warnings
     )
-    assert any(s.startswith("gpu1: won") and "fewer" in s for s in warnings)
+    assert any(s.startswith("Partial gpu1 won") and "fewer" in s for s in warnings)
 
 
 def test_a_share_that_was_searched_twice(tmp_path, rng):
     results = search_of(rng)
     warnings = words(tmp_path, [*results, results[1]], (*COUNTS, COUNTS[1]))
-    assert any(s.startswith("gpu3: has the same sums as gpu1") for s in warnings)
-    assert any(s.startswith("gpu3: won no pixel") for s in warnings)
+    assert any(s.startswith("Input gpu3 has the same sums as gpu1") for s in warnings)
+    assert any(s.startswith("Partial gpu3 won no pixel") for s in warnings)
 
 
 def test_a_device_with_other_correlations(tmp_path, rng):
@@ -59,8 +60,10 @@ def test_a_device_with_other_correlations(tmp_path, rng):
     results[2]["correlation_sum"] += np.float32(0.3 * COUNTS[2])
     results[2]["mip"] += 5
     warnings = words(tmp_path, results)
-    assert any(s.startswith("gpu2: the correlations of gpu2 have a mean of 0.3") for s in warnings)
-    assert any(s.startswith("gpu2: won") and "more" in s for s in warnings)
+    assert any(
+        s.startswith("Input gpu2: the correlations of gpu2 have a mean of 0.3") for s in warnings
+    )
+    assert any(s.startswith("Partial gpu2 won") and "more" in s for s in warnings)
 
 
 def correlations(rng, n_orientations=200, edge=64):
@@ -133,7 +136,7 @@ def test_a_count_that_is_wrong_by_a_few_percent_is_noticed(rng, n_shares, factor
             }
         )
         (warnings,) = partial_warnings(SimpleNamespace(partials=(), sources=tuple(unfair)))
-        assert warnings.startswith("p0 or p1: " if n_shares == 2 else f"p{wrong}: ")
+        assert warnings.startswith("Input p0 or p1: " if n_shares == 2 else f"Input p{wrong}: ")
 
 
 @pytest.mark.parametrize("counts", [(0,), (5,)])
@@ -170,8 +173,8 @@ def test_nothing_is_said_of_a_sound_montage(tmp_path, rng, overlap):
 
 def test_the_highest_of_several_leaves_seams(tmp_path, rng):
     (warnings,) = montage_words(tmp_path, beside(rng), overlap="max-zscore")
-    assert warnings.startswith("visible seams: the z-scores have a mean of ")
-    assert warnings.endswith("(the highest of several values is higher)")
+    assert warnings.startswith("Visible seams: the z-scores have a mean of ")
+    assert warnings.endswith("(the highest of several values is higher).")
 
 
 def test_a_partial_is_compared_with_those_of_its_exposure(tmp_path, rng):
@@ -179,8 +182,8 @@ def test_a_partial_is_compared_with_those_of_its_exposure(tmp_path, rng):
     origin, results, counts = shots[1]
     shots[1] = origin, results, (counts[0], 2 * counts[1], counts[2])
     warnings = montage_words(tmp_path, shots)
-    assert any(text.startswith("exposure e1: gpu1: ") for text in warnings)
-    assert not any(text.startswith(("exposure e0: gpu", "exposure e2: gpu")) for text in warnings)
+    assert any(text.startswith("Exposure e1: input gpu1: ") for text in warnings)
+    assert not any(text.startswith(("Exposure e0: ", "Exposure e2: ")) for text in warnings)
 
 
 def test_an_exposure_that_stands_out(tmp_path, rng):
@@ -189,7 +192,7 @@ def test_an_exposure_that_stands_out(tmp_path, rng):
         result["mip"] = result["mip"] + np.float32(1.0)
     warnings = montage_words(tmp_path, shots)
     assert [text.partition(": its")[0] for text in warnings if "unusual" in text] == [
-        "exposure e2: unusual"
+        "Exposure e2: unusual"
     ]
 
 

@@ -251,7 +251,7 @@ def test_an_unusual_partial_is_named(report_of, tmp_path, rng):
     write_search(tmp_path / "RUN.zarr", results, [1000] * 3)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     page = report_of(tmp_path / "OUT.zarr", tmp_path)
-    assert "p1: won" in page.words
+    assert "Partial p1 won" in page.words
     assert "All checks passed" not in page.words
 
 

@@ -66,7 +66,7 @@ def montage_warnings(
     """
     return [
         *(
-            f"exposure {name}: {sentence}"
+            f"Exposure {name}: {sentence[0].lower()}{sentence[1:]}"
             for name, own in of_exposures.items()
             for sentence in partial_warnings(own)
         ),
@@ -84,18 +84,18 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
     everywhere = difference is not None and abs(difference) > SEAM
     if difference is not None and everywhere:
         yield (
-            f"visible seams: the z-scores have a mean of {overlap.mean:.3g} where exposures "
+            f"Visible seams: the z-scores have a mean of {overlap.mean:.3g} where exposures "
             f"overlap and of {alone.mean:.3g} elsewhere, {abs(difference):.2g} standard deviations "
-            "apart" + (" (the highest of several values is higher)" if difference > 0 else "")
+            "apart" + (" (the highest of several values is higher)." if difference > 0 else ".")
         )
     for exposure in statistics.exposures:
         alone, overlap = exposure.alone, exposure.overlap
         difference = difference_in_std(overlap, alone)
         if difference is not None and abs(difference) > SEAM and not everywhere:
             yield (
-                f"exposure {exposure.id}: visible seam: its z-scores have a mean of "
+                f"Exposure {exposure.id}: visible seam: its z-scores have a mean of "
                 f"{overlap.mean:.3g} where it overlaps others and of {alone.mean:.3g} elsewhere, "
-                f"{abs(difference):.2g} standard deviations apart"
+                f"{abs(difference):.2g} standard deviations apart."
             )
     known = [e for e in statistics.exposures if e.alone.pixels >= MIN_SHOWN]
     for exposure in known:
@@ -110,9 +110,9 @@ def _seams(statistics: StatisticsAttributes) -> Iterator[str]:
         difference = difference_in_std(exposure.alone, usual)
         if difference is not None and abs(difference) > SEAM:
             yield (
-                f"exposure {exposure.id}: unusual: its z-scores have a mean of "
+                f"Exposure {exposure.id}: unusual: its z-scores have a mean of "
                 f"{exposure.alone.mean:.3g}, and the median of comparable exposures is "
-                f"{usual.mean:.3g}, {abs(difference):.2g} standard deviations apart"
+                f"{usual.mean:.3g}, {abs(difference):.2g} standard deviations apart."
             )
 
 
@@ -151,15 +151,16 @@ def _wins(statistics: StatisticsAttributes) -> Iterator[str]:
             continue
         if partial.won_pixels == 0:
             yield (
-                f"{partial.name}: won no pixel, expected about {expected:,.0f} by its count: its "
-                "device was idle or failed, or an earlier partial searched the same share"
+                f"Partial {partial.name} won no pixel, expected about {expected:,.0f} by its "
+                "count: its device was idle or failed, or an earlier partial "
+                "searched the same share."
             )
         elif not 1 / WIN_RATIO <= partial.won_pixels / expected <= WIN_RATIO:
             many = "more" if partial.won_pixels > expected else "fewer"
             yield (
-                f"{partial.name}: won {partial.won_pixels:,} pixels, {many} than the "
+                f"Partial {partial.name} won {partial.won_pixels:,} pixels, {many} than the "
                 f"{expected:,.0f} expected by its count: its count is wrong, or its device "
-                "computed other correlations than the others"
+                "computed other correlations than the others."
             )
 
 
@@ -217,15 +218,15 @@ def _outliers(sources: Sequence[SourceStatistics]) -> Iterator[str]:
         mean, usual_mean = (median(_or_zero(s.mean) for s in some) for some in ([source], others))
         if unusual:
             yield (
-                f"{who}: the correlations of {source.name} have a root mean square of {rms:.4g}, "
-                f"those of {'the other' if is_pair else 'the others'} {usual_rms:.4g}: a count is "
-                "wrong, or a device failed"
+                f"Input {who}: the correlations of {source.name} have a root mean square of "
+                f"{rms:.4g}, those of {'the other' if is_pair else 'the others'} {usual_rms:.4g}: "
+                "a count is wrong, or a device failed."
             )
         elif abs(mean - usual_mean) > (MEAN_DIFFERENCE + _chance(source, others)) * usual_rms:
             yield (
-                f"{who}: the correlations of {source.name} have a mean of {mean:.4g}, those of "
-                f"{'the other' if is_pair else 'the others'} {usual_mean:.4g}: a device failed, or "
-                "searched another image"
+                f"Input {who}: the correlations of {source.name} have a mean of {mean:.4g}, "
+                f"those of {'the other' if is_pair else 'the others'} {usual_mean:.4g}: a device "
+                "failed, or searched another image."
             )
 
 
@@ -237,8 +238,8 @@ def _duplicate_sources(sources: tuple[SourceStatistics, ...]) -> Iterator[str]:
         sums = source.correlation_sum, source.correlation_squared_sum
         if any(sums) and sums in first:
             yield (
-                f"{source.name}: has the same sums as {first[sums]}: the same share was searched "
-                "or imported twice; merge again without one of them"
+                f"Input {source.name} has the same sums as {first[sums]}: the same share was "
+                "searched or imported twice; merge again without one of them."
             )
         first.setdefault(sums, source.name)
 
