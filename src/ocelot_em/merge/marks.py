@@ -19,7 +19,7 @@ from ocelot_em.store import constants
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.blosc import max_encoded_nbytes
 from ocelot_em.store.contract import Objects, ReusedMemory
-from ocelot_em.store.manifest import Checksums, identity, new_checksums
+from ocelot_em.store.manifest import Checksums, identity
 
 
 def done_mark_path(iy: int, ix: int) -> str:
@@ -79,7 +79,7 @@ def read_mark(objects: Objects, plan: MergePlan, tile: Tile) -> TileChecksums | 
     if encoded is None:
         raise MissingChunkError(f"{place}: expected an object {key}; merge again")
     memory = ReusedMemory()
-    values = np.frombuffer(store.decode_chunk(encoded, nbytes, memory, place), np.float64)
+    values = np.frombuffer(store.decode_chunk(encoded, nbytes, memory, lambda: place), np.float64)
     own, checksums = values[len(SUMMARY_FIELDS)], values[len(SUMMARY_FIELDS) + 1 :]
     if own != identity(plan.identity, key):
         raise CorruptChunkError(f"{place}: belongs to another tile or result; merge again")
@@ -140,18 +140,17 @@ class ResultChecksums:
     """
 
     def __init__(self, plan: MergePlan) -> None:
-        self._grid = TileGrid(plan.shape, plan.chunk)
-        self._tiles = plan.grid
-        self.maps: dict[str, Checksums] = {
-            name: new_checksums(self._grid) for name in plan.maps.merged
-        }
+        grid, self._tiles, self._chunk = TileGrid(plan.shape, plan.chunk), plan.grid, plan.chunk
+        self._table = np.zeros((len(plan.maps.merged), *grid.counts), np.uint32)
+        self.maps: dict[str, Checksums] = dict(zip(plan.maps.merged, self._table, strict=True))
 
     def put(self, iy: int, ix: int, checksums: TileChecksums) -> None:
         """Enter the checksums of a tile."""
-        region = self._tiles.at(iy, ix).region
-        for column, chunk in enumerate(self._grid.touching(region)):
-            for own, table in zip(checksums, self.maps.values(), strict=True):
-                table[chunk.iy, chunk.ix] = own[column]
+        region, (height, width) = self._tiles.at(iy, ix).region, self._chunk
+        y, x = region.y0 // height, region.x0 // width
+        places = self._table[:, y : ceil_div(region.y1, height), x : ceil_div(region.x1, width)]
+        n_chunks = places.shape[1] * places.shape[2]
+        places[...] = checksums[:, :n_chunks].reshape(places.shape)
 
 
 def _length(plan: MergePlan) -> int:

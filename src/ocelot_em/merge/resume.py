@@ -5,6 +5,7 @@ import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from os import PathLike
 
 import numpy as np
@@ -258,7 +259,7 @@ def complete_output(
     objects.lease.prove()
     summary.finish(objects, plan)
     checksums = ResultChecksums(plan)
-    for (iy, ix), own in {**ready.checksums, **tally.checksums}.items():
+    for (iy, ix), own in chain(ready.checksums.items(), tally.checksums.items()):
         checksums.put(iy, ix, own)
     arrays = {
         name: ArrayManifest(store.create_map(objects, name, name, plan.shape, plan.chunk), table)

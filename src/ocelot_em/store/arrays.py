@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -277,15 +277,20 @@ def encode_chunk(values: AnyArray) -> list[bytes]:
     return encode(values, _BLOSC)
 
 
-def decode_chunk(encoded: bytes, nbytes: int, memory: ReusedMemory, place: str) -> memoryview:
-    """Decode a chunk of ``nbytes`` decoded bytes into memory, allocated only if it is intact."""
+def decode_chunk(
+    encoded: bytes, nbytes: int, memory: ReusedMemory, place: Callable[[], str]
+) -> memoryview:
+    """Decode a chunk of ``nbytes`` decoded bytes into memory, allocated only if it is intact.
+
+    ``place`` returns its name for errors.
+    """
     try:
         frame = BloscChunk(memoryview(encoded), nbytes)
         decoded = memory.of(nbytes)
         frame.decode(np.frombuffer(decoded, np.uint8))
         return decoded
     except ValueError as error:
-        raise CorruptChunkError(f"{place}: is corrupt: {error}; merge again") from error
+        raise CorruptChunkError(f"{place()}: is corrupt: {error}; merge again") from error
 
 
 def open_map(

@@ -112,26 +112,30 @@ class Histograms:
     @classmethod
     def empty(cls, dtype: str) -> "Histograms":
         """Return histograms without counts."""
-        mip, z = np.zeros(MIP_AXIS.bins + 2, dtype), np.zeros(Z_AXIS.bins + 2, dtype)
-        return cls(mip, z, np.zeros((JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins), dtype))
+        return cls.from_flat(np.zeros(N_FLAT, dtype))
 
     @classmethod
     def from_flat(cls, flat: AnyArray) -> "Histograms":
-        """Restore histograms from :attr:`flat`."""
+        """Return views of all counts in one dimension."""
         n_mip, n_z = MIP_AXIS.bins + 2, Z_AXIS.bins + 2
         mip, z, joint = np.split(flat, [n_mip, n_mip + n_z])
         return cls(mip, z, joint.reshape(JOINT_MIP_AXIS.bins, JOINT_Z_AXIS.bins))
 
-    @property
-    def flat(self) -> AnyArray:
-        """All counts in one dimension."""
-        return np.concatenate([self.mip, self.z, self.joint.reshape(-1)])
+    def add(self, other: "Histograms", extremes: Float64) -> None:
+        """Add the counts of other pixels, whose values have these :data:`EXTREMES`.
 
-    def add(self, other: "Histograms") -> None:
-        """Add the counts of other pixels."""
-        self.mip += other.mip
-        self.z += other.z
-        self.joint += other.joint
+        Few of all bins are between them, so most of the memory need not be touched.
+        """
+        mips, zs = extremes[:2], extremes[2:]
+        both = _bins_between(JOINT_MIP_AXIS, mips), _bins_between(JOINT_Z_AXIS, zs)
+        self.joint[both] += other.joint[both]
+        for own, counts, axis, ends in (
+            (self.mip, other.mip, MIP_AXIS, mips),
+            (self.z, other.z, Z_AXIS, zs),
+        ):
+            used = _bins_between(axis, ends)
+            used = slice(used.start, used.stop + 2)  # with underflow or overflow beside them
+            own[used] += counts[used]
 
     def clear(self) -> None:
         """Set all counts to 0."""
@@ -152,7 +156,7 @@ class Histograms:
 
 
 N_FLAT = MIP_AXIS.bins + 2 + Z_AXIS.bins + 2 + JOINT_MIP_AXIS.bins * JOINT_Z_AXIS.bins
-"""Length of :attr:`Histograms.flat`."""
+"""Number of all counts of :class:`Histograms`."""
 
 
 @dataclass
@@ -268,13 +272,16 @@ class TileStatistics:
     longest_edge: int = 0
     statistics: PixelStatistics = field(init=False)
     counts: AnyArray = field(init=False)
+    counts_with_room: AnyArray = field(init=False)
+    """The counts of all histograms, and room for the identity of their record."""
     candidates: Float64 = field(init=False)
 
     def __post_init__(self) -> None:
         from ocelot_em.kernels import collect  # on demand, with numba
 
         self._kernel = collect
-        self.counts = np.zeros(N_FLAT, np.uint32)
+        self.counts_with_room = np.zeros(N_FLAT + 1, np.uint32)
+        self.counts = self.counts_with_room[:-1]
         self._histograms = Histograms.from_flat(self.counts)
         self._joint = np.zeros(_JOINT_SHAPE, np.uint32)
         self._joint_used: tuple[slice, ...] = (slice(None), slice(JOINT_Z_AXIS.bins))
@@ -390,10 +397,8 @@ class TileStatistics:
         extremes = self.statistics.extremes
         extremes[:] = self._kernel.values_of(self._ranks)
         # All other counts are 0 in both arrays.
-        self._joint_used = (
-            _bins_between(JOINT_MIP_AXIS, extremes[:2]),
-            _bins_between(JOINT_Z_AXIS, extremes[2:]),
-        )
+        axes = (JOINT_MIP_AXIS, extremes[:2]), (JOINT_Z_AXIS, extremes[2:])
+        self._joint_used = tuple(_bins_between(*own) for own in axes)
         self._histograms.joint[self._joint_used] = self._joint[self._joint_used]
         n_rows, n_columns = self._valid
         if not n_rows or not n_columns:

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ class Layout:
             else "progress"
         )
 
-    @property
+    @cached_property
     def scope(self) -> StatisticsScope:
         """Pixels of the exposure that count, and related numbers."""
         return StatisticsScope(
@@ -176,7 +177,7 @@ class Layout:
         """Shape of the z-scores along the edges, which are last."""
         return len(EDGES), max(self.tile) if self.is_montage else 0
 
-    @property
+    @cached_property
     def n_numbers(self) -> int:
         """Number of values in a whole record."""
         (rows, columns), (n_edges, length) = self.candidates_shape, self.edges_shape
@@ -188,10 +189,14 @@ class Layout:
         return own + (self.identity is not None)
 
     def encode(self, what: str, number: int, record: AnyArray) -> tuple[str, list[bytes]]:
-        """Return the object of a record, with its identity: key and parts of its bytes."""
+        """Return the object of a record: key and parts of its bytes.
+
+        The last value of ``record`` is room for the identity, and is overwritten.
+        """
         key = f"{self.folder}/{what}/c/{number}"
-        if self.identity is not None:
-            record = np.append(record, record.dtype.type(identity(self.identity, key)))
+        if self.identity is None:
+            return key, store.encode_chunk(record[:-1])
+        record[-1] = identity(self.identity, key)
         return key, store.encode_chunk(record)
 
     def counts(self, objects: Objects, number: int) -> Histograms:
@@ -277,12 +282,12 @@ class Layout:
                 f"expected an object {key}; merge again"
             )
         # Allocating memory for each of thousands of records would fragment the heap.
-        memory, label = _memory_of_thread(what), self._label(objects, what, number)
+        memory, label = _memory_of_thread(what), partial(self._label, objects, what, number)
         record = np.frombuffer(store.decode_chunk(encoded, nbytes, memory, label), dtype)
         if self.identity is None:
             return record
         if record[-1] != identity(self.identity, key):
-            raise CorruptChunkError(f"{label}: belongs to another tile or result; merge again")
+            raise CorruptChunkError(f"{label()}: belongs to another tile or result; merge again")
         return record[:-1]
 
     def _label(self, objects: Objects, what: str, number: int) -> str:

@@ -38,6 +38,9 @@ from ocelot_em.store import arrays as store
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects
 
+_ROOM = np.zeros(1)
+"""Room for the identity of a record, behind its values."""
+
 
 def new_tile_statistics(plan: MergePlan) -> TileStatistics:
     """Create the reusable statistics for the pieces of exposures."""
@@ -86,15 +89,16 @@ def encode_records(
             statistics.statistics.flat,
             statistics.candidates.reshape(-1),
             statistics.edges.reshape(-1),
+            _ROOM,
         ]
     )
-    for what, record in ((COUNTS, statistics.counts), (NUMBERS, numbers)):
+    for what, record in ((COUNTS, statistics.counts_with_room), (NUMBERS, numbers)):
         yield layout.encode(what, number, record)
 
 
 def encode_shown(layout: Layout, shown: Float64, number: int) -> tuple[str, list[bytes]]:
     """Return the object with statistics of a record's shown pixels: key and parts of its bytes."""
-    return layout.encode(SHOWN, number, shown)
+    return layout.encode(SHOWN, number, np.append(shown, _ROOM))
 
 
 def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:

@@ -31,6 +31,9 @@ from ocelot_em.store.contract import Objects, return_free_memory
 EXPOSURES_BETWEEN_TIDYING = 32
 """Exposures after which freed memory is returned to the system; each leaves some hundred kB."""
 
+MAX_RECORDS_PER_CALL = 16
+"""Maximum number of records that a thread adds before it takes others."""
+
 STATISTICS = "statistics"
 """Path of the group with the statistics of the whole result."""
 
@@ -65,7 +68,7 @@ def finish(objects: Objects, plan: MergePlan) -> None:
         histograms.clear()
         total = _add_up(objects, layout, histograms)
         totals.append((exposure, total))
-        all_histograms.add(histograms)
+        all_histograms.add(histograms, total.extremes)
         if not plan.is_montage:
             continue
         _write_summary(
@@ -84,16 +87,23 @@ def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> PixelSt
     """Return the sum of an exposure's records; its histograms are added to the given ones."""
     lock = threading.Lock()
 
-    def read(number: int) -> PixelStatistics:
-        counted = layout.counts(objects, number)
-        with lock:
-            histograms.add(counted)
-        return layout.statistics(objects, number)
+    def read(numbers: range) -> list[PixelStatistics]:
+        several = []
+        for number in numbers:
+            statistics, counted = layout.statistics(objects, number), layout.counts(objects, number)
+            with lock:
+                histograms.add(counted, statistics.extremes)
+            several.append(statistics)
+        return several
 
-    scope = layout.scope
+    scope, n = layout.scope, len(layout)
     total = PixelStatistics.empty(scope.n_partials, scope.n_sources)
-    for statistics in map_in_threads(read, range(len(layout))):
-        total.add(statistics)
+    # Several in a call, where there are many: a call costs as much as a record.
+    size = max(1, min(MAX_RECORDS_PER_CALL, n // MAX_RECORDS_PER_CALL))
+    batches = (range(start, min(start + size, n)) for start in range(0, n, size))
+    for several in map_in_threads(read, batches):
+        for statistics in several:
+            total.add(statistics)
     return total
 
 
