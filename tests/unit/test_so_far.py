@@ -237,6 +237,31 @@ def test_a_search_is_watched_until_it_is_complete(tmp_path, monkeypatch, capsys)
     assert "expected a search, got a merged result" in capsys.readouterr().err
 
 
+def test_a_watched_search_of_many_exposures_shows_the_last_written_and_counts_the_others(
+    monkeypatch,
+):
+    monkeypatch.setattr(watch_command, "MAX_DEVICES", 2)
+    times = (f"2026-01-01T00:{n // 60:02d}:{n % 60:02d}+00:00" for n in range(3600))
+    monkeypatch.setattr("ocelot_em.store.recorded.now", lambda: next(times))
+    run = "memory://watched-many/run"
+    exposures = [Exposure(f"e{n}", origin=(0, 40 * n), acquired=n) for n in range(4)]
+    devices = [Device(run, search=replace(INFO, exposure=exposure)) for exposure in exposures]
+    for number in (0, 1, 2, 3, 1):
+        devices[number].step()
+    devices[3].step(N)
+    devices[3].recorder.finish()
+    console = PlainConsole(file=io.StringIO(), width=120)
+    options = MergeOptions.parse({"so_far": True})
+    watched = watch_command.Watched(run, ("memory://watched-many/out", None), options, console)
+    assert watched.look()
+    watched._print()
+    out = console.file.getvalue()
+    assert [line.split(":")[0] for line in out.splitlines()[1:3]] == ["  e1/gpu0", "  e2/gpu0"]
+    assert "searched 64 of 192 orientations" in out
+    assert "and others: 1 running, 1 complete" in out
+    assert not watched.is_complete
+
+
 @pytest.mark.parametrize(("colours", "encoding"), [("truecolor", "utf-8"), (None, "ascii")])
 def test_a_watched_search_fits_the_terminal(colours, encoding, tmp_path):
     run = str(tmp_path / "RUN")

@@ -5,7 +5,9 @@ import datetime
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -30,13 +32,14 @@ from ocelot_em.model import ranges as sets
 from ocelot_em.model.maps import Float32
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.text import count_text, partial_text, percent_text, seconds_text
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.run.api import Observer, run_merge
 from ocelot_em.store.attributes import PartialAttributes, SearchAttributes
 from ocelot_em.store.lock import has_ended
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.progress import combined, progress_of_partials
+from ocelot_em.store.progress import SearchProgress, combined, progress_of_partials
 from ocelot_em.store.search import read_attributes, read_exposures, read_partials
 from ocelot_em.store.whole_file import write_file
 from ocelot_em.view.plots import pooled_zscore
@@ -50,6 +53,12 @@ PAGE_SECONDS = 30
 MAP_EDGE_PX = 256
 MAX_DEVICES = 16
 """Maximum number of devices shown; there may be thousands of exposures."""
+
+LOOK_THREADS = 16
+"""Number of exposures that are read at a time; a bucket takes its time for each."""
+
+_PREFERRED = "running", "writing", "complete"
+"""States of devices, in the order in which some are chosen to be shown; the last written first."""
 
 
 def watch(
@@ -118,7 +127,10 @@ class Watched(Observer):
         self._objects = open_objects(run)
         (self._output, self._page), self._options = written, options
         self.console = console
-        self._partials: list[tuple[str, list[tuple[str, PartialAttributes]]]] = []
+        self._partials: list[tuple[str, PartialAttributes]] = []
+        self._shown: list[tuple[str, PartialAttributes]] = []
+        self._progress: SearchProgress | None = None
+        self._has_empty_exposures = False
         self._merged: object = None
         self._picture: Float32 | None = None
         self._found, self._status = "nothing merged yet", ""
@@ -157,29 +169,33 @@ class Watched(Observer):
                 f"{self._objects.url}: expected a search, got a merged result; give the "
                 "search from which it was merged"
             )
+        exposures = [own.id for own in read_exposures(self._objects, attributes)]
+        read = partial(read_partials, self._objects)
+        found = list(map_in_threads(read, exposures, LOOK_THREADS))
         self._partials = [
-            (exposure.id, read_partials(self._objects, exposure.id))
-            for exposure in read_exposures(self._objects, attributes)
+            (partial_text(exposure, name), own)
+            for exposure, partials in zip(exposures, found, strict=True)
+            for name, own in partials
         ]
+        self._progress = combined([progress_of_partials(own) for own in found])
+        self._has_empty_exposures = not all(found)
+        preferred = sorted(self._partials, key=_last_written, reverse=True)
+        preferred.sort(key=lambda item: _PREFERRED.index(item[1].state))
+        names = {name for name, _ in preferred[:MAX_DEVICES]}
+        self._shown = [item for item in self._partials if item[0] in names]
         return bool(readable := self._readable()) and readable != self._merged
 
     def _readable(self) -> list[str]:
-        return [p.id for _, partial in self._named() if (p := partial).is_readable]
-
-    def _named(self) -> Iterator[tuple[str, PartialAttributes]]:
-        for exposure, partials in self._partials:
-            for name, partial in partials:
-                yield partial_text(exposure, name), partial
+        return [own.id for _, own in self._partials if own.is_readable]
 
     @property
     def is_complete(self) -> bool:
         """Whether all orientations were searched, or all partials are complete, and merged."""
-        if self._readable() != self._merged:
+        if self._readable() != self._merged or self._has_empty_exposures:
             return False
-        progress = combined([progress_of_partials(own) for _, own in self._partials])
-        if progress is not None:
-            return progress.is_whole
-        return all(partial.state == "complete" for _, partial in self._named())
+        if self._progress is not None:
+            return self._progress.is_whole
+        return all(own.state == "complete" for _, own in self._partials)
 
     def merge(self) -> None:
         """Merge what there is, and look for particles."""
@@ -235,12 +251,10 @@ class Watched(Observer):
 
     def _summary(self) -> tuple[str, float | None]:
         """Return the progress of the search in words, and as a share."""
-        progress = combined([progress_of_partials(own) for _, own in self._partials])
-        if progress is not None:
-            return progress.text, progress.share
-        named = list(self._named())
-        n = sum(partial.state == "complete" for _, partial in named)
-        return f"{n} of {count_text(len(named), 'partial')} complete", None
+        if self._progress is not None:
+            return self._progress.text, self._progress.share
+        n = sum(own.state == "complete" for _, own in self._partials)
+        return f"{n} of {count_text(len(self._partials), 'partial')} complete", None
 
     def render(self) -> RenderableType:
         """Everything, for a terminal."""
@@ -252,25 +266,29 @@ class Watched(Observer):
             parts.append(bar)
         rows = list(self._rows())
         table = Table("device", "state", "searched", "", "last checkpoint", "rate", box=None)
-        for name, state, searched, strip, last, rate in rows[:MAX_DEVICES]:
+        for name, state, searched, strip, last, rate in rows:
             table.add_row(name, state, searched, strip, last, rate)
-        parts.append(table)
-        if len(rows) > MAX_DEVICES:
-            parts.append(f"and {len(rows) - MAX_DEVICES:,} more")
-        parts += [self._found, self._status]
-        n_lines = self.console.height - len(parts) - min(len(rows), MAX_DEVICES) - 2
+        parts += [table, *self._others(), self._found, self._status]
+        n_lines = self.console.height - len(parts) - len(rows) - 2
         if self._picture is not None and n_lines > 2:
             parts.append(map_text(self._picture, self.console, n_lines))
         return Group(*parts)
 
+    def _others(self) -> list[str]:
+        """Count the devices that are not shown, by state."""
+        states = Counter[str](own.state for _, own in self._partials)
+        states.subtract(own.state for _, own in self._shown)
+        counts = ", ".join(f"{states[state]:,} {state}" for state in _PREFERRED if states[state])
+        return [f"and others: {counts}"] if counts else []
+
     def _rows(self) -> Iterator[Sequence[str]]:
-        """Describe each device: name, state, share searched, strip, last checkpoint, rate."""
+        """Describe each device shown: name, state, share searched, strip, last checkpoint, rate."""
         now = datetime.datetime.now(datetime.UTC)
         width = min(max(self.console.width - 64, 4), 40)
-        for name, partial in self._named():
-            found, about = partial.coverage, partial.recording
+        for name, own in self._shown:
+            found, about = own.coverage, own.recording
             searched = strip = last = rate = ""
-            state: str = partial.state
+            state: str = own.state
             if found is not None:
                 n, total = sets.size(found.ranges), found.n_orientations
                 searched = f"{n:,} ({percent_text(n / total)})"
@@ -296,4 +314,12 @@ class Watched(Observer):
         for name, state, searched, _, last, rate in self._rows():
             facts = (state, searched, last and f"wrote {last}", rate)
             self.console.print(f"  {name}: {', '.join(filter(None, facts))}")
+        for others in self._others():
+            self.console.print(f"  {others}")
         self.console.print(f"  {self._found} ({self._status})")
+
+
+def _last_written(named: tuple[str, PartialAttributes]) -> str:
+    """Return the time of the last checkpoint, empty without any."""
+    about = named[1].recording
+    return about.heartbeat if about is not None else ""
