@@ -1,6 +1,8 @@
 """Prediction of a merge's input, output and memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 
 import numpy as np
@@ -16,11 +18,11 @@ from ocelot_em.merge.memory_model import (
     worker_nbytes,
 )
 from ocelot_em.merge.plan import MergePlan
-from ocelot_em.model.maps import MAPS, MIP, MapSet
+from ocelot_em.model.maps import MAPS, SUM, MapSet
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import TileGrid
-from ocelot_em.store.contract import Objects
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.contract import Objects, at_once
+from ocelot_em.store.objects import Stores, open_objects
 from ocelot_em.store.sources import Source, open_one
 
 CHUNKS_LISTED = 4096
@@ -62,6 +64,7 @@ def forecast(
     options: MergeOptions,
     n_done: int,
     device: DeviceChoice = ON_CPU,
+    stores: Stores = open_objects,
 ) -> Forecast:
     """Predict the cost of a plan; lists the inputs' objects, but reads none."""
     decoded_in = 0
@@ -70,10 +73,11 @@ def forecast(
             pixel = sum(np.dtype(MAPS[n].dtypes[0]).itemsize for n in source.map_names(plan.maps))
             decoded_in += pixel * exposure.shape[0] * exposure.shape[1]
     sampled = sample_of(plan.sources)
-    stored_in = sum(_stored_nbytes_of(source, plan.maps) for source in sampled)
+    sizes = [size for source in sampled for size in _sizes_of(source, plan.maps, stores)]
+    stored_in = sum(at_once(stores(sampled[0].url), sizes))
     stored_in = stored_in * len(plan.sources) // len(sampled)
     pixels = plan.shape[0] * plan.shape[1]
-    storage = storage_shape(plan.exposures, output)
+    storage = storage_shape(plan.exposures, output, stores)
     n_partials = partials_on_device(plan, storage, options, device)
     per_pixel = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged)
     covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
@@ -95,12 +99,12 @@ def forecast(
     )
 
 
-def _stored_nbytes_of(source: Source, maps: MapSet) -> int:
-    """Return the stored bytes of all maps of a source."""
-    objects, mip = open_objects(source.url), open_one(source, MIP)
-    prefix = mip.path.removesuffix(MIP)
+def _sizes_of(source: Source, maps: MapSet, stores: Stores) -> list[Callable[[], int]]:
+    """Return functions that look up the stored bytes of all maps of a source."""
+    objects, sums = stores(source.url), open_one(source, SUM, stores)
+    prefix = sums.path.removesuffix(SUM)
     names = source.map_names(maps)
-    return sum(_stored_nbytes(objects, f"{prefix}{name}", mip.grid) for name in names)
+    return [partial(_stored_nbytes, objects, f"{prefix}{name}", sums.grid) for name in names]
 
 
 def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:

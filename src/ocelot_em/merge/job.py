@@ -4,11 +4,12 @@ import hashlib
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,13 +35,14 @@ from ocelot_em.model.regions import Region, Tile
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store.contract import Objects, ReusedMemory
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.contract import Objects, ReusedMemory, at_once
 from ocelot_em.store.fence import RunLease, hold
 from ocelot_em.store.lock import kernel_id
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
 from ocelot_em.store.search_info import SearchInfo
-from ocelot_em.store.sources import open_one, open_source_maps
+from ocelot_em.store.sources import open_one, open_several
 from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead
 from ocelot_em.store.validation import value_problems
 
@@ -97,12 +99,12 @@ class OpenExposure:
         self,
         plan: MergePlan,
         exposure: PlannedExposure,
+        opened: Sequence[dict[str, ChunkedMap]],
         space: SearchSpace | None,
         device_memory: DeviceMemory | None,
     ) -> None:
-        self._plan, self._exposure, self._space = plan, exposure, space
+        self._plan, self._exposure, self._maps, self._space = plan, exposure, opened, space
         sources, maps, mask_nan = exposure.sources, plan.maps_of_exposure, plan.nan == "mask"
-        self._maps = [open_source_maps(source, maps, exposure.shape) for source in sources]
         self.fold: Fold | DeviceFold
         if device_memory is None:
             self.fold = Fold(sources, maps, space, mask_nan=mask_nan)
@@ -189,12 +191,19 @@ class Job:
             objects = hold(objects, self._lease)
         self.objects = objects
         first = plan.exposures[0].sources[0]
-        self._space = read_search_space(open_objects(first.url), plan.search_space_digest)
+        store = open_objects(first.url)
+        self._first: list[list[dict[str, ChunkedMap]]] = []
+        steps: list[Callable[[], Any]] = [
+            partial(read_search_space, store, plan.search_space_digest),
+            self._open_output,
+            self._open_first,
+            lambda: self.may_begin,
+        ]
+        self._space, self.written, *_ = at_once(store, steps)
         self._device_memory = None
         if partials_on_device:
             maps, sum_dtype = plan.maps_of_exposure, open_one(first, SUM).dtype.name
             self._device_memory = DeviceMemory(open_device(), maps, partials_on_device, sum_dtype)
-        self.written = {} if objects is None else MapGroup(objects).open(plan.maps.merged)
         urls = {source.url for source in plan.sources}
         self._streams_in = max(open_objects(url).streams for url in urls)
         self._streams_out = 1 if objects is None else objects.streams
@@ -205,6 +214,18 @@ class Job:
         self._is_compiled = False
         self.compile_seconds = 0.0
         """Time spent compiling kernels in this process; 0 if they were cached on disk."""
+
+    def _maps_of(self, exposure: PlannedExposure) -> list[dict[str, ChunkedMap]]:
+        return open_several(exposure.sources, self.plan.maps_of_exposure, exposure.shape)
+
+    def _open_first(self) -> None:
+        """Open the first exposure, which is nearly always needed, with all else at the start."""
+        with suppress(OcelotError):  # only its tiles fail
+            self._first.append(self._maps_of(self.plan.exposures[0]))
+
+    def _open_output(self) -> dict[str, ChunkedMap]:
+        """Open the maps of the output."""
+        return {} if self.objects is None else MapGroup(self.objects).open(self.plan.maps.merged)
 
     def compile(self, listener: CompileListener) -> None:
         """Compile or load the kernels, so that compilation does not count as a tile's time."""
@@ -251,7 +272,9 @@ class Job:
             found = self._opened.get(piece.exposure)
             if found is None:
                 exposure = self.plan.exposures[piece.exposure]
-                found = OpenExposure(self.plan, exposure, self._space, self._device_memory)
+                is_first = piece.exposure == 0 and self._first
+                opened = self._first.pop() if is_first else self._maps_of(exposure)
+                found = OpenExposure(self.plan, exposure, opened, self._space, self._device_memory)
                 self._opened[piece.exposure] = found
                 if len(self._opened) > MAX_OPEN_EXPOSURES:
                     self._opened.popitem(last=False)

@@ -24,7 +24,7 @@ from ocelot_em.model.maps import MAPS, SUM, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store import constants
-from ocelot_em.store.objects import normalise_url, open_objects
+from ocelot_em.store.objects import Stores, normalise_url, open_objects
 from ocelot_em.store.sources import open_one
 from ocelot_em.store.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
 
@@ -75,11 +75,13 @@ class StorageShape(NamedTuple):
 
 
 def storage_shape(
-    exposures: Sequence[PlannedExposure], output: str | PathLike[str]
+    exposures: Sequence[PlannedExposure],
+    output: str | PathLike[str],
+    stores: Stores = open_objects,
 ) -> StorageShape:
     """Inspect the inputs' metadata: of all sources, or of a sample if there are many."""
     sources = sample_of([source for exposure in exposures for source in exposure.sources])
-    sums = [open_one(source, SUM) for source in sources]
+    sums = [open_one(source, SUM, stores) for source in sources]
     cells = [chunked.grid.cell for chunked in sums]
     urls = {*(source.url for e in exposures for source in e.sources), normalise_url(output)}
     return StorageShape(

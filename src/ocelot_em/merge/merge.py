@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 
 MAX_RETRIES = 1
 """Extra attempts for a tile that failed with a transient error, after all other tiles."""
+
+
+MAX_TILES_BEHIND = 4
+"""Maximum number of merged tiles of a thread that are not known to be written and marked."""
 
 
 class Executor(Protocol):
@@ -138,19 +143,19 @@ def attempt_tiles(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outco
 
 
 def merge_tiles(job: Job, tiles: Sequence[Tile]) -> Iterator[Outcome]:
-    """Merge tiles in order, while the next one is read and the previous one is written."""
+    """Merge tiles in order, while the next one is read and earlier ones are written and marked."""
     with job.read_ahead(tiles) as reader, job.write_behind() as storage:
-        previous: TileWriter | None = None
+        behind: deque[TileWriter] = deque()
         for tile in tiles:
             if not job.may_begin:
                 break
             with TileWriter(job, tile, reader, storage) as writer:
                 merge_tile(tile, job, reader, writer)
-            if previous is not None:
-                yield previous.finish()
-            previous = writer
-        if previous is not None:
-            yield previous.finish()
+            behind.append(writer)
+            if len(behind) > MAX_TILES_BEHIND:
+                yield behind.popleft().outcome()
+        while behind:
+            yield behind.popleft().outcome()
 
 
 def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:

@@ -1,7 +1,8 @@
 """Making the plan of a merge from its input stores."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from os import PathLike
 
@@ -15,8 +16,9 @@ from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
+from ocelot_em.store.contract import at_once
 from ocelot_em.store.distinct import overlaps
-from ocelot_em.store.objects import normalise_url, open_objects
+from ocelot_em.store.objects import Stores, normalise_url, open_objects
 from ocelot_em.store.progress import overlap_problems, progress_of
 from ocelot_em.store.sources import Source, names_of_partials, open_sources
 
@@ -29,26 +31,15 @@ def make_plan(
     output: str | PathLike[str],
     options: MergeOptions,
     device: DeviceChoice = ON_CPU,
+    stores: Stores = open_objects,
 ) -> MergePlan:
     """Plan the merge of some inputs from their metadata; every difference of them is named."""
     urls = [normalise_url(path) for path in inputs]
     if not urls:
         raise InvalidInputError("merge: expected at least one input store, got none")
-    problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
-    problems += overlaps(output, urls)
-    if options.without:
-        names = set[str]().union(*(names_of_partials(open_objects(url)) for url in urls))
-        problems += [
-            f"without: no input has a partial {name!r}" for name in {*options.without} - names
-        ]
-    if problems:
-        raise InvalidInputError(problems)
-
-    so_far, complete_only = options.takes_incomplete, options.complete_only
-    opened = [
-        open_sources(open_objects(url), options.without, so_far=so_far, complete_only=complete_only)
-        for url in urls
-    ]
+    problems = list[str]()
+    so_far = options.takes_incomplete
+    opened = opened_inputs(urls, output, options, stores)
     first = opened[0][0]
     for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
         problems += [
@@ -84,6 +75,7 @@ def make_plan(
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
         exposures=is_montage,
     )
+    storage = storage_shape(placed, output, stores)
     plan = MergePlan(
         exposures=placed,
         shape=shape,
@@ -93,7 +85,7 @@ def make_plan(
         has_pixel_size=maps.pixel_size,
         has_counts=maps.counts,
         search_space_digest=first.search_space_digest,
-        tile=choose_tile(shape, storage_shape(placed, output), maps, options, device.memory_nbytes),
+        tile=choose_tile(shape, storage, maps, options, device.memory_nbytes),
         nan=options.nan,
         has_decoded_poses=maps.decoded,
         canvas_origin=canvas_origin,
@@ -106,6 +98,39 @@ def make_plan(
             f"{shape[0]} x {shape[1]} pixels; use larger tiles"
         )
     return plan
+
+
+def opened_inputs(
+    urls: Sequence[str], output: str | PathLike[str], options: MergeOptions, stores: Stores
+) -> list[tuple[fmt.SearchAttributes | fmt.MergedAttributes, "_Opened"]]:
+    """Read the metadata of all inputs, while the place of the output is checked."""
+
+    def refuse() -> None:
+        problems = [f"{url}: given more than once" for url, n in Counter(urls).items() if n > 1]
+        problems += overlaps(output, urls)
+        if options.without:
+            names = set[str]().union(*(names_of_partials(stores(url)) for url in urls))
+            problems += [
+                f"without: no input has a partial {name!r}" for name in {*options.without} - names
+            ]
+        if problems:
+            raise InvalidInputError(problems)
+
+    found: dict[str, tuple[fmt.SearchAttributes | fmt.MergedAttributes, _Opened]] = {}
+
+    def read(url: str) -> None:
+        found[url] = open_sources(
+            stores(url),
+            options.without,
+            so_far=options.takes_incomplete,
+            complete_only=options.complete_only,
+        )
+
+    # All at once if any is in a bucket.
+    slowest = next((one for one in map(stores, urls) if one.requests), stores(urls[0]))
+    actions: list[Callable[[], None]] = [refuse, *(partial(read, url) for url in urls)]
+    at_once(slowest, actions)
+    return [found[url] for url in urls]
 
 
 _Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]

@@ -3,10 +3,13 @@
 import logging
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -35,19 +38,20 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records, summary
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, at_once
 from ocelot_em.store.creation import now, provenance, write_search_space
 from ocelot_em.store.distinct import require_no_store_within
 from ocelot_em.store.fence import FOLDER as LOCK_FOLDER
 from ocelot_em.store.fence import HeldObjects, was_being_replaced
 from ocelot_em.store.manifest import ArrayManifest, Manifest, write_manifest
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.objects import Stores, normalise_url, open_objects, snapshots
 from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
-from ocelot_em.store.sources import check_unchanged
+from ocelot_em.store.sources import check_unchanged, prefetch_search
 
 log = logging.getLogger(__name__)
 
@@ -92,15 +96,36 @@ def prepare(
         As in :func:`ocelot_em.merge.planning.make_plan`; also :class:`OutputExistsError` if
         the output already holds something else.
     """
+    with snapshots() as stores:
+        return _prepared(inputs, output, options, device, stores)
+
+
+def _prepared(
+    inputs: Sequence[str | PathLike[str]],
+    output: str | PathLike[str],
+    options: MergeOptions,
+    device: DeviceChoice,
+    stores: Stores,
+) -> PreparedMerge:
     objects = open_objects(output)
-    # Also raises if there is something else to overwrite.
-    found = _existing_output(objects, options.overwrite)
+
+    def prefetch_inputs() -> None:
+        with suppress(OcelotError):  # the plan reports it, unless the output is refused
+            for url in map(normalise_url, inputs):
+                prefetch_search(stores(url))
+
+    # The first also raises if there is something else to overwrite.
+    actions: list[Callable[[], Any]] = [
+        partial(_existing_output, objects, options.overwrite),
+        prefetch_inputs,
+    ]
+    found = at_once(objects, actions)[0]
     existing = None if options.overwrite else found
     earlier = None if existing is None else read_plan(existing, objects.url)
     if earlier is not None and options.tile_size is None:
         # The tile size was chosen by the run that is resumed.
         options = options.model_copy(update={"tile_size": tile_size_of(earlier)})
-    plan = make_plan(inputs, output, options, device)
+    plan = make_plan(inputs, output, options, device, stores)
     if found is not None and found.id in {source.id for source in plan.sources}:
         raise InvalidInputError(
             f"{objects.url}: is also an input, under another name; choose another output"
@@ -127,7 +152,7 @@ def prepare(
     return PreparedMerge(
         plan,
         objects.url,
-        forecast(plan, output, options, int(done.sum()), device),
+        forecast(plan, output, options, int(done.sum()), device, stores),
         existing,
         missing=Tiles(n_columns, np.flatnonzero(~done)),
         stale=Tiles(n_columns, np.flatnonzero(stale)),
@@ -205,13 +230,18 @@ def create_output(
 ) -> fmt.MergedAttributes:
     """Write all metadata of the output; only the driver does this, workers write chunks."""
     plan = ready.plan
-    attributes = ready.existing
+    attributes, space = ready.existing, None
     if attributes is None:
         if options.overwrite:
             objects.set_aside()
         attributes = _attributes_of(ready, options)
         content = fmt.dump_attributes(attributes)
-        if not groups.create_group(objects, "", content):
+        steps: list[Callable[[], Any]] = [
+            partial(groups.create_group, objects, "", content),
+            partial(_search_space_of, plan),
+        ]
+        is_new, space = at_once(objects, steps)
+        if not is_new:
             if not options.overwrite:
                 raise OutputExistsError(f"{objects.url}: was just created by another run")
             groups.replace_attributes(objects, "", content)
@@ -230,17 +260,23 @@ def create_output(
     elif read_plan(attributes, objects.url) != plan:  # the inputs were moved
         attributes = attributes.model_copy(update={"plan": plan.model_dump(mode="json")})
         groups.update_attributes(objects, "", fmt.dump_attributes(attributes))
-    _create_maps(objects, plan)
-    if plan.search_space_digest is not None:
-        first = open_objects(plan.sources[0].url)
-        space = read_search_space(first, plan.search_space_digest)
-        if space is not None:
-            write_search_space(objects, space)
-    groups.create_group(objects, constants.TILE_SUMMARY.partition("/")[0], {})
-    records.create_records(objects, plan)
-    create_marks(objects, plan)
+    space = space or _search_space_of(plan)
+    steps = [
+        partial(_create_maps, objects, plan),
+        partial(groups.create_group, objects, constants.TILE_SUMMARY.partition("/")[0], {}),
+        partial(records.create_records, objects, plan),
+        partial(create_marks, objects, plan),
+    ]
+    if space is not None:
+        steps.append(partial(write_search_space, objects, space))
+    at_once(objects, steps)
     objects.sync()
     return attributes
+
+
+def _search_space_of(plan: MergePlan) -> SearchSpace | None:
+    """Read the search space, which all inputs share."""
+    return read_search_space(open_objects(plan.sources[0].url), plan.search_space_digest)
 
 
 def complete_output(
@@ -256,27 +292,36 @@ def complete_output(
         Another run has taken over the output.
     """
     plan = ready.plan
-    objects.lease.prove()
-    summary.finish(objects, plan)
     checksums = ResultChecksums(plan)
     for (iy, ix), own in chain(ready.checksums.items(), tally.checksums.items()):
         checksums.put(iy, ix, own)
     arrays = {
-        name: ArrayManifest(store.create_map(objects, name, name, plan.shape, plan.chunk), table)
+        name: ArrayManifest(store.map_digest(name, plan.shape, plan.chunk), table)
         for name, table in checksums.maps.items()
     }
-    # Of a running partial, only the planned checkpoint was read; there may be later ones.
-    final = [source for source in plan.sources if not source.manifest_folder]
-    deque(map_in_threads(check_unchanged, final), maxlen=0)
+    manifest = Manifest(attributes.id, arrays)
     objects.lease.prove()
-    digest = write_manifest(objects, "", Manifest(attributes.id, arrays))
+    steps: list[Callable[[], Any]] = [
+        partial(summary.finish, objects, plan),
+        partial(_check_inputs, plan),
+        partial(write_manifest, objects, "", manifest),
+    ]
+    at_once(objects, steps)
     objects.tidy("")
     objects.sync()  # data must be on disk before the output is marked complete
-    changes = {"format_version": constants.FORMAT_VERSION, "manifest": digest}
+    changes = {"format_version": constants.FORMAT_VERSION, "manifest": manifest.digest}
     changes |= {"state": "complete", "finished": now()}
     finished = attributes.model_copy(update=changes)
     objects.lease.prove()
     groups.replace_attributes(objects, "", fmt.dump_attributes(finished))
+
+
+def _check_inputs(plan: MergePlan) -> None:
+    """Raise ``InputChangedError`` if an input is no longer the one that was planned."""
+    # Of a running partial, only the planned checkpoint was read; there may be later ones.
+    final = [source for source in plan.sources if not source.manifest_folder]
+    n_threads = max((open_objects(source.url).requests or 0 for source in final), default=0)
+    deque(map_in_threads(check_unchanged, final, n_threads or None), maxlen=0)
 
 
 def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAttributes:
@@ -310,25 +355,38 @@ def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAtt
 
 def _existing_output(objects: Objects, overwrites: bool) -> fmt.MergedAttributes | None:
     """Read the attributes of an existing merged result; None if there is nothing to keep."""
-    try:
-        attributes = read_attributes(objects)
-    except (StoreNotFoundError, FormatError) as error:
-        others = [key for key in objects.sizes("") if not key.startswith(f"{LOCK_FOLDER}/")]
+
+    def has_others() -> bool:
+        return any(not key.startswith(f"{LOCK_FOLDER}/") for key in objects.keys(""))
+
+    with objects.snapshot() as known:
+        may_exist = True
+        if known.requests is not None:  # usually there is nothing
+            reads: list[Callable[[], Any]] = [has_others, partial(known.prefetch, ["zarr.json"])]
+            may_exist = at_once(known, reads)[0]
+        attributes, problem = None, None
+        try:
+            attributes = read_attributes(known)
+        except (StoreNotFoundError, FormatError) as error:
+            problem = error
+    if problem is not None:
+        found = objects.sizes("") if may_exist else {}
+        others = [key for key in found if not key.startswith(f"{LOCK_FOLDER}/")]
         if not others or was_being_replaced(objects):
             return None
         if not any(key.startswith(f"{constants.TILE_SUMMARY}/") for key in others):
-            if isinstance(error, FormatError):
-                raise
+            if isinstance(problem, FormatError):
+                raise problem
             raise OutputExistsError(
                 f"{objects.url}: expected nothing or a merged result, got other files; choose "
                 "another output"
-            ) from None
+            )
         if overwrites:
             return None
         raise OutputExistsError(
             f"{objects.url}: the metadata of this merged result, zarr.json, cannot be read "
-            f"({error}); restore that file, or merge again with --overwrite"
-        ) from None
+            f"({problem}); restore that file, or merge again with --overwrite"
+        )
     if not isinstance(attributes, fmt.MergedAttributes):
         raise OutputExistsError(
             f"{objects.url}: is a search, not a merged result; choose another output"
@@ -338,8 +396,13 @@ def _existing_output(objects: Objects, overwrites: bool) -> fmt.MergedAttributes
 
 def _create_maps(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of all maps, keeping existing chunks."""
-    for name in plan.maps.merged:
-        store.create_map(objects, name, name, plan.shape, plan.chunk)
+    at_once(
+        objects,
+        [
+            partial(store.create_map, objects, name, name, plan.shape, plan.chunk)
+            for name in plan.maps.merged
+        ],
+    )
 
 
 def _damage(

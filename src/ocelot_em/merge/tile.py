@@ -66,10 +66,11 @@ class TileWriter(Writer):
         self._read, self._write = Meter(), Meter()
         self._fold_seconds = 0.0
         self._error: Exception | None = None
+        self._marked: Future[None] | None = None
         self._checksums = no_checksums(job.plan)
 
     def __enter__(self) -> "TileWriter":
-        """Start the tile; an error within the context is kept for :meth:`finish`."""
+        """Start the tile; an error within the context is kept for :meth:`outcome`."""
         self._started = time.perf_counter()
         self._before = self._reader.meter.copy(), self._storage.meter.copy()
         return self
@@ -83,6 +84,8 @@ class TileWriter(Writer):
         if isinstance(error, Exception):
             log.debug("%s failed", self._tile, exc_info=error)
             self._error = error
+        elif error is None:
+            self._marked = self._storage.after(self._written, self._mark_done)
         return self._error is not None
 
     def map(self, name: str, values: AnyArray) -> None:
@@ -114,37 +117,40 @@ class TileWriter(Writer):
                 for chunk in target.grid.touching(self._tile.region):
                     self._put_chunk(name, chunk, self._job.blank_chunk(name))
 
-    def finish(self) -> Outcome:
-        """Wait until everything is written, and mark the tile as done, unless it failed."""
-        tile, started, before = self._tile, time.perf_counter(), self._storage.meter.copy()
+    @property
+    def _summary(self) -> TileSummary:
+        return TileSummary(
+            pixels=self._tile.region.size,
+            searched_pixels=self._searched_pixels,
+            read_seconds=self._read.seconds,
+            fold_seconds=self._fold_seconds,
+            write_seconds=self._write.seconds,
+            waited_seconds=self._read.waited_seconds + self._write.waited_seconds,
+            read_nbytes=self._read.nbytes,
+            decoded_nbytes=self._job.decoded_nbytes(self._tile),
+            written_nbytes=self._write.nbytes,
+        )
+
+    def _mark_done(self) -> None:
+        """Write the done-mark of the tile; all its chunks are written."""
+        assert self._job.objects is not None
+        self._job.sync()
+        self._job.require_proof()
+        write_mark(self._job.objects, self._job.plan, self._tile, self._summary, self._checksums)
+
+    def outcome(self) -> Outcome:
+        """Wait until the tile is marked as done, or has failed and its writes have ended."""
+        tile = self._tile
         try:
-            self._storage.wait(self._written)
+            self._storage.wait(self._written, quietly=True)
             if self._error is not None:
                 raise self._error
-            self._job.sync()
-            waited = self._storage.meter.since(before).waited_seconds
-            summary = TileSummary(
-                pixels=tile.region.size,
-                searched_pixels=self._searched_pixels,
-                read_seconds=self._read.seconds,
-                fold_seconds=self._fold_seconds,
-                write_seconds=self._write.seconds + time.perf_counter() - started,
-                waited_seconds=self._read.waited_seconds + self._write.waited_seconds + waited,
-                read_nbytes=self._read.nbytes,
-                decoded_nbytes=self._job.decoded_nbytes(tile),
-                written_nbytes=self._write.nbytes,
-            )
-            self._mark_done(summary)
+            assert self._marked is not None
+            self._marked.result()
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
-            return failure(tile.iy, tile.ix, self._error or error)
-        return Outcome(tile.iy, tile.ix, summary, checksums=self._checksums)
-
-    def _mark_done(self, summary: TileSummary) -> None:
-        """Write the done-mark of the tile, after its last chunk."""
-        assert self._job.objects is not None
-        self._job.require_proof()
-        write_mark(self._job.objects, self._job.plan, self._tile, summary, self._checksums)
+            return failure(tile.iy, tile.ix, error)
+        return Outcome(tile.iy, tile.ix, self._summary, checksums=self._checksums)
 
     def _put_chunk(self, name: str, chunk: Tile, parts: Sequence[bytes]) -> None:
         """Queue a chunk of a map for writing, and note its checksum."""

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from ocelot_em.store.constants import (
     map_attributes,
     shuffle_of,
 )
-from ocelot_em.store.contract import Objects, ReusedMemory, join
+from ocelot_em.store.contract import Objects, ReusedMemory, at_once, join
 from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
 from ocelot_em.store.metadata import parse_array
 
@@ -57,9 +58,12 @@ def write_table(
     """Write a small array in one chunk."""
     shape, fill = values.shape, math.nan if values.dtype.kind == "f" else 0
     layout = ArrayLayout(shape, shape, values.dtype.name, fill, dimensions, attributes or {})
-    create_array(objects, path, layout)
     key = "/".join([path, "c", *("0" for _ in values.shape)])
-    write_chunk(objects, key, np.ascontiguousarray(values))
+    steps: list[Callable[[], object]] = [
+        partial(create_array, objects, path, layout),
+        partial(write_chunk, objects, key, np.ascontiguousarray(values)),
+    ]
+    at_once(objects, steps)
 
 
 def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyArray:
@@ -99,10 +103,20 @@ def create_map(
     dtype: str | None = None,
 ) -> str:
     """Create the array of a map without chunks; return the digest of its metadata."""
+    return create_array(objects, path, _map_layout(name, shape, chunk, dtype))
+
+
+def map_digest(name: str, shape: tuple[int, int], chunk: tuple[int, int]) -> str:
+    """Return the digest of the metadata that :func:`create_map` writes."""
+    return metadata_digest(_encoded_metadata(_map_layout(name, shape, chunk)))
+
+
+def _map_layout(
+    name: str, shape: tuple[int, int], chunk: tuple[int, int], dtype: str | None = None
+) -> "ArrayLayout":
     info, attributes = MAPS[name], map_attributes(name)
     dtype = dtype or info.dtypes[0]
-    layout = ArrayLayout(shape, chunk, dtype, info.fill, DIMENSIONS, attributes, shuffle_of(name))
-    return create_array(objects, path, layout)
+    return ArrayLayout(shape, chunk, dtype, info.fill, DIMENSIONS, attributes, shuffle_of(name))
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,12 @@ def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
     This is one atomic, repeatable write; zarr would also create parent groups and reject existing
     arrays.
     """
+    encoded = _encoded_metadata(layout)
+    objects.put(join(path, "zarr.json"), [encoded])
+    return metadata_digest(encoded)
+
+
+def _encoded_metadata(layout: ArrayLayout) -> bytes:
     metadata: dict[str, Buffer] = {}
     blosc = BloscCodec(
         typesize=np.dtype(layout.dtype).itemsize,
@@ -144,9 +164,7 @@ def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
         dimension_names=layout.dimensions,
         attributes=layout.attributes,
     )
-    encoded = metadata["zarr.json"].to_bytes()
-    objects.put(join(path, "zarr.json"), [encoded])
-    return metadata_digest(encoded)
+    return metadata["zarr.json"].to_bytes()
 
 
 @dataclass(frozen=True)

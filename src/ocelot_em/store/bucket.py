@@ -1,9 +1,9 @@
 """Objects in a bucket, through obstore."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Self
 
 import obstore
@@ -15,16 +15,22 @@ from ocelot_em.store.contract import (
     MAX_NBYTES,
     ReusedMemory,
     T,
+    at_once,
     refuse_too_large,
     retrying,
     storage_error,
 )
 
+PREFETCHED_NBYTES = 64 * 2**20
+"""Size limit of objects that are prefetched into a snapshot; larger ones are read when needed."""
+
 
 class BucketObjects:
     """Objects in a bucket; methods as in :class:`ocelot_em.store.contract.Objects`."""
 
-    streams = 8  # latency is far longer than transfer
+    streams = 16  # latency is far longer than transfer
+    requests: int | None = 64
+    _known: dict[tuple[str, str], Any] | None = None  # of a snapshot
     _used_by: ClassVar[int | None] = None  # the process that started obstore's threads
 
     def __init__(self, url: str) -> None:
@@ -59,9 +65,46 @@ class BucketObjects:
     def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
         return retrying(verb, self.url, key, action)
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Self]:
+        own = object.__new__(type(self))
+        if self.requests is not None:
+            _ = self._store  # which both use
+        own.__dict__.update(self.__dict__, _known={} if self._known is None else self._known)
+        try:
+            yield own
+        finally:
+            own._known = None
+
+    def prefetch(self, keys: Iterable[str], folders: Iterable[str] = ()) -> None:
+        def quietly(read: Callable[[], object]) -> None:
+            with suppress(StorageError):
+                read()
+
+        if self.requests is not None and self._known is not None:
+            reads: list[Callable[[], object]] = []
+            reads += [partial(self.get, key, PREFETCHED_NBYTES) for key in dict.fromkeys(keys)]
+            reads += [partial(self.children, folder) for folder in dict.fromkeys(folders)]
+            at_once(self, [partial(quietly, read) for read in reads])
+
+    def _once(self, verb: str, key: str, read: Callable[[], T]) -> T:
+        """Read, or return what this snapshot has read before."""
+        if self._known is None:
+            return read()
+        if (verb, key) not in self._known:
+            self._known[verb, key] = read()
+        found: T = self._known[verb, key]
+        return found
+
     def get(self, key: str, max_nbytes: int = MAX_NBYTES) -> bytes | None:
-        found = self.get_into(key, ReusedMemory(), max_nbytes)
-        return None if found is None else bytes(found)
+        def read() -> bytes | None:
+            found = self.get_into(key, ReusedMemory(), max_nbytes)
+            return None if found is None else bytes(found)
+
+        found = self._once("read", key, read)
+        if found is not None and len(found) > max_nbytes:
+            self._guard("read", key, lambda: refuse_too_large(len(found), max_nbytes))
+        return found
 
     def get_into(
         self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
@@ -122,6 +165,9 @@ class BucketObjects:
             raise storage_error("list", self.url, prefix, error) from error
 
     def children(self, prefix: str) -> list[str]:
+        return self._once("list", prefix, lambda: self._children(prefix))
+
+    def _children(self, prefix: str) -> list[str]:
         def action() -> list[str]:
             found = obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
             return [path.rstrip("/").rpartition("/")[2] for path in found]
@@ -136,7 +182,7 @@ class BucketObjects:
 
     def delete_one(self, key: str) -> None:
         def action() -> None:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 obstore.delete(self._store, key)
 
         self._guard("delete", key, action)
@@ -155,6 +201,7 @@ class MemoryObjects(BucketObjects):
     """Objects in the memory of this process, for trials and tests."""
 
     streams = 1
+    requests: int | None = None
     _stores: ClassVar[dict[str, MemoryStore]] = {}
 
     def _connect(self) -> Any:

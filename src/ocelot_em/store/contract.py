@@ -7,8 +7,10 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Protocol, Self, TypeVar
 
 from obstore.exceptions import BaseError
 
@@ -60,6 +62,9 @@ class Objects(Protocol):
     streams: int
     """Useful number of concurrent transfers per waiting thread."""
 
+    requests: int | None
+    """Useful number of concurrent requests for small objects; None if each takes no time."""
+
     def get(self, key: str, max_nbytes: int = MAX_NBYTES) -> bytes | None:
         """Return the object's bytes, or None if there is none; larger objects are rejected."""
 
@@ -67,6 +72,19 @@ class Objects(Protocol):
         self, key: str, memory: "ReusedMemory", max_nbytes: int = MAX_NBYTES
     ) -> memoryview | None:
         """Read as :meth:`get`, into the given memory, which the caller may change."""
+
+    def snapshot(self) -> AbstractContextManager[Self]:
+        """Return the store as read once: :meth:`get` and :meth:`children` keep what they read.
+
+        For the metadata that one operation needs. At the end of the context, all is forgotten.
+        """
+
+    def prefetch(self, keys: Iterable[str], folders: Iterable[str] = ()) -> None:
+        """In a snapshot, read objects and list the children of folders, many at a time.
+
+        Errors are raised by the later :meth:`get` or :meth:`children`. Does nothing where requests
+        take no time.
+        """
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         """Write the concatenated parts atomically, replacing an existing object."""
@@ -119,6 +137,19 @@ class ReusedMemory:
         target = self.of(len(data))
         target[:] = data
         return target
+
+
+def at_once(objects: Objects, actions: Iterable[Callable[[], T]]) -> list[T]:
+    """Call actions that wait for requests, at the same time unless requests take no time."""
+    actions = list(actions)
+    if objects.requests is None or len(actions) < 2:
+        return [action() for action in actions]
+    with ThreadPoolExecutor(min(objects.requests, len(actions)), "ocelot-request") as pool:
+        futures = [pool.submit(action) for action in actions]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def return_free_memory() -> None:

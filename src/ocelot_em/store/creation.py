@@ -2,8 +2,8 @@
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +15,7 @@ from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, at_once
 from ocelot_em.store.distinct import inside_store
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
@@ -72,10 +72,15 @@ def ensure_search(objects: Objects, shape: tuple[int, int], info: SearchInfo) ->
         _ensure_exposure(objects, info.exposure.attributes(shape, info))
     groups.create_group(objects, partials_path(info.exposure_id), {})
     adopt_earlier_version(objects)
-    # The tables are written in order: if the last one exists, all of them are complete.
-    last = f"{constants.SEARCH_SPACE}/{TABLES[-1]}/c/0"
-    if info.search_space is not None and objects.get(last) is None:
-        write_search_space(objects, info.search_space)
+    if info.search_space is not None:
+        keys = [
+            f"{constants.SEARCH_SPACE}/{name}/{key}"
+            for name, axes in _AXES.items()
+            for key in ("zarr.json", "/".join(["c", *("0" for _ in axes)]))
+        ]
+        # A writer may have been killed before it had written all of them.
+        if None in at_once(objects, [partial(objects.size, key) for key in keys]):
+            write_search_space(objects, info.search_space)
 
 
 def adopt_earlier_version(objects: Objects) -> None:
@@ -203,12 +208,19 @@ def _differences(
     ]
 
 
+_AXES = dict(zip(TABLES, (("orientation", "angle"), ("defocus",), ("pixel_size",)), strict=True))
+"""Tables of a search space, and their axes."""
+
+
 def write_search_space(objects: Objects, space: SearchSpace) -> None:
     """Write the tables of a search space."""
-    groups.create_group(objects, constants.SEARCH_SPACE, {})
-    dimensions = (("orientation", "angle"), ("defocus",), ("pixel_size",))
-    for name, dims in zip(TABLES, dimensions, strict=True):
-        store.write_table(objects, f"{constants.SEARCH_SPACE}/{name}", getattr(space, name), dims)
+    steps: list[Callable[[], object]] = [
+        partial(groups.create_group, objects, constants.SEARCH_SPACE, {})
+    ]
+    for name, axes in _AXES.items():
+        path = f"{constants.SEARCH_SPACE}/{name}"
+        steps.append(partial(store.write_table, objects, path, getattr(space, name), axes))
+    at_once(objects, steps)
 
 
 def refresh_total(objects: Objects, exposure: str) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from ocelot_em.errors import InvalidInputError, StorageError
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.constants import ATTRIBUTE_KEY, MAX_METADATA_NBYTES
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, at_once
 from ocelot_em.store.fence import FOLDER
 from ocelot_em.store.objects import is_local, normalise_url, open_objects
 
@@ -65,11 +65,19 @@ def overlaps(output: str | PathLike[str], inputs: Iterable[str | PathLike[str]] 
 
 def inside_store(url: str) -> list[str]:
     """Name the Zarr store that contains a place, if any; a list of at most one problem."""
-    for parent in _parents(url):
+
+    def is_store(parent: str) -> bool:
         with suppress(StorageError):  # one may not be allowed to look there
-            if open_objects(parent).size("zarr.json") is not None:
-                return [f"{url}: lies inside the Zarr store {parent}; choose a place outside of it"]
-    return []
+            return open_objects(parent).size("zarr.json") is not None
+        return False
+
+    parents = _parents(url)
+    found = at_once(open_objects(url), [partial(is_store, parent) for parent in parents])
+    return [
+        f"{url}: lies inside the Zarr store {parent}; choose a place outside of it"
+        for parent, is_there in zip(parents, found, strict=True)
+        if is_there
+    ][:1]
 
 
 def require_outside_stores(path: Path) -> None:

@@ -61,11 +61,19 @@ class RunLease:
         self._checking = threading.Lock()
         self._lost: LockLostError | None = None
         self._stops = False
-        self.expire()
+        self._proved_at = self._valid_from = float("-inf")
 
     def expire(self) -> None:
-        """Make the next write prove the lock again."""
-        self._proved_at = float("-inf")
+        """Make the next write prove the lock again, by a proof that begins from now on."""
+        self._valid_from = now()
+
+    def proved(self, started: float) -> None:
+        """Note a proof that began at a time of :func:`now`."""
+        self._proved_at = max(started, self._proved_at)
+
+    def _is_proved(self, since: float) -> bool:
+        is_fresh = now() - self._proved_at < CHECK_SECONDS
+        return self._lost is None and is_fresh and self._proved_at >= since
 
     def prove(self) -> None:
         """Read the lock.
@@ -83,7 +91,8 @@ class RunLease:
         content = parsed(self._objects.get(self.key, MAX_NBYTES) or b"{}")
         if content.get("id") != self.holder:
             raise self.lost()
-        self._stops, self._proved_at = bool(content.get("stops", True)), started
+        self._stops = bool(content.get("stops", True))
+        self.proved(started)
 
     def refresh(self) -> None:
         """Prove the lock, unless that has just been done.
@@ -93,7 +102,7 @@ class RunLease:
         LockLostError, StorageError
         """
         with self._checking:
-            if self._lost is not None or not now() - self._proved_at < CHECK_SECONDS:
+            if not self._is_proved(self._valid_from):
                 self.prove()
 
     def lost(self) -> LockLostError:
@@ -122,7 +131,8 @@ class RunLease:
             The lock cannot be read.
         """
         try:
-            self.refresh()
+            if not self._is_proved(float("-inf")):  # no tile waits for the proof of another's mark
+                self.refresh()
         except LockLostError:
             return False
         return not self._stops

@@ -38,6 +38,7 @@ class LocalObjects(BucketObjects):
     """
 
     streams = 1
+    requests: int | None = None
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -157,7 +158,7 @@ class LocalObjects(BucketObjects):
     def keys(self, prefix: str) -> Iterator[str]:
         return map(self._key, self._walk(prefix))
 
-    def children(self, prefix: str) -> list[str]:
+    def _children(self, prefix: str) -> list[str]:
         def action() -> list[str]:
             return sorted(entry.name for entry in self._entries(prefix) if entry.is_dir())
 

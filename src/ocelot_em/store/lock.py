@@ -23,6 +23,7 @@ from typing import Self
 import psutil
 
 from ocelot_em.errors import LockLostError, OutputLockedError, StorageError
+from ocelot_em.store import fence
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.fence import (
     CHECK_SECONDS,
@@ -100,8 +101,11 @@ class OutputLock:
         """
         _held_here.add(self.id)
         try:
-            while not self._taken():
-                pass
+            # Usually there is no lock. A bucket is not asked first: that takes a round trip. In a
+            # directory, whoever takes a stale lock over ends the rights of all that try, too.
+            if self._objects.requests is None or not self._taken(None):
+                while not self._taken(highest(self._objects)):
+                    pass
         except BaseException:
             self._end()
             raise
@@ -151,15 +155,15 @@ class OutputLock:
             self.stopping.set()
             raise
 
-    def _taken(self) -> bool:
-        """Try to take the lock."""
-        held = highest(self._objects)
+    def _taken(self, held: int | None) -> bool:
+        """Try to take the lock; ``held`` is the highest number there is, as far as is known."""
         if held is not None:
             self._wait_until_stale(held)
         own = 0 if held is None else held + 1
         self._lease.key = f"{FOLDER}/{own}"
         # Before the lock exists, so that whoever takes this lock over finds it.
         self.objects.claim()
+        started = fence.now()
         # A request may succeed but return an error, and then be retried.
         if not self._objects.create(self.key, self._content()) and self._id_of(own) != self.id:
             return False
@@ -168,6 +172,7 @@ class OutputLock:
             # Another run took a lock after this one had looked.
             self._objects.delete_one(self.key)
             return False
+        self._lease.proved(started)  # with the list that was read since then
         self.objects.take_over()
         for number in others:
             self.objects.delete_one(f"{FOLDER}/{number}")

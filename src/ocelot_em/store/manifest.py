@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 from ocelot_em.errors import FormatError
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.store.blosc import checksum
-from ocelot_em.store.contract import Objects, join
+from ocelot_em.store.contract import Objects, at_once, join
 
 MANIFEST: Final = "manifest"
 """Group in that of a partial or of a merged result; its array ``content`` holds bytes."""
@@ -118,8 +118,13 @@ def new_checksums(grid: TileGrid) -> Checksums:
 
 def write_manifest(objects: Objects, path: str, manifest: Manifest) -> str:
     """Write the manifest of a group; return its digest, which the group must record."""
-    describe_manifest(objects, path, manifest)
-    objects.put(_key(path), [manifest.encoded])
+    at_once(
+        objects,
+        [
+            partial(describe_manifest, objects, path, manifest),
+            partial(objects.put, manifest_key(path), [manifest.encoded]),
+        ],
+    )
     return manifest.digest
 
 
@@ -128,7 +133,7 @@ def create_manifest(objects: Objects, path: str, manifest: Manifest) -> bool:
 
     :func:`describe_manifest` makes it readable for others.
     """
-    return objects.create(_key(path), manifest.encoded)
+    return objects.create(manifest_key(path), manifest.encoded)
 
 
 def describe_manifest(objects: Objects, path: str, manifest: Manifest) -> None:
@@ -151,8 +156,8 @@ def read_manifest(objects: Objects, path: str, owner: str, digest: str) -> Manif
     FormatError
         It is missing, is not the recorded one, or belongs to something else.
     """
-    place = f"{objects.url}/{_key(path)}"
-    encoded = objects.get(_key(path), MAX_MANIFEST_NBYTES)
+    place = f"{objects.url}/{manifest_key(path)}"
+    encoded = objects.get(manifest_key(path), MAX_MANIFEST_NBYTES)
     if encoded is None:
         raise FormatError(f"{place}: the manifest is missing; write or merge this again")
     if (found := hashlib.sha256(encoded).hexdigest()) != digest:
@@ -173,8 +178,8 @@ def find_manifest(objects: Objects, path: str) -> Manifest | None:
     ------
     FormatError
     """
-    encoded = objects.get(_key(path), MAX_MANIFEST_NBYTES)
-    return None if encoded is None else _decoded(encoded, f"{objects.url}/{_key(path)}")
+    encoded = objects.get(manifest_key(path), MAX_MANIFEST_NBYTES)
+    return None if encoded is None else _decoded(encoded, f"{objects.url}/{manifest_key(path)}")
 
 
 def _decoded(encoded: bytes, place: str) -> Manifest:
@@ -216,8 +221,8 @@ def checksum_of(parts: Sequence[bytes]) -> int:
     return int.from_bytes(parts[-1], "little")
 
 
-def _key(path: str) -> str:
-    """Return the key of the only chunk of the array, which holds all of it."""
+def manifest_key(path: str) -> str:
+    """Return the key of a group's manifest: the only chunk of its array."""
     return join(path, MANIFEST, "content/c/0")
 
 
@@ -236,6 +241,10 @@ def _write_metadata(objects: Objects, path: str, nbytes: int) -> None:
         "attributes": {},
     }
     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-    for content, name in ((group, "zarr.json"), (metadata, "content/zarr.json")):
-        key = join(path, MANIFEST, name)
-        objects.put(key, [json.dumps(content).encode()])
+    at_once(
+        objects,
+        [
+            partial(objects.put, join(path, MANIFEST, name), [json.dumps(content).encode()])
+            for content, name in ((group, "zarr.json"), (metadata, "content/zarr.json"))
+        ],
+    )

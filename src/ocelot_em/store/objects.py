@@ -7,6 +7,9 @@ trials. This module does not depend on Zarr's content.
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from os.path import realpath
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -75,6 +78,17 @@ def _refuse_secrets(url: str) -> None:
 def is_local(url: str) -> bool:
     """Whether a normalised URL is a path on this machine."""
     return "://" not in url
+
+
+Stores = Callable[[str], Objects]
+"""Opens the store at a normalised URL."""
+
+
+@contextmanager
+def snapshots() -> Iterator[Stores]:
+    """Yield a function that opens each store once, as a :meth:`Objects.snapshot`."""
+    with ExitStack() as stack:
+        yield cache(lambda url: stack.enter_context(open_objects(url).snapshot()))
 
 
 def open_objects(place: str | os.PathLike[str]) -> Objects:

@@ -11,7 +11,6 @@ from itertools import count
 from typing import TypeVar
 
 from ocelot_em.errors import FormatError
-from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import groups
 from ocelot_em.store.attributes import (
     Attributes,
@@ -27,7 +26,7 @@ from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.search import exposure_path, partials_path
 
 READ_TOGETHER = 16
-"""Number of entries fetched at a time; the list ends at the first that does not exist."""
+"""Number of entries expected where it is unknown."""
 
 
 class Entry(Attributes):
@@ -48,40 +47,59 @@ class Entry(Attributes):
     is_recorded: bool = False
 
 
-def read_roster(objects: Objects, exposure: str = "") -> dict[str, Entry]:
-    """Read the list of the partials of an exposure, by name.
+def read_roster(
+    objects: Objects, exposure: str = "", n_expected: int = READ_TOGETHER
+) -> dict[str, Entry]:
+    """Read the list of the partials of an exposure, by name, of about this many.
 
     Raises
     ------
     FormatError
         An entry is damaged.
     """
-    return {entry.name: entry for entry in _numbered(objects, _path(exposure), Entry)}
+    entries = _numbered(objects, _path(exposure), Entry, n_expected)
+    return {entry.name: entry for entry in entries}
 
 
 Item = TypeVar("Item", bound=Attributes)
 
 
-def _numbered(objects: Objects, path: str, model: type[Item]) -> Iterator[Item]:
+def _numbered(
+    objects: Objects, path: str, model: type[Item], n_expected: int = READ_TOGETHER
+) -> Iterator[Item]:
     """Read the groups ``path/0``, ``path/1`` and so on, up to the first that does not exist."""
-
-    def read(number: int) -> Item | None:
-        own = f"{path}/{number}"
-        attributes = groups.group_attributes(objects, own)
-        if attributes is None:
-            return None
-        return parse_attributes(model, attributes, f"{objects.url}/{own}")
-
-    for start in count(0, READ_TOGETHER):
-        for item in map_in_threads(read, range(start, start + READ_TOGETHER)):
-            if item is None:
+    end = n_expected + 1  # with the first that does not exist
+    with objects.snapshot() as known:
+        known.prefetch(_numbered_keys(path, 0, end))
+        for number in count():
+            own = f"{path}/{number}"
+            if number == end:
+                end = 2 * end + READ_TOGETHER
+                known.prefetch(_numbered_keys(path, number, end))
+            attributes = groups.group_attributes(known, own)
+            if attributes is None:
                 return
-            yield item
+            yield parse_attributes(model, attributes, f"{objects.url}/{own}")
 
 
-def listed_exposures(objects: Objects) -> list[str]:
+def _numbered_keys(path: str, start: int, stop: int) -> list[str]:
+    return [f"{path}/{number}/zarr.json" for number in range(start, stop)]
+
+
+def roster_keys(exposure: str, n_partials: int) -> list[str]:
+    """Keys of a list of this many partials, and the one that ends it, to prefetch them."""
+    return _numbered_keys(_path(exposure), 0, n_partials + 1)
+
+
+def exposure_number_keys(n_exposures: int) -> list[str]:
+    """Keys of a list of this many exposures, and the one that ends it, to prefetch them."""
+    return _numbered_keys(EXPOSURE_NUMBERS, 0, n_exposures + 1)
+
+
+def listed_exposures(objects: Objects, n_expected: int = READ_TOGETHER) -> list[str]:
     """Return the exposures that own the numbers 0, 1 and so on of a search."""
-    return [claim.exposure for claim in _numbered(objects, EXPOSURE_NUMBERS, NumberAttributes)]
+    claims = _numbered(objects, EXPOSURE_NUMBERS, NumberAttributes, n_expected)
+    return [claim.exposure for claim in claims]
 
 
 def exposure_problems(
@@ -101,7 +119,7 @@ def exposure_problems(
     list of str
         One sentence for each exposure that is missing or not on the list.
     """
-    listed = listed_exposures(objects)
+    listed = listed_exposures(objects, len(exposures))
     place = f"{objects.url}/{EXPOSURES}"
     missing = {*listed} - {exposure.id for exposure in exposures} - {*without}
     return [
@@ -160,7 +178,7 @@ def roster_problems(
     list of str
         One sentence for each partial that is missing, not on the list, or without its manifest.
     """
-    roster = read_roster(objects, exposure)
+    roster = read_roster(objects, exposure, len(found))
     place = f"{objects.url}/{partials_path(exposure)}"
     problems = [
         f"{place}: partial {name!r} is missing, which the search has; restore its folder, or write "

@@ -57,8 +57,9 @@ def read_exposures(
                 total_projections=attributes.total_projections,
             )
         ]
-    names = names_of_groups(objects, constants.EXPOSURES, "exposure id")
-    found = [read_exposure(objects, name) for name in names]
+    with objects.snapshot() as known:
+        names = names_of_groups(known, constants.EXPOSURES, "exposure id")
+        found = [read_exposure(known, name) for name in names]
     found.sort(key=lambda exposure: exposure.number)
     for one, other in pairwise(found):
         if one.number == other.number:
@@ -73,9 +74,11 @@ def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | Non
     """Read the tables, and check them against the recorded digest."""
     if digest is None:
         return None
-    tables = (store.read_table(objects, f"{constants.SEARCH_SPACE}/{name}") for name in TABLES)
+    paths = [f"{constants.SEARCH_SPACE}/{name}" for name in TABLES]
     try:
-        space = SearchSpace.from_tables(*tables)
+        with objects.snapshot() as known:
+            known.prefetch(f"{path}/{key}" for path in paths for key in _TABLE_KEYS)
+            space = SearchSpace.from_tables(*(store.read_table(known, path) for path in paths))
     except InvalidInputError as error:
         raise FormatError(f"{objects.url}/{constants.SEARCH_SPACE}: {error}") from None
     if space.digest != digest:
@@ -84,6 +87,10 @@ def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | Non
             f"written with: expected digest {digest[:12]}, got {space.digest[:12]}"
         )
     return space
+
+
+_TABLE_KEYS = "zarr.json", "c/0", "c/0/0"
+"""Objects of a table of one chunk, with one or two axes."""
 
 
 def read_attributes(objects: Objects) -> fmt.SearchAttributes | fmt.MergedAttributes:
@@ -157,6 +164,7 @@ def partial_names(objects: Objects, exposure: str = "") -> list[str]:
 def names_of_groups(objects: Objects, path: str, what: str) -> list[str]:
     """Return the names of the groups below a path."""
     folders = objects.children(path)
+    objects.prefetch(f"{path}/{name}/zarr.json" for name in folders)
     names = {name for name in folders if objects.get(f"{path}/{name}/zarr.json") is not None}
     problems = [problem for name in names for problem in name_problems(name, what)]
     if problems:
@@ -169,8 +177,9 @@ def read_partials(objects: Objects, exposure: str = "") -> list[tuple[str, fmt.P
 
     Names sort naturally: ``gpu9`` before ``gpu10``.
     """
-    names = partial_names(objects, exposure)
-    found = [(name, read_partial_attributes(objects, name, exposure)) for name in names]
+    with objects.snapshot() as known:
+        names = partial_names(known, exposure)
+        found = [(name, read_partial_attributes(known, name, exposure)) for name in names]
     return sorted(found, key=lambda item: (item[1].order, _natural(item[0])))
 
 
@@ -208,7 +217,9 @@ class MapGroup:
         self, keys: tuple[str, ...], shape: tuple[int, int] | None = None
     ) -> dict[str, store.ChunkedMap]:
         """Open some maps, which must have the given shape, and be those of the manifest."""
-        maps = {key: self._open_one(key) for key in keys}
+        with self.objects.snapshot() as known:
+            known.prefetch(self.metadata_keys(keys))
+            maps = {key: self._open_one(known, key) for key in keys}
         for chunked in maps.values():
             if shape is not None and chunked.shape != shape:
                 raise FormatError(f"{chunked.place}: expected shape {shape}, got {chunked.shape}")
@@ -216,13 +227,17 @@ class MapGroup:
                 raise FormatError(wrong)
         return maps
 
-    def _open_one(self, key: str) -> store.ChunkedMap:
+    def metadata_keys(self, keys: tuple[str, ...]) -> list[str]:
+        """Keys of the metadata of some maps."""
+        return [f"{self.path_of(key)}/zarr.json" for key in keys]
+
+    def _open_one(self, objects: Objects, key: str) -> store.ChunkedMap:
         place, expected = f"{self.place}: {key}", None
         if self.manifest is not None:
             expected = self.manifest.arrays.get(key)
             if expected is None:
                 raise FormatError(f"{place}: expected the map in the manifest, it is not there")
-        return store.open_map(self.objects, self.path_of(key), place, MAPS[key].dtypes, expected)
+        return store.open_map(objects, self.path_of(key), place, MAPS[key].dtypes, expected)
 
 
 def open_partial(

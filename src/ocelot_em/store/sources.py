@@ -1,27 +1,35 @@
 """Inputs of a merge: partials of a search, or an earlier merged result."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Annotated
 
 from pydantic import StringConstraints
 
 from ocelot_em.errors import FormatError, IncompleteError, InputChangedError, StoreNotFoundError
-from ocelot_em.model.maps import BEST_PARTIAL, MapSet
+from ocelot_em.model.maps import BEST_PARTIAL, SUM, MapSet
 from ocelot_em.model.text import count_text, exposure_prefix, partial_text
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.lock import has_ended
-from ocelot_em.store.manifest import read_manifest
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.manifest import manifest_key, read_manifest
+from ocelot_em.store.objects import Stores, open_objects, snapshots
 from ocelot_em.store.progress import progress_of
-from ocelot_em.store.roster import check_exposures, check_roster, listed_exposures, read_roster
+from ocelot_em.store.roster import (
+    check_exposures,
+    check_roster,
+    exposure_number_keys,
+    listed_exposures,
+    read_roster,
+    roster_keys,
+)
 from ocelot_em.store.search import (
     MapGroup,
     partial_names,
     partial_path,
+    partials_path,
     place_of,
     read_attributes,
     read_exposures,
@@ -69,22 +77,39 @@ _OF_PARTIAL = "id", "total_projections", "folder", "manifest", "manifest_folder"
 """Attributes of a partial that its source repeats."""
 
 
-def open_one(source: Source, name: str) -> store.ChunkedMap:
+def open_one(source: Source, name: str, stores: Stores = open_objects) -> store.ChunkedMap:
     """Open one map of a source; all its maps have the same shape and chunks."""
-    objects = open_objects(source.url)
+    objects = stores(source.url)
     return MapGroup(objects, source.path, source.name, source.folder).open((name,))[name]
 
 
+def open_several(
+    sources: Sequence[Source], maps: MapSet, shape: tuple[int, int]
+) -> list[dict[str, store.ChunkedMap]]:
+    """Open the maps of some sources, as :func:`open_source_maps`, all metadata at once."""
+    keys: dict[str, list[str]] = {}
+    with snapshots() as stores:
+        for source in sources:
+            group = MapGroup(stores(source.url), source.path, source.name, source.folder)
+            own = keys.setdefault(source.url, [])
+            own += group.metadata_keys(source.map_names(maps))
+            if source.manifest is not None:
+                own.append(manifest_key(join(source.path, source.manifest_folder)))
+        for url, wanted in keys.items():
+            stores(url).prefetch(wanted)
+        return [open_source_maps(source, maps, shape, stores) for source in sources]
+
+
 def open_source_maps(
-    source: Source, maps: MapSet, shape: tuple[int, int]
+    source: Source, maps: MapSet, shape: tuple[int, int], stores: Stores = open_objects
 ) -> dict[str, store.ChunkedMap]:
     """Open the maps of a planned source that a merge needs; they must have this shape."""
-    return open_source(source).open(source.map_names(maps), shape)
+    return open_source(source, stores).open(source.map_names(maps), shape)
 
 
-def open_source(source: Source) -> MapGroup:
+def open_source(source: Source, stores: Stores = open_objects) -> MapGroup:
     """Open a planned source, with its manifest if it has one."""
-    objects = open_objects(source.url)
+    objects = stores(source.url)
     manifest = None
     if source.manifest is None:
         check_unchanged(source)
@@ -138,6 +163,16 @@ def open_sources(
     ``complete_only`` if they can no longer change. ``IncompleteError`` lists all partials that are
     missing or incomplete.
     """
+    with objects.snapshot() as known:
+        return _open_sources(known, without, so_far=so_far, complete_only=complete_only)
+
+
+def _open_sources(
+    objects: Objects, without: Collection[str], *, so_far: bool, complete_only: bool
+) -> tuple[
+    fmt.SearchAttributes | fmt.MergedAttributes, list[tuple[fmt.ExposureAttributes, list[Source]]]
+]:
+    prefetch_search(objects)
     attributes = read_attributes(objects)
     exposures = read_exposures(objects, attributes)
     if isinstance(attributes, fmt.MergedAttributes):
@@ -162,6 +197,7 @@ def open_sources(
             manifest=attributes.manifest,
         )
         return attributes, [(exposures[0], [source])]
+    _prefetch(objects, attributes, [exposure.id for exposure in exposures])
     is_sealed = attributes.format_version >= constants.FIRST_SEALED_VERSION
     if is_sealed and attributes.has_exposures and not so_far:
         check_exposures(objects, exposures, without)
@@ -227,6 +263,25 @@ def open_sources(
             )
         raise IncompleteError(f"{objects.url}: {has}")
     return attributes, opened
+
+
+def prefetch_search(objects: Objects) -> None:
+    """Read the root of a search, and list its partials or exposures."""
+    objects.prefetch(["zarr.json"], [partials_path(), constants.EXPOSURES])
+
+
+def _prefetch(objects: Objects, attributes: fmt.SearchAttributes, exposures: list[str]) -> None:
+    """Read the metadata of all partials of a search, and the lists of partials and exposures."""
+    objects.prefetch([], map(partials_path, exposures))
+    keys = exposure_number_keys(len(exposures)) if attributes.has_exposures else []
+    for exposure in exposures:
+        names = objects.children(partials_path(exposure))
+        keys += roster_keys(exposure, len(names))
+        folders = [partial_path(name, exposure) for name in names]
+        keys += [f"{folder}/zarr.json" for folder in folders]
+        # For the memory that a merge needs, which depends on the chunks of the sums.
+        keys += [f"{folder}/{SUM}/zarr.json" for folder in folders]
+    objects.prefetch(keys)
 
 
 def _is_final(partial: fmt.PartialAttributes) -> bool:

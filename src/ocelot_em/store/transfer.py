@@ -234,6 +234,22 @@ class WriteBehind:
         self._in_flight.append(written)
         return written
 
+    def after(
+        self, written: Sequence["Future[None]"], action: Callable[[], None]
+    ) -> "Future[None]":
+        """Call an action in the background once all these objects are written.
+
+        The future has the first error of a write, or of the action.
+        """
+
+        def act() -> None:
+            # These were submitted earlier, so that they have ended or run in other threads.
+            for future in written:
+                future.result()
+            action()
+
+        return self._pool.submit(act)
+
     def wait(self, written: Sequence["Future[None]"], *, quietly: bool = False) -> None:
         """Wait for writes to finish; raise the error of one that failed, unless ``quietly``."""
         started = time.perf_counter()

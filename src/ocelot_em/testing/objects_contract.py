@@ -52,6 +52,18 @@ class ObjectsContract:
                 done.result()
         assert not [*objects.children("old")]
 
+    def test_a_snapshot_reads_once(self, objects: Objects) -> None:
+        objects.put("a/b/c", [b"1"])
+        with objects.snapshot() as known:
+            known.prefetch(["a/b/c", "none"], ["a"])
+            assert (known.get("a/b/c"), known.get("none")) == (b"1", None)
+            assert known.children("a") == ["b"]
+            objects.put("a/b/c", [b"22"])
+            assert known.get("a/b/c") == b"1"
+            with pytest.raises(StorageError, match="a/b/c: expected at most 0 bytes"):
+                known.get("a/b/c", 0)
+        assert known.get("a/b/c") == objects.get("a/b/c") == b"22"
+
     def test_what_is_put_is_read(self, objects: Objects) -> None:
         objects.put("a/b/c", [b"12", b"", b"3" * 100_000])
         assert objects.get("a/b/c") == b"12" + b"3" * 100_000

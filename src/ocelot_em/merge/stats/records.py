@@ -8,6 +8,7 @@ Readers do not need the maps.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import constants, groups
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.contract import Objects, at_once
 
 _ROOM = np.zeros(1)
 """Room for the identity of a record, behind its values."""
@@ -62,14 +63,17 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
         if plan.is_montage:
             groups.create_group(objects, layout.folder, {})
             arrays.append((SHOWN, "float64", {"fields": list(SHOWN_FIELDS)}))
-        for path, dtype, attributes in arrays:
+
+        def create_one(path: str, dtype: str, attributes: dict[str, Any]) -> None:
             n, fill = layout.length(path), 0 if path == COUNTS else float("nan")
             array = store.ArrayLayout(
                 (len(layout) * n,), (n,), dtype, fill, ("record",), attributes
             )
             store.create_array(objects, f"{layout.folder}/{path}", array)
 
-    deque(map_in_threads(create, plan.exposures), maxlen=0)
+        at_once(objects, [partial(create_one, *array) for array in arrays])
+
+    deque(map_in_threads(create, plan.exposures, objects.requests), maxlen=0)
 
 
 def has_records(objects: Objects, plan: MergePlan) -> bool:
@@ -122,7 +126,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
                     found.append(str(error))
             return found
 
-        for found in map_in_threads(problems_of, range(len(layout))):
+        for found in map_in_threads(problems_of, range(len(layout)), objects.requests):
             yield from found
     exposures = plan.exposures if plan.is_montage else ()
     for path in (STATISTICS, *(statistics_path(exposure.number) for exposure in exposures)):

@@ -2,9 +2,10 @@
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups, statistics_attributes
-from ocelot_em.store.contract import Objects, return_free_memory
+from ocelot_em.store.contract import Objects, at_once, return_free_memory
 
 EXPOSURES_BETWEEN_TIDYING = 32
 """Exposures after which freed memory is returned to the system; each leaves some hundred kB."""
@@ -75,7 +76,8 @@ def finish(objects: Objects, plan: MergePlan) -> None:
             objects, statistics_path(exposure.number), histograms, [(exposure, total)], ()
         )
         shown = np.zeros(len(SHOWN_FIELDS))
-        for own in map_in_threads(partial(layout.shown, objects), range(len(layout))):
+        read = partial(layout.shown, objects)
+        for own in map_in_threads(read, range(len(layout)), objects.requests):
             shown += own
         described.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
         if position % EXPOSURES_BETWEEN_TIDYING == 0:
@@ -90,7 +92,11 @@ def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> PixelSt
     def read(numbers: range) -> list[PixelStatistics]:
         several = []
         for number in numbers:
-            statistics, counted = layout.statistics(objects, number), layout.counts(objects, number)
+            reads: list[Callable[[], Any]] = [
+                partial(layout.statistics, objects, number),
+                partial(layout.counts, objects, number),
+            ]
+            statistics, counted = at_once(objects, reads)
             with lock:
                 histograms.add(counted, statistics.extremes)
             several.append(statistics)
@@ -100,8 +106,10 @@ def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> PixelSt
     total = PixelStatistics.empty(scope.n_partials, scope.n_sources)
     # Several in a call, where there are many: a call costs as much as a record.
     size = max(1, min(MAX_RECORDS_PER_CALL, n // MAX_RECORDS_PER_CALL))
+    if objects.requests is not None:  # a request takes longer
+        size = 1
     batches = (range(start, min(start + size, n)) for start in range(0, n, size))
-    for several in map_in_threads(read, batches):
+    for several in map_in_threads(read, batches, objects.requests):
         for statistics in several:
             total.add(statistics)
     return total
@@ -120,19 +128,22 @@ def _write_summary(
     exposures: tuple[statistics_attributes.ExposureStatistics, ...],
 ) -> None:
     parts = path.split("/")
-    for depth in range(1, len(parts) + 1):
-        groups.create_group(objects, "/".join(parts[:depth]), {})
+    folders = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+    steps: list[Callable[[], object]] = [
+        partial(groups.create_group, objects, folder, {}) for folder in folders
+    ]
     tables = {}
     for name, counts, axes in (
         (MIP_HISTOGRAM, histograms.mip, (MIP_AXIS,)),
         (Z_HISTOGRAM, histograms.z, (Z_AXIS,)),
         (JOINT_HISTOGRAM, histograms.joint, (JOINT_MIP_AXIS, JOINT_Z_AXIS)),
     ):
-        _write_histogram(objects, f"{path}/{name}", counts, axes)
+        steps.append(partial(_write_histogram, objects, f"{path}/{name}", counts, axes))
         tables[name] = _digest(counts)
     attributes = _attributes(totals, int(histograms.z.sum()), exposures)
     attributes = attributes.model_copy(update={"tables": tables})
-    groups.replace_attributes(objects, path, fmt.dump_attributes(attributes))
+    steps.append(partial(groups.replace_attributes, objects, path, fmt.dump_attributes(attributes)))
+    at_once(objects, steps)
 
 
 def _digest(counts: AnyArray) -> str:
