@@ -32,6 +32,7 @@ from ocelot_em.errors import OcelotError
 from ocelot_em.kernels.cuda import CudaKernels
 from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
 from ocelot_em.kernels.device import Device, find_devices, open_device
+from ocelot_em.kernels.streams import find_streams
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
@@ -162,7 +163,7 @@ def decode_table(side: int, repeats: int) -> None:
         bits = shuffle_of(name) == "bitshuffle"
         codec = Blosc("lz4", 5, Blosc.BITSHUFFLE if bits else Blosc.SHUFFLE)
         chunk = BloscChunk(memoryview(bytearray(b"".join(encode(values, codec)))), values.nbytes)
-        streams = chunk.streams()
+        streams = chunk.streams(find_streams)
         if streams is None:
             raise OcelotError(f"{name}: expected a chunk that the device decodes")
         packed = device.pinned(packed_nbytes(len(chunk.frame), streams))
@@ -210,7 +211,7 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
                 {
                     "gpu": on_gpu,
                     "cpu": partial(here, pipeline.attempt_tiles),
-                    "copy": partial(here, _floor.attempt_copy),
+                    "floor": partial(here, _floor.attempt_floor),
                 },
                 repeats,
                 before=before,
@@ -218,7 +219,7 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
             nbytes_in = common.decoded_nbytes(side, N_PARTIALS, PoseForm.EXPLICIT)
             nbytes_out = side * side * 4 * len(MapSet(PoseForm.EXPLICIT).merged)
             pcie = nbytes_in / way_in + nbytes_out / way_out
-            floor = max(measured["copy"].median, pcie)
+            floor = max(measured["floor"].median, pcie)
             gpu, cpu = measured["gpu"].median, measured["cpu"].median
             rows.append(
                 (
@@ -226,7 +227,7 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
                     f"{gpu:.2f} ({measured['gpu'].spread})",
                     f"{nbytes_in / gpu / 1e9:.2f}",
                     f"{cpu:.2f}",
-                    f"{measured['copy'].median:.2f}",
+                    f"{measured['floor'].median:.2f}",
                     f"{pcie:.2f}",
                     f"{floor / gpu:.2f}",
                     f"{cpu / gpu:.2f}",

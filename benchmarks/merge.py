@@ -1,9 +1,10 @@
-"""How close a whole merge comes to copying the same chunks, and where its time goes.
+"""How close a whole merge comes to its floor, and where its time goes.
 
 ``python -m benchmarks.merge [--quick] [--data FOLDER] [--repeats N]`` merges simulated searches of
 four partials, 8192 x 8192 pixels, explicit, indexed, and indexed without decoded poses in the
 result, on two threads and on two running worker
-processes, and does the same with no merge in it (``benchmarks/_floor.py``), all in turn. Page cache
+processes, and reads, decodes, encodes and writes the same chunks with no merge in it
+(``benchmarks/_floor.py``), all in turn. Page cache
 warm; cluster start and compiling left out, planning and closing the output counted.
 """
 
@@ -114,14 +115,14 @@ def compare(
         ways: dict[str, Runs] = {}
         for workers, make in makers.items():
             ways[f"merge, {workers}"] = Runs(search, folder, make(pipeline.attempt_tiles), options)
-            ways[f"copy, {workers}"] = Runs(search, folder, make(_floor.attempt_copy), options)
+            ways[f"floor, {workers}"] = Runs(search, folder, make(_floor.attempt_floor), options)
         measured = common.in_turn(ways, repeats, before=before)
     pixels = ready.plan.shape[0] * ready.plan.shape[1]
     print(f"\n{case}, {N_PARTIALS} partials x {ready.plan.shape[0]}^2, medians of {repeats}\n")
     rows, profile = [], []
     for name, runs in ways.items():
         kind, _, workers = name.partition(", ")
-        floor = measured[f"copy, {workers}"].median
+        floor = measured[f"floor, {workers}"].median
         seconds = measured[name].median
         rows.append(
             [
@@ -134,11 +135,11 @@ def compare(
             ]
         )
         profile.append([name, *profile_of(runs, len(ready.plan.grid))])
-    header = ["way", "seconds (lowest - highest)", "GB/s in", "Mpx/s", "of the copy", "GB written"]
+    header = ["way", "seconds (lowest - highest)", "GB/s in", "Mpx/s", "floor / time", "GB written"]
     common.table(header, rows)
     print("\nmilliseconds of a worker's thread for each tile, medians\n")
     common.table(
-        ["way", "read, decode", "fold", "encode, write", "waiting of it", "other"], profile
+        ["way", "read", "decode, fold", "encode, write", "waiting of it", "other"], profile
     )
     return {workers: measured[f"merge, {workers}"].median for workers in makers}
 

@@ -21,11 +21,12 @@ with instrumented():
 
     import ocelot_em
     from ocelot_em.errors import OcelotError
+    from ocelot_em.kernels.streams import decode_planes, find_streams
     from ocelot_em.merge.plan import read_plan
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.store import attributes as fmt
     from ocelot_em.store import constants, statistics_attributes
-    from ocelot_em.store.blosc import BloscChunk, encode
+    from ocelot_em.store.blosc import BloscChunk, encode, lz4_address
     from ocelot_em.store.metadata import parse_array, parse_group
     from ocelot_em.store.partials import write_partial
     from ocelot_em.store.search_info import Exposure, SearchInfo
@@ -140,6 +141,18 @@ def frame(_folder: Path) -> tuple[list[bytes], Reader]:
             for number in range(opened.n_blocks):
                 opened.decode_block(number, out)
 
+        def in_kernel(opened: BloscChunk) -> None:
+            streams = opened.streams(find_streams)
+            n = VALUES.size if streams is None else streams.block_nbytes // 4
+            if streams is None or streams.itemsize != 4 or set(streams.table[:, 3]) != {n}:
+                return
+            row = np.array([np.frombuffer(opened.frame, np.uint8).ctypes.data, 0, 4])
+            row[1] = streams.table.ctypes.data
+            for block in range(len(streams.table) // 4):
+                to, parts = whole.ctypes.data, np.zeros(8, np.int64)
+                decode_planes(lz4_address(), row, block, n, to, parts)
+
+        try_to(in_kernel)
         try_to(lambda opened: opened.decode(whole))
         try_to(lambda opened: opened.decode_part(1000, 3000, whole))
         try_to(blocks)

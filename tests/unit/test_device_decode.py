@@ -8,6 +8,7 @@ from numcodecs.blosc import Blosc
 
 from host_device import HostDevice, LateDevice, host_kernels
 from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
+from ocelot_em.kernels.streams import find_streams
 from ocelot_em.store.blosc import BloscChunk, encode
 
 GUARD = 64
@@ -29,7 +30,7 @@ def chunk_of(values, shuffle=Blosc.BITSHUFFLE, level=5, blocksize=0):
 
 def decoded(device, chunk, values, change=None):
     """What the device makes of a chunk, and the number of malformed streams."""
-    streams = chunk.streams()
+    streams = chunk.streams(find_streams)
     packed = np.empty(packed_nbytes(len(chunk.frame), streams), np.uint8)
     pack(chunk.frame, streams, packed)
     if change is not None:
@@ -83,7 +84,7 @@ def test_copies_and_kernels_may_be_as_late_as_their_event(device):
     ids=["not shuffled", "odd size", "two bytes", "stored as it is"],
 )
 def test_what_the_device_does_not_decode_is_left_to_the_host(values, options):
-    assert chunk_of(values, **options).streams() is None
+    assert chunk_of(values, **options).streams(find_streams) is None
 
 
 @given(data=st.data())

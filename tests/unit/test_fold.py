@@ -1,18 +1,24 @@
 """Merging a tile in memory: map by map and partial by partial, against the kernels' reference."""
 
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numcodecs.blosc import Blosc
 
 from ocelot_em import kernels
 from ocelot_em.kernels import by_map
+from ocelot_em.merge import fold as fold_module
 from ocelot_em.merge.fold import Fold, PieceReport
-from ocelot_em.model.maps import BEST_PARTIAL, COUNT, MIP, SQUARED_SUM, SUM, MapSet, PoseForm
+from ocelot_em.model.maps import BEST_PARTIAL, COUNT, MIP, POSES, SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.attributes import Contribution
+from ocelot_em.store.blosc import BitPlanes, BloscChunk, encode, lz4_address
+from ocelot_em.store.constants import shuffle_of
 from ocelot_em.store.sources import Source
 from ocelot_em.store.transfer import READ_TOGETHER
 from stacks import (
@@ -42,22 +48,28 @@ def source_of(partial, number):
 
 
 class MemoryArrival:
-    def __init__(self, values, n_parts):
-        self.values, self.dtype = values.reshape(-1), values.dtype
-        self.n_parts = n_parts if values.size % n_parts == 0 else 1
+    def __init__(self, values, codec=None):
+        self._values, self.dtype = values.reshape(-1), values.dtype
+        self.chunk = None
+        if codec is not None:
+            frame = memoryview(bytearray(b"".join(encode(self._values, codec))))
+            self.chunk = BloscChunk(frame, values.nbytes)
 
-    def decode(self, part, n_parts, out):
-        size = self.values.size // n_parts
-        out[...] = self.values[part * size : (part + 1) * size]
+    def decode(self, out):
+        out[...] = self._values
+
+    def values(self, memory):
+        self.decode(memory)
+        return memory
 
 
 class MemoryPiece:
     """Hands out the maps of partials, strictly in the order that the fold states."""
 
-    def __init__(self, fold, partials, n_parts=1):
+    def __init__(self, fold, partials, codec=None):
         self.announced = list(fold.order())
         self.partials, self.maps = partials, fold.maps
-        self.n_parts = n_parts
+        self.codec = codec
 
     @contextmanager
     def take(self, n):
@@ -74,10 +86,13 @@ class MemoryPiece:
             COUNT: partial.count,
             BEST_PARTIAL: partial.best_partial,
         }
-        return MemoryArrival(maps[name], self.n_parts)
+        values = maps[name]
+        if self.codec is None:
+            return MemoryArrival(values)
+        return MemoryArrival(values, self.codec(number, name, values.itemsize))
 
 
-def merge(maps, partials, *, mask_nan=False, n_parts=1):
+def merge(maps, partials, *, mask_nan=False, codec=None, as_planes=False):
     fold = Fold(
         [source_of(partial, number) for number, partial in enumerate(partials)],
         maps,
@@ -88,21 +103,58 @@ def merge(maps, partials, *, mask_nan=False, n_parts=1):
     for use, dtype in (("incoming", "f4"), (MIP, "f4"), (SUM, "f8"), ("winner", "i2")):
         work.array(use, dtype).fill(7)  # what an earlier tile left behind
     work.shape = partials[0].mip.shape
-    piece, report = MemoryPiece(fold, partials, n_parts), PieceReport()
+    piece, report = MemoryPiece(fold, partials, codec), PieceReport(as_planes=as_planes)
     merged = {}
     for name, values in fold.merge(piece, work, report):
         assert name not in merged
+        if isinstance(values, BitPlanes):
+            assert name in POSES
+            assert as_planes
+            values = values.values(np.dtype("f4")).reshape(work.shape)
         merged[name] = values.copy()
     assert piece.announced == []
     assert set(merged) == set(maps.merged)
     return merged, report
 
 
-@given(stack=stacks(nan=True, max_partials=10), n_parts=st.sampled_from([1, 2, 3, 5]))
-def test_map_by_map_is_partial_by_partial(stack, n_parts):
+def enlarged(partial):
+    """The same values again and again, in enough pixels for several blocks."""
+    return replace(
+        partial,
+        **{
+            field.name: tuple(np.resize(pose, (32, 64)) for pose in value)
+            if isinstance(value, tuple)
+            else np.resize(value, (32, 64))
+            for field in fields(partial)
+            if not isinstance(value := getattr(partial, field.name), int)
+        },
+    )
+
+
+@given(
+    stack=stacks(nan=True, max_partials=10),
+    kinds=st.lists(
+        st.sampled_from([None, ("lz4", 256), ("lz4", 512), ("zstd", 256), ("lz4", 96)]),
+        min_size=1,
+        max_size=10,
+    ),
+    as_planes=st.booleans(),
+    exported=st.booleans(),
+)
+def test_map_by_map_is_partial_by_partial(stack, kinds, as_planes, exported):
     maps, partials = stack
+    partials = [enlarged(partial) for partial in partials]
+
+    def codec(number, name, itemsize):
+        kind = kinds[number % len(kinds)]
+        if kind is None:
+            return None
+        shuffle = Blosc.SHUFFLE if shuffle_of(name) == "shuffle" else Blosc.BITSHUFFLE
+        return Blosc(kind[0], 5, shuffle, kind[1] * itemsize)
+
     acc, reports = fold_each(REFERENCE, maps, partials)
-    merged, report = merge(maps, partials, n_parts=n_parts)
+    with mock.patch.object(fold_module, "lz4_address", lz4_address if exported else int):
+        merged, report = merge(maps, partials, codec=codec, as_planes=as_planes)
     for name, expected in REFERENCE.finalise(acc, maps, space_of(maps)).items():
         assert_same_bits(merged[name], expected, name)
     assert report.searched_pixels == np.count_nonzero(acc.mip > -np.inf)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numcodecs import blosc
 from numcodecs.blosc import Blosc
 
-from ocelot_em.store.blosc import BloscChunk, encode
+from ocelot_em.store import blosc as module
+from ocelot_em.store.blosc import BitPlanes, BloscChunk, checksum, encode, encode_planes
 
 
 def stored(values, **how):
@@ -103,6 +104,38 @@ def test_sizes_that_do_not_agree_are_refused(rng, offset, value, message):
     struct.pack_into("<I", data, offset, value)
     with pytest.raises(ValueError, match=message):
         BloscChunk(with_crc(data), values.nbytes)
+
+
+def planes_of(values, block_nbytes):
+    """Bit planes of values, made without Blosc."""
+    bits = np.unpackbits(values.reshape(-1, block_nbytes // 4).view(np.uint8), bitorder="little")
+    by_bit = bits.reshape(-1, block_nbytes // 4, 32).swapaxes(1, 2)
+    packed = np.packbits(by_bit, axis=2, bitorder="little")
+    return BitPlanes(packed.reshape(-1).view(np.uint64), block_nbytes)
+
+
+@pytest.mark.parametrize("kind", ["angles", "noise", "zeros"])
+@pytest.mark.parametrize(("block", "shuffle"), [(8192, 2), (16384, 2), (8192, 1)])
+def test_bit_planes_are_encoded_as_their_values_are(rng, kind, block, shuffle):
+    values = {
+        "angles": rng.integers(0, 240, 2**14).astype(np.float32) * 1.5,
+        "noise": np.frombuffer(rng.bytes(2**16), np.float32),  # stored as it is, not compressed
+        "zeros": np.zeros(2**14, np.float32),
+    }[kind]
+    codec, planes = Blosc("lz4", 5, shuffle, 8192), planes_of(values, block)
+    assert planes.values(values.dtype).tobytes() == values.tobytes()
+    expected = b"".join(encode(values, codec))
+    assert b"".join(encode_planes(planes, values.dtype, codec)) == expected
+
+
+def test_checksums_without_the_lock_are_those_of_google_crc32c(rng, monkeypatch):
+    data = rng.bytes(1000)
+    parts = [data[:7], memoryview(data)[7:], data, memoryview(bytearray(data)), b""]
+    expected = google_crc32c.value(data)
+    for extend in (module._extend, None):
+        monkeypatch.setattr(module, "_extend", extend)
+        assert checksum(parts[1], checksum(parts[0])) == expected
+        assert [checksum(part) for part in parts[2:]] == [expected, expected, 0]
 
 
 def test_a_flipped_bit_is_refused(rng):

@@ -51,6 +51,7 @@ HOME = {
     "psutil": {"cli.doctor", "store.lock"},
     "xarray": {"merge.lazy"},
     "numba": {"kernels"},
+    "llvmlite": {"kernels.streams"},
     "cupy": {"kernels.device", "model.arrays"},
     "cupyx": {"kernels.device"},
     "dask_cuda": {"run.clusters"},

@@ -34,7 +34,7 @@ def memory(streams):
 def read(reader, request, out):
     incoming = reader.group(request.group, lambda *_: np.empty(out.shape, out.dtype))
     with incoming.take(1) as (arrival,):
-        arrival.decode(0, 1, out.reshape(-1))
+        arrival.decode(out.reshape(-1))
 
 
 def requests_for(chunked):
@@ -122,13 +122,13 @@ def test_a_group_has_what_was_announced_for_it_and_no_more(stored):
         first = reader.group("a", None)
         with first.take(2) as arrivals:
             for arrival, region in zip(arrivals, regions, strict=False):
-                arrival.decode(0, 1, out.reshape(-1))
+                arrival.decode(out.reshape(-1))
                 np.testing.assert_array_equal(out, values[region.slices])
         with pytest.raises(LookupError), first.take(2):
             pass
         second = reader.group("b", None)
         with second.take(1) as (arrival,):
-            arrival.decode(0, 1, out.reshape(-1))
+            arrival.decode(out.reshape(-1))
         np.testing.assert_array_equal(out, values[regions[3].slices])
 
 
@@ -160,7 +160,7 @@ def test_the_next_chunks_are_fetched_while_one_is_used(stored):
         for number, request in enumerate(requests[:10]):
             with incoming.group(request.group, None).take(1) as (arrival,):
                 assert objects.wait_until_started(number + 2)
-                arrival.decode(0, 1, out.reshape(-1))
+                arrival.decode(out.reshape(-1))
     assert objects.most_running == 1
 
 

@@ -22,20 +22,51 @@ def finalise(
     out: Mapping[str, AnyArray] | None = None,
 ) -> dict[str, AnyArray]:
     """Compute the merged maps; see :func:`ocelot_em.kernels.reference.finalise`."""
+    computed, finish = finish_of(acc, maps, space, out)
+    outside = compute(0, acc.mip.size, finish)
+    if outside and space is not None:
+        raise outside_space(outside, space)
+    return merged_maps(acc, maps, computed)
+
+
+def finish_of(
+    acc: Accumulator,
+    maps: MapSet,
+    space: SearchSpace | None,
+    out: Mapping[str, AnyArray] | None = None,
+) -> tuple[dict[str, AnyArray], tuple[Any, ...]]:
+    """Return the computed maps, of ``out`` or new ones, and the arguments of :func:`compute`."""
     n, shape = acc.mip.size, acc.mip.shape
     computed, inputs, addresses = of_finalise(
         acc, maps, out, lambda: np.empty(shape, F4), address_of
     )
-    targets = np.array(addresses, np.int64)
-    _statistics(n, tuple(inputs), float(acc.count), targets)
+    index = MISSING
+    starts, sizes = (MISSING, MISSING, MISSING), (0, 0, 0)
     if space is not None and maps.computed_poses:
-        tables = [getattr(space, name) for name in TABLES]
-        sizes = tuple(len(table) for table in tables)
-        starts = tuple(address_of(checked(table, table.size, F4)) for table in tables)
+        a, b, c = (getattr(space, name) for name in TABLES)
+        sizes = len(a), len(b), len(c)
+        x, y, z = (address_of(checked(table, table.size, F4)) for table in (a, b, c))
+        starts = x, y, z
         index = address_of(checked(acc.pose[0], n, I4))
-        if outside := _decode(n, index, starts, sizes, targets[5:]):
-            raise outside_space(outside, space)
-    return merged_maps(acc, maps, computed)
+    targets = np.array(addresses, np.int64)
+    return computed, (tuple(inputs), float(acc.count), targets, (index, starts, sizes))
+
+
+@compiled
+def compute(start: int, n: int, finish: Any) -> int:
+    """Compute ``n`` pixels from ``start``; return how many have an index that no pose has.
+
+    ``finish``: addresses of ``mip``, of both sums and of the counts; their one count; addresses of
+    the computed maps; and address of the index, addresses and lengths of the tables of poses.
+    """
+    (mips, sums, squared_sums, counts), one_count, addresses, (index, tables, sizes) = finish
+    counts = counts + 8 * start if counts != MISSING else counts
+    targets = addresses + 4 * start
+    inputs = mips + 4 * start, sums + 8 * start, squared_sums + 8 * start, counts
+    _statistics(n, inputs, one_count, targets)
+    if index != MISSING:
+        return _decode(n, index + 4 * start, tables, sizes, targets[5:])
+    return 0
 
 
 @compiled

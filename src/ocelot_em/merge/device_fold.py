@@ -124,6 +124,9 @@ class Incoming:
     def __init__(self, memory: "ThreadMemory", shape: tuple[int, int], report: PieceReport) -> None:
         self._memory, self._shape, self._report = memory, shape, report
         self._n = shape[0] * shape[1]
+        from ocelot_em.kernels.streams import find_streams  # on demand, with numba
+
+        self._find_streams = find_streams
         self._complaints: list[Callable[[ValueError], OcelotError]] = []
         self._measured: list[tuple[int, str, AnyArray]] = []
         memory.findings.fill(0)
@@ -148,7 +151,7 @@ class Incoming:
     def _decode(self, arrival: Arrival, values: AnyArray) -> bool:
         """Start to decode a map on the device; return False if it must be decoded on the host."""
         memory, chunk = self._memory, arrival.chunk
-        streams = None if chunk is None else chunk.streams()
+        streams = None if chunk is None else chunk.streams(self._find_streams)
         if chunk is None or streams is None:
             return False
         nbytes = packed_nbytes(len(chunk.frame), streams)

@@ -1,16 +1,18 @@
 """Merge of a tile's pieces: map by map, or partial by partial.
 
-Maps come from a reader, in an order that is known beforehand so that their chunks are prefetched. A
-piece that is one whole chunk is decoded here, block by block; of others, the reader decodes and
-crops the chunks. Merged maps are yielded to the caller, one at a time.
+Maps come from a reader, in an order that is known beforehand so that their chunks are prefetched.
+Where a piece is one whole chunk, one call of a kernel decodes and merges a map of several sources
+(:mod:`ocelot_em.kernels.by_chunk`); of other pieces, the reader decodes and crops the chunks.
+Merged maps are yielded to the caller, one at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ocelot_em.merge.stats.collected import TileStatistics
+from ocelot_em.merge.stats.collected import TileStatistics, none_collected
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -26,7 +28,9 @@ from ocelot_em.model.maps import (
     PartialMaps,
 )
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.streams import LZ4Streams
 from ocelot_em.model.workspace import Workspace
+from ocelot_em.store.blosc import BitPlanes, FindStreams, lz4_address
 from ocelot_em.store.sources import Source
 from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 
@@ -35,11 +39,13 @@ from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 class PieceReport:
     """What a fold finds out while it merges a piece.
 
-    ``statistics`` are None if they are not collected. ``suspects`` are numbers of sources that may
+    ``statistics`` are None if they are not collected; ``as_planes``: poses may be bit planes.
+    ``suspects`` are numbers of sources that may
     have unusable values, and must be checked: a NaN pose is valid where nothing was searched.
     """
 
     statistics: TileStatistics | None = None
+    as_planes: bool = False
     searched_pixels: int = 0
     suspects: list[int] = field(default_factory=list)
     _known_suspects: set[int] = field(default_factory=set)
@@ -55,8 +61,80 @@ class PieceReport:
             self.statistics.keep_values(name, values)
 
 
-Merged = Iterator[tuple[str, AnyArray]]
+Maps = Iterator[tuple[str, AnyArray]]
+"""Maps by name, each valid until the next one is requested."""
+
+Merged = Iterator[tuple[str, AnyArray | BitPlanes]]
 """Merged maps by name, each valid until the next one is requested."""
+
+MAX_BLOCK = 2**17
+"""Pixels that are merged together where no chunk says how many."""
+
+
+class ChunkBatch:
+    """A map of a few sources, as a kernel takes it: encoded where it can decode, else decoded.
+
+    ``n`` is the number of pixels in a block. If ``bits``, the bits of all maps must be shuffled;
+    else ``n`` is 0.
+    """
+
+    def __init__(
+        self,
+        arrivals: Sequence[Arrival],
+        work: Workspace,
+        find_streams: FindStreams,
+        *,
+        bits: bool = False,
+    ) -> None:
+        self._arrivals, self._held, self.n = arrivals, list[AnyArray](), 0
+        self.rows = np.zeros((len(arrivals), 3), np.int64)
+        self.found = np.zeros(len(arrivals), np.int32)
+        for number, arrival in enumerate(arrivals):
+            chunk, itemsize = arrival.chunk, arrival.dtype.itemsize
+            streams = chunk.streams(find_streams) if chunk is not None and lz4_address() else None
+            if chunk is not None and streams is not None and self._takes(streams, itemsize, bits):
+                self._add(number, np.frombuffer(chunk.frame, np.uint8), streams.table, itemsize)
+                continue
+            if bits:
+                self.n = 0
+                return
+            values = arrival.values(work.spare(number, arrival.dtype).reshape(-1))
+            self._add(number, values, None, itemsize)
+        self.n = self.n or min(work.n_pixels, MAX_BLOCK)
+
+    def _takes(self, streams: LZ4Streams, itemsize: int, bits: bool) -> bool:
+        """Whether a chunk has blocks like the others, and one stream for each byte of a value."""
+        n, decoded = streams.block_nbytes // itemsize, streams.table[:, 3]
+        is_alike = n % 64 == 0 and self.n in (0, n) and decoded[0] == decoded[-1] == n
+        if (
+            not is_alike
+            or len(decoded) % itemsize
+            or (streams.itemsize, streams.bits) != (itemsize, bits)
+        ):
+            return False
+        self.n = n
+        return True
+
+    def _add(self, number: int, memory: AnyArray, streams: AnyArray | None, itemsize: int) -> None:
+        self._held += [memory] if streams is None else [memory, streams]
+        address = 0 if streams is None else streams.ctypes.data
+        self.rows[number] = memory.ctypes.data, address, itemsize
+
+    def arguments(self, work: Workspace) -> tuple[Any, ...]:
+        """Arguments of a kernel, see :mod:`ocelot_em.kernels.by_chunk`."""
+        streams, joined = (work.flat(use, "f8").view(np.uint8) for use in ("streams", "joined"))
+        tools = lz4_address(), streams, joined
+        return tools, self.rows, (work.n_pixels, self.n), self.found
+
+    def suspects(self, corrupt: np.int32) -> Iterator[int]:
+        """Yield maps that may have unusable values, after a kernel has run."""
+        for number, found in enumerate(self.found):
+            if found == corrupt:
+                raise self._arrivals[number].corrupt(
+                    ValueError("one of its LZ4 streams cannot be decoded")
+                )
+            if found:
+                yield number
 
 
 class Fold:
@@ -76,9 +154,11 @@ class Fold:
     ) -> None:
         self.sources, self.maps, self.space = sources, maps, space
         self._mask_nan = mask_nan
-        from ocelot_em.kernels import by_map, cpu  # on demand, with numba
+        from ocelot_em.kernels import by_chunk, by_map, cpu, cpu_statistics, streams  # with numba
 
-        self._by_map, self._kernels = by_map, cpu
+        self._by_chunk, self._by_map, self._kernels = by_chunk, by_map, cpu
+        self._finish_of, self._find_streams = cpu_statistics.finish_of, streams.find_streams
+        self._not_collected = none_collected()
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Yield source number and map name, in the order in which maps are read."""
@@ -94,7 +174,8 @@ class Fold:
         """Merge one piece, whose maps ``reader`` reads in the order of :meth:`order`.
 
         ``work`` has the shape of the piece, and ``report`` is filled in. A chunk that is missing or
-        corrupt is a ChunkError, and one that cannot be read is a StorageError.
+        corrupt is a ChunkError, and one that cannot be read is a StorageError. Poses are yielded
+        as bit planes, if the report says so and all sources have them in equal blocks.
         """
         if self._mask_nan:
             yield from self._by_partial(reader, work, report)
@@ -103,60 +184,111 @@ class Fold:
         yield from self._best_partial(reader, work, report)
         yield from self._sums(reader, work, report)
         if self.space is None:
+            winners = self._plane_winners(work) if report.as_planes else None
             for name in self.maps.pose:
-                yield from self._pose(name, reader, work, report)
+                yield from self._pose(name, reader, work, report, winners)
 
     def _winners(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Find the source with the highest correlation at each pixel, and its partial's number."""
-        mip, winner, index = work.flat(MIP, "f4"), work.flat("winner", "i2"), work.flat(INDEX, "i4")
         best_partial = work.flat(BEST_PARTIAL, "i4")
+        index = work.flat(INDEX, "i4") if self.space else best_partial[:0]
+        kept = work.flat(MIP, "f4"), index, work.flat("winner", "i2"), best_partial
         firsts = np.array([source.first_number for source in self.sources], np.int32)
-        n_poses = np.int32(0 if self.space is None else self.space.n_poses)
-        names = self.maps.phases[0]
-        all_sources = range(len(self.sources))
-        merged_sources = self._merged_sources()
-        report.searched_pixels = work.n_pixels
-        for number, part, new in self._parts(reader, work, names, all_sources):
-            own, first = np.int16(number), number == 0
-            if self.space is None:
-                bad = self._by_map.update_winner(new[0], own, first, mip[part], winner[part])
-            else:
-                kept = mip[part], index[part], winner[part]
-                bad = self._by_map.update_winner_indexed(new[0], new[1], own, first, n_poses, kept)
-            if bad:
-                report.suspect(number)
-            if number == all_sources[-1]:
-                report.searched_pixels -= int(self._by_map.count_unsearched(winner[part]))
-                self._by_map.number_winners(winner[part], firsts, best_partial[part])
-                if report.statistics is not None and not merged_sources:
-                    report.statistics.count_wins(part.start, best_partial[part])
+        n_poses = 0 if self.space is None else self.space.n_poses
+        names, wins = self.maps.phases[0], self._not_collected[1]
+        if report.statistics is not None and not self._merged_sources():
+            wins = report.statistics.wins()
+        for batch, incoming in self._incoming(reader, work, report, names):
+            sources = batch[0], batch[-1] + 1 == len(self.sources), n_poses, firsts
+            n = self._by_chunk.fold_winners(incoming.arguments(work), sources, kept, wins)
+            report.searched_pixels = work.n_pixels - n
         for name in names:
             yield name, work.array(name, MAPS[name].dtypes[0])
 
-    def _pose(self, name: str, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
-        """Take each pixel from its winner."""
+    def _pose(
+        self,
+        name: str,
+        reader: ReadAhead,
+        work: Workspace,
+        report: PieceReport,
+        winners: AnyArray | None,
+    ) -> Merged:
+        """Take each pixel from its winner, as bit planes as long as ``winners`` and chunks are."""
+        kept, planes = work.flat("kept pose", "f4"), None
+        for batch in self._batches(range(len(self.sources)), READ_TOGETHER):
+            with reader.take(len(batch)) as arrivals:
+                if winners is not None:
+                    incoming = ChunkBatch(arrivals, work, self._find_streams, bits=True)
+                    if incoming.n and (planes is None or planes.block_nbytes == 4 * incoming.n):
+                        planes = BitPlanes(kept.view(np.uint64), 4 * incoming.n)
+                        chunks = incoming.arguments(work)
+                        self._by_chunk.fold_planes(chunks, batch[0], winners, planes.words)
+                        self._suspect(incoming, batch, report)
+                        continue
+                winners = None
+                if planes is not None:
+                    kept[...], planes = planes.values(kept.dtype), None
+                for number, arrival in zip(batch, arrivals, strict=True):
+                    self._take(number, arrival, work, report)
+        yield name, self._finished_pose(name, work, report, planes, winners)
+
+    def _take(self, number: int, arrival: Arrival, work: Workspace, report: PieceReport) -> None:
+        """Take values where a source won; those of the first one are right where no other wins."""
         winner, kept = work.flat("winner", "i2"), work.flat("kept pose", "f4")
-        all_sources = range(len(self.sources))
-        for number, part, (new,) in self._parts(reader, work, (name,), all_sources, first=kept):
-            if number == 0:  # its values are correct wherever no other source wins
-                bad = self._by_map.any_not_finite(new)
-            else:
-                bad = self._by_map.take(new, np.int16(number), winner[part], kept[part])
-            if bad:
-                report.suspect(number)
-        if report.searched_pixels < work.n_pixels:
-            self._by_map.blank(winner, kept)
-        pose = work.array("kept pose", "f4")
-        report.keep_candidates(name, pose)
-        yield name, pose
+        if number == 0:
+            arrival.decode(kept)
+            bad = self._by_map.any_not_finite(kept)
+        else:
+            new = arrival.values(work.flat("decoded", "f4"))
+            bad = self._by_map.take(new, np.int16(number), winner, kept)
+        if bad:
+            report.suspect(number)
+
+    def _finished_pose(
+        self,
+        name: str,
+        work: Workspace,
+        report: PieceReport,
+        planes: BitPlanes | None,
+        winners: AnyArray | None,
+    ) -> AnyArray | BitPlanes:
+        """Return a merged pose, NaN where nothing was searched, and keep that of candidates."""
+        any_unsearched = report.searched_pixels < work.n_pixels
+        if planes is None or winners is None:
+            if any_unsearched:
+                self._by_map.blank(work.flat("winner", "i2"), work.flat("kept pose", "f4"))
+            report.keep_candidates(name, work.array("kept pose", "f4"))
+            return work.array("kept pose", "f4")
+        n = planes.block_nbytes // 4
+        if any_unsearched:
+            self._by_chunk.blank_planes(winners, n, planes.words)
+
+        def look_up(where: AnyArray) -> AnyArray:
+            bits = np.empty(len(where), np.uint32)
+            self._by_chunk.values_in_planes(planes.words, n, where, bits)
+            return bits.view(np.float32)
+
+        if report.statistics is not None:
+            report.statistics.keep(name, look_up)
+        return planes
+
+    def _plane_winners(self, work: Workspace) -> AnyArray | None:
+        """Return the winners as bit planes; None if pixels do not fill words."""
+        if work.n_pixels % 64:
+            return None
+        n_planes, n_words = (len(self.sources) - 1).bit_length() + 1, work.n_pixels // 64
+        memory = work.flat("winner planes", "i2").view(np.uint64)
+        planes = memory[: n_planes * n_words].reshape(n_planes, n_words)
+        self._by_chunk.plane_winners(work.flat("winner", "i2"), planes)
+        return planes
 
     def _best_partial(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Yield the numbers of the winning partials, also within sources merged earlier."""
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
         merged_sources = self._merged_sources()
-        for number, part, (new,) in self._parts(reader, work, (BEST_PARTIAL,), merged_sources):
+        for number, new in self._each(reader, work, merged_sources):
             own = np.int32(self.sources[number].first_number), np.int16(number)
-            self._by_map.take_number(new, *own, winner[part], best_partial[part])
+            self._by_map.take_number(new, *own, winner, best_partial)
         if report.statistics is not None and merged_sources:
             report.statistics.count_wins(0, best_partial)
         yield BEST_PARTIAL, work.array(BEST_PARTIAL, "i4")
@@ -167,81 +299,86 @@ class Fold:
 
     def _sums(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Add the counts and sums, and compute the maps that depend on them."""
-        all_sources = range(len(self.sources))
-        counts = work.flat(COUNT, "i8") if self.maps.counts else None
-        if counts is not None:
+        statistics = report.statistics
+        if self.maps.counts:
+            counts = work.flat(COUNT, "i8")
             counts.fill(sum(s.total_projections for s in self.sources if not s.has_counts))
-            mapped = [number for number in all_sources if self.sources[number].has_counts]
-            for _, part, (new,) in self._parts(reader, work, (COUNT,), mapped):
-                counts[part] += new
+            mapped = [n for n, source in enumerate(self.sources) if source.has_counts]
+            for _, new in self._each(reader, work, mapped):
+                counts += new
+        out = {name: work.flat(f"merged {name}", "f4") for name in self.maps.computed}
+        accumulator = self._accumulator(work)
+        _, computing = self._finish_of(accumulator, self.maps, self.space, out)
+        moments, _, counting = self._not_collected
+        if statistics is not None:
+            counting = statistics.counting()
+        n_candidates = 0
         for name in (SUM, SQUARED_SUM):
             total = work.flat(name, "f8")
-            for number, part, (new,) in self._parts(reader, work, (name,), all_sources):
-                if report.statistics is not None:
-                    bad = report.statistics.add_sums(number, name, part.start, new, total[part])
-                else:
-                    bad = self._by_map.add(new, number == 0, total[part])
-                if bad:
-                    report.suspect(number)
-                if name == SQUARED_SUM and number == all_sources[-1]:
-                    self._compute(self._accumulator(work, part), work, part, report)
+            if statistics is not None:
+                moments = statistics.moments(name)
+            for batch, incoming in self._incoming(reader, work, report, (name,)):
+                is_last = name == SQUARED_SUM and batch[-1] + 1 == len(self.sources)
+                n_candidates = self._by_chunk.fold_sums(
+                    incoming.arguments(work),
+                    batch[0],
+                    total,
+                    moments,
+                    (is_last, computing),
+                    counting,
+                )
+        if statistics is not None:
+            statistics.counted(n_candidates)
         yield from self._computed(work, report)
 
-    def _accumulator(self, work: Workspace, part: slice) -> Accumulator:
-        """Return the accumulator of some pixels of the workspace."""
-        mip = work.flat(MIP, "f4")[part]
+    def _accumulator(self, work: Workspace) -> Accumulator:
+        """Return the accumulator of the piece."""
+        mip = work.array(MIP, "f4")
         return Accumulator(
             mip=mip,
             # Explicit poses are not needed here; any arrays serve as placeholders.
-            pose=(work.flat(INDEX, "i4")[part],) if self.space else (mip,) * len(self.maps.pose),
-            best_partial=work.flat(BEST_PARTIAL, "i4")[part],
-            correlation_sum=work.flat(SUM, "f8")[part],
-            correlation_squared_sum=work.flat(SQUARED_SUM, "f8")[part],
-            count_map=work.flat(COUNT, "i8")[part] if self.maps.counts else None,
+            pose=(work.array(INDEX, "i4"),) if self.space else (mip,) * len(self.maps.pose),
+            best_partial=work.array(BEST_PARTIAL, "i4"),
+            correlation_sum=work.array(SUM, "f8"),
+            correlation_squared_sum=work.array(SQUARED_SUM, "f8"),
+            count_map=work.array(COUNT, "i8") if self.maps.counts else None,
             count=sum(source.total_projections for source in self.sources),
         )
 
-    def _parts(
-        self,
-        reader: ReadAhead,
-        work: Workspace,
-        names: Sequence[str],
-        numbers: Sequence[int],
-        first: AnyArray | None = None,
-    ) -> Iterator[tuple[int, slice, list[AnyArray]]]:
-        """Decode maps of several sources part by part: one part of each, then the next part.
+    def _incoming(
+        self, reader: ReadAhead, work: Workspace, report: PieceReport, names: Sequence[str]
+    ) -> Iterator[tuple[range, ChunkBatch]]:
+        """Read maps of all sources, a few at a time, for a kernel that the caller calls.
 
-        At most :data:`READ_TOGETHER` chunks are open; the merged values of a part stay in the
-        caches until it is decoded from all of them. Yield the number of the source, the part of the
-        piece's pixels, and the values of the maps there, valid until the next item is requested.
-        The first source is decoded into ``first``, if given.
+        At most :data:`READ_TOGETHER` chunks are open. Yield the numbers of the sources and their
+        maps, valid until the next ones are requested.
         """
         n_names = len(names)
-        n_sources = READ_TOGETHER // n_names
-        for start in range(0, len(numbers), n_sources):
-            batch = numbers[start : start + n_sources]
+        for batch in self._batches(range(len(self.sources)), READ_TOGETHER // n_names):
             with reader.take(len(batch) * n_names) as arrivals:
-                by_source = [arrivals[n : n + n_names] for n in range(0, len(arrivals), n_names)]
-                all_n_parts = {arrival.n_parts for arrival in arrivals}
-                n_parts = all_n_parts.pop() if len(all_n_parts) == 1 else 1
-                size = work.n_pixels // n_parts
-                memory = [
-                    [work.flat("decoded", arrival.dtype)[:size] for arrival in own]
-                    for own in by_source
-                ]
-                for at in range(n_parts):
-                    part = slice(at * size, (at + 1) * size)
-                    for number, own, decoded in zip(batch, by_source, memory, strict=True):
-                        values = decoded
-                        if first is not None and number == numbers[0]:
-                            values = [first[part]]
-                        for arrival, out in zip(own, values, strict=True):
-                            arrival.decode(at, n_parts, out)
-                        yield number, part, values
+                incoming = ChunkBatch(arrivals, work, self._find_streams)
+                yield batch, incoming
+                self._suspect(incoming, [number for number in batch for _ in names], report)
+
+    def _batches(self, numbers: range, n: int) -> Iterator[range]:
+        return (numbers[start : start + n] for start in range(0, len(numbers), n))
+
+    def _suspect(self, incoming: ChunkBatch, sources: Sequence[int], report: PieceReport) -> None:
+        """Check what a kernel has found in the maps of some sources."""
+        for number in incoming.suspects(self._by_chunk.CORRUPT):
+            report.suspect(sources[number])
+
+    def _each(
+        self, reader: ReadAhead, work: Workspace, numbers: Sequence[int]
+    ) -> Iterator[tuple[int, AnyArray]]:
+        """Decode the next map of some sources, one after another."""
+        for number in numbers:
+            with reader.take(1) as (arrival,):
+                yield number, arrival.values(work.flat("decoded", arrival.dtype))
 
     def _by_partial(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Fold one partial after another: its mask depends on all its maps."""
-        maps, statistics = self.maps, report.statistics
+        maps = self.maps
         accumulator = Accumulator.allocate(maps, work.array)
         for number, source in enumerate(self.sources):
             read = whole_maps(
@@ -255,23 +392,12 @@ class Fold:
         report.searched_pixels = int(np.count_nonzero(accumulator.mip > -np.inf))
         yield MIP, accumulator.mip
         yield BEST_PARTIAL, accumulator.best_partial
-        self._compute(accumulator, work, slice(0, work.n_pixels), report)
-        if statistics is not None:
-            statistics.count_wins(0, accumulator.best_partial)
+        out = {name: work.array(f"merged {name}", "f4") for name in maps.computed}
+        self._kernels.finalise(accumulator, maps, self.space, out)
         yield from self._computed(work, report)
         for name, values in zip(maps.pose, accumulator.pose, strict=True):
             report.keep_candidates(name, values)
             yield name, values
-
-    def _compute(
-        self, accumulator: Accumulator, work: Workspace, part: slice, report: PieceReport
-    ) -> None:
-        """Compute the maps that depend on the sums for some pixels, and count these pixels."""
-        out = {name: work.flat(f"merged {name}", "f4")[part] for name in self.maps.computed}
-        shaped = {name: values.reshape(accumulator.mip.shape) for name, values in out.items()}
-        self._kernels.finalise(accumulator, self.maps, self.space, shaped)
-        if report.statistics is not None:
-            report.statistics.count_pixels(part.start, {MIP: accumulator.mip, **out})
 
     def _computed(self, work: Workspace, report: PieceReport) -> Merged:
         """Find the candidates of the complete piece, and yield the computed maps."""
@@ -292,7 +418,7 @@ def whole_maps(
     maps: MapSet,
     report: PieceReport,
     memory: Callable[[str, "np.dtype[np.generic]"], AnyArray],
-) -> Merged:
+) -> Maps:
     """Decode the maps of a source, one after another."""
     for name in numbered_source[1].map_names(maps):
         with reader.take(1) as (arrival,):
@@ -310,11 +436,11 @@ def whole_map(
 ) -> None:
     """Decode a map of a source; numbers of partials become those of the result."""
     number, source = numbered_source
-    arrival.decode(0, 1, values)
+    arrival.decode(values)
     if name == BEST_PARTIAL:
         np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
     if report.statistics is not None and name in (SUM, SQUARED_SUM):
-        report.statistics.add_sums(number, name, 0, values)
+        report.statistics.add_sums(number, name, values)
 
 
 def partial_maps(source: Source, maps: MapSet, arrays: dict[str, AnyArray]) -> PartialMaps:

@@ -175,6 +175,7 @@ def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
         exposure, report, work = job.open(piece), job.report(piece), job.workspace(piece)
         canvas.place(exposure.number, piece.in_tile, (piece.region, exposure.region))
         incoming = reader.group(group_of(tile, piece), work.spare)
+        report.as_planes = canvas.takes_planes and writer.takes_planes
         for name, values in exposure.fold.merge(incoming, work, report):
             exposure.check_suspects(piece.region, report)
             for finished in canvas.put(name, values):

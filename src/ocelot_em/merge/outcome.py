@@ -39,8 +39,9 @@ ACTIVITIES = {"read": "reading", "fold": "merging", "write": "writing"}
 class TileSummary:
     """Summary of a written tile, stored in the output as its done-mark.
 
-    Seconds are those of the thread that merged it. Reading includes decoding, writing includes
-    encoding, and ``waited_seconds`` is the part of both spent waiting for the storage.
+    Seconds are those of the thread that merged it. Merging includes decoding where one call does
+    both, and reading where not; writing includes encoding. ``waited_seconds`` is the part of
+    reading and writing spent waiting for the storage.
     """
 
     pixels: int

@@ -13,6 +13,7 @@ import numpy as np
 from ocelot_em.model.maps import MAPS, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64, MapSet
 from ocelot_em.model.regions import Overlap, Region
 from ocelot_em.model.workspace import Workspace
+from ocelot_em.store.blosc import BitPlanes
 
 SHOWN_FIELDS = (
     "pixels_alone",
@@ -25,12 +26,15 @@ SHOWN_FIELDS = (
 """Sums over the pixels that show an exposure, outside and inside overlaps: number of pixels,
 z-scores, squared z-scores."""
 
-Maps = Iterator[tuple[str, AnyArray]]
+Maps = Iterator[tuple[str, AnyArray | BitPlanes]]
 """Finished maps of a tile, by name."""
 
 
 class WholeTile:
     """A tile covered by a single exposure, whose maps are final; see :class:`Canvas`."""
+
+    takes_planes = True
+    """Whether poses may be bit planes."""
 
     def __init__(self, number: int, maps: MapSet, shape: tuple[int, int]) -> None:
         self._number, self._is_montage, self._shape = number, maps.exposures, shape
@@ -39,10 +43,10 @@ class WholeTile:
     def place(self, *_: object) -> None:
         """Do nothing; the exposure covers the whole tile."""
 
-    def put(self, name: str, values: AnyArray) -> Maps:
+    def put(self, name: str, values: AnyArray | BitPlanes) -> Maps:
         """Yield the map unchanged."""
         yield name, values
-        if self._is_montage and name == SCALED_MIP:
+        if self._is_montage and name == SCALED_MIP and not isinstance(values, BitPlanes):
             from ocelot_em.kernels import compositing  # on demand, with numba
 
             sums = compositing.sum_alone(values.reshape(-1))
@@ -64,6 +68,8 @@ class Canvas:
     The order of calls: :meth:`begin` for a tile; for every exposure :meth:`place`, then
     :meth:`put` for each of its maps; then :meth:`maps` and :meth:`shown`.
     """
+
+    takes_planes = False
 
     def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:
         self._finished = maps.merged
@@ -100,8 +106,9 @@ class Canvas:
         self._is_chosen = False
         self._edge_distance = _distances_from_edge(*regions)
 
-    def put(self, name: str, values: AnyArray) -> Maps:
+    def put(self, name: str, values: AnyArray | BitPlanes) -> Maps:
         """Place a map of the exposure; no map of the tile is finished before all are placed."""
+        assert not isinstance(values, BitPlanes)
         if self._is_chosen:
             self._put(name, values)
         elif name != SCALED_MIP:  # it is not known yet which exposure wins

@@ -16,6 +16,7 @@ from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
 from ocelot_em.model.maps import MAPS, AnyArray, Float64
 from ocelot_em.model.regions import Tile, ceil_div
+from ocelot_em.store.blosc import BitPlanes
 from ocelot_em.store.manifest import checksum_of
 from ocelot_em.store.transfer import Meter, ReadAhead, WriteBehind
 
@@ -25,7 +26,10 @@ log = logging.getLogger(__name__)
 class Writer:
     """Receives the maps and statistics of one tile; ignores what a subclass does not override."""
 
-    def map(self, name: str, values: AnyArray) -> None:
+    takes_planes = False
+    """Whether poses may be bit planes."""
+
+    def map(self, name: str, values: AnyArray | BitPlanes) -> None:
         """Accept a merged map, whose memory is reused afterwards."""
 
     def statistics(self, piece: Piece, report: PieceReport) -> None:
@@ -45,9 +49,9 @@ class MemoryWriter(Writer):
         self._names, self._shape = job.plan.maps.merged, tile.region.shape
         self.maps: dict[str, AnyArray] = {}
 
-    def map(self, name: str, values: AnyArray) -> None:
+    def map(self, name: str, values: AnyArray | BitPlanes) -> None:
         """Keep a copy, if the map is wanted."""
-        if name in self._names:
+        if name in self._names and not isinstance(values, BitPlanes):
             self.maps[name] = values.copy()
 
     def blank(self) -> None:
@@ -58,6 +62,8 @@ class MemoryWriter(Writer):
 
 class TileWriter(Writer):
     """Writes one tile to ``storage``, in the background, and measures the time spent on it."""
+
+    takes_planes = True
 
     def __init__(self, job: Job, tile: Tile, reader: ReadAhead, storage: WriteBehind) -> None:
         self._job, self._tile, self._reader, self._storage = job, tile, reader, storage
@@ -88,7 +94,7 @@ class TileWriter(Writer):
             self._marked = self._storage.after(self._written, self._mark_done)
         return self._error is not None
 
-    def map(self, name: str, values: AnyArray) -> None:
+    def map(self, name: str, values: AnyArray | BitPlanes) -> None:
         """Encode a map of the tile and queue it for writing."""
         with self._storage.metered():
             target = self._job.written[name]

@@ -21,6 +21,8 @@ from ocelot_em.model.maps import BEST_PARTIAL, INDEX, MIP, NOT_SEARCHED, SCALED_
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
+from ocelot_em.store.arrays import split_chunk
+from ocelot_em.store.blosc import BitPlanes, BloscChunk
 from ocelot_em.store.transfer import ReadAhead
 
 log = logging.getLogger(__name__)
@@ -89,21 +91,25 @@ def _merge_few_pixels(
     sources = [exposure.sources[number] for number in chosen]
     maps, mask_nan = plan.maps_of_exposure, plan.nan == "mask"
     fold = Fold(sources, maps, space, mask_nan=mask_nan)
-    pixels, work = Region(0, 3, 0, 1), Workspace(3)
+    pixels, work = Region(0, _N_PIXELS, 0, 1), Workspace(_N_PIXELS)
     work.shape = pixels.shape
     # numba distinguishes contiguous and strided arrays: with several candidates, and with pieces
-    # narrower than their tile.
-    for level, width in ((0.0, 2), (np.inf, 1)):
-        statistics = TileStatistics(capacity=3, longest_edge=3)
+    # narrower than their tile. Poses are merged as bit planes, or as values.
+    for level, width, encoded in ((0.0, 2, True), (np.inf, 1, False)):
+        statistics = TileStatistics(capacity=_N_PIXELS, longest_edge=_N_PIXELS)
         scope = StatisticsScope(pixels, level, len(exposure.contributions), len(sources))
         statistics.begin(pixels, scope)
-        reader = cast("ReadAhead", _FewPixels(fold, lambda k, name: dtype_of(chosen[k], name)))
+        reader = cast(
+            "ReadAhead", _FewPixels(fold, lambda k, name: dtype_of(chosen[k], name), encoded)
+        )
         canvas: Canvas | WholeTile = WholeTile(0, plan.maps, pixels.shape)
         if plan.is_montage:
-            canvas = Canvas(plan.maps, plan.overlap, 6)
-            canvas.begin((3, width), [pixels])
+            canvas = Canvas(plan.maps, plan.overlap, 2 * _N_PIXELS)
+            canvas.begin((_N_PIXELS, width), [pixels])
         canvas.place(0, pixels, (pixels, pixels))
-        for name, values in fold.merge(reader, work, PieceReport(statistics)):
+        for name, values in fold.merge(reader, work, PieceReport(statistics, as_planes=encoded)):
+            if isinstance(values, BitPlanes):
+                continue
             for _ in canvas.put(name, values):
                 pass
         canvas.shown(0, pixels)
@@ -127,23 +133,34 @@ def _distinct_sources(plan: MergePlan, exposure: PlannedExposure, dtype_of: DTyp
 class _FewPixels:
     """Stands in for a reader; the last pixel was not searched."""
 
-    def __init__(self, fold: Fold, dtype_of: DTypeOf) -> None:
-        self._order, self._dtype_of = fold.order(), dtype_of
+    def __init__(self, fold: Fold, dtype_of: DTypeOf, encoded: bool) -> None:
+        self._order, self._dtype_of, self._encoded = fold.order(), dtype_of, encoded
 
     @contextmanager
     def take(self, n: int) -> Iterator[Sequence["_Arrival"]]:
-        yield [_Arrival(name, self._dtype_of(k, name)) for k, name in islice(self._order, n)]
+        yield [
+            _Arrival(name, self._dtype_of(k, name), self._encoded)
+            for k, name in islice(self._order, n)
+        ]
 
 
 class _Arrival:
-    n_parts = 1
-
-    def __init__(self, name: str, dtype: "np.dtype[np.generic]") -> None:
+    def __init__(self, name: str, dtype: "np.dtype[np.generic]", encoded: bool) -> None:
         self._name, self.dtype = name, dtype
+        self.chunk: BloscChunk | None = None
+        if encoded:
+            self.chunk = split_chunk(self.values(np.empty(_N_PIXELS, dtype)), name)
 
-    def decode(self, _part: int, _n_parts: int, out: AnyArray) -> None:
+    def decode(self, out: AnyArray) -> None:
         out[:-1], out[-1] = 0, _UNSEARCHED.get(self._name, 0)
 
+    def values(self, memory: AnyArray) -> AnyArray:
+        self.decode(memory)
+        return memory
+
+
+_N_PIXELS = 256
+"""Pixels of the dummy maps: one block of an encoded chunk."""
 
 _UNSEARCHED = {MIP: -np.inf, INDEX: NOT_SEARCHED, BEST_PARTIAL: NOT_SEARCHED}
 """Values other than 0 where nothing was searched, by map."""

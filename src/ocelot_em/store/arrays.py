@@ -17,7 +17,13 @@ from zarr.storage import MemoryStore
 from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
-from ocelot_em.store.blosc import BloscChunk, encode, max_encoded_nbytes
+from ocelot_em.store.blosc import (
+    BitPlanes,
+    BloscChunk,
+    encode,
+    encode_planes,
+    max_encoded_nbytes,
+)
 from ocelot_em.store.constants import (
     DIMENSIONS,
     MAX_CHUNK_NBYTES,
@@ -260,12 +266,20 @@ class ChunkedMap:
                 self.checksums[chunk.iy, chunk.ix] = checksum_of(parts)
         return nbytes
 
-    def encode(self, region: Region, values: AnyArray) -> Iterator[tuple[Tile, list[bytes]]]:
+    def encode(
+        self, region: Region, values: AnyArray | BitPlanes
+    ) -> Iterator[tuple[Tile, list[bytes]]]:
         """Encode as in :meth:`write`; yield each chunk and the parts of its object."""
         if not self.grid.is_aligned(region):
             raise ValueError(
                 f"{self.place}: region {region} is not made of whole chunks of {self.grid.cell}"
             )
+        if isinstance(values, BitPlanes):
+            if region.shape == self.grid.cell:
+                (only,) = self.grid.touching(region)
+                yield only, encode_planes(values, self.dtype, self.codec)
+                return
+            values = values.values(self.dtype).reshape(region.shape)
         for chunk in self.grid.touching(region):
             source = values[chunk.region.relative_to(region).slices]
             if (
@@ -293,6 +307,13 @@ def write_chunk(objects: Objects, key: str, values: AnyArray) -> None:
 def encode_chunk(values: AnyArray) -> list[bytes]:
     """Encode C-contiguous values as one chunk; return the parts of its object."""
     return encode(values, _BLOSC)
+
+
+def split_chunk(values: AnyArray, name: str) -> BloscChunk:
+    """Encode few values of a map as one chunk, in streams that compiled kernels decode."""
+    shuffle = Blosc.SHUFFLE if shuffle_of(name) == "shuffle" else Blosc.BITSHUFFLE
+    encoded = bytearray().join(encode(values, Blosc("lz4", 5, shuffle, values.nbytes)))
+    return BloscChunk(memoryview(encoded), values.nbytes)
 
 
 def decode_chunk(

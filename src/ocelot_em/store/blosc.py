@@ -5,17 +5,25 @@ each compressed separately. To decode a single block, a new header is written in
 makes it a frame that numcodecs decodes.
 """
 
+import ctypes
+import functools
 import struct
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-from numcodecs.blosc import decompress
+from google_crc32c import cext
+from numcodecs import blosc
+from numcodecs.blosc import Blosc, decompress
 
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.streams import LZ4Streams
+
+_VERSIONS = bytes([2, 1])
+"""First bytes of a frame: versions of the format, and of LZ4 in it."""
 
 _CRC_OF_DATA_WITH_ITS_CRC = 0x48674BC7
 """CRC32C of any bytes followed by their little-endian CRC32C; avoids slicing in checks."""
@@ -25,9 +33,6 @@ _HEADER = struct.Struct("<4B3I")
 
 _BLOCK_HEADER = struct.Struct("<4B4I")
 """A header with a table of one offset."""
-
-_STREAM_SIZE = struct.Struct("<i")
-"""Encoded size in bytes in front of a stream."""
 
 _SMALLEST_BLOCK = 1024
 """Minimum size in bytes of blocks decoded separately; smaller ones could have tables larger than
@@ -46,15 +51,100 @@ _MIN_STREAM_VALUES = 128
 """Blocks of fewer values are single streams in any case."""
 
 
-def checksum(data: bytes) -> int:
-    """Return the CRC32C of some bytes."""
-    return int(google_crc32c.value(data))
+FindStreams = Callable[[AnyArray, int, int, int, AnyArray], int]
+"""Signature of :func:`ocelot_em.kernels.streams.find_streams`."""
+
+
+@functools.cache
+def lz4_address() -> int:
+    """Address of the ``LZ4_decompress_safe`` in the extension of numcodecs; 0 if it exports none.
+
+    Compiled kernels call it without Python's lock.
+    """
+    try:
+        function = ctypes.CDLL(blosc.__file__).LZ4_decompress_safe
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _hardware_crc() -> Callable[[int, Any, int], int] | None:
+    """Return the function in the extension of google-crc32c: called so, it needs no lock."""
+    try:
+        function = ctypes.CDLL(cext._crc32c.__file__).crc32c_extend
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t
+    function.restype = ctypes.c_uint32
+    return function
+
+
+_extend = _hardware_crc()
+
+
+def checksum(data: bytes | memoryview, before: int = 0) -> int:
+    """Return the CRC32C of some bytes, after bytes that have the CRC32C ``before``.
+
+    The lock is released, unlike by google-crc32c.
+    """
+    if _extend is None:  # its hints allow only bytes, but it accepts arrays
+        values: Any = data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
+        return int(google_crc32c.extend(before, values))
+    if isinstance(data, bytes):
+        return _extend(before, data, len(data))
+    return _extend(before, np.frombuffer(data, np.uint8).ctypes.data, len(data))
+
+
+class BitPlanes(NamedTuple):
+    """Values of four bytes with shuffled bits, as Blosc encodes them.
+
+    A block has the lowest bits of all its values first, then the next bits, and so on. ``words``
+    are all planes, uint64, and ``block_nbytes`` the length of a block.
+    """
+
+    words: AnyArray
+    block_nbytes: int
+
+    def values(self, dtype: "np.dtype[Any]") -> AnyArray:
+        """Return the values, flat: decoded by Blosc from a frame of uncompressed streams."""
+        n_streams, nbytes, block = dtype.itemsize, self.words.nbytes, self.block_nbytes
+        n, n_blocks = block // n_streams, nbytes // block
+        streams = np.empty((n_blocks, n_streams, 4 + n), np.uint8)
+        streams[:, :, :4] = np.array([n], "<u4").view(np.uint8)
+        streams[:, :, 4:] = self.words.view(np.uint8).reshape(n_blocks, n_streams, n)
+        start = _HEADER.size + 4 * n_blocks
+        flags = _LZ4_FORMAT << 5 | _BIT_SHUFFLED
+        sizes = nbytes, block, start + streams.nbytes
+        header = _HEADER.pack(*_VERSIONS, flags, n_streams, *sizes)
+        offsets = start + np.arange(n_blocks, dtype="<u4") * np.uint32(streams[0].nbytes)
+        values = np.empty(nbytes // n_streams, dtype)
+        _decode(memoryview(header + offsets.tobytes() + streams.tobytes()), values)
+        return values
 
 
 def encode(values: AnyArray, codec: Any) -> list[bytes]:
     """Encode C-contiguous values; return a chunk's object in parts: a frame and its CRC32C."""
     frame: bytes = codec.encode(values)
-    return [frame, google_crc32c.value(frame).to_bytes(4, "little")]
+    return [frame, checksum(frame).to_bytes(4, "little")]
+
+
+def encode_planes(planes: BitPlanes, dtype: "np.dtype[Any]", codec: Blosc) -> list[bytes]:
+    """Encode values with shuffled bits: the parts that :func:`encode` returns for these values.
+
+    Blosc does not shuffle them again, and a flag in the header says that they are shuffled. If it
+    would choose other blocks, or not compress them, they are encoded as values.
+    """
+    if codec.shuffle == Blosc.BITSHUFFLE:
+        as_they_are = Blosc(codec.cname, codec.clevel, Blosc.NOSHUFFLE, codec.blocksize)
+        frame: bytes = as_they_are.encode(planes.words.view(dtype))
+        *kind, flags, itemsize, nbytes, block, size = _HEADER.unpack_from(frame)
+        if block == planes.block_nbytes and not flags & _STORED_RAW:
+            flags |= _BIT_SHUFFLED
+            head = _HEADER.pack(*kind, flags, itemsize, nbytes, block, size)
+            rest = memoryview(frame)[_HEADER.size :]
+            crc = checksum(rest, checksum(head))
+            return [head, rest, crc.to_bytes(4, "little")]  # type: ignore[list-item]
+    return encode(planes.values(dtype), codec)
 
 
 def max_encoded_nbytes(nbytes: int) -> int:
@@ -72,9 +162,7 @@ class BloscChunk:
     def __init__(self, encoded: memoryview, nbytes: int) -> None:
         if len(encoded) < _HEADER.size + 4:
             raise ValueError(f"expected a Blosc frame with its CRC32C, got {len(encoded)} bytes")
-        # google_crc32c accepts bytes and arrays, but not memoryviews; its hints allow only bytes.
-        data: Any = np.frombuffer(encoded, np.uint8)
-        if google_crc32c.value(data) != _CRC_OF_DATA_WITH_ITS_CRC:
+        if checksum(encoded) != _CRC_OF_DATA_WITH_ITS_CRC:
             raise ValueError("its CRC32C does not match its bytes")
         self._frame = encoded[:-4]
         self.checksum = int.from_bytes(encoded[-4:], "little")
@@ -116,10 +204,11 @@ class BloscChunk:
         """The frame without its CRC32C."""
         return self._frame
 
-    def streams(self) -> LZ4Streams | None:
+    def streams(self, find: FindStreams) -> LZ4Streams | None:
         """Return the streams for decoders that unshuffle, too; None: only numcodecs decodes it.
 
         The streams are inside of the frame, and of the decoded chunk; their content is not checked.
+        ``find`` is :func:`ocelot_em.kernels.streams.find_streams`.
         """
         flags, itemsize, block = self._flags, self._itemsize, self._block_nbytes
         is_shuffled = flags & (_SHUFFLED | _BIT_SHUFFLED) in (_SHUFFLED, _BIT_SHUFFLED)
@@ -129,24 +218,15 @@ class BloscChunk:
         if block < _SMALLEST_BLOCK or block % unit or self._nbytes % unit:
             return None
         n_blocks = ceil_div(self._nbytes, block)
-        if len(self._frame) < _HEADER.size + 4 * n_blocks:
+        if bytes(self._kind[:2]) != _VERSIONS or len(self._frame) < _HEADER.size + 4 * n_blocks:
             return None
         is_split = not flags & _WHOLE_BLOCKS and block // itemsize >= _MIN_STREAM_VALUES
-        table = []
-        for number, at in enumerate(struct.unpack_from(f"<{n_blocks}I", self._frame, _HEADER.size)):
-            to, decoded = number * block, min(block, self._nbytes - number * block)
-            n_streams = itemsize if is_split and decoded == block else 1
-            decoded //= n_streams
-            for stream in range(n_streams):
-                start = at + _STREAM_SIZE.size
-                if start > len(self._frame):
-                    return None
-                (encoded,) = _STREAM_SIZE.unpack_from(self._frame, at)
-                at = start + encoded
-                if encoded <= 0 or at > len(self._frame):
-                    return None
-                table.append((start, encoded, to + stream * decoded, decoded))
-        return LZ4Streams(np.array(table, np.int64), block, itemsize, bool(flags & _BIT_SHUFFLED))
+        n_streams = itemsize if is_split else 1
+        table = np.empty((n_blocks * n_streams, 4), np.int64)
+        frame = np.frombuffer(self._frame, np.uint8)
+        if (n := find(frame, self._nbytes, block, n_streams, table)) == 0:
+            return None
+        return LZ4Streams(table[:n], block, itemsize, bool(flags & _BIT_SHUFFLED))
 
     def decode(self, out: AnyArray) -> None:
         """Decode the whole chunk into a C-contiguous array."""

@@ -55,8 +55,6 @@ class Arrival:
     ) -> None:
         self.dtype = source.dtype
         self._source, self._meter, self._content = source, meter, content
-        self.n_parts = content[1].n_blocks if isinstance(content, tuple) else 1
-        """Number of equal parts in which the pixels can be decoded."""
 
     @property
     def chunk(self) -> BloscChunk | None:
@@ -68,21 +66,24 @@ class Arrival:
         assert isinstance(self._content, tuple)
         return self._source.corrupt(self._content[0], complaint)
 
-    def decode(self, part: int, n_parts: int, out: AnyArray) -> None:
-        """Decode one of :attr:`n_parts` parts, or the only one, into a flat array of its size."""
+    def decode(self, out: AnyArray) -> None:
+        """Decode the region into a flat array of its size."""
         started = time.perf_counter()
         if isinstance(self._content, tuple):
-            _, encoded = self._content
             try:
-                if n_parts == 1:
-                    encoded.decode(out)
-                else:
-                    encoded.decode_block(part, out)
+                self._content[1].decode(out)
             except ValueError as error:
                 raise self.corrupt(error) from error
         else:
             out[...] = self._content.reshape(-1)
         self._meter.seconds += time.perf_counter() - started
+
+    def values(self, memory: AnyArray) -> AnyArray:
+        """Return the region's values, flat; they are decoded into ``memory`` if they are not."""
+        if isinstance(self._content, tuple):
+            self.decode(memory)
+            return memory
+        return self._content.reshape(-1)
 
 
 @dataclass(slots=True)

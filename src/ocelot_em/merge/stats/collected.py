@@ -5,11 +5,11 @@ won, and the sums of each source; and the *candidates*: pixels whose z-score is 
 particle, with the values of all maps. Only valid pixels count. Tiles add up to the whole map.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -247,6 +247,16 @@ class StatisticsScope(NamedTuple):
     n_sources: int
 
 
+KernelMoments = tuple[bool, tuple[Any, ...], tuple[AnyArray, int]]
+"""Whether statistics are collected, (width, valid (rows, columns)) of the region, moments by source
+and kind, and the kind of the sums."""
+
+KernelWins = tuple[bool, tuple[Any, ...], AnyArray]
+"""Whether statistics are collected, the same of the region, and wins by partial."""
+
+KernelCounting = tuple[Any, tuple[AnyArray, ...], tuple[Any, ...]]
+"""Axes, outputs, and candidates of :func:`ocelot_em.kernels.collect.count_pixels`."""
+
 EDGES = ("top", "bottom", "left", "right")
 """Order of the outermost rows and columns of a piece of an exposure. Their z-scores are kept as
 neighbours of candidates in the adjacent piece, since the merged map may show another exposure."""
@@ -257,8 +267,9 @@ class TileStatistics:
     """Statistics of one tile after another, collected during the merge in reused memory.
 
     The order of calls: :meth:`begin` for a tile; :meth:`add_sums` for every source,
-    :meth:`count_wins` and :meth:`count_pixels` for runs of pixels; then :meth:`find_candidates`;
-    then :meth:`keep_values` for every map that was not passed to :meth:`find_candidates`.
+    :meth:`count_wins` and :meth:`count_pixels` for runs of pixels, or kernels that do the same with
+    :meth:`moments`, :meth:`wins` and :meth:`counting`; then :meth:`find_candidates`; then
+    :meth:`keep_values` for every map that was not passed to :meth:`find_candidates`.
 
     Parameters
     ----------
@@ -307,32 +318,29 @@ class TileStatistics:
         self._any_counted = False
         self._where = np.empty(0, np.intp)
 
-    def add_sums(
-        self, number: int, name: str, start: int, values: AnyArray, total: AnyArray | None = None
-    ) -> bool:
-        """Add a run of pixels of a source's sums, starting at ``start``, to its moments.
-
-        Parameters
-        ----------
-        number, name
-            Number of the source and name of the sum map.
-        start, values
-            The run.
-        total
-            Array to which the values are also added, in the same pass; None: none.
-
-        Returns
-        -------
-        bool
-            Whether any value is NaN; always False without ``total``.
-        """
+    def add_sums(self, number: int, name: str, values: AnyArray) -> None:
+        """Add a source's sums of the whole region to its moments."""
         into = self.statistics.moments[number, 0 if name == SUM else 1]
-        position = self._position(start)
-        if total is None:
-            self._kernel.add_moments(values, position, into)
-            return False
-        bad: bool = self._kernel.add_and_measure(values, total, number == 0, position, into)
-        return bad
+        self._kernel.add_moments(values, self._position(0), into)
+
+    def moments(self, name: str) -> KernelMoments:
+        """Arguments of a kernel that adds sums."""
+        kind = 0 if name == SUM else 1
+        return True, self._position(0)[1:], (self.statistics.moments, kind)
+
+    def wins(self) -> KernelWins:
+        """Arguments of a kernel that finds winners."""
+        return True, self._position(0)[1:], self.statistics.wins
+
+    def counting(self) -> KernelCounting:
+        """Arguments of kernels that count pixels: axes, outputs, and candidates."""
+        own, histograms = self.statistics, self._histograms
+        into = (histograms.mip, histograms.z, self._joint, own.counts, self._ranks)
+        return _AXES, into, (self._level, self._found, own.n_candidates)
+
+    def counted(self, n_candidates: int) -> None:
+        """Note that a kernel has counted all pixels, and their candidates."""
+        self.statistics.n_candidates, self._any_counted = n_candidates, True
 
     def add_measured(self, number: int, name: str, rows: Float64) -> None:
         """Add to a source's moments as :meth:`add_sums` does, from the sums of each row.
@@ -365,15 +373,7 @@ class TileStatistics:
             shape.
         """
         counted = tuple(maps[name].reshape(-1) for name in (MIP, SCALED_MIP, STD))
-        own, histograms = self.statistics, self._histograms
-        own.n_candidates = self._kernel.count_pixels(
-            counted,
-            self._position(start),
-            _AXES,
-            (histograms.mip, histograms.z, self._joint, own.counts, self._ranks),
-            (self._level, self._found, own.n_candidates),
-        )
-        self._any_counted = True
+        self.counted(self._kernel.count_pixels(counted, self._position(start), *self.counting()))
 
     def count_wins(self, start: int, numbers: AnyArray) -> None:
         """Count the pixels that each partial won in a run starting at ``start``."""
@@ -430,9 +430,21 @@ class TileStatistics:
 
     def keep_values(self, name: str, values: AnyArray) -> None:
         """Keep a map's values at the candidates."""
+        self.keep(name, lambda where: values.reshape(-1).take(where))  # without Python's lock
+
+    def keep(self, name: str, look_up: Callable[[AnyArray], AnyArray]) -> None:
+        """Keep a map's values at the candidates, as a function returns them by pixel."""
         if name in GATHERED and len(self._where):
             column = CANDIDATE_FIELDS.index(name)
-            self.candidates[: len(self._where), column] = values.reshape(-1)[self._where]
+            self.candidates[: len(self._where), column] = look_up(self._where)
+
+
+def none_collected() -> tuple[KernelMoments, KernelWins, KernelCounting]:
+    """Arguments of kernels that collect no statistics."""
+    one = TileStatistics(0)
+    one.begin(Region(0, 1, 0, 1), StatisticsScope(Region(0, 1, 0, 1), np.inf, 0, 0))
+    moments, wins = one.moments(SUM), one.wins()
+    return (False, *moments[1:]), (False, *wins[1:]), one.counting()
 
 
 def _bins_between(axis: Axis, ends: Float64) -> slice:
