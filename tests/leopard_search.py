@@ -107,10 +107,11 @@ def manager(folder, n_devices):
 
 def main(folder, run, n_devices):
     search = manager(Path(folder), int(n_devices))
+    options = run_options(search)
     recorded = contextlib.nullcontext() if run == "-" else leopard.recording(run, every=0)
     started = time.time()
     with recorded:
-        search.run_match_template(**run_options(search))
+        search.run_match_template(**options)
     found = search.match_template_result
     maps = {name: np.asarray(getattr(found, name)) for name in RESULTS}
     maps["count"] = np.int64(found.total_projections)

@@ -13,7 +13,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
 from os import PathLike, fspath
 from typing import Any
@@ -77,6 +77,7 @@ def recording(
     manager, jobs = module.MatchTemplateManager, core.run_multiprocess_jobs
     run, running = manager.run_match_template, list[Any]()
 
+    @wraps(run)
     def run_match_template(self: Any, *arguments: Any, **options: Any) -> Any:
         running.append(self)
         try:

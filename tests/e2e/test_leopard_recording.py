@@ -70,10 +70,9 @@ def test_killed_searches_end_as_one_that_was_not(
         before, n_devices = recorded(run), number % 3 + 1
         for file in (killed, given):
             file.unlink(missing_ok=True)
-        where, count = ("write", moments.randint(1, 24)) if number % 2 else ("given", 1)
-        kill = f"{who} {where} {count} {moments.uniform(0, 0.2)}"
+        where, most = ("write", 36) if number % 2 else ("given", 3)  # in up to 3 checkpoints
+        kill = f"{who} {where} {moments.randint(1, most)} {moments.uniform(0, 0.2)}"
         ended = search(alone, run, n_devices, kill)
-        print(number, kill, ended, killed.exists(), recorded(run))
         about, log = (seed, number, kill, before), (alone / "log.txt").read_text()
         if not killed.exists():  # of a device that had nothing left to search
             assert ended == 0, (about, log)
@@ -92,7 +91,7 @@ def test_killed_searches_end_as_one_that_was_not(
         now = recorded(run)
         assert sets.minus(before, now) == (), about
         assert sets.size(sets.minus(asked, now)) <= n_devices * AT_ONCE, (about, asked, now)
-    assert n_kills >= (1 if who == "device" else n_rounds), seed
+    assert n_kills >= n_rounds / 2, seed
     assert search(alone, run, 4) == 0, (seed, (alone / "log.txt").read_text())
     assert check(run) == [], seed
     assert [*run.rglob("c/*/*#*")] == [], seed
