@@ -24,7 +24,7 @@ from ocelot_em.run import clusters as cluster
 from ocelot_em.run import executors as execute
 from ocelot_em.run import slurm
 from ocelot_em.store import attributes as fmt
-from ocelot_em.store import constants, lock, statistics_attributes
+from ocelot_em.store import bucket, constants, lock, statistics_attributes
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "ocelot_em"
@@ -428,6 +428,7 @@ def megabytes(**changes):
 
 MERGE_DESIGN = "src/ocelot_em/merge/DESIGN.md"
 EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
+BUCKET = megabytes(streams=bucket.BucketObjects.streams)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +442,7 @@ EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
         (MERGE_DESIGN, f"({constants.DEFAULT_CHUNK} x {constants.DEFAULT_CHUNK} by default)"),
         ("docs/scaling.md", f"{memory_model.PROCESS_NBYTES / 1e6:.0f} MB for each process"),
         ("docs/scaling.md", f"{EXPLICIT:.0f} (explicit) to {INDEXED:.0f} MB (indexed)"),
-        ("docs/scaling.md", f"{megabytes(streams=8) - EXPLICIT:.0f} MB more for each thread"),
+        ("docs/scaling.md", f"{BUCKET - EXPLICIT:.0f} MB more for each thread"),
         *(
             ("docs/scaling.md", f"`{name}={cluster.WORKER_ENVIRONMENT[name]}`")
             for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
