@@ -14,15 +14,15 @@ from ocelot_em.errors import InvalidDataError
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
-    MEAN,
+    DERIVED,
     MIP,
     NOT_SEARCHED,
-    SCALED_MIP,
     SQUARED_SUM,
-    STD,
     SUM,
     Accumulator,
     AnyArray,
+    Float32,
+    Float64,
     MapSet,
     PartialMaps,
 )
@@ -124,20 +124,10 @@ def finalise(
     maps of :attr:`MapSet.merged`; those that are not computed are the accumulator's own. An index
     outside the search space is an IndexError.
     """
-    unsearched = acc.mip == -np.inf
+    sums = acc.correlation_sum, acc.correlation_squared_sum
+    count = np.asarray(acc.count if acc.count_map is None else acc.count_map)
     with np.errstate(all="ignore"):
-        count = np.float64(acc.count) if acc.count_map is None else acc.count_map.astype(np.float64)
-        mean = acc.correlation_sum / count
-        variance = acc.correlation_squared_sum / count - mean * mean
-        std = np.sqrt(np.where(variance < 0, 0.0, variance))
-        z = np.where(std == 0, 0.0, (acc.mip.astype(np.float64) - mean) / std)
-        nothing = np.broadcast_to(count == 0, mean.shape)
-        mean, std = np.where(nothing, np.nan, mean), np.where(nothing, np.nan, std)
-        z = np.where(unsearched, np.nan, z)
-        computed: dict[str, AnyArray] = {
-            SCALED_MIP: z.astype(np.float32),
-            MEAN: mean.astype(np.float32),
-            STD: std.astype(np.float32),
+        computed = derived_maps(acc.mip, *sums, count) | {
             SUM: acc.correlation_sum.astype(np.float32),
             SQUARED_SUM: acc.correlation_squared_sum.astype(np.float32),
         }
@@ -152,6 +142,27 @@ def finalise(
             array[...] = computed[name]
             computed[name] = array
     return merged_maps(acc, maps, computed)
+
+
+def derived_maps(
+    mip: Float32, total: Float64, squared_total: Float64, count: AnyArray
+) -> dict[str, AnyArray]:
+    """Compute z-score, mean and standard deviation as :func:`finalise` does.
+
+    ``count`` has the shape of the others, or is one number.
+    """
+    with np.errstate(all="ignore"):
+        n = count.astype(np.float64)
+        mean = total / n
+        variance = squared_total / n - mean * mean
+        std = np.sqrt(np.where(variance < 0, 0.0, variance))
+        z = np.where(std == 0, 0.0, (mip.astype(np.float64) - mean) / std)
+        nothing = np.broadcast_to(n == 0, mean.shape)
+        mean, std = np.where(nothing, np.nan, mean), np.where(nothing, np.nan, std)
+        found = np.where(mip == -np.inf, np.nan, z), mean, std
+        return {
+            name: values.astype(np.float32) for name, values in zip(DERIVED, found, strict=True)
+        }
 
 
 def check_counts(acc: Accumulator, partial: PartialMaps) -> None:

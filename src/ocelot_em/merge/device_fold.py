@@ -103,7 +103,11 @@ class DeviceFold:
             if self._kernels.fold_all(accumulator, partials, self.space, fresh=start == 0):
                 report.suspect(*numbers)
             incoming.finish()
-        merged = self._kernels.finalise(accumulator, self.maps, self.space, memory.computed(n))
+        maps, computed = self.maps.with_derived, memory.computed(n)
+        merged = self._kernels.finalise(accumulator, maps, self.space, computed)
+        if not self.maps.derived:
+            merged[SUM] = accumulator.correlation_sum
+            merged[SQUARED_SUM] = accumulator.correlation_squared_sum
         first = [name for name in MAPS_FOR_STATISTICS if name in merged]
         if report.statistics is not None:
             on_host = {name: work.array(name, merged[name].dtype) for name in first}

@@ -404,6 +404,8 @@ class Fold:
         computed = {name: work.array(f"merged {name}", "f4") for name in self.maps.computed}
         if self.maps.counts:
             computed[COUNT] = work.array(COUNT, "i8")
+        if not self.maps.derived:
+            computed |= {name: work.array(name, "f8") for name in (SUM, SQUARED_SUM)}
         if report.statistics is not None:
             known = {MIP: work.array(MIP, "f4"), BEST_PARTIAL: work.array(BEST_PARTIAL, "i4")}
             if self.space is not None:

@@ -79,7 +79,7 @@ def forecast(
     pixels = plan.shape[0] * plan.shape[1]
     storage = storage_shape(plan.exposures, output, stores)
     n_partials = partials_on_device(plan, storage, options, device)
-    per_pixel = sum(np.dtype(MAPS[key].dtypes[0]).itemsize for key in plan.maps.merged)
+    per_pixel = sum(np.dtype(plan.maps.merged_dtype(key)).itemsize for key in plan.maps.merged)
     covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
     stored_out = covered * min(stored_in / max(decoded_in, 1), 1)
     stored_out += (pixels - covered) * BLANK_RATIO  # pixels without an exposure

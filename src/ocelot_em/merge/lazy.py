@@ -20,7 +20,7 @@ from ocelot_em.merge.job import Job
 from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.planning import make_plan
-from ocelot_em.merge.result import MergedResult
+from ocelot_em.merge.result import DerivedMap, MergedResult
 from ocelot_em.model.maps import INDEX, MAPS, AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region, TileGrid
@@ -139,7 +139,7 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     for number, name in enumerate(merged.decoded_names):
         space = merged.search_space
         arrays[name] = arrays[INDEX].map_blocks(_decoded, space, number, dtype="float32")
-    names = replace(attributes.maps, decoded=True).merged
+    names = replace(attributes.maps, decoded=True, derived=True).merged
     return xr.Dataset(
         {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
         attrs=_dataset_attributes(attributes, attributes.partials, merged.incomplete_text),
@@ -186,7 +186,8 @@ def lazy_merge(
     5.87
     """
     places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
-    plan = make_plan(places, "memory://lazy", MergeOptions.parse(options))
+    settings = MergeOptions.parse(options).model_copy(update={"derived": "stored"})
+    plan = make_plan(places, "memory://lazy", settings)
     token = tokenize(plan.model_dump_json())
     plan_key, tile_layer = f"plan-{token}", f"merge_tile-{token}"
     grid = plan.grid
@@ -235,7 +236,7 @@ class _LazyMap:
 
     ndim = 2
 
-    def __init__(self, chunked: ChunkedMap) -> None:
+    def __init__(self, chunked: ChunkedMap | DerivedMap) -> None:
         self.chunked, self.shape, self.dtype = chunked, chunked.shape, chunked.dtype
 
     def __getitem__(self, index: tuple[int | slice, ...]) -> AnyArray:
@@ -256,7 +257,7 @@ def _bounds(index: int | slice, length: int) -> tuple[int, int, int | slice]:
     return min(picked), max(picked) + 1, slice(None, None, picked.step)
 
 
-def _as_dask(chunked: ChunkedMap, identity: str) -> da.Array:
+def _as_dask(chunked: ChunkedMap | DerivedMap, identity: str) -> da.Array:
     """Return a stored map as a Dask array; ``identity`` differs from that of earlier data there."""
     token = tokenize(chunked.objects.url, chunked.path, identity)
     name = f"read-{chunked.path.replace('/', '.')}-{token}"

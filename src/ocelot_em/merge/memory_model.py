@@ -20,7 +20,7 @@ from ocelot_em.merge.device_fold import (
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import tile_statistics_nbytes
 from ocelot_em.model.control_groups import n_cpus
-from ocelot_em.model.maps import MAPS, SUM, MapSet, PoseForm
+from ocelot_em.model.maps import SUM, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store import constants
@@ -184,7 +184,7 @@ def worker_nbytes(
     if maps.exposures:
         # For the canvas of a tile: maps, number of exposures, distance from the edge. For a piece:
         # distance from the edge, where it wins, and the maps that arrive before that is known.
-        canvas = sum(np.dtype(MAPS[name].dtypes[0]).itemsize for name in maps.merged)
+        canvas = sum(np.dtype(maps.merged_dtype(n)).itemsize for n in maps.with_derived.merged)
         per_pixel += canvas + 2 + 4 + 4 + 1 + 4 * (3 + len(maps.explicit_poses))
     written = min(tile[0], constants.DEFAULT_CHUNK) * min(tile[1], constants.DEFAULT_CHUNK)
     encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to crop

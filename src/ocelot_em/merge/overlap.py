@@ -72,8 +72,9 @@ class Canvas:
     takes_planes = False
 
     def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:
-        self._finished = maps.merged
-        self._names = tuple(name for name in maps.merged if name != SOURCE_EXPOSURE)
+        # Exposures are chosen by z-score, stored or not.
+        self._dtypes = {name: maps.merged_dtype(name) for name in maps.with_derived.merged}
+        self._names = tuple(name for name in self._dtypes if name != SOURCE_EXPOSURE)
         from ocelot_em.kernels import compositing  # on demand, with numba
 
         self._kernel = compositing
@@ -124,7 +125,7 @@ class Canvas:
 
     def maps(self) -> Maps:
         """Return all maps of the tile by name."""
-        return ((name, self._plane(name)) for name in self._finished)
+        return ((name, self._plane(name)) for name in self._dtypes)
 
     def shown(self, number: int, in_tile: Region) -> Float64:
         """Return :data:`SHOWN_FIELDS` of an exposure in the tile."""
@@ -149,7 +150,7 @@ class Canvas:
         self._kernel.put(values, self._piece.array("taken", "?"), self._part(name))
 
     def _plane(self, name: str) -> AnyArray:
-        return self._tile.array(name, MAPS[name].dtypes[0])
+        return self._tile.array(name, self._dtypes[name])
 
     def _part(self, name: str) -> AnyArray:
         return self._plane(name)[self._in_tile.slices]

@@ -78,6 +78,7 @@ class MergePlan(fmt.Attributes):
     tile: fmt.Shape
     nan: Literal["raise", "mask"]
     has_decoded_poses: bool = True
+    has_derived_maps: bool = True
     canvas_origin: tuple[fmt.CanvasPixel, fmt.CanvasPixel] = (0, 0)
     overlap: Overlap = "earliest"
     erode_px: fmt.Number = 0
@@ -91,8 +92,14 @@ class MergePlan(fmt.Attributes):
     @property
     def maps(self) -> MapSet:
         """Maps of the output."""
-        counts, decoded = self.has_counts, self.has_decoded_poses
-        return MapSet(self.pose_form, self.has_pixel_size, counts, decoded, self.is_montage)
+        return MapSet(
+            self.pose_form,
+            self.has_pixel_size,
+            self.has_counts,
+            self.has_decoded_poses,
+            self.is_montage,
+            self.has_derived_maps,
+        )
 
     @property
     def maps_of_exposure(self) -> MapSet:
@@ -194,6 +201,7 @@ _REPEATED = (
     "has_pixel_size",
     "has_counts",
     "has_decoded_poses",
+    "has_derived_maps",
     "search_space_digest",
     "canvas_origin",
 )

@@ -74,6 +74,7 @@ def make_plan(
         counts=options.nan == "mask" or any(source.has_counts for source in sources),
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
         exposures=is_montage,
+        derived=options.derived == "stored",
     )
     storage = storage_shape(placed, output, stores)
     plan = MergePlan(
@@ -88,6 +89,7 @@ def make_plan(
         tile=choose_tile(shape, storage, maps, options, device.memory_nbytes),
         nan=options.nan,
         has_decoded_poses=maps.decoded,
+        has_derived_maps=maps.derived,
         canvas_origin=canvas_origin,
         overlap=options.overlap if is_montage else "earliest",
         erode_px=options.erode,

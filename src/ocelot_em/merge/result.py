@@ -1,6 +1,6 @@
 """The reader of merged results: opened once, then handed on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from os import PathLike
@@ -8,6 +8,7 @@ from os import PathLike
 import numpy as np
 
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
+from ocelot_em.kernels.reference import derived_maps
 from ocelot_em.merge.job import MAX_OPEN_EXPOSURES, Job
 from ocelot_em.merge.plan import MergePlan, PlannedExposure, read_plan
 from ocelot_em.merge.stats.candidates import Candidates, read_candidates
@@ -20,8 +21,20 @@ from ocelot_em.merge.stats.summary import (
     read_statistics,
     statistics_path,
 )
-from ocelot_em.model.maps import INDEX, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Int64, PoseForm
-from ocelot_em.model.regions import Region
+from ocelot_em.model.maps import (
+    COUNT,
+    DERIVED,
+    INDEX,
+    MIP,
+    SCALED_MIP,
+    SOURCE_EXPOSURE,
+    SQUARED_SUM,
+    SUM,
+    AnyArray,
+    Int64,
+    PoseForm,
+)
+from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
@@ -29,6 +42,63 @@ from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import open_result, read_attributes, read_search_space
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
+
+
+@dataclass(frozen=True)
+class DerivedMap:
+    """A map of a merged result that is computed when it is read; otherwise like a stored one.
+
+    ``stored`` are the stored maps by name, ``counts`` the numbers of cross-correlations by number
+    of the exposure; where the result is no montage, there is one.
+    """
+
+    name: str
+    stored: Mapping[str, ChunkedMap]
+    counts: Mapping[int, int]
+
+    @property
+    def path(self) -> str:
+        """Path that it would have."""
+        return self.name
+
+    @property
+    def objects(self) -> Objects:
+        """Store of the result."""
+        return self.stored[MIP].objects
+
+    @property
+    def grid(self) -> TileGrid:
+        """Its chunks, which are those of the stored maps."""
+        return self.stored[MIP].grid
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.grid.shape
+
+    @property
+    def dtype(self) -> "np.dtype[np.float32]":
+        """Type of the values."""
+        return np.dtype(np.float32)
+
+    def read(self, region: Region) -> tuple[AnyArray, int]:
+        """Compute a region; also return the number of bytes read."""
+        if self.name not in DERIVED:  # a sum, in float64
+            values, nbytes = self.stored[self.name].read(region)
+            with np.errstate(over="ignore"):
+                return values.astype(np.float32), nbytes
+        names = [n for n in (MIP, SUM, SQUARED_SUM, COUNT, SOURCE_EXPOSURE) if n in self.stored]
+        found = [self.stored[name].read(region) for name in names]
+        maps = dict(zip(names, (values for values, _ in found), strict=True))
+        count = maps.get(COUNT)
+        if count is None:
+            count = np.asarray(next(iter(self.counts.values())))
+        if COUNT not in maps and SOURCE_EXPOSURE in maps:
+            numbers, places = np.unique(maps[SOURCE_EXPOSURE], return_inverse=True)
+            counts = np.array([self.counts.get(number, 0) for number in numbers.tolist()], np.int64)
+            count = counts[places].reshape(region.shape)
+        computed = derived_maps(maps[MIP], maps[SUM], maps[SQUARED_SUM], count)
+        return computed[self.name], sum(nbytes for _, nbytes in found)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,10 +193,17 @@ class MergedResult:
         return read_search_space(self.objects, self.attributes.search_space_digest)
 
     @cached_property
-    def maps(self) -> dict[str, ChunkedMap]:
-        """Stored maps by name."""
-        group = open_result(self.objects, self.attributes)
-        return group.open(self.attributes.maps.merged, self.attributes.shape)
+    def maps(self) -> dict[str, ChunkedMap | DerivedMap]:
+        """Maps by name, stored ones and those that follow from them; no decoded poses."""
+        group, maps = open_result(self.objects, self.attributes), self.attributes.maps
+        stored = group.open(maps.merged, self.attributes.shape)
+        if maps.derived:
+            return {**stored}
+        exposures = self.attributes.exposures
+        counts = {exposure.number: exposure.total_projections for exposure in exposures}
+        counts = counts or {0: self.attributes.total_projections}
+        derived = (*DERIVED, SUM, SQUARED_SUM)
+        return {**stored, **{name: DerivedMap(name, stored, counts) for name in derived}}
 
     @property
     def decoded_names(self) -> tuple[str, ...]:
@@ -190,7 +267,11 @@ class MergedResult:
         """
 
         def open_alone(position: int, edge: int) -> Job:
-            alone = {"exposures": (self.plan.exposures[position],), "tile": (edge, edge)}
+            alone = {
+                "exposures": (self.plan.exposures[position],),
+                "tile": (edge, edge),
+                "has_derived_maps": True,  # they are needed, and nothing is stored
+            }
             return Job(MergePlan(**(dict(self.plan) | alone)), None)
 
         return lru_cache(MAX_OPEN_EXPOSURES)(open_alone)

@@ -295,8 +295,9 @@ def complete_output(
     checksums = ResultChecksums(plan)
     for (iy, ix), own in chain(ready.checksums.items(), tally.checksums.items()):
         checksums.put(iy, ix, own)
+    layout = plan.shape, plan.chunk
     arrays = {
-        name: ArrayManifest(store.map_digest(name, plan.shape, plan.chunk), table)
+        name: ArrayManifest(store.map_digest(name, *layout, plan.maps.merged_dtype(name)), table)
         for name, table in checksums.maps.items()
     }
     manifest = Manifest(attributes.id, arrays)
@@ -341,6 +342,7 @@ def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAtt
         has_pixel_size=plan.has_pixel_size,
         has_counts=plan.has_counts,
         has_decoded_poses=plan.has_decoded_poses,
+        has_derived_maps=plan.has_derived_maps,
         search_space_digest=plan.search_space_digest,
         total_projections=plan.total_projections,
         partials=plan.contributions,
@@ -396,10 +398,11 @@ def _existing_output(objects: Objects, overwrites: bool) -> fmt.MergedAttributes
 
 def _create_maps(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of all maps, keeping existing chunks."""
+    layout, dtype = (plan.shape, plan.chunk), plan.maps.merged_dtype
     at_once(
         objects,
         [
-            partial(store.create_map, objects, name, name, plan.shape, plan.chunk)
+            partial(store.create_map, objects, name, name, *layout, dtype(name))
             for name in plan.maps.merged
         ],
     )

@@ -95,9 +95,11 @@ class TileWriter(Writer):
         return self._error is not None
 
     def map(self, name: str, values: AnyArray | BitPlanes) -> None:
-        """Encode a map of the tile and queue it for writing."""
+        """Encode a map of the tile and queue it for writing, if it is stored."""
+        target = self._job.written.get(name)
+        if target is None:
+            return
         with self._storage.metered():
-            target = self._job.written[name]
             for chunk, parts in target.encode(self._tile.region, values):
                 self._put_chunk(name, chunk, parts)
 

@@ -1,7 +1,7 @@
 """Names, dtypes, units and meaning of the maps, and the classes that hold them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -81,6 +81,9 @@ MAPS: Mapping[str, MapInfo] = {
     ),
 }
 
+DERIVED = (SCALED_MIP, MEAN, STD)
+"""Maps that follow from ``mip``, sums and count."""
+
 _ADDED = (COUNT, SUM, SQUARED_SUM)
 """The order in which sums are read; after the last one the statistics are computed."""
 
@@ -98,7 +101,9 @@ class MapSet:
 
     ``pixel_size``: it has ``best_pixel_size`` (explicit form; a decoded index always gives it).
     ``counts``: the count differs from pixel to pixel and is a map. ``decoded``: a merged result
-    also has the pose maps of its indices. ``exposures``: a merged result is a montage.
+    also has the pose maps of its indices. ``exposures``: a merged result is a montage. ``derived``:
+    a merged result has :data:`DERIVED` maps; if not, its sums are float64, and they are computed
+    when they are read.
     """
 
     form: PoseForm
@@ -106,6 +111,18 @@ class MapSet:
     counts: bool = False
     decoded: bool = True
     exposures: bool = False
+    derived: bool = True
+
+    @property
+    def with_derived(self) -> "MapSet":
+        """The maps that can be read of a merged result, and of which a tile is made."""
+        return replace(self, derived=True)
+
+    def merged_dtype(self, name: str) -> str:
+        """Dtype of a map of a merged result as it is stored."""
+        return (
+            "float64" if name in (SUM, SQUARED_SUM) and not self.derived else MAPS[name].dtypes[0]
+        )
 
     @property
     def explicit_poses(self) -> tuple[str, ...]:
@@ -154,7 +171,7 @@ class MapSet:
         """Names of the maps of a merged result."""
         indexed = self.form is PoseForm.INDEXED
         poses = (*self.computed_poses, INDEX) if indexed else self.explicit_poses
-        statistics = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM, *self._count)
+        statistics = (*DERIVED * self.derived, SUM, SQUARED_SUM, *self._count)
         return (MIP, *poses, BEST_PARTIAL, *statistics, *(SOURCE_EXPOSURE,) * self.exposures)
 
     @property

@@ -112,9 +112,11 @@ def create_map(
     return create_array(objects, path, _map_layout(name, shape, chunk, dtype))
 
 
-def map_digest(name: str, shape: tuple[int, int], chunk: tuple[int, int]) -> str:
+def map_digest(
+    name: str, shape: tuple[int, int], chunk: tuple[int, int], dtype: str | None = None
+) -> str:
     """Return the digest of the metadata that :func:`create_map` writes."""
-    return metadata_digest(_encoded_metadata(_map_layout(name, shape, chunk)))
+    return metadata_digest(_encoded_metadata(_map_layout(name, shape, chunk, dtype)))
 
 
 def _map_layout(

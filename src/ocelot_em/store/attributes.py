@@ -299,6 +299,7 @@ class MergedAttributes(_Result):
     plan: dict[str, Any]
     finished: str | None = None
     has_decoded_poses: bool = True
+    has_derived_maps: bool = True
     manifest: Digest | None = None
 
     _sized = model_validator(mode="after")(_shapes_agree)
@@ -323,8 +324,12 @@ class MergedAttributes(_Result):
     @property
     def maps(self) -> MapSet:
         """Which maps there are."""
-        several = bool(self.exposures)
-        return replace(super().maps, decoded=self.has_decoded_poses, exposures=several)
+        return replace(
+            super().maps,
+            decoded=self.has_decoded_poses,
+            exposures=bool(self.exposures),
+            derived=self.has_derived_maps,
+        )
 
 
 def differences(
