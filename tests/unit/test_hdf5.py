@@ -109,7 +109,7 @@ def test_the_file_is_laid_out_as_leopards(merged, file):
         for values in opened["tensors"].values():
             assert values.dtype == np.float32
             assert values.chunks == (16, 16)
-            assert (values.compression, values.compression_opts) == ("gzip", 4)
+            assert (values.compression, values.shuffle) == ("gzip", True)
         assert opened.attrs["pixel_size_angstrom"] == 1.06
 
 

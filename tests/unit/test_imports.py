@@ -63,6 +63,7 @@ HOME = {
     "matplotlib": {"view"},
     "mrcfile": {"io.mrc"},
     "h5py": {"io.hdf5"},
+    "isal": {"io.hdf5"},
     "neuroglancer": {"view.viewer"},
     "gemmi": {"io.star_file"},
     "pyarrow": {"io.parquet"},

@@ -1,12 +1,12 @@
 """Export of merged results to Leopard-EM 1.3's HDF5 file, in bands, and reading of such files.
 
-The file has eight float32 maps in the group ``tensors``, compressed with gzip, and the root
-attributes ``leopard_em_version``, ``total_projections``, ``total_orientations`` and
-``total_defocus``.
+The file has eight float32 maps in the group ``tensors``, with HDF5's own filters shuffle and gzip,
+which every reader has, and the root attributes ``leopard_em_version``, ``total_projections``,
+``total_orientations`` and ``total_defocus``.
 """
 
 import math
-import zlib
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,10 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing
 
 GROUP = "tensors"
-GZIP_LEVEL = 4
+GZIP_LEVEL = 1
+"""Level of ISA-L. With shuffled bytes, it is 10 times as fast as zlib at the same level, and
+compresses as well."""
+
 CHUNK = 512
 """Edge of a chunk in pixels: 1 MiB, so that HDF5 caches it while it is read in parts."""
 
@@ -63,7 +66,7 @@ def write_hdf5(
     Return the file. Without ``overwrite`` an existing file is an error; if writing fails, nothing
     is left behind.
     """
-    h5py = _h5py()
+    h5py, _ = _h5py(), _compressor()  # before anything is written
     merged, path = MergedResult.open(source), Path(output)
     refuse_existing([path], overwrite)
     shape, space = merged.valid_shape, merged.search_space
@@ -84,6 +87,7 @@ def write_hdf5(
                 shape=shape,
                 dtype="<f4",
                 chunks=chunk,
+                shuffle=True,
                 compression="gzip",
                 compression_opts=GZIP_LEVEL,
             )
@@ -176,15 +180,25 @@ def _h5py() -> Any:
     return h5py
 
 
+def _compressor() -> Callable[..., bytes]:
+    """Return a function that compresses as zlib does."""
+    with optional_import("HDF5 files are written with isal", extra="maps"):
+        from isal import isal_zlib
+    compress: Callable[..., bytes] = isal_zlib.compress
+    return compress
+
+
 def _write(dataset: Any, region: Region, values: AnyArray) -> None:
-    """Write whole chunks, compressed in several threads: HDF5 itself uses one."""
+    """Write whole chunks, filtered in several threads: HDF5 itself uses one, and zlib."""
+    compress = _compressor()
     cells = list(TileGrid(dataset.shape, dataset.chunks).touching(region))
 
     def compressed(cell: Tile) -> bytes:
         whole = np.zeros(dataset.chunks, dataset.dtype)  # edge chunks extend beyond the map
         height, width = cell.region.shape
         whole[:height, :width] = values[cell.region.relative_to(region).slices]
-        return zlib.compress(whole.data, GZIP_LEVEL)
+        shuffled = whole.reshape(-1, 1).view(np.uint8).T.copy()
+        return compress(shuffled.data, GZIP_LEVEL)
 
     for cell, data in zip(cells, map_in_threads(compressed, cells), strict=True):
         dataset.id.write_direct_chunk((cell.region.y0, cell.region.x0), data)

@@ -1,0 +1,137 @@
+"""What import, export and the report cost: each against reading and writing the same bytes.
+
+``python -m benchmarks.exchange [--quick] [--data FOLDER] [--repeats N]``. A merged result, and the
+partials of a search as ``.npz`` files. Each way and its floor run alone, in turn; the processor
+time of a process counts, without its imports. The floor of an export reads and decodes the eight
+maps and writes as many bytes as they have; that of an import reads the files, encodes all maps, and
+writes them. The report has none: it costs imports and drawing.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import ocelot_em
+from benchmarks import common
+from ocelot_em.io.hdf5 import write_hdf5
+from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
+from ocelot_em.io.mrc import write_mrc_set
+from ocelot_em.model.maps import MapSet, PoseForm
+from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.store.arrays import open_map
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import partial_path
+
+SIDE, QUICK_SIDE = 4096, 512
+N_PARTIALS = 2
+
+
+def copy_maps(store: Path, output: Path) -> None:
+    """Read the maps that are exported, and write their values."""
+    merged = ocelot_em.MergedResult.open(store)
+    with output.open("wb") as file:
+        for name in OUR_NAMES.values():
+            for band in band_grid(merged.valid_shape, merged.chunk):
+                file.write(merged.read(band.region, name))
+
+
+def copy_partials(files: Path, search: Path, output: Path) -> None:
+    """Read files of partials, and write their maps, encoded as in a search, to one file."""
+    objects, shape = open_objects(search), (1024, 1024)
+    with output.open("wb") as written:
+        for number, path in enumerate(sorted(files.iterdir())):
+            with np.load(path) as file:
+                for name in file.files:
+                    at = f"{partial_path(f'device_{number}')}/{name}"
+                    codec = open_map(objects, at, name, [file[name].dtype.name]).codec
+                    values = file[name]
+                    for cell in TileGrid(values.shape, shape):
+                        written.write(codec.encode(values[cell.region.slices].copy()))
+
+
+def import_files(files: Path, output: Path) -> None:
+    """Import files of partials."""
+    options = ocelot_em.ImportOptions(
+        total_projections=(10,) * N_PARTIALS, template_box=8, pixel_size_angstrom=1.0
+    )
+    ocelot_em.import_results(sorted(files.iterdir()), output, options)
+
+
+def ways_of(folder: Path) -> dict[str, Callable[[Path], object]]:
+    """Return all ways, by name; each writes to a path that it is given."""
+    merged, files, search = (folder / name for name in ("MERGED.zarr", "files", "search"))
+    return {
+        "export: floor": partial(copy_maps, merged),
+        "export --to mrc": partial(write_mrc_set, merged),
+        "export --to hdf5": partial(write_hdf5, merged),
+        "import: floor": partial(copy_partials, files, search),
+        "import": partial(import_files, files),
+        "report": partial(ocelot_em.write_report, merged),
+    }
+
+
+def measure(folder: str, way: str) -> tuple[float, float, int]:
+    """Processor and wall seconds, and peak memory of one way in this process."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        output = Path(name, "output.html" if way == "report" else "output")
+        cpu, wall = time.process_time(), time.perf_counter()
+        ways_of(Path(folder))[way](output)
+        return time.process_time() - cpu, time.perf_counter() - wall, common.peak_nbytes()
+
+
+def prepare(folder: Path, search: Path) -> None:
+    """Write a merged result, and the partials as files."""
+    ocelot_em.merge(search, folder / "MERGED.zarr", threads=2)
+    (folder / "search").symlink_to(search.resolve())
+    (folder / "files").mkdir()
+    objects = open_objects(search)
+    for number in range(N_PARTIALS):
+        path = partial_path(f"device_{number}")
+        values = {}
+        for name in MapSet(PoseForm.EXPLICIT).partial:
+            stored = open_map(objects, f"{path}/{name}", name, ["float32"])
+            values[name], _ = stored.read(Region.whole(stored.shape))
+        np.savez(folder / "files" / f"device_{number}.npz", **values)
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        print(json.dumps(measure(*asked.one)))
+        return
+    side, repeats = (QUICK_SIDE, 1) if asked.quick else (SIDE, asked.repeats)
+    asked.data.mkdir(parents=True, exist_ok=True)
+    print(common.machine())
+    search = common.search_of(side, N_PARTIALS, PoseForm.EXPLICIT, folder=asked.data)
+    with tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=asked.data) as name:
+        folder = Path(name)
+        prepare(folder, search)
+        runs: dict[str, list[tuple[float, float, int]]] = {way: [] for way in ways_of(folder)}
+        for _ in range(repeats):
+            common.warm(folder)
+            for way, measured in runs.items():
+                measured.append(common.in_own_process("benchmarks.exchange", str(folder), way))
+        shutil.rmtree(folder / "files")
+    rows = []
+    for way, measured in runs.items():
+        cpu, wall, peak = (statistics.median(column) for column in zip(*measured, strict=True))
+        floor = runs.get(f"{way.split()[0]}: floor")
+        ratios = [own[0] / least[0] for own, least in zip(measured, floor or (), strict=False)]
+        ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
+        rows.append((way, f"{cpu:.2f}", f"{wall:.2f}", f"{peak / 1e6:.0f}", ratio))
+    print(f"\n{side}^2, {N_PARTIALS} partials to import, medians of {repeats}\n")
+    common.table(("way", "processor s", "seconds", "peak MB", "to its floor"), rows)
+
+
+if __name__ == "__main__":
+    main()
