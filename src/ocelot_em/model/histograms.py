@@ -86,10 +86,15 @@ class Histogram1D:
         counts = np.concatenate(([self.underflow], self.counts, [self.overflow])).astype(np.int64)
         return np.cumsum(counts) - counts, counts
 
-    def normal_scores(self) -> tuple[Float64, Int64]:
-        """Median normal score of and pixels in the underflow, each bin and the overflow."""
+    def normal_scores(self) -> tuple[Int64, Float64, Int64]:
+        """Bins with pixels, their median normal scores and numbers of pixels.
+
+        The underflow is bin -1, and the overflow is the one after the last.
+        """
         first, counts = self._ranked()
-        return normal_score(first + counts / 2, self.pixels), counts
+        used = np.flatnonzero(counts)  # few of all bins
+        first, counts = first[used], counts[used]
+        return used - 1, normal_score(first + counts / 2, self.pixels), counts
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,8 @@ class CandidateRule:
         if self.model is None:
             high: AnyArray = z >= np.float32(self.cutoff)
             return high
-        near = ((mip >= self.levels[0]) | (z >= self.levels[1])) & (mip > -np.inf) & np.isfinite(z)
+        near: AnyArray = (mip >= self.levels[0]) | (z >= self.levels[1])
+        # -ln p is NaN where nothing was searched, and such pixels are not accepted.
         near[near] = self.model.neg_log_p(mip[near], z[near]) >= self.cutoff
         return near
 

@@ -227,9 +227,8 @@ def _coarse_scores(histogram: Histogram1D, axis: Axis, name: str) -> tuple[Float
     The resolved share is the second moment of the means divided by that of the scores. Using means
     instead of scores flattens the regression of one score on the other by this factor.
     """
-    scores, counts = histogram.normal_scores()
-    edges = histogram.axis.edges
-    middles = np.concatenate((edges[:1] - 1, (edges[:-1] + edges[1:]) / 2, edges[-1:]))
+    bins, scores, counts = histogram.normal_scores()
+    middles = histogram.axis.low + histogram.axis.width * (bins + 0.5)
     coarse = np.clip(axis.bin_of(middles), 0, axis.bins - 1)
     pixels = np.bincount(coarse, counts, minlength=axis.bins)
     means = np.bincount(coarse, counts * scores, minlength=axis.bins) / np.maximum(pixels, 1)
