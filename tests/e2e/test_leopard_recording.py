@@ -21,7 +21,7 @@ from ocelot_em.store.search import read_partials
 
 pytest.importorskip("leopard_em", reason="Leopard-EM is not installed; see CONTRIBUTING.md")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # every start imports Leopard-EM anew
 
 SCRIPT = Path(__file__).parents[1] / "leopard_search.py"
 AT_ONCE = 10 * BATCH
@@ -83,7 +83,7 @@ def test_killed_searches_end_as_one_that_was_not(
             assert ended == 0 or "a device ended before its time" in log, (about, log)
         else:
             assert ended == -9, (about, log)
-        if where == "write":
+        if where == "write" and who == "all":  # otherwise another device may have deleted it
             assert any("#" in file.name for file in run.rglob("*")), about
         # Every interval is one request for orientations here: of each, only the last may be lost.
         lines = given.read_text().split("\n")[:-1] if given.exists() else []
