@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,34 @@ def test_shared_folders_for_temporary_files(machine):
     temporary(machine).symlink_to(machine)
     compile_cache.cache_folder.cache_clear()
     assert compile_cache.cache_folder() is None
+
+
+def test_a_worker_loads_what_another_one_compiles(machine, monkeypatch):
+    """Dispatchers of two processes, as threads."""
+    monkeypatch.setattr(compiling, "ANNOUNCE_AFTER_SECONDS", 0)
+    monkeypatch.setattr(compile_cache.config, "CACHE_DIR", str(machine / "mine"))
+    one, other = compiling.compiled(add_one), compiling.compiled(add_one)
+    is_waiting, seconds = threading.Event(), []
+
+    def work():
+        seconds.append(compiling.seconds_compiling(lambda: other(1), is_waiting.set))
+
+    second = threading.Thread(target=work)
+    with compile_cache.compiling_alone(lambda: None):
+        second.start()
+        assert is_waiting.wait(60)
+        assert one(1) == 2
+    second.join()
+    assert seconds[0] > 0
+    assert sum(other.stats.cache_hits.values()) == 1
+    assert compiling.seconds_compiling(lambda: other(1), is_waiting.set) == 0
+
+
+def test_a_lock_that_is_kept_holds_up_nobody(machine, monkeypatch):
+    monkeypatch.setattr(compile_cache, "MAX_WAIT_SECONDS", 0)
+    monkeypatch.setattr(compile_cache.config, "CACHE_DIR", str(machine / "mine"))
+    with compile_cache.compiling_alone(pytest.fail):
+        assert compiling.seconds_compiling(lambda: compiling.compiled(add_one)(1), print) > 0
 
 
 load("cpu")  # so that it is cached where it always is

@@ -5,12 +5,14 @@ refuses to import kernels then, or fails at the first tile.
 """
 
 import contextlib
+import fcntl
 import functools
 import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from numba import config
@@ -19,6 +21,9 @@ log = logging.getLogger(__name__)
 
 _PROBE_NBYTES = 4 * 2**20
 """Bytes written to a folder to find out whether there is space; all kernels take less."""
+
+MAX_WAIT_SECONDS = 120.0
+"""Maximum wait for another process that compiles: one that was suspended holds up nobody."""
 
 _BESIDE_SOURCE = Path(__file__).parent / "__pycache__"
 
@@ -83,3 +88,24 @@ def caching_there() -> Iterator[bool]:
         yield folder is not None
     finally:
         config.CACHE_DIR = before
+
+
+@contextlib.contextmanager
+def compiling_alone(waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of the cache, so that processes that share it do not compile the same kernels.
+
+    ``waiting`` is called repeatedly until the lock is free. Where the folder takes no locks, each
+    process compiles for itself.
+    """
+    folder, ends = cache_folder(), time.monotonic() + MAX_WAIT_SECONDS
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = None if folder is None else stack.enter_context((folder / "lock").open("ab"))
+            while file is not None and time.monotonic() < ends:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    waiting()
+                    time.sleep(0.05)
+        yield

@@ -1,7 +1,9 @@
 """Kernel compilation with numba, and arrays from :mod:`ocelot_em.kernels.addresses`."""
 
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -9,7 +11,7 @@ from numba import carray, njit, types
 from numba.core import event
 from numba.extending import intrinsic
 
-from ocelot_em.kernels.compile_cache import caching_there
+from ocelot_em.kernels.compile_cache import caching_there, compiling_alone
 
 ANNOUNCE_AFTER_SECONDS = 1.0
 """Duration after which compilation is announced; a few kernels take less, all of them 10 s."""
@@ -33,34 +35,61 @@ def _compiled(function: _Function, **options: Any) -> _Function:
         return cast("_Function", jit(function))
 
 
-class _CompileTimer(event.Listener):  # type: ignore[misc]
-    """Records when the first uncached function was compiled; announces compilation that lasts."""
+class _NotCachedError(Exception):
+    """A kernel is not in the cache."""
+
+
+class _Refusal(event.Listener):  # type: ignore[misc]
+    """Interrupts this thread where it would compile; listeners hear all threads."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def on_start(self, _event: Any) -> None:
+        if threading.get_ident() == self._thread:
+            raise _NotCachedError
+
+    def on_end(self, _event: Any) -> None:
+        pass
+
+
+class _Announcement(event.Listener):  # type: ignore[misc]
+    """Announces compilation that lasts, by this process or by the one that it waits for."""
 
     def __init__(self, announce: Callable[[], None]) -> None:
         self._announce: Callable[[], None] | None = announce
-        self.started = 0.0
+        self._started = time.perf_counter()
 
-    def on_start(self, _event: Any) -> None:
-        now = time.perf_counter()
-        self.started = self.started or now
-        if self._announce is not None and now - self.started >= ANNOUNCE_AFTER_SECONDS:
+    def on_start(self, _event: Any = None) -> None:
+        if self._announce is not None and self.seconds >= ANNOUNCE_AFTER_SECONDS:
             self._announce()
             self._announce = None
 
     def on_end(self, _event: Any) -> None:
         pass
 
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
 
 def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) -> float:
-    """Call ``work`` and time it from its first kernel compilation to its end.
+    """Call ``work``, which compiles kernels, and time it; 0 if all of them are in the cache.
 
-    ``announce`` is called once if kernels that are not in the cache take long to compile. Return
-    seconds; 0 if nothing was compiled.
+    If one is not, ``work`` is interrupted before the first, and called again when no other process
+    that shares the cache is compiling: it then finds what that process has compiled. ``announce``
+    is called once if this takes long.
     """
-    timer = _CompileTimer(announce)
-    with event.install_listener("numba:compile", timer):
+    with suppress(_NotCachedError), event.install_listener("numba:compile", _Refusal()):
         work()
-    return time.perf_counter() - timer.started if timer.started else 0.0
+        return 0.0
+    announcement = _Announcement(announce)
+    with (
+        compiling_alone(announcement.on_start),
+        event.install_listener("numba:compile", announcement),
+    ):
+        work()
+    return announcement.seconds
 
 
 @compiled

@@ -8,11 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import zarr
 from numcodecs.blosc import Blosc
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
 
 from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
@@ -152,7 +148,11 @@ def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
 
 
 def _encoded_metadata(layout: ArrayLayout) -> bytes:
-    metadata: dict[str, Buffer] = {}
+    import zarr  # on demand: readers, and workers of a merge, start without it
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    metadata: dict[str, Any] = {}
     blosc = BloscCodec(
         typesize=np.dtype(layout.dtype).itemsize,
         cname="lz4",
@@ -172,7 +172,8 @@ def _encoded_metadata(layout: ArrayLayout) -> bytes:
         dimension_names=layout.dimensions,
         attributes=layout.attributes,
     )
-    return metadata["zarr.json"].to_bytes()
+    encoded: bytes = metadata["zarr.json"].to_bytes()
+    return encoded
 
 
 @dataclass(frozen=True)
