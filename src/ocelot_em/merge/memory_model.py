@@ -178,7 +178,8 @@ def worker_nbytes(
         incoming = 4 + 4 + poses + 2 * storage.sum_itemsize + 8
         per_pixel += poses + wide + 3 * incoming  # as read, masked, and in between
     else:
-        per_pixel += 2 + 4 + (4 if indexed else 0)  # winner, and the kept pose or index
+        # Winner, the kept pose or index, and bit planes of winners.
+        per_pixel += 2 + 4 + (4 if indexed else 2)
         # Decoded incoming maps: part by part, but whole at the edge of a map.
         per_pixel += 2 * 4 + wide + READ_TOGETHER * wide
     if maps.exposures:
