@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 from ocelot_em.kernels.compile_cache import caching_there, compiling_alone
 
 ANNOUNCE_AFTER_SECONDS = 1.0
-"""Duration after which compilation is announced; a few kernels take less, all of them 10 s."""
+"""Duration after which compilation is announced; a few kernels take less, all of them 20 s."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
