@@ -259,7 +259,7 @@ def test_a_chunk_that_cannot_be_read_is_an_error_of_the_storage():
             ["expected dimensions ('y', 'x'), got shape (2, 8, 10) named ('p', 'y', 'x')"],
         ),
         ({"dimension_names": None}, ["expected dimensions ('y', 'x')"]),
-        ({"shards": (8, 10)}, ["codecs.0.name: expected 'bytes', got 'sharding_indexed'"]),
+        ({"shards": (8, 10)}, ["index_location: expected 'start', got 'end'"]),
         (
             {"shape": (2**20, 2**20), "chunks": (2**20, 2**20)},
             ["chunk_grid: expected chunks of at most 268,435,456 bytes, got"],

@@ -20,7 +20,7 @@ from ocelot_em.merge.memory_model import (
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.model.maps import MAPS, SUM, MapSet
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.regions import TileGrid
+from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects, at_once
 from ocelot_em.store.objects import Stores, open_objects
 from ocelot_em.store.sources import Source, open_one
@@ -104,12 +104,13 @@ def _sizes_of(source: Source, maps: MapSet, stores: Stores) -> list[Callable[[],
     objects, sums = stores(source.url), open_one(source, SUM, stores)
     prefix = sums.path.removesuffix(SUM)
     names = source.map_names(maps)
-    return [partial(_stored_nbytes, objects, f"{prefix}{name}", sums.grid) for name in names]
+    return [partial(_stored_nbytes, objects, f"{prefix}{name}", sums) for name in names]
 
 
-def _stored_nbytes(objects: Objects, path: str, grid: TileGrid) -> int:
+def _stored_nbytes(objects: Objects, path: str, like: ChunkedMap) -> int:
     """Return the stored bytes of a map, extrapolated if it has many chunks."""
-    if len(grid) <= CHUNKS_LISTED:
+    grid = like.grid
+    if len(grid) <= CHUNKS_LISTED or like.shard is not None:
         return sum(objects.sizes(path).values())
     some = (grid[int(number)] for number in np.linspace(0, len(grid) - 1, CHUNKS_SAMPLED))
     sizes = (objects.size(f"{path}/c/{chunk.iy}/{chunk.ix}") for chunk in some)

@@ -30,8 +30,12 @@ from ocelot_em.store.constants import (
 from ocelot_em.store.contract import Objects, ReusedMemory, at_once, join
 from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
 from ocelot_em.store.metadata import parse_array
+from ocelot_em.store.shards import Shard
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+
+SHARD = "c/0/0"
+"""Key, within its array, of the shard that holds all chunks of a map."""
 
 TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
 """Stored dtypes of arrays that are not maps."""
@@ -105,19 +109,20 @@ def create_map(
     dtype: str | None = None,
 ) -> str:
     """Create the array of a map without chunks; return the digest of its metadata."""
-    return create_array(objects, path, _map_layout(name, shape, chunk, dtype))
+    return create_array(objects, path, map_layout(name, shape, chunk, dtype))
 
 
 def map_digest(
     name: str, shape: tuple[int, int], chunk: tuple[int, int], dtype: str | None = None
 ) -> str:
     """Return the digest of the metadata that :func:`create_map` writes."""
-    return metadata_digest(_encoded_metadata(_map_layout(name, shape, chunk, dtype)))
+    return metadata_digest(_encoded_metadata(map_layout(name, shape, chunk, dtype)))
 
 
-def _map_layout(
+def map_layout(
     name: str, shape: tuple[int, int], chunk: tuple[int, int], dtype: str | None = None
 ) -> "ArrayLayout":
+    """Return the layout of the array of a map."""
     info, attributes = MAPS[name], map_attributes(name)
     dtype = dtype or info.dtypes[0]
     return ArrayLayout(shape, chunk, dtype, info.fill, DIMENSIONS, attributes, shuffle_of(name))
@@ -134,6 +139,7 @@ class ArrayLayout:
     dimensions: tuple[str, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     shuffle: Literal["shuffle", "bitshuffle"] = "shuffle"
+    is_sharded: bool = False
 
 
 def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
@@ -160,10 +166,16 @@ def _encoded_metadata(layout: ArrayLayout) -> bytes:
         shuffle=layout.shuffle,
         blocksize=0,
     )
+    shards: Any = None
+    if layout.is_sharded:
+        sizes = zip(layout.shape, layout.chunk, strict=True)
+        whole = tuple(ceil_div(n, cell) * cell for n, cell in sizes)
+        shards = {"shape": whole, "index_location": "start"}
     zarr.create_array(
         MemoryStore(metadata),
         shape=layout.shape,
         chunks=layout.chunk,
+        shards=shards,
         dtype=layout.dtype,
         filters=None,
         serializer=BytesCodec(endian="little"),
@@ -193,6 +205,7 @@ class ChunkedMap:
     codec: Blosc
     checksums: Checksums | None = None
     is_column: bool = False
+    shard: Shard | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -201,6 +214,8 @@ class ChunkedMap:
 
     def key(self, chunk: Tile) -> str:
         """Key of the object that holds a chunk."""
+        if self.shard is not None:
+            return f"{self.path}/{SHARD}"
         return f"{self.path}/c/{chunk.iy}" + ("" if self.is_column else f"/{chunk.ix}")
 
     def read(self, region: Region, out: AnyArray | None = None) -> tuple[AnyArray, int]:
@@ -217,7 +232,7 @@ class ChunkedMap:
     def fetch(self, chunk: Tile, memory: ReusedMemory) -> BloscChunk:
         """Read a chunk into memory and check it, without decoding it."""
         nbytes = self.grid.cell[0] * self.grid.cell[1] * self.dtype.itemsize
-        encoded = self.objects.get_into(self.key(chunk), memory, max_encoded_nbytes(nbytes))
+        encoded = self._encoded(chunk, memory, max_encoded_nbytes(nbytes))
         if encoded is None:
             raise MissingChunkError(
                 f"{self.place}: chunk ({chunk.iy}, {chunk.ix}), pixels {chunk.region}, is "
@@ -230,6 +245,17 @@ class ChunkedMap:
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
         return fetched
+
+    def _encoded(self, chunk: Tile, memory: ReusedMemory, max_nbytes: int) -> memoryview | None:
+        if self.shard is None:
+            return self.objects.get_into(self.key(chunk), memory, max_nbytes)
+        try:
+            return self.shard.read(self._number(chunk), memory, max_nbytes)
+        except ValueError as error:
+            raise self.corrupt(chunk, error) from error
+
+    def _number(self, chunk: Tile) -> int:
+        return chunk.iy * self.grid.counts[1] + chunk.ix
 
     def decode(self, frame: BloscChunk, chunk: Tile, region: Region, out: AnyArray) -> None:
         """Decode the part of a fetched chunk inside a region into that region's array."""
@@ -263,7 +289,10 @@ class ChunkedMap:
         """
         nbytes = 0
         for chunk, parts in self.encode(region, values):
-            self.objects.put(self.key(chunk), parts)
+            if self.shard is None:
+                self.objects.put(self.key(chunk), parts)
+            else:
+                self.shard.append(self._number(chunk), parts)
             nbytes += sum(map(len, parts))
             if self.checksums is not None:
                 self.checksums[chunk.iy, chunk.ix] = checksum_of(parts)
@@ -372,6 +401,7 @@ def open_map(
         codec=Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),
         checksums=None if expected is None else expected.checksums,
         is_column=len(dimensions) == 1,
+        shard=Shard(objects, f"{path}/{SHARD}", len(grid)) if about.is_sharded else None,
     )
 
 

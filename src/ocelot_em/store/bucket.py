@@ -13,6 +13,7 @@ from obstore.store import MemoryStore
 from ocelot_em.errors import StorageError
 from ocelot_em.store.contract import (
     MAX_NBYTES,
+    AppendedObject,
     ReusedMemory,
     T,
     at_once,
@@ -28,6 +29,7 @@ PREFETCHED_NBYTES = 64 * 2**20
 class BucketObjects:
     """Objects in a bucket; methods as in :class:`ocelot_em.store.contract.Objects`."""
 
+    can_append = False
     streams = 16  # latency is far longer than transfer
     requests: int | None = 64
     _known: dict[tuple[str, str], Any] | None = None  # of a snapshot
@@ -107,10 +109,16 @@ class BucketObjects:
         return found
 
     def get_into(
-        self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
+        self,
+        key: str,
+        memory: ReusedMemory,
+        max_nbytes: int = MAX_NBYTES,
+        start: int | None = None,
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
+                if start is not None:
+                    return memory.filled(self._range(key, start, max_nbytes))
                 found = obstore.get(self._store, key)
             except FileNotFoundError:
                 return None
@@ -118,6 +126,17 @@ class BucketObjects:
             return memory.filled(memoryview(found.bytes()))
 
         return self._guard("read", key, action)
+
+    def _range(self, key: str, start: int, nbytes: int) -> memoryview:
+        try:
+            return memoryview(obstore.get_range(self._store, key, start=start, length=nbytes))
+        except BaseError:
+            if start < obstore.head(self._store, key)["size"]:
+                raise
+            return memoryview(b"")  # the object ends before
+
+    def append_to(self, key: str, head_nbytes: int) -> AppendedObject:
+        raise NotImplementedError(f"{self.url}: {key}: objects here cannot grow")
 
     def put(self, key: str, parts: Sequence[bytes]) -> None:
         # A single put is atomic everywhere; multipart uploads would need an abort path.

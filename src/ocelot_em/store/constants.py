@@ -31,6 +31,9 @@ MAX_CHUNK_NBYTES = 256 * 2**20
 MAX_CHUNKS = 2**28
 """Maximum number of chunks of an array; metadata may claim nonexistent ones."""
 
+MAX_SHARD_CHUNKS = 2**16
+"""Maximum number of chunks of a shard: its index is at most 1 MiB, and is kept in memory."""
+
 MAX_TILES = 2**24
 """Maximum number of tiles of a merge: four million pixels squared in tiles of the default size.
 Lists of tiles must fit into memory, even if metadata claims nonexistent ones."""

@@ -65,13 +65,26 @@ class Objects(Protocol):
     requests: int | None
     """Useful number of concurrent requests for small objects; None if each takes no time."""
 
+    can_append: bool
+    """Whether :meth:`append_to` is there; buckets have whole objects only."""
+
     def get(self, key: str, max_nbytes: int = MAX_NBYTES) -> bytes | None:
         """Return the object's bytes, or None if there is none; larger objects are rejected."""
 
     def get_into(
-        self, key: str, memory: "ReusedMemory", max_nbytes: int = MAX_NBYTES
+        self,
+        key: str,
+        memory: "ReusedMemory",
+        max_nbytes: int = MAX_NBYTES,
+        start: int | None = None,
     ) -> memoryview | None:
-        """Read as :meth:`get`, into the given memory, which the caller may change."""
+        """Read as :meth:`get`, into the given memory, which the caller may change.
+
+        With a ``start``, read up to ``max_nbytes`` from there on; fewer where the object ends.
+        """
+
+    def append_to(self, key: str, head_nbytes: int) -> "AppendedObject":
+        """Begin an object that is written piece by piece, behind a head that is written last."""
 
     def snapshot(self) -> AbstractContextManager[Self]:
         """Return the store as read once: :meth:`get` and :meth:`children` keep what they read.
@@ -118,6 +131,19 @@ class Objects(Protocol):
 
     def free_bytes(self) -> int | None:
         """Return free space in bytes, or None if unknown."""
+
+
+class AppendedObject(Protocol):
+    """An object that is being written piece by piece; nobody sees it before it is published."""
+
+    def append(self, parts: Sequence[bytes]) -> int:
+        """Write parts behind what is there; return where they begin. Threads may do so at once."""
+
+    def publish(self, head: bytes) -> None:
+        """Write the head, and give the object its name."""
+
+    def discard(self) -> None:
+        """Delete what was written."""
 
 
 class ReusedMemory:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ocelot_em.store.bucket import BucketObjects
-from ocelot_em.store.contract import MAX_NBYTES, ReusedMemory, refuse_too_large
+from ocelot_em.store.contract import MAX_NBYTES, AppendedObject, ReusedMemory, refuse_too_large
 
 _CHECKED_SECONDS = 1.0
 """Seconds for which the check that a folder is inside the store is cached."""
@@ -37,6 +38,7 @@ class LocalObjects(BucketObjects):
     are followed, except in listings.
     """
 
+    can_append = True
     streams = 1
     requests: int | None = None
 
@@ -45,7 +47,11 @@ class LocalObjects(BucketObjects):
         self._checked: dict[str, float] = {}
 
     def get_into(
-        self, key: str, memory: ReusedMemory, max_nbytes: int = MAX_NBYTES
+        self,
+        key: str,
+        memory: ReusedMemory,
+        max_nbytes: int = MAX_NBYTES,
+        start: int | None = None,
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
@@ -58,8 +64,13 @@ class LocalObjects(BucketObjects):
                     return None
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError("expected a file")
-                refuse_too_large(status.st_size, max_nbytes)
-                target = memory.of(status.st_size)
+                size = status.st_size
+                if start is None:
+                    refuse_too_large(size, max_nbytes)
+                else:
+                    size = max(min(max_nbytes, size - start), 0)
+                    os.lseek(descriptor, min(start, status.st_size), os.SEEK_SET)
+                target = memory.of(size)
                 n_read = 0
                 while n := os.readv(descriptor, [target[n_read:]]):
                     n_read += n
@@ -108,6 +119,9 @@ class LocalObjects(BucketObjects):
                 self._publish(lambda: staged.rename(target), target)
 
         self._guard("write", key, action)
+
+    def append_to(self, key: str, head_nbytes: int) -> AppendedObject:
+        return self._guard("create", key, lambda: _AppendedFile(self, key, head_nbytes))
 
     @contextlib.contextmanager
     def _staged(self, target: str, parts: Sequence[bytes], *, sync: bool = False) -> Iterator[Path]:
@@ -264,6 +278,52 @@ class LocalObjects(BucketObjects):
         while not place.exists():
             place = place.parent
         return shutil.disk_usage(place).free
+
+
+class _AppendedFile:
+    """A temporary file that becomes an object; see :class:`AppendedObject`."""
+
+    def __init__(self, objects: LocalObjects, key: str, head_nbytes: int) -> None:
+        self._objects, self._key, self._end = objects, key, head_nbytes
+        self._target = objects._path(key)
+        self._staged, self._descriptor = objects._stage(self._target)
+        self._lock = threading.Lock()
+
+    def append(self, parts: Sequence[bytes]) -> int:
+        with self._lock:
+            start = self._end
+            self._end += sum(map(len, parts))
+        self._objects._guard("write", self._key, lambda: self._write(parts, start))
+        return start
+
+    def _write(self, parts: Sequence[bytes], start: int) -> None:
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                n_written = os.pwrite(self._descriptor, left, start)
+                left, start = left[n_written:], start + n_written
+
+    def publish(self, head: bytes) -> None:
+        def action() -> None:
+            self._write([head], 0)
+            self._objects._publish(lambda: self._staged.rename(self._target), self._target)
+
+        self._objects._guard("write", self._key, action)
+        self._close()
+
+    def discard(self) -> None:
+        self._close()
+        with contextlib.suppress(OSError):
+            self._staged.unlink()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self._close()
 
 
 def sync_file_system(descriptor: int) -> None:

@@ -9,7 +9,17 @@ import math
 import re
 import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeAlias, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    TypeAlias,
+    TypeVar,
+)
 
 import numpy as np
 from pydantic import (
@@ -19,6 +29,7 @@ from pydantic import (
     FailFast,
     Field,
     Strict,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -29,7 +40,12 @@ from typing_extensions import TypedDict
 from ocelot_em.errors import FormatError
 from ocelot_em.model.problems import in_words
 from ocelot_em.model.regions import ceil_div
-from ocelot_em.store.constants import MAX_CHUNK_NBYTES, MAX_CHUNKS, MAX_METADATA_NBYTES
+from ocelot_em.store.constants import (
+    MAX_CHUNK_NBYTES,
+    MAX_CHUNKS,
+    MAX_METADATA_NBYTES,
+    MAX_SHARD_CHUNKS,
+)
 
 MAX_KEYS = 1000
 """Maximum number of keys in one object; errors about millions would fill the memory."""
@@ -101,6 +117,24 @@ _Codecs = tuple[
 ]
 
 
+class _Sharding(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+
+    chunk_shape: Lengths
+    codecs: list[Any]
+    index_codecs: Annotated[
+        tuple[
+            Annotated[_Entry[Literal["bytes"], _ByteOrder], BeforeValidator(_named)],
+            Annotated[_Entry[Literal["crc32c"], dict[str, Any]], BeforeValidator(_named)],
+        ],
+        Strict(False),
+    ]
+    index_location: Literal["start"]
+
+
+_SHARDING = TypeAdapter(_Sharding)
+
+
 class _Allowed(NamedTuple):
     """What the reader of an array allows; see :func:`parse_array`."""
 
@@ -113,6 +147,9 @@ class ArrayInfo(BaseModel):
     """Metadata of an array, with Zarr's names; fields are checked in this order."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    is_sharded: ClassVar[bool] = False
+    """Whether all chunks are in one shard."""
 
     zarr_format: int
     node_type: str
@@ -189,6 +226,12 @@ class ArrayInfo(BaseModel):
         return found
 
 
+class _ShardedInfo(ArrayInfo):
+    """Metadata of an array whose chunks are in one shard, as if they were not."""
+
+    is_sharded: ClassVar[bool] = True
+
+
 _KEYS = ArrayInfo.model_fields.keys()
 
 
@@ -238,9 +281,33 @@ def parse_array(
     document = _parse(encoded, "array", where)
     allowed = _Allowed(tuple(dtypes), dimensions, max_chunk_nbytes)
     try:
+        match document.get("codecs"):
+            case [{"name": "sharding_indexed", "configuration": configuration}]:
+                return _parse_sharded(document, configuration, place, allowed)
         return ArrayInfo.model_validate(document, context=allowed)
     except ValidationError as error:
         raise FormatError(f"{place}: {'; '.join(problems_of(error))}") from None
+
+
+def _parse_sharded(
+    document: dict[str, Any], configuration: object, place: str, allowed: _Allowed
+) -> ArrayInfo:
+    sharding = _SHARDING.validate_python(configuration)
+    grid = {"name": "regular", "configuration": {"chunk_shape": sharding["chunk_shape"]}}
+    chunked = {**document, "chunk_grid": grid, "codecs": sharding["codecs"]}
+    about = _ShardedInfo.model_validate(chunked, context=allowed)
+    counts = [*map(ceil_div, about.shape, about.chunk)]
+    whole = [n * cell for n, cell in zip(counts, about.chunk, strict=True)]
+    wanted = {"name": "regular", "configuration": {"chunk_shape": whole}}
+    if (found := document.get("chunk_grid")) != wanted or len(whole) != 2:
+        raise FormatError(
+            f"{place}: chunk_grid: expected one shard of {whole}, got {reprlib.repr(found)}"
+        )
+    if (n := math.prod(counts)) > MAX_SHARD_CHUNKS:
+        raise FormatError(
+            f"{place}: expected at most {MAX_SHARD_CHUNKS:,} chunks in a shard, got {n:,}"
+        )
+    return about
 
 
 _MAX_PROBLEMS, _MAX_NAME = 20, 60

@@ -215,7 +215,7 @@ class PartialWriter:
         self._path = partial_path(name, self._exposure_id)
         self._objects = open_objects(store)
         self._written: set[tuple[int, int]] = set()
-        self._in_batch = False
+        self._in_batch = self._is_sharded = False
         problems, self.total_projections = [], 0
         try:
             self.total_projections = exact_count(total_projections)
@@ -261,6 +261,16 @@ class PartialWriter:
         """
         self._in_batch = True
 
+    def in_shards(self) -> None:
+        """Write one file for each map instead of one for each chunk, which saves inodes.
+
+        Call this before entering the writer. It changes nothing in buckets, whose objects are whole
+        and cost no inode, and for maps of one chunk or of more than
+        :data:`~ocelot_em.store.constants.MAX_SHARD_CHUNKS`.
+        """
+        n_chunks = len(TileGrid(self.shape, self.chunk))
+        self._is_sharded = self._objects.can_append and 1 < n_chunks <= constants.MAX_SHARD_CHUNKS
+
     def _change(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)
 
@@ -280,7 +290,9 @@ class PartialWriter:
             groups.create_group(objects, f"{path}/{self._record.folder}", {})
         group = MapGroup(objects, path, self.name, self._record.folder)
         grid = TileGrid(self.shape, self.chunk)
-        self._manifest, self._maps = create_arrays(group, self._info, grid, self._record.id)
+        self._manifest, self._maps = create_arrays(
+            group, self._info, grid, self._record.id, is_sharded=self._is_sharded
+        )
         return self
 
     def write(self, region: Region, maps: Mapping[str, object], *, validated: bool = False) -> None:
@@ -342,8 +354,13 @@ class PartialWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._complete()
+        try:
+            if kind is None:
+                self._complete()
+        finally:
+            for chunked in self._maps.values():
+                if chunked.shard is not None:
+                    chunked.shard.discard()
 
     def _complete(self) -> None:
         grid = TileGrid(self.shape, self.chunk)
@@ -355,6 +372,11 @@ class PartialWriter:
             )
         objects, path = self._objects, self._path
         self._require_own()
+        try:
+            publish_shards(self._maps)
+        except StorageError:  # another writer that is done has deleted them
+            self._require_own()
+            raise
         winner = complete_partial(objects, path, self._record, self._manifest)
         if winner.id != self._record.id:
             raise self._taken_over()
@@ -405,16 +427,25 @@ class PartialWriter:
 
 
 def create_arrays(
-    group: MapGroup, info: SearchInfo, grid: TileGrid, owner: str
+    group: MapGroup, info: SearchInfo, grid: TileGrid, owner: str, *, is_sharded: bool = False
 ) -> tuple[Manifest, dict[str, store.ChunkedMap]]:
     """Create the arrays of a partial; return them, and the manifest that writing them fills."""
     arrays = {}
     for key in info.maps.partial:
         place, dtype = group.path_of(key), info.stored_dtype(key)
-        metadata = store.create_map(group.objects, place, key, grid.shape, grid.cell, dtype)
+        layout = store.map_layout(key, grid.shape, grid.cell, dtype)
+        layout = replace(layout, is_sharded=is_sharded)
+        metadata = store.create_array(group.objects, place, layout)
         arrays[key] = ArrayManifest(metadata, new_checksums(grid))
     manifest = Manifest(owner, arrays)
     return manifest, replace(group, manifest=manifest).open(info.maps.partial)
+
+
+def publish_shards(maps: Mapping[str, store.ChunkedMap]) -> None:
+    """Make the shards of maps that are written visible."""
+    for chunked in maps.values():
+        if chunked.shard is not None:
+            chunked.shard.publish()
 
 
 def complete_partial(

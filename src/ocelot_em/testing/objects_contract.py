@@ -94,6 +94,14 @@ class ObjectsContract:
             objects.tidy(prefix)
         assert objects.get("a/b") == b"1"
 
+    def test_ranges_end_where_the_object_ends(self, objects: Objects) -> None:
+        objects.put("a/b", [b"0123456789"])
+        for start, n, expected in ((2, 3, b"234"), (8, 9, b"89"), (10, 1, b""), (2**61, 9, b"")):
+            found = objects.get_into("a/b", ReusedMemory(), n, start)
+            assert found is not None
+            assert bytes(found) == expected
+        assert objects.get_into("a/c", ReusedMemory(), 1, 0) is None
+
     def test_objects_are_read_into_memory_of_the_caller(self, objects: Objects) -> None:
         memory = ReusedMemory()
         contents = {"small": b"1" * 10, "large": b"2" * 1000}
