@@ -45,6 +45,7 @@ class Calls:
         for module, name in (
             (cpu, "_fold"),
             (cpu_statistics, "compute"),
+            (cpu_statistics, "_decode"),
             (cpu, "address_of"),
             (cpu_statistics, "address_of"),
         ):

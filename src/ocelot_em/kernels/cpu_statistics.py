@@ -23,10 +23,21 @@ def finalise(
 ) -> dict[str, AnyArray]:
     """Compute the merged maps; see :func:`ocelot_em.kernels.reference.finalise`."""
     computed, finish = finish_of(acc, maps, space, out)
-    outside = compute(0, acc.mip.size, finish)
-    if outside and space is not None:
-        raise outside_space(outside, space)
+    compute(0, acc.mip.size, finish)
+    decode_poses(acc.mip.size, space, finish)
     return merged_maps(acc, maps, computed)
+
+
+def decode_poses(n: int, space: SearchSpace | None, finish: tuple[Any, ...]) -> None:
+    """Decode the pose maps of ``n`` pixels, if poses are indexed and decoded.
+
+    It is a call of its own, so that merges of explicit poses need not compile it.
+    """
+    _, _, targets, (index, tables, sizes) = finish
+    if index == MISSING or space is None:
+        return
+    if outside := _decode(n, index, tables, sizes, targets[5:]):
+        raise outside_space(outside, space)
 
 
 def finish_of(
@@ -53,20 +64,17 @@ def finish_of(
 
 
 @compiled
-def compute(start: int, n: int, finish: Any) -> int:
-    """Compute ``n`` pixels from ``start``; return how many have an index that no pose has.
+def compute(start: int, n: int, finish: Any) -> None:
+    """Compute all maps but poses for ``n`` pixels from ``start``.
 
     ``finish``: addresses of ``mip``, of both sums and of the counts; their one count; addresses of
     the computed maps; and address of the index, addresses and lengths of the tables of poses.
     """
-    (mips, sums, squared_sums, counts), one_count, addresses, (index, tables, sizes) = finish
+    (mips, sums, squared_sums, counts), one_count, addresses, _ = finish
     counts = counts + 8 * start if counts != MISSING else counts
     targets = addresses + 4 * start
     inputs = mips + 4 * start, sums + 8 * start, squared_sums + 8 * start, counts
     _statistics(n, inputs, one_count, targets)
-    if index != MISSING:
-        return _decode(n, index + 4 * start, tables, sizes, targets[5:])
-    return 0
 
 
 @compiled

@@ -158,7 +158,7 @@ class Fold:
 
         self._by_chunk, self._by_map, self._kernels = by_chunk, by_map, cpu
         self._finish_of, self._find_streams = cpu_statistics.finish_of, streams.find_streams
-        self._not_collected = none_collected()
+        self._decode_poses, self._not_collected = cpu_statistics.decode_poses, none_collected()
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Yield source number and map name, in the order in which maps are read."""
@@ -327,6 +327,7 @@ class Fold:
                     (is_last, computing),
                     counting,
                 )
+        self._decode_poses(work.n_pixels, self.space, computing)
         if statistics is not None:
             statistics.counted(n_candidates)
         yield from self._computed(work, report)
