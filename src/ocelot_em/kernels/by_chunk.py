@@ -60,7 +60,7 @@ def fold_winners(chunks: Any, sources: Any, kept: Any, wins: Any) -> int:
     (first_number, is_last, n_poses, firsts), (mip, index, winner, best_partial) = sources, kept
     (is_counted, (width, valid), won), n_maps = wins, 2 if n_poses else 1
     target, run, bad, unsearched = streams.ctypes.data, joined.ctypes.data, np.int32(0), 0
-    parts = np.zeros((2, 8), np.int64)
+    parts = np.empty((2, 8), np.int64)
     for start in range(0, n_pixels, n):
         m = min(n, n_pixels - start)
         for k in range(0, len(rows), n_maps):
@@ -146,7 +146,7 @@ def fold_sums(
 def _add_block(chunks: Any, block: Any, first_number: int, total: Any, moments: Any) -> bool:
     ((lz4, streams, joined), rows, (_, n), found), (start, m) = chunks, block
     is_counted, (width, valid), (into, kind) = moments
-    target, run, parts = streams.ctypes.data, joined.ctypes.data, np.zeros(8, np.int64)
+    target, run, parts = streams.ctypes.data, joined.ctypes.data, np.empty((2, 8), np.int64)[0]
     for k in range(len(rows)):
         row, is_first, bad = rows[k], first_number + k == 0, np.int32(0)
         if row[STREAMS] and not decode_bytes(lz4, row, start // n, n, target, parts):
@@ -203,7 +203,7 @@ def fold_planes(chunks: Any, first_number: int, winners: Any, kept: Any) -> None
     ``winners`` are planes of :func:`plane_winners`; ``kept`` are words, block by block 32 planes.
     """
     (lz4, streams, _), rows, (n_pixels, n), found = chunks
-    target, words, parts = streams.ctypes.data, n // _LANES, np.zeros(8, np.int64)
+    target, words, parts = streams.ctypes.data, n // _LANES, np.empty((2, 8), np.int64)[0]
     mask = np.empty(words, np.uint64)
     for block in range(n_pixels // n):
         own_winners = winners[:, block * words : (block + 1) * words]

@@ -31,7 +31,9 @@ def summed(function: _Function) -> _Function:
 
 def _compiled(function: _Function, **options: Any) -> _Function:
     with caching_there() as cache:
-        jit = njit(nogil=True, cache=cache, error_model="numpy", **options)
+        # No kernel is passed to another one as a function, which a second wrapper is for.
+        settings = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
+        jit = njit(cache=cache, **settings)
         return cast("_Function", jit(function))
 
 

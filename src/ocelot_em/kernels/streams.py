@@ -115,7 +115,8 @@ def decode_planes(lz4: int, row: Any, block: int, n: int, target: int, parts: An
         if parts[stream] != target + stream * n:
             stored = plane(parts[stream], np.uint8, 0, n)
             copied = plane(target, np.uint8, stream * n, n)
-            copied[:] = stored
+            for i in range(n):  # an assignment of whole arrays takes a second more to compile
+                copied[i] = stored[i]
     return True
 
 
@@ -146,8 +147,8 @@ def _join_four(parts: Any, at: int, out: Any) -> None:
 
 @compiled
 def _join_eight(parts: Any, at: int, out: Any) -> None:
-    out[:] = 0
     for stream in range(8):
         own, shift = plane(parts[stream], np.uint8, at, out.size), np.uint64(8 * stream)
         for i in range(out.size):
-            out[i] |= np.uint64(own[i]) << shift
+            before = np.uint64(0) if stream == 0 else out[i]
+            out[i] = before | np.uint64(own[i]) << shift
