@@ -27,6 +27,7 @@ from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import attempt_tiles
 from ocelot_em.merge.outcome import Tiles
 from ocelot_em.merge.resume import prepare
+from ocelot_em.merge.tile import TileWriter
 from ocelot_em.model.maps import MAPS, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import open_cluster
@@ -429,6 +430,8 @@ GIVE_UP_SECONDS = 60
 class WaitingStorage:
     """Ends the last writes of a tile only when the next one is on its way.
 
+    The last chunk waits until the next tile is read, and the done-mark until it is merged.
+
     Parameters
     ----------
     monkeypatch
@@ -444,9 +447,16 @@ class WaitingStorage:
         self._next, self._n_maps = dict(itertools.pairwise(tiles)), n_maps
         self._n_written, self._lock = Counter(), threading.Lock()
         self._reading = {tile: threading.Event() for tile in tiles}
-        self._writing = {tile: threading.Event() for tile in tiles}
+        self._merged = {tile: threading.Event() for tile in tiles}
         for name, before in (("get_into", self._before_get), ("put", self._before_put)):
             monkeypatch.setattr(LocalObjects, name, self._watched(name, before))
+        accept = TileWriter.map
+
+        def accepted(writer, name, values):
+            self._merged[writer._tile.iy, writer._tile.ix].set()
+            accept(writer, name, values)
+
+        monkeypatch.setattr(TileWriter, "map", accepted)
 
     def _watched(self, name, before):
         method = getattr(LocalObjects, name)
@@ -470,9 +480,8 @@ class WaitingStorage:
         following = self._next.get(tile)
         if is_mark:
             if following:
-                self._wait(self._writing[following], f"{tile} was done first")
+                self._wait(self._merged[following], f"{tile} was done first")
             return
-        self._writing[tile].set()
         with self._lock:
             self._n_written[tile] += 1
             is_last = self._n_written[tile] == self._n_maps
@@ -499,7 +508,7 @@ def search_of_many_tiles(request, tmp_path, rng):
 
 
 def test_neighbouring_tiles_overlap(search_of_many_tiles, tmp_path, monkeypatch):
-    """The next is fetched while one is written, and folded and written before that is done."""
+    """The next is fetched while one is written, and merged before that is done."""
     merge_in_one_run(search_of_many_tiles, tmp_path / "OUT.zarr")
     maps = [path.parent.name for path in (tmp_path / "OUT.zarr").glob("*/zarr.json")]
     n_maps = len({*maps} & {*MAPS})

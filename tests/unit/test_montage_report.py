@@ -318,8 +318,8 @@ def test_partials_are_compared_within_their_exposure(words_of, tmp_path, rng):
         write_exposure(tmp_path, name, (0, 66 * number), number, partials)
     ocelot_em.merge(tmp_path / "RUN.zarr", tmp_path / "OUT.zarr")
     words = words_of(tmp_path / "OUT.zarr", tmp_path)
-    assert "exposure b: b-gpu2: the correlations of b-gpu2 have a root mean square" in words
-    assert "exposure a:" not in words
+    assert "Exposure b: input b-gpu2: the correlations of b-gpu2 have a root mean square" in words
+    assert "Exposure a:" not in words
     bad = [
         line
         for line in plot_partials_of_exposures(tmp_path / "OUT.zarr", value="rms").lines

@@ -150,7 +150,7 @@ class Canvas:
         self._kernel.put(values, self._piece.array("taken", "?"), self._part(name))
 
     def _plane(self, name: str) -> AnyArray:
-        return self._tile.array(name, self._dtypes[name])
+        return self._tile.array(name, self._dtypes.get(name, MAPS[name].dtypes[0]))
 
     def _part(self, name: str) -> AnyArray:
         return self._plane(name)[self._in_tile.slices]
