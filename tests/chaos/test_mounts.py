@@ -39,7 +39,7 @@ MOUNTS = {
 SAID = {
     "another search": (1, "changed since the merge was planned"),
     "nothing": (1, "all workers need access to the driver's storage under the same path"),
-    "a copy on write": (2, "is missing: expected an object progress/counts"),
+    "a copy on write": (2, "is missing: expected an object progress/"),
 }
 """Exit codes and messages."""
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,8 @@ def test_a_search_that_is_killed_again_and_again_ends_whole(
         while processes.poll() is None and n_searched(run) == seen < N:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.1))
-        os.killpg(processes.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(processes.pid, signal.SIGKILL)
         processes.communicate()
         now = n_searched(run)
         assert now >= seen, seed  # what was recorded once stays
@@ -156,7 +158,8 @@ def test_two_hosts_record_in_one_folder(script: Path, tmp_path: Path) -> None:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.1))
         for host in each[killed]:  # the other one, if any, searches its half to the end
-            os.killpg(host.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended
+                os.killpg(host.pid, signal.SIGKILL)
         for host in each:
             _, errors = host.communicate()
             assert host.returncode in (0, -9), (seed, number, errors)

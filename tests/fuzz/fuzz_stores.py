@@ -21,7 +21,6 @@ with instrumented():
 
     import ocelot_em
     from ocelot_em.errors import OcelotError
-    from ocelot_em.kernels.streams import decode_planes, find_streams
     from ocelot_em.merge.plan import read_plan
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.store import attributes as fmt
@@ -30,6 +29,9 @@ with instrumented():
     from ocelot_em.store.metadata import parse_array, parse_group
     from ocelot_em.store.partials import write_partial
     from ocelot_em.store.search_info import Exposure, SearchInfo
+
+# Numba could not compile what is instrumented.
+from ocelot_em.kernels.streams import decode_planes, find_streams
 
 Reader = Callable[[bytes], object]
 

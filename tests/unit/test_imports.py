@@ -40,7 +40,7 @@ FLOORS = (
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
 
 HOME = {
-    "zarr": {"store.arrays", "io.ome_zarr"},
+    "zarr": {"io.ome_zarr"},
     "numcodecs": {"cli.doctor", "store.arrays", "store.blosc"},
     "google_crc32c": {"cli.doctor", "store.blosc"},
     "obstore": {"store"},

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -92,6 +93,30 @@ def test_zarr_reads_what_we_write(name, shape, chunk):
         assert same_bits(array[...], values)
         assert array.metadata.dimension_names == ("y", "x")
         assert objects.sizes("m/c").keys() == {chunked.key(cell) for cell in chunked.grid}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_metadata_are_those_that_zarr_writes(name, is_sharded):
+    layout = replace(store.map_layout(name, (100, 90), (32, 40)), is_sharded=is_sharded)
+    typesize = np.dtype(layout.dtype).itemsize
+    blosc = BloscCodec(
+        typesize=typesize, cname="lz4", clevel=5, shuffle=layout.shuffle, blocksize=0
+    )
+    with empty_objects() as objects:
+        store.create_array(objects, "ours", layout)
+        zarr_array(
+            objects,
+            name="zarrs",
+            shape=layout.shape,
+            chunks=layout.chunk,
+            shards={"shape": (128, 120), "index_location": "start"} if is_sharded else None,
+            dtype=layout.dtype,
+            compressors=[blosc, Crc32cCodec()],
+            fill_value=layout.fill,
+            attributes=layout.attributes,
+        )
+        assert objects.get("ours/zarr.json") == objects.get("zarrs/zarr.json")
 
 
 @given(sizes, chunks)

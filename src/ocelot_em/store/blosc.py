@@ -22,6 +22,10 @@ from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.streams import LZ4Streams
 
+# Its threads would compress the blocks of a chunk in any order, so that equal values would not be
+# equal bytes. Importing zarr sets the same.
+blosc.use_threads = False
+
 _VERSIONS = bytes([2, 1])
 """First bytes of a frame: versions of the format, and of LZ4 in it."""
 
