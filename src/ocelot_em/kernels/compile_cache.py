@@ -23,7 +23,7 @@ _PROBE_NBYTES = 4 * 2**20
 """Bytes written to a folder to find out whether there is space; all kernels take less."""
 
 MAX_WAIT_SECONDS = 120.0
-"""Maximum wait for another process that compiles: one that was suspended holds up nobody."""
+"""Timeout for another process that compiles, which may be suspended."""
 
 _BESIDE_SOURCE = Path(__file__).parent / "__pycache__"
 

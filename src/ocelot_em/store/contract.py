@@ -134,7 +134,7 @@ class Objects(Protocol):
 
 
 class AppendedObject(Protocol):
-    """An object that is being written piece by piece; nobody sees it before it is published."""
+    """An object that is written piece by piece, and visible only once it is published."""
 
     def append(self, parts: Sequence[bytes]) -> int:
         """Write parts behind what is there; return where they begin. Threads may do so at once."""
