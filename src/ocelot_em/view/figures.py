@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ocelot_em.errors import optional_import
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
@@ -30,15 +32,22 @@ MAX_NAMED_ROWS = 48
 
 MAX_VECTOR_MARKERS = 400  # more are rasterized: they would slow down a page
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-def new_figure(size_inches: tuple[float, float] | None = None, *, in_pyplot: bool = False) -> Any:
+
+def new_figure(
+    size_inches: tuple[float, float] | None = None,
+    *,
+    in_pyplot: bool = False,
+    layout: str = "constrained",
+) -> Any:
     """Make a figure without a window, or one that pyplot shows."""
     with optional_import("plots need matplotlib", extra="viz"):
         if in_pyplot:
             from matplotlib.pyplot import figure
         else:
             from matplotlib.figure import Figure as figure  # noqa: N813
-    return figure(figsize=size_inches, layout="constrained")
+    return figure(figsize=size_inches, layout=layout)
 
 
 def axes_or_new(ax: "Axes | None", **options: str) -> Any:
@@ -102,7 +111,13 @@ def draw_image(
 
     shades = colormaps[cmap].with_extremes(bad=(0.5, 0.5, 0.5, blank))
     image = ax.imshow(values, cmap=shades, **{"interpolation": "none"} | options)
-    return ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+    return ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8, fraction=0.06)
+
+
+def name_powers(axis: Any) -> None:
+    """Label the powers of ten of a logarithmic axis with plain text: formulas take long to set."""
+    axis.set_major_formatter(lambda value, _: f"10{f'{np.log10(value):.0f}'.translate(_RAISED)}")
+    axis.set_minor_formatter("")
 
 
 def explain_empty(ax: "Axes", reason: str) -> None:

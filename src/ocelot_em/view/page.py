@@ -9,10 +9,12 @@ from typing import Any
 from ocelot_em.view.figures import new_figure
 
 _INK = "#0a0b0c"  # placeholder for the page's text colour, light or dark
+_EM_INCHES = 10 / 72
 _STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.titlesize": 11,
+    "axes.titley": 1.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -49,28 +51,69 @@ class Drawing:
 
         ``grid`` is that of the axes; axes with a common y have labels on the left only.
         """
-        figure = new_figure(size_inches)
+        figure = new_figure(size_inches, layout="none")
         from matplotlib import rc_context
 
         with rc_context(_STYLE | {"svg.hashsalt": name}):
-            panels = figure.subplots(squeeze=False, **grid).ravel()
-            for ax in panels[len(plots) :]:
+            panels = figure.subplots(squeeze=False, **grid)
+            for ax in panels.flat[len(plots) :]:
                 ax.set_axis_off()
-            for ax, plot in zip(panels, plots, strict=False):
+            for ax, plot in zip(panels.flat, plots, strict=False):
                 plot(ax)
                 if grid.get("sharey"):
                     ax.label_outer()
             for ax in figure.axes:
                 if ax.images:
                     ax.grid(visible=False)
+            _make_room(figure, panels)
             return cls(inline_svg(figure, name), round(110 * size_inches[0]))
+
+
+def _make_room(figure: Any, panels: Any) -> None:
+    """Place the panels with room for their labels and titles, from estimated widths.
+
+    Browsers set text in a font of their own, which the layouts of matplotlib do not know either;
+    they take longer than the drawing.
+    """
+    width, height = figure.get_size_inches() / _EM_INCHES
+    bars = [ax for ax in figure.axes if ax not in panels.ravel()]
+    ring = 2.0 if panels[0, 0].name == "polar" else 0.0  # of labels around it
+    first, *others = ([_label_width(ax) for ax in column] for column in panels.T)
+    left, inner = max(first), max((max(column) for column in others), default=0.0)
+    right = ring + (max(map(_label_width, bars)) if bars else 1.5)
+    bottom = ring + (3.4 if any(ax.get_xlabel() for ax in panels.flat) else 1.9)
+    top = ring + (2.2 if any(ax.get_title() for ax in panels.flat) else 0.6)
+    rows, columns = panels.shape
+    across = (width - left - right - (columns - 1) * (inner + right)) / columns
+    tall = (height - rows * (bottom + top)) / rows
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=(inner + right) / across,
+        hspace=(bottom + top) / tall,
+    )
+
+
+def _label_width(ax: Any) -> float:
+    """Return the width of the labels on the left in em."""
+    if ax.name == "polar":
+        return 2.5
+    label = ax.yaxis.get_label()
+    ticks = [text for text in ax.get_yticklabels() if text.get_visible()]
+    longest = max((len(text.get_text()) for text in ticks), default=0)
+    return 0.8 + 0.62 * longest + (1.7 if label.get_text() and label.get_visible() else 0.0)
 
 
 def inline_svg(figure: Any, name: str) -> str:
     """Return a figure as an SVG element: ids prefixed with ``name``, no local fonts."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     written = io.StringIO()
     metadata = dict.fromkeys(("Format", "Type", "Creator", "Date"))
-    figure.savefig(written, format="svg", dpi=120, metadata=metadata)
+    figure.dpi = 120  # of its rasterized parts
+    FigureCanvasSVG(figure).print_svg(written, metadata=metadata)
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

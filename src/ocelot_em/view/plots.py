@@ -163,7 +163,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     polar.set_rticks(np.sin(np.radians(ticks) / 2), labels=labels, fontsize="small")
     polar.set_rlim(0, 1.02)
     polar.set_rlabel_position(67.5)
-    polar.set_title("view directions (angle: φ, radius: θ)", pad=12)
+    polar.set_title("view directions (angle: φ, radius: θ)", y=1.1)
     if not known.any():
         figures.explain_empty(polar, "no poses")
         return ax

@@ -56,6 +56,7 @@ def plot_survival(
         noise = _noise_above(edges[:-1], summary.attributes)
         look: Any = {"color": figures.foreground(), "alpha": 0.65, "label": "Gaussian noise"}
         ax.semilogy(edges[:-1], noise, "--", **look)
+        figures.name_powers(ax.yaxis)
         z, pixels = edges[first:last], np.maximum(above[first:last], 0.5)
         ax.step(z, pixels, where="pre", color=figures.BLUE, linewidth=1.8, label="this search")
         # A cutoff far above all z-scores would squeeze the curves.
@@ -112,6 +113,7 @@ def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axe
             ax.stairs(density, edges[first : last + 1], color=colour, linewidth=1.6, label=label)
     if ax.patches:
         ax.set_yscale("log")
+        figures.name_powers(ax.yaxis)
         ax.legend()
     else:
         figures.explain_empty(ax, "no pixel was searched")
@@ -151,9 +153,9 @@ def plot_joint(
     shown = joint[y0:y1, x0:x1].T.astype(np.float64)
     shown[shown == 0] = np.nan
     look: Any = {"norm": LogNorm(1, max(np.nanmax(shown), 2)), "origin": "lower", "aspect": "auto"}
-    figures.draw_image(
-        ax, shown, "pixels", "viridis", blank=0, extent=(left, right, low, high), **look
-    )
+    look["extent"] = (left, right, low, high)
+    bar = figures.draw_image(ax, shown, "pixels", "viridis", blank=0, **look)
+    figures.name_powers(bar.ax.yaxis)
     if candidates is not None and len(candidates):
         mip, z = (candidates[:, CANDIDATE_FIELDS.index(name)] for name in (MIP, SCALED_MIP))
         best = np.argsort(-z, kind="stable")[:_MAX_CANDIDATES]
