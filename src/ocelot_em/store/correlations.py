@@ -73,27 +73,55 @@ def write_table(
 
     ``grid`` has the chunks of the partial's maps.
     """
-    y, x = (table.columns[name].astype(np.int64) for name in (Y, X))
-    cells = y // grid.cell[0] * grid.counts[1] + x // grid.cell[1]
-    order = np.argsort(cells, kind="stable")
-    counts = np.bincount(cells, minlength=len(grid))
+    order, counts = _by_cell(table, grid)
     groups.replace_attributes(group.objects, group.path_of(TABLE), {})
-    written = {_OFFSETS: _write_column(group, _OFFSETS, np.concatenate([[0], np.cumsum(counts)]))}
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    written = {_OFFSETS: _write_column(group, _OFFSETS, "int64", offsets, np.arange(len(offsets)))}
     for name, dtype in COLUMNS.items() if len(order) else ():
-        values = table.columns[name].astype(dtype)[order]
-        written[name] = _write_column(group, name, values)
+        written[name] = _write_column(group, name, dtype, table.columns[name], order)
     return {f"{TABLE}/{name}": array for name, array in written.items()}
 
 
-def _write_column(group: MapGroup, name: str, values: AnyArray) -> ArrayManifest:
-    n, path = len(values), group.path_of(f"{TABLE}/{name}")
+def _by_cell(table: CorrelationTable, grid: TileGrid) -> tuple[AnyArray, Int64]:
+    """Return the rows in the order of their cells of a grid, and the number in each.
+
+    Rows of one cell stay in their order. They are counted, then placed, in blocks: beside the
+    table, memory is that of the returned rows.
+    """
+    n = len(table.columns[VALUE])
+
+    def blocks() -> Iterator[tuple[int, Int64]]:
+        for start in range(0, n, ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            y, x = (table.columns[name][rows].astype(np.int64) for name in (Y, X))
+            yield start, y // grid.cell[0] * grid.counts[1] + x // grid.cell[1]
+
+    counts = np.zeros(len(grid), np.int64)
+    for _, cells in blocks():
+        counts += np.bincount(cells, minlength=len(grid))
+    order, following = np.empty(n, np.min_scalar_type(n)), np.cumsum(counts) - counts
+    for start, cells in blocks():
+        own = np.bincount(cells, minlength=len(grid))
+        rows = np.argsort(cells, kind="stable")
+        into = np.arange(len(rows)) + np.repeat(following - (np.cumsum(own) - own), own)
+        order[into] = start + rows
+        following += own
+    return order, counts
+
+
+def _write_column(
+    group: MapGroup, name: str, dtype: str, values: AnyArray, rows: AnyArray
+) -> ArrayManifest:
+    """Write these rows of values, one chunk after another."""
+    n, path = len(rows), group.path_of(f"{TABLE}/{name}")
     chunk = min(n, ROWS_PER_CHUNK)
-    fill = np.nan if values.dtype.kind == "f" else -1
-    layout = ArrayLayout((n,), (chunk,), values.dtype.name, fill, _DIMENSION)
+    layout = ArrayLayout((n,), (chunk,), dtype, np.nan if dtype == "float32" else -1, _DIMENSION)
     checksums = new_checksums(TileGrid((n, 1), (chunk, 1)))
     described = ArrayManifest(create_array(group.objects, path, layout), checksums)
-    column = _open_column(group, name, values.dtype.name, described)
-    column.write(Region(0, n, 0, 1), values[:, np.newaxis])
+    column = _open_column(group, name, dtype, described)
+    for cell in column.grid:
+        here = slice(cell.region.y0, cell.region.y1)
+        column.write(cell.region, values[rows[here]].astype(dtype)[:, np.newaxis])
     return described
 
 
