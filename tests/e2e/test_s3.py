@@ -45,6 +45,8 @@ def test_a_search_and_its_merge_in_a_bucket_are_those_of_a_local_disk(
         assert cli.run(["info", place]) == 0
         assert cli.run(["check", place]) == 0
     assert "no problems" in capsys.readouterr().out
+    merge(run, f"{out}.lean", tile_size=64, derived="none")
+    assert_same_datasets(open_merged(f"{out}.lean"), open_merged(out))
 
     import_results(files, tmp_path / "R", ImportOptions(search_space=tables))
     merge(tmp_path / "R", tmp_path / "M", tile_size=64)

@@ -11,7 +11,7 @@ from builders import explicit_maps, same_bits, snapshot, write_explicit_search, 
 from helpers import assert_same_maps, read_maps
 from montages import SHOTS, write_shots
 from ocelot_em.cli.main import run
-from ocelot_em.errors import OutputExistsError
+from ocelot_em.errors import CorruptChunkError, OutputExistsError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import DERIVED
 from ocelot_em.model.regions import Region
@@ -107,5 +107,21 @@ def test_it_is_merged_again_as_exactly_as_at_once(tmp_path):
     ocelot_em.merge([tmp_path / "M", other], tmp_path / "TWICE", tile_size=16)
     ocelot_em.merge([one, other], tmp_path / "ONCE", tile_size=16)
     assert_same_maps(read_maps(tmp_path / "TWICE"), read_maps(tmp_path / "ONCE"))
-    with pytest.raises(OutputExistsError, match="has_derived_maps: the output has False"):
+    with pytest.raises(
+        OutputExistsError, match="derived: the output has none, requested is stored"
+    ):
         ocelot_em.merge(one, tmp_path / "M", tile_size=16)
+
+
+def test_damage_of_its_sums_is_named_and_merged_again(tmp_path):
+    search, out = write_explicit_search(tmp_path / "RUN", SHAPE), tmp_path / "M"
+    ocelot_em.merge(search, out, tile_size=16, derived="none")
+    damaged = out / "correlation_sum/c/0/1"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (problem,) = ocelot_em.check(out)
+    assert "correlation_sum: chunk (0, 1)" in problem
+    with pytest.raises(CorruptChunkError, match=r"correlation_sum: chunk \(0, 1\)"):
+        ocelot_em.open_merged(out).scaled_mip.compute()
+    assert ocelot_em.merge(search, out, tile_size=16, derived="none").n_merged == 1
+    assert damaged.read_bytes() == content

@@ -33,6 +33,7 @@ from stacks import as_partial, assert_same, draw_partial, fold_at_once
 COUNTS = (1000, 2**31 + 7, 300, 25, 3)
 SHAPE = (70, 90)
 FORMS = ["explicit", "indexed"]
+DERIVED = ["stored", "none"]
 
 
 @pytest.fixture
@@ -51,19 +52,19 @@ def merge(search, output, **options):
 
 
 @pytest.mark.parametrize(
-    ("form", "nan", "tile_size", "make_device"),
+    ("form", "nan", "tile_size", "make_device", "derived"),
     combinations(
-        *(FORMS, ["raise", "mask"], [16, 33, None], [HostDevice, LateDevice]),
+        *(FORMS, ["raise", "mask"], [16, 33, None], [HostDevice, LateDevice], DERIVED),
         fast=[
-            ("explicit", "raise", 33, HostDevice),
-            ("indexed", "mask", 33, LateDevice),
-            ("explicit", "mask", 16, LateDevice),
-            ("indexed", "raise", None, HostDevice),
+            ("explicit", "raise", 33, HostDevice, "none"),
+            ("indexed", "mask", 33, LateDevice, "none"),
+            ("explicit", "mask", 16, LateDevice, "stored"),
+            ("indexed", "raise", None, HostDevice, "stored"),
         ],
     ),
 )
 def test_a_device_gives_the_bytes_of_the_cpu(
-    tmp_path, rng, lend, form, nan, tile_size, make_device
+    tmp_path, rng, lend, form, nan, tile_size, make_device, derived
 ):
     indexed = form == "indexed"
     results = results_of(rng)
@@ -72,9 +73,10 @@ def test_a_device_gives_the_bytes_of_the_cpu(
     search = write_search(tmp_path / "RUN.zarr", results, COUNTS, indexed=indexed)
     if nan == "mask":
         spoil(search, "p2", "correlation_sum", (slice(5, 9), slice(None)))
-    merge(search, tmp_path / "CPU.zarr", tile_size=tile_size, nan=nan)
+    options = {"tile_size": tile_size, "nan": nan, "derived": derived}
+    merge(search, tmp_path / "CPU.zarr", **options)
     device = lend(make_device())
-    merge(search, tmp_path / "GPU.zarr", tile_size=tile_size, nan=nan, device="cuda")
+    merge(search, tmp_path / "GPU.zarr", device="cuda", **options)
     assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
     assert "finalise" in device.launched
 
@@ -130,15 +132,18 @@ def test_earlier_merges_go_on_on_a_device(tmp_path, rng, lend, indexed):
 
 
 @pytest.mark.parametrize(
-    ("form", "nan", "overlap"),
+    ("form", "nan", "overlap", "derived"),
     combinations(
-        *(FORMS, ["raise", "mask"], ["earliest", "max-zscore"]),
-        fast=[("explicit", "mask", "earliest"), ("indexed", "raise", "max-zscore")],
+        *(FORMS, ["raise", "mask"], ["earliest", "max-zscore"], DERIVED),
+        fast=[
+            ("explicit", "mask", "earliest", "stored"),
+            ("indexed", "raise", "max-zscore", "none"),
+        ],
     ),
 )
-def test_montages_are_merged_on_a_device(tmp_path, lend, form, nan, overlap):
+def test_montages_are_merged_on_a_device(tmp_path, lend, form, nan, overlap, derived):
     search = write_shots(tmp_path / "RUN.zarr", SHOTS, indexed=form == "indexed")
-    options = {"tile_size": 16, "nan": nan, "overlap": overlap}
+    options = {"tile_size": 16, "nan": nan, "overlap": overlap, "derived": derived}
     merge(search, tmp_path / "CPU.zarr", **options)
     device = lend(LateDevice())
     merge(search, tmp_path / "GPU.zarr", device="cuda", **options)

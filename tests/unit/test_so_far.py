@@ -190,15 +190,17 @@ def test_everything_that_is_written_states_that_the_search_was_incomplete(tmp_pa
     assert json.loads(schema.metadata[b"ocelot_em.about"])["incomplete_search"] == text
 
 
-def test_of_a_montage_only_exposures_with_new_checkpoints_are_merged_again():
-    run, output = "memory://montage/run", "memory://montage/out"
+@pytest.mark.parametrize("derived", ["stored", "none"])
+def test_of_a_montage_only_exposures_with_new_checkpoints_are_merged_again(derived):
+    run, output = (f"memory://montage-{derived}/{name}" for name in ("run", "out"))
 
     def device(name, x):
         exposure = Exposure(name, origin=(0, x), acquired=x)
         return Device(run, search=replace(INFO, exposure=exposure))
 
     def assert_merged(n_tiles):
-        assert merge(run, output, tile_size=32, so_far=True).n_merged == n_tiles
+        options = {"tile_size": 32, "so_far": True, "derived": derived}
+        assert merge(run, output, **options).n_merged == n_tiles
         found, expected = open_merged(output), lazy_merge(run, so_far=True)
         for name in expected:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=name)

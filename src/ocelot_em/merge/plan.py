@@ -278,6 +278,13 @@ def plan_differences(found: MergePlan, wanted: MergePlan, *, is_update: bool = F
     return differences
 
 
+_AS_OPTION: dict[str, tuple[str, dict[object, str]]] = {
+    "has_derived_maps": ("derived", {True: "stored", False: "none"}),
+    "has_decoded_poses": ("poses", {True: "decoded", False: "index"}),
+}
+"""Options of a merge that its plan has under another name, with their values."""
+
+
 def _differences(
     found: fmt.Attributes, wanted: fmt.Attributes, ignored: tuple[str, ...] = ()
 ) -> list[str]:
@@ -291,7 +298,9 @@ def _differences(
             if _without_paths(one) != _without_paths(other):
                 differences.append(_inputs(one, other))
         else:
-            differences.append(f"{key}: the output has {old}, requested is {new}")
+            option, texts = _AS_OPTION.get(key, (key, {}))
+            old, new = (texts.get(value, value) for value in (old, new))
+            differences.append(f"{option}: the output has {old}, requested is {new}")
     return differences
 
 
