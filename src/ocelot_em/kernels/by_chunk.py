@@ -22,7 +22,7 @@ from ocelot_em.kernels.by_map import (
     update_winner_indexed,
 )
 from ocelot_em.kernels.collect import add_and_measure, count_pixels, count_wins
-from ocelot_em.kernels.compiling import compiled, plane
+from ocelot_em.kernels.compiling import compiled, on_stack, plane
 from ocelot_em.kernels.cpu_statistics import compute
 from ocelot_em.kernels.streams import (
     ITEMSIZE,
@@ -60,26 +60,25 @@ def fold_winners(chunks: Any, sources: Any, kept: Any, wins: Any) -> int:
     (first_number, is_last, n_poses, firsts), (mip, index, winner, best_partial) = sources, kept
     (is_counted, (width, valid), won), n_maps = wins, 2 if n_poses else 1
     target, run, bad, unsearched = streams.ctypes.data, joined.ctypes.data, np.int32(0), 0
-    parts = np.empty((2, 8), np.int64)
+    parts = on_stack(16, np.int64)
     for start in range(0, n_pixels, n):
         m = min(n, n_pixels - start)
         for k in range(0, len(rows), n_maps):
             for j in range(k, k + n_maps):
                 to = target + (j - k) * 4 * n
-                if rows[j, STREAMS] and not decode_bytes(
-                    lz4, rows[j], start // n, n, to, parts[j - k]
-                ):
+                own = parts[8 * (j - k) :]
+                if rows[j, STREAMS] and not decode_bytes(lz4, rows[j], start // n, n, to, own):
                     found[j] = CORRUPT
                     return 0
             number, is_first = np.int16(first_number + k // n_maps), first_number + k == 0
             for at in range(0, m, RUN):
                 some = min(RUN, m - at)
                 here = slice(start + at, start + at + some)
-                address = values_at(rows[k], parts[0], start, at, some, run)
+                address = values_at(rows[k], parts, start, at, some, run)
                 new = plane(address, np.float32, 0, some)
                 if n_poses:
                     to = run + 4 * min(RUN, n)
-                    address = values_at(rows[k + 1], parts[1], start, at, some, to)
+                    address = values_at(rows[k + 1], parts[8:], start, at, some, to)
                     new_index = plane(address, np.int32, 0, some)
                     into = mip[here], index[here], winner[here]
                     bad = update_winner_indexed(
@@ -146,7 +145,7 @@ def fold_sums(
 def _add_block(chunks: Any, block: Any, first_number: int, total: Any, moments: Any) -> bool:
     ((lz4, streams, joined), rows, (_, n), found), (start, m) = chunks, block
     is_counted, (width, valid), (into, kind) = moments
-    target, run, parts = streams.ctypes.data, joined.ctypes.data, np.empty((2, 8), np.int64)[0]
+    target, run, parts = streams.ctypes.data, joined.ctypes.data, on_stack(8, np.int64)
     for k in range(len(rows)):
         row, is_first, bad = rows[k], first_number + k == 0, np.int32(0)
         if row[STREAMS] and not decode_bytes(lz4, row, start // n, n, target, parts):
@@ -202,9 +201,9 @@ def fold_planes(chunks: Any, first_number: int, winners: Any, kept: Any) -> None
 
     ``winners`` are planes of :func:`plane_winners`; ``kept`` are words, block by block 32 planes.
     """
-    (lz4, streams, _), rows, (n_pixels, n), found = chunks
-    target, words, parts = streams.ctypes.data, n // _LANES, np.empty((2, 8), np.int64)[0]
-    mask = np.empty(words, np.uint64)
+    (lz4, streams, masks), rows, (n_pixels, n), found = chunks
+    target, words, parts = streams.ctypes.data, n // _LANES, on_stack(8, np.int64)
+    mask = plane(masks.ctypes.data, np.uint64, 0, words)
     for block in range(n_pixels // n):
         own_winners = winners[:, block * words : (block + 1) * words]
         start = block * 32 * words

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.kernels.by_map import add
-from ocelot_em.kernels.compiling import compiled, not_finite, summed
+from ocelot_em.kernels.compiling import compiled, not_finite, on_stack, plane, summed
 
 NAN, ZERO_STD, UNSEARCHED = 0, 1, 2
 """Positions in the counts of :func:`count_pixels`."""
@@ -72,7 +72,8 @@ def count_pixels(maps: Any, position: Any, axes: Any, into: Any, found: Any) -> 
     including this run.
     """
     mips, zs, stds = maps
-    bins, special = np.empty(_RUN_PIXELS, np.int32), np.empty((2, _RUN_PIXELS), np.float32)
+    bins = on_stack(_RUN_PIXELS, np.int32)
+    special = on_stack(_RUN_PIXELS, np.float32), on_stack(_RUN_PIXELS, np.float32)
     level, where, n_found = found
     at = 0
     while at < mips.size:
@@ -94,7 +95,7 @@ def _count_run(mips: Any, zs: Any, stds: Any, axes: Any, into: Any, memory: Any)
     is_plain = lowest_mip > _LOWEST_RANK and highest_mip <= _HIGHEST_RANK
     if not (is_plain and lowest_z > 0 and highest_z <= _HIGHEST_RANK):
         n = _without_special(mips, zs, stds, counts, kept)
-        mips, zs = kept[0, :n], kept[1, :n]
+        mips, zs = kept[0][:n], kept[1][:n]
         lowest_mip, highest_mip = _ranks(mips)
         lowest_z, highest_z = _ranks(zs)
     extremes[0], extremes[1] = min(extremes[0], lowest_mip), max(extremes[1], highest_mip)
@@ -106,7 +107,7 @@ def _count_run(mips: Any, zs: Any, stds: Any, axes: Any, into: Any, memory: Any)
     _bins(zs, z_axis, bins)
     _increment(z_counts, bins)
     _joint_bins(mips, zs, joint_mip_axis, joint_z_axis, (np.float32(joint_counts.shape[1]), bins))
-    _increment(joint_counts.reshape(-1), bins)
+    _increment(plane(joint_counts.ctypes.data, np.uint32, 0, joint_counts.size), bins)
 
 
 @compiled
@@ -128,7 +129,7 @@ def _ranks(values: Any) -> Any:
 @compiled
 def _without_special(mips: Any, zs: Any, stds: Any, counts: Any, kept: Any) -> int:
     """Count special pixels of a run; copy the others to ``kept`` and return their number."""
-    n = 0
+    (kept_mips, kept_zs), n = kept, 0
     for x in range(mips.size):
         mip, z = mips[x], zs[x]
         if mip == -np.inf:
@@ -137,7 +138,7 @@ def _without_special(mips: Any, zs: Any, stds: Any, counts: Any, kept: Any) -> i
             counts[NAN] += 1
         else:
             counts[ZERO_STD] += int(stds[x] == 0)
-            kept[0, n], kept[1, n] = mip, z
+            kept_mips[n], kept_zs[n] = mip, z
             n += 1
     return n
 

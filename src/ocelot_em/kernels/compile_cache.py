@@ -17,6 +17,8 @@ from pathlib import Path
 
 from numba import config
 
+from ocelot_em.kernels.ahead import digest_of_sources
+
 log = logging.getLogger(__name__)
 
 _PROBE_NBYTES = 4 * 2**20
@@ -81,9 +83,13 @@ def _probe(folder: Path) -> None:
 
 @contextlib.contextmanager
 def caching_there() -> Iterator[bool]:
-    """Let numba use the folder for functions that are decorated meanwhile; False without one."""
+    """Let numba use the folder for functions that are decorated meanwhile; False without one.
+
+    Each version of the kernels has its own: numba does not notice if a function that is called by
+    another one, which it has cached, has changed in another file.
+    """
     folder, before = cache_folder(), config.CACHE_DIR
-    config.CACHE_DIR = "" if folder in (None, _BESIDE_SOURCE) else str(folder)
+    config.CACHE_DIR = "" if folder is None else str(folder / f"kernels-{digest_of_sources()[:16]}")
     try:
         yield folder is not None
     finally:

@@ -1,104 +1,162 @@
-"""Kernel compilation with numba, and arrays from :mod:`ocelot_em.kernels.addresses`."""
+"""Kernels: functions that are compiled ahead where the package was built, and by numba elsewhere.
+
+A kernel that was compiled ahead for the types of its arguments is called by its address, without
+numba and without the GIL. Its arguments are passed as a row of 64-bit words: numbers, and of arrays
+the address, the shape and, unless they are C-contiguous, the strides. The types of arguments are
+written as, for example, ``i8 f4 (f4:1C i2:2A)``: numbers by their dtypes, arrays with their number
+of dimensions and layout, tuples in brackets. What is missing, numba compiles at its first call, and
+caches on disk.
+"""
 
 import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property, update_wrapper
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import carray, njit, types
-from numba.core import event
-from numba.extending import intrinsic
 
-from ocelot_em.kernels.compile_cache import caching_there, compiling_alone
-
-ANNOUNCE_AFTER_SECONDS = 1.0
-"""Duration after which compilation is announced; a few kernels take less, all of them 20 s."""
+from ocelot_em.kernels import ahead
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class Kernel:
+    """A function that is compiled for the types of the arguments it is called with."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function, self.options = function, options
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self._ready: dict[str, Callable[[ahead.Words], Any] | None] = {}
+        update_wrapper(self, function)
+
+    @cached_property
+    def dispatcher(self) -> Any:
+        """The function that numba compiles."""
+        from ocelot_em.kernels import jit  # on demand, with numba
+
+        return jit.dispatcher_of(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it, compiled."""
+        words: list[int | float] = []
+        types = types_of(args, words)
+        try:
+            ready = self._ready[types]
+        except KeyError:
+            ready = self._ready[types] = ahead.find(self.name, types)
+        if ready is not None:
+            return ready(words)
+        if _thread.only_ahead:
+            raise _NotReadyError
+        return self.dispatcher(*args)
+
+
+class Operation:
+    """What kernels do that Python cannot: :mod:`ocelot_em.kernels.jit` defines it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_args: Any) -> Any:
+        """Only compiled code can call it."""
+        raise TypeError(f"{self.name} is an operation of compiled kernels")
+
+
+plane = Operation("plane")
+"""``plane(address, dtype, start, size)``: values of a map, from ``start``, as an array."""
+
+on_stack = Operation("on_stack")
+"""``on_stack(size, dtype)``: an array of constant size that exists until the function returns."""
+
+decompress = Operation("decompress")
+"""``decompress(function, source, target, nbytes, n)``: call ``LZ4_decompress_safe`` at an address.
+
+Addresses, and encoded and decoded bytes; returns the number of decoded bytes.
+"""
+
+
 def compiled(function: _Function) -> _Function:
     """Compile a function that releases the GIL and divides by zero as NumPy does."""
-    return _compiled(function)
+    return cast("_Function", Kernel(function))
 
 
 def summed(function: _Function) -> _Function:
     """Compile as :func:`compiled` does, but allow reordering of additions."""
-    return _compiled(function, fastmath={"reassoc"})
+    return cast("_Function", Kernel(function, fastmath={"reassoc"}))
 
 
-def _compiled(function: _Function, **options: Any) -> _Function:
-    with caching_there() as cache:
-        # No kernel is passed to another one as a function, which a second wrapper is for.
-        settings = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **options}
-        jit = njit(cache=cache, **settings)
-        return cast("_Function", jit(function))
+def types_of(values: tuple[Any, ...], words: list[int | float]) -> str:
+    """Return the types of arguments, and append their words."""
+    types = []
+    for value in values:
+        kind = type(value)
+        if kind is np.ndarray:
+            flags, layout = value.flags, "C"
+            words.append(value.__array_interface__["data"][0])
+            words.extend(value.shape)
+            if not flags.c_contiguous:
+                layout = "A"
+                words.extend(value.strides)
+            types.append(f"{_name_of(value.dtype)}:{value.ndim}{layout}")
+        elif kind is tuple:
+            types.append(f"({types_of(value, words)})")
+        else:
+            words.append(value)
+            types.append(_PYTHON_TYPES.get(kind) or _name_of(value.dtype))
+    return " ".join(types)
 
 
-class _NotCachedError(Exception):
-    """A kernel is not in the cache."""
+_PYTHON_TYPES = {bool: "?", int: "i8", float: "f8"}
+
+_NAMES: dict["np.dtype[Any]", str] = {}
 
 
-class _Refusal(event.Listener):  # type: ignore[misc]
-    """Interrupts this thread where it would compile; listeners hear all threads."""
-
-    def __init__(self) -> None:
-        self._thread = threading.get_ident()
-
-    def on_start(self, _event: Any) -> None:
-        if threading.get_ident() == self._thread:
-            raise _NotCachedError
-
-    def on_end(self, _event: Any) -> None:
-        pass
+def _name_of(dtype: "np.dtype[Any]") -> str:
+    name = _NAMES.get(dtype)
+    if name is None:
+        name = _NAMES[dtype] = "?" if dtype.kind == "b" else dtype.str[1:]
+    return name
 
 
-class _Announcement(event.Listener):  # type: ignore[misc]
-    """Announces compilation that lasts, by this process or by the one that it waits for."""
+class _NotReadyError(Exception):
+    """A kernel was not compiled ahead."""
 
-    def __init__(self, announce: Callable[[], None]) -> None:
-        self._announce: Callable[[], None] | None = announce
-        self._started = time.perf_counter()
 
-    def on_start(self, _event: Any = None) -> None:
-        if self._announce is not None and self.seconds >= ANNOUNCE_AFTER_SECONDS:
-            self._announce()
-            self._announce = None
+class _Thread(threading.local):
+    only_ahead = False
 
-    def on_end(self, _event: Any) -> None:
-        pass
 
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
+_thread = _Thread()
+
+
+@contextmanager
+def _only_ahead() -> Iterator[None]:
+    _thread.only_ahead = True
+    try:
+        yield
+    finally:
+        _thread.only_ahead = False
 
 
 def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) -> float:
-    """Call ``work``, which compiles kernels, and time it; 0 if all of them are in the cache.
+    """Call ``work``, which calls kernels, and time their compilation; 0 if there is none.
 
-    If one is not, ``work`` is interrupted before the first, and called again when no other process
-    that shares the cache is compiling: it then finds what that process has compiled. ``announce``
-    is called once if this takes long.
+    If one is neither compiled ahead nor in the cache, ``work`` is interrupted before the first, and
+    called again when no other process that shares the cache is compiling: it then finds what that
+    process has compiled. ``announce`` is called once if this takes long.
     """
-    with suppress(_NotCachedError), event.install_listener("numba:compile", _Refusal()):
+    with suppress(_NotReadyError), _only_ahead():
         work()
         return 0.0
-    announcement = _Announcement(announce)
-    with (
-        compiling_alone(announcement.on_start),
-        event.install_listener("numba:compile", announcement),
-    ):
-        work()
-    return announcement.seconds
+    from ocelot_em.kernels import jit  # on demand, with numba
+
+    return jit.seconds_compiling(work, announce)
 
 
-@compiled
 def address_of(array: Any) -> int:
-    """Return an array's address; several times faster than NumPy, which creates an object."""
-    address: int = array.ctypes.data
-    return address
+    """Return an array's address."""
+    return int(array.__array_interface__["data"][0])
 
 
 @compiled
@@ -111,23 +169,6 @@ def not_finite(value: Any) -> Any:
 def not_a_mip(value: Any) -> Any:
     """Return 1 for NaN and +inf, else 0, as int32; -inf means that nothing was searched."""
     return np.int32(not value < np.inf)
-
-
-@intrinsic
-def pointer(_context: Any, _at: Any, _start: Any, dtype: Any) -> Any:
-    """Convert an address and an offset in values to a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        first = builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-        return builder.gep(first, [args[1]])
-
-    return types.CPointer(dtype.dtype)(types.int64, types.int64, dtype), generate
-
-
-@compiled
-def plane(address: Any, dtype: Any, start: Any, size: Any) -> Any:
-    """Return ``size`` values of a map, from ``start``, as an array."""
-    return carray(pointer(address, start, dtype), size)
 
 
 @compiled

@@ -25,6 +25,7 @@ from ocelot_em.kernels.compiling import (
     compiled,
     not_a_mip,
     not_finite,
+    on_stack,
     plane,
     planes,
 )
@@ -196,7 +197,7 @@ def _fold(n: Any, kept: Any, rows: Any, numbers: Any, n_poses: Any) -> Any:
 
     ``kept`` and ``rows`` hold addresses; ``n_poses`` is 0 for explicit poses.
     """
-    state = np.empty(min(n, _BLOCK), np.int32)
+    state = on_stack(_BLOCK, np.int32)
     found = np.int32(0)
     for start in range(0, n, _BLOCK):
         block = state[: min(n - start, _BLOCK)]
@@ -277,7 +278,10 @@ def _add_sums(state: Any, start: Any, kept: Any, rows: Any, numbers: Any) -> Any
     for number in range(2):
         column, width = _SUM + number, _SUM_BYTES + number
         total = plane(kept[column], np.float64, start, size)
-        if len(rows) == _GROUP and numbers[:, width].max() == 4:
+        widest = numbers[0, width]
+        for row in range(1, len(rows)):
+            widest = max(widest, numbers[row, width])
+        if len(rows) == _GROUP and widest == 4:
             bad |= _add_four(total, planes(rows, column, np.float32, start, size))
         else:
             for row in range(len(rows)):

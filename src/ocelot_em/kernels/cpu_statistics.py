@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em.kernels.addresses import F4, I4, MISSING, checked, of_finalise, outside_space
-from ocelot_em.kernels.compiling import address_of, compiled, plane
+from ocelot_em.kernels.compiling import address_of, compiled, on_stack, plane
 from ocelot_em.kernels.reference import merged_maps
 from ocelot_em.model.maps import Accumulator, AnyArray, MapSet
 from ocelot_em.model.search_space import TABLES, SearchSpace
@@ -72,16 +72,18 @@ def compute(start: int, n: int, finish: Any) -> None:
     """
     (mips, sums, squared_sums, counts), one_count, addresses, _ = finish
     counts = counts + 8 * start if counts != MISSING else counts
-    targets = addresses + 4 * start
     inputs = mips + 4 * start, sums + 8 * start, squared_sums + 8 * start, counts
-    _statistics(n, inputs, one_count, targets)
+    _statistics(n, inputs, one_count, (addresses, start))
 
 
 @compiled
 def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
     """Write z-score, mean, standard deviation and float32 sums to the first five targets."""
     mip_address, sum_address, squared_sum_address, count_address = inputs
-    counts_scratch = np.full(_SMALL_BLOCK, one_count)
+    addresses, first = targets
+    counts_scratch = on_stack(_SMALL_BLOCK, np.float64)
+    for i in range(_SMALL_BLOCK):
+        counts_scratch[i] = one_count
     for start in range(0, n, _SMALL_BLOCK):
         size = min(n - start, _SMALL_BLOCK)
         counts = counts_scratch[:size]
@@ -92,14 +94,14 @@ def _statistics(n: Any, inputs: Any, one_count: float, targets: Any) -> None:
         total = plane(sum_address, np.float64, start, size)
         squared_total = plane(squared_sum_address, np.float64, start, size)
         _z_mean_std(
-            plane(targets[0], np.float32, start, size),
-            plane(targets[1], np.float32, start, size),
-            plane(targets[2], np.float32, start, size),
+            plane(addresses[0], np.float32, first + start, size),
+            plane(addresses[1], np.float32, first + start, size),
+            plane(addresses[2], np.float32, first + start, size),
             plane(mip_address, np.float32, start, size),
             (total, squared_total, counts),
         )
-        _round(plane(targets[3], np.float32, start, size), total)
-        _round(plane(targets[4], np.float32, start, size), squared_total)
+        _round(plane(addresses[3], np.float32, first + start, size), total)
+        _round(plane(addresses[4], np.float32, first + start, size), squared_total)
 
 
 @compiled
@@ -131,13 +133,14 @@ def _decode(n: Any, index_address: Any, tables: Any, sizes: Any, targets: Any) -
     angles = plane(tables[0], np.float32, 0, 3 * n_orientations)
     defocus = plane(tables[1], np.float32, 0, n_defocus)
     pixel_sizes = plane(tables[2], np.float32, 0, n_pixel_sizes)
-    scratch = np.empty((4, _SMALL_BLOCK), np.int32)
+    poses, orientations = on_stack(_SMALL_BLOCK, np.int32), on_stack(_SMALL_BLOCK, np.int32)
+    rests, numbers = on_stack(_SMALL_BLOCK, np.int32), on_stack(_SMALL_BLOCK, np.int32)
     outside = 0
     for start in range(0, n, _SMALL_BLOCK):
         size = min(n - start, _SMALL_BLOCK)
         index = plane(index_address, np.int32, start, size)
-        pose, orientation = scratch[0, :size], scratch[1, :size]
-        rest, number = scratch[2, :size], scratch[3, :size]
+        pose, orientation = poses[:size], orientations[:size]
+        rest, number = rests[:size], numbers[:size]
         any_unknown = _usable(index, np.int32(n_poses), pose)
         _divide(pose, np.int32(n_orientations), rest, orientation)
         phi = plane(targets[0], np.float32, start, size)

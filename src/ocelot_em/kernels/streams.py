@@ -13,11 +13,8 @@ so that compiled code which is cached on disk contains none.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from ocelot_em.kernels.compiling import compiled, plane
+from ocelot_em.kernels.compiling import compiled, decompress, plane
 
 ADDRESS, STREAMS, ITEMSIZE = range(3)
 """Columns of a row."""
@@ -71,23 +68,6 @@ def _int32_at(data: Any, at: Any) -> Any:
     return number - (1 << 32) if number >= 1 << 31 else number
 
 
-@intrinsic
-def _decompress(
-    _context: Any, _function: Any, _source: Any, _target: Any, _nbytes: Any, _n: Any
-) -> Any:
-    """Call ``LZ4_decompress_safe`` at an address: (source, target, encoded and decoded bytes)."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        int32, bytes_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        function_type = ir.FunctionType(int32, [bytes_pointer, bytes_pointer, int32, int32])
-        function = builder.inttoptr(args[0], function_type.as_pointer())
-        source, target = (builder.inttoptr(address, bytes_pointer) for address in args[1:3])
-        sizes = [builder.trunc(size, int32) for size in args[3:]]
-        return builder.call(function, [source, target, *sizes])
-
-    return types.int32(*[types.int64] * 5), generate
-
-
 @compiled
 def decode_bytes(lz4: int, row: Any, block: int, n: int, target: int, parts: Any) -> bool:
     """Decode the streams of a block, with space for them at ``target``; False if one is corrupt.
@@ -101,7 +81,7 @@ def decode_bytes(lz4: int, row: Any, block: int, n: int, target: int, parts: Any
         parts[stream] = source
         if nbytes != n:
             parts[stream] = target + stream * n
-            if _decompress(lz4, source, parts[stream], nbytes, n) != n:
+            if decompress(lz4, source, parts[stream], nbytes, n) != n:
                 return False
     return True
 

@@ -1,0 +1,127 @@
+"""Kernels that were compiled when the package was built, and are loaded without numba.
+
+``built/`` has one object file, and ``index.json``, which names the kernels in it, the processor
+that they need, and the sources that they were compiled from. Nothing is loaded
+on other processors or if a source has changed since: numba compiles the kernels there.
+"""
+
+import ctypes
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent / "built"
+
+INDEX, OBJECT = "index.json", "kernels.o"
+
+MODULES = (
+    "by_chunk",
+    "by_map",
+    "collect",
+    "compiling",
+    "compositing",
+    "cpu",
+    "cpu_statistics",
+    "jit",
+    "streams",
+)
+"""Modules of this package that the machine code depends on."""
+
+Words = Sequence[int | float]
+"""Arguments of a kernel, see :mod:`ocelot_em.kernels.compiling`."""
+
+_MAX_RETURNED = 4
+"""Maximum number of words that a kernel returns."""
+
+_ENTRY = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)
+"""numba's own calling convention, whose first two arguments are a result and an exception."""
+
+
+@lru_cache(maxsize=1)
+def digest_of_sources() -> str:
+    """Return the digest of the modules that the machine code depends on."""
+    digest = hashlib.sha256()
+    for name in MODULES:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def find(name: str, types: str) -> Callable[[Words], Any] | None:
+    """Return a function that calls a kernel with words, or None if it was not compiled ahead."""
+    return None if (library := _library()) is None else library.find(name, types)
+
+
+@lru_cache(maxsize=1)
+def _library() -> "_Library | None":
+    try:
+        index = json.loads((FOLDER / INDEX).read_bytes())
+    except FileNotFoundError:
+        return None
+    if index["sources"] != digest_of_sources():
+        return None
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    if binding.get_default_triple().partition("-")[0] != index["machine"] or not all(
+        features.get(name, False) for name in index["features"]
+    ):
+        log.info("kernels are compiled, as this processor cannot run those of the package")
+        return None
+    return _Library(index["kernels"], binding)
+
+
+class _Library:
+    def __init__(self, kernels: dict[str, dict[str, tuple[str, str]]], binding: Any) -> None:
+        self._kernels = kernels
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        machine = binding.Target.from_default_triple().create_target_machine(jit=True)
+        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        code = (FOLDER / OBJECT).read_bytes()
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+
+    def find(self, name: str, types: str) -> Callable[[Words], Any] | None:
+        """Load a kernel."""
+        try:
+            symbol, returned = self._kernels[name][types]
+        except KeyError:
+            return None
+        address = self._engine.get_function_address(symbol)
+        return _call(_ENTRY(address), name, types, returned)
+
+
+def _call(entry: Any, name: str, types: str, returned: str) -> Callable[[Words], Any]:
+    arguments = Struct("".join(_words_of(types)))
+    results, unused = Struct("".join(_words_of(returned))), ctypes.create_string_buffer(16)
+    is_tuple, is_truth = returned.startswith("("), returned == "?"
+
+    def call(words: Words) -> Any:
+        out = ctypes.create_string_buffer(8 * _MAX_RETURNED)
+        if entry(unused, unused, arguments.pack(*words), out):
+            raise RuntimeError(f"{name}({types}): expected no exception of a kernel, got one")
+        values = results.unpack_from(out)
+        if is_tuple or not values:
+            return values or None
+        return bool(values[0]) if is_truth else values[0]
+
+    return call
+
+
+def _words_of(types: str) -> Iterator[str]:
+    """Yield the format of each word: ``q`` or ``d``."""
+    for one in types.replace("(", " ").replace(")", " ").split():
+        if one[-1] in "CA":
+            n_dimensions = int(one[-2])
+            yield "q" * (1 + (n_dimensions if one[-1] == "C" else 2 * n_dimensions))
+        else:
+            yield "d" if one[0] == "f" else "q"

@@ -1,0 +1,143 @@
+"""Compiles kernels ahead, when the package is built: ``python -m ocelot_em.kernels.build FOLDER``.
+
+Needs numba and NumPy only. ``signatures.txt`` lists the kernels that are called from Python, each
+with the types of its arguments in merges (the notation is that of
+:mod:`ocelot_em.kernels.compiling`).
+"""
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llvmlite import binding
+
+from ocelot_em.kernels import ahead
+
+_CPUS = {"x86_64": "x86-64-v3"}
+"""Processors by machine, all since about 2015; others run what their generic processor runs."""
+
+_FEATURES = {"x86_64": ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")}
+"""What a processor must have."""
+
+_NEVER_CALLED = "define weak void @NRT_MemInfo_call_dtor(i8* %memory) { ret void }"
+"""Frees an array that owns memory; no kernel has one."""
+
+
+def build(folder: Path) -> None:
+    """Compile all kernels of ``signatures.txt`` into ``folder``, for other processors as well."""
+    machine = os.uname().machine
+    # numba reads them when it is imported, and vectorises for them.
+    os.environ["NUMBA_CPU_NAME"] = cpu = _CPUS.get(machine, "generic")
+    os.environ["NUMBA_CPU_FEATURES"] = ""
+    # Code of other processes may use the same names for other functions.
+    with TemporaryDirectory() as nothing_cached:
+        os.environ["NUMBA_CACHE_DIR"] = nothing_cached
+        code, kernels = _compiled_together()
+    compiler = binding.Target.from_default_triple().create_target_machine(
+        cpu=cpu, opt=3, reloc="static", codemodel="jitdefault", jit=True
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {
+        "machine": binding.get_default_triple().partition("-")[0],
+        "features": _FEATURES.get(machine, ()),
+        "sources": ahead.digest_of_sources(),
+        "kernels": kernels,
+    }
+    (folder / ahead.OBJECT).write_bytes(compiler.emit_object(code))
+    (folder / ahead.INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _compiled_together() -> tuple[Any, dict[str, dict[str, tuple[str, str]]]]:
+    """Return a module of all kernels, and their symbols and results by name and types."""
+    code, kernels = None, defaultdict[str, dict[str, tuple[str, str]]](dict)
+    for number, line in enumerate(_signatures()):
+        name, _, types = line.partition(" ")
+        symbol = f"{name.replace('.', '_')}_{number}"
+        text, own_name, returned = _compiled(name, types)
+        module = binding.parse_assembly(text)
+        module.get_function(own_name).name = symbol
+        if code is None:
+            code = module
+        else:
+            code.link_in(module)
+        kernels[name][types] = symbol, returned
+    assert code is not None
+    code.link_in(binding.parse_assembly(_NEVER_CALLED))
+    return code, kernels
+
+
+def _signatures() -> Iterator[str]:
+    text = Path(__file__).with_name("signatures.txt").read_text()
+    yield from (line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def _compiled(name: str, types: str) -> tuple[str, str, str]:
+    """Compile a kernel; return LLVM's assembly, the name of the function, and what it returns."""
+    from numba import types as numba_types
+
+    from ocelot_em.kernels import jit
+
+    module, _, function = name.rpartition(".")
+    kernel = getattr(import_module(f"ocelot_em.kernels.{module}"), function)
+    argument_types = numba_types.Tuple(tuple(_Types(types)))
+    enter: Any = jit.entry_point(kernel, argument_types)
+    signature = (numba_types.int64, numba_types.int64)
+    enter.compile(signature)
+    result = enter.overloads[signature]
+    inner = kernel.dispatcher.overloads[tuple(argument_types)]
+    return (
+        enter.inspect_llvm(signature),
+        result.fndesc.llvm_func_name,
+        _notation(inner.signature.return_type),
+    )
+
+
+class _Types:
+    """numba's types, read from their notation."""
+
+    def __init__(self, text: str) -> None:
+        self._words = text.replace("(", " ( ").replace(")", " ) ").split()
+
+    def __iter__(self) -> Iterator[Any]:
+        from numba import types
+
+        while self._words:
+            word = self._words.pop(0)
+            if word == ")":
+                return
+            if word == "(":
+                yield types.Tuple(tuple(self))
+            elif ":" in word:
+                dtype, _, form = word.partition(":")
+                yield types.Array(_number(dtype), int(form[0]), form[1])
+            else:
+                yield _number(word)
+
+
+def _number(dtype: str) -> Any:
+    import numpy as np
+    from numba import from_dtype
+
+    return from_dtype(np.dtype(dtype))
+
+
+def _notation(numba_type: Any) -> str:
+    from numba import types
+
+    if isinstance(numba_type, types.BaseTuple):
+        return f"({' '.join(_notation(item) for item in numba_type)})"
+    if isinstance(numba_type, types.Boolean):
+        return "?"
+    if isinstance(numba_type, types.Integer | types.Float):
+        return f"{'f' if isinstance(numba_type, types.Float) else 'i'}{numba_type.bitwidth // 8}"
+    return ""
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
