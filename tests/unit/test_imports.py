@@ -51,7 +51,7 @@ HOME = {
     "psutil": {"cli.doctor", "store.lock"},
     "xarray": {"merge.lazy"},
     "numba": {"kernels"},
-    "llvmlite": {"kernels.streams"},
+    "llvmlite": {"kernels.ahead", "kernels.build", "kernels.jit"},
     "cupy": {"kernels.device", "model.arrays"},
     "cupyx": {"kernels.device"},
     "dask_cuda": {"run.clusters"},

@@ -1,38 +1,47 @@
 """Kernels that were compiled when the package was built, and are loaded without numba.
 
-``built/`` has one object file, and ``index.json``, which names the kernels in it, the processor
-that they need, and the sources that they were compiled from. Nothing is loaded
-on other processors or if a source has changed since: numba compiles the kernels there.
+``built/`` has a folder for each kind of processor, with one object file, and ``index.json``, which
+names the kernels in it and the sources that they were compiled from. Nothing is loaded on other
+processors or if a source has changed since: numba compiles the kernels there.
 """
 
 import ctypes
 import hashlib
 import json
-import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
 from typing import Any
 
-log = logging.getLogger(__name__)
-
 FOLDER = Path(__file__).parent / "built"
 
 INDEX, OBJECT = "index.json", "kernels.o"
 
-MODULES = (
-    "by_chunk",
-    "by_map",
-    "collect",
-    "compiling",
-    "compositing",
-    "cpu",
-    "cpu_statistics",
-    "jit",
-    "streams",
+SOURCES = (
+    "build.py",
+    "by_chunk.py",
+    "by_map.py",
+    "collect.py",
+    "compiling.py",
+    "compositing.py",
+    "cpu.py",
+    "cpu_statistics.py",
+    "jit.py",
+    "signatures.txt",
+    "streams.py",
 )
-"""Modules of this package that the machine code depends on."""
+"""Files of this package that the machine code depends on."""
+
+_FEATURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+        "x86-64-v3": ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"),
+    },
+    "aarch64": {"generic": ()},
+}
+"""What a processor must have, by its machine and LLVM's name of its kind, best first."""
 
 Words = Sequence[int | float]
 """Arguments of a kernel, see :mod:`ocelot_em.kernels.compiling`."""
@@ -48,11 +57,16 @@ _ENTRY = ctypes.CFUNCTYPE(
 
 @lru_cache(maxsize=1)
 def digest_of_sources() -> str:
-    """Return the digest of the modules that the machine code depends on."""
+    """Return the digest of the files that the machine code depends on."""
     digest = hashlib.sha256()
-    for name in MODULES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
+
+
+def cpus() -> Sequence[str]:
+    """Return LLVM's names of the processors to compile for, best first."""
+    return list(_FEATURES.get(os.uname().machine, ()))
 
 
 def find(name: str, types: str) -> Callable[[Words], Any] | None:
@@ -60,34 +74,35 @@ def find(name: str, types: str) -> Callable[[Words], Any] | None:
     return None if (library := _library()) is None else library.find(name, types)
 
 
+def is_current(cpu: str) -> bool:
+    """Whether the kernels were compiled for a processor from the sources as they are."""
+    index = FOLDER / cpu / INDEX
+    return index.exists() and json.loads(index.read_bytes())["sources"] == digest_of_sources()
+
+
 @lru_cache(maxsize=1)
 def _library() -> "_Library | None":
-    try:
-        index = json.loads((FOLDER / INDEX).read_bytes())
-    except FileNotFoundError:
-        return None
-    if index["sources"] != digest_of_sources():
-        return None
-    from llvmlite import binding
+    for cpu in cpus():
+        if not is_current(cpu):
+            continue
+        from llvmlite import binding
 
-    features = binding.get_host_cpu_features()
-    if binding.get_default_triple().partition("-")[0] != index["machine"] or not all(
-        features.get(name, False) for name in index["features"]
-    ):
-        log.info("kernels are compiled, as this processor cannot run those of the package")
-        return None
-    return _Library(index["kernels"], binding)
+        features = binding.get_host_cpu_features()
+        if all(features.get(name, False) for name in _FEATURES[os.uname().machine][cpu]):
+            return _Library(FOLDER / cpu, binding)
+    return None
 
 
 class _Library:
-    def __init__(self, kernels: dict[str, dict[str, tuple[str, str]]], binding: Any) -> None:
-        self._kernels = kernels
+    def __init__(self, folder: Path, binding: Any) -> None:
+        self._kernels = json.loads((folder / INDEX).read_bytes())["kernels"]
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         machine = binding.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-        code = (FOLDER / OBJECT).read_bytes()
-        self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        self._engine.add_object_file(
+            binding.ObjectFileRef.from_data((folder / OBJECT).read_bytes())
+        )
         self._engine.finalize_object()
 
     def find(self, name: str, types: str) -> Callable[[Words], Any] | None:

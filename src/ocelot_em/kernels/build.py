@@ -1,12 +1,13 @@
-"""Compiles kernels ahead, when the package is built: ``python -m ocelot_em.kernels.build FOLDER``.
+"""Compiles kernels ahead, when the package is built: ``python -m ocelot_em.kernels.build``.
 
-Needs numba and NumPy only. ``signatures.txt`` lists the kernels that are called from Python, each
-with the types of its arguments in merges (the notation is that of
-:mod:`ocelot_em.kernels.compiling`).
+It compiles for all kinds of processors of this machine's architecture, and needs numba and NumPy
+only. ``signatures.txt`` lists the kernels that Python calls, each with the types of its arguments
+in merges, in the notation of :mod:`ocelot_em.kernels.compiling`.
 """
 
 import json
 import os
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,22 +20,30 @@ from llvmlite import binding
 
 from ocelot_em.kernels import ahead
 
-_CPUS = {"x86_64": "x86-64-v3"}
-"""Processors by machine, all since about 2015; others run what their generic processor runs."""
-
-_FEATURES = {"x86_64": ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")}
-"""What a processor must have."""
-
 _NEVER_CALLED = "define weak void @NRT_MemInfo_call_dtor(i8* %memory) { ret void }"
 """Frees an array that owns memory; no kernel has one."""
 
 
-def build(folder: Path) -> None:
-    """Compile all kernels of ``signatures.txt`` into ``folder``, for other processors as well."""
-    machine = os.uname().machine
-    # numba reads them when it is imported, and vectorises for them.
-    os.environ["NUMBA_CPU_NAME"] = cpu = _CPUS.get(machine, "generic")
-    os.environ["NUMBA_CPU_FEATURES"] = ""
+def build() -> None:
+    """Compile all kernels of ``signatures.txt``, unless they are: a process for each processor."""
+    processes = []
+    for cpu in ahead.cpus():
+        index = ahead.FOLDER / cpu / ahead.INDEX
+        if (
+            index.exists()
+            and json.loads(index.read_bytes())["sources"] == ahead.digest_of_sources()
+        ):
+            continue
+        # numba reads them when it is imported, and vectorises for them.
+        variables = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+        command = [sys.executable, "-m", __spec__.name, cpu]
+        processes.append(subprocess.Popen(command, env=os.environ | variables))
+    for process in processes:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def _build_for(cpu: str) -> None:
     # Code of other processes may use the same names for other functions.
     with TemporaryDirectory() as nothing_cached:
         os.environ["NUMBA_CACHE_DIR"] = nothing_cached
@@ -42,13 +51,9 @@ def build(folder: Path) -> None:
     compiler = binding.Target.from_default_triple().create_target_machine(
         cpu=cpu, opt=3, reloc="static", codemodel="jitdefault", jit=True
     )
+    folder = ahead.FOLDER / cpu
     folder.mkdir(parents=True, exist_ok=True)
-    index = {
-        "machine": binding.get_default_triple().partition("-")[0],
-        "features": _FEATURES.get(machine, ()),
-        "sources": ahead.digest_of_sources(),
-        "kernels": kernels,
-    }
+    index = {"sources": ahead.digest_of_sources(), "kernels": kernels}
     (folder / ahead.OBJECT).write_bytes(compiler.emit_object(code))
     (folder / ahead.INDEX).write_text(json.dumps(index, indent=1))
 
@@ -56,7 +61,7 @@ def build(folder: Path) -> None:
 def _compiled_together() -> tuple[Any, dict[str, dict[str, tuple[str, str]]]]:
     """Return a module of all kernels, and their symbols and results by name and types."""
     code, kernels = None, defaultdict[str, dict[str, tuple[str, str]]](dict)
-    for number, line in enumerate(_signatures()):
+    for number, line in enumerate(signatures()):
         name, _, types = line.partition(" ")
         symbol = f"{name.replace('.', '_')}_{number}"
         text, own_name, returned = _compiled(name, types)
@@ -72,7 +77,8 @@ def _compiled_together() -> tuple[Any, dict[str, dict[str, tuple[str, str]]]]:
     return code, kernels
 
 
-def _signatures() -> Iterator[str]:
+def signatures() -> Iterator[str]:
+    """Yield the lines of ``signatures.txt``."""
     text = Path(__file__).with_name("signatures.txt").read_text()
     yield from (line for line in text.splitlines() if line and not line.startswith("#"))
 
@@ -140,4 +146,7 @@ def _notation(numba_type: Any) -> str:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    if sys.argv[1:]:
+        _build_for(sys.argv[1])
+    else:
+        build()

@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ _PROBE_NBYTES = 4 * 2**20
 
 MAX_WAIT_SECONDS = 120.0
 """Timeout for another process that compiles, which may be suspended."""
+
+_redirecting = threading.Lock()
+"""Held while numba's setting is replaced."""
 
 _BESIDE_SOURCE = Path(__file__).parent / "__pycache__"
 
@@ -88,12 +92,14 @@ def caching_there() -> Iterator[bool]:
     Each version of the kernels has its own: numba does not notice if a function that is called by
     another one, which it has cached, has changed in another file.
     """
-    folder, before = cache_folder(), config.CACHE_DIR
-    config.CACHE_DIR = "" if folder is None else str(folder / f"kernels-{digest_of_sources()[:16]}")
-    try:
-        yield folder is not None
-    finally:
-        config.CACHE_DIR = before
+    folder = cache_folder()
+    with _redirecting:
+        before, own = config.CACHE_DIR, f"kernels-{digest_of_sources()[:16]}"
+        config.CACHE_DIR = "" if folder is None else str(folder / own)
+        try:
+            yield folder is not None
+        finally:
+            config.CACHE_DIR = before
 
 
 @contextlib.contextmanager

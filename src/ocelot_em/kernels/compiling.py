@@ -11,7 +11,7 @@ caches on disk.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property, update_wrapper
+from functools import cache, update_wrapper
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -20,6 +20,8 @@ from ocelot_em.kernels import ahead
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_creating = threading.Lock()
+
 
 class Kernel:
     """A function that is compiled for the types of the arguments it is called with."""
@@ -27,15 +29,17 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self.function, self.options = function, options
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self._dispatcher: Any = None
         self._ready: dict[str, Callable[[ahead.Words], Any] | None] = {}
         update_wrapper(self, function)
 
-    @cached_property
+    @property
     def dispatcher(self) -> Any:
         """The function that numba compiles."""
-        from ocelot_em.kernels import jit  # on demand, with numba
-
-        return jit.dispatcher_of(self)
+        with _creating:
+            if self._dispatcher is None:
+                self._dispatcher = _jit().dispatcher_of(self)
+            return self._dispatcher
 
     def __call__(self, *args: Any) -> Any:
         """Call it, compiled."""
@@ -149,9 +153,15 @@ def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) ->
     with suppress(_NotReadyError), _only_ahead():
         work()
         return 0.0
+    return float(_jit().seconds_compiling(work, announce))
+
+
+@cache
+def _jit() -> Any:
     from ocelot_em.kernels import jit  # on demand, with numba
 
-    return jit.seconds_compiling(work, announce)
+    jit.teach(Kernel, Operation)
+    return jit
 
 
 def address_of(array: Any) -> int:

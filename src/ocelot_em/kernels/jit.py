@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from llvmlite import ir
 from numba import njit, types
@@ -20,7 +20,24 @@ from numba.extending import intrinsic, typeof_impl
 from numba.np.arrayobj import populate_array
 
 from ocelot_em.kernels.compile_cache import caching_there, compiling_alone
-from ocelot_em.kernels.compiling import Kernel, Operation
+
+
+class Operation(Protocol):
+    """What only compiled code can call; its name is one of :data:`_OPERATIONS`."""
+
+    name: str
+
+
+class Kernel(Protocol):
+    """A function to compile, the options of numba for it, and what numba made of it."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any]
+
+    @property
+    def dispatcher(self) -> Any:
+        """The result of :func:`dispatcher_of`."""
+        ...
 
 
 def dispatcher_of(kernel: Kernel) -> Any:
@@ -92,14 +109,16 @@ def seconds_compiling(work: Callable[[], None], announce: Callable[[], None]) ->
     return announcement.seconds
 
 
-@typeof_impl.register(Kernel)
-def _type_of_kernel(kernel: Kernel, _context: Any) -> Any:
-    return types.Dispatcher(kernel.dispatcher)
+def teach(kernel_type: type[Kernel], operation_type: type[Operation]) -> None:
+    """Let compiled functions call kernels and operations by their names in Python."""
 
+    @typeof_impl.register(kernel_type)
+    def of_kernel(kernel: Kernel, _context: Any) -> Any:
+        return types.Dispatcher(kernel.dispatcher)
 
-@typeof_impl.register(Operation)
-def _type_of_operation(operation: Operation, _context: Any) -> Any:
-    return cpu_target.typing_context.resolve_value_type(_OPERATIONS[operation.name])
+    @typeof_impl.register(operation_type)
+    def of_operation(operation: Operation, _context: Any) -> Any:
+        return cpu_target.typing_context.resolve_value_type(_OPERATIONS[operation.name])
 
 
 def array_at(
