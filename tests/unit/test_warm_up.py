@@ -274,7 +274,7 @@ def test_the_time_left_is_reckoned_without_compiling(clock):
     shown.tile_ended(Outcome(0, 0, TileSummary(1, 1, 1, 1, 1, 0, 1, 5 * 10**6, 1)))
     assert shown.console.file.getvalue().splitlines() == [
         "running on 2 threads in this process",
-        "compiling kernels (once after an installation; about 20 s)",
+        "compiling kernels (once after an installation; about 15 s)",
         "compiled kernels in 12 s",
         "1 of 3 tiles, 500 kB/s, about 20 s left",
     ]
@@ -291,7 +291,7 @@ def test_a_terminal_has_no_bar_while_kernels_are_compiled():
         assert task.visible
         assert task.start_time > 0  # the time left is reckoned from now on
     text = shown.console.file.getvalue()
-    assert "compiling kernels (once after an installation; about 20 s)" in text
+    assert "compiling kernels (once after an installation; about 15 s)" in text
     assert "compiled kernels in 12 s" in text
 
 

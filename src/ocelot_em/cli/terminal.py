@@ -91,7 +91,7 @@ class MergeProgress(Observer):
 
     def compiling(self) -> None:
         """Print a message, and hide the bar."""
-        self.console.print("compiling kernels (once after an installation; about 20 s)")
+        self.console.print("compiling kernels (once after an installation; about 15 s)")
         self._bar.update(self._task, visible=False)
 
     def compiled(self, seconds: float) -> None:

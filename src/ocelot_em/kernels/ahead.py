@@ -116,8 +116,8 @@ class _Library:
 
 
 def _call(entry: Any, name: str, types: str, returned: str) -> Callable[[Words], Any]:
-    arguments = Struct("".join(_words_of(types)))
-    results, unused = Struct("".join(_words_of(returned))), ctypes.create_string_buffer(16)
+    arguments = Struct("".join(words_of(types)))
+    results, unused = Struct("".join(words_of(returned))), ctypes.create_string_buffer(16)
     is_tuple, is_truth = returned.startswith("("), returned == "?"
 
     def call(words: Words) -> Any:
@@ -132,7 +132,7 @@ def _call(entry: Any, name: str, types: str, returned: str) -> Callable[[Words],
     return call
 
 
-def _words_of(types: str) -> Iterator[str]:
+def words_of(types: str) -> Iterator[str]:
     """Yield the format of each word: ``q`` or ``d``."""
     for one in types.replace("(", " ").replace(")", " ").split():
         if one[-1] in "CA":

@@ -91,7 +91,7 @@ def _compiled(name: str, types: str) -> tuple[str, str, str]:
 
     module, _, function = name.rpartition(".")
     kernel = getattr(import_module(f"ocelot_em.kernels.{module}"), function)
-    argument_types = numba_types.Tuple(tuple(_Types(types)))
+    argument_types = numba_types.Tuple(tuple(Types(types)))
     enter: Any = jit.entry_point(kernel, argument_types)
     signature = (numba_types.int64, numba_types.int64)
     enter.compile(signature)
@@ -104,7 +104,7 @@ def _compiled(name: str, types: str) -> tuple[str, str, str]:
     )
 
 
-class _Types:
+class Types:
     """numba's types, read from their notation."""
 
     def __init__(self, text: str) -> None:

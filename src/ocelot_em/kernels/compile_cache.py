@@ -53,7 +53,7 @@ def cache_folder() -> Path | None:
             log.warning("NUMBA_CACHE_DIR cannot be written (%s); using %s", reasons[0], folder)
         return folder
     log.warning(
-        "each process compiles its kernels, which takes about 20 s, because no folder can be "
+        "each process compiles its kernels, which takes about 15 s, because no folder can be "
         "written to cache them (%s); set NUMBA_CACHE_DIR to one that can",
         "; ".join(reasons),
     )

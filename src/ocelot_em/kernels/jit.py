@@ -49,7 +49,7 @@ def dispatcher_of(kernel: Kernel) -> Any:
 
 
 ANNOUNCE_AFTER_SECONDS = 1.0
-"""Duration after which compilation is announced; a few kernels take less, all of them 20 s."""
+"""Duration after which compilation is announced; a few kernels take less, all of them 15 s."""
 
 
 class _NotCachedError(Exception):
