@@ -14,7 +14,7 @@ SPACE = SearchSpace.from_tables(
     [-200.0, 0.0, 200.0],
     [-0.01, 0.0],
 )
-INDEXED = SearchInfo(search_space=SPACE)
+INDEXED = SearchInfo(search_space=SPACE, chunk_files=True)
 
 
 def common_maps(shape=(5, 6), seed=0):

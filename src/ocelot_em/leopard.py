@@ -175,6 +175,7 @@ class _Recorded:
             pixel_size_angstrom=float(manager.optics_group.pixel_size),
             search_space=space,
             exposure=given.exposure,
+            chunk_files=given.chunk_files,
         )
         done = RecordedPartial(store, "gpu0", shape, info, size, 0).searched_before()
         for start, stop in sets.minus(((0, size.n_orientations),), done):

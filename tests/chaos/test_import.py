@@ -28,18 +28,23 @@ ATTEMPT = re.compile("/[0-9a-f]{12}/")
 
 KILLED = """
 import os, signal, sys
-from ocelot_em.store.local import LocalObjects
+from ocelot_em.store import constants, local
 from ocelot_em.cli.main import run
 
+constants.DEFAULT_CHUNK = 16
 left = int(sys.argv[1])
-for name in ("put", "create", "sync", "tidy"):
-    def killed(self, *arguments, original=getattr(LocalObjects, name), **options):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *arguments, **options)
-    setattr(LocalObjects, name, killed)
+for of, names in (
+    (local.LocalObjects, ("put", "create", "sync", "tidy", "append_to")),
+    (local._AppendedFile, ("append", "publish")),
+):
+    for name in names:
+        def killed(self, *arguments, original=getattr(of, name), **options):
+            global left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+        setattr(of, name, killed)
 code = run(sys.argv[2:])
 print(int(sys.argv[1]) - left)
 sys.exit(code)
@@ -101,7 +106,10 @@ def content(store: Path) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("made", [indexed, montage, finished])
-def test_the_same_command_finishes_a_killed_import(made, tmp_path: Path) -> None:
+def test_the_same_command_finishes_a_killed_import(
+    made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", 16)
     words = made(tmp_path)
     done = import_killed(10**9, words, tmp_path / "WHOLE")
     assert done.returncode == 0, done.stderr
@@ -110,6 +118,9 @@ def test_the_same_command_finishes_a_killed_import(made, tmp_path: Path) -> None
     for moment in moments:
         output = tmp_path / f"OUT{moment}"
         assert import_killed(moment, words, output).returncode == -9
+        if (output / "zarr.json").exists():
+            found = read_partials(open_objects(output), "e0" if made is montage else "")
+            assert {partial.state for _, partial in found} <= {"writing", "complete"}
         assert ocelot(["import", *map(str, words), "--output", str(output)]) == 0, moment
         assert content(output) == whole, moment
         assert ocelot_em.check(output) == [], moment

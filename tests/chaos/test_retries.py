@@ -28,7 +28,9 @@ N_TILES = 16
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place, rng = tmp_path_factory.mktemp("retries"), np.random.default_rng(3)
     results = [make_result(rng, SHAPE, 1000 + i, ties=True) for i in range(2)]
-    write_search(place / "RUN.zarr", results, [1000, 1001])
+    with pytest.MonkeyPatch.context() as patched:  # in shards
+        patched.setattr("ocelot_em.store.constants.DEFAULT_CHUNK", TILE)
+        write_search(place / "RUN.zarr", results, [1000, 1001])
     ocelot_em.merge(place / "RUN.zarr", place / "EXPECTED.zarr", tile_size=TILE)
     yield place
     shutil.rmtree(place)
@@ -41,7 +43,7 @@ class Failing:
         self.n_failed = 0
         self._of_thread = threading.local()
         self._number, self._every = number, every
-        for name in ("readv", "writev"):
+        for name in ("readv", "preadv", "writev"):
             monkeypatch.setattr(os, name, self._failing(getattr(os, name)))
         monkeypatch.setattr(contract, "PAUSES_SECONDS", (0.001, 0.002, 0.004))
 
@@ -106,15 +108,15 @@ def test_a_tile_that_failed_is_tried_again_when_the_others_are_done(
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
 def test_errors_that_stay_are_named(place, tmp_path, monkeypatch, number) -> None:
     failing = Failing(monkeypatch, number, every=10**9)
-    real = os.readv
+    real = os.preadv
 
-    def broken(descriptor, buffers):
+    def broken(descriptor, buffers, start):
         if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith("p1/mip/c/0/0"):
             failing.n_failed += 1
             raise OSError(number, os.strerror(number))
-        return real(descriptor, buffers)
+        return real(descriptor, buffers, start)
 
-    monkeypatch.setattr(os, "readv", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     reason = os.strerror(number)
     with pytest.raises(TilesFailedError, match=f"p1/mip/c/0/0: .*{reason}") as caught:
         ocelot_em.merge(place / "RUN.zarr", tmp_path / "OUT.zarr", tile_size=TILE)

@@ -55,6 +55,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import groups, partials, validation
 from ocelot_em.store import search as searches
 from ocelot_em.store import sources as sources_module
+from ocelot_em.store.manifest import find_manifest
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.roster import register
 
@@ -518,20 +519,22 @@ def write_in_bands(place, name, maps, edge, **options):
             writer.write(region, {key: values[region.slices] for key, values in maps.items()})
 
 
-def test_regions_make_the_same_partial_as_the_whole(tmp_path, small_chunks):
-    maps = explicit_maps((75, 40))
-    write_partial(tmp_path / "A", "gpu0", maps, total_projections=9)
-    write_in_bands(tmp_path / "B", "gpu0", maps | {"notes": np.full((75, 40), "x")}, small_chunks)
-
-    def chunks(place):
-        return {
-            name: data
-            for name, data in snapshot(place).items()
-            if "/c/" in name and "manifest" not in name
-        }
-
-    assert chunks(tmp_path / "A") == chunks(tmp_path / "B")
-    assert len(chunks(tmp_path / "A")) == 8 * 6
+@pytest.mark.parametrize("chunk_files", [False, True])
+def test_regions_make_the_same_partial_as_the_whole(tmp_path, small_chunks, chunk_files):
+    maps, info = explicit_maps((75, 40)), SearchInfo(chunk_files=chunk_files)
+    write_partial(tmp_path / "A", "gpu0", maps, total_projections=9, search=info)
+    maps |= {"notes": np.full((75, 40), "x")}
+    write_in_bands(tmp_path / "B", "gpu0", maps, small_chunks, search=info)
+    arrays = [
+        find_manifest(open_objects(tmp_path / place), "partials/gpu0").arrays for place in "AB"
+    ]
+    for name in arrays[0].keys() | arrays[1].keys():
+        ours, theirs = arrays[0][name], arrays[1][name]
+        assert ours.metadata == theirs.metadata
+        np.testing.assert_array_equal(ours.checksums, theirs.checksums)
+    written = [name for name in snapshot(tmp_path / "A") if "/c/" in name and "manif" not in name]
+    assert len(written) == (8 * 6 if chunk_files else 8)
+    assert check(tmp_path / "A") == check(tmp_path / "B") == []
 
 
 def test_a_partial_with_unwritten_regions_stays_incomplete(tmp_path, small_chunks):

@@ -96,9 +96,9 @@ def test_zarr_reads_what_we_write(name, shape, chunk):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("is_sharded", [False, True])
-def test_metadata_are_those_that_zarr_writes(name, is_sharded):
-    layout = replace(store.map_layout(name, (100, 90), (32, 40)), is_sharded=is_sharded)
+@pytest.mark.parametrize("per_shard", [None, (2, 3)])
+def test_metadata_are_those_that_zarr_writes(name, per_shard):
+    layout = replace(store.map_layout(name, (100, 90), (32, 40)), per_shard=per_shard)
     typesize = np.dtype(layout.dtype).itemsize
     blosc = BloscCodec(
         typesize=typesize, cname="lz4", clevel=5, shuffle=layout.shuffle, blocksize=0
@@ -110,7 +110,7 @@ def test_metadata_are_those_that_zarr_writes(name, is_sharded):
             name="zarrs",
             shape=layout.shape,
             chunks=layout.chunk,
-            shards={"shape": (128, 120), "index_location": "start"} if is_sharded else None,
+            shards={"shape": (64, 120), "index_location": "start"} if per_shard else None,
             dtype=layout.dtype,
             compressors=[blosc, Crc32cCodec()],
             fill_value=layout.fill,

@@ -35,6 +35,7 @@ from ocelot_em.cli.doctor_cluster import (
 from ocelot_em.errors import DeviceError, MissingDependencyError
 from ocelot_em.kernels import Kernels, load
 from ocelot_em.kernels.device import find_devices, open_device
+from ocelot_em.merge.forecast import n_files_of_maps
 from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
 from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
@@ -42,7 +43,7 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.text import nbytes_text, seconds_text
 from ocelot_em.run.connect import call_with_timeout
 from ocelot_em.store.blosc import BloscChunk, encode
-from ocelot_em.store.constants import DEFAULT_CHUNK
+from ocelot_em.store.constants import DEFAULT_CHUNK, SHARD_CHUNKS
 from ocelot_em.store.objects import open_objects
 
 CHECK_SECONDS = 180.0
@@ -57,6 +58,9 @@ SLOW_NBYTES_PER_SECOND = 50e6
 
 LITTLE_NBYTES, FEW_FILES, FEW_DESCRIPTORS = 2 * 10**9, 10_000, 1024
 """Minimum free space, free inodes and file descriptors; less gives a warning."""
+
+EXAMPLE_PX = 32768
+"""Edge of the maps for which the number of files is stated."""
 
 _NOT_FOR_USERS = ("all", "test")
 _ONE_OF_THESE = {"cuda12", "cuda13"}
@@ -333,14 +337,25 @@ def _mount_of(place: Path) -> tuple[str, str]:
 
 
 def _disk_space(place: Path) -> tuple[State, str]:
-    usage, facts = shutil.disk_usage(place), os.statvfs(place)
+    usage, free_inodes = shutil.disk_usage(place), open_objects(place).free_inodes()
     text = f"{nbytes_text(usage.free)} of {nbytes_text(usage.total)} are free"
     if usage.free < LITTLE_NBYTES:
         return "warning", f"{text}, which is little"
-    # File systems that create inodes on demand report a total of zero.
-    if facts.f_files and facts.f_favail < FEW_FILES:
-        return "warning", f"{text}, but only {facts.f_favail:,} more files can be created"
-    return "ok", text
+    if free_inodes is None:
+        return "ok", text
+    if free_inodes < FEW_FILES:
+        return "warning", f"{text}, but only {free_inodes:,} more files can be created"
+    explicit = MapSet(PoseForm.EXPLICIT, pixel_size=True)
+    n_chunks, n_shards = EXAMPLE_PX // DEFAULT_CHUNK, EXAMPLE_PX // DEFAULT_CHUNK // SHARD_CHUNKS
+    plain, sharded = (
+        8 * n_files_of_maps(len(explicit.partial), (n, n)) for n in (n_chunks, n_shards)
+    )
+    merged = n_files_of_maps(len(explicit.merged), (n_chunks, n_chunks)) + 3 * n_chunks**2
+    return "ok", (
+        f"{text}, and {free_inodes:,} more files can be created: {EXAMPLE_PX} x {EXAMPLE_PX} "
+        f"pixels of 8 devices have {sharded:,} ({plain:,} with --chunk-files), their result "
+        f"{merged:,}"
+    )
 
 
 def _disk_speed(place: Path) -> tuple[State, str]:

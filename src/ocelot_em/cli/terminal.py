@@ -142,6 +142,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
         return f"{nbytes_text(stored)} ({nbytes_text(decoded)} decoded)"
 
     free = "unknown" if cost.free_nbytes is None else nbytes_text(cost.free_nbytes)
+    free_inodes = "" if cost.free_inodes is None else f"; {cost.free_inodes:,} can be created"
     done = f", {cost.n_done} of them done before" if cost.n_done else ""
     if ready.stale:
         done += f", {len(ready.stale)} again, because more has been searched or added since"
@@ -154,6 +155,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
             "to write",
             f"about {sizes(cost.stored_nbytes_out, cost.decoded_nbytes_out)} to {ready.output}",
         ),
+        ("files", f"about {cost.n_files:,}, with folders {cost.n_inodes:,}{free_inodes}"),
         (
             "memory",
             f"{nbytes_text(cost.worker_nbytes)} in each worker"

@@ -178,6 +178,7 @@ def _plan(
         pixel_size_angstrom=size,
         has_pixel_size=offset is not None or PIXEL_SIZE in files.arrays,
         float64_sums=True,
+        chunk_files=options.chunk_files,
     )
     notes += [*facts.notes, *_missing(files, info)]
     return _Plan(files, name, count, offset, info, tuple(notes))

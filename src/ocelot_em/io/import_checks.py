@@ -230,6 +230,7 @@ def _common_info(
             for key in (SUM, SQUARED_SUM)
             if key in c.arrays
         ),
+        chunk_files=options.chunk_files,
     )
 
 

@@ -88,6 +88,8 @@ class ImportOptions(Options):
     name
         Name of the partial of a finished search. Default: the prefix, or the name of the folder or
         file.
+    chunk_files
+        Write a file for each chunk of a map, as for a bucket, instead of for up to 16 x 16 chunks.
 
     Examples
     --------
@@ -104,6 +106,7 @@ class ImportOptions(Options):
     pixel_size_offset_angstrom: float | None = None
     prefix: str = ""
     name: str | None = None
+    chunk_files: bool = False
 
 
 @dataclass

@@ -18,8 +18,10 @@ from ocelot_em.merge.memory_model import (
     worker_nbytes,
 )
 from ocelot_em.merge.plan import MergePlan
+from ocelot_em.merge.stats.layout import Layout
 from ocelot_em.model.maps import MAPS, SUM, MapSet
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.regions import TileGrid
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects, at_once
 from ocelot_em.store.objects import Stores, open_objects
@@ -42,7 +44,8 @@ class Forecast:
     ``n_done`` tiles were finished by an interrupted run. The stored size of the output is estimated
     from the inputs' compression ratio. ``worker_nbytes`` and ``device_nbytes`` are the peak memory
     of one worker, and of one on its device, where a thread holds ``partials_on_device`` at a time
-    (0 on the CPU). ``free_nbytes`` is None if the output's storage does not report it.
+    (0 on the CPU). ``n_inodes`` counts the files of the output, and its folders. ``free_nbytes``
+    and ``free_inodes`` are None if the output's storage does not report it.
     """
 
     n_tiles: int
@@ -52,7 +55,10 @@ class Forecast:
     decoded_nbytes_out: int
     stored_nbytes_out: int
     worker_nbytes: int
+    n_files: int
+    n_inodes: int
     free_nbytes: int | None
+    free_inodes: int | None
     device: DeviceChoice = ON_CPU
     partials_on_device: int = 0
     device_nbytes: int = 0
@@ -83,6 +89,7 @@ def forecast(
     covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
     stored_out = covered * min(stored_in / max(decoded_in, 1), 1)
     stored_out += (pixels - covered) * BLANK_RATIO  # pixels without an exposure
+    n_files, n_inodes = _files_and_inodes(plan)
     return Forecast(
         n_tiles=len(plan.grid),
         n_done=n_done,
@@ -91,12 +98,32 @@ def forecast(
         decoded_nbytes_out=per_pixel * pixels,
         stored_nbytes_out=int(per_pixel * stored_out),
         worker_nbytes=worker_nbytes(plan.tile, storage, plan.maps, options),
+        n_files=n_files,
+        n_inodes=n_inodes,
         free_nbytes=open_objects(output).free_bytes(),
+        free_inodes=open_objects(output).free_inodes(),
         device=device,
         partials_on_device=n_partials,
         device_nbytes=n_partials
         and device_worker_nbytes(plan.tile, storage, plan.maps, options, n_partials=n_partials),
     )
+
+
+def n_files_of_maps(n_maps: int, counts: tuple[int, int]) -> int:
+    """Return the number of files of maps with these counts of chunks, or of shards."""
+    return n_maps * (counts[0] * counts[1] + 1)
+
+
+def _files_and_inodes(plan: MergePlan) -> tuple[int, int]:
+    """Return the number of files of a result, and of its files and folders."""
+    n_maps, layouts = len(plan.maps.merged), [Layout.of(plan, e) for e in plan.exposures]
+    counts = TileGrid(plan.shape, plan.chunk).counts
+    n_tiles, n_records = len(plan.grid), sum(map(len, layouts)) * (3 if plan.is_montage else 2)
+    # For each exposure also histograms; and for the result lists, the manifest and tables.
+    n_files = n_files_of_maps(n_maps, counts) + n_tiles + n_records + 7 + 8 * len(layouts)
+    n_files += 0 if plan.search_space_digest is None else 7
+    n_folders = n_maps * (2 + counts[0]) + plan.grid.counts[0] + n_tiles + 7 + 12 * len(layouts)
+    return n_files, n_files + n_folders
 
 
 def _sizes_of(source: Source, maps: MapSet, stores: Stores) -> list[Callable[[], int]]:
@@ -110,7 +137,7 @@ def _sizes_of(source: Source, maps: MapSet, stores: Stores) -> list[Callable[[],
 def _stored_nbytes(objects: Objects, path: str, like: ChunkedMap) -> int:
     """Return the stored bytes of a map, extrapolated if it has many chunks."""
     grid = like.grid
-    if len(grid) <= CHUNKS_LISTED or like.shard is not None:
+    if len(grid) <= CHUNKS_LISTED or like.shards is not None:
         return sum(objects.sizes(path).values())
     some = (grid[int(number)] for number in np.linspace(0, len(grid) - 1, CHUNKS_SAMPLED))
     sizes = (objects.size(f"{path}/c/{chunk.iy}/{chunk.ix}") for chunk in some)
@@ -134,6 +161,12 @@ def require_resources(
         raise PlanError(
             f"disk: the output needs about {needed:,} more bytes, {prediction.free_nbytes:,} are "
             "free; free some space, or choose another output"
+        )
+    n_inodes = int(prediction.n_inodes * missing)
+    if prediction.free_inodes is not None and n_inodes > prediction.free_inodes:
+        raise PlanError(
+            f"disk: the output needs about {n_inodes:,} more files and folders, "
+            f"{prediction.free_inodes:,} can be created; delete some, or choose another output"
         )
     total = n_workers * prediction.worker_nbytes
     if total > memory_nbytes:

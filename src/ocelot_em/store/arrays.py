@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import mul
 from typing import Any, Literal
 
 import numpy as np
@@ -31,12 +32,9 @@ from ocelot_em.store.constants import (
 from ocelot_em.store.contract import Objects, ReusedMemory, at_once, join
 from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
 from ocelot_em.store.metadata import parse_array
-from ocelot_em.store.shards import Shard
+from ocelot_em.store.shards import Shards
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
-
-SHARD = "c/0/0"
-"""Key, within its array, of the shard that holds all chunks of a map."""
 
 TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
 """Stored dtypes of arrays that are not maps."""
@@ -140,7 +138,7 @@ class ArrayLayout:
     dimensions: tuple[str, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     shuffle: Literal["shuffle", "bitshuffle"] = "shuffle"
-    is_sharded: bool = False
+    per_shard: tuple[int, int] | None = None
 
 
 def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
@@ -170,7 +168,7 @@ def _encoded_metadata(layout: ArrayLayout) -> bytes:
     to_bytes = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs = [to_bytes, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}]
     chunk = layout.chunk
-    if layout.is_sharded:
+    if layout.per_shard is not None:
         sharding = {
             "chunk_shape": chunk,
             "codecs": codecs,
@@ -178,8 +176,7 @@ def _encoded_metadata(layout: ArrayLayout) -> bytes:
             "index_location": "start",
         }
         codecs = [{"name": "sharding_indexed", "configuration": sharding}]
-        sizes = zip(layout.shape, chunk, strict=True)
-        chunk = tuple(ceil_div(n, cell) * cell for n, cell in sizes)
+        chunk = tuple(map(mul, chunk, layout.per_shard))
     fill: float | str = layout.fill
     if dtype.kind == "f":
         special = {math.inf: "Infinity", -math.inf: "-Infinity"}
@@ -217,7 +214,7 @@ class ChunkedMap:
     codec: Blosc
     checksums: Checksums | None = None
     is_column: bool = False
-    shard: Shard | None = None
+    shards: Shards | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -226,8 +223,8 @@ class ChunkedMap:
 
     def key(self, chunk: Tile) -> str:
         """Key of the object that holds a chunk."""
-        if self.shard is not None:
-            return f"{self.path}/{SHARD}"
+        if self.shards is not None:
+            return self.shards.key(chunk)
         return f"{self.path}/c/{chunk.iy}" + ("" if self.is_column else f"/{chunk.ix}")
 
     def read(self, region: Region, out: AnyArray | None = None) -> tuple[AnyArray, int]:
@@ -259,15 +256,12 @@ class ChunkedMap:
         return fetched
 
     def _encoded(self, chunk: Tile, memory: ReusedMemory, max_nbytes: int) -> memoryview | None:
-        if self.shard is None:
+        if self.shards is None:
             return self.objects.get_into(self.key(chunk), memory, max_nbytes)
         try:
-            return self.shard.read(self._number(chunk), memory, max_nbytes)
+            return self.shards.read(chunk, memory, max_nbytes)
         except ValueError as error:
             raise self.corrupt(chunk, error) from error
-
-    def _number(self, chunk: Tile) -> int:
-        return chunk.iy * self.grid.counts[1] + chunk.ix
 
     def decode(self, frame: BloscChunk, chunk: Tile, region: Region, out: AnyArray) -> None:
         """Decode the part of a fetched chunk inside a region into that region's array."""
@@ -301,10 +295,10 @@ class ChunkedMap:
         """
         nbytes = 0
         for chunk, parts in self.encode(region, values):
-            if self.shard is None:
+            if self.shards is None:
                 self.objects.put(self.key(chunk), parts)
             else:
-                self.shard.append(self._number(chunk), parts)
+                self.shards.append(chunk, parts)
             nbytes += sum(map(len, parts))
             if self.checksums is not None:
                 self.checksums[chunk.iy, chunk.ix] = checksum_of(parts)
@@ -403,6 +397,9 @@ def open_map(
     settings = about.codecs[1]["configuration"]
     shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
     shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
+    shards = None
+    if about.per_shard is not None:
+        shards = Shards(objects, path, grid.counts, (about.per_shard[0], about.per_shard[1]))
     return ChunkedMap(
         objects=objects,
         path=path,
@@ -413,7 +410,7 @@ def open_map(
         codec=Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),
         checksums=None if expected is None else expected.checksums,
         is_column=len(dimensions) == 1,
-        shard=Shard(objects, f"{path}/{SHARD}", len(grid)) if about.is_sharded else None,
+        shards=shards,
     )
 
 

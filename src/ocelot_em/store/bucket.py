@@ -14,6 +14,7 @@ from ocelot_em.errors import StorageError
 from ocelot_em.store.contract import (
     MAX_NBYTES,
     AppendedObject,
+    RangeReader,
     ReusedMemory,
     T,
     at_once,
@@ -113,12 +114,9 @@ class BucketObjects:
         key: str,
         memory: ReusedMemory,
         max_nbytes: int = MAX_NBYTES,
-        start: int | None = None,
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
-                if start is not None:
-                    return memory.filled(self._range(key, start, max_nbytes))
                 found = obstore.get(self._store, key)
             except FileNotFoundError:
                 return None
@@ -127,13 +125,24 @@ class BucketObjects:
 
         return self._guard("read", key, action)
 
-    def _range(self, key: str, start: int, nbytes: int) -> memoryview:
-        try:
-            return memoryview(obstore.get_range(self._store, key, start=start, length=nbytes))
-        except BaseError:
-            if start < obstore.head(self._store, key)["size"]:
-                raise
-            return memoryview(b"")  # the object ends before
+    def ranges(self, key: str) -> RangeReader:
+        def read(memory: ReusedMemory, nbytes: int, start: int) -> memoryview | None:
+            def action() -> memoryview | None:
+                try:
+                    found = memoryview(
+                        obstore.get_range(self._store, key, start=start, length=nbytes)
+                    )
+                except FileNotFoundError:
+                    return None
+                except BaseError:
+                    if start < obstore.head(self._store, key)["size"]:
+                        raise
+                    found = memoryview(b"")  # the object ends before
+                return memory.filled(found)
+
+            return self._guard("read", key, action)
+
+        return read
 
     def append_to(self, key: str, head_nbytes: int) -> AppendedObject:
         raise NotImplementedError(f"{self.url}: {key}: objects here cannot grow")
@@ -213,6 +222,9 @@ class BucketObjects:
         """Do nothing: a write request returns when the data is safe."""
 
     def free_bytes(self) -> int | None:
+        return None
+
+    def free_inodes(self) -> int | None:
         return None
 
 

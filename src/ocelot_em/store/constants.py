@@ -31,6 +31,9 @@ MAX_CHUNK_NBYTES = 256 * 2**20
 MAX_CHUNKS = 2**28
 """Maximum number of chunks of an array; metadata may claim nonexistent ones."""
 
+SHARD_CHUNKS = 16
+"""Edge of a new shard in chunks: 1 GiB decoded, which every bucket takes in one request."""
+
 MAX_SHARD_CHUNKS = 2**16
 """Maximum number of chunks of a shard: its index is at most 1 MiB, and is kept in memory."""
 

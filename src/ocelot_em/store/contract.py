@@ -76,11 +76,14 @@ class Objects(Protocol):
         key: str,
         memory: "ReusedMemory",
         max_nbytes: int = MAX_NBYTES,
-        start: int | None = None,
     ) -> memoryview | None:
-        """Read as :meth:`get`, into the given memory, which the caller may change.
+        """Read as :meth:`get`, into the given memory, which the caller may change."""
 
-        With a ``start``, read up to ``max_nbytes`` from there on; fewer where the object ends.
+    def ranges(self, key: str) -> "RangeReader":
+        """Return a reader of parts of an object, which may keep it open; one replaced is noticed.
+
+        It is called with the memory, the number of bytes and the first of them, and returns fewer
+        bytes where the object ends, or None if there is none.
         """
 
     def append_to(self, key: str, head_nbytes: int) -> "AppendedObject":
@@ -132,12 +135,18 @@ class Objects(Protocol):
     def free_bytes(self) -> int | None:
         """Return free space in bytes, or None if unknown."""
 
+    def free_inodes(self) -> int | None:
+        """Return how many more files and folders can be created, or None without a limit."""
+
 
 class AppendedObject(Protocol):
     """An object that is written piece by piece, and visible only once it is published."""
 
     def append(self, parts: Sequence[bytes]) -> int:
         """Write parts behind what is there; return where they begin. Threads may do so at once."""
+
+    def rest(self) -> None:
+        """Release what is kept between two writes; more may be written nevertheless."""
 
     def publish(self, head: bytes) -> None:
         """Write the head, and give the object its name."""
@@ -163,6 +172,10 @@ class ReusedMemory:
         target = self.of(len(data))
         target[:] = data
         return target
+
+
+RangeReader = Callable[[ReusedMemory, int, int], memoryview | None]
+"""Reader of parts of an object; see :meth:`Objects.ranges`."""
 
 
 def at_once(objects: Objects, actions: Iterable[Callable[[], T]]) -> list[T]:

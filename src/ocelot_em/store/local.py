@@ -6,17 +6,26 @@ import errno
 import math
 import os
 import re
+import resource
 import shutil
 import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
+from weakref import WeakSet
 
 from ocelot_em.store.bucket import BucketObjects
-from ocelot_em.store.contract import MAX_NBYTES, AppendedObject, ReusedMemory, refuse_too_large
+from ocelot_em.store.contract import (
+    MAX_NBYTES,
+    AppendedObject,
+    RangeReader,
+    ReusedMemory,
+    refuse_too_large,
+)
 
 _CHECKED_SECONDS = 1.0
 """Seconds for which the check that a folder is inside the store is cached."""
@@ -51,7 +60,6 @@ class LocalObjects(BucketObjects):
         key: str,
         memory: ReusedMemory,
         max_nbytes: int = MAX_NBYTES,
-        start: int | None = None,
     ) -> memoryview | None:
         def action() -> memoryview | None:
             try:
@@ -64,13 +72,8 @@ class LocalObjects(BucketObjects):
                     return None
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError("expected a file")
-                size = status.st_size
-                if start is None:
-                    refuse_too_large(size, max_nbytes)
-                else:
-                    size = max(min(max_nbytes, size - start), 0)
-                    os.lseek(descriptor, min(start, status.st_size), os.SEEK_SET)
-                target = memory.of(size)
+                refuse_too_large(status.st_size, max_nbytes)
+                target = memory.of(status.st_size)
                 n_read = 0
                 while n := os.readv(descriptor, [target[n_read:]]):
                     n_read += n
@@ -79,6 +82,9 @@ class LocalObjects(BucketObjects):
                 os.close(descriptor)
 
         return self._guard("read", key, action)
+
+    def ranges(self, key: str) -> RangeReader:
+        return _RangeFile(self, key).read
 
     def _open_to_read(self, key: str) -> int:
         # O_NONBLOCK: opening a pipe must not wait for a writer.
@@ -274,10 +280,69 @@ class LocalObjects(BucketObjects):
         return real
 
     def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self._nearest).free
+
+    def free_inodes(self) -> int | None:
+        facts = os.statvfs(self._nearest)
+        # File systems that create inodes on demand report a total of zero.
+        return facts.f_favail if facts.f_files else None
+
+    @property
+    def _nearest(self) -> Path:
+        """The nearest folder that exists."""
         place = Path(self.url)
         while not place.exists():
             place = place.parent
-        return shutil.disk_usage(place).free
+        return place
+
+
+class _OpenFile:
+    """A file that is open for reading until nobody refers to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.status = descriptor, os.fstat(descriptor)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class _RangeFile:
+    """Reads parts of a file, which stays open unless many others are; see :class:`Objects`."""
+
+    kept: ClassVar[WeakSet[_OpenFile]] = WeakSet()
+
+    def __init__(self, objects: LocalObjects, key: str) -> None:
+        self._objects, self._key = objects, key
+        self._file: _OpenFile | None = None
+
+    def read(self, memory: ReusedMemory, nbytes: int, start: int) -> memoryview | None:
+        return self._objects._guard("read", self._key, lambda: self._read(memory, nbytes, start))
+
+    def _read(self, memory: ReusedMemory, nbytes: int, start: int) -> memoryview | None:
+        file, self._file = self._file, None  # after an error it is opened again
+        try:
+            found = os.lstat(self._objects._path(self._key))
+            if file is None or not os.path.samestat(found, file.status):
+                file = _OpenFile(self._objects._open_to_read(self._key))
+                found = file.status
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("expected a file")
+        target = memory.of(max(min(nbytes, found.st_size - start), 0))
+        n_read = 0
+        while n := os.preadv(file.descriptor, [target[n_read:]], start + n_read):
+            n_read += n
+        if file in self.kept or len(self.kept) < _max_kept():
+            self.kept.add(file)
+            self._file = file
+        return target[:n_read]
+
+
+@cache
+def _max_kept() -> int:
+    """Return the maximum number of files that stay open for reading, a quarter of the possible."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
 
 class _AppendedFile:
@@ -292,24 +357,35 @@ class _AppendedFile:
     def append(self, parts: Sequence[bytes]) -> int:
         with self._lock:
             start = self._end
+            self._objects._guard("write", self._key, lambda: self._write(parts, start))
             self._end += sum(map(len, parts))
-        self._objects._guard("write", self._key, lambda: self._write(parts, start))
         return start
 
     def _write(self, parts: Sequence[bytes], start: int) -> None:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._staged, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         for part in parts:
             left = memoryview(part)
             while left:
                 n_written = os.pwrite(self._descriptor, left, start)
                 left, start = left[n_written:], start + n_written
 
-    def publish(self, head: bytes) -> None:
-        def action() -> None:
-            self._write([head], 0)
-            self._objects._publish(lambda: self._staged.rename(self._target), self._target)
+    def rest(self) -> None:
+        with self._lock:
+            self._close()
 
-        self._objects._guard("write", self._key, action)
+    def publish(self, head: bytes) -> None:
+        self._objects._guard("write", self._key, lambda: self._write([head], 0))
+        self._objects._guard("write", self._key, self._rename)
         self._close()
+
+    def _rename(self) -> None:
+        try:
+            self._objects._publish(lambda: self._staged.rename(self._target), self._target)
+        except FileNotFoundError:
+            # A file server's answer may get lost, and the repeated request then fails.
+            if not os.path.samestat(Path(self._target).stat(), os.fstat(self._descriptor)):
+                raise
 
     def discard(self) -> None:
         self._close()

@@ -9,14 +9,15 @@ import math
 import re
 import reprlib
 from collections.abc import Sequence
+from operator import floordiv, mod
 from typing import (
     Annotated,
     Any,
-    ClassVar,
     Generic,
     Literal,
     NamedTuple,
     NotRequired,
+    Self,
     TypeAlias,
     TypeVar,
 )
@@ -133,6 +134,7 @@ class _Sharding(TypedDict):
 
 
 _SHARDING = TypeAdapter(_Sharding)
+_SHARD_GRID = TypeAdapter(_Entry[Literal["regular"], _Chunks])
 
 
 class _Allowed(NamedTuple):
@@ -148,8 +150,7 @@ class ArrayInfo(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    is_sharded: ClassVar[bool] = False
-    """Whether all chunks are in one shard."""
+    _per_shard: tuple[int, ...] | None = None  # not of the document
 
     zarr_format: int
     node_type: str
@@ -167,6 +168,16 @@ class ArrayInfo(BaseModel):
     def chunk(self) -> tuple[int, ...]:
         """Shape of the chunks."""
         return self.chunk_grid["configuration"]["chunk_shape"]
+
+    @property
+    def per_shard(self) -> tuple[int, ...] | None:
+        """Number of chunks of a shard along each axis; None without shards."""
+        return self._per_shard
+
+    def in_shards(self, per_shard: tuple[int, ...]) -> Self:
+        """Note that the chunks are in shards."""
+        self._per_shard = per_shard
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -224,12 +235,6 @@ class ArrayInfo(BaseModel):
         if found is None:
             raise ValueError(f"expected a value of {dtype}, got {reprlib.repr(value)}")
         return found
-
-
-class _ShardedInfo(ArrayInfo):
-    """Metadata of an array whose chunks are in one shard, as if they were not."""
-
-    is_sharded: ClassVar[bool] = True
 
 
 _KEYS = ArrayInfo.model_fields.keys()
@@ -295,19 +300,19 @@ def _parse_sharded(
     sharding = _SHARDING.validate_python(configuration)
     grid = {"name": "regular", "configuration": {"chunk_shape": sharding["chunk_shape"]}}
     chunked = {**document, "chunk_grid": grid, "codecs": sharding["codecs"]}
-    about = _ShardedInfo.model_validate(chunked, context=allowed)
-    counts = [*map(ceil_div, about.shape, about.chunk)]
-    whole = [n * cell for n, cell in zip(counts, about.chunk, strict=True)]
-    wanted = {"name": "regular", "configuration": {"chunk_shape": whole}}
-    if (found := document.get("chunk_grid")) != wanted or len(whole) != 2:
+    about = ArrayInfo.model_validate(chunked, context=allowed)
+    shard = _SHARD_GRID.validate_python(document.get("chunk_grid"))["configuration"]["chunk_shape"]
+    if len(shard) != 2 or len(about.chunk) != 2 or any(map(mod, shard, about.chunk)):
         raise FormatError(
-            f"{place}: chunk_grid: expected one shard of {whole}, got {reprlib.repr(found)}"
+            f"{place}: chunk_grid: expected shards of whole chunks {about.chunk} of two axes, got "
+            f"{reprlib.repr(shard)}"
         )
-    if (n := math.prod(counts)) > MAX_SHARD_CHUNKS:
+    per_shard = tuple(map(floordiv, shard, about.chunk))
+    if (n := math.prod(per_shard)) > MAX_SHARD_CHUNKS:
         raise FormatError(
             f"{place}: expected at most {MAX_SHARD_CHUNKS:,} chunks in a shard, got {n:,}"
         )
-    return about
+    return about.in_shards(per_shard)
 
 
 _MAX_PROBLEMS, _MAX_NAME = 20, 60

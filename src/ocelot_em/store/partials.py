@@ -113,7 +113,7 @@ def write_partial(
     20500000
     """
     info = search or SearchInfo()
-    if info == SearchInfo(exposure=info.exposure):  # the maps say it
+    if info == SearchInfo(exposure=info.exposure, chunk_files=info.chunk_files):  # the maps say it
         info = replace(info, has_pixel_size=PIXEL_SIZE in result)
     maps, problems = converted(result, info, name, HostRows)
     wide = any(rows.dtype.name == "float64" for key, rows in maps.items() if key != MIP)
@@ -215,7 +215,7 @@ class PartialWriter:
         self._path = partial_path(name, self._exposure_id)
         self._objects = open_objects(store)
         self._written: set[tuple[int, int]] = set()
-        self._in_batch = self._is_sharded = False
+        self._in_batch = False
         problems, self.total_projections = [], 0
         try:
             self.total_projections = exact_count(total_projections)
@@ -261,16 +261,6 @@ class PartialWriter:
         """
         self._in_batch = True
 
-    def in_shards(self) -> None:
-        """Write one file for each map instead of one for each chunk, which saves inodes.
-
-        Call this before entering the writer. It changes nothing in buckets, whose objects are whole
-        and cost no inode, and for maps of one chunk or of more than
-        :data:`~ocelot_em.store.constants.MAX_SHARD_CHUNKS`.
-        """
-        n_chunks = len(TileGrid(self.shape, self.chunk))
-        self._is_sharded = self._objects.can_append and 1 < n_chunks <= constants.MAX_SHARD_CHUNKS
-
     def _change(self, **changes: object) -> None:
         self._record = self._record.model_copy(update=changes)
 
@@ -290,9 +280,7 @@ class PartialWriter:
             groups.create_group(objects, f"{path}/{self._record.folder}", {})
         group = MapGroup(objects, path, self.name, self._record.folder)
         grid = TileGrid(self.shape, self.chunk)
-        self._manifest, self._maps = create_arrays(
-            group, self._info, grid, self._record.id, is_sharded=self._is_sharded
-        )
+        self._manifest, self._maps = create_arrays(group, self._info, grid, self._record.id)
         return self
 
     def write(self, region: Region, maps: Mapping[str, object], *, validated: bool = False) -> None:
@@ -359,8 +347,8 @@ class PartialWriter:
                 self._complete()
         finally:
             for chunked in self._maps.values():
-                if chunked.shard is not None:
-                    chunked.shard.discard()
+                if chunked.shards is not None:
+                    chunked.shards.discard()
 
     def _complete(self) -> None:
         grid = TileGrid(self.shape, self.chunk)
@@ -427,14 +415,20 @@ class PartialWriter:
 
 
 def create_arrays(
-    group: MapGroup, info: SearchInfo, grid: TileGrid, owner: str, *, is_sharded: bool = False
+    group: MapGroup, info: SearchInfo, grid: TileGrid, owner: str
 ) -> tuple[Manifest, dict[str, store.ChunkedMap]]:
-    """Create the arrays of a partial; return them, and the manifest that writing them fills."""
-    arrays = {}
+    """Create the arrays of a partial; return them, and the manifest that writing them fills.
+
+    Maps of several chunks are in shards, where objects can grow: their one writer writes all.
+    """
+    per_shard, arrays = None, {}
+    if group.objects.can_append and len(grid) > 1 and not info.chunk_files:
+        edge = constants.SHARD_CHUNKS
+        per_shard = min(edge, grid.counts[0]), min(edge, grid.counts[1])
     for key in info.maps.partial:
         place, dtype = group.path_of(key), info.stored_dtype(key)
         layout = store.map_layout(key, grid.shape, grid.cell, dtype)
-        layout = replace(layout, is_sharded=is_sharded)
+        layout = replace(layout, per_shard=per_shard)
         metadata = store.create_array(group.objects, place, layout)
         arrays[key] = ArrayManifest(metadata, new_checksums(grid))
     manifest = Manifest(owner, arrays)
@@ -444,8 +438,8 @@ def create_arrays(
 def publish_shards(maps: Mapping[str, store.ChunkedMap]) -> None:
     """Make the shards of maps that are written visible."""
     for chunked in maps.values():
-        if chunked.shard is not None:
-            chunked.shard.publish()
+        if chunked.shards is not None:
+            chunked.shards.publish()
 
 
 def complete_partial(

@@ -30,7 +30,7 @@ from ocelot_em.store.creation import ensure_search, now, provenance, refresh_tot
 from ocelot_em.store.lock import has_ended, this_process
 from ocelot_em.store.manifest import MANIFEST, Manifest, find_manifest, write_manifest
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import complete_partial, create_arrays
+from ocelot_em.store.partials import complete_partial, create_arrays, publish_shards
 from ocelot_em.store.roster import read_roster, register
 from ocelot_em.store.search import (
     MapGroup,
@@ -316,6 +316,7 @@ class RecordedPartial:
         assert before.recording is not None
         everything = sets.union((*before.coverage.ranges, *ranges))
         folder = slot.group.folder
+        publish_shards(slot.maps)
         digest = write_manifest(objects, f"{self._path}/{folder}", slot.manifest)
         objects.sync()  # the data must be on the disk before the record
         changes = {

@@ -237,7 +237,13 @@ class MapGroup:
             expected = self.manifest.arrays.get(key)
             if expected is None:
                 raise FormatError(f"{place}: expected the map in the manifest, it is not there")
-        return store.open_map(objects, self.path_of(key), place, MAPS[key].dtypes, expected)
+        opened = store.open_map(objects, self.path_of(key), place, MAPS[key].dtypes, expected)
+        if opened.shards is not None and not self.path:
+            raise FormatError(
+                f"{place}: codecs: expected no shards in a merged result, whose chunks are files "
+                "of their own; merge again"
+            )
+        return opened
 
 
 def open_partial(

@@ -94,6 +94,9 @@ class SearchInfo:
         space; float64 sums are then rejected because they would be rounded.
     exposure
         Exposure of a montage that the partial belongs to; the same for all its partials.
+    chunk_files
+        Whether each chunk of a map is a file, as always in buckets; by default, up to 16 x 16
+        chunks are a file, a Zarr shard.
 
     Examples
     --------
@@ -108,6 +111,7 @@ class SearchInfo:
     has_pixel_size: bool = True
     float64_sums: bool = False
     exposure: Exposure | None = None
+    chunk_files: bool = False
 
     def stored_dtype(self, name: str) -> str:
         """Stored dtype of a map of a partial."""

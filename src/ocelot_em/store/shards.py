@@ -1,54 +1,89 @@
-"""Shards: files that hold all chunks of a map, behind an index of their places in the file.
+"""Shards: files that hold many chunks of a map, behind an index of their places in the file.
 
 They are those of Zarr's ``sharding_indexed`` codec with the index at the start: offset and size in
 bytes of each chunk, row by row, as little-endian uint64, then the CRC32C of these.
 """
 
+import math
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ocelot_em.model.regions import Tile
 from ocelot_em.store.blosc import checksum
-from ocelot_em.store.contract import AppendedObject, Objects, ReusedMemory
+from ocelot_em.store.contract import AppendedObject, Objects, RangeReader, ReusedMemory
 
 _ABSENT = 2**64 - 1
 """Offset and size of a chunk that the shard does not have."""
 
+_MAX_OPEN = 4
+"""Maximum number of shards of a map that stay open for reading."""
 
-class Shard:
-    """The shard of a map; its index is read once, when the first chunk is read."""
+_MAX_WRITTEN = 64
+"""Maximum number of shards of a map whose files stay open between two writes."""
 
-    def __init__(self, objects: Objects, key: str, n_chunks: int) -> None:
-        self._objects, self._key, self._n = objects, key, n_chunks
-        self._index: NDArray[np.uint64] | None = None
-        self._file: AppendedObject | None = None
+
+class _Open(NamedTuple):
+    entries: NDArray[np.uint64]
+    read: RangeReader
+
+
+class _Begun(NamedTuple):
+    entries: NDArray[np.uint64]
+    file: AppendedObject
+
+
+class Shards:
+    """The shards of a map of ``counts`` chunks, each of which has room for ``per_shard``.
+
+    The index of a shard is read and checked once, when its first chunk is read.
+    """
+
+    def __init__(
+        self, objects: Objects, path: str, counts: tuple[int, int], per_shard: tuple[int, int]
+    ) -> None:
+        self._objects, self._path, self._counts = objects, path, counts
+        self._per_shard, self._n = per_shard, math.prod(per_shard)
+        self._open: dict[str, _Open] = {}
+        self._begun: dict[str, _Begun] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["Shard"], tuple[Objects, str, int]]:
-        return Shard, (self._objects, self._key, self._n)
+    def __reduce__(self) -> tuple[type["Shards"], tuple[object, ...]]:
+        return Shards, (self._objects, self._path, self._counts, self._per_shard)
 
     @property
     def _index_nbytes(self) -> int:
         return 16 * self._n + 4
 
-    def read(self, number: int, memory: ReusedMemory, max_nbytes: int) -> memoryview | None:
+    def key(self, chunk: Tile) -> str:
+        """Key of the shard that holds a chunk."""
+        height, width = self._per_shard
+        return f"{self._path}/c/{chunk.iy // height}/{chunk.ix // width}"
+
+    def _number(self, chunk: Tile) -> int:
+        height, width = self._per_shard
+        return chunk.iy % height * width + chunk.ix % width
+
+    def read(self, chunk: Tile, memory: ReusedMemory, max_nbytes: int) -> memoryview | None:
         """Read an encoded chunk; None if the shard or the chunk is missing.
 
         ``ValueError`` if the index is corrupt or the chunk larger than ``max_nbytes``.
         """
+        key, number = self.key(chunk), self._number(chunk)
         with self._lock:
-            index = self._index = self._index if self._index is not None else self._read_index()
-        if index is None or index[number, 1] == _ABSENT:
+            found = self._open.get(key) or self._opened(key)
+        if found is None or found.entries[number, 1] == _ABSENT:
             return None
-        start, nbytes = map(int, index[number])
+        start, nbytes = map(int, found.entries[number])
         if not self._index_nbytes <= start < 2**62 or not 0 < nbytes <= max_nbytes:
             raise ValueError(
                 f"expected at most {max_nbytes} bytes behind the index of the shard, got "
                 f"{nbytes} bytes at {start}"
             )
-        encoded = self._objects.get_into(self._key, memory, nbytes, start)
+        encoded = found.read(memory, nbytes, start)
         if encoded is not None and len(encoded) < nbytes:
             raise ValueError(
                 f"expected {nbytes} bytes at {start} of the shard, got {len(encoded)}: it is "
@@ -56,36 +91,48 @@ class Shard:
             )
         return encoded
 
-    def _read_index(self) -> NDArray[np.uint64] | None:
-        size = self._index_nbytes
-        found = self._objects.get_into(self._key, ReusedMemory(), size, 0)
+    def _opened(self, key: str) -> _Open | None:
+        size, read = self._index_nbytes, self._objects.ranges(key)
+        found = read(ReusedMemory(), size, 0)
         if found is None:
             return None
         encoded = bytes(found)
         entries, crc = encoded[:-4], int.from_bytes(encoded[-4:], "little")
         if len(encoded) < size or checksum(entries) != crc:
             raise ValueError("the index of the shard is truncated, or its CRC32C does not match")
-        return np.frombuffer(entries, "<u8").reshape(self._n, 2).astype(np.uint64)
+        while len(self._open) >= _MAX_OPEN:
+            self._open.pop(next(iter(self._open)))
+        index = np.frombuffer(entries, "<u8").reshape(self._n, 2).astype(np.uint64)
+        return self._open.setdefault(key, _Open(index, read))
 
-    def append(self, number: int, parts: Sequence[bytes]) -> None:
+    def append(self, chunk: Tile, parts: Sequence[bytes]) -> None:
         """Write a chunk; several threads may write different chunks."""
+        key, number = self.key(chunk), self._number(chunk)
         with self._lock:
-            if self._file is None:
-                self._index = np.full((self._n, 2), _ABSENT, np.uint64)
-                self._file = self._objects.append_to(self._key, self._index_nbytes)
-        assert self._index is not None
-        self._index[number] = self._file.append(parts), sum(map(len, parts))
+            begun = self._begun.get(key)
+            if begun is None:
+                index = np.full((self._n, 2), _ABSENT, np.uint64)
+                begun = _Begun(index, self._objects.append_to(key, self._index_nbytes))
+                self._begun[key] = begun
+        begun.entries[number] = begun.file.append(parts), sum(map(len, parts))
+        is_full = np.count_nonzero(begun.entries[:, 1] != _ABSENT) == self._n_in_shard(chunk)
+        if is_full or len(self._begun) > _MAX_WRITTEN:
+            begun.file.rest()
+
+    def _n_in_shard(self, chunk: Tile) -> int:
+        """Number of chunks of a chunk's shard, which is cut at the lower and right edge."""
+        (iy, ix), (ny, nx), (height, width) = (chunk.iy, chunk.ix), self._counts, self._per_shard
+        return min(height, ny - iy // height * height) * min(width, nx - ix // width * width)
 
     def publish(self) -> None:
-        """Make the shard, whose chunks are written, visible to readers."""
-        if self._file is not None:
-            assert self._index is not None
-            entries = self._index.astype("<u8").tobytes()
-            self._file.publish(entries + checksum(entries).to_bytes(4, "little"))
-            self._file = None
+        """Make the shards, whose chunks are written, visible to readers."""
+        for begun in self._begun.values():
+            index = begun.entries.astype("<u8").tobytes()
+            begun.file.publish(index + checksum(index).to_bytes(4, "little"))
+        self._begun.clear()
 
     def discard(self) -> None:
-        """Delete what was written, if it is not published."""
-        if self._file is not None:
-            self._file.discard()
-            self._file = None
+        """Delete what was written and is not published."""
+        for begun in self._begun.values():
+            begun.file.discard()
+        self._begun.clear()

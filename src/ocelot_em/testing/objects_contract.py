@@ -94,13 +94,16 @@ class ObjectsContract:
             objects.tidy(prefix)
         assert objects.get("a/b") == b"1"
 
-    def test_ranges_end_where_the_object_ends(self, objects: Objects) -> None:
+    def test_ranges_end_where_the_object_ends_and_follow_its_name(self, objects: Objects) -> None:
+        objects.put("a/b", [b"9876543210"])
+        read = objects.ranges("a/b")
+        assert bytes(read(ReusedMemory(), 1, 1) or b"") == b"8"
         objects.put("a/b", [b"0123456789"])
         for start, n, expected in ((2, 3, b"234"), (8, 9, b"89"), (10, 1, b""), (2**61, 9, b"")):
-            found = objects.get_into("a/b", ReusedMemory(), n, start)
+            found = read(ReusedMemory(), n, start)
             assert found is not None
             assert bytes(found) == expected
-        assert objects.get_into("a/c", ReusedMemory(), 1, 0) is None
+        assert objects.ranges("a/c")(ReusedMemory(), 1, 0) is None
 
     def test_objects_are_read_into_memory_of_the_caller(self, objects: Objects) -> None:
         memory = ReusedMemory()
