@@ -155,6 +155,7 @@ def search_of(side: int, n_partials: int, form: PoseForm, *, folder: Path) -> Pa
             seed=1,
             form=form,
             projections_per_pose=PROJECTIONS_PER_POSE,
+            chunk_files=True,  # so that all ways read the same files
         )
         simulate(place, simulation, n_threads=n_cores())
     return place / STORE_NAME

@@ -66,6 +66,8 @@ WRITER = (
     + """
 from builders import explicit_maps
 from ocelot_em import write_partial
+from ocelot_em.store import constants
+constants.DEFAULT_CHUNK = int(sys.argv[2])
 write_partial(sys.argv[1], "gpu0", explicit_maps((40, 30), 1), total_projections=7)
 """
 )
@@ -249,6 +251,7 @@ def test_an_overwriting_run_that_is_killed_at_any_moment_leaves_the_old_or_the_n
     assert 10 < sum(was_restored) < len(states)
 
 
+@pytest.mark.parametrize("chunk", [1024, 16])
 @pytest.mark.parametrize(
     "moment",
     [
@@ -260,14 +263,15 @@ def test_an_overwriting_run_that_is_killed_at_any_moment_leaves_the_old_or_the_n
     ids=lambda moment: moment[1],
 )
 def test_a_writer_that_was_stopped_does_not_change_what_another_one_completed(
-    moment: tuple[str, str, int], tmp_path: Path, asleep: Callable[..., Sleeper]
+    moment: tuple[str, str, int], chunk: int, tmp_path: Path, asleep: Callable[..., Sleeper]
 ) -> None:
+    """Neither in files of chunks nor in shards."""
     run, maps = tmp_path / "RUN.zarr", explicit_maps((40, 30), 2)
     first = PartialWriter(run, "gpu0", (40, 30), total_projections=9)
     is_second = moment[1] == "gpu0/zarr.json"  # it stops before it takes an unfinished one over
     if is_second:
         first.__enter__()
-    writer, wake = asleep(WRITER, moment, [str(run)])
+    writer, wake = asleep(WRITER, moment, [str(run), str(chunk)])
     if is_second:
         first.write(Region.whole((40, 30)), maps)
         first.__exit__(None, None, None)

@@ -32,6 +32,9 @@ import sys
 from multiprocessing import get_context
 
 import recording
+from ocelot_em.store import constants
+
+constants.DEFAULT_CHUNK = 32  # so that maps have shards, but in buckets
 
 
 def device(run, name, taken, last):

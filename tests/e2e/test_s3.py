@@ -16,6 +16,7 @@ from ocelot_em import (
 )
 from ocelot_em.cli import main as cli
 from ocelot_em.errors import (
+    CorruptChunkError,
     InvalidInputError,
     MissingChunkError,
     StorageError,
@@ -64,6 +65,24 @@ def test_a_missing_object_is_named(bucket, tmp_path):
         merge(run, tmp_path / "M")
     (problem,) = check(run)
     assert re.search(place, problem)
+
+
+def test_shards_that_were_copied_to_a_bucket_are_read_there(bucket, tmp_path, small_chunks):
+    run, url = write_explicit_search(tmp_path / "RUN.zarr", (70, 90)), f"s3://{BUCKET}/RUN.zarr"
+    for path in run.rglob("*"):
+        if path.is_file():
+            bucket.upload_file(path, BUCKET, str(path.relative_to(tmp_path)))
+    assert_same_datasets(open_partials(url), open_partials(run))
+    merge(url, tmp_path / "A")
+    merge(run, tmp_path / "B")
+    assert_same_datasets(open_merged(tmp_path / "A"), open_merged(tmp_path / "B"))
+    shard = run / "partials/gpu1/mip/c/0/0"
+    for end in (100, -9):
+        key, data = "RUN.zarr/partials/gpu1/mip/c/0/0", shard.read_bytes()[:end]
+        bucket.put_object(Bucket=BUCKET, Key=key, Body=data)
+        place = rf"{url}: partial 'gpu1': mip: chunk .* is corrupt: .*truncated"
+        with pytest.raises(CorruptChunkError, match=place):
+            open_partials(url)[MIP].compute()
 
 
 def test_places_that_are_not_there(bucket):

@@ -74,6 +74,8 @@ class Simulation:
     projections_per_pose
         Cross-correlations per pose of the search space, to imitate a finer search; 159 gives
         20.5 million.
+    chunk_files
+        As in :class:`~ocelot_em.SearchInfo`.
 
     Raises
     ------
@@ -97,6 +99,7 @@ class Simulation:
     form: PoseForm = PoseForm.EXPLICIT
     template_box: int = 56
     projections_per_pose: int = 1
+    chunk_files: bool = False
 
     def __post_init__(self) -> None:
         is_shape = len(self.shape) == 2 and min(self.shape) >= 1
@@ -343,6 +346,7 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
         template_box=simulation.template_box,
         pixel_size_angstrom=PIXEL_SIZE_ANGSTROM,
         search_space=simulation.search_space if indexed else None,
+        chunk_files=simulation.chunk_files,
     )
     digits = len(str(simulation.n_partials - 1))
     with ExitStack() as stack:
