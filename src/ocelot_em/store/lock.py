@@ -20,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-import psutil
-
 from ocelot_em.errors import LockLostError, OutputLockedError, StorageError
 from ocelot_em.store import fence
 from ocelot_em.store.contract import Objects
@@ -260,6 +258,8 @@ def kernel_id() -> str:
     """Identify the running kernel, in whose memory files are until they are on the disk."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    import psutil
+
     return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
@@ -270,6 +270,8 @@ def _started(pid: int) -> float | None:
     seconds, as the system recorded them then.
     """
     if not Path("/proc/self/stat").exists():
+        import psutil
+
         try:
             return float(psutil.Process(pid).create_time())
         except (psutil.Error, ValueError, OverflowError):
