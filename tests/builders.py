@@ -51,11 +51,10 @@ def idle_maps(maps):
     return idle
 
 
-def write_explicit_search(place, shape=(5, 6), n_partials=3):
+def write_explicit_search(place, shape=(5, 6), n_partials=3, **options):
     for number in range(n_partials):
-        write_partial(
-            place, f"gpu{number}", explicit_maps(shape, number), total_projections=1000 + number
-        )
+        maps, options["total_projections"] = explicit_maps(shape, number), 1000 + number
+        write_partial(place, f"gpu{number}", maps, **options)
     return place
 
 

@@ -16,7 +16,7 @@ from builders import (
     write_explicit_search,
     write_indexed_search,
 )
-from ocelot_em import lazy_merge, merge, open_merged, open_partials
+from ocelot_em import SearchInfo, lazy_merge, merge, open_merged, open_partials
 from ocelot_em.errors import (
     CorruptChunkError,
     FormatError,
@@ -143,7 +143,7 @@ CORNER = {"y": slice(64, None), "x": slice(32, None)}
 @pytest.fixture
 def broken_but_for_a_corner(tmp_path):
     """A search and its merge, of which only the last chunk of each map is left, and the truth."""
-    run = write_explicit_search(tmp_path / "R", SHAPE)
+    run = write_explicit_search(tmp_path / "R", SHAPE, search=SearchInfo(chunk_files=True))
     merge(run, tmp_path / "M", tile_size=EDGE)
     truth = {
         "partials": open_partials(run).isel(CORNER).compute(),

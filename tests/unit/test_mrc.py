@@ -400,7 +400,8 @@ def test_pixels_that_some_device_left_out_are_kept(tmp_path):
 
 
 def test_pixels_without_a_count_cannot_become_a_partial(tmp_path):
-    write_partial(tmp_path / "R", "p", explicit_maps(SHAPE), total_projections=10)
+    maps, info = explicit_maps(SHAPE), SearchInfo(chunk_files=True)
+    write_partial(tmp_path / "R", "p", maps, total_projections=10, search=info)
     broken = np.full((32, 32), 5, np.float32)
     broken[7, 8] = np.nan
     run = unsealed(tmp_path / "R")
