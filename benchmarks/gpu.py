@@ -30,7 +30,7 @@ from benchmarks.common import Run
 from benchmarks.merge import merge_once
 from ocelot_em.errors import OcelotError
 from ocelot_em.kernels.cuda import CudaKernels
-from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
+from ocelot_em.kernels.cuda_codec import ChunkCodec, pack, packed_nbytes
 from ocelot_em.kernels.device import Device, find_devices, open_device
 from ocelot_em.kernels.streams import find_streams
 from ocelot_em.merge import merge as pipeline
@@ -170,7 +170,7 @@ def decode_table(side: int, repeats: int) -> None:
         pack(chunk.frame, streams, packed)
         out, finding = device.empty(values.size, "f4"), device.empty(1, "i8")
         finding.fill(0)
-        decoder = ChunkDecoder(device, max(values.nbytes, packed.size))
+        decoder = ChunkCodec(device, max(values.nbytes, packed.size))
         seconds = device_seconds(partial(decoder.decode, packed, streams, out, finding), repeats)
         rate = values.nbytes / seconds / 1e9
         rows.append((name, len(streams.table), f"{seconds * 1e3:.2f}", f"{rate:.1f}"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zarr
 from hypothesis import settings
+from numcodecs import blosc
 
 from ocelot_em.model.maps import INDEX, POSES, AnyArray
 from ocelot_em.model.search_space import SearchSpace
@@ -105,6 +106,11 @@ def chunk_bytes(store: Path) -> dict[str, bytes]:
         for path in sorted(store.rglob("c/*/*"))
         if path.is_file() and "progress" not in path.parts
     }
+
+
+def chunk_values(store: Path) -> dict[str, bytes]:
+    """The same, as numcodecs decodes it: a device encodes the same values in other bytes."""
+    return {key: blosc.decompress(stored[:-4]) for key, stored in chunk_bytes(store).items()}
 
 
 def assert_same_maps(

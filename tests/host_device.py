@@ -1,4 +1,8 @@
-"""Stand-ins for a GPU: the same CUDA source, compiled for this processor, on memory of the host."""
+"""Stand-ins for a GPU: the same CUDA source, compiled for this processor, on memory of the host.
+
+A warp has one lane there, or, where that is tested, all lanes, which take turns between the points
+where they meet.
+"""
 
 import ctypes
 import functools
@@ -21,16 +25,20 @@ from ocelot_em.run import clusters
 PRELUDE = """
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <functional>
 #include <utility>
 struct Index { unsigned x; };
 static thread_local Index blockIdx, blockDim, threadIdx;
 #define __device__
 #define __global__
 static inline float __int_as_float(int bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-#define LANES 1
-static inline void __syncwarp() {}
-static inline double __shfl_down_sync(unsigned, double a, int) { return a; }
+#define __shared__ static thread_local
+#define __launch_bounds__(N)
+#define __ffs __builtin_ffs
+static inline unsigned atomicMax(unsigned *p, unsigned v)
+{ const unsigned before = *p; *p = before < v ? v : before; return before; }
 static inline double __dadd_rn(double a, double b) { return a + b; }
 static inline double __dsub_rn(double a, double b) { return a - b; }
 static inline double __dmul_rn(double a, double b) { return a * b; }
@@ -42,6 +50,80 @@ static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long 
 { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 """
 
+ONE_LANE = """
+#define LANES 1
+static inline void __syncwarp() {}
+static inline unsigned __ballot_sync(unsigned, bool a) { return a; }
+template <typename T> static inline T __shfl_sync(unsigned, T a, int) { return a; }
+static inline double __shfl_down_sync(unsigned, double a, int) { return a; }
+static void each_lane(const std::function<void()> &lane) { lane(); }
+"""
+
+ALL_LANES = """
+#include <ucontext.h>
+#define LANES 32
+struct Lane { ucontext_t context; bool has_ended; unsigned n_met; char stack[1 << 16]; };
+static Lane lanes[LANES];
+static ucontext_t caller;
+static const std::function<void()> *work;
+static uint64_t shown[2][LANES];
+static Lane &own() { return lanes[threadIdx.x % LANES]; }
+static void __syncwarp() { own().n_met++; swapcontext(&own().context, &caller); }
+// What a lane shows is still there when the slowest looks, as the next goes beside it.
+template <typename T> static const uint64_t *show(T value)
+{
+    uint64_t *all = shown[own().n_met % 2];
+    std::memcpy(all + threadIdx.x % LANES, &value, sizeof(T));
+    __syncwarp();
+    return all;
+}
+template <typename T> static T __shfl_sync(unsigned, T value, int lane)
+{
+    const uint64_t *all = show(value);
+    std::memcpy(&value, all + lane, sizeof(T));
+    return value;
+}
+static double __shfl_down_sync(unsigned, double value, int n)
+{
+    const int lane = threadIdx.x % LANES;
+    return __shfl_sync(0, value, lane + n < LANES ? lane + n : lane);
+}
+static unsigned __ballot_sync(unsigned, bool value)
+{
+    const uint64_t *all = show<uint64_t>(value);
+    unsigned bits = 0;
+    for (int lane = 0; lane < LANES; lane++) bits |= (unsigned)all[lane] << lane;
+    return bits;
+}
+static void run_lane() { (*work)(); own().has_ended = true; swapcontext(&own().context, &caller); }
+// Run a warp, forwards and backwards in turn, so that results that depend on the order differ.
+static void each_lane(const std::function<void()> &lane_work)
+{
+    if (threadIdx.x % LANES) return;
+    const unsigned first = threadIdx.x;
+    work = &lane_work;
+    for (Lane &lane : lanes) {
+        lane.has_ended = false;
+        lane.n_met = 0;
+        getcontext(&lane.context);
+        lane.context.uc_stack.ss_sp = lane.stack;
+        lane.context.uc_stack.ss_size = sizeof(lane.stack);
+        makecontext(&lane.context, run_lane, 0);
+    }
+    bool any = true;
+    for (int turn = 0; any; turn++) {
+        any = false;
+        for (int i = 0; i < LANES; i++) {
+            threadIdx.x = first + (turn % 2 ? LANES - 1 - i : i);
+            if (own().has_ended) continue;
+            any = true;
+            swapcontext(&caller, &own().context);
+        }
+    }
+    threadIdx.x = first;
+}
+"""
+
 LAUNCHER = """
 template <typename... A, std::size_t... I>
 static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments,
@@ -50,7 +132,7 @@ static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **
     blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
-            kernel(*reinterpret_cast<A *>(arguments[I])...);
+            each_lane([&] { kernel(*reinterpret_cast<A *>(arguments[I])...); });
 }
 template <typename... A>
 static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **arguments)
@@ -60,20 +142,25 @@ static void run(void (*kernel)(A...), unsigned blocks, unsigned threads, void **
 LAUNCHER(fold_indexed) LAUNCHER(fold_4_poses) LAUNCHER(fold_5_poses)
 LAUNCHER(finalise) LAUNCHER(mask_nan)
 LAUNCHER(decode_streams) LAUNCHER(unshuffle) LAUNCHER(measure_rows)
+LAUNCHER(shuffle) LAUNCHER(encode_streams) LAUNCHER(pack_streams) LAUNCHER(gather)
 """
 
 THREADS = 32
 
 
-@functools.cache
-def host_kernels():
+def host_kernels(lanes=ONE_LANE):
     """The compiled library, or a skip that says why there is none."""
+    return _compiled(lanes)
+
+
+@functools.cache
+def _compiled(lanes):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA source for the host with")
-    source = PRELUDE + kernel_source() + LAUNCHER
+    source = PRELUDE + lanes + kernel_source() + LAUNCHER
     folder = Path(tempfile.mkdtemp(prefix="ocelot-host-kernels-"))
-    weakref.finalize(host_kernels, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(_compiled, shutil.rmtree, folder, ignore_errors=True)
     name = hashlib.sha256(source.encode()).hexdigest()[:16]
     (folder / f"{name}.cpp").write_text(source)
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
@@ -97,8 +184,8 @@ class HostDevice:
     Allocations are counted, and refused beyond a limit.
     """
 
-    def __init__(self, limit_nbytes=None):
-        self._library, self._limit = host_kernels(), limit_nbytes
+    def __init__(self, limit_nbytes=None, lanes=ONE_LANE):
+        self._library, self._limit = host_kernels(lanes), limit_nbytes
         self._lock = threading.Lock()
         self.nbytes = self.peak_nbytes = 0
         self.launched = []

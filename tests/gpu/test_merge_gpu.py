@@ -7,7 +7,7 @@ import pytest
 
 import ocelot_em
 from gpu_kernels import needs_gpu
-from helpers import chunk_bytes, make_result, write_search
+from helpers import chunk_values, make_result, write_search
 from ocelot_em.errors import DeviceMemoryError
 from ocelot_em.kernels.device import find_devices, open_device
 from ocelot_em.testing.simulation import Simulation, simulate
@@ -27,7 +27,7 @@ def test_the_gpu_gives_the_bytes_of_the_cpu(tmp_path, rng, indexed, nan, tile_si
     options = {"tile_size": tile_size, "nan": nan, "threads": 4}
     ocelot_em.merge(search, tmp_path / "CPU.zarr", **options)
     ocelot_em.merge(search, tmp_path / "GPU.zarr", device="cuda", **options)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_search_larger_than_the_memory_limit(tmp_path, limited_pool):
     assert plan["device"].memory_nbytes <= 2**30
     assert limited_pool.total_bytes() <= plan["nbytes"] <= 2**30
     ocelot_em.merge(search, tmp_path / "CPU.zarr", threads=4)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
 
 
 def test_no_memory_is_said_in_numbers(limited_pool):
@@ -78,4 +78,4 @@ def test_a_cluster_of_gpu_workers(tmp_path, rng):
     search = write_search(tmp_path / "RUN.zarr", results, COUNTS)
     ocelot_em.merge(search, tmp_path / "CPU.zarr", tile_size=128)
     ocelot_em.merge(search, tmp_path / "GPU.zarr", tile_size=128, cluster="cuda", threads=2)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")

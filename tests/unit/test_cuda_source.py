@@ -8,6 +8,7 @@ from ocelot_em.kernels.device import _COMPILE_OPTIONS, kernel_source
 
 KERNELS = {"fold_indexed", "fold_4_poses", "fold_5_poses", "finalise", "mask_nan"}
 KERNELS |= {"decode_streams", "unshuffle", "measure_rows"}
+KERNELS |= {"encode_streams", "shuffle", "pack_streams", "gather"}
 
 
 def compiled(architecture, *options):

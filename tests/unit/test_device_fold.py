@@ -13,7 +13,7 @@ import ocelot_em
 from builders import unsealed
 from helpers import (
     assert_same_maps,
-    chunk_bytes,
+    chunk_values,
     combinations,
     make_result,
     read_maps,
@@ -63,7 +63,7 @@ def merge(search, output, **options):
         ],
     ),
 )
-def test_a_device_gives_the_bytes_of_the_cpu(
+def test_a_device_gives_the_values_of_the_cpu(
     tmp_path, rng, lend, form, nan, tile_size, make_device, derived
 ):
     indexed = form == "indexed"
@@ -77,7 +77,7 @@ def test_a_device_gives_the_bytes_of_the_cpu(
     merge(search, tmp_path / "CPU.zarr", **options)
     device = lend(make_device())
     merge(search, tmp_path / "GPU.zarr", device="cuda", **options)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
     assert "finalise" in device.launched
 
 
@@ -89,16 +89,18 @@ def spoil(search, partial, name, where):
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=FORMS)
-def test_whole_chunks_are_decoded_on_the_device(tmp_path, rng, lend, indexed, monkeypatch):
+def test_whole_chunks_are_decoded_and_encoded_there(tmp_path, rng, lend, indexed, monkeypatch):
     shape, n_maps = (128, 264), 4 if indexed else 8
     search = write_search(tmp_path / "RUN.zarr", results_of(rng, shape), COUNTS, indexed=indexed)
-    merge(search, tmp_path / "CPU.zarr")
+    derived = "none" if indexed else "stored"
+    merge(search, tmp_path / "CPU.zarr", derived=derived)
     device = lend(LateDevice())
     with monkeypatch.context() as context:
         context.setattr(Arrival, "decode", None)
-        merge(search, tmp_path / "GPU.zarr", device="cuda")
+        merge(search, tmp_path / "GPU.zarr", derived=derived, device="cuda")
     assert device.launched.count("decode_streams") == n_maps * len(COUNTS)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert device.launched.count("encode_streams") == (10 if indexed else 12)
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
     there, here = (MergedResult.open(tmp_path / f"{on}.zarr").statistics for on in ("GPU", "CPU"))
     for one, other in zip(there.sources, here.sources, strict=True):
         one, other = (s.model_dump(exclude={"name"}) for s in (one, other))
@@ -147,7 +149,7 @@ def test_montages_are_merged_on_a_device(tmp_path, lend, form, nan, overlap, der
     merge(search, tmp_path / "CPU.zarr", **options)
     device = lend(LateDevice())
     merge(search, tmp_path / "GPU.zarr", device="cuda", **options)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
     assert "finalise" in device.launched
     tables = [ocelot_em.find_peaks(tmp_path / f"{on}.zarr", cutoff=6.0) for on in ("CPU", "GPU")]
     assert len(tables[0]) > 0
@@ -176,7 +178,7 @@ def test_device_memory_is_predicted_and_kept(tmp_path, rng, lend, indexed):
     assert 1 < plan["partials_on_device"] < 24
     tiles = plan["device_nbytes"] - DEVICE_TABLES_NBYTES
     assert 0.8 * tiles < device.peak_nbytes <= plan["device_nbytes"] <= limit
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
 
 
 def test_when_others_hold_the_memory_fewer_partials_go_there_at_a_time(tmp_path, rng, lend, caplog):
@@ -186,7 +188,7 @@ def test_when_others_hold_the_memory_fewer_partials_go_there_at_a_time(tmp_path,
     lend(HostDevice(least))
     merge(search, tmp_path / "GPU.zarr", device="cuda")
     assert "less free memory than planned" in caplog.text
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
 
 
 def test_without_any_memory_it_says_so_and_can_go_on_later(tmp_path, rng, lend):
@@ -196,7 +198,7 @@ def test_without_any_memory_it_says_so_and_can_go_on_later(tmp_path, rng, lend):
         merge(search, tmp_path / "GPU.zarr", tile_size=33, device="cuda")
     merge(search, tmp_path / "GPU.zarr", tile_size=33, device="cpu")
     merge(search, tmp_path / "CPU.zarr", tile_size=33)
-    assert chunk_bytes(tmp_path / "GPU.zarr") == chunk_bytes(tmp_path / "CPU.zarr")
+    assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
 
 
 def test_a_plan_that_no_device_holds_is_refused_with_numbers(tmp_path, rng, lend):

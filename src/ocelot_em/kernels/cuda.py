@@ -37,7 +37,7 @@ _ALIGNMENT = 16
 assert NOT_SEARCHED == -1, "merge.cu has it as a number"
 
 
-def _structure(*values: int) -> AnyArray:
+def structure(*values: int) -> AnyArray:
     """Return a structure of ``merge.cu``, all of whose fields are 64-bit integers."""
     return np.array(values, np.int64).view([("fields", I8, (len(values),))])
 
@@ -83,8 +83,8 @@ class CudaKernels:
             group = sources[start : start + MAX_SOURCES]
             filled = [*group, *[empty] * (MAX_SOURCES - len(group))]
             arguments = (
-                _structure(*_table(kept)),
-                _structure(*(value for source in filled for value in source)),
+                structure(*_table(kept)),
+                structure(*(value for source in filled for value in source)),
                 np.int32(len(group)),
                 np.int32(0 if space is None else space.n_poses),
                 np.int32(fresh and start == 0),
@@ -117,9 +117,9 @@ class CudaKernels:
             index = address_of(checked(acc.pose[0], n, I4))
             tables = [address_of(table) for table in self._on_device(decoded)]
             sizes = [len(getattr(decoded, name)) for name in TABLES]
-        structure = _structure(*inputs, index, *_table(targets), *tables, *sizes)
+        addresses = structure(*inputs, index, *_table(targets), *tables, *sizes)
         outside = self._zero()
-        arguments = structure, np.float64(acc.count), np.int64(n), outside
+        arguments = addresses, np.float64(acc.count), np.int64(n), outside
         self._device.launch("finalise", n, arguments)
         if decoded is not None and (n_outside := self._read(outside)):
             raise outside_space(n_outside, decoded)
@@ -144,7 +144,7 @@ class CudaKernels:
         structures = []
         for maps in (partial, masked):
             row, own = of_partial(maps, n, I4 if indexed else F4, self._device.address)
-            structures.append(_structure(*_table(row), *own))
+            structures.append(structure(*_table(row), *own))
         arguments = *structures, np.int32(len(partial.pose)), np.int32(indexed), np.int64(n)
         self._device.launch("mask_nan", n, arguments)
         return masked

@@ -21,6 +21,10 @@ from ocelot_em.model.maps import AnyArray
 
 _THREADS_PER_BLOCK = 256
 
+_ONE_WARP = 32
+_WARP_KERNELS = ("decode_streams", "encode_streams", "pack_streams")
+"""Kernels with few warps that work for long: each is a block, so that all processors have some."""
+
 _COMPILE_OPTIONS = ("--fmad=false", "--ftz=false")
 """As on the CPU, round each product and sum separately, and keep subnormal values."""
 
@@ -60,7 +64,8 @@ class Device(Protocol):
 def kernel_source() -> str:
     """Return the CUDA source of all kernels."""
     folder = files("ocelot_em.kernels")
-    return "".join(folder.joinpath(f"{n}.cu").read_text("utf-8") for n in ("merge", "decode"))
+    names = "merge", "decode", "encode"
+    return "".join(folder.joinpath(f"{name}.cu").read_text("utf-8") for name in names)
 
 
 @dataclass(frozen=True)
@@ -238,9 +243,10 @@ class CudaDevice:
     def launch(self, kernel: str, n_threads: int, arguments: Sequence[Any]) -> None:
         """Start a kernel on this thread's stream."""
         stream = self._stream
-        blocks = -(-n_threads // _THREADS_PER_BLOCK)
+        per_block = _ONE_WARP if kernel in _WARP_KERNELS else _THREADS_PER_BLOCK
+        blocks = -(-n_threads // per_block)
         function = self._module.get_function(kernel)
-        function((blocks,), (_THREADS_PER_BLOCK,), tuple(arguments), stream=stream)
+        function((blocks,), (per_block,), tuple(arguments), stream=stream)
 
     def address(self, values: AnyArray) -> int:
         """Return the device address."""

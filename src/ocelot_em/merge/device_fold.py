@@ -4,20 +4,31 @@ This is the device version of :mod:`ocelot_em.merge.fold`, for the same caller. 
 encoded chunk to pinned memory and starts its copy to the device, which decodes it; during the copy
 it prepares the next map in other pinned memory. What the device does not decode (regions that are
 not one chunk, other codecs than LZ4) is decoded into the pinned memory instead. Merged maps return
-the same way, each encoded while the next is copied. Every thread has its own device memory,
-allocated once, and its own stream, so the threads of a worker also overlap.
+encoded, each while the next is encoded, or as values where these are needed. Every thread has its
+own device memory, allocated once, and its own stream, so the threads of a worker also overlap.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from ocelot_em.errors import DeviceMemoryError, OcelotError
 from ocelot_em.kernels.cuda import CudaKernels
-from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
+from ocelot_em.kernels.cuda_codec import (
+    CHUNK_BUFFERS,
+    HEADER_NBYTES,
+    ChunkCodec,
+    Window,
+    max_frame_nbytes,
+    pack,
+    packed_nbytes,
+)
 from ocelot_em.kernels.device import Device, DeviceEvent
 from ocelot_em.merge.fold import Merged, PieceReport, partial_maps, whole_map
 from ocelot_em.model.maps import (
@@ -32,8 +43,12 @@ from ocelot_em.model.maps import (
     AnyArray,
     MapSet,
 )
+from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.model.streams import LZ4Streams
 from ocelot_em.model.workspace import Workspace
+from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.blosc import EncodedChunks
 from ocelot_em.store.sources import Source
 from ocelot_em.store.transfer import Arrival, ReadAhead
 
@@ -45,15 +60,16 @@ PINNED_PLANES = 4
 MAPS_FOR_STATISTICS = (MIP, SCALED_MIP, STD, BEST_PARTIAL)
 """Maps of a whole tile that its statistics need on the host at the same time."""
 
-WIDEST_NBYTES = 8
-"""Bytes per pixel of the widest map."""
+CHUNK_NBYTES = 9
+"""Bytes per pixel of the memory for a chunk: 8 of the widest map, and room for a frame that did not
+become smaller."""
 
 
 def accumulator_nbytes_per_pixel(maps: MapSet) -> int:
     """Device bytes per thread and pixel of a tile, excluding those of its partials."""
     computed = len(maps.computed)
     counts = 8 if maps.counts else 0
-    chunk = 2 * WIDEST_NBYTES  # encoded, and decoded but not unshuffled
+    chunk = CHUNK_BUFFERS * CHUNK_NBYTES
     return 4 + 4 * len(maps.pose) + 4 + 8 + 8 + counts + 4 * computed + chunk
 
 
@@ -108,18 +124,26 @@ class DeviceFold:
         if not self.maps.derived:
             merged[SUM] = accumulator.correlation_sum
             merged[SQUARED_SUM] = accumulator.correlation_squared_sum
-        first = [name for name in MAPS_FOR_STATISTICS if name in merged]
-        if report.statistics is not None:
-            on_host = {name: work.array(name, merged[name].dtype) for name in first}
-            for name, values in memory.fetch(merged, first):
-                on_host[name][...] = values.reshape(work.shape)
-            report.statistics.find_candidates(on_host)
-        for name, values in memory.fetch(merged, list(merged)):
-            if name == MIP:
-                report.searched_pixels = int(np.count_nonzero(values > -np.inf))
+        statistics, on_host = report.statistics, {}
+        first = MAPS_FOR_STATISTICS if statistics is not None else (MIP,)
+        for name, values in memory.fetch(merged, [name for name in first if name in merged]):
+            on_host[name] = work.array(name, merged[name].dtype)
+            on_host[name][...] = values.reshape(work.shape)
+        report.searched_pixels = int(np.count_nonzero(on_host[MIP] > -np.inf))
+        if statistics is not None:
+            statistics.find_candidates(on_host)
+        encoded = memory.encodable(merged) if report.as_planes else {}
+        for name in merged:
+            if name not in encoded and name in on_host:
+                yield name, on_host[name]
+            elif name in encoded and name not in on_host and statistics is not None:
+                statistics.keep(name, partial(memory.codec.look_up, merged[name]))
+        others = [name for name in merged if name not in encoded and name not in on_host]
+        for name, values in memory.fetch(merged, others):
             shaped = values.reshape(work.shape)
             report.keep_candidates(name, shaped)
             yield name, shaped
+        yield from memory.encode(merged, encoded, work.shape)
 
 
 class Incoming:
@@ -147,7 +171,7 @@ class Incoming:
             whole_map(name, arrival, numbered_source, self._report, host)
             memory.send(host, values)
         elif statistics is not None and name in (SUM, SQUARED_SUM):
-            rows = memory.decoder.measure_rows(values, self._shape, statistics.n_valid_columns)
+            rows = memory.codec.measure_rows(values, self._shape, statistics.n_valid_columns)
             kept = memory.keep(len(self._measured), rows)
             self._measured.append((numbered_source[0], name, kept))
         return values
@@ -159,12 +183,12 @@ class Incoming:
         if chunk is None or streams is None:
             return False
         nbytes = packed_nbytes(len(chunk.frame), streams)
-        if streams.itemsize != values.itemsize or nbytes > memory.decoder.max_nbytes:
+        if streams.itemsize != values.itemsize or nbytes > memory.codec.max_nbytes:
             return False
         packed = memory.pinned(nbytes, np.dtype(np.uint8))
         pack(chunk.frame, streams, packed)
         finding = memory.findings[len(self._complaints) :]
-        memory.sent(memory.decoder.decode(packed, streams, values, finding))
+        memory.sent(memory.codec.decode(packed, streams, values, finding))
         self._complaints.append(arrival.corrupt)
         return True
 
@@ -183,16 +207,32 @@ class Incoming:
             statistics.add_measured(number, name, rows.reshape(-1, 2))
 
 
+class Encoding(NamedTuple):
+    """How chunks of a map are encoded: start of a frame, streams, and what a window is made of."""
+
+    header: bytes
+    streams: LZ4Streams
+    cell: tuple[int, int]
+    fill: float | int
+    dtype: "np.dtype[np.generic]"
+
+
 class DeviceMemory:
     """A device and the memory of every thread on it; shared by all exposures of a merge.
 
-    Each thread has memory for ``max_partials`` at a time, or for fewer if memory is short.
+    Each thread has memory for ``max_partials`` at a time, or for fewer if memory is short. Chunks
+    of the maps ``written`` can be encoded on the device.
     """
 
     def __init__(
-        self, device: Device, maps: MapSet, max_partials: int, sum_dtype: str = "float32"
+        self,
+        device: Device,
+        maps: MapSet,
+        max_partials: int,
+        sum_dtype: str,
+        written: Mapping[str, ChunkedMap],
     ) -> None:
-        self._device, self._maps = device, maps
+        self._device, self._maps, self._written = device, maps, written
         self._max_partials, self._sum_dtype = max_partials, sum_dtype
         self.kernels = CudaKernels(device)
         self._per_thread = threading.local()
@@ -201,10 +241,32 @@ class DeviceMemory:
         """Return this thread's memory."""
         if not hasattr(self._per_thread, "memory"):
             self._per_thread.memory = ThreadMemory(
-                self._maps, self._device, max_pixels, self._max_partials, self._sum_dtype
+                self._maps,
+                self._device,
+                max_pixels,
+                self._max_partials,
+                self._sum_dtype,
+                self._encodings,
             )
         memory: ThreadMemory = self._per_thread.memory
         return memory
+
+    @cached_property
+    def _encodings(self) -> dict[str, Encoding]:
+        """Encodings by name, where the device has one: those of Blosc for a chunk of fill values.
+
+        Readers decode chunks together only if their blocks are equally long.
+        """
+        from ocelot_em.kernels.streams import find_streams  # on demand, with numba
+
+        found = {}
+        for name, target in self._written.items():
+            blank = target.blank()
+            if (streams := blank.streams(find_streams)) is not None:
+                header = bytes(blank.frame[:HEADER_NBYTES])
+                cell = target.grid.cell
+                found[name] = Encoding(header, streams, cell, target.fill, target.dtype)
+        return found
 
 
 class ThreadMemory:
@@ -214,9 +276,16 @@ class ThreadMemory:
     """
 
     def __init__(
-        self, maps: MapSet, device: Device, max_pixels: int, max_partials: int, sum_dtype: str
+        self,
+        maps: MapSet,
+        device: Device,
+        max_pixels: int,
+        max_partials: int,
+        sum_dtype: str,
+        encodings: Mapping[str, Encoding],
     ) -> None:
         self._maps, self._device, self._max_pixels = maps, device, max_pixels
+        self._encodings = encodings
         self._on_device: dict[tuple[int, str, str], AnyArray] = {}
         self.max_partials = max_partials
         while True:
@@ -232,11 +301,12 @@ class ThreadMemory:
                     "the device has less free memory than planned: %d partials at a time",
                     self.max_partials,
                 )
-        nbytes = max_pixels * WIDEST_NBYTES
-        self.decoder = ChunkDecoder(device, nbytes)
+        nbytes = max_pixels * CHUNK_NBYTES
+        self.codec = ChunkCodec(device, nbytes)
         self.findings = device.empty(self.max_partials * len(MAPS), "i8")
         """Numbers of malformed streams of the chunks of a piece."""
         self._kept: dict[int, AnyArray] = {}
+        self._start = device.pinned(HEADER_NBYTES + 4)
         self._buffers = [device.pinned(nbytes) for _ in range(PINNED_PLANES)]
         self._events: list[DeviceEvent | None] = [None] * PINNED_PLANES
         self._current = 0
@@ -303,6 +373,48 @@ class ThreadMemory:
         while in_flight:
             yield _completed(in_flight.popleft())
 
+    def encodable(self, maps: Mapping[str, AnyArray]) -> dict[str, Encoding]:
+        """Return the encodings of the maps that the device can encode."""
+        return {
+            name: own
+            for name, own in self._encodings.items()
+            if name in maps
+            and maps[name].dtype == own.dtype
+            and max_frame_nbytes(own.streams) <= self.codec.max_nbytes
+        }
+
+    def encode(
+        self,
+        maps: Mapping[str, AnyArray],
+        encodings: Mapping[str, Encoding],
+        shape: tuple[int, int],
+    ) -> Iterator[tuple[str, EncodedChunks]]:
+        """Encode the chunks of maps of this shape; all of one map are taken before the next."""
+        chunks = {name: list(TileGrid(shape, own.cell)) for name, own in encodings.items()}
+        frames = self._frames(
+            (maps[name], Window(shape, (tile.region.y0, tile.region.x0), own.cell, own.fill), own)
+            for name, own in encodings.items()
+            for tile in chunks[name]
+        )
+        for name in encodings:
+            yield name, EncodedChunks(islice(frames, len(chunks[name])))
+
+    def _frames(self, steps: Iterable[tuple[AnyArray, Window, Encoding]]) -> Iterator[AnyArray]:
+        """Encode chunk after chunk; one is copied and yielded while the next is encoded."""
+        copied: tuple[AnyArray, DeviceEvent, bytes] | None = None
+        for values, window, own in steps:
+            self.codec.encode(values, window, own.streams)
+            sized = self._device.copy_out(self.codec.frame[: self._start.size], self._start)
+            if copied is not None:
+                yield _finished(*copied)
+            sized.synchronize()
+            size = int(self._start[len(own.header) :].view("<u4")[0])
+            frame = self.pinned(size, np.dtype(np.uint8))
+            copied = frame, self._device.copy_out(self.codec.frame[:size], frame), own.header
+            self.sent(copied[1])
+        if copied is not None:
+            yield _finished(*copied)
+
     def plane(self, slot: int, name: str, dtype: str, n: int) -> AnyArray:
         """Return the first ``n`` values of a map on the device, allocated once."""
         key = slot, name, dtype
@@ -316,3 +428,11 @@ def _completed(copy: tuple[str, AnyArray, DeviceEvent]) -> tuple[str, AnyArray]:
     name, host, event = copy
     event.synchronize()
     return name, host
+
+
+def _finished(frame: AnyArray, copied: DeviceEvent, header: bytes) -> AnyArray:
+    """Wait for a frame; return it with its header, in memory of its own."""
+    copied.synchronize()
+    frame = frame.copy()
+    frame[: len(header)] = np.frombuffer(header, np.uint8)
+    return frame

@@ -30,7 +30,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.streams import LZ4Streams
 from ocelot_em.model.workspace import Workspace
-from ocelot_em.store.blosc import BitPlanes, FindStreams, lz4_address
+from ocelot_em.store.blosc import BitPlanes, FindStreams, MergedMap, lz4_address
 from ocelot_em.store.sources import Source
 from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 
@@ -39,8 +39,8 @@ from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 class PieceReport:
     """What a fold finds out while it merges a piece.
 
-    ``statistics`` are None if they are not collected; ``as_planes``: poses may be bit planes.
-    ``suspects`` are numbers of sources that may
+    ``statistics`` are None if they are not collected; ``as_planes``: poses may be bit planes, and
+    maps that are on a device may be encoded there. ``suspects`` are numbers of sources that may
     have unusable values, and must be checked: a NaN pose is valid where nothing was searched.
     """
 
@@ -64,7 +64,7 @@ class PieceReport:
 Maps = Iterator[tuple[str, AnyArray]]
 """Maps by name, each valid until the next one is requested."""
 
-Merged = Iterator[tuple[str, AnyArray | BitPlanes]]
+Merged = Iterator[tuple[str, MergedMap]]
 """Merged maps by name, each valid until the next one is requested."""
 
 MAX_BLOCK = 2**17

@@ -30,7 +30,7 @@ from ocelot_em.merge.plan import MergePlan, Piece, PlannedExposure, read_plan
 from ocelot_em.merge.stats import layout, records
 from ocelot_em.merge.stats.collected import TileStatistics
 from ocelot_em.merge.warm_up import CompileListener, CompileLog, compile_kernels
-from ocelot_em.model.maps import MIP, SUM
+from ocelot_em.model.maps import MIP, SCALED_MIP, SUM
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.workspace import Workspace
@@ -203,7 +203,12 @@ class Job:
         self._device_memory = None
         if partials_on_device:
             maps, sum_dtype = plan.maps_of_exposure, open_one(first, SUM).dtype.name
-            self._device_memory = DeviceMemory(open_device(), maps, partials_on_device, sum_dtype)
+            # A montage needs the values of its z-score.
+            left_out = SCALED_MIP if plan.is_montage else ""
+            written = {name: own for name, own in self.written.items() if name != left_out}
+            self._device_memory = DeviceMemory(
+                open_device(), maps, partials_on_device, sum_dtype, written
+            )
         urls = {source.url for source in plan.sources}
         self._streams_in = max(open_objects(url).streams for url in urls)
         self._streams_out = 1 if objects is None else objects.streams

@@ -12,8 +12,8 @@ import numpy as np
 
 from ocelot_em.errors import PlanError
 from ocelot_em.merge.device_fold import (
+    CHUNK_NBYTES,
     PINNED_PLANES,
-    WIDEST_NBYTES,
     accumulator_nbytes_per_pixel,
     partial_nbytes_per_pixel,
 )
@@ -190,7 +190,7 @@ def worker_nbytes(
     written = min(tile[0], constants.DEFAULT_CHUNK) * min(tile[1], constants.DEFAULT_CHUNK)
     encoded = chunks_ahead(storage.streams) + (storage.chunk != tile)  # one decoded, to crop
     if options.device == "cuda":
-        per_pixel += PINNED_PLANES * WIDEST_NBYTES
+        per_pixel += PINNED_PLANES * CHUNK_NBYTES
     per_thread = (
         tile[0] * tile[1] * per_pixel
         + encoded * storage.chunk[0] * storage.chunk[1] * wide * 17 // 16  # room to grow

@@ -13,7 +13,7 @@ import numpy as np
 from ocelot_em.model.maps import MAPS, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64, MapSet
 from ocelot_em.model.regions import Overlap, Region
 from ocelot_em.model.workspace import Workspace
-from ocelot_em.store.blosc import BitPlanes
+from ocelot_em.store.blosc import MergedMap
 
 SHOWN_FIELDS = (
     "pixels_alone",
@@ -26,7 +26,7 @@ SHOWN_FIELDS = (
 """Sums over the pixels that show an exposure, outside and inside overlaps: number of pixels,
 z-scores, squared z-scores."""
 
-Maps = Iterator[tuple[str, AnyArray | BitPlanes]]
+Maps = Iterator[tuple[str, MergedMap]]
 """Finished maps of a tile, by name."""
 
 
@@ -34,7 +34,7 @@ class WholeTile:
     """A tile covered by a single exposure, whose maps are final; see :class:`Canvas`."""
 
     takes_planes = True
-    """Whether poses may be bit planes."""
+    """Whether maps may be bit planes, or encoded."""
 
     def __init__(self, number: int, maps: MapSet, shape: tuple[int, int]) -> None:
         self._number, self._is_montage, self._shape = number, maps.exposures, shape
@@ -43,10 +43,10 @@ class WholeTile:
     def place(self, *_: object) -> None:
         """Do nothing; the exposure covers the whole tile."""
 
-    def put(self, name: str, values: AnyArray | BitPlanes) -> Maps:
+    def put(self, name: str, values: MergedMap) -> Maps:
         """Yield the map unchanged."""
         yield name, values
-        if self._is_montage and name == SCALED_MIP and not isinstance(values, BitPlanes):
+        if self._is_montage and name == SCALED_MIP and isinstance(values, np.ndarray):
             from ocelot_em.kernels import compositing  # on demand, with numba
 
             sums = compositing.sum_alone(values.reshape(-1))
@@ -107,9 +107,9 @@ class Canvas:
         self._is_chosen = False
         self._edge_distance = _distances_from_edge(*regions)
 
-    def put(self, name: str, values: AnyArray | BitPlanes) -> Maps:
+    def put(self, name: str, values: MergedMap) -> Maps:
         """Place a map of the exposure; no map of the tile is finished before all are placed."""
-        assert not isinstance(values, BitPlanes)
+        assert isinstance(values, np.ndarray)
         if self._is_chosen:
             self._put(name, values)
         elif name != SCALED_MIP:  # it is not known yet which exposure wins

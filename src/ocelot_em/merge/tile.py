@@ -16,7 +16,7 @@ from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
 from ocelot_em.model.maps import MAPS, AnyArray, Float64
 from ocelot_em.model.regions import Tile, ceil_div
-from ocelot_em.store.blosc import BitPlanes
+from ocelot_em.store.blosc import MergedMap
 from ocelot_em.store.manifest import checksum_of
 from ocelot_em.store.transfer import Meter, ReadAhead, WriteBehind
 
@@ -27,9 +27,9 @@ class Writer:
     """Receives the maps and statistics of one tile; ignores what a subclass does not override."""
 
     takes_planes = False
-    """Whether poses may be bit planes."""
+    """Whether maps may be bit planes, or encoded."""
 
-    def map(self, name: str, values: AnyArray | BitPlanes) -> None:
+    def map(self, name: str, values: MergedMap) -> None:
         """Accept a merged map, whose memory is reused afterwards."""
 
     def statistics(self, piece: Piece, report: PieceReport) -> None:
@@ -49,9 +49,9 @@ class MemoryWriter(Writer):
         self._names, self._shape = job.plan.maps.merged, tile.region.shape
         self.maps: dict[str, AnyArray] = {}
 
-    def map(self, name: str, values: AnyArray | BitPlanes) -> None:
+    def map(self, name: str, values: MergedMap) -> None:
         """Keep a copy, if the map is wanted."""
-        if name in self._names and not isinstance(values, BitPlanes):
+        if name in self._names and isinstance(values, np.ndarray):
             self.maps[name] = values.copy()
 
     def blank(self) -> None:
@@ -94,7 +94,7 @@ class TileWriter(Writer):
             self._marked = self._storage.after(self._written, self._mark_done)
         return self._error is not None
 
-    def map(self, name: str, values: AnyArray | BitPlanes) -> None:
+    def map(self, name: str, values: MergedMap) -> None:
         """Encode a map of the tile and queue it for writing, if it is stored."""
         target = self._job.written.get(name)
         if target is None:

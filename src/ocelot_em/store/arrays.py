@@ -18,8 +18,11 @@ from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.store.blosc import (
     BitPlanes,
     BloscChunk,
+    EncodedChunks,
+    MergedMap,
     encode,
     encode_planes,
+    encoded_parts,
     max_encoded_nbytes,
 )
 from ocelot_em.store.constants import (
@@ -304,14 +307,16 @@ class ChunkedMap:
                 self.checksums[chunk.iy, chunk.ix] = checksum_of(parts)
         return nbytes
 
-    def encode(
-        self, region: Region, values: AnyArray | BitPlanes
-    ) -> Iterator[tuple[Tile, list[bytes]]]:
+    def encode(self, region: Region, values: MergedMap) -> Iterator[tuple[Tile, list[bytes]]]:
         """Encode as in :meth:`write`; yield each chunk and the parts of its object."""
         if not self.grid.is_aligned(region):
             raise ValueError(
                 f"{self.place}: region {region} is not made of whole chunks of {self.grid.cell}"
             )
+        if isinstance(values, EncodedChunks):
+            for chunk, frame in zip(self.grid.touching(region), values.frames, strict=True):
+                yield chunk, encoded_parts(frame, self.dtype, self.codec)
+            return
         if isinstance(values, BitPlanes):
             if region.shape == self.grid.cell:
                 (only,) = self.grid.touching(region)
@@ -335,6 +340,11 @@ class ChunkedMap:
     def encode_blank(self) -> list[bytes]:
         """Encode a chunk of fill values; return the parts of its object."""
         return encode(np.full(self.grid.cell, self.fill, self.dtype), self.codec)
+
+    def blank(self) -> BloscChunk:
+        """Return a chunk of fill values."""
+        encoded = bytearray().join(self.encode_blank())
+        return BloscChunk(memoryview(encoded), math.prod(self.grid.cell) * self.dtype.itemsize)
 
 
 def write_chunk(objects: Objects, key: str, values: AnyArray) -> None:

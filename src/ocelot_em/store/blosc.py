@@ -8,7 +8,7 @@ makes it a frame that numcodecs decodes.
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -126,6 +126,16 @@ class BitPlanes(NamedTuple):
         return values
 
 
+class EncodedChunks(NamedTuple):
+    """The chunks of a region, row by row, as frames (uint8) that a device encodes."""
+
+    frames: Iterator[AnyArray]
+
+
+MergedMap = AnyArray | BitPlanes | EncodedChunks
+"""A merged map: values, or what a chunk of it holds."""
+
+
 def encode(values: AnyArray, codec: Any) -> list[bytes]:
     """Encode C-contiguous values; return a chunk's object in parts: a frame and its CRC32C."""
     frame: bytes = codec.encode(values)
@@ -149,6 +159,20 @@ def encode_planes(planes: BitPlanes, dtype: "np.dtype[Any]", codec: Blosc) -> li
             crc = checksum(rest, checksum(head))
             return [head, rest, crc.to_bytes(4, "little")]  # type: ignore[list-item]
     return encode(planes.values(dtype), codec)
+
+
+def encoded_parts(frame: AnyArray, dtype: "np.dtype[Any]", codec: Blosc) -> list[bytes]:
+    """Return the parts of a chunk's object for a frame in streams.
+
+    One that is larger than Blosc allows is encoded again: it stores the values as they are.
+    """
+    whole: memoryview = frame.data
+    (nbytes,) = struct.unpack_from("<I", whole, 4)
+    if len(whole) > nbytes + _HEADER.size:
+        values = np.empty(nbytes // dtype.itemsize, dtype)
+        _decode(whole, values)
+        return encode(values, codec)
+    return [whole, checksum(whole).to_bytes(4, "little")]  # type: ignore[list-item]
 
 
 def max_encoded_nbytes(nbytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Chunks decoded by the CUDA source, on the stand-in for a device, against numcodecs."""
+"""Chunks decoded and encoded by the CUDA source, on the stand-in for a device, and by numcodecs."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs.blosc import Blosc
 
-from host_device import HostDevice, LateDevice, host_kernels
-from ocelot_em.kernels.cuda_decode import ChunkDecoder, pack, packed_nbytes
+from host_device import ALL_LANES, ONE_LANE, HostDevice, LateDevice, host_kernels
+from ocelot_em.kernels.cuda_codec import (
+    HEADER_NBYTES,
+    ChunkCodec,
+    Window,
+    max_frame_nbytes,
+    pack,
+    packed_nbytes,
+)
 from ocelot_em.kernels.streams import find_streams
-from ocelot_em.store.blosc import BloscChunk, encode
+from ocelot_em.store.blosc import BloscChunk, checksum, encode, encoded_parts
 
 GUARD = 64
 
@@ -39,12 +46,33 @@ def decoded(device, chunk, values, change=None):
     guarded = np.full(values.nbytes + 2 * GUARD, 0x5A, np.uint8)
     out = guarded[GUARD:-GUARD].view(values.dtype)
     finding, back = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    decoder = ChunkDecoder(device, max(packed.size, values.nbytes))
+    decoder = ChunkCodec(device, max(packed.size, values.nbytes))
     decoder.decode(packed, streams, out, finding)
     device.copy_out(finding, back).synchronize()
     assert (guarded[:GUARD] == 0x5A).all()
     assert (guarded[-GUARD:] == 0x5A).all()
     return out, int(back[0])
+
+
+def encoded(device, values, window, blank, codec):
+    """A part of a map as the device encodes it: a frame, and the object of a chunk."""
+    streams = blank.streams(find_streams)
+    nbytes = int(streams.table[:, 3].sum())
+    room = max_frame_nbytes(streams)
+    device_codec = ChunkCodec(device, room + GUARD)
+    for memory in (device_codec._packed, device_codec._shuffled, device_codec.frame):
+        memory.fill(0x5A)
+    device_codec.encode(values, window, streams)
+    back = np.empty(room + GUARD, np.uint8)
+    device.copy_out(device_codec.frame, back).synchronize()
+    size = int(back[HEADER_NBYTES:][:4].view("<u4")[0])
+    assert size <= room
+    assert (back[size:] == 0x5A).all()
+    assert (device_codec._packed[nbytes:] == 0x5A).all()
+    assert (device_codec._shuffled[nbytes:] == 0x5A).all()
+    frame = back[:size]
+    frame[:HEADER_NBYTES] = np.frombuffer(blank.frame[:HEADER_NBYTES], np.uint8)
+    return frame, b"".join(encoded_parts(frame, values.dtype, codec))
 
 
 KINDS = {
@@ -53,6 +81,7 @@ KINDS = {
     "runs": lambda rng, n: np.repeat(rng.integers(0, 9, n // 100 + 1), 100)[:n],
     "constant": lambda _, n: np.zeros(n),
 }
+ANY_KIND = KINDS | {"incompressible": lambda rng, n: rng.integers(-(2**31), 2**31, n)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,3 +156,50 @@ def test_streams_by_hand(device, stream, is_malformed):
     assert (n > 0) == is_malformed
     if not is_malformed:
         assert out.view(np.uint8)[0::4].tobytes() == b"A" * 2047 + b"B"
+
+
+CELLS = {"blocks": (64, 96, 8192), "short last block": (20, 44, 2048), "one": (16, 40, 0)}
+"""Chunks: height, width, bytes of a block."""
+
+
+@pytest.mark.parametrize(
+    ("lanes", "cell"),
+    [*((ONE_LANE, cell) for cell in CELLS), (ALL_LANES, "short last block")],
+    ids=[*CELLS, "all lanes of a warp"],
+)
+@given(data=st.data())
+def test_encoded_chunks_are_those_that_all_decode(lanes, cell, data):
+    device = HostDevice(lanes=lanes)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    height, width, blocksize = CELLS[cell]
+    shape = height + 3, width + 5
+    first = data.draw(st.sampled_from([(0, 0), (3, 5), (20, 30)]))
+    dtype = np.dtype(data.draw(st.sampled_from(["f4", "i8", "f8", "i4"])))
+    fill = np.nan if dtype.kind == "f" else -1
+    kind = ANY_KIND[data.draw(st.sampled_from(sorted(ANY_KIND)))]
+    values = kind(rng, shape[0] * shape[1]).astype(dtype).reshape(shape)
+    codec = Blosc(
+        "lz4", 5, data.draw(st.sampled_from([Blosc.SHUFFLE, Blosc.BITSHUFFLE])), blocksize
+    )
+    expected = np.full((height, width), fill, dtype)
+    inside = values[first[0] :, first[1] :][:height, :width]
+    expected[: inside.shape[0], : inside.shape[1]] = inside
+    blank = chunk_of(np.full((height, width), fill, dtype), codec.shuffle, 5, blocksize)
+    window = Window(shape, first, (height, width), fill)
+    frame, stored = encoded(device, values, window, blank, codec)
+    assert Blosc().decode(stored[:-4]) == expected.tobytes()
+    assert len(stored) <= expected.nbytes + 16 + 4
+    # Also the frame itself, if numcodecs would rather store these values as they are.
+    whole = memoryview(bytearray(frame.tobytes() + checksum(frame.data).to_bytes(4, "little")))
+    out, n_malformed = decoded(device, BloscChunk(whole, expected.nbytes), expected.reshape(-1))
+    assert n_malformed == 0
+    assert out.tobytes() == expected.tobytes()
+
+
+def test_encoded_chunks_are_about_as_large_as_those_of_numcodecs(device):
+    rng = np.random.default_rng(6)
+    for kind, shuffle in (("steps", Blosc.BITSHUFFLE), ("noise", Blosc.SHUFFLE)):
+        values = KINDS[kind](rng, 2**16).astype("f4").reshape(256, 256)
+        codec, window = Blosc("lz4", 5, shuffle), Window((256, 256), (0, 0), (256, 256), 0)
+        _, stored = encoded(device, values, window, chunk_of(values, shuffle), codec)
+        assert len(stored) < 1.02 * len(codec.encode(values))
