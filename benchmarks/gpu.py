@@ -4,10 +4,11 @@
 ends.
 
 Kernels: 8 partials on the device, bytes that must move (every input read once, every result written
-once) against a copy from device to device, which is counted in the same way. Whole merges: 4
-explicit partials, 1 to 8 threads, against the same threads without a GPU, against the same chunks
-decoded and encoded with nothing in between, and against the copies over PCIe alone. Page cache
-warm. Decoding: one chunk, copied encoded over PCIe.
+once) against a copy from device to device, which is counted in the same way. Chunks: decoded and
+encoded by 1 to 16 threads, and copied over PCIe encoded. Whole merges: 4 explicit partials, 1 to 16
+threads, against the same threads without a GPU, against what those must do in any case, and against
+the slowest of reading and writing the files, PCIe, and decoding and encoding on the device. Page
+cache warm.
 
 Results that are on the device already: merging 8 of them there and writing one partial, against
 writing all 8.
@@ -16,7 +17,10 @@ writing all 8.
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +34,18 @@ from benchmarks.common import Run
 from benchmarks.merge import merge_once
 from ocelot_em.errors import OcelotError
 from ocelot_em.kernels.cuda import CudaKernels
-from ocelot_em.kernels.cuda_codec import ChunkCodec, pack, packed_nbytes
+from ocelot_em.kernels.cuda_codec import (
+    HEADER_NBYTES,
+    ChunkCodec,
+    Window,
+    max_frame_nbytes,
+    pack,
+    packed_nbytes,
+)
 from ocelot_em.kernels.device import Device, find_devices, open_device
 from ocelot_em.kernels.streams import find_streams
 from ocelot_em.merge import merge as pipeline
+from ocelot_em.merge.device_fold import MAPS_FOR_STATISTICS
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.search_space import SearchSpace
@@ -42,7 +54,7 @@ from ocelot_em.store.blosc import BloscChunk, encode
 from ocelot_em.store.constants import shuffle_of
 
 N_IN_KERNEL, N_PARTIALS = 8, 4
-THREADS = (1, 2, 4, 8)
+THREADS = (1, 2, 4, 8, 16)
 
 
 def device_seconds(way: Callable[[], object], repeats: int) -> float:
@@ -152,34 +164,118 @@ def pcie_rates(repeats: int) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
-def decode_table(side: int, repeats: int) -> None:
-    """Print how fast the chunk of a map is copied to the device and decoded there."""
-    device = open_device()
-    rng = np.random.default_rng(0)
-    angles = rng.choice(np.arange(0, 360, 1.5, dtype="f4"), (side, side))
-    maps = {"mip": rng.standard_normal((side, side), dtype="f4") + 5, "best_psi": angles}
-    rows = []
-    for name, values in maps.items():
-        bits = shuffle_of(name) == "bitshuffle"
+class ChunkLoop:
+    """Copies, decodes and encodes one chunk again and again, as a thread of a merge does."""
+
+    def __init__(self, device: Device, values: Any, *, bits: bool) -> None:
         codec = Blosc("lz4", 5, Blosc.BITSHUFFLE if bits else Blosc.SHUFFLE)
         chunk = BloscChunk(memoryview(bytearray(b"".join(encode(values, codec)))), values.nbytes)
         streams = chunk.streams(find_streams)
         if streams is None:
-            raise OcelotError(f"{name}: expected a chunk that the device decodes")
-        packed = device.pinned(packed_nbytes(len(chunk.frame), streams))
-        pack(chunk.frame, streams, packed)
-        out, finding = device.empty(values.size, "f4"), device.empty(1, "i8")
-        finding.fill(0)
-        decoder = ChunkCodec(device, max(values.nbytes, packed.size))
-        seconds = device_seconds(partial(decoder.decode, packed, streams, out, finding), repeats)
-        rate = values.nbytes / seconds / 1e9
-        rows.append((name, len(streams.table), f"{seconds * 1e3:.2f}", f"{rate:.1f}"))
-    print(f"\none chunk of {side}^2, copied encoded and decoded, medians of {repeats}\n")
-    common.table(("map", "streams", "ms", "GB/s decoded"), rows)
+            raise OcelotError("expected a chunk that the device decodes")
+        self.device, self.streams, self.nbytes = device, streams, values.nbytes
+        self._packed = device.pinned(packed_nbytes(len(chunk.frame), streams))
+        pack(chunk.frame, streams, self._packed)
+        self._values, self._finding = device.empty(values.size, "f4"), device.empty(1, "i8")
+        self._finding.fill(0)
+        room = max(self._packed.size, max_frame_nbytes(streams))
+        self._codec = ChunkCodec(device, room)
+        self._window = Window(values.shape, (0, 0), values.shape, 0)
+        self._frame = device.pinned(room)
+
+    def decode(self, n: int) -> None:
+        """Copy and decode it."""
+        for _ in range(n):
+            done = self._codec.decode(self._packed, self.streams, self._values, self._finding)
+        done.synchronize()
+        self.frame_nbytes()
+
+    def encode(self, n: int) -> None:
+        """Encode it, and copy the frame."""
+        for _ in range(n):
+            self._codec.encode(self._values, self._window, self.streams)
+            size = self.frame_nbytes()
+            self.device.copy_out(self._codec.frame[:size], self._frame[:size]).synchronize()
+
+    def frame_nbytes(self) -> int:
+        """Wait for the device; return the size of the frame that it has encoded last."""
+        start = self._frame[: HEADER_NBYTES + 4]
+        self.device.copy_out(self._codec.frame[: start.size], start).synchronize()
+        return int(start[HEADER_NBYTES:].view("<u4")[0])
 
 
-def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
-    """Print how fast whole merges are, and what limits them."""
+def codec_table(side: int, repeats: int, *, n_chunks: int) -> dict[str, float]:
+    """Print how fast threads decode and encode chunks, which cross PCIe encoded.
+
+    Returns the most decoded bytes per second of each, of maps as a merge has them.
+    """
+    device, best = open_device(), dict[str, float]()
+    rng = np.random.default_rng(0)
+    angles = rng.choice(np.arange(0, 360, 1.5, dtype="f4"), (side, side))
+    maps = {"mip": rng.standard_normal((side, side), dtype="f4") + 5, "best_psi": angles}
+    rows = []
+    for n_threads in THREADS:
+        for name, values in maps.items():
+            bits = shuffle_of(name) == "bitshuffle"
+            with ThreadPoolExecutor(n_threads) as pool:
+                # Each thread has its own stream, on which its memory is allocated.
+                barrier = threading.Barrier(n_threads)
+
+                def started(values: Any = values, bits: bool = bits, wait: Any = barrier) -> Any:
+                    wait.wait()
+                    return ChunkLoop(device, values, bits=bits)
+
+                loops = [job.result() for job in [pool.submit(started) for _ in range(n_threads)]]
+
+                def run(
+                    way: str, pool: Any = pool, loops: Any = loops, wait: Any = barrier
+                ) -> None:
+                    def turn(loop: ChunkLoop) -> None:
+                        wait.wait()
+                        getattr(loop, way)(n_chunks)
+
+                    for job in [pool.submit(turn, loop) for loop in loops]:
+                        job.result()
+
+                ways = {way: partial(run, way) for way in ("decode", "encode")}
+                run("decode")
+                run("encode")
+                measured = common.in_turn(ways, repeats)
+                nbytes = n_threads * n_chunks * values.nbytes
+                rates = {way: nbytes / measured[way].median for way in ways}
+                ratio = loops[0].frame_nbytes() / values.nbytes
+            shown = (f"{rates[way] / 1e9:.1f}" for way in ways)
+            rows.append((n_threads, name, len(loops[0].streams.table), *shown, f"{ratio:.3f}"))
+            for way, rate in rates.items():
+                best[way] = max(best.get(way, 0.0), rate)
+    print(f"\n{n_chunks} chunks of {side}^2 per thread, GB/s decoded, medians of {repeats}\n")
+    header = ("threads", "map", "streams", "copied, decoded", "encoded, copied", "encoded size")
+    common.table(header, rows)
+    return best
+
+
+def disk_seconds(search: Path, folder: Path, nbytes_out: int) -> float:
+    """Seconds to read all files of a search, and to write as many bytes as its result has."""
+    names = [path for path in search.rglob("*") if path.is_file()]
+    each = bytes(2**22)
+    target = folder / "copied"
+    target.mkdir()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(max(THREADS)) as pool:
+        for _ in pool.map(lambda path: len(path.read_bytes()), names):
+            pass
+        paths = [target / str(number) for number in range(-(-nbytes_out // len(each)))]
+        for _ in pool.map(lambda path: path.write_bytes(each), paths):
+            pass
+    seconds = time.perf_counter() - started
+    shutil.rmtree(target)
+    return seconds
+
+
+def merge_table(
+    side: int, repeats: int, data: Path, coded: Mapping[str, float], *, quick: bool
+) -> None:
+    """Print how fast whole merges are, and what limits them; ``coded`` as :func:`codec_table`."""
     search = common.search_of(side, N_PARTIALS, PoseForm.EXPLICIT, folder=data)
     way_in, way_out = pcie_rates(repeats)
     rows = []
@@ -188,7 +284,12 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
         tempfile.TemporaryDirectory(prefix="ocelot-bench-", dir=data) as name,
     ):
         folder = Path(name)
-        ocelot_em.merge(search, folder / _floor.FINISHED)
+        totals = ocelot_em.merge(search, folder / _floor.FINISHED).totals
+        nbytes_in = common.decoded_nbytes(side, N_PARTIALS, PoseForm.EXPLICIT)
+        nbytes_out = side * side * 4 * len(MapSet(PoseForm.EXPLICIT).merged)
+        on_host = side * side * 4 * len(MAPS_FOR_STATISTICS)
+        pcie = totals.read_nbytes / way_in + (totals.written_nbytes + on_host) / way_out
+        device = nbytes_in / coded["decode"] + nbytes_out / coded["encode"]
 
         def before() -> None:
             fill()
@@ -216,10 +317,10 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
                 repeats,
                 before=before,
             )
-            nbytes_in = common.decoded_nbytes(side, N_PARTIALS, PoseForm.EXPLICIT)
-            nbytes_out = side * side * 4 * len(MapSet(PoseForm.EXPLICIT).merged)
-            pcie = nbytes_in / way_in + nbytes_out / way_out
-            floor = max(measured["floor"].median, pcie)
+            disk = statistics.median(
+                disk_seconds(search, folder, totals.written_nbytes) for _ in range(repeats)
+            )
+            floor = max(disk, pcie, device)
             gpu, cpu = measured["gpu"].median, measured["cpu"].median
             rows.append(
                 (
@@ -228,15 +329,16 @@ def merge_table(side: int, repeats: int, data: Path, *, quick: bool) -> None:
                     f"{nbytes_in / gpu / 1e9:.2f}",
                     f"{cpu:.2f}",
                     f"{measured['floor'].median:.2f}",
-                    f"{pcie:.2f}",
+                    f"{disk:.2f}",
                     f"{floor / gpu:.2f}",
                     f"{cpu / gpu:.2f}",
                 )
             )
     print(f"\nmerges of {N_PARTIALS} partials x {side}^2, medians of {repeats}")
-    print(f"PCIe: {way_in / 1e9:.1f} GB/s to the device, {way_out / 1e9:.1f} back\n")
-    header = ("threads", "GPU: seconds", "GB/s in", "CPU", "copy of the chunks", "PCIe alone")
-    common.table((*header, "floor to GPU", "CPU to GPU"), rows)
+    print(f"PCIe: {way_in / 1e9:.1f} GB/s to the device, {way_out / 1e9:.1f} back")
+    print(f"of the chunks: PCIe {pcie:.2f} s, decoding and encoding on the device {device:.2f} s\n")
+    header = ("threads", "GPU: seconds", "GB/s in", "CPU", "floor of the CPU", "disk alone")
+    common.table((*header, "slowest part to GPU", "CPU to GPU"), rows)
 
 
 def arrays_table(side: int, repeats: int, data: Path) -> None:
@@ -295,9 +397,8 @@ def main() -> None:
     repeats = 1 if asked.quick else asked.repeats
     asked.data.mkdir(parents=True, exist_ok=True)
     kernel_table(512 if asked.quick else 4096, repeats)
-    for side in (512,) if asked.quick else (1024, 4096):
-        decode_table(side, repeats)
-    merge_table(1024 if asked.quick else 8192, repeats, asked.data, quick=asked.quick)
+    coded = codec_table(512 if asked.quick else 1024, repeats, n_chunks=2 if asked.quick else 50)
+    merge_table(1024 if asked.quick else 8192, repeats, asked.data, coded, quick=asked.quick)
     arrays_table(512 if asked.quick else 4096, repeats, asked.data)
 
 

@@ -197,9 +197,16 @@ def test_encoded_chunks_are_those_that_all_decode(lanes, cell, data):
 
 
 def test_encoded_chunks_are_about_as_large_as_those_of_numcodecs(device):
-    rng = np.random.default_rng(6)
-    for kind, shuffle in (("steps", Blosc.BITSHUFFLE), ("noise", Blosc.SHUFFLE)):
-        values = KINDS[kind](rng, 2**16).astype("f4").reshape(256, 256)
-        codec, window = Blosc("lz4", 5, shuffle), Window((256, 256), (0, 0), (256, 256), 0)
+    rng, shape = np.random.default_rng(6), (256, 512)
+    cases = [
+        (KINDS["steps"](rng, 2**17), Blosc.BITSHUFFLE),
+        (KINDS["noise"](rng, 2**17), Blosc.SHUFFLE),
+    ]
+    # Repeated too far away for LZ4, whose distances have 16 bits.
+    cases.append((np.tile(KINDS["noise"](rng, 70_000), 2)[: 2**17], Blosc.SHUFFLE))
+    for plain, shuffle in cases:
+        values = plain.astype("f4").reshape(shape)
+        codec, window = Blosc("lz4", 5, shuffle), Window(shape, (0, 0), shape, 0)
         _, stored = encoded(device, values, window, chunk_of(values, shuffle), codec)
+        assert Blosc().decode(stored[:-4]) == values.tobytes()
         assert len(stored) < 1.02 * len(codec.encode(values))

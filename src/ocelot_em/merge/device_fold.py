@@ -288,6 +288,8 @@ class ThreadMemory:
         self._encodings = encodings
         self._on_device: dict[tuple[int, str, str], AnyArray] = {}
         self.max_partials = max_partials
+        nbytes = max_pixels * CHUNK_NBYTES
+        self.codec = ChunkCodec(device, nbytes)
         while True:
             try:
                 self._allocate(sum_dtype)
@@ -301,8 +303,6 @@ class ThreadMemory:
                     "the device has less free memory than planned: %d partials at a time",
                     self.max_partials,
                 )
-        nbytes = max_pixels * CHUNK_NBYTES
-        self.codec = ChunkCodec(device, nbytes)
         self.findings = device.empty(self.max_partials * len(MAPS), "i8")
         """Numbers of malformed streams of the chunks of a piece."""
         self._kept: dict[int, AnyArray] = {}
