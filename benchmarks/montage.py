@@ -3,18 +3,20 @@
 ``python -m benchmarks.montage [--quick] [--data FOLDER] [--repeats N]``. Exposures of 2048 x 2048
 pixels and four partials (hard links to those of one simulated search) with overlaps of a tenth, at
 origins that fit no chunk; the same number of partials' pixels as one square search; 2 threads, page
-cache warm. Also the memory of montages of 4 and of 64 exposures, each in a process of its own.
+cache warm. Seconds and processor seconds; the ratios of the latter are medians of those of each
+round. Also the memory of montages of 4 and of 64 exposures, each in a process of its own.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from benchmarks import common
@@ -68,12 +70,27 @@ def montage_of(search: Path, n_rows: int, place: Path) -> Path:
     return place
 
 
-def merge_once(search: Path, folder: Path, options: MergeOptions) -> Run:
-    output = folder / "OUT.zarr"
-    ready = prepare([search], output, options)
-    report = common.merge_alone(ready, options, ThreadExecutor(N_THREADS))
-    shutil.rmtree(output)
-    return Run(report.seconds)
+class Merge:
+    """Merges of one search, and the processor seconds that they took."""
+
+    def __init__(self, search: Path, folder: Path, options: MergeOptions) -> None:
+        self._search, self._output, self._options = search, folder / "OUT.zarr", options
+        self.processor_seconds: list[float] = []
+
+    def __call__(self) -> Run:
+        ready = prepare([self._search], self._output, self._options)
+        before = time.process_time()
+        report = common.merge_alone(ready, self._options, ThreadExecutor(N_THREADS))
+        self.processor_seconds.append(time.process_time() - before)
+        shutil.rmtree(self._output)
+        return Run(report.seconds)
+
+    def cost(self, plain: "Merge") -> tuple[str, str]:
+        """Return the processor seconds, and their ratio to those of another merge in each round."""
+        own, other = self.processor_seconds[1:], plain.processor_seconds[1:]
+        ratios = sorted(a / b for a, b in zip(own, other, strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})"
+        return f"{statistics.median(own):.2f}", spread
 
 
 def peak_of(search: Path, folder: Path) -> tuple[int, int]:
@@ -109,13 +126,13 @@ def main() -> None:
             plain = common.repeated(
                 one, folder / "PLAIN.zarr", n_rows * side, n_partials=N_PARTIALS
             )
-            ways: dict[str, Callable[[], Run]] = {}
+            ways: dict[str, Merge] = {}
             for tile_size in (1024, 2048):
                 options = MergeOptions(threads=N_THREADS, tile_size=tile_size)
-                ways[f"plain {tile_size}"] = partial(merge_once, plain, folder, options)
+                ways[f"plain {tile_size}"] = Merge(plain, folder, options)
                 for overlap in ("earliest", "max-zscore"):
                     own = options.model_copy(update={"overlap": overlap})
-                    ways[f"{overlap} {tile_size}"] = partial(merge_once, montage, folder, own)
+                    ways[f"{overlap} {tile_size}"] = Merge(montage, folder, own)
             with common.full_memory(asked.data, quick=asked.quick) as fill:
 
                 def before(fill: Callable[[], None] = fill, folder: Path = folder) -> None:
@@ -124,13 +141,14 @@ def main() -> None:
 
                 measured = common.in_turn(ways, repeats, before=before)
             for way, result in measured.items():
-                floor = measured[f"plain {way.split()[-1]}"].median
+                floor = f"plain {way.split()[-1]}"
                 rows.append(
                     (
                         form.value,
                         way,
                         f"{result.median:.2f} ({result.spread})",
-                        f"{result.median / floor:.2f}",
+                        f"{result.median / measured[floor].median:.2f}",
+                        *ways[way].cost(ways[floor]),
                     )
                 )
             for n in (2,) if asked.quick else (2, 8):
@@ -140,7 +158,7 @@ def main() -> None:
                 shutil.rmtree(many)
     n = n_rows * n_rows
     print(f"\n{n} exposures of {side}^2 and {N_PARTIALS} partials, medians of {repeats}\n")
-    common.table(("poses", "merge, tile", "seconds", "of the plain merge"), rows)
+    common.table(("poses", "merge, tile", "seconds", "of plain", "processor s", "of plain"), rows)
     print(f"\nMemory, {N_THREADS} threads\n")
     common.table(("poses", "exposures", "predicted MB", "peak MB"), memory)
 
