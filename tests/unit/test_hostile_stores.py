@@ -47,6 +47,7 @@ from ocelot_em.store.local import _CHECKED_SECONDS
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import write_partial
 from ocelot_em.store.search_info import Exposure, SearchInfo
+from ocelot_em.store.tables import write_table
 from work import assert_linear, calls_of
 
 SHAPE = (40, 50)
@@ -596,7 +597,7 @@ def test_statistics_of_another_size_are_refused(stores, tmp_path, name, values):
     place = shutil.copytree(stores / "explicit_merged", tmp_path / "OUT")
     shutil.rmtree(place / "statistics" / name)
     dimensions = ("i", "j")[: values.ndim]
-    store.write_table(open_objects(place), f"statistics/{name}", values, dimensions)
+    write_table(open_objects(place), f"statistics/{name}", values, dimensions)
     with pytest.raises(FormatError, match=name):
         _ = MergedResult.open(place).summary
     assert any(name in problem for problem in ocelot_em.check(place))
@@ -608,7 +609,7 @@ def test_tables_that_are_no_search_space_are_a_format_error(stores, tmp_path, va
     shutil.rmtree(place / "search_space/euler_angles")
     table = values.astype(np.float32)
     path = "search_space/euler_angles"
-    store.write_table(open_objects(place), path, table, ("i", "j")[: table.ndim])
+    write_table(open_objects(place), path, table, ("i", "j")[: table.ndim])
     with pytest.raises(FormatError, match="search_space: euler_angles: expected"):
         ocelot_em.merge(place, tmp_path / "OUT")
     assert any("euler_angles" in problem for problem in ocelot_em.check(place))

@@ -29,6 +29,7 @@ from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store import arrays as store
 from ocelot_em.store import groups
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.tables import read_table, write_table
 
 NAMES = [MIP, INDEX, COUNT]
 PLACE = "RUN.zarr: partial 'gpu0': mip"
@@ -380,14 +381,14 @@ def test_tables_round_trip_with_any_dimensions(tmp_path, rng):
     objects = open_objects(tmp_path)
     for path, shape in {"a": (7, 3), "b": (5,), "c": (1,)}.items():
         values = rng.normal(size=shape).astype(np.float32)
-        store.write_table(objects, path, values, ("i", "j")[: len(shape)])
-        assert same_bits(store.read_table(objects, path), values)
+        write_table(objects, path, values, ("i", "j")[: len(shape)])
+        assert same_bits(read_table(objects, path), values)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "large"])
 def test_a_damaged_table_is_a_format_error_that_names_it(tmp_path, damage):
     objects = open_objects(tmp_path)
-    store.write_table(objects, "table", np.arange(50, dtype=np.float32), ("i",))
+    write_table(objects, "table", np.arange(50, dtype=np.float32), ("i",))
     file = tmp_path / "table" / "c" / "0"
     {
         "flip": lambda: flip_byte(file, 20),
@@ -397,7 +398,7 @@ def test_a_damaged_table_is_a_format_error_that_names_it(tmp_path, damage):
         "large": lambda: None,
     }[damage]()
     with pytest.raises(FormatError, match="table"):
-        store.read_table(objects, "table", max_nbytes=100 if damage == "large" else 1000)
+        read_table(objects, "table", max_nbytes=100 if damage == "large" else 1000)
 
 
 # Other readers

@@ -5,7 +5,6 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from operator import mul
 from typing import Any, Literal
 
@@ -32,16 +31,12 @@ from ocelot_em.store.constants import (
     map_attributes,
     shuffle_of,
 )
-from ocelot_em.store.contract import Objects, ReusedMemory, at_once, join
+from ocelot_em.store.contract import Objects, ReusedMemory, join
 from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
 from ocelot_em.store.metadata import parse_array
 from ocelot_em.store.shards import Shards
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
-
-TABLE_DTYPES = ("float32", "float64", "int64", "uint32")
-"""Stored dtypes of arrays that are not maps."""
-
 
 class _ThreadMemory(threading.local):
     def __init__(self) -> None:
@@ -54,52 +49,6 @@ class _ThreadMemory(threading.local):
 
 
 _of_thread = _ThreadMemory()
-
-
-def write_table(
-    objects: Objects,
-    path: str,
-    values: AnyArray,
-    dimensions: tuple[str, ...],
-    attributes: dict[str, Any] | None = None,
-) -> None:
-    """Write a small array in one chunk."""
-    shape, fill = values.shape, math.nan if values.dtype.kind == "f" else 0
-    layout = ArrayLayout(shape, shape, values.dtype.name, fill, dimensions, attributes or {})
-    key = "/".join([path, "c", *("0" for _ in values.shape)])
-    steps: list[Callable[[], object]] = [
-        partial(create_array, objects, path, layout),
-        partial(write_chunk, objects, key, np.ascontiguousarray(values)),
-    ]
-    at_once(objects, steps)
-
-
-def read_table(objects: Objects, path: str, *, max_nbytes: int = 2**31) -> AnyArray:
-    """Read a whole small array; ``FormatError`` if it is missing, too large or damaged."""
-    place = f"{objects.url}/{path}"
-    encoded = _metadata(objects, path, place)
-    about = parse_array(encoded, place, place, TABLE_DTYPES, None, max_nbytes)
-    if (nbytes := math.prod(about.shape) * about.data_type.itemsize) > max_nbytes:
-        raise FormatError(f"{place}: expected at most {max_nbytes} bytes, got {nbytes}")
-    nbytes = math.prod(about.chunk) * about.data_type.itemsize
-    values = whole = np.empty(0, about.data_type)
-    counts = [ceil_div(n, cell) for n, cell in zip(about.shape, about.chunk, strict=True)]
-    for index in np.ndindex(*counts):
-        key = "/".join([path, "c", *map(str, index)])
-        content = objects.get(key, max_encoded_nbytes(nbytes))
-        if content is None:
-            raise FormatError(f"{place}: the table's chunk is missing: expected an object {key}")
-        try:
-            frame = BloscChunk(memoryview(content), nbytes)
-            if not any(index):  # allocate only after the first chunk proved readable
-                values, whole = (np.empty(n, about.data_type) for n in (about.shape, about.chunk))
-            frame.decode(whole)
-        except ValueError as error:
-            raise FormatError(f"{place}: chunk {key} is corrupt: {error}") from error
-        cells = zip(index, about.chunk, strict=True)
-        target = values[tuple(slice(i * n, (i + 1) * n) for i, n in cells)]
-        target[...] = whole[tuple(map(slice, target.shape))]
-    return values
 
 
 def create_map(
@@ -389,7 +338,7 @@ def open_map(
     dimensions: tuple[str, ...] = DIMENSIONS,
 ) -> ChunkedMap:
     """Open a map or a column; ``FormatError`` lists what differs from the format or manifest."""
-    encoded = _metadata(objects, path, place)
+    encoded = array_metadata(objects, path, place)
     if expected is not None and metadata_digest(encoded) != expected.metadata:
         raise FormatError(
             f"{place}: its metadata are not those of the manifest: {objects.url}/{path}/zarr.json "
@@ -424,7 +373,8 @@ def open_map(
     )
 
 
-def _metadata(objects: Objects, path: str, place: str) -> bytes:
+def array_metadata(objects: Objects, path: str, place: str) -> bytes:
+    """Read the metadata of an array; ``FormatError`` if it is missing."""
     encoded = objects.get(join(path, "zarr.json"), MAX_METADATA_NBYTES)
     if encoded is None:
         raise FormatError(f"{place}: the array is missing: expected {objects.url}/{path}/zarr.json")

@@ -12,7 +12,6 @@ import numpy as np
 from ocelot_em.errors import FormatError, InvalidInputError
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import TABLES, SearchSpace
-from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects, at_once
@@ -28,6 +27,7 @@ from ocelot_em.store.search import (
     read_partials,
 )
 from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.tables import write_table
 
 
 def provenance(
@@ -219,7 +219,7 @@ def write_search_space(objects: Objects, space: SearchSpace) -> None:
     ]
     for name, axes in _AXES.items():
         path = f"{constants.SEARCH_SPACE}/{name}"
-        steps.append(partial(store.write_table, objects, path, getattr(space, name), axes))
+        steps.append(partial(write_table, objects, path, getattr(space, name), axes))
     at_once(objects, steps)
 
 

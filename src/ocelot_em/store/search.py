@@ -13,6 +13,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.contract import Objects, join
 from ocelot_em.store.manifest import MANIFEST, Manifest, find_manifest, read_manifest
+from ocelot_em.store.tables import read_table
 from ocelot_em.store.validation import name_problems
 
 
@@ -78,7 +79,7 @@ def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | Non
     try:
         with objects.snapshot() as known:
             known.prefetch(f"{path}/{key}" for path in paths for key in _TABLE_KEYS)
-            space = SearchSpace.from_tables(*(store.read_table(known, path) for path in paths))
+            space = SearchSpace.from_tables(*(read_table(known, path) for path in paths))
     except InvalidInputError as error:
         raise FormatError(f"{objects.url}/{constants.SEARCH_SPACE}: {error}") from None
     if space.digest != digest:

@@ -21,7 +21,7 @@ from ocelot_em.particles.quality import MIN_SHOWN, montage_warnings, partial_war
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
-from ocelot_em.store.arrays import read_table
+from ocelot_em.store.tables import read_table
 from ocelot_em.view import figures, montage_plots, plots, statistics_plots
 from ocelot_em.view.page import Drawing
 

@@ -24,10 +24,10 @@ from ocelot_em.model.maps import (
     Float64,
 )
 from ocelot_em.model.threads import map_in_threads
-from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups, statistics_attributes
 from ocelot_em.store.contract import Objects, at_once, return_free_memory
+from ocelot_em.store.tables import read_table, write_table
 
 EXPOSURES_BETWEEN_TIDYING = 32
 """Exposures after which freed memory is returned to the system; each leaves some hundred kB."""
@@ -155,7 +155,7 @@ def _write_histogram(objects: Objects, path: str, counts: AnyArray, axes: Sequen
     is_mip = path.endswith(f"/{MIP_HISTOGRAM}")
     dimensions = ("mip",) if is_mip else ("mip", "scaled_mip")[-counts.ndim :]
     attributes = {"low": [axis.low for axis in axes], "width": [axis.width for axis in axes]}
-    store.write_table(objects, path, counts, dimensions, attributes)
+    write_table(objects, path, counts, dimensions, attributes)
 
 
 def _attributes(
@@ -274,7 +274,7 @@ def read_histograms(
     names, expected = (MIP_HISTOGRAM, Z_HISTOGRAM, JOINT_HISTOGRAM), Histograms.empty("int64")
     tables = []
     for name, like in zip(names, (expected.mip, expected.z, expected.joint), strict=True):
-        table = store.read_table(objects, f"{path}/{name}", max_nbytes=like.nbytes)
+        table = read_table(objects, f"{path}/{name}", max_nbytes=like.nbytes)
         if (table.shape, table.dtype) != (like.shape, like.dtype) or (table < 0).any():
             raise FormatError(
                 f"{objects.url}/{path}/{name}: expected {like.dtype} counts of shape {like.shape}, "
