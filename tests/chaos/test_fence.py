@@ -220,17 +220,17 @@ def test_an_overwriting_run_that_is_killed_at_any_moment_leaves_the_old_or_the_n
         shutil.copytree(output, states[-1])
 
     with monkeypatch.context() as patched:
-        rename, rmtree = Path.rename, shutil.rmtree
+        rename, rmtree = os.rename, shutil.rmtree
 
-        def remember_and_rename(path: Path, target: Path | str) -> Path:
+        def remember_and_rename(path: Path | str, target: Path | str) -> None:
             remember()
-            return rename(path, target)
+            rename(path, target)
 
         def remember_and_delete(path: Path) -> None:
             remember()
             rmtree(path)
 
-        patched.setattr(Path, "rename", remember_and_rename)
+        patched.setattr(os, "rename", remember_and_rename)
         patched.setattr(shutil, "rmtree", remember_and_delete)
         ready, options = plan_merge(other.run, output, MergeOptions(tile_size=20, overwrite=True))
         with OutputLock(open_objects(output)) as held:

@@ -154,6 +154,10 @@ class Fold:
     ) -> None:
         self.sources, self.maps, self.space = sources, maps, space
         self._mask_nan = mask_nan
+        # Numbers of the sources that were merged earlier from several partials.
+        self._merged_sources = [
+            n for n, s in enumerate(sources) if BEST_PARTIAL in s.map_names(maps)
+        ]
         from ocelot_em.kernels import by_chunk, by_map, cpu, cpu_statistics, streams  # with numba
 
         self._by_chunk, self._by_map, self._kernels = by_chunk, by_map, cpu
@@ -196,7 +200,7 @@ class Fold:
         firsts = np.array([source.first_number for source in self.sources], np.int32)
         n_poses = 0 if self.space is None else self.space.n_poses
         names, wins = self.maps.phases[0], self._not_collected[1]
-        if report.statistics is not None and not self._merged_sources():
+        if report.statistics is not None and not self._merged_sources:
             wins = report.statistics.wins()
         for batch, incoming in self._incoming(reader, work, report, names):
             sources = batch[0], batch[-1] + 1 == len(self.sources), n_poses, firsts
@@ -285,17 +289,12 @@ class Fold:
     def _best_partial(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Yield the numbers of the winning partials, also within sources merged earlier."""
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
-        merged_sources = self._merged_sources()
-        for number, new in self._each(reader, work, merged_sources):
+        for number, new in self._each(reader, work, self._merged_sources):
             own = np.int32(self.sources[number].first_number), np.int16(number)
             self._by_map.take_number(new, *own, winner, best_partial)
-        if report.statistics is not None and merged_sources:
+        if report.statistics is not None and self._merged_sources:
             report.statistics.count_wins(0, best_partial)
         yield BEST_PARTIAL, work.array(BEST_PARTIAL, "i4")
-
-    def _merged_sources(self) -> list[int]:
-        """Numbers of the sources that were merged earlier from several partials."""
-        return [n for n, s in enumerate(self.sources) if BEST_PARTIAL in s.map_names(self.maps)]
 
     def _sums(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
         """Add the counts and sums, and compute the maps that depend on them."""

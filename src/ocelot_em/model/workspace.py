@@ -10,21 +10,21 @@ class Workspace:
 
     def __init__(self, max_pixels: int) -> None:
         self.max_pixels = max_pixels
-        self._memory: dict[tuple[str, str], AnyArray] = {}
+        self._memory: dict[tuple[str, np.dtype[np.generic]], AnyArray] = {}
         self.shape = (1, max_pixels)
         """Shape of the current region; set it before requesting arrays."""
 
     def array(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:
         """Return the array for a use, in the region's shape, with its previous contents."""
-        key = use, np.dtype(dtype).name
-        memory = self._memory.get(key)
-        if memory is None:
-            memory = self._memory[key] = np.empty(self.max_pixels, dtype)
-        return memory[: self.n_pixels].reshape(self.shape)
+        return self.flat(use, dtype).reshape(self.shape)
 
     def flat(self, use: str, dtype: "str | np.dtype[np.generic]") -> AnyArray:
         """Return the same array in one dimension."""
-        return self.array(use, dtype).reshape(-1)
+        key = use, np.dtype(dtype)
+        memory = self._memory.get(key)
+        if memory is None:
+            memory = self._memory[key] = np.empty(self.max_pixels, dtype)
+        return memory[: self.n_pixels]
 
     def spare(self, number: int, dtype: "np.dtype[np.generic]") -> AnyArray:
         """Return memory for a map that must be decoded before use."""

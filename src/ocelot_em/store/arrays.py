@@ -13,7 +13,7 @@ from numcodecs.blosc import Blosc
 
 from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
-from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
+from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.store.blosc import (
     BitPlanes,
     BloscChunk,
@@ -37,6 +37,7 @@ from ocelot_em.store.metadata import parse_array
 from ocelot_em.store.shards import Shards
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+
 
 class _ThreadMemory(threading.local):
     def __init__(self) -> None:

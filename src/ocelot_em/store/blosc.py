@@ -86,6 +86,22 @@ def _hardware_crc() -> Callable[[int, Any, int], int] | None:
 _extend = _hardware_crc()
 
 
+def _blosc_compress() -> Callable[..., int] | None:
+    """Return ``blosc_compress_ctx`` of the extension of numcodecs, called without the lock."""
+    try:
+        function = ctypes.CDLL(blosc.__file__).blosc_compress_ctx
+    except (AttributeError, OSError):
+        return None
+    number, size, at = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
+    target = at, size, ctypes.c_char_p, size, number
+    function.argtypes = number, number, size, size, at, *target
+    function.restype = number
+    return function
+
+
+_compress = _blosc_compress()
+
+
 def checksum(data: bytes | memoryview, before: int = 0) -> int:
     """Return the CRC32C of some bytes, after bytes that have the CRC32C ``before``.
 
@@ -136,9 +152,9 @@ MergedMap = AnyArray | BitPlanes | EncodedChunks
 """A merged map: values, or what a chunk of it holds."""
 
 
-def encode(values: AnyArray, codec: Any) -> list[bytes]:
+def encode(values: AnyArray, codec: Blosc) -> list[bytes]:
     """Encode C-contiguous values; return a chunk's object in parts: a frame and its CRC32C."""
-    frame: bytes = codec.encode(values)
+    frame = _frame_of(values, codec, codec.shuffle)
     return [frame, checksum(frame).to_bytes(4, "little")]
 
 
@@ -149,15 +165,14 @@ def encode_planes(planes: BitPlanes, dtype: "np.dtype[Any]", codec: Blosc) -> li
     would choose other blocks, or not compress them, they are encoded as values.
     """
     if codec.shuffle == Blosc.BITSHUFFLE:
-        as_they_are = Blosc(codec.cname, codec.clevel, Blosc.NOSHUFFLE, codec.blocksize)
-        frame: bytes = as_they_are.encode(planes.words.view(dtype))
+        frame = _frame_of(planes.words.view(dtype), codec, Blosc.NOSHUFFLE)
         *kind, flags, itemsize, nbytes, block, size = _HEADER.unpack_from(frame)
         if block == planes.block_nbytes and not flags & _STORED_RAW:
             flags |= _BIT_SHUFFLED
             head = _HEADER.pack(*kind, flags, itemsize, nbytes, block, size)
-            rest = memoryview(frame)[_HEADER.size :]
+            rest = frame[_HEADER.size :]
             crc = checksum(rest, checksum(head))
-            return [head, rest, crc.to_bytes(4, "little")]  # type: ignore[list-item]
+            return [head, rest, crc.to_bytes(4, "little")]
     return encode(planes.values(dtype), codec)
 
 
@@ -173,6 +188,20 @@ def encoded_parts(frame: AnyArray, dtype: "np.dtype[Any]", codec: Blosc) -> list
         _decode(whole, values)
         return encode(values, codec)
     return [whole, checksum(whole).to_bytes(4, "little")]  # type: ignore[list-item]
+
+
+def _frame_of(values: AnyArray, codec: Blosc, shuffle: int) -> bytes:
+    """Encode as numcodecs does, which would copy the frame and hold Python's lock meanwhile."""
+    if _compress is None:
+        return bytes(Blosc(codec.cname, codec.clevel, shuffle, codec.blocksize).encode(values))
+    values = np.ascontiguousarray(values)
+    memory = np.empty(values.nbytes + blosc.MAX_OVERHEAD, np.uint8)
+    sizes = values.itemsize, values.nbytes, values.ctypes.data
+    target, name = (memory.ctypes.data, memory.nbytes), codec.cname.encode()
+    n = _compress(codec.clevel, shuffle, *sizes, *target, name, codec.blocksize, 1)
+    if n <= 0:
+        raise RuntimeError(f"Blosc cannot encode {values.nbytes} bytes with {codec}: error {n}")
+    return memory.data[:n]  # type: ignore[return-value]  # used as bytes are
 
 
 def max_encoded_nbytes(nbytes: int) -> int:

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -204,7 +204,7 @@ class _HeldMemory(_HeldBucket, MemoryObjects):
 class _HeldFolder(_Held, LocalObjects):
     """A directory, in which a write is a rename out of the run's own folder."""
 
-    @property
+    @cached_property
     def _own(self) -> Path:
         return Path(self.url, FOLDER, f"#{int(self.lease.holder, 16)}")
 
@@ -265,8 +265,8 @@ class _HeldFolder(_Held, LocalObjects):
             for folder in (self._own.parent, self.url):
                 Path(folder).rmdir()
 
-    def _stage(self, _target: str) -> tuple[Path, int]:
-        staged = self._own / f"#{uuid.uuid4().int}"
+    def _stage(self, _target: str) -> tuple[str, int]:
+        staged = f"{self._own}/#{uuid.uuid4().int}"
         return staged, self._while_held(lambda: os.open(staged, NEW_FILE, 0o666))
 
     def _publish(self, move: Callable[[], object], target: str) -> None:

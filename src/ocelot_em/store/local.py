@@ -73,9 +73,8 @@ class LocalObjects(BucketObjects):
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError("expected a file")
                 refuse_too_large(status.st_size, max_nbytes)
-                target = memory.of(status.st_size)
-                n_read = 0
-                while n := os.readv(descriptor, [target[n_read:]]):
+                target, n_read = memory.of(status.st_size), 0
+                while n_read < len(target) and (n := os.readv(descriptor, [target[n_read:]])):
                     n_read += n
                 return target[:n_read]
             finally:
@@ -102,15 +101,15 @@ class LocalObjects(BucketObjects):
             target = self._path(key)
             with self._staged(target, [data]) as staged:
                 try:
-                    self._publish(lambda: Path(target).hardlink_to(staged), target)
+                    self._publish(partial(os.link, staged, target), target)
                 except OSError as error:
                     # A file server's answer may get lost, and the repeated request then fails.
-                    if staged.stat().st_nlink == 1:
+                    if Path(staged).stat().st_nlink == 1:
                         if isinstance(error, FileExistsError):
                             return False
                         raise
                 finally:
-                    staged.unlink(missing_ok=True)
+                    Path(staged).unlink(missing_ok=True)
             return True
 
         return self._guard("create", key, action)
@@ -122,7 +121,7 @@ class LocalObjects(BucketObjects):
             # system writes content before names.
             sync = key.endswith(".json") and Path(target).exists()
             with self._staged(target, parts, sync=sync) as staged:
-                self._publish(lambda: staged.rename(target), target)
+                self._publish(partial(os.rename, staged, target), target)
 
         self._guard("write", key, action)
 
@@ -130,7 +129,7 @@ class LocalObjects(BucketObjects):
         return self._guard("create", key, lambda: _AppendedFile(self, key, head_nbytes))
 
     @contextlib.contextmanager
-    def _staged(self, target: str, parts: Sequence[bytes], *, sync: bool = False) -> Iterator[Path]:
+    def _staged(self, target: str, parts: Sequence[bytes], *, sync: bool = False) -> Iterator[str]:
         """Write a temporary file; it is deleted after an error."""
         staged, descriptor = self._stage(target)
         try:
@@ -143,13 +142,13 @@ class LocalObjects(BucketObjects):
             yield staged
         except BaseException:
             with contextlib.suppress(OSError):
-                staged.unlink()
+                Path(staged).unlink()
             raise
 
-    def _stage(self, target: str) -> tuple[Path, int]:
+    def _stage(self, target: str) -> tuple[str, int]:
         """Open a temporary file for a target, whose folder is created if needed."""
-        staged = Path(f"{target}#{uuid.uuid4().int}")
-        return staged, open_new(staged)
+        staged = f"{target}#{uuid.uuid4().int}"
+        return staged, open_new(Path(staged))
 
     def _publish(self, move: Callable[[], object], _target: str) -> None:
         """Give a temporary file its final name."""
@@ -381,7 +380,7 @@ class _AppendedFile:
 
     def _rename(self) -> None:
         try:
-            self._objects._publish(lambda: self._staged.rename(self._target), self._target)
+            self._objects._publish(partial(os.rename, self._staged, self._target), self._target)
         except FileNotFoundError:
             # A file server's answer may get lost, and the repeated request then fails.
             if not os.path.samestat(Path(self._target).stat(), os.fstat(self._descriptor)):
@@ -390,7 +389,7 @@ class _AppendedFile:
     def discard(self) -> None:
         self._close()
         with contextlib.suppress(OSError):
-            self._staged.unlink()
+            Path(self._staged).unlink()
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

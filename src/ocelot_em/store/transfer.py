@@ -4,8 +4,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -40,11 +41,14 @@ class Request(NamedTuple):
 
 
 class _Piece(NamedTuple):
+    """A chunk of a region to read, and its number in a task that reads several."""
+
     request: Request
     chunk: Tile
     is_last: bool
     memory: ReusedMemory
-    encoded: "Future[BloscChunk]"
+    number: int
+    fetched: "Future[list[BloscChunk | Exception]]"
 
 
 class Arrival:
@@ -122,6 +126,9 @@ class ReadAhead:
         self, requests: Iterable[Request], streams: int, memory: Sequence[ReusedMemory]
     ) -> None:
         self._pool = ThreadPoolExecutor(streams, "ocelot-read")
+        # Every hand-over to another thread passes Python's lock; only requests that take time
+        # must be open at once.
+        self._per_task = READ_TOGETHER if streams == 1 else 1
         self._pending = self._pieces(requests)
         self._free = list(memory)
         self._in_flight: deque[_Piece] = deque()
@@ -170,8 +177,10 @@ class ReadAhead:
 
     def _arrived(self, piece: _Piece) -> BloscChunk:
         started = time.perf_counter()
-        encoded = piece.encoded.result()
+        encoded = piece.fetched.result()[piece.number]
         self.meter.waited_seconds += time.perf_counter() - started
+        if isinstance(encoded, Exception):
+            raise encoded
         self.meter.nbytes += encoded.encoded_nbytes
         return encoded
 
@@ -182,11 +191,10 @@ class ReadAhead:
                 yield request, chunk, chunk is chunks[-1]
 
     def _fetch_more(self) -> None:
-        while self._free and (found := next(self._pending, None)) is not None:
-            request, chunk, is_last = found
-            memory = self._free.pop()
-            encoded = self._pool.submit(request.source.fetch, chunk, memory)
-            self._in_flight.append(_Piece(request, chunk, is_last, memory, encoded))
+        while found := list(islice(self._pending, min(len(self._free), self._per_task))):
+            reads = [(*one, self._free.pop()) for one in found]
+            fetched = self._pool.submit(_fetch, reads)
+            self._in_flight += (_Piece(*one, n, fetched) for n, one in enumerate(reads))
 
     def _release(self) -> None:
         """Reuse the memory of regions that were taken, and fetch more."""
@@ -195,9 +203,7 @@ class ReadAhead:
         self._fetch_more()
 
     def _skip(self, piece: _Piece) -> None:
-        if not piece.encoded.cancel():
-            with suppress(Exception):  # the chunk is not needed, so its error does not matter
-                piece.encoded.result()
+        piece.fetched.result()
         self._free.append(piece.memory)
         self._fetch_more()
 
@@ -206,6 +212,19 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def _fetch(
+    reads: Iterable[tuple[Request, Tile, bool, ReusedMemory]],
+) -> list[BloscChunk | Exception]:
+    """Read chunks one after another; the error of one takes its place."""
+    fetched: list[BloscChunk | Exception] = []
+    for request, chunk, _, memory in reads:
+        try:
+            fetched.append(request.source.fetch(chunk, memory))
+        except Exception as error:
+            fetched.append(error)
+    return fetched
 
 
 class WriteBehind:
