@@ -55,7 +55,7 @@ def merge_once(
 
 
 @contextlib.contextmanager
-def cluster_of_processes() -> Iterator[Any]:
+def cluster_of_processes(n_workers: int = N_WORKERS) -> Iterator[Any]:
     """Worker processes of one thread, set up as ``--cluster local`` does it; their client."""
     from distributed import Client, LocalCluster
 
@@ -63,7 +63,7 @@ def cluster_of_processes() -> Iterator[Any]:
     with (
         dask.config.set(environment),
         LocalCluster(
-            n_workers=N_WORKERS, threads_per_worker=1, dashboard_address=None, memory_limit=0
+            n_workers=n_workers, threads_per_worker=1, dashboard_address=None, memory_limit=0
         ) as cluster,
         Client(cluster) as client,
     ):

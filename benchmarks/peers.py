@@ -1,8 +1,9 @@
 """A merge, and other ways to get the same maps.
 
 ``python -m benchmarks.peers [--quick] [--data FOLDER] [--repeats N]`` merges one simulated search
-of explicit poses with this package, with a dask.array program and with everything in memory, each
-in a process of its own and in turn. Page cache warm, start-up and compiling left out, two threads
+of explicit poses with this package, with a dask.array program, with a Dask and zarr program that is
+tuned as far as these libraries allow, and with everything in memory, each in a process of its own
+and in turn. Page cache warm, start-up and compiling left out, two threads
 or worker processes, all outputs compared. GB/s are decoded bytes of the input.
 """
 
@@ -114,28 +115,34 @@ def our_processes() -> Iterator[Merge]:
 
 
 @contextmanager
-def dask_array() -> Iterator[Merge]:
+def with_dask(merge: Merge) -> Iterator[Merge]:
     with (
         dask.config.set(scheduler="threads", num_workers=N_WORKERS),
         # Faster, and this package's stores have every chunk.
         zarr.config.set({"array.write_empty_chunks": True}),
     ):
-        yield merge_with_dask
+        yield merge
 
 
 @contextmanager
-def dask_array_with_zarrs() -> Iterator[Merge]:
+def with_zarrs(merge: Merge) -> Iterator[Merge]:
     import zarrs  # type: ignore[import-not-found, unused-ignore]  # noqa: F401 - optional
 
-    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}), dask_array() as way:
+    pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+    with zarr.config.set(pipeline), with_dask(merge) as way:
         yield way
+
+
+def opened_partials(search: Path) -> tuple[list[zarr.Group], int]:
+    """The partials in order, and their total count."""
+    groups = dict(zarr.open_group(search / "partials", mode="r").groups())
+    partials = [groups[name] for name in sorted(groups)]
+    return partials, sum(map(count_of, partials))
 
 
 def merge_with_dask(search: Path, output: Path) -> None:
     """All maps as lazy arrays of the stored chunks, written by one computation."""
-    groups = dict(zarr.open_group(search / "partials", mode="r").groups())
-    partials = [groups[name] for name in sorted(groups)]
-    count = sum(map(count_of, partials))
+    partials, count = opened_partials(search)
     maps = {name: [da.from_zarr(p[name]) for p in partials] for name in MAP_SET.partial}
     merged = lazy_maps(maps, count)
     da.store(
@@ -166,8 +173,62 @@ def lazy_maps(maps: dict[str, list[Any]], count: int) -> dict[str, Any]:
 
 def new_array(output: Path, name: str, like: Any) -> "zarr.Array[Any]":
     """An empty stored array with the codecs of this package, for zarr to write."""
-    store.create_map(open_objects(output), name, name, like.shape, like.chunksize)
+    chunk = getattr(like, "chunksize", None) or like.chunks  # of dask.array and zarr
+    store.create_map(open_objects(output), name, name, like.shape, chunk)
     return zarr.open_array(output / name, mode="r+")
+
+
+# The tuned Dask and zarr program: a task for each tile of one chunk, which works in place.
+
+
+def merge_tiles_with_dask(search: Path, output: Path) -> None:
+    partials, count = opened_partials(search)
+    maps: list[dict[str, Any]] = [{name: p[name] for name in MAP_SET.partial} for p in partials]
+    like = maps[0][MIP]
+    merged = {name: new_array(output, name, like) for name in MAP_SET.merged}
+    task = dask.delayed(merge_one_tile, pure=False, traverse=False)
+    height, width = like.chunks
+    dask.compute(
+        *(
+            task(maps, count, merged, np.s_[y : y + height, x : x + width])
+            for y in range(0, like.shape[0], height)
+            for x in range(0, like.shape[1], width)
+        )
+    )
+
+
+def merge_one_tile(
+    partials: list[dict[str, Any]], count: int, merged: dict[str, Any], where: tuple[slice, slice]
+) -> None:
+    """Read, merge and write one map after another: few arrays, each of which stays in the cache."""
+    mip = partials[0][MIP][where]
+    winner, wins = np.zeros(mip.shape, np.int32), []
+    for number, maps in enumerate(partials[1:], 1):
+        new = maps[MIP][where]
+        wins.append(new > mip)
+        np.maximum(mip, new, out=mip)
+        np.copyto(winner, np.int32(number), where=wins[-1])
+    merged[MIP][where], merged[BEST_PARTIAL][where] = mip, winner
+    sums = []
+    for name in (SUM, SQUARED_SUM):
+        total = partials[0][name][where].astype(np.float64)
+        for maps in partials[1:]:
+            total += maps[name][where]
+        merged[name][where] = total
+        total /= count
+        sums.append(total)
+    mean, variance = sums
+    variance -= mean * mean
+    std = np.sqrt(np.maximum(variance, 0, out=variance), out=variance)
+    z = np.zeros_like(mean)
+    np.divide(mip - mean, std, out=z, where=std != 0)
+    for name, values in ((MEAN, mean), (STD, std), (SCALED_MIP, z)):
+        merged[name][where] = values.astype(np.float32)
+    for name in POSES:
+        pose = partials[0][name][where]
+        for maps, won in zip(partials[1:], wins, strict=True):
+            np.copyto(pose, maps[name][where], where=won)
+        merged[name][where] = pose
 
 
 # Everything in memory, with loading and saving, as Leopard-EM has it.
@@ -239,8 +300,17 @@ def npz_of(search: Path) -> Path:
 WAYS = {
     "threads": Way(f"ocelot_em, {N_WORKERS} threads", our_threads),
     "processes": Way(f"ocelot_em, cluster of {N_WORKERS} processes", our_processes),
-    "dask": Way(f"dask.array program, {N_WORKERS} threads", dask_array),
-    "dask-zarrs": Way("the same, zarrs codec pipeline", dask_array_with_zarrs, needs="zarrs"),
+    "dask": Way(f"dask.array program, {N_WORKERS} threads", partial(with_dask, merge_with_dask)),
+    "dask-zarrs": Way(
+        "the same, zarrs codec pipeline", partial(with_zarrs, merge_with_dask), needs="zarrs"
+    ),
+    "tuned": Way(
+        f"tuned Dask and zarr program, {N_WORKERS} threads",
+        partial(with_dask, merge_tiles_with_dask),
+    ),
+    "tuned-zarrs": Way(
+        "the same, zarrs codec pipeline", partial(with_zarrs, merge_tiles_with_dask), needs="zarrs"
+    ),
     "memory": Way(f"all in memory, npz to {SAVED_AS}", in_memory, in_memory=True),
 }
 OURS = "threads"
