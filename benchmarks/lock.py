@@ -100,7 +100,7 @@ class Tiled:
     def _compute(until: float) -> None:
         word = np.uint64(1)
         while time.perf_counter() < until:
-            word = spin(word, SPINS)
+            word = np.uint64(spin(word, SPINS))
 
 
 def started_knocker() -> Any:
