@@ -6,7 +6,7 @@ merge, again and again, so that it compresses as results do; the bits of its pos
 again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,7 @@ from ocelot_em.kernels.streams import decode_planes, find_streams
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.merge.fold import ChunkBatch, Fold, Merged, PieceReport, ReadAhead
 from ocelot_em.merge.job import JobSpec, open_job
-from ocelot_em.merge.outcome import Outcome
+from ocelot_em.merge.outcome import Outcomes
 from ocelot_em.model.maps import COUNT, POSES, SQUARED_SUM, SUM, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.workspace import Workspace
@@ -83,7 +83,7 @@ def decode_block(batch: ChunkBatch, block: int, out: AnyArray) -> None:
     assert decode_planes(lz4_address(), batch.rows[0], block, batch.n, out.ctypes.data, parts)
 
 
-def attempt_floor(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt_floor(spec: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
     """Do as :func:`ocelot_em.merge.merge.attempt_tiles` does, without merging."""
     job = open_job(spec)
     (piece,) = job.plan.pieces(job.plan.grid[0])
@@ -95,7 +95,7 @@ def attempt_floor(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outco
         explicit = opened.fold.space is None
         written = first_tile(finished, job.plan.maps.merged, job.plan.tile, explicit)
         opened.fold = Floor(opened.fold, written)
-    return pipeline.attempt_tiles(spec, tiles)
+    yield from pipeline.attempt_tiles(spec, tiles)
 
 
 @lru_cache(maxsize=2)

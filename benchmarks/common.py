@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import Executor, merge
-from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, TileSummary
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, MergeReport, Outcome, Outcomes, TileSummary
 from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.maps import MAPS, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
@@ -258,10 +258,11 @@ def merge_alone(
         return merge(ready, options, executor, lock, on_outcome)
 
 
-def do_nothing(_work: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def do_nothing(_work: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
     """A task that merges nothing, to measure what all else costs."""
     summary = TileSummary(*(0 for _ in SUMMARY_FIELDS))
-    return [Outcome(iy, ix, summary) for iy, ix in tiles]
+    for iy, ix in tiles:
+        yield Outcome(iy, ix, summary)
 
 
 def in_turn(

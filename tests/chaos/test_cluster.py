@@ -255,7 +255,7 @@ def test_a_run_that_is_stopped_ends_well_and_goes_on(
     finish(output)
 
 
-def poisoned(work: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def poisoned(work: JobSpec, tiles: Sequence[tuple[int, int]]) -> Iterator[Outcome]:
     """Merge tiles, but die of one of them."""
     if (3, 5) in tiles:
         os.kill(os.getpid(), signal.SIGKILL)

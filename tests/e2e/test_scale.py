@@ -18,20 +18,20 @@ import numpy as np
 import pytest
 from benchmarks.common import do_nothing, merge_alone, repeated, resident_nbytes
 from benchmarks.memory import Memory, measure
+from dask.callbacks import Callback
 
 import ocelot_em
 from builders import unsealed
 from helpers import assert_same_maps, combinations, make_result, read_maps, write_search
 from ocelot_em.errors import TilesFailedError
 from ocelot_em.merge.job import JobSpec
-from ocelot_em.merge.merge import attempt_tiles
 from ocelot_em.merge.outcome import Tiles
 from ocelot_em.merge.resume import prepare
 from ocelot_em.merge.tile import TileWriter
 from ocelot_em.model.maps import MAPS, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run.clusters import open_cluster
-from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
+from ocelot_em.run.executors import ClientExecutor, ThreadExecutor, split_into_batches
 from ocelot_em.store import arrays as store
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.constants import PARTIALS
@@ -182,15 +182,10 @@ def test_scheduling_a_tile_costs_the_same_among_however_many():
 
 @pytest.mark.parametrize("n_threads", [1, 2, 7])
 def test_threads_take_many_tiles_at_a_time(n_threads):
-    taken = []
-
-    def take(work, tiles):
-        taken.append(len(tiles))
-        return do_nothing(work, tiles)
-
-    run_idle_tiles(ThreadExecutor(n_threads, take), 8000)
-    assert sum(taken) == 8000
-    assert len(taken) < 8000 / 16 + 100 * n_threads
+    tasks = []
+    with Callback(pretask=lambda key, *_: tasks.append(key)):
+        run_idle_tiles(ThreadExecutor(n_threads, do_nothing), 8000)
+    assert len(tasks) < 8000 / 16 + 100 * n_threads
 
 
 # Planning.
@@ -415,14 +410,6 @@ def test_a_tile_reads_each_chunk_once(tmp_path, rng, fetched, form, chunk, tile_
 # Overlap.
 
 
-class OneRun:
-    """An executor that merges all tiles in one task, in this thread."""
-
-    def run(self, work, tiles, on_outcome, stopping):
-        for outcome in attempt_tiles(work, list(tiles)):
-            on_outcome(outcome)
-
-
 GIVE_UP_SECONDS = 60
 """Only a merge that does one thing after another waits so long; and then it fails."""
 
@@ -493,9 +480,10 @@ class WaitingStorage:
             self.in_vain.append(complaint)
 
 
-def merge_in_one_run(search, output):
+def merge_by_one_thread(search, output):
+    """The tiles are in several batches."""
     options = MergeOptions(tile_size=128, threads=1, overwrite=True)
-    return merge_alone(prepare([search], output, options), options, OneRun())
+    return merge_alone(prepare([search], output, options), options, ThreadExecutor(1))
 
 
 @pytest.fixture(params=[False, True], ids=FORMS)
@@ -509,24 +497,18 @@ def search_of_many_tiles(request, tmp_path, rng):
 
 def test_neighbouring_tiles_overlap(search_of_many_tiles, tmp_path, monkeypatch):
     """The next is fetched while one is written, and merged before that is done."""
-    merge_in_one_run(search_of_many_tiles, tmp_path / "OUT.zarr")
+    merge_by_one_thread(search_of_many_tiles, tmp_path / "OUT.zarr")
     maps = [path.parent.name for path in (tmp_path / "OUT.zarr").glob("*/zarr.json")]
     n_maps = len({*maps} & {*MAPS})
     storage = WaitingStorage(monkeypatch, list(np.ndindex(2, 3)), n_maps)
-    merge_in_one_run(search_of_many_tiles, tmp_path / "SLOW.zarr")
+    merge_by_one_thread(search_of_many_tiles, tmp_path / "SLOW.zarr")
     assert storage.in_vain == []
     assert_same_maps(read_maps(tmp_path / "SLOW.zarr"), read_maps(tmp_path / "OUT.zarr"))
 
 
 def test_long_runs_come_first_and_cover_every_tile_once():
-    runs = []
-
-    def note(_work, tiles):
-        runs.append([*tiles])
-        return []
-
     tiles = Tiles(30, np.arange(900))
-    ThreadExecutor(1, note).run(JobSpec("out", "run"), tiles, print, threading.Event())
+    runs = [*split_into_batches(tiles, lambda: 1)]
     assert [tile for run in runs for tile in run] == list(tiles)
     lengths = [len(run) for run in runs]
     assert lengths == sorted(lengths, reverse=True)

@@ -428,7 +428,7 @@ def megabytes(**changes):
 
 MERGE_DESIGN = "src/ocelot_em/merge/DESIGN.md"
 EXPLICIT, INDEXED = megabytes(), megabytes(form=maps.PoseForm.INDEXED)
-BUCKET = megabytes(streams=bucket.BucketObjects.streams)
+BUCKET = megabytes(streams=bucket.STREAMS[0])
 
 
 @pytest.mark.parametrize(

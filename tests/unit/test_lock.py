@@ -250,3 +250,40 @@ def test_workers_have_leave_until_the_run_ends_is_stopped_or_replaced(place, clo
         # The number is the same, but it is another run's.
         assert again.key == held.key
         assert not RunLease(place, held.key, held.id).is_held
+
+
+def test_writes_that_wait_share_a_proof_whatever_expires_meanwhile(clock):
+    """Threads of a bucket would else prove the lock one after the other, for every write."""
+    n_threads, n_waiting, n_proofs = 8, 0, 0
+
+    class Checking:
+        lock = threading.Lock()
+
+        def __enter__(self):
+            nonlocal n_waiting
+            n_waiting += 1
+            self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+
+    class Place:
+        def get(self, *_):
+            nonlocal n_proofs
+            n_proofs += 1
+            while n_waiting < n_threads:
+                time.sleep(0.001)
+            clock.now += 0.01
+            lease.expire()  # by a tile of another thread
+            return b'{"id": "x"}'
+
+    lease = RunLease(Place(), "lock/0", "x")
+    lease._checking = Checking()
+    threads = [threading.Thread(target=lease.refresh) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert n_proofs == 1
+    lease.refresh()
+    assert n_proofs == 2

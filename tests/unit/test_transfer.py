@@ -1,15 +1,27 @@
 """Chunks on their way: order, errors, overlap, bounds."""
 
+import itertools
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from obstore.store import MemoryStore
 
 from ocelot_em.errors import CorruptChunkError, MissingChunkError, StorageError
-from ocelot_em.model.maps import MAPS, MIP
+from ocelot_em.merge.memory_model import (
+    StorageShape,
+    choose_tile,
+    fitting_streams,
+    worker_nbytes,
+)
+from ocelot_em.model.maps import MAPS, MIP, MapSet, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region
 from ocelot_em.store import arrays as store
+from ocelot_em.store import bucket
+from ocelot_em.store.bucket import BucketObjects
 from ocelot_em.store.contract import ReusedMemory
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.transfer import ReadAhead, Request, WriteBehind, chunks_ahead, chunks_behind
@@ -204,6 +216,27 @@ def test_writes_arrive_and_are_bounded(tmp_path):
     objects = open_objects(tmp_path / "store")
     assert [objects.get(f"a/{n}") for n in range(12)] == [bytes([n]) for n in range(12)]
     assert watching.most_running == 2
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.001, 16), (0.049, 25), (0.3, 64)])
+def test_transfers_follow_the_fastest_request_and_memory_bounds_them(
+    seconds, expected, monkeypatch
+):
+    times = itertools.accumulate([0, 10, 0, seconds, 0, 20])  # of the start and end of requests
+    monkeypatch.setattr(bucket, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    objects = BucketObjects("memory://latency")
+    monkeypatch.setattr(objects, "_opened", MemoryStore(), raising=False)
+    with objects.snapshot() as known:
+        assert [known.size("a"), objects.size("a"), known.size("b")] == [None] * 3
+        assert known.streams == objects.streams == expected
+    maps, tile = MapSet(PoseForm.EXPLICIT), (1024, 1024)
+    storage = StorageShape(tile, 4, expected)
+    least = worker_nbytes(tile, storage._replace(streams=16), maps, MergeOptions(threads=2))
+    options = MergeOptions(threads=2, memory_limit=least)
+    assert fitting_streams(tile, storage, maps, options) == 16
+    assert choose_tile((4096, 4096), storage, maps, options, 0) == tile
+    options = options.model_copy(update={"memory_limit": 2 * least})
+    assert fitting_streams(tile, storage, maps, options) == expected
 
 
 def test_a_failed_write_is_told_to_the_one_who_waits_for_it(tmp_path):

@@ -12,6 +12,7 @@ from ocelot_em.merge.memory_model import (
     ON_CPU,
     DeviceChoice,
     device_worker_nbytes,
+    fitting_streams,
     partials_on_device,
     sample_of,
     storage_shape,
@@ -45,7 +46,8 @@ class Forecast:
     from the inputs' compression ratio. ``worker_nbytes`` and ``device_nbytes`` are the peak memory
     of one worker, and of one on its device, where a thread holds ``partials_on_device`` at a time
     (0 on the CPU). ``n_inodes`` counts the files of the output, and its folders. ``free_nbytes``
-    and ``free_inodes`` are None if the output's storage does not report it.
+    and ``free_inodes`` are None if the output's storage does not report it. A thread has up to
+    ``streams`` transfers in flight where requests have latency.
     """
 
     n_tiles: int
@@ -62,6 +64,7 @@ class Forecast:
     device: DeviceChoice = ON_CPU
     partials_on_device: int = 0
     device_nbytes: int = 0
+    streams: int = 0
 
 
 def forecast(
@@ -84,6 +87,8 @@ def forecast(
     stored_in = stored_in * len(plan.sources) // len(sampled)
     pixels = plan.shape[0] * plan.shape[1]
     storage = storage_shape(plan.exposures, output, stores)
+    streams = fitting_streams(plan.tile, storage, plan.maps, options)
+    storage = storage._replace(streams=streams)
     n_partials = partials_on_device(plan, storage, options, device)
     per_pixel = sum(np.dtype(plan.maps.merged_dtype(key)).itemsize for key in plan.maps.merged)
     covered = min(sum(exposure.region.size for exposure in plan.exposures), pixels)
@@ -106,6 +111,7 @@ def forecast(
         partials_on_device=n_partials,
         device_nbytes=n_partials
         and device_worker_nbytes(plan.tile, storage, plan.maps, options, n_partials=n_partials),
+        streams=streams,
     )
 
 

@@ -4,8 +4,8 @@ import hashlib
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -81,6 +81,8 @@ class JobSpec:
         Version and digest of the driver's package.
     kernel
         The kernel that brings writes to the disk when the merge ends: that of the driver.
+    streams
+        Number of concurrent transfers of a thread where requests have latency; 0 if not known.
     """
 
     output: str
@@ -90,6 +92,7 @@ class JobSpec:
     partials_on_device: int = 0
     code: str = field(default_factory=lambda: code_version())
     kernel: str = field(default_factory=lambda: kernel_id())
+    streams: int = 0
 
 
 class OpenExposure:
@@ -148,8 +151,8 @@ class OpenExposure:
 class TileMemory:
     """Memory of one thread, reused for every tile; each part is allocated at its first use."""
 
-    def __init__(self, plan: MergePlan, streams: int) -> None:
-        self._plan, self._streams = plan, streams
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
 
     @cached_property
     def workspace(self) -> Workspace:
@@ -165,11 +168,6 @@ class TileMemory:
     def statistics(self) -> TileStatistics | None:
         """Statistics of a piece; None if they are not collected."""
         return records.new_tile_statistics(self._plan)
-
-    @cached_property
-    def chunks(self) -> Sequence[ReusedMemory]:
-        """Memory for encoded chunks."""
-        return [ReusedMemory() for _ in range(chunks_ahead(self._streams))]
 
 
 class Job:
@@ -209,10 +207,14 @@ class Job:
             self._device_memory = DeviceMemory(
                 open_device(), maps, partials_on_device, sum_dtype, written
             )
-        urls = {source.url for source in plan.sources}
-        self._streams_in = max(open_objects(url).streams for url in urls)
-        self._streams_out = 1 if objects is None else objects.streams
+        inputs = [open_objects(url) for url in {source.url for source in plan.sources}]
+        self._streams_in, self._streams_out = (
+            (spec.streams if spec is not None and any(one.requests for one in stores) else 0)
+            or max((one.streams for one in stores), default=1)
+            for stores in (inputs, [] if objects is None else [objects])
+        )
         self._per_thread = threading.local()
+        self._chunks: list[list[ReusedMemory]] = []  # for readers that are opened
         self._blank: dict[str, list[bytes]] = {}
         self._opened: OrderedDict[int, OpenExposure] = OrderedDict()
         self._opening = threading.Lock()
@@ -263,13 +265,14 @@ class Job:
     def memory(self) -> TileMemory:
         """Memory of this thread."""
         if not hasattr(self._per_thread, "memory"):
-            self._per_thread.memory = TileMemory(self.plan, self._streams_in)
+            self._per_thread.memory = TileMemory(self.plan)
         memory: TileMemory = self._per_thread.memory
         return memory
 
     def release_memory(self) -> None:
         """Release this thread's memory."""
         self._per_thread.__dict__.clear()
+        self._chunks.clear()
 
     def open(self, piece: Piece) -> OpenExposure:
         """Return the open exposure of a piece; the most recently used ones stay open."""
@@ -286,9 +289,16 @@ class Job:
             self._opened.move_to_end(piece.exposure)
             return found
 
-    def read_ahead(self, tiles: Sequence[Tile]) -> ReadAhead:
-        """Return a reader of all chunks that some tiles need, in order."""
-        return ReadAhead(self._requests(tiles), self._streams_in, self.memory.chunks)
+    @contextmanager
+    def read_ahead(self, tiles: Iterable[Tile]) -> Iterator[ReadAhead]:
+        """Open a reader of all chunks that some tiles need, in order."""
+        # Not the memory of a thread: a task may continue in another one.
+        memory = [ReusedMemory() for _ in range(chunks_ahead(self._streams_in))]
+        with suppress(IndexError):
+            memory = self._chunks.pop()
+        with ReadAhead(self._requests(tiles), self._streams_in, memory) as reader:
+            yield reader
+        self._chunks.append(memory)
 
     def write_behind(self) -> WriteBehind:
         """Return a writer for the output."""
@@ -329,7 +339,7 @@ class Job:
             for piece in self.plan.pieces(tile)
         )
 
-    def _requests(self, tiles: Sequence[Tile]) -> Iterator[Request]:
+    def _requests(self, tiles: Iterable[Tile]) -> Iterator[Request]:
         for tile in tiles:
             for piece in self.plan.pieces(tile):
                 # If an exposure cannot be opened, only the tile that needs it fails, not those

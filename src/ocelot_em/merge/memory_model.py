@@ -19,11 +19,12 @@ from ocelot_em.merge.device_fold import (
 )
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import tile_statistics_nbytes
-from ocelot_em.model.control_groups import n_cpus
+from ocelot_em.model.control_groups import memory_nbytes, n_cpus
 from ocelot_em.model.maps import SUM, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.store import constants
+from ocelot_em.store.bucket import STREAMS
 from ocelot_em.store.objects import Stores, normalise_url, open_objects
 from ocelot_em.store.sources import open_one
 from ocelot_em.store.transfer import READ_TOGETHER, chunks_ahead, chunks_behind
@@ -109,7 +110,7 @@ def choose_tile(
     device_nbytes: int,
 ) -> tuple[int, int]:
     """Choose the largest tile that fits; ``device_nbytes`` is 0 where there is no device."""
-    size = options.tile_size
+    size, storage = options.tile_size, storage._replace(streams=min(storage.streams, STREAMS[0]))
     if size is not None and size > constants.DEFAULT_CHUNK and size % constants.DEFAULT_CHUNK:
         below = size - size % constants.DEFAULT_CHUNK
         raise PlanError(
@@ -145,6 +146,21 @@ def choose_tile(
         f"first tile, but {options.memory_limit:,} bytes are allowed; raise --memory-limit, or use "
         "fewer threads or smaller tiles"
     )
+
+
+def fitting_streams(
+    tile: tuple[int, int], storage: StorageShape, maps: MapSet, options: MergeOptions
+) -> int:
+    """Return the number of concurrent transfers of a thread: fewer where memory is limited.
+
+    The tile is chosen for the least number, so that it does not depend on the latency at hand.
+    """
+    here = options.workers or max(n_cpus() // n_threads(options), 1)
+    limit = options.memory_limit or memory_nbytes() // 2 // here
+    for streams in range(storage.streams, STREAMS[0], -1):
+        if worker_nbytes(tile, storage._replace(streams=streams), maps, options) <= limit:
+            return streams
+    return min(storage.streams, STREAMS[0])
 
 
 def _tile_candidates(chunk: tuple[int, int]) -> list[int]:

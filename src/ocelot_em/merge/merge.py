@@ -15,16 +15,17 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice, tee
 from typing import Protocol
 
 from ocelot_em.merge.job import Job, JobSpec, close_job, group_of, open_job
 from ocelot_em.merge.outcome import (
     MergeReport,
     OnOutcome,
-    Outcome,
+    Outcomes,
     Tally,
     Tiles,
     failure,
@@ -44,9 +45,11 @@ log = logging.getLogger(__name__)
 MAX_RETRIES = 1
 """Extra attempts for a tile that failed with a transient error, after all other tiles."""
 
-
-MAX_TILES_BEHIND = 4
+MAX_TILES_BEHIND = 16
 """Maximum number of merged tiles of a thread that are not known to be written and marked."""
+
+MAX_FAILED_TOGETHER = 16
+"""Number of tiles that fail if not even the job can be opened, before that is tried again."""
 
 
 class Executor(Protocol):
@@ -55,7 +58,7 @@ class Executor(Protocol):
     def run(
         self, spec: JobSpec, tiles: Tiles, on_outcome: OnOutcome, stopping: threading.Event
     ) -> None:
-        """Call :func:`attempt_tiles` once for each batch of tiles, and pass on the outcomes.
+        """Call :func:`attempt_tiles` with all tiles, in parts, and pass on the outcomes.
 
         ``on_outcome`` is called in this thread. Once ``stopping`` is set, no batch starts, and the
         running ones are awaited.
@@ -97,8 +100,8 @@ def merge(
     attributes = create_output(objects, ready, options)
     tally = Tally(on_outcome, lock.stop)
     tiles = ready.missing
-    on_device = ready.forecast.partials_on_device
-    spec = JobSpec(objects.url, attributes.id, lock.key, lock.id, on_device)
+    cost, held = ready.forecast, (objects.url, attributes.id, lock.key, lock.id)
+    spec = JobSpec(*held, cost.partials_on_device, streams=cost.streams)
     compile_seconds = 0.0
     try:
         if tiles and on_compile is not None:
@@ -125,26 +128,41 @@ def merge(
     )
 
 
-def attempt_tiles(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt_tiles(spec: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
     """Merge some tiles of a prepared output; never raises, so that the other tiles are merged.
 
-    This is the task of a worker. Its arguments are small: the worker reads the plan from the
-    output, once. Tiles that did not start, because the run has ended or is stopping, have no
-    outcome.
+    This is the task of a worker, which reads the plan from the output, once. Tiles are taken when
+    their first chunks can be prefetched, and each has one outcome, in order. Those that did not
+    start, because the run has ended or is stopping, have none.
     """
-    try:
-        job = open_job(spec)
-        outcomes = list(merge_tiles(job, [job.plan.grid.at(iy, ix) for iy, ix in tiles]))
-    except Exception as error:
-        log.debug("all tiles of a batch failed, the first is %s", tiles[0], exc_info=True)
-        outcomes = [failure(iy, ix, error) for iy, ix in tiles]
+    remaining, taken = iter(tiles), deque[tuple[int, int]]()
     where = f"{socket.gethostname()}:{os.getpid()}"
-    return [replace(outcome, where=where) for outcome in outcomes]
+
+    def take(job: Job) -> Iterator[Tile]:
+        for iy, ix in remaining:
+            taken.append((iy, ix))
+            yield job.plan.grid.at(iy, ix)
+
+    while True:
+        try:
+            job = open_job(spec)
+            for outcome in merge_tiles(job, take(job)):
+                taken.popleft()
+                yield replace(outcome, where=where)
+            return
+        except Exception as error:
+            taken.extend(islice(remaining, 0 if taken else MAX_FAILED_TOGETHER))
+            if not taken:
+                return
+            log.debug("several tiles failed, the first is %s", taken[0], exc_info=True)
+            yield from (replace(failure(iy, ix, error), where=where) for iy, ix in taken)
+            taken.clear()
 
 
-def merge_tiles(job: Job, tiles: Sequence[Tile]) -> Iterator[Outcome]:
-    """Merge tiles in order, while the next one is read and earlier ones are written and marked."""
-    with job.read_ahead(tiles) as reader, job.write_behind() as storage:
+def merge_tiles(job: Job, tiles: Iterable[Tile]) -> Outcomes:
+    """Merge tiles in order, while the next ones are read and earlier ones written and marked."""
+    tiles, announced = tee(tiles)
+    with job.read_ahead(announced) as reader, job.write_behind() as storage:
         behind: deque[TileWriter] = deque()
         for tile in tiles:
             if not job.may_begin:
@@ -152,7 +170,7 @@ def merge_tiles(job: Job, tiles: Sequence[Tile]) -> Iterator[Outcome]:
             with TileWriter(job, tile, reader, storage) as writer:
                 merge_tile(tile, job, reader, writer)
             behind.append(writer)
-            if len(behind) > MAX_TILES_BEHIND:
+            while behind and (len(behind) > MAX_TILES_BEHIND or behind[0].has_ended):
                 yield behind.popleft().outcome()
         while behind:
             yield behind.popleft().outcome()

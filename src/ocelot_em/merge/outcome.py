@@ -1,7 +1,7 @@
 """Results of tiles and merges: summaries, outcomes, their tally, and the report of a merge."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -93,6 +93,9 @@ class Outcome:
     checksums: TileChecksums | None = field(default=None, compare=False)
     """Checksums of its chunks, for the manifest of the result."""
 
+
+Outcomes = Generator[Outcome, None, None]
+"""Outcomes of tiles, which are merged as they are taken; closing it awaits what is in progress."""
 
 OnOutcome = Callable[[Outcome], None]
 """Is called with the outcome of every tile."""

@@ -146,6 +146,11 @@ class TileWriter(Writer):
         self._job.require_proof()
         write_mark(self._job.objects, self._job.plan, self._tile, self._summary, self._checksums)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether :meth:`outcome` need not wait."""
+        return self._marked is not None and self._marked.done()
+
     def outcome(self) -> Outcome:
         """Wait until the tile is marked as done, or has failed and its writes have ended."""
         tile = self._tile

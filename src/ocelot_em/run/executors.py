@@ -11,8 +11,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import dask.threaded
@@ -21,7 +22,7 @@ from dask.callbacks import Callback
 from ocelot_em.errors import ClusterLostError
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import attempt_tiles
-from ocelot_em.merge.outcome import OnOutcome, Outcome, Tiles
+from ocelot_em.merge.outcome import OnOutcome, Outcome, Outcomes, Tiles
 from ocelot_em.run.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ of one task overlap in time."""
 BATCHES_PER_THREAD = 2
 """Number of tasks per thread into which the remaining tiles are split: the last tasks are short, so
 that all threads end together."""
+
+REPORTS_PER_THREAD = 32
+"""Number of tasks into which a thread's tiles are split if they are few: progress is reported after
+each task."""
 
 TASKS_PER_GRAPH = 256
 """Tasks in one graph of the threaded scheduler; its cost per task grows with their number."""
@@ -60,13 +65,17 @@ WORKER_TIMEOUT_SECONDS = 300.0
 TileBatch = tuple[tuple[int, int], ...]
 """Rows and columns of the tiles of one task."""
 
-Attempt = Callable[[JobSpec, TileBatch], list[Outcome]]
-"""Function that a task calls: :func:`ocelot_em.merge.merge.attempt_tiles`, or an empty one to
+Attempt = Callable[[JobSpec, Iterable[tuple[int, int]]], Outcomes]
+"""Function that merges tiles: :func:`ocelot_em.merge.merge.attempt_tiles`, or an empty one to
 measure the overhead."""
 
 
 class ThreadExecutor:
-    """Run tiles on Dask's threaded scheduler in this process, without a server."""
+    """Run tiles on Dask's threaded scheduler in this process, without a server.
+
+    Each thread has a pipeline, which takes batches and merges them without a gap between them: a
+    task is whatever a pipeline merges until it has the outcomes of so many tiles.
+    """
 
     def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
         self.n_threads, self._attempt = n_threads, attempt
@@ -81,22 +90,49 @@ class ThreadExecutor:
                 for outcome in value:
                     on_outcome(outcome)
 
-        def attempt(spec: JobSpec, batch: TileBatch) -> list[Outcome]:
-            return [] if stopping.is_set() else self._attempt(spec, batch)
+        batches, taking = split_into_batches(tiles, lambda: self.n_threads), threading.Lock()
+        interrupted = threading.Event()
 
-        batches = split_into_batches(tiles, lambda: self.n_threads)
+        def taken() -> Iterator[tuple[int, int]]:
+            while True:
+                with taking:
+                    batch = next(batches, ())
+                for tile in batch:
+                    if stopping.is_set() or interrupted.is_set():
+                        return
+                    yield tile
+                if not batch:
+                    return
+
+        idle: queue.SimpleQueue[Outcomes] = queue.SimpleQueue()
+        for _ in range(self.n_threads):
+            idle.put(self._attempt(spec, taken()))
+        share = len(tiles) // (REPORTS_PER_THREAD * self.n_threads)
+        per_task = min(max(share, 1), MAX_TILES_PER_TASK)
+
+        def advance() -> list[Outcome]:
+            try:
+                pipeline = idle.get_nowait()
+            except queue.Empty:  # all that are left are running
+                return []
+            outcomes = list(itertools.islice(pipeline, per_task))
+            if outcomes:
+                idle.put(pipeline)
+            return outcomes
+
         # Threads of Dask's own pool would outlive the run, and be missing in forked processes.
-        with ThreadPoolExecutor(self.n_threads, "ocelot-merge") as pool:
-            while tasks := tuple(itertools.islice(batches, TASKS_PER_GRAPH)):
-                # The scheduler starts with the last key in text order: the first batch gets that.
-                graph = {
-                    f"{TASK_NAME}-{TASKS_PER_GRAPH - number:06d}": (attempt, spec, [*batch])
-                    for number, batch in enumerate(tasks)
-                }
+        pool = ThreadPoolExecutor(self.n_threads, "ocelot-merge")
+        try:
+            while not idle.empty():
+                n_tasks = min(len(tiles) // per_task + self.n_threads, TASKS_PER_GRAPH)
+                graph = {f"{TASK_NAME}-{number}": (advance,) for number in range(n_tasks)}
                 with Callback(posttask=posttask):
                     dask.threaded.get(graph, list(graph), pool=pool)
-                if stopping.is_set():
-                    return
+        finally:
+            interrupted.set()
+            pool.shutdown()
+            while not idle.empty():
+                idle.get().close()
 
 
 class ClientExecutor:
@@ -209,7 +245,7 @@ class _Window:
             number = next(_numbers)
             try:
                 future = self._executor.client.submit(
-                    self._executor.attempt,
+                    partial(_merged, self._executor.attempt),
                     self._spec,
                     batch,
                     key=(f"{TASK_NAME}-{self._spec.run_id[:12]}", *batch[0], len(batch), number),
@@ -268,6 +304,11 @@ class _Window:
             return
         for outcome in outcomes:
             self._on_outcome(outcome)
+
+
+def _merged(attempt: Attempt, spec: JobSpec, tiles: TileBatch) -> list[Outcome]:
+    """Merge the tiles of a task of a cluster."""
+    return list(attempt(spec, tiles))
 
 
 _numbers = itertools.count()

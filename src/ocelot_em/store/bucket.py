@@ -1,6 +1,8 @@
 """Objects in a bucket, through obstore."""
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -26,18 +28,31 @@ from ocelot_em.store.contract import (
 PREFETCHED_NBYTES = 64 * 2**20
 """Size limit of objects that are prefetched into a snapshot; larger ones are read when needed."""
 
+STREAMS = 16, 64
+"""Least and most concurrent transfers of a thread."""
+
+SECONDS_PER_CHUNK = 0.002
+"""A thread waits for no chunk if it has one in flight for each such part of the latency. It merges
+one in about twice the time, but its transfer takes longer than the fastest request."""
+
 
 class BucketObjects:
     """Objects in a bucket; methods as in :class:`ocelot_em.store.contract.Objects`."""
 
     can_append = False
-    streams = 16  # latency is far longer than transfer
     requests: int | None = 64
     _known: dict[tuple[str, str], Any] | None = None  # of a snapshot
     _used_by: ClassVar[int | None] = None  # the process that started obstore's threads
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._fastest = [0.0]  # seconds of the fastest request so far; shared with snapshots
+
+    @property
+    def streams(self) -> int:
+        """As many as hide the latency of the fastest request so far."""
+        least, most = STREAMS
+        return min(max(math.ceil(self._fastest[0] / SECONDS_PER_CHUNK), least), most)
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -66,7 +81,12 @@ class BucketObjects:
         return obstore.store.from_url(self.url)
 
     def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
-        return retrying(verb, self.url, key, action)
+        started = time.perf_counter()
+        found = retrying(verb, self.url, key, action)
+        if verb != "open":
+            seconds = time.perf_counter() - started
+            self._fastest[0] = min(self._fastest[0] or seconds, seconds)
+        return found
 
     @contextmanager
     def snapshot(self) -> Iterator[Self]:

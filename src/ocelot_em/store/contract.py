@@ -59,8 +59,9 @@ class Objects(Protocol):
 
     url: str
 
-    streams: int
-    """Useful number of concurrent transfers per waiting thread."""
+    @property
+    def streams(self) -> int:
+        """Useful number of concurrent transfers per waiting thread, from the latency so far."""
 
     requests: int | None
     """Useful number of concurrent requests for small objects; None if each takes no time."""

@@ -101,8 +101,11 @@ class RunLease:
         ------
         LockLostError, StorageError
         """
+        # What expires while this thread waits concerns later writes: if it counted here as well,
+        # each of many threads would need a proof of its own, one after the other.
+        since = self._valid_from
         with self._checking:
-            if not self._is_proved(self._valid_from):
+            if not self._is_proved(since):
                 self.prove()
 
     def lost(self) -> LockLostError:

@@ -16,6 +16,7 @@ from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import Region, Tile
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.blosc import BloscChunk
+from ocelot_em.store.bucket import STREAMS
 from ocelot_em.store.contract import Objects, ReusedMemory
 
 READ_TOGETHER = 4
@@ -29,7 +30,12 @@ def chunks_ahead(streams: int) -> int:
 
 def chunks_behind(streams: int) -> int:
     """Maximum number of encoded chunks that a :class:`WriteBehind` holds."""
-    return 1 + streams
+    return 1 + writing_streams(streams)
+
+
+def writing_streams(streams: int) -> int:
+    """Number of concurrent writes of a thread; it has at most half as many chunks to write."""
+    return max(min(streams, STREAMS[0]), streams // 2)
 
 
 class Request(NamedTuple):
@@ -231,7 +237,7 @@ class WriteBehind:
     """Writes a bounded number of objects at a time, on ``streams`` threads."""
 
     def __init__(self, streams: int) -> None:
-        self._pool = ThreadPoolExecutor(streams, "ocelot-write")
+        self._pool = ThreadPoolExecutor(writing_streams(streams), "ocelot-write")
         self._max_in_flight = chunks_behind(streams)
         self._in_flight: deque[Future[None]] = deque()
         self.meter = Meter()

@@ -1,7 +1,7 @@
 """Tests that every executor of tiles must pass; importing this module needs pytest."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from ocelot_em.merge.in_memory import merge_arrays
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import Executor, attempt_tiles, merge
-from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, Tiles, TileSummary
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, Outcomes, Tiles, TileSummary
 from ocelot_em.merge.resume import confirm, prepare
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region
@@ -19,19 +19,17 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import MapGroup
 from ocelot_em.testing.simulation import Simulation, simulate
 
-Attempt = Callable[[JobSpec, Sequence[tuple[int, int]]], list[Outcome]]
-"""Function that an executor calls for each batch of tiles."""
+Attempt = Callable[[JobSpec, Iterable[tuple[int, int]]], Outcomes]
+"""Function that an executor calls with some tiles; it takes them one by one."""
 
 SPEC = JobSpec("memory://nowhere", "run", "lock/0", "holder", 3)
 
 
-def attempt(spec: JobSpec, tiles: Sequence[tuple[int, int]]) -> list[Outcome]:
+def attempt(spec: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
     """Pretend to merge tiles; those of odd columns fail."""
     done = TileSummary(*(0 for _ in SUMMARY_FIELDS))
-    return [
-        Outcome(iy, ix, None if ix % 2 else done, "odd" if ix % 2 else "", where=repr(spec))
-        for iy, ix in tiles
-    ]
+    for iy, ix in tiles:
+        yield Outcome(iy, ix, None if ix % 2 else done, "odd" if ix % 2 else "", where=repr(spec))
 
 
 class _WatchedTiles(Tiles):
@@ -83,7 +81,7 @@ class ExecutorContract:
         tiles = Tiles(10, np.arange(1000, 1000 + n_tiles))
         make_executor(attempt).run(SPEC, tiles, note, threading.Event())
         outcomes.sort(key=lambda outcome: (outcome.iy, outcome.ix))
-        assert outcomes == attempt(SPEC, list(tiles))
+        assert outcomes == list(attempt(SPEC, tiles))
         assert threads <= {threading.current_thread()}
 
     def test_a_stopped_run_ends(self, make_executor: Callable[[Attempt], Executor]) -> None:
