@@ -1,11 +1,14 @@
 """Round trips of a merge in a bucket: at its start and end, whatever the number of partials."""
 
 import pytest
-from benchmarks.object_store import as_bucket, round_trips, tiny_search
+from benchmarks.object_store import as_bucket, round_trips, tiny_montage, tiny_search
+from rich.console import Console
 
-from ocelot_em import MergedResult, merge
+from ocelot_em import MergedResult, describe, merge
+from ocelot_em.cli.watch_command import Watched
 from ocelot_em.errors import StorageError, TilesFailedError
 from ocelot_em.model.maps import MapSet, PoseForm
+from ocelot_em.model.options import MergeOptions
 from ocelot_em.store import constants
 from ocelot_em.store.bucket import MemoryObjects
 
@@ -31,6 +34,20 @@ def test_a_result_is_opened_in_few_round_trips(search):
     with as_bucket() as stub:
         assert MergedResult.open("memory://opened").maps
         assert stub.round_trips == 3  # root; manifest; metadata of all maps
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_search(5), lambda: tiny_montage(4, 3)])
+def test_a_search_is_described_and_watched_in_few_round_trips(make):
+    url = make()
+    with as_bucket() as stub:
+        assert len(describe(url).partials) in (5, 12)
+        assert stub.round_trips <= 5
+    watched = Watched(url, ("memory://watched", None), MergeOptions(), Console())
+    with as_bucket() as stub:
+        watched.look()
+        assert stub.round_trips <= 4
+        # Root, lists of partials and exposures, exposures, and each partial with its manifest.
+        assert len(stub.requests) <= 3 + 2 * 4 + 3 * 12
 
 
 def test_a_tile_is_marked_as_done_after_its_last_chunk(search, monkeypatch):

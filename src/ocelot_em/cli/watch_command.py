@@ -41,6 +41,7 @@ from ocelot_em.store.lock import has_ended
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import SearchProgress, combined, progress_of_partials
 from ocelot_em.store.search import read_attributes, read_exposures, read_partials
+from ocelot_em.store.sources import prefetch_partials, prefetch_search
 from ocelot_em.store.whole_file import write_file
 from ocelot_em.view.plots import pooled_zscore
 
@@ -163,15 +164,18 @@ class Watched(Observer):
 
     def look(self) -> bool:
         """Read the partials; return whether there is anything new to merge."""
-        attributes = read_attributes(self._objects)
-        if not isinstance(attributes, SearchAttributes):
-            raise InvalidInputError(
-                f"{self._objects.url}: expected a search, got a merged result; give the "
-                "search from which it was merged"
-            )
-        exposures = [own.id for own in read_exposures(self._objects, attributes)]
-        read = partial(read_partials, self._objects)
-        found = list(map_in_threads(read, exposures, LOOK_THREADS))
+        with self._objects.snapshot() as known:
+            prefetch_search(known)
+            attributes = read_attributes(known)
+            if not isinstance(attributes, SearchAttributes):
+                raise InvalidInputError(
+                    f"{self._objects.url}: expected a search, got a merged result; give the "
+                    "search from which it was merged"
+                )
+            listed = read_exposures(known, attributes)
+            prefetch_partials(known, listed)
+            exposures = [own.id for own in listed]
+            found = list(map_in_threads(partial(read_partials, known), exposures, LOOK_THREADS))
         self._partials = [
             (partial_text(exposure, name), own)
             for exposure, partials in zip(exposures, found, strict=True)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from os.path import isfile
 
@@ -11,7 +12,7 @@ from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
-from ocelot_em.store.contract import Objects, join
+from ocelot_em.store.contract import Objects, at_once, join
 from ocelot_em.store.manifest import MANIFEST, Manifest, find_manifest, read_manifest
 from ocelot_em.store.tables import read_table
 from ocelot_em.store.validation import name_problems
@@ -180,7 +181,9 @@ def read_partials(objects: Objects, exposure: str = "") -> list[tuple[str, fmt.P
     """
     with objects.snapshot() as known:
         names = partial_names(known, exposure)
-        found = [(name, read_partial_attributes(known, name, exposure)) for name in names]
+        # At once: of one that is not complete, the manifest is read as well.
+        reads = [partial(read_partial_attributes, known, name, exposure) for name in names]
+        found = list(zip(names, at_once(known, reads), strict=True))
     return sorted(found, key=lambda item: (item[1].order, _natural(item[0])))
 
 

@@ -197,7 +197,7 @@ def _open_sources(
             manifest=attributes.manifest,
         )
         return attributes, [(exposures[0], [source])]
-    _prefetch(objects, attributes, [exposure.id for exposure in exposures])
+    prefetch_partials(objects, exposures, lists=True, sums=True)
     is_sealed = attributes.format_version >= constants.FIRST_SEALED_VERSION
     if is_sealed and attributes.has_exposures and not so_far:
         check_exposures(objects, exposures, without)
@@ -270,17 +270,26 @@ def prefetch_search(objects: Objects) -> None:
     objects.prefetch(["zarr.json"], [partials_path(), constants.EXPOSURES])
 
 
-def _prefetch(objects: Objects, attributes: fmt.SearchAttributes, exposures: list[str]) -> None:
-    """Read the metadata of all partials of a search, and the lists of partials and exposures."""
-    objects.prefetch([], map(partials_path, exposures))
-    keys = exposure_number_keys(len(exposures)) if attributes.has_exposures else []
-    for exposure in exposures:
+def prefetch_partials(
+    objects: Objects,
+    exposures: Sequence[fmt.ExposureAttributes],
+    *,
+    lists: bool = False,
+    sums: bool = False,
+) -> None:
+    """Read the metadata of all partials, with the lists of partials and exposures, and of sums."""
+    ids, keys = [exposure.id for exposure in exposures], list[str]()
+    objects.prefetch([], map(partials_path, ids))
+    if lists and any(ids):
+        keys += exposure_number_keys(len(ids))
+    for exposure in ids:
         names = objects.children(partials_path(exposure))
-        keys += roster_keys(exposure, len(names))
+        if lists:
+            keys += roster_keys(exposure, len(names))
         folders = [partial_path(name, exposure) for name in names]
         keys += [f"{folder}/zarr.json" for folder in folders]
-        # For the memory that a merge needs, which depends on the chunks of the sums.
-        keys += [f"{folder}/{SUM}/zarr.json" for folder in folders]
+        if sums:  # for the memory that a merge needs, which depends on their chunks
+            keys += [f"{folder}/{SUM}/zarr.json" for folder in folders]
     objects.prefetch(keys)
 
 

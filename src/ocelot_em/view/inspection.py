@@ -33,6 +33,7 @@ from ocelot_em.store.progress import (
 )
 from ocelot_em.store.roster import exposure_problems, read_roster, roster_problems
 from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.sources import prefetch_partials, prefetch_search
 from ocelot_em.store.validation import value_problems
 
 
@@ -116,16 +117,23 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
     (300, 400)
     """
     objects = open_objects(store)
-    attributes = searches.read_attributes(objects)
+    with objects.snapshot() as known:
+        return _description(objects, known)
+
+
+def _description(objects: Objects, known: Objects) -> StoreInfo:
+    prefetch_search(known)
+    attributes = searches.read_attributes(known)
     about = partial(StoreInfo, objects.url, attributes, sum(objects.sizes("").values()))
     if isinstance(attributes, fmt.SearchAttributes):
-        exposures = searches.read_exposures(objects, attributes)
-        found = [(own.id, searches.read_partials(objects, own.id)) for own in exposures]
+        exposures = searches.read_exposures(known, attributes)
+        prefetch_partials(known, exposures, lists=True)
+        found = [(own.id, searches.read_partials(known, own.id)) for own in exposures]
         read = [(partial_text(owner, name), own) for owner, owns in found for name, own in owns]
         missing = [
             (partial_text(owner, name), "missing", 0)
             for owner, owns in found
-            for name in read_roster(objects, owner).keys() - dict(owns).keys()
+            for name in read_roster(known, owner, len(owns)).keys() - dict(owns).keys()
         ]
         return about(
             (*((name, own.state, own.total_projections) for name, own in read), *sorted(missing)),
@@ -133,7 +141,7 @@ def describe(store: str | PathLike[str]) -> StoreInfo:
             tuple(name for name, own in read if own.state == "complete" and own.manifest is None),
             progress=combined([progress_of_partials(owns) for _, owns in found]),
             correlation_tables=tuple(
-                (partial_text(owner, name), own.correlation_threshold, n_rows(objects, path))
+                (partial_text(owner, name), own.correlation_threshold, n_rows(known, path))
                 for owner, owns in found
                 for name, own in owns
                 if own.correlation_threshold is not None and own.is_readable
