@@ -132,6 +132,7 @@ def test_checksums_without_the_lock_are_those_of_google_crc32c(rng, monkeypatch)
     data = rng.bytes(1000)
     parts = [data[:7], memoryview(data)[7:], data, memoryview(bytearray(data)), b""]
     expected = google_crc32c.value(data)
+    assert (module._extend is not None) == (google_crc32c.implementation == "c")
     for extend in (module._extend, None):
         monkeypatch.setattr(module, "_extend", extend)
         assert checksum(parts[1], checksum(parts[0])) == expected

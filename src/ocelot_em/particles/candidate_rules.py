@@ -40,7 +40,8 @@ class CandidateRule:
             return high
         near: AnyArray = (mip >= self.levels[0]) | (z >= self.levels[1])
         # -ln p is NaN where nothing was searched, and such pixels are not accepted.
-        near[near] = self.model.neg_log_p(mip[near], z[near]) >= self.cutoff
+        where = np.flatnonzero(near)  # few; much faster than a mask
+        near.flat[where] = self.model.neg_log_p(mip.flat[where], z.flat[where]) >= self.cutoff
         return near
 
     def height(self, rows: Float64) -> Float64:

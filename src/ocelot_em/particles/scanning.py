@@ -33,10 +33,12 @@ def scan(merged: MergedResult, rules: Sequence[Rule]) -> list[Float64]:
         if not there:
             return []
         mip, z = merged.read(region, MIP), merged.read(region, SCALED_MIP)
-        names = [name for name in GATHERED if name in merged.maps]
+        maps = {MIP: mip, SCALED_MIP: z}
 
         def rows_at(where: AnyArray, z: AnyArray, origin: tuple[int, int]) -> Float64:
-            maps = {name: merged.read(region, name) for name in names} if where.any() else {}
+            for name in GATHERED if where.any() else ():
+                if name in merged.maps and name not in maps:
+                    maps[name] = merged.read(region, name)
             return _rows_at(where, z, maps, region.shifted(-origin[0], -origin[1]))
 
         if not merged.plan.is_montage:
@@ -163,7 +165,7 @@ class OwnMaps:
 
 def _rows_at(where: AnyArray, z: AnyArray, maps: Mapping[str, AnyArray], region: Region) -> Float64:
     """Return the rows of candidates; ``region`` has the pixels in exposure coordinates."""
-    y, x = np.nonzero(where)
+    y, x = np.divmod(np.flatnonzero(where), where.shape[1])
     rows = np.full((len(y), len(CANDIDATE_FIELDS)), np.nan)
     if not len(y):
         return rows

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-from google_crc32c import cext
 from numcodecs import blosc
 from numcodecs.blosc import Blosc, decompress
 
@@ -75,7 +74,7 @@ def lz4_address() -> int:
 def _hardware_crc() -> Callable[[int, Any, int], int] | None:
     """Return the function in the extension of google-crc32c: called so, it needs no lock."""
     try:
-        function = ctypes.CDLL(cext._crc32c.__file__).crc32c_extend
+        function = ctypes.CDLL(google_crc32c._crc32c.__file__).crc32c_extend
     except (AttributeError, OSError):
         return None
     function.argtypes = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t
