@@ -111,8 +111,9 @@ class _Library:
             symbol, returned = self._kernels[name][types]
         except KeyError:
             return None
-        address = self._engine.get_function_address(symbol)
-        return _call(_ENTRY(address), name, types, returned)
+        entry = _ENTRY(self._engine.get_function_address(symbol))
+        entry.engine = self._engine  # type: ignore[attr-defined]  # owns the machine code
+        return _call(entry, name, types, returned)
 
 
 def _call(entry: Any, name: str, types: str, returned: str) -> Callable[[Words], Any]:
