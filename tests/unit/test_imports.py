@@ -41,7 +41,7 @@ FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in f
 
 HOME = {
     "zarr": {"io.ome_zarr"},
-    "numcodecs": {"cli.doctor", "store.arrays", "store.blosc"},
+    "numcodecs": {"cli.doctor", "store.blosc"},
     "google_crc32c": {"cli.doctor", "store.blosc"},
     "obstore": {"store"},
     "dask": {"run", "merge.lazy"},

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ocelot_em.cli.console import missing_manifests_text, open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
-from ocelot_em.cli.parameters import PathOrUrl
+from ocelot_em.cli.parameters import PathOrUrl, require_stores
 
 if TYPE_CHECKING:
     from ocelot_em.merge.result import MergedResult
@@ -54,6 +54,7 @@ def info(store: PathOrUrl, /) -> None:
     store
         Path or URL of a search or a merged result.
     """
+    require_stores(store)
     from ocelot_em.model.text import nbytes_text
     from ocelot_em.store.attributes import MergedAttributes
     from ocelot_em.view.inspection import describe

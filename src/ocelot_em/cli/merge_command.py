@@ -10,7 +10,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 
 from ocelot_em.cli.config_file import write_config
 from ocelot_em.cli.console import open_console
-from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl
+from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl, require_stores
 from ocelot_em.model.options import MergeOptions, Shown
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def merge(
     dry_run
         Print the plan, and merge nothing.
     """
+    require_stores(*inputs)
     from ocelot_em.cli.terminal import MergeProgress, print_plan, print_report
     from ocelot_em.run.api import Observers, plan_merge, run_merge
     from ocelot_em.run.clusters import within_job

@@ -24,6 +24,16 @@ def _from_text(kind: Any, tokens: Sequence[Token]) -> Any:
     return TypeAdapter(kind).validate_python(texts if is_several else texts[0])
 
 
+def require_stores(*places: str | Path) -> None:
+    """Raise the error of a store that is missing or damaged, before imports that take longer."""
+    from ocelot_em.store.objects import open_objects
+    from ocelot_em.store.search import read_attributes
+
+    for place in places:
+        if "://" not in str(place):  # a request takes longer than imports
+            read_attributes(open_objects(place))
+
+
 def _shown(default: object) -> str | None:
     """Return the text of a default, if the help does not say what it means."""
     return None if default is None or default is False or default in ((), "") else str(default)

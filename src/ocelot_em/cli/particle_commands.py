@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
-from ocelot_em.cli.parameters import Merged, PathOrUrl
+from ocelot_em.cli.parameters import Merged, PathOrUrl, require_stores
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
@@ -95,6 +95,7 @@ def peaks(
     output
         Table to write: .csv, .parquet, or .star (for RELION; needs ``--optics``).
     """
+    require_stores(store)
     from ocelot_em.io.tables import write_table
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
@@ -114,6 +115,7 @@ def export(
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
 ) -> None:
     """Write maps or a table for other programs."""
+    require_stores(store)
     from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
     from ocelot_em.merge.result import MergedResult
@@ -190,6 +192,7 @@ def report(
     output
         HTML file to write.
     """
+    require_stores(store)
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
     from ocelot_em.view.report import write_report

@@ -9,14 +9,17 @@ from operator import mul
 from typing import Any, Literal
 
 import numpy as np
-from numcodecs.blosc import Blosc
 
 from ocelot_em.errors import CorruptChunkError, FormatError, MissingChunkError
 from ocelot_em.model.maps import MAPS, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.store.blosc import (
+    BIT_SHUFFLE,
+    BYTE_SHUFFLE,
+    NO_SHUFFLE,
     BitPlanes,
     BloscChunk,
+    Codec,
     EncodedChunks,
     MergedMap,
     encode,
@@ -36,7 +39,7 @@ from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, meta
 from ocelot_em.store.metadata import parse_array
 from ocelot_em.store.shards import Shards
 
-_BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
+_BLOSC = Codec("lz4", 5, BYTE_SHUFFLE)
 
 
 class _ThreadMemory(threading.local):
@@ -164,7 +167,7 @@ class ChunkedMap:
     grid: TileGrid
     dtype: "np.dtype[Any]"
     fill: float | int
-    codec: Blosc
+    codec: Codec
     checksums: Checksums | None = None
     is_column: bool = False
     shards: Shards | None = None
@@ -309,8 +312,8 @@ def encode_chunk(values: AnyArray) -> list[bytes]:
 
 def split_chunk(values: AnyArray, name: str) -> BloscChunk:
     """Encode few values of a map as one chunk, in streams that compiled kernels decode."""
-    shuffle = Blosc.SHUFFLE if shuffle_of(name) == "shuffle" else Blosc.BITSHUFFLE
-    encoded = bytearray().join(encode(values, Blosc("lz4", 5, shuffle, values.nbytes)))
+    shuffle = BYTE_SHUFFLE if shuffle_of(name) == "shuffle" else BIT_SHUFFLE
+    encoded = bytearray().join(encode(values, Codec("lz4", 5, shuffle, values.nbytes)))
     return BloscChunk(memoryview(encoded), values.nbytes)
 
 
@@ -355,8 +358,8 @@ def open_map(
             f"{place}: expected {counts} chunks as in the manifest, got {grid.counts}"
         )
     settings = about.codecs[1]["configuration"]
-    shuffles = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE}
-    shuffle = shuffles.get(settings["shuffle"], Blosc.BITSHUFFLE)
+    shuffles = {"noshuffle": NO_SHUFFLE, "shuffle": BYTE_SHUFFLE}
+    shuffle = shuffles.get(settings["shuffle"], BIT_SHUFFLE)
     shards = None
     if about.per_shard is not None:
         shards = Shards(objects, path, grid.counts, (about.per_shard[0], about.per_shard[1]))
@@ -367,7 +370,7 @@ def open_map(
         grid=grid,
         dtype=about.data_type,
         fill=about.fill_value,
-        codec=Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),
+        codec=Codec(settings["cname"], settings["clevel"], shuffle, settings["blocksize"]),
         checksums=None if expected is None else expected.checksums,
         is_column=len(dimensions) == 1,
         shards=shards,

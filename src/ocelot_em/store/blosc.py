@@ -14,16 +14,34 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc
-from numcodecs.blosc import Blosc, decompress
 
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.streams import LZ4Streams
 
-# Its threads would compress the blocks of a chunk in any order, so that equal values would not be
-# equal bytes. Importing zarr sets the same.
-blosc.use_threads = False
+NO_SHUFFLE, BYTE_SHUFFLE, BIT_SHUFFLE = range(3)
+"""Blosc's numbers of what it does to values before it encodes them."""
+
+
+class Codec(NamedTuple):
+    """How Blosc encodes chunks; ``blocksize`` in bytes, 0 if it chooses."""
+
+    cname: str
+    clevel: int
+    shuffle: int
+    blocksize: int = 0
+
+
+@functools.cache
+def _numcodecs() -> Any:
+    """Return numcodecs' module; importing it takes longer than most errors."""
+    from numcodecs import blosc
+
+    # Its threads would compress the blocks of a chunk in any order, so that equal values would not
+    # be equal bytes. Importing zarr sets the same.
+    blosc.use_threads = False
+    return blosc
+
 
 _VERSIONS = bytes([2, 1])
 """First bytes of a frame: versions of the format, and of LZ4 in it."""
@@ -65,7 +83,7 @@ def lz4_address() -> int:
     Compiled kernels call it without Python's lock.
     """
     try:
-        function = ctypes.CDLL(blosc.__file__).LZ4_decompress_safe
+        function = ctypes.CDLL(_numcodecs().__file__).LZ4_decompress_safe
     except (AttributeError, OSError):
         return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0
@@ -85,10 +103,11 @@ def _hardware_crc() -> Callable[[int, Any, int], int] | None:
 _extend = _hardware_crc()
 
 
+@functools.cache
 def _blosc_compress() -> Callable[..., int] | None:
     """Return ``blosc_compress_ctx`` of the extension of numcodecs, called without the lock."""
     try:
-        function = ctypes.CDLL(blosc.__file__).blosc_compress_ctx
+        function = ctypes.CDLL(_numcodecs().__file__).blosc_compress_ctx
     except (AttributeError, OSError):
         return None
     number, size, at = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
@@ -96,9 +115,6 @@ def _blosc_compress() -> Callable[..., int] | None:
     function.argtypes = number, number, size, size, at, *target
     function.restype = number
     return function
-
-
-_compress = _blosc_compress()
 
 
 def checksum(data: bytes | memoryview, before: int = 0) -> int:
@@ -151,20 +167,20 @@ MergedMap = AnyArray | BitPlanes | EncodedChunks
 """A merged map: values, or what a chunk of it holds."""
 
 
-def encode(values: AnyArray, codec: Blosc) -> list[bytes]:
+def encode(values: AnyArray, codec: Codec) -> list[bytes]:
     """Encode C-contiguous values; return a chunk's object in parts: a frame and its CRC32C."""
     frame = _frame_of(values, codec, codec.shuffle)
     return [frame, checksum(frame).to_bytes(4, "little")]
 
 
-def encode_planes(planes: BitPlanes, dtype: "np.dtype[Any]", codec: Blosc) -> list[bytes]:
+def encode_planes(planes: BitPlanes, dtype: "np.dtype[Any]", codec: Codec) -> list[bytes]:
     """Encode values with shuffled bits: the parts that :func:`encode` returns for these values.
 
     Blosc does not shuffle them again, and a flag in the header says that they are shuffled. If it
     would choose other blocks, or not compress them, they are encoded as values.
     """
-    if codec.shuffle == Blosc.BITSHUFFLE:
-        frame = _frame_of(planes.words.view(dtype), codec, Blosc.NOSHUFFLE)
+    if codec.shuffle == BIT_SHUFFLE:
+        frame = _frame_of(planes.words.view(dtype), codec, NO_SHUFFLE)
         *kind, flags, itemsize, nbytes, block, size = _HEADER.unpack_from(frame)
         if block == planes.block_nbytes and not flags & _STORED_RAW:
             flags |= _BIT_SHUFFLED
@@ -175,7 +191,7 @@ def encode_planes(planes: BitPlanes, dtype: "np.dtype[Any]", codec: Blosc) -> li
     return encode(planes.values(dtype), codec)
 
 
-def encoded_parts(frame: AnyArray, dtype: "np.dtype[Any]", codec: Blosc) -> list[bytes]:
+def encoded_parts(frame: AnyArray, dtype: "np.dtype[Any]", codec: Codec) -> list[bytes]:
     """Return the parts of a chunk's object for a frame in streams.
 
     One that is larger than Blosc allows is encoded again: it stores the values as they are.
@@ -189,15 +205,18 @@ def encoded_parts(frame: AnyArray, dtype: "np.dtype[Any]", codec: Blosc) -> list
     return [whole, checksum(whole).to_bytes(4, "little")]  # type: ignore[list-item]
 
 
-def _frame_of(values: AnyArray, codec: Blosc, shuffle: int) -> bytes:
+def _frame_of(values: AnyArray, codec: Codec, shuffle: int) -> bytes:
     """Encode as numcodecs does, which would copy the frame and hold Python's lock meanwhile."""
-    if _compress is None:
-        return bytes(Blosc(codec.cname, codec.clevel, shuffle, codec.blocksize).encode(values))
+    blosc, compress = _numcodecs(), _blosc_compress()
+    if compress is None:
+        return bytes(
+            blosc.Blosc(codec.cname, codec.clevel, shuffle, codec.blocksize).encode(values)
+        )
     values = np.ascontiguousarray(values)
     memory = np.empty(values.nbytes + blosc.MAX_OVERHEAD, np.uint8)
     sizes = values.itemsize, values.nbytes, values.ctypes.data
     target, name = (memory.ctypes.data, memory.nbytes), codec.cname.encode()
-    n = _compress(codec.clevel, shuffle, *sizes, *target, name, codec.blocksize, 1)
+    n = compress(codec.clevel, shuffle, *sizes, *target, name, codec.blocksize, 1)
     if n <= 0:
         raise RuntimeError(f"Blosc cannot encode {values.nbytes} bytes with {codec}: error {n}")
     return memory.data[:n]  # type: ignore[return-value]  # used as bytes are
@@ -316,6 +335,6 @@ class BloscChunk:
 
 def _decode(frame: memoryview, out: AnyArray) -> None:
     try:
-        decompress(frame, out)
+        _numcodecs().decompress(frame, out)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
