@@ -19,6 +19,8 @@ class CompileKernels(BuildHookInterface):  # type: ignore[misc, type-arg, unused
         root = Path(self.root)
         environment = os.environ | {"PYTHONPATH": str(root / "src")}
         command = [sys.executable, "-m", "ocelot_em.kernels.build"]
+        if version == "editable":
+            command.append("here")
         if subprocess.run(command, env=environment).returncode:
             self.app.display_warning("the kernels could not be compiled: numba will at first use")
             return

@@ -10,7 +10,7 @@ from ocelot_em.kernels.compiling import Kernel
 
 needs_built = pytest.mark.skipif(
     not any(map(ahead.is_current, ahead.cpus())),
-    reason="no kernels were compiled from these sources: python -m ocelot_em.kernels.build",
+    reason="no kernels were compiled from these sources: python -m ocelot_em.kernels.build here",
 )
 
 

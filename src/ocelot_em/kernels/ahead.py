@@ -80,21 +80,25 @@ def is_current(cpu: str) -> bool:
     return index.exists() and json.loads(index.read_bytes())["sources"] == digest_of_sources()
 
 
+def can_run(cpu: str) -> bool:
+    """Whether this processor has the features of a kind of processors."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in _FEATURES[os.uname().machine][cpu])
+
+
 @lru_cache(maxsize=1)
 def _library() -> "_Library | None":
-    for cpu in cpus():
-        if not is_current(cpu):
-            continue
-        from llvmlite import binding
-
-        features = binding.get_host_cpu_features()
-        if all(features.get(name, False) for name in _FEATURES[os.uname().machine][cpu]):
-            return _Library(FOLDER / cpu, binding)
-    return None
+    current = list(filter(is_current, cpus()))
+    best = next(filter(can_run, current), None) if current else None
+    return None if best is None else _Library(FOLDER / best)
 
 
 class _Library:
-    def __init__(self, folder: Path, binding: Any) -> None:
+    def __init__(self, folder: Path) -> None:
+        from llvmlite import binding
+
         self._kernels = json.loads((folder / INDEX).read_bytes())["kernels"]
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()

@@ -1,8 +1,9 @@
-"""Compiles kernels ahead, when the package is built: ``python -m ocelot_em.kernels.build``.
+"""Compiles kernels ahead, when the package is built: ``python -m ocelot_em.kernels.build [here]``.
 
-It compiles for all kinds of processors of this machine's architecture, and needs numba and NumPy
-only. ``signatures.txt`` lists the kernels that Python calls, each with the types of its arguments
-in merges, in the notation of :mod:`ocelot_em.kernels.compiling`.
+It compiles for all kinds of processors of this machine's architecture, or for the best that this
+one can run, and needs numba and NumPy only. ``signatures.txt`` lists the kernels that Python calls,
+each with the types of its arguments in merges, in the notation of
+:mod:`ocelot_em.kernels.compiling`.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,15 +25,11 @@ _NEVER_CALLED = "define weak void @NRT_MemInfo_call_dtor(i8* %memory) { ret void
 """Frees an array that owns memory; no kernel has one."""
 
 
-def build() -> None:
+def build(cpus: Iterable[str]) -> None:
     """Compile all kernels of ``signatures.txt``, unless they are: a process for each processor."""
     processes = []
-    for cpu in ahead.cpus():
-        index = ahead.FOLDER / cpu / ahead.INDEX
-        if (
-            index.exists()
-            and json.loads(index.read_bytes())["sources"] == ahead.digest_of_sources()
-        ):
+    for cpu in cpus:
+        if ahead.is_current(cpu):
             continue
         # numba reads them when it is imported, and vectorises for them.
         variables = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
@@ -146,7 +143,9 @@ def _notation(numba_type: Any) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] == ["here"]:
+        build(list(filter(ahead.can_run, ahead.cpus()))[:1])
+    elif sys.argv[1:]:
         _build_for(sys.argv[1])
     else:
-        build()
+        build(ahead.cpus())
