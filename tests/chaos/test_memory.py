@@ -30,8 +30,8 @@ DASK = [sys.executable, "-m", "dask"]
 THREADS = 3
 """Of the worker in the group: so many tiles it has at a time."""
 
-SPARE_NBYTES = 48 * 1024 * 1024
-"""That the group may have beyond an idle worker: less than a tile of 1024 x 1024 pixels needs."""
+SPARE_NBYTES = 16 * 1024 * 1024
+"""That the group may have beyond an idle worker: far less than a tile of 1024 x 1024 pixels needs."""
 
 
 @dataclass(frozen=True)
