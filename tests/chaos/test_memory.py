@@ -31,7 +31,7 @@ THREADS = 3
 """Of the worker in the group: so many tiles it has at a time."""
 
 SPARE_NBYTES = 16 * 1024 * 1024
-"""That the group may have beyond an idle worker: far less than a tile of 1024 x 1024 pixels needs."""
+"""That the group may have beyond an idle worker: far less than a tile of 1024^2 pixels needs."""
 
 
 @dataclass(frozen=True)
