@@ -25,6 +25,6 @@ class CompileKernels(BuildHookInterface):  # type: ignore[misc, type-arg, unused
             self.app.display_warning("the kernels could not be compiled: numba will at first use")
             return
         if version != "editable":
-            build_data["force_include"][str(root / BUILT)] = "ocelot_em/kernels/built"
+            build_data["artifacts"].append(f"/{BUILT}/**")  # although git ignores them
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-manylinux2014_{os.uname().machine}"

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_a_wheel_has_the_sources_and_nothing_else(tmp_path: Path) -> None:
     about = {name for name in names if ".dist-info/" in name}
     assert {Path(name).name for name in about} >= {"METADATA", "RECORD", "WHEEL", "LICENSE"}
     assert names - about == files_of_sources()
+
+
+def test_containers_are_built_from_all_that_a_wheel_is_built_from() -> None:
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {"pyproject.toml", "hatch_build.py", about["project"]["readme"], "src"}
+    needed |= set(about["project"]["license-files"])
+    assert "custom" in about["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]
+    wheel = (ROOT / "docker/Dockerfile").read_text().partition(" AS wheel")[2].partition("FROM ")[0]
+    copied = " ".join(line for line in wheel.splitlines() if line.startswith("COPY "))
+    assert needed <= set(copied.replace("./src", "").split())
+    assert {f"!{name}" for name in needed} <= set((ROOT / ".dockerignore").read_text().split())
+    assert needed <= set((ROOT / "docker/ocelot.def").read_text().split())
 
 
 def tree_of_errors(error: type[Exception], indent: str = "", own: str = "") -> list[str]:
