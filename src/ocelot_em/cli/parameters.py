@@ -1,6 +1,7 @@
 """What all options of the command line have in common."""
 
 from collections.abc import Sequence
+from os.path import exists, join
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -25,13 +26,14 @@ def _from_text(kind: Any, tokens: Sequence[Token]) -> Any:
 
 
 def require_stores(*places: str | Path) -> None:
-    """Raise the error of a store that is missing or damaged, before imports that take longer."""
-    from ocelot_em.store.objects import open_objects
-    from ocelot_em.store.search import read_attributes
-
+    """Raise the error of a store that is missing, before imports that take longer than this."""
     for place in places:
-        if "://" not in str(place):  # a request takes longer than imports
-            read_attributes(open_objects(place))
+        if "://" in str(place) or exists(join(place, "zarr.json")):  # noqa: PTH110, PTH118
+            continue
+        from ocelot_em.store.objects import open_objects
+        from ocelot_em.store.search import read_attributes
+
+        read_attributes(open_objects(place))
 
 
 def _shown(default: object) -> str | None:
