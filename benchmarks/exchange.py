@@ -27,6 +27,7 @@ from ocelot_em.io.mrc import write_mrc_set
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store.arrays import open_map
+from ocelot_em.store.blosc import encode
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import partial_path
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX
@@ -56,7 +57,7 @@ def copy_partials(files: Path, search: Path, output: Path) -> None:
                     codec = open_map(objects, at, name, [file[name].dtype.name]).codec
                     values = file[name]
                     for cell in TileGrid(values.shape, shape):
-                        written.write(codec.encode(values[cell.region.slices].copy()))
+                        written.writelines(encode(values[cell.region.slices].copy(), codec))
 
 
 def draw_overview(store: Path, output: Path) -> None:

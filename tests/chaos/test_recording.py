@@ -166,8 +166,9 @@ def test_two_hosts_record_in_one_folder(script: Path, tmp_path: Path) -> None:
         for host in each:
             _, errors = host.communicate()
             assert host.returncode in (0, -9), (seed, number, errors)
-    # Whether a process of another host has ended is not known, and need not be.
-    assert "running" in {state for _, state, _ in describe(run).partials}, seed
+    # Whether a process of another host has ended is not known, and need not be: its partial may
+    # be left as running, depending on the moment of the kill.
+    assert {state for _, state, _ in describe(run).partials} <= {"running", "complete"}, seed
     assert_whole(run, tmp_path / "M", seed)
 
 
