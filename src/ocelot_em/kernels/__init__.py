@@ -54,7 +54,7 @@ def require_compiler() -> None:
 def load(name: str) -> Kernels:
     """Import a kernel module by name: ``cpu`` (numba) or ``reference`` (plain NumPy, slow).
 
-    Modules with numba are imported on demand, so that the command line starts without it.
+    Compiled kernels are imported on demand, so that the command line starts without them.
     """
     if name not in NAMES:
         raise InvalidInputError(f"kernel: expected one of {', '.join(NAMES)}, got {name!r}")

@@ -152,7 +152,7 @@ class Incoming:
     def __init__(self, memory: "ThreadMemory", shape: tuple[int, int], report: PieceReport) -> None:
         self._memory, self._shape, self._report = memory, shape, report
         self._n = shape[0] * shape[1]
-        from ocelot_em.kernels.streams import find_streams  # on demand, with numba
+        from ocelot_em.kernels.streams import find_streams  # on demand
 
         self._find_streams = find_streams
         self._complaints: list[Callable[[ValueError], OcelotError]] = []
@@ -257,7 +257,7 @@ class DeviceMemory:
 
         Readers decode chunks together only if their blocks are equally long.
         """
-        from ocelot_em.kernels.streams import find_streams  # on demand, with numba
+        from ocelot_em.kernels.streams import find_streams  # on demand
 
         found = {}
         for name, target in self._written.items():

@@ -158,7 +158,7 @@ class Fold:
         self._merged_sources = [
             n for n, s in enumerate(sources) if BEST_PARTIAL in s.map_names(maps)
         ]
-        from ocelot_em.kernels import by_chunk, by_map, cpu, cpu_statistics, streams  # with numba
+        from ocelot_em.kernels import by_chunk, by_map, cpu, cpu_statistics, streams  # on demand
 
         self._by_chunk, self._by_map, self._kernels = by_chunk, by_map, cpu
         self._finish_of, self._find_streams = cpu_statistics.finish_of, streams.find_streams

@@ -47,7 +47,7 @@ class WholeTile:
         """Yield the map unchanged."""
         yield name, values
         if self._is_montage and name == SCALED_MIP and isinstance(values, np.ndarray):
-            from ocelot_em.kernels import compositing  # on demand, with numba
+            from ocelot_em.kernels import compositing  # on demand
 
             sums = compositing.sum_alone(values.reshape(-1))
             self._shown[: len(sums)] = sums
@@ -75,7 +75,7 @@ class Canvas:
         # Exposures are chosen by z-score, stored or not.
         self._dtypes = {name: maps.merged_dtype(name) for name in maps.with_derived.merged}
         self._names = tuple(name for name in self._dtypes if name != SOURCE_EXPOSURE)
-        from ocelot_em.kernels import compositing  # on demand, with numba
+        from ocelot_em.kernels import compositing  # on demand
 
         self._kernel = compositing
         self._rule = {

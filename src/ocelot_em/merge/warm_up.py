@@ -74,7 +74,7 @@ def compile_kernels(
         announced = True
         listener.compiling()
 
-    from ocelot_em.kernels import compiling  # on demand, with numba
+    from ocelot_em.kernels import compiling  # on demand
 
     seconds = compiling.seconds_compiling(
         lambda: _merge_few_pixels(plan, exposure, space, dtype_of), announce

@@ -296,7 +296,7 @@ class LocalObjects(BucketObjects):
 
 
 class _OpenFile:
-    """A file that is open for reading until nobody refers to it."""
+    """A file for reading, which is closed when the last reference to it is dropped."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.status = descriptor, os.fstat(descriptor)

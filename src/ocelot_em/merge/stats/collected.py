@@ -288,7 +288,7 @@ class TileStatistics:
     candidates: Float64 = field(init=False)
 
     def __post_init__(self) -> None:
-        from ocelot_em.kernels import collect  # on demand, with numba
+        from ocelot_em.kernels import collect  # on demand
 
         self._kernel = collect
         self.counts_with_room = np.zeros(N_FLAT + 1, np.uint32)
