@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from ocelot_em.kernels.streams import decode_planes, find_streams
+from ocelot_em.kernels.streams import decode_planes
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.merge.fold import ChunkBatch, Fold, Merged, PieceReport, ReadAhead
 from ocelot_em.merge.job import JobSpec, open_job
@@ -70,7 +70,7 @@ class Floor(Fold):
 def decode(arrival: Arrival, work: Workspace, out: AnyArray) -> int:
     """Decode the streams of a chunk, each block to the same place; return its size in pixels."""
     for bits in (False, True):
-        batch = ChunkBatch([arrival], work, find_streams, bits=bits)
+        batch = ChunkBatch([arrival], work, bits=bits)
         if batch.n and batch.rows[0, 1]:
             for block in range(work.n_pixels // batch.n):
                 decode_block(batch, block, out)
@@ -116,9 +116,7 @@ def planes_of(chunked: ChunkedMap, region: Region) -> BitPlanes | AnyArray:
     chunks, work = list(chunked.grid.touching(region)), Workspace(region.size)
     if len(chunks) == 1:
         frame = chunked.fetch(chunks[0], ReusedMemory())
-        batch = ChunkBatch(
-            [Arrival(chunked, Meter(), (chunks[0], frame))], work, find_streams, bits=True
-        )
+        batch = ChunkBatch([Arrival(chunked, Meter(), (chunks[0], frame))], work, bits=True)
         if batch.n:
             words = np.empty(region.size // 2, np.uint64)
             for block in range(region.size // batch.n):

@@ -144,13 +144,13 @@ def frame(_folder: Path) -> tuple[list[bytes], Reader]:
                 opened.decode_block(number, out)
 
         def in_kernel(opened: BloscChunk) -> None:
-            streams = opened.streams(find_streams)
-            n = VALUES.size if streams is None else streams.block_nbytes // 4
-            if streams is None or streams.itemsize != 4 or set(streams.table[:, 3]) != {n}:
+            opened.streams(find_streams)
+            blocks = opened.blocks
+            if blocks is None or not blocks.are_alike or blocks.n_streams != 4:
                 return
-            row = np.array([np.frombuffer(opened.frame, np.uint8).ctypes.data, 0, 4])
-            row[1] = streams.table.ctypes.data
-            for block in range(len(streams.table) // 4):
+            frame, n = np.frombuffer(opened.frame, np.uint8), blocks.nbytes // 4
+            row = np.array([frame.ctypes.data, frame.size, 4])
+            for block in range(blocks.n):
                 to, parts = whole.ctypes.data, np.zeros(8, np.int64)
                 decode_planes(lz4_address(), row, block, n, to, parts)
 

@@ -25,9 +25,9 @@ from ocelot_em.kernels.collect import add_and_measure, count_pixels, count_wins
 from ocelot_em.kernels.compiling import compiled, on_stack, plane
 from ocelot_em.kernels.cpu_statistics import compute
 from ocelot_em.kernels.streams import (
+    ENCODED,
     ITEMSIZE,
     RUN,
-    STREAMS,
     decode_bytes,
     decode_planes,
     values_at,
@@ -67,7 +67,7 @@ def fold_winners(chunks: Any, sources: Any, kept: Any, wins: Any) -> int:
             for j in range(k, k + n_maps):
                 to = target + (j - k) * 4 * n
                 own = parts[8 * (j - k) :]
-                if rows[j, STREAMS] and not decode_bytes(lz4, rows[j], start // n, n, to, own):
+                if rows[j, ENCODED] and not decode_bytes(lz4, rows[j], start // n, n, to, own):
                     found[j] = CORRUPT
                     return 0
             number, is_first = np.int16(first_number + k // n_maps), first_number + k == 0
@@ -148,7 +148,7 @@ def _add_block(chunks: Any, block: Any, first_number: int, total: Any, moments: 
     target, run, parts = streams.ctypes.data, joined.ctypes.data, on_stack(8, np.int64)
     for k in range(len(rows)):
         row, is_first, bad = rows[k], first_number + k == 0, np.int32(0)
-        if row[STREAMS] and not decode_bytes(lz4, row, start // n, n, target, parts):
+        if row[ENCODED] and not decode_bytes(lz4, row, start // n, n, target, parts):
             found[k] = CORRUPT
             return False
         for at in range(0, m, RUN):

@@ -5,9 +5,10 @@ block consists of one stream for each byte of a value, which decodes to ``n`` by
 of all values, then the second ones, and so on, or, of shuffled bits, eight planes of bits each.
 Kernels join the bytes while they merge, and merge bits as planes.
 
-A call takes one row for each map: the address of its frame and that of its table of streams, or the
-address of decoded values and 0; and the bytes per value. LZ4's function is passed by its address,
-so that compiled code which is cached on disk contains none.
+A call takes one row for each map: the address and size of its frame, or the address of decoded
+values and 0; and the bytes per value. The streams of a block are found, and checked to be inside of
+the frame, when the block is decoded. LZ4's function is passed by its address, so that compiled code
+which is cached on disk contains none.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from ocelot_em.kernels.compiling import compiled, decompress, plane
 
-ADDRESS, STREAMS, ITEMSIZE = range(3)
+ADDRESS, ENCODED, ITEMSIZE = range(3)
 """Columns of a row."""
 
 RUN = 16384
@@ -48,17 +49,24 @@ def find_streams(frame: Any, nbytes: int, block_nbytes: int, n_split: int, table
         n_streams = n_split if decoded == block_nbytes else 1
         decoded //= n_streams
         for stream in range(n_streams):
-            if at < _HEADER_NBYTES or at + 4 > frame.size:
+            encoded = _encoded_at(frame, at)
+            if encoded == 0:
                 return 0
-            encoded = _int32_at(frame, at)
             at += 4
-            if encoded <= 0 or encoded > frame.size - at:
-                return 0
             table[n, 0], table[n, 1] = at, encoded
             table[n, 2], table[n, 3] = start + stream * decoded, decoded
             at += encoded
             n += 1
     return n
+
+
+@compiled
+def _encoded_at(frame: Any, at: Any) -> Any:
+    """Return the size of the stream whose size is stored at an offset; 0 if it is not inside."""
+    if at < _HEADER_NBYTES or at + 4 > frame.size:
+        return 0
+    encoded = _int32_at(frame, at)
+    return encoded if 0 < encoded <= frame.size - at - 4 else 0
 
 
 @compiled
@@ -74,15 +82,19 @@ def decode_bytes(lz4: int, row: Any, block: int, n: int, target: int, parts: Any
 
     ``parts`` are the addresses of the decoded streams, which may be in the frame.
     """
-    n_streams = row[ITEMSIZE]
-    table = plane(row[STREAMS], np.int64, 4 * block * n_streams, 4 * n_streams)
-    for stream in range(n_streams):
-        source, nbytes = row[ADDRESS] + table[4 * stream], table[4 * stream + 1]
+    frame = plane(row[ADDRESS], np.uint8, 0, row[ENCODED])
+    at = _int32_at(frame, _HEADER_NBYTES + 4 * block)
+    for stream in range(row[ITEMSIZE]):
+        nbytes = _encoded_at(frame, at)
+        if nbytes == 0:
+            return False
+        source = row[ADDRESS] + at + 4
         parts[stream] = source
         if nbytes != n:
             parts[stream] = target + stream * n
             if decompress(lz4, source, parts[stream], nbytes, n) != n:
                 return False
+        at += 4 + nbytes
     return True
 
 
@@ -106,7 +118,7 @@ def values_at(row: Any, parts: Any, start: int, at: int, size: int, target: int)
 
     They are joined at ``target`` from the decoded bytes at ``parts``, unless the row has values.
     """
-    if row[STREAMS] == 0:
+    if row[ENCODED] == 0:
         return row[ADDRESS] + (start + at) * row[ITEMSIZE]  # type: ignore[no-any-return]
     if row[ITEMSIZE] == 4:
         _join_four(parts, at, plane(target, np.uint32, 0, size))

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ocelot_em.kernels import by_chunk, by_map, cpu, cpu_statistics
+from ocelot_em.kernels.compiling import address_of
 from ocelot_em.merge.stats.collected import TileStatistics, none_collected
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
@@ -28,9 +30,8 @@ from ocelot_em.model.maps import (
     PartialMaps,
 )
 from ocelot_em.model.search_space import SearchSpace
-from ocelot_em.model.streams import LZ4Streams
 from ocelot_em.model.workspace import Workspace
-from ocelot_em.store.blosc import BitPlanes, FindStreams, MergedMap, lz4_address
+from ocelot_em.store.blosc import BitPlanes, BloscChunk, MergedMap, lz4_address
 from ocelot_em.store.sources import Source
 from ocelot_em.store.transfer import READ_TOGETHER, Arrival, ReadAhead
 
@@ -78,47 +79,35 @@ class ChunkBatch:
     else ``n`` is 0.
     """
 
-    def __init__(
-        self,
-        arrivals: Sequence[Arrival],
-        work: Workspace,
-        find_streams: FindStreams,
-        *,
-        bits: bool = False,
-    ) -> None:
+    def __init__(self, arrivals: Sequence[Arrival], work: Workspace, *, bits: bool = False) -> None:
         self._arrivals, self._held, self.n = arrivals, list[AnyArray](), 0
-        self.rows = np.zeros((len(arrivals), 3), np.int64)
-        self.found = np.zeros(len(arrivals), np.int32)
+        self.found, rows = np.zeros(len(arrivals), np.int32), []
         for number, arrival in enumerate(arrivals):
             chunk, itemsize = arrival.chunk, arrival.dtype.itemsize
-            streams = chunk.streams(find_streams) if chunk is not None and lz4_address() else None
-            if chunk is not None and streams is not None and self._takes(streams, itemsize, bits):
-                self._add(number, np.frombuffer(chunk.frame, np.uint8), streams.table, itemsize)
-                continue
-            if bits:
+            if chunk is not None and self._takes(chunk, itemsize, bits):
+                memory = np.frombuffer(chunk.frame, np.uint8)
+            elif bits:
                 self.n = 0
                 return
-            values = arrival.values(work.spare(number, arrival.dtype).reshape(-1))
-            self._add(number, values, None, itemsize)
+            else:
+                chunk = None
+                memory = arrival.values(work.spare(number, arrival.dtype).reshape(-1))
+            self._held.append(memory)
+            rows.append((address_of(memory), 0 if chunk is None else memory.size, itemsize))
+        self.rows = np.array(rows, np.int64)
         self.n = self.n or min(work.n_pixels, MAX_BLOCK)
 
-    def _takes(self, streams: LZ4Streams, itemsize: int, bits: bool) -> bool:
+    def _takes(self, chunk: BloscChunk, itemsize: int, bits: bool) -> bool:
         """Whether a chunk has blocks like the others, and one stream for each byte of a value."""
-        n, decoded = streams.block_nbytes // itemsize, streams.table[:, 3]
-        is_alike = n % 64 == 0 and self.n in (0, n) and decoded[0] == decoded[-1] == n
-        if (
-            not is_alike
-            or len(decoded) % itemsize
-            or (streams.itemsize, streams.bits) != (itemsize, bits)
-        ):
+        blocks = chunk.blocks
+        if blocks is None or (blocks.itemsize, blocks.bits) != (itemsize, bits):
+            return False
+        n = blocks.nbytes // itemsize
+        is_fit = blocks.are_alike and blocks.n_streams == itemsize and n % 64 == 0
+        if not is_fit or self.n not in (0, n) or not lz4_address():
             return False
         self.n = n
         return True
-
-    def _add(self, number: int, memory: AnyArray, streams: AnyArray | None, itemsize: int) -> None:
-        self._held += [memory] if streams is None else [memory, streams]
-        address = 0 if streams is None else streams.ctypes.data
-        self.rows[number] = memory.ctypes.data, address, itemsize
 
     def arguments(self, work: Workspace) -> tuple[Any, ...]:
         """Arguments of a kernel, see :mod:`ocelot_em.kernels.by_chunk`."""
@@ -158,11 +147,7 @@ class Fold:
         self._merged_sources = [
             n for n, s in enumerate(sources) if BEST_PARTIAL in s.map_names(maps)
         ]
-        from ocelot_em.kernels import by_chunk, by_map, cpu, cpu_statistics, streams  # on demand
-
-        self._by_chunk, self._by_map, self._kernels = by_chunk, by_map, cpu
-        self._finish_of, self._find_streams = cpu_statistics.finish_of, streams.find_streams
-        self._decode_poses, self._not_collected = cpu_statistics.decode_poses, none_collected()
+        self._not_collected = none_collected()
 
     def order(self) -> Iterator[tuple[int, str]]:
         """Yield source number and map name, in the order in which maps are read."""
@@ -204,7 +189,7 @@ class Fold:
             wins = report.statistics.wins()
         for batch, incoming in self._incoming(reader, work, report, names):
             sources = batch[0], batch[-1] + 1 == len(self.sources), n_poses, firsts
-            n = self._by_chunk.fold_winners(incoming.arguments(work), sources, kept, wins)
+            n = by_chunk.fold_winners(incoming.arguments(work), sources, kept, wins)
             report.searched_pixels = work.n_pixels - n
         for name in names:
             yield name, work.array(name, MAPS[name].dtypes[0])
@@ -222,11 +207,11 @@ class Fold:
         for batch in self._batches(range(len(self.sources)), READ_TOGETHER):
             with reader.take(len(batch)) as arrivals:
                 if winners is not None:
-                    incoming = ChunkBatch(arrivals, work, self._find_streams, bits=True)
+                    incoming = ChunkBatch(arrivals, work, bits=True)
                     if incoming.n and (planes is None or planes.block_nbytes == 4 * incoming.n):
                         planes = BitPlanes(kept.view(np.uint64), 4 * incoming.n)
                         chunks = incoming.arguments(work)
-                        self._by_chunk.fold_planes(chunks, batch[0], winners, planes.words)
+                        by_chunk.fold_planes(chunks, batch[0], winners, planes.words)
                         self._suspect(incoming, batch, report)
                         continue
                 winners = None
@@ -241,10 +226,10 @@ class Fold:
         winner, kept = work.flat("winner", "i2"), work.flat("kept pose", "f4")
         if number == 0:
             arrival.decode(kept)
-            bad = self._by_map.any_not_finite(kept)
+            bad = by_map.any_not_finite(kept)
         else:
             new = arrival.values(work.flat("decoded", "f4"))
-            bad = self._by_map.take(new, np.int16(number), winner, kept)
+            bad = by_map.take(new, np.int16(number), winner, kept)
         if bad:
             report.suspect(number)
 
@@ -260,16 +245,16 @@ class Fold:
         any_unsearched = report.searched_pixels < work.n_pixels
         if planes is None or winners is None:
             if any_unsearched:
-                self._by_map.blank(work.flat("winner", "i2"), work.flat("kept pose", "f4"))
+                by_map.blank(work.flat("winner", "i2"), work.flat("kept pose", "f4"))
             report.keep_candidates(name, work.array("kept pose", "f4"))
             return work.array("kept pose", "f4")
         n = planes.block_nbytes // 4
         if any_unsearched:
-            self._by_chunk.blank_planes(winners, n, planes.words)
+            by_chunk.blank_planes(winners, n, planes.words)
 
         def look_up(where: AnyArray) -> AnyArray:
             bits = np.empty(len(where), np.uint32)
-            self._by_chunk.values_in_planes(planes.words, n, where, bits)
+            by_chunk.values_in_planes(planes.words, n, where, bits)
             return bits.view(np.float32)
 
         if report.statistics is not None:
@@ -283,7 +268,7 @@ class Fold:
         n_planes, n_words = (len(self.sources) - 1).bit_length() + 1, work.n_pixels // 64
         memory = work.flat("winner planes", "i2").view(np.uint64)
         planes = memory[: n_planes * n_words].reshape(n_planes, n_words)
-        self._by_chunk.plane_winners(work.flat("winner", "i2"), planes)
+        by_chunk.plane_winners(work.flat("winner", "i2"), planes)
         return planes
 
     def _best_partial(self, reader: ReadAhead, work: Workspace, report: PieceReport) -> Merged:
@@ -291,7 +276,7 @@ class Fold:
         winner, best_partial = work.flat("winner", "i2"), work.flat(BEST_PARTIAL, "i4")
         for number, new in self._each(reader, work, self._merged_sources):
             own = np.int32(self.sources[number].first_number), np.int16(number)
-            self._by_map.take_number(new, *own, winner, best_partial)
+            by_map.take_number(new, *own, winner, best_partial)
         if report.statistics is not None and self._merged_sources:
             report.statistics.count_wins(0, best_partial)
         yield BEST_PARTIAL, work.array(BEST_PARTIAL, "i4")
@@ -307,7 +292,7 @@ class Fold:
                 counts += new
         out = {name: work.flat(f"merged {name}", "f4") for name in self.maps.computed}
         accumulator = self._accumulator(work)
-        _, computing = self._finish_of(accumulator, self.maps, self.space, out)
+        _, computing = cpu_statistics.finish_of(accumulator, self.maps, self.space, out)
         moments, _, counting = self._not_collected
         if statistics is not None:
             counting = statistics.counting()
@@ -318,7 +303,7 @@ class Fold:
                 moments = statistics.moments(name)
             for batch, incoming in self._incoming(reader, work, report, (name,)):
                 is_last = name == SQUARED_SUM and batch[-1] + 1 == len(self.sources)
-                n_candidates = self._by_chunk.fold_sums(
+                n_candidates = by_chunk.fold_sums(
                     incoming.arguments(work),
                     batch[0],
                     total,
@@ -326,7 +311,7 @@ class Fold:
                     (is_last, computing),
                     counting,
                 )
-        self._decode_poses(work.n_pixels, self.space, computing)
+        cpu_statistics.decode_poses(work.n_pixels, self.space, computing)
         if statistics is not None:
             statistics.counted(n_candidates)
         yield from self._computed(work, report)
@@ -356,7 +341,7 @@ class Fold:
         n_names = len(names)
         for batch in self._batches(range(len(self.sources)), READ_TOGETHER // n_names):
             with reader.take(len(batch) * n_names) as arrivals:
-                incoming = ChunkBatch(arrivals, work, self._find_streams)
+                incoming = ChunkBatch(arrivals, work)
                 yield batch, incoming
                 self._suspect(incoming, [number for number in batch for _ in names], report)
 
@@ -365,7 +350,7 @@ class Fold:
 
     def _suspect(self, incoming: ChunkBatch, sources: Sequence[int], report: PieceReport) -> None:
         """Check what a kernel has found in the maps of some sources."""
-        for number in incoming.suspects(self._by_chunk.CORRUPT):
+        for number in incoming.suspects(by_chunk.CORRUPT):
             report.suspect(sources[number])
 
     def _each(
@@ -385,15 +370,15 @@ class Fold:
                 reader, (number, source), maps, report, lambda n, t: work.flat(f"incoming {n}", t)
             )
             arrays = {name: values.reshape(work.shape) for name, values in read}
-            partial = self._kernels.mask_nan(partial_maps(source, maps, arrays))
+            partial = cpu.mask_nan(partial_maps(source, maps, arrays))
             fresh = number == 0
-            if self._kernels.fold_all(accumulator, (partial,), self.space, fresh=fresh):
+            if cpu.fold_all(accumulator, (partial,), self.space, fresh=fresh):
                 report.suspect(number)
         report.searched_pixels = int(np.count_nonzero(accumulator.mip > -np.inf))
         yield MIP, accumulator.mip
         yield BEST_PARTIAL, accumulator.best_partial
         out = {name: work.array(f"merged {name}", "f4") for name in maps.computed}
-        self._kernels.finalise(accumulator, maps, self.space, out)
+        cpu.finalise(accumulator, maps, self.space, out)
         yield from self._computed(work, report)
         for name, values in zip(maps.pose, accumulator.pose, strict=True):
             report.keep_candidates(name, values)

@@ -183,7 +183,7 @@ class Job:
         require_compiler()
         partials_on_device = 0 if spec is None else spec.partials_on_device
         self._lease: RunLease | None = None
-        self._kernel = kernel_id() if spec is None else spec.kernel
+        self._must_sync = spec is not None and spec.kernel != kernel_id()
         if objects is not None and spec is not None and spec.lock:
             self._lease = RunLease(objects, spec.lock, spec.holder)
             objects = hold(objects, self._lease)
@@ -258,7 +258,7 @@ class Job:
 
     def sync(self) -> None:
         """Bring what was written to the disk, unless the driver will, on the same host."""
-        if self.objects is not None and self._kernel != kernel_id():
+        if self.objects is not None and self._must_sync:
             self.objects.sync()
 
     @property

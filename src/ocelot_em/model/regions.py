@@ -123,11 +123,13 @@ class TileGrid:
 
     def touching(self, region: Region) -> Iterator[Tile]:
         """All cells that share at least one pixel with the region, row by row."""
-        inside = region.intersect(Region.whole(self.shape))
-        if inside.size == 0:
+        (height, width), (cell_height, cell_width) = self.shape, self.cell
+        y0, y1 = max(region.y0, 0), min(region.y1, height)
+        x0, x1 = max(region.x0, 0), min(region.x1, width)
+        if y0 >= y1 or x0 >= x1:
             return
-        for iy in range(inside.y0 // self.cell[0], ceil_div(inside.y1, self.cell[0])):
-            for ix in range(inside.x0 // self.cell[1], ceil_div(inside.x1, self.cell[1])):
+        for iy in range(y0 // cell_height, ceil_div(y1, cell_height)):
+            for ix in range(x0 // cell_width, ceil_div(x1, cell_width)):
                 yield self.at(iy, ix)
 
     def is_whole(self, tile: Tile) -> bool:
@@ -136,10 +138,12 @@ class TileGrid:
 
     def is_aligned(self, region: Region) -> bool:
         """Whether the region consists of whole cells of the map."""
+        (height, width), (cell_height, cell_width) = self.shape, self.cell
         return (
-            region == region.intersect(Region.whole(self.shape))
-            and region.y0 % self.cell[0] == 0
-            and region.x0 % self.cell[1] == 0
-            and (region.y1 % self.cell[0] == 0 or region.y1 == self.shape[0])
-            and (region.x1 % self.cell[1] == 0 or region.x1 == self.shape[1])
+            0 <= region.y0 <= region.y1 <= height
+            and 0 <= region.x0 <= region.x1 <= width
+            and region.y0 % cell_height == 0
+            and region.x0 % cell_width == 0
+            and (region.y1 % cell_height == 0 or region.y1 == height)
+            and (region.x1 % cell_width == 0 or region.x1 == width)
         )

@@ -17,3 +17,17 @@ class LZ4Streams(NamedTuple):
     block_nbytes: int
     itemsize: int
     bits: bool
+
+
+class LZ4Blocks(NamedTuple):
+    """The blocks of a Blosc frame, ``n`` of ``nbytes`` decoded bytes, in ``n_streams`` each.
+
+    Bytes of values are shuffled, or ``bits``. Unless they ``are_alike``, the last block is shorter.
+    """
+
+    n: int
+    nbytes: int
+    n_streams: int
+    itemsize: int
+    bits: bool
+    are_alike: bool

@@ -6,9 +6,9 @@ makes it a frame that numcodecs decodes.
 """
 
 import ctypes
-import functools
 import struct
 from collections.abc import Callable, Iterator
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.regions import ceil_div
-from ocelot_em.model.streams import LZ4Streams
+from ocelot_em.model.streams import LZ4Blocks, LZ4Streams
 
 NO_SHUFFLE, BYTE_SHUFFLE, BIT_SHUFFLE = range(3)
 """Blosc's numbers of what it does to values before it encodes them."""
@@ -32,7 +32,7 @@ class Codec(NamedTuple):
     blocksize: int = 0
 
 
-@functools.cache
+@cache
 def _numcodecs() -> Any:
     """Return numcodecs' module; importing it takes longer than most errors."""
     from numcodecs import blosc
@@ -76,7 +76,7 @@ FindStreams = Callable[[AnyArray, int, int, int, AnyArray], int]
 """Signature of :func:`ocelot_em.kernels.streams.find_streams`."""
 
 
-@functools.cache
+@cache
 def lz4_address() -> int:
     """Address of the ``LZ4_decompress_safe`` in the extension of numcodecs; 0 if it exports none.
 
@@ -103,7 +103,7 @@ def _hardware_crc() -> Callable[[int, Any, int], int] | None:
 _extend = _hardware_crc()
 
 
-@functools.cache
+@cache
 def _blosc_compress() -> Callable[..., int] | None:
     """Return ``blosc_compress_ctx`` of the extension of numcodecs, called without the lock."""
     try:
@@ -243,14 +243,10 @@ class BloscChunk:
         self.checksum = int.from_bytes(encoded[-4:], "little")
         """CRC32C of the frame, as stored."""
         self.encoded_nbytes = len(encoded)
-        self._kind = encoded[:4]
-        *_, flags, itemsize, decoded, block, size = _HEADER.unpack_from(encoded)
+        *self._kind, decoded, self._block_nbytes, size = _HEADER.unpack_from(encoded)
         if decoded != nbytes or size != len(self._frame):
             raise ValueError(f"expected {nbytes} bytes decoded, got {decoded}")
-        self._flags, self._itemsize, self._block_nbytes = flags, itemsize, block
         self._nbytes = nbytes
-        self.n_blocks = self._count_blocks(nbytes)
-        """Number of blocks that can be decoded separately; 1 if only the whole chunk can."""
 
     def check_place(self, checksum: int) -> None:
         """Raise ``ValueError`` unless this is the chunk that a manifest states for its place."""
@@ -260,11 +256,13 @@ class BloscChunk:
                 f"intact one with {self.checksum:08x}, which belongs elsewhere"
             )
 
-    def _count_blocks(self, nbytes: int) -> int:
-        block, is_raw = self._block_nbytes, self._flags & _STORED_RAW
-        if block < _SMALLEST_BLOCK or nbytes % block or is_raw or self._frame.readonly:
+    @cached_property
+    def n_blocks(self) -> int:
+        """Number of blocks that can be decoded separately; 1 if only the whole chunk can."""
+        block, is_raw = self._block_nbytes, self._kind[2] & _STORED_RAW
+        if block < _SMALLEST_BLOCK or self._nbytes % block or is_raw or self._frame.readonly:
             return 1
-        n_blocks = nbytes // block
+        n_blocks = self._nbytes // block
         table_end = _HEADER.size + 4 * n_blocks
         if len(self._frame) < table_end:
             return 1
@@ -279,29 +277,27 @@ class BloscChunk:
         """The frame without its CRC32C."""
         return self._frame
 
-    def streams(self, find: FindStreams) -> LZ4Streams | None:
-        """Return the streams for decoders that unshuffle, too; None: only numcodecs decodes it.
+    @property
+    def blocks(self) -> LZ4Blocks | None:
+        """The blocks for decoders that unshuffle, too; None: only numcodecs decodes the chunk.
 
-        The streams are inside of the frame, and of the decoded chunk; their content is not checked.
+        The table of blocks is inside of the frame; its content is not checked.
+        """
+        found = _blocks_of(*self._kind, self._nbytes, self._block_nbytes)
+        is_whole = found is not None and len(self._frame) >= _HEADER.size + 4 * found.n
+        return found if is_whole else None
+
+    def streams(self, find: FindStreams) -> LZ4Streams | None:
+        """Return the streams of :attr:`blocks`, if it has some, all of them inside of the frame.
+
         ``find`` is :func:`ocelot_em.kernels.streams.find_streams`.
         """
-        flags, itemsize, block = self._flags, self._itemsize, self._block_nbytes
-        is_shuffled = flags & (_SHUFFLED | _BIT_SHUFFLED) in (_SHUFFLED, _BIT_SHUFFLED)
-        is_raw, unit = flags & _STORED_RAW, 8 * itemsize
-        if flags >> 5 != _LZ4_FORMAT or not is_shuffled or is_raw or itemsize not in (4, 8):
+        if (blocks := self.blocks) is None:
             return None
-        if block < _SMALLEST_BLOCK or block % unit or self._nbytes % unit:
-            return None
-        n_blocks = ceil_div(self._nbytes, block)
-        if bytes(self._kind[:2]) != _VERSIONS or len(self._frame) < _HEADER.size + 4 * n_blocks:
-            return None
-        is_split = not flags & _WHOLE_BLOCKS and block // itemsize >= _MIN_STREAM_VALUES
-        n_streams = itemsize if is_split else 1
-        table = np.empty((n_blocks * n_streams, 4), np.int64)
+        table = np.empty((blocks.n * blocks.n_streams, 4), np.int64)
         frame = np.frombuffer(self._frame, np.uint8)
-        if (n := find(frame, self._nbytes, block, n_streams, table)) == 0:
-            return None
-        return LZ4Streams(table[:n], block, itemsize, bool(flags & _BIT_SHUFFLED))
+        n = find(frame, self._nbytes, blocks.nbytes, blocks.n_streams, table)
+        return LZ4Streams(table[:n], blocks.nbytes, blocks.itemsize, blocks.bits) if n else None
 
     def decode(self, out: AnyArray) -> None:
         """Decode the whole chunk into a C-contiguous array."""
@@ -331,6 +327,25 @@ class BloscChunk:
         flat = out.reshape(-1).view(np.uint8)
         for number in range(start // block, -(-end // block)):
             self.decode_block(number, flat[number * block : (number + 1) * block])
+
+
+@lru_cache
+def _blocks_of(
+    version: int, lz4_version: int, flags: int, itemsize: int, nbytes: int, block: int
+) -> LZ4Blocks | None:
+    """Return the blocks of frames with such a header."""
+    is_shuffled = flags & (_SHUFFLED | _BIT_SHUFFLED) in (_SHUFFLED, _BIT_SHUFFLED)
+    is_raw, unit = flags & _STORED_RAW, 8 * itemsize
+    if flags >> 5 != _LZ4_FORMAT or not is_shuffled or is_raw or itemsize not in (4, 8):
+        return None
+    if block < _SMALLEST_BLOCK or block % unit or nbytes % unit:
+        return None
+    if bytes([version, lz4_version]) != _VERSIONS:
+        return None
+    is_split = not flags & _WHOLE_BLOCKS and block // itemsize >= _MIN_STREAM_VALUES
+    n, n_streams = ceil_div(nbytes, block), itemsize if is_split else 1
+    bits, are_alike = bool(flags & _BIT_SHUFFLED), nbytes % block == 0
+    return LZ4Blocks(n, block, n_streams, itemsize, bits, are_alike)
 
 
 def _decode(frame: memoryview, out: AnyArray) -> None:

@@ -14,7 +14,6 @@ import re
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Protocol
 from ocelot_em.errors import LockLostError
 from ocelot_em.store.bucket import BucketObjects, MemoryObjects
 from ocelot_em.store.contract import Objects, T
-from ocelot_em.store.local import NEW_FILE, LocalObjects
+from ocelot_em.store.local import NEW_FILE, LocalObjects, new_suffix
 
 FOLDER = "lock"
 
@@ -269,7 +268,7 @@ class _HeldFolder(_Held, LocalObjects):
                 Path(folder).rmdir()
 
     def _stage(self, _target: str) -> tuple[str, int]:
-        staged = f"{self._own}/#{uuid.uuid4().int}"
+        staged = f"{self._own}/{new_suffix()}"
         return staged, self._while_held(lambda: os.open(staged, NEW_FILE, 0o666))
 
     def _publish(self, move: Callable[[], object], target: str) -> None:
@@ -281,7 +280,7 @@ class _HeldFolder(_Held, LocalObjects):
             self._while_held(move)
 
     def _discard(self, path: Path) -> None:
-        aside = self._own / f"#{uuid.uuid4().int}"
+        aside = self._own / new_suffix()
         self._while_held(lambda: path.rename(aside))
         super()._discard(aside)
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import itertools
 import math
 import os
 import re
@@ -35,6 +36,22 @@ _MAX_CHECKED = 4096
 
 _STAGED = re.compile(r"#\d+$")
 """Suffix of temporary files and folders; listings leave them out."""
+
+_numbers = itertools.count(uuid.uuid4().int)
+
+
+def _renumber() -> None:
+    global _numbers
+    _numbers = itertools.count(uuid.uuid4().int)
+
+
+os.register_at_fork(after_in_child=_renumber)
+
+
+def new_suffix() -> str:
+    """Return a suffix of temporary files and folders that no other process returns."""
+    return f"#{next(_numbers)}"
+
 
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 """Flags to open a file that must not exist."""
@@ -147,7 +164,7 @@ class LocalObjects(BucketObjects):
 
     def _stage(self, target: str) -> tuple[str, int]:
         """Open a temporary file for a target, whose folder is created if needed."""
-        staged = f"{target}#{uuid.uuid4().int}"
+        staged = f"{target}{new_suffix()}"
         return staged, open_new(Path(staged))
 
     def _publish(self, move: Callable[[], object], _target: str) -> None:
@@ -330,7 +347,9 @@ class _RangeFile:
             raise OSError("expected a file")
         target = memory.of(max(min(nbytes, found.st_size - start), 0))
         n_read = 0
-        while n := os.preadv(file.descriptor, [target[n_read:]], start + n_read):
+        while n_read < len(target) and (
+            n := os.preadv(file.descriptor, [target[n_read:]], start + n_read)
+        ):
             n_read += n
         if file in self.kept or len(self.kept) < _max_kept():
             self.kept.add(file)
