@@ -1,8 +1,10 @@
 """Figures of a page, as inline SVG."""
 
+import gc
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +71,21 @@ class Drawing:
             return cls(inline_svg(figure, name), round(110 * size_inches[0]))
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Collect no cycles meanwhile: figures are full of live ones, and are searched for dead ones.
+
+    That would take a tenth of the time of a report.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _make_room(figure: Any, panels: Any) -> None:
     """Place the panels with room for their labels and titles, from estimated widths.
 
@@ -77,10 +94,12 @@ def _make_room(figure: Any, panels: Any) -> None:
     """
     width, height = figure.get_size_inches() / _EM_INCHES
     bars = [ax for ax in figure.axes if ax not in panels.ravel()]
+    ticks = {ax: _tick_label_width(ax) for ax in figure.axes}
+    beside = {ax: ticks[ax] + 1.7 * _is_labelled(ax.yaxis) for ax in figure.axes}
     ring = 2.0 if panels[0, 0].name == "polar" else 0.0  # of labels around it
-    first, *others = ([_label_width(ax) for ax in column] for column in panels.T)
-    left, inner = max(first), max((max(column) for column in others), default=0.0)
-    right = ring + (max(map(_label_width, bars)) if bars else 1.5)
+    first, *others = (max(beside[ax] for ax in column) for column in panels.T)
+    left, inner = first, max(others, default=0.0)
+    right = ring + max((beside[ax] for ax in bars), default=1.5)
     bottom = ring + (3.4 if any(ax.get_xlabel() for ax in panels.flat) else 1.9)
     top = ring + (2.2 if any(ax.get_title() for ax in panels.flat) else 0.6)
     rows, columns = panels.shape
@@ -94,16 +113,33 @@ def _make_room(figure: Any, panels: Any) -> None:
         wspace=(inner + right) / across,
         hspace=(bottom + top) / tall,
     )
+    for ax, ticks_width in ticks.items():
+        # Otherwise, matplotlib measures all text once more to place them.
+        _place_label(ax.xaxis, (0.5, 0), (0, -2.1))
+        side = 1 if ax in bars else 0
+        _place_label(ax.yaxis, (side, 0.5), ((2 * side - 1) * (ticks_width + 0.3), 0))
 
 
-def _label_width(ax: Any) -> float:
-    """Return the width of the labels on the left in em."""
+def _place_label(axis: Any, at: tuple[float, float], offset_em: tuple[float, float]) -> None:
+    """Place an axis label at a point of its axes plus an offset."""
+    from matplotlib.transforms import ScaledTranslation
+
+    x, y = (_EM_INCHES * offset for offset in offset_em)
+    offset = ScaledTranslation(x, y, axis.figure.dpi_scale_trans)
+    axis.set_label_coords(*at, transform=axis.axes.transAxes + offset)
+
+
+def _tick_label_width(ax: Any) -> float:
+    """Return the width of ticks and their labels on the left in em."""
     if ax.name == "polar":
         return 2.5
-    label = ax.yaxis.get_label()
     ticks = [text for text in ax.get_yticklabels() if text.get_visible()]
-    longest = max((len(text.get_text()) for text in ticks), default=0)
-    return 0.8 + 0.62 * longest + (1.7 if label.get_text() and label.get_visible() else 0.0)
+    return 0.8 + 0.62 * max((len(text.get_text()) for text in ticks), default=0)
+
+
+def _is_labelled(axis: Any) -> bool:
+    label = axis.get_label()
+    return bool(label.get_text()) and bool(label.get_visible())
 
 
 def inline_svg(figure: Any, name: str) -> str:

@@ -18,6 +18,7 @@ from ocelot_em.view import report_sections as sections
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
 from ocelot_em.view.montage_plots import outline_exposures
+from ocelot_em.view.page import collector_paused
 from ocelot_em.view.plots import MAX_CIRCLES, plot_zscore, pooled_zscore
 from ocelot_em.view.statistics_plots import plot_survival
 
@@ -84,6 +85,7 @@ def write_report(
     return write_file(path, page)
 
 
+@collector_paused()
 def report_page(
     store: str | PathLike[str] | MergedResult,
     *,
