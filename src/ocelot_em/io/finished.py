@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -344,13 +344,24 @@ def _value_problems(files: MapFiles, maps: Mapping[str, AnyArray], region: Regio
 
 def _disagrees(maps: Mapping[str, AnyArray], std: AnyArray, rounding: float) -> AnyArray:
     """Mark z-scores that differ from those of this standard deviation by more than rounding."""
-    mip, mean, std = (np.asarray(values, np.float64) for values in (maps["mip"], maps[MEAN], std))
-    with np.errstate(all="ignore"):
-        expected = np.where(std == 0, 0, (mip - mean) / std)
-        error = np.where(std == 0, 0, rounding * (np.abs(mip) + np.abs(mean)) / std)
-        tolerance = max(1e-3, 2 * rounding) * (1 + np.abs(expected)) + error
-        wrong: AnyArray = ~(np.abs(maps["scaled_mip"] - expected) <= tolerance)
+    wrong = np.empty(std.shape, np.bool_)
+    for rows in _cached_rows(std.shape):
+        names = ("mip", MEAN, "scaled_mip")
+        mip, mean, z, own = (
+            np.asarray(values[rows], np.float64) for values in (*(maps[n] for n in names), std)
+        )
+        with np.errstate(all="ignore"):
+            expected = np.where(own == 0, 0, (mip - mean) / own)
+            error = np.where(own == 0, 0, rounding * (np.abs(mip) + np.abs(mean)) / own)
+            tolerance = max(1e-3, 2 * rounding) * (1 + np.abs(expected)) + error
+            wrong[rows] = ~(np.abs(z - expected) <= tolerance)
     return wrong
+
+
+def _cached_rows(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut an array into rows whose float64 values stay in the processor's cache."""
+    n = max(2**14 // shape[1], 1)
+    return (slice(start, start + n) for start in range(0, shape[0], n))
 
 
 def _where(bad: AnyArray, region: Region) -> str:
@@ -363,12 +374,16 @@ def _as_partial(
     maps: Mapping[str, AnyArray], count: int, offset: float | None
 ) -> dict[str, AnyArray]:
     """Return a partial's maps, with sums that give this mean and standard deviation."""
-    mean, std = (maps[name].astype(np.float64) for name in (MEAN, STD))
     partial = {OUR_NAMES.get(name, name): values for name, values in maps.items()}
     if offset is not None and PIXEL_SIZE not in maps:
         searched = maps["mip"] != -np.inf
         partial[PIXEL_SIZE] = np.where(searched, np.float32(offset), np.float32(np.nan))
-    return partial | {SUM: mean * count, SQUARED_SUM: _squared_sum(mean, std, count)}
+    sums, squared_sums = (np.empty(maps[MEAN].shape) for _ in range(2))
+    for rows in _cached_rows(sums.shape):
+        mean, std = (maps[name][rows].astype(np.float64) for name in (MEAN, STD))
+        sums[rows] = mean * count
+        squared_sums[rows] = _squared_sum(mean, std, count)
+    return partial | {SUM: sums, SQUARED_SUM: squared_sums}
 
 
 def _squared_sum(mean: Float64, std: Float64, count: int) -> Float64:
