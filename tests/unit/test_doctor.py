@@ -21,7 +21,7 @@ from ocelot_em.cli import doctor, doctor_cluster
 from ocelot_em.cli.doctor import examine
 from ocelot_em.cli.doctor_cluster import Finding, WorkerFacts
 from ocelot_em.errors import DeviceError
-from ocelot_em.kernels import load
+from ocelot_em.kernels import ahead, load
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.run import connect
 
@@ -44,6 +44,8 @@ def test_this_machine(fast, tmp_path):
     says = {finding.name: finding.text for finding in findings}
     assert f"ocelot_em {__version__}, " in says["versions"]
     assert f"zarr {importlib.metadata.version('zarr')}" in says["versions"]
+    ready = says["kernels"].partition(", ")[2]
+    assert ready == "compiled ahead" if ahead.are_loaded() else ready.startswith("cached in ")
     assert "lz4 encodes" in says["codecs"]
     assert "zstd encodes" in says["codecs"]
     assert "B/s" in says["disk speed"]
@@ -281,7 +283,14 @@ def test_little_space(monkeypatch, tmp_path):
     state, says = doctor._disk_space(tmp_path)
     assert (state, says.partition(", ")[2]) == ("warning", "but only 7 more files can be created")
     monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_files=0, f_favail=0))
-    assert doctor._disk_space(tmp_path)[0] == "ok"
+    assert doctor._disk_space(tmp_path) == ("ok", "100 GB of 1 TB are free")
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: types.SimpleNamespace(f_files=9**9, f_favail=10**6)
+    )
+    assert doctor._disk_space(tmp_path)[1].partition(" free, and ")[2] == (
+        "1,000,000 more files can be created: 32768 x 32768 pixels of 8 devices have 320 "
+        "(65,600 with --chunk-files), their result 15,372"
+    )
     usage.free = doctor.SPEED_NBYTES
     assert doctor._disk_speed(tmp_path) == ("warning", "not measured: less than 512 MB are free")
 

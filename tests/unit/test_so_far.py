@@ -220,8 +220,11 @@ def test_a_search_is_watched_until_it_is_complete(tmp_path, monkeypatch, capsys)
     stub_rendering(monkeypatch)
     run, page, output = str(tmp_path / "RUN"), tmp_path / "page.html", str(tmp_path / "OUT")
     device = Device(run)
-    device.step(3)
+    device.step(2)
+    merge(run, output, so_far=True, derived="none")
+    device.step()
     assert ocelot(["watch", run, "--once", "--page", str(page), "--output", output]) == 0
+    assert not MergedResult.open(output).attributes.has_derived_maps
     out = capsys.readouterr().out
     assert "searched 12 of 48 orientations (25.0%), gpu0 wrote " in out
     assert "  gpu0: running, 12 (25.0%), wrote " in out

@@ -33,7 +33,7 @@ from ocelot_em.cli.doctor_cluster import (
     of_cluster,
 )
 from ocelot_em.errors import DeviceError, MissingDependencyError
-from ocelot_em.kernels import Kernels, load
+from ocelot_em.kernels import Kernels, ahead, load
 from ocelot_em.kernels.device import find_devices, open_device
 from ocelot_em.merge.forecast import n_files_of_maps
 from ocelot_em.merge.memory_model import StorageShape, n_threads, worker_nbytes
@@ -187,19 +187,24 @@ def _kernels() -> tuple[State, str]:
         kernels.fold_all(acc, partials, None)
         return kernels.finalise(acc, maps, None)
 
-    from ocelot_em.kernels import compile_cache  # on demand, with numba
-
     started = time.perf_counter()
     compiled = merged(load("cpu"))
     seconds = time.perf_counter() - started
-    plain, folder = merged(load("reference")), compile_cache.cache_folder()
+    plain, is_ahead, folder = merged(load("reference")), ahead.are_loaded(), None
+    if not is_ahead:
+        from ocelot_em.kernels import compile_cache  # on demand, with numba
+
+        folder = compile_cache.cache_folder()
     wrong = [name for name in plain if compiled[name].tobytes() != plain[name].tobytes()]
     if wrong:
+        hint = "reinstall ocelot-em" if is_ahead else f"delete the folder {folder}"
         return "problem", (
-            f"the compiled kernels compute {', '.join(wrong)} incorrectly; delete the folder "
-            f"{folder}, and report it if that does not help"
+            f"the compiled kernels compute {', '.join(wrong)} incorrectly; {hint}, and report it "
+            "if that does not help"
         )
     text = f"loaded and correct after {seconds_text(seconds)}"
+    if is_ahead:
+        return "ok", f"{text}, compiled ahead"
     if folder is None:
         return "warning", (
             f"{text}: each process compiles them, because no folder can be written to cache them; "

@@ -22,6 +22,7 @@ from ocelot_em.errors import (
     IncompleteError,
     InputChangedError,
     InvalidInputError,
+    OcelotError,
     StorageError,
     TilesFailedError,
 )
@@ -36,7 +37,7 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.run.api import Observer, run_merge
-from ocelot_em.store.attributes import PartialAttributes, SearchAttributes
+from ocelot_em.store.attributes import MergedAttributes, PartialAttributes, SearchAttributes
 from ocelot_em.store.lock import has_ended
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.progress import SearchProgress, combined, progress_of_partials
@@ -57,6 +58,9 @@ MAX_DEVICES = 16
 
 LOOK_THREADS = 16
 """Number of exposures that are read at a time; a bucket takes its time for each."""
+
+_KEPT = "nan", "poses", "derived", "overlap", "erode", "origins"
+"""Options that decide what a result contains; watching has none of them itself."""
 
 _PREFERRED = "running", "writing", "complete"
 """States of devices, in the order in which some are chosen to be shown; the last written first."""
@@ -91,7 +95,8 @@ def watch(
     threads
         Number of threads that merge. The default leaves the other cores to the search.
     """
-    options = MergeOptions.parse({"so_far": True, "without": without, "threads": threads})
+    own = {"so_far": True, "without": without, "threads": threads}
+    options = MergeOptions.parse(own if output is None else _kept_options(output) | own)
     with contextlib.ExitStack() as stack:
         if output is None:
             output = stack.enter_context(tempfile.TemporaryDirectory(prefix="ocelot-watch-"))
@@ -101,6 +106,16 @@ def watch(
         stack.enter_context(contextlib.suppress(KeyboardInterrupt))
         watched = Watched(run, (output, page), options, open_console())
         watched.show_once() if once else watched.follow()
+
+
+def _kept_options(output: PathOrUrl) -> dict[str, object]:
+    """Return the options that decide what an existing result contains: watching keeps them."""
+    with contextlib.suppress(OcelotError):  # nothing there, or the merge reports it
+        attributes = read_attributes(open_objects(output))
+        if isinstance(attributes, MergedAttributes):
+            options = attributes.provenance.options
+            return {name: options[name] for name in _KEPT if name in options}
+    return {}
 
 
 class Watched(Observer):

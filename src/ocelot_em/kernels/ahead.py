@@ -76,8 +76,19 @@ def find(name: str, types: str) -> Callable[[Words], Any] | None:
 
 def is_current(cpu: str) -> bool:
     """Whether the kernels were compiled for a processor from the sources as they are."""
-    index = FOLDER / cpu / INDEX
-    return index.exists() and json.loads(index.read_bytes())["sources"] == digest_of_sources()
+    return _kernels_for(cpu) is not None
+
+
+def are_loaded() -> bool:
+    """Whether this process uses kernels that were compiled ahead."""
+    return _library() is not None
+
+
+def _kernels_for(cpu: str) -> dict[str, Any] | None:
+    """Return the kernels by name if they were compiled from the sources as they are."""
+    path = FOLDER / cpu / INDEX
+    index: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    return index["kernels"] if index.get("sources") == digest_of_sources() else None
 
 
 def can_run(cpu: str) -> bool:
@@ -90,23 +101,23 @@ def can_run(cpu: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _library() -> "_Library | None":
-    current = list(filter(is_current, cpus()))
-    best = next(filter(can_run, current), None) if current else None
-    return None if best is None else _Library(FOLDER / best)
+    for cpu in cpus():
+        kernels = _kernels_for(cpu)
+        if kernels is not None and can_run(cpu):
+            return _Library(FOLDER / cpu / OBJECT, kernels)
+    return None
 
 
 class _Library:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path, kernels: dict[str, Any]) -> None:
         from llvmlite import binding
 
-        self._kernels = json.loads((folder / INDEX).read_bytes())["kernels"]
+        self._kernels = kernels
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         machine = binding.Target.from_default_triple().create_target_machine(jit=True)
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-        self._engine.add_object_file(
-            binding.ObjectFileRef.from_data((folder / OBJECT).read_bytes())
-        )
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(path.read_bytes()))
         self._engine.finalize_object()
 
     def find(self, name: str, types: str) -> Callable[[Words], Any] | None:
