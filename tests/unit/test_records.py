@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from ocelot_em.errors import FormatError, MissingChunkError
 from ocelot_em.kernels.collect import count_wins
 from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.merge import job
+from ocelot_em.merge.outcome import Outcome, Tally, TileSummary, joined
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats import collected
 from ocelot_em.merge.stats.collected import (
@@ -24,6 +26,7 @@ from ocelot_em.merge.stats.collected import (
     TileStatistics,
     neighbours_of,
 )
+from ocelot_em.merge.stats.totals import ExactSum, TileTotals, Totals
 from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import MapSet
 from ocelot_em.model.regions import Region
@@ -225,15 +228,47 @@ def test_nothing_searched(tmp_path, rng):
     assert len(all_candidates(tmp_path / "OUT.zarr")[0]) == 0
 
 
-def test_collections_add_up(rng):
-    one, other = (collected.PixelStatistics.empty(2, 1) for _ in range(2))
-    one.extremes, other.extremes = np.array([1.0, 5, -1, 3]), np.array([0.0, 4, 0, 9])
-    one.counts += 1
-    one.add(other)
-    assert list(one.extremes) == [0, 5, -1, 9]
+def test_statistics_survive_storing(rng):
+    one = collected.PixelStatistics.from_flat(rng.integers(0, 99, 22).astype(float), 2)
     again = collected.PixelStatistics.from_flat(one.flat, 2)
     for field in dataclasses.fields(one):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
+
+
+def statistics_of(output):
+    folder = output / "statistics"
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.json")}
+
+
+@pytest.mark.parametrize("n_lost", [0, 5, 24])
+def test_statistics_have_the_same_bits_whatever_a_run_has_merged(tmp_path, rng, n_lost):
+    """Of tiles that an earlier run has merged, records are read; the digests cover histograms."""
+    search, _ = make_search(tmp_path / "RUN.zarr", rng)
+    one, two = tmp_path / "ONE.zarr", tmp_path / "TWO.zarr"
+    for output, threads in ((one, 1), (two, 2)):
+        ocelot_em.merge(search, output, tile_size=16, threads=threads)
+    assert MergedResult.open(one).statistics.searched_pixels == 60 * 80 - 4 * 9
+    marks = sorted((two / "progress").rglob("c/*/*/0"))
+    for mark in rng.permutation(marks)[:n_lost]:
+        mark.unlink()
+    (two / "statistics/zarr.json").unlink()
+    report = ocelot_em.merge(search, two, tile_size=16, threads=2)
+    assert report.n_merged == n_lost
+    assert statistics_of(two) == statistics_of(one)
+
+
+def test_sums_are_exact_whatever_their_order(rng):
+    rows = rng.normal(size=(50, 2, 3)) * 10.0 ** rng.integers(-320, 200, (50, 2, 3))
+    rows[0, 0, 1], rows[7, 0, 2], rows[8, 1, 2] = np.inf, np.nan, 1e308
+    sums = []
+    for order in (rng.permutation(50), np.arange(50)):
+        total = ExactSum((2, 3))
+        for row in rows[order]:
+            total.add(row)
+        sums.append(total.rounded)
+    np.testing.assert_array_equal(*sums)
+    exact = [math.fsum(column) for column in rows.reshape(50, -1).T]
+    np.testing.assert_array_equal(sums[0].flat, exact)
 
 
 TILE, COUNTED, LEVEL = Region(0, 8, 100, 1300), Region(0, 7, 100, 1290), 8.0
@@ -331,6 +366,28 @@ def test_a_tile_that_failed_leaves_nothing_behind(rng):
     collection.find_candidates(maps)
     assert not collection.counts.any()
     assert not np.isfinite(collection.statistics.extremes).any()
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_outcomes_of_a_task_have_their_histograms_together(rng, n):
+    collection, flat = TileStatistics(300), np.zeros(collected.N_FLAT, np.int64)
+    outcomes, wins = [Outcome(9, 9, None, "failed")], np.zeros(3, np.int64)
+    for ix in range(n):
+        collect(collection, tile_maps(rng), ())
+        flat += collection.counts
+        wins += collection.statistics.wins
+        done = Outcome(0, ix, TileSummary(*range(9)))
+        outcomes.append(dataclasses.replace(done, statistics=TileTotals.of(collection)))
+    together = joined(outcomes)
+    assert together == outcomes
+    assert [len(one.statistics.bins) > 0 for one in together[1:]] == [True, False, False][:n]
+    for several in (outcomes, together):
+        scope = StatisticsScope(COUNTED, LEVEL, 3, 1)
+        tally = Tally(lambda _: None, lambda: None, Totals(scope, np.zeros_like(flat)))
+        for one in several:
+            tally.count(one)
+        np.testing.assert_array_equal(tally.statistics.flat, flat)
+        np.testing.assert_array_equal(tally.statistics.statistics.wins, wins)
 
 
 @pytest.mark.parametrize("n_partials", [1, 8, 9, 40])

@@ -32,6 +32,7 @@ from ocelot_em.merge.outcome import (
     unfinished,
 )
 from ocelot_em.merge.resume import PreparedMerge, complete_output, create_output
+from ocelot_em.merge.stats import summary
 from ocelot_em.merge.tile import MemoryWriter, TileWriter, Writer
 from ocelot_em.merge.warm_up import CompileListener
 from ocelot_em.model.maps import AnyArray
@@ -98,7 +99,7 @@ def merge(
     started = time.perf_counter()
     objects = lock.objects
     attributes = create_output(objects, ready, options)
-    tally = Tally(on_outcome, lock.stop)
+    tally = Tally(on_outcome, lock.stop, summary.new_totals(ready.plan))
     tiles = ready.missing
     cost, held = ready.forecast, (objects.url, attributes.id, lock.key, lock.id)
     spec = JobSpec(*held, cost.partials_on_device, streams=cost.streams)

@@ -18,6 +18,7 @@ from ocelot_em.errors import (
     StorageError,
     TilesFailedError,
 )
+from ocelot_em.merge.stats.totals import TileTotals, Totals
 from ocelot_em.model.html import render
 from ocelot_em.model.text import seconds_text
 from ocelot_em.store.lock import OutputLock
@@ -92,6 +93,8 @@ class Outcome:
     """Host and process that merged the tile."""
     checksums: TileChecksums | None = field(default=None, compare=False)
     """Checksums of its chunks, for the manifest of the result."""
+    statistics: TileTotals | None = field(default=None, compare=False)
+    """Its statistics; None in a montage, of which the records are read at the end."""
 
 
 Outcomes = Generator[Outcome, None, None]
@@ -120,17 +123,42 @@ class Tiles(Sequence[tuple[int, int]]):
         return divmod(int(self.numbers[index]), self._n_columns)
 
 
-class Tally:
-    """Counts merged and failed tiles; calls ``give_up`` after too many consecutive failures."""
+def joined(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes of a task with fewer bytes: the histograms of all are in one of them."""
+    found = [one.statistics for one in outcomes if one.statistics is not None]
+    if len(found) < 2:
+        return list(outcomes)
+    parts = iter(TileTotals.joined(found))
+    return [
+        one if one.statistics is None else replace(one, statistics=next(parts)) for one in outcomes
+    ]
 
-    def __init__(self, on_outcome: OnOutcome, give_up: Callable[[], None]) -> None:
-        self._on_outcome, self._give_up = on_outcome, give_up
+
+class Tally:
+    """Counts merged and failed tiles; calls ``give_up`` after too many consecutive failures.
+
+    Parameters
+    ----------
+    on_outcome
+        Is called with every outcome.
+    give_up
+        Ends the run.
+    statistics
+        Statistics of merged tiles are added to these, if any.
+    """
+
+    def __init__(
+        self, on_outcome: OnOutcome, give_up: Callable[[], None], statistics: Totals | None = None
+    ) -> None:
+        self._on_outcome, self._give_up, self.statistics = on_outcome, give_up, statistics
         self._n_consecutive = 0
         self.totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
         self.n_merged = 0
         self.failed: dict[tuple[int, int], Outcome] = {}
         self.has_given_up = False
         self.checksums: dict[tuple[int, int], TileChecksums] = {}
+        self.to_read: list[tuple[int, int]] = []
+        """Merged tiles whose statistics have not been added."""
 
     def count(self, outcome: Outcome) -> None:
         """Count a tile, which may have failed before."""
@@ -146,6 +174,10 @@ class Tally:
             self.failed.pop(tile, None)
             if outcome.checksums is not None:
                 self.checksums[tile] = outcome.checksums
+            if self.statistics is None or outcome.statistics is None:
+                self.to_read.append(tile)
+            else:
+                self.statistics.add(outcome.statistics)
             self.totals = self.totals + outcome.summary
             self.n_merged += 1
             self._n_consecutive = 0

@@ -302,8 +302,9 @@ def complete_output(
     }
     manifest = Manifest(attributes.id, arrays)
     objects.lease.prove()
+    to_read = [*ready.checksums, *tally.to_read]
     steps: list[Callable[[], Any]] = [
-        partial(summary.finish, objects, plan),
+        partial(summary.finish, objects, plan, tally.statistics, to_read),
         partial(_check_inputs, plan),
         partial(write_manifest, objects, "", manifest),
     ]

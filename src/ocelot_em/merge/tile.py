@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from ocelot_em.merge.outcome import Outcome, TileSummary, failure
 from ocelot_em.merge.plan import Piece
 from ocelot_em.merge.stats import layout as layout_module
 from ocelot_em.merge.stats import records
+from ocelot_em.merge.stats.totals import TileTotals
 from ocelot_em.model.maps import MAPS, AnyArray, Float64
 from ocelot_em.model.regions import Tile, ceil_div
 from ocelot_em.store.blosc import MergedMap
@@ -74,6 +77,7 @@ class TileWriter(Writer):
         self._error: Exception | None = None
         self._marked: Future[None] | None = None
         self._checksums = no_checksums(job.plan)
+        self._statistics: TileTotals | None = None
 
     def __enter__(self) -> "TileWriter":
         """Start the tile; an error within the context is kept for :meth:`outcome`."""
@@ -107,6 +111,8 @@ class TileWriter(Writer):
         """Encode the statistics of a piece and queue them for writing."""
         self._searched_pixels += report.searched_pixels
         if report.statistics is not None:
+            if not self._job.plan.is_montage:
+                self._statistics = TileTotals.of(report.statistics)
             with self._storage.metered():
                 layout, number = self._record_of(piece)
                 for key, parts in records.encode_records(layout, report.statistics, number):
@@ -125,7 +131,7 @@ class TileWriter(Writer):
                 for chunk in target.grid.touching(self._tile.region):
                     self._put_chunk(name, chunk, self._job.blank_chunk(name))
 
-    @property
+    @cached_property
     def _summary(self) -> TileSummary:
         return TileSummary(
             pixels=self._tile.region.size,
@@ -163,7 +169,8 @@ class TileWriter(Writer):
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
             return failure(tile.iy, tile.ix, error)
-        return Outcome(tile.iy, tile.ix, self._summary, checksums=self._checksums)
+        done = Outcome(tile.iy, tile.ix, self._summary)
+        return replace(done, checksums=self._checksums, statistics=self._statistics)
 
     def _put_chunk(self, name: str, chunk: Tile, parts: Sequence[bytes]) -> None:
         """Queue a chunk of a map for writing, and note its checksum."""

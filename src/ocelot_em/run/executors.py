@@ -22,7 +22,7 @@ from dask.callbacks import Callback
 from ocelot_em.errors import ClusterLostError
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import attempt_tiles
-from ocelot_em.merge.outcome import OnOutcome, Outcome, Outcomes, Tiles
+from ocelot_em.merge.outcome import OnOutcome, Outcome, Outcomes, Tiles, joined
 from ocelot_em.run.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ class _Window:
 
 def _merged(attempt: Attempt, spec: JobSpec, tiles: TileBatch) -> list[Outcome]:
     """Merge the tiles of a task of a cluster."""
-    return list(attempt(spec, tiles))
+    return joined(list(attempt(spec, tiles)))
 
 
 _numbers = itertools.count()

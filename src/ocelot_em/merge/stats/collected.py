@@ -67,7 +67,7 @@ CANDIDATE_FIELDS = ("y", "x", *GATHERED, *NEIGHBOUR_FIELDS)
 """Columns of a candidate: pixel, values of all maps there, z-scores of the neighbours."""
 
 EXTREMES = ("lowest_mip", "highest_mip", "lowest_z", "highest_z")
-_IS_MINIMUM = np.array([name.startswith("lowest") for name in EXTREMES])
+IS_MINIMUM = np.array([name.startswith("lowest") for name in EXTREMES])
 COUNTS = ("nan_pixels", "zero_std_pixels", "unsearched_pixels")
 TILE_FIELDS = (*EXTREMES, *COUNTS, "n_candidates")
 MOMENTS = ("n", "total", "squared_total")
@@ -136,11 +136,6 @@ class Histograms:
             used = _bins_between(axis, ends)
             used = slice(used.start, used.stop + 2)  # with underflow or overflow beside them
             own[used] += counts[used]
-
-    def clear(self) -> None:
-        """Set all counts to 0."""
-        for counts in (self.mip, self.z, self.joint):
-            counts.fill(0)
 
     def of_mip(self) -> Histogram1D:
         """Return the histogram of ``mip``."""
@@ -217,15 +212,6 @@ class PixelStatistics:
     def n_flat(n_partials: int, n_sources: int) -> int:
         """Length of :attr:`flat`."""
         return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
-
-    def add(self, other: "PixelStatistics") -> None:
-        """Add the statistics of other pixels."""
-        both = np.stack([self.extremes, other.extremes])
-        self.extremes = np.where(_IS_MINIMUM, both.min(axis=0), both.max(axis=0))
-        self.counts = self.counts + other.counts
-        self.n_candidates += other.n_candidates
-        self.wins = self.wins + other.wins
-        self.moments = self.moments + other.moments
 
 
 class StatisticsScope(NamedTuple):
@@ -449,8 +435,20 @@ def none_collected() -> tuple[KernelMoments, KernelWins, KernelCounting]:
 
 def _bins_between(axis: Axis, ends: Float64) -> slice:
     """Bins from the lowest to the highest value; values off the axis are in the nearest bin."""
-    first, last = np.floor((ends - axis.low) / axis.width).clip(0, axis.bins - 1)
-    return slice(int(first), int(last) + 1)
+    places = ((end - axis.low) / axis.width for end in ends.tolist())
+    first, last = (int(min(max(0.0, place), axis.bins - 1)) for place in places)
+    return slice(first, last + 1)
+
+
+def used_ranges(extremes: Float64) -> Iterator[tuple[int, int]]:
+    """Yield ranges of all counts in one dimension that contain pixels with these extremes."""
+    first = 0
+    for axis, ends in ((MIP_AXIS, extremes[:2]), (Z_AXIS, extremes[2:])):
+        used = _bins_between(axis, ends)
+        yield first + used.start, first + used.stop + 2  # with underflow or overflow beside them
+        first += axis.bins + 2
+    rows, width = _bins_between(JOINT_MIP_AXIS, extremes[:2]), JOINT_Z_AXIS.bins
+    yield first + rows.start * width, first + rows.stop * width
 
 
 def neighbours_of(z: AnyArray, y: AnyArray, x: AnyArray) -> Iterator[tuple[str, Float64]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,13 @@ from ocelot_em.errors import FormatError
 from ocelot_em.merge.overlap import SHOWN_FIELDS
 from ocelot_em.merge.plan import MergePlan, PlannedExposure
 from ocelot_em.merge.stats.collected import (
+    N_FLAT,
     Histograms,
     PixelStatistics,
     candidate_level,
 )
 from ocelot_em.merge.stats.layout import Layout
+from ocelot_em.merge.stats.totals import Totals
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS, Axis
 from ocelot_em.model.maps import (
     AnyArray,
@@ -59,19 +62,46 @@ class Summary:
     histograms: Histograms
 
 
-def finish(objects: Objects, plan: MergePlan) -> None:
-    """Add up the records of all tiles, and write the sums for each exposure and for all."""
+def new_totals(plan: MergePlan) -> Totals | None:
+    """Return sums of merged tiles, yet of none; None in a montage: large for every exposure."""
+    if plan.is_montage:
+        return None
+    return Totals(Layout.of(plan, plan.exposures[0]).scope, np.zeros(N_FLAT, np.int64))
+
+
+def finish(
+    objects: Objects,
+    plan: MergePlan,
+    merged: Totals | None,
+    to_read: Sequence[tuple[int, int]],
+) -> None:
+    """Add up the statistics of all tiles, and write the sums for each exposure and for all.
+
+    Parameters
+    ----------
+    merged
+        Sums of the tiles that were merged just now; None in a montage, of which all are read.
+    to_read
+        Rows and columns of the other tiles, whose records are read.
+    """
+    if merged is not None:
+        (exposure,) = plan.exposures
+        layout = Layout.of(plan, exposure)
+        touched = [tile for tile in to_read if plan.pieces(plan.grid.at(*tile))]
+        _add_up(objects, layout, merged, [layout.number_of(*tile) for tile in touched])
+        _write_summary(objects, STATISTICS, merged.histograms, [(exposure, merged.statistics)], ())
+        return
     # All exposures share this memory: an allocation for each would fragment the heap.
-    all_histograms, histograms = Histograms.empty("int64"), Histograms.empty("int64")
+    all_histograms, flat = Histograms.empty("int64"), np.zeros(N_FLAT, np.int64)
     totals, described = [], []
     for position, exposure in enumerate(plan.exposures, 1):
         layout = Layout.of(plan, exposure)
-        histograms.clear()
-        total = _add_up(objects, layout, histograms)
+        flat.fill(0)
+        sums = Totals(layout.scope, flat)
+        _add_up(objects, layout, sums, range(len(layout)))
+        histograms, total = sums.histograms, sums.statistics
         totals.append((exposure, total))
         all_histograms.add(histograms, total.extremes)
-        if not plan.is_montage:
-            continue
         _write_summary(
             objects, statistics_path(exposure.number), histograms, [(exposure, total)], ()
         )
@@ -85,34 +115,28 @@ def finish(objects: Objects, plan: MergePlan) -> None:
     _write_summary(objects, STATISTICS, all_histograms, totals, tuple(described))
 
 
-def _add_up(objects: Objects, layout: Layout, histograms: Histograms) -> PixelStatistics:
-    """Return the sum of an exposure's records; its histograms are added to the given ones."""
+def _add_up(objects: Objects, layout: Layout, totals: Totals, numbers: Sequence[int]) -> None:
+    """Add an exposure's records with these numbers to its totals."""
     lock = threading.Lock()
 
-    def read(numbers: range) -> list[PixelStatistics]:
-        several = []
-        for number in numbers:
+    def add(several: Sequence[int]) -> None:
+        for number in several:
             reads: list[Callable[[], Any]] = [
                 partial(layout.statistics, objects, number),
                 partial(layout.counts, objects, number),
             ]
             statistics, counted = at_once(objects, reads)
             with lock:
-                histograms.add(counted, statistics.extremes)
-            several.append(statistics)
-        return several
+                totals.histograms.add(counted, statistics.extremes)
+                totals.add_statistics(statistics)
 
-    scope, n = layout.scope, len(layout)
-    total = PixelStatistics.empty(scope.n_partials, scope.n_sources)
     # Several in a call, where there are many: a call costs as much as a record.
+    n = len(numbers)
     size = max(1, min(MAX_RECORDS_PER_CALL, n // MAX_RECORDS_PER_CALL))
     if objects.requests is not None:  # a request takes longer
         size = 1
-    batches = (range(start, min(start + size, n)) for start in range(0, n, size))
-    for several in map_in_threads(read, batches, objects.requests):
-        for statistics in several:
-            total.add(statistics)
-    return total
+    batches = (numbers[start : start + size] for start in range(0, n, size))
+    deque(map_in_threads(add, batches, objects.requests), maxlen=0)
 
 
 def statistics_path(number: int) -> str:
