@@ -2,7 +2,7 @@
 
 In a montage every exposure has its own records of all its pixels, shown or not.
 
-Workers write a tile's records before its done-mark; the driver adds them up after the last tile.
+Workers write a tile's records before its done-mark; the driver adds up the statistics of tiles.
 Readers do not need the maps.
 """
 
