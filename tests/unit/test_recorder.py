@@ -4,6 +4,7 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from itertools import count
 
 import numpy as np
@@ -216,7 +217,7 @@ def test_what_was_searched_twice_is_not_merged():
         lazy_merge(["memory://first", "memory://second"])
 
 
-def test_an_incomplete_search_is_named_everywhere(tmp_path, capsys):
+def test_an_incomplete_search_is_named_everywhere(tmp_path, capsys, monkeypatch):
     run, merged = str(tmp_path / "RUN"), str(tmp_path / "M")
     size = SearchSize(N, projections_each=2, batch_size=5)
     with pytest.warns(UserWarning, match="48 orientations are not a multiple of the batch size 5"):
@@ -236,6 +237,11 @@ def test_an_incomplete_search_is_named_everywhere(tmp_path, capsys):
     assert out.count("not a multiple of the batch size 5") == 3
     assert "gpu1 wrote " in out
     assert " left" in out
+    later = datetime.now(UTC) + timedelta(days=2)
+    with monkeypatch.context() as context:
+        context.setattr("ocelot_em.store.progress._now", lambda: later)
+        stopped = describe(run).progress.text
+    assert stopped.endswith("gpu1 has not written for 2 days")
     assert open_merged(merged).total_projections == 60
     particles, result = find_peaks(merged, cutoff=4), MergedResult.open(merged)
     assert "incomplete search: searched 30 of 48" in repr(particles)

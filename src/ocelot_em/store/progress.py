@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from ocelot_em.model import ranges as sets
@@ -26,7 +26,10 @@ class SearchProgress:
     last
         Name of the running partial that was written last, and when; None if there is none.
     seconds_left
-        Estimated time to the end, in seconds; None if it is not known.
+        Estimated time to the end, in seconds; None if it is not known, or a device has stopped.
+    stopped
+        Name of a running partial that has missed several checkpoints, and when it was written; None
+        if there is none.
     """
 
     n_searched: int
@@ -34,6 +37,7 @@ class SearchProgress:
     warning: str = ""
     last: tuple[str, datetime.datetime] | None = None
     seconds_left: float | None = None
+    stopped: tuple[str, datetime.datetime] | None = None
 
     @property
     def share(self) -> float:
@@ -55,10 +59,10 @@ class SearchProgress:
         """Describe the progress in one sentence, without a full stop."""
         share = percent_text(self.share)
         parts = [f"searched {self.n_searched:,} of {self.n_orientations:,} orientations ({share})"]
-        if self.last is not None and not self.is_whole:
-            name, written = self.last
-            ago = seconds_text(max((_now() - written).total_seconds(), 0), is_rough=True)
-            parts.append(f"{name} wrote {ago} ago")
+        for said, last in ("wrote {} ago", self.last), ("has not written for {}", self.stopped):
+            if last is not None and not self.is_whole:
+                ago = seconds_text(max((_now() - last[1]).total_seconds(), 0), is_rough=True)
+                parts.append(f"{last[0]} {said.format(ago)}")
         if self.seconds_left is not None and not self.is_whole:
             parts.append(f"about {seconds_text(self.seconds_left, is_rough=True)} left")
         return ", ".join(parts)
@@ -84,12 +88,13 @@ def progress_of_partials(
 ) -> SearchProgress | None:
     """Return the progress of one search, with the time since the last checkpoint, and what is left.
 
-    The rate is that of the devices that have not missed several checkpoints.
+    Each device searches a share of its own, so that nothing is known of the end if one has stopped.
     """
     found = progress_of(partial.coverage for _, partial in partials)
     if found is None:
         return None
     now, rate, written = _now(), 0.0, list[tuple[datetime.datetime, str]]()
+    stopped: tuple[str, datetime.datetime] | None = None
     for name, partial in partials:
         about, coverage = partial.recording, partial.coverage
         if partial.state != "running" or about is None or coverage is None:
@@ -98,10 +103,13 @@ def progress_of_partials(
         written.append((last, name))
         if (now - last).total_seconds() <= MISSED_HEARTBEATS * max(about.every_seconds, 60):
             rate += sets.size(coverage.ranges) / max((last - start).total_seconds(), 1)
-    left = (found.n_orientations - found.n_searched) / rate if rate else None
-    last_written = max(written, default=None)
-    newest = None if last_written is None else (last_written[1], last_written[0])
-    return SearchProgress(found.n_searched, found.n_orientations, found.warning, newest, left)
+        else:
+            stopped = name, last
+    left = (found.n_orientations - found.n_searched) / rate if rate and not stopped else None
+    newest = None
+    if written and (stopped is None or max(written)[1] != stopped[0]):
+        newest = max(written)[1], max(written)[0]
+    return replace(found, last=newest, seconds_left=left, stopped=stopped)
 
 
 def combined(several: Sequence[SearchProgress | None]) -> SearchProgress | None:
@@ -120,6 +128,7 @@ def combined(several: Sequence[SearchProgress | None]) -> SearchProgress | None:
         max(one.warning for one in known),
         newest,
         None if None in left else sum(seconds for seconds in left if seconds is not None),
+        next((one.stopped for one in known if one.stopped), None),
     )
 
 
