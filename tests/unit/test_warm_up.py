@@ -27,7 +27,7 @@ from ocelot_em.kernels import (
     streams,
 )
 from ocelot_em.kernels import compiling as compiling_module
-from ocelot_em.merge import job, resume
+from ocelot_em.merge import fold, job, resume
 from ocelot_em.merge import merge as pipeline
 from ocelot_em.merge.outcome import Outcome, TileSummary
 from ocelot_em.model.options import MergeOptions
@@ -51,7 +51,9 @@ class Calls:
             monkeypatch.setattr(module, name, self.noted(getattr(module, name)))
         for module in (by_chunk, by_map, collect, compositing, streams):
             name = module.__name__.rpartition(".")[2]
-            monkeypatch.setattr(kernels, name, self.of(module))
+            for place in (kernels, fold):
+                if hasattr(place, name):
+                    monkeypatch.setattr(place, name, self.of(module))
         monkeypatch.setattr(job, "compile_kernels", self.warm_up(job.compile_kernels))
 
     def noted(self, kernel):
