@@ -152,6 +152,7 @@ def test_the_page_has_all_results(crops, crops_page):
     ):
         assert words in page.words, words
     assert page.tags.count("svg") == 8
+    assert "fill: #ffffff" not in page.text  # figures are as dark as the page
     assert "http:" not in page.text
     assert "https:" not in page.text
 

@@ -53,10 +53,10 @@ class Drawing:
 
         ``grid`` is that of the axes; axes with a common y have labels on the left only.
         """
-        figure = new_figure(size_inches, layout="none")
         from matplotlib import rc_context
 
         with rc_context(_STYLE | {"svg.hashsalt": name}):
+            figure = new_figure(size_inches, layout="none")
             panels = figure.subplots(squeeze=False, **grid)
             for ax in panels.flat[len(plots) :]:
                 ax.set_axis_off()
