@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LIMITS = ("-rss_limit_mb=2048", "-timeout=100")
 """The time is for an input that hangs its reader: a busy machine needs seconds for some others."""
 
-STORES = ["metadata", "frame", "store"]
+STORES = ["metadata", "frame", "shard", "store"]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from pathlib import Path
 INSTRUMENTED = ("ocelot_em", "zipfile", "csv", "mrcfile", "yaml", "zarr")
 """Packages whose branches guide the fuzzer, if they were not imported before."""
 
-COMPILED = ("ocelot_em.kernels.cpu",)
-"""What Numba compiles, which it could not if something were added."""
+KERNELS = Path(__file__).parents[2] / "src/ocelot_em/kernels"
+
+COMPILED = tuple(f"ocelot_em.kernels.{file.stem}" for file in KERNELS.glob("*.py"))
+"""What numba compiles, which it could not if something were added."""
 
 _REMOVE_AT_END = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1])"
 

@@ -10,6 +10,7 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import google_crc32c
 import numpy as np
@@ -162,6 +163,23 @@ def frame(_folder: Path) -> tuple[list[bytes], Reader]:
     return seeds, read
 
 
+def shard(folder: Path) -> tuple[list[bytes], Reader]:
+    """Read maps from a shard: its index, whose CRC32C is put behind it, and the chunks."""
+    maps = explicit_maps(SHAPE, 0)
+    with patch.object(constants, "DEFAULT_CHUNK", 3):
+        write_partial(folder / "S", "gpu", maps, total_projections=70, search=SearchInfo())
+    file = folder / "S/partials/gpu/mip/c/0/0"
+    original, index_nbytes = file.read_bytes(), 16 * 4
+
+    def read(data: bytes) -> None:
+        index, chunks = data[:index_nbytes], data[index_nbytes:]
+        file.write_bytes(index + google_crc32c.value(index).to_bytes(4, "little") + chunks)
+        found = ocelot_em.open_partials(folder / "S")["mip"].compute(scheduler="synchronous")
+        np.testing.assert_array_equal(found[0], maps["mip"])  # the manifest has the checksums
+
+    return [original[:index_nbytes] + original[index_nbytes + 4 :]], read
+
+
 def whole_store(folder: Path) -> tuple[list[bytes], Reader]:
     """Read a store whose files are the input: which valid one it begins as, and what differs.
 
@@ -221,7 +239,7 @@ def whole_store(folder: Path) -> tuple[list[bytes], Reader]:
     return seeds, read
 
 
-KINDS = {"metadata": metadata, "frame": frame, "store": whole_store}
+KINDS = {"metadata": metadata, "frame": frame, "shard": shard, "store": whole_store}
 
 if __name__ == "__main__":
     main(KINDS, sys.argv[1:], __doc__ or "")
