@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -63,9 +63,8 @@ class Device(Protocol):
 
 def kernel_source() -> str:
     """Return the CUDA source of all kernels."""
-    folder = files("ocelot_em.kernels")
     names = "merge", "decode", "encode"
-    return "".join(folder.joinpath(f"{name}.cu").read_text("utf-8") for name in names)
+    return "".join(Path(__file__).with_name(f"{name}.cu").read_text("utf-8") for name in names)
 
 
 @dataclass(frozen=True)

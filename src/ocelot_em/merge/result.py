@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ocelot_em.errors import FormatError, IncompleteError, InvalidInputError
 from ocelot_em.kernels.reference import derived_maps
-from ocelot_em.merge.job import MAX_OPEN_EXPOSURES, Job
 from ocelot_em.merge.plan import MergePlan, PlannedExposure, read_plan
 from ocelot_em.merge.stats.candidates import Candidates, read_candidates
 from ocelot_em.merge.stats.layout import Layout
@@ -42,6 +42,9 @@ from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import open_result, read_attributes, read_search_space
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
+
+if TYPE_CHECKING:
+    from ocelot_em.merge.job import Job
 
 
 @dataclass(frozen=True)
@@ -260,11 +263,12 @@ class MergedResult:
         return shown
 
     @cached_property
-    def job_alone(self) -> Callable[[int, int], Job]:
+    def job_alone(self) -> "Callable[[int, int], Job]":
         """Opens the merge of one exposure alone, in memory; the most recent ones stay open.
 
         Its arguments are the exposure's position in the plan and the edge of the largest tile.
         """
+        from ocelot_em.merge.job import MAX_OPEN_EXPOSURES, Job  # not needed to describe a result
 
         def open_alone(position: int, edge: int) -> Job:
             alone = {
