@@ -5,6 +5,7 @@ import fcntl
 import shutil
 import sys
 import tracemalloc
+import zlib
 
 import h5py
 import numpy as np
@@ -180,6 +181,33 @@ def test_files_of_leopard_itself_are_read(tmp_path):
 def change(path, action):
     with h5py.File(path, "r+") as opened:
         action(opened)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_fast"),
+    [
+        ({"compression": "gzip", "shuffle": True}, True),
+        ({"compression": "gzip", "compression_opts": 9}, True),
+        ({"compression": "gzip", "fletcher32": True}, False),
+        ({"compression": "lzf", "shuffle": True}, False),
+        ({}, False),
+    ],
+)
+def test_maps_are_read_as_hdf5_reads_them(tmp_path, rng, options, is_fast):
+    values = np.pad(rng.normal(size=(60, 49)).astype("<f4"), 5)
+    with h5py.File(tmp_path / "maps", "w") as file:
+        dataset = file.create_dataset("a", data=values, chunks=(16, 20), **options)
+        read = hdf5._GzipMap.of(dataset) or dataset
+        assert isinstance(read, hdf5._GzipMap) == is_fast
+        for region in (np.s_[0:70, 0:59], np.s_[15:33, 3:59], np.s_[69:70, 58:59]):
+            assert same_bits(read[region], values[region])
+        if is_fast:
+            plain = values[16:32, 20:40].tobytes()
+            dataset.id.write_direct_chunk((16, 20), plain, filter_mask=0b11)  # not filtered
+            assert same_bits(read[0:70, 0:59], values)
+            dataset.id.write_direct_chunk((16, 20), zlib.compress(plain)[:-5])
+            with pytest.raises(OSError, match="read"):
+                read[0:70, 0:59]
 
 
 def test_counts_must_agree(file, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ocelot_em import __version__
-from ocelot_em.errors import InvalidInputError, optional_import
+from ocelot_em.errors import InvalidInputError, MissingDependencyError, optional_import
 from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
 from ocelot_em.io.map_files import (
     COUNT_FACT,
@@ -45,6 +45,12 @@ _STORED = struct.Struct("<BHH")
 
 CHUNK = 512
 """Edge of a chunk in pixels: 1 MiB, so that HDF5 caches it while it is read in parts."""
+
+MAX_GZIP_CHUNK_NBYTES = 2**24
+"""Maximum chunk size that threads decompress, each several at a time."""
+
+_DEFLATE, _SHUFFLE = 1, 2
+"""HDF5's numbers of its filters."""
 
 MAX_CHUNK_NBYTES = 2**30
 """Maximum chunk size of a file to import: HDF5 reads chunks whole."""
@@ -145,8 +151,68 @@ def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:
         problem = _dataset_problem(found)
         if problem:
             problems.append(f"{path}: {problem}")
-        maps[path.rpartition("/")[2]] = found
+        maps[path.rpartition("/")[2]] = _GzipMap.of(found) or found
     return maps, problems
+
+
+class _GzipMap:
+    """A map in chunks that are compressed with gzip, which threads decompress with ISA-L.
+
+    HDF5 itself uses one thread, and zlib. It reads what this class cannot, and reports the errors.
+    """
+
+    def __init__(self, dataset: Any, isal: Any, *, is_shuffled: bool) -> None:
+        self._dataset, self._isal, self._is_shuffled = dataset, isal, is_shuffled
+        self.shape, self.dtype = dataset.shape, dataset.dtype
+
+    @classmethod
+    def of(cls, dataset: Any) -> "_GzipMap | None":
+        """Return a dataset's map, or None if it is stored in another way, or isal is missing."""
+        if dataset.ndim != 2 or dataset.chunks is None or dataset.dtype != np.dtype("<f4"):
+            return None
+        if 4 * math.prod(dataset.chunks) > MAX_GZIP_CHUNK_NBYTES:
+            return None
+        about = dataset.id.get_create_plist()
+        filters = [about.get_filter(number)[0] for number in range(about.get_nfilters())]
+        if filters not in ([_DEFLATE], [_SHUFFLE, _DEFLATE]):
+            return None
+        try:
+            return cls(dataset, _isal(), is_shuffled=filters[0] == _SHUFFLE)
+        except MissingDependencyError:
+            return None
+
+    def __getitem__(self, slices: tuple[slice, slice]) -> AnyArray:
+        """Read a region."""
+        (y0, y1, _), (x0, x1, _) = map(slice.indices, slices, self.shape)
+        region = Region(y0, y1, x0, x1)
+        values = np.empty(region.shape, self.dtype)
+        cells = list(TileGrid(self.shape, self._dataset.chunks).touching(region))
+        try:
+            for cell, chunk in zip(cells, map_in_threads(self._chunk, cells), strict=True):
+                shared = cell.region.intersect(region)
+                found = chunk[shared.relative_to(cell.region).slices]
+                values[shared.relative_to(region).slices] = found
+        except (OSError, RuntimeError, ValueError, self._isal.error):
+            values = self._dataset[slices]
+        return values
+
+    def _chunk(self, cell: Tile) -> AnyArray:
+        """Decompress a chunk."""
+        shape = self._dataset.chunks
+        skipped, data = self._dataset.id.read_direct_chunk((cell.region.y0, cell.region.x0))
+        stream = self._isal.decompressobj()
+        decoded = stream.decompress(data, 4 * math.prod(shape) + 1)
+        if skipped or not stream.eof:
+            raise ValueError("expected a chunk that all filters have encoded, got another")
+        if not self._is_shuffled:
+            return np.frombuffer(decoded, self.dtype).reshape(shape)
+        planes = np.frombuffer(decoded, np.uint8).reshape(4, -1)
+        words = planes[3].astype("<u4")
+        for plane in planes[2::-1]:
+            words <<= 8
+            words |= plane
+        values: AnyArray = words.view(self.dtype)
+        return values.reshape(shape)
 
 
 def _dataset_problem(dataset: Any) -> str | None:
