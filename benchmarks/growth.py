@@ -13,26 +13,31 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import ocelot_em
 from benchmarks import common
-from benchmarks.collect import nothing_collected
 from benchmarks.common import Run
 from ocelot_em.merge.job import JobSpec
-from ocelot_em.merge.merge import Executor
-from ocelot_em.merge.outcome import Outcome, Tiles
-from ocelot_em.merge.resume import prepare
-from ocelot_em.model.maps import PoseForm
+from ocelot_em.merge.merge import Executor, merge
+from ocelot_em.merge.outcome import Outcome, Outcomes, Tiles
+from ocelot_em.merge.resume import complete_output, prepare
+from ocelot_em.merge.stats.collected import StatisticsScope, TileStatistics
+from ocelot_em.merge.stats.totals import TileTotals
+from ocelot_em.model.maps import BEST_PARTIAL, MIP, SCALED_MIP, STD, MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.regions import Region
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
 from ocelot_em.store.constants import DEFAULT_CHUNK
@@ -172,17 +177,39 @@ def line_through(numbers: Sequence[int], seconds: Sequence[float]) -> tuple[floa
 
 
 def scheduling_table(sizes: Sizes, data: Path) -> None:
-    """Print what tiles cost that do nothing."""
+    """Print what tiles cost that do nothing but return the statistics of noise."""
     rows = []
     for n_tiles in sizes.tiles:
         for where in ("threads", "local"):
             found = common.in_own_process(
                 "benchmarks.growth", "scheduling", str(data), where, str(n_tiles)
             )
-            figures = f"{found['milliseconds']:.3f}", f"{found['grown'] / 1e6:+.1f}"
-            rows.append((f"{n_tiles:,}", f"{where} x 2", *figures, f"{found['peak'] / 1e6:+.1f}"))
-    print("\ntiles that do nothing\n")
-    common.table(("tiles", "where", "ms per tile", "driver MB", "its peak MB"), rows)
+            times = f"{found['milliseconds']:.3f}", f"{found['end']:.4f}"
+            memory = f"{found['grown'] / 1e6:+.1f}", f"{found['peak'] / 1e6:+.1f}"
+            rows.append((f"{n_tiles:,}", f"{where} x 2", *times, *memory))
+    print("\ntiles that do nothing but return statistics\n")
+    header = ("tiles", "where", "ms per tile", "of these at the end", "driver MB", "its peak MB")
+    common.table(header, rows)
+
+
+@cache
+def noise() -> TileTotals:
+    """Statistics of a tile of a search without particles."""
+    tile = TileStatistics(0)
+    region, rng = Region(0, DEFAULT_CHUNK, 0, DEFAULT_CHUNK), np.random.default_rng(0)
+    tile.begin(region, StatisticsScope(region, np.inf, N_PARTIALS, N_PARTIALS))
+    shape, names = region.shape, (MIP, SCALED_MIP, STD)
+    maps = {name: rng.normal(7, 0.7, shape).astype(np.float32) for name in names}
+    tile.find_candidates(maps | {BEST_PARTIAL: np.zeros(shape, np.int32)})
+    return TileTotals.of(tile)
+
+
+def collect_noise(work: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
+    """A task that merges nothing, and returns the statistics and checksums of as many tiles."""
+    n_maps = len(MapSet(PoseForm.EXPLICIT).merged)
+    for outcome in common.do_nothing(work, tiles):
+        checksums = np.zeros((n_maps, 1), np.uint32)
+        yield replace(outcome, statistics=noise(), checksums=checksums)
 
 
 def measure_scheduling(data: Path, where: str, n_tiles: int) -> dict[str, float]:
@@ -190,9 +217,9 @@ def measure_scheduling(data: Path, where: str, n_tiles: int) -> dict[str, float]
     small = common.search_of(TINY_SIDE, N_PARTIALS, PoseForm.EXPLICIT, folder=data)
     options = MergeOptions(cluster=where, **({"workers": 2} if where == "local" else {}), threads=1)
     with tempfile.TemporaryDirectory(dir=data) as folder, open_cluster(options) as cluster:
-        executor: Executor = ThreadExecutor(2, common.do_nothing)
+        executor: Executor = ThreadExecutor(2, collect_noise)
         if isinstance(cluster.executor, ClientExecutor):
-            executor = ClientExecutor(cluster.executor.client, common.do_nothing)
+            executor = ClientExecutor(cluster.executor.client, collect_noise)
         run_tiles(executor, 1000)
         side = math.isqrt(n_tiles) * DEFAULT_CHUNK
         search = Path(folder, "EMPTY.zarr")
@@ -200,14 +227,21 @@ def measure_scheduling(data: Path, where: str, n_tiles: int) -> dict[str, float]
         ready = prepare([search], Path(folder, "OUT.zarr"), options)
         gc.collect()
         before = common.resident_nbytes()
+        ended = []
+
+        def complete(*args: Any) -> None:
+            started = time.perf_counter()
+            complete_output(*args)
+            ended.append(time.perf_counter() - started)
+
         started = time.perf_counter()
-        # Tiles that do nothing have no records to add up.
-        with nothing_collected():
+        with mock.patch.object(sys.modules[merge.__module__], "complete_output", complete):
             report = common.merge_alone(ready, options, executor)
         seconds = time.perf_counter() - started
         grown, peak = common.resident_nbytes() - before, common.peak_nbytes() - before
     assert report.n_merged == n_tiles
-    return {"milliseconds": seconds / n_tiles * 1e3, "grown": grown, "peak": peak}
+    milliseconds, end = (1e3 * each / n_tiles for each in (seconds, ended[0]))
+    return {"milliseconds": milliseconds, "end": end, "grown": grown, "peak": peak}
 
 
 def run_tiles(executor: Executor, n_tiles: int) -> int:

@@ -31,8 +31,7 @@ from ocelot_em.merge.outcome import (
     failure,
     unfinished,
 )
-from ocelot_em.merge.resume import PreparedMerge, complete_output, create_output
-from ocelot_em.merge.stats import summary
+from ocelot_em.merge.resume import Gathered, PreparedMerge, complete_output, create_output
 from ocelot_em.merge.tile import MemoryWriter, TileWriter, Writer
 from ocelot_em.merge.warm_up import CompileListener
 from ocelot_em.model.maps import AnyArray
@@ -99,7 +98,8 @@ def merge(
     started = time.perf_counter()
     objects = lock.objects
     attributes = create_output(objects, ready, options)
-    tally = Tally(on_outcome, lock.stop, summary.new_totals(ready.plan))
+    gathered = Gathered(ready.plan)
+    tally = Tally(on_outcome, lock.stop, gathered.add)
     tiles = ready.missing
     cost, held = ready.forecast, (objects.url, attributes.id, lock.key, lock.id)
     spec = JobSpec(*held, cost.partials_on_device, streams=cost.streams)
@@ -117,7 +117,7 @@ def merge(
     if n_left := len(ready.missing) - tally.n_merged:
         raise unfinished(ready.output, (n_left, len(ready.plan.grid)), tally, lock)
     if attributes.state != "complete":
-        complete_output(objects, ready, attributes, tally)
+        complete_output(objects, ready, attributes, gathered)
     return MergeReport(
         output=objects.url,
         n_tiles=len(ready.plan.grid),

@@ -18,7 +18,7 @@ from ocelot_em.errors import (
     StorageError,
     TilesFailedError,
 )
-from ocelot_em.merge.stats.totals import TileTotals, Totals
+from ocelot_em.merge.stats.totals import TileTotals
 from ocelot_em.model.html import render
 from ocelot_em.model.text import seconds_text
 from ocelot_em.store.lock import OutputLock
@@ -143,22 +143,19 @@ class Tally:
         Is called with every outcome.
     give_up
         Ends the run.
-    statistics
-        Statistics of merged tiles are added to these, if any.
+    gather
+        Is called with the outcome of every merged tile.
     """
 
     def __init__(
-        self, on_outcome: OnOutcome, give_up: Callable[[], None], statistics: Totals | None = None
+        self, on_outcome: OnOutcome, give_up: Callable[[], None], gather: OnOutcome
     ) -> None:
-        self._on_outcome, self._give_up, self.statistics = on_outcome, give_up, statistics
+        self._on_outcome, self._give_up, self._gather = on_outcome, give_up, gather
         self._n_consecutive = 0
         self.totals = TileSummary(*(0 for _ in SUMMARY_FIELDS))
         self.n_merged = 0
         self.failed: dict[tuple[int, int], Outcome] = {}
         self.has_given_up = False
-        self.checksums: dict[tuple[int, int], TileChecksums] = {}
-        self.to_read: list[tuple[int, int]] = []
-        """Merged tiles whose statistics have not been added."""
 
     def count(self, outcome: Outcome) -> None:
         """Count a tile, which may have failed before."""
@@ -172,12 +169,7 @@ class Tally:
             log.log(level, "tile (%d, %d): %s", *tile, outcome.error)
         else:
             self.failed.pop(tile, None)
-            if outcome.checksums is not None:
-                self.checksums[tile] = outcome.checksums
-            if self.statistics is None or outcome.statistics is None:
-                self.to_read.append(tile)
-            else:
-                self.statistics.add(outcome.statistics)
+            self._gather(outcome)
             self.totals = self.totals + outcome.summary
             self.n_merged += 1
             self._n_consecutive = 0

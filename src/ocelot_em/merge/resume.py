@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from os import PathLike
 from typing import Any
 
@@ -31,7 +30,7 @@ from ocelot_em.merge.marks import (
     verified,
 )
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
-from ocelot_em.merge.outcome import Tally, TileChecksums, Tiles
+from ocelot_em.merge.outcome import Outcome, TileChecksums, Tiles
 from ocelot_em.merge.plan import MergePlan, changed_tiles, plan_differences, read_plan, tile_size_of
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.result import MergedResult
@@ -279,8 +278,37 @@ def _search_space_of(plan: MergePlan) -> SearchSpace | None:
     return read_search_space(open_objects(plan.sources[0].url), plan.search_space_digest)
 
 
+class Gathered:
+    """What a run knows of all tiles that it has merged, when they are done.
+
+    Parameters
+    ----------
+    plan
+        Plan of the merge.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        self.checksums = ResultChecksums(plan)
+        self.statistics = summary.new_totals(plan)
+        self.to_read: list[tuple[int, int]] = []
+        """Tiles whose statistics have to be read from their records."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Add the outcome of a merged tile."""
+        tile = outcome.iy, outcome.ix
+        if outcome.checksums is not None:
+            self.checksums.put(*tile, outcome.checksums)
+        if self.statistics is not None and outcome.statistics is not None:
+            self.statistics.add(outcome.statistics)
+        elif self.statistics is not None:
+            self.to_read.append(tile)
+
+
 def complete_output(
-    objects: HeldObjects, ready: PreparedMerge, attributes: fmt.MergedAttributes, tally: Tally
+    objects: HeldObjects,
+    ready: PreparedMerge,
+    attributes: fmt.MergedAttributes,
+    gathered: Gathered,
 ) -> None:
     """Write the statistics and the manifest of an output, and mark it as complete.
 
@@ -292,19 +320,18 @@ def complete_output(
         Another run has taken over the output.
     """
     plan = ready.plan
-    checksums = ResultChecksums(plan)
-    for (iy, ix), own in chain(ready.checksums.items(), tally.checksums.items()):
-        checksums.put(iy, ix, own)
+    for where, own in ready.checksums.items():
+        gathered.checksums.put(*where, own)
     layout = plan.shape, plan.chunk
     arrays = {
         name: ArrayManifest(store.map_digest(name, *layout, plan.maps.merged_dtype(name)), table)
-        for name, table in checksums.maps.items()
+        for name, table in gathered.checksums.maps.items()
     }
     manifest = Manifest(attributes.id, arrays)
     objects.lease.prove()
-    to_read = [*ready.checksums, *tally.to_read]
+    to_read = [*ready.checksums, *gathered.to_read]
     steps: list[Callable[[], Any]] = [
-        partial(summary.finish, objects, plan, tally.statistics, to_read),
+        partial(summary.finish, objects, plan, gathered.statistics, to_read),
         partial(_check_inputs, plan),
         partial(write_manifest, objects, "", manifest),
     ]

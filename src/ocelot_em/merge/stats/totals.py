@@ -10,6 +10,7 @@ import numpy as np
 
 from ocelot_em.merge.stats.collected import (
     IS_MINIMUM,
+    N_FLAT,
     Histograms,
     PixelStatistics,
     StatisticsScope,
@@ -82,11 +83,12 @@ class TileTotals(NamedTuple):
     @classmethod
     def joined(cls, several: Sequence["TileTotals"]) -> list["TileTotals"]:
         """Return the same with the counts of all in the first one, in far fewer bytes."""
-        bins, counts = (np.concatenate(own) for own in list(zip(*several, strict=True))[1:])
-        total = np.bincount(bins, counts)  # float64 holds these integers
-        used = np.flatnonzero(total)
+        total = np.zeros(N_FLAT, np.int64)
+        for own in several:
+            total[own.bins] += own.counts
+        used = np.flatnonzero(total != 0)
         first = used.astype(np.int32), total[used].astype(np.uint32)  # of at most 2**32 pixels
-        rest = bins[:0], counts[:0]
+        rest = used[:0], used[:0]
         return [cls(own.statistics, *(rest if n else first)) for n, own in enumerate(several)]
 
 
