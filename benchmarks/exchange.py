@@ -1,10 +1,11 @@
 """What import, export and the report cost: each against reading and writing the same bytes.
 
-``python -m benchmarks.exchange [--quick] [--data FOLDER] [--repeats N]``. A merged result, and the
-partials of a search as ``.npz`` files. Each way and its floor run alone, in turn; the processor
-time of a process counts, without its imports. The floor of an export reads and decodes the eight
-maps and writes as many bytes as they have; that of an import reads the files, encodes all maps, and
-writes them; that of the report picks particles, reads the z-score map, and draws its image once.
+``python -m benchmarks.exchange [--quick] [--data FOLDER] [--repeats N]``. A merged result, the maps
+of a finished search as MRC and HDF5 files, and the partials of a search as ``.npz`` files. Each way
+and its floor run alone, in turn; the processor time of a process counts, without its imports. The
+floor of an export reads and decodes the eight maps and writes as many bytes as they have; that of
+an import reads the files, encodes all maps, and writes them; that of the report picks particles,
+reads the z-score map, and draws its image once.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -21,10 +23,11 @@ import numpy as np
 
 import ocelot_em
 from benchmarks import common
-from ocelot_em.io.hdf5 import write_hdf5
+from ocelot_em.io.beside import find_search
+from ocelot_em.io.hdf5 import open_hdf5, write_hdf5
 from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
-from ocelot_em.io.mrc import write_mrc_set
-from ocelot_em.model.maps import MapSet, PoseForm
+from ocelot_em.io.mrc import open_mrc_set, write_mrc_set
+from ocelot_em.model.maps import SQUARED_SUM, SUM, MapSet, PoseForm
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store.arrays import open_map
 from ocelot_em.store.blosc import encode
@@ -60,6 +63,32 @@ def copy_partials(files: Path, search: Path, output: Path) -> None:
                         written.writelines(encode(values[cell.region.slices].copy(), codec))
 
 
+def copy_finished(source: Path, search: Path, output: Path) -> None:
+    """Read the maps of a finished search, and write those of a partial as :func:`copy_partials`."""
+    objects, chunk, found = open_objects(search), (1024, 1024), find_search(source, "")
+    with ExitStack() as stack, output.open("wb") as written:
+        files = (open_hdf5 if found.is_hdf5 else open_mrc_set)(found, stack)
+        for band in band_grid(files.shape, chunk):
+            maps = files.read(band.region)
+            stored = {OUR_NAMES[name]: values for name, values in maps.items()}
+            mean, std = stored.pop("correlation_mean"), stored.pop("correlation_std")
+            sums = {SUM: mean.astype(np.float64), SQUARED_SUM: std.astype(np.float64)}
+            del stored["scaled_mip"]
+            for name, values in (stored | sums).items():
+                at = f"{partial_path('device_0')}/{name}"
+                codec = open_map(objects, at, name, ["float32"]).codec
+                for cell in TileGrid(values.shape, chunk):
+                    written.writelines(encode(values[cell.region.slices].copy(), codec))
+
+
+def import_maps(source: Path, output: Path) -> None:
+    """Import the maps of a finished search."""
+    options = ocelot_em.ImportOptions(
+        total_projections=(10,), pixel_size_angstrom=1.0, pixel_size_offset_angstrom=0
+    )
+    ocelot_em.import_finished(source, output, options)
+
+
 def draw_overview(store: Path, output: Path) -> None:
     """Read what the report reads, and draw one figure of its eight."""
     from matplotlib.figure import Figure
@@ -88,6 +117,10 @@ def ways_of(folder: Path) -> dict[str, Callable[[Path], object]]:
         "export --to hdf5": partial(write_hdf5, merged),
         "import: floor": partial(copy_partials, files, search),
         "import": partial(import_files, files),
+        "MRC: floor": partial(copy_finished, folder / "mrc", search),
+        "MRC import": partial(import_maps, folder / "mrc"),
+        "HDF5: floor": partial(copy_finished, folder / "maps.h5", search),
+        "HDF5 import": partial(import_maps, folder / "maps.h5"),
         "report: floor": partial(draw_overview, merged),
         "report": partial(ocelot_em.write_report, merged),
     }
@@ -105,6 +138,8 @@ def measure(folder: str, way: str) -> tuple[float, float, int]:
 def prepare(folder: Path, search: Path) -> None:
     """Write a merged result, and the partials as files."""
     ocelot_em.merge(search, folder / "MERGED.zarr", threads=2)
+    write_mrc_set(folder / "MERGED.zarr", folder / "mrc")
+    write_hdf5(folder / "MERGED.zarr", folder / "maps.h5")
     (folder / "search").symlink_to(search.resolve())
     (folder / "files").mkdir()
     objects = open_objects(search)
