@@ -202,11 +202,9 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not loaded_by("import ocelot_em") & (heavy | {"jinja2", "pydantic"})
 
 
-def test_merging_in_threads_imports_nothing_slow():
+def test_importing_the_command_line_imports_nothing_slow():
     slow = {"dask", "distributed", "torch", "cupy", "numba", "scipy", "zarr", "xarray"}
-    assert not loaded_by("import ocelot_em.cli.terminal, ocelot_em.merge.job") & (
-        slow | {"matplotlib"}
-    )
+    assert not loaded_by("import ocelot_em.cli") & (slow | {"matplotlib"})
 
 
 def test_the_help_imports_nothing_slow():

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
+import dask
+
 from ocelot_em.errors import (
     ClusterLostError,
     DeviceError,
@@ -95,7 +97,7 @@ TIMEOUTS = {
 
 @contextlib.contextmanager
 def _profiled(path: Path) -> Iterator[None]:
-    """Profile the tasks of threads, for which Dask has no performance report."""
+    """Profile Dask's threaded scheduler, which has no performance report."""
     from dask.diagnostics import Profiler, visualize
 
     profiler = Profiler()
@@ -283,8 +285,6 @@ def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
     if options.cluster != "slurm-job":
         yield options
         return
-    import dask
-
     with dask.config.set(TIMEOUTS), slurm.slurm_tasks(options) as address:
         _wait_for_a_worker(address, options)
         yield options.model_copy(update={"cluster": address})
@@ -333,7 +333,6 @@ _MAX_SPARE_THREADS = 64
 
 @contextlib.contextmanager
 def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
-    import dask
     from distributed import Client, LocalCluster
 
     workers, threads = n_workers(options), n_threads(options)
@@ -450,8 +449,6 @@ def _dashboard_address() -> str:
 @contextlib.contextmanager
 def _dask_settings() -> Iterator[None]:
     """Set timeouts, and ignore warnings about another dashboard port; the link is printed."""
-    import dask
-
     with dask.config.set(TIMEOUTS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Port .* is already in use", UserWarning)
         yield

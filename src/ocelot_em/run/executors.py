@@ -1,4 +1,4 @@
-"""Run the tiles of a merge in threads of this process, or on a Dask cluster.
+"""Run the tiles of a merge with Dask: its threaded scheduler, or a cluster.
 
 Work in flight is bounded: a canvas of a million tiles takes the driver no more memory than one of
 a hundred.
@@ -8,14 +8,16 @@ import contextlib
 import itertools
 import logging
 import queue
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
+
+import dask.threaded
+from dask.callbacks import Callback
 
 from ocelot_em.errors import ClusterLostError
 from ocelot_em.merge.job import JobSpec
@@ -40,7 +42,7 @@ REPORTS_PER_THREAD = 32
 each task."""
 
 TASKS_PER_GRAPH = 256
-"""Tasks submitted at a time to threads; for Dask, the cost per task grows with their number."""
+"""Tasks in one graph of the threaded scheduler; its cost per task grows with their number."""
 
 TASKS_PER_THREAD = 2
 """Submitted tasks per thread of a cluster: one running, one queued."""
@@ -69,7 +71,7 @@ measure the overhead."""
 
 
 class ThreadExecutor:
-    """Run tiles in threads of this process, without a server.
+    """Run tiles on Dask's threaded scheduler in this process, without a server.
 
     Each thread has a pipeline, which takes batches and merges them without a gap between them: a
     task is whatever a pipeline merges until it has the outcomes of so many tiles.
@@ -82,6 +84,12 @@ class ThreadExecutor:
         self, spec: JobSpec, tiles: Tiles, on_outcome: OnOutcome, stopping: threading.Event
     ) -> None:
         """See :class:`ocelot_em.merge.merge.Executor`."""
+
+        def posttask(_key: object, value: object, *_: object) -> None:
+            if isinstance(value, list):
+                for outcome in value:
+                    on_outcome(outcome)
+
         batches, taking = split_into_batches(tiles, lambda: self.n_threads), threading.Lock()
         interrupted = threading.Event()
 
@@ -117,40 +125,14 @@ class ThreadExecutor:
         try:
             while not idle.empty():
                 n_tasks = min(len(tiles) // per_task + self.n_threads, TASKS_PER_GRAPH)
-                _run_tasks(advance, n_tasks, pool, on_outcome)
+                graph = {f"{TASK_NAME}-{number}": (advance,) for number in range(n_tasks)}
+                with Callback(posttask=posttask):
+                    dask.threaded.get(graph, list(graph), pool=pool)
         finally:
             interrupted.set()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
             while not idle.empty():
                 idle.get().close()
-
-
-def _run_tasks(
-    task: Callable[[], list[Outcome]],
-    n_tasks: int,
-    pool: ThreadPoolExecutor,
-    on_outcome: OnOutcome,
-) -> None:
-    """Run a task several times in a pool, and call ``on_outcome`` in this thread.
-
-    Dask's threaded scheduler runs them if its tasks are watched by callbacks, such as a progress
-    bar or a profiler. Otherwise it is not needed, and importing it takes longer than a small merge.
-    """
-
-    def ended(outcomes: object) -> None:
-        if isinstance(outcomes, list):
-            deque(map(on_outcome, outcomes), maxlen=0)
-
-    callbacks = sys.modules.get("dask.callbacks")
-    if callbacks is None or not callbacks.Callback.active:
-        for future in as_completed([pool.submit(task) for _ in range(n_tasks)]):
-            ended(future.result())
-        return
-    import dask.threaded
-
-    graph = {f"{TASK_NAME}-{number}": (task,) for number in range(n_tasks)}
-    with callbacks.Callback(posttask=lambda _key, value, *_: ended(value)):
-        dask.threaded.get(graph, list(graph), pool=pool)
 
 
 class ClientExecutor:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import dask
+
 from ocelot_em.errors import InvalidInputError, MissingDependencyError, PlanError
 from ocelot_em.model.options import MergeOptions, SlurmJobs
 from ocelot_em.run.connect import (
@@ -95,8 +97,6 @@ def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
 
 def _configured(name: str) -> Any:
     """Return a job option in Dask's configuration; None if there is none."""
-    import dask
-
     key = name.replace("_", "-")
     value = dask.config.get(f"jobqueue.slurm.{key}", None)
     if value is None:
@@ -121,8 +121,6 @@ def _configured(name: str) -> Any:
 
 
 def _configured_list(key: str) -> list[str]:
-    import dask
-
     value = dask.config.get(f"jobqueue.slurm.{key}", None) or []
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise PlanError(
@@ -134,7 +132,6 @@ def _configured_list(key: str) -> list[str]:
 @contextlib.contextmanager
 def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterator[Any]:
     """Submit worker jobs to SLURM, replace those that end, and cancel all of them on exit."""
-    import dask
     from dask_jobqueue import SLURMCluster
 
     jobs, n_jobs = with_defaults(options.slurm), options.workers or DEFAULT_JOBS
@@ -300,8 +297,6 @@ def _exit_after(scheduler_file: Path) -> None:
 
 def _credentials(options: MergeOptions, name: str, *, creates: bool) -> Any:
     """Return a context in which Dask has this run's certificates."""
-    import dask
-
     folder = _certificates_folder(name)
     return dask.config.set(share_certificates(folder, creates=creates) if options.tls else {})
 
