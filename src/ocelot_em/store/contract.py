@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Protocol, Self, TypeVar
 
+import numpy as np
 from obstore.exceptions import BaseError
 
 from ocelot_em.errors import StorageError
@@ -160,13 +161,13 @@ class ReusedMemory:
     """Reusable memory, because new pages cost more than reading into them."""
 
     def __init__(self) -> None:
-        self._bytes = bytearray()
+        self._bytes = np.empty(0, np.uint8)  # a bytearray would be filled, under Python's lock
 
     def of(self, nbytes: int) -> memoryview:
         """Return a view of this many bytes, valid until the next call."""
         if len(self._bytes) < nbytes:
-            self._bytes = bytearray(nbytes + nbytes // 16)
-        return memoryview(self._bytes)[:nbytes]
+            self._bytes = np.empty(nbytes + nbytes // 16, np.uint8)
+        return self._bytes.data[:nbytes]
 
     def filled(self, data: memoryview) -> memoryview:
         """Return a copy of the data in this memory."""
