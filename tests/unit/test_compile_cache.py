@@ -15,7 +15,7 @@ import pytest
 
 import ocelot_em
 from ocelot_em.cli import doctor
-from ocelot_em.kernels import compile_cache, compiling, jit, load
+from ocelot_em.kernels import ahead, compile_cache, compiling, jit, load
 
 
 @pytest.fixture
@@ -127,6 +127,7 @@ load("cpu")  # so that it is cached where it always is
 
 
 def test_the_doctor_shows_the_folder(machine, monkeypatch):
+    monkeypatch.setattr(ahead, "are_loaded", lambda: False)
     assert f"cached in {machine / 'package'}" in doctor._kernels()[1]
     monkeypatch.setattr(compile_cache, "cache_folder", functools.cache(lambda: None))
     state, text = doctor._kernels()
