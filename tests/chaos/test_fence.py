@@ -215,9 +215,13 @@ def test_an_overwriting_run_that_is_killed_at_any_moment_leaves_the_old_or_the_n
     ocelot_em.merge(search.run, output, tile_size=20)
     finished = digests(output)
 
+    def staged(folder: str, names: list[str]) -> list[str]:
+        """Files that a heartbeat, in its own thread, is about to rename."""
+        return [name for name in names if "#" in name and not Path(folder, name).is_dir()]
+
     def remember() -> None:
         states.append(tmp_path / f"state-{len(states)}")
-        shutil.copytree(output, states[-1])
+        shutil.copytree(output, states[-1], ignore=staged)
 
     with monkeypatch.context() as patched:
         rename, rmtree = os.rename, shutil.rmtree

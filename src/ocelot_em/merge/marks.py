@@ -100,6 +100,21 @@ def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
     return done
 
 
+def require_marks(objects: Objects, plan: MergePlan) -> None:
+    """Raise ``MissingChunkError`` unless all tiles are marked as done where the driver looks.
+
+    A worker may see other storage under the same path. Listings may not show new objects yet.
+    """
+    for iy, ix in np.argwhere(~done_tiles(objects, plan.grid)).tolist():
+        key = f"{done_mark_path(iy, ix)}/0"
+        if objects.size(key) is None:
+            raise MissingChunkError(
+                f"{objects.url}: done-mark of {plan.grid.at(iy, ix)} is missing: expected an "
+                f"object {key}; all workers need access to the driver's storage under the same "
+                "path; merge again"
+            )
+
+
 def verified(
     objects: Objects, plan: MergePlan, tile: Tile, maps: Mapping[str, ChunkedMap]
 ) -> TileChecksums:

@@ -27,6 +27,7 @@ from ocelot_em.merge.marks import (
     create_marks,
     done_mark_path,
     done_tiles,
+    require_marks,
     verified,
 )
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
@@ -314,6 +315,8 @@ def complete_output(
 
     Raises
     ------
+    MissingChunkError
+        A tile is not marked as done here: its worker wrote elsewhere.
     InputChangedError
         An input is no longer the one that was planned, so that tiles may be of different data.
     LockLostError
@@ -333,6 +336,7 @@ def complete_output(
     steps: list[Callable[[], Any]] = [
         partial(summary.finish, objects, plan, gathered.statistics, to_read),
         partial(_check_inputs, plan),
+        partial(require_marks, objects, plan),
         partial(write_manifest, objects, "", manifest),
     ]
     at_once(objects, steps)
