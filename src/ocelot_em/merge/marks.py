@@ -4,6 +4,7 @@ A mark has the summary of the tile, a number that binds it to its result and pla
 checksums of the chunks of the tile, from which the manifest of the result is made.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -14,6 +15,7 @@ from ocelot_em.errors import CorruptChunkError, MissingChunkError
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileChecksums, TileSummary
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.model.regions import Tile, TileGrid, ceil_div
+from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
 from ocelot_em.store import constants
 from ocelot_em.store.arrays import ChunkedMap
@@ -105,14 +107,20 @@ def require_marks(objects: Objects, plan: MergePlan) -> None:
 
     A worker may see other storage under the same path. Listings may not show new objects yet.
     """
-    for iy, ix in np.argwhere(~done_tiles(objects, plan.grid)).tolist():
-        key = f"{done_mark_path(iy, ix)}/0"
-        if objects.size(key) is None:
-            raise MissingChunkError(
-                f"{objects.url}: done-mark of {plan.grid.at(iy, ix)} is missing: expected an "
-                f"object {key}; all workers need access to the driver's storage under the same "
-                "path; merge again"
-            )
+    n_rows, n_columns = plan.grid.counts
+
+    def look(iy: int) -> None:
+        marked = set(objects.children(f"{constants.TILE_SUMMARY}/c/{iy}"))
+        for ix in (ix for ix in range(n_columns) if str(ix) not in marked):
+            key = f"{done_mark_path(iy, ix)}/0"
+            if objects.size(key) is None:
+                raise MissingChunkError(
+                    f"{objects.url}: done-mark of {plan.grid.at(iy, ix)} is missing: expected an "
+                    f"object {key}; all workers need access to the driver's storage under the same "
+                    "path; merge again"
+                )
+
+    deque(map_in_threads(look, range(n_rows), objects.requests), maxlen=0)
 
 
 def verified(
