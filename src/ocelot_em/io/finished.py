@@ -5,10 +5,9 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
@@ -136,22 +135,14 @@ def import_finished(
         )
         writer.describe(file=plan.files.place.rpartition("/")[2], sha256=digest)
         grid = band_grid(plan.files.shape, chunk)
-        with writer, _unchanged(found.files, before):
+        with writer, ExitStack() as at_the_end:  # also in place of an error of reading
+            for path, was in zip(found.files, before, strict=True):
+                at_the_end.callback(require_unchanged, path, was)
             for number, band in enumerate(grid, 1):
                 maps = _as_partial(plan.files.read(band.region), plan.count, plan.offset)
                 writer.write(band.region, maps, validated=True)
                 progress("convert", number / len(grid))
     return ImportedSearch(plan.name, plan.notes)
-
-
-@contextmanager
-def _unchanged(files: Sequence[Path], before: Sequence[tuple[int, ...]]) -> Iterator[None]:
-    """Raise an error if files have changed, also in place of one that reading them caused."""
-    try:
-        yield
-    finally:
-        for path, was in zip(files, before, strict=True):
-            require_unchanged(path, was)
 
 
 def _opened(found: FoundSearch, stack: ExitStack) -> MapFiles:
