@@ -8,7 +8,6 @@ import fcntl
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
@@ -26,6 +25,7 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.distinct import require_distinct, require_no_store_within
+from ocelot_em.store.local import new_suffix
 from ocelot_em.store.objects import is_local, normalise_url, open_objects
 from ocelot_em.store.whole_file import refuse_existing, storage_errors, sync_to_disk
 
@@ -83,7 +83,7 @@ def write_ome_zarr(
         refuse_existing([place], overwrite)
         _require_image(place)
     require_distinct(url, [merged.url])
-    staged, old = (place.with_name(f"{place.name}#{uuid.uuid4().int}") for _ in range(2))
+    staged, old = (place.with_name(place.name + new_suffix()) for _ in range(2))
     try:
         with storage_errors(place), ExitStack() as stack:
             staged.mkdir(parents=True)

@@ -30,6 +30,7 @@ from ocelot_em.kernels.cuda_codec import (
     packed_nbytes,
 )
 from ocelot_em.kernels.device import Device, DeviceEvent
+from ocelot_em.kernels.streams import find_streams
 from ocelot_em.merge.fold import Merged, PieceReport, partial_maps, whole_map
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
@@ -152,9 +153,6 @@ class Incoming:
     def __init__(self, memory: "ThreadMemory", shape: tuple[int, int], report: PieceReport) -> None:
         self._memory, self._shape, self._report = memory, shape, report
         self._n = shape[0] * shape[1]
-        from ocelot_em.kernels.streams import find_streams  # on demand
-
-        self._find_streams = find_streams
         self._complaints: list[Callable[[ValueError], OcelotError]] = []
         self._measured: list[tuple[int, str, AnyArray]] = []
         memory.findings.fill(0)
@@ -179,7 +177,7 @@ class Incoming:
     def _decode(self, arrival: Arrival, values: AnyArray) -> bool:
         """Start to decode a map on the device; return False if it must be decoded on the host."""
         memory, chunk = self._memory, arrival.chunk
-        streams = None if chunk is None else chunk.streams(self._find_streams)
+        streams = None if chunk is None else chunk.streams(find_streams)
         if chunk is None or streams is None:
             return False
         nbytes = packed_nbytes(len(chunk.frame), streams)
@@ -257,8 +255,6 @@ class DeviceMemory:
 
         Readers decode chunks together only if their blocks are equally long.
         """
-        from ocelot_em.kernels.streams import find_streams  # on demand
-
         found = {}
         for name, target in self._written.items():
             blank = target.blank()

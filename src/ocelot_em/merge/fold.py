@@ -84,16 +84,17 @@ class ChunkBatch:
         self.found, rows = np.zeros(len(arrivals), np.int32), []
         for number, arrival in enumerate(arrivals):
             chunk, itemsize = arrival.chunk, arrival.dtype.itemsize
+            encoded_nbytes = 0
             if chunk is not None and self._takes(chunk, itemsize, bits):
                 memory = np.frombuffer(chunk.frame, np.uint8)
+                encoded_nbytes = memory.size
             elif bits:
                 self.n = 0
                 return
             else:
-                chunk = None
                 memory = arrival.values(work.spare(number, arrival.dtype).reshape(-1))
             self._held.append(memory)
-            rows.append((address_of(memory), 0 if chunk is None else memory.size, itemsize))
+            rows.append((address_of(memory), encoded_nbytes, itemsize))
         self.rows = np.array(rows, np.int64)
         self.n = self.n or min(work.n_pixels, MAX_BLOCK)
 

@@ -111,9 +111,9 @@ def require_marks(objects: Objects, plan: MergePlan) -> None:
 
     def look(iy: int) -> None:
         marked = set(objects.children(f"{constants.TILE_SUMMARY}/c/{iy}"))
-        for ix in (ix for ix in range(n_columns) if str(ix) not in marked):
+        for ix in range(n_columns):
             key = f"{done_mark_path(iy, ix)}/0"
-            if objects.size(key) is None:
+            if str(ix) not in marked and objects.size(key) is None:
                 raise MissingChunkError(
                     f"{objects.url}: done-mark of {plan.grid.at(iy, ix)} is missing: expected an "
                     f"object {key}; all workers need access to the driver's storage under the same "

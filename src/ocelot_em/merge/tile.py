@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -169,8 +168,13 @@ class TileWriter(Writer):
         except Exception as error:
             log.debug("%s failed", tile, exc_info=True)
             return failure(tile.iy, tile.ix, error)
-        done = Outcome(tile.iy, tile.ix, self._summary)
-        return replace(done, checksums=self._checksums, statistics=self._statistics)
+        return Outcome(
+            tile.iy,
+            tile.ix,
+            self._summary,
+            checksums=self._checksums,
+            statistics=self._statistics,
+        )
 
     def _put_chunk(self, name: str, chunk: Tile, parts: Sequence[bytes]) -> None:
         """Queue a chunk of a map for writing, and note its checksum."""

@@ -93,22 +93,22 @@ def progress_of_partials(
     found = progress_of(partial.coverage for _, partial in partials)
     if found is None:
         return None
-    now, rate, written = _now(), 0.0, list[tuple[datetime.datetime, str]]()
+    now, rate, written = _now(), 0.0, list[tuple[str, datetime.datetime]]()
     stopped: tuple[str, datetime.datetime] | None = None
     for name, partial in partials:
         about, coverage = partial.recording, partial.coverage
         if partial.state != "running" or about is None or coverage is None:
             continue
         last, start = map(datetime.datetime.fromisoformat, (about.heartbeat, about.started))
-        written.append((last, name))
+        written.append((name, last))
         if (now - last).total_seconds() <= MISSED_HEARTBEATS * max(about.every_seconds, 60):
             rate += sets.size(coverage.ranges) / max((last - start).total_seconds(), 1)
         else:
             stopped = name, last
     left = (found.n_orientations - found.n_searched) / rate if rate and not stopped else None
-    newest = None
-    if written and (stopped is None or max(written)[1] != stopped[0]):
-        newest = max(written)[1], max(written)[0]
+    newest = max(written, key=lambda one: one[::-1], default=None)
+    if newest == stopped:
+        newest = None
     return replace(found, last=newest, seconds_left=left, stopped=stopped)
 
 
