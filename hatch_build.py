@@ -17,7 +17,9 @@ class CompileKernels(BuildHookInterface):  # type: ignore[misc, type-arg, unused
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile them; a wheel without any, where that fails, compiles at the first merge."""
         root = Path(self.root)
-        environment = os.environ | {"PYTHONPATH": str(root / "src")}
+        # pip passes the packages of an isolated build in the same variable.
+        paths = [str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-m", "ocelot_em.kernels.build"]
         if version == "editable":
             command.append("here")

@@ -1,7 +1,10 @@
 """What is shipped: the sources and what they need to run, and nothing that lies beside them."""
 
 import io
+import os
 import pickle
+import runpy
+import subprocess
 import tomllib
 import zipfile
 from pathlib import Path
@@ -45,6 +48,24 @@ def test_a_wheel_has_the_sources_and_nothing_else(tmp_path: Path) -> None:
     about = {name for name in names if ".dist-info/" in name}
     assert {Path(name).name for name in about} >= {"METADATA", "RECORD", "WHEEL", "LICENSE"}
     assert names - about == files_of_sources()
+
+
+def test_kernels_are_compiled_with_the_packages_of_an_isolated_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """pip passes them to processes in PYTHONPATH."""
+    pytest.importorskip("hatchling", reason="hatchling, which builds wheels, is not installed")
+    seen = []
+
+    def run(command: list[str], env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+        seen.append(env["PYTHONPATH"].split(os.pathsep))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "isolated")
+    kind = runpy.run_path(str(ROOT / "hatch_build.py"))["CompileKernels"]
+    kind(str(ROOT), {}, None, None, "", "wheel").initialize("editable", {})
+    assert seen == [[str(SOURCES), "isolated"]]
 
 
 def test_containers_are_built_from_all_that_a_wheel_is_built_from() -> None:
