@@ -1,4 +1,4 @@
-"""The commands ``peaks``, ``export``, ``report`` and ``view``."""
+"""The commands ``peaks``, ``export`` and ``view``."""
 
 import contextlib
 from collections.abc import Callable
@@ -180,27 +180,6 @@ def particles_to_export(
     else:
         raise InvalidInputError(f"{path}: expected a table that ends in .csv or .parquet")
     return table if options.exposure is None else table.of_exposure(options.exposure)
-
-
-def report(
-    store: Merged, /, *, output: PathOrUrl, picking: Annotated[PickOptions, PICKING] = DEFAULTS
-) -> None:
-    """Write the report of a merged result.
-
-    Parameters
-    ----------
-    output
-        HTML file to write.
-    """
-    require_stores(store)
-    from ocelot_em.merge.result import MergedResult
-    from ocelot_em.particles.picking import pick_particles
-    from ocelot_em.view.report import write_report
-
-    merged = MergedResult.open(store)
-    table = pick_particles(merged, picking)
-    write_report(merged, output, particles=table)
-    print_particles(table, output)
 
 
 def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
