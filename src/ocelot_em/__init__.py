@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ocelot_em.io.import_options import ImportOptions, read_search_space_file
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.optics import Optics
+    from ocelot_em.io.parquet import read_parquet, write_parquet
     from ocelot_em.io.tables import write_cistem_star, write_leopard_csv, write_relion_star
     from ocelot_em.merge.in_memory import merge_arrays
     from ocelot_em.merge.lazy import lazy_merge, open_merged, open_partials
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ocelot_em.model.search_space import SearchSpace
     from ocelot_em.particles.correlations import read_correlations
     from ocelot_em.particles.gaussian import gaussian_cutoff
+    from ocelot_em.particles.options import PickOptions
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.run.api import Observer, merge
@@ -55,6 +57,7 @@ _HOME = {
         "io.import_options": "ImportOptions read_search_space_file",
         "io.leopard": "import_results",
         "io.optics": "Optics",
+        "io.parquet": "read_parquet write_parquet",
         "io.tables": "write_cistem_star write_leopard_csv write_relion_star",
         "merge.in_memory": "merge_arrays",
         "merge.lazy": "lazy_merge open_merged open_partials",
@@ -66,6 +69,7 @@ _HOME = {
         "model.search_space": "SearchSpace",
         "particles.correlations": "read_correlations",
         "particles.gaussian": "gaussian_cutoff",
+        "particles.options": "PickOptions",
         "particles.picking": "find_peaks",
         "particles.table": "ParticleTable",
         "run.api": "Observer merge",
@@ -92,6 +96,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "open_partials",
     "MergedResult",
     "find_peaks",
+    "PickOptions",
     "read_correlations",
     "gaussian_cutoff",
     "ParticleTable",
@@ -99,6 +104,8 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "write_leopard_csv",
     "write_relion_star",
     "write_cistem_star",
+    "read_parquet",
+    "write_parquet",
     "import_finished",
     "import_results",
     "import_description",
@@ -159,4 +166,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -647,7 +647,7 @@ def test_configurations_that_cannot_be(tmp_path, text, problem):
 
 
 def test_long_text_in_one_row_of_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("ocelot_em.particles.table._MAX_CHARACTERS", 100)
+    monkeypatch.setattr("ocelot_em.particles.csv_columns._MAX_CHARACTERS", 100)
     table, path = particles(20, montage=True), tmp_path / "P.csv"
     table.to_csv(path)
     assert ParticleTable.read_csv(path).columns["exposure"][19] == "e19"

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ocelot_em import Optics
 from ocelot_em.errors import InvalidInputError, StorageError
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
@@ -296,3 +297,48 @@ def test_pandas_has_the_same_columns():
     assert list(frame.columns) == list(COLUMNS)
     assert [str(dtype) for dtype in frame.dtypes] == [c.dtype for c in COLUMNS.values()]
     assert len(ParticleTable.empty().to_pandas()) == 0
+
+
+def test_a_table_is_used_like_a_frame():
+    table = ParticleTable(make_columns(7), ABOUT)
+    assert table["mip"] is table.columns["mip"]
+    assert "mip" in table
+    assert "no" not in table
+    frame = table[["pos_x", "mip"]]
+    assert list(frame.columns) == ["pos_x", "mip"]
+    rows = list(table)
+    assert rows[2] == table[2] == {name: v[2].item() for name, v in table.columns.items()}
+    assert rows[-1] == table[np.int64(-1)]
+    chosen = table["mip"] > np.median(table["mip"])
+    for part, places in (
+        (table.head(2), [0, 1]),
+        (table[::-3], [6, 3, 0]),
+        (table[chosen], np.flatnonzero(chosen)),
+        (table[frame["mip"] > np.median(table["mip"])], np.flatnonzero(chosen)),
+        (table[[4, 1]], [4, 1]),
+        (table[[]], []),
+    ):
+        assert part.about is ABOUT
+        assert len(part) == len(places)
+        for name, values in table.columns.items():
+            assert part[name].tolist() == values[places].tolist()
+    with pytest.raises(InvalidInputError, match=r"'mipp': expected one of .*did you mean mip\?"):
+        table["mipp"]
+    with pytest.raises(InvalidInputError, match="'no'"):
+        table[["mip", "no"]]
+    with pytest.raises(IndexError):
+        table[7]
+
+
+def test_a_table_writes_itself_in_every_format(tmp_path):
+    table = ParticleTable(make_columns(3), ABOUT)
+    again = ParticleTable.read_parquet(table.to_parquet(tmp_path / "t.parquet"))
+    assert (again.about, list(again)) == (table.about, list(table))
+    microscope, defocus = (300.0, 2.7, 0.07, 2.5), (5200.0, 4900.0, 25.0, 0.0)
+    optics = Optics(*microscope, *defocus, "micrograph.mrc", "60S.mrc", 56)
+    relion = table.to_star(tmp_path / "r.star", optics=optics).read_text()
+    cistem = table.to_star(tmp_path / "c.star", optics=optics, program="cistem").read_text()
+    assert "_rlnCoordinateX" in relion
+    assert "_cisTEMAnglePsi" in cistem
+    with pytest.raises(InvalidInputError, match="relion or cistem, got 'cryosparc'"):
+        table.to_star(tmp_path / "x.star", optics=optics, program="cryosparc")

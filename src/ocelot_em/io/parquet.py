@@ -13,12 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.particles.correlations import Correlations
+from ocelot_em.particles.csv_columns import text_array
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
     MONTAGE_COLUMNS,
     ParticleTable,
     PickInfo,
-    text_array,
 )
 from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing, write_file
 
@@ -35,7 +35,24 @@ _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtyp
 def write_parquet(
     table: ParticleTable, output: str | PathLike[str], *, overwrite: bool = False
 ) -> Path:
-    """Write all columns with units, and the picking parameters in the schema's metadata."""
+    """Write all columns with units, and the picking parameters in the schema's metadata.
+
+    Raises
+    ------
+    OutputExistsError
+        The file exists, and ``overwrite`` is False.
+    StorageError
+        The file cannot be written.
+    MissingDependencyError
+        pyarrow is not installed.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, read_parquet, write_parquet
+    >>> path = write_parquet(find_peaks("MERGED.zarr"), "particles.parquet")
+    >>> len(read_parquet(path))
+    20
+    """
     pa = _pyarrow()
     fields = [
         pa.field(
@@ -94,6 +111,20 @@ def read_parquet(path: str | PathLike[str]) -> ParticleTable:
     """Read a table written by :func:`write_parquet`, without any loss.
 
     Files of other programs with the same columns are read without picking parameters.
+
+    Raises
+    ------
+    InvalidInputError
+        The file is not a table of particles; lists every problem.
+    MissingDependencyError
+        pyarrow is not installed.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, read_parquet
+    >>> path = find_peaks("MERGED.zarr").to_parquet("particles.parquet")
+    >>> read_parquet(path).about.method
+    'gaussian'
     """
     pa = _pyarrow()
     try:

@@ -39,6 +39,12 @@ class PickOptions(Options):
         Maximum difference in degrees between the orientations of one particle in two exposures.
     same_defocus
         Maximum difference in Å between the defoci of one particle in two exposures.
+
+    Examples
+    --------
+    >>> from ocelot_em import PickOptions
+    >>> PickOptions(method="gev", min_distance=5).false_positives
+    1.0
     """
 
     method: Literal["gaussian", "gev", "pvalue"] = "gaussian"

@@ -1,23 +1,26 @@
 """Particle tables: one row per peak of a merged result, with the picking parameters."""
 
-import csv
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.html import render
 from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
+from ocelot_em.model.problems import suggestion
 from ocelot_em.model.text import percent_text
+from ocelot_em.particles.csv_columns import parse_column, ragged, read_rows
 from ocelot_em.store.whole_file import write_file
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ocelot_em import Optics
 
 Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
 """How the cutoff was determined: Gaussian noise model, extreme values, p-value, or set by hand."""
@@ -26,12 +29,6 @@ NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
 ALSO_SEEN = "also_seen"
 SEARCHED = "searched_share"
-
-_MAX_NBYTES = 2**30
-"""Maximum size of a CSV file to read: about six million particles."""
-
-_MAX_CHARACTERS = 2**28
-"""Maximum size of a text column (1 GiB), padded to the longest row."""
 
 _ROWS_SHOWN = 10
 """Number of rows shown in a notebook."""
@@ -140,7 +137,11 @@ class PickInfo:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ParticleTable:
-    """Particles, stored by column.
+    """Particles, stored by column, that can be used like a data frame.
+
+    A name selects the values of a column; names, columns as a pandas frame; a number, one particle
+    as a dictionary; and a slice, numbers or a mask, particles as a table. Iteration is over the
+    particles, and the length is their number.
 
     Parameters
     ----------
@@ -161,8 +162,13 @@ class ParticleTable:
     --------
     >>> from ocelot_em import ParticleTable, find_peaks
     >>> particles = find_peaks("MERGED.zarr")
-    >>> particles.columns["scaled_mip"][:2]
+    >>> particles["scaled_mip"][:2]
     array([12.813256, 12.608299], dtype=float32)
+    >>> best = particles[0]
+    >>> best["pos_y"], best["pos_x"]
+    (39, 249)
+    >>> len(particles[particles["scaled_mip"] > 10]), len(particles.head(3))
+    (17, 3)
     >>> particles.to_csv("particles.csv").name
     'particles.csv'
     >>> len(ParticleTable.read_csv("particles.csv"))
@@ -223,22 +229,81 @@ class ParticleTable:
         InvalidInputError
             Lists every invalid column with its first invalid line.
         """
-        names, rows = _read_rows(path)
+        names, rows = read_rows(path)
         problems = _name_problems(names)
-        problems += _ragged(rows, len(names))
+        problems += ragged(rows, len(names))
         if problems:
             raise InvalidInputError(f"{path}: {problem}" for problem in problems)
         texts = zip(*rows, strict=True) if rows else [() for _ in names]
         columns = {}
         for name, column in zip(names, texts, strict=True):
-            columns[name], found = _parse(column, ALL_COLUMNS[name].dtype)
+            columns[name], found = parse_column(column, ALL_COLUMNS[name].dtype)
             problems += [f"{path}: {name}: {problem}" for problem in found]
         if problems:
             raise InvalidInputError(problems)
         return cls(columns)
 
+    @classmethod
+    def read_parquet(cls, path: str | PathLike[str]) -> "ParticleTable":
+        """Read a file written by :meth:`to_parquet`, without loss, with the picking parameters.
+
+        Files of other programs with the same columns are read without picking parameters.
+
+        Raises
+        ------
+        InvalidInputError
+            The file is not a table of particles; lists every problem.
+        MissingDependencyError
+            pyarrow is not installed.
+        """
+        from ocelot_em import read_parquet
+
+        return read_parquet(path)
+
     def __len__(self) -> int:
         return len(self.columns["pos_y"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = zip(*(values.tolist() for values in self.columns.values()), strict=True)
+        return (dict(zip(self.columns, row, strict=True)) for row in rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    @overload
+    def __getitem__(self, key: str) -> AnyArray: ...
+    @overload
+    def __getitem__(self, key: list[str]) -> "pd.DataFrame": ...
+    @overload
+    def __getitem__(self, key: "int | np.integer[Any]") -> dict[str, Any]: ...
+    @overload
+    def __getitem__(
+        self, key: "slice | Sequence[int] | AnyArray | pd.Series"
+    ) -> "ParticleTable": ...
+    def __getitem__(self, key: Any) -> Any:
+        names = [key] if isinstance(key, str) else key
+        if isinstance(names, list) and names and isinstance(names[0], str):
+            unknown = [name for name in names if name not in self.columns]
+            if unknown:
+                raise InvalidInputError(
+                    f"column {name!r}: expected one of {', '.join(self.columns)}"
+                    + suggestion(str(name), self.columns)
+                    for name in unknown
+                )
+            return self.columns[key] if isinstance(key, str) else self.to_pandas()[names]
+        if isinstance(key, (int, np.integer)):
+            return {name: values[key].item() for name, values in self.columns.items()}
+        which = key if isinstance(key, slice) else np.asarray(key)
+        if isinstance(which, np.ndarray) and not which.size:
+            which = which.astype(np.intp)  # an empty list
+        return replace(self, columns={name: own[which] for name, own in self.columns.items()})
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.columns)
+
+    def head(self, n: int = 5) -> "ParticleTable":
+        """Return the first, highest particles."""
+        return self[:n]
 
     def __repr__(self) -> str:
         return f"<{self._summary()}>"
@@ -276,6 +341,42 @@ class ParticleTable:
         import pandas as pd
 
         return pd.DataFrame(dict(self.columns))
+
+    def to_parquet(self, path: str | PathLike[str], *, overwrite: bool = True) -> Path:
+        """Write all columns with their units, and the picking parameters; return the path.
+
+        Raises
+        ------
+        OutputExistsError
+            If the file exists, and ``overwrite`` is False.
+        StorageError
+            If the file cannot be written.
+        MissingDependencyError
+            pyarrow is not installed.
+        """
+        from ocelot_em import write_parquet
+
+        return write_parquet(self, path, overwrite=overwrite)
+
+    def to_star(
+        self,
+        path: str | PathLike[str],
+        *,
+        optics: "Optics",
+        program: Literal["relion", "cistem"] = "relion",
+        overwrite: bool = True,
+    ) -> Path:
+        """Write a STAR file for RELION or cisTEM; return the path.
+
+        :func:`ocelot_em.write_relion_star` and :func:`ocelot_em.write_cistem_star` describe the
+        files and raise errors.
+        """
+        from ocelot_em import write_cistem_star, write_relion_star
+
+        writers = {"relion": write_relion_star, "cistem": write_cistem_star}
+        if program not in writers:
+            raise InvalidInputError(f"program: expected relion or cistem, got {program!r}")
+        return writers[program](self, path, optics=optics, overwrite=overwrite)
 
     def _summary(self) -> str:
         plural = "" if len(self) == 1 else "s"
@@ -383,87 +484,3 @@ def _column_problems(columns: Mapping[str, object]) -> list[str]:
         if n != usual[0][0]
     ]
     return problems
-
-
-def _read_rows(path: str | PathLike[str]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a CSV file as text."""
-    place = Path(path)
-    if not place.is_file():
-        raise InvalidInputError(f"{place}: expected a CSV file, got nothing there")
-    try:
-        nbytes = place.stat().st_size
-        if nbytes > _MAX_NBYTES:
-            raise InvalidInputError(
-                f"{place}: expected at most {_MAX_NBYTES:,} bytes, got {nbytes:,}; is it a table "
-                "of particles?"
-            )
-        with place.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a BOM
-            rows = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InvalidInputError(f"{place}: cannot be read as CSV: {error}") from error
-    while rows and not rows[-1]:
-        rows.pop()
-    if not rows:
-        raise InvalidInputError(
-            f"{place}: expected a header line with the columns, got an empty file"
-        )
-    return rows[0], rows[1:]
-
-
-def _ragged(rows: Sequence[Sequence[str]], n_columns: int) -> list[str]:
-    bad = [(line, len(row)) for line, row in enumerate(rows, 2) if len(row) != n_columns]
-    if not bad:
-        return []
-    line, n = bad[0]
-    return [f"line {line}: expected {n_columns} values, got {n}{_and_more(len(bad) - 1)}"]
-
-
-def _and_more(n: int) -> str:
-    return f"; and {n} more such line{'' if n == 1 else 's'}" if n else ""
-
-
-def _parse(texts: Sequence[str], dtype: str) -> tuple[AnyArray, list[str]]:
-    """Parse a column; return its values and an error message for the first invalid text, if any."""
-    kind = np.dtype(dtype)
-    if kind.kind == "U":
-        values, problem = text_array(texts)
-        return values, [problem] if problem else []
-    convert: Any = int if kind.kind == "i" else float
-    widest = np.dtype(np.int64 if kind.kind == "i" else np.float64)
-    try:
-        wide = np.fromiter(map(convert, texts), widest, len(texts))
-        with np.errstate(over="ignore"):
-            values = wide.astype(kind)
-    except (ValueError, OverflowError):
-        bad = [(line, text) for line, text in enumerate(texts, 2) if not _fits(text, convert)]
-    else:
-        same = (values == wide) if kind.kind == "i" else (np.isinf(values) == np.isinf(wide))
-        bad = [(i + 2, texts[i]) for i in np.flatnonzero(~same).tolist()]
-        if not bad:
-            return values, []
-    line, text = bad[0]
-    return np.empty(0, kind), [
-        f"line {line}: expected {dtype}, got {text!r}{_and_more(len(bad) - 1)}"
-    ]
-
-
-def text_array(texts: Sequence[object]) -> tuple[AnyArray, str | None]:
-    """Return texts as a fixed-width NumPy array, and an error message or None."""
-    other = next((type(text).__name__ for text in texts if not isinstance(text, str)), None)
-    if other is not None:
-        return np.empty(0, str), f"expected text, got {other}"
-    longest = max((len(cast("str", text)) for text in texts), default=0)
-    if longest * len(texts) > _MAX_CHARACTERS:
-        return np.empty(0, str), (
-            f"expected at most {_MAX_CHARACTERS // len(texts):,} characters in each of "
-            f"{len(texts):,} rows, got {longest:,}"
-        )
-    return np.array(texts, str), None
-
-
-def _fits(text: str, convert: Any) -> bool:
-    try:
-        number = convert(text)
-    except ValueError:
-        return False
-    return convert is float or -(2**63) <= number < 2**63
