@@ -25,6 +25,7 @@ def import_files(
     /,
     *,
     output: PathOrUrl,
+    overwrite: bool = False,
     options: Annotated[ImportOptions, MISSING] = DEFAULTS,
 ) -> None:
     """Import result files as partials of a search.
@@ -36,19 +37,23 @@ def import_files(
         (.yaml); or a finished search: the folder with the results of Leopard-EM or cisTEM, or one
         of its files.
     output
-        Path or URL of the search to write.
+        Path or URL of the search to write, or to add to.
+    overwrite
+        Replace an existing search. The new one is complete before the old one is removed.
     """
     from ocelot_em.io.beside import is_finished
 
     if any(map(is_finished, files)):
-        import_search(files, output, options)
+        import_search(files, output, options, overwrite)
     elif any(Path(file).suffix.lower() in (".yaml", ".yml") for file in files):
-        import_montage(files, output, options)
+        import_montage(files, output, options, overwrite)
     else:
-        import_devices(files, output, options)
+        import_devices(files, output, options, overwrite)
 
 
-def import_devices(files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions) -> None:
+def import_devices(
+    files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions, overwrite: bool
+) -> None:
     """Import the results of devices."""
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.partial_names import name_partials
@@ -58,7 +63,7 @@ def import_devices(files: list[PathOrUrl], output: PathOrUrl, options: ImportOpt
         if name != Path(file).stem:
             console.print(f"partial {name} is {file}")
     with share_bar(console) as on_progress:
-        names = import_results(files, output, options, on_progress)
+        names = import_results(files, output, options, on_progress, overwrite=overwrite)
     console.print(
         f"imported {len(names)} partials into {output}{': ' * bool(names)}{', '.join(names)}"
     )
@@ -71,7 +76,9 @@ def import_devices(files: list[PathOrUrl], output: PathOrUrl, options: ImportOpt
         )
 
 
-def import_montage(files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions) -> None:
+def import_montage(
+    files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions, overwrite: bool
+) -> None:
     """Import the exposures listed in a description file, which excludes options."""
     from ocelot_em.io.description import import_description
 
@@ -84,12 +91,14 @@ def import_montage(files: list[PathOrUrl], output: PathOrUrl, options: ImportOpt
         )
     console = open_console()
     with share_bar(console) as on_progress:
-        names = import_description(files[0], output, on_progress)
+        names = import_description(files[0], output, on_progress, overwrite=overwrite)
     exposures = {name.partition("/")[0] for name in names}
     console.print(f"imported {len(names)} partials of {len(exposures)} exposures into {output}")
 
 
-def import_search(files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions) -> None:
+def import_search(
+    files: list[PathOrUrl], output: PathOrUrl, options: ImportOptions, overwrite: bool
+) -> None:
     """Import a finished search."""
     from ocelot_em.io.finished import import_finished
 
@@ -100,7 +109,7 @@ def import_search(files: list[PathOrUrl], output: PathOrUrl, options: ImportOpti
         )
     console = open_console()
     with share_bar(console) as on_progress:
-        found = import_finished(files[0], output, options, on_progress)
+        found = import_finished(files[0], output, options, on_progress, overwrite=overwrite)
     console.print(f"imported {files[0]} into {output}; its partial is named {found.name}")
     for note in found.notes:
         console.print(f"  - {note}")

@@ -76,6 +76,8 @@ def info(store: PathOrUrl, /) -> None:
     if info.progress is not None:
         rows.append(("search", info.progress.incomplete_text or info.progress.text))
         rows += [("warning", info.progress.warning)] * bool(info.progress.warning)
+    if attributes.edge_warning:
+        rows.append(("warning", attributes.edge_warning))
     if info.unfinished_text:
         rows.append(("unfinished", info.unfinished_text))
     if info.without_manifest:

@@ -24,6 +24,7 @@ from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.text import count_text, nbytes_text, seconds_text
 from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster, n_workers
+from ocelot_em.store.attributes import WRAPPED_EDGES
 
 PLAIN_SECONDS = 5.0
 """Interval between progress lines if there is no terminal."""
@@ -170,6 +171,8 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
         console.print(f"{'search':10}  {searched.incomplete_text or searched.text}")
         if searched.warning:
             console.print(f"{'warning':10}  {searched.warning}")
+    if plan.looks_wrapped:
+        console.print(f"{'warning':10}  {WRAPPED_EDGES}")
     if names := [source.name for source in plan.sources if source.manifest is None]:
         console.print(f"{'manifests':10}  {missing_manifests_text(names)}")
 

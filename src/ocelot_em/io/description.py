@@ -94,7 +94,11 @@ class Description(_Strict):
 
 
 def import_description(
-    path: str | PathLike[str], output: str | PathLike[str], on_progress: OnProgress | None = None
+    path: str | PathLike[str],
+    output: str | PathLike[str],
+    on_progress: OnProgress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> list[str]:
     """Convert the result files of a montage's exposures into a search.
 
@@ -108,7 +112,7 @@ def import_description(
         The description.
     output
         Path or URL of the search.
-    on_progress
+    on_progress, overwrite
         As for :func:`ocelot_em.import_results`.
 
     Returns
@@ -147,7 +151,7 @@ def import_description(
         Batch([place.parent / file for file in entry.partials], entry.total_projections, exposure)
         for entry, exposure in zip(description.exposures, exposures, strict=True)
     ]
-    return import_batches(batches, output, options, on_progress)
+    return import_batches(batches, output, options, on_progress, overwrite=overwrite)
 
 
 def read_description(path: Path) -> Description:

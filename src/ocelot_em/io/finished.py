@@ -4,15 +4,17 @@
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 import numpy as np
 
 from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.beside import find_search
+from ocelot_em.io.edges import EdgeSample
 from ocelot_em.io.hdf5 import open_hdf5
 from ocelot_em.io.import_options import ImportOptions, OnProgress
 from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
@@ -23,12 +25,16 @@ from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.maps import PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
 from ocelot_em.model.regions import Region, TileGrid
+from ocelot_em.store.attributes import WRAPPED_EDGES
 from ocelot_em.store.creation import layout_differences, refresh_total
 from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter, existing_partials
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import name_problems
+from ocelot_em.store.whole_folder import replaced_search
+
+log = logging.getLogger(__name__)
 
 MEAN, STD = "correlation_average", "correlation_variance"
 
@@ -58,6 +64,8 @@ def import_finished(
     output: str | PathLike[str],
     options: ImportOptions | None = None,
     on_progress: OnProgress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> ImportedSearch:
     """Convert the maps of a finished search into one partial, as far as their content allows.
 
@@ -79,6 +87,8 @@ def import_finished(
         Information that the files lack, or that overrides what they have.
     on_progress
         Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
+    overwrite
+        Replace an existing search. The new one is complete before the old one is removed.
 
     Raises
     ------
@@ -101,6 +111,9 @@ def import_finished(
             "count and no search space; import each search with its own command"
         )
     found = find_search(local_path(source), options.prefix)
+    if overwrite:
+        with replaced_search(output, found.files) as place:
+            return import_finished(source, place, options, on_progress)
     with ExitStack() as stack:
         plan = _plan(found, _opened(found, stack), options, overlaps(output, found.files))
         before = [file_identity(path) for path in found.files]
@@ -109,7 +122,8 @@ def import_finished(
             raise InvalidInputError(problems)
         existing = existing_partials(objects)
         chunk = PartialWriter.chunk_of(plan.files.shape)
-        digest = _checked(plan.files, band_grid(plan.files.shape, chunk), chunk, progress)
+        edges = EdgeSample(plan.files.shape)
+        digest = _checked(plan.files, edges, chunk, progress)
         same = [
             name
             for name, partial in existing.items()
@@ -124,6 +138,10 @@ def import_finished(
                 f"{plan.files.place}: its content is already there as partial {same[0]!r} of "
                 f"{output}; its projections would be counted twice"
             )
+        info = plan.info
+        if info.takes_all_pixels and edges.looks_wrapped:
+            log.warning(WRAPPED_EDGES)
+            info = replace(info, looks_wrapped=True)
         others = (p.order for name, p in existing.items() if name != plan.name)
         writer = PartialWriter(
             output,
@@ -131,7 +149,7 @@ def import_finished(
             plan.files.shape,
             total_projections=plan.count,
             order=1 + max(others, default=-1),
-            search=plan.info,
+            search=info,
         )
         writer.describe(file=plan.files.place.rpartition("/")[2], sha256=digest)
         grid = band_grid(plan.files.shape, chunk)
@@ -290,13 +308,16 @@ def _missing(files: MapFiles, info: SearchInfo) -> Sequence[str]:
     return notes
 
 
-def _checked(files: MapFiles, grid: TileGrid, chunk: tuple[int, int], progress: OnProgress) -> str:
-    """Check all values, and return a digest of them, which does not depend on the bands."""
-    digests: dict[tuple[int, int], bytes] = {}
+def _checked(
+    files: MapFiles, edges: EdgeSample, chunk: tuple[int, int], progress: OnProgress
+) -> str:
+    """Check all values, sample the edges, and return a digest that does not depend on the bands."""
+    digests, grid = dict[tuple[int, int], bytes](), band_grid(files.shape, chunk)
     for number, band in enumerate(grid, 1):
         region, maps = band.region, files.read(band.region)
         if problems := _value_problems(files, maps, region):
             raise InvalidDataError(problems)
+        edges.add(region, maps[STD])
         for cell in TileGrid(region.shape, chunk):
             hasher = hashlib.sha256()
             for name in sorted(maps):

@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.edges import EdgeSample
 from ocelot_em.io.import_options import (
     MAX_BAND_PX,
     Batch,
@@ -86,8 +87,10 @@ def check_batch(
         if _is_there(candidate, existing):
             continue
         try:
+            edges = EdgeSample(shape)
             with closing(candidate.file):
-                in_values += _value_problems(candidate, info, on_file)
+                in_values += _value_problems(candidate, info, edges, on_file)
+                result.looks_wrapped |= info.takes_all_pixels and edges.looks_wrapped
                 candidate.sha256 = candidate.file.sha256()
         except InvalidInputError as error:
             unreadable += error.problems
@@ -338,8 +341,10 @@ def _same_content(candidates: Sequence[Candidate], seen: dict[str, Path]) -> lis
     return problems
 
 
-def _value_problems(candidate: Candidate, info: SearchInfo, on_fraction: OnFraction) -> list[str]:
-    """Check all values of a file in the order of the file.
+def _value_problems(
+    candidate: Candidate, info: SearchInfo, edges: EdgeSample, on_fraction: OnFraction
+) -> list[str]:
+    """Check all values of a file in the order of the file, and sample the edges.
 
     Values that are valid where nothing was searched wait until all maps are read: there are few, or
     long runs, and each takes a bit.
@@ -352,6 +357,8 @@ def _value_problems(candidate: Candidate, info: SearchInfo, on_fraction: OnFract
     for number, (key, read) in enumerate(candidate.file.scan(keys)):
         for n, region in enumerate(waiting, 1):
             values = read(region.y0, region.y1)
+            if key == SQUARED_SUM:
+                edges.add(region, values)
             if key == MIP or key in info.maps.pose:
                 marked = _valid_only_if_idle(key, values)
                 if marked.any():

@@ -145,7 +145,8 @@ class Checked:
     """Result of checking a batch's files.
 
     ``has_only_bad_values``: any problems concern only the maps' values. ``candidates`` are the
-    files to convert; ``first_order`` is the order of the first of them.
+    files to convert; ``first_order`` is the order of the first of them. ``looks_wrapped``: all
+    pixels are taken as valid, but the edges look wrapped.
     """
 
     place: str
@@ -154,6 +155,7 @@ class Checked:
     has_only_bad_values: bool = False
     first_order: int = 0
     candidates: Sequence[Candidate] = ()
+    looks_wrapped: bool = False
 
 
 def part_of(on_fraction: OnFraction, number: int, n: int) -> OnFraction:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -24,11 +25,14 @@ from ocelot_em.io.origin import NAMES_SHOWN
 from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
+from ocelot_em.store.attributes import WRAPPED_EDGES
 from ocelot_em.store.creation import ensure_search, refresh_total
 from ocelot_em.store.distinct import require_distinct
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.roster import register
+from ocelot_em.store.search_info import SearchInfo
+from ocelot_em.store.whole_folder import replaced_search
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ def import_results(
     output: str | PathLike[str],
     options: ImportOptions | None = None,
     on_progress: OnProgress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> list[str]:
     """Convert result files into partials of a search, in the given order.
 
@@ -55,6 +61,8 @@ def import_results(
         Information that the files lack.
     on_progress
         Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
+    overwrite
+        Replace an existing search. The new one is complete before the old one is removed.
 
     Returns
     -------
@@ -81,7 +89,8 @@ def import_results(
             f"import: {', '.join(sorted(unused))}: expected with a finished search, got results of "
             "devices"
         )
-    return import_batches([Batch(files, options.total_projections)], output, options, on_progress)
+    batches = [Batch(files, options.total_projections)]
+    return import_batches(batches, output, options, on_progress, overwrite=overwrite)
 
 
 def import_batches(
@@ -89,12 +98,18 @@ def import_batches(
     output: str | PathLike[str],
     options: ImportOptions,
     on_progress: OnProgress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> list[str]:
     """Convert files of several exposures as :func:`import_results` does for one search.
 
     Existing partials with the same name and content are not changed. Return the names of the
     new partials, for exposures as ``exposure/partial``.
     """
+    files = [file for batch in batches for file in batch.files]
+    if overwrite:
+        with replaced_search(output, files) as place:
+            return import_batches(batches, place, options, on_progress)
     on_progress = on_progress or (lambda _phase, _fraction: None)
     problems: list[str] = []
     space: SearchSpace | None = None
@@ -119,17 +134,20 @@ def import_batches(
         ):
             raise InvalidDataError(problems)
         raise InvalidInputError(problems)
-    files = [candidate.file for found in checked for candidate in found.candidates]
-    if names := [file.path.name for file in files if file.has_correlation_table]:
+    opened = [candidate.file for found in checked for candidate in found.candidates]
+    if names := [file.path.name for file in opened if file.has_correlation_table]:
         shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
         log.warning(
             "%s: the %s is left out: import reads maps only; ocelot_em.write_partial stores it",
             *(shown, TABLE),
         )
-    require_distinct(output, [file for batch in batches for file in batch.files])
+    require_distinct(output, files)
+    if looks_wrapped := any(found.looks_wrapped for found in checked):
+        log.warning(WRAPPED_EDGES)
     for number, found in enumerate(checked):
         on_batch = part_of(partial(on_progress, "convert"), number, len(batches))
-        _convert(found, output, on_batch)
+        assert found.info is not None
+        _convert(found, replace(found.info, looks_wrapped=looks_wrapped), output, on_batch)
     return [
         partial_text(batch.exposure.id if batch.exposure else "", candidate.name)
         for batch, found in zip(batches, checked, strict=True)
@@ -137,10 +155,11 @@ def import_batches(
     ]
 
 
-def _convert(checked: Checked, output: str | PathLike[str], on_fraction: OnFraction) -> None:
+def _convert(
+    checked: Checked, info: SearchInfo, output: str | PathLike[str], on_fraction: OnFraction
+) -> None:
     """Write the partials of a batch, and then their total, which an interrupted import lacks."""
-    assert checked.info is not None
-    info, objects = checked.info, open_objects(output)
+    objects = open_objects(output)
     names = [candidate.name for candidate in checked.candidates]
     if names:
         ensure_search(objects, cast("tuple[int, int]", checked.candidates[0].shape), info)

@@ -4,13 +4,7 @@ A pyramid is written in one pass: each block of the full map is read once and co
 levels above. Memory use is a few blocks per level, whatever the size of the map.
 """
 
-import fcntl
-import os
-import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from glob import escape
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +19,9 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, Float32
 from ocelot_em.model.regions import Region, TileGrid, ceil_div
 from ocelot_em.store.distinct import require_distinct, require_no_store_within
-from ocelot_em.store.local import new_suffix
 from ocelot_em.store.objects import is_local, normalise_url, open_objects
-from ocelot_em.store.whole_file import refuse_existing, storage_errors, sync_to_disk
+from ocelot_em.store.whole_file import refuse_existing
+from ocelot_em.store.whole_folder import whole_folder_or_nothing
 
 VERSION = "0.5"
 AXES = ("c", "y", "x")
@@ -39,10 +33,6 @@ CHUNK = 512
 
 BLOCK = 2048
 """Edge in pixels of the blocks that are read, pooled and written on every level."""
-
-
-_LEFT_BEHIND = re.compile(r"#\d{30,39}$")
-"""Suffix of images that are being written or were replaced, a random number of 128 bits."""
 
 
 def write_ome_zarr(
@@ -83,21 +73,9 @@ def write_ome_zarr(
         refuse_existing([place], overwrite)
         _require_image(place)
     require_distinct(url, [merged.url])
-    staged, old = (place.with_name(place.name + new_suffix()) for _ in range(2))
-    try:
-        with storage_errors(place), ExitStack() as stack:
-            staged.mkdir(parents=True)
-            stack.enter_context(_locked(staged))
-            pyramid = _Pyramid(merged, zarr.create_group(staged, zarr_format=3), maps)
-            pyramid.write(place.name)
-            open_objects(staged).sync()
-            if place.exists():
-                place.rename(old)
-            staged.rename(place)
-            _delete_left_behind(place)
-            sync_to_disk(place.parent)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with whole_folder_or_nothing(place) as staged:
+        pyramid = _Pyramid(merged, zarr.create_group(staged, zarr_format=3), maps)
+        pyramid.write(place.name)
     return place
 
 
@@ -244,25 +222,6 @@ def _window(values: Float32) -> dict[str, float]:
         end = start + 1
     low, high = float(known.min()), max(float(known.max()), end)
     return {"min": low, "max": high, "start": start, "end": end}
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder until the end of this process at the latest; OSError if another one has it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _delete_left_behind(place: Path) -> None:
-    """Delete the replaced image, and what killed exports of this name have left."""
-    for path in place.parent.glob(f"{escape(place.name)}#*"):
-        if _LEFT_BEHIND.search(path.name) and not path.is_symlink():
-            with suppress(OSError), _locked(path):
-                shutil.rmtree(path)
 
 
 def _require_image(place: Path) -> None:

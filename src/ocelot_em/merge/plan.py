@@ -83,6 +83,7 @@ class MergePlan(fmt.Attributes):
     overlap: Overlap = "earliest"
     erode_px: fmt.Number = 0
     identity: fmt.Id | None = None
+    looks_wrapped: bool = False
 
     @property
     def is_montage(self) -> bool:
@@ -204,6 +205,7 @@ _REPEATED = (
     "has_derived_maps",
     "search_space_digest",
     "canvas_origin",
+    "looks_wrapped",
 )
 """Attributes of a merged result that its plan repeats."""
 

@@ -93,6 +93,7 @@ def make_plan(
         canvas_origin=canvas_origin,
         overlap=options.overlap if is_montage else "earliest",
         erode_px=options.erode,
+        looks_wrapped=any(attributes.looks_wrapped for attributes, _ in opened),
     )
     if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MAX_TILES:
         raise PlanError(

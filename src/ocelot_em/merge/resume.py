@@ -376,6 +376,7 @@ def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAtt
         has_decoded_poses=plan.has_decoded_poses,
         has_derived_maps=plan.has_derived_maps,
         search_space_digest=plan.search_space_digest,
+        looks_wrapped=plan.looks_wrapped,
         total_projections=plan.total_projections,
         partials=plan.contributions,
         plan=plan.model_dump(mode="json"),

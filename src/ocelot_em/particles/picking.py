@@ -92,6 +92,8 @@ def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> Par
 def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable:
     """Pick particles as :func:`find_peaks` does, with parsed options."""
     _ = merged.summary  # fail early without statistics
+    if merged.attributes.edge_warning:
+        log.warning("%s: %s", merged.url, merged.attributes.edge_warning)
     rules = make_rules(settings, merged)
     candidates, incomplete = _candidates(merged, rules)
     found = [

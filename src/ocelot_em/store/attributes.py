@@ -88,6 +88,14 @@ def _shapes_agree(model: Any) -> Any:
     return model
 
 
+WRAPPED_EDGES = (
+    "the valid region is unknown, and the edges look wrapped: the last rows and columns continue "
+    "with the first, as in maps of the micrograph's shape; particles near the edges may be false; "
+    "import the files again with their template box (--template-box N --overwrite)"
+)
+"""The warning about data whose ``looks_wrapped`` is true."""
+
+
 class _Result(Attributes):
     """Attributes that a search and a merged result share."""
 
@@ -99,6 +107,7 @@ class _Result(Attributes):
     search_space_digest: Digest | None
     total_projections: Count
     provenance: Provenance
+    looks_wrapped: bool = False
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -115,6 +124,11 @@ class _Result(Attributes):
     def maps(self) -> MapSet:
         """Which maps there are."""
         return MapSet(self.pose_form, self.has_pixel_size, self.has_counts)
+
+    @property
+    def edge_warning(self) -> str:
+        """Warning that pixels near the edges may be invalid; empty if there is no sign of it."""
+        return WRAPPED_EDGES * self.looks_wrapped
 
 
 SHARED_BY_PARTIALS = (

@@ -159,6 +159,7 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
         search_space_digest=None if info.search_space is None else info.search_space.digest,
         total_projections=0,
         provenance=provenance(inputs=(), options={}),
+        looks_wrapped=info.looks_wrapped,
     )
 
 

@@ -97,6 +97,8 @@ class SearchInfo:
     chunk_files
         Whether each chunk of a map is a file, as always in buckets; by default, up to 16 x 16
         chunks are a file, a Zarr shard.
+    looks_wrapped
+        Whether the edges of maps without a template box look wrapped around. Results state it.
 
     Examples
     --------
@@ -112,6 +114,7 @@ class SearchInfo:
     float64_sums: bool = False
     exposure: Exposure | None = None
     chunk_files: bool = False
+    looks_wrapped: bool = False
 
     def stored_dtype(self, name: str) -> str:
         """Stored dtype of a map of a partial."""
@@ -122,6 +125,12 @@ class SearchInfo:
     def exposure_id(self) -> str:
         """Id of the exposure; empty if there is none."""
         return "" if self.exposure is None else self.exposure.id
+
+    @property
+    def takes_all_pixels(self) -> bool:
+        """Whether all pixels are taken as valid, because nothing states which ones are."""
+        exposure = self.exposure
+        return self.template_box is None and (exposure is None or exposure.valid_shape is None)
 
     @property
     def maps(self) -> MapSet:

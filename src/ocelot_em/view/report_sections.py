@@ -111,6 +111,8 @@ def warnings_of(data: ReportData) -> list[str]:
     if searched := data.merged.plan.progress:
         found = filter(None, [searched.incomplete_text, searched.warning])
         problems += [f"{text[0].upper()}{text[1:]}." for text in found]
+    if edge := data.merged.attributes.edge_warning:
+        problems.append(f"{edge[0].upper()}{edge[1:]}.")
     if data.no_particles_reason:
         problems.append(f"No particles could be picked: {data.no_particles_reason}")
     if data.is_montage:
