@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from ocelot_em.particles.options import PickOptions
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
-    from ocelot_em.run.api import Observer, merge
+    from ocelot_em.run.api import merge
+    from ocelot_em.run.observer import Observer
     from ocelot_em.store.partials import PartialWriter, write_partial
     from ocelot_em.store.recorded import SearchSize
     from ocelot_em.store.search_info import Exposure, SearchInfo
@@ -72,7 +73,8 @@ _HOME = {
         "particles.options": "PickOptions",
         "particles.picking": "find_peaks",
         "particles.table": "ParticleTable",
-        "run.api": "Observer merge",
+        "run.api": "merge",
+        "run.observer": "Observer",
         "store.partials": "PartialWriter write_partial",
         "store.recorded": "SearchSize",
         "store.search_info": "Exposure SearchInfo",

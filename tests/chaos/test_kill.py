@@ -13,7 +13,7 @@ import ocelot_em
 from chaos_common import OCELOT, Undisturbed, digests, undisturbed
 from ocelot_em.errors import PlanError, TilesFailedError
 from ocelot_em.merge.outcome import Outcome
-from ocelot_em.run.api import Observer
+from ocelot_em.run.observer import Observer
 
 pytestmark = pytest.mark.chaos
 

@@ -32,7 +32,7 @@ from chaos_common import (
 from ocelot_em import check, describe, merge
 from ocelot_em.errors import FormatError, StoppedError, TilesFailedError
 from ocelot_em.merge.outcome import Outcome
-from ocelot_em.run.api import Observer
+from ocelot_em.run.observer import Observer
 from ocelot_em.store.objects import open_objects
 from s3 import BUCKET, bucket, server
 

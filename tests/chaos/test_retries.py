@@ -14,7 +14,7 @@ import ocelot_em
 from helpers import chunk_bytes, make_result, write_search
 from ocelot_em.errors import StorageError, TilesFailedError
 from ocelot_em.merge.outcome import Outcome
-from ocelot_em.run.api import Observer
+from ocelot_em.run.observer import Observer
 from ocelot_em.store import contract, local
 
 pytestmark = pytest.mark.chaos

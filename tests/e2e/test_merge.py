@@ -50,9 +50,9 @@ from ocelot_em.model.maps import (
     STD,
     SUM,
 )
-from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
 from ocelot_em.run.executors import ClientExecutor
+from ocelot_em.run.observer import Observer
 from ocelot_em.store import arrays as store
 from ocelot_em.store.objects import open_objects
 

@@ -18,8 +18,8 @@ from ocelot_em.cli import main as cli
 from ocelot_em.errors import InvalidInputError, PlanError
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import security
-from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import open_cluster
+from ocelot_em.run.observer import Observer
 from ocelot_em.store import objects
 
 SECRET = "dont-tell"

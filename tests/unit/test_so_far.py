@@ -35,7 +35,8 @@ from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.merge.lazy import lazy_merge
 from ocelot_em.model.correlations import TABLE
 from ocelot_em.particles.table import SEARCHED
-from ocelot_em.run.api import MAX_PLANS, Observer
+from ocelot_em.run.api import MAX_PLANS
+from ocelot_em.run.observer import Observer
 from ocelot_em.store.objects import open_objects
 from recording import BATCHES, INFO, N, new_maps, new_table, record, recorder, search
 from report_pages import stub_rendering

@@ -1,19 +1,15 @@
 """Compiling kernels before the first tile: that it is told, and that nothing is left to compile."""
 
-import io
 import json
 import logging
 
 import numpy as np
 import pytest
 from numba import njit
-from rich.console import Console
 
 from builders import explicit_maps, write_explicit_search
 from helpers import make_result, write_search
 from ocelot_em import Exposure, SearchInfo, kernels, lazy_merge, merge, write_partial
-from ocelot_em.cli import terminal
-from ocelot_em.cli.terminal import MergeProgress
 from ocelot_em.errors import PlanError
 from ocelot_em.kernels import (
     build,
@@ -29,10 +25,8 @@ from ocelot_em.kernels import (
 from ocelot_em.kernels import compiling as compiling_module
 from ocelot_em.merge import fold, job, resume
 from ocelot_em.merge import merge as pipeline
-from ocelot_em.merge.outcome import Outcome, TileSummary
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.run.api import Observer
-from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.observer import Observer
 from ocelot_em.run.runlog import RunLog
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
@@ -250,51 +244,6 @@ def test_tiles_are_merged_where_nothing_can_be_compiled_before(search, tmp_path,
 
     monkeypatch.setattr(compiling_module, "seconds_compiling", broken)
     assert merge(search, tmp_path / "OUT.zarr").n_merged == 1
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The time that a terminal is told; a list of one."""
-    at = [100.0]
-    monkeypatch.setattr(terminal.time, "perf_counter", lambda: at[0])
-    return at
-
-
-def progress(**console):
-    shown = MergeProgress(Console(file=io.StringIO(), width=100, **console))
-    shown._n_tiles = 3
-    shown.started(Cluster(None, "2 threads in this process", None))
-    return shown
-
-
-def test_the_time_left_is_reckoned_without_compiling(clock):
-    shown = progress(force_terminal=False)
-    shown.compiling()
-    clock[0] = 112.5
-    shown.compiled(12.5)
-    clock[0] = 122.5
-    shown.tile_ended(Outcome(0, 0, TileSummary(1, 1, 1, 1, 1, 0, 1, 5 * 10**6, 1)))
-    assert shown.console.file.getvalue().splitlines() == [
-        "running on 2 threads in this process",
-        "compiling kernels (once after an installation; about 15 s)",
-        "compiled kernels in 12 s",
-        "1 of 3 tiles, 500 kB/s, about 20 s left",
-    ]
-
-
-def test_a_terminal_has_no_bar_while_kernels_are_compiled():
-    with progress(force_terminal=True, color_system=None) as shown:
-        (task,) = shown._bar.tasks
-        assert task.visible
-        shown.compiling()
-        assert not task.visible
-        task.start_time = -1.0
-        shown.compiled(12.5)
-        assert task.visible
-        assert task.start_time > 0  # the time left is reckoned from now on
-    text = shown.console.file.getvalue()
-    assert "compiling kernels (once after an installation; about 15 s)" in text
-    assert "compiled kernels in 12 s" in text
 
 
 def test_merges_without_the_compiler_are_refused(tmp_path, monkeypatch):

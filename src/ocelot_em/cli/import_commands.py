@@ -1,18 +1,15 @@
 """The command ``import``."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Group, Parameter
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import PathOrUrl
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportOptions
+from ocelot_em.model.progress import share_bar
 
 MISSING = Parameter(
     name="*", consume_multiple=True, group=Group.create_ordered("What the files lack", sort_key=1)
@@ -62,7 +59,7 @@ def import_devices(
     for file, name in zip(files, name_partials(files), strict=True):
         if name != Path(file).stem:
             console.print(f"partial {name} is {file}")
-    with share_bar(console) as on_progress:
+    with share_bar(console=console) as on_progress:
         names = import_results(files, output, options, on_progress, overwrite=overwrite)
     console.print(
         f"imported {len(names)} partials into {output}{': ' * bool(names)}{', '.join(names)}"
@@ -90,7 +87,7 @@ def import_montage(
             + (f", got {', '.join(names)}, too" if given else f", got {len(files)} files")
         )
     console = open_console()
-    with share_bar(console) as on_progress:
+    with share_bar(console=console) as on_progress:
         names = import_description(files[0], output, on_progress, overwrite=overwrite)
     exposures = {name.partition("/")[0] for name in names}
     console.print(f"imported {len(names)} partials of {len(exposures)} exposures into {output}")
@@ -108,22 +105,8 @@ def import_search(
             "own command, by its folder or one of its files"
         )
     console = open_console()
-    with share_bar(console) as on_progress:
+    with share_bar(console=console) as on_progress:
         found = import_finished(files[0], output, options, on_progress, overwrite=overwrite)
     console.print(f"imported {files[0]} into {output}; its partial is named {found.name}")
     for note in found.notes:
         console.print(f"  - {note}")
-
-
-@contextlib.contextmanager
-def share_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Show progress by phase on a terminal, and nothing elsewhere."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def on_progress(phase: str, fraction: float) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=1.0)
-            bar.update(tasks[phase], completed=fraction)
-
-        yield on_progress

@@ -14,7 +14,7 @@ from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl, require_stores
 from ocelot_em.model.options import MergeOptions, Shown
 
 if TYPE_CHECKING:
-    from ocelot_em.run.api import Observer
+    from ocelot_em.run.observer import Observer
 
 SHOWN = {
     name: next(about for about in field.metadata if isinstance(about, Shown))
@@ -75,8 +75,9 @@ def merge(
     """
     require_stores(*inputs)
     from ocelot_em.cli.terminal import MergeProgress, print_plan, print_report
-    from ocelot_em.run.api import Observers, plan_merge, run_merge
+    from ocelot_em.run.api import plan_merge, run_merge
     from ocelot_em.run.clusters import within_job
+    from ocelot_em.run.observer import Observers
     from ocelot_em.run.slurm import handled_signals
 
     console = open_console()
@@ -102,7 +103,7 @@ def run_kept(
     log: str | Path | None, run_folder: str | Path | None, effective: Mapping[str, object]
 ) -> Iterator[list["Observer"]]:
     """Open the log and the run folder, if requested."""
-    from ocelot_em.run.api import Observer
+    from ocelot_em.run.observer import Observer
     from ocelot_em.run.runlog import RunFolder, RunLog
 
     with contextlib.ExitStack() as stack:

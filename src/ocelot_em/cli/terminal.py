@@ -1,71 +1,39 @@
 """Console output of a merge: its plan, progress and result."""
 
-import time
 from collections.abc import Callable
-from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from ocelot_em.cli.console import missing_manifests_text
 from ocelot_em.errors import StoppedError
 from ocelot_em.merge.forecast import Forecast
 from ocelot_em.merge.memory_model import n_threads
-from ocelot_em.merge.outcome import MergeReport, Outcome
+from ocelot_em.merge.outcome import MergeReport
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.progress import Bar
 from ocelot_em.model.text import count_text, nbytes_text, seconds_text
-from ocelot_em.run.api import Observer
-from ocelot_em.run.clusters import Cluster, n_workers
+from ocelot_em.run.clusters import n_workers
+from ocelot_em.run.observer import MergeBar
 from ocelot_em.store.attributes import WRAPPED_EDGES
 
-PLAIN_SECONDS = 5.0
-"""Interval between progress lines if there is no terminal."""
 
-
-class MergeProgress(Observer):
-    """Shows the progress of a merge: a bar on a terminal, periodic lines elsewhere."""
+class MergeProgress(MergeBar):
+    """Shows the plan and progress of a merge, which can be stopped."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__(Bar(console=console))
         self.console = console
-        self._bar = Progress(
-            TextColumn("merging"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tiles  {task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("merge", rate="")
-        self._n_tiles = self._n_done = self._at_start = 0
-        self._failed: set[tuple[int, int]] = set()
         self._stop: Callable[[], None] | None = None
         self._is_to_stop = False
-        self._nbytes = 0
-        self._start_clock()
-
-    def _start_clock(self) -> None:
-        self._started = self._printed = time.perf_counter()
 
     def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
         """Print the plan; tiles merged earlier count as done."""
+        super().planned(ready, options)
         print_plan(self.console, ready, options)
-        self._n_tiles = ready.forecast.n_tiles
-        self._n_done = self._at_start = ready.forecast.n_done
-        if self._n_done == self._n_tiles:
+        if self.n_done == self.n_tiles:
             self.console.print("all tiles are already done; nothing is left to do")
-
-    def waiting(self, why: str) -> None:
-        """Print why the merge is waiting."""
-        self.console.print(why)
 
     def locked(self, stop: Callable[[], None]) -> None:
         """Keep the function that stops the run."""
@@ -80,58 +48,6 @@ class MergeProgress(Observer):
             raise StoppedError(f"{why}: stopped before anything was merged")
         self.console.print(f"{why}: stopping after the running tiles")
         self._stop()
-
-    def started(self, cluster: Cluster) -> None:
-        """Print where the merge runs, and start the bar."""
-        self.console.print(f"running on {cluster.description}")
-        if cluster.dashboard:
-            self.console.print(f"dashboard: {cluster.dashboard}")
-        self._start_clock()
-        self._bar.reset(self._task, total=self._n_tiles, completed=self._n_done)
-        self._bar.start()
-
-    def compiling(self) -> None:
-        """Print a message, and hide the bar."""
-        self.console.print("compiling kernels (once after an installation; about 15 s)")
-        self._bar.update(self._task, visible=False)
-
-    def compiled(self, seconds: float) -> None:
-        """Print the compilation time, and restart the timer of the tiles."""
-        self.console.print(f"compiled kernels in {seconds_text(seconds)}")
-        self._start_clock()
-        self._bar.reset(self._task, completed=self._n_done, visible=True)
-
-    def tile_ended(self, outcome: Outcome) -> None:
-        """Count a tile."""
-        where = outcome.iy, outcome.ix
-        if outcome.summary is None:
-            again = outcome.is_transient and where not in self._failed
-            self._failed.add(where)
-            self.console.print(
-                f"tile {where} failed{', to be tried again' * again}: {outcome.error}"
-            )
-        else:
-            self._failed.discard(where)
-            self._n_done += 1
-            self._nbytes += outcome.summary.decoded_nbytes
-        now = time.perf_counter()
-        rate = f"{nbytes_text(round(self._nbytes / max(now - self._started, 1e-9)))}/s"
-        self._bar.update(self._task, completed=self._n_done, rate=rate)
-        if not self.console.is_terminal and now - self._printed >= PLAIN_SECONDS:
-            self._printed = now
-            here = self._n_done - self._at_start
-            left = (now - self._started) / max(here, 1) * (self._n_tiles - self._n_done)
-            failed = f", {len(self._failed)} failed" if self._failed else ""
-            self.console.print(
-                f"{self._n_done} of {self._n_tiles} tiles{failed}, {rate}, "
-                f"about {seconds_text(left, is_rough=True)} left"
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
 
 def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) -> None:

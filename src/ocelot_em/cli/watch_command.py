@@ -36,7 +36,8 @@ from ocelot_em.model.text import count_text, partial_text, percent_text, seconds
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.run.api import Observer, run_merge
+from ocelot_em.run.api import run_merge
+from ocelot_em.run.observer import Observer
 from ocelot_em.store.attributes import MergedAttributes, PartialAttributes, SearchAttributes
 from ocelot_em.store.lock import has_ended
 from ocelot_em.store.objects import open_objects

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,12 +15,14 @@ from ocelot_em.errors import (
 )
 from ocelot_em.merge.forecast import require_resources
 from ocelot_em.merge.merge import merge as merge_tiles
-from ocelot_em.merge.outcome import MergeReport, Outcome
+from ocelot_em.merge.outcome import MergeReport
 from ocelot_em.merge.resume import PreparedMerge, confirm, prepare
 from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.run.clusters import Cluster, choose_device, n_workers, open_cluster, within_job
+from ocelot_em.model.progress import Bar
+from ocelot_em.run.clusters import choose_device, n_workers, open_cluster, within_job
 from ocelot_em.run.executors import ThreadExecutor
+from ocelot_em.run.observer import MergeBar, Observer, Observers
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.sources import is_current
@@ -37,70 +38,11 @@ REPLAN_SECONDS = 0.1
 """Pause before it is planned again."""
 
 
-class Observer:
-    """Receives the events of a merge; override the methods of interest.
-
-    Examples
-    --------
-    >>> from ocelot_em import Observer, merge
-    >>> class Count(Observer):
-    ...     n_tiles = 0
-    ...
-    ...     def tile_ended(self, outcome):
-    ...         self.n_tiles += 1
-    >>> count = Count()
-    >>> report = merge("SEARCH.zarr", "RESULT.zarr", tile_size=256, observer=count)
-    >>> count.n_tiles
-    4
-    """
-
-    def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
-        """Called with the plan, before anything starts."""
-
-    def waiting(self, reason: str) -> None:
-        """Called when the merge has to wait."""
-
-    def locked(self, stop: Callable[[], None]) -> None:
-        """Called when the output is locked; ``stop`` ends the run after the running tiles.
-
-        ``stop`` may be called at any time, from any thread or signal handler, and returns at once.
-        """
-
-    def started(self, cluster: Cluster) -> None:
-        """Called when the cluster is ready."""
-
-    def compiling(self) -> None:
-        """Called before kernels are compiled here, once per installation, and before any tile."""
-
-    def compiled(self, seconds: float) -> None:
-        """Called after compilation, which took ``seconds``."""
-
-    def tile_ended(self, outcome: Outcome) -> None:
-        """Called when a tile is done or has failed."""
-
-    def ending(self) -> None:
-        """Called after the last tile; workers still run, unless they were lost."""
-
-    def merged(self, report: MergeReport) -> None:
-        """Called when the merge is complete."""
-
-
-class Observers(Observer):
-    """Notifies several observers, in order."""
-
-    def __init__(self, *observers: Observer) -> None:
-        def notify(hook: str, *arguments: object) -> None:
-            for observer in observers:
-                getattr(observer, hook)(*arguments)
-
-        for hook in (name for name in vars(Observer) if not name.startswith("_")):
-            setattr(self, hook, partial(notify, hook))
-
-
 def merge(
     inputs: PathOrUrl | Sequence[PathOrUrl],
     output: PathOrUrl,
     *,
+    progress: bool | None = None,
     observer: Observer | None = None,
     **options: Any,
 ) -> MergeReport:
@@ -117,6 +59,9 @@ def merge(
         Paths or URLs of searches and earlier merges; their order decides ties.
     output
         Path or URL of the result.
+    progress
+        Whether to show a bar and the link to the dashboard. None: in a notebook, and in an
+        interactive session on a terminal; not in a script.
     observer
         Receives the events of the merge.
     **options
@@ -153,8 +98,8 @@ def merge(
     >>> float(open_merged("RESULT.zarr").scaled_mip.max()) > 9
     True
     """
-    with within_job(MergeOptions.parse(options)) as requested:
-        return run_merge(inputs, output, requested, observer or Observer())
+    with within_job(MergeOptions.parse(options)) as requested, MergeBar(Bar(progress)) as bar:
+        return run_merge(inputs, output, requested, Observers(bar, observer or Observer()))
 
 
 def run_merge(

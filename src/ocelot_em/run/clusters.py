@@ -64,6 +64,13 @@ class Cluster:
     description: str
     dashboard: str | None
 
+    def n_threads(self) -> int:
+        """Return the current number of threads."""
+        executor = self.executor
+        if isinstance(executor, ClientExecutor):
+            return executor.n_threads()
+        return executor.n_threads if isinstance(executor, ThreadExecutor) else 1
+
     def profiled(self, path: Path) -> Profile:
         """Profile the tasks; on exit, write an HTML page that needs no network."""
         if importlib.util.find_spec("bokeh") is None:

@@ -37,12 +37,15 @@ BATCHES_PER_THREAD = 2
 """Number of tasks per thread into which the remaining tiles are split: the last tasks are short, so
 that all threads end together."""
 
-REPORTS_PER_THREAD = 32
-"""Number of tasks into which a thread's tiles are split if they are few: progress is reported after
-each task."""
+REPORT_SECONDS = 0.2
+"""Time after which tiles that have ended are reported."""
 
-TASKS_PER_GRAPH = 256
-"""Tasks in one graph of the threaded scheduler; its cost per task grows with their number."""
+MAX_TILES_PER_REPORT = 1024
+"""Maximum number of tiles that are reported together."""
+
+TASKS_PER_GRAPH = 32, 1024
+"""Tasks per thread in the first graph of the threaded scheduler, and maximum number of tasks in
+one: each graph has twice as many as the one before, and ends when its last task does."""
 
 TASKS_PER_THREAD = 2
 """Submitted tasks per thread of a cluster: one running, one queued."""
@@ -74,7 +77,7 @@ class ThreadExecutor:
     """Run tiles on Dask's threaded scheduler in this process, without a server.
 
     Each thread has a pipeline, which takes batches and merges them without a gap between them: a
-    task is whatever a pipeline merges until it has the outcomes of so many tiles.
+    task is whatever a pipeline merges in a fifth of a second, and at least one tile.
     """
 
     def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
@@ -107,24 +110,26 @@ class ThreadExecutor:
         idle: queue.SimpleQueue[Outcomes] = queue.SimpleQueue()
         for _ in range(self.n_threads):
             idle.put(self._attempt(spec, taken()))
-        share = len(tiles) // (REPORTS_PER_THREAD * self.n_threads)
-        per_task = min(max(share, 1), MAX_TILES_PER_TASK)
 
         def advance() -> list[Outcome]:
             try:
                 pipeline = idle.get_nowait()
             except queue.Empty:  # all that are left are running
                 return []
-            outcomes = list(itertools.islice(pipeline, per_task))
-            if outcomes:
-                idle.put(pipeline)
+            outcomes, report_at = list[Outcome](), time.perf_counter() + REPORT_SECONDS
+            for outcome in pipeline:
+                outcomes.append(outcome)
+                if time.perf_counter() >= report_at or len(outcomes) == MAX_TILES_PER_REPORT:
+                    idle.put(pipeline)
+                    break
             return outcomes
 
         # Threads of Dask's own pool would outlive the run, and be missing in forked processes.
         pool = ThreadPoolExecutor(self.n_threads, "ocelot-merge")
         try:
+            n_tasks = min(len(tiles), TASKS_PER_GRAPH[0] * self.n_threads) // 2 + self.n_threads
             while not idle.empty():
-                n_tasks = min(len(tiles) // per_task + self.n_threads, TASKS_PER_GRAPH)
+                n_tasks = min(2 * n_tasks, TASKS_PER_GRAPH[1])
                 graph = {f"{TASK_NAME}-{number}": (advance,) for number in range(n_tasks)}
                 with Callback(posttask=posttask):
                     dask.threaded.get(graph, list(graph), pool=pool)

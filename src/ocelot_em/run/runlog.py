@@ -22,8 +22,8 @@ from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.run.api import Observer
 from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.observer import Observer
 from ocelot_em.store.objects import is_local, normalise_url
 from ocelot_em.store.whole_file import write_file
 

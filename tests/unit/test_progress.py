@@ -1,0 +1,193 @@
+"""The progress of a merge: tiles, rate and time left, as people see them."""
+
+import io
+import itertools
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from ocelot_em.merge.outcome import Outcome, TileSummary
+from ocelot_em.model import progress as module
+from ocelot_em.model.progress import Bar, Pace, choose_face, share_bar
+from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.executors import ThreadExecutor
+from ocelot_em.run.observer import COMPILING, MergeBar, TileProgress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that progress is told; a list of one."""
+    at = [100.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: at[0])
+    return at
+
+
+def merged(iy, ix, nbytes=5 * 10**6):
+    return Outcome(iy, ix, TileSummary(1, 1, 1, 1, 1, 0, 1, nbytes, 1))
+
+
+def failed(iy, ix):
+    return Outcome(iy, ix, None, "no bytes", is_transient=True)
+
+
+def begin(shown, counts=(1, 3), n_done=0, n_threads=1):
+    """Plan and start a merge of so many rows and columns of tiles."""
+    n_tiles = counts[0] * counts[1]
+    forecast = SimpleNamespace(n_tiles=n_tiles, n_done=n_done)
+    grid = SimpleNamespace(counts=counts)
+    TileProgress.planned(
+        shown, SimpleNamespace(forecast=forecast, plan=SimpleNamespace(grid=grid)), None
+    )
+    shown.started(Cluster(ThreadExecutor(n_threads), f"{n_threads} threads", None))
+    return shown
+
+
+def on_console(**settings):
+    return MergeBar(Bar(console=Console(file=io.StringIO(), width=100, **settings)))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 16])
+@pytest.mark.parametrize("burst", [0.0, 0.9])
+def test_the_time_left_settles_after_a_few_tiles_of_each_thread(clock, n_threads, burst):
+    """Threads that end together, or one after another; each needs 2 s for a tile."""
+    pace, n_steps = Pace(lambda: n_threads), 100 * n_threads
+    ends = sorted(
+        2.0 * (k + 1) + burst * 2.0 * thread / n_threads
+        for k, thread in itertools.product(range(100), range(n_threads))
+    )
+    for n_ended, at in enumerate(ends, 1):
+        clock[0] = 100 + at
+        pace.step(1000)
+        left, truth = pace.seconds_left(n_steps - n_ended), ends[-1] - at
+        if n_ended < n_threads:
+            assert left is None
+        elif n_ended >= 5 * n_threads:
+            assert abs(left - truth) < 0.15 * truth + 2.5
+        else:
+            assert left == pytest.approx(truth, rel=0.5)
+
+
+def test_a_rate_follows_workers_that_come_and_go(clock):
+    pace = Pace(lambda: 4)
+    for seconds in [0.25] * 200 + [1.0] * 60:
+        clock[0] += seconds
+        pace.step(10**6)
+    assert pace.steps_per_second == pytest.approx(1, rel=0.1)
+    assert pace.bytes_per_second == pytest.approx(1e6, rel=0.1)
+    assert len(pace._moments) < 30
+
+
+def test_no_estimate_of_the_first_moment(clock):
+    pace = Pace()
+    clock[0] += 0.5
+    pace.step()
+    assert pace.steps_per_second is pace.seconds_left(3) is pace.bytes_per_second is None
+
+
+def test_many_short_steps_are_kept_as_few_moments(clock):
+    pace = Pace()
+    for _ in range(100_000):
+        clock[0] += 0.001
+        pace.step()
+    assert len(pace._moments) < 250
+    assert pace.steps_per_second == pytest.approx(1000, rel=0.01)
+
+
+def test_tiles_of_an_earlier_run_are_counted_but_not_rated(clock):
+    shown = begin(TileProgress(), (2, 50), n_done=90)
+    assert shown.text == "90 of 100 tiles, 0 s"
+    clock[0] += 2
+    shown.tile_ended(merged(1, 49))
+    assert shown.text == "91 of 100 tiles, 3.75 MB/s, 2 s, about 12 s left"
+
+
+def test_a_tile_counts_once_however_often_it_is_tried(clock):
+    shown = begin(TileProgress())
+    for outcome, n_done, n_failed in [
+        (failed(0, 1), 0, 1),
+        (failed(0, 1), 0, 1),
+        (merged(0, 1), 1, 0),
+        (merged(0, 1), 1, 0),  # by two workers
+        (failed(0, 1), 0, 1),  # its worker was lost afterwards
+        (merged(0, 1), 1, 0),
+        (merged(0, 0), 2, 0),
+        (merged(0, 2), 3, 0),
+        (merged(0, 2), 3, 0),
+    ]:
+        shown.tile_ended(outcome)
+        assert (shown.n_done, len(shown.failed)) == (n_done, n_failed)
+    assert shown.share == 1
+
+
+def test_the_time_left_is_reckoned_without_compiling(clock):
+    shown = begin(on_console(force_terminal=False))
+    shown.compiling()
+    clock[0] += 12.5
+    shown.compiled(12.5)
+    clock[0] += 10
+    shown.tile_ended(merged(0, 0))
+    assert shown.bar.console.file.getvalue().splitlines() == [
+        "running on 1 threads",
+        COMPILING,
+        "compiled kernels in 12 s",
+        "merging, 1 of 3 tiles, 750 kB/s, 10 s, about 13 s left",
+    ]
+
+
+def test_lines_tell_failures_at_once(clock):
+    shown = begin(on_console(force_terminal=False))
+    shown.tile_ended(failed(0, 1))
+    shown.tile_ended(failed(0, 1))
+    assert shown.bar.console.file.getvalue().splitlines()[1:] == [
+        "tile (0, 1) failed, to be tried again: no bytes",
+        "tile (0, 1) failed: no bytes",
+    ]
+
+
+def test_a_terminal_has_a_bar_of_each_phase():
+    shown = on_console(force_terminal=True, color_system=None)
+    with shown:
+        begin(shown)
+        (task,) = shown.bar._bar.tasks
+        assert (task.description, task.total, task.completed) == ("merging", 1, 0)
+        shown.compiling()
+        assert (task.description, task.total) == (COMPILING, None)
+        shown.compiled(12.5)
+        assert (task.description, task.total) == ("merging", 1)
+        shown.tile_ended(merged(0, 0))
+        assert task.completed == pytest.approx(1 / 3)
+        for ix in (1, 2):
+            shown.tile_ended(merged(0, ix))
+        assert (task.description, task.completed) == ("finishing", 1)
+    text = shown.bar.console.file.getvalue()
+    assert "compiled kernels in 12 s" in text
+    assert "3 of 3 tiles" in text
+
+
+@pytest.mark.parametrize(
+    ("progress", "is_terminal", "is_session", "face"),
+    [
+        (None, True, False, "none"),  # a script
+        (None, True, True, "terminal"),
+        (None, False, True, "none"),
+        (True, True, False, "terminal"),
+        (True, False, False, "lines"),
+        (False, True, True, "none"),
+    ],
+)
+def test_scripts_are_silent_unless_asked(monkeypatch, progress, is_terminal, is_session, face):
+    monkeypatch.setattr(module.sys, "stderr", SimpleNamespace(isatty=lambda: is_terminal))
+    monkeypatch.delattr(module.sys, "ps1", raising=False)
+    if is_session:
+        monkeypatch.setattr(module.sys, "ps1", ">>> ", raising=False)
+    assert choose_face(progress) == face
+
+
+def test_a_share_is_shown_by_phase(clock):
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with share_bar(console=console) as on_progress:
+        on_progress("read", 0.1)
+        clock[0] += 6
+        on_progress("read", 0.5)
+    assert console.file.getvalue() == "read, 50%\n"
