@@ -83,10 +83,8 @@ def copy_finished(source: Path, search: Path, output: Path) -> None:
 
 def import_maps(source: Path, output: Path) -> None:
     """Import the maps of a finished search."""
-    options = ocelot_em.ImportOptions(
-        total_projections=(10,), pixel_size_angstrom=1.0, pixel_size_offset_angstrom=0
-    )
-    ocelot_em.import_finished(source, output, options)
+    facts = {"pixel_size_angstrom": 1.0, "pixel_size_offset_angstrom": 0}
+    ocelot_em.import_finished(source, output, total_projections=10, **facts)
 
 
 def draw_overview(store: Path, output: Path) -> None:
@@ -102,10 +100,9 @@ def draw_overview(store: Path, output: Path) -> None:
 
 def import_files(files: Path, output: Path) -> None:
     """Import files of partials."""
-    options = ocelot_em.ImportOptions(
-        total_projections=(10,) * N_PARTIALS, template_box=8, pixel_size_angstrom=1.0
-    )
-    ocelot_em.import_results(sorted(files.iterdir()), output, options)
+    facts = {"template_box": 8, "pixel_size_angstrom": 1.0}
+    counts = (10,) * N_PARTIALS
+    ocelot_em.import_results(sorted(files.iterdir()), output, total_projections=counts, **facts)
 
 
 def ways_of(folder: Path) -> dict[str, Callable[[Path], object]]:

@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         search, merged = Path(folder, "search.zarr"), Path(folder, "merged.zarr")
         files = sorted(DATA.glob("A_crop_shard*.npz"))
-        oe.import_results(files, search, oe.ImportOptions(pixel_size_angstrom=2.5))
+        oe.import_results(files, search, pixel_size_angstrom=2.5)
         oe.merge(search, merged)
         figure = Figure(figsize=(13.0, 4.9), layout="constrained")
         left, gap, middle, right = figure.subfigures(1, 4, width_ratios=(1.0, 0.22, 1.1, 0.95))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Unpack
 
 import numpy as np
 
@@ -16,13 +17,14 @@ from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.beside import find_search
 from ocelot_em.io.edges import EdgeSample
 from ocelot_em.io.hdf5 import open_hdf5
-from ocelot_em.io.import_options import ImportOptions, OnProgress
+from ocelot_em.io.import_options import ImportKeywords, ImportOptions, OnProgress
 from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
 from ocelot_em.io.map_files import BOX, CISTEM, COUNT_FACT, OFFSET, PIXEL, FoundSearch, MapFiles
 from ocelot_em.io.mrc import open_mrc_set
 from ocelot_em.io.partial_names import cleaned_name
 from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
 from ocelot_em.model.arrays import exact_count
+from ocelot_em.model.keywords import takes
 from ocelot_em.model.maps import PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store.attributes import WRAPPED_EDGES
@@ -59,6 +61,7 @@ class _Plan:
     notes: tuple[str, ...]
 
 
+@takes(ImportOptions)
 def import_finished(
     source: str | PathLike[str],
     output: str | PathLike[str],
@@ -66,6 +69,7 @@ def import_finished(
     on_progress: OnProgress | None = None,
     *,
     overwrite: bool = False,
+    **keywords: Unpack[ImportKeywords],
 ) -> ImportedSearch:
     """Convert the maps of a finished search into one partial, as far as their content allows.
 
@@ -84,11 +88,14 @@ def import_finished(
     output
         Path or URL of the search.
     options
-        Information that the files lack, or that overrides what they have.
+        Options that several imports share, if any.
     on_progress
         Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
     overwrite
         Replace an existing search. The new one is complete before the old one is removed.
+    **keywords
+        Information that the files lack, or that overrides what they have: the fields of
+        :class:`ImportOptions`, which describes them.
 
     Raises
     ------
@@ -99,12 +106,13 @@ def import_finished(
 
     Examples
     --------
-    >>> from ocelot_em import ImportOptions, import_finished
-    >>> options = ImportOptions(total_projections=[129600], pixel_size_offset_angstrom=0)
-    >>> import_finished("maps", "FINISHED.zarr", options).name
+    >>> from ocelot_em import import_finished
+    >>> facts = {"total_projections": 129600, "pixel_size_offset_angstrom": 0}
+    >>> import_finished("maps", "FINISHED.zarr", **facts).name
     'maps'
     """
-    options, progress = options or ImportOptions(), on_progress or (lambda _phase, _fraction: None)
+    options = (options or ImportOptions()).updated(keywords)
+    progress = on_progress or (lambda _phase, _fraction: None)
     if len(options.total_projections) > 1 or options.search_space is not None:
         raise InvalidInputError(
             "import: a finished search is one partial with explicit poses: expected at most one "

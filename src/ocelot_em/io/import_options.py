@@ -5,15 +5,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
-from pydantic import WrapValidator
+from pydantic import BeforeValidator, WrapValidator
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.result_file import ResultFile, open_result_file
 from ocelot_em.model.maps import MIP
-from ocelot_em.model.options import Options
+from ocelot_em.model.options import Options, one_or_many
 from ocelot_em.model.regions import TileGrid
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.model.text import exposure_prefix
@@ -95,18 +95,35 @@ class ImportOptions(Options):
     --------
     >>> from ocelot_em import ImportOptions, import_results
     >>> options = ImportOptions(template_box=56, pixel_size_angstrom=2.5)
-    >>> import_results(["gpu0.npz", "gpu1.npz"], "RUN.zarr", options)
-    ['gpu0', 'gpu1']
+    >>> import_results("gpu0.npz", "MONDAY.zarr", options)
+    ['gpu0']
+    >>> import_results("gpu1.npz", "TUESDAY.zarr", options, chunk_files=True)
+    ['gpu1']
     """
 
     search_space: str | Path | None = None
     template_box: int | None = None
     pixel_size_angstrom: float | None = None
-    total_projections: tuple[Annotated[int, WrapValidator(_parse_text)], ...] = ()
+    total_projections: Annotated[
+        tuple[Annotated[int, WrapValidator(_parse_text)], ...], BeforeValidator(one_or_many)
+    ] = ()
     pixel_size_offset_angstrom: float | None = None
     prefix: str = ""
     name: str | None = None
     chunk_files: bool = False
+
+
+class ImportKeywords(TypedDict, total=False):
+    """Fields of :class:`ImportOptions` as keywords."""
+
+    search_space: str | PathLike[str] | None
+    template_box: int | None
+    pixel_size_angstrom: float | None
+    total_projections: int | Sequence[int]
+    pixel_size_offset_angstrom: float | None
+    prefix: str
+    name: str | None
+    chunk_files: bool
 
 
 @dataclass

@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Unpack, cast
 
 from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.import_checks import check_batch, unequal
 from ocelot_em.io.import_options import (
     Batch,
     Checked,
+    ImportKeywords,
     ImportOptions,
     OnFraction,
     OnProgress,
@@ -23,12 +24,13 @@ from ocelot_em.io.import_options import (
 )
 from ocelot_em.io.origin import NAMES_SHOWN
 from ocelot_em.model.correlations import TABLE
+from ocelot_em.model.keywords import takes
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
 from ocelot_em.store.attributes import WRAPPED_EDGES
 from ocelot_em.store.creation import ensure_search, refresh_total
 from ocelot_em.store.distinct import require_distinct
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.objects import as_places, open_objects
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.roster import register
 from ocelot_em.store.search_info import SearchInfo
@@ -37,13 +39,15 @@ from ocelot_em.store.whole_folder import replaced_search
 log = logging.getLogger(__name__)
 
 
+@takes(ImportOptions)
 def import_results(
-    files: Sequence[str | PathLike[str]],
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
     output: str | PathLike[str],
     options: ImportOptions | None = None,
     on_progress: OnProgress | None = None,
     *,
     overwrite: bool = False,
+    **keywords: Unpack[ImportKeywords],
 ) -> list[str]:
     """Convert result files into partials of a search, in the given order.
 
@@ -54,15 +58,17 @@ def import_results(
     Parameters
     ----------
     files
-        ``.npz`` or ``.pt`` dictionaries with map names as keys.
+        One or more ``.npz`` or ``.pt`` dictionaries with map names as keys.
     output
         Path or URL of the search.
     options
-        Information that the files lack.
+        Options that several imports share, if any.
     on_progress
         Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
     overwrite
         Replace an existing search. The new one is complete before the old one is removed.
+    **keywords
+        Information that the files lack: the fields of :class:`ImportOptions`, which describes them.
 
     Returns
     -------
@@ -78,10 +84,11 @@ def import_results(
     Examples
     --------
     >>> from ocelot_em import import_results
-    >>> import_results(["gpu0.npz", "gpu1.npz"], "RUN.zarr")
+    >>> import_results(["gpu0.npz", "gpu1.npz"], "RUN.zarr", pixel_size_angstrom=2.5)
     ['gpu0', 'gpu1']
     """
-    options = options or ImportOptions()
+    options = (options or ImportOptions()).updated(keywords)
+    files = as_places(files)
     if not files:
         raise InvalidInputError("import: expected at least one file, got none")
     if unused := {"pixel_size_offset_angstrom", "prefix", "name"} & options.model_fields_set:

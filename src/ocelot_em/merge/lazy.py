@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from os import PathLike
-from typing import Any
+from typing import Any, Unpack
 
 import dask.array as da
 import dask.threaded
@@ -21,6 +21,7 @@ from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.result import DerivedMap, MergedResult
+from ocelot_em.model.keywords import MergeKeywords, takes
 from ocelot_em.model.maps import INDEX, MAPS, AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region, TileGrid
@@ -28,7 +29,7 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.attributes import Contribution, MergedAttributes, SearchAttributes
 from ocelot_em.store.constants import DIMENSIONS, map_attributes
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.objects import as_places, open_objects
 from ocelot_em.store.sources import open_source_maps, open_sources
 
 
@@ -151,9 +152,10 @@ def _decoded(index: AnyArray, space: SearchSpace, number: int) -> AnyArray:
     return space.decode(index)[number]
 
 
+@takes(MergeOptions)
 def lazy_merge(
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
-    **options: Any,
+    **options: Unpack[MergeKeywords],
 ) -> xr.Dataset:
     """Merge lazily, only where values are computed; nothing is written.
 
@@ -185,9 +187,8 @@ def lazy_merge(
     >>> round(float(maps.scaled_mip[:10, :10].max()), 2)  # merges one tile
     5.87
     """
-    places = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
     settings = MergeOptions.parse(options).model_copy(update={"derived": "stored"})
-    plan = make_plan(places, "memory://lazy", settings)
+    plan = make_plan(as_places(inputs), "memory://lazy", settings)
     token = tokenize(plan.model_dump_json())
     plan_key, tile_layer = f"plan-{token}", f"merge_tile-{token}"
     grid = plan.grid

@@ -138,7 +138,7 @@ class MergedResult:
         """Open a finished merged result by path or URL; an open one is returned as it is."""
         if isinstance(place, MergedResult):
             return place
-        objects = open_objects(place) if isinstance(place, (str, PathLike)) else place
+        objects = place if isinstance(place, Objects) else open_objects(place)
         attributes = read_attributes(objects)
         if not isinstance(attributes, fmt.MergedAttributes):
             raise FormatError(

@@ -36,6 +36,14 @@ Size = Annotated[int, Field(ge=1), BeforeValidator(parse_size)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
 
 
+def one_or_many(value: object) -> object:
+    """Make a text or a number a tuple of one; leave other values as they are."""
+    return (value,) if isinstance(value, (str, int)) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
+
+
 @dataclass(frozen=True)
 class Shown:
     """How the command line shows an option: under a heading, with a placeholder of its value."""
@@ -56,6 +64,10 @@ class Options(BaseModel):
             return cls.model_validate(options)
         except ValidationError as error:
             raise InvalidInputError(map(cls._problem, error.errors())) from None
+
+    def updated(self, options: Mapping[str, object]) -> Self:
+        """Return these options with others, by name; errors are those of :meth:`parse`."""
+        return self.parse({**self.model_dump(exclude_unset=True), **options}) if options else self
 
     @classmethod
     def _problem(cls, problem: "ErrorDetails") -> str:
@@ -102,7 +114,7 @@ class SlurmJobs(Options):
     processes: Count | None = None
     memory: str | None = None
     interface: str | None = None
-    directives: tuple[str, ...] = ()
+    directives: Names = ()
     log_directory: str | None = None
 
 
@@ -190,7 +202,7 @@ class MergeOptions(Options):
     nan: Annotated[Literal["raise", "mask"], Shown(_RESULT)] = "raise"
     poses: Annotated[Literal["decoded", "index"], Shown(_RESULT)] = "decoded"
     derived: Annotated[Literal["stored", "none"], Shown(_RESULT)] = "stored"
-    without: Annotated[tuple[str, ...], Shown(_RESULT, "NAME")] = ()
+    without: Annotated[Names, Shown(_RESULT, "NAME")] = ()
     so_far: Annotated[bool, Shown(_RESULT)] = False
     complete_only: Annotated[bool, Shown(_RESULT)] = False
     overwrite: Annotated[bool, Shown(_RESULT)] = False

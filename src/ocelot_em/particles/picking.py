@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from os import PathLike
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
 from ocelot_em.merge.stats.collected import NEIGHBOUR_FIELDS, NEIGHBOURS
+from ocelot_em.model.keywords import takes
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -32,7 +33,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
 from ocelot_em.particles.duplicates import Peaks, join_duplicates
-from ocelot_em.particles.options import PickOptions
+from ocelot_em.particles.options import PickKeywords, PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
 from ocelot_em.particles.table import (
@@ -47,7 +48,10 @@ from ocelot_em.particles.table import (
 log = logging.getLogger(__name__)
 
 
-def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> ParticleTable:
+@takes(PickOptions)
+def find_peaks(
+    store: str | PathLike[str] | MergedResult, **options: Unpack[PickKeywords]
+) -> ParticleTable:
     """Pick particles from a merged result.
 
     Candidates at or above the cutoff are processed highest first; each suppresses all others closer
@@ -86,7 +90,8 @@ def find_peaks(store: str | PathLike[str] | MergedResult, **options: Any) -> Par
     0     39    249   12.813256
     1     84    202   12.608299
     """
-    return pick_particles(MergedResult.open(store), PickOptions.parse(options))
+    settings = PickOptions.parse(options)
+    return pick_particles(MergedResult.open(store), settings)
 
 
 def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable:

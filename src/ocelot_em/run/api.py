@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Unpack
 
 from ocelot_em.errors import (
     ChunkError,
@@ -18,13 +18,14 @@ from ocelot_em.merge.merge import merge as merge_tiles
 from ocelot_em.merge.outcome import MergeReport
 from ocelot_em.merge.resume import PreparedMerge, confirm, prepare
 from ocelot_em.model.control_groups import memory_nbytes
+from ocelot_em.model.keywords import MergeKeywords, takes
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.progress import Bar
 from ocelot_em.run.clusters import choose_device, n_workers, open_cluster, within_job
 from ocelot_em.run.executors import ThreadExecutor
 from ocelot_em.run.observer import MergeBar, Observer, Observers
 from ocelot_em.store.lock import OutputLock
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.objects import as_places, open_objects
 from ocelot_em.store.sources import is_current
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,14 @@ REPLAN_SECONDS = 0.1
 """Pause before it is planned again."""
 
 
+@takes(MergeOptions)
 def merge(
     inputs: PathOrUrl | Sequence[PathOrUrl],
     output: PathOrUrl,
     *,
     progress: bool | None = None,
     observer: Observer | None = None,
-    **options: Any,
+    **options: Unpack[MergeKeywords],
 ) -> MergeReport:
     """Merge the partials of one or more stores into a merged result, tile by tile.
 
@@ -168,9 +170,8 @@ def plan_merge(
 
     Return the merge that can start, and the options completed for the chosen device.
     """
-    paths = [inputs] if isinstance(inputs, (str, PathLike)) else list(inputs)
     device, completed = choose_device(options)
-    ready = prepare(paths, output, completed, device)
+    ready = prepare(as_places(inputs), output, completed, device)
     if ready.missing:
         require_resources(ready.forecast, ready.output, n_workers(completed), memory_nbytes())
     return ready, completed

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from obstore.exceptions import BaseError
@@ -52,6 +52,7 @@ def join(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+@runtime_checkable
 class Objects(Protocol):
     """Byte objects below one location; keys use ``/``.
 

@@ -7,7 +7,7 @@ trials. This module does not depend on Zarr's content.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from os.path import realpath
@@ -37,6 +37,29 @@ _URL_IN_PATH = re.compile("^(s3a?|gs|azure|az|abfss?|adl|https?|memory|file):/(?
 _FILE_URL = re.compile("^file://(localhost(?=/))?", re.I)
 
 
+PathOrUrl = str | os.PathLike[str]
+
+
+def as_places(places: PathOrUrl | Iterable[PathOrUrl]) -> list[PathOrUrl]:
+    """Return one or several paths or URLs as a list; refuse what is neither.
+
+    >>> as_places("RUN.zarr"), as_places(["A.zarr", "B.zarr"])
+    (['RUN.zarr'], ['A.zarr', 'B.zarr'])
+    """
+    if isinstance(places, (list, tuple, set, frozenset, Iterator)):
+        return [_require_path(place) for place in places]
+    return [_require_path(places)]
+
+
+def _require_path(place: object) -> PathOrUrl:
+    if isinstance(place, (str, os.PathLike)):
+        return place
+    raise InvalidInputError(
+        f"expected a path or URL, got an object of type {type(place).__name__}; give the path of "
+        "the store or file (merge_arrays merges arrays in memory, and write_partial stores them)"
+    )
+
+
 def normalise_url(place: str | os.PathLike[str]) -> str:
     """Return a local path as absolute, or a URL, both without a trailing slash.
 
@@ -44,9 +67,9 @@ def normalise_url(place: str | os.PathLike[str]) -> str:
     ------
     InvalidInputError
         The URL carries credentials, which would be kept in logs and in stored data; or the text
-        cannot be a path or URL.
+        cannot be a path or URL; or something else was given.
     """
-    text = os.fspath(place)
+    text = os.fspath(_require_path(place))
     if not isinstance(place, str):
         text = _URL_IN_PATH.sub(r"\1://", text)
     if "\0" in text:

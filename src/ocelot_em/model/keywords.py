@@ -1,0 +1,80 @@
+"""Options as keywords of functions, for type checkers, editors and ``help``.
+
+Models of options describe and check them; here are only their names, and the types of the values
+that they accept. A test keeps both in step.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict, TypeVar
+
+from ocelot_em.model.options import Options, SlurmJobs
+from ocelot_em.model.regions import Overlap
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class SlurmKeywords(TypedDict, total=False):
+    """Those of :class:`ocelot_em.model.options.SlurmJobs`."""
+
+    partition: str | None
+    account: str | None
+    walltime: str | None
+    cores: int | None
+    processes: int | None
+    memory: str | None
+    interface: str | None
+    directives: str | Sequence[str]
+    log_directory: str | None
+
+
+class MergeKeywords(TypedDict, total=False):
+    """Those of :class:`ocelot_em.MergeOptions`."""
+
+    tile_size: int | None
+    memory_limit: int | str | None
+    device: Literal["auto", "cpu", "cuda"]
+    rmm_pool_size: int | str | None
+    nan: Literal["raise", "mask"]
+    poses: Literal["decoded", "index"]
+    derived: Literal["stored", "none"]
+    without: str | Sequence[str]
+    so_far: bool
+    complete_only: bool
+    overwrite: bool
+    overlap: Overlap
+    erode: int
+    origins: Literal["exact", "round"]
+    cluster: str
+    workers: int | None
+    threads: int | None
+    worker_timeout: float | None
+    tls: bool
+    slurm: SlurmKeywords | SlurmJobs
+
+
+def takes(model: type[Options]) -> Callable[[_Function], _Function]:
+    """Return a decorator that shows the fields of a model in place of a function's ``**options``.
+
+    >>> @takes(SlurmJobs)
+    ... def submit(command, **options): ...
+    >>> list(inspect.signature(submit).parameters)[:3]
+    ['command', 'partition', 'account']
+    """
+
+    def show(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        *own, _ = signature.parameters.values()
+        fields = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.get_default(call_default_factory=True),
+                annotation=field.annotation,
+            )
+            for name, field in model.model_fields.items()
+        ]
+        function.__dict__["__signature__"] = signature.replace(parameters=[*own, *fields])
+        return function
+
+    return show
