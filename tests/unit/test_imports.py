@@ -65,7 +65,6 @@ HOME = {
     "mrcfile": {"io.mrc"},
     "h5py": {"io.hdf5"},
     "isal": {"io.hdf5"},
-    "neuroglancer": {"view.viewer"},
     "gemmi": {"io.star_file"},
     "pyarrow": {"io.parquet"},
     "pandas": {"particles.table", "io.tables"},

@@ -26,7 +26,7 @@ COMMANDS = {
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
     "export": ("particle_commands:export", "Write maps or particles for other programs."),
     "report": ("report_command:report", "Write one HTML page to judge a merged result by."),
-    "view": ("particle_commands:view_map", "Show a picture in a browser."),
+    "view": ("view_command:view_map", "Show maps and particles in a browser."),
     "info": ("info_command:info", "Describe a store."),
     "check": ("info_command:check", "Find everything that is wrong with stores."),
     "doctor": ("trial_commands:doctor", "Test an installation, a folder and a cluster."),

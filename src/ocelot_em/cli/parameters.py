@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from os.path import exists, join
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from cyclopts import Parameter, Token, default_name_transform
 
@@ -50,6 +50,9 @@ OPTION = Parameter(
 )
 PathOrUrl = Annotated[str | Path, Parameter(metavar="PATH")]
 """Text that shells complete like a path; it stays text, as URLs are not paths."""
+
+MapName = Literal["scaled_mip", "mip", "correlation_mean", "correlation_std"]
+"""Map of an image, pooled by maximum."""
 
 Merged = Annotated[PathOrUrl, Parameter(help="Path or URL of a merged result.")]
 """A merged result that a command reads."""

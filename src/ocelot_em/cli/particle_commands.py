@@ -1,6 +1,5 @@
-"""The commands ``peaks``, ``export`` and ``view``."""
+"""The commands ``peaks`` and ``export``."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
-from ocelot_em.cli.parameters import Merged, PathOrUrl, require_stores
+from ocelot_em.cli.parameters import MapName, Merged, PathOrUrl, require_stores
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
@@ -55,8 +54,8 @@ class ExportOptions(Options):
     Parameters
     ----------
     to
-        Format of maps (``mrc``, ``hdf5``, ``ome-zarr``) or of particles; ``correlations``: Parquet
-        with the devices' correlation tables above the cutoff.
+        Format of maps (``mrc``, ``hdf5``, ``ome-zarr``) or of particles; ``napari``: CSV of points
+        for napari; ``correlations``: Parquet with the devices' correlation tables above the cutoff.
     output
         File to write; folder for ``mrc`` and ``ome-zarr``.
     overwrite
@@ -69,15 +68,28 @@ class ExportOptions(Options):
         Folder of the MRC files to which Leopard-EM's table refers.
     particles
         Table of particles (.csv, .parquet) written by ``peaks``. Default: pick particles.
+    map
+        Map of an ``ome-zarr`` image; repeat it for several. Default: z-scores.
     """
 
-    to: Literal["mrc", "hdf5", "ome-zarr", "leopard", "relion", "cistem", "parquet", "correlations"]
+    to: Literal[
+        "mrc",
+        "hdf5",
+        "ome-zarr",
+        "leopard",
+        "relion",
+        "cistem",
+        "napari",
+        "parquet",
+        "correlations",
+    ]
     output: PathOrUrl
     overwrite: bool = False
     prefix: str = ""
     exposure: str | None = None
     maps: PathOrUrl | None = None
     particles: PathOrUrl | None = None
+    map: tuple[MapName, ...] = ()
 
 
 def peaks(
@@ -116,9 +128,10 @@ def export(
 ) -> None:
     """Write maps or a table for other programs."""
     require_stores(store)
-    from ocelot_em.io import hdf5, mrc, ome_zarr, parquet, tables
+    from ocelot_em.io import hdf5, mrc, napari, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
     from ocelot_em.merge.result import MergedResult
+    from ocelot_em.model.maps import SCALED_MIP
     from ocelot_em.particles.correlations import Correlations
     from ocelot_em.store.distinct import require_distinct
     from ocelot_em.store.whole_file import refuse_existing
@@ -127,7 +140,8 @@ def export(
     writers: dict[str, Callable[..., object]] = {
         "mrc": partial(mrc.write_mrc_set, prefix=options.prefix),
         "hdf5": hdf5.write_hdf5,
-        "ome-zarr": ome_zarr.write_ome_zarr,
+        "ome-zarr": partial(ome_zarr.write_ome_zarr, maps=options.map or (SCALED_MIP,)),
+        "napari": napari.write_napari_csv,
         "parquet": parquet.write_parquet,
         "leopard": tables.write_leopard_csv,
         "relion": tables.write_relion_star,
@@ -149,7 +163,10 @@ def export(
         open_console().print(f"{', '.join(filter(None, [counts, incomplete]))}: {output}")
         return
     found, write = optics.read(), writers[to]
-    if to != "parquet":
+    if to == "napari":
+        size = MergedResult.open(store).attributes.pixel_size_angstrom
+        write = partial(write, pixel_size_angstrom=size)
+    elif to != "parquet":
         if found is None:
             raise InvalidInputError(
                 f"--to {to}: needs the micrograph's optics; give Leopard-EM's configuration of the "
@@ -167,18 +184,14 @@ def particles_to_export(
     store: PathOrUrl, options: ExportOptions, picking: PickOptions
 ) -> "ParticleTable":
     """Read or pick particles, and select the exposure if one is given."""
-    from ocelot_em.io.parquet import read_parquet
+    from ocelot_em.io.tables import read_particles
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
-    from ocelot_em.particles.table import ParticleTable
 
-    readers, path = {".csv": ParticleTable.read_csv, ".parquet": read_parquet}, options.particles
-    if path is None:
+    if options.particles is None:
         table = pick_particles(MergedResult.open(store), picking)
-    elif Path(path).suffix in readers:
-        table = readers[Path(path).suffix](path)
     else:
-        raise InvalidInputError(f"{path}: expected a table that ends in .csv or .parquet")
+        table = read_particles(options.particles)
     return table if options.exposure is None else table.of_exposure(options.exposure)
 
 
@@ -191,29 +204,3 @@ def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     if table.incomplete_text:
         cutoff += f", {table.incomplete_text}"
     open_console().print(f"{len(table)} particles{cutoff}: {output}")
-
-
-def view_map(picture: PathOrUrl, /, *, port: int = 0) -> None:
-    """Serve a map to a browser until interrupted.
-
-    Parameters
-    ----------
-    picture
-        Picture written by ``export --to ome-zarr``.
-    port
-        Port of the server on 127.0.0.1; 0: any free port.
-    """
-    from ocelot_em.view.viewer import view
-
-    console = open_console()
-    with view(picture, port) as shown:
-        console.print(f"serving {shown.url}")
-        console.print(f"open {shown.neuroglancer_url}")
-        if not shown.is_offline:
-            console.print(
-                "the viewer is loaded from the network; to use it offline: "
-                "pip install 'ocelot-em[view]'"
-            )
-        console.print("Ctrl-C stops it")
-        with contextlib.suppress(KeyboardInterrupt):
-            shown.wait()

@@ -21,7 +21,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
-from ocelot_em.io.parquet import write_parquet
+from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula
@@ -57,6 +57,15 @@ def write_table(
             "configuration of the search, or write .csv"
         )
     return write_relion_star(table, output, optics=optics, overwrite=overwrite)
+
+
+def read_particles(path: str | PathLike[str]) -> ParticleTable:
+    """Read a table of particles that :func:`write_table` wrote, .csv or .parquet."""
+    readers = {".csv": ParticleTable.read_csv, ".parquet": read_parquet}
+    suffix = Path(path).suffix.lower()
+    if suffix not in readers:
+        raise InvalidInputError(f"{path}: expected a table that ends in .csv or .parquet")
+    return readers[suffix](path)
 
 
 def write_leopard_csv(

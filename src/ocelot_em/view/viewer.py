@@ -1,26 +1,39 @@
-"""Serve an image to a browser on this machine, with a link that opens it in neuroglancer.
+"""Serve maps and particles to a browser on this machine, with neuroglancer to look at them.
 
 The server listens on 127.0.0.1 only, and every URL begins with a random token, so that neither
-other users nor other web sites can read the image. Files outside its folder cannot be reached.
+other users nor other web sites can read the maps. Files outside its folders cannot be reached.
 """
 
 import http.server
 import json
 import logging
-import os
 import re
 import secrets
+import socket
 import socketserver
-import threading
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from getpass import getuser
 from http import HTTPStatus
-from io import BufferedReader
-from os import PathLike
+from importlib.util import find_spec
+from io import BytesIO
+from os import SEEK_END, PathLike
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from threading import Event, Thread
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
 
-from ocelot_em.errors import InvalidInputError, StorageError
+from ocelot_em.errors import InvalidInputError, OcelotError, StorageError
+from ocelot_em.io.ome_zarr import write_ome_zarr
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.model.maps import SCALED_MIP
+from ocelot_em.particles.picking import find_peaks
+from ocelot_em.particles.table import ParticleTable
+from ocelot_em.store.attributes import MergedAttributes
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.search import read_attributes
+from ocelot_em.view import scene
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +41,22 @@ HOST = "127.0.0.1"
 PUBLIC_CLIENT = "https://neuroglancer-demo.appspot.com/"
 """URL of neuroglancer if the package is not installed; needs a network."""
 
-FITTING_PX = 800
-"""Screen pixels of the longest edge of an image when it is opened."""
+_CLIENT, _STATE = "client", "state.json"
+
+_KINDS = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".wasm": "application/wasm",
+    ".json": "application/json",
+}
+"""Content types that browsers insist on, by suffix."""
 
 IDLE_SECONDS = 60
 """Timeout of an idle connection, in seconds."""
+
+EVENT_SECONDS = 15
+"""Time between signs of life on an open page's stream of events, in seconds."""
 
 _HEADERS = {
     "Accept-Ranges": "bytes",
@@ -49,28 +73,41 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class View(socketserver.ThreadingTCPServer):
-    """A served folder; as a context manager, it stops serving on exit.
+    """Served maps; as a context manager, it stops serving on exit.
 
-    ``is_offline`` states whether the link to neuroglancer works without a network, because it is
-    served locally, too.
+    ``url`` opens neuroglancer with the maps. ``is_offline`` states whether that works without a
+    network, because neuroglancer is served from this machine, too.
     """
 
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, root: Path, port: int, state: dict[str, Any]) -> None:
-        self.root, self.prefix = root, f"/{secrets.token_urlsafe(16)}/"
+    def __init__(self, folders: Mapping[str, Path], contents: dict[str, bytes], port: int) -> None:
+        self.folders, self.contents = folders, contents
+        token = secrets.token_urlsafe(16)
+        # These paths are the ones that neuroglancer's page expects of its server.
+        self.prefix, self.events, self.is_closed = f"/v/{token}/", f"/events/{token}", Event()
         super().__init__((HOST, port), _Handler)
-        self.url = f"http://{HOST}:{self.server_address[1]}{self.prefix}"
-        for layer in state["layers"]:
-            layer["source"] = f"zarr3://{self.url}"
-        page, self._client = _own_client() or (PUBLIC_CLIENT, None)
-        self.neuroglancer_url = f"{page}#!{quote(json.dumps(state), safe='')}"
-        self.is_offline = self._client is not None
-        self._thread = threading.Thread(
+        self.port = int(self.server_address[1])
+        self.url = f"http://{HOST}:{self.port}{self.prefix}"
+        contents[_STATE] = contents[_STATE].replace(scene.ORIGIN.encode(), self.url.encode())
+        self.is_offline = _CLIENT in folders
+        page = f"{self.url}{_CLIENT}/index.html" if self.is_offline else PUBLIC_CLIENT
+        self.neuroglancer_url = f"{page}#!{self.url}{_STATE}"
+        self._resources = ExitStack()
+        self._thread = Thread(
             target=self.serve_forever, args=(0.1,), name="ocelot-view", daemon=True
         )
         self._thread.start()
+
+    @property
+    def ssh_command(self) -> str:
+        """Command for another machine, after which ``url`` opens the maps there."""
+        return f"ssh -NL {self.port}:{HOST}:{self.port} {getuser()}@{socket.gethostname()}"
+
+    def keep_until_closed(self, resources: ExitStack) -> None:
+        """Close resources after the view."""
+        self._resources = resources
 
     def wait(self) -> None:
         """Wait until it is closed or interrupted."""
@@ -78,11 +115,12 @@ class View(socketserver.ThreadingTCPServer):
             self._thread.join(1)
 
     def close(self) -> None:
-        """Stop serving the folder; neuroglancer's own server keeps running with nothing to show."""
-        self._client = None
+        """Stop serving, and delete the image if it was written for this view."""
+        self.is_closed.set()
         self.shutdown()
         self._thread.join()
         self.server_close()
+        self._resources.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -92,81 +130,78 @@ class View(socketserver.ThreadingTCPServer):
         log.debug("request of %s failed", client_address, exc_info=True)
 
 
-def view(path: str | PathLike[str], port: int = 0) -> View:
-    """Serve an OME-Zarr image on this machine until the view is closed or the process ends.
+def view(
+    source: str | PathLike[str] | MergedResult,
+    port: int = 0,
+    *,
+    maps: Sequence[str] = (),
+    particles: ParticleTable | None = None,
+) -> View:
+    """Serve maps and particles on this machine until the view is closed or the process ends.
 
-    ``port`` is on 127.0.0.1; 0 takes any free port. If the package neuroglancer is installed (extra
-    ``view``), the viewer is served from this machine, too, and no network is needed.
+    Parameters
+    ----------
+    source
+        An OME-Zarr image, or a merged result, of which an image is written into a temporary folder.
+    port
+        Port on 127.0.0.1; 0 takes any free port. If the package neuroglancer is installed (extra
+        ``view``), the viewer is served there, too, and no network is needed.
+    maps
+        Maps to show, the first one visible. By default all of an image, ``scaled_mip`` of a result.
+    particles
+        Particles to draw over them. By default those of
+        :func:`ocelot_em.particles.picking.find_peaks` for a result, none for an image.
+
+    Raises
+    ------
+    InvalidInputError
+        The source is neither, or has no such map.
+    StorageError
+        The port is taken, or the temporary image cannot be written.
     """
-    folder = Path(path)
-    state = _neuroglancer_state(folder)
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
-    try:
-        served = View(folder.resolve(), port, state)
-    except OSError as error:
-        raise StorageError(
-            f"cannot listen at {HOST}:{port}: {error.strerror or error}; choose another port, or 0 "
-            "for any free port"
-        ) from error
-    log.info("serving %s at %s:%d", folder, HOST, served.server_address[1])
+    with ExitStack() as stack:
+        if isinstance(source, MergedResult) or _is_result(source):
+            merged = MergedResult.open(source)
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocelot-")))
+            folder = write_ome_zarr(merged, temporary / "MAPS.zarr", maps=maps or (SCALED_MIP,))
+            if particles is None:
+                with suppress(InvalidInputError):  # nothing was searched
+                    particles = find_peaks(merged)
+        else:
+            folder = Path(source)
+        state = scene.read_state(folder, maps, particles)
+        contents = {_STATE: json.dumps(state).encode()}
+        if particles is not None and len(particles):
+            contents |= scene.annotations(particles, state["dimensions"])
+        folders = {scene.PICTURE: folder.resolve(), **_own_client()}
+        try:
+            served = View(folders, contents, port)
+        except OSError as error:
+            raise StorageError(
+                f"cannot listen at {HOST}:{port}: {error.strerror or error}; choose another port, "
+                "or 0 for any free port"
+            ) from error
+        served.keep_until_closed(stack.pop_all())
+    log.info("serving %s at %s:%d", folder, HOST, served.port)
     return served
 
 
-def _neuroglancer_state(folder: Path) -> dict[str, Any]:
-    """Return the state of neuroglancer: one layer per map of the image, the first visible."""
-    try:
-        metadata = json.loads((folder / "zarr.json").read_bytes())
-        ome = metadata["attributes"]["ome"]
-        layers = [
-            {
-                "type": "image",
-                "name": str(channel["label"]),
-                "visible": number == 0,
-                "localPosition": [number],
-                "shaderControls": {
-                    "normalized": {"range": [float(channel["window"][k]) for k in ("start", "end")]}
-                },
-            }
-            for number, channel in enumerate(ome.get("omero", {}).get("channels", []))
-        ] or [{"type": "image", "name": folder.name}]
-        multiscale = ome["multiscales"][0]
-        full = json.loads((folder / multiscale["datasets"][0]["path"] / "zarr.json").read_bytes())
-        state = {
-            "dimensions": _dimensions(multiscale),
-            "crossSectionScale": max(full["shape"][-2:]) / FITTING_PX,
-            "layers": layers,
-            "layout": "xy",
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InvalidInputError(
-            f"{folder}: expected a folder with an OME-Zarr 0.5 image, got something else "
-            f"({type(error).__name__}: {error}); write one with ocelot export --to ome-zarr"
-        ) from error
-    return state
+def _is_result(place: str | PathLike[str]) -> bool:
+    """Whether a store is a merged result."""
+    with suppress(OcelotError):
+        return isinstance(read_attributes(open_objects(place)), MergedAttributes)
+    return False
 
 
-def _dimensions(multiscale: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Return pixel sizes, x first because neuroglancer draws the first axis to the right."""
-    axes = {axis["name"]: axis.get("unit") for axis in multiscale["axes"]}
-    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
-    sizes = dict(zip(axes, scale, strict=True))
-    return {
-        name: (sizes[name] * 1e-10, "m") if axes[name] == "angstrom" else (sizes[name], "")
-        for name in ("x", "y")
-    }
-
-
-def _own_client() -> tuple[str, object] | None:
-    """Return the URL of a local neuroglancer, and the object that keeps it; None if missing."""
-    try:
-        import neuroglancer
-    except ImportError:
-        return None
-    if not neuroglancer.is_server_running():
-        neuroglancer.set_server_bind_address(HOST)
-    client = neuroglancer.UnsynchronizedViewer()
-    return client.get_viewer_url().partition("#!")[0], client
+def _own_client() -> dict[str, Path]:
+    """Return the folder of neuroglancer's page; nothing if the package is missing."""
+    spec = find_spec("neuroglancer")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    folder = Path(spec.submodule_search_locations[0]) / "static" / "client"
+    return {_CLIENT: folder.resolve()} if (folder / "index.html").is_file() else {}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -186,14 +221,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._head(HTTPStatus.NO_CONTENT, 0)
 
     def _answer(self, *, with_body: bool) -> None:
-        opened = self._open(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
+        if secrets.compare_digest(path.encode(), self.server.events.encode()):
+            self._stay_connected()
+            return
+        if secrets.compare_digest(path.encode(), self.server.prefix.encode()):
+            self._head(HTTPStatus.FOUND, 0, {"Location": self.server.neuroglancer_url})
+            return
+        opened = self._open(path)
         if opened is None:
             self._head(HTTPStatus.NOT_FOUND, 0)
             return
         with opened as file:
-            size = os.fstat(file.fileno()).st_size
-            kind = "json" if file.name.endswith(".json") else "octet-stream"
-            headers, status = {"Content-Type": f"application/{kind}"}, HTTPStatus.OK
+            size = file.seek(0, SEEK_END)
+            kind = _KINDS.get(Path(path).suffix, "application/octet-stream")
+            headers, status = {"Content-Type": kind}, HTTPStatus.OK
             picked = _byte_range(self.headers.get("Range", ""), size)
             start, stop = picked or (0, size)
             if picked:
@@ -207,13 +249,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 file.seek(start)
                 self._copy(file, stop - start)
 
-    def _open(self, path: str) -> BufferedReader | None:
-        """Open the file of a URL path if it is in the folder, with links resolved."""
-        prefix, root = self.server.prefix, self.server.root
+    def _stay_connected(self) -> None:
+        """Keep a stream of events open, on which neuroglancer's page insists; there are none."""
+        self.close_connection = True
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.end_headers()
+        while not self.server.is_closed.wait(EVENT_SECONDS):
+            self.wfile.write(b":\n\n")  # a comment, which fails once the page is closed
+
+    def _open(self, path: str) -> BinaryIO | None:
+        """Open what a URL path names: content, or a file of a folder, with links resolved."""
+        prefix = self.server.prefix
         if not secrets.compare_digest(path[: len(prefix)].encode(), prefix.encode()):
             return None
-        parts = [unquote(part) for part in path[len(prefix) :].split("/")]
-        if any(part in ("", ".", "..") or "/" in part or "\0" in part for part in parts):
+        name = path[len(prefix) :]
+        if name in self.server.contents:
+            return BytesIO(self.server.contents[name])
+        folder, *parts = [unquote(part) for part in name.split("/")]
+        root = self.server.folders.get(folder)
+        if root is None or any(p in ("", ".", "..") or "/" in p or "\0" in p for p in parts):
             return None
         try:
             found = root.joinpath(*parts).resolve()
@@ -230,7 +286,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _copy(self, file: BufferedReader, n_bytes: int) -> None:
+    def _copy(self, file: BinaryIO, n_bytes: int) -> None:
         while n_bytes > 0:
             piece = file.read(min(n_bytes, 2**20))
             if not piece:  # the file was truncated: Content-Length cannot be met
