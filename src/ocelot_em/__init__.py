@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ocelot_em.io.import_options import ImportOptions, read_search_space_file
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.optics import Optics
+    from ocelot_em.io.optics_files import read_optics
     from ocelot_em.io.parquet import read_parquet, write_parquet
     from ocelot_em.io.tables import write_cistem_star, write_leopard_csv, write_relion_star
     from ocelot_em.merge.in_memory import merge_arrays
@@ -58,6 +59,7 @@ _HOME = {
         "io.import_options": "ImportOptions read_search_space_file",
         "io.leopard": "import_results",
         "io.optics": "Optics",
+        "io.optics_files": "read_optics",
         "io.parquet": "read_parquet write_parquet",
         "io.tables": "write_cistem_star write_leopard_csv write_relion_star",
         "merge.in_memory": "merge_arrays",
@@ -103,6 +105,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "gaussian_cutoff",
     "ParticleTable",
     "Optics",
+    "read_optics",
     "write_leopard_csv",
     "write_relion_star",
     "write_cistem_star",

@@ -851,3 +851,12 @@ def test_anything_is_a_description_or_a_clean_refusal(tmp_path_factory, content)
         description = read_description(path)
         assert isinstance(description, Description)
         placed_exposures(description, path)
+
+
+def test_origins_that_are_not_whole_pixels_are_named(montage: Montage, caplog: Any) -> None:
+    montage.change(1, origin=[0, 11.5])
+    montage.imported()
+    assert "origins that are not whole pixels: 01 (0.0, 11.5); maps are" in caplog.text
+    caplog.clear()
+    ocelot_em.merge(montage.output, montage.folder / "M.zarr", origins="round")
+    assert "origins are rounded to whole pixels: 01 (0.0, 11.5) to (0, 12)" in caplog.text

@@ -9,6 +9,7 @@ from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import PathOrUrl
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportOptions
+from ocelot_em.model.problems import option_name
 from ocelot_em.model.progress import share_bar
 
 MISSING = Parameter(
@@ -81,7 +82,7 @@ def import_montage(
 
     given = sorted(options.model_fields_set)
     if len(files) > 1 or given:
-        names = [f"--{n.removesuffix('_angstrom').replace('_', '-')}" for n in given]
+        names = [f"--{option_name(n)}" for n in given]
         raise InvalidInputError(
             "import: expected one description of exposures (.yaml), which contains everything else"
             + (f", got {', '.join(names)}, too" if given else f", got {len(files)} files")

@@ -5,7 +5,9 @@ from os.path import exists, join
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
-from cyclopts import Parameter, Token, default_name_transform
+from cyclopts import Parameter, Token
+
+from ocelot_em.model.problems import option_name
 
 
 def _from_text(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -44,7 +46,7 @@ def _shown(default: object) -> str | None:
 OPTION = Parameter(
     allow_repeating=True,
     converter=_from_text,
-    name_transform=lambda name: default_name_transform(name).removesuffix("-angstrom"),
+    name_transform=option_name,
     negative=(),
     show_default=_shown,
 )

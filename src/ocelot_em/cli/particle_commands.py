@@ -9,39 +9,80 @@ from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import MapName, Merged, PathOrUrl, require_stores
-from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.options import Options
 from ocelot_em.particles.options import PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.io.optics import Optics
     from ocelot_em.particles.table import ParticleTable
+    from ocelot_em.store.attributes import MergedAttributes
 
 PICKING = Parameter(name="*", group=Group.create_ordered("Picking", sort_key=1))
 OPTICS = Parameter(name="*", group=Group.create_ordered("Optics of the micrograph", sort_key=1))
 
 
 class OpticsOptions(Options):
-    """Where the optics of a micrograph are.
+    """Optics of a micrograph, which tables for RELION, cisTEM and Leopard-EM need.
 
     Parameters
     ----------
     optics
-        Leopard-EM's configuration of the search (YAML); RELION's and cisTEM's tables need it.
+        File with the optics: Leopard-EM's configuration of the search (.yaml), RELION's table of
+        micrographs (``micrographs_ctf.star``), or CTFFIND's results (.txt). Options override it.
+    micrograph
+        Name of the micrograph; in RELION's table, the one that is taken.
+    template
+        Name of the template, for cisTEM and Leopard-EM.
     template_box
-        Edge of the template box in pixels. Default: that of the template's file.
+        Edge of the template box in pixels. Default: the one that the maps were imported with, or
+        that of the template's file.
+    pixel_size_angstrom
+        Pixel size of the micrograph in Å. Default: that of the file, or of the maps.
+    voltage_kv
+        Acceleration voltage in kV.
+    spherical_aberration_mm
+        Spherical aberration in mm.
+    amplitude_contrast
+        Amplitude contrast, 0 to 1.
+    defocus_u_angstrom
+        Defocus of the micrograph in Å along the first axis; positive for underfocus.
+    defocus_v_angstrom
+        Defocus of the micrograph in Å along the second axis.
+    astigmatism_angle_degrees
+        Angle between the x axis and the first axis of the defocus, in degrees.
+    phase_shift_degrees
+        Phase shift of a phase plate in degrees. Default: that of the file, or 0.
     """
 
     optics: PathOrUrl | None = None
+    micrograph: str | None = None
+    template: str | None = None
     template_box: int | None = None
+    pixel_size_angstrom: float | None = None
+    voltage_kv: float | None = None
+    spherical_aberration_mm: Annotated[float | None, Parameter(alias="--cs")] = None
+    amplitude_contrast: float | None = None
+    defocus_u_angstrom: float | None = None
+    defocus_v_angstrom: float | None = None
+    astigmatism_angle_degrees: float | None = None
+    phase_shift_degrees: float | None = None
 
-    def read(self) -> "Optics | None":
-        """Read the optics, if any."""
-        from ocelot_em.io.optics import Optics
+    def read(
+        self, attributes: "MergedAttributes", exposure: str | None, *, needs_template: bool
+    ) -> "Optics":
+        """Read the optics; the maps have the template box and the pixel size."""
+        from ocelot_em.io.optics_files import read_optics
+        from ocelot_em.model.regions import template_box_of
 
-        if self.optics is None:
-            return None
-        return Optics.from_leopard_yaml(self.optics, self.template_box)
+        given = self.model_dump(exclude={"optics", "template_box"})
+        shapes = {one.id: (one.shape, one.valid_shape) for one in attributes.exposures}
+        whole = (attributes.shape, attributes.valid_shape)
+        box = self.template_box or template_box_of(*shapes.get(exposure or "", whole))
+        defaults = {
+            "pixel_size_angstrom": attributes.pixel_size_angstrom,
+            "template": None if needs_template else "unknown",  # RELION's table does not name it
+        }
+        return read_optics(self.optics, defaults=defaults, template_box_px=box, **given)
 
 
 NO_OPTICS = OpticsOptions()
@@ -105,15 +146,17 @@ def peaks(
     Parameters
     ----------
     output
-        Table to write: .csv, .parquet, or .star (for RELION; needs ``--optics``).
+        Table to write: .csv, .parquet, or .star (for RELION; needs the optics).
     """
     require_stores(store)
     from ocelot_em.io.tables import write_table
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
 
-    found = optics.read()
-    table = pick_particles(MergedResult.open(store), picking)
+    merged, found = MergedResult.open(store), None
+    if str(output).lower().endswith(".star"):
+        found = optics.read(merged.attributes, None, needs_template=False)
+    table = pick_particles(merged, picking)
     write_table(table, output, optics=found, overwrite=True)
     print_particles(table, output)
 
@@ -162,16 +205,11 @@ def export(
         incomplete = rows.result.incomplete_text
         open_console().print(f"{', '.join(filter(None, [counts, incomplete]))}: {output}")
         return
-    found, write = optics.read(), writers[to]
+    merged, write = MergedResult.open(store), writers[to]
     if to == "napari":
-        size = MergedResult.open(store).attributes.pixel_size_angstrom
-        write = partial(write, pixel_size_angstrom=size)
+        write = partial(write, pixel_size_angstrom=merged.attributes.pixel_size_angstrom)
     elif to != "parquet":
-        if found is None:
-            raise InvalidInputError(
-                f"--to {to}: needs the micrograph's optics; give Leopard-EM's configuration of the "
-                "search with --optics CONFIG.yaml"
-            )
+        found = optics.read(merged.attributes, options.exposure, needs_template=to != "relion")
         if options.maps is not None:
             found = with_maps_in(found, options.maps, options.prefix)
         write = partial(write, optics=found)

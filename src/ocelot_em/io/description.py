@@ -17,6 +17,7 @@
 File paths are relative to the description's folder.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
@@ -37,12 +38,14 @@ from pydantic import (
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import Batch, ImportOptions, OnProgress
 from ocelot_em.io.leopard import import_batches
-from ocelot_em.io.origin import Origin
+from ocelot_em.io.origin import NAMES_SHOWN, Origin
 from ocelot_em.io.origins import read_origins
 from ocelot_em.io.yaml_file import as_number, read_yaml
 from ocelot_em.model.problems import in_words
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.search_info import Exposure
+
+log = logging.getLogger(__name__)
 
 
 def _as_text(value: object) -> object:
@@ -141,6 +144,15 @@ def import_description(
     place = Path(path)
     description = read_description(place)
     exposures = placed_exposures(description, place)
+    if fractional := [e for e in exposures if not all(float(n).is_integer() for n in e.origin)]:
+        shown = ", ".join(
+            f"{e.id} ({e.origin[0]}, {e.origin[1]})" for e in fractional[:NAMES_SHOWN]
+        )
+        log.warning(
+            "%s: origins that are not whole pixels: %s; maps are never interpolated, so a merge "
+            "refuses them unless they are rounded (--origins round)",
+            *(place, shown + ", ..." * (len(fractional) > NAMES_SHOWN)),
+        )
     tables = description.search_space
     options = ImportOptions(
         search_space=None if tables is None else place.parent / tables,

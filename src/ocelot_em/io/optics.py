@@ -5,7 +5,7 @@ import math
 import struct
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -173,36 +173,49 @@ class Optics:
         InvalidInputError
             Naming every missing or invalid key.
         """
-        config = read_yaml(path, "the configuration of a match_template run")
-        group, results = (config.get(k) or {} for k in ("optics_group", "match_template_result"))
-        problems = list[str]()
-        if not isinstance(group, Mapping):
-            problems.append(f"optics_group: expected keys and values, got {group!r}")
-            group = {}
-        if not isinstance(results, Mapping):
-            problems.append(f"match_template_result: expected keys and values, got {results!r}")
-            results = {}
-        texts = {c: _leopard_text(group.get(c)) for c in LEOPARD_ABERRATIONS}
-        texts |= {c: results.get(key, "") for c, key in LEOPARD_MAPS.items()}
-        template = config.get("template_volume_path")
-        if template_box_px is None and isinstance(template, str):
-            template_box_px, why_not = _template_edge(template, Path(path).parent)
-            problems += why_not
-        values: dict[str, Any] = {
-            **{name: as_number(group.get(q.key, q.default)) for name, q in _QUANTITIES.items()},
-            "label": group.get("label", "opticsGroup1"),
-            "micrograph": config.get("micrograph_path"),
-            "template": template,
-            "template_box_px": template_box_px,
-            "leopard_columns": texts,
-        }
-        found = _optics_problems(values)
-        if template_box_px is None:  # already reported as unreadable
-            found.pop("template_box_px")
-        problems += [f"{_LEOPARD_PLACES.get(name, name)}: {p}" for name, p in found.items()]
-        if problems:
-            raise InvalidInputError(f"{path}: {problem}" for problem in problems)
-        return cls(**values)
+        return optics_of(*leopard_values(path, template_box_px), path)
+
+
+def leopard_values(
+    path: str | PathLike[str], template_box_px: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Read values of :class:`Optics` in Leopard-EM's configuration; also return problems."""
+    config = read_yaml(path, "the configuration of a match_template run")
+    group, results = (config.get(k) or {} for k in ("optics_group", "match_template_result"))
+    problems = list[str]()
+    if not isinstance(group, Mapping):
+        problems.append(f"optics_group: expected keys and values, got {group!r}")
+        group = {}
+    if not isinstance(results, Mapping):
+        problems.append(f"match_template_result: expected keys and values, got {results!r}")
+        results = {}
+    texts = {c: _leopard_text(group.get(c)) for c in LEOPARD_ABERRATIONS}
+    texts |= {c: results.get(key, "") for c, key in LEOPARD_MAPS.items()}
+    template = config.get("template_volume_path")
+    if template_box_px is None and isinstance(template, str):
+        template_box_px, why_not = _template_edge(template, Path(path).parent)
+        problems += why_not
+    return {
+        **{name: as_number(group.get(q.key, q.default)) for name, q in _QUANTITIES.items()},
+        "label": group.get("label", "opticsGroup1"),
+        "micrograph": config.get("micrograph_path"),
+        "template": template,
+        "template_box_px": template_box_px,
+        "leopard_columns": texts,
+    }, problems
+
+
+def optics_of(
+    values: Mapping[str, Any], problems: Sequence[str], leopard_path: str | PathLike[str]
+) -> Optics:
+    """Return optics of values from Leopard-EM's configuration, or raise all problems."""
+    found = _optics_problems(values)
+    if values["template_box_px"] is None:  # already reported as unreadable
+        found.pop("template_box_px")
+    problems = [*problems, *(f"{_LEOPARD_PLACES.get(n, n)}: {p}" for n, p in found.items())]
+    if problems:
+        raise InvalidInputError(f"{leopard_path}: {problem}" for problem in problems)
+    return Optics(**values)
 
 
 def with_maps_in(optics: Optics, folder: str | PathLike[str], prefix: str = "") -> Optics:

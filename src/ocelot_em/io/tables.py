@@ -53,8 +53,8 @@ def write_table(
         )
     if optics is None:
         raise InvalidInputError(
-            f"{output}: a STAR file needs the micrograph's optics, got none; give Leopard-EM's "
-            "configuration of the search, or write .csv"
+            f"{output}: a STAR file needs the micrograph's optics, got none; give them "
+            "(read_optics), or write .csv"
         )
     return write_relion_star(table, output, optics=optics, overwrite=overwrite)
 

@@ -1,5 +1,6 @@
 """Making the plan of a merge from its input stores."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,8 @@ from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import Stores, normalise_url, open_objects
 from ocelot_em.store.progress import overlap_problems, progress_of
 from ocelot_em.store.sources import Source, names_of_partials, open_sources
+
+log = logging.getLogger(__name__)
 
 MAX_SOURCES = 2**15 - 1
 """Maximum number of sources of an exposure; winners are int16 while a tile is merged."""
@@ -167,7 +170,7 @@ def _placed(
     exposures: _Opened, options: MergeOptions
 ) -> tuple[tuple[PlannedExposure, ...], tuple[int, int], tuple[int, int], list[str]]:
     """Place exposures on a canvas; also return its origin and shape, and the problems found."""
-    problems, placed, erode = [], [], options.erode
+    problems, placed, erode, rounded = [], [], options.erode, list[str]()
     for exposure, sources in exposures:
         y, x = exposure.origin
         if options.origins == "exact" and not (y.is_integer() and x.is_integer()):
@@ -175,6 +178,8 @@ def _placed(
                 f"exposure {exposure.id!r}: origin: expected whole pixels, got ({y}, {x}); maps "
                 "are never interpolated; use --origins round to round origins to whole pixels"
             )
+        elif (y, x) != (round(y), round(x)):
+            rounded.append(f"{exposure.id} ({y}, {x}) to ({round(y)}, {round(x)})")
         height, width = exposure.valid_shape if exposure.id or erode else exposure.shape
         edge = erode if min(height, width) > 2 * erode else 0
         if edge < erode:
@@ -191,6 +196,9 @@ def _placed(
                 sources=_numbered(sources),
             )
         )
+    if rounded:
+        shown = ", ".join(rounded[:10]) + ", ..." * (len(rounded) > 10)
+        log.warning("origins are rounded to whole pixels: %s", shown)
     is_montage = bool(placed[0].id)
     corners = [exposure.on_canvas for exposure in placed]
     top, left = (min(0, *(getattr(c, key) for c in corners)) for key in ("y0", "x0"))

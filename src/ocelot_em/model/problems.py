@@ -1,5 +1,6 @@
 """What is wrong with a value or a name, in plain sentences."""
 
+import re
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -53,3 +54,14 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     names = list(known)
     near = [name for name in names if name.startswith(word)] or get_close_matches(word, names)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def option_name(field: str) -> str:
+    """Return the option of the command line for a field, whose unit is in the help text.
+
+    Examples
+    --------
+    >>> option_name("defocus_u_angstrom")
+    'defocus-u'
+    """
+    return re.sub("_(angstrom|degrees|kv|mm|px)$", "", field).replace("_", "-")

@@ -147,3 +147,15 @@ class TileGrid:
             and (region.y1 % cell_height == 0 or region.y1 == height)
             and (region.x1 % cell_width == 0 or region.x1 == width)
         )
+
+
+def template_box_of(shape: tuple[int, int], valid_shape: tuple[int, int]) -> int | None:
+    """Return the edge of the template box in pixels that gives these shapes; None if unknown.
+
+    Examples
+    --------
+    >>> template_box_of((432, 480), (377, 425))
+    56
+    """
+    boxes = {full - valid + 1 for full, valid in zip(shape, valid_shape, strict=True)}
+    return boxes.pop() if len(boxes) == 1 and shape != valid_shape else None

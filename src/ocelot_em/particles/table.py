@@ -13,6 +13,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.html import render
 from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
 from ocelot_em.model.problems import suggestion
+from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.text import percent_text
 from ocelot_em.particles.csv_columns import parse_column, ragged, read_rows
 from ocelot_em.store.whole_file import write_file
@@ -131,8 +132,7 @@ class PickInfo:
     @property
     def template_box_px(self) -> int | None:
         """Edge of the template box in pixels, derived from the shapes; None if unknown."""
-        boxes = {full - valid + 1 for full, valid in zip(self.shape, self.valid_shape, strict=True)}
-        return boxes.pop() if len(boxes) == 1 and self.shape != self.valid_shape else None
+        return template_box_of(self.shape, self.valid_shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

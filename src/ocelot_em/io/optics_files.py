@@ -1,0 +1,193 @@
+"""Optics of a micrograph from the files of several programs, and from given values.
+
+==============  ================================================================================
+suffix          file
+==============  ================================================================================
+.yaml .yml      Leopard-EM's configuration of a search
+.json           the same
+.star           RELION's table of micrographs after CTF estimation (``micrographs_ctf.star``)
+.txt            CTFFIND's results of one micrograph
+==============  ================================================================================
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.io.optics import Optics, leopard_values, optics_of
+from ocelot_em.io.origin import NAMES_SHOWN
+from ocelot_em.io.star_file import StarTable, parse_star
+from ocelot_em.io.text_file import read_text
+from ocelot_em.io.yaml_file import as_number
+from ocelot_em.model.problems import option_name
+
+MAX_NBYTES = 256_000_000
+"""Maximum size of a table."""
+
+_RELION: Mapping[str, str] = {
+    "rlnVoltage": "voltage_kv",
+    "rlnSphericalAberration": "spherical_aberration_mm",
+    "rlnAmplitudeContrast": "amplitude_contrast",
+    "rlnMicrographPixelSize": "pixel_size_angstrom",
+    "rlnDefocusU": "defocus_u_angstrom",
+    "rlnDefocusV": "defocus_v_angstrom",
+    "rlnDefocusAngle": "astigmatism_angle_degrees",
+    "rlnPhaseShift": "phase_shift_degrees",
+}
+"""Numbers in RELION's columns, in the same units; angles are from the x axis, as here."""
+
+_CTFFIND_HEADER: Mapping[str, str] = {
+    "pixel_size_angstrom": r"Pixel size: *(\S+) *Angstroms?",
+    "voltage_kv": r"acceleration voltage: *(\S+) *keV",
+    "spherical_aberration_mm": r"spherical aberration: *(\S+) *mm",
+    "amplitude_contrast": r"amplitude contrast: *([^;\s]+)",
+    "micrograph": r"Input file: *(.+?) *;",
+}
+
+
+def read_optics(
+    path: str | PathLike[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    **given: Any,
+) -> Optics:
+    """Return optics from a file, given values, or both; given values take precedence.
+
+    Parameters
+    ----------
+    path
+        Leopard-EM's configuration of the search (``.yaml``, ``.json``), RELION's table of
+        micrographs (``.star``), or CTFFIND's results of one micrograph (``.txt``). In a table of
+        several, ``micrograph`` names one, by its path, its name or its name without suffix.
+    defaults
+        Values by name for what is neither given nor in the file.
+    **given
+        Values by the names of :class:`Optics`. None is the same as not given. A phase shift that
+        nothing states is 0.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming every value that is missing or invalid, or the micrographs of a table.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from ocelot_em import read_optics
+    >>> _ = Path("M1.txt").write_text('''# Input file: M1.mrc ; Number of micrographs: 1
+    ... # Pixel size: 1.06 Angstroms ; acceleration voltage: 300.0 keV ; amplitude contrast: 0.07
+    ... 1.0 9982.5 9481.2 30.5 0.0 0.25 3.1''')
+    >>> given = {"spherical_aberration_mm": 2.7, "template": "60S.mrc", "template_box_px": 512}
+    >>> optics = read_optics("M1.txt", **given)
+    >>> optics.micrograph, optics.defocus_u_angstrom
+    ('M1.mrc', 9982.5)
+    """
+    known = {name: value for name, value in given.items() if value is not None}
+    others = {"phase_shift_degrees": 0.0} | {n: v for n, v in defaults.items() if v is not None}
+    if path is None:
+        return _optics(others | known)
+    suffix = Path(path).suffix.lower()
+    if suffix in (".yaml", ".yml", ".json"):
+        values, problems = leopard_values(path, known.get("template_box_px"))
+        found = {name: value for name, value in values.items() if value is not None}
+        return optics_of(values | others | found | known, problems, path)
+    if suffix == ".txt":
+        return _optics(others | _ctffind(Path(path)) | known)
+    if suffix != ".star":
+        raise InvalidInputError(
+            f"{path}: expected optics in a file that ends in .yaml (Leopard-EM), .star (RELION) or "
+            f".txt (CTFFIND), got {suffix!r}"
+        )
+    # RELION finds micrographs by the names in its table.
+    micrograph = known.pop("micrograph", None)
+    return _optics(others | _relion(Path(path), micrograph) | known)
+
+
+def _optics(values: Mapping[str, Any]) -> Optics:
+    """Return optics, or name all values that are missing."""
+    needed = [f.name for f in fields(Optics) if f.default is f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise InvalidInputError(
+            f"optics: {name}: missing; give it (--{option_name(name)}), or a file that states it "
+            "(--optics)"
+            for name in missing
+        )
+    return Optics(**values)
+
+
+def _relion(path: Path, micrograph: str | None) -> dict[str, Any]:
+    """Read one row of a table of micrographs, and that of its optics group."""
+    text = read_text(path, MAX_NBYTES, "RELION's table of micrographs")
+    try:
+        tables, problems = parse_star(text)
+    except ValueError as error:
+        raise InvalidInputError(f"{path}: cannot be read as a STAR file: {error}") from None
+    if problems:
+        raise InvalidInputError(f"{path}: {problem}" for problem in problems[:NAMES_SHOWN])
+    wanted = {"rlnMicrographName", "rlnDefocusU"}
+    found = [t for t in tables if wanted <= set(t.columns) and t.block != "particles"]
+    if len(found) != 1:
+        raise InvalidInputError(
+            f"{path}: expected one table with rlnMicrographName and rlnDefocusU, as in "
+            f"micrographs_ctf.star, got {len(found)}"
+        )
+    row = _row_of(found[0], micrograph, path)
+    groups = [dict(zip(t.columns, r, strict=True)) for t in tables for r in t.rows]
+    for group in groups:
+        if "rlnOpticsGroupName" in group and group["rlnOpticsGroup"] == row["rlnOpticsGroup"]:
+            row = group | row
+    values: dict[str, Any] = {
+        name: as_number(row[column]) for column, name in _RELION.items() if row.get(column)
+    }
+    values["micrograph"] = row["rlnMicrographName"]
+    if row.get("rlnOpticsGroupName"):
+        values["label"] = row["rlnOpticsGroupName"]
+    return values
+
+
+def _row_of(table: StarTable, micrograph: str | None, path: Path) -> dict[str, str]:
+    """Return the row of a micrograph; of a table with one row, that."""
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    names = [row["rlnMicrographName"] for row in rows]
+    spellings: tuple[Callable[[Path], object], ...] = (str, lambda p: p.name, lambda p: p.stem)
+    matching = rows
+    for spelling in spellings if micrograph is not None else ():
+        wanted = spelling(Path(str(micrograph)))
+        matching = [row for row in rows if spelling(Path(row["rlnMicrographName"])) == wanted]
+        if matching:
+            break
+    if len(matching) == 1:
+        return matching[0]
+    shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
+    got = f"{len(matching)} of that name" if micrograph is not None else f"{len(rows)}"
+    raise InvalidInputError(
+        f"{path}: expected one micrograph, got {got}; name one of them (--micrograph, "
+        f"micrograph): {shown}"
+    )
+
+
+def _ctffind(path: Path) -> dict[str, Any]:
+    """Read CTFFIND's results: facts in comments, and one row of numbers."""
+    text = read_text(path, MAX_NBYTES, "CTFFIND's results")
+    values: dict[str, Any] = {}
+    for name, pattern in _CTFFIND_HEADER.items():
+        if match := re.search(pattern, text):
+            values[name] = match[1] if name == "micrograph" else as_number(match[1])
+    rows = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    numbers = [as_number(word) for row in rows for word in row]
+    if len(rows) != 1 or len(numbers) < 5 or not all(isinstance(n, float) for n in numbers[:5]):
+        raise InvalidInputError(
+            f"{path}: expected CTFFIND's results of one micrograph, a row of at least 5 numbers, "
+            f"got {len(rows)} rows"
+        )
+    names = ("defocus_u_angstrom", "defocus_v_angstrom", "astigmatism_angle_degrees")
+    values |= dict(zip(names, numbers[1:4], strict=True))
+    phase_shift = numbers[4]
+    assert isinstance(phase_shift, float)
+    return values | {"phase_shift_degrees": math.degrees(phase_shift)}
