@@ -529,8 +529,10 @@ class FakeClient:
     def sync(self, _ask: object) -> dict[str, int]:
         return self.nthreads()
 
-    def run_on_scheduler(self, call: Callable[..., object], *arguments: object) -> object:
-        return call(*arguments)
+    def subscribe_topic(self, *_: object) -> None:
+        """It has no workers that send anything."""
+
+    unsubscribe_topic = subscribe_topic
 
 
 def test_tasks_whose_result_is_lost_with_its_worker_are_done_again() -> None:

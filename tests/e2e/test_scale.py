@@ -150,8 +150,10 @@ class IdleClient:
     def sync(self, _ask):
         return {"worker": 2}
 
-    def run_on_scheduler(self, call, *arguments):
-        return call(*arguments)
+    def subscribe_topic(self, *_):
+        """It has no workers that send anything."""
+
+    unsubscribe_topic = subscribe_topic
 
 
 def calls_for(n_tiles):

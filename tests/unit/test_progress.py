@@ -2,17 +2,29 @@
 
 import io
 import itertools
+import json
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from distributed import Client
 from rich.console import Console
 
-from ocelot_em.merge.outcome import Outcome, TileSummary
+from builders import write_explicit_search
+from ocelot_em import merge
+from ocelot_em.merge import job
+from ocelot_em.merge.job import JobSpec
+from ocelot_em.merge.outcome import Outcome, Tally, Tiles, TileSummary
 from ocelot_em.model import progress as module
 from ocelot_em.model.progress import Bar, Pace, choose_face, share_bar
+from ocelot_em.run import executors, runlog
 from ocelot_em.run.clusters import Cluster
-from ocelot_em.run.executors import ThreadExecutor
-from ocelot_em.run.observer import COMPILING, MergeBar, TileProgress
+from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
+from ocelot_em.run.observer import COMPILING, MergeBar, Observer, TileProgress
+from ocelot_em.run.runlog import RunLog
 
 
 @pytest.fixture
@@ -131,7 +143,7 @@ def test_the_time_left_is_reckoned_without_compiling(clock):
         "running on 1 threads",
         COMPILING,
         "compiled kernels in 12 s",
-        "merging, 1 of 3 tiles, 750 kB/s, 10 s, about 13 s left",
+        "merging, 1 of 3 tiles, 2.5 MB/s, 10 s, about 4 s left",
     ]
 
 
@@ -191,3 +203,91 @@ def test_a_share_is_shown_by_phase(clock):
         clock[0] += 6
         on_progress("read", 0.5)
     assert console.file.getvalue() == "read, 50%\n"
+
+
+def test_early_outcomes_are_announced_once_and_gathered_at_the_end():
+    announced, gathered = [], []
+    tally = Tally(announced.append, list, gathered.append)
+    early = replace(merged(0, 0), is_early=True)
+    for outcome in (early, early, merged(0, 0)):  # its task was run again by another worker
+        tally.count(outcome)
+    assert (announced, gathered, tally.n_merged) == ([early], [merged(0, 0)], 1)
+    tally.count(replace(merged(0, 1), is_early=True))
+    for outcome in (failed(0, 1), merged(0, 1)):  # the worker was lost afterwards
+        tally.count(outcome)
+    assert [bool(outcome.summary) for outcome in announced[1:]] == [True, False, True]
+    assert tally.n_merged == 2
+
+
+class Timeline(Observer):
+    """When each tile is reported, and when all tasks have ended."""
+
+    def __init__(self):
+        self.tiles, self.phases = [], []
+
+    def started(self, cluster):
+        self.executor = cluster.executor
+
+    def compiling(self):
+        self.phases.append("compiling")
+
+    def compiled(self, seconds):
+        self.phases.append("compiled")
+
+    def tile_ended(self, outcome):
+        self.phases += ["tile"] * (not self.tiles)
+        self.tiles.append(outcome)
+
+
+def slow_tiles(spec, tiles):
+    """Merge tiles of half a second each, on a worker, after compiling."""
+    for iy, ix in tiles:
+        time.sleep(0.5)
+        yield merged(iy, ix)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as one:
+        yield one
+
+
+def test_workers_report_tiles_before_their_task_ends(client, monkeypatch):
+    ended, tiles = [], Tiles(8, np.arange(8))
+    executor = ClientExecutor(client, slow_tiles)
+    monkeypatch.setattr(executors, "BATCHES_PER_THREAD", 1)  # two tasks of four tiles
+    executor.run(JobSpec("memory://nowhere", "run"), tiles, ended.append, threading.Event())
+    early = [outcome for outcome in ended if outcome.is_early]
+    assert {outcome.ix for outcome in early} >= {0, 1, 2, 4, 5, 6}
+    assert {outcome.ix for outcome in ended if not outcome.is_early} == set(range(8))
+    first_whole = next(n for n, outcome in enumerate(ended) if not outcome.is_early)
+    assert first_whole >= 3
+    assert early[0].summary == merged(0, 0).summary
+
+
+def test_compiling_on_workers_is_a_phase(client, tmp_path, monkeypatch):
+    def compile_kernels(_plan, _exposure, _space, _dtype_of, listener):
+        listener.compiling()
+        listener.compiled(12.5)
+        return 12.5
+
+    monkeypatch.setattr(job, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(executors, "MAX_TILES_PER_TASK", 2)
+    search, seen = write_explicit_search(tmp_path / "RUN.zarr", (40, 50)), Timeline()
+    options = {"tile_size": 16, "cluster": client.scheduler.address, "observer": seen}
+    report = merge(search, tmp_path / "OUT.zarr", **options)
+    assert seen.phases == ["compiling", "compiled", "tile"]
+    assert len(seen.tiles) == report.n_merged == 12
+
+
+def test_the_log_has_progress_as_well(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "LINE_SECONDS", 0)
+    with RunLog(tmp_path / "log.jsonl") as log:
+        begin(log, (1, 4), n_done=1)
+        clock[0] += 2
+        log.tile_ended(merged(0, 1))
+        log.tile_ended(failed(0, 2))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    names = "tiles", "tiles_done", "tiles_failed", "bytes_per_second", "seconds_left"
+    found = [[line[name] for name in names] for line in lines if line["event"] == "progress"]
+    assert found == [[4, 2, 0, 3_750_000, 3], [4, 2, 1, 3_750_000, 3]]

@@ -37,6 +37,7 @@ class MergeProgress(MergeBar):
 
     def locked(self, stop: Callable[[], None]) -> None:
         """Keep the function that stops the run."""
+        super().locked(stop)
         self._stop = stop
         if self._is_to_stop:  # other code caught the StoppedError as its own error
             stop()

@@ -60,8 +60,8 @@ class Executor(Protocol):
     ) -> None:
         """Call :func:`attempt_tiles` with all tiles, in parts, and pass on the outcomes.
 
-        ``on_outcome`` is called in this thread. Once ``stopping`` is set, no batch starts, and the
-        running ones are awaited.
+        ``on_outcome`` is called in this thread, perhaps with an early outcome of a tile before.
+        Once ``stopping`` is set, no batch starts, and the running ones are awaited.
 
         Raises
         ------
@@ -129,7 +129,9 @@ def merge(
     )
 
 
-def attempt_tiles(spec: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
+def attempt_tiles(
+    spec: JobSpec, tiles: Iterable[tuple[int, int]], on_compile: CompileListener | None = None
+) -> Outcomes:
     """Merge some tiles of a prepared output; never raises, so that the other tiles are merged.
 
     This is the task of a worker, which reads the plan from the output, once. Tiles are taken when
@@ -146,7 +148,7 @@ def attempt_tiles(spec: JobSpec, tiles: Iterable[tuple[int, int]]) -> Outcomes:
 
     while True:
         try:
-            job = open_job(spec)
+            job = open_job(spec, on_compile)
             for outcome in merge_tiles(job, take(job)):
                 taken.popleft()
                 yield replace(outcome, where=where)

@@ -91,6 +91,8 @@ class Outcome:
     """Whether a retry may succeed; False if the data are the cause."""
     where: str = ""
     """Host and process that merged the tile."""
+    is_early: bool = False
+    """Whether the same outcome follows with its checksums and statistics, as the task ends."""
     checksums: TileChecksums | None = field(default=None, compare=False)
     """Checksums of its chunks, for the manifest of the result."""
     statistics: TileTotals | None = field(default=None, compare=False)
@@ -156,10 +158,18 @@ class Tally:
         self.n_merged = 0
         self.failed: dict[tuple[int, int], Outcome] = {}
         self.has_given_up = False
+        self._announced = set[tuple[int, int]]()
 
     def count(self, outcome: Outcome) -> None:
-        """Count a tile, which may have failed before."""
+        """Count a tile, which may have failed before; an early outcome is only passed on, once."""
         tile = outcome.iy, outcome.ix
+        if outcome.is_early:
+            if tile not in self._announced:
+                self._announced.add(tile)
+                self._on_outcome(outcome)
+            return
+        is_known = tile in self._announced and outcome.summary is not None
+        self._announced.discard(tile)
         if outcome.summary is None:
             self.failed[tile] = outcome
             self._n_consecutive += 1
@@ -173,7 +183,8 @@ class Tally:
             self.totals = self.totals + outcome.summary
             self.n_merged += 1
             self._n_consecutive = 0
-        self._on_outcome(outcome)
+        if not is_known:
+            self._on_outcome(outcome)
         if self._n_consecutive == MAX_CONSECUTIVE_FAILURES:
             self.has_given_up = True
             self._give_up()

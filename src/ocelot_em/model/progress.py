@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 from uuid import uuid4
 
 LINE_SECONDS = 5.0
-"""Interval between lines where there is neither a terminal nor a notebook."""
+"""Interval between lines where there is neither a terminal nor a notebook, and in logs."""
 
 NOTEBOOK_SECONDS = 0.25
 """Minimum interval between updates of a bar in a notebook."""
@@ -59,12 +59,18 @@ class Pace:
 
     def restart(self) -> None:
         """Forget all steps: work starts now."""
-        start = _Moment(time.perf_counter(), 0, 0)
-        self._start, self._moments = start, deque([start])
+        self._restarted = time.perf_counter()
+        self._start = _Moment(self._restarted, 0, 0)
+        self._moments = deque([self._start])
 
-    def step(self, nbytes: int = 0) -> None:
-        """Count a step that has ended."""
+    def step(self, nbytes: int = 0, seconds: float | None = None) -> None:
+        """Count a step that has ended, and which took so long if that is known.
+
+        The work starts with the first step: workers may have to start before.
+        """
         moments, now = self._moments, time.perf_counter()
+        if len(moments) == 1 and seconds is not None:
+            self._start = moments[0] = _Moment(max(self._start.at, now - seconds), 0, 0)
         _, n_steps, total = moments[-1]
         if len(moments) > 2 and now - moments[-2].at < RESOLUTION_SECONDS:
             moments.pop()
@@ -76,7 +82,7 @@ class Pace:
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self._start.at
+        return time.perf_counter() - self._restarted
 
     @property
     def steps_per_second(self) -> float | None:

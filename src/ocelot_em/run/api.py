@@ -22,7 +22,8 @@ from ocelot_em.model.keywords import MergeKeywords, takes
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.progress import Bar
 from ocelot_em.run.clusters import choose_device, n_workers, open_cluster, within_job
-from ocelot_em.run.executors import ThreadExecutor
+from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
+from ocelot_em.run.metrics import Metrics
 from ocelot_em.run.observer import MergeBar, Observer, Observers
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import as_places, open_objects
@@ -155,9 +156,14 @@ def _merge(
     if not ready.missing:  # without starting a cluster
         return merge_tiles(ready, options, ThreadExecutor(1), lock, observer.tile_ended)
     with open_cluster(options) as cluster:
+        local: Observer | None = observer
+        if isinstance(cluster.executor, ClientExecutor):
+            metrics = Metrics(lock.id[:12], cluster.executor.client.run_on_scheduler)
+            metrics.planned(ready, options)
+            observer, local = Observers(metrics, observer), None
+            cluster.executor.on_compile = observer
         observer.started(cluster)
         try:
-            local = observer if isinstance(cluster.executor, ThreadExecutor) else None
             return merge_tiles(ready, options, cluster.executor, lock, observer.tile_ended, local)
         finally:
             observer.ending()

@@ -23,7 +23,8 @@ from ocelot_em.errors import ClusterLostError
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.merge import attempt_tiles
 from ocelot_em.merge.outcome import OnOutcome, Outcome, Outcomes, Tiles, joined
-from ocelot_em.run.metrics import Metrics
+from ocelot_em.merge.warm_up import CompileListener
+from ocelot_em.run.tile_events import Event, TileEvents, outcomes_of, topic_of
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ that all threads end together."""
 REPORT_SECONDS = 0.2
 """Time after which tiles that have ended are reported."""
 
-MAX_TILES_PER_REPORT = 1024
-"""Maximum number of tiles that are reported together."""
+REPORTS_PER_THREAD = 32
+"""Minimum number of times that a thread reports tiles, if it has so many."""
 
 TASKS_PER_GRAPH = 32, 1024
 """Tasks per thread in the first graph of the threaded scheduler, and maximum number of tasks in
@@ -77,7 +78,7 @@ class ThreadExecutor:
     """Run tiles on Dask's threaded scheduler in this process, without a server.
 
     Each thread has a pipeline, which takes batches and merges them without a gap between them: a
-    task is whatever a pipeline merges in a fifth of a second, and at least one tile.
+    task is whatever a pipeline merges in a fifth of a second, or a small part of the tiles.
     """
 
     def __init__(self, n_threads: int, attempt: Attempt = attempt_tiles) -> None:
@@ -116,10 +117,11 @@ class ThreadExecutor:
                 pipeline = idle.get_nowait()
             except queue.Empty:  # all that are left are running
                 return []
+            most = max(len(tiles) // (REPORTS_PER_THREAD * self.n_threads), 1)
             outcomes, report_at = list[Outcome](), time.perf_counter() + REPORT_SECONDS
             for outcome in pipeline:
                 outcomes.append(outcome)
-                if time.perf_counter() >= report_at or len(outcomes) == MAX_TILES_PER_REPORT:
+                if time.perf_counter() >= report_at or len(outcomes) == most:
                     idle.put(pipeline)
                     break
             return outcomes
@@ -152,20 +154,24 @@ class ClientExecutor:
         self.client, self.attempt = client, attempt
         self._worker_timeout = worker_timeout_seconds
         self._cached_n_threads, self._queried_at = 0, float("-inf")
+        self.on_compile: CompileListener | None = None
         self.had_workers()
 
     def run(
         self, spec: JobSpec, tiles: Tiles, on_outcome: OnOutcome, stopping: threading.Event
     ) -> None:
         """See :class:`ocelot_em.merge.merge.Executor`."""
-        metrics = Metrics(spec.run_id[:12], self.client.run_on_scheduler)
-
-        def count(outcome: Outcome) -> None:
-            metrics.count(outcome)
-            on_outcome(outcome)
-
         self.had_workers()
-        window = _Window(self, spec, split_into_batches(tiles, self.n_threads), count)
+        window = _Window(self, spec, split_into_batches(tiles, self.n_threads), on_outcome)
+        topic = topic_of(spec.run_id)
+        self.client.subscribe_topic(topic, lambda event: window.events.put(event[1]))
+        try:
+            self._run(window, stopping)
+        finally:
+            with contextlib.suppress(Exception):  # the connection may be lost
+                self.client.unsubscribe_topic(topic)
+
+    def _run(self, window: "_Window", stopping: threading.Event) -> None:
         stop_by = float("inf")
         while True:
             self._require_workers()
@@ -177,9 +183,7 @@ class ClientExecutor:
                 stop_by = min(stop_by, time.monotonic() + STOP_SECONDS)
             if (all_submitted and not window.in_flight) or time.monotonic() > stop_by:
                 break
-            window.wait_for_task()
-            metrics.publish()
-        metrics.publish(force=True)
+            window.wait_for_event()
 
     def had_workers(self) -> None:
         """Note that there are workers; also when a paused one has ended a task."""
@@ -235,8 +239,10 @@ class _Window:
         self._suspects: deque[TileBatch] = deque()
         """Tiles whose workers died: retried one at a time, so that no other tile is blamed."""
         self._alone: set[TileBatch] = set()
-        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.in_flight: dict[str, tuple[TileBatch, Any]] = {}
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Futures of tasks that have ended, and what workers send while tasks run."""
+        self._compiling = set[int]()
+        self.in_flight: dict[int, tuple[TileBatch, Any]] = {}
 
     def fill(self) -> bool:
         """Submit tasks until all workers are busy; return whether all have been submitted."""
@@ -253,6 +259,7 @@ class _Window:
                     partial(_merged, self._executor.attempt),
                     self._spec,
                     batch,
+                    number,
                     key=(f"{TASK_NAME}-{self._spec.run_id[:12]}", *batch[0], len(batch), number),
                     pure=False,
                 )
@@ -261,25 +268,31 @@ class _Window:
                     raise
                 self._to_retry.append(batch)  # the connection was lost just now
                 return False
-            self.in_flight[str(future.key)] = batch, future
-            future.add_done_callback(self._ended.put)
+            self.in_flight[number] = batch, future
+            future.add_done_callback(self.events.put)
         return False
 
-    def wait_for_task(self) -> None:
-        """Wait briefly for a task to end, and report its tiles or put them back in the queue."""
+    def wait_for_event(self) -> None:
+        """Wait briefly for a task to end, and report its tiles or put them back in the queue.
+
+        Tiles that a running task has merged are reported early.
+        """
         try:
-            future = self._ended.get(timeout=POLL_SECONDS)
+            future = self.events.get(timeout=POLL_SECONDS)
         except queue.Empty:
             # Tasks lost in a restart of the scheduler never end.
-            lost = [key for key, (_, future) in self.in_flight.items() if future.status == "lost"]
-            self._to_retry.extend(self.in_flight.pop(key)[0] for key in lost)
+            lost = [one for one, (_, future) in self.in_flight.items() if future.status == "lost"]
+            self._to_retry.extend(self.in_flight.pop(number)[0] for number in lost)
             # Callbacks need one more thread, and are lost where it cannot be started.
             ended = [one for _, one in self.in_flight.values() if one.status in ENDED]
             if not ended:
                 return
             future = ended[0]
         self._executor.had_workers()
-        batch, _ = self.in_flight.pop(str(future.key), (None, None))
+        if isinstance(future, dict):
+            self._report_early(future)
+            return
+        batch, _ = self.in_flight.pop(future.key[-1], (None, None))
         if batch is None:
             return
         if future.status == "error":
@@ -310,10 +323,33 @@ class _Window:
         for outcome in outcomes:
             self._on_outcome(outcome)
 
+    def _report_early(self, event: Event) -> None:
+        """Report what a worker sends while a task runs; a task that has ended reports itself."""
+        number, listener = event["task"], self._executor.on_compile
+        if number not in self.in_flight:
+            return
+        for outcome in outcomes_of(event):
+            self._on_outcome(outcome)
+        n_before = len(self._compiling)
+        if "compiling" in event:
+            self._compiling.add(number)
+        elif "compiled" in event:
+            self._compiling.discard(number)
+        if listener is not None and not n_before and self._compiling:
+            listener.compiling()
+        elif listener is not None and n_before and not self._compiling:
+            listener.compiled(event["compiled"])
 
-def _merged(attempt: Attempt, spec: JobSpec, tiles: TileBatch) -> list[Outcome]:
+
+def _merged(attempt: Attempt, spec: JobSpec, tiles: TileBatch, number: int) -> list[Outcome]:
     """Merge the tiles of a task of a cluster."""
-    return joined(list(attempt(spec, tiles)))
+    events, outcomes = TileEvents(spec.run_id, number), list[Outcome]()
+    if attempt is attempt_tiles:
+        attempt = partial(attempt_tiles, on_compile=events)
+    for outcome in attempt(spec, tiles):
+        outcomes.append(outcome)
+        events.tile_ended(outcome)
+    return joined(outcomes)
 
 
 _numbers = itertools.count()

@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from ocelot_em.merge.outcome import Outcome
+from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.observer import TileProgress
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,13 @@ COUNTERS = {
 }
 """Label and description of each counter; counters start with the run."""
 
+GAUGES = {
+    "ocelot_planned_tiles": "All tiles of the result.",
+    "ocelot_done_tiles": "Tiles that are done, by this run or an earlier one.",
+    "ocelot_left_seconds": "Estimated time until all tiles are done.",
+}
+"""Description of each gauge."""
+
 UPDATE_SECONDS = 2.0
 """Interval between updates of the scheduler."""
 
@@ -29,46 +38,70 @@ Increments = dict[tuple[str, str], float]
 """Increments by counter and label value."""
 
 
-class Metrics:
-    """Counts outcomes of tiles; ``call`` adds the counts in the scheduler's process."""
+class Metrics(TileProgress):
+    """Counts tiles in the process of a scheduler.
+
+    Parameters
+    ----------
+    run_id
+        Label of the run.
+    call
+        Calls a function in the scheduler's process.
+    """
 
     def __init__(self, run_id: str, call: Callable[..., object]) -> None:
         self._run_id, self._call = run_id, call
         self._pending: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._next = float("-inf")
 
-    def count(self, outcome: Outcome) -> None:
+    def started(self, cluster: Cluster) -> None:
+        """Publish the number of tiles."""
+        super().started(cluster)
+        self._publish()
+
+    def tile_ended(self, outcome: Outcome) -> None:
         """Count a tile."""
+        super().tile_ended(outcome)
         tile, pending = outcome.summary, self._pending
         pending["ocelot_tiles", "failed" if tile is None else "merged"] += 1
-        if tile is None:
-            return
-        for phase, seconds in tile.seconds.items():
-            pending["ocelot_seconds", phase] += seconds
-        for kind, nbytes in tile.nbytes.items():
-            pending["ocelot_bytes", kind] += nbytes
+        if tile is not None:
+            for phase, seconds in tile.seconds.items():
+                pending["ocelot_seconds", phase] += seconds
+            for kind, nbytes in tile.nbytes.items():
+                pending["ocelot_bytes", kind] += nbytes
+        if time.monotonic() >= self._next:
+            self._publish()
 
-    def publish(self, *, force: bool = False) -> None:
-        """Send the increments since the last update, at most every ``UPDATE_SECONDS``."""
-        if not self._pending or (not force and time.monotonic() < self._next):
-            return
+    def ending(self) -> None:
+        """Publish what is left."""
+        self._publish()
+
+    def _publish(self) -> None:
         increments: Increments = dict(self._pending)
         self._pending.clear()
         self._next = time.monotonic() + UPDATE_SECONDS
+        values: dict[str, float] = {
+            "ocelot_planned_tiles": self.n_tiles,
+            "ocelot_done_tiles": self.n_done,
+        }
+        if (left := self.seconds_left) is not None:
+            values["ocelot_left_seconds"] = left
         try:
-            self._call(add, self._run_id, increments)
+            self._call(add, self._run_id, increments, values)
         except Exception as error:
             # Failing metrics must not end a run; the scheduler may lack this package.
             log.info("metrics cannot be published: %r", error)
             self._next = float("inf")
 
 
-def add(run_id: str, increments: Increments) -> None:
-    """Increment this process's counters; without prometheus-client, do nothing."""
+def add(run_id: str, increments: Increments, values: dict[str, float]) -> None:
+    """Increment counters and set gauges of this process; without prometheus-client, do nothing."""
     if importlib.util.find_spec("prometheus_client") is None:
         return
     for (name, label), value in increments.items():
         _counter(name).labels(run_id, label).inc(value)
+    for name, value in values.items():
+        _gauge(name).labels(run_id).set(value)
 
 
 @lru_cache
@@ -77,3 +110,10 @@ def _counter(name: str) -> Any:
 
     label, meaning = COUNTERS[name]
     return PrometheusCounter(name, meaning, ("run", label))
+
+
+@lru_cache
+def _gauge(name: str) -> Any:
+    from prometheus_client import Gauge
+
+    return Gauge(name, GAUGES[name], ("run",))

@@ -113,7 +113,9 @@ class TileProgress(Observer):
         if not self._is_done[number]:
             self._is_done[number] = 1
             self.n_done += 1
-            self.pace.step(outcome.summary.decoded_nbytes)
+            spent = outcome.summary.seconds
+            own = spent["read"] + spent["fold"] + spent["write"]
+            self.pace.step(round(outcome.summary.decoded_nbytes), own)
 
     @property
     def share(self) -> float:
@@ -149,6 +151,11 @@ class MergeBar(TileProgress):
     def waiting(self, reason: str) -> None:
         """Show why the merge is waiting."""
         self.bar.say(reason)
+
+    def locked(self, stop: Callable[[], None]) -> None:  # noqa: ARG002
+        """Show that the merge starts."""
+        if self.n_done < self.n_tiles:
+            self.bar.show("starting", None, now=True)
 
     def started(self, cluster: Cluster) -> None:
         """Show where the merge runs, and start the bar."""

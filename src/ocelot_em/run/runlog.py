@@ -10,6 +10,7 @@ import platform
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +23,9 @@ from ocelot_em.merge.outcome import MergeReport, Outcome
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.resume import PreparedMerge
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.progress import LINE_SECONDS
 from ocelot_em.run.clusters import Cluster
-from ocelot_em.run.observer import Observer
+from ocelot_em.run.observer import Observer, TileProgress
 from ocelot_em.store.objects import is_local, normalise_url
 from ocelot_em.store.whole_file import write_file
 
@@ -36,7 +38,7 @@ PACKAGES = (
 """Packages whose versions a run folder records, if they are installed."""
 
 
-class RunLog(Observer):
+class RunLog(TileProgress):
     """Writes the progress of a merge, and its log messages, as JSON lines.
 
     A context manager. Every line has ``time`` (UTC), ``run`` (one identifier per run; a resumed run
@@ -82,6 +84,7 @@ class RunLog(Observer):
             self._file.write(line + "\n")
 
     def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
+        super().planned(ready, options)
         cost = ready.forecast
         self.event(
             "planned",
@@ -105,12 +108,15 @@ class RunLog(Observer):
         self.event("locked")
 
     def started(self, cluster: Cluster) -> None:
+        super().started(cluster)
+        self._progress_at = time.monotonic()
         self.event("started", cluster=cluster.description, dashboard=cluster.dashboard)
 
     def compiling(self) -> None:
         self.event("compiling")
 
     def compiled(self, seconds: float) -> None:
+        super().compiled(seconds)
         self.event("compiled", seconds=round(seconds, 3))
 
     def tile_ended(self, outcome: Outcome) -> None:
@@ -122,6 +128,21 @@ class RunLog(Observer):
             fields = {"seconds": seconds, "bytes": nbytes}
         state, position = "failed" if tile is None else "merged", [outcome.iy, outcome.ix]
         self.event("tile", tile=position, state=state, worker=outcome.where, **fields)
+        super().tile_ended(outcome)
+        if time.monotonic() - self._progress_at >= LINE_SECONDS:
+            self._progress_at = time.monotonic()
+            self._log_progress()
+
+    def _log_progress(self) -> None:
+        left, rate = self.seconds_left, self.pace.bytes_per_second
+        self.event(
+            "progress",
+            tiles=self.n_tiles,
+            tiles_done=self.n_done,
+            tiles_failed=len(self.failed),
+            bytes_per_second=None if rate is None else round(rate),
+            seconds_left=None if left is None else round(left),
+        )
 
     def merged(self, report: MergeReport) -> None:
         """Write the totals of the merge."""

@@ -46,7 +46,8 @@ class ExecutorContract:
     An executor that passes can run merges. What the package relies on:
 
     - Each tile has exactly one outcome, of the attempt function called with the given job, in any
-      order; outcomes with errors are passed on like others.
+      order; outcomes with errors are passed on like others. Merged tiles may have early outcomes
+      before, without checksums and statistics.
     - ``on_outcome`` is called in the thread that called ``run``, and never after it has returned.
     - Tiles are taken from the sequence as workers become free: there may be millions.
     - Once ``stopping`` is set, no batch starts, and ``run`` returns after the running ones.
@@ -75,7 +76,7 @@ class ExecutorContract:
         threads = set()
 
         def note(outcome: Outcome) -> None:
-            outcomes.append(outcome)
+            outcomes.extend([outcome] * (not outcome.is_early))
             threads.add(threading.current_thread())
 
         tiles = Tiles(10, np.arange(1000, 1000 + n_tiles))
