@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ocelot_em.store.recorded import SearchSize
     from ocelot_em.store.search_info import Exposure, SearchInfo
     from ocelot_em.testing.simulation import Simulation, simulate
+    from ocelot_em.view.index import write_index
     from ocelot_em.view.inspection import StoreInfo, check, describe
     from ocelot_em.view.plots import plot_crop, plot_defocus, plot_poses, plot_psi, plot_zscore
     from ocelot_em.view.report import write_report
@@ -81,6 +82,7 @@ _HOME = {
         "store.recorded": "SearchSize",
         "store.search_info": "Exposure SearchInfo",
         "testing.simulation": "Simulation simulate",
+        "view.index": "write_index",
         "view.inspection": "StoreInfo check describe",
         "view.plots": "plot_crop plot_defocus plot_poses plot_psi plot_zscore",
         "view.report": "write_report",
@@ -131,6 +133,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "describe",
     "read_search_space_file",
     "write_report",
+    "write_index",
     "plot_zscore",
     "plot_crop",
     "plot_survival",

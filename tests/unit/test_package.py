@@ -15,7 +15,7 @@ from ocelot_em import errors
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
-SHIPPED_SUFFIXES = {".py", ".cu", ".j2", ".css"}
+SHIPPED_SUFFIXES = {".py", ".cu", ".j2", ".css", ".js"}
 SHIPPED_NAMES = {"py.typed", "DESIGN.md", "signatures.txt", "index.json", "kernels.o"}
 
 

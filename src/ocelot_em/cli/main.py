@@ -25,7 +25,7 @@ COMMANDS = {
     "watch": ("watch_command:watch", "Show the progress and particles of a running search."),
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
     "export": ("particle_commands:export", "Write maps or particles for other programs."),
-    "report": ("report_command:report", "Write one HTML page to judge a merged result by."),
+    "report": ("report_command:report", "Write an HTML page to judge merged results by."),
     "view": ("view_command:view_map", "Show maps and particles in a browser."),
     "info": ("info_command:info", "Describe a store."),
     "check": ("info_command:check", "Find everything that is wrong with stores."),

@@ -1,22 +1,49 @@
 """The command ``report``."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from ocelot_em.cli.parameters import Merged, PathOrUrl, require_stores
+from ocelot_em.cli.console import open_console
+from ocelot_em.cli.exit_codes import DONE, FAILED
+from ocelot_em.cli.parameters import PathOrUrl, require_stores
 from ocelot_em.cli.particle_commands import DEFAULTS, PICKING, print_particles
+from ocelot_em.model.text import count_text
 from ocelot_em.particles.options import PickOptions
+
+if TYPE_CHECKING:
+    from ocelot_em.view.index import IndexRow
 
 
 def report(
-    store: Merged, /, *, output: PathOrUrl, picking: Annotated[PickOptions, PICKING] = DEFAULTS
-) -> None:
-    """Write the report of a merged result.
+    stores: list[PathOrUrl],
+    /,
+    *,
+    output: PathOrUrl,
+    picking: Annotated[PickOptions, PICKING] = DEFAULTS,
+) -> int:
+    """Write the report of a merged result, or one page for many results with a report of each.
 
     Parameters
     ----------
+    stores
+        Paths or URLs of merged results, or a folder in which all are found.
     output
-        HTML file to write.
+        HTML file to write. Many results: one page, or a folder for it, with the reports and a table
+        (CSV) beside it.
     """
+    if len(stores) == 1 and Path(output).suffix and not _is_folder_of_results(stores[0]):
+        _write_one(stores[0], output, picking)
+        return DONE
+    from ocelot_em.view.index import write_index
+
+    table = write_index(stores, output, on_result=_print_row, **dict(picking))
+    n_failed = int((table["error"] != "").sum())
+    failed = f", {n_failed} could not be read" if n_failed else ""
+    open_console().print(f"{count_text(len(table), 'result')}{failed}: {output}")
+    return FAILED if n_failed else DONE
+
+
+def _write_one(store: PathOrUrl, output: PathOrUrl, picking: PickOptions) -> None:
     require_stores(store)
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
@@ -26,3 +53,15 @@ def report(
     table = pick_particles(merged, picking)
     write_report(merged, output, particles=table)
     print_particles(table, output)
+
+
+def _is_folder_of_results(place: PathOrUrl) -> bool:
+    return Path(place).is_dir() and not (Path(place) / "zarr.json").exists()
+
+
+def _print_row(row: "IndexRow") -> None:
+    if row.error:
+        open_console().print(f"could not be read: {row.error}")
+        return
+    warned = f", {count_text(row.n_warnings, 'warning')}" if row.n_warnings else ""
+    open_console().print(f"{row.result}: {count_text(row.particles or 0, 'particle')}{warned}")
