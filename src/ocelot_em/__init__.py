@@ -41,7 +41,14 @@ if TYPE_CHECKING:
     from ocelot_em.testing.simulation import Simulation, simulate
     from ocelot_em.view.index import write_index
     from ocelot_em.view.inspection import StoreInfo, check, describe
-    from ocelot_em.view.plots import plot_crop, plot_defocus, plot_poses, plot_psi, plot_zscore
+    from ocelot_em.view.plots import (
+        plot_crop,
+        plot_defocus,
+        plot_map,
+        plot_poses,
+        plot_psi,
+        plot_zscore,
+    )
     from ocelot_em.view.report import write_report
     from ocelot_em.view.statistics_plots import (
         plot_correlations,
@@ -84,7 +91,7 @@ _HOME = {
         "testing.simulation": "Simulation simulate",
         "view.index": "write_index",
         "view.inspection": "StoreInfo check describe",
-        "view.plots": "plot_crop plot_defocus plot_poses plot_psi plot_zscore",
+        "view.plots": "plot_crop plot_defocus plot_map plot_poses plot_psi plot_zscore",
         "view.report": "write_report",
         "view.statistics_plots": (
             "plot_correlations plot_distributions plot_joint plot_partials plot_survival"
@@ -135,6 +142,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "write_report",
     "write_index",
     "plot_zscore",
+    "plot_map",
     "plot_crop",
     "plot_survival",
     "plot_distributions",

@@ -14,9 +14,8 @@ import ocelot_em
 from ocelot_em import ImportOptions, MergeOptions, PickOptions
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportKeywords
-from ocelot_em.model.keywords import MergeKeywords, SlurmKeywords
+from ocelot_em.model.keywords import MergeKeywords, PickKeywords, SlurmKeywords
 from ocelot_em.model.options import SlurmJobs
-from ocelot_em.particles.options import PickKeywords
 from ocelot_em.store.objects import as_places
 
 PAIRS = {

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import xarray as xr
 from distributed import Client, LocalCluster
 
 from builders import (
@@ -16,7 +17,17 @@ from builders import (
     write_explicit_search,
     write_indexed_search,
 )
-from ocelot_em import SearchInfo, lazy_merge, merge, open_merged, open_partials
+from ocelot_em import (
+    Region,
+    SearchInfo,
+    Simulation,
+    find_peaks,
+    lazy_merge,
+    merge,
+    open_merged,
+    open_partials,
+    write_partial,
+)
 from ocelot_em.errors import (
     CorruptChunkError,
     FormatError,
@@ -76,7 +87,9 @@ def test_a_lazy_merge_equals_a_merge_bit_for_bit(tmp_path, form):
     for tile_size in (None, 64):
         result = lazy_merge(run, **({} if tile_size is None else {"tile_size": tile_size}))
         assert list(result.data_vars) == list(eager.data_vars)
+        result.attrs["store"] = str(tmp_path / "M")
         assert result.attrs == eager.attrs
+        xr.testing.assert_identical(result.coords.to_dataset(), eager.coords.to_dataset())
         computed = result.compute()
         for key in eager.data_vars:
             assert result[key].dtype == eager[key].dtype
@@ -239,3 +252,81 @@ def test_nan_is_masked_where_asked_for(tmp_path):
     masked, plain = lazy_merge(run, nan="mask"), lazy_merge(run)
     assert "total_projections" in masked.data_vars
     assert same_bits(masked[SCALED_MIP], plain[SCALED_MIP])
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A result with known particles, with a pixel size, and with pixels that are not valid."""
+    place = tmp_path_factory.mktemp("merged")
+    simulation = Simulation((150, 120), n_partials=2, n_particles=4, seed=3)
+    blocks = [simulation.partial_block(k, Region(0, 150, 0, 120)) for k in range(2)]
+    about = SearchInfo(template_box=11, pixel_size_angstrom=2.5)
+    for k, (block, count) in enumerate(zip(blocks, simulation.counts, strict=True)):
+        write_partial(place / "S", f"gpu{k}", block, total_projections=count, order=k, search=about)
+    merge(place / "S", place / "M")
+    return place
+
+
+def test_coordinates_are_positions_with_units(merged, tmp_path):
+    for maps in (open_merged(merged / "M"), lazy_merge(merged / "S"), open_partials(merged / "S")):
+        assert maps.y.values.tolist() == [2.5 * row for row in range(150)]
+        assert maps.x.attrs == {"long_name": "x", "units": "Å"}
+        assert maps.valid_y.values.tolist() == [True] * 140 + [False] * 10
+        nearest = maps[MIP].sel(y=20.9, x=[51.0, 3.1], method="nearest")
+        assert same_bits(nearest, maps[MIP].isel(y=8, x=[20, 1]))
+    pixels = lazy_merge(write_explicit_search(tmp_path / "R", SHAPE))
+    assert (pixels.y.units, pixels.y.values.tolist()) == ("pixel", [*range(70)])
+    assert pixels.ocelot.valid.sizes == pixels.sizes
+
+
+def test_the_valid_part_is_that_of_any_part(merged):
+    maps = open_merged(merged / "M")
+    assert dict(maps.ocelot.valid.sizes) == {"y": 140, "x": 110}
+    part = maps.isel(y=slice(145, 100, -5), x=slice(100, None)).ocelot.valid
+    assert (part.y.values / 2.5).tolist() == [135, 130, 125, 120, 115, 110, 105]
+    assert (part.x.values / 2.5).tolist() == [*range(100, 110)]
+    assert maps.isel(y=slice(145, None)).ocelot.valid.sizes["y"] == 0
+
+
+def test_peaks_are_those_of_the_part(merged):
+    maps, everywhere = open_merged(merged / "M"), find_peaks(merged / "M", min_distance=5)
+    assert list(maps.ocelot.peaks(min_distance=5)) == list(everywhere)
+    assert len(everywhere) == 5
+    for particle in everywhere:
+        y, x = particle["pos_y"], particle["pos_x"]
+        part = maps.isel(y=slice(y, y + 1), x=slice(max(x - 2, 0), x + 2))
+        assert list(part.ocelot.peaks(min_distance=5)) == [particle]
+        assert float(maps.sel(y=2.5 * y, x=2.5 * x)[SCALED_MIP]) == particle[SCALED_MIP]
+    with pytest.raises(InvalidInputError, match="expected maps from open_merged"):
+        lazy_merge(merged / "S").ocelot.peaks()
+
+
+def test_a_plot_has_the_first_row_on_top_and_particles_on_their_peaks(merged):
+    maps, particles = open_merged(merged / "M"), find_peaks(merged / "M")
+    best = particles[0]
+    for left in (0, best["pos_x"] - 2):
+        part = maps.isel(x=slice(left, None))
+        ax = part.ocelot.plot(particles=particles)
+        assert ax.get_ylabel() == "y (Å)"
+        assert ax.get_xlim() == (2.5 * (left - 0.5), 2.5 * 109.5)
+        assert ax.get_ylim() == (2.5 * 139.5, -1.25)
+        (image,), (circles,) = ax.images, ax.collections
+        drawn = circles.get_offsets()[0]
+        assert drawn.tolist() == [2.5 * best["pos_x"], 2.5 * best["pos_y"]]
+        assert image.get_array()[best["pos_y"], best["pos_x"] - left] == best[SCALED_MIP]
+        assert image.origin == "upper"
+
+
+def test_a_large_map_is_pooled_so_that_peaks_stay(merged, monkeypatch):
+    monkeypatch.setattr("ocelot_em.view.figures.OVERVIEW_PX", 40)
+    maps = open_merged(merged / "M")
+    for name, highest in (
+        (SCALED_MIP, float(maps.ocelot.valid[SCALED_MIP].max())),
+        ("best_psi", 0),
+    ):
+        ax = maps.ocelot.plot(name)
+        (image,) = ax.images
+        assert image.get_array().shape == (35, 28)
+        assert image.get_extent()[0] < 0
+        assert not highest or image.get_array().max() == np.float32(highest)
+    assert ax.get_title() == "best_psi"

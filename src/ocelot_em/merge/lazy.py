@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from os import PathLike
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import dask.array as da
 import dask.threaded
@@ -21,8 +21,8 @@ from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.result import DerivedMap, MergedResult
-from ocelot_em.model.keywords import MergeKeywords, takes
-from ocelot_em.model.maps import INDEX, MAPS, AnyArray
+from ocelot_em.model.keywords import MergeKeywords, PickKeywords, takes
+from ocelot_em.model.maps import INDEX, MAPS, SCALED_MIP, AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
@@ -31,6 +31,9 @@ from ocelot_em.store.attributes import Contribution, MergedAttributes, SearchAtt
 from ocelot_em.store.constants import DIMENSIONS, map_attributes
 from ocelot_em.store.objects import as_places, open_objects
 from ocelot_em.store.sources import open_source_maps, open_sources
+
+if TYPE_CHECKING:
+    from ocelot_em import ParticleTable
 
 
 def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr.Dataset:
@@ -47,7 +50,7 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
     -------
     xarray.Dataset
         Maps with dimensions ``partial`` (in the stated order), ``y``, ``x``; coordinates
-        ``partial`` (names) and ``total_projections`` (exact counts).
+        ``partial`` (names), ``total_projections`` (exact counts) and those of :func:`open_merged`.
 
     Raises
     ------
@@ -91,6 +94,7 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
             for name in names
         },
         coords={
+            **_coordinates(about.shape, about.valid_shape, attributes.pixel_size_angstrom),
             "partial": [source.name for source in sources],
             "total_projections": ("partial", [source.total_projections for source in sources]),
         },
@@ -114,9 +118,14 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     -------
     xarray.Dataset
         Maps with dimensions ``y``, ``x``; pose maps that are not stored are decoded from the index.
-        Only ``[:valid_shape[0], :valid_shape[1]]`` (an attribute) is meaningful. In a montage,
+        The coordinates ``y`` and ``x`` are in Å, or in pixels if the pixel size is unknown: the
+        numbers ``pos_y`` and ``pos_x`` of particles times the pixel size. Only pixels whose
+        coordinates ``valid_y`` and ``valid_x`` are true are meaningful. In a montage,
         ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes).
         The attribute ``incomplete_search`` is present if not all was searched.
+
+        ``maps.ocelot.valid`` is the valid part, ``maps.ocelot.plot()`` draws a map, and
+        ``maps.ocelot.peaks()`` picks particles.
 
     Raises
     ------
@@ -129,10 +138,15 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     --------
     >>> from ocelot_em import open_merged
     >>> maps = open_merged("MERGED.zarr")
-    >>> maps.valid_shape
-    (245, 345)
+    >>> dict(maps.ocelot.valid.sizes)
+    {'y': 245, 'x': 345}
     >>> round(float(maps.scaled_mip[:200, :200].max()), 2)
     12.38
+    >>> best = maps.ocelot.peaks()[0]
+    >>> best["pos_y"], best["pos_x"], maps.pixel_size_angstrom, maps.y.units
+    (39, 249, 2.5, 'Å')
+    >>> round(float(maps.scaled_mip.sel(y=98, x=622, method="nearest")), 2)
+    12.81
     """
     merged = MergedResult.open(store)
     attributes = merged.attributes
@@ -143,7 +157,13 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     names = replace(attributes.maps, decoded=True, derived=True).merged
     return xr.Dataset(
         {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
-        attrs=_dataset_attributes(attributes, attributes.partials, merged.incomplete_text),
+        coords=_coordinates(
+            attributes.shape, attributes.valid_shape, attributes.pixel_size_angstrom
+        ),
+        attrs={
+            **_dataset_attributes(attributes, attributes.partials, merged.incomplete_text),
+            "store": merged.url,
+        },
     )
 
 
@@ -209,6 +229,7 @@ def lazy_merge(
 
     return xr.Dataset(
         {name: (DIMENSIONS, lazy_map(name), map_attributes(name)) for name in plan.maps.merged},
+        coords=_coordinates(plan.shape, plan.valid_shape, plan.pixel_size_angstrom),
         attrs=_dataset_attributes(plan, plan.contributions, plan.incomplete_text),
     )
 
@@ -272,6 +293,64 @@ def _as_dask(chunked: ChunkedMap | DerivedMap, identity: str) -> da.Array:
         lock=False,
         meta=np.empty((0, 0), chunked.dtype),
     )
+
+
+def _coordinates(
+    shape: tuple[int, int], valid_shape: tuple[int, int], pixel_size_angstrom: float | None
+) -> dict[str, Any]:
+    """Return the positions of rows and columns, and which of them are valid."""
+    size, units = (1.0, "pixel") if pixel_size_angstrom is None else (pixel_size_angstrom, "Å")
+    found = dict[str, Any]()
+    for axis, n, n_valid in zip(DIMENSIONS, shape, valid_shape, strict=True):
+        found[axis] = (axis, np.arange(n) * size, {"long_name": axis, "units": units})
+        found[f"valid_{axis}"] = (axis, np.arange(n) < n_valid)
+    return found
+
+
+@xr.register_dataset_accessor("ocelot")  # type: ignore[no-untyped-call]  # of xarray
+class _Maps:
+    """What can be done with a dataset of merged maps, or with a part of it: ``maps.ocelot``."""
+
+    def __init__(self, maps: xr.Dataset) -> None:
+        self._maps = maps
+
+    @property
+    def valid(self) -> xr.Dataset:
+        """The part of the maps that is valid."""
+        rows = {axis: np.flatnonzero(self._maps[f"valid_{axis}"]) for axis in DIMENSIONS}
+        return self._maps.isel(
+            {axis: slice(min(n), max(n) + 1) if n.size else slice(0) for axis, n in rows.items()}
+        )
+
+    def plot(
+        self,
+        name: str = SCALED_MIP,
+        ax: Any = None,
+        *,
+        particles: "ParticleTable | None" = None,
+    ) -> Any:
+        """Draw the valid part of a map, the first row on top, as :func:`ocelot_em.plot_map`."""
+        from ocelot_em import plot_map
+
+        return plot_map(self.valid[name], ax, particles=particles)
+
+    def peaks(self, **options: Unpack[PickKeywords]) -> "ParticleTable":
+        """Pick particles as :func:`ocelot_em.find_peaks`; of a part of the maps, those in it."""
+        from ocelot_em import find_peaks
+
+        if "store" not in self._maps.attrs:
+            raise InvalidInputError(
+                "peaks: expected maps from open_merged, got maps without a store; write the result "
+                "with merge first, then use open_merged"
+            )
+        found = find_peaks(self._maps.attrs["store"], **options)
+        size = found.about.pixel_size_angstrom if found.about else None
+        prefix = "canvas" if found.is_of_montage else "pos"
+        inside = [
+            np.isin(found[f"{prefix}_{axis}"] * (size or 1.0), self._maps[axis])
+            for axis in DIMENSIONS
+        ]
+        return found[np.logical_and(*inside)]
 
 
 def _dataset_attributes(

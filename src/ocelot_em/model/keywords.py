@@ -53,6 +53,19 @@ class MergeKeywords(TypedDict, total=False):
     slurm: SlurmKeywords | SlurmJobs
 
 
+class PickKeywords(TypedDict, total=False):
+    """Those of :class:`ocelot_em.PickOptions`."""
+
+    method: Literal["gaussian", "gev", "pvalue"]
+    false_positives: float
+    cutoff: float | None
+    min_distance: float
+    per: Literal["exposure", "montage"]
+    same_distance: float | None
+    same_angle: float
+    same_defocus: float
+
+
 def takes(model: type[Options]) -> Callable[[_Function], _Function]:
     """Return a decorator that shows the fields of a model in place of a function's ``**options``.
 

@@ -1,6 +1,6 @@
 """Options for particle picking."""
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -61,16 +61,3 @@ class PickOptions(Options):
         """Maximum differences between duplicates of one particle."""
         distance = self.min_distance if self.same_distance is None else self.same_distance
         return Tolerances(distance, self.same_angle, self.same_defocus)
-
-
-class PickKeywords(TypedDict, total=False):
-    """Fields of :class:`PickOptions` as keywords."""
-
-    method: Literal["gaussian", "gev", "pvalue"]
-    false_positives: float
-    cutoff: float | None
-    min_distance: float
-    per: Literal["exposure", "montage"]
-    same_distance: float | None
-    same_angle: float
-    same_defocus: float

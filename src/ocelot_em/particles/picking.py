@@ -17,7 +17,7 @@ from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
 from ocelot_em.merge.stats.collected import NEIGHBOUR_FIELDS, NEIGHBOURS
-from ocelot_em.model.keywords import takes
+from ocelot_em.model.keywords import PickKeywords, takes
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
     COUNT,
@@ -33,7 +33,7 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
 from ocelot_em.particles.duplicates import Peaks, join_duplicates
-from ocelot_em.particles.options import PickKeywords, PickOptions
+from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
 from ocelot_em.particles.table import (

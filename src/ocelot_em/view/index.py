@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 from ocelot_em.errors import InvalidInputError, MissingDependencyError, OcelotError, optional_import
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import render
-from ocelot_em.particles.options import PickKeywords, PickOptions
+from ocelot_em.model.keywords import PickKeywords
+from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.attributes import MergedAttributes

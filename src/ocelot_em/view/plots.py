@@ -10,7 +10,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.table import ParticleTable
@@ -131,11 +131,67 @@ def plot_crop(
     return ax
 
 
-def _draw_map(ax: "Axes", z: Float32, label: str = "", **options: Any) -> None:
-    """Draw z-scores from their median to their 99.99th percentile, so that peaks stand out."""
+def plot_map(
+    values: Any, ax: "Axes | None" = None, *, particles: ParticleTable | None = None
+) -> "Axes":
+    """Draw a map of a dataset, or a part of one, at its coordinates, with the first row on top.
+
+    Parameters
+    ----------
+    values
+        Map of :func:`ocelot_em.open_merged` or :func:`ocelot_em.lazy_merge`, an
+        ``xarray.DataArray``. Of a map that is too large, the maximum of each block is drawn if it
+        has scores, otherwise one pixel of each block.
+    ax
+        Axes to draw into.
+    particles
+        Picked particles; the first (highest) :data:`MAX_CIRCLES` are circled.
+
+    Examples
+    --------
+    >>> from ocelot_em import open_merged, plot_map
+    >>> maps = open_merged("MERGED.zarr")
+    >>> axes = plot_map(maps.best_psi[:100, :150])
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('x (Å)', 'y (Å)')
+    """
+    factor, has_scores = (
+        ceil_div(max(values.shape), figures.OVERVIEW_PX),
+        values.name in (MIP, SCALED_MIP),
+    )
+    if has_scores and factor > 1:
+        values = values.coarsen(y=factor, x=factor, boundary="pad").max(keep_attrs=True)
+    pixels = values if has_scores else values[::factor, ::factor]
+    y, x = (pixels[axis].to_numpy() for axis in ("y", "x"))
+    half_y, half_x = (np.diff(places[:2]).sum() / 2 or 0.5 for places in (y, x))
+    extent = (x[0] - half_x, x[-1] + half_x, y[-1] + half_y, y[0] - half_y)
+    ax, name, units = (
+        figures.axes_or_new(ax),
+        str(values.name),
+        values.y.attrs.get("units", "pixel"),
+    )
+    label = "z-score" if name == SCALED_MIP else name
+    lowest = 50 if has_scores else 0
+    _draw_map(ax, pixels.to_numpy(), label, lowest=lowest, extent=extent)
+    if particles is not None and len(particles):
+        size = particles.about.pixel_size_angstrom if particles.about else None
+        scale = size if size is not None and units == "Å" else 1.0
+        rows, columns = (place[:MAX_CIRCLES] * scale for place in map_positions(particles))
+        figures.circle(ax, columns, rows, figures.CYAN, "picked", size=90)
+    ax.set(
+        title=label, xlabel=f"x ({units})", ylabel=f"y ({units})", xlim=extent[:2], ylim=extent[2:]
+    )
+    return ax
+
+
+def _draw_map(
+    ax: "Axes", z: AnyArray, label: str = "", *, lowest: float = 50, **options: Any
+) -> None:
+    """Draw from the ``lowest`` percentile to the 99.99th: of scores the median, for peaks."""
     known = z[np.isfinite(z)]
-    low, high = np.percentile(known, (50, 99.99)).tolist() if known.size else (0.0, 1.0)
-    figures.draw_image(ax, z, label, "magma", vmin=low, vmax=max(high, low + 1), **options)
+    low, high = np.percentile(known, (lowest, 99.99)).tolist() if known.size else (0.0, 1.0)
+    high = max(high, low + 1) if lowest else high
+    figures.draw_image(ax, z, label, "magma", vmin=low, vmax=high, **options)
 
 
 def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
