@@ -6,7 +6,7 @@ that they accept. A test keeps both in step.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 from ocelot_em.model.options import Options, SlurmJobs
 from ocelot_em.model.regions import Overlap
@@ -28,6 +28,15 @@ class SlurmKeywords(TypedDict, total=False):
     log_directory: str | None
 
 
+class Scheduled(Protocol):
+    """A ``distributed.Client``, or a cluster of Dask."""
+
+    @property
+    def dashboard_link(self) -> Any:
+        """Link to its dashboard."""
+        ...
+
+
 class MergeKeywords(TypedDict, total=False):
     """Those of :class:`ocelot_em.MergeOptions`."""
 
@@ -45,7 +54,7 @@ class MergeKeywords(TypedDict, total=False):
     overlap: Overlap
     erode: int
     origins: Literal["exact", "round"]
-    cluster: str
+    cluster: str | Scheduled
     workers: int | None
     threads: int | None
     worker_timeout: float | None

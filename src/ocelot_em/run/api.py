@@ -22,6 +22,7 @@ from ocelot_em.model.keywords import MergeKeywords, takes
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.progress import Bar
 from ocelot_em.run.clusters import choose_device, n_workers, open_cluster, within_job
+from ocelot_em.run.connect import address_of, warn_if_unused
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
 from ocelot_em.run.metrics import Metrics
 from ocelot_em.run.observer import MergeBar, Observer, Observers
@@ -68,7 +69,9 @@ def merge(
     observer
         Receives the events of the merge.
     **options
-        The fields of :class:`MergeOptions`, which describes them.
+        The fields of :class:`MergeOptions`, which describes them. ``cluster`` may also be a
+        ``distributed.Client`` or a cluster of Dask, which stay open; without it, an active client
+        is not used, and a warning says so.
 
     Returns
     -------
@@ -101,8 +104,12 @@ def merge(
     >>> float(open_merged("RESULT.zarr").scaled_mip.max()) > 9
     True
     """
-    with within_job(MergeOptions.parse(options)) as requested, MergeBar(Bar(progress)) as bar:
-        return run_merge(inputs, output, requested, Observers(bar, observer or Observer()))
+    if "cluster" not in options:
+        warn_if_unused()
+    with address_of(options.get("cluster", "threads")) as cluster:
+        parsed = MergeOptions.parse({**options, "cluster": cluster})
+        with within_job(parsed) as requested, MergeBar(Bar(progress)) as bar:
+            return run_merge(inputs, output, requested, Observers(bar, observer or Observer()))
 
 
 def run_merge(

@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ocelot_em.errors import ClusterLostError, OcelotError, PlanError
+from ocelot_em.model.text import count_text
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +26,60 @@ RESPONSE_SECONDS = 30.0
 _T = TypeVar("_T")
 
 
+_lent: ContextVar[Any] = ContextVar("lent", default=None)
+"""Client of the caller, which is used for its scheduler instead of a new one."""
+
+
+@contextlib.contextmanager
+def address_of(cluster: Any) -> Iterator[Any]:
+    """Yield the address of a Dask client or cluster, and use it meanwhile; anything else as it is.
+
+    A client stays open. The workers of a cluster stay, too.
+    """
+    if not hasattr(cluster, "dashboard_link"):
+        yield cluster
+        return
+    from distributed import Client
+
+    with contextlib.ExitStack() as stack:
+        client = cluster
+        if not isinstance(cluster, Client):
+            client = stack.enter_context(Client(cluster, set_as_default=False))
+        if client.asynchronous or client.status != "running":
+            raise PlanError(
+                f"cluster: expected a client that is synchronous and connected, got {client}; "
+                "pass the address of its scheduler, or Client(...) without asynchronous=True"
+            )
+        stack.callback(_lent.reset, _lent.set(client))
+        yield client.scheduler.address
+
+
+def warn_if_unused() -> None:
+    """Warn that a client of Dask is active, but not used by a merge in threads."""
+    if "distributed" not in sys.modules:
+        return
+    from distributed import Client
+
+    with contextlib.suppress(ValueError):  # there is none
+        client = Client.current()
+        if client.status == "running":
+            log.warning(
+                "merging in threads of this process; the active Dask client of %s, with %s, is not "
+                "used: pass cluster=client to use it, or cluster='threads' to have no warning",
+                client.scheduler.address,
+                count_text(len(client.nthreads()), "worker"),
+            )
+
+
 @contextlib.contextmanager
 def connect_client(address: str) -> Iterator[Any]:
     """Connect to a running scheduler; raise a PlanError if it does not respond."""
     from distributed import Client
 
+    lent = _lent.get()
+    if lent is not None and lent.scheduler is not None and lent.scheduler.address == address:
+        yield lent
+        return
     try:
         # Not in this thread, which may run an event loop.
         call_with_timeout(CONNECT_SECONDS + 5, lambda: asyncio.run(_require_scheduler(address)))
