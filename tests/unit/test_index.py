@@ -83,8 +83,8 @@ def test_every_result_is_on_the_page_with_its_report(runs, tmp_path):
     table = write_index([runs / "one/MERGED.zarr", runs / "two/MERGED.zarr"], tmp_path / "all.html")
     page = Rows((tmp_path / "all.html").read_text())
     names = [row[1] for row in page.texts()]
-    assert names == ["one/MERGED.zarr", "two/MERGED.zarr"]
-    reports = ["all_reports/one_MERGED.html", "all_reports/two_MERGED.html"]
+    assert names == ["one", "two"]
+    reports = ["all_reports/one.html", "all_reports/two.html"]
     assert set(page.references) == {*reports, "all_results.csv"}
     for reference in page.references:
         assert (tmp_path / reference).is_file()
@@ -158,7 +158,8 @@ def test_warnings_are_shown_and_counted(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("ocelot_em.view.index.warnings_of", lambda _: ["First.", "Second."])
     table = write_index(runs / "one/MERGED.zarr", tmp_path)
     (row,) = Rows((tmp_path / "index.html").read_text()).rows[1:]
-    assert row[-1] == ["2 warningsFirst.Second.", "2"]
+    assert row[1][0] == "MERGED.zarr2 warningsFirst.Second."
+    assert row[-1] == ["2 warnings", "2"]
     assert (table["n_warnings"][0], table["warnings"][0]) == (2, "First.\nSecond.")
 
 

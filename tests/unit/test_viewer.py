@@ -4,8 +4,11 @@ import contextlib
 import json
 import logging
 import os
+import re
+import signal
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 from http.client import HTTPConnection
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 
 from ocelot_em import MergedResult, Simulation, find_peaks, merge, simulate
+from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError, OutputExistsError, StorageError
 from ocelot_em.io.napari import write_napari_csv
 from ocelot_em.view.scene import FITTING_PX, MAGMA
@@ -427,6 +432,31 @@ def test_particles_of_a_table_are_drawn_over_an_image(picture, merged, no_client
         assert int.from_bytes(get(opened.url + "particles/all/0_0")[2][:8], "little") == 2
     with view(picture, particles=particles[:0]) as opened:
         assert "particles" not in [layer["name"] for layer in state_of(opened)[1]["layers"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_command_deletes_its_image_however_it_ends(
+    merged, no_client, monkeypatch, capsys, number
+):
+    folders = []
+
+    def wait(opened):
+        folders.append(opened.folders["picture"])
+        assert folders[0].is_dir()
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr("ocelot_em.view.viewer.View.wait", wait)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert run(["view", merged.url, "--map", "mip"]) == DONE
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert not folders[0].exists()
+    out = capsys.readouterr().out
+    assert re.search(r"open http://127\.0\.0\.1:\d+/v/\S+/\n", out)
+    assert "ssh -NL " in out
 
 
 def test_napari_gets_points_in_the_units_of_the_image(merged, tmp_path):

@@ -1,6 +1,7 @@
 """The command ``view``."""
 
 import contextlib
+import signal
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -33,9 +34,13 @@ def view_map(
         Port of the server on 127.0.0.1; 0: any free port.
     """
     from ocelot_em.io.tables import read_particles
-    from ocelot_em.view.viewer import view
+    from ocelot_em.view.viewer import is_result, view
 
     console = open_console()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a temporary image is deleted then, too
+        signal.signal(number, signal.default_int_handler)
+    if is_result(source):
+        console.print(f"writing an image of {source} into a temporary folder")
     table = None if particles is None else read_particles(particles)
     with view(source, port, maps=maps, particles=table) as shown:
         console.print(f"open {shown.url}")

@@ -177,8 +177,10 @@ def _may_be_result(folder: str) -> bool:
 
 
 def _short_names(urls: Sequence[str]) -> list[str]:
-    """Return the URLs without the folders that all have in common."""
+    """Return the URLs without the folders, and the last name, that all have in common."""
     parts = [url.rstrip("/").split("/") for url in urls]
+    if len(parts) > 1 and len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
     levels = zip(*(own[:-1] for own in parts), strict=False)
     n_common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
     return ["/".join(own[n_common:]) for own in parts]

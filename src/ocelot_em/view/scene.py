@@ -15,6 +15,10 @@ from ocelot_em.view.plots import map_positions
 FITTING_PX = 700
 """Screen pixels of the longest edge of an image when it is opened."""
 
+RENDER_SCALE = 2
+"""Screen pixels per pixel of the levels that are drawn; with fewer than 1, single bright pixels
+disappear between screen pixels."""
+
 ORIGIN = "{url}"
 """Placeholder, in a state, for the URL of the folder that contains the image and the particles."""
 
@@ -101,6 +105,7 @@ def read_state(
             "source": f"zarr3://{ORIGIN}{PICTURE}/",
             "visible": name == shown[0],
             "localPosition": [names.index(name)],
+            "crossSectionRenderScale": RENDER_SCALE,
             "shader": shader,
             "shaderControls": {"normalized": {"range": channels[names.index(name)][1]}},
         }

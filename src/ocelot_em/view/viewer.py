@@ -162,7 +162,7 @@ def view(
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
     with ExitStack() as stack:
-        if isinstance(source, MergedResult) or _is_result(source):
+        if isinstance(source, MergedResult) or is_result(source):
             merged = MergedResult.open(source)
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocelot-")))
             folder = write_ome_zarr(merged, temporary / "MAPS.zarr", maps=maps or (SCALED_MIP,))
@@ -188,7 +188,7 @@ def view(
     return served
 
 
-def _is_result(place: str | PathLike[str]) -> bool:
+def is_result(place: str | PathLike[str]) -> bool:
     """Whether a store is a merged result."""
     with suppress(OcelotError):
         return isinstance(read_attributes(open_objects(place)), MergedAttributes)
