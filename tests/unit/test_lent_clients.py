@@ -6,6 +6,8 @@ from distributed import Client, LocalCluster
 from builders import write_explicit_search
 from ocelot_em import Observer, merge
 from ocelot_em.errors import InvalidInputError, PlanError
+from ocelot_em.run.clusters import Cluster
+from ocelot_em.run.executors import ClientExecutor
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,11 @@ def test_a_closed_client_and_other_things_are_refused(cluster, search, tmp_path)
     with pytest.raises(InvalidInputError, match="option cluster"):
         merge(search, tmp_path / "A", cluster=3)
     assert not (tmp_path / "A").exists()
+
+
+def test_the_number_of_threads_is_known_after_a_client_is_closed(cluster):
+    with Client(cluster) as client:
+        executor = ClientExecutor(client)
+        assert executor.n_threads() == 2
+    executor._queried_at = float("-inf")  # long ago
+    assert Cluster(executor, "", None).n_threads() == 2

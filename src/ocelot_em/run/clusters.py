@@ -65,10 +65,10 @@ class Cluster:
     dashboard: str | None
 
     def n_threads(self) -> int:
-        """Return the current number of threads."""
+        """Return the latest known number of threads, from any thread."""
         executor = self.executor
         if isinstance(executor, ClientExecutor):
-            return executor.n_threads()
+            return executor.latest_n_threads
         return executor.n_threads if isinstance(executor, ThreadExecutor) else 1
 
     def profiled(self, path: Path) -> Profile:

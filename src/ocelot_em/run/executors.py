@@ -153,7 +153,8 @@ class ClientExecutor:
     ) -> None:
         self.client, self.attempt = client, attempt
         self._worker_timeout = worker_timeout_seconds
-        self._cached_n_threads, self._queried_at = 0, float("-inf")
+        self.latest_n_threads, self._queried_at = 0, float("-inf")
+        """Number of threads at the latest query; any thread may read it."""
         self.on_compile: CompileListener | None = None
         self.had_workers()
 
@@ -217,10 +218,10 @@ class ClientExecutor:
             self._queried_at = now
             # A lost connection is detected elsewhere.
             with contextlib.suppress(OSError, TimeoutError, ValueError, RuntimeError):
-                self._cached_n_threads = sum(
+                self.latest_n_threads = sum(
                     self.client.sync(self.client.scheduler.ncores_running).values()
                 )
-        return self._cached_n_threads
+        return self.latest_n_threads
 
 
 class _Window:

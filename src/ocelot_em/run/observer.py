@@ -186,6 +186,11 @@ class MergeBar(TileProgress):
         super().tile_ended(outcome)
         self._show(now=self.n_done == self.n_tiles)
 
+    def merged(self, report: MergeReport) -> None:
+        """Show that the merge is complete."""
+        if report.n_merged:
+            self.bar.show("merged", 1.0, self.text, now=True)
+
     def _show(self, *, now: bool = False) -> None:
         label = "finishing" if self.n_done == self.n_tiles else "merging"
         self.bar.show(label, self.share, lambda: self.text, now=now)
