@@ -468,7 +468,7 @@ def test_a_file_that_is_replaced_before_or_while_it_is_converted(tmp_path, repla
             save_npz(tmp_path / f"{replaced}.npz", explicit_maps(seed=7), 10)
 
     with pytest.raises(InvalidInputError, match=f"{replaced}.npz: was changed while it was imp"):
-        import_results(files, tmp_path / "R", on_progress=replace)
+        import_results(files, tmp_path / "R", progress=replace)
     complete = [
         name for name, p in read_partials(open_objects(tmp_path / "R")) if p.state == "complete"
     ]

@@ -509,9 +509,7 @@ def test_volumes_of_one_section_and_foreign_byte_order_are_read(merged, mrc_set,
 
 def test_progress_is_told(mrc_set, tmp_path):
     steps = []
-    import_finished(
-        mrc_set, tmp_path / "BACK", given(), on_progress=lambda *step: steps.append(step)
-    )
+    import_finished(mrc_set, tmp_path / "BACK", given(), progress=lambda *step: steps.append(step))
     phases = [phase for phase, _ in steps]
     assert phases == sorted(phases)
     for phase in ("check", "convert"):

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from distributed import Client
 from rich.console import Console
 
 from builders import write_explicit_search
-from ocelot_em import merge
+from ocelot_em import find_peaks, import_results, merge
 from ocelot_em.merge import job
 from ocelot_em.merge.job import JobSpec
 from ocelot_em.merge.outcome import Outcome, Tally, Tiles, TileSummary
@@ -291,3 +292,32 @@ def test_the_log_has_progress_as_well(clock, tmp_path, monkeypatch):
     names = "tiles", "tiles_done", "tiles_failed", "bytes_per_second", "seconds_left"
     found = [[line[name] for name in names] for line in lines if line["event"] == "progress"]
     assert found == [[4, 2, 0, 3_750_000, 3], [4, 2, 1, 3_750_000, 3]]
+
+
+def test_imports_and_picking_report_their_progress(tmp_path, capsys):
+    crops = sorted((Path(__file__).parents[1] / "data").glob("A_crop_shard?.npz"))
+    steps = []
+    import_results(crops, tmp_path / "R", progress=lambda *step: steps.append(step))
+    assert {phase for phase, _ in steps} == {"check", "convert"}
+    assert steps[-1] == ("convert", 1.0)
+    merge(tmp_path / "R", tmp_path / "M")
+    steps.clear()
+    find_peaks(tmp_path / "M", cutoff=4, progress=lambda *step: steps.append(step))
+    assert steps == [("reading maps", 1.0)]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_has_a_bar_by_itself(tmp_path, monkeypatch):
+    """Of imports, merges and picking, whichever takes a while."""
+    shell, shown = SimpleNamespace(kernel=object()), []
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data))
+    crops = sorted((Path(__file__).parents[1] / "data").glob("A_crop_shard?.npz"))
+    for call, phase in (
+        (lambda: import_results(crops, tmp_path / "R"), "convert"),
+        (lambda: merge(tmp_path / "R", tmp_path / "M"), "finishing"),
+        (lambda: find_peaks(tmp_path / "M", cutoff=4), "reading maps"),
+    ):
+        shown.clear()
+        call()
+        assert f'<div>{phase} <progress value="1.0000">' in shown[-1]["text/html"]

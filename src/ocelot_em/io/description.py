@@ -36,12 +36,13 @@ from pydantic import (
 )
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.io.import_options import Batch, ImportOptions, OnProgress
+from ocelot_em.io.import_options import Batch, ImportOptions
 from ocelot_em.io.leopard import import_batches
 from ocelot_em.io.origin import NAMES_SHOWN, Origin
 from ocelot_em.io.origins import read_origins
 from ocelot_em.io.yaml_file import as_number, read_yaml
 from ocelot_em.model.problems import in_words
+from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.search_info import Exposure
 
@@ -99,7 +100,7 @@ class Description(_Strict):
 def import_description(
     path: str | PathLike[str],
     output: str | PathLike[str],
-    on_progress: OnProgress | None = None,
+    progress: bool | OnProgress | None = None,
     *,
     overwrite: bool = False,
 ) -> list[str]:
@@ -115,7 +116,7 @@ def import_description(
         The description.
     output
         Path or URL of the search.
-    on_progress, overwrite
+    progress, overwrite
         As for :func:`ocelot_em.import_results`.
 
     Returns
@@ -163,7 +164,8 @@ def import_description(
         Batch([place.parent / file for file in entry.partials], entry.total_projections, exposure)
         for entry, exposure in zip(description.exposures, exposures, strict=True)
     ]
-    return import_batches(batches, output, options, on_progress, overwrite=overwrite)
+    with share_bar(progress) as on_progress:
+        return import_batches(batches, output, options, on_progress, overwrite=overwrite)
 
 
 def read_description(path: Path) -> Description:

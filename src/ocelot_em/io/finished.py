@@ -17,7 +17,7 @@ from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.beside import find_search
 from ocelot_em.io.edges import EdgeSample
 from ocelot_em.io.hdf5 import open_hdf5
-from ocelot_em.io.import_options import ImportKeywords, ImportOptions, OnProgress
+from ocelot_em.io.import_options import ImportKeywords, ImportOptions
 from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
 from ocelot_em.io.map_files import BOX, CISTEM, COUNT_FACT, OFFSET, PIXEL, FoundSearch, MapFiles
 from ocelot_em.io.mrc import open_mrc_set
@@ -26,6 +26,7 @@ from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.keywords import takes
 from ocelot_em.model.maps import PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
+from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store.attributes import WRAPPED_EDGES
 from ocelot_em.store.creation import layout_differences, refresh_total
@@ -66,7 +67,7 @@ def import_finished(
     source: str | PathLike[str],
     output: str | PathLike[str],
     options: ImportOptions | None = None,
-    on_progress: OnProgress | None = None,
+    progress: bool | OnProgress | None = None,
     *,
     overwrite: bool = False,
     **keywords: Unpack[ImportKeywords],
@@ -89,8 +90,10 @@ def import_finished(
         Path or URL of the search.
     options
         Options that several imports share, if any.
-    on_progress
-        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
+    progress
+        Whether to show a bar; None: in a notebook, and in an interactive session on a terminal; not
+        in a script. A function is called with the phase (``check`` or ``convert``) and the fraction
+        of it done, 0 to 1.
     overwrite
         Replace an existing search. The new one is complete before the old one is removed.
     **keywords
@@ -112,7 +115,6 @@ def import_finished(
     'maps'
     """
     options = (options or ImportOptions()).updated(keywords)
-    progress = on_progress or (lambda _phase, _fraction: None)
     if len(options.total_projections) > 1 or options.search_space is not None:
         raise InvalidInputError(
             "import: a finished search is one partial with explicit poses: expected at most one "
@@ -121,8 +123,9 @@ def import_finished(
     found = find_search(local_path(source), options.prefix)
     if overwrite:
         with replaced_search(output, found.files) as place:
-            return import_finished(source, place, options, on_progress)
+            return import_finished(source, place, options, progress)
     with ExitStack() as stack:
+        on_progress = stack.enter_context(share_bar(progress))
         plan = _plan(found, _opened(found, stack), options, overlaps(output, found.files))
         before = [file_identity(path) for path in found.files]
         objects = open_objects(output)
@@ -131,7 +134,7 @@ def import_finished(
         existing = existing_partials(objects)
         chunk = PartialWriter.chunk_of(plan.files.shape)
         edges = EdgeSample(plan.files.shape)
-        digest = _checked(plan.files, edges, chunk, progress)
+        digest = _checked(plan.files, edges, chunk, on_progress)
         same = [
             name
             for name, partial in existing.items()
@@ -167,7 +170,7 @@ def import_finished(
             for number, band in enumerate(grid, 1):
                 maps = _as_partial(plan.files.read(band.region), plan.count, plan.offset)
                 writer.write(band.region, maps, validated=True)
-                progress("convert", number / len(grid))
+                on_progress("convert", number / len(grid))
     return ImportedSearch(plan.name, plan.notes)
 
 
@@ -317,7 +320,7 @@ def _missing(files: MapFiles, info: SearchInfo) -> Sequence[str]:
 
 
 def _checked(
-    files: MapFiles, edges: EdgeSample, chunk: tuple[int, int], progress: OnProgress
+    files: MapFiles, edges: EdgeSample, chunk: tuple[int, int], on_progress: OnProgress
 ) -> str:
     """Check all values, sample the edges, and return a digest that does not depend on the bands."""
     digests, grid = dict[tuple[int, int], bytes](), band_grid(files.shape, chunk)
@@ -331,7 +334,7 @@ def _checked(
             for name in sorted(maps):
                 hasher.update(np.ascontiguousarray(maps[name][cell.region.slices]).data)
             digests[region.y0 + cell.region.y0, region.x0 + cell.region.x0] = hasher.digest()
-        progress("check", number / len(grid))
+        on_progress("check", number / len(grid))
     whole = hashlib.sha256(repr((files.shape, sorted(files.arrays))).encode())
     for _, digest in sorted(digests.items()):
         whole.update(digest)

@@ -20,9 +20,6 @@ from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import constants
 from ocelot_em.store.search_info import Exposure, SearchInfo
 
-OnProgress = Callable[[str, float], None]
-"""Called with the phase, ``check`` or ``convert``, and the fraction of it done, 0 to 1."""
-
 OnFraction = Callable[[float], None]
 """Called with the fraction done of a phase, 0 to 1."""
 

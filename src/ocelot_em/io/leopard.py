@@ -17,7 +17,6 @@ from ocelot_em.io.import_options import (
     ImportKeywords,
     ImportOptions,
     OnFraction,
-    OnProgress,
     bands_of,
     part_of,
     read_search_space_file,
@@ -25,6 +24,7 @@ from ocelot_em.io.import_options import (
 from ocelot_em.io.origin import NAMES_SHOWN
 from ocelot_em.model.correlations import TABLE
 from ocelot_em.model.keywords import takes
+from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import partial_text
 from ocelot_em.store.attributes import WRAPPED_EDGES
@@ -44,7 +44,7 @@ def import_results(
     files: str | PathLike[str] | Sequence[str | PathLike[str]],
     output: str | PathLike[str],
     options: ImportOptions | None = None,
-    on_progress: OnProgress | None = None,
+    progress: bool | OnProgress | None = None,
     *,
     overwrite: bool = False,
     **keywords: Unpack[ImportKeywords],
@@ -63,8 +63,10 @@ def import_results(
         Path or URL of the search.
     options
         Options that several imports share, if any.
-    on_progress
-        Called with the phase (``check`` or ``convert``) and the fraction done, 0 to 1.
+    progress
+        Whether to show a bar; None: in a notebook, and in an interactive session on a terminal; not
+        in a script. A function is called with the phase (``check`` or ``convert``) and the fraction
+        of it done, 0 to 1.
     overwrite
         Replace an existing search. The new one is complete before the old one is removed.
     **keywords
@@ -97,14 +99,15 @@ def import_results(
             "devices"
         )
     batches = [Batch(files, options.total_projections)]
-    return import_batches(batches, output, options, on_progress, overwrite=overwrite)
+    with share_bar(progress) as on_progress:
+        return import_batches(batches, output, options, on_progress, overwrite=overwrite)
 
 
 def import_batches(
     batches: Sequence[Batch],
     output: str | PathLike[str],
     options: ImportOptions,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress,
     *,
     overwrite: bool = False,
 ) -> list[str]:
@@ -117,7 +120,6 @@ def import_batches(
     if overwrite:
         with replaced_search(output, files) as place:
             return import_batches(batches, place, options, on_progress)
-    on_progress = on_progress or (lambda _phase, _fraction: None)
     problems: list[str] = []
     space: SearchSpace | None = None
     if options.search_space is not None:

@@ -9,6 +9,9 @@ from html import escape
 from typing import Any, Literal, NamedTuple, Self
 from uuid import uuid4
 
+OnProgress = Callable[[str, float], None]
+"""Called with a phase and the fraction of it done, 0 to 1."""
+
 LINE_SECONDS = 5.0
 """Interval between lines where there is neither a terminal nor a notebook, and in logs."""
 
@@ -267,20 +270,23 @@ class Bar:
 
 @contextmanager
 def share_bar(
-    progress: bool | None = None, console: Any = None
-) -> Iterator[Callable[[str, float], None]]:
+    progress: bool | OnProgress | None = None, console: Any = None
+) -> Iterator[OnProgress]:
     """Show the progress of a function that reports a phase and its finished fraction.
 
     Parameters
     ----------
     progress, console
-        As of :class:`Bar`.
+        As of :class:`Bar`; or a function that is called instead of showing a bar.
 
     Examples
     --------
     >>> with share_bar(progress=False) as on_progress:
     ...     on_progress("read", 0.5)
     """
+    if callable(progress):
+        yield progress
+        return
     with Bar(progress, console) as bar:
 
         def on_progress(phase: str, fraction: float) -> None:

@@ -31,6 +31,7 @@ from ocelot_em.model.maps import (
     Float64,
     Int64,
 )
+from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
 from ocelot_em.particles.duplicates import Peaks, join_duplicates
 from ocelot_em.particles.options import PickOptions
@@ -50,7 +51,10 @@ log = logging.getLogger(__name__)
 
 @takes(PickOptions)
 def find_peaks(
-    store: str | PathLike[str] | MergedResult, **options: Unpack[PickKeywords]
+    store: str | PathLike[str] | MergedResult,
+    *,
+    progress: bool | OnProgress | None = None,
+    **options: Unpack[PickKeywords],
 ) -> ParticleTable:
     """Pick particles from a merged result.
 
@@ -62,6 +66,10 @@ def find_peaks(
     ----------
     store
         Path or URL of the merged result, or an open one.
+    progress
+        Whether to show a bar while maps are read, which is seldom needed; None: in a notebook, and
+        in an interactive session on a terminal; not in a script. A function is called with the
+        phase and the fraction of it done, 0 to 1.
     **options
         Fields of :class:`PickOptions`: ``method``, ``false_positives``, ``cutoff``,
         ``min_distance``; for a montage also ``per``, ``same_distance``, ``same_angle``,
@@ -91,16 +99,21 @@ def find_peaks(
     1     84    202   12.608299
     """
     settings = PickOptions.parse(options)
-    return pick_particles(MergedResult.open(store), settings)
+    with share_bar(progress) as on_progress:
+        return pick_particles(MergedResult.open(store), settings, on_progress)
 
 
-def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable:
+def pick_particles(
+    merged: MergedResult,
+    settings: PickOptions,
+    on_progress: OnProgress = lambda _phase, _share: None,
+) -> ParticleTable:
     """Pick particles as :func:`find_peaks` does, with parsed options."""
     _ = merged.summary  # fail early without statistics
     if merged.attributes.edge_warning:
         log.warning("%s: %s", merged.url, merged.attributes.edge_warning)
     rules = make_rules(settings, merged)
-    candidates, incomplete = _candidates(merged, rules)
+    candidates, incomplete = _candidates(merged, rules, on_progress)
     found = [
         _Pixels(exposure, candidates[k], rules[k].height(candidates[k]))
         for k, exposure in enumerate(merged.plan.exposures)
@@ -115,7 +128,7 @@ def pick_particles(merged: MergedResult, settings: PickOptions) -> ParticleTable
 
 
 def _candidates(
-    merged: MergedResult, rules: Sequence[CandidateRule]
+    merged: MergedResult, rules: Sequence[CandidateRule], on_progress: OnProgress
 ) -> tuple[list[Float64], tuple[str, ...]]:
     """Return candidates per exposure: columns :data:`CANDIDATE_FIELDS`, exposure pixels.
 
@@ -131,11 +144,12 @@ def _candidates(
         found.append(rows[rule.accepts(column(rows, MIP), column(rows, SCALED_MIP))])
     if not missing:
         return found, ()
-    scanned = scan(merged, [rule.accepts for rule in rules])
+    scanned = scan(merged, [rule.accepts for rule in rules], on_progress)
     if not merged.plan.is_montage:
         return scanned, ()
     unreadable = []
-    for k in missing:
+    for number, k in enumerate(missing):
+        on_progress("merging overlaps", number / len(missing))
         try:
             found[k] = _union(found[k], OwnMaps(merged, k).candidates(rules[k].accepts))
         except OcelotError as error:

@@ -12,6 +12,7 @@ from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, GATHERED, neighbours_of
 from ocelot_em.model.maps import COUNT, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
+from ocelot_em.model.progress import OnProgress
 from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.model.threads import map_in_threads
 
@@ -22,7 +23,11 @@ _WINDOW = 1022
 """Edge of the windows that are merged again; one pixel more on each side has the neighbours."""
 
 
-def scan(merged: MergedResult, rules: Sequence[Rule]) -> list[Float64]:
+def scan(
+    merged: MergedResult,
+    rules: Sequence[Rule],
+    on_progress: OnProgress = lambda _phase, _share: None,
+) -> list[Float64]:
     """Search maps chunk by chunk for the shown candidates of each exposure.
 
     Return rows of :data:`CANDIDATE_FIELDS` for each exposure; ``rules`` has one rule for each.
@@ -55,9 +60,11 @@ def scan(merged: MergedResult, rules: Sequence[Rule]) -> list[Float64]:
         return found
 
     found: list[list[Float64]] = [[np.empty((0, len(CANDIDATE_FIELDS)))] for _ in rules]
-    for own in map_in_threads(look, merged.regions()):
+    regions = list(merged.regions())
+    for number, own in enumerate(map_in_threads(look, regions), 1):
         for k, rows in own:
             found[k].append(rows)
+        on_progress("reading maps", number / len(regions))
     return [np.concatenate(rows) for rows in found]
 
 
