@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from http.client import HTTPConnection
 from io import BytesIO
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 from ocelot_em import MergedResult, Simulation, find_peaks, merge, simulate
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.main import run
-from ocelot_em.errors import InvalidInputError, OutputExistsError, StorageError
+from ocelot_em.errors import FormatError, InvalidInputError, OutputExistsError, StorageError
 from ocelot_em.io.napari import write_napari_csv
 from ocelot_em.view.scene import FITTING_PX, MAGMA
 from ocelot_em.view.viewer import PUBLIC_CLIENT, view
@@ -280,7 +281,7 @@ def test_other_folders_are_refused(tmp_path, content):
         (folder / "zarr.json").write_text(content)
     with pytest.raises(InvalidInputError, match=r"a folder with an OME-Zarr 0\.5 image"):
         view(folder)
-    with pytest.raises(InvalidInputError, match="expected a merged result, or a folder"):
+    with pytest.raises(InvalidInputError, match="got nothing there"):
         view(tmp_path / "NOTHING")
 
 
@@ -424,6 +425,11 @@ def test_a_result_is_shown_with_its_particles(merged, no_client):
     assert np.array_equal(rows[:, 2:].T, [particles[name] for name in names])
     assert np.array_equal(np.frombuffer(chunk[8 + n * width :], "<u8"), np.arange(n))
     assert selected == rows[1].tobytes()
+
+
+def test_a_search_is_merged_first(merged):
+    with pytest.raises(FormatError, match="is a search, not a merged result; merge it first"):
+        view(Path(merged.url).parent / "RUN.zarr")
 
 
 def test_particles_of_a_table_are_drawn_over_an_image(picture, merged, no_client):

@@ -46,8 +46,9 @@ class IndexRow:
     """A result on the page, which is a row of its table.
 
     ``result`` is a path or URL, ``report`` a path relative to the page. If the result could not be
-    read, ``error`` states why, and the other fields are empty. ``cutoff`` is the lowest one of a
-    montage; ``warnings`` are separated by line breaks.
+    read, ``error`` states why, and the other fields are empty. Of a montage, ``cutoff`` is
+    the lowest one and ``projections`` are those of all exposures. ``warnings`` are separated by
+    line breaks.
     """
 
     result: str

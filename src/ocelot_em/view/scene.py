@@ -74,6 +74,11 @@ def read_state(
     InvalidInputError
         The folder is not an OME-Zarr image, or does not contain one of the maps.
     """
+    if not folder.exists():
+        raise InvalidInputError(
+            f"{folder}: expected a merged result, or a folder with an OME-Zarr image, got nothing "
+            "there"
+        )
     try:
         metadata = json.loads((folder / "zarr.json").read_bytes())
         ome = metadata["attributes"]["ome"]

@@ -30,7 +30,6 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import SCALED_MIP
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import ParticleTable
-from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_attributes
 from ocelot_em.view import scene
@@ -162,7 +161,7 @@ def view(
     if not 0 <= port <= 65535:
         raise InvalidInputError(f"port: expected 0 to 65535, got {port}")
     with ExitStack() as stack:
-        if isinstance(source, MergedResult) or is_result(source):
+        if isinstance(source, MergedResult) or is_store(source):
             merged = MergedResult.open(source)
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ocelot-")))
             folder = write_ome_zarr(merged, temporary / "MAPS.zarr", maps=maps or (SCALED_MIP,))
@@ -188,10 +187,11 @@ def view(
     return served
 
 
-def is_result(place: str | PathLike[str]) -> bool:
-    """Whether a store is a merged result."""
+def is_store(place: str | PathLike[str]) -> bool:
+    """Whether a place has a store of this package, as opposed to an image."""
     with suppress(OcelotError):
-        return isinstance(read_attributes(open_objects(place)), MergedAttributes)
+        read_attributes(open_objects(place))
+        return True
     return False
 
 
