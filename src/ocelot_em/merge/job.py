@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from ocelot_em.model.workspace import Workspace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects, ReusedMemory, at_once
-from ocelot_em.store.fence import RunLease, hold
+from ocelot_em.store.fence import HeldObjects, RunLease, hold
 from ocelot_em.store.lock import kernel_id
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
@@ -187,6 +187,7 @@ class Job:
         if objects is not None and spec is not None and spec.lock:
             self._lease = RunLease(objects, spec.lock, spec.holder)
             objects = hold(objects, self._lease)
+            objects.appends = plan.in_shards
         self.objects = objects
         first = plan.exposures[0].sources[0]
         store = open_objects(first.url)
@@ -255,6 +256,11 @@ class Job:
         """Make the next write prove that the run still holds the lock."""
         if self._lease is not None:
             self._lease.expire()
+
+    def commit(self) -> None:
+        """Make chunks visible that were appended to shards."""
+        if self._lease is not None:
+            cast(HeldObjects, self.objects).commit()
 
     def sync(self) -> None:
         """Bring what was written to the disk, unless the driver will, on the same host."""

@@ -5,15 +5,17 @@ checksums of the chunks of the tile, from which the manifest of the result is ma
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ocelot_em.errors import CorruptChunkError, MissingChunkError
-from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileChecksums, TileSummary
+from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileChecksums, Tiles, TileSummary
 from ocelot_em.merge.plan import MergePlan
+from ocelot_em.merge.stats.layout import Layout
 from ocelot_em.model.regions import Tile, TileGrid, ceil_div
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import arrays as store
@@ -22,6 +24,7 @@ from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.blosc import max_encoded_nbytes
 from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.manifest import Checksums, identity
+from ocelot_em.store.result_shards import Place, pack, places_of_chunks
 
 
 def done_mark_path(iy: int, ix: int) -> str:
@@ -51,7 +54,47 @@ def create_marks(objects: Objects, plan: MergePlan) -> None:
         dimensions=("tile_y", "tile_x", "field"),
         attributes={"fields": list(SUMMARY_FIELDS)},
     )
-    store.create_array(objects, constants.TILE_SUMMARY, marks)
+    store.create_array(objects, constants.TILE_SUMMARY, plan.laid_out(marks))
+
+
+def delete_marks(objects: Objects, plan: MergePlan, tiles: Tiles) -> None:
+    """Delete the marks of some tiles."""
+    if plan.in_shards:
+        pack(objects, constants.TILE_SUMMARY, _unless(tiles, plan.grid), drops=True)
+        return
+    for iy, ix in tiles:
+        objects.delete(done_mark_path(iy, ix))
+
+
+def pack_result(objects: Objects, plan: MergePlan, missing: Tiles | None = None) -> None:
+    """Move chunks, records and marks that are objects of their own into shards.
+
+    Shards that are of ``missing`` tiles only are deleted, so that they can be created again.
+    """
+    (height, width), (rows, columns) = plan.tile, plan.chunk
+    is_kept = _unless(missing, plan.grid)
+
+    def keeps_chunk(place: Place) -> bool:
+        return is_kept((place[0] * rows // height, place[1] * columns // width))
+
+    def keeps_record(layout: Layout, place: Place) -> bool:
+        return is_kept(layout.tile_of(*place))
+
+    for name in plan.maps.merged:
+        pack(objects, name, keeps_chunk)
+    for layout in (Layout.of(plan, exposure) for exposure in plan.exposures):
+        for path in layout.paths:
+            pack(objects, path, partial(keeps_record, layout))
+    pack(objects, constants.TILE_SUMMARY, is_kept)
+
+
+def _unless(missing: Tiles | None, grid: TileGrid) -> Callable[[Place], bool]:
+    """Return a function that tells whether the tile at a place is there and not missing."""
+    is_kept = np.ones(grid.counts, np.bool_)
+    if missing is not None:
+        is_kept.flat[missing.numbers] = False
+    rows, columns = grid.counts
+    return lambda place: place[0] < rows and place[1] < columns and bool(is_kept[place[:2]])
 
 
 def write_mark(
@@ -93,12 +136,9 @@ def read_mark(objects: Objects, plan: MergePlan, tile: Tile) -> TileChecksums | 
 def done_tiles(objects: Objects, grid: TileGrid) -> NDArray[np.bool_]:
     """Whether each tile is marked as done, by row and column; other files are ignored."""
     done = np.zeros(grid.counts, np.bool_)
-    prefix = f"{constants.TILE_SUMMARY}/c/"
-    for key in objects.keys(prefix.rstrip("/")):
-        record = key.removeprefix(prefix).split("/")
-        if len(record) == 3 and all(part.isdecimal() for part in record):
-            with suppress(IndexError):
-                done[int(record[0]), int(record[1])] = True
+    for iy, ix, *_ in places_of_chunks(objects, constants.TILE_SUMMARY):
+        with suppress(IndexError):
+            done[iy, ix] = True
     return done
 
 
@@ -108,8 +148,11 @@ def require_marks(objects: Objects, plan: MergePlan) -> None:
     A worker may see other storage under the same path. Listings may not show new objects yet.
     """
     n_rows, n_columns = plan.grid.counts
+    done = done_tiles(objects, plan.grid) if plan.in_shards else None
 
     def look(iy: int) -> None:
+        if done is not None and done[iy].all():
+            return
         marked = set(objects.children(f"{constants.TILE_SUMMARY}/c/{iy}"))
         for ix in range(n_columns):
             key = f"{done_mark_path(iy, ix)}/0"

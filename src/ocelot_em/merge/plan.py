@@ -20,6 +20,7 @@ from ocelot_em.model.options import LARGEST_TILE
 from ocelot_em.model.regions import Overlap, Region, Tile, TileGrid, ceil_div
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
+from ocelot_em.store.arrays import ArrayLayout, map_layout
 from ocelot_em.store.progress import SearchProgress, combined, progress_of
 from ocelot_em.store.sources import Source
 
@@ -64,7 +65,8 @@ class MergePlan(fmt.Attributes):
     """Everything that determines the bytes of the output; two equal plans give equal maps.
 
     ``identity`` is in the records of the output's tiles, and is kept when a montage is extended;
-    None for an output that an earlier version began. ``docs/format.md`` describes the rest.
+    None for an output that an earlier version began. ``in_shards`` is chosen when the output is
+    created. ``docs/format.md`` describes the rest.
     """
 
     exposures: Annotated[fmt.Several[PlannedExposure], Field(min_length=1)]
@@ -84,6 +86,7 @@ class MergePlan(fmt.Attributes):
     erode_px: fmt.Number = 0
     identity: fmt.Id | None = None
     looks_wrapped: bool = False
+    in_shards: bool = False
 
     @property
     def is_montage(self) -> bool:
@@ -117,6 +120,15 @@ class MergePlan(fmt.Attributes):
         """Chunk shape of the output: the default, or the tile if it is smaller."""
         edge = constants.DEFAULT_CHUNK
         return min(self.tile[0], edge), min(self.tile[1], edge)
+
+    def layout(self, name: str) -> ArrayLayout:
+        """Return the layout of the array of a map."""
+        dtype = self.maps.merged_dtype(name)
+        return self.laid_out(map_layout(name, self.shape, self.chunk, dtype))
+
+    def laid_out(self, layout: ArrayLayout) -> ArrayLayout:
+        """Return the layout of an array of tiles, in shards if the output is."""
+        return layout.of_result if self.in_shards else layout
 
     @property
     def sources(self) -> tuple[Source, ...]:

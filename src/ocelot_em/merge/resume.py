@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from os import PathLike
 from typing import Any
 
@@ -25,8 +26,9 @@ from ocelot_em.merge.forecast import Forecast, forecast
 from ocelot_em.merge.marks import (
     ResultChecksums,
     create_marks,
-    done_mark_path,
+    delete_marks,
     done_tiles,
+    pack_result,
     require_marks,
     verified,
 )
@@ -54,6 +56,12 @@ from ocelot_em.store.search import MapGroup, read_attributes, read_search_space
 from ocelot_em.store.sources import check_unchanged, prefetch_search
 
 log = logging.getLogger(__name__)
+
+MIN_NBYTES_IN_SHARDS = 16 * 2**20
+"""Decoded size of a map from which on results are in shards, if one process merges them."""
+
+PIXEL_NBYTES = 4
+"""Decoded size of a pixel of most maps."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,14 @@ def _prepared(
         )
     if options.overwrite:
         require_no_store_within(objects)
-    plan = plan.model_copy(update={"identity": uuid.uuid4().hex})
+    is_large = prod(plan.shape) * PIXEL_NBYTES >= MIN_NBYTES_IN_SHARDS
+    in_shards = is_large and objects.can_append and options.cluster == "threads"
+    plan = plan.model_copy(update={"identity": uuid.uuid4().hex, "in_shards": in_shards})
     done = np.zeros(plan.grid.counts, np.bool_)
     stale = np.zeros(plan.grid.counts, np.bool_)
     if existing is not None and earlier is not None:
-        plan = plan.model_copy(update={"identity": earlier.identity})
+        kept = {"identity": earlier.identity, "in_shards": earlier.in_shards}
+        plan = plan.model_copy(update=kept)
         is_update = _is_interim(existing, earlier) and _is_of(earlier, plan)
         if differences := plan_differences(earlier, plan, is_update=is_update):
             raise OutputExistsError(
@@ -251,8 +262,7 @@ def create_output(
         # of stale tiles.
         unfinished = attributes.model_copy(update={"state": "writing", "finished": None})
         groups.update_attributes(objects, "", fmt.dump_attributes(unfinished))
-        for iy, ix in ready.stale:
-            objects.delete(done_mark_path(iy, ix))
+        delete_marks(objects, ready.plan, ready.stale)
         attributes = _attributes_of(ready, options)
         groups.update_attributes(objects, "", fmt.dump_attributes(attributes))
     elif attributes.state == "complete":
@@ -260,6 +270,8 @@ def create_output(
     elif read_plan(attributes, objects.url) != plan:  # the inputs were moved
         attributes = attributes.model_copy(update={"plan": plan.model_dump(mode="json")})
         groups.update_attributes(objects, "", fmt.dump_attributes(attributes))
+    if ready.existing is not None and plan.in_shards:
+        pack_result(objects, plan, ready.missing)
     space = space or _search_space_of(plan)
     steps = [
         partial(_create_maps, objects, plan),
@@ -325,13 +337,14 @@ def complete_output(
     plan = ready.plan
     for where, own in ready.checksums.items():
         gathered.checksums.put(*where, own)
-    layout = plan.shape, plan.chunk
     arrays = {
-        name: ArrayManifest(store.map_digest(name, *layout, plan.maps.merged_dtype(name)), table)
+        name: ArrayManifest(store.digest_of(plan.layout(name)), table)
         for name, table in gathered.checksums.maps.items()
     }
     manifest = Manifest(attributes.id, arrays)
     objects.lease.prove()
+    if plan.in_shards:
+        pack_result(objects, plan)
     to_read = [*ready.checksums, *gathered.to_read]
     steps: list[Callable[[], Any]] = [
         partial(summary.finish, objects, plan, gathered.statistics, to_read),
@@ -431,11 +444,10 @@ def _existing_output(objects: Objects, overwrites: bool) -> fmt.MergedAttributes
 
 def _create_maps(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of all maps, keeping existing chunks."""
-    layout, dtype = (plan.shape, plan.chunk), plan.maps.merged_dtype
     at_once(
         objects,
         [
-            partial(store.create_map, objects, name, name, *layout, dtype(name))
+            partial(store.create_array, objects, name, plan.layout(name))
             for name in plan.maps.merged
         ],
     )

@@ -147,9 +147,11 @@ class TileWriter(Writer):
     def _mark_done(self) -> None:
         """Write the done-mark of the tile; all its chunks are written."""
         assert self._job.objects is not None
+        self._job.commit()
         self._job.sync()
         self._job.require_proof()
         write_mark(self._job.objects, self._job.plan, self._tile, self._summary, self._checksums)
+        self._job.commit()
 
     @property
     def has_ended(self) -> bool:

@@ -4,7 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import mul
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from ocelot_em.store.constants import (
 from ocelot_em.store.contract import Objects, ReusedMemory, join
 from ocelot_em.store.manifest import ArrayManifest, Checksums, checksum_of, metadata_digest
 from ocelot_em.store.metadata import parse_array
+from ocelot_em.store.result_shards import chunks_per_shard
 from ocelot_em.store.shards import Shards
 
 _BLOSC = Codec("lz4", 5, BYTE_SHUFFLE)
@@ -67,11 +68,9 @@ def create_map(
     return create_array(objects, path, map_layout(name, shape, chunk, dtype))
 
 
-def map_digest(
-    name: str, shape: tuple[int, int], chunk: tuple[int, int], dtype: str | None = None
-) -> str:
-    """Return the digest of the metadata that :func:`create_map` writes."""
-    return metadata_digest(_encoded_metadata(map_layout(name, shape, chunk, dtype)))
+def digest_of(layout: "ArrayLayout") -> str:
+    """Return the digest of the metadata that :func:`create_array` writes."""
+    return metadata_digest(_encoded_metadata(layout))
 
 
 def map_layout(
@@ -94,7 +93,13 @@ class ArrayLayout:
     dimensions: tuple[str, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     shuffle: Literal["shuffle", "bitshuffle"] = "shuffle"
-    per_shard: tuple[int, int] | None = None
+    per_shard: tuple[int, ...] | None = None
+    separator: Literal["/", "."] = "/"
+
+    @property
+    def of_result(self) -> "ArrayLayout":
+        """The same layout in the shards of a result."""
+        return replace(self, per_shard=chunks_per_shard(len(self.chunk)), separator=".")
 
 
 def create_array(objects: Objects, path: str, layout: ArrayLayout) -> str:
@@ -141,7 +146,7 @@ def _encoded_metadata(layout: ArrayLayout) -> bytes:
         "shape": layout.shape,
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": layout.separator}},
         "fill_value": fill,
         "codecs": codecs,
         "attributes": layout.attributes,
@@ -361,8 +366,10 @@ def open_map(
     shuffles = {"noshuffle": NO_SHUFFLE, "shuffle": BYTE_SHUFFLE}
     shuffle = shuffles.get(settings["shuffle"], BIT_SHUFFLE)
     shards = None
-    if about.per_shard is not None:
-        shards = Shards(objects, path, grid.counts, (about.per_shard[0], about.per_shard[1]))
+    # While a result is written, objects of single chunks take precedence over its shards.
+    if about.per_shard is not None and (about.separator == "/" or expected is not None):
+        cells = about.per_shard[0], about.per_shard[1]
+        shards = Shards(objects, path, grid.counts, cells, about.separator)
     return ChunkedMap(
         objects=objects,
         path=path,

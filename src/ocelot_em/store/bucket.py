@@ -24,6 +24,7 @@ from ocelot_em.store.contract import (
     retrying,
     storage_error,
 )
+from ocelot_em.store.result_shards import chunk_nbytes, read_chunk
 
 PREFETCHED_NBYTES = 64 * 2**20
 """Size limit of objects that are prefetched into a snapshot; larger ones are read when needed."""
@@ -143,7 +144,8 @@ class BucketObjects:
             refuse_too_large(found.meta["size"], max_nbytes)
             return memory.filled(memoryview(found.bytes()))
 
-        return self._guard("read", key, action)
+        found = self._guard("read", key, action)
+        return found if found is not None else read_chunk(self, key, memory, max_nbytes)
 
     def ranges(self, key: str) -> RangeReader:
         def read(memory: ReusedMemory, nbytes: int, start: int) -> memoryview | None:
@@ -198,7 +200,8 @@ class BucketObjects:
             except FileNotFoundError:
                 return None
 
-        return self._guard("look up", key, action)
+        found = self._guard("look up", key, action)
+        return found if found is not None else chunk_nbytes(self, key)
 
     def keys(self, prefix: str) -> Iterator[str]:
         batches = iter(self._guard("list", prefix, lambda: obstore.list(self._store, prefix)))

@@ -143,7 +143,7 @@ class Objects(Protocol):
 
 
 class AppendedObject(Protocol):
-    """An object that is written piece by piece, and visible only once it is published."""
+    """An object that is written piece by piece, and visible once it is published or shared."""
 
     def append(self, parts: Sequence[bytes]) -> int:
         """Write parts behind what is there; return where they begin. Threads may do so at once."""
@@ -153,6 +153,12 @@ class AppendedObject(Protocol):
 
     def publish(self, head: bytes) -> None:
         """Write the head, and give the object its name."""
+
+    def share(self, head: bytes) -> bool:
+        """Publish the object before it is complete; False if there already is one of its name."""
+
+    def update(self, head: bytes) -> None:
+        """Replace the head of a shared object."""
 
     def discard(self) -> None:
         """Delete what was written."""

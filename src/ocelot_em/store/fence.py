@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from ocelot_em.errors import LockLostError
 from ocelot_em.store.bucket import BucketObjects, MemoryObjects
 from ocelot_em.store.contract import Objects, T
 from ocelot_em.store.local import NEW_FILE, LocalObjects, new_suffix
+from ocelot_em.store.result_shards import OwnShards
 
 FOLDER = "lock"
 
@@ -144,6 +145,11 @@ class HeldObjects(Objects, Protocol):
     """An output that a run holds: every write needs the lock, and raises LockLostError without."""
 
     lease: RunLease
+    appends: bool
+    """Whether chunks are appended to shards."""
+
+    def commit(self) -> None:
+        """Make all chunks visible that were written before."""
 
     def claim(self) -> None:
         """Prepare to hold the output, before the lock is created."""
@@ -166,7 +172,15 @@ class _Held(BucketObjects):
 
     def __init__(self, url: str, lease: RunLease) -> None:
         super().__init__(url)
-        self.lease = lease
+        self.lease, self.appends, self._shards = lease, False, OwnShards(self)
+
+    def put(self, key: str, parts: Sequence[bytes]) -> None:
+        if not (self.appends and self._shards.put(key, parts)):
+            super().put(key, parts)
+
+    def commit(self) -> None:
+        """Make all chunks visible that were written before."""
+        self._shards.commit()
 
     def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
         def proven() -> T:

@@ -27,6 +27,7 @@ from ocelot_em.store.contract import (
     ReusedMemory,
     refuse_too_large,
 )
+from ocelot_em.store.result_shards import chunk_nbytes, read_chunk
 
 _CHECKED_SECONDS = 1.0
 """Seconds for which the check that a folder is inside the store is cached."""
@@ -97,7 +98,8 @@ class LocalObjects(BucketObjects):
             finally:
                 os.close(descriptor)
 
-        return self._guard("read", key, action)
+        found = self._guard("read", key, action)
+        return found if found is not None else read_chunk(self, key, memory, max_nbytes)
 
     def ranges(self, key: str) -> RangeReader:
         return _RangeFile(self, key).read
@@ -189,7 +191,8 @@ class LocalObjects(BucketObjects):
                 return None
             return status.st_size if stat.S_ISREG(status.st_mode) else None
 
-        return self._guard("look up", key, action)
+        found = self._guard("look up", key, action)
+        return found if found is not None else chunk_nbytes(self, key)
 
     def keys(self, prefix: str) -> Iterator[str]:
         return map(self._key, self._walk(prefix))
@@ -404,6 +407,26 @@ class _AppendedFile:
             # A file server's answer may get lost, and the repeated request then fails.
             if not os.path.samestat(Path(self._target).stat(), os.fstat(self._descriptor)):
                 raise
+
+    def share(self, head: bytes) -> bool:
+        def link() -> bool:
+            move = partial(os.link, self._staged, self._target)
+            try:
+                self._objects._publish(move, self._target)
+            except FileExistsError:
+                # A file server's answer may get lost, and the repeated request then fails.
+                return Path(self._staged).samefile(self._target)
+            return True
+
+        self.update(head)
+        is_first = self._objects._guard("create", self._key, link)
+        if not is_first:
+            self.discard()
+        return is_first
+
+    def update(self, head: bytes) -> None:
+        with self._lock:
+            self._objects._guard("write", self._key, lambda: self._write([head], 0))
 
     def discard(self) -> None:
         self._close()

@@ -47,6 +47,7 @@ from ocelot_em.store.constants import (
     MAX_METADATA_NBYTES,
     MAX_SHARD_CHUNKS,
 )
+from ocelot_em.store.result_shards import chunks_per_shard
 
 MAX_KEYS = 1000
 """Maximum number of keys in one object; errors about millions would fill the memory."""
@@ -93,7 +94,7 @@ class _Chunks(TypedDict):
 
 
 class _Separator(TypedDict):
-    separator: NotRequired[Literal["/"]]
+    separator: NotRequired[Literal["/", "."]]
 
 
 class _ByteOrder(TypedDict):
@@ -168,6 +169,11 @@ class ArrayInfo(BaseModel):
     def chunk(self) -> tuple[int, ...]:
         """Shape of the chunks."""
         return self.chunk_grid["configuration"]["chunk_shape"]
+
+    @property
+    def separator(self) -> str:
+        """What separates the numbers in the keys of chunks, or of shards."""
+        return self.chunk_key_encoding.get("configuration", {}).get("separator", "/")
 
     @property
     def per_shard(self) -> tuple[int, ...] | None:
@@ -289,9 +295,12 @@ def parse_array(
         match document.get("codecs"):
             case [{"name": "sharding_indexed", "configuration": configuration}]:
                 return _parse_sharded(document, configuration, place, allowed)
-        return ArrayInfo.model_validate(document, context=allowed)
+        about = ArrayInfo.model_validate(document, context=allowed)
     except ValidationError as error:
         raise FormatError(f"{place}: {'; '.join(problems_of(error))}") from None
+    if about.separator != "/":
+        raise FormatError(f"{place}: chunk_key_encoding: expected '/' in keys of chunks, got '.'")
+    return about
 
 
 def _parse_sharded(
@@ -302,12 +311,18 @@ def _parse_sharded(
     chunked = {**document, "chunk_grid": grid, "codecs": sharding["codecs"]}
     about = ArrayInfo.model_validate(chunked, context=allowed)
     shard = _SHARD_GRID.validate_python(document.get("chunk_grid"))["configuration"]["chunk_shape"]
-    if len(shard) != 2 or len(about.chunk) != 2 or any(map(mod, shard, about.chunk)):
+    of_result, n_axes = about.separator == ".", len(about.chunk)
+    if len(shard) != n_axes or any(map(mod, shard, about.chunk)) or not (n_axes == 2 or of_result):
         raise FormatError(
             f"{place}: chunk_grid: expected shards of whole chunks {about.chunk} of two axes, got "
             f"{reprlib.repr(shard)}"
         )
     per_shard = tuple(map(floordiv, shard, about.chunk))
+    if of_result and per_shard != (expected := chunks_per_shard(n_axes)):
+        raise FormatError(
+            f"{place}: chunk_grid: expected shards of {expected} chunks, whose keys have dots, got "
+            f"{reprlib.repr(per_shard)}"
+        )
     if (n := math.prod(per_shard)) > MAX_SHARD_CHUNKS:
         raise FormatError(
             f"{place}: expected at most {MAX_SHARD_CHUNKS:,} chunks in a shard, got {n:,}"

@@ -242,10 +242,9 @@ class MapGroup:
             if expected is None:
                 raise FormatError(f"{place}: expected the map in the manifest, it is not there")
         opened = store.open_map(objects, self.path_of(key), place, MAPS[key].dtypes, expected)
-        if opened.shards is not None and not self.path:
+        if opened.shards is not None and opened.shards.separator == "/" and not self.path:
             raise FormatError(
-                f"{place}: codecs: expected no shards in a merged result, whose chunks are files "
-                "of their own; merge again"
+                f"{place}: codecs: expected no shards of a partial in a merged result; merge again"
             )
         return opened
 

@@ -16,7 +16,7 @@ from ocelot_em.model.regions import Tile
 from ocelot_em.store.blosc import checksum
 from ocelot_em.store.contract import AppendedObject, Objects, RangeReader, ReusedMemory
 
-_ABSENT = 2**64 - 1
+ABSENT = 2**64 - 1
 """Offset and size of a chunk that the shard does not have."""
 
 _MAX_OPEN = 4
@@ -36,32 +36,85 @@ class _Begun(NamedTuple):
     file: AppendedObject
 
 
+def encoded_index(entries: NDArray[np.uint64]) -> bytes:
+    """Return the bytes of an index: offsets and sizes, and their CRC32C."""
+    index = entries.astype("<u8").tobytes()
+    return index + checksum(index).to_bytes(4, "little")
+
+
+def read_index(read: RangeReader, n_chunks: int) -> NDArray[np.uint64] | None:
+    """Read the offsets and sizes of a shard's chunks; None if there is no such object.
+
+    ``ValueError`` if the index is corrupt.
+    """
+    size = 16 * n_chunks + 4
+    found = read(ReusedMemory(), size, 0)
+    if found is None:
+        return None
+    encoded = bytes(found)
+    entries, crc = encoded[:-4], int.from_bytes(encoded[-4:], "little")
+    if len(encoded) < size or checksum(entries) != crc:
+        raise ValueError("the index of the shard is truncated, or its CRC32C does not match")
+    return np.frombuffer(entries, "<u8").reshape(n_chunks, 2).astype(np.uint64)
+
+
+def read_entry(
+    read: RangeReader,
+    entries: NDArray[np.uint64],
+    number: int,
+    memory: ReusedMemory,
+    max_nbytes: int,
+) -> memoryview | None:
+    """Read a chunk that an index has; None if the shard is gone.
+
+    ``ValueError`` if the index is wrong or the chunk larger than ``max_nbytes``.
+    """
+    start, nbytes = map(int, entries[number])
+    if not 16 * len(entries) + 4 <= start < 2**62 or not 0 < nbytes <= max_nbytes:
+        raise ValueError(
+            f"expected at most {max_nbytes} bytes behind the index of the shard, got "
+            f"{nbytes} bytes at {start}"
+        )
+    encoded = read(memory, nbytes, start)
+    if encoded is not None and len(encoded) < nbytes:
+        raise ValueError(
+            f"expected {nbytes} bytes at {start} of the shard, got {len(encoded)}: it is truncated"
+        )
+    return encoded
+
+
 class Shards:
     """The shards of a map of ``counts`` chunks, each of which has room for ``per_shard``.
 
-    The index of a shard is read and checked once, when its first chunk is read.
+    The index of a shard is read and checked once, when its first chunk is read. ``separator`` is
+    in the keys of shards: a slash in partials, a dot in merged results.
     """
 
     def __init__(
-        self, objects: Objects, path: str, counts: tuple[int, int], per_shard: tuple[int, int]
+        self,
+        objects: Objects,
+        path: str,
+        counts: tuple[int, int],
+        per_shard: tuple[int, int],
+        separator: str = "/",
     ) -> None:
         self._objects, self._path, self._counts = objects, path, counts
+        self.separator = separator
         self._per_shard, self._n = per_shard, math.prod(per_shard)
         self._open: dict[str, _Open] = {}
         self._begun: dict[str, _Begun] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["Shards"], tuple[object, ...]]:
-        return Shards, (self._objects, self._path, self._counts, self._per_shard)
-
-    @property
-    def _index_nbytes(self) -> int:
-        return 16 * self._n + 4
+        layout = self._counts, self._per_shard, self.separator
+        return Shards, (self._objects, self._path, *layout)
 
     def key(self, chunk: Tile) -> str:
         """Key of the shard that holds a chunk."""
         height, width = self._per_shard
-        return f"{self._path}/c/{chunk.iy // height}/{chunk.ix // width}"
+        return self.separator.join(
+            (f"{self._path}/c", str(chunk.iy // height), str(chunk.ix // width))
+        )
 
     def _number(self, chunk: Tile) -> int:
         height, width = self._per_shard
@@ -75,34 +128,17 @@ class Shards:
         key, number = self.key(chunk), self._number(chunk)
         with self._lock:
             found = self._open.get(key) or self._opened(key)
-        if found is None or found.entries[number, 1] == _ABSENT:
+        if found is None or found.entries[number, 1] == ABSENT:
             return None
-        start, nbytes = map(int, found.entries[number])
-        if not self._index_nbytes <= start < 2**62 or not 0 < nbytes <= max_nbytes:
-            raise ValueError(
-                f"expected at most {max_nbytes} bytes behind the index of the shard, got "
-                f"{nbytes} bytes at {start}"
-            )
-        encoded = found.read(memory, nbytes, start)
-        if encoded is not None and len(encoded) < nbytes:
-            raise ValueError(
-                f"expected {nbytes} bytes at {start} of the shard, got {len(encoded)}: it is "
-                "truncated"
-            )
-        return encoded
+        return read_entry(found.read, found.entries, number, memory, max_nbytes)
 
     def _opened(self, key: str) -> _Open | None:
-        size, read = self._index_nbytes, self._objects.ranges(key)
-        found = read(ReusedMemory(), size, 0)
-        if found is None:
+        read = self._objects.ranges(key)
+        index = read_index(read, self._n)
+        if index is None:
             return None
-        encoded = bytes(found)
-        entries, crc = encoded[:-4], int.from_bytes(encoded[-4:], "little")
-        if len(encoded) < size or checksum(entries) != crc:
-            raise ValueError("the index of the shard is truncated, or its CRC32C does not match")
         while len(self._open) >= _MAX_OPEN:
             self._open.pop(next(iter(self._open)))
-        index = np.frombuffer(entries, "<u8").reshape(self._n, 2).astype(np.uint64)
         return self._open.setdefault(key, _Open(index, read))
 
     def append(self, chunk: Tile, parts: Sequence[bytes]) -> None:
@@ -111,11 +147,11 @@ class Shards:
         with self._lock:
             begun = self._begun.get(key)
             if begun is None:
-                index = np.full((self._n, 2), _ABSENT, np.uint64)
-                begun = _Begun(index, self._objects.append_to(key, self._index_nbytes))
+                index = np.full((self._n, 2), ABSENT, np.uint64)
+                begun = _Begun(index, self._objects.append_to(key, 16 * self._n + 4))
                 self._begun[key] = begun
         begun.entries[number] = begun.file.append(parts), sum(map(len, parts))
-        is_full = np.count_nonzero(begun.entries[:, 1] != _ABSENT) == self._n_in_shard(chunk)
+        is_full = np.count_nonzero(begun.entries[:, 1] != ABSENT) == self._n_in_shard(chunk)
         if is_full or len(self._begun) > _MAX_WRITTEN:
             begun.file.rest()
 
@@ -127,8 +163,7 @@ class Shards:
     def publish(self) -> None:
         """Make the shards, whose chunks are written, visible to readers."""
         for begun in self._begun.values():
-            index = begun.entries.astype("<u8").tobytes()
-            begun.file.publish(index + checksum(index).to_bytes(4, "little"))
+            begun.file.publish(encoded_index(begun.entries))
         self._begun.clear()
 
     def discard(self) -> None:

@@ -121,6 +121,12 @@ class Layout:
             else "progress"
         )
 
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the arrays of the records."""
+        kinds = (COUNTS, NUMBERS, SHOWN) if self.is_montage else (COUNTS, NUMBERS)
+        return [f"{self.folder}/{what}" for what in kinds]
+
     @cached_property
     def scope(self) -> StatisticsScope:
         """Pixels of the exposure that count, and related numbers."""
@@ -153,10 +159,14 @@ class Layout:
         first_y, first_x = self._first
         return (iy - first_y) * self.counts_of_tiles[1] + ix - first_x
 
+    def tile_of(self, number: int) -> tuple[int, int]:
+        """Row and column of the tile of a record."""
+        (first_y, first_x), (_, n_columns) = self._first, self.counts_of_tiles
+        return first_y + number // n_columns, first_x + number % n_columns
+
     def region_of(self, number: int) -> Region:
         """Pixels of a record, in exposure coordinates."""
-        (first_y, first_x), (_, n_columns) = self._first, self.counts_of_tiles
-        iy, ix = first_y + number // n_columns, first_x + number % n_columns
+        iy, ix = self.tile_of(number)
         (height, width), (dy, dx) = self.tile, self.exposure.origin
         cell = Region(iy * height, (iy + 1) * height, ix * width, (ix + 1) * width)
         return cell.shifted(-dy, -dx).intersect(self.exposure.region)

@@ -69,7 +69,7 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
             array = store.ArrayLayout(
                 (len(layout) * n,), (n,), dtype, fill, ("record",), attributes
             )
-            store.create_array(objects, f"{layout.folder}/{path}", array)
+            store.create_array(objects, f"{layout.folder}/{path}", plan.laid_out(array))
 
         at_once(objects, [partial(create_one, *array) for array in arrays])
 
