@@ -214,7 +214,7 @@ def test_an_update_that_died_is_gone_on_with(tmp_path, monkeypatch):
     ocelot_em.merge(search, output, tile_size=16)
     write_shots(search, SHOTS[2:4])
     with monkeypatch.context() as patch:
-        patch.setattr(resume.store, "create_map", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patch.setattr(resume.store, "create_array", lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             ocelot_em.merge(search, output, tile_size=16)
     with pytest.raises(IncompleteError):

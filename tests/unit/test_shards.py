@@ -178,7 +178,7 @@ def test_a_shard_that_is_replaced_or_deleted_while_it_is_open_is_noticed(written
 def test_shards_are_of_whole_chunks_and_of_partials_only(tmp_path):
     layout, objects = arrays.map_layout("mip", SHAPE, (CHUNK, CHUNK)), open_objects(tmp_path)
     arrays.create_array(objects, "mip", replace(layout, per_shard=(2, 2)))
-    with pytest.raises(FormatError, match="expected no shards in a merged result"):
+    with pytest.raises(FormatError, match="expected no shards of a partial in a merged result"):
         MapGroup(objects).open(("mip",))
     encoded = objects.get("mip/zarr.json")
     for shard, message in ((b"63", "of whole chunks"), (b"131072", "at most 65,536 chunks in a")):

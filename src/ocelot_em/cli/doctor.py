@@ -355,11 +355,13 @@ def _disk_space(place: Path) -> tuple[State, str]:
     plain, sharded = (
         8 * n_files_of_maps(len(explicit.partial), (n, n)) for n in (n_chunks, n_shards)
     )
-    merged = n_files_of_maps(len(explicit.merged), (n_chunks, n_chunks)) + 3 * n_chunks**2
+    n_maps = len(explicit.merged)
+    merged = n_files_of_maps(n_maps, (n_shards, n_shards)) + 3 * n_shards**2
+    of_cluster = n_files_of_maps(n_maps, (n_chunks, n_chunks)) + 3 * n_chunks**2
     return "ok", (
         f"{text}, and {free_inodes:,} more files can be created: {EXAMPLE_PX} x {EXAMPLE_PX} "
         f"pixels of 8 devices have {sharded:,} ({plain:,} with --chunk-files), their result "
-        f"{merged:,}"
+        f"{merged:,} ({of_cluster:,} if a cluster merges it)"
     )
 
 

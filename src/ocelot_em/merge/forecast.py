@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from os import PathLike
 
 import numpy as np
@@ -22,10 +23,11 @@ from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.stats.layout import Layout
 from ocelot_em.model.maps import MAPS, SUM, MapSet
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.regions import TileGrid
+from ocelot_em.model.regions import TileGrid, ceil_div
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects, at_once
 from ocelot_em.store.objects import Stores, open_objects
+from ocelot_em.store.result_shards import chunks_per_shard
 from ocelot_em.store.sources import Source, open_one
 
 CHUNKS_LISTED = 4096
@@ -115,6 +117,11 @@ def forecast(
     )
 
 
+def n_shards(counts: tuple[int, ...]) -> int:
+    """Return the number of shards of an array of a result, by its numbers of chunks."""
+    return prod(map(ceil_div, counts, chunks_per_shard(len(counts))))
+
+
 def n_files_of_maps(n_maps: int, counts: tuple[int, int]) -> int:
     """Return the number of files of maps with these counts of chunks, or of shards."""
     return n_maps * (counts[0] * counts[1] + 1)
@@ -123,12 +130,19 @@ def n_files_of_maps(n_maps: int, counts: tuple[int, int]) -> int:
 def _files_and_inodes(plan: MergePlan) -> tuple[int, int]:
     """Return the number of files of a result, and of its files and folders."""
     n_maps, layouts = len(plan.maps.merged), [Layout.of(plan, e) for e in plan.exposures]
-    counts = TileGrid(plan.shape, plan.chunk).counts
-    n_tiles, n_records = len(plan.grid), sum(map(len, layouts)) * (3 if plan.is_montage else 2)
+    counts, n_kinds = TileGrid(plan.shape, plan.chunk).counts, 3 if plan.is_montage else 2
+    n_records = [(len(layout),) for layout in layouts]
     # For each exposure also histograms; and for the result lists, the manifest and tables.
-    n_files = n_files_of_maps(n_maps, counts) + n_tiles + n_records + 7 + 8 * len(layouts)
+    n_files, n_folders = n_maps + 7 + 8 * len(layouts), n_maps + 7 + 12 * len(layouts)
+    if plan.in_shards:
+        n_files += n_maps * n_shards(counts) + n_shards(plan.grid.counts)
+        n_files += n_kinds * sum(map(n_shards, n_records))
+        n_folders -= 1 + n_kinds * len(layouts)
+    else:
+        n_tiles = len(plan.grid)
+        n_files += n_maps * prod(counts) + n_tiles + n_kinds * sum(map(prod, n_records))
+        n_folders += n_maps * (1 + counts[0]) + plan.grid.counts[0] + n_tiles
     n_files += 0 if plan.search_space_digest is None else 7
-    n_folders = n_maps * (2 + counts[0]) + plan.grid.counts[0] + n_tiles + 7 + 12 * len(layouts)
     return n_files, n_files + n_folders
 
 

@@ -159,6 +159,11 @@ def _prepared(
         # An unfinished merge of an early version has no records and cannot be resumed.
         if existing.state == "complete" or records.has_records(objects, earlier):
             done = done_tiles(objects, plan.grid) & ~stale
+    if plan.in_shards and not (objects.can_append or done.all()):
+        raise OutputExistsError(
+            f"{objects.url}: an unfinished merge in shards, which only a folder can hold, not a "
+            "bucket; continue it where it was begun, or choose another output"
+        )
     n_columns = plan.grid.counts[1]
     return PreparedMerge(
         plan,
@@ -257,7 +262,7 @@ def create_output(
                 raise OutputExistsError(f"{objects.url}: was just created by another run")
             groups.replace_attributes(objects, "", content)
         objects.delete_replaced()
-    elif ready.stale:
+    elif ready.stale or (ready.missing and attributes.state == "complete"):
         # A reader, or a run resumed after a crash, must see an unfinished merge without done-marks
         # of stale tiles.
         unfinished = attributes.model_copy(update={"state": "writing", "finished": None})

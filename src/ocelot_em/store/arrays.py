@@ -367,9 +367,10 @@ def open_map(
     shuffle = shuffles.get(settings["shuffle"], BIT_SHUFFLE)
     shards = None
     # While a result is written, objects of single chunks take precedence over its shards.
-    if about.per_shard is not None and (about.separator == "/" or expected is not None):
+    if about.per_shard is not None and (expected is not None or not about.is_of_result):
         cells = about.per_shard[0], about.per_shard[1]
-        shards = Shards(objects, path, grid.counts, cells, about.separator)
+        separator = "." if about.is_of_result else "/"
+        shards = Shards(objects, path, grid.counts, cells, separator)
     return ChunkedMap(
         objects=objects,
         path=path,

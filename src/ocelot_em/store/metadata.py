@@ -94,7 +94,7 @@ class _Chunks(TypedDict):
 
 
 class _Separator(TypedDict):
-    separator: NotRequired[Literal["/", "."]]
+    separator: NotRequired[Literal["/"]]
 
 
 class _ByteOrder(TypedDict):
@@ -134,6 +134,9 @@ class _Sharding(TypedDict):
     index_location: Literal["start"]
 
 
+DOTTED = {"name": "default", "configuration": {"separator": "."}}
+"""Keys of the shards of merged results, which differ from those of single chunks."""
+
 _SHARDING = TypeAdapter(_Sharding)
 _SHARD_GRID = TypeAdapter(_Entry[Literal["regular"], _Chunks])
 
@@ -152,6 +155,7 @@ class ArrayInfo(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     _per_shard: tuple[int, ...] | None = None  # not of the document
+    _is_of_result: bool = False
 
     zarr_format: int
     node_type: str
@@ -171,18 +175,18 @@ class ArrayInfo(BaseModel):
         return self.chunk_grid["configuration"]["chunk_shape"]
 
     @property
-    def separator(self) -> str:
-        """What separates the numbers in the keys of chunks, or of shards."""
-        return self.chunk_key_encoding.get("configuration", {}).get("separator", "/")
-
-    @property
     def per_shard(self) -> tuple[int, ...] | None:
         """Number of chunks of a shard along each axis; None without shards."""
         return self._per_shard
 
-    def in_shards(self, per_shard: tuple[int, ...]) -> Self:
+    @property
+    def is_of_result(self) -> bool:
+        """Whether the shards are those of a merged result, and not of a partial."""
+        return self._is_of_result
+
+    def in_shards(self, per_shard: tuple[int, ...], *, of_result: bool) -> Self:
         """Note that the chunks are in shards."""
-        self._per_shard = per_shard
+        self._per_shard, self._is_of_result = per_shard, of_result
         return self
 
     @model_validator(mode="before")
@@ -295,12 +299,9 @@ def parse_array(
         match document.get("codecs"):
             case [{"name": "sharding_indexed", "configuration": configuration}]:
                 return _parse_sharded(document, configuration, place, allowed)
-        about = ArrayInfo.model_validate(document, context=allowed)
+        return ArrayInfo.model_validate(document, context=allowed)
     except ValidationError as error:
         raise FormatError(f"{place}: {'; '.join(problems_of(error))}") from None
-    if about.separator != "/":
-        raise FormatError(f"{place}: chunk_key_encoding: expected '/' in keys of chunks, got '.'")
-    return about
 
 
 def _parse_sharded(
@@ -309,9 +310,11 @@ def _parse_sharded(
     sharding = _SHARDING.validate_python(configuration)
     grid = {"name": "regular", "configuration": {"chunk_shape": sharding["chunk_shape"]}}
     chunked = {**document, "chunk_grid": grid, "codecs": sharding["codecs"]}
+    if of_result := chunked.get("chunk_key_encoding") == DOTTED:
+        chunked["chunk_key_encoding"] = "default"
     about = ArrayInfo.model_validate(chunked, context=allowed)
     shard = _SHARD_GRID.validate_python(document.get("chunk_grid"))["configuration"]["chunk_shape"]
-    of_result, n_axes = about.separator == ".", len(about.chunk)
+    n_axes = len(about.chunk)
     if len(shard) != n_axes or any(map(mod, shard, about.chunk)) or not (n_axes == 2 or of_result):
         raise FormatError(
             f"{place}: chunk_grid: expected shards of whole chunks {about.chunk} of two axes, got "
@@ -327,7 +330,7 @@ def _parse_sharded(
         raise FormatError(
             f"{place}: expected at most {MAX_SHARD_CHUNKS:,} chunks in a shard, got {n:,}"
         )
-    return about.in_shards(per_shard)
+    return about.in_shards(per_shard, of_result=of_result)
 
 
 _MAX_PROBLEMS, _MAX_NAME = 20, 60
