@@ -18,7 +18,9 @@ import pytest
 
 import ocelot_em
 from helpers import chunk_bytes, make_result, write_search
+from ocelot_em.store.constants import TILE_SUMMARY
 from ocelot_em.store.objects import open_objects
+from ocelot_em.store.result_shards import places_of_chunks
 
 GATE_FOLDER = Path(__file__).parent / "chaos" / "gate"
 
@@ -93,10 +95,13 @@ class Gate:
         That the processes of the merge can see; new.
     n_tiles
         That may be done before it is opened.
+    in_shards
+        Whether results are in shards, however small they are.
     """
 
     folder: Path
     n_tiles: int
+    in_shards: bool = False
 
     def __post_init__(self) -> None:
         self.folder.mkdir()
@@ -108,6 +113,7 @@ class Gate:
             "PYTHONPATH": os.pathsep.join([str(GATE_FOLDER), *sys.path]),
             "OCELOT_TEST_GATE": str(self.folder),
             "OCELOT_TEST_GATE_TILES": str(self.n_tiles),
+            "OCELOT_TEST_SHARDS": "1" if self.in_shards else "",
         }
 
     def wait_until_reached(
@@ -203,7 +209,7 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 def tiles_done(output: Path) -> int:
     """Tiles of an output on this machine that are marked as done."""
-    return len(list(output.glob("progress/tile_summary/c/*/*/0")))
+    return len({*places_of_chunks(open_objects(output), TILE_SUMMARY)})
 
 
 def wait_for(

@@ -18,6 +18,7 @@ from ocelot_em.store.groups import update_attributes
 from ocelot_em.store.manifest import MANIFEST
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import write_partial
+from ocelot_em.store.result_shards import places_of_chunks
 from ocelot_em.store.search import partial_path, read_partial_attributes
 from ocelot_em.store.search_info import SearchInfo
 
@@ -101,11 +102,17 @@ def read_maps(store: Path | str) -> dict[str, AnyArray]:
 
 def chunk_bytes(store: Path) -> dict[str, bytes]:
     """Every chunk of every map of a store, as stored; progress records hold timings and differ."""
-    return {
+    objects = open_objects(store)
+    found = {
         str(path.relative_to(store)): path.read_bytes()
         for path in sorted(store.rglob("c/*/*"))
         if path.is_file() and "progress" not in path.parts
     }
+    for folder in sorted({shard.parent.name for shard in store.glob("*/c.*.*")}):
+        for iy, ix in sorted({*places_of_chunks(objects, folder)}):
+            key = f"{folder}/c/{iy}/{ix}"
+            found[key] = objects.get(key)
+    return found
 
 
 def chunk_values(store: Path) -> dict[str, bytes]:

@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 
 import ocelot_em
-from chaos_common import OCELOT, Undisturbed, digests, undisturbed
+from chaos_common import (
+    OCELOT,
+    Gate,
+    Undisturbed,
+    digests,
+    end,
+    merge_command,
+    start,
+    undisturbed,
+)
 from ocelot_em.errors import PlanError, TilesFailedError
+from ocelot_em.merge import resume
 from ocelot_em.merge.outcome import Outcome
 from ocelot_em.run.observer import Observer
 
@@ -51,6 +61,21 @@ def test_a_killed_worker_changes_nothing(search: Undisturbed, tmp_path: Path) ->
     search.assert_finished(output)
 
 
+@pytest.mark.parametrize("n_tiles", [1, 30, 60])
+def test_a_killed_merge_in_shards_is_resumed(search, tmp_path: Path, n_tiles: int) -> None:
+    """By another process, which appends to none of the shards that the first has created."""
+    output, gate = tmp_path / "OUT.zarr", Gate(tmp_path / "gate", n_tiles, in_shards=True)
+    run = start(merge_command(search.run, output, search.tile, "--threads", "2"), gate.environment)
+    try:
+        gate.wait_until_reached(output, run)
+    finally:
+        end(run)
+    report = ocelot_em.merge(search.run, output, tile_size=search.tile)
+    assert report.n_merged == search.n_tiles - n_tiles
+    assert not (output / "mip/c").exists()
+    search.assert_finished(output)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
@@ -64,9 +89,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("min_nbytes", [0, 2**60], ids=["shards", "files"])
 def test_a_full_disk_is_said_plainly_and_the_rerun_finishes(
-    search: Undisturbed, small_disk: Path
+    search: Undisturbed, small_disk: Path, min_nbytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(resume, "MIN_NBYTES_IN_SHARDS", min_nbytes)
     output, ballast = small_disk / "OUT.zarr", small_disk / "ballast"
 
     class FillsTheDisk(Observer):

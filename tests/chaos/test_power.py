@@ -167,11 +167,15 @@ file replaces another, as other file systems do."""
 
 
 @pytest.mark.parametrize(
-    ("disk", "seed"), [(OPTIONS[seed % 2], seed) for seed in range(4)], indirect=["disk"]
+    ("disk", "seed", "in_shards"),
+    [(OPTIONS[seed % 2], seed, in_shards) for seed in range(4) for in_shards in (False, True)],
+    indirect=["disk"],
 )
-def test_a_run_that_power_was_taken_from_goes_on(search, tmp_path, disk, seed, monkeypatch) -> None:
+def test_a_run_that_power_was_taken_from_goes_on(
+    search, tmp_path, disk, seed, in_shards, monkeypatch
+) -> None:
     moment = random.Random(seed).randrange(5, search.n_tiles - 5)
-    with merging(search, disk, Gate(tmp_path / "gate", moment)):
+    with merging(search, disk, Gate(tmp_path / "gate", moment, in_shards)):
         copy = disk.without_power()
         there = tiles_done(disk.folder / "OUT.zarr")
     with started_again(copy, tmp_path / "again") as again:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ocelot_em
-from helpers import assert_same_maps, make_result, read_maps, write_search
+from helpers import assert_same_maps, combinations, make_result, read_maps, write_search
 from montages import SHOTS, write_shots
 from ocelot_em.errors import (
     ChunkError,
@@ -159,14 +159,22 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+SHARDS = ("mip/c.1.2", "progress/tile_summary/c.0.1.0", "progress/counts/c.3")
+
+
 @pytest.mark.parametrize(
-    "shard", ["mip/c.1.2", "progress/tile_summary/c.0.1.0", "progress/counts/c.3"]
+    ("damage", "shard"),
+    combinations(
+        list(DAMAGE),
+        SHARDS,
+        fast=[("index", SHARDS[0]), ("cut off", SHARDS[1]), ("gone", SHARDS[2])]
+        + [(damage, SHARDS[0]) for damage in DAMAGE if damage not in ("index", "cut off", "gone")],
+    ),
 )
 def test_damage_is_reported_and_mended(search, plain, tmp_path, shard, damage):
     output = tmp_path / "OUT.zarr"
     ocelot_em.merge(search, output, **OPTIONS)
-    damage(output / shard)
+    DAMAGE[damage](output / shard)
     if shard.startswith("mip/"):
         with pytest.raises(ChunkError):
             ocelot_em.open_merged(output)["mip"].compute()

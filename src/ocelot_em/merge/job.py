@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -184,10 +184,11 @@ class Job:
         partials_on_device = 0 if spec is None else spec.partials_on_device
         self._lease: RunLease | None = None
         self._must_sync = spec is not None and spec.kernel != kernel_id()
+        self._held: HeldObjects | None = None
         if objects is not None and spec is not None and spec.lock:
             self._lease = RunLease(objects, spec.lock, spec.holder)
-            objects = hold(objects, self._lease)
-            objects.appends = plan.in_shards
+            objects = self._held = hold(objects, self._lease)
+            self._held.appends = plan.in_shards
         self.objects = objects
         first = plan.exposures[0].sources[0]
         store = open_objects(first.url)
@@ -259,8 +260,13 @@ class Job:
 
     def commit(self) -> None:
         """Make chunks visible that were appended to shards."""
-        if self._lease is not None:
-            cast(HeldObjects, self.objects).commit()
+        if self._held is not None:
+            self._held.commit()
+
+    def close(self) -> None:
+        """Close files that are kept open for writing; one that is needed is opened again."""
+        if self._held is not None:
+            self._held.rest()
 
     def sync(self) -> None:
         """Bring what was written to the disk, unless the driver will, on the same host."""
@@ -367,16 +373,20 @@ def covers_alone(pieces: Sequence[Piece], tile: Tile) -> bool:
 def open_job(spec: JobSpec, listener: CompileListener | None = None) -> Job:
     """Open a prepared output once per process; the run's id prevents use of an old job."""
     with _opening:
-        job = _open_job(spec)
+        if spec not in _opened:
+            close_job()
+            _opened[spec] = _open_job(spec)
+        job = _opened[spec]
         with suppress(OcelotError):  # the first exposure fails; other tiles may not need it
             job.compile(listener or CompileLog())
         return job
 
 
 _opening = threading.Lock()
+_opened: dict[JobSpec, Job] = {}
+"""The open job of this process, if any."""
 
 
-@lru_cache(maxsize=1)
 def _open_job(spec: JobSpec) -> Job:
     if spec.code != code_version():
         raise PlanError(
@@ -397,5 +407,6 @@ def _open_job(spec: JobSpec) -> Job:
 
 
 def close_job() -> None:
-    """Close this process's job, and release its memory."""
-    _open_job.cache_clear()
+    """Close this process's job, and release its memory and files."""
+    while _opened:
+        _opened.popitem()[1].close()

@@ -151,6 +151,9 @@ class HeldObjects(Objects, Protocol):
     def commit(self) -> None:
         """Make all chunks visible that were written before."""
 
+    def rest(self) -> None:
+        """Close the files of shards; more may be written nevertheless."""
+
     def claim(self) -> None:
         """Prepare to hold the output, before the lock is created."""
 
@@ -181,6 +184,10 @@ class _Held(BucketObjects):
     def commit(self) -> None:
         """Make all chunks visible that were written before."""
         self._shards.commit()
+
+    def rest(self) -> None:
+        """Close the files of shards; more may be written nevertheless."""
+        self._shards.rest()
 
     def _guard(self, verb: str, key: str, action: Callable[[], T]) -> T:
         def proven() -> T:

@@ -188,13 +188,20 @@ class OwnShards:
 
     def commit(self) -> None:
         """Make all chunks visible that were put before."""
-        with self._lock:
-            own = [shard for shard in self._shards.values() if shard is not None]
+        own = self._own()
         for shard in own:
             shard.commit()
         if len(own) > _MAX_WRITTEN:
-            for shard in own:
-                shard.file.rest()
+            self.rest()
+
+    def rest(self) -> None:
+        """Close all files; more may be written nevertheless."""
+        for shard in self._own():
+            shard.file.rest()
+
+    def _own(self) -> list[_OwnShard]:
+        with self._lock:
+            return [shard for shard in self._shards.values() if shard is not None]
 
 
 def pack(

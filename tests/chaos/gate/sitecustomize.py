@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-GATED = "ocelot_em.merge.tile"
-
 
 def pass_gate(folder: Path, n_tiles: int) -> None:
     """Return when this tile is one of the first, or the gate is open."""
@@ -33,7 +31,7 @@ def pass_gate(folder: Path, n_tiles: int) -> None:
 
 
 class GatedLoader(importlib.abc.Loader):
-    """Loads a module as another loader does, and puts the gate into it."""
+    """Loads a module as another loader does, and changes it."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -43,24 +41,38 @@ class GatedLoader(importlib.abc.Loader):
 
     def exec_module(self, module) -> None:
         self._loader.exec_module(module)
-        folder = Path(os.environ["OCELOT_TEST_GATE"])
-        n_tiles = int(os.environ["OCELOT_TEST_GATE_TILES"])
-        mark_done = module.TileWriter._mark_done
+        PATCHED[module.__name__](module)
 
-        def mark_done_at_gate(*arguments):
-            pass_gate(folder, n_tiles)
-            return mark_done(*arguments)
 
-        module.TileWriter._mark_done = mark_done_at_gate
+def gate(module) -> None:
+    """Put the gate before the marks of tiles."""
+    folder = Path(os.environ["OCELOT_TEST_GATE"])
+    n_tiles = int(os.environ["OCELOT_TEST_GATE_TILES"])
+    mark_done = module.TileWriter._mark_done
+
+    def mark_done_at_gate(*arguments):
+        pass_gate(folder, n_tiles)
+        return mark_done(*arguments)
+
+    module.TileWriter._mark_done = mark_done_at_gate
+
+
+def use_shards(module) -> None:
+    """Write small results in shards, too."""
+    if os.environ.get("OCELOT_TEST_SHARDS"):
+        module.MIN_NBYTES_IN_SHARDS = 0
+
+
+PATCHED = {"ocelot_em.merge.tile": gate, "ocelot_em.merge.resume": use_shards}
 
 
 class GatedFinder(importlib.abc.MetaPathFinder):
-    """Finds the one module that gets the gate."""
+    """Finds the modules that are changed."""
 
     def find_spec(self, name, path, target=None):
-        spec = (
-            importlib.machinery.PathFinder.find_spec(name, path, target) if name == GATED else None
-        )
+        if name not in PATCHED:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = GatedLoader(spec.loader)
         return spec
