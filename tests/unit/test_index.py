@@ -131,6 +131,8 @@ def test_folders_are_searched_for_results(runs, tmp_path):
     other.mkdir()
     (other / "zarr.json").write_text('{"attributes": {"ome": 1}}')
     assert find_results(tmp_path) == [str(tmp_path)]
+    (problem,) = write_index(tmp_path, tmp_path / "page")["error"]
+    assert problem == f"{tmp_path}: expected merged results in this folder, found none"
     (other / "zarr.json").write_text('{"attributes": {"ocelot": 1}}')
     assert find_results(tmp_path) == [str(other)]
 

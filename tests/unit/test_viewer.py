@@ -281,6 +281,9 @@ def test_other_folders_are_refused(tmp_path, content):
         (folder / "zarr.json").write_text(content)
     with pytest.raises(InvalidInputError, match=r"a folder with an OME-Zarr 0\.5 image"):
         view(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInputError, match="got a file"):
+        view(tmp_path / "file")
     with pytest.raises(InvalidInputError, match="got nothing there"):
         view(tmp_path / "NOTHING")
 

@@ -34,15 +34,17 @@ def view_map(
         Port of the server on 127.0.0.1; 0: any free port.
     """
     from ocelot_em.io.tables import read_particles
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.view.viewer import is_store, view
 
     console = open_console()
     for number in (signal.SIGTERM, signal.SIGHUP):  # a temporary image is deleted then, too
         signal.signal(number, signal.default_int_handler)
-    if is_store(source):
+    opened = MergedResult.open(source) if is_store(source) else source
+    if opened is not source:
         console.print(f"writing an image of {source} into a temporary folder")
     table = None if particles is None else read_particles(particles)
-    with view(source, port, maps=maps, particles=table) as shown:
+    with view(opened, port, maps=maps, particles=table) as shown:
         console.print(f"open {shown.url}")
         console.print(f"from another computer, first run there: {shown.ssh_command}")
         if not shown.is_offline:

@@ -16,7 +16,13 @@ from urllib.parse import quote
 import numpy as np
 from typing_extensions import Unpack
 
-from ocelot_em.errors import InvalidInputError, MissingDependencyError, OcelotError, optional_import
+from ocelot_em.errors import (
+    InvalidInputError,
+    MissingDependencyError,
+    OcelotError,
+    StoreNotFoundError,
+    optional_import,
+)
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import render
 from ocelot_em.model.keywords import PickKeywords
@@ -216,7 +222,10 @@ def _row(url: str, path: Path, picking: PickOptions) -> tuple[IndexRow, str]:
     except MissingDependencyError:
         raise
     except OcelotError as error:
-        return IndexRow(url, error=str(error)), ""
+        problem = str(error)
+        if isinstance(error, StoreNotFoundError) and Path(url).is_dir():
+            problem = f"{url}: expected merged results in this folder, found none"
+        return IndexRow(url, error=problem), ""
     attributes, about = merged.attributes, particles.about
     return IndexRow(
         result=url,

@@ -74,10 +74,10 @@ def read_state(
     InvalidInputError
         The folder is not an OME-Zarr image, or does not contain one of the maps.
     """
-    if not folder.exists():
+    if not folder.is_dir():
         raise InvalidInputError(
-            f"{folder}: expected a merged result, or a folder with an OME-Zarr image, got nothing "
-            "there"
+            f"{folder}: expected a merged result, or a folder with an OME-Zarr image, got "
+            + ("a file" if folder.exists() else "nothing there")
         )
     try:
         metadata = json.loads((folder / "zarr.json").read_bytes())
@@ -99,7 +99,7 @@ def read_state(
     if unknown := [name for name in maps if name not in names]:
         raise InvalidInputError(
             f"{folder}: expected maps of this image, {', '.join(names)}; got {', '.join(unknown)}; "
-            "ocelot export --to ome-zarr --map NAME adds one"
+            "write it again with all maps to show: ocelot export --to ome-zarr --map NAME"
         )
     shader = _MAP_SHADER % _polynomial()
     shown = maps or names
