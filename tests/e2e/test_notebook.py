@@ -41,6 +41,6 @@ def test_a_merge_shows_a_bar_and_the_dashboard_in_a_notebook(tmp_path):
     assert bar["text/plain"].startswith("merged 12 of 12 tiles")
     (bar,) = (output.data for output in local if output.output_type == "display_data")
     assert '<a href="http://127.0.0.1:' in bar["text/html"]
-    assert '/status" target="_blank">dashboard</a>' in bar["text/html"]
+    assert '/ocelot" target="_blank">dashboard</a>' in bar["text/html"]
     shown = [data["text/plain"] for data in updates]
     assert any(text.startswith("merging 0 of 12 tiles") for text in shown)

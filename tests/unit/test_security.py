@@ -212,8 +212,10 @@ class Looks(Observer):
 
     def ending(self):
         self.listening = [address.ip for address in listening() - self.before]
-        with urllib.request.urlopen(self.dashboard.replace("/status", "/metrics")) as answer:
-            self.metrics = answer.read().decode()
+        self.page, self.status, self.metrics = (
+            urllib.request.urlopen(f"{self.dashboard.removesuffix('ocelot')}{page}").read().decode()
+            for page in ("ocelot", "status", "metrics")
+        )
 
 
 @pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -227,6 +229,8 @@ def test_a_local_cluster_listens_to_this_machine_alone_and_tells_its_metrics(tmp
     assert looks.scheduler.startswith("tls://" if tls else "tcp://")
     assert len(looks.listening) >= 4
     assert set(looks.listening) == {"127.0.0.1"}
+    assert "bokeh" in looks.page
+    assert 'href="ocelot"' in looks.status
     printed = [line for line in looks.metrics.splitlines() if line.startswith("ocelot_")]
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in printed}
     # The scheduler is in this process, and may have had other runs.

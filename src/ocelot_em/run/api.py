@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Unpack
 
@@ -169,6 +170,7 @@ def _merge(
             metrics.planned(ready, options)
             observer, local = Observers(metrics, observer), None
             cluster.executor.on_compile = observer
+            cluster = replace(cluster, dashboard=metrics.page(cluster.dashboard))
         observer.started(cluster)
         try:
             return merge_tiles(ready, options, cluster.executor, lock, observer.tile_ended, local)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a run, served with those of Dask's scheduler at ``/metrics``."""
+"""Metrics of a run in the process of Dask's scheduler: for Prometheus, and for the dashboard."""
 
 import importlib.util
 import logging
@@ -8,7 +8,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from ocelot_em.merge.outcome import Outcome
+from ocelot_em.merge.resume import PreparedMerge
+from ocelot_em.model.options import MergeOptions
+from ocelot_em.run import panel
 from ocelot_em.run.clusters import Cluster
 from ocelot_em.run.observer import TileProgress
 
@@ -31,7 +36,7 @@ GAUGES = {
 }
 """Description of each gauge."""
 
-UPDATE_SECONDS = 2.0
+UPDATE_SECONDS = 1.0
 """Interval between updates of the scheduler."""
 
 Increments = dict[tuple[str, str], float]
@@ -49,10 +54,29 @@ class Metrics(TileProgress):
         Calls a function in the scheduler's process.
     """
 
-    def __init__(self, run_id: str, call: Callable[..., object]) -> None:
+    def __init__(self, run_id: str, call: Callable[..., Any]) -> None:
         self._run_id, self._call = run_id, call
         self._pending: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._ended: list[tuple[int, int, int]] = []
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._next = float("-inf")
+        self._has_panel = False
+
+    def planned(self, ready: PreparedMerge, options: MergeOptions) -> None:
+        """Show the run on the dashboard."""
+        super().planned(ready, options)
+        missing = np.asarray(ready.missing.numbers, np.int64).tobytes()
+        try:
+            self._has_panel = self._call(panel.install)
+            self._call(panel.begin, self._run_id, ready.output, ready.plan.grid.counts, missing)
+        except Exception as error:
+            log.info("the dashboard has no page of tiles: %r", error)
+
+    def page(self, dashboard: str | None) -> str | None:
+        """Return the link to the page of tiles, given that to the dashboard."""
+        if dashboard is None or not self._has_panel:
+            return dashboard
+        return dashboard.removesuffix("status") + panel.PAGE
 
     def started(self, cluster: Cluster) -> None:
         """Publish the number of tiles."""
@@ -63,10 +87,13 @@ class Metrics(TileProgress):
         """Count a tile."""
         super().tile_ended(outcome)
         tile, pending = outcome.summary, self._pending
+        if self._has_panel:
+            self._ended.append((outcome.iy, outcome.ix, 3 if tile is None else 2))
         pending["ocelot_tiles", "failed" if tile is None else "merged"] += 1
         if tile is not None:
             for phase, seconds in tile.seconds.items():
                 pending["ocelot_seconds", phase] += seconds
+                self._seconds[phase] += seconds
             for kind, nbytes in tile.nbytes.items():
                 pending["ocelot_bytes", kind] += nbytes
         if time.monotonic() >= self._next:
@@ -88,10 +115,13 @@ class Metrics(TileProgress):
             values["ocelot_left_seconds"] = left
         try:
             self._call(add, self._run_id, increments, values)
+            if self._has_panel:
+                self._call(panel.update, self._run_id, self.text, self._ended, dict(self._seconds))
+                self._ended = []
         except Exception as error:
             # Failing metrics must not end a run; the scheduler may lack this package.
             log.info("metrics cannot be published: %r", error)
-            self._next = float("inf")
+            self._next, self._has_panel = float("inf"), False
 
 
 def add(run_id: str, increments: Increments, values: dict[str, float]) -> None:
