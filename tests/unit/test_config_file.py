@@ -2,12 +2,15 @@
 
 import math
 import os
+import re
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ocelot_em import Simulation, simulate
 from ocelot_em.cli import main as cli
+from ocelot_em.cli.config_command import example as commented
 from ocelot_em.cli.config_file import write_config
 from ocelot_em.errors import InvalidInputError, StorageError
 from ocelot_em.model.options import MergeOptions, SlurmJobs
@@ -417,3 +420,45 @@ def test_what_cannot_be_written(tmp_path):
     assert path.read_text() == "what was there"
     with pytest.raises(StorageError, match=r"R\.yaml: cannot be written"):
         write_config(path / "R.yaml", {"a": 1})
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_example_of_a_command_has_all_options_with_their_defaults(tmp_path, command):
+    lines = list(commented(cli.app, command))
+    written = [line.removeprefix("# ") for line in lines if re.match("# [a-z]", line)]
+    options = cli.app[command].assemble_argument_collection()
+    names = {o.name.removeprefix("--").lower() for o in options if o.parse and o.name != "*"}
+    assert {line.partition(":")[0] for line in written} == {n.partition(".")[0] for n in names}
+    assert all(line.startswith("#") or not line for line in lines)
+    defaults = [line for line in written if not re.search(r":( \[?[A-Z_]+\]?)?$", line)]
+    (tmp_path / "c.yaml").write_text("\n".join(defaults))
+    words = {"--to": ["--to", "mrc"], "--shape": ["--shape", "8", "8"]}
+    needed = [o.name for o in options if o.field_info.required and o.name != "*"]
+    given = [word for name in needed for word in words.get(name, [])]
+    given += ["X"] * any(not name.startswith("--") for name in needed)
+    given += ["--output", "X"] * ("--output" in needed)
+    parsed(command, *given, *["--config", str(tmp_path / "c.yaml")][: 2 * bool(defaults)])
+
+
+def test_an_example_is_written_once(tmp_path, capsys):
+    path = str(tmp_path / "m.yaml")
+    assert cli.run(["config", "merge", "--output", path]) == 0
+    assert (tmp_path / "m.yaml").read_text() == "\n".join(commented(cli.app, "merge")) + "\n"
+    assert cli.run(["config", "import", "-o", path]) == 2
+    assert cli.run(["config", "import", "-o", path, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert cli.run(["config", "impor"]) == 2
+    assert "unknown command 'impor'; did you mean import?" in capsys.readouterr().err
+    assert cli.run(["config"]) == 0
+    assert capsys.readouterr().out == "\n".join(commented(cli.app, "merge")) + "\n"
+
+
+def test_the_configuration_of_a_run_folder_works_from_anywhere(tmp_path, monkeypatch, capsys):
+    simulate(tmp_path / "a", Simulation((96, 112), 2, 1, 0))
+    monkeypatch.chdir(tmp_path / "a")
+    words = ["merge", "RUN.zarr", "--output", "M.zarr", "--run-folder", "run", "--log", "log.jsonl"]
+    assert cli.run(words) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["merge", "--config", "a/run/config.yaml"]) == 0
+    assert "all tiles are already done" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]

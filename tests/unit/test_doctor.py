@@ -26,7 +26,7 @@ from ocelot_em.kernels.device import DeviceFacts
 from ocelot_em.run import connect
 
 NAMES = [
-    *("versions", "extras", "GPUs", "kernels", "codecs", "memory", "CPU cores"),
+    *("versions", "extras", "other extras", "GPUs", "kernels", "codecs", "memory", "CPU cores"),
     *("file descriptors", "file mode", "file system", "disk space", "disk speed", "clock"),
 ]
 
@@ -96,18 +96,21 @@ def test_extras(monkeypatch):
     needs = ["numpy>=99", "zarr>=3; extra == 'good'", "no-such-package; extra == 'bare'"]
     elsewhere = "nothing; sys_platform == 'mars' and extra == 'good'"
     require(monkeypatch, *needs, elsewhere, extras=["test", "good", "bare", "all"])
-    assert doctor._extras() == (
-        "ok",
-        "installed: good; no-such-package is missing: pip install 'ocelot-em[bare]'",
+    assert doctor._extras() == ("ok", "good")
+    assert doctor._other_extras() == (
+        "absent",
+        "no-such-package is missing: pip install 'ocelot-em[bare]'",
     )
     require(monkeypatch, "zarr>=99; extra == 'old'", extras=["old"])
-    state, says = doctor._extras()
+    assert doctor._extras() == ("absent", "none")
+    state, says = doctor._other_extras()
     assert state == "warning"
-    assert says.startswith("installed: none; zarr: expected >=99, got ")
+    assert says.startswith("zarr: expected >=99, got ")
     assert says.endswith(": pip install 'ocelot-em[old]'")
     of_drivers = ["numpy>=99; extra == 'cuda12'", "numpy>=1; extra == 'cuda13'"]
     require(monkeypatch, *of_drivers, extras=["cuda12", "cuda13"])
-    assert doctor._extras() == ("ok", "installed: cuda13")
+    assert doctor._extras() == ("ok", "cuda13")
+    assert doctor._other_extras() == ("ok", "none is missing")
 
 
 def test_gpus(monkeypatch, tmp_path):
@@ -125,7 +128,7 @@ def test_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "find_devices", none)
     assert doctor._gpus() == ("warning", unusable)
     (tmp_path / "0000:01:00.0").rmdir()
-    assert doctor._gpus() == ("ok", "none; merges run on the CPU")
+    assert doctor._gpus() == ("absent", "none; merges run on the CPU")
 
 
 def test_kernels_that_compute_something_else(monkeypatch):

@@ -163,7 +163,7 @@ def write_config(path: str | PathLike[str], options: Mapping[str, object]) -> No
     from ocelot_em.store.whole_file import write_file
 
     try:
-        content = _as_yaml(_without_empty(options)).encode()
+        content = as_yaml(_without_empty(options)).encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(
             f"{path}: expected text that is Unicode, got {error.object!r}"
@@ -179,7 +179,8 @@ def _without_empty(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value not in (None, [], (), {})}
 
 
-def _as_yaml(values: Mapping[str, Any]) -> str:
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return YAML that is read back as the same values."""
     import yaml
 
     class Dumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]

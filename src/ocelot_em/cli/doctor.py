@@ -62,7 +62,7 @@ LITTLE_NBYTES, FEW_FILES, FEW_DESCRIPTORS = 2 * 10**9, 10_000, 1024
 EXAMPLE_PX = 32768
 """Edge of the maps for which the number of files is stated."""
 
-_NOT_FOR_USERS = ("all", "test")
+_NOT_FOR_USERS = ("all", "docs", "test")
 _ONE_OF_THESE = {"cuda12", "cuda13"}
 _TRANSIENT = ("tmpfs", "ramfs", "overlay")
 
@@ -80,6 +80,7 @@ def examine(folder: str | PathLike[str], cluster: str | None = None) -> list[Fin
     checks: dict[str, Check] = {
         "versions": _versions,
         "extras": _extras,
+        "other extras": _other_extras,
         "GPUs": _gpus,
         "kernels": _kernels,
         "codecs": _codecs,
@@ -115,17 +116,28 @@ def _versions() -> tuple[State, str]:
 
 
 def _extras() -> tuple[State, str]:
-    extras = importlib.metadata.metadata("ocelot-em").get_all("Provides-Extra") or []
-    missing = {extra: _installed(extra)[1] for extra in sorted({*extras} - {*_NOT_FOR_USERS})}
-    complete = [extra for extra, packages in missing.items() if not packages]
-    has_one = not _ONE_OF_THESE.isdisjoint(complete)
+    complete = [extra for extra, packages in _missing_of_extras().items() if not packages]
+    return ("ok" if complete else "absent"), ", ".join(complete) or "none"
+
+
+def _other_extras() -> tuple[State, str]:
+    missing = _missing_of_extras()
+    has_one = any(not missing.get(extra, [""]) for extra in _ONE_OF_THESE)
     others = [
         f"{', '.join(packages)}: pip install 'ocelot-em[{extra}]'"
         for extra, packages in missing.items()
         if packages and not (has_one and extra in _ONE_OF_THESE)
     ]
-    text = "; ".join([f"installed: {', '.join(complete) or 'none'}", *others])
-    return ("warning" if any("expected" in other for other in others) else "ok"), text
+    if not others:
+        return "ok", "none is missing"
+    is_old = any("expected" in other for other in others)
+    return ("warning" if is_old else "absent"), "; ".join(others)
+
+
+def _missing_of_extras() -> dict[str, list[str]]:
+    """Return what each extra lacks, by its name."""
+    extras = importlib.metadata.metadata("ocelot-em").get_all("Provides-Extra") or []
+    return {extra: _installed(extra)[1] for extra in sorted({*extras} - {*_NOT_FOR_USERS})}
 
 
 def _installed(extra: str) -> tuple[list[str], list[str]]:
@@ -163,7 +175,7 @@ def _gpus() -> tuple[State, str]:
         n_there = len(list(_NVIDIA_GPUS.glob("*")))
         if n_there:
             return "warning", f"{n_there} on this machine, but none can be used: {error}"
-        return "ok", "none; merges run on the CPU"
+        return "absent", "none; merges run on the CPU"
     return "ok", ", ".join(f"{gpu.name} with {nbytes_text(gpu.memory_nbytes)}" for gpu in found)
 
 
@@ -298,7 +310,7 @@ def _file_mode() -> tuple[State, str]:
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     masks = [int(line.split()[1], 8) for line in lines if line.startswith("Umask:")]
     if not masks:
-        return "ok", "not known on this system"
+        return "absent", "not known on this system"
     mask = masks[0]
     if mask & 0o700:
         return "problem", f"umask {mask:04o}: you cannot use your own new files; run 'umask 022'"

@@ -24,7 +24,7 @@ SCRATCH_PREFIX = ".ocelot-doctor-"
 MAX_CLOCK_SECONDS = 3.0
 """Maximum difference between clocks that gives no warning."""
 
-State = Literal["ok", "warning", "problem"]
+State = Literal["ok", "absent", "warning", "problem"]
 
 
 class Finding(NamedTuple):

@@ -1,5 +1,6 @@
 """The command ``import``."""
 
+from os.path import exists
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,9 @@ def import_files(
     overwrite
         Replace an existing search. The new one is complete before the old one is removed.
     """
+    missing = [file for file in files if not ("://" in str(file) or exists(file))]  # noqa: PTH110
+    if len(missing) == len(files):
+        raise InvalidInputError(f"{f}: expected a file, got nothing there" for f in missing)
     from ocelot_em.io.beside import is_finished
 
     if any(map(is_finished, files)):

@@ -1,4 +1,4 @@
-"""The commands ``info`` and ``check``, which describe stores."""
+"""The commands ``info``, ``check`` and ``watch``, which describe stores."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -100,6 +100,41 @@ def info(store: PathOrUrl, /) -> None:
     print_table(console, columns, partials, right)
     if info.merged is not None:
         print_statistics(console, info.merged)
+
+
+def watch(
+    run: PathOrUrl,
+    /,
+    *,
+    output: PathOrUrl | None = None,
+    page: PathOrUrl | None = None,
+    once: bool = False,
+    without: tuple[str, ...] = (),
+    threads: int = 1,
+) -> None:
+    """Show the progress of a running search, and what it has found so far.
+
+    Merges the search whenever a device has written a checkpoint. Ends when it is complete.
+
+    Parameters
+    ----------
+    run
+        Path or URL of the search.
+    output
+        Path or URL of the merged result, which is kept and updated. Default: a temporary folder.
+    page
+        HTML file for the report, which browsers reload until the search is complete.
+    once
+        Show the present state, and end.
+    without
+        Partials that are left out, by name.
+    threads
+        Number of threads that merge. The default leaves the other cores to the search.
+    """
+    require_stores(run)
+    from ocelot_em.cli.watch_command import watch_search
+
+    watch_search(run, output, page, {"once": once, "without": without, "threads": threads})
 
 
 def print_rows(console: Console, rows: Iterable[tuple[str, object]]) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from ocelot_em import __version__
+from ocelot_em.cli.examples import epilogue
 from ocelot_em.cli.exit_codes import DONE, EXIT_CODES, FAILED, INTERRUPTED, REFUSED, STOPPED
 from ocelot_em.cli.parameters import AS_COMMAND, OPTION, PathOrUrl
 from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
@@ -22,13 +23,14 @@ from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 COMMANDS = {
     "import": ("import_commands:import_files", "Convert result files into a search."),
     "merge": ("merge_command:app", "Merge the partials of searches, tile by tile."),
-    "watch": ("watch_command:watch", "Show the progress and particles of a running search."),
+    "watch": ("info_command:watch", "Show the progress and particles of a running search."),
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
     "export": ("particle_commands:export", "Write maps or particles for other programs."),
     "report": ("report_command:report", "Write an HTML page to judge merged results by."),
     "view": ("view_command:view_map", "Show maps and particles in a browser."),
     "info": ("info_command:info", "Describe a store."),
     "check": ("info_command:check", "Find everything that is wrong with stores."),
+    "config": ("config_command:config", "Write a commented configuration file of a command."),
     "doctor": ("trial_commands:doctor", "Test an installation, a folder and a cluster."),
     "simulate": ("trial_commands:simulate", "Make partial results of any size."),
     "demo": ("trial_commands:demo", "Simulate, merge, compare with the truth, save a picture."),
@@ -47,7 +49,7 @@ app = App(
 """The commands; ``app.meta`` has the options of every command, too."""
 
 for _number, (_name, (_place, _summary)) in enumerate(COMMANDS.items()):
-    _own = {} if _place.endswith(":app") else AS_COMMAND
+    _own = {} if _place.endswith(":app") else AS_COMMAND | {"help_epilogue": epilogue(_name)}
     app.command(f"ocelot_em.cli.{_place}", name=_name, help=_summary, sort_key=_number, **_own)
 
 
@@ -108,14 +110,16 @@ def parse(
     words: Sequence[str], files: Sequence[PathOrUrl] = ()
 ) -> tuple[Callable[..., int | None], BoundArguments]:
     """Parse the words of a command, with options from files for those that are not given."""
-    from ocelot_em.cli.config_file import apply_files
-
     if not words:
         raise CycloptsError(msg=f"expected a command: {', '.join(COMMANDS)}", app=app)
     words = _joined(words)
-    app.config = partial(apply_files, files)
+    if files:
+        from ocelot_em.cli.config_file import apply_files
+
+        app.config = partial(apply_files, files)
     try:
-        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        command, bound, others = app.parse_args(words, exit_on_error=False, print_error=False)
+        bound.arguments |= dict.fromkeys(others, app)
     finally:
         app.config = None
     return command, bound

@@ -10,6 +10,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 
 from ocelot_em.cli.config_file import write_config
 from ocelot_em.cli.console import open_console
+from ocelot_em.cli.examples import epilogue
 from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl, require_stores
 from ocelot_em.model.options import MergeOptions, Shown
 
@@ -43,7 +44,7 @@ class _Grouped(App):
         return arguments
 
 
-app = _Grouped(name="merge", **AS_COMMAND)
+app = _Grouped(name="merge", help_epilogue=epilogue("merge"), **AS_COMMAND)
 
 
 @app.default
@@ -84,8 +85,11 @@ def merge(
     if dry_run:
         print_plan(console, *plan_merge(inputs, output, options))
         return
-    effective = {"inputs": inputs, "output": output, **options.model_dump()}
-    effective |= {"log": log, "run_folder": run_folder}
+    effective = {"inputs": [_absolute(path) for path in inputs], "output": _absolute(output)}
+    effective |= options.model_dump() | {
+        "log": log and _absolute(log),
+        "run_folder": run_folder and _absolute(run_folder),
+    }
 
     def stop(number: int, _frame: object) -> None:
         progress.stop(signal.Signals(number).name)
@@ -96,6 +100,11 @@ def merge(
         with within_job(options) as asked, run_kept(log, run_folder, effective) as others:
             report = run_merge(inputs, output, asked, Observers(progress, *others))
         print_report(console, report)
+
+
+def _absolute(path: str | Path) -> str:
+    """Return a path that means the same in any folder; URLs, and ``-``, are unchanged."""
+    return str(path) if "://" in str(path) or str(path) == "-" else str(Path(path).absolute())
 
 
 @contextlib.contextmanager

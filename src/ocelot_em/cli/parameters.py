@@ -1,5 +1,6 @@
 """What all options of the command line have in common."""
 
+import json
 from collections.abc import Sequence
 from os.path import exists, join
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 from cyclopts import Parameter, Token
 
+from ocelot_em.errors import FormatError, StoreNotFoundError
 from ocelot_em.model.problems import option_name
 
 
@@ -27,15 +29,32 @@ def _from_text(kind: Any, tokens: Sequence[Token]) -> Any:
     return TypeAdapter(kind).validate_python(texts if is_several else texts[0])
 
 
-def require_stores(*places: str | Path) -> None:
-    """Raise the error of a store that is missing, before imports that take longer than this."""
-    for place in places:
-        if "://" in str(place) or exists(join(place, "zarr.json")):  # noqa: PTH110, PTH118
-            continue
-        from ocelot_em.store.objects import open_objects
-        from ocelot_em.store.search import read_attributes
+def require_stores(*places: str | Path, kind: str = "") -> None:
+    """Raise the error of a store that is missing, before imports that take longer than this.
 
-        read_attributes(open_objects(place))
+    The same for a store of another kind, ``search`` or ``merged``, if one is given.
+    """
+    for place in places:
+        metadata = join(place, "zarr.json")  # noqa: PTH118
+        if "://" in str(place):
+            continue
+        try:
+            with open(metadata, encoding="utf-8") as file:  # noqa: PTH123
+                found = json.load(file)["attributes"]["ocelot"]["kind"]
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not exists(place):  # noqa: PTH110
+                raise StoreNotFoundError(
+                    f"{Path(place).absolute()}: expected an ocelot-em store, got nothing there"
+                ) from None
+            from ocelot_em.store.objects import open_objects
+            from ocelot_em.store.search import read_attributes
+
+            read_attributes(open_objects(place))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue  # what is wrong is found when it is opened
+        else:
+            if kind == "merged" and found == "search":
+                raise FormatError(f"{place}: is a search, not a merged result; merge it first")
 
 
 def _shown(default: object) -> str | None:

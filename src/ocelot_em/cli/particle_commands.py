@@ -148,7 +148,7 @@ def peaks(
     output
         Table to write: .csv, .parquet, or .star (for RELION; needs the optics).
     """
-    require_stores(store)
+    require_stores(store, kind="merged")
     from ocelot_em.io.tables import write_table
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
@@ -170,7 +170,7 @@ def export(
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
 ) -> None:
     """Write maps or a table for other programs."""
-    require_stores(store)
+    require_stores(store, kind="merged")
     from ocelot_em.io import hdf5, mrc, napari, ome_zarr, parquet, tables
     from ocelot_em.io.optics import with_maps_in
     from ocelot_em.merge.result import MergedResult

@@ -44,7 +44,7 @@ def report(
 
 
 def _write_one(store: PathOrUrl, output: PathOrUrl, picking: PickOptions) -> None:
-    require_stores(store)
+    require_stores(store, kind="merged")
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
     from ocelot_em.view.report import write_report

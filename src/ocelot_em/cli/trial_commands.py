@@ -29,7 +29,8 @@ def doctor(*, folder: PathOrUrl = ".", cluster: str | None = None) -> int:
     from ocelot_em.cli.doctor import examine
 
     findings = examine(folder, cluster)
-    marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+    marks = {"ok": ("✓", "green"), "absent": ("–", "dim")}
+    marks |= {"warning": ("!", "yellow"), "problem": ("✗", "red")}
     table = Table("", "check", "found")
     for finding in findings:
         table.add_row(Text(*marks[finding.state]), finding.name, finding.text)

@@ -2,12 +2,14 @@
 
 import contextlib
 import signal
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import MapName, PathOrUrl
+from ocelot_em.errors import InvalidInputError
 
 
 def view_map(
@@ -33,6 +35,10 @@ def view_map(
     port
         Port of the server on 127.0.0.1; 0: any free port.
     """
+    if not ("://" in str(source) or Path(source).exists()):
+        raise InvalidInputError(
+            f"{source}: expected a merged result or an OME-Zarr image, got nothing there"
+        )
     from ocelot_em.io.tables import read_particles
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.view.viewer import is_store, view

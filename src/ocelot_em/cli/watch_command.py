@@ -1,4 +1,4 @@
-"""The command ``watch``: the progress of a running search, and what it has found so far."""
+"""What ``watch`` shows: the progress of a running search, and what it has found so far."""
 
 import contextlib
 import datetime
@@ -6,7 +6,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -67,36 +67,11 @@ _PREFERRED = "running", "writing", "complete"
 """States of devices, in the order in which some are chosen to be shown; the last written first."""
 
 
-def watch(
-    run: PathOrUrl,
-    /,
-    *,
-    output: PathOrUrl | None = None,
-    page: PathOrUrl | None = None,
-    once: bool = False,
-    without: tuple[str, ...] = (),
-    threads: int = 1,
+def watch_search(
+    run: PathOrUrl, output: PathOrUrl | None, page: PathOrUrl | None, own: Mapping[str, object]
 ) -> None:
-    """Show the progress of a running search, and what it has found so far.
-
-    Merges the search whenever a device has written a checkpoint. Ends when it is complete.
-
-    Parameters
-    ----------
-    run
-        Path or URL of the search.
-    output
-        Path or URL of the merged result, which is kept and updated. Default: a temporary folder.
-    page
-        HTML file for the report, which browsers reload until the search is complete.
-    once
-        Show the present state, and end.
-    without
-        Partials that are left out, by name.
-    threads
-        Number of threads that merge. The default leaves the other cores to the search.
-    """
-    own = {"so_far": True, "without": without, "threads": threads}
+    """Show a search until it is complete, or once; ``own`` are options of the command."""
+    once, own = own["once"], {"so_far": True} | {k: v for k, v in own.items() if k != "once"}
     options = MergeOptions.parse(own if output is None else _kept_options(output) | own)
     with contextlib.ExitStack() as stack:
         if output is None:

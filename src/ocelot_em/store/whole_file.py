@@ -36,7 +36,7 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
     there = [] if overwrite else [str(path) for path in paths if path.exists()]
     if there:
         raise OutputExistsError(
-            f"{', '.join(there)}: already there; choose another place, or ask to overwrite"
+            f"{', '.join(there)}: already there; choose another place, or overwrite (--overwrite)"
         )
 
 
