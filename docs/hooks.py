@@ -121,7 +121,7 @@ def _output(output: Any, stem: str, pictures: dict[str, bytes]) -> str:
         name = f"{stem}-{len(pictures) + 1}.png"
         pictures[name] = base64.b64decode(data["image/png"])
         return f"![output of the cell above]({name})"
-    if "text/html" in data:
+    if "xr-wrap" not in data.get("text/html", "xr-wrap"):  # xarray's own needs its style sheet
         table = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
         return re.sub(r"<table[^>]*>", "<table>", table).replace("\n", "")
     return f"```text\n{(output.get('text') or data.get('text/plain', '')).rstrip()}\n```"
