@@ -12,13 +12,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ocelot_em.errors import CorruptChunkError
-from ocelot_em.store.contract import AppendedObject, Objects, ReusedMemory
+from ocelot_em.store.contract import AppendedObject, Objects, RangeReader, ReusedMemory
 from ocelot_em.store.shards import ABSENT, encoded_index, read_entry, read_index
 
 EDGE = 16
@@ -88,7 +89,7 @@ def read_chunk(
         return None
     read = objects.ranges(slot.shard)
     try:
-        entries = _index(objects, slot.shard)
+        entries = _index(read)
         if entries is None or entries[slot.number, 1] == ABSENT:
             return None
         return read_entry(read, entries, slot.number, memory, max_nbytes)
@@ -99,17 +100,17 @@ def read_chunk(
 def chunk_nbytes(objects: Objects, key: str) -> int | None:
     """Return the size of a chunk in its shard in bytes; None if it is not there."""
     slot = slot_of(key)
-    entries = None if slot is None else _index(objects, slot.shard)
+    entries = None if slot is None else _index(objects.ranges(slot.shard))
     if slot is None or entries is None or entries[slot.number, 1] == ABSENT:
         return None
     return int(entries[slot.number, 1])
 
 
-def _index(objects: Objects, shard: str) -> NDArray[np.uint64] | None:
+def _index(read: RangeReader) -> NDArray[np.uint64] | None:
     """Read the index of a shard; None if there is no such object, ``ValueError`` if corrupt."""
     for n_left in reversed(range(_READS)):
         try:
-            return read_index(objects.ranges(shard), N_CHUNKS)
+            return read_index(read, N_CHUNKS)
         except ValueError:
             if not n_left:
                 raise
@@ -126,23 +127,34 @@ def places_of_chunks(objects: Objects, path: str) -> Iterator[Place]:
         if slot := slot_of(key):
             yield _place(slot)
         elif _SHARD.fullmatch(key):
-            yield from (_place(Slot(key, number)) for number in _numbers(objects, key))
+            numbers = _numbers(_intact(objects.ranges(key)))
+            yield from (_place(Slot(key, number)) for number in numbers)
 
 
-def _numbers(objects: Objects, shard: str) -> list[int]:
-    """Return the numbers of the chunks in a shard; none if there is no intact index."""
-    try:
-        entries = _index(objects, shard)
-    except ValueError:
-        return []
-    return [] if entries is None else np.flatnonzero(entries[:, 1] != ABSENT).tolist()
+def _intact(read: RangeReader) -> NDArray[np.uint64]:
+    """Return the index of a shard; without chunks if there is no intact one."""
+    with suppress(ValueError):
+        if (entries := _index(read)) is not None:
+            return entries
+    return _new_index()
+
+
+def _new_index() -> NDArray[np.uint64]:
+    """Return an index without chunks."""
+    return np.full((N_CHUNKS, 2), ABSENT, np.uint64)
+
+
+def _numbers(entries: NDArray[np.uint64]) -> list[int]:
+    """Return the numbers of the chunks of an index."""
+    found: list[int] = np.flatnonzero(entries[:, 1] != ABSENT).tolist()
+    return found
 
 
 class _OwnShard:
     """A shard that this process has created."""
 
     def __init__(self, file: AppendedObject) -> None:
-        self.file, self.entries = file, np.full((N_CHUNKS, 2), ABSENT, np.uint64)
+        self.file, self.entries = file, _new_index()
         self._lock, self._is_new = threading.Lock(), False
 
     def put(self, number: int, parts: Sequence[bytes]) -> None:
@@ -182,7 +194,7 @@ class OwnShards:
     def _created(self, shard: str) -> _OwnShard | None:
         if self._objects.size(shard) is not None:
             return None
-        head = encoded_index(np.full((N_CHUNKS, 2), ABSENT, np.uint64))
+        head = encoded_index(_new_index())
         own = _OwnShard(self._objects.append_to(shard, len(head)))
         return own if own.file.share(head) else None
 
@@ -228,7 +240,7 @@ def pack(
         elif _SHARD.fullmatch(key):
             _ = loose[key]
     for shard, keys in loose.items():
-        present = set(_numbers(objects, shard))
+        present = set(_numbers(_intact(objects.ranges(shard))))
         kept = {n for n in present | keys.keys() if is_kept(_place(Slot(shard, n)))}
         if not kept:
             objects.delete_one(shard)
@@ -243,16 +255,13 @@ def _rewrite(objects: Objects, shard: str, keys: dict[int, str], numbers: Sequen
 
     What cannot be read is left out, and then missing.
     """
-    present, read, memory = _index(objects, shard), objects.ranges(shard), ReusedMemory()
-    entries = np.full((N_CHUNKS, 2), ABSENT, np.uint64)
+    read, memory, entries = objects.ranges(shard), ReusedMemory(), _new_index()
+    present = _intact(read)
     file = objects.append_to(shard, len(encoded_index(entries)))
     for number in numbers:
-        chunk: bytes | memoryview | None = None
-        if number in keys:
-            chunk = objects.get(keys[number])
-        elif present is not None:
-            start, nbytes = map(int, present[number])
-            chunk = read(memory, nbytes, start)
+        start, nbytes = map(int, present[number])
+        stored = keys.get(number)
+        chunk = objects.get(stored) if stored is not None else read(memory, nbytes, start)
         if chunk:
             entries[number] = file.append([bytes(chunk)]), len(chunk)
     file.publish(encoded_index(entries))
