@@ -1,5 +1,7 @@
 """Merges on a client or a cluster of Dask that the caller has opened."""
 
+import time
+
 import pytest
 from distributed import Client, LocalCluster
 
@@ -83,3 +85,16 @@ def test_the_number_of_threads_is_known_after_a_client_is_closed(cluster):
         assert executor.n_threads() == 2
     executor._queried_at = float("-inf")  # long ago
     assert Cluster(executor, "", None).n_threads() == 2
+
+
+def test_phases_are_in_the_fine_performance_metrics_of_dask(cluster, search, tmp_path):
+    merge(search, tmp_path / "A", cluster=cluster)
+
+    def phases():
+        found = cluster.scheduler.cumulative_worker_metrics
+        return {key[2] for key in found if key[:2] == ("execute", "merge_tiles")}
+
+    until = time.monotonic() + 60
+    while not {"read", "fold", "write"} <= phases() and time.monotonic() < until:
+        time.sleep(0.05)  # they come with the heartbeat of the worker
+    assert {"read", "fold", "write"} <= phases()

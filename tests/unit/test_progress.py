@@ -315,7 +315,7 @@ def test_a_notebook_has_a_bar_by_itself(tmp_path, monkeypatch):
     crops = sorted((Path(__file__).parents[1] / "data").glob("A_crop_shard?.npz"))
     for call, phase in (
         (lambda: import_results(crops, tmp_path / "R"), "convert"),
-        (lambda: merge(tmp_path / "R", tmp_path / "M"), "finishing"),
+        (lambda: merge(tmp_path / "R", tmp_path / "M"), "merged"),
         (lambda: find_peaks(tmp_path / "M", cutoff=4), "reading maps"),
     ):
         shown.clear()

@@ -166,7 +166,7 @@ def _merge(
     with open_cluster(options) as cluster:
         local: Observer | None = observer
         if isinstance(cluster.executor, ClientExecutor):
-            metrics = Metrics(lock.id[:12], cluster.executor.client.run_on_scheduler)
+            metrics = Metrics(lock.id[:12], cluster.executor.client)
             metrics.planned(ready, options)
             observer, local = Observers(metrics, observer), None
             cluster.executor.on_compile = observer

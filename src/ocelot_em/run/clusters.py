@@ -334,6 +334,9 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
         )
 
 
+MEMORY_LIMITS = ("target", "spill", "pause", "terminate")
+"""Dask's fractions of a worker's memory at which it acts."""
+
 _MAX_SPARE_THREADS = 64
 """Maximum number of threads that are tried: the stack of each takes addresses (``ulimit -v``)."""
 
@@ -343,7 +346,10 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     workers, threads = n_workers(options), n_threads(options)
-    kind, settings = "worker process", dict[str, Any]()
+    # The plan bounds the memory of workers; Dask's own limits would pause or restart a worker that
+    # follows the plan. Its reports show the limit.
+    no_limits = {f"distributed.worker.memory.{name}": False for name in MEMORY_LIMITS}
+    kind, settings = "worker process", dict[str, Any](memory_limit="auto")
     cluster_class: Any = LocalCluster
     if options.cluster == "cuda":
         from dask_cuda import LocalCUDACluster
@@ -351,7 +357,11 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         # Tasks leave nothing on a device for Dask to spill and return only summaries, so TCP is
         # fast enough.
         kind, cluster_class = "GPU worker", LocalCUDACluster
-        settings = {"device_memory_limit": 0, "protocol": "tls" if options.tls else "tcp"}
+        settings = {
+            "memory_limit": 0,
+            "device_memory_limit": 0,
+            "protocol": "tls" if options.tls else "tcp",
+        }
         if options.rmm_pool_size is not None:
             settings["rmm_pool_size"] = options.rmm_pool_size
             settings["rmm_allocator_external_lib_list"] = "cupy"
@@ -361,7 +371,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         _dask_settings(),
         # Dask looks for a lost worker once, 15 s later, and closes its nanny if the next one is
         # just then lost as well. Nannies restart their workers without that.
-        dask.config.set({"distributed.deploy.lost-worker-timeout": "10000 days"}),
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10000 days"} | no_limits),
         _started(
             cluster_class,
             min(workers * (2 * threads + 1) + 4, _MAX_SPARE_THREADS),
@@ -372,9 +382,6 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
             processes=True,
             host="127.0.0.1",
             dashboard_address=_dashboard_address() if has_dashboard else None,
-            # The plan bounds the memory of workers; Dask's own limits would pause or restart a
-            # worker that follows the plan.
-            memory_limit=0,
             security=security_of_run() if options.tls else None,
             **settings,
         ) as cluster,

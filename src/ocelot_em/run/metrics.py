@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -50,12 +49,12 @@ class Metrics(TileProgress):
     ----------
     run_id
         Label of the run.
-    call
-        Calls a function in the scheduler's process.
+    client
+        Client of the scheduler.
     """
 
-    def __init__(self, run_id: str, call: Callable[..., Any]) -> None:
-        self._run_id, self._call = run_id, call
+    def __init__(self, run_id: str, client: Any) -> None:
+        self._run_id, self._client, self._call = run_id, client, client.run_on_scheduler
         self._pending: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._ended: list[tuple[int, int, int]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -104,6 +103,8 @@ class Metrics(TileProgress):
         self._publish()
 
     def _publish(self) -> None:
+        if self._client.status != "running":  # a call would wait for the connection
+            return
         increments: Increments = dict(self._pending)
         self._pending.clear()
         self._next = time.monotonic() + UPDATE_SECONDS

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ocelot_em.merge.outcome import SUMMARY_FIELDS, Outcome, TileSummary
+from ocelot_em.merge.outcome import ACTIVITIES, SUMMARY_FIELDS, Outcome, TileSummary
 from ocelot_em.merge.warm_up import CompileLog
 
 SEND_SECONDS = 0.3
@@ -31,7 +31,9 @@ class TileEvents(CompileLog):
 
     def __init__(self, run_id: str, number: int) -> None:
         from distributed import get_worker
+        from distributed.metrics import context_meter
 
+        self._meter = context_meter
         self._topic, self._number = topic_of(run_id), number
         self._send_to: Callable[[str, Event], None] | None = None
         with suppress(ValueError):  # not on a worker
@@ -53,6 +55,8 @@ class TileEvents(CompileLog):
         """Send a merged tile, together with others that end soon before."""
         if outcome.summary is None:
             return  # the task decides whether it failed
+        for phase in ACTIVITIES:  # for Dask's page of fine performance metrics
+            self._meter.digest_metric(phase, outcome.summary.seconds[phase], "seconds")
         values = [float(getattr(outcome.summary, name)) for name in SUMMARY_FIELDS]
         self._tiles.append([outcome.iy, outcome.ix, *values])
         self._where = outcome.where
