@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     from ocelot_em.testing.simulation import Simulation, simulate
     from ocelot_em.view.index import write_index
     from ocelot_em.view.inspection import StoreInfo, check, describe
+    from ocelot_em.view.montage_plots import (
+        plot_exposures,
+        plot_partials_of_exposures,
+        plot_seams,
+    )
     from ocelot_em.view.plots import (
         plot_crop,
         plot_defocus,
@@ -91,6 +96,7 @@ _HOME = {
         "testing.simulation": "Simulation simulate",
         "view.index": "write_index",
         "view.inspection": "StoreInfo check describe",
+        "view.montage_plots": "plot_exposures plot_partials_of_exposures plot_seams",
         "view.plots": "plot_crop plot_defocus plot_map plot_poses plot_psi plot_zscore",
         "view.report": "write_report",
         "view.statistics_plots": (
@@ -152,6 +158,9 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "plot_poses",
     "plot_psi",
     "plot_defocus",
+    "plot_exposures",
+    "plot_seams",
+    "plot_partials_of_exposures",
     "Simulation",
     "simulate",
     "OcelotError",

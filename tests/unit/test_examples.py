@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import shutil
 from pathlib import Path
 
@@ -66,10 +67,25 @@ def own(tmp_path_factory):
     space = explicit.search_space
     tables = {name: getattr(space, name) for name in TABLES}
     np.savez(folder / "search_space.npz", **tables)
+    exposures = [
+        {"id": f"0{k}", "origin": [0, 350 * k], "acquired": k, "partials": [f"gpu{k}.npz"]}
+        for k in range(2)
+    ]
+    (folder / "LAMELLA.yaml").write_text(json.dumps({"exposures": exposures}))
+    ocelot_em.import_description(folder / "LAMELLA.yaml", folder / "LAMELLA.zarr")
+    ocelot_em.merge(folder / "LAMELLA.zarr", folder / "MONTAGE.zarr")
     return folder
 
 
-OWN = ("SEARCH.zarr", "MERGED.zarr", "maps", "gpu0.npz", "gpu1.npz", "search_space.npz")
+OWN = (
+    "SEARCH.zarr",
+    "MERGED.zarr",
+    "MONTAGE.zarr",
+    "maps",
+    "gpu0.npz",
+    "gpu1.npz",
+    "search_space.npz",
+)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ FUNCTIONS = {
     ocelot_em.merge: MergeOptions,
     ocelot_em.lazy_merge: MergeOptions,
     ocelot_em.find_peaks: PickOptions,
+    ocelot_em.write_index: PickOptions,
     ocelot_em.import_results: ImportOptions,
     ocelot_em.import_finished: ImportOptions,
 }
@@ -83,6 +84,7 @@ def test_a_mistyped_option_gets_a_suggestion(tmp_path, monkeypatch, call, proble
         lambda thing: ocelot_em.describe(thing),
         lambda thing: ocelot_em.check(thing),
         lambda thing: ocelot_em.write_report(thing, "report.html"),
+        lambda thing: ocelot_em.write_index(thing, "index.html"),
         lambda thing: ocelot_em.plot_crop(thing, (0, 0)),
         lambda thing: ocelot_em.read_correlations(thing),
         lambda thing: ocelot_em.import_results(thing, "OUT"),

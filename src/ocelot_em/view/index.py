@@ -25,13 +25,13 @@ from ocelot_em.errors import (
 )
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import render
-from ocelot_em.model.keywords import PickKeywords
+from ocelot_em.model.keywords import PickKeywords, takes
 from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.store.constants import ATTRIBUTE_KEY
-from ocelot_em.store.objects import is_local, normalise_url, open_objects
+from ocelot_em.store.objects import as_places, is_local, normalise_url, open_objects
 from ocelot_em.store.search import read_attributes
 from ocelot_em.store.whole_file import refuse_existing, write_file
 from ocelot_em.view.plots import pooled_zscore
@@ -75,6 +75,7 @@ class IndexRow:
     error: str = ""
 
 
+@takes(PickOptions)
 def write_index(
     results: str | PathLike[str] | Iterable[str | PathLike[str]],
     output: str | PathLike[str],
@@ -120,10 +121,10 @@ def write_index(
     page = _page_of(output)
     reports, table_path = (page.with_name(f"{page.stem}_{n}") for n in ("reports", "results.csv"))
     refuse_existing([page, table_path, reports / "report.html"], overwrite=True)
-    places = [results] if isinstance(results, str | PathLike) else list(results)
-    urls = list(dict.fromkeys(url for place in places for url in find_results(place)))
+    picking = PickOptions.parse(options)
+    urls = list(dict.fromkeys(url for place in as_places(results) for url in find_results(place)))
     names = _short_names(urls)
-    rows, thumbnails, picking = list[IndexRow](), list[str](), PickOptions.parse(options)
+    rows, thumbnails = list[IndexRow](), list[str]()
     for url, file in zip(urls, _file_names(names), strict=True):
         row, thumbnail = _row(url, reports / file, picking)
         rows.append(row)

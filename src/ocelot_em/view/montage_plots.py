@@ -60,7 +60,14 @@ def _open_montage(store: Store) -> MergedResult:
 
 
 def plot_exposures(store: Store, ax: "Axes | None" = None) -> "Axes":
-    """Draw how many exposures of a montage cover each pixel, and their outlines."""
+    """Draw how many exposures of a montage cover each pixel, and their outlines.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_exposures
+    >>> [text.get_text() for text in plot_exposures("MONTAGE.zarr").texts]
+    ['00', '01']
+    """
     attributes = _open_montage(store).attributes
     coverage, ax = Coverage.of(attributes), figures.axes_or_new(ax)
     (rows, columns), factor = coverage.most.shape, coverage.factor
@@ -126,6 +133,11 @@ def plot_seams(
     ``mean``: both means, with the standard deviations of z-scores; many exposures are sorted by
     their mean. ``difference``: difference of the means in standard deviations, where enough pixels
     of both are shown. A seam is visible from about 0.25.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_seams
+    >>> plot_seams("MONTAGE.zarr", value="difference").figure.savefig("seams.png")
     """
     exposures, ax = _open_montage(store).summary.attributes.exposures, figures.axes_or_new(ax)
     draw = _draw_means if value == "mean" else _draw_differences
@@ -257,6 +269,11 @@ def plot_partials_of_exposures(
     ``wins``: won pixels / those expected from the partial's share of its exposure's projections.
     ``rms``: root mean square of its correlations / that of its exposure's others. Both are normally
     about 1; unusual partials are red. An exposure with one partial has nothing to compare.
+
+    Examples
+    --------
+    >>> from ocelot_em import plot_partials_of_exposures
+    >>> plot_partials_of_exposures("MONTAGE.zarr", value="rms").figure.savefig("rms.png")
     """
     merged, ax = _open_montage(store), figures.axes_or_new(ax)
     partials, names = compared_partials(merged), list(merged.statistics_of_exposures)

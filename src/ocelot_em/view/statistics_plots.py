@@ -175,7 +175,7 @@ def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
     """Draw each partial's share of won pixels, and the share expected from its projections.
 
     For a montage, pass the summary of one exposure, because partials of different exposures win
-    different pixels, or use :func:`ocelot_em.view.montage_plots.plot_partials_of_exposures`.
+    different pixels, or use :func:`ocelot_em.plot_partials_of_exposures`.
 
     Examples
     --------
