@@ -174,3 +174,13 @@ def test_tables_need_no_configuration_and_ask_for_no_box(finished_store, tmp_pat
     table = ["--optics", str(tmp_path / "ctf.star"), "--micrograph", "A_01"]
     assert run(["peaks", str(finished_store), "--output", str(tmp_path / "q.star"), *table]) == 0
     assert "MotionCorr/job002/movies/A_01.mrc" in (tmp_path / "q.star").read_text()
+
+
+@pytest.mark.parametrize(("command", "name"), [("peaks", "p.csv"), ("report", "r.html")])
+def test_existing_files_are_replaced_on_request_only(finished_store, tmp_path, command, name):
+    words, path = [command, str(finished_store), "--output", str(tmp_path / name)], tmp_path / name
+    path.write_text("precious")
+    assert run(words) == 2
+    assert path.read_text() == "precious"
+    assert run([*words, "--overwrite"]) == 0
+    assert path.read_text() != "precious"

@@ -138,6 +138,7 @@ def peaks(
     /,
     *,
     output: PathOrUrl,
+    overwrite: bool = False,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
 ) -> None:
@@ -147,17 +148,21 @@ def peaks(
     ----------
     output
         Table to write: .csv, .parquet, or .star (for RELION; needs the optics).
+    overwrite
+        Replace an existing table.
     """
     require_stores(store, kind="merged")
     from ocelot_em.io.tables import write_table
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
+    from ocelot_em.store.whole_file import refuse_existing
 
+    refuse_existing([Path(output)], overwrite)
     merged, found = MergedResult.open(store), None
     if str(output).lower().endswith(".star"):
         found = optics.read(merged.attributes, None, needs_template=False)
     table = pick_particles(merged, picking)
-    write_table(table, output, optics=found, overwrite=True)
+    write_table(table, output, optics=found, overwrite=overwrite)
     print_particles(table, output)
 
 

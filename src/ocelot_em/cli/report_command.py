@@ -19,6 +19,7 @@ def report(
     /,
     *,
     output: PathOrUrl,
+    overwrite: bool = False,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
 ) -> int:
     """Write the report of a merged result, or one page for many results with a report of each.
@@ -30,8 +31,14 @@ def report(
     output
         HTML file to write. Many results: one page, or a folder for it, with the reports and a table
         (CSV) beside it.
+    overwrite
+        Replace existing files.
     """
-    if len(stores) == 1 and Path(output).suffix and not _is_folder_of_results(stores[0]):
+    from ocelot_em.store.whole_file import refuse_existing
+
+    is_folder = not Path(output).suffix
+    refuse_existing([Path(output, "index.html") if is_folder else Path(output)], overwrite)
+    if len(stores) == 1 and not is_folder and not _is_folder_of_results(stores[0]):
         _write_one(stores[0], output, picking)
         return DONE
     from ocelot_em.view.index import write_index

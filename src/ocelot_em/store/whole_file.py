@@ -21,7 +21,7 @@ _JOURNAL = ".ocelot-replacing.json"
 
 
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
-    """Refuse to overwrite files, and to write into a store.
+    """Refuse to overwrite files or folders, and to write into a store; devices may exist.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
     paths = list(paths)
     for path in paths:
         require_outside_stores(path)
-    there = [] if overwrite else [str(path) for path in paths if path.exists()]
+    there = [] if overwrite else [str(p) for p in paths if p.is_file() or p.is_dir()]
     if there:
         raise OutputExistsError(
             f"{', '.join(there)}: already there; choose another place, or overwrite (--overwrite)"
