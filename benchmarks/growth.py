@@ -43,6 +43,8 @@ from ocelot_em.model.regions import Region
 from ocelot_em.run.clusters import open_cluster
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
 from ocelot_em.store.constants import DEFAULT_CHUNK
+from ocelot_em.store.objects import open_objects
+from ocelot_em.store.result_shards import OwnShards
 
 N_THREADS = 2
 N_PARTIALS = 4
@@ -250,11 +252,15 @@ def measure_scheduling(data: Path, where: str, n_tiles: int) -> dict[str, float]
 
 def mark_all(plan: MergePlan, output: Path) -> None:
     """Mark all tiles as done, with empty marks."""
+    objects = open_objects(output)
+    shards = OwnShards(objects)
     for iy in range(plan.grid.counts[0]):
         for ix in range(plan.grid.counts[1]):
-            place = output / done_mark_path(iy, ix)
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "0").touch()
+            key = f"{done_mark_path(iy, ix)}/0"
+            if not (plan.in_shards and shards.put(key, [b"mark"])):
+                objects.put(key, [b"mark"])
+    shards.commit()
+    shards.rest()
 
 
 def run_tiles(executor: Executor, n_tiles: int) -> int:

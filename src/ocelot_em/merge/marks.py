@@ -7,7 +7,6 @@ checksums of the chunks of the tile, from which the manifest of the result is ma
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,29 +71,39 @@ def pack_result(objects: Objects, plan: MergePlan, missing: Tiles | None = None)
     Shards that are of ``missing`` tiles only are deleted, so that they can be created again.
     """
     (height, width), (rows, columns) = plan.tile, plan.chunk
-    is_kept = _unless(missing, plan.grid)
 
-    def keeps_chunk(place: Place) -> bool:
-        return is_kept((place[0] * rows // height, place[1] * columns // width))
+    def tile_of_chunk(iy: int, ix: int) -> tuple[int, int]:
+        return iy * rows // height, ix * columns // width
 
-    def keeps_record(layout: Layout, place: Place) -> bool:
-        return is_kept(layout.tile_of(*place))
-
-    for name in plan.maps.merged:
-        pack(objects, name, keeps_chunk)
-    for layout in (Layout.of(plan, exposure) for exposure in plan.exposures):
-        for path in layout.paths:
-            pack(objects, path, partial(keeps_record, layout))
-    pack(objects, constants.TILE_SUMMARY, is_kept)
+    layouts = [Layout.of(plan, exposure) for exposure in plan.exposures]
+    arrays: list[tuple[str, Callable[..., tuple[int, int]]]] = [
+        *((name, tile_of_chunk) for name in plan.maps.merged),
+        *((path, layout.tile_of) for layout in layouts for path in layout.paths),
+        (constants.TILE_SUMMARY, _same),
+    ]
+    for path, tile_of in arrays:
+        pack(objects, path, None if missing is None else _unless(missing, plan.grid, tile_of))
 
 
-def _unless(missing: Tiles | None, grid: TileGrid) -> Callable[[Place], bool]:
-    """Return a function that tells whether the tile at a place is there and not missing."""
+def _same(iy: int, ix: int) -> tuple[int, int]:
+    return iy, ix
+
+
+def _unless(
+    missing: Tiles,
+    grid: TileGrid,
+    tile_of: Callable[..., tuple[int, int]] = _same,
+) -> Callable[[Place], bool]:
+    """Return a function that tells whether the tile of a chunk is there and not missing."""
     is_kept = np.ones(grid.counts, np.bool_)
-    if missing is not None:
-        is_kept.flat[missing.numbers] = False
+    is_kept.flat[missing.numbers] = False
     rows, columns = grid.counts
-    return lambda place: place[0] < rows and place[1] < columns and bool(is_kept[place[:2]])
+
+    def keeps(place: Place) -> bool:
+        iy, ix = tile_of(*place)
+        return iy < rows and ix < columns and bool(is_kept[iy, ix])
+
+    return keeps
 
 
 def write_mark(

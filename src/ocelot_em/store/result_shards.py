@@ -219,7 +219,7 @@ class OwnShards:
 def pack(
     objects: Objects,
     path: str,
-    is_kept: Callable[[Place], bool] = lambda _: True,
+    is_kept: Callable[[Place], bool] | None = None,
     *,
     drops: bool = False,
 ) -> None:
@@ -228,8 +228,8 @@ def pack(
     Parameters
     ----------
     is_kept
-        Whether a chunk, by its position, is still needed. Shards without any that is are deleted,
-        so that they can be created again.
+        Whether a chunk, by its position, is still needed; None: all are. Shards without any that is
+        are deleted, so that they can be created again.
     drops
         Whether each chunk that is not needed is removed.
     """
@@ -240,12 +240,15 @@ def pack(
         elif _SHARD.fullmatch(key):
             _ = loose[key]
     for shard, keys in loose.items():
-        present = set(_numbers(_intact(objects.ranges(shard))))
-        kept = {n for n in present | keys.keys() if is_kept(_place(Slot(shard, n)))}
-        if not kept:
+        if not keys and is_kept is None:
+            continue
+        found = {*_numbers(_intact(objects.ranges(shard))), *keys}
+        needed = (n for n in found if is_kept is None or is_kept(_place(Slot(shard, n))))
+        wanted = set(needed) if drops or next(needed, None) is None else found
+        if not wanted:
             objects.delete_one(shard)
-        elif keys or (drops and kept != present):
-            _rewrite(objects, shard, keys, sorted(kept if drops else present | keys.keys()))
+        elif keys or wanted != found:
+            _rewrite(objects, shard, keys, sorted(wanted))
     if any(loose.values()):
         objects.delete(f"{path}/c")
 
