@@ -284,6 +284,19 @@ def test_every_option_is_described():
         assert not any(python_names)
 
 
+def test_every_option_has_its_default_in_the_help():
+    missing = [
+        f"{command} {option.name}"
+        for command in cli.COMMANDS
+        for option in cli.app[command].assemble_argument_collection(parse_docstring=True)
+        if option.parse and option.name != "*" and not option.field_info.required
+        if option.resolved_hint is not bool and not option.children
+        if "Default: " not in (option.parameter.help or "")
+        if option.show_default and not option.show_default(option.field_info.default)
+    ]
+    assert missing == []
+
+
 def test_the_help_of_merge_is_grouped_and_has_defaults(ocelot):
     out = " ".join(re.sub(r"[^\w. -]", " ", ocelot("merge", "--help")[1]).split())
     titles = ("Options", "Tiles and memory", "Result", "Montages", "Workers", "SLURM jobs")

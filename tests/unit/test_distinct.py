@@ -22,7 +22,7 @@ from ocelot_em.store.whole_file import write_file
 
 SHAPE = 40, 30
 
-REFUSED = r"is also an input|lies inside the|contains|is a search|from another merge"
+REFUSED = r"is also an input|is inside the|contains|is a search|from another merge"
 
 
 @pytest.fixture(scope="module")

@@ -296,4 +296,6 @@ def test_the_command_says_what_it_took_from_where(tmp_path, capsys):
     ):
         assert note in text
     assert "expected one finished search, got 2 files" in ocelot_import(folder, folder)[1]
-    assert "prefix: expected with a finished search" in ocelot_import("a.npz", "--prefix", "x")[1]
+    np.savez(tmp_path / "a.npz")
+    refusal = ocelot_import(tmp_path / "a.npz", "--prefix", "x")[1]
+    assert "prefix: expected with a finished search" in refusal

@@ -177,7 +177,7 @@ def test_too_little_for_a_cutoff_is_a_warning(runs, tmp_path, monkeypatch):
 
 
 def test_no_page_is_written_into_a_store(runs):
-    with pytest.raises(InvalidInputError, match="lies inside the Zarr store"):
+    with pytest.raises(InvalidInputError, match="is inside the Zarr store"):
         write_index(runs / "one/MERGED.zarr", runs / "two/MERGED.zarr")
 
 

@@ -123,11 +123,11 @@ def watch(
     output
         Path or URL of the merged result, which is kept and updated. Default: a temporary folder.
     page
-        HTML file for the report, which browsers reload until the search is complete.
+        HTML file for the report, which browsers reload until the search is complete. Default: none.
     once
         Show the present state, and end.
     without
-        Partials that are left out, by name.
+        Partials that are left out, by name. Default: none.
     threads
         Number of threads that merge. The default leaves the other cores to the search.
     """

@@ -67,10 +67,10 @@ def merge(
     output
         Path or URL of the result.
     log
-        File to which a log in JSON lines is appended; ``-`` is standard error.
+        File to which a log in JSON lines is appended; ``-`` is standard error. Default: no log.
     run_folder
         Folder for the configuration, versions, log, performance reports, statistics and report of
-        this run.
+        this run. Default: none.
     dry_run
         Print the plan, and merge nothing.
     """

@@ -29,27 +29,30 @@ class OpticsOptions(Options):
     optics
         File with the optics: Leopard-EM's configuration of the search (.yaml), RELION's table of
         micrographs (``micrographs_ctf.star``), or CTFFIND's results (.txt). Options override it.
+        Default: options have everything.
     micrograph
-        Name of the micrograph; in RELION's table, the one that is taken.
+        Name of the micrograph; it selects one in RELION's table. Default: that of the file.
     template
-        Name of the template, for cisTEM and Leopard-EM.
+        Name of the template, for cisTEM and Leopard-EM. Default: that of the file.
     template_box
         Edge of the template box in pixels. Default: the one that the maps were imported with, or
         that of the template's file.
     pixel_size_angstrom
         Pixel size of the micrograph in Å. Default: that of the file, or of the maps.
     voltage_kv
-        Acceleration voltage in kV.
+        Acceleration voltage in kV. Default: that of the file.
     spherical_aberration_mm
-        Spherical aberration in mm.
+        Spherical aberration in mm. Default: that of the file.
     amplitude_contrast
-        Amplitude contrast, 0 to 1.
+        Amplitude contrast, 0 to 1. Default: that of the file.
     defocus_u_angstrom
-        Defocus of the micrograph in Å along the first axis; positive for underfocus.
+        Defocus of the micrograph in Å along the first axis; positive for underfocus. Default: that
+        of the file.
     defocus_v_angstrom
-        Defocus of the micrograph in Å along the second axis.
+        Defocus of the micrograph in Å along the second axis. Default: that of the file.
     astigmatism_angle_degrees
-        Angle between the x axis and the first axis of the defocus, in degrees.
+        Angle between the x axis and the first axis of the defocus, in degrees. Default: that of the
+        file.
     phase_shift_degrees
         Phase shift of a phase plate in degrees. Default: that of the file, or 0.
     """
@@ -102,11 +105,12 @@ class ExportOptions(Options):
     overwrite
         Replace an existing file or folder.
     prefix
-        Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``.
+        Prefix of the names of MRC files, such as ``output`` for ``output_mip.mrc``. Default: none.
     exposure
-        Export only the particles, or correlations, of this exposure of a montage.
+        Export only the particles, or correlations, of this exposure of a montage. Default: all.
     maps
-        Folder of the MRC files to which Leopard-EM's table refers.
+        Folder of the MRC files to which Leopard-EM's table refers. Default: the paths in its
+        configuration.
     particles
         Table of particles (.csv, .parquet) written by ``peaks``. Default: pick particles.
     map

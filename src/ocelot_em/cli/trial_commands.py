@@ -24,7 +24,7 @@ def doctor(*, folder: PathOrUrl = ".", cluster: str | None = None) -> int:
     folder
         Folder on the file system of the stores.
     cluster
-        Address of a Dask scheduler whose workers are tested, too.
+        Address of a Dask scheduler whose workers are tested, too. Default: none.
     """
     from ocelot_em.cli.doctor import examine
 

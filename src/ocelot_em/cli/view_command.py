@@ -33,7 +33,7 @@ def view_map(
         Table of particles (.csv, .parquet) to draw over the maps. Default: of a result, those that
         ``peaks`` picks; of an image, none.
     port
-        Port of the server on 127.0.0.1; 0: any free port.
+        Port of the web server on this machine. 0: one that is free.
     """
     if not ("://" in str(source) or Path(source).exists()):
         raise InvalidInputError(

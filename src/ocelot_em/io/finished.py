@@ -17,7 +17,7 @@ from ocelot_em.errors import InvalidDataError, InvalidInputError
 from ocelot_em.io.beside import find_search
 from ocelot_em.io.edges import EdgeSample
 from ocelot_em.io.hdf5 import open_hdf5
-from ocelot_em.io.import_options import ImportKeywords, ImportOptions
+from ocelot_em.io.import_options import REPLACE_HINT, ImportKeywords, ImportOptions
 from ocelot_em.io.leopard_maps import OUR_NAMES, band_grid
 from ocelot_em.io.map_files import BOX, CISTEM, COUNT_FACT, OFFSET, PIXEL, FoundSearch, MapFiles
 from ocelot_em.io.mrc import open_mrc_set
@@ -130,7 +130,7 @@ def import_finished(
         before = [file_identity(path) for path in found.files]
         objects = open_objects(output)
         if problems := layout_differences(objects, plan.files.shape, plan.info):
-            raise InvalidInputError(problems)
+            raise InvalidInputError(f"{problem}; {REPLACE_HINT}" for problem in problems)
         existing = existing_partials(objects)
         chunk = PartialWriter.chunk_of(plan.files.shape)
         edges = EdgeSample(plan.files.shape)
@@ -350,8 +350,8 @@ def _value_problems(files: MapFiles, maps: Mapping[str, AnyArray], region: Regio
         if name in (MEAN, STD) and (bad & ~searched).any():
             problems.append(
                 f"{place}: {name}: not a number {_where(bad & ~searched, region)}, where nothing "
-                "was searched: a partial has one count at every pixel, and cannot say that it is 0 "
-                "there; merge the search's own partials instead"
+                "was searched: a partial has one count for all its pixels, which cannot be 0 at "
+                "some; merge the search's own partials instead"
             )
         if (bad := bad & searched).any():
             problems.append(f"{place}: {name}: not a finite number {_where(bad, region)}")

@@ -17,6 +17,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.edges import EdgeSample
 from ocelot_em.io.import_options import (
     MAX_BAND_PX,
+    REPLACE_HINT,
     Batch,
     Candidate,
     Checked,
@@ -74,7 +75,8 @@ def check_batch(
     shape = cast("tuple[int, int]", candidates[0].shape)
     objects = open_objects(output)
     try:
-        problems += layout_differences(objects, shape, info)
+        different = layout_differences(objects, shape, info)
+        problems += [f"{text}; {REPLACE_HINT}" for text in different]
     except InvalidInputError as error:
         problems += error.problems
     if problems:

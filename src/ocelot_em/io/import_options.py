@@ -23,6 +23,9 @@ from ocelot_em.store.search_info import Exposure, SearchInfo
 OnFraction = Callable[[float], None]
 """Called with the fraction done of a phase, 0 to 1."""
 
+REPLACE_HINT = "choose another output, or replace the search (--overwrite)"
+"""What to do about a search at the output that has other properties."""
+
 MAX_BAND_PX = 2**27
 """Maximum number of pixels of a map in memory at a time: half a gigabyte of float32."""
 
@@ -68,20 +71,21 @@ class ImportOptions(Options):
     ----------
     search_space
         File (.npz, .pt) with the tables of an indexed search; files with both pose forms are then
-        imported as indexed.
+        imported as indexed. Default: the tables in the files, if they have any.
     template_box
         Edge of the template box in pixels, for maps of the micrograph's shape (mode ``same``).
         Default: all pixels are valid.
     pixel_size_angstrom
-        Pixel size of the micrograph in Å.
+        Pixel size of the micrograph in Å. Default: that of a finished search's files, or unknown.
     total_projections
         Number of cross-correlations of each file, in the order of the files, if the files do not
-        contain it.
+        contain it. Default: the counts in the files.
     pixel_size_offset_angstrom
         The single pixel-size offset of a finished search in Å: 0 if the pixel size was not varied.
+        Default: the one that its files show.
     prefix
         Prefix of the names of a finished search's files, such as ``output`` for
-        ``output_mip.mrc``, where a folder has several searches.
+        ``output_mip.mrc``, where a folder has several searches. Default: any.
     name
         Name of the partial of a finished search. Default: the prefix, or the name of the folder or
         file.

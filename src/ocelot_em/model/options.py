@@ -88,23 +88,25 @@ class SlurmJobs(Options):
     Parameters
     ----------
     partition
-        SLURM partition.
+        SLURM partition. Default: the cluster's own.
     account
-        SLURM account.
+        SLURM account. Default: the cluster's own.
     walltime
         Time limit, as ``HH:MM:SS``; workers are replaced before it expires.
+        Default: 30 minutes.
     cores
-        Total number of threads of a job; 4 if not configured.
+        Total number of threads of a job. Default: 4.
     processes
-        Number of worker processes of a job, which share the threads; 1 if not configured.
+        Number of worker processes of a job, which share the threads. Default: 1.
     memory
-        Memory of a job, such as ``8GB``; 1 GB per thread if not configured.
+        Memory of a job, such as ``8GB``. Default: 1 GB per thread.
     interface
-        Network interface, such as ``ib0``.
+        Network interface, such as ``ib0``. Default: Dask's choice.
     directives
         Additional option of ``sbatch``, such as ``--gres=gpu:1``; repeat it for several.
+        Default: none.
     log_directory
-        Folder on shared storage for the output of the jobs.
+        Folder on shared storage for the output of the jobs. Default: the current folder.
     """
 
     partition: str | None = None
@@ -151,7 +153,7 @@ class MergeOptions(Options):
         output is three tenths smaller.
     without
         Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures; also
-        exposures whose folders were lost, by id.
+        exposures whose folders were lost, by id. Default: none.
     so_far
         Merge what a search has recorded so far, although it is incomplete. The same command updates
         the result later.

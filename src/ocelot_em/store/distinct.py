@@ -1,4 +1,4 @@
-"""Outputs must neither be an input, nor contain one, nor lie inside of one.
+"""Outputs must neither be an input, nor contain one, nor be inside one.
 
 Paths do not identify a folder: a symbolic link, a bind mount or another spelling of a URL leads to
 it as well. Local places are compared by the numbers that their file systems give them, up to the
@@ -57,7 +57,7 @@ def overlaps(output: str | PathLike[str], inputs: Iterable[str | PathLike[str]] 
         if own[0] == other[0]:
             problems.append(f"{url}: is also an input; choose another output")
         elif other[0] in own:
-            problems.append(f"{url}: lies inside the input {place}; choose a place outside of it")
+            problems.append(f"{url}: is inside the input {place}; choose a place outside of it")
         elif own[0] in other:
             problems.append(f"{url}: contains the input {place}; choose a place beside it")
     return problems or inside_store(url)
@@ -74,14 +74,14 @@ def inside_store(url: str) -> list[str]:
     parents = _parents(url)
     found = at_once(open_objects(url), [partial(is_store, parent) for parent in parents])
     return [
-        f"{url}: lies inside the Zarr store {parent}; choose a place outside of it"
+        f"{url}: is inside the Zarr store {parent}; choose a place outside of it"
         for parent, is_there in zip(parents, found, strict=True)
         if is_there
     ][:1]
 
 
 def require_outside_stores(path: Path) -> None:
-    """Raise if a file would lie inside a Zarr store.
+    """Raise if a file would be inside a Zarr store.
 
     Raises
     ------

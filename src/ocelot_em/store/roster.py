@@ -1,7 +1,7 @@
 """The lists of partials and exposures of a search, which do not depend on listing the storage.
 
 A folder that was lost, or that the listing of a bucket does not show yet, would otherwise leave a
-partial or an exposure out without a word. Every writer adds its partial as the next group
+partial or an exposure out unnoticed. Every writer adds its partial as the next group
 ``roster/N``, created only if it is new, before it writes anything else, and a new exposure as
 ``exposure_numbers/N``; readers fetch them by number.
 """

@@ -28,7 +28,7 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
     OutputExistsError
         Naming all existing files.
     InvalidInputError
-        A file would lie inside a store.
+        A file would be inside a store.
     """
     paths = list(paths)
     for path in paths:
@@ -70,7 +70,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     StorageError
         Any OSError is converted to this.
     InvalidInputError
-        The file would lie inside a store.
+        The file would be inside a store.
     """
     require_outside_stores(path)
     if path.exists() and not path.is_file():
