@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
-from ocelot_em.view import page
+from ocelot_em.view import page, report
+from ocelot_em.view.instrument import Instrument
 
 RENDERING = ["stubbed", pytest.param("drawn", marks=pytest.mark.slow)]
 """Parameters of a fixture: the same tests draw their pages in the second tier."""
 
 
 def stub_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have reports write the text of their figures, and leave out the rendering."""
+    """Have reports write the text of their figures, and leave out rendering and scripts."""
     monkeypatch.setattr(page, "inline_svg", _texts_as_svg)
+    monkeypatch.setattr(report, "make_instrument", lambda *_: Instrument((), "", "", 0, True))
 
 
 def _texts_as_svg(figure: Any, name: str) -> str:

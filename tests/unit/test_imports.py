@@ -61,6 +61,7 @@ HOME = {
     "rich": {"cli", "model.progress"},
     "IPython": {"model.progress"},
     "jinja2": {"model.html"},
+    "bokeh": {"view"},
     "matplotlib": {"view"},
     "mrcfile": {"io.mrc"},
     "h5py": {"io.hdf5"},

@@ -108,6 +108,13 @@ def gev_cutoff(z_histogram: Histogram1D, false_positives: float = 1.0) -> float:
     return float(genextreme.isf(false_positives / pixels, *fit_gev(z_histogram)))
 
 
+def gev_above(z_histogram: Histogram1D, z: ArrayLike) -> Float64:
+    """Return how many pixels of the noise that :func:`fit_gev` describes exceed z-scores."""
+    from scipy.stats import genextreme
+
+    return np.asarray(z_histogram.pixels * genextreme.sf(z, *fit_gev(z_histogram)), np.float64)
+
+
 @dataclass(frozen=True, eq=False)
 class SortedPixels:
     """Exact ranks, from the ascending values of all searched pixels."""

@@ -10,7 +10,9 @@ from typing import Any
 
 from ocelot_em.view.figures import new_figure
 
-_INK = "#0a0b0c"  # placeholder for the page's text colour, light or dark
+INK = "#0a0b0c"
+"""Placeholder for the page's text colour, light or dark."""
+
 _EM_INCHES = 10 / 72
 _STYLE = {
     "svg.fonttype": "none",
@@ -27,10 +29,10 @@ _STYLE = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
     ),
-    "grid.color": _INK,
-    "patch.edgecolor": _INK,
+    "grid.color": INK,
+    "patch.edgecolor": INK,
 }
 
 
@@ -158,4 +160,4 @@ def inline_svg(figure: Any, name: str) -> str:
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    return svg.replace(_INK, "currentColor")
+    return svg.replace(INK, "currentColor")

@@ -55,6 +55,14 @@ def pooled_zscore(store: Store, longest_edge_px: int = figures.OVERVIEW_PX) -> t
     return pooled, factor
 
 
+def pooled_further(z: Float32, factor: int, longest_edge_px: int) -> tuple[Float32, int]:
+    """Pool a map and its factor, as of :func:`pooled_zscore`, to fewer rows or columns."""
+    further = ceil_div(max(z.shape), longest_edge_px)
+    for axis, length in enumerate(z.shape):
+        z = np.fmax.reduceat(z, np.arange(0, length, further), axis=axis)
+    return z, factor * further
+
+
 def plot_zscore(
     store: Store | tuple[Float32, int],
     ax: "Axes | None" = None,

@@ -1,4 +1,4 @@
-"""The report of a merged result: one HTML page without scripts that needs no network.
+"""The report of a merged result: one HTML page that needs no network.
 
 All but the overview and the zooms comes from the merge statistics; the map is read chunk by chunk
 and is never in memory as a whole.
@@ -17,9 +17,10 @@ from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing, write_
 from ocelot_em.view import report_sections as sections
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
+from ocelot_em.view.instrument import MAP_PX, make_instrument
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.page import collector_paused
-from ocelot_em.view.plots import MAX_CIRCLES, plot_zscore, pooled_zscore
+from ocelot_em.view.plots import MAX_CIRCLES, plot_zscore, pooled_further, pooled_zscore
 from ocelot_em.view.statistics_plots import plot_survival
 
 MAX_WARNINGS = 8
@@ -99,7 +100,9 @@ def report_page(
     With ``refresh_seconds``, browsers load it again after that time.
     """
     data = sections.read_report_data(store, particles)
-    overview = _overview(data, pyramid)
+    is_live = not refresh_seconds  # what is selected would be lost
+    fine = _overview(data, pyramid, MAP_PX if is_live else PAGE_OVERVIEW_PX)
+    overview = pooled_further(*fine, PAGE_OVERVIEW_PX)
     coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
     return render(
         "view/templates/report.html.j2",
@@ -107,6 +110,7 @@ def report_page(
         refresh_seconds=refresh_seconds,
         data=data,
         coverage=coverage,
+        live=make_instrument(data, fine) if is_live else None,
         warnings=sections.warnings_of(data),
         max_warnings=MAX_WARNINGS,
         max_folded_warnings=MAX_FOLDED_WARNINGS,
@@ -146,13 +150,13 @@ def save_overview(
 
 
 def _overview(
-    data: sections.ReportData, pyramid: str | PathLike[str] | None
+    data: sections.ReportData, pyramid: str | PathLike[str] | None, longest_edge_px: int
 ) -> tuple[Float32, int]:
     if pyramid is None:
-        return pooled_zscore(data.merged, PAGE_OVERVIEW_PX)
+        return pooled_zscore(data.merged, longest_edge_px)
     from ocelot_em.io.ome_zarr import read_level
 
-    values, factor = read_level(pyramid, PAGE_OVERVIEW_PX)
+    values, factor = read_level(pyramid, longest_edge_px)
     expected = tuple(ceil_div(length, factor) for length in data.merged.attributes.valid_shape)
     if values.shape != expected:
         raise InvalidInputError(

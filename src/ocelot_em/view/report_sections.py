@@ -63,6 +63,14 @@ class ReportData:
         own = [cutoff for _, cutoff in about.exposure_cutoffs]
         return about.cutoff, max(own, default=about.cutoff)
 
+    def partial_name(self, number: int, exposure: str | None = None) -> str:
+        """Return the name of a partial, in a montage by its number within its exposure."""
+        partials = self.merged.attributes.partials
+        for own in self.merged.attributes.exposures:
+            if own.id == exposure:
+                partials = partials[own.first_partial :][: own.n_partials]
+        return partials[number].name if 0 <= number < len(partials) else f"{number}"
+
 
 def read_report_data(
     store: str | PathLike[str] | MergedResult, particles: ParticleTable | None
@@ -177,12 +185,7 @@ def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
 def _particle_row(data: ReportData, i: int) -> dict[str, Any]:
     """Return the columns of a particle, and the name of the partial that won it."""
     row = {name: values[i].item() for name, values in data.particles.columns.items()}
-    partials, number = data.merged.attributes.partials, row["best_partial"]
-    for exposure in data.merged.attributes.exposures:
-        if exposure.id == row[EXPOSURE]:  # numbers of partials are within their exposure
-            partials = partials[exposure.first_partial :][: exposure.n_partials]
-    name = partials[number].name if 0 <= number < len(partials) else f"{number}"
-    return {**row, "partial": name}
+    return {**row, "partial": data.partial_name(row["best_partial"], row.get(EXPOSURE))}
 
 
 def significance_section(data: ReportData) -> dict[str, Drawing]:

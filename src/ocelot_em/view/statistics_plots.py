@@ -45,24 +45,19 @@ def plot_survival(
     """
     summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     cutoffs = cutoff if isinstance(cutoff, tuple) else () if cutoff is None else (cutoff, cutoff)
-    histogram = summary.histograms.of_z()
-    edges, counts = figures.coarse(histogram.counts, Z_AXIS, 16)
-    above = histogram.overflow + counts[::-1].cumsum()[::-1]
-    found = np.flatnonzero(counts)
-    if histogram.pixels:
+    z, pixels = survival_curve(summary)
+    if z.size:
         bounds = summary.attributes.scaled_mip_range or (0.0, 1.0)
-        lowest, highest = (int(found[0]), int(found[-1])) if found.size else (0, 0)
-        first, last = max(lowest - 1, 0), min(highest + 2, len(counts))
-        noise = _noise_above(edges[:-1], summary.attributes)
+        levels = figures.coarse(summary.histograms.of_z().counts, Z_AXIS, 16)[0][:-1]
+        noise = noise_above(levels, summary.attributes)
         look: Any = {"color": figures.foreground(), "alpha": 0.65, "label": "Gaussian noise"}
-        ax.semilogy(edges[:-1], noise, "--", **look)
+        ax.semilogy(levels, noise, "--", **look)
         figures.name_powers(ax.yaxis)
-        z, pixels = edges[first:last], np.maximum(above[first:last], 0.5)
         ax.step(z, pixels, where="pre", color=figures.BLUE, linewidth=1.8, label="this search")
         # A cutoff far above all z-scores would squeeze the curves.
         right = max(min(bounds[1], Z_AXIS.high), *(c for c in cutoffs if c < 2 * bounds[1]), 0.0)
         top = 2 * summary.attributes.valid_pixels
-        ax.set(xlim=(edges[first] - 0.25, right + 0.5), ylim=(0.5, top))
+        ax.set(xlim=(z[0] - 0.25, right + 0.5), ylim=(0.5, top))
     else:
         figures.explain_empty(ax, "no pixel was searched")
     if cutoffs:
@@ -77,7 +72,23 @@ def plot_survival(
     return ax
 
 
-def _noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
+def survival_curve(summary: Summary) -> tuple[Float64, Float64]:
+    """Return z-scores and the numbers of pixels that reach them, 0.5 for none.
+
+    Both are empty if nothing was searched.
+    """
+    histogram = summary.histograms.of_z()
+    edges, counts = figures.coarse(histogram.counts, Z_AXIS, 16)
+    above = histogram.overflow + counts[::-1].cumsum()[::-1]
+    found = np.flatnonzero(counts)
+    if not histogram.pixels:
+        return np.empty(0), np.empty(0)
+    lowest, highest = (int(found[0]), int(found[-1])) if found.size else (0, 0)
+    first, last = max(lowest - 1, 0), min(highest + 2, len(counts))
+    return edges[first:last], np.maximum(above[first:last], 0.5)
+
+
+def noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
     """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
     projections = sum(partial.total_projections for partial in attributes.partials)
     draws = [(own.total_projections, own.valid_pixels) for own in attributes.exposures]

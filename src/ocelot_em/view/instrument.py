@@ -1,0 +1,206 @@
+"""The interactive part of a report: z-score map, survival curve, mip and z-score, table, cutoff.
+
+bokeh draws everything in the browser, from data in the page. All show one source of particles
+through one view of it, so that a selection and the cutoff are the same everywhere.
+"""
+
+import gzip
+import json
+from base64 import b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from math import ceil, log10
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ocelot_em.errors import optional_import
+from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
+from ocelot_em.particles.options import PickOptions
+from ocelot_em.particles.picking import all_candidates, pick_particles
+from ocelot_em.particles.significance import gev_above
+from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
+from ocelot_em.view import figures, live_figures, plots, statistics_plots
+from ocelot_em.view.page import INK
+
+if TYPE_CHECKING:
+    from ocelot_em.view.report_sections import ReportData
+
+MAP_PX = 1280
+"""Longest edge of the zoomable map."""
+
+FULL_ROWS = 25_000
+"""Maximum number of particles with all columns; with more, only those of the table."""
+
+MAX_PARTICLES = 100_000
+"""Maximum number of particles."""
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """Scripts and data of the interactive part of a page.
+
+    ``packed`` are the scripts, and last the data, compressed; ``loader`` is the script that unpacks
+    them; ``policy`` has the hashes of all scripts, so that browsers run no others.
+    ``n_left_out`` of the lowest particles are not in the data; ``has_all_columns`` states whether
+    the others have all columns.
+    """
+
+    packed: tuple[str, ...]
+    loader: str
+    policy: str
+    n_left_out: int
+    has_all_columns: bool
+
+
+def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instrument:
+    """Return the interactive part of a report; ``overview`` is the pooled map.
+
+    Raises
+    ------
+    MissingDependencyError
+        bokeh is not installed.
+    """
+    with optional_import("interactive reports need bokeh", extra="viz"):
+        from bokeh.document import Document
+        from bokeh.models import CDSView, ColumnDataSource, IndexFilter, InlineStyleSheet, Slider
+        from bokeh.resources import Resources
+
+    table = _with_weaker(data)
+    if len(table) > FULL_ROWS:
+        overview = plots.pooled_further(*overview, figures.PAGE_OVERVIEW_PX)
+    score = NEG_LOG_P if NEG_LOG_P in table.columns else SCALED_MIP
+    best = np.argsort(-np.nan_to_num(table.columns[score], nan=-np.inf), kind="stable")
+    n_left_out = max(len(best) - MAX_PARTICLES, 0)
+    columns = _columns(data, table, best[:MAX_PARTICLES])
+    heights = columns[score].astype(np.float64)
+    levels, cutoff = _levels(data, heights)
+    source = ColumnDataSource(columns, name="particles")
+    n_shown = int((heights >= cutoff - 1e-6).sum())
+    view = CDSView(filter=IndexFilter(indices=list(range(n_shown)), name="shown"))
+    style = InlineStyleSheet(css=":host { color: var(--ink); font: 14px/1.5 system-ui; }")
+    look: Any = {"format": "0.00", "sizing_mode": "stretch_width", "stylesheets": [style]}
+    slider = Slider(
+        title=f"cutoff ({live_figures.LISTED[score][0]})",
+        start=levels[0],
+        end=levels[-1],
+        step=round(levels[1] - levels[0], 9),
+        value=cutoff,
+        name="cutoff",
+        **look,
+    )
+    summary, attributes = data.summary, data.merged.attributes
+    roots = {
+        "live-cutoff": slider,
+        "live-map": live_figures.zscore_map(overview, attributes, source, view),
+        "live-survival": live_figures.survival(summary, None if score == NEG_LOG_P else cutoff),
+        "live-joint": live_figures.joint(summary, source, view),
+        "live-table": live_figures.table(source, view),
+    }
+    document = Document()
+    for root in roots.values():
+        document.add_root(root)
+    content = {
+        "document": document.to_json(deferred=False),
+        "roots": [{"id": root.id, "element": place} for place, root in roots.items()],
+        "score": score,
+        "columns": [name for name in table.columns if name in columns],
+        "expected": [float(f"{one:.4g}") for one in _expected_above(data, levels)],
+        "ink": INK,
+    }
+    text = json.dumps(_numbered(content, {}), separators=(",", ":"))
+    parts = Resources(
+        "inline", log_level="error", components=["bokeh", "bokeh-widgets", "bokeh-tables"]
+    )
+    packed = (*parts.js_raw, text)
+    glue = (files("ocelot_em") / "view/templates/report.js").read_text("utf-8")
+    hashes = (b64encode(sha256(own.encode()).digest()).decode() for own in (*parts.js_raw, glue))
+    return Instrument(
+        tuple(b64encode(gzip.compress(own.encode(), 6, mtime=0)).decode() for own in packed),
+        glue,
+        " ".join(f"'sha256-{own}'" for own in hashes),
+        n_left_out,
+        len(best) <= FULL_ROWS,
+    )
+
+
+def _with_weaker(data: "ReportData") -> ParticleTable:
+    """Return the particles and, as far as the merge recorded them, peaks below their cutoff.
+
+    Not in a montage, where exposures have their own cutoffs, and not of p-values, for which maps
+    would have to be read.
+    """
+    found, about = data.particles, data.particles.about
+    if data.is_montage or about is None or NEG_LOG_P in found.columns:
+        return found
+    level = all_candidates(data.merged).level
+    if not level < about.cutoff:
+        return found
+    weaker = PickOptions(cutoff=level, min_distance=about.min_distance_px)
+    others = pick_particles(data.merged, weaker).columns
+    below = others[SCALED_MIP] < np.float32(about.cutoff)
+    return ParticleTable(
+        {name: np.concatenate([own, others[name][below]]) for name, own in found.columns.items()},
+        about,
+    )
+
+
+def _columns(data: "ReportData", table: ParticleTable, rows: AnyArray) -> dict[str, AnyArray]:
+    """Return the columns of some particles: only those that are listed, if there are many."""
+    columns = {name: values[rows] for name, values in table.columns.items()}
+    scale = live_figures.unit_of(data.merged.attributes)[1]
+    y, x = (
+        ((place[rows] + 0.5) * scale).astype(np.float32) for place in plots.map_positions(table)
+    )
+    own: dict[str, AnyArray] = {live_figures.RANK: np.arange(1, len(rows) + 1, dtype=np.int32)}
+    own |= {live_figures.MAP_Y: y, live_figures.MAP_X: x}
+    if len(table) <= FULL_ROWS:
+        places = [columns["best_partial"].tolist()]
+        if table.is_of_montage:
+            places.append(columns[EXPOSURE].tolist())
+        names = [data.partial_name(*place) for place in zip(*places, strict=True)]
+        return columns | own | {live_figures.PARTIAL: np.array(names, str)}
+    return own | {
+        # Digits that are not shown would only take space.
+        name: np.round(values, 3) if values.dtype.kind == "f" else values
+        for name, values in columns.items()
+        if name in live_figures.LISTED
+    }
+
+
+def _levels(data: "ReportData", heights: Float64) -> tuple[Float64, float]:
+    """Return evenly spaced cutoffs, and the one that the particles were picked with among them."""
+    known = heights[np.isfinite(heights)]
+    about = data.particles.about
+    lowest = known.min(initial=np.inf)
+    cutoff = about.cutoff if about is not None else lowest if known.size else 0.0
+    lowest, highest = min(lowest, cutoff), max(known.max(initial=cutoff), cutoff + 0.1)
+    step = 10.0 ** max(ceil(log10((highest - lowest) / 2000)), -2)
+    below, above = ceil((cutoff - lowest) / step), ceil((highest - cutoff) / step)
+    levels = cutoff + step * np.arange(-below, above + 1)
+    return levels, float(cutoff)
+
+
+def _expected_above(data: "ReportData", cutoffs: Float64) -> Float64:
+    """Return how many pixels of noise are expected at or above cutoffs, by the picking's model."""
+    statistics, about = data.summary.attributes, data.particles.about
+    if NEG_LOG_P in data.particles.columns:
+        return statistics.searched_pixels * np.exp(-cutoffs)
+    if about is not None and about.method == "gev" and not data.is_montage:
+        return gev_above(data.summary.histograms.of_z(), cutoffs)
+    return statistics_plots.noise_above(cutoffs, statistics)
+
+
+def _numbered(value: Any, numbers: dict[str, str]) -> Any:
+    """Number the ids of models from 1, so that equal reports are equal files."""
+    if isinstance(value, dict):
+        return {
+            key: numbers.setdefault(one, f"m{len(numbers) + 1}")
+            if key == "id"
+            else _numbered(one, numbers)
+            for key, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_numbered(one, numbers) for one in value]
+    return value

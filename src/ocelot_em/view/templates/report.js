@@ -1,0 +1,72 @@
+"use strict";
+(async () => {
+  const page = document.documentElement;
+  const unpack = ({ textContent }) => {
+    const bytes = Uint8Array.from(atob(textContent), (one) => one.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  };
+  const parts = await Promise.all([...document.querySelectorAll("script.packed")].map(unpack));
+  const { document: models, roots, score, columns, expected, ink } = JSON.parse(parts.pop());
+  for (const part of parts) {
+    const script = document.createElement("script");
+    script.textContent = part;
+    document.head.append(script);
+  }
+  page.classList.add("live");
+  await Bokeh.embed.embed_items({ all: models }, [{
+    docid: "all",
+    root_ids: roots.map(({ id }) => id),
+    roots: Object.fromEntries(roots.map(({ id, element }) => [id, element])),
+  }]);
+  const live = Bokeh.documents[Bokeh.documents.length - 1];
+  const [slider, source, shown, line] = ["cutoff", "particles", "shown", "cutoff-line"].map(
+    (name) => live.get_model_by_name(name));
+  const heights = source.data[score];
+  const { start, step } = slider;
+
+  // The canvas does not know the page's colours.
+  const inked = [...live.all_models].flatMap((model) => [...model].filter((own) => !own.is_unset)
+    .map((own) => [model, own.attr, own.get_value()])
+    .filter(([, , value]) => value === ink || value?.value === ink));
+  const paint = () => {
+    const colour = getComputedStyle(page).getPropertyValue("--ink").trim();
+    for (const [model, name, value] of inked) {
+      model.setv({ [name]: value === ink ? colour : { value: colour } });
+    }
+  };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  paint();
+
+  const text = (number) => number >= 100 ? Math.round(number).toLocaleString("en")
+    : number >= 0.001 ? String(Number(number.toPrecision(2))) : "fewer than 0.001";
+  const count = () => {
+    let n = 0; // the highest come first
+    while (n < heights.length && heights[n] >= slider.value - 1e-6) n += 1;
+    return n;
+  };
+  const update = () => {
+    const n = count();
+    if (n !== shown.indices.length) shown.indices = Array.from({ length: n }, (_, i) => i);
+    if (line) line.location = slider.value;
+    const at = Math.round((slider.value - start) / step);
+    document.getElementById("live-count").textContent =
+      `${n.toLocaleString("en")} particle${n === 1 ? "" : "s"}`;
+    document.getElementById("live-expected").textContent = text(expected[at]);
+  };
+  slider.properties.value.change.connect(update);
+  update();
+
+  document.getElementById("live-download").addEventListener("click", () => {
+    const rows = [columns.join(",")];
+    for (let i = 0; i < count(); i += 1) rows.push(columns.map((name) => source.data[name][i]).join(","));
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([`${rows.join("\n")}\n`], { type: "text/csv" }));
+    link.download = "particles.csv";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+})().catch((error) => {
+  document.documentElement.classList.remove("live");
+  throw error;
+});
