@@ -61,7 +61,7 @@ HOME = {
     "rich": {"cli", "model.progress"},
     "IPython": {"model.progress"},
     "jinja2": {"model.html"},
-    "bokeh": {"view"},
+    "bokeh": {"run.panel", "view"},
     "matplotlib": {"view"},
     "mrcfile": {"io.mrc"},
     "h5py": {"io.hdf5"},
