@@ -306,7 +306,7 @@ class ParticleTable:
         return self[:n]
 
     def __repr__(self) -> str:
-        return f"<{self._summary()}>"
+        return "\n".join([f"<{self._summary()}>", *([str(self.to_pandas())] if len(self) else [])])
 
     @property
     def incomplete_text(self) -> str:
