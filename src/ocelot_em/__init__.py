@@ -186,7 +186,11 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from ocelot_em.model.problems import suggestion
+
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{suggestion(name, __all__)}"
+        )
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

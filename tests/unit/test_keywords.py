@@ -115,10 +115,17 @@ def test_one_works_where_several_do(tmp_path, monkeypatch):
 
 def test_keywords_override_options_that_imports_share():
     shared = ImportOptions(template_box=56, pixel_size_angstrom=2.5)
-    changed = shared.updated({"template_box": 64})
+    changed = ImportOptions.of(shared, {"template_box": 64})
     assert (changed.template_box, changed.pixel_size_angstrom) == (64, 2.5)
     assert changed.model_fields_set == shared.model_fields_set
-    assert shared.updated({}) is shared
+    assert ImportOptions.of(shared, {}) is shared
+    with pytest.raises(InvalidInputError, match="expected ImportOptions, got dict"):
+        ocelot_em.import_results("gpu0.npz", "OUT", {"template_box": 56})
+
+
+def test_a_mistyped_name_gets_a_suggestion():
+    with pytest.raises(AttributeError, match="'find_peak'; did you mean find_peaks"):
+        _ = ocelot_em.find_peak
 
 
 @pytest.mark.slow

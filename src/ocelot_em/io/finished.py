@@ -114,7 +114,7 @@ def import_finished(
     >>> import_finished("maps", "FINISHED.zarr", **facts).name
     'maps'
     """
-    options = (options or ImportOptions()).updated(keywords)
+    options = ImportOptions.of(options, keywords)
     if len(options.total_projections) > 1 or options.search_space is not None:
         raise InvalidInputError(
             "import: a finished search is one partial with explicit poses: expected at most one "

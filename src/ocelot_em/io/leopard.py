@@ -89,7 +89,7 @@ def import_results(
     >>> import_results(["gpu0.npz", "gpu1.npz"], "RUN.zarr", pixel_size_angstrom=2.5)
     ['gpu0', 'gpu1']
     """
-    options = (options or ImportOptions()).updated(keywords)
+    options = ImportOptions.of(options, keywords)
     files = as_places(files)
     if not files:
         raise InvalidInputError("import: expected at least one file, got none")

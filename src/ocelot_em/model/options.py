@@ -65,9 +65,18 @@ class Options(BaseModel):
         except ValidationError as error:
             raise InvalidInputError(map(cls._problem, error.errors())) from None
 
-    def updated(self, options: Mapping[str, object]) -> Self:
-        """Return these options with others, by name; errors are those of :meth:`parse`."""
-        return self.parse({**self.model_dump(exclude_unset=True), **options}) if options else self
+    @classmethod
+    def of(cls, options: Self | None, keywords: Mapping[str, object]) -> Self:
+        """Return options with others, by name, that override them; errors as of :meth:`parse`."""
+        if options is None:
+            return cls.parse(keywords)
+        if not isinstance(options, cls):
+            raise InvalidInputError(
+                f"options: expected {cls.__name__}, got {type(options).__name__}; give options by "
+                f"name, such as {next(iter(cls.model_fields))}=..."
+            )
+        given = {name: getattr(options, name) for name in options.model_fields_set}
+        return cls.parse({**given, **keywords}) if keywords else options
 
     @classmethod
     def _problem(cls, problem: "ErrorDetails") -> str:
