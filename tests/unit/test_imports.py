@@ -213,6 +213,18 @@ def test_the_help_imports_nothing_slow():
     assert not loaded_by("from ocelot_em.cli.main import run; run(['--help'])") & slow
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["merg", "merge A --clutser", "merge A --output B", "info A", "watch A", "view A"],
+)
+def test_common_errors_import_nothing_slow(words):
+    slow = {"numpy", "scipy", "pandas", "dask", "zarr", "numba", "xarray", "obstore"}
+    assert (
+        not loaded_by(f"from ocelot_em.cli.main import run; assert run({words.split()}) == 2")
+        & slow
+    )
+
+
 def test_every_public_name_is_there():
     assert set(ocelot_em.__all__) <= set(dir(ocelot_em))
     assert all(getattr(ocelot_em, name) is not None for name in ocelot_em.__all__)

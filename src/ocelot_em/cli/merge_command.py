@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, ArgumentCollection, Group, Parameter
 
-from ocelot_em.cli.config_file import write_config
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.examples import epilogue
 from ocelot_em.cli.parameters import AS_COMMAND, PathOrUrl, require_stores
@@ -112,6 +111,7 @@ def run_kept(
     log: str | Path | None, run_folder: str | Path | None, effective: Mapping[str, object]
 ) -> Iterator[list["Observer"]]:
     """Open the log and the run folder, if requested."""
+    from ocelot_em.cli.config_file import write_config
     from ocelot_em.run.observer import Observer
     from ocelot_em.run.runlog import RunFolder, RunLog
 
