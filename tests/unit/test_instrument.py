@@ -12,6 +12,8 @@ import ocelot_em
 from browser import CHROMIUM, open_page, wait_for
 from conftest import CROPS
 from ocelot_em import ImportOptions, import_results
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.particles.candidate_rules import p_value_model
 from ocelot_em.particles.picking import find_peaks
 from ocelot_em.particles.table import COLUMNS, ParticleTable
 from ocelot_em.view import instrument, report
@@ -76,6 +78,16 @@ def test_the_expected_number_of_false_positives_is_that_of_the_picking(crops, me
     expected = pixels * np.exp(-8) if method == "pvalue" else 1.0
     assert at_cutoff == pytest.approx(expected, rel=1e-3)
     assert (np.diff(data["expected"]) <= 0).all()
+
+
+def test_the_contour_of_p_values_separates_the_particles(crops):
+    particles = find_peaks(crops, method="pvalue")
+    data = live_data(report_page(crops, particles=particles))
+    (mip,), (z,) = (data["contours"][0][name] for name in "xy")
+    model = p_value_model(MergedResult.open(crops))
+    # Ranks are steps, so lines between the points of a grid are near 8 only.
+    assert np.median(model.neg_log_p(mip, z)) == pytest.approx(8, abs=0.5)
+    assert not live_data(report_page(crops))["contours"]
 
 
 def test_many_particles_fit_into_the_page(crops):

@@ -8,7 +8,9 @@ import pytest
 import ocelot_em
 from helpers import make_result
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.particles.quality import montage_warnings, partial_warnings
+from ocelot_em.model.histograms import Z_AXIS, Histogram1D
+from ocelot_em.particles.quality import montage_warnings, partial_warnings, picking_warnings
+from ocelot_em.particles.table import COLUMNS, ParticleTable
 from ocelot_em.store.partials import write_partial
 from ocelot_em.store.statistics_attributes import SourceStatistics
 
@@ -202,3 +204,14 @@ def test_exposures_that_searched_more_may_be_higher(tmp_path, rng):
     many = tuple(20 * count for count in COUNTS)
     shots.append(((0, 400), search_of(rng, many), many))
     assert not any("unusual" in text for text in montage_words(tmp_path, shots))
+
+
+def test_particles_with_the_z_scores_of_noise_are_named():
+    histogram = Histogram1D(Z_AXIS, np.histogram(np.linspace(0, 5, 100_000), Z_AXIS.edges)[0])
+    columns = {name: np.zeros(3, column.dtype) for name, column in COLUMNS.items()}
+    columns["scaled_mip"] = np.array([9, 4.5, 4.1], np.float32)
+    (warning,) = picking_warnings(ParticleTable(columns), histogram)
+    assert "2 of 3 particles have z-scores of 4.10 to 4.50" in warning
+    columns["scaled_mip"][:] = 4.97
+    assert not picking_warnings(ParticleTable(columns), histogram)
+    assert not picking_warnings(ParticleTable.empty(), histogram)

@@ -114,6 +114,11 @@ def _p_value_rule(merged: MergedResult, position: int, cutoff: float) -> Candida
     return CandidateRule(cutoff, model, levels_of(model, own, cutoff))
 
 
+def p_value_model(merged: MergedResult) -> PValueModel | None:
+    """Return the model of p-values of a result of one exposure; None for a montage."""
+    return None if merged.plan.is_montage else _p_value_rule(merged, 0, NEG_LOG_P_CUTOFF).model
+
+
 def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:
     """Return a ``mip`` and a z-score; pixels with this -ln p reach at least one of them.
 

@@ -4,6 +4,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
+import numpy as np
+
+from ocelot_em.model.histograms import Histogram1D
+from ocelot_em.model.maps import SCALED_MIP
+from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.statistics_attributes import (
     PartialStatistics,
     ShownStatistics,
@@ -41,6 +46,29 @@ LIKE_COUNTS = 2
 
 MIN_SHOWN = 1000
 """Minimum pixels per side of a seam; with fewer, chance and particles explain differences."""
+
+
+NOISE_SHARE = 0.01
+"""Minimum share of all pixels that reach a z-score of noise; particles are far fewer."""
+
+
+def picking_warnings(particles: ParticleTable, z_scores: Histogram1D) -> list[str]:
+    """Return a warning, if any, about particles whose z-scores are those of noise.
+
+    ``z_scores`` is the histogram of all pixels.
+    """
+    z = particles.columns[SCALED_MIP]
+    z = z[z_scores.pixels - z_scores.below(z) > NOISE_SHARE * z_scores.pixels]
+    if not z.size:
+        return []
+    low, high = (f"{end:.2f}" for end in (z.min(), z.max()))
+    z_text = f"a z-score of {low}" if low == high else f"z-scores of {low} to {high}"
+    has, them = ("has", "it") if z.size == 1 else ("have", "them")
+    return [
+        f"{z.size:,} of {np.size(particles.columns[SCALED_MIP]):,} particles {has} {z_text}, which "
+        f"more than {NOISE_SHARE:.0%} of all pixels reach: noise has as much. A higher cutoff, or "
+        f"picking by z-score, leaves {them} out."
+    ]
 
 
 def partial_warnings(statistics: StatisticsAttributes) -> list[str]:

@@ -33,6 +33,9 @@ MAP_PX = 1280
 FULL_ROWS = 25_000
 """Maximum number of particles with all columns; with more, only those of the table."""
 
+MAX_CONTOURS = 50
+"""Maximum number of contours of -ln p, of which the nearest below the cutoff is shown."""
+
 MAX_PARTICLES = 100_000
 """Maximum number of particles."""
 
@@ -91,11 +94,12 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         **look,
     )
     summary, attributes = data.summary, data.merged.attributes
+    contours = _contours(data, levels[:: ceil(len(levels) / MAX_CONTOURS)])
     roots = {
         "live-cutoff": slider,
         "live-map": live_figures.zscore_map(overview, attributes, source, view),
         "live-survival": live_figures.survival(summary, None if score == NEG_LOG_P else cutoff),
-        "live-joint": live_figures.joint(summary, source, view),
+        "live-joint": live_figures.joint(summary, source, view, contours[:1]),
         "live-table": live_figures.table(source, view),
     }
     document = Document()
@@ -107,6 +111,7 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         "score": score,
         "columns": [name for name in table.columns if name in columns],
         "expected": [float(f"{one:.4g}") for one in _expected_above(data, levels)],
+        "contours": contours,
         "ink": INK,
     }
     text = json.dumps(_numbered(content, {}), separators=(",", ":"))
@@ -180,6 +185,14 @@ def _levels(data: "ReportData", heights: Float64) -> tuple[Float64, float]:
     below, above = ceil((cutoff - lowest) / step), ceil((highest - cutoff) / step)
     levels = cutoff + step * np.arange(-below, above + 1)
     return levels, float(cutoff)
+
+
+def _contours(data: "ReportData", levels: Float64) -> list[dict[str, Any]]:
+    """Return the contours of some -ln p as columns of lines; empty if picked by z-score."""
+    if data.p_values is None:
+        return []
+    found = statistics_plots.p_value_contours(data.p_values, data.summary, levels.tolist())
+    return [{"x": [x for x, _ in lines], "y": [y for _, y in lines]} for lines in found]
 
 
 def _expected_above(data: "ReportData", cutoffs: Float64) -> Float64:

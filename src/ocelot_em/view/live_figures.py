@@ -3,7 +3,7 @@
 Each takes a source of particles and a view of those at or above the cutoff.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,8 +145,13 @@ def survival(summary: Summary, cutoff: float | None) -> "Plot":
     return plot
 
 
-def joint(summary: Summary, source: "ColumnDataSource", view: "CDSView") -> "Plot":
-    """Return the joint density of ``mip`` and z-score, with particles."""
+def joint(
+    summary: Summary,
+    source: "ColumnDataSource",
+    view: "CDSView",
+    contour: Sequence[Mapping[str, Any]],
+) -> "Plot":
+    """Return the joint density of ``mip`` and z-score, with particles and the cutoff's contour."""
     from bokeh import models
 
     counts = summary.histograms.joint
@@ -169,6 +174,12 @@ def joint(summary: Summary, source: "ColumnDataSource", view: "CDSView") -> "Plo
         plot.add_glyph(
             models.ColumnDataSource({"image": [bytes_]}),
             models.Image(image="image", color_mapper=colours, **place),
+        )
+    for lines in contour:
+        dashes: Any = {"line_color": figures.RED, "line_dash": "dashed", "line_width": 1.5}
+        plot.add_glyph(
+            models.ColumnDataSource(dict(lines), name="contour"),
+            models.MultiLine(xs="x", ys="y", **dashes),
         )
     circles = _add_circles(plot, source, view, (MIP, SCALED_MIP), figures.RED, 9)
     plot.add_tools(_hover(source, circles))

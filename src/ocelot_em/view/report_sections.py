@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any
 
@@ -16,8 +16,15 @@ from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.text import count_text, seconds_text
+from ocelot_em.particles.candidate_rules import p_value_model
 from ocelot_em.particles.picking import all_candidates, find_peaks
-from ocelot_em.particles.quality import MIN_SHOWN, montage_warnings, partial_warnings
+from ocelot_em.particles.quality import (
+    MIN_SHOWN,
+    montage_warnings,
+    partial_warnings,
+    picking_warnings,
+)
+from ocelot_em.particles.significance import PValueModel
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
@@ -62,6 +69,11 @@ class ReportData:
             return None
         own = [cutoff for _, cutoff in about.exposure_cutoffs]
         return about.cutoff, max(own, default=about.cutoff)
+
+    @cached_property
+    def p_values(self) -> PValueModel | None:
+        """The model that the particles were picked with, if it is one of p-values."""
+        return p_value_model(self.merged) if NEG_LOG_P in self.particles.columns else None
 
     def partial_name(self, number: int, exposure: str | None = None) -> str:
         """Return the name of a partial, in a montage by its number within its exposure."""
@@ -123,6 +135,7 @@ def warnings_of(data: ReportData) -> list[str]:
         problems.append(f"{edge[0].upper()}{edge[1:]}.")
     if data.no_particles_reason:
         problems.append(f"No particles could be picked: {data.no_particles_reason}")
+    problems += picking_warnings(data.particles, data.summary.histograms.of_z())
     if data.is_montage:
         return [*problems, *montage_warnings(statistics, data.merged.statistics_of_exposures)]
     return [*partial_warnings(statistics), *problems]
@@ -194,6 +207,8 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
     survival = partial(statistics_plots.plot_survival, summary, cutoff=data.cutoff)
     distributions = partial(statistics_plots.plot_distributions, summary)
     found: Any = {"particles": data.particles, "candidates": candidates}
+    if data.p_values is not None and data.particles.about is not None:
+        found["contour"] = data.p_values, data.particles.about.cutoff
     joint = partial(statistics_plots.plot_joint, summary, **found)
     return {
         "survival": Drawing.of("survival", (5.4, 6.5), survival),

@@ -5,6 +5,7 @@ default those of a new figure, and returns the axes. No map is read. For a monta
 all exposures are counted, shown or not.
 """
 
+from collections.abc import Sequence
 from math import erfc, log1p, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
+from ocelot_em.particles.significance import PValueModel
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
 from ocelot_em.view import figures
@@ -138,11 +140,13 @@ def plot_joint(
     *,
     particles: ParticleTable | None = None,
     candidates: Float64 | None = None,
+    contour: tuple[PValueModel, float] | None = None,
 ) -> "Axes":
     """Draw the joint density of ``mip`` and z-score, with candidates and particles.
 
     Particles are drawn as circles. The highest 20,000 ``candidates``, which are rows of
-    :func:`ocelot_em.particles.picking.all_candidates`, are drawn as dots.
+    :func:`ocelot_em.particles.picking.all_candidates`, are drawn as dots. ``contour`` is a model
+    of p-values and the -ln p at which to draw its contour.
 
     Examples
     --------
@@ -175,11 +179,30 @@ def plot_joint(
     if particles is not None and len(particles):
         mip, z = (particles.columns[name] for name in (MIP, SCALED_MIP))
         figures.circle(ax, mip, z, figures.RED, "particles", size=36)
+    if contour is not None:
+        lines = p_value_contours(contour[0], summary, [contour[1]])[0]
+        for number, (x, y) in enumerate(lines):
+            name = None if number else f"-ln p = {contour[1]:.4g}"
+            ax.plot(x, y, "--", color=figures.RED, linewidth=1, label=name)
     margin_x, margin_y = 0.03 * (right - left) + 0.1, 0.03 * (high - low) + 0.1
     ax.set(xlim=(left - margin_x, right + margin_x), ylim=(low - margin_y, high + margin_y))
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper left")
     return ax
+
+
+def p_value_contours(
+    model: PValueModel, summary: Summary, levels: Sequence[float]
+) -> list[list[tuple[list[float], list[float]]]]:
+    """Return the lines of pixels with each -ln p, as ``mip`` and z-scores, where pixels are."""
+    from contourpy import contour_generator
+
+    statistics = summary.attributes
+    ranges = statistics.mip_range, statistics.scaled_mip_range
+    mip, z = (np.linspace(*(ends or (0.0, 1.0)), 200) for ends in ranges)
+    found = contour_generator(mip, z, model.neg_log_p(*np.meshgrid(mip, z)))
+    lines: Any = [found.lines(level) for level in levels]
+    return [[tuple(np.round(line, 3).T.tolist()) for line in own] for own in lines]
 
 
 def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":

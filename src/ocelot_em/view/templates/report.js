@@ -7,7 +7,7 @@
     return new Response(stream).text();
   };
   const parts = await Promise.all([...document.querySelectorAll("script.packed")].map(unpack));
-  const { document: models, roots, score, columns, expected, ink } = JSON.parse(parts.pop());
+  const { document: models, roots, score, columns, expected, contours, ink } = JSON.parse(parts.pop());
   for (const part of parts) {
     const script = document.createElement("script");
     script.textContent = part;
@@ -20,7 +20,8 @@
     roots: Object.fromEntries(roots.map(({ id, element }) => [id, element])),
   }]);
   const live = Bokeh.documents[Bokeh.documents.length - 1];
-  const [slider, source, shown, line] = ["cutoff", "particles", "shown", "cutoff-line"].map(
+  const [slider, source, shown, line, contour] = ["cutoff", "particles", "shown", "cutoff-line",
+    "contour"].map(
     (name) => live.get_model_by_name(name));
   const heights = source.data[score];
   const { start, step } = slider;
@@ -47,9 +48,13 @@
   };
   const update = () => {
     const n = count();
-    if (n !== shown.indices.length) shown.indices = Array.from({ length: n }, (_, i) => i);
-    if (line) line.location = slider.value;
     const at = Math.round((slider.value - start) / step);
+    if (n !== shown.indices.length) shown.indices = Array.from({ length: n }, (_, i) => i);
+    if (contours.length) {
+      const each = Math.ceil(expected.length / contours.length);
+      contour.data = contours[Math.min(Math.floor(at / each), contours.length - 1)];
+    }
+    if (line) line.location = slider.value;
     document.getElementById("live-count").textContent =
       `${n.toLocaleString("en")} particle${n === 1 ? "" : "s"}`;
     document.getElementById("live-expected").textContent = text(expected[at]);
