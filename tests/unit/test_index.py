@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
+from browser import CHROMIUM, open_page
 from builders import flip_byte
 from ocelot_em import (
     MergedResult,
@@ -174,6 +175,31 @@ def test_too_little_for_a_cutoff_is_a_warning(runs, tmp_path, monkeypatch):
     assert table["particles"][0] == 0
     assert table["warnings"][0] == "No particles could be picked: nothing was searched"
     assert table["error"][0] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here to open the page with")
+def test_headings_sort_the_rows_in_a_browser(runs, tmp_path):
+    places = [runs / "two/MERGED.zarr", runs / "three/MERGED.zarr", runs / "one/MERGED.zarr"]
+    table = write_index(places, tmp_path)
+    assert table["particles"][0] < table["particles"][2]
+    names = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[1].innerText)"
+    with open_page((tmp_path / "index.html").as_uri(), tmp_path) as page:
+
+        def order_by(heading):
+            buttons = "[...document.querySelectorAll('thead button')]"
+            page.evaluate(f"{buttons}.find(own => own.textContent === '{heading}').click()")
+            return page.evaluate(names)
+
+        assert page.evaluate(names) == ["two", "three", "one"]
+        # What cannot be read is last, whatever the order.
+        assert order_by("particles") == ["one", "two", "three"]
+        assert order_by("particles") == ["two", "one", "three"]
+        assert order_by("result") == ["one", "three", "two"]
+        assert order_by("result") == ["two", "three", "one"]
+        page.look_as(390, 800, is_mobile=True)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.messages == []
 
 
 def test_no_page_is_written_into_a_store(runs):
