@@ -143,7 +143,7 @@ class IdleClient:
     def __init__(self):
         self.n_tasks = 0
 
-    def submit(self, _attempt, work, tiles, *, key, **_options):
+    def submit(self, _attempt, work, tiles, _number, *, key, **_options):
         self.n_tasks += 1
         return DoneFuture(key, do_nothing(work, tiles))
 
