@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from ocelot_em.merge import resume
 from ocelot_em.merge.resume import prepare
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.run import api
-from ocelot_em.store import lock, result_shards
+from ocelot_em.store import local, lock, result_shards
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.result_shards import pack, places_of_chunks, slot_of
@@ -187,6 +188,21 @@ def test_damage_is_reported_and_mended(search, plain, tmp_path, shard, damage):
     assert is_packed(output)
 
 
+def test_chunks_of_an_older_copy_are_reported_and_do_not_hide_damage(search, plain, tmp_path):
+    output = tmp_path / "OUT.zarr"
+    ocelot_em.merge(search, output, **OPTIONS)
+    objects, key = open_objects(output), "mip/c/2/2"
+    loose = output / key
+    loose.parent.mkdir(parents=True)
+    loose.write_bytes(objects.get(key))
+    assert [key in problem for problem in ocelot_em.check(output)] == [True]
+    flipped(output / "mip/c.1.1", 16 * 4 + 40)
+    ocelot_em.merge(search, output, **OPTIONS)
+    assert_same_maps(read_maps(output), read_maps(plain))
+    assert ocelot_em.check(output) == []
+    assert is_packed(output)
+
+
 @pytest.mark.parametrize("n_tiles", [0, 5])
 def test_a_montage_is_extended(tmp_path, n_tiles):
     """Whether or not the update was interrupted; only tiles that the exposure touches change."""
@@ -220,6 +236,10 @@ def test_a_bucket_with_a_copy_is_read(search, plain, tmp_path):
     for name in expected:
         np.testing.assert_array_equal(maps[name], expected[name])
     assert ocelot_em.merge(search, place, **OPTIONS).n_merged == 0
+    bucket.put("mip/c.1.1", [b"damaged"])
+    with pytest.raises(OutputExistsError, match="only a folder can hold, not a bucket"):
+        ocelot_em.merge(search, place, **OPTIONS)
+    assert ocelot_em.describe(place).attributes.state == "complete"
 
 
 def put(held, key, content):
@@ -250,6 +270,33 @@ def test_what_a_replaced_run_appends_late_changes_nothing(tmp_path, monkeypatch)
             put(new, "m/c/2/0", b"new")
             assert list(place.sizes("m")) == ["m/c.0.0", "m/c.1.0"]
             assert sorted(places_of_chunks(place, "m")) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_no_late_mark_arrives_once_marks_are_deleted(tmp_path, monkeypatch):
+    """It could be of a tile that the replaced run had merged without a new exposure."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 1000)
+    place = open_objects(tmp_path / "OUT.zarr")
+    with OutputLock(place) as old:
+        put(old, "m/c/0/0", b"old")
+        monkeypatch.setattr(lock, "_held_here", set())
+        with OutputLock(place) as new:
+            pack(new.objects, "m", lambda _: True, drops=True)
+            put(old, "m/c/0/1", b"late")
+            assert list(places_of_chunks(place, "m")) == [(0, 0)]
+
+
+def test_a_failed_commit_is_repeated_by_the_next(tmp_path, monkeypatch):
+    """Of several threads, one may fail to write the index for the chunk of another."""
+    place = open_objects(tmp_path / "OUT.zarr")
+    with OutputLock(place) as held:
+        held.objects.appends = True
+        held.objects.put("m/c/0/0", [b"chunk"])
+        with monkeypatch.context() as patched:
+            patched.setattr(local._AppendedFile, "update", Mock(side_effect=OSError("full")))
+            with pytest.raises(OSError, match="full"):
+                held.objects.commit()
+        held.objects.commit()
+        assert place.get("m/c/0/0") == b"chunk"
 
 
 def test_threads_write_one_shard_together(tmp_path, monkeypatch):

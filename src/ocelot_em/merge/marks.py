@@ -7,11 +7,17 @@ checksums of the chunks of the tile, from which the manifest of the result is ma
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ocelot_em.errors import CorruptChunkError, MissingChunkError
+from ocelot_em.errors import (
+    CorruptChunkError,
+    FormatError,
+    MissingChunkError,
+    OutputExistsError,
+)
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileChecksums, Tiles, TileSummary
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.stats.layout import Layout
@@ -70,19 +76,40 @@ def pack_result(objects: Objects, plan: MergePlan, missing: Tiles | None = None)
 
     Shards that are of ``missing`` tiles only are deleted, so that they can be created again.
     """
+    for path, tile_of in _arrays_of_tiles(plan):
+        pack(objects, path, None if missing is None else _unless(missing, plan.grid, tile_of))
+
+
+def require_packed(objects: Objects, plan: MergePlan) -> None:
+    """Raise ``FormatError`` if a complete result in shards has a chunk that is its own object."""
+    paths = [path for path, _ in _arrays_of_tiles(plan)] if plan.in_shards else []
+    for key in chain.from_iterable(objects.keys(f"{path}/c") for path in paths):
+        raise FormatError(f"{objects.url}: expected all chunks in shards, got {key}; merge again")
+
+
+def require_appendable(objects: Objects, plan: MergePlan) -> None:
+    """Raise ``OutputExistsError`` if tiles of a result in shards cannot be written here."""
+    if plan.in_shards and not objects.can_append:
+        raise OutputExistsError(
+            f"{objects.url}: an unfinished or damaged merge in shards, which only a folder can "
+            "hold, not a bucket; continue it where it was begun and copy it again, or choose "
+            "another output"
+        )
+
+
+def _arrays_of_tiles(plan: MergePlan) -> list[tuple[str, Callable[..., tuple[int, int]]]]:
+    """Return the paths of the arrays that tiles write, each with the tile of a chunk's position."""
     (height, width), (rows, columns) = plan.tile, plan.chunk
 
     def tile_of_chunk(iy: int, ix: int) -> tuple[int, int]:
         return iy * rows // height, ix * columns // width
 
     layouts = [Layout.of(plan, exposure) for exposure in plan.exposures]
-    arrays: list[tuple[str, Callable[..., tuple[int, int]]]] = [
+    return [
         *((name, tile_of_chunk) for name in plan.maps.merged),
         *((path, layout.tile_of) for layout in layouts for path in layout.paths),
         (constants.TILE_SUMMARY, _same),
     ]
-    for path, tile_of in arrays:
-        pack(objects, path, None if missing is None else _unless(missing, plan.grid, tile_of))
 
 
 def _same(iy: int, ix: int) -> tuple[int, int]:

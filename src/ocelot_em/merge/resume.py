@@ -29,7 +29,9 @@ from ocelot_em.merge.marks import (
     delete_marks,
     done_tiles,
     pack_result,
+    require_appendable,
     require_marks,
+    require_packed,
     verified,
 )
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
@@ -159,11 +161,8 @@ def _prepared(
         # An unfinished merge of an early version has no records and cannot be resumed.
         if existing.state == "complete" or records.has_records(objects, earlier):
             done = done_tiles(objects, plan.grid) & ~stale
-    if plan.in_shards and not (objects.can_append or done.all()):
-        raise OutputExistsError(
-            f"{objects.url}: an unfinished merge in shards, which only a folder can hold, not a "
-            "bucket; continue it where it was begun, or choose another output"
-        )
+    if not done.all():
+        require_appendable(objects, plan)
     n_columns = plan.grid.counts[1]
     return PreparedMerge(
         plan,
@@ -210,7 +209,8 @@ def confirm(ready: PreparedMerge, objects: Objects) -> PreparedMerge:
     Raises
     ------
     OutputExistsError
-        Another run has changed the output since the merge was planned.
+        Another run has changed the output since the merge was planned, or a copy in a bucket is
+        damaged that is in shards.
     """
     found = _existing_output(objects, ready.overwrites)
     existing = None if ready.overwrites else found
@@ -222,6 +222,7 @@ def confirm(ready: PreparedMerge, objects: Objects) -> PreparedMerge:
         return ready
     plan = read_plan(existing, objects.url)
     if (problem := _damage(objects, existing, plan)) is not None:
+        require_appendable(objects, plan)
         log.warning("%s; it is written again", problem)
         changes = {"state": "writing", "finished": None, "manifest": None}
         unfinished = existing.model_copy(update=changes)
@@ -234,6 +235,7 @@ def confirm(ready: PreparedMerge, objects: Objects) -> PreparedMerge:
     checksums = _verified_tiles(objects, plan, done)
     damaged = [iy * n_columns + ix for iy, ix in done if (iy, ix) not in checksums]
     if damaged:
+        require_appendable(objects, plan)
         missing = Tiles(n_columns, np.union1d(ready.missing.numbers, damaged))
         prediction = replace(ready.forecast, n_done=len(ready.plan.grid) - len(missing))
         stale = Tiles(n_columns, np.union1d(ready.stale.numbers, damaged))
@@ -449,13 +451,8 @@ def _existing_output(objects: Objects, overwrites: bool) -> fmt.MergedAttributes
 
 def _create_maps(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of all maps, keeping existing chunks."""
-    at_once(
-        objects,
-        [
-            partial(store.create_array, objects, name, plan.layout(name))
-            for name in plan.maps.merged
-        ],
-    )
+    layouts = [(name, plan.layout(name)) for name in plan.maps.merged]
+    at_once(objects, [partial(store.create_array, objects, *layout) for layout in layouts])
 
 
 def _damage(
@@ -463,6 +460,8 @@ def _damage(
 ) -> OcelotError | None:
     """Return what is wrong with the metadata, manifest or statistics of an existing output."""
     try:
+        if attributes.state == "complete":  # so that readers look into the shards only
+            require_packed(objects, plan)
         if attributes.manifest is None:
             MapGroup(objects).open(plan.maps.merged, plan.shape)
         else:

@@ -165,7 +165,11 @@ class _OwnShard:
         with self._lock:
             if self._is_new:
                 self._is_new = False  # first: what is put meanwhile is committed again
-                self.file.update(encoded_index(self.entries))
+                try:
+                    self.file.update(encoded_index(self.entries))
+                except BaseException:
+                    self._is_new = True  # another tile's chunks, too, depend on it
+                    raise
 
 
 class OwnShards:
@@ -231,7 +235,8 @@ def pack(
         Whether a chunk, by its position, is still needed; None: all are. Shards without any that is
         are deleted, so that they can be created again.
     drops
-        Whether each chunk that is not needed is removed.
+        Whether each chunk that is not needed is removed. All shards are then other files, to which
+        no earlier run appends.
     """
     loose: dict[str, dict[int, str]] = defaultdict(dict)
     for key in objects.keys(path):
@@ -247,7 +252,7 @@ def pack(
         wanted = set(needed) if drops or next(needed, None) is None else found
         if not wanted:
             objects.delete_one(shard)
-        elif keys or wanted != found:
+        elif keys or drops:
             _rewrite(objects, shard, keys, sorted(wanted))
     if any(loose.values()):
         objects.delete(f"{path}/c")

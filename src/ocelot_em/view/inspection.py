@@ -9,7 +9,7 @@ from os import PathLike
 import numpy as np
 
 from ocelot_em.errors import OcelotError
-from ocelot_em.merge.marks import done_tiles
+from ocelot_em.merge.marks import done_tiles, require_packed
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.records import record_problems
 from ocelot_em.model.control_groups import n_cpus
@@ -294,6 +294,7 @@ def _merge_problems(objects: Objects, attributes: fmt.MergedAttributes) -> Itera
         done = f"{int(done_tiles(objects, plan.grid).sum())} of {len(plan.grid)}"
         if attributes.state == "complete":
             yield from record_problems(objects, plan)
+            require_packed(objects, plan)
     except OcelotError as error:
         yield str(error)
     if attributes.state != "complete":
