@@ -3,10 +3,10 @@
 import gzip
 import re
 import shutil
-import subprocess
 from base64 import b64decode, b64encode
 from hashlib import sha256
 from html.parser import HTMLParser
+from io import BytesIO
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -15,7 +15,7 @@ import pytest
 from jinja2 import UndefinedError
 
 import ocelot_em
-from browser import CHROMIUM
+from browser import CHROMIUM, open_page, wait_for
 from builders import explicit_maps, idle_maps, unsealed
 from helpers import make_result, read_maps, write_search
 from ocelot_em import ImportOptions, import_results, write_partial
@@ -462,31 +462,15 @@ def test_quantities_in_words(text, expected):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here to open the page with")
 def test_a_browser_shows_the_page_without_messages(crops_page, tmp_path):
-    picture = tmp_path / "picture.png"
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-            *("--no-first-run", "--disable-background-networking", "--enable-logging=stderr"),
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=1366,5000",
-            f"--screenshot={picture}",
-            crops_page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=True,
-    )
-    messages = [
-        line for line in done.stderr.splitlines() if "CONSOLE" in line and "log level" not in line
-    ]
-    assert not messages  # browsers report violations of the page's policy there
-    shown = plt.imread(picture)[..., :3]
-    assert shown.shape[:2] == (5000, 1366)
-    # The overview and the zooms are dark, the survival curve is blue, wherever they are.
-    dark = (shown.max(axis=2) < 0.1).mean()
-    blue = (np.abs(shown - np.array([0x3F, 0x8F, 0xD2]) / 255).max(axis=2) < 0.02).sum()
-    assert dark > 0.01
-    assert blue > 500
+    def are_figures_drawn():
+        """The map and the zooms are dark, the survival curve is blue, wherever they are."""
+        shown = plt.imread(BytesIO(page.picture()), format="png")[..., :3]
+        dark = (shown.max(axis=2) < 0.1).mean()
+        blue = (np.abs(shown - np.array([0x3F, 0x8F, 0xD2]) / 255).max(axis=2) < 0.02).sum()
+        return dark > 0.01 and blue > 500
+
+    with open_page(crops_page.as_uri(), tmp_path) as page:
+        page.look_as(1366, 5000)
+        wait_for(are_figures_drawn)
+        # Browsers report violations of the page's policy there.
+        assert not [text for text in page.messages if "log level" not in text]
