@@ -154,30 +154,25 @@ class _OwnShard:
     """A shard that this process has created."""
 
     def __init__(self, file: AppendedObject) -> None:
-        self.file, self.entries = file, _new_index()
-        self._lock, self._is_new = threading.Lock(), False
+        self.file, self._entries = file, _new_index()
 
     def put(self, number: int, parts: Sequence[bytes]) -> None:
-        self.entries[number] = self.file.append(parts), sum(map(len, parts))
-        self._is_new = True
+        """Append a chunk, which the index on the disk does not have yet."""
+        self._entries[number] = self.file.append(parts), sum(map(len, parts))
 
     def commit(self) -> None:
-        with self._lock:
-            if self._is_new:
-                self._is_new = False  # first: what is put meanwhile is committed again
-                try:
-                    self.file.update(encoded_index(self.entries))
-                except BaseException:
-                    self._is_new = True  # another tile's chunks, too, depend on it
-                    raise
+        """Write the index."""
+        self.file.update(encoded_index(self._entries))
 
 
 class OwnShards:
     """The shards of a result that this process has created, and may append to."""
 
     def __init__(self, objects: Objects) -> None:
-        self._objects, self._lock = objects, threading.Lock()
+        self._objects, self._lock, self._committing = objects, threading.Lock(), threading.Lock()
         self._shards: dict[str, _OwnShard | None] = {}
+        self._open: dict[str, _OwnShard] = {}  # the least recently used first
+        self._changed: dict[str, _OwnShard] = {}
 
     def put(self, key: str, parts: Sequence[bytes]) -> bool:
         """Append a chunk to its shard; False if it has none, or another process created that.
@@ -191,9 +186,16 @@ class OwnShards:
             if slot.shard not in self._shards:
                 self._shards[slot.shard] = self._created(slot.shard)
             own = self._shards[slot.shard]
-        if own is not None:
-            own.put(slot.number, parts)
-        return own is not None
+            if own is None:
+                return False
+            self._open.pop(slot.shard, None)
+            self._open[slot.shard] = own
+            if len(self._open) > _MAX_WRITTEN:
+                self._open.pop(next(iter(self._open))).file.rest()
+        own.put(slot.number, parts)
+        with self._lock:
+            self._changed[slot.shard] = own
+        return True
 
     def _created(self, shard: str) -> _OwnShard | None:
         if self._objects.size(shard) is not None:
@@ -203,21 +205,26 @@ class OwnShards:
         return own if own.file.share(head) else None
 
     def commit(self) -> None:
-        """Make all chunks visible that were put before."""
-        own = self._own()
-        for shard in own:
-            shard.commit()
-        if len(own) > _MAX_WRITTEN:
-            self.rest()
+        """Make all chunks visible that were put before; after an error, the next call does."""
+        with self._committing:  # of another thread, which may be writing what this one has put
+            with self._lock:
+                changed, self._changed = self._changed, {}
+            try:
+                while changed:
+                    name, own = next(iter(changed.items()))
+                    own.commit()
+                    del changed[name]
+                    if name not in self._open:
+                        own.file.rest()
+            finally:
+                with self._lock:
+                    self._changed |= changed
 
     def rest(self) -> None:
         """Close all files; more may be written nevertheless."""
-        for shard in self._own():
-            shard.file.rest()
-
-    def _own(self) -> list[_OwnShard]:
         with self._lock:
-            return [shard for shard in self._shards.values() if shard is not None]
+            while self._open:
+                self._open.popitem()[1].file.rest()
 
 
 def pack(
