@@ -456,7 +456,9 @@ def test_the_command_deletes_its_image_however_it_ends(
         time.sleep(10)
 
     monkeypatch.setattr("ocelot_em.view.viewer.View.wait", wait)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # dask-jobqueue has another handler, once another test has imported it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert run(["view", merged.url, "--map", "mip"]) == DONE
     finally:
