@@ -33,6 +33,12 @@ var middle = (one) => {
 """
 """Functions that find elements in the shadows of others, and their places in the window."""
 
+FILTER = """{
+  const field = document.getElementById("live-filter");
+  field.value = "%s";
+  field.dispatchEvent(new Event("input"));
+}"""
+
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
@@ -115,7 +121,7 @@ def test_the_rest_of_the_particles_is_mentioned(crops, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here to open the page with")
-def test_a_browser_moves_the_cutoff_sorts_and_downloads(crops, tmp_path):
+def test_a_browser_moves_the_cutoff_sorts_filters_and_downloads(crops, tmp_path):
     particles = find_peaks(crops, cutoff=5.5)
     place = write_report(crops, tmp_path / "report.html", particles=particles)
     with open_page(place.as_uri(), tmp_path) as page:
@@ -140,10 +146,26 @@ def test_a_browser_moves_the_cutoff_sorts_and_downloads(crops, tmp_path):
         rows = "inside('live-table', '.slick-row').map((row) => row.children[1].textContent)"
         lowest = [str(y) for y in sorted(particles.columns["pos_y"][:left].tolist())]
         wait_for(lambda: page.evaluate(INSIDE + rows)[:5] == lowest[:5])
+        page.evaluate(FILTER % "z > 7, nothing = 1")
+        problem = "document.getElementById('live-problem').textContent"
+        assert page.evaluate(problem).startswith("“nothing = 1”: expected a column")
+        assert page.evaluate(f"{model}('shown').indices.length") == left
+        page.evaluate(FILTER % "psi >= 90 and psi < 270")
+        assert not page.evaluate(problem)
+        psi = particles.columns["psi"][:left]
+        passing = np.flatnonzero((psi >= 90) & (psi < 270))
+        assert 0 < len(passing) < left
+        assert page.evaluate(count) == f"{len(passing)} of {left} particles"
+        assert page.evaluate(f"{model}('shown').indices") == passing.tolist()
+        partial = MergedResult.open(crops).attributes.partials[0].name
+        page.evaluate(FILTER % f"partial = {partial}")
+        of_partial = particles.columns["best_partial"][:left] == 0
+        assert page.evaluate(count) == f"{of_partial.sum()} of {left} particles"
+        page.evaluate(FILTER % "psi >= 90, psi < 270")
         page.evaluate("document.getElementById('live-download').click()")
         csv = tmp_path / "particles.csv"
         wait_for(csv.exists)
         assert not [text for text in page.messages if "log level" not in text]
     found = ParticleTable.read_csv(csv)
     for name, values in particles.columns.items():
-        np.testing.assert_array_equal(found.columns[name], values[:left])
+        np.testing.assert_array_equal(found.columns[name], values[passing])

@@ -1,7 +1,7 @@
 """The interactive part of a report: z-score map, survival curve, mip and z-score, table, cutoff.
 
 bokeh draws everything in the browser, from data in the page. All show one source of particles
-through one view of it, so that a selection and the cutoff are the same everywhere.
+through one view of it, so that a selection, the cutoff and the filter are the same everywhere.
 """
 
 import gzip
@@ -110,6 +110,9 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         "roots": [{"id": root.id, "element": place} for place, root in roots.items()],
         "score": score,
         "columns": [name for name in table.columns if name in columns],
+        "titles": {
+            name: title for name, (title, _) in live_figures.LISTED.items() if name in columns
+        },
         "expected": [float(f"{one:.4g}") for one in _expected_above(data, levels)],
         "contours": contours,
         "ink": INK,
