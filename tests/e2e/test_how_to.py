@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 
@@ -81,6 +82,8 @@ def files(tmp_path_factory):
         later = {name: crop[name] for name in crop.files} | {"mip": crop["mip"] + 0.5}
     np.savez(place / "later.npz", **later)
     ocelot_em.import_results([place / "later.npz"], place / "NIGHT2.zarr", info)
+    mrcfile.write(place / "micrograph.mrc", np.zeros_like(later["mip"]))
+    mrcfile.write(place / "template.mrc", np.zeros((56, 56, 56), np.float32))
     for target, output in (("mrc", "maps"), ("hdf5", "results.h5")):
         command = ["export", place / "MERGED.zarr", "--to", target, "--output", place / output]
         assert run([str(word) for word in command]) == DONE

@@ -71,7 +71,7 @@ HOME = {
     "pandas": {"particles.table", "io.tables", "view.index"},
     "pytest": {"testing"},
     "yaml": {"cli.config_file", "io.yaml_file"},
-    "scipy": {"model.histograms", "particles.duplicates", "particles.significance"},
+    "scipy": {"model.histograms", "particles.duplicates", "particles.significance", "view.crops"},
 }
 
 

@@ -14,21 +14,24 @@ import ocelot_em
 from ocelot_em import ImportOptions, MergeOptions, PickOptions
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportKeywords
-from ocelot_em.model.keywords import MergeKeywords, PickKeywords, SlurmKeywords
+from ocelot_em.model.keywords import MergeKeywords, PickKeywords, ReportKeywords, SlurmKeywords
 from ocelot_em.model.options import SlurmJobs
 from ocelot_em.store.objects import as_places
+from ocelot_em.view.hits import ReportImages
 
 PAIRS = {
     MergeKeywords: MergeOptions,
     SlurmKeywords: SlurmJobs,
     PickKeywords: PickOptions,
     ImportKeywords: ImportOptions,
+    ReportKeywords: ReportImages,
 }
 FUNCTIONS = {
     ocelot_em.merge: MergeOptions,
     ocelot_em.lazy_merge: MergeOptions,
     ocelot_em.find_peaks: PickOptions,
     ocelot_em.write_index: PickOptions,
+    ocelot_em.write_report: ReportImages,
     ocelot_em.import_results: ImportOptions,
     ocelot_em.import_finished: ImportOptions,
 }

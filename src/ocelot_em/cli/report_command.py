@@ -7,10 +7,12 @@ from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
 from ocelot_em.cli.parameters import PathOrUrl, require_stores
 from ocelot_em.cli.particle_commands import DEFAULTS, PICKING, print_particles
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.text import count_text
 from ocelot_em.particles.options import PickOptions
 
 if TYPE_CHECKING:
+    from ocelot_em.model.keywords import ReportKeywords
     from ocelot_em.view.index import IndexRow
 
 
@@ -20,6 +22,8 @@ def report(
     *,
     output: PathOrUrl,
     overwrite: bool = False,
+    micrograph: Path | None = None,
+    template: Path | None = None,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
 ) -> int:
     """Write the report of a merged result, or one page for many results with a report of each.
@@ -33,14 +37,25 @@ def report(
         (CSV) beside it.
     overwrite
         Replace existing files.
+    micrograph
+        MRC file of the micrograph that was searched: the report then shows the best particles in
+        it. For the report of one result that is no montage. Default: none.
+    template
+        MRC file of the template that was searched: the report then shows its projections at the
+        poses of the best particles. For the report of one result. Default: none.
     """
     from ocelot_em.store.whole_file import refuse_existing
 
     is_folder = not Path(output).suffix
     refuse_existing([Path(output, "index.html") if is_folder else Path(output)], overwrite)
     if len(stores) == 1 and not is_folder and not _is_folder_of_results(stores[0]):
-        _write_one(stores[0], output, picking)
+        _write_one(stores[0], output, picking, {"micrograph": micrograph, "template": template})
         return DONE
+    if micrograph or template:
+        raise InvalidInputError(
+            f"{'--micrograph' if micrograph else '--template'}: expected one merged result and an "
+            "HTML file as the output, got many results or a folder; write a report of each"
+        )
     from ocelot_em.view.index import write_index
 
     table = write_index(stores, output, on_result=_print_row, **dict(picking))
@@ -50,7 +65,9 @@ def report(
     return FAILED if n_failed else DONE
 
 
-def _write_one(store: PathOrUrl, output: PathOrUrl, picking: PickOptions) -> None:
+def _write_one(
+    store: PathOrUrl, output: PathOrUrl, picking: PickOptions, images: "ReportKeywords"
+) -> None:
     require_stores(store, kind="merged")
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
@@ -58,7 +75,7 @@ def _write_one(store: PathOrUrl, output: PathOrUrl, picking: PickOptions) -> Non
 
     merged = MergedResult.open(store)
     table = pick_particles(merged, picking)
-    write_report(merged, output, particles=table)
+    write_report(merged, output, particles=table, **images)
     print_particles(table, output)
 
 

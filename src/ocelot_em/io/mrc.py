@@ -85,6 +85,21 @@ def open_mrc_set(found: FoundSearch, stack: ExitStack) -> MapFiles:
     return MapFiles(found.place, arrays, marks_unsearched=found.program == CISTEM)
 
 
+@contextmanager
+def open_mrc(path: str | PathLike[str]) -> Iterator[AnyArray]:
+    """Memory-map the values of a file, an image if it has one section, until left.
+
+    Raises
+    ------
+    InvalidInputError
+        The file cannot be read as an MRC file.
+    MissingDependencyError
+        mrcfile is not installed.
+    """
+    with _opened(_mrcfile(), Path(path)) as file:
+        yield _picture(file.data)
+
+
 def _mrcfile() -> Any:
     with optional_import("MRC files need mrcfile", extra="maps"):
         import mrcfile

@@ -6,6 +6,7 @@ that they accept. A test keeps both in step.
 
 import inspect
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 from ocelot_em.model.options import Options, SlurmJobs
@@ -73,6 +74,14 @@ class PickKeywords(TypedDict, total=False):
     same_distance: float | None
     same_angle: float
     same_defocus: float
+
+
+class ReportKeywords(TypedDict, total=False):
+    """Those of :class:`ocelot_em.view.hits.ReportImages`."""
+
+    pyramid: str | PathLike[str] | None
+    micrograph: str | PathLike[str] | None
+    template: str | PathLike[str] | None
 
 
 def takes(model: type[Options]) -> Callable[[_Function], _Function]:

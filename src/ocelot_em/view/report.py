@@ -7,9 +7,12 @@ and is never in memory as a whole.
 from os import PathLike
 from pathlib import Path
 
+from typing_extensions import Unpack
+
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import render
+from ocelot_em.model.keywords import ReportKeywords, takes
 from ocelot_em.model.maps import AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.particles.table import ParticleTable
@@ -17,6 +20,7 @@ from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing, write_
 from ocelot_em.view import report_sections as sections
 from ocelot_em.view.coverage import Coverage
 from ocelot_em.view.figures import PAGE_OVERVIEW_PX, new_figure
+from ocelot_em.view.hits import ReportImages
 from ocelot_em.view.instrument import MAP_PX, make_instrument
 from ocelot_em.view.montage_plots import outline_exposures
 from ocelot_em.view.page import collector_paused
@@ -33,14 +37,15 @@ MAX_PARTIALS = 1000
 """Maximum number of listed partials of a search; there may be thousands."""
 
 
+@takes(ReportImages)
 def write_report(
     store: str | PathLike[str] | MergedResult,
     path: str | PathLike[str],
     *,
     particles: ParticleTable | None = None,
     max_zooms: int = 6,
-    pyramid: str | PathLike[str] | None = None,
     overwrite: bool = True,
+    **images: Unpack[ReportKeywords],
 ) -> Path:
     """Write an HTML report: particles, significance, poses, partials, timings, provenance.
 
@@ -55,21 +60,24 @@ def write_report(
         Picked particles; those of :func:`ocelot_em.particles.picking.find_peaks` by default.
     max_zooms
         Maximum number of particles shown enlarged, the best first.
-    pyramid
-        Image of this result from :func:`ocelot_em.io.ome_zarr.write_ome_zarr`, from which the
-        overview is then read.
     overwrite
         Replace an existing file.
+    **images
+        Files with images. ``micrograph``: MRC file of the micrograph that was searched, in which
+        the enlarged particles are then shown, too; not for a montage. ``template``: MRC file of the
+        template that was searched, of which projections at the particles' poses are shown.
+        ``pyramid``: image of this result from :func:`ocelot_em.io.ome_zarr.write_ome_zarr`, from
+        which the overview is then read.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError, ChunkError
         The store is not a finished merged result, has no statistics, or cannot be read.
     InvalidInputError
-        The pyramid or the particles belong to another result: particles of a montage for a result
-        that is none, or vice versa, or particles of other exposures.
+        The images or the particles belong to another result: particles of a montage for a result
+        that is none, or vice versa, or particles of other exposures. An image cannot be read.
     MissingDependencyError
-        matplotlib is not installed.
+        matplotlib, or mrcfile for an MRC file, is not installed.
     OutputExistsError
         The file exists, and ``overwrite`` is False.
     StorageError
@@ -82,7 +90,8 @@ def write_report(
     PosixPath('report.html')
     """
     refuse_existing([Path(path)], overwrite)
-    page = report_page(store, particles=particles, max_zooms=max_zooms, pyramid=pyramid)
+    files = ReportImages.parse(images)
+    page = report_page(store, particles=particles, max_zooms=max_zooms, images=files)
     return write_file(path, page)
 
 
@@ -92,7 +101,7 @@ def report_page(
     *,
     particles: ParticleTable | None = None,
     max_zooms: int = 6,
-    pyramid: str | PathLike[str] | None = None,
+    images: ReportImages | None = None,
     refresh_seconds: int | None = None,
 ) -> bytes:
     """Return the page that :func:`write_report` writes.
@@ -100,8 +109,9 @@ def report_page(
     With ``refresh_seconds``, browsers load it again after that time.
     """
     data = sections.read_report_data(store, particles)
+    images = images or ReportImages()
     is_live = not refresh_seconds  # what is selected would be lost
-    fine = _overview(data, pyramid, MAP_PX if is_live else PAGE_OVERVIEW_PX)
+    fine = _overview(data, images.pyramid, MAP_PX if is_live else PAGE_OVERVIEW_PX)
     overview = pooled_further(*fine, PAGE_OVERVIEW_PX)
     coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
     return render(
@@ -114,7 +124,7 @@ def report_page(
         warnings=sections.warnings_of(data),
         max_warnings=MAX_WARNINGS,
         max_folded_warnings=MAX_FOLDED_WARNINGS,
-        particles=sections.particles_section(data, overview, max_zooms),
+        particles=sections.particles_section(data, overview, max_zooms, images),
         montage=sections.montage_section(data) if data.is_montage else None,
         significance=sections.significance_section(data),
         poses=sections.poses_section(data.particles),

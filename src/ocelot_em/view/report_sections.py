@@ -30,6 +30,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.tables import read_table
 from ocelot_em.view import figures, montage_plots, plots, statistics_plots
+from ocelot_em.view.hits import Hits, ReportImages, draw_picture, read_hits
 from ocelot_em.view.page import Drawing
 
 MAX_ROWS = 100
@@ -142,7 +143,7 @@ def warnings_of(data: ReportData) -> list[str]:
 
 
 def particles_section(
-    data: ReportData, overview: tuple[Float32, int], max_zooms: int
+    data: ReportData, overview: tuple[Float32, int], max_zooms: int, images: ReportImages
 ) -> dict[str, object]:
     """Return the map with the particles, the best ones enlarged, and the rows of their table."""
     particles = data.particles
@@ -158,18 +159,19 @@ def particles_section(
     best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
     zoomed = best[: max(max_zooms, 0)]
     is_shown = _which_are_shown(data, zoomed)
+    hits = read_hits(data.merged, particles, zoomed, images)
     return {
         "pooling": overview[1],
         "overview": Drawing.of("overview", (across, tall), draw_overview),
-        "zooms": _zooms(data, zoomed, is_shown) if len(zoomed) else None,
+        "zooms": _zooms(data, zoomed, is_shown, hits) if len(zoomed) else [],
+        "hits": hits,
         "has_hidden": not is_shown.all(),
         "rows": [_particle_row(data, i) for i in best[:_PARTICLES_LISTED].tolist()],
     }
 
 
-def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray) -> Drawing:
-    columns = min(6 if data.is_wide else 2, len(particles))
-    rows = ceil_div(len(particles), columns)
+def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray, hits: Hits) -> list[Drawing]:
+    """Return the best particles; with pictures, a row for each, in two halves."""
     (y, x), z = plots.map_positions(data.particles), data.particles.columns["scaled_mip"]
 
     def draw(number: int, ax: Any) -> None:
@@ -179,9 +181,22 @@ def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray) -> Drawing
         ax.set_title(f"{number + 1}: z = {z[i]:.2f}{hidden}")
         ax.tick_params(labelsize=8)
 
-    panels = [partial(draw, number) for number in range(len(particles))]
-    size = (2.9 * columns, 2.5 * rows + 0.2)
-    return Drawing.of("zooms", size, *panels, nrows=rows, ncols=columns)
+    panels: list[list[Any]] = [[partial(draw, number)] for number in range(len(particles))]
+    for row, crop in zip(panels, hits.crops, strict=False):
+        row.append(partial(draw_picture, crop, "micrograph"))
+    for row, projection in zip(panels, hits.projections, strict=False):
+        row.append(partial(draw_picture, projection, "projection", is_dark=True))
+    columns, n_parts = len(panels[0]), 2
+    if columns == 1:
+        columns, n_parts = min(6 if data.is_wide else 2, len(panels)), 1
+    each = ceil_div(len(panels), n_parts)
+    drawings = []
+    for number, first in enumerate(range(0, len(panels), each)):
+        own = [panel for row in panels[first : first + each] for panel in row]
+        rows = ceil_div(len(own), columns)
+        size, name = (2.9 * columns, 2.5 * rows + 0.2), f"zooms{number or ''}"
+        drawings.append(Drawing.of(name, size, *own, nrows=rows, ncols=columns))
+    return drawings
 
 
 def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
