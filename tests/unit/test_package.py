@@ -38,6 +38,7 @@ def test_sources_have_nothing_that_is_not_to_be_shipped() -> None:
     assert {name.partition("/")[0] for name in found} == {"ocelot_em"}
 
 
+@pytest.mark.slow  # it compiles all kernels
 def test_a_wheel_has_the_sources_and_nothing_else(tmp_path: Path) -> None:
     wheel = pytest.importorskip(
         "hatchling.builders.wheel", reason="hatchling, which builds wheels, is not installed"
