@@ -11,8 +11,11 @@ from conftest import SHARED
 from exact_ranks import from_maps, histogram_of, joint_histogram_of
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import read_search_space_file
+from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import POSES
+from ocelot_em.model.regions import Region
+from ocelot_em.particles import scanning
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
@@ -241,3 +244,11 @@ def test_offsets_of_many_peaks_at_once():
 def test_a_valley_has_no_peak():
     dy, dx = subpixel_offsets(-paraboloid(0.1, 0.1))
     assert (dy, dx) == (0, 0)
+
+
+def test_a_signalling_nan_of_a_damaged_map_is_one_of_a_candidate():
+    z, psi = np.full((1, 2), 9, np.float32), np.frombuffer(b"\x01\x00\x80\x7f" * 2, np.float32)
+    maps = {"scaled_mip": z, "best_psi": psi.reshape(1, 2)}
+    rows = scanning._rows_at(np.ones((1, 2), np.bool_), z, maps, Region(0, 1, 0, 2))
+    assert np.isnan(rows[:, CANDIDATE_FIELDS.index("best_psi")]).all()
+    assert (rows[:, CANDIDATE_FIELDS.index("scaled_mip")] == 9).all()

@@ -179,6 +179,7 @@ def _rows_at(where: AnyArray, z: AnyArray, maps: Mapping[str, AnyArray], region:
     values: dict[str, AnyArray] = {"y": y + region.y0, "x": x + region.x0}
     values |= {name: maps[name][y, x] for name in GATHERED if name in maps}
     values |= dict(neighbours_of(z, y, x))
-    for name, own in values.items():
-        rows[:, CANDIDATE_FIELDS.index(name)] = own
+    with np.errstate(invalid="ignore"):  # damaged maps may contain signalling NaN
+        for name, own in values.items():
+            rows[:, CANDIDATE_FIELDS.index(name)] = own
     return rows
