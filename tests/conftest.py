@@ -1,11 +1,17 @@
 """What several tests share."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Bytecode is kept, as wherever people work: without it every program that a test starts compiles
+# the whole source again, and every process of the tests all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 pytest.register_assert_rewrite("ocelot_em.testing")
 
