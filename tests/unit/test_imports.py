@@ -68,7 +68,7 @@ HOME = {
     "isal": {"io.hdf5"},
     "gemmi": {"io.star_file"},
     "pyarrow": {"io.parquet"},
-    "pandas": {"particles.table", "io.tables", "view.index"},
+    "pandas": {"particles.column_table", "io.tables", "view.index"},
     "pytest": {"testing"},
     "yaml": {"cli.config_file", "io.yaml_file"},
     "scipy": {"model.histograms", "particles.duplicates", "particles.significance", "view.crops"},

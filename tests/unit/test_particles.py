@@ -13,13 +13,13 @@ from hypothesis.extra import numpy as hnp
 
 from ocelot_em import Optics
 from ocelot_em.errors import InvalidInputError, StorageError
+from ocelot_em.particles.column_table import as_text
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
     COLUMNS,
     NEG_LOG_P,
     ParticleTable,
     PickInfo,
-    as_text,
 )
 from ocelot_em.store.whole_file import write_file
 

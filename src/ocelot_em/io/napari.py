@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ocelot_em.particles.table import ParticleTable, as_text
+from ocelot_em.particles.column_table import as_text
+from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.whole_file import write_file
 
 

@@ -1,26 +1,22 @@
 """Particle tables: one row per peak of a merged result, with the picking parameters."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.model.html import render
-from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD, AnyArray
-from ocelot_em.model.problems import suggestion
+from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD
 from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.text import percent_text
+from ocelot_em.particles.column_table import Column, ColumnTable
 from ocelot_em.particles.csv_columns import parse_column, ragged, read_rows
-from ocelot_em.store.whole_file import write_file
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ocelot_em import Optics
 
 Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
@@ -30,19 +26,6 @@ NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
 ALSO_SEEN = "also_seen"
 SEARCHED = "searched_share"
-
-_ROWS_SHOWN = 10
-"""Number of rows shown in a notebook."""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """Dtype, unit and meaning of a column."""
-
-    dtype: str
-    unit: str
-    meaning: str
-
 
 COLUMNS: Mapping[str, Column] = {
     "pos_y": Column("int32", "pixel", "row of the template box's upper left corner in the map"),
@@ -136,7 +119,7 @@ class PickInfo:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ParticleTable:
+class ParticleTable(ColumnTable):
     """Particles, stored by column, that can be used like a data frame.
 
     A name selects the values of a column; names, columns as a pandas frame; a number, one particle
@@ -175,7 +158,8 @@ class ParticleTable:
     20
     """
 
-    columns: Mapping[str, AnyArray]
+    described: ClassVar[Mapping[str, Column]] = ALL_COLUMNS
+
     about: PickInfo | None = None
 
     def __post_init__(self) -> None:
@@ -260,54 +244,6 @@ class ParticleTable:
 
         return read_parquet(path)
 
-    def __len__(self) -> int:
-        return len(self.columns["pos_y"])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = zip(*(values.tolist() for values in self.columns.values()), strict=True)
-        return (dict(zip(self.columns, row, strict=True)) for row in rows)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.columns
-
-    @overload
-    def __getitem__(self, key: str) -> AnyArray: ...
-    @overload
-    def __getitem__(self, key: list[str]) -> "pd.DataFrame": ...
-    @overload
-    def __getitem__(self, key: "int | np.integer[Any]") -> dict[str, Any]: ...
-    @overload
-    def __getitem__(
-        self, key: "slice | Sequence[int] | AnyArray | pd.Series"
-    ) -> "ParticleTable": ...
-    def __getitem__(self, key: Any) -> Any:
-        names = [key] if isinstance(key, str) else key
-        if isinstance(names, list) and names and isinstance(names[0], str):
-            unknown = [name for name in names if name not in self.columns]
-            if unknown:
-                raise InvalidInputError(
-                    f"column {name!r}: expected one of {', '.join(self.columns)}"
-                    + suggestion(str(name), self.columns)
-                    for name in unknown
-                )
-            return self.columns[key] if isinstance(key, str) else self.to_pandas()[names]
-        if isinstance(key, (int, np.integer)):
-            return {name: values[key].item() for name, values in self.columns.items()}
-        which = key if isinstance(key, slice) else np.asarray(key)
-        if isinstance(which, np.ndarray) and not which.size:
-            which = which.astype(np.intp)  # an empty list
-        return replace(self, columns={name: own[which] for name, own in self.columns.items()})
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self.columns)
-
-    def head(self, n: int = 5) -> "ParticleTable":
-        """Return the first, highest particles."""
-        return self[:n]
-
-    def __repr__(self) -> str:
-        return "\n".join([f"<{self._summary()}>", *([str(self.to_pandas())] if len(self) else [])])
-
     @property
     def incomplete_text(self) -> str:
         """Where particles may be missing; empty if none are, as far as is known."""
@@ -318,29 +254,6 @@ class ParticleTable:
             for x in self.columns[SEARCHED][:1].tolist()
         ]
         return "".join(["incomplete search", *shares])
-
-    def to_csv(self, path: str | PathLike[str], *, overwrite: bool = True) -> Path:
-        """Write a header line and one line per particle; return the path.
-
-        Floating-point numbers have enough digits for :meth:`read_csv` to restore the same bits;
-        NaN is ``nan``.
-
-        Raises
-        ------
-        OutputExistsError
-            If the file exists, and ``overwrite`` is False.
-        StorageError
-            If the file cannot be written.
-        """
-        rows = zip(*(as_text(values) for values in self.columns.values()), strict=True)
-        lines = [",".join(self.columns), *(",".join(row) for row in rows)]
-        return write_file(path, ("\n".join(lines) + "\n").encode(), overwrite=overwrite)
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """Return the columns as a pandas DataFrame, without the picking parameters."""
-        import pandas as pd
-
-        return pd.DataFrame(dict(self.columns))
 
     def to_parquet(self, path: str | PathLike[str], *, overwrite: bool = True) -> Path:
         """Write all columns with their units, and the picking parameters; return the path.
@@ -392,28 +305,6 @@ class ParticleTable:
             parts.append(f"minimum distance {about.min_distance_px:g} px")
         parts += filter(None, [self.incomplete_text])
         return ", ".join(parts)
-
-    def _repr_html_(self) -> str:
-        """Return an HTML summary with the first rows, for notebooks."""
-        columns = [(n, f"{ALL_COLUMNS[n].meaning} ({ALL_COLUMNS[n].unit})") for n in self.columns]
-        shown = [map(_short, values[:_ROWS_SHOWN]) for values in self.columns.values()]
-        return render(
-            "particles/templates/table.html.j2",
-            summary=self._summary(),
-            columns=columns,
-            rows=zip(*shown, strict=True),
-            n_more=max(len(self) - _ROWS_SHOWN, 0),
-        )
-
-
-def _short(value: np.generic) -> str:
-    return f"{value:.6g}" if isinstance(value, np.floating) else str(value)
-
-
-def as_text(values: AnyArray) -> list[str]:
-    """Convert (n,) values to the shortest text that reads back as the same values."""
-    # A float32 converted to a Python float would have too many digits.
-    return [str(v) for v in (values if values.dtype == np.float32 else values.tolist())]
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:
