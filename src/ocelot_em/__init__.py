@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
+    from ocelot_em.particles.comparison import Comparison, compare
     from ocelot_em.particles.correlations import read_correlations
     from ocelot_em.particles.gaussian import gaussian_cutoff
     from ocelot_em.particles.options import PickOptions
@@ -83,6 +84,7 @@ _HOME = {
         "model.options": "MergeOptions",
         "model.regions": "Region",
         "model.search_space": "SearchSpace",
+        "particles.comparison": "Comparison compare",
         "particles.correlations": "read_correlations",
         "particles.gaussian": "gaussian_cutoff",
         "particles.options": "PickOptions",
@@ -119,6 +121,8 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "read_correlations",
     "gaussian_cutoff",
     "ParticleTable",
+    "compare",
+    "Comparison",
     "Optics",
     "read_optics",
     "write_leopard_csv",

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.particles.duplicates import Peaks, Tolerances, join_duplicates, rotation_between
+from ocelot_em.particles.duplicates import Peaks, Tolerances, join_duplicates
+from ocelot_em.particles.symmetry import rotation_between
 
 
 def peaks_of(*rows):

@@ -71,7 +71,7 @@ HOME = {
     "pandas": {"particles.column_table", "io.tables", "view.index"},
     "pytest": {"testing"},
     "yaml": {"cli.config_file", "io.yaml_file"},
-    "scipy": {"model.histograms", "particles.duplicates", "particles.significance", "view.crops"},
+    "scipy": {"model.histograms", "particles", "view.crops"},
 }
 
 

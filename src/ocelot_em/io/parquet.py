@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.model.maps import AnyArray
+from ocelot_em.particles.column_table import ColumnTable
 from ocelot_em.particles.correlations import Correlations
 from ocelot_em.particles.csv_columns import text_array
 from ocelot_em.particles.table import (
-    ALL_COLUMNS,
     MONTAGE_COLUMNS,
     ParticleTable,
     PickInfo,
@@ -33,9 +32,11 @@ _TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtyp
 
 
 def write_parquet(
-    table: ParticleTable, output: str | PathLike[str], *, overwrite: bool = False
+    table: ColumnTable, output: str | PathLike[str], *, overwrite: bool = False
 ) -> Path:
     """Write all columns with units, and the picking parameters in the schema's metadata.
+
+    A :class:`ocelot_em.Comparison` is written likewise, with what was compared.
 
     Raises
     ------
@@ -59,12 +60,11 @@ def write_parquet(
             name,
             pa.from_numpy_dtype(values.dtype),
             nullable=False,
-            metadata={"unit": ALL_COLUMNS[name].unit, "meaning": ALL_COLUMNS[name].meaning},
+            metadata={"unit": table.described[name].unit, "meaning": table.described[name].meaning},
         )
         for name, values in table.columns.items()
     ]
-    about = json.dumps(asdict(table.about)) if table.about else "null"
-    schema = pa.schema(fields, metadata={_PARQUET_KEY: about})
+    schema = pa.schema(fields, metadata={_PARQUET_KEY: json.dumps(table.facts())})
     buffer = pa.BufferOutputStream()
     pa.parquet.write_table(pa.table(list(table.columns.values()), schema=schema), buffer)
     return write_file(output, buffer.getvalue().to_pybytes(), overwrite=overwrite)

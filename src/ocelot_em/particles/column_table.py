@@ -112,6 +112,26 @@ class ColumnTable:
 
         return pd.DataFrame(dict(self.columns))
 
+    def facts(self) -> Mapping[str, object] | None:
+        """Return what is known of the whole table, for the metadata of a file; None: nothing."""
+        raise NotImplementedError
+
+    def to_parquet(self, path: str | PathLike[str], *, overwrite: bool = True) -> Path:
+        """Write all columns with their units, and what is known of the table; return the path.
+
+        Raises
+        ------
+        OutputExistsError
+            If the file exists, and ``overwrite`` is False.
+        StorageError
+            If the file cannot be written.
+        MissingDependencyError
+            pyarrow is not installed.
+        """
+        from ocelot_em import write_parquet
+
+        return write_parquet(self, path, overwrite=overwrite)
+
     def _summary(self) -> str:
         raise NotImplementedError
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.model.maps import AnyArray, Float64, Int64
+from ocelot_em.model.maps import AnyArray, Int64
+from ocelot_em.particles.symmetry import rotation_between
 
 
 @dataclass(frozen=True)
@@ -99,37 +100,6 @@ def _poses_agree(peaks: Peaks, i: Int64, j: Int64, tolerances: Tolerances) -> An
     agree: AnyArray = np.abs(defocus[i] - defocus[j]) <= tolerances.defocus_angstrom
     if tolerances.angle_degrees < 180:
         angle = rotation_between(*((a[i], a[j]) for a in (peaks.phi, peaks.theta, peaks.psi)))
-        # Near 0, the error of the angle is the square root of the rounding error of its cosine.
+        # Angles of single precision.
         agree &= angle <= tolerances.angle_degrees + 1e-4
     return agree
-
-
-def rotation_between(
-    phi: tuple[AnyArray, AnyArray], theta: tuple[AnyArray, AnyArray], psi: tuple[AnyArray, AnyArray]
-) -> Float64:
-    """Return the angle in degrees of the rotation between two orientations.
-
-    The Euler angles (ZYZ) of both sets are in degrees, (n,) each. The result is (n,) from 0 to 180,
-    and NaN where an Euler angle is NaN.
-    """
-    one, other = (
-        _quaternions(*(np.radians(np.asarray(angle[k], np.float64)) for angle in (phi, theta, psi)))
-        for k in (0, 1)
-    )
-    cosine = np.abs((one * other).sum(axis=-1))
-    angle: Float64 = 2 * np.degrees(np.arccos(np.minimum(cosine, 1.0)))
-    return angle
-
-
-def _quaternions(phi: Float64, theta: Float64, psi: Float64) -> Float64:
-    """Return unit quaternions (n, 4) of Rz(phi) Ry(theta) Rz(psi), angles in radians."""
-    plus, minus, half = (phi + psi) / 2, (phi - psi) / 2, theta / 2
-    return np.stack(
-        [
-            np.cos(half) * np.cos(plus),
-            -np.sin(half) * np.sin(minus),
-            np.sin(half) * np.cos(minus),
-            np.cos(half) * np.sin(plus),
-        ],
-        axis=-1,
-    )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -255,21 +255,9 @@ class ParticleTable(ColumnTable):
         ]
         return "".join(["incomplete search", *shares])
 
-    def to_parquet(self, path: str | PathLike[str], *, overwrite: bool = True) -> Path:
-        """Write all columns with their units, and the picking parameters; return the path.
-
-        Raises
-        ------
-        OutputExistsError
-            If the file exists, and ``overwrite`` is False.
-        StorageError
-            If the file cannot be written.
-        MissingDependencyError
-            pyarrow is not installed.
-        """
-        from ocelot_em import write_parquet
-
-        return write_parquet(self, path, overwrite=overwrite)
+    def facts(self) -> Mapping[str, object] | None:
+        """Return the picking parameters; None if they are not known."""
+        return None if self.about is None else asdict(self.about)
 
     def to_star(
         self,
