@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ocelot_em.merge.recorder import SearchRecorder
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.model.options import MergeOptions
+    from ocelot_em.model.pick_options import PickOptions
     from ocelot_em.model.regions import Region
     from ocelot_em.model.search_space import SearchSpace
     from ocelot_em.particles.comparison import Comparison, compare
     from ocelot_em.particles.correlations import read_correlations
     from ocelot_em.particles.gaussian import gaussian_cutoff
-    from ocelot_em.particles.options import PickOptions
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.run.api import merge
@@ -87,7 +87,7 @@ _HOME = {
         "particles.comparison": "Comparison compare",
         "particles.correlations": "read_correlations",
         "particles.gaussian": "gaussian_cutoff",
-        "particles.options": "PickOptions",
+        "model.pick_options": "PickOptions",
         "particles.picking": "find_peaks",
         "particles.table": "ParticleTable",
         "run.api": "merge",

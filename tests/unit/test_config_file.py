@@ -302,6 +302,11 @@ slurm.cores: 1
         ),
         ("[threads, 1]", "expected options and their values, got list"),
         ("", "expected options and their values, got nothing"),
+        (
+            "# threads: 1",
+            "expected options and their values, got only comments; remove '# ' before a line to "
+            "use it",
+        ),
     ],
 )
 def test_one_problem(config, content, problem):

@@ -19,7 +19,7 @@ from ocelot_em import (
     simulate,
     write_index,
 )
-from ocelot_em.cli.exit_codes import DONE, FAILED
+from ocelot_em.cli.exit_codes import DONE, FAILED, REFUSED
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.store.whole_file import write_file
@@ -112,6 +112,19 @@ def test_a_result_that_cannot_be_read_is_named_and_the_others_are_there(runs, tm
     assert table["particles"].isna().tolist() == [True, False, True]
     assert "corrupt" in table["error"][0]
     assert re.search(r"<strong>2</strong><span>results could not be read", page)
+
+
+@pytest.mark.parametrize("there", ["index.html", "index_results.csv", "index_reports/MERGED.html"])
+def test_no_file_is_replaced_unless_asked(runs, tmp_path, there):
+    output = tmp_path / "night.2"  # a folder, in spite of its dot
+    (output / there).parent.mkdir(parents=True)
+    (output / there).write_text("precious")
+    command = ["report", str(runs / "two/MERGED.zarr"), "--output", str(output)]
+    assert run(command) == REFUSED
+    assert [path.name for path in output.rglob("*.*")] == [Path(there).name]
+    assert (output / there).read_text() == "precious"
+    assert run([*command, "--overwrite"]) == DONE
+    assert (output / there).read_text() != "precious"
 
 
 def test_the_table_is_beside_the_page(runs, tmp_path):

@@ -105,6 +105,51 @@ def test_what_is_no_path_is_refused_in_one_sentence(tmp_path, monkeypatch, call,
     assert list(tmp_path.iterdir()) == []
 
 
+PATHS_FOR_TABLES = (
+    lambda thing: ocelot_em.plot_poses(thing),
+    lambda thing: ocelot_em.plot_psi(thing),
+    lambda thing: ocelot_em.plot_defocus(thing),
+    lambda thing: ocelot_em.plot_zscore("A", particles=thing),
+    lambda thing: ocelot_em.plot_joint("A", particles=thing),
+    lambda thing: ocelot_em.write_parquet(thing, "table.parquet"),
+    lambda thing: ocelot_em.write_relion_star(thing, "table.star", optics=None),
+    lambda thing: ocelot_em.write_cistem_star(thing, "table.star", optics=None),
+    lambda thing: ocelot_em.write_leopard_csv(thing, "table.csv", optics=None),
+)
+
+
+@pytest.mark.parametrize("call", PATHS_FOR_TABLES)
+def test_what_is_no_table_of_particles_is_refused_in_one_sentence(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    for thing, got in (("peaks.csv", "'peaks.csv'"), (xr.Dataset(), "an object of type Dataset")):
+        message = f"particles: expected a ParticleTable, .*read_csv, got {got}$"
+        with pytest.raises(InvalidInputError, match=message) as refusal:
+            call(thing)
+        assert len(refusal.value.problems) == 1
+    assert not list(tmp_path.iterdir())
+    if "matplotlib.pyplot" in sys.modules:
+        assert not sys.modules["matplotlib.pyplot"].get_fignums()  # no empty figure is left
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda table: ocelot_em.plot_psi(table, "psi.png"), "ax: .*axes.*, got 'psi.png'"),
+        (lambda _: ocelot_em.plot_map("A"), "values: expected a map of .*, got 'A'"),
+        (lambda _: ocelot_em.plot_map(xr.Dataset()), "an object of type Dataset"),
+        (lambda _: ocelot_em.simulate("A", 3), "simulation: .*Simulation, got 3"),
+        (lambda table: table.to_star("A", optics="A.star"), "optics: .*Optics.*, got 'A.star'"),
+        (lambda _: ocelot_em.merge("A", "B", observer=print), "observer: .*an Observer, got"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_in_one_sentence(
+    tmp_path, monkeypatch, call, problem
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInputError, match=problem):
+        call(ocelot_em.ParticleTable.empty())
+
+
 def test_one_works_where_several_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert MergeOptions.parse({"without": "gpu0"}).without == ("gpu0",)

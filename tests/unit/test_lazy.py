@@ -1,5 +1,6 @@
 """Lazy datasets: the same bits as a merge, and no more read than asked for."""
 
+import inspect
 import pickle
 import shutil
 
@@ -18,6 +19,7 @@ from builders import (
     write_indexed_search,
 )
 from ocelot_em import (
+    PickOptions,
     Region,
     SearchInfo,
     Simulation,
@@ -291,6 +293,9 @@ def test_the_valid_part_is_that_of_any_part(merged):
 def test_peaks_are_those_of_the_part(merged):
     maps, everywhere = open_merged(merged / "M"), find_peaks(merged / "M", min_distance=5)
     assert list(maps.ocelot.peaks(min_distance=5)) == list(everywhere)
+    assert [*inspect.signature(maps.ocelot.peaks).parameters] == [*PickOptions.model_fields]
+    with pytest.raises(InvalidInputError, match="got 'scaled_mp'; did you mean scaled_mip"):
+        maps.ocelot.plot("scaled_mp")
     assert len(everywhere) == 5
     for particle in everywhere:
         y, x = particle["pos_y"], particle["pos_x"]

@@ -410,6 +410,8 @@ def test_the_survival_curve_counts_pixels(crops):
 
 
 def test_a_crop_reaches_beyond_the_map(crops):
+    with pytest.raises(InvalidInputError, match=r"row and the column of a pixel.*, got 7"):
+        plot_crop(crops, 7)
     axes = plot_crop(crops, (0, 127), edge_px=20)
     assert axes.get_xlim() == (117, 138)
     assert axes.images[0].get_array().shape == (11, 11)

@@ -48,7 +48,7 @@ def config(
     from ocelot_em.store.whole_file import write_file
 
     write_file(output, f"{text}\n".encode(), overwrite=overwrite)
-    console.print(f"wrote {output}; use it with: ocelot {command} --config {output}")
+    console.print(f"wrote {output}; set its options, then: ocelot {command} --config {output}")
 
 
 def example(app: App, command: str) -> Iterator[str]:
@@ -64,7 +64,7 @@ def example(app: App, command: str) -> Iterator[str]:
             continue
         if title != heading:
             heading = title
-            yield from ("", f"## {title.upper()}")
+            yield from ("", f"## {title if '--' in title else title.upper()}")
         yield ""
         if inner and name != outer:
             yield f"# {name}:"

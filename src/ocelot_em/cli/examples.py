@@ -12,7 +12,7 @@ EXAMPLES = {
         "ocelot merge RUN.zarr --output MERGED.zarr",
         "ocelot merge RUN.zarr --output MERGED.zarr --dry-run",
         "ocelot merge RUN.zarr --output MERGED.zarr --cluster local --workers 4 --memory-limit 8GB",
-        "ocelot merge RUN.zarr --output MERGED.zarr --cluster slurm --slurm partition=cpu",
+        "ocelot merge RUN.zarr --output MERGED.zarr --cluster slurm --slurm.partition cpu",
         "ocelot config merge --output merge.yaml, then ocelot merge --config merge.yaml",
     ),
     "watch": ("ocelot watch RUN.zarr --output SO_FAR.zarr",),

@@ -59,6 +59,8 @@ def import_devices(
     """Import the results of devices."""
     from ocelot_em.io.leopard import import_results
     from ocelot_em.io.partial_names import name_partials
+    from ocelot_em.store.objects import open_objects
+    from ocelot_em.store.search import read_attributes
 
     console = open_console()
     for file, name in zip(files, name_partials(files), strict=True):
@@ -71,7 +73,8 @@ def import_devices(
     )
     if len(names) < len(files):
         console.print(f"{len(files) - len(names)} had been imported before, and are unchanged")
-    if options.template_box is None:
+    # If the edges look wrapped, a warning was logged.
+    if options.template_box is None and not read_attributes(open_objects(output)).looks_wrapped:
         console.print(
             "all pixels are taken as valid; if the maps have the micrograph's shape, import with "
             "--template-box N"

@@ -9,6 +9,7 @@ from rich.table import Table
 from ocelot_em.cli.console import missing_manifests_text, open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
 from ocelot_em.cli.parameters import PathOrUrl, require_stores
+from ocelot_em.errors import OcelotError
 
 if TYPE_CHECKING:
     from ocelot_em.merge.result import MergedResult
@@ -30,20 +31,29 @@ def check(stores: list[PathOrUrl], /, *, upgrade: bool = False) -> int:
         First give data of format versions 1 and 2 the manifests that later versions have; this
         reads everything and writes metadata only.
     """
-    from ocelot_em.store.upgrade import upgrade as upgrade_store
-    from ocelot_em.view.inspection import examine
-
     console, found_any = open_console(), False
     for place in stores:
-        if upgrade:
-            console.print(f"{place}: {upgrade_store(place)} manifests written")
-        problems, without_manifest = examine(place)
+        problems, without_manifest = _problems_of(console, place, upgrade)
         found_any |= bool(problems)
         console.print(f"{place}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
         print_list(console, problems)
         if without_manifest:
             console.print(f"  {missing_manifests_text(without_manifest)}")
     return FAILED if found_any else DONE
+
+
+def _problems_of(console: Console, place: PathOrUrl, upgrade: bool) -> tuple[list[str], list[str]]:
+    """Return the problems of a store and what has no manifest, at once if nothing is there."""
+    try:
+        require_stores(place)
+    except OcelotError as error:
+        return [str(error)], []
+    from ocelot_em.store.upgrade import upgrade as upgrade_store
+    from ocelot_em.view.inspection import examine
+
+    if upgrade:
+        console.print(f"{place}: {upgrade_store(place)} manifests written")
+    return examine(place)
 
 
 def info(store: PathOrUrl, /) -> None:

@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import MapName, Merged, PathOrUrl, require_stores
 from ocelot_em.model.options import Options
-from ocelot_em.particles.options import PickOptions
+from ocelot_em.model.pick_options import PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.io.optics import Optics

@@ -8,8 +8,9 @@ from ocelot_em.cli.exit_codes import DONE, FAILED
 from ocelot_em.cli.parameters import PathOrUrl, require_stores
 from ocelot_em.cli.particle_commands import DEFAULTS, PICKING, print_particles
 from ocelot_em.errors import InvalidInputError
+from ocelot_em.model.html import is_html
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.text import count_text
-from ocelot_em.particles.options import PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.model.keywords import ReportKeywords
@@ -33,8 +34,8 @@ def report(
     stores
         Paths or URLs of merged results, or a folder in which all are found.
     output
-        HTML file to write. Many results: one page, or a folder for it, with the reports and a table
-        (CSV) beside it.
+        HTML file to write (.html). For many results: one page, or a folder for it, with the reports
+        and a table (CSV) beside it.
     overwrite
         Replace existing files.
     micrograph
@@ -44,11 +45,10 @@ def report(
         MRC file of the template that was searched: the report then shows its projections at the
         poses of the best particles. For the report of one result. Default: none.
     """
-    from ocelot_em.store.whole_file import refuse_existing
+    if len(stores) == 1 and is_html(output) and not _is_folder_of_results(stores[0]):
+        from ocelot_em.store.whole_file import refuse_existing
 
-    is_folder = not Path(output).suffix
-    refuse_existing([Path(output, "index.html") if is_folder else Path(output)], overwrite)
-    if len(stores) == 1 and not is_folder and not _is_folder_of_results(stores[0]):
+        refuse_existing([Path(output)], overwrite)
         _write_one(stores[0], output, picking, {"micrograph": micrograph, "template": template})
         return DONE
     if micrograph or template:
@@ -58,7 +58,7 @@ def report(
         )
     from ocelot_em.view.index import write_index
 
-    table = write_index(stores, output, on_result=_print_row, **dict(picking))
+    table = write_index(stores, output, overwrite=overwrite, on_result=_print_row, **dict(picking))
     n_failed = int((table["error"] != "").sum())
     failed = f", {n_failed} could not be read" if n_failed else ""
     open_console().print(f"{count_text(len(table), 'result')}{failed}: {output}")

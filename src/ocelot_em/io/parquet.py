@@ -11,11 +11,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from ocelot_em.errors import InvalidInputError, optional_import
 from ocelot_em.model.maps import AnyArray
+from ocelot_em.model.problems import require
 from ocelot_em.particles.column_table import ColumnTable
 from ocelot_em.particles.correlations import Correlations
 from ocelot_em.particles.csv_columns import text_array
 from ocelot_em.particles.table import (
     MONTAGE_COLUMNS,
+    TABLE_EXPECTED,
     ParticleTable,
     PickInfo,
 )
@@ -54,6 +56,7 @@ def write_parquet(
     >>> len(read_parquet(path))
     20
     """
+    require(table, ColumnTable, TABLE_EXPECTED)
     pa = _pyarrow()
     fields = [
         pa.field(

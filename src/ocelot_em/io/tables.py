@@ -24,7 +24,8 @@ from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
-from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula
+from ocelot_em.model.problems import require
+from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula, require_table
 from ocelot_em.store.whole_file import write_file
 
 
@@ -98,6 +99,7 @@ def write_leopard_csv(
     >>> write_leopard_csv(find_peaks("MERGED.zarr"), "leopard.csv", optics=optics).name
     'leopard.csv'
     """
+    _require_types(table, optics)
     own, extra, size = table.columns, optics.leopard_columns, optics.pixel_size_angstrom
     formulas = [name for name in LEOPARD_ABERRATIONS if is_formula(extra.get(name, ""))]
     if formulas:
@@ -166,6 +168,7 @@ def write_relion_star(
     >>> write_relion_star(find_peaks("MERGED.zarr"), "particles.star", optics=optics).name
     'particles.star'
     """
+    _require_types(table, optics)
     _require_star_names({"micrograph": optics.micrograph, "label": optics.label})
     own, size = table.columns, optics.pixel_size_angstrom
     y, x, u, v = _positions(table, optics)
@@ -227,6 +230,7 @@ def write_cistem_star(
     >>> write_cistem_star(find_peaks("MERGED.zarr"), "cistem.star", optics=optics).name
     'cistem.star'
     """
+    _require_types(table, optics)
     names = {"micrograph": optics.micrograph, "template": optics.template}
     _require_star_names(names, spaces=False)
     own, size = table.columns, optics.pixel_size_angstrom
@@ -253,6 +257,11 @@ def write_cistem_star(
     }
     text = format_star({"": _frame(table, matches)}, table.incomplete_text)
     return write_file(output, text, overwrite=overwrite)
+
+
+def _require_types(table: object, optics: object) -> None:
+    require_table(table)
+    require(optics, Optics, "optics: expected Optics, as from read_optics")
 
 
 def _positions(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64, AnyArray, AnyArray]:

@@ -68,6 +68,8 @@ def _read(path: str | PathLike[str], what: str) -> tuple[Mapping[Any, Any], Any]
         raise InvalidInputError(f"{path}: {problem}" for problem in problems)
     if not isinstance(content, Mapping):
         got = "nothing" if content is None else type(content).__name__
+        if content is None and "#" in text:
+            got = "only comments; remove '# ' before a line to use it"
         raise InvalidInputError(f"{path}: expected {what}, got {got}")
     return content, node
 

@@ -24,6 +24,8 @@ from ocelot_em.merge.result import DerivedMap, MergedResult
 from ocelot_em.model.keywords import MergeKeywords, PickKeywords, takes
 from ocelot_em.model.maps import INDEX, MAPS, SCALED_MIP, AnyArray
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.pick_options import PickOptions
+from ocelot_em.model.problems import kind_text, suggestion
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.arrays import ChunkedMap
@@ -314,6 +316,9 @@ class _Maps:
     def __init__(self, maps: xr.Dataset) -> None:
         self._maps = maps
 
+    def __repr__(self) -> str:
+        return "<maps.ocelot: valid, plot(), peaks()>"
+
     @property
     def valid(self) -> xr.Dataset:
         """The part of the maps that is valid."""
@@ -332,8 +337,15 @@ class _Maps:
         """Draw the valid part of a map, the first row on top, as :func:`ocelot_em.plot_map`."""
         from ocelot_em import plot_map
 
+        names = [str(own) for own in self._maps]
+        if name not in names:
+            near = suggestion(name, names) if isinstance(name, str) else ""
+            raise InvalidInputError(
+                f"name: expected a map ({', '.join(names)}), got {kind_text(name)}{near}"
+            )
         return plot_map(self.valid[name], ax, particles=particles)
 
+    @takes(PickOptions)
     def peaks(self, **options: Unpack[PickKeywords]) -> "ParticleTable":
         """Pick particles as :func:`ocelot_em.find_peaks`; of a part of the maps, those in it."""
         from ocelot_em import find_peaks

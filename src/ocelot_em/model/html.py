@@ -1,6 +1,8 @@
 """HTML from the package's jinja2 templates, which escape values and control characters."""
 
 from functools import cache
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ocelot_em.errors import printable
@@ -8,6 +10,11 @@ from ocelot_em.model import text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+
+def is_html(path: str | PathLike[str]) -> bool:
+    """Whether a path is that of an HTML file, by its name."""
+    return Path(path).suffix.lower() in (".html", ".htm")
 
 
 def render(template: str, **values: object) -> str:

@@ -4,10 +4,15 @@ import re
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import TYPE_CHECKING, TypeVar
+
+from ocelot_em.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+_Kind = TypeVar("_Kind")
 
 _EXPECTED = {
     "bool_parsing": "true or false",
@@ -47,6 +52,24 @@ def in_words(problem: "ErrorDetails") -> str:
     if kind in _EXPECTED:
         text = f"expected {_EXPECTED[kind].format(**context | whole)}"
     return f"{text}, got {reprlib.repr(problem['input'])}"
+
+
+def require(value: object, kind: type[_Kind], expected: str) -> _Kind:
+    """Return a value that is of a type; otherwise raise an error that states what is expected.
+
+    >>> require("peaks.csv", dict, "table: expected a dictionary")
+    Traceback (most recent call last):
+    ocelot_em.errors.InvalidInputError: table: expected a dictionary, got 'peaks.csv'
+    """
+    if isinstance(value, kind):
+        return value
+    raise InvalidInputError(f"{expected}, got {kind_text(value)}")
+
+
+def kind_text(value: object) -> str:
+    """Return a short value, such as a path, or the type of an object."""
+    is_short = isinstance(value, (str, PathLike, int, float, tuple, type(None)))
+    return reprlib.repr(value) if is_short else f"an object of type {type(value).__name__}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -10,8 +10,8 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.gaussian import gaussian_cutoff
-from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.scanning import all_pixels
 from ocelot_em.particles.significance import (
     EXACT_PIXELS,

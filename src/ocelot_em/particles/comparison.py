@@ -13,11 +13,11 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.keywords import PickKeywords, takes
 from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float64, Int64
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.regions import Region, template_box_of
 from ocelot_em.model.text import count_text, shape_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.column_table import Column, ColumnTable
-from ocelot_em.particles.options import PickOptions
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.symmetry import parse_symmetry, rotation_between
 from ocelot_em.particles.table import ParticleTable

@@ -31,10 +31,10 @@ from ocelot_em.model.maps import (
     Float64,
     Int64,
 )
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
-from ocelot_em.particles.duplicates import Peaks, join_duplicates
-from ocelot_em.particles.options import PickOptions
+from ocelot_em.particles.duplicates import Peaks, Tolerances, join_duplicates
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
 from ocelot_em.particles.table import (
@@ -109,9 +109,18 @@ def pick_particles(
     on_progress: OnProgress = lambda _phase, _share: None,
 ) -> ParticleTable:
     """Pick particles as :func:`find_peaks` does, with parsed options."""
-    _ = merged.summary  # fail early without statistics
     if merged.attributes.edge_warning:
         log.warning("%s: %s", merged.url, merged.attributes.edge_warning)
+    return pick_again(merged, settings, on_progress)
+
+
+def pick_again(
+    merged: MergedResult,
+    settings: PickOptions,
+    on_progress: OnProgress = lambda _phase, _share: None,
+) -> ParticleTable:
+    """Pick particles of a result whose warnings were logged, or are shown otherwise."""
+    _ = merged.summary  # fail early without statistics
     rules = make_rules(settings, merged)
     candidates, incomplete = _candidates(merged, rules, on_progress)
     found = [
@@ -275,7 +284,10 @@ def _table(
         columns[EXPOSURE] = np.array([e.id for e in merged.plan.exposures])[exposures]
         preferred = _preference(merged, exposures, rows, height)
         order = np.lexsort((*preferred, np.arange(len(rows)) >= n_chosen))
-        stands_for = join_duplicates(_poses_on_canvas(columns), order, settings.tolerances)
+        distance = settings.same_distance
+        distance = settings.min_distance if distance is None else distance
+        agree = Tolerances(distance, settings.same_angle, settings.same_defocus)
+        stands_for = join_duplicates(_poses_on_canvas(columns), order, agree)
         columns[ALSO_SEEN] = _also_seen(columns, stands_for)
         kept = np.flatnonzero(stands_for[:n_chosen] == np.arange(n_chosen))
     in_order = np.lexsort((exposures[kept], canvas_x[kept], canvas_y[kept], -height[kept]))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD
+from ocelot_em.model.problems import require
 from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.text import percent_text
 from ocelot_em.particles.column_table import Column, ColumnTable
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
 """How the cutoff was determined: Gaussian noise model, extreme values, p-value, or set by hand."""
+
+TABLE_EXPECTED = (
+    "particles: expected a ParticleTable, as from find_peaks, read_parquet or "
+    "ParticleTable.read_csv"
+)
+"""Beginning of the error about something else, such as the path of a table."""
 
 NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
@@ -293,6 +300,11 @@ class ParticleTable(ColumnTable):
             parts.append(f"minimum distance {about.min_distance_px:g} px")
         parts += filter(None, [self.incomplete_text])
         return ", ".join(parts)
+
+
+def require_table(particles: object) -> ParticleTable:
+    """Return particles; refuse what is no :class:`ParticleTable`, such as the path of one."""
+    return require(particles, ParticleTable, TABLE_EXPECTED)
 
 
 def _name_problems(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from ocelot_em.merge.resume import PreparedMerge, confirm, prepare
 from ocelot_em.model.control_groups import memory_nbytes
 from ocelot_em.model.keywords import MergeKeywords, takes
 from ocelot_em.model.options import MergeOptions
+from ocelot_em.model.problems import require
 from ocelot_em.model.progress import Bar
 from ocelot_em.run.clusters import choose_device, n_workers, open_cluster, within_job
 from ocelot_em.run.connect import address_of, warn_if_unused
@@ -105,12 +106,13 @@ def merge(
     >>> float(open_merged("RESULT.zarr").scaled_mip.max()) > 9
     True
     """
+    own = require(observer or Observer(), Observer, "observer: expected an Observer")
     if "cluster" not in options:
         warn_if_unused()
     with address_of(options.get("cluster", "threads")) as cluster:
         parsed = MergeOptions.parse({**options, "cluster": cluster})
         with within_job(parsed) as requested, MergeBar(Bar(progress)) as bar:
-            return run_merge(inputs, output, requested, Observers(bar, observer or Observer()))
+            return run_merge(inputs, output, requested, Observers(bar, own))
 
 
 def run_merge(

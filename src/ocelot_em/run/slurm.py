@@ -108,7 +108,7 @@ def _configured(name: str) -> Any:
         except (AttributeError, ValueError):
             raise PlanError(
                 f"{place}: expected a text such as '01:30:00', in quotes, got {value!r}; or give "
-                "--slurm walltime=HH:MM:SS"
+                "--slurm.walltime HH:MM:SS"
             ) from None
         return value
     if name == "memory" and type(value) is int:
@@ -117,7 +117,7 @@ def _configured(name: str) -> Any:
         return getattr(SlurmJobs.parse({name: value}), name)
     except InvalidInputError as error:
         problem = error.problems[0].partition(": ")[2]
-        raise PlanError(f"{place}: {problem}; or give --slurm {name}=VALUE") from None
+        raise PlanError(f"{place}: {problem}; or give --slurm.{name} VALUE") from None
 
 
 def _configured_list(key: str) -> list[str]:

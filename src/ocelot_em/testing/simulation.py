@@ -35,6 +35,7 @@ from ocelot_em.model.maps import (
     MapSet,
     PoseForm,
 )
+from ocelot_em.model.problems import require
 from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.threads import map_in_threads
@@ -332,6 +333,7 @@ def simulate(directory: str | PathLike[str], simulation: Simulation, *, n_thread
     >>> describe(search).partials
     (('device_0', 'complete', 74055), ('device_1', 'complete', 55545))
     """
+    require(simulation, Simulation, "simulation: expected a Simulation")
     if n_threads < 1:
         raise InvalidInputError(f"n_threads: expected 1 or more, got {n_threads}")
     store, truth = Path(directory, STORE_NAME), Path(directory, TRUTH_NAME)

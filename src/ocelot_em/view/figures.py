@@ -11,6 +11,7 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import Axis
 from ocelot_em.model.maps import AnyArray, Float64
+from ocelot_em.model.problems import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes  # for modules that do not import matplotlib
@@ -52,7 +53,11 @@ def new_figure(
 
 def axes_or_new(ax: "Axes | None", **options: str) -> Any:
     """Return the given axes, or those of a new figure."""
-    return new_figure(in_pyplot=True).add_subplot(**options) if ax is None else ax
+    if ax is None:
+        return new_figure(in_pyplot=True).add_subplot(**options)
+    from matplotlib.axes import Axes
+
+    return require(ax, Axes, "ax: expected axes of matplotlib")
 
 
 def summary_of(store: Store | Summary) -> Summary:

@@ -24,9 +24,9 @@ from ocelot_em.errors import (
     optional_import,
 )
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.html import render
+from ocelot_em.model.html import is_html, render
 from ocelot_em.model.keywords import PickKeywords, takes
-from ocelot_em.particles.options import PickOptions
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.attributes import MergedAttributes
@@ -80,6 +80,7 @@ def write_index(
     results: str | PathLike[str] | Iterable[str | PathLike[str]],
     output: str | PathLike[str],
     *,
+    overwrite: bool = True,
     on_result: Callable[[IndexRow], object] | None = None,
     **options: Unpack[PickKeywords],
 ) -> "pd.DataFrame":
@@ -95,6 +96,8 @@ def write_index(
         Merged results, or folders in which all are found.
     output
         HTML file to write, or a folder in which ``index.html`` is written.
+    overwrite
+        Replace existing files: the page, the table and the reports.
     on_result
         Called with each row as soon as its report is written.
     **options
@@ -106,6 +109,8 @@ def write_index(
         matplotlib is not installed.
     InvalidInputError
         The output is within a store.
+    OutputExistsError
+        A file exists, and ``overwrite`` is False; nothing is written.
     StorageError
         The page cannot be written.
 
@@ -120,13 +125,14 @@ def write_index(
     """
     page = _page_of(output)
     reports, table_path = (page.with_name(f"{page.stem}_{n}") for n in ("reports", "results.csv"))
-    refuse_existing([page, table_path, reports / "report.html"], overwrite=True)
     picking = PickOptions.parse(options)
     urls = list(dict.fromkeys(url for place in as_places(results) for url in find_results(place)))
     names = _short_names(urls)
+    files = [reports / name for name in _file_names(names)]
+    refuse_existing([page, table_path, *files], overwrite)
     rows, thumbnails = list[IndexRow](), list[str]()
-    for url, file in zip(urls, _file_names(names), strict=True):
-        row, thumbnail = _row(url, reports / file, picking)
+    for url, file in zip(urls, files, strict=True):
+        row, thumbnail = _row(url, file, picking)
         rows.append(row)
         thumbnails.append(thumbnail)
         if on_result is not None:
@@ -172,8 +178,7 @@ def table_of(rows: Sequence[IndexRow]) -> "pd.DataFrame":
 
 
 def _page_of(output: str | PathLike[str]) -> Path:
-    page = Path(output)
-    return page if page.suffix.lower() in (".html", ".htm") else page / "index.html"
+    return Path(output) if is_html(output) else Path(output, "index.html")
 
 
 def _may_be_result(folder: str) -> bool:

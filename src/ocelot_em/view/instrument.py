@@ -17,8 +17,8 @@ import numpy as np
 
 from ocelot_em.errors import optional_import
 from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
-from ocelot_em.particles.options import PickOptions
-from ocelot_em.particles.picking import all_candidates, pick_particles
+from ocelot_em.model.pick_options import PickOptions
+from ocelot_em.particles.picking import all_candidates, pick_again
 from ocelot_em.particles.significance import gev_above
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
@@ -146,7 +146,7 @@ def _with_weaker(data: "ReportData") -> ParticleTable:
     if not level < about.cutoff:
         return found
     weaker = PickOptions(cutoff=level, min_distance=about.min_distance_px)
-    others = pick_particles(data.merged, weaker).columns
+    others = pick_again(data.merged, weaker).columns
     below = others[SCALED_MIP] < np.float32(about.cutoff)
     return ParticleTable(
         {name: np.concatenate([own, others[name][below]]) for name, own in found.columns.items()},

@@ -4,6 +4,7 @@ The z-score map is read chunk by chunk and pooled, so that no full map is ever i
 takes matplotlib axes as ``ax``, by default those of a new figure, and returns them.
 """
 
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
+from ocelot_em.model.problems import kind_text
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
-from ocelot_em.particles.table import ParticleTable
+from ocelot_em.particles.table import ParticleTable, require_table
+from ocelot_em.store.constants import DIMENSIONS
 from ocelot_em.view import figures
 from ocelot_em.view.figures import Store
 
@@ -89,6 +92,8 @@ def plot_zscore(
     >>> axes = plot_zscore("MERGED.zarr", particles=find_peaks("MERGED.zarr"))
     >>> axes.figure.savefig("zscore.png")
     """
+    if particles is not None:
+        require_table(particles)
     pooled, factor = store if isinstance(store, tuple) else pooled_zscore(store)
     ax = figures.axes_or_new(ax)
     height, width = pooled.shape[0] * factor, pooled.shape[1] * factor
@@ -125,7 +130,13 @@ def plot_crop(
     >>> axes = plot_crop("MERGED.zarr", (120, 150))
     """
     merged = MergedResult.open(store)
-    y, x = map(int, particle)
+    try:
+        y, x = map(int, particle)
+    except (TypeError, ValueError):
+        raise InvalidInputError(
+            "particle: expected the row and the column of a pixel, such as (120, 150), got "
+            f"{reprlib.repr(particle)}"
+        ) from None
     half = edge_px // 2
     window = Region(max(y - half, 0), y + half + 1, max(x - half, 0), x + half + 1)
     region = window.intersect(Region.whole(merged.valid_shape))
@@ -163,6 +174,11 @@ def plot_map(
     >>> axes.get_xlabel(), axes.get_ylabel()
     ('x (Å)', 'y (Å)')
     """
+    if particles is not None:
+        require_table(particles)
+    what = "values: expected a map of a dataset, such as open_merged(store).scaled_mip"
+    if getattr(values, "dims", None) != DIMENSIONS:
+        raise InvalidInputError(f"{what}, got {kind_text(values)}")
     factor, has_scores = (
         ceil_div(max(values.shape), figures.OVERVIEW_PX),
         values.name in (MIP, SCALED_MIP),
@@ -214,6 +230,7 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import find_peaks, plot_poses
     >>> axes = plot_poses(find_peaks("MERGED.zarr"))
     """
+    require_table(particles)
     ax = polar = figures.axes_or_new(ax, projection="polar")
     if polar.name != "polar":
         raise InvalidInputError(
@@ -248,8 +265,8 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import find_peaks, plot_psi
     >>> axes = plot_psi(find_peaks("MERGED.zarr"))
     """
-    ax = figures.axes_or_new(ax)
     psi = np.round(_known(particles, "psi"), 3) % 360
+    ax = figures.axes_or_new(ax)
     if psi.size:
         width = _bin_width(np.unique(psi))
         ax.hist(psi, [float(edge) for edge in range(0, 361, width)], color=figures.BLUE)
@@ -266,7 +283,7 @@ def plot_psi(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
 
 
 def _known(particles: ParticleTable, column: str) -> Float64:
-    values = particles.columns[column]
+    values = require_table(particles).columns[column]
     return values[np.isfinite(values)].astype(np.float64)
 
 
@@ -288,7 +305,7 @@ def plot_defocus(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
     >>> from ocelot_em import find_peaks, plot_defocus
     >>> axes = plot_defocus(find_peaks("MERGED.zarr"))
     """
-    ax, defocus = figures.axes_or_new(ax), _known(particles, "relative_defocus")
+    defocus, ax = _known(particles, "relative_defocus"), figures.axes_or_new(ax)
     planes, counts = np.unique(defocus, return_counts=True)
     step = float(np.diff(planes).min(initial=np.inf)) if len(planes) > 1 else 100.0
     if not planes.size:

@@ -25,7 +25,7 @@ from ocelot_em.particles.quality import (
     picking_warnings,
 )
 from ocelot_em.particles.significance import PValueModel
-from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
+from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable, require_table
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.tables import read_table
@@ -96,7 +96,7 @@ def read_report_data(
             particles = find_peaks(merged)
         except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
             particles, reason = ParticleTable.empty(), str(error)
-    _check_origin(particles, merged)
+    _check_origin(require_table(particles), merged)
     return ReportData(merged, summary, particles, reason)
 
 

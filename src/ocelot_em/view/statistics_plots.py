@@ -16,7 +16,7 @@ from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
 from ocelot_em.particles.significance import PValueModel
-from ocelot_em.particles.table import ParticleTable
+from ocelot_em.particles.table import ParticleTable, require_table
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
 from ocelot_em.view import figures
 from ocelot_em.view.figures import Store
@@ -153,9 +153,11 @@ def plot_joint(
     >>> from ocelot_em import plot_joint
     >>> axes = plot_joint("MERGED.zarr")
     """
+    if particles is not None:
+        require_table(particles)
+    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     from matplotlib.colors import LogNorm
 
-    summary, ax = figures.summary_of(store), figures.axes_or_new(ax)
     joint = summary.histograms.joint
     ax.set(title="mip and z-score of each pixel", xlabel="mip", ylabel="z-score")
     if not joint.any():

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ocelot_em.model.options import Options
-from ocelot_em.particles.duplicates import Tolerances
 
 
 class PickOptions(Options):
@@ -55,9 +54,3 @@ class PickOptions(Options):
     same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     same_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
     same_defocus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0
-
-    @property
-    def tolerances(self) -> Tolerances:
-        """Maximum differences between duplicates of one particle."""
-        distance = self.min_distance if self.same_distance is None else self.same_distance
-        return Tolerances(distance, self.same_angle, self.same_defocus)
