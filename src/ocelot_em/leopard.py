@@ -57,7 +57,8 @@ def recording(
     every
         Time between two checkpoints: seconds, or text such as ``10min``.
     search
-        Gives the exposure of a montage; the other properties are taken from Leopard-EM.
+        Gives the exposure of a montage and the template's name; the other properties are taken
+        from Leopard-EM.
 
     Raises
     ------
@@ -176,6 +177,7 @@ class _Recorded:
             search_space=space,
             exposure=given.exposure,
             chunk_files=given.chunk_files,
+            template_name=given.template_name,
         )
         done = RecordedPartial(store, "gpu0", shape, info, size, 0).searched_before()
         for start, stop in sets.minus(((0, size.n_orientations),), done):

@@ -208,6 +208,7 @@ def _plan(
         has_pixel_size=offset is not None or PIXEL_SIZE in files.arrays,
         float64_sums=True,
         chunk_files=options.chunk_files,
+        template_name=options.template_name,
     )
     notes += [*facts.notes, *_missing(files, info)]
     return _Plan(files, name, count, offset, info, tuple(notes))

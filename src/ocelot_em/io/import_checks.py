@@ -236,6 +236,7 @@ def _common_info(
             if key in c.arrays
         ),
         chunk_files=options.chunk_files,
+        template_name=options.template_name,
     )
 
 

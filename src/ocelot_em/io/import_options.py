@@ -89,6 +89,9 @@ class ImportOptions(Options):
     name
         Name of the partial of a finished search. Default: the prefix, or the name of the folder or
         file.
+    template_name
+        Name of the template, which is that of its group when searches of several templates are
+        merged (``--group-by template``). Default: the name of the store.
     chunk_files
         Write a file for each chunk of a map, as for a bucket, instead of for up to 16 x 16 chunks.
 
@@ -111,6 +114,7 @@ class ImportOptions(Options):
     pixel_size_offset_angstrom: float | None = None
     prefix: str = ""
     name: str | None = None
+    template_name: str | None = None
     chunk_files: bool = False
 
 
@@ -124,6 +128,7 @@ class ImportKeywords(TypedDict, total=False):
     pixel_size_offset_angstrom: float | None
     prefix: str
     name: str | None
+    template_name: str | None
     chunk_files: bool
 
 

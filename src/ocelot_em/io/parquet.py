@@ -16,7 +16,7 @@ from ocelot_em.particles.column_table import ColumnTable
 from ocelot_em.particles.correlations import Correlations
 from ocelot_em.particles.csv_columns import text_array
 from ocelot_em.particles.table import (
-    MONTAGE_COLUMNS,
+    ALL_COLUMNS,
     TABLE_EXPECTED,
     ParticleTable,
     PickInfo,
@@ -30,7 +30,7 @@ MAX_PARTICLES = 2**24
 _ROW_GROUP = 2**20
 """Minimum number of rows of a group, but for the last one."""
 
-_TEXT_COLUMNS = [name for name, column in MONTAGE_COLUMNS.items() if column.dtype == "str"]
+_TEXT_COLUMNS = [name for name, column in ALL_COLUMNS.items() if column.dtype == "str"]
 
 
 def write_parquet(

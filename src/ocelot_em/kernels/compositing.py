@@ -49,6 +49,20 @@ def choose(piece: Any, number: Any, rule: Any, canvas: Any, taken: Any) -> Any:
 
 
 @compiled
+def runner_up(zs: Any, kept_zs: Any, taken: Any, seconds: Any) -> None:
+    """Update the second highest z-score, before that of a piece replaces the highest one.
+
+    ``seconds`` is NaN where fewer than two z-scores are known.
+    """
+    for y in range(zs.shape[0]):
+        for x in range(zs.shape[1]):
+            loser = kept_zs[y, x] if taken[y, x] else zs[y, x]
+            second = seconds[y, x]
+            higher = loser > second or second != second
+            seconds[y, x] = loser if higher and loser == loser else second
+
+
+@compiled
 def put(values: Any, taken: Any, into: Any) -> None:
     """Copy the values of taken pixels."""
     for y in range(values.shape[0]):

@@ -142,7 +142,7 @@ def _files_and_inodes(plan: MergePlan) -> tuple[int, int]:
         n_tiles = len(plan.grid)
         n_files += n_maps * prod(counts) + n_tiles + n_kinds * sum(map(prod, n_records))
         n_folders += n_maps * (1 + counts[0]) + plan.grid.counts[0] + n_tiles
-    n_files += 0 if plan.search_space_digest is None else 7
+    n_files += 0 if plan.search_space_digest is None else 7 + 7 * len(plan.own_digests)
     return n_files, n_files + n_folders
 
 

@@ -193,8 +193,9 @@ class Job:
         first = plan.exposures[0].sources[0]
         store = open_objects(first.url)
         self._first: list[list[dict[str, ChunkedMap]]] = []
+        self._spaces: dict[str, SearchSpace | None] = {}
         steps: list[Callable[[], Any]] = [
-            partial(read_search_space, store, plan.search_space_digest),
+            partial(self._space_of, plan.exposures[0]),
             self._open_output,
             self._open_first,
             lambda: self.may_begin,
@@ -223,6 +224,14 @@ class Job:
         self._is_compiled = False
         self.compile_seconds = 0.0
         """Time spent compiling kernels in this process; 0 if they were cached on disk."""
+
+    def _space_of(self, exposure: PlannedExposure) -> SearchSpace | None:
+        """Read the search space of an exposure or group, once."""
+        digest = self.plan.digest_of(exposure) or ""
+        if digest not in self._spaces:
+            objects = open_objects(exposure.sources[0].url)
+            self._spaces[digest] = read_search_space(objects, digest or None)
+        return self._spaces[digest]
 
     def _maps_of(self, exposure: PlannedExposure) -> list[dict[str, ChunkedMap]]:
         return open_several(exposure.sources, self.plan.maps_of_exposure, exposure.shape)
@@ -294,7 +303,8 @@ class Job:
                 exposure = self.plan.exposures[piece.exposure]
                 is_first = piece.exposure == 0 and self._first
                 opened = self._first.pop() if is_first else self._maps_of(exposure)
-                found = OpenExposure(self.plan, exposure, opened, self._space, self._device_memory)
+                space = self._space_of(exposure)
+                found = OpenExposure(self.plan, exposure, opened, space, self._device_memory)
                 self._opened[piece.exposure] = found
                 if len(self._opened) > MAX_OPEN_EXPOSURES:
                     self._opened.popitem(last=False)
@@ -318,7 +328,7 @@ class Job:
 
     def canvas(self, tile: Tile, pieces: Sequence[Piece]) -> Canvas | WholeTile:
         """Return the canvas on which the pieces of a tile are placed."""
-        if covers_alone(pieces, tile):
+        if covers_alone(pieces, tile) and not self.plan.group_by:
             number = self.plan.exposures[pieces[0].exposure].number
             return WholeTile(number, self.plan.maps, tile.region.shape)
         canvas = self.memory.canvas

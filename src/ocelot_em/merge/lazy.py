@@ -20,7 +20,7 @@ from ocelot_em.merge.job import Job
 from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.planning import make_plan
-from ocelot_em.merge.result import DerivedMap, MergedResult
+from ocelot_em.merge.result import DerivedMap, MergedResult, decoded_by_group
 from ocelot_em.model.keywords import MergeKeywords, PickKeywords, takes
 from ocelot_em.model.maps import INDEX, MAPS, SCALED_MIP, AnyArray
 from ocelot_em.model.options import MergeOptions
@@ -123,7 +123,8 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
         The coordinates ``y`` and ``x`` are in Å, or in pixels if the pixel size is unknown: the
         numbers ``pos_y`` and ``pos_x`` of particles times the pixel size. Only pixels whose
         coordinates ``valid_y`` and ``valid_x`` are true are meaningful. In a montage,
-        ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes).
+        ``source_exposure`` holds the ``exposure_numbers`` of its ``exposures`` (attributes); in a
+        result of groups, ``best_group`` holds the ``group_numbers`` of its ``groups``.
         The attribute ``incomplete_search`` is present if not all was searched.
 
         ``maps.ocelot.valid`` is the valid part, ``maps.ocelot.plot()`` draws a map, and
@@ -154,8 +155,10 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     attributes = merged.attributes
     arrays = {name: _as_dask(chunked, attributes.id) for name, chunked in merged.maps.items()}
     for number, name in enumerate(merged.decoded_names):
-        space = merged.search_space
-        arrays[name] = arrays[INDEX].map_blocks(_decoded, space, number, dtype="float32")
+        groups = arrays[merged.source if merged.has_own_spaces else INDEX]
+        arrays[name] = arrays[INDEX].map_blocks(
+            _decoded, groups, merged.search_spaces, number, dtype="float32"
+        )
     names = replace(attributes.maps, decoded=True, derived=True).merged
     return xr.Dataset(
         {name: (DIMENSIONS, arrays[name], map_attributes(name)) for name in names},
@@ -169,9 +172,11 @@ def open_merged(store: str | PathLike[str] | MergedResult) -> xr.Dataset:
     )
 
 
-def _decoded(index: AnyArray, space: SearchSpace, number: int) -> AnyArray:
+def _decoded(
+    index: AnyArray, groups: AnyArray, spaces: dict[int, SearchSpace | None], number: int
+) -> AnyArray:
     """Decode one pose map from a block of indices."""
-    return space.decode(index)[number]
+    return decoded_by_group(index, groups, spaces)[number]
 
 
 @takes(MergeOptions)
@@ -188,7 +193,7 @@ def lazy_merge(
     **options
         Options of :class:`ocelot_em.MergeOptions` that affect the merged maps or the tiles:
         ``tile_size``, ``nan``, ``poses``, ``without``, ``so_far``, ``complete_only``,
-        ``overlap``, ``erode``, ``origins``.
+        ``group_by``, ``overlap``, ``erode``, ``origins``.
 
     Returns
     -------
@@ -369,11 +374,11 @@ def _dataset_attributes(
     merged: MergedAttributes | MergePlan, partials: Sequence[Contribution], incomplete: str
 ) -> dict[str, Any]:
     """Return the attributes of a dataset of merged maps."""
-    exposures = [e for e in merged.exposures if e.id]
+    exposures, part = [e for e in merged.exposures if e.id], merged.part
     of_montage = {
-        "exposures": [exposure.id for exposure in exposures],
-        "exposure_numbers": [exposure.number for exposure in exposures],
-        "exposure_projections": [exposure.total_projections for exposure in exposures],
+        f"{part}s": [exposure.id for exposure in exposures],
+        f"{part}_numbers": [exposure.number for exposure in exposures],
+        f"{part}_projections": [exposure.total_projections for exposure in exposures],
     }
     return {
         "total_projections": merged.total_projections,

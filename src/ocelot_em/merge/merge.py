@@ -36,7 +36,7 @@ from ocelot_em.merge.tile import MemoryWriter, TileWriter, Writer
 from ocelot_em.merge.warm_up import CompileListener
 from ocelot_em.model.maps import AnyArray
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.regions import Tile
+from ocelot_em.model.regions import Region, Tile
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.transfer import ReadAhead
 
@@ -205,8 +205,10 @@ def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
     for finished in canvas.maps():
         writer.map(*finished)
     if job.plan.is_montage:
+        valid = Region.whole(job.plan.valid_shape).relative_to(tile.region)
         for piece in pieces:
-            writer.shown(piece, canvas.shown(job.open(piece).number, piece.in_tile))
+            counted = piece.in_tile.intersect(valid)
+            writer.shown(piece, canvas.shown(job.open(piece).number, counted))
 
 
 def merge_in_memory(job: Job, tile: Tile) -> dict[str, AnyArray]:

@@ -4,13 +4,15 @@ One exposure wins each pixel, for every map. A searched pixel always wins over a
 Otherwise the exposure placed first keeps its pixels (``earliest``), or a later one wins those where
 its z-score is higher (``max-zscore``) or its edge is farther away (``farthest-from-edge``).
 Exposures are placed in the order of acquisition, so that the earliest wins ties.
+
+Groups are placed on one another by ``max-zscore``; the second highest z-score is kept, too.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ocelot_em.model.maps import MAPS, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64, MapSet
+from ocelot_em.model.maps import MAPS, MIP, SCALED_MIP, SECOND_ZSCORE, AnyArray, Float64, MapSet
 from ocelot_em.model.regions import Overlap, Region
 from ocelot_em.model.workspace import Workspace
 from ocelot_em.store.blosc import MergedMap
@@ -37,7 +39,7 @@ class WholeTile:
     """Whether maps may be bit planes, or encoded."""
 
     def __init__(self, number: int, maps: MapSet, shape: tuple[int, int]) -> None:
-        self._number, self._is_montage, self._shape = number, maps.exposures, shape
+        self._number, self._maps, self._shape = number, maps, shape
         self._shown = np.zeros(len(SHOWN_FIELDS))
 
     def place(self, *_: object) -> None:
@@ -46,7 +48,7 @@ class WholeTile:
     def put(self, name: str, values: MergedMap) -> Maps:
         """Yield the map unchanged."""
         yield name, values
-        if self._is_montage and name == SCALED_MIP and isinstance(values, np.ndarray):
+        if self._maps.exposures and name == SCALED_MIP and isinstance(values, np.ndarray):
             from ocelot_em.kernels import compositing  # on demand
 
             sums = compositing.sum_alone(values.reshape(-1))
@@ -54,8 +56,8 @@ class WholeTile:
 
     def maps(self) -> Maps:
         """Yield the map of exposure numbers, in a montage."""
-        if self._is_montage:
-            yield SOURCE_EXPOSURE, np.full(self._shape, self._number, np.int32)
+        if self._maps.exposures:
+            yield self._maps.source, np.full(self._shape, self._number, np.int32)
 
     def shown(self, *_: object) -> Float64:
         """Return :data:`SHOWN_FIELDS` of the exposure in the tile."""
@@ -74,7 +76,7 @@ class Canvas:
     def __init__(self, maps: MapSet, overlap: Overlap, max_pixels: int) -> None:
         # Exposures are chosen by z-score, stored or not.
         self._dtypes = {name: maps.merged_dtype(name) for name in maps.with_derived.merged}
-        self._names = tuple(name for name in self._dtypes if name != SOURCE_EXPOSURE)
+        self._numbers, self._has_groups = maps.source, maps.groups
         from ocelot_em.kernels import compositing  # on demand
 
         self._kernel = compositing
@@ -89,7 +91,7 @@ class Canvas:
     def begin(self, shape: tuple[int, int], covered: Sequence[Region]) -> None:
         """Start an empty tile of this shape; ``covered`` are the regions of its exposures."""
         self._tile.shape = shape
-        for name in (*self._names, SOURCE_EXPOSURE):
+        for name in self._dtypes:
             self._plane(name).fill(MAPS[name].fill)
         n_covering = self._tile.array("n_covering", "u2")
         n_covering.fill(0)
@@ -131,26 +133,28 @@ class Canvas:
         """Return :data:`SHOWN_FIELDS` of an exposure in the tile."""
         n_covering = self._tile.array("n_covering", "u2")
         sums = np.zeros((2, len(SHOWN_FIELDS) // 2))
-        numbers, zs = (self._plane(n)[in_tile.slices] for n in (SOURCE_EXPOSURE, SCALED_MIP))
+        numbers, zs = (self._plane(n)[in_tile.slices] for n in (self._numbers, SCALED_MIP))
         self._kernel.tally(numbers, np.int32(number), n_covering[in_tile.slices], zs, sums)
         return sums.reshape(-1)
 
     def _choose(self, z: AnyArray) -> None:
         """Determine the pixels that the exposure wins, from its z-scores."""
         piece = self._held[MIP], z, self._edge_distance
-        canvas = tuple(self._part(key) for key in (SOURCE_EXPOSURE, MIP, SCALED_MIP))
+        canvas = tuple(self._part(key) for key in (self._numbers, MIP, SCALED_MIP))
         edge_distances = self._tile.array("edge_distance", "i4")[self._in_tile.slices]
         taken = self._piece.array("taken", "?")
         self._kernel.choose(
             piece, np.int32(self._number), self._rule, (*canvas, edge_distances), taken
         )
+        if self._has_groups:
+            self._kernel.runner_up(z, self._part(SCALED_MIP), taken, self._part(SECOND_ZSCORE))
         self._is_chosen = True
 
     def _put(self, name: str, values: AnyArray) -> None:
         self._kernel.put(values, self._piece.array("taken", "?"), self._part(name))
 
     def _plane(self, name: str) -> AnyArray:
-        return self._tile.array(name, self._dtypes.get(name, MAPS[name].dtypes[0]))
+        return self._tile.array(name, self._dtypes[name])
 
     def _part(self, name: str) -> AnyArray:
         return self._plane(name)[self._in_tile.slices]

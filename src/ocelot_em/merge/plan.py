@@ -17,7 +17,7 @@ from ocelot_em.errors import FormatError
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import Int64, MapSet, PoseForm
 from ocelot_em.model.options import LARGEST_TILE
-from ocelot_em.model.regions import Overlap, Region, Tile, TileGrid, ceil_div
+from ocelot_em.model.regions import GroupBy, Overlap, Region, Tile, TileGrid, ceil_div
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.arrays import ArrayLayout, map_layout
@@ -87,11 +87,29 @@ class MergePlan(fmt.Attributes):
     identity: fmt.Id | None = None
     looks_wrapped: bool = False
     in_shards: bool = False
+    group_by: GroupBy | None = None
+    template_name: fmt.PartialName | None = None
 
     @property
     def is_montage(self) -> bool:
-        """Whether the output is a montage of exposures rather than a single search."""
+        """Whether the output is made of exposures, or groups, rather than a single search."""
         return bool(self.exposures[0].id)
+
+    @property
+    def part(self) -> str:
+        """What an exposure of the plan is, for messages."""
+        return "group" if self.group_by else "exposure"
+
+    def digest_of(self, exposure: fmt.PlacedExposure) -> fmt.Digest | None:
+        """Return the digest of the search space of an exposure or group."""
+        return exposure.search_space_digest or self.search_space_digest
+
+    @property
+    def own_digests(self) -> dict[fmt.Digest, Source]:
+        """Digests of the search spaces that only some groups have, and a source that has each."""
+        return {
+            e.search_space_digest: e.sources[0] for e in self.exposures if e.search_space_digest
+        }
 
     @property
     def maps(self) -> MapSet:
@@ -103,12 +121,13 @@ class MergePlan(fmt.Attributes):
             self.has_decoded_poses,
             self.is_montage,
             self.has_derived_maps,
+            self.group_by is not None,
         )
 
     @property
     def maps_of_exposure(self) -> MapSet:
         """Maps of a single exposure."""
-        return replace(self.maps, exposures=False)
+        return replace(self.maps, exposures=False, groups=False)
 
     @property
     def grid(self) -> TileGrid:
@@ -148,8 +167,10 @@ class MergePlan(fmt.Attributes):
     @property
     def progress(self) -> SearchProgress | None:
         """How much of the searches is merged; None if the partials do not state it."""
-        several = [[c.coverage for c in exposure.contributions] for exposure in self.exposures]
-        return combined([progress_of(coverages) for coverages in several])
+        several = searched_together(self.exposures, self.group_by)
+        return combined(
+            [progress_of(c.coverage for e in own for c in e.contributions) for own in several]
+        )
 
     @property
     def incomplete_text(self) -> str:
@@ -198,6 +219,18 @@ class MergePlan(fmt.Attributes):
         )
 
 
+def searched_together(
+    exposures: Sequence[PlannedExposure], group_by: GroupBy | None
+) -> list[list[PlannedExposure]]:
+    """Return the exposures of each search: each alone, or all sectors of a search space."""
+    if group_by != "sector":
+        return [[exposure] for exposure in exposures]
+    found: dict[str | None, list[PlannedExposure]] = {}
+    for exposure in exposures:
+        found.setdefault(exposure.search_space_digest, []).append(exposure)
+    return list(found.values())
+
+
 def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
     """Read the plan of a merged result, finished or not, which must agree with the result."""
     plan = fmt.validated(MergePlan, attributes.plan, f"{url}: plan")
@@ -206,7 +239,7 @@ def read_plan(attributes: fmt.MergedAttributes, url: str) -> MergePlan:
     return plan
 
 
-_REPEATED = (
+REPEATED = (
     "shape",
     "valid_shape",
     "pixel_size_angstrom",
@@ -218,6 +251,8 @@ _REPEATED = (
     "search_space_digest",
     "canvas_origin",
     "looks_wrapped",
+    "group_by",
+    "template_name",
 )
 """Attributes of a merged result that its plan repeats."""
 
@@ -249,7 +284,7 @@ def _disagreements(plan: MergePlan, attributes: fmt.MergedAttributes) -> list[st
     """Return the differences between a plan and the attributes of its result."""
     problems = [
         f"{field}: expected {theirs} as in the result, got {own}"
-        for field, own, theirs in fmt.differences(plan, attributes, _REPEATED)
+        for field, own, theirs in fmt.differences(plan, attributes, REPEATED)
     ]
     if plan.contributions != attributes.partials:
         problems.append("partials: expected those of the result, got others")
@@ -281,14 +316,14 @@ def plan_differences(found: MergePlan, wanted: MergePlan, *, is_update: bool = F
     for old in found.exposures:
         new = wanted_by_id.get(old.id)
         if new is None:
-            differences.append(f"exposure {old.id!r}: is in the output, not in the inputs")
+            differences.append(f"{found.part} {old.id!r}: is in the output, not in the inputs")
             continue
         changed = _differences(old, new, ignored=("sources",))
-        differences += [f"exposure {old.id!r}: {text}" for text in changed]
+        differences += [f"{found.part} {old.id!r}: {text}" for text in changed]
         if not is_update and not {source.id for source in old.sources} <= {
             source.id for source in new.sources
         }:
-            differences.append(f"exposure {old.id!r}: {_inputs(old.sources, new.sources)}")
+            differences.append(f"{found.part} {old.id!r}: {_inputs(old.sources, new.sources)}")
     return differences
 
 

@@ -2,18 +2,19 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from os import PathLike
 
 from ocelot_em.errors import IncompleteError, InvalidInputError, PlanError
+from ocelot_em.merge.grouping import Opened, Roots, regrouped
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice, choose_tile, storage_shape
-from ocelot_em.merge.plan import MergePlan, PlannedExposure
+from ocelot_em.merge.plan import MergePlan, PlannedExposure, searched_together
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
-from ocelot_em.model.regions import TileGrid
+from ocelot_em.model.regions import GroupBy, TileGrid
 from ocelot_em.model.text import exposure_prefix, partial_text
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
@@ -40,19 +41,22 @@ def make_plan(
     urls = [normalise_url(path) for path in inputs]
     if not urls:
         raise InvalidInputError("merge: expected at least one input store, got none")
-    problems = list[str]()
-    so_far = options.takes_incomplete
+    so_far, group_by = options.takes_incomplete, options.group_by
     opened = opened_inputs(urls, output, options, stores)
-    first = opened[0][0]
-    for url, (attributes, _) in zip(urls[1:], opened[1:], strict=True):
-        problems += [
-            f"{url}: {field}: expected {wanted} as in {urls[0]}, got {got}"
-            for field, wanted, got in fmt.differences(first, attributes, fmt.SHARED_BY_PARTIALS)
-        ]
+    roots, by_store = [root for root, _ in opened], [exposures for _, exposures in opened]
+    first, digests = roots[0], dict[str, fmt.Digest | None]()
+    problems = _input_differences(urls, roots, group_by)
+    if group_by and options.overlap == "farthest-from-edge":
+        problems.append(
+            f"overlap: expected no rule together with --group-by, with which the highest z-score "
+            f"wins, got {options.overlap}"
+        )
+    if group_by and not problems:
+        by_store, digests, problems = regrouped(urls, roots, by_store, group_by)
     if problems:
         raise InvalidInputError(problems)
-    joined, problems = _joined([exposures for _, exposures in opened])
-    placed, canvas_origin, shape, found = _placed(joined, options)
+    joined, problems = _joined(by_store)
+    placed, canvas_origin, shape, found = _placed(joined, options, digests)
     problems += found
     sources = [source for exposure in placed for source in exposure.sources]
     problems += _duplicates(sources)
@@ -69,8 +73,8 @@ def make_plan(
     if problems:
         raise InvalidInputError(problems)
     if not so_far:
-        _refuse_incomplete(placed)
-    is_montage = first.shape is None
+        _refuse_incomplete(placed, group_by)
+    is_montage = first.shape is None or group_by is not None
     maps = MapSet(
         first.pose_form,
         first.has_pixel_size,
@@ -78,12 +82,13 @@ def make_plan(
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
         exposures=is_montage,
         derived=options.derived == "stored",
+        groups=group_by is not None,
     )
     storage = storage_shape(placed, output, stores)
     plan = MergePlan(
         exposures=placed,
         shape=shape,
-        valid_shape=first.valid_shape or shape,
+        valid_shape=placed[0].valid_shape if group_by else first.valid_shape or shape,
         pixel_size_angstrom=first.pixel_size_angstrom,
         pose_form=maps.form,
         has_pixel_size=maps.pixel_size,
@@ -94,9 +99,11 @@ def make_plan(
         has_decoded_poses=maps.decoded,
         has_derived_maps=maps.derived,
         canvas_origin=canvas_origin,
-        overlap=options.overlap if is_montage else "earliest",
+        overlap="max-zscore" if group_by else options.overlap if is_montage else "earliest",
         erode_px=options.erode,
-        looks_wrapped=any(attributes.looks_wrapped for attributes, _ in opened),
+        looks_wrapped=any(root.looks_wrapped for root in roots),
+        group_by=group_by,
+        template_name=first.template_name if len({r.template_name for r in roots}) == 1 else None,
     )
     if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MAX_TILES:
         raise PlanError(
@@ -106,9 +113,29 @@ def make_plan(
     return plan
 
 
+def _input_differences(urls: Sequence[str], roots: Roots, group_by: GroupBy | None) -> list[str]:
+    """Name properties in which the inputs differ; groups may have search spaces of their own."""
+    own = ("shape", "valid_shape", "search_space_digest") if group_by else ()
+    fields = [field for field in fmt.SHARED_BY_PARTIALS if field not in own]
+    problems = [
+        f"{url}: {field}: expected {wanted} as in {urls[0]}, got {got}"
+        for url, root in zip(urls, roots, strict=True)
+        for field, wanted, got in fmt.differences(roots[0], root, fields)
+    ]
+    templates = {root.template_name: url for url, root in zip(urls, roots, strict=True)}
+    templates.pop(None, None)
+    if len(templates) > 1 and group_by is None:
+        found = ", ".join(f"{name!r} in {url}" for name, url in templates.items())
+        problems.append(
+            f"inputs: expected searches of one template, got {found}; use --group-by template to "
+            "compute the z-score of each template separately"
+        )
+    return problems
+
+
 def opened_inputs(
     urls: Sequence[str], output: str | PathLike[str], options: MergeOptions, stores: Stores
-) -> list[tuple[fmt.SearchAttributes | fmt.MergedAttributes, "_Opened"]]:
+) -> list[tuple[fmt.SearchAttributes | fmt.MergedAttributes, Opened]]:
     """Read the metadata of all inputs, while the place of the output is checked."""
 
     def refuse() -> None:
@@ -122,7 +149,7 @@ def opened_inputs(
         if problems:
             raise InvalidInputError(problems)
 
-    found: dict[str, tuple[fmt.SearchAttributes | fmt.MergedAttributes, _Opened]] = {}
+    found: dict[str, tuple[fmt.SearchAttributes | fmt.MergedAttributes, Opened]] = {}
 
     def read(url: str) -> None:
         found[url] = open_sources(
@@ -139,10 +166,7 @@ def opened_inputs(
     return [found[url] for url in urls]
 
 
-_Opened = list[tuple[fmt.ExposureAttributes, list[Source]]]
-
-
-def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
+def _joined(stores: Sequence[Opened]) -> tuple[Opened, list[str]]:
     """Combine the exposures of several stores; those with the same id are merged into one."""
     joined: dict[str, tuple[fmt.ExposureAttributes, list[Source]]] = {}
     problems, next_number = [], 0
@@ -167,10 +191,15 @@ def _joined(stores: Sequence[_Opened]) -> tuple[_Opened, list[str]]:
 
 
 def _placed(
-    exposures: _Opened, options: MergeOptions
+    exposures: Opened, options: MergeOptions, digests: Mapping[str, fmt.Digest | None]
 ) -> tuple[tuple[PlannedExposure, ...], tuple[int, int], tuple[int, int], list[str]]:
-    """Place exposures on a canvas; also return its origin and shape, and the problems found."""
+    """Place exposures on a canvas; also return its origin and shape, and the problems found.
+
+    ``digests`` are those of the search spaces of groups.
+    """
     problems, placed, erode, rounded = [], [], options.erode, list[str]()
+    is_montage = bool(exposures[0][0].id) and not options.group_by
+    shared_digest = digests.get(exposures[0][0].id)
     for exposure, sources in exposures:
         y, x = exposure.origin
         if options.origins == "exact" and not (y.is_integer() and x.is_integer()):
@@ -180,7 +209,8 @@ def _placed(
             )
         elif (y, x) != (round(y), round(x)):
             rounded.append(f"{exposure.id} ({y}, {x}) to ({round(y)}, {round(x)})")
-        height, width = exposure.valid_shape if exposure.id or erode else exposure.shape
+        height, width = exposure.valid_shape if is_montage or erode else exposure.shape
+        digest = digests.get(exposure.id)
         edge = erode if min(height, width) > 2 * erode else 0
         if edge < erode:
             name = f"exposure {exposure.id!r}" if exposure.id else "inputs"
@@ -193,13 +223,13 @@ def _placed(
                 **exposure.model_dump(exclude={"origin", "total_projections"}),
                 origin=(round(y), round(x)),
                 taken=(edge, height - edge, edge, width - edge),
+                search_space_digest=None if digest == shared_digest else digest,
                 sources=_numbered(sources),
             )
         )
     if rounded:
         shown = ", ".join(rounded[:10]) + ", ..." * (len(rounded) > 10)
         log.warning("origins are rounded to whole pixels: %s", shown)
-    is_montage = bool(placed[0].id)
     corners = [exposure.on_canvas for exposure in placed]
     top, left = (min(0, *(getattr(c, key) for c in corners)) for key in ("y0", "x0"))
     shape = placed[0].shape
@@ -248,17 +278,19 @@ def _searched_twice(exposure: PlannedExposure, *, is_indexed: bool) -> list[str]
     return [problem for found in by_store.values() for problem in overlap_problems(found)]
 
 
-def _refuse_incomplete(exposures: Sequence[PlannedExposure]) -> None:
+def _refuse_incomplete(exposures: Sequence[PlannedExposure], group_by: GroupBy | None) -> None:
     """Raise ``IncompleteError`` unless all orientations of each exposure were searched.
 
     That is known where partials state their orientations, and it does not matter then whether the
     writer of one died before it completed it.
     """
     problems = []
-    for exposure in exposures:
-        found = progress_of(c.coverage for c in exposure.contributions)
-        place = f"{exposure.sources[0].url}: {exposure_prefix(exposure.id)}"
-        running = [s.name for s in exposure.sources if s.manifest_folder] if found is None else []
+    for own in searched_together(exposures, group_by):
+        sources = [source for exposure in own for source in exposure.sources]
+        found = progress_of(c.coverage for source in sources for c in source.contributions)
+        prefix = "" if group_by else exposure_prefix(own[0].id)
+        place = f"{sources[0].url}: {prefix}"
+        running = [s.name for s in sources if s.manifest_folder] if found is None else []
         if running:
             problems.append(f"{place}{', '.join(running)}: still recorded by a search")
         elif found is not None and not found.is_whole:

@@ -22,10 +22,12 @@ from ocelot_em.merge.stats.summary import (
     statistics_path,
 )
 from ocelot_em.model.maps import (
+    BEST_GROUP,
     COUNT,
     DERIVED,
     INDEX,
     MIP,
+    POSES,
     SCALED_MIP,
     SOURCE_EXPOSURE,
     SQUARED_SUM,
@@ -37,6 +39,7 @@ from ocelot_em.model.maps import (
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
+from ocelot_em.store import constants
 from ocelot_em.store.arrays import ChunkedMap
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.objects import open_objects
@@ -90,14 +93,16 @@ class DerivedMap:
             values, nbytes = self.stored[self.name].read(region)
             with np.errstate(over="ignore"):
                 return values.astype(np.float32), nbytes
-        names = [n for n in (MIP, SUM, SQUARED_SUM, COUNT, SOURCE_EXPOSURE) if n in self.stored]
+        sources = SOURCE_EXPOSURE, BEST_GROUP
+        names = [n for n in (MIP, SUM, SQUARED_SUM, COUNT, *sources) if n in self.stored]
         found = [self.stored[name].read(region) for name in names]
         maps = dict(zip(names, (values for values, _ in found), strict=True))
         count = maps.get(COUNT)
         if count is None:
             count = np.asarray(next(iter(self.counts.values())))
-        if COUNT not in maps and SOURCE_EXPOSURE in maps:
-            numbers, places = np.unique(maps[SOURCE_EXPOSURE], return_inverse=True)
+        source = next((maps[name] for name in sources if name in maps), None)
+        if COUNT not in maps and source is not None:
+            numbers, places = np.unique(source, return_inverse=True)
             counts = np.array([self.counts.get(number, 0) for number in numbers.tolist()], np.int64)
             count = counts[places].reshape(region.shape)
         computed = derived_maps(maps[MIP], maps[SUM], maps[SQUARED_SUM], count)
@@ -175,6 +180,11 @@ class MergedResult:
         return self.maps[MIP].grid.cell
 
     @property
+    def source(self) -> str:
+        """Name of the map with the numbers of exposures, or of groups."""
+        return self.attributes.maps.source
+
+    @property
     def projections_per_pixel(self) -> int:
         """Number of cross-correlations of every pixel, if all exposures have the same."""
         counts = {exposure.total_projections for exposure in self.attributes.exposures}
@@ -192,8 +202,23 @@ class MergedResult:
 
     @cached_property
     def search_space(self) -> SearchSpace | None:
-        """Tables of an indexed search; None if poses are explicit."""
+        """Tables of an indexed search, or of its first group; None if poses are explicit."""
         return read_search_space(self.objects, self.attributes.search_space_digest)
+
+    @cached_property
+    def search_spaces(self) -> dict[int, SearchSpace | None]:
+        """Tables by number of the group, or of the exposure; 0 if the result has neither."""
+        digests = {e.search_space_digest for e in self.attributes.exposures} - {None}
+        own = {
+            digest: read_search_space(self.objects, digest, constants.own_tables(digest))
+            for digest in digests
+            if digest is not None
+        }
+        found = {
+            e.number: own.get(e.search_space_digest or "", self.search_space)
+            for e in self.attributes.exposures
+        }
+        return found or {0: self.search_space}
 
     @cached_property
     def maps(self) -> dict[str, ChunkedMap | DerivedMap]:
@@ -214,16 +239,21 @@ class MergedResult:
         maps = self.attributes.maps
         return maps.explicit_poses if maps.form is PoseForm.INDEXED and not maps.decoded else ()
 
-    def decode(self, index: AnyArray) -> tuple[AnyArray, ...]:
-        """Decode the poses of an indexed search."""
-        assert self.search_space is not None
-        return self.search_space.decode(index)
+    @property
+    def has_own_spaces(self) -> bool:
+        """Whether groups have search spaces of their own."""
+        return any(e.search_space_digest for e in self.attributes.exposures)
+
+    def decode(self, index: AnyArray, numbers: AnyArray | None = None) -> tuple[AnyArray, ...]:
+        """Decode poses; ``numbers`` are those of groups, where these have own search spaces."""
+        return decoded_by_group(index, index if numbers is None else numbers, self.search_spaces)
 
     def read(self, region: Region, name: str) -> AnyArray:
         """Read a map over a region; poses that are not stored are decoded from the index."""
         if name in self.decoded_names:
             index = self.maps[INDEX].read(region)[0]
-            return self.decode(index)[self.decoded_names.index(name)]
+            numbers = self.maps[self.source].read(region)[0] if self.has_own_spaces else None
+            return self.decode(index, numbers)[self.decoded_names.index(name)]
         return self.maps[name].read(region)[0]
 
     def regions(self) -> Iterator[Region]:
@@ -239,7 +269,7 @@ class MergedResult:
         if not pixel.intersect(exposure.counted).size:
             return float("nan")
         pixel = pixel.shifted(*exposure.origin)
-        if self.plan.is_montage and self.read(pixel, SOURCE_EXPOSURE)[0, 0] != exposure.number:
+        if self.plan.is_montage and self.read(pixel, self.source)[0, 0] != exposure.number:
             return float("nan")
         return float(self.read(pixel, SCALED_MIP)[0, 0])
 
@@ -253,14 +283,18 @@ class MergedResult:
             if other.number != exposure.number:
                 shown &= (y < shared.y0) | (y >= shared.y1) | (x < shared.x0) | (x >= shared.x1)
         doubtful = np.flatnonzero(~shown)
-        grid = self.maps[SOURCE_EXPOSURE].grid
-        cells = (y[doubtful] // grid.cell[0]) * grid.counts[1] + x[doubtful] // grid.cell[1]
-        for cell in np.unique(cells).tolist():
-            region = grid[cell].region
-            numbers = self.read(region, SOURCE_EXPOSURE)
-            here = doubtful[cells == cell]
-            shown[here] = numbers[y[here] - region.y0, x[here] - region.x0] == exposure.number
+        numbers = self.values_at(self.source, y[doubtful], x[doubtful])
+        shown[doubtful] = numbers == exposure.number
         return shown
+
+    def values_at(self, name: str, y: Int64, x: Int64) -> AnyArray:
+        """Return the values of a map at some pixels; each chunk is read once."""
+        grid, values = self.maps[name].grid, np.empty(len(y), self.maps[name].dtype)
+        cells = (y // grid.cell[0]) * grid.counts[1] + x // grid.cell[1]
+        for cell in np.unique(cells).tolist():
+            region, here = grid[cell].region, np.flatnonzero(cells == cell)
+            values[here] = self.read(region, name)[y[here] - region.y0, x[here] - region.x0]
+        return values
 
     @cached_property
     def job_alone(self) -> "Callable[[int, int], Job]":
@@ -325,3 +359,22 @@ class MergedResult:
         if not self.has_records:
             return Candidates.unknown()
         return read_candidates(self.objects, Layout.of(self.plan, exposure))
+
+
+def decoded_by_group(
+    index: AnyArray, numbers: AnyArray, spaces: Mapping[int, SearchSpace | None]
+) -> tuple[AnyArray, ...]:
+    """Decode indices, each with the search space of the group that has its number.
+
+    Poses are NaN where no group searched. If all have one search space, ``numbers`` are not used.
+    """
+    first, *others = set(spaces.values())
+    if first is not None and not others:
+        return first.decode(index)
+    poses = tuple(np.full(index.shape, np.nan, np.float32) for _ in POSES)
+    for number in set(np.unique(numbers).tolist()) & set(spaces):
+        own, space = numbers == number, spaces[number]
+        assert space is not None
+        for pose, values in zip(poses, space.decode(index[own]), strict=True):
+            pose[own] = values
+    return poses

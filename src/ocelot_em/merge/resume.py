@@ -23,6 +23,7 @@ from ocelot_em.errors import (
     StoreNotFoundError,
 )
 from ocelot_em.merge.forecast import Forecast, forecast
+from ocelot_em.merge.grouping import write_own_spaces
 from ocelot_em.merge.marks import (
     ResultChecksums,
     create_marks,
@@ -36,7 +37,14 @@ from ocelot_em.merge.marks import (
 )
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice
 from ocelot_em.merge.outcome import Outcome, TileChecksums, Tiles
-from ocelot_em.merge.plan import MergePlan, changed_tiles, plan_differences, read_plan, tile_size_of
+from ocelot_em.merge.plan import (
+    REPEATED,
+    MergePlan,
+    changed_tiles,
+    plan_differences,
+    read_plan,
+    tile_size_of,
+)
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats import layout as layout_module
@@ -289,12 +297,13 @@ def create_output(
     if space is not None:
         steps.append(partial(write_search_space, objects, space))
     at_once(objects, steps)
+    write_own_spaces(objects, plan)
     objects.sync()
     return attributes
 
 
 def _search_space_of(plan: MergePlan) -> SearchSpace | None:
-    """Read the search space, which all inputs share."""
+    """Read the search space that all inputs share, or that of the first group."""
     return read_search_space(open_objects(plan.sources[0].url), plan.search_space_digest)
 
 
@@ -385,18 +394,8 @@ def _attributes_of(ready: PreparedMerge, options: MergeOptions) -> fmt.MergedAtt
         kind="merged",
         id=uuid.uuid4().hex,
         state="writing",
-        shape=plan.shape,
-        valid_shape=plan.valid_shape,
+        **{name: getattr(plan, name) for name in REPEATED},
         exposures=plan.merged_exposures(),
-        canvas_origin=plan.canvas_origin,
-        pixel_size_angstrom=plan.pixel_size_angstrom,
-        pose_form=plan.pose_form,
-        has_pixel_size=plan.has_pixel_size,
-        has_counts=plan.has_counts,
-        has_decoded_poses=plan.has_decoded_poses,
-        has_derived_maps=plan.has_derived_maps,
-        search_space_digest=plan.search_space_digest,
-        looks_wrapped=plan.looks_wrapped,
         total_projections=plan.total_projections,
         partials=plan.contributions,
         plan=plan.model_dump(mode="json"),
@@ -466,7 +465,7 @@ def _damage(
             MapGroup(objects).open(plan.maps.merged, plan.shape)
         else:
             merged = MergedResult(objects, attributes)
-            _ = merged.maps, merged.search_space, merged.summary
+            _ = merged.maps, merged.search_spaces, merged.summary
             deque(map_in_threads(merged.summary_of, plan.exposures), maxlen=0)
     except (FormatError, ChunkError, IncompleteError, StoreNotFoundError) as error:
         return error

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any, Literal, Protocol, TypedDict, TypeVar
 
 from ocelot_em.model.options import Options, SlurmJobs
-from ocelot_em.model.regions import Overlap
+from ocelot_em.model.regions import GroupBy, Overlap
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -52,6 +52,7 @@ class MergeKeywords(TypedDict, total=False):
     so_far: bool
     complete_only: bool
     overwrite: bool
+    group_by: GroupBy | None
     overlap: Overlap
     erode: int
     origins: Literal["exact", "round"]

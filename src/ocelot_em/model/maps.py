@@ -26,6 +26,8 @@ SCALED_MIP = "scaled_mip"
 MEAN = "correlation_mean"
 STD = "correlation_std"
 SOURCE_EXPOSURE = "source_exposure"
+BEST_GROUP = "best_group"
+SECOND_ZSCORE = "second_zscore"
 
 NOT_SEARCHED = -1
 """Value of the integer maps where no device searched, or no exposure is placed."""
@@ -43,7 +45,7 @@ class Combine(StrEnum):
     COMPUTED = "computed"
     """Computed at the end from other merged maps of the same pixel."""
     PLACED = "placed"
-    """Determined when exposures are placed on the canvas."""
+    """Determined when exposures or groups are placed on the canvas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,10 @@ MAPS: Mapping[str, MapInfo] = {
     SOURCE_EXPOSURE: MapInfo(
         _PLACED, "number of the exposure that all maps come from", "1", _NUMBER, NOT_SEARCHED
     ),
+    BEST_GROUP: MapInfo(
+        _PLACED, "number of the group with the highest z-score", "1", _NUMBER, NOT_SEARCHED
+    ),
+    SECOND_ZSCORE: MapInfo(_PLACED, "second highest z-score of a group"),
 }
 
 DERIVED = (SCALED_MIP, MEAN, STD)
@@ -101,9 +107,9 @@ class MapSet:
 
     ``pixel_size``: it has ``best_pixel_size`` (explicit form; a decoded index always gives it).
     ``counts``: the count differs from pixel to pixel and is a map. ``decoded``: a merged result
-    also has the pose maps of its indices. ``exposures``: a merged result is a montage. ``derived``:
-    a merged result has :data:`DERIVED` maps; if not, its sums are float64, and they are computed
-    when they are read.
+    also has the pose maps of its indices. ``exposures``: a merged result is a montage, or, with
+    ``groups``, made of groups. ``derived``: a merged result has :data:`DERIVED` maps; if not, its
+    sums are float64, and they are computed when they are read.
     """
 
     form: PoseForm
@@ -112,6 +118,12 @@ class MapSet:
     decoded: bool = True
     exposures: bool = False
     derived: bool = True
+    groups: bool = False
+
+    @property
+    def source(self) -> str:
+        """Name of the map with the numbers of exposures, or of groups."""
+        return BEST_GROUP if self.groups else SOURCE_EXPOSURE
 
     @property
     def with_derived(self) -> "MapSet":
@@ -172,7 +184,8 @@ class MapSet:
         indexed = self.form is PoseForm.INDEXED
         poses = (*self.computed_poses, INDEX) if indexed else self.explicit_poses
         statistics = (*DERIVED * self.derived, SUM, SQUARED_SUM, *self._count)
-        return (MIP, *poses, BEST_PARTIAL, *statistics, *(SOURCE_EXPOSURE,) * self.exposures)
+        placed = (self.source,) * self.exposures + (SECOND_ZSCORE,) * self.groups
+        return (MIP, *poses, BEST_PARTIAL, *statistics, *placed)
 
     @property
     def _count(self) -> tuple[str, ...]:

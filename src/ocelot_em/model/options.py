@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.problems import in_words, suggestion
-from ocelot_em.model.regions import Overlap
+from ocelot_em.model.regions import GroupBy, Overlap
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -129,7 +129,7 @@ class SlurmJobs(Options):
     log_directory: str | None = None
 
 
-_TILES, _RESULT, _MONTAGES = "Tiles and memory", "Result", "Montages"
+_TILES, _RESULT, _MONTAGES, _GROUPS = "Tiles and memory", "Result", "Montages", "Groups"
 _WORKERS, _SLURM = "Workers", "SLURM jobs (--cluster slurm)"
 
 
@@ -170,6 +170,11 @@ class MergeOptions(Options):
         Merge an incomplete search, but only its partials that can no longer change.
     overwrite
         Replace an existing merged result, finished or not.
+    group_by
+        What the groups are whose z-scores are computed separately; the highest wins each pixel.
+        ``template``: the searches of each template. ``sector``: each partial. ``exposure``: each
+        exposure, where all cover the same pixels. Groups may have different search spaces.
+        Default: no groups.
     overlap
         Rule for pixels that several exposures have searched. One exposure wins, for every map: the
         ``earliest`` acquired, the one with the highest z-score (``max-zscore``), or the one whose
@@ -217,6 +222,7 @@ class MergeOptions(Options):
     so_far: Annotated[bool, Shown(_RESULT)] = False
     complete_only: Annotated[bool, Shown(_RESULT)] = False
     overwrite: Annotated[bool, Shown(_RESULT)] = False
+    group_by: Annotated[GroupBy | None, Shown(_GROUPS)] = None
     overlap: Annotated[Overlap, Shown(_MONTAGES)] = "earliest"
     erode: Annotated[int, Field(ge=0, le=2**30), Shown(_MONTAGES, "PX")] = 0
     origins: Annotated[Literal["exact", "round"], Shown(_MONTAGES)] = "exact"

@@ -9,6 +9,10 @@ Overlap = Literal["earliest", "max-zscore", "farthest-from-edge"]
 farthest edge."""
 
 
+GroupBy = Literal["template", "sector", "exposure"]
+"""What the groups are whose z-scores are computed separately."""
+
+
 def ceil_div(numerator: int, denominator: int) -> int:
     """Quotient of two integers, rounded up."""
     return -(-numerator // denominator)

@@ -59,6 +59,8 @@ def make_rules(options: PickOptions, merged: MergedResult) -> list[CandidateRule
         return [_p_value_rule(merged, k, cutoff) for k in range(len(plan.exposures))]
     if options.cutoff is not None:
         return [CandidateRule(options.cutoff)] * len(plan.exposures)
+    if plan.group_by:
+        return [CandidateRule(cutoff) for cutoff in _group_cutoffs(options, merged)]
     if plan.is_montage and options.per == "montage":
         return [CandidateRule(_montage_cutoff(options, merged))] * len(plan.exposures)
     about, rules = merged.summary.attributes, []
@@ -75,6 +77,26 @@ def make_rules(options: PickOptions, merged: MergedResult) -> list[CandidateRule
             )
         rules.append(CandidateRule(cutoff))
     return rules
+
+
+def _group_cutoffs(options: PickOptions, merged: MergedResult) -> list[float]:
+    """Return the z-score cutoff of each group.
+
+    Any group can contribute noise to any pixel, so all their searched pixels count. A group has the
+    share of the false positives that it has of all correlations; Gaussian cutoffs are then equal.
+    """
+    exposures = merged.plan.exposures
+    pixels = {e.number: e.searched_pixels for e in merged.summary.attributes.exposures}
+    correlations = [pixels.get(e.number, 0) * e.total_projections for e in exposures]
+    total = max(sum(correlations), 1)
+    if options.method == "gaussian":
+        return [gaussian_cutoff(total, 1, options.false_positives)] * len(exposures)
+    cutoffs = []
+    for exposure, own in zip(exposures, correlations, strict=True):
+        histogram, share = merged.summary_of(exposure).histograms.of_z(), own / total
+        # Where nothing was searched, there are no candidates.
+        cutoffs.append(gev_cutoff(histogram, options.false_positives * share) if own else np.inf)
+    return cutoffs
 
 
 def _montage_cutoff(options: PickOptions, merged: MergedResult) -> float:

@@ -147,7 +147,9 @@ class Correlations:
             STD: std,
         }
         found = {name: values[kept] for name, values in found.items()}
-        return found | dict(zip(_POSE, self.result.decode(found["global_index"]), strict=True))
+        index = found["global_index"]
+        poses = self.result.decode(index, np.full(len(index), limits.exposure.number))
+        return found | dict(zip(_POSE, poses, strict=True))
 
 
 def read_correlations(

@@ -26,6 +26,7 @@ from ocelot_em.model.maps import (
     MIP,
     POSES,
     SCALED_MIP,
+    SECOND_ZSCORE,
     STD,
     AnyArray,
     Float64,
@@ -39,7 +40,9 @@ from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
 from ocelot_em.particles.table import (
     ALSO_SEEN,
+    DIFFERENCE,
     EXPOSURE,
+    GROUP,
     NEG_LOG_P,
     SEARCHED,
     ParticleTable,
@@ -127,7 +130,7 @@ def pick_again(
         _Pixels(exposure, candidates[k], rules[k].height(candidates[k]))
         for k, exposure in enumerate(merged.plan.exposures)
     ]
-    if merged.plan.is_montage and settings.per == "montage":
+    if merged.plan.group_by or (merged.plan.is_montage and settings.per == "montage"):
         chosen, others = _peaks_of_montage(merged, found, settings)
     else:
         chosen = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in found]
@@ -164,9 +167,9 @@ def _candidates(
         except OcelotError as error:
             name = merged.plan.exposures[k].id
             log.warning(
-                "exposure %s: weak candidates are missing where other exposures are shown, since "
-                "its partials cannot be read: %s",
-                *(name, error),
+                "%s %s: weak candidates are missing where other %ss are shown, since its partials "
+                "cannot be read: %s",
+                *(merged.plan.part, name, merged.plan.part, error),
             )
             unreadable.append(name)
     return [_union(*both) for both in zip(found, scanned, strict=True)], tuple(unreadable)
@@ -225,6 +228,8 @@ def _peaks_of_montage(
         f.at(np.sort(best[(best >= start) & (best < end)]) - start)
         for f, start, end in zip(shown, starts[:-1], starts[1:], strict=True)
     ]
+    if merged.plan.group_by:  # a pixel where another group is better is no second sighting
+        return chosen, []
     hidden = [f.at(np.flatnonzero(~s)) for f, s in zip(found, is_shown, strict=True)]
     others = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in hidden]
     return chosen, others
@@ -248,7 +253,7 @@ def _pick_info(
         pixel_size_angstrom=attributes.pixel_size_angstrom,
         shape=attributes.shape,
         valid_shape=attributes.valid_shape,
-        per=settings.per if plan.is_montage else None,
+        per="group" if plan.group_by else settings.per if plan.is_montage else None,
         exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.is_montage else (),
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
         incomplete_exposures=incomplete,
@@ -279,7 +284,11 @@ def _table(
     if merged.incomplete_text and (searched := merged.plan.progress):
         columns[SEARCHED] = np.full(len(rows), searched.share)
     kept = np.arange(n_chosen)
-    if merged.plan.is_montage:
+    if merged.plan.group_by:
+        columns[GROUP] = np.array([e.id for e in merged.plan.exposures])[exposures]
+        columns[SECOND_ZSCORE] = merged.values_at(SECOND_ZSCORE, canvas_y, canvas_x)
+        columns[DIFFERENCE] = columns[SCALED_MIP] - columns[SECOND_ZSCORE]
+    elif merged.plan.is_montage:
         columns |= {"canvas_y": canvas_y.astype(np.int32), "canvas_x": canvas_x.astype(np.int32)}
         columns[EXPOSURE] = np.array([e.id for e in merged.plan.exposures])[exposures]
         preferred = _preference(merged, exposures, rows, height)
@@ -336,7 +345,8 @@ def _columns(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str,
     poses = {name: column(rows, name).astype(np.float32) for name in POSES}
     if merged.decoded_names and len(rows):
         index = column(rows, INDEX).astype(np.int32)
-        poses = dict(zip(POSES, merged.decode(index), strict=True))
+        numbers = np.array([e.number for e in merged.plan.exposures])[exposures]
+        poses = dict(zip(POSES, merged.decode(index, numbers), strict=True))
     totals = np.array([e.total_projections for e in merged.plan.exposures], np.int64)
     counts = totals[exposures]
     if merged.attributes.has_counts:

@@ -11,7 +11,7 @@ import numpy as np
 from ocelot_em.merge.merge import merge_in_memory
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, GATHERED, neighbours_of
-from ocelot_em.model.maps import COUNT, MIP, SCALED_MIP, SOURCE_EXPOSURE, AnyArray, Float64
+from ocelot_em.model.maps import COUNT, MIP, SCALED_MIP, AnyArray, Float64
 from ocelot_em.model.progress import OnProgress
 from ocelot_em.model.regions import Region, Tile, TileGrid
 from ocelot_em.model.threads import map_in_threads
@@ -48,7 +48,7 @@ def scan(
 
         if not merged.plan.is_montage:
             return [(0, rows_at(rules[0](mip, z), z, (0, 0)))]
-        numbers = merged.read(region, SOURCE_EXPOSURE)
+        numbers = merged.read(region, merged.source)
         found = []
         for k in there:
             exposure = merged.plan.exposures[k]
@@ -100,7 +100,7 @@ def exact_count(
     """
     exposure, pixel = merged.plan.exposures[position], Region(y, y + 1, x, x + 1)
     shown = pixel.shifted(*exposure.origin)
-    if merged.plan.is_montage and merged.read(shown, SOURCE_EXPOSURE)[0, 0] != exposure.number:
+    if merged.plan.is_montage and merged.read(shown, merged.source)[0, 0] != exposure.number:
         return int(own(position).merge(pixel)[COUNT][0, 0])
     return int(merged.read(shown, COUNT)[0, 0])
 

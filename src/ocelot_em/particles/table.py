@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, STD
+from ocelot_em.model.maps import BEST_PARTIAL, MEAN, MIP, SCALED_MIP, SECOND_ZSCORE, STD
 from ocelot_em.model.problems import require
 from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.text import percent_text
@@ -33,6 +33,8 @@ NEG_LOG_P = "neg_log_p"
 EXPOSURE = "exposure"
 ALSO_SEEN = "also_seen"
 SEARCHED = "searched_share"
+GROUP = "group"
+DIFFERENCE = "zscore_difference"
 
 COLUMNS: Mapping[str, Column] = {
     "pos_y": Column("int32", "pixel", "row of the template box's upper left corner in the map"),
@@ -67,9 +69,16 @@ INCOMPLETE_COLUMNS: Mapping[str, Column] = {
 }
 """Additional column for particles of an incomplete search, which marks them in every format."""
 
-ALL_COLUMNS: Mapping[str, Column] = {**COLUMNS, **MONTAGE_COLUMNS, **INCOMPLETE_COLUMNS}
+GROUP_COLUMNS: Mapping[str, Column] = {
+    GROUP: Column("str", "", "name of the group with the highest z-score"),
+    SECOND_ZSCORE: Column("float32", "1", "highest z-score of the other groups at this pixel"),
+    DIFFERENCE: Column("float32", "1", "scaled_mip minus second_zscore"),
+}
+"""Additional columns for particles of groups: all or none are present."""
 
-_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS), (SEARCHED,))
+ALL_COLUMNS = {**COLUMNS, **MONTAGE_COLUMNS, **GROUP_COLUMNS, **INCOMPLETE_COLUMNS}
+
+_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS), tuple(GROUP_COLUMNS), (SEARCHED,))
 """Groups of optional columns; a group is present or absent as a whole."""
 
 _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
@@ -87,6 +96,7 @@ class PickInfo:
     ``false_positives`` is per exposure or in total. ``exposure_cutoffs`` and ``exposure_shapes``
     (shape, valid shape) are by exposure id; ``cutoff`` is the lowest. Where others are shown,
     particles of the ``incomplete_exposures`` may be missing, since their partials were not found.
+    For groups, ``per`` is ``group``, and the cutoffs are by name.
     ``incomplete_search`` states how much was searched, unless it was all.
     """
 
@@ -98,7 +108,7 @@ class PickInfo:
     pixel_size_angstrom: float | None
     shape: tuple[int, int]
     valid_shape: tuple[int, int]
-    per: Literal["exposure", "montage"] | None = None
+    per: Literal["exposure", "montage", "group"] | None = None
     exposure_cutoffs: tuple[tuple[str, float], ...] = ()
     exposure_shapes: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = ()
     incomplete_exposures: tuple[str, ...] = ()
@@ -116,7 +126,8 @@ class PickInfo:
     def incomplete_text(self) -> str:
         """Where particles may be missing; empty if none are."""
         names = ", ".join(self.incomplete_exposures)
-        where = names and f"incomplete where others are shown: exposures {names}"
+        part = "group" if self.per == "group" else "exposure"
+        where = names and f"incomplete where others are shown: {part}s {names}"
         return ", ".join(filter(None, [where, self.incomplete_search]))
 
     @property

@@ -26,7 +26,7 @@ from ocelot_em.errors import FormatError
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.ranges import Ranges, parse_ranges, ranges_text, union
-from ocelot_em.model.regions import Region
+from ocelot_em.model.regions import GroupBy, Region
 from ocelot_em.store.constants import ATTRIBUTE_KEY, FORMAT_VERSION
 from ocelot_em.store.metadata import problems_of
 
@@ -108,6 +108,7 @@ class _Result(Attributes):
     total_projections: Count
     provenance: Provenance
     looks_wrapped: bool = False
+    template_name: PartialName | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -261,7 +262,10 @@ class Contribution(Attributes):
 
 
 class PlacedExposure(Attributes):
-    """An exposure on a canvas: the origin there, and its region that is used."""
+    """An exposure or group on a canvas: the origin there, and its region that is used.
+
+    ``search_space_digest`` is that of a group whose search space is not the result's.
+    """
 
     id: ExposureId
     number: Number
@@ -270,6 +274,7 @@ class PlacedExposure(Attributes):
     shape: Shape
     valid_shape: Shape
     taken: tuple[CanvasPixel, CanvasPixel, CanvasPixel, CanvasPixel]
+    search_space_digest: Digest | None = None
 
     @property
     def region(self) -> Region:
@@ -315,6 +320,7 @@ class MergedAttributes(_Result):
     has_decoded_poses: bool = True
     has_derived_maps: bool = True
     manifest: Digest | None = None
+    group_by: GroupBy | None = None
 
     _sized = model_validator(mode="after")(_shapes_agree)
 
@@ -336,6 +342,11 @@ class MergedAttributes(_Result):
         return self
 
     @property
+    def part(self) -> str:
+        """What its exposures are, for messages."""
+        return "group" if self.group_by else "exposure"
+
+    @property
     def maps(self) -> MapSet:
         """Which maps there are."""
         return replace(
@@ -343,6 +354,7 @@ class MergedAttributes(_Result):
             decoded=self.has_decoded_poses,
             exposures=bool(self.exposures),
             derived=self.has_derived_maps,
+            groups=self.group_by is not None,
         )
 
 

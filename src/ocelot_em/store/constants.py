@@ -2,7 +2,17 @@
 
 from typing import Final, Literal
 
-from ocelot_em.model.maps import INDEX, MAPS, MEAN, MIP, SCALED_MIP, SQUARED_SUM, STD, SUM
+from ocelot_em.model.maps import (
+    INDEX,
+    MAPS,
+    MEAN,
+    MIP,
+    SCALED_MIP,
+    SECOND_ZSCORE,
+    SQUARED_SUM,
+    STD,
+    SUM,
+)
 
 FORMAT_VERSION: Final = 3
 
@@ -17,6 +27,7 @@ EXPOSURES = "exposures"
 EXPOSURE_NUMBERS = "exposure_numbers"
 
 SEARCH_SPACE = "search_space"
+SEARCH_SPACES = "search_spaces"
 TILE_SUMMARY = "progress/tile_summary"
 
 DIMENSIONS = ("y", "x")
@@ -45,15 +56,19 @@ MAX_METADATA_NBYTES = 64 * 2**20
 """Size limit of a ``zarr.json``: a merge of about 60,000 partials."""
 
 
+def own_tables(digest: str) -> str:
+    """Path of the tables of a group whose search space is not that of the first group."""
+    return f"{SEARCH_SPACES}/{digest}"
+
+
 def shuffle_of(name: str) -> Literal["shuffle", "bitshuffle"]:
     """Shuffle filter of a map before compression; ``docs/format.md`` has the measurements.
 
     Maps with few distinct values compress better with bitshuffle. Noise compresses to the same size
     with byte shuffle, which decodes two to four times faster.
     """
-    return (
-        "shuffle" if name in (MIP, INDEX, SUM, SQUARED_SUM, SCALED_MIP, MEAN, STD) else "bitshuffle"
-    )
+    noise = (MIP, INDEX, SUM, SQUARED_SUM, SCALED_MIP, SECOND_ZSCORE, MEAN, STD)
+    return "shuffle" if name in noise else "bitshuffle"
 
 
 def map_attributes(name: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ocelot_em.store.search import (
 )
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.tables import write_table
+from ocelot_em.store.validation import name_problems
 
 
 def provenance(
@@ -143,6 +144,8 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
             valid_shape = info.valid_shape(shape)
         except InvalidInputError as error:
             problems += error.problems
+    if info.template_name is not None:
+        problems += name_problems(info.template_name, "template name")
     if size is not None and not (np.isfinite(size) and size > 0):
         problems.append(f"pixel size: expected a positive number of Å, got {size}")
     if problems:
@@ -160,6 +163,7 @@ def search_attributes(shape: tuple[int, int], info: SearchInfo) -> fmt.SearchAtt
         total_projections=0,
         provenance=provenance(inputs=(), options={}),
         looks_wrapped=info.looks_wrapped,
+        template_name=info.template_name,
     )
 
 
@@ -189,7 +193,8 @@ def _search_differences(objects: Objects, wanted: fmt.SearchAttributes) -> list[
             f"{objects.url}: the search has {'' if found.has_exposures else 'no '}exposures, the "
             f"new partial belongs to {'one' if wanted.has_exposures else 'none'}"
         ]
-    return _differences(objects.url, found, wanted, fmt.SHARED_BY_PARTIALS)
+    named = ("template_name",) if wanted.template_name is not None else ()
+    return _differences(objects.url, found, wanted, (*fmt.SHARED_BY_PARTIALS, *named))
 
 
 def _exposure_differences(objects: Objects, wanted: fmt.ExposureAttributes) -> list[str]:
@@ -213,14 +218,13 @@ _AXES = dict(zip(TABLES, (("orientation", "angle"), ("defocus",), ("pixel_size",
 """Tables of a search space, and their axes."""
 
 
-def write_search_space(objects: Objects, space: SearchSpace) -> None:
+def write_search_space(
+    objects: Objects, space: SearchSpace, path: str = constants.SEARCH_SPACE
+) -> None:
     """Write the tables of a search space."""
-    steps: list[Callable[[], object]] = [
-        partial(groups.create_group, objects, constants.SEARCH_SPACE, {})
-    ]
+    steps: list[Callable[[], object]] = [partial(groups.create_group, objects, path, {})]
     for name, axes in _AXES.items():
-        path = f"{constants.SEARCH_SPACE}/{name}"
-        steps.append(partial(write_table, objects, path, getattr(space, name), axes))
+        steps.append(partial(write_table, objects, f"{path}/{name}", getattr(space, name), axes))
     at_once(objects, steps)
 
 

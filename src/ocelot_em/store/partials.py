@@ -113,7 +113,8 @@ def write_partial(
     20500000
     """
     info = search or SearchInfo()
-    if info == SearchInfo(exposure=info.exposure, chunk_files=info.chunk_files):  # the maps say it
+    kept = {name: getattr(info, name) for name in ("exposure", "chunk_files", "template_name")}
+    if info == SearchInfo(**kept):  # the maps say it
         info = replace(info, has_pixel_size=PIXEL_SIZE in result)
     maps, problems = converted(result, info, name, HostRows)
     wide = any(rows.dtype.name == "float64" for key, rows in maps.items() if key != MIP)

@@ -72,20 +72,22 @@ def read_exposures(
     return found
 
 
-def read_search_space(objects: Objects, digest: str | None) -> SearchSpace | None:
+def read_search_space(
+    objects: Objects, digest: str | None, path: str = constants.SEARCH_SPACE
+) -> SearchSpace | None:
     """Read the tables, and check them against the recorded digest."""
     if digest is None:
         return None
-    paths = [f"{constants.SEARCH_SPACE}/{name}" for name in TABLES]
+    paths = [f"{path}/{name}" for name in TABLES]
     try:
         with objects.snapshot() as known:
             known.prefetch(f"{path}/{key}" for path in paths for key in _TABLE_KEYS)
             space = SearchSpace.from_tables(*(read_table(known, path) for path in paths))
     except InvalidInputError as error:
-        raise FormatError(f"{objects.url}/{constants.SEARCH_SPACE}: {error}") from None
+        raise FormatError(f"{objects.url}/{path}: {error}") from None
     if space.digest != digest:
         raise FormatError(
-            f"{objects.url}/{constants.SEARCH_SPACE}: the tables are not the ones the search was "
+            f"{objects.url}/{path}: the tables are not the ones the search was "
             f"written with: expected digest {digest[:12]}, got {space.digest[:12]}"
         )
     return space

@@ -99,6 +99,9 @@ class SearchInfo:
         chunks are a file, a Zarr shard.
     looks_wrapped
         Whether the edges of maps without a template box look wrapped around. Results state it.
+    template_name
+        Name of the template, as ``--group-by template`` uses it: letters, digits, ``.``, ``_``,
+        ``-``. Default: the name of the store.
 
     Examples
     --------
@@ -115,6 +118,7 @@ class SearchInfo:
     exposure: Exposure | None = None
     chunk_files: bool = False
     looks_wrapped: bool = False
+    template_name: str | None = None
 
     def stored_dtype(self, name: str) -> str:
         """Stored dtype of a map of a partial."""

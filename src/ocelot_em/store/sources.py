@@ -181,9 +181,10 @@ def _open_sources(
                 f"{objects.url}: this merge was never finished; run the command that made it again"
             )
         if attributes.exposures:
+            what = "result of groups" if attributes.group_by else "montage"
             raise FormatError(
-                f"{objects.url}: is a merged montage, in which exposures have lost the pixels that "
-                "others won; merge their searches instead"
+                f"{objects.url}: is a merged {what}, in which {attributes.part}s have lost the "
+                "pixels that others won; merge their searches instead"
             )
         source = Source(
             url=objects.url,

@@ -1,6 +1,6 @@
 """Description and validation of a store."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, repeat
@@ -13,7 +13,7 @@ from ocelot_em.merge.marks import done_tiles, require_packed
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.records import record_problems
 from ocelot_em.model.control_groups import n_cpus
-from ocelot_em.model.maps import BEST_PARTIAL, MIP, NOT_SEARCHED, SOURCE_EXPOSURE, AnyArray
+from ocelot_em.model.maps import BEST_PARTIAL, INDEX, MIP, NOT_SEARCHED, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.model.text import count_text, partial_text
@@ -216,9 +216,12 @@ def _problems(
     except OcelotError as error:
         yield str(error)
         return
-    space: SearchSpace | None = None
+    spaces: dict[int, SearchSpace | None] = {0: None}
     try:
-        space = searches.read_search_space(objects, attributes.search_space_digest)
+        if isinstance(attributes, fmt.MergedAttributes):
+            spaces = MergedResult(objects, attributes).search_spaces
+        else:
+            spaces = {0: searches.read_search_space(objects, attributes.search_space_digest)}
     except OcelotError as error:
         yield str(error)
     groups: list[tuple[searches.MapGroup, tuple[int, int]]] = []
@@ -239,11 +242,14 @@ def _problems(
                 yield from found
     except OcelotError as error:
         yield str(error)
-    info = SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
+    infos = {
+        number: SearchInfo(search_space=space, has_pixel_size=attributes.has_pixel_size)
+        for number, space in spaces.items()
+    }
     without_manifest += [opened.place for opened, _ in groups if opened.manifest is None]
     for number, (group, shape) in enumerate(groups, 1):
-        yield from _group_problems(group, shape, attributes, info)
-        yield from _table_problems(group, space)
+        yield from _group_problems(group, shape, attributes, infos)
+        yield from _table_problems(group, next(iter(spaces.values())))
         if on_progress is not None:
             on_progress(number / len(groups))
 
@@ -314,9 +320,9 @@ def _group_problems(
     opened: searches.MapGroup,
     shape: tuple[int, int],
     attributes: fmt.SearchAttributes | fmt.MergedAttributes,
-    info: SearchInfo,
+    infos: Mapping[int, SearchInfo],
 ) -> Iterator[str]:
-    """Yield all problems of a group of maps, chunk by chunk."""
+    """Yield all problems of a group of maps, chunk by chunk; ``infos`` are by exposure number."""
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
     keys = attributes.maps.merged if merged else attributes.maps.partial
     maps: dict[str, ChunkedMap] = {}
@@ -334,6 +340,9 @@ def _group_problems(
         return
     first = next(iter(maps.values()))
     grid = first.grid
+    # One is enough where all exposures have one search space.
+    several = len({info.search_space for info in infos.values()}) > 1
+    distinct = infos if several else dict([next(iter(infos.items()))])
 
     def at_chunk(region: Region) -> list[str]:
         found, arrays = [], {}
@@ -342,11 +351,15 @@ def _group_problems(
                 arrays[key], _ = chunked.read(region)
             except OcelotError as error:
                 found.append(str(error))
-        if set(info.maps.partial) <= set(arrays):
-            place = first.place.rpartition(": ")[0]
-            if merged and merged.exposures:
-                arrays = _blanks_as_unsearched(arrays)
-            found += value_problems(arrays, region, info, place, opened.total_projections)
+        place = first.place.rpartition(": ")[0]
+        for number, info in distinct.items():
+            own = arrays
+            if merged and merged.maps.source in arrays:
+                shown = arrays[merged.maps.source]
+                is_other = shown != number if len(distinct) > 1 else shown == NOT_SEARCHED
+                own = _as_unsearched(arrays, is_other)
+            if set(info.maps.partial) <= set(arrays):
+                found += value_problems(own, region, info, place, opened.total_projections)
         if merged and BEST_PARTIAL in arrays:
             numbers = arrays[BEST_PARTIAL]
             n = max((e.n_partials for e in merged.exposures), default=len(merged.partials))
@@ -374,13 +387,11 @@ def _table_problems(group: searches.MapGroup, space: SearchSpace | None) -> Iter
         yield str(error)
 
 
-def _blanks_as_unsearched(arrays: dict[str, AnyArray]) -> dict[str, AnyArray]:
-    """Return maps of a montage in which pixels without an exposure look like unsearched ones."""
-    if SOURCE_EXPOSURE not in arrays:
-        return arrays
-    blank = arrays[SOURCE_EXPOSURE] == NOT_SEARCHED
+def _as_unsearched(arrays: dict[str, AnyArray], which: AnyArray) -> dict[str, AnyArray]:
+    """Return maps in which pixels of other groups, or of no exposure, look like unsearched ones."""
+    unsearched = {MIP: -np.inf, INDEX: NOT_SEARCHED}
     return arrays | {
-        name: np.where(blank, -np.inf if name == MIP else 0, values)
+        name: np.where(which, unsearched.get(name, 0), values)
         for name, values in arrays.items()
-        if values.dtype.kind == "f"
+        if values.dtype.kind == "f" or name == INDEX
     }
