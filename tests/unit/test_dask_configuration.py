@@ -1,12 +1,16 @@
-"""Values in Dask's configuration that Ocelot-EM did not write and cannot use."""
+"""Worker jobs of SLURM: values in Dask's configuration, and jobs that sbatch rejects."""
+
+import threading
+import time
 
 import dask
 import pytest
 import yaml
 
 from ocelot_em.errors import PlanError
+from ocelot_em.merge.job import JobSpec
 from ocelot_em.model.options import MergeOptions, SlurmJobs
-from ocelot_em.run import clusters, slurm
+from ocelot_em.run import clusters, executors, slurm
 
 pytest.importorskip("dask_jobqueue")
 
@@ -59,3 +63,37 @@ def test_a_text_in_place_of_a_list_is_not_taken_letter_by_letter(key):
         slurm.slurm_cluster(options, {}),
     ):
         pass
+
+
+SBATCH = """\
+#!/bin/sh
+[ -e {accepts} ] && rm {accepts} && echo "Submitted batch job 7" && exit
+echo "sbatch: error: invalid partition specified: nosuch" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("n_accepted", [0, 1])
+def test_a_job_that_sbatch_rejects(tmp_path, monkeypatch, caplog, n_accepted):
+    accepts, program = tmp_path / "accepts", tmp_path / "sbatch"
+    program.write_text(SBATCH.format(accepts=accepts))
+    program.chmod(0o755)
+    if n_accepted:
+        accepts.touch()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    jobs = SlurmJobs(partition="nosuch", interface="lo", cores=1, memory="1GB")
+    options = MergeOptions(cluster="slurm", workers=2, slurm=jobs)
+    if not n_accepted:
+        expected = "no worker job can be submitted: invalid partition specified: nosuch; check"
+        with pytest.raises(PlanError, match=expected), clusters.open_cluster(options):
+            pass
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        return
+    stopping = threading.Event()
+    with clusters.open_cluster(options) as cluster:
+        threading.Timer(0.1, stopping.set).start()
+        started = time.monotonic()
+        # Nobody runs the tiles that are submitted, so nobody has to be waited for.
+        cluster.executor.run(JobSpec("memory://nowhere", "run"), [(0, 0)], pytest.fail, stopping)
+        assert time.monotonic() - started < executors.STOP_SECONDS / 2
+    assert "rejected, and is submitted again: invalid partition specified: nosuch\n" in caplog.text

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.problems import in_words, suggestion
@@ -34,6 +34,12 @@ def parse_size(text: object) -> object:
 
 Size = Annotated[int, Field(ge=1), BeforeValidator(parse_size)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
+
+
+def _time_limit(text: str) -> str:
+    if re.fullmatch(r"(\d+-)?\d{1,3}:\d\d(:\d\d)?", text) is None:
+        raise ValueError(f"expected a time such as 04:00:00 or 1-12:00:00, got {text!r}")
+    return text
 
 
 def one_or_many(value: object) -> object:
@@ -120,7 +126,7 @@ class SlurmJobs(Options):
 
     partition: str | None = None
     account: str | None = None
-    walltime: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d\d(:\d\d)?$")] | None = None
+    walltime: Annotated[str, AfterValidator(_time_limit)] | None = None
     cores: Count | None = None
     processes: Count | None = None
     memory: str | None = None

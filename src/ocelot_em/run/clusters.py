@@ -319,17 +319,16 @@ def _executor(client: Any, options: MergeOptions) -> ClientExecutor:
 def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client
 
-    jobs = options.workers or slurm.DEFAULT_JOBS
     with (
         _dask_settings(),
         slurm.slurm_cluster(options, WORKER_ENVIRONMENT) as cluster,
         Client(cluster) as client,
     ):
         warn_if_open(cluster.scheduler_address)
-        requested = options.slurm
+        jobs, threads = options.workers or slurm.DEFAULT_JOBS, options.slurm.cores or 1
         yield Cluster(
             _executor(client, options),
-            f"up to {jobs} SLURM jobs of {requested.cores} threads",
+            f"up to {count_text(jobs, 'SLURM job')} of {count_text(threads, 'thread')}",
             _dashboard_of(client),
         )
 

@@ -182,6 +182,8 @@ class ClientExecutor:
             all_submitted = stopping.is_set() or window.fill()
             if stopping.is_set():
                 stop_by = min(stop_by, time.monotonic() + STOP_SECONDS)
+                if not self.n_threads() and not self.client.nthreads():
+                    break  # nobody runs what was submitted
             if (all_submitted and not window.in_flight) or time.monotonic() > stop_by:
                 break
             window.wait_for_event()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,9 @@ LOST_JOB_SECONDS = 20
 
 NO_SCHEDULER_TIMEOUT_SECONDS = 60
 """Time after which a worker that finds no scheduler exits."""
+
+SUBMIT_TIMEOUT_SECONDS = 60
+"""Timeout for sbatch to accept or reject the first worker job."""
 
 START_TIMEOUT_SECONDS = 300
 """Timeout for all tasks of a job to start and find each other."""
@@ -131,9 +135,11 @@ def _configured_list(key: str) -> list[str]:
 
 @contextlib.contextmanager
 def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterator[Any]:
-    """Submit worker jobs to SLURM, replace those that end, and cancel all of them on exit."""
-    from dask_jobqueue import SLURMCluster
+    """Submit worker jobs to SLURM, replace those that end, and cancel all of them on exit.
 
+    Raise a PlanError if SLURM rejects them. What it accepted once is submitted again until it is
+    accepted again.
+    """
     jobs, n_jobs = with_defaults(options.slurm), options.workers or DEFAULT_JOBS
     prologue = _configured_list("job-script-prologue")
     prologue += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -152,24 +158,65 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
     }
     scheduler = dict(dask.config.get("jobqueue.slurm.scheduler-options", None) or {})
     scheduler.setdefault("dashboard_address", "127.0.0.1:0")
-    try:
-        with SLURMCluster(
-            cores=jobs.cores,
-            processes=jobs.processes,
-            memory=jobs.memory,
-            job_script_prologue=prologue,
-            worker_extra_args=arguments,
-            scheduler_options=scheduler,
-            **{name: value for name, value in settings.items() if value is not None},
-        ) as cluster:
-            log.debug("job script:\n%s", cluster.job_script())
-            # Replaces jobs that were cancelled or preempted, or that reached their time limit.
-            cluster.adapt(Adaptive=_adaptive(), minimum_jobs=n_jobs, maximum_jobs=n_jobs)
-            yield cluster
-    except (FileNotFoundError, RuntimeError) as error:
-        if "sbatch" not in str(error):
-            raise
-        raise PlanError(f"cluster slurm: sbatch rejects the job: {error}") from error
+    cluster_class, first = _reporting_cluster()
+    with cluster_class(
+        cores=jobs.cores,
+        processes=jobs.processes,
+        memory=jobs.memory,
+        job_script_prologue=prologue,
+        worker_extra_args=arguments,
+        scheduler_options=scheduler,
+        **{name: value for name, value in settings.items() if value is not None},
+    ) as cluster:
+        log.debug("job script:\n%s", cluster.job_script())
+        # Replaces jobs that were cancelled or preempted, or that reached their time limit.
+        cluster.adapt(Adaptive=_adaptive(), minimum_jobs=n_jobs, maximum_jobs=n_jobs)
+        try:
+            rejection = first.result(SUBMIT_TIMEOUT_SECONDS)
+        except TimeoutError:
+            rejection = f"sbatch has not answered in {SUBMIT_TIMEOUT_SECONDS} s"
+        if rejection:
+            raise PlanError(
+                f"cluster slurm: no worker job can be submitted: {rejection}; check the --slurm "
+                "options ('sinfo' lists the partitions), on a host that can submit jobs"
+            )
+        yield cluster
+
+
+def _reporting_cluster() -> tuple[Any, "Future[str]"]:
+    """Return Dask's cluster on SLURM, and why its first job was rejected; empty if it was not.
+
+    Dask submits jobs in the background, and retries for ever.
+    """
+    from dask_jobqueue import SLURMCluster
+    from dask_jobqueue.slurm import SLURMJob
+    from distributed.deploy.spec import ProcessInterface
+
+    first = Future[str]()
+
+    class ReportingJob(SLURMJob):  # type: ignore[misc]
+        async def start(self) -> None:
+            rejection = ""
+            try:
+                await super().start()
+            except (OSError, RuntimeError, ValueError) as error:
+                rejection = _rejection(error)
+                await ProcessInterface.start(self)  # without a job, it is lost, and replaced
+            if not first.done():
+                first.set_result(rejection)
+            elif rejection and not first.result():
+                log.warning("a worker job was rejected, and is submitted again: %s", rejection)
+
+    return type("ReportingCluster", (SLURMCluster,), {"job_cls": ReportingJob}), first
+
+
+def _rejection(error: Exception) -> str:
+    """Return what sbatch prints, in one line, or why it cannot run."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    printed = str(error).partition("stderr:\n")[2] or str(error)
+    lines = (line.removeprefix("sbatch: error: ").strip() for line in printed.splitlines())
+    return "; ".join(filter(None, lines))
 
 
 def _adaptive() -> Any:
@@ -207,7 +254,8 @@ def _adaptive() -> Any:
                 # Several workers of one job have its name with a suffix.
                 is_connected = any(f"{worker}-".startswith(f"{name}-") for worker in self.observed)
                 if job in before and not is_connected:
-                    log.warning("job %s ended before its worker connected: another is queued", job)
+                    if job is not None:  # it was accepted
+                        log.warning("job %s ended before its worker connected: replacing it", job)
                     del workers[name]
 
     return ReplacingLostJobs
