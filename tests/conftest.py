@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,16 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("lean"), max_examples=100)
 settings.load_profile("lean")
+
+
+# Collecting makes a million objects that stay: the garbage collector need not look at them.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ import ocelot_em
 from conftest import CROPS, DATA
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.main import run
+from report_pages import stub_rendering
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -121,7 +122,8 @@ def folder(files, tmp_path, monkeypatch, request):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page) or programs(page)])
-def test_what_a_page_shows_runs(page, folder, capsys):
+def test_what_a_page_shows_runs(page, folder, capsys, monkeypatch):
+    stub_rendering(monkeypatch)
     for words in commands(page):
         assert run(words) == DONE, f"ocelot {shlex.join(words)}: {capsys.readouterr().err}"
     for name in programs(page):

@@ -19,7 +19,13 @@ MODULES = {
     ): path
     for path in ROOT.rglob("*.py")
 }
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """Return the source of each module, parsed."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
 
 FLOORS = (
     ("errors",),
@@ -89,7 +95,7 @@ def imports(tree):
 
 @functools.cache
 def imports_of(name):
-    return frozenset(imports(TREES[name]))
+    return frozenset(imports(trees()[name]))
 
 
 def own_imports(name):
@@ -150,7 +156,7 @@ def test_only_the_command_line_prints_and_exits():
     def is_banned(node):
         return isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.exit")
 
-    guilty = {name for name, tree in TREES.items() if any(map(is_banned, ast.walk(tree)))}
+    guilty = {name for name, tree in trees().items() if any(map(is_banned, ast.walk(tree)))}
     assert guilty <= {"ocelot_em.cli.main", "ocelot_em.cli.streams", "ocelot_em.__main__"}
 
 
@@ -180,7 +186,7 @@ def n_parameters(function):
 def test_functions_have_few_parameters():
     found = {
         full.removeprefix(f"{PACKAGE}.")
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for full, function in functions(name, tree)
         if n_parameters(function) > MAX_PARAMETERS
     }

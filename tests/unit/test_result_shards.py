@@ -29,8 +29,8 @@ from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.result_shards import pack, places_of_chunks, slot_of
 
-SHAPE = (70, 90)
-OPTIONS = {"tile_size": 16, "threads": 2}  # 5 x 6 tiles of a chunk each, in 3 x 3 shards of 2 x 2
+SHAPE = (40, 60)
+OPTIONS = {"tile_size": 16, "threads": 2}  # 3 x 4 tiles of a chunk each, in 2 x 2 shards of 2 x 2
 
 
 pytestmark = pytest.mark.usefixtures("plain", "small")
@@ -38,6 +38,10 @@ pytestmark = pytest.mark.usefixtures("plain", "small")
 
 @pytest.fixture
 def small(monkeypatch):
+    small_shards(monkeypatch)
+
+
+def small_shards(monkeypatch):
     monkeypatch.setattr(result_shards, "EDGE", 2)
     monkeypatch.setattr(result_shards, "N_CHUNKS", 4)
     monkeypatch.setattr(resume, "MIN_NBYTES_IN_SHARDS", 0)
@@ -57,6 +61,15 @@ def plain(search):
     ocelot_em.merge(search, output, **OPTIONS)  # without the fixture `small`
     assert (output / "mip/c/0/0").exists()
     return output
+
+
+@pytest.fixture(scope="module")
+def packed(search):
+    """The result in shards, of which tests get copies."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_shards(monkeypatch)
+        ocelot_em.merge(search, search.parent / "PACKED.zarr", **OPTIONS)
+    return search.parent / "PACKED.zarr"
 
 
 def files_of(output):
@@ -100,7 +113,7 @@ def test_a_result_has_few_files_that_zarr_reads_and_the_same_bits(search, plain,
     assert ocelot_em.check(output) == []
     assert is_packed(output)
     assert [f for f in files_of(output) if f.startswith("mip/")] == [
-        *(f"mip/c.{y}.{x}" for y in range(3) for x in range(3)),
+        *(f"mip/c.{y}.{x}" for y in range(2) for x in range(2)),
         "mip/zarr.json",
     ]
     assert forecast.n_files == len(files_of(output))
@@ -109,21 +122,21 @@ def test_a_result_has_few_files_that_zarr_reads_and_the_same_bits(search, plain,
     progress = zarr.open_group(output / "progress", mode="r")
     assert not np.isnan(progress["tile_summary"][...]).any()
     assert not np.isnan(progress["numbers"][...]).all()
-    assert ocelot_em.describe(output).tiles_done == 30
+    assert ocelot_em.describe(output).tiles_done == 12
     assert ocelot_em.merge(search, output, **OPTIONS).n_merged == 0
 
 
-@pytest.mark.parametrize("n_tiles", [1, 3, 12])
+@pytest.mark.parametrize("n_tiles", [1, 6])
 def test_an_interrupted_merge_is_resumed_to_the_same_bits(search, plain, tmp_path, n_tiles):
     output = tmp_path / "OUT.zarr"
     interrupted(search, output, n_tiles, threads=1)
     n_done = ocelot_em.describe(output).tiles_done
-    assert n_tiles <= n_done < 30
+    assert n_tiles <= n_done < 12
     interrupted(search, output, 1, threads=1)  # of which some tiles are files
     n_done_now = ocelot_em.describe(output).tiles_done
     assert n_done_now > n_done
     report = ocelot_em.merge(search, output, **OPTIONS)
-    assert report.n_merged == 30 - n_done_now
+    assert report.n_merged == 12 - n_done_now
     assert is_packed(output)
     assert_same_maps(read_maps(output), read_maps(plain))
     assert ocelot_em.check(output) == []
@@ -134,7 +147,7 @@ def test_a_cluster_finishes_what_one_process_began(search, plain, tmp_path, monk
     monkeypatch.setattr(result_shards, "EDGE", 16)  # as in workers
     monkeypatch.setattr(result_shards, "N_CHUNKS", 256)
     output = tmp_path / "OUT.zarr"
-    interrupted(search, output, 9, threads=1)
+    interrupted(search, output, 5, threads=1)
     ocelot_em.merge(search, output, tile_size=16, cluster="local", workers=2, threads=1)
     assert is_packed(output)
     assert_same_maps(read_maps(output), read_maps(plain))
@@ -160,7 +173,7 @@ DAMAGE = {
 }
 
 
-SHARDS = ("mip/c.1.2", "progress/tile_summary/c.0.1.0", "progress/counts/c.3")
+SHARDS = ("mip/c.0.1", "progress/tile_summary/c.0.1.0", "progress/counts/c.2")
 
 
 @pytest.mark.parametrize(
@@ -172,9 +185,8 @@ SHARDS = ("mip/c.1.2", "progress/tile_summary/c.0.1.0", "progress/counts/c.3")
         + [(damage, SHARDS[0]) for damage in DAMAGE if damage not in ("index", "cut off", "gone")],
     ),
 )
-def test_damage_is_reported_and_mended(search, plain, tmp_path, shard, damage):
-    output = tmp_path / "OUT.zarr"
-    ocelot_em.merge(search, output, **OPTIONS)
+def test_damage_is_reported_and_mended(search, plain, packed, tmp_path, shard, damage):
+    output = shutil.copytree(packed, tmp_path / "OUT.zarr")
     DAMAGE[damage](output / shard)
     if shard.startswith("mip/"):
         with pytest.raises(ChunkError):
@@ -188,9 +200,10 @@ def test_damage_is_reported_and_mended(search, plain, tmp_path, shard, damage):
     assert is_packed(output)
 
 
-def test_chunks_of_an_older_copy_are_reported_and_do_not_hide_damage(search, plain, tmp_path):
-    output = tmp_path / "OUT.zarr"
-    ocelot_em.merge(search, output, **OPTIONS)
+def test_chunks_of_an_older_copy_are_reported_and_do_not_hide_damage(
+    search, plain, packed, tmp_path
+):
+    output = shutil.copytree(packed, tmp_path / "OUT.zarr")
     objects, key = open_objects(output), "mip/c/2/2"
     loose = output / key
     loose.parent.mkdir(parents=True)
@@ -221,7 +234,7 @@ def test_a_montage_is_extended(tmp_path, n_tiles):
 
 def test_a_bucket_with_a_copy_is_read(search, plain, tmp_path):
     output = tmp_path / "OUT.zarr"
-    interrupted(search, output, 7)
+    interrupted(search, output, 3)
     for place in ("memory://unfinished-shards", "memory://finished-shards"):
         bucket = open_objects(place)
         for file in files_of(output):
@@ -330,9 +343,7 @@ def test_each_chunk_has_a_slot_of_its_own(place):
     assert result_shards._place(slot) == tuple(place[:2])
 
 
-def test_shards_of_another_layout_are_refused(search, tmp_path, monkeypatch):
-    output = tmp_path / "OUT.zarr"
-    ocelot_em.merge(search, output, **OPTIONS)
+def test_shards_of_another_layout_are_refused(packed, monkeypatch):
     monkeypatch.setattr(result_shards, "EDGE", 4)
     with pytest.raises(FormatError, match=r"expected shards of \(4, 4\) chunks, whose keys have"):
-        ocelot_em.open_merged(output)["mip"].compute()
+        ocelot_em.open_merged(packed)["mip"].compute()
