@@ -131,7 +131,7 @@ def _other_extras() -> tuple[State, str]:
     if not others:
         return "ok", "none is missing"
     is_old = any("expected" in other for other in others)
-    return ("warning" if is_old else "absent"), "; ".join(others)
+    return ("warning" if is_old else "absent"), "\n".join(others)
 
 
 def _missing_of_extras() -> dict[str, list[str]]:

@@ -235,10 +235,9 @@ class RunFolder(Observer):
         if merged.statistics is not None:
             self._write("statistics.json", merged.statistics.model_dump(mode="json"))
         try:
-            from ocelot_em.particles.picking import find_peaks
             from ocelot_em.view.report import write_report
 
-            write_report(merged, self.path / "report.html", particles=find_peaks(merged))
+            write_report(merged, self.path / "report.html")
         except (OcelotError, ImportError) as error:
             log.warning("no report: %s", error)
 

@@ -80,17 +80,19 @@ def read_hits(
         box, problems = _box_px(merged, images, micrograph, template)
         if problems:
             raise InvalidInputError(problems)
-        from ocelot_em.view.crops import bin_volume, crop_box, project
-
         columns, size = particles.columns, merged.attributes.pixel_size_angstrom
         sigma = _SIGMA * (LOW_PASS_ANGSTROM / size if size else LOW_PASS_PX)
         crops, projections = list[Float32](), list[Float32]()
         if micrograph is not None and box is not None:
+            from ocelot_em.view.crops import crop_box
+
             places = zip(
                 *(columns[name][rows].tolist() for name in ("pos_y", "pos_x")), strict=True
             )
             crops = [crop_box(micrograph, place, box, sigma) for place in places]
         if template is not None:
+            from ocelot_em.view.crops import bin_volume, project
+
             poses = zip(
                 *(columns[name][rows].tolist() for name in ("phi", "theta", "psi")), strict=True
             )

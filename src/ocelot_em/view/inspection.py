@@ -16,7 +16,7 @@ from ocelot_em.model.control_groups import n_cpus
 from ocelot_em.model.maps import BEST_PARTIAL, INDEX, MIP, NOT_SEARCHED, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
-from ocelot_em.model.text import count_text, partial_text
+from ocelot_em.model.text import count_text, partial_text, shape_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import search as searches
@@ -75,6 +75,8 @@ class StoreInfo:
     (4, 4)
     >>> about.partials[0]
     ('device_0', 'complete', 8242560)
+    >>> about
+    <merged result ...MERGED.zarr: 245 × 345 valid pixels, 3 partials, 4 of 4 tiles done>
     """
 
     url: str
@@ -88,6 +90,18 @@ class StoreInfo:
     merged: MergedResult | None = field(default=None, repr=False, compare=False)
     progress: SearchProgress | None = None
     correlation_tables: tuple[tuple[str, float, int], ...] = ()
+
+    def __repr__(self) -> str:
+        is_search = isinstance(self.attributes, fmt.SearchAttributes)
+        valid = self.attributes.valid_shape
+        facts = [
+            *([f"{shape_text(valid)} valid pixels"] if valid else []),
+            *([count_text(len(self.exposures), "exposure")] if self.exposures else []),
+            count_text(len(self.partials), "partial"),
+            *([] if is_search else [f"{self.tiles_done} of {self.n_tiles} tiles done"]),
+        ]
+        kind = "search" if is_search else "merged result"
+        return f"<{kind} {self.url}: {', '.join(facts)}>"
 
     @property
     def unfinished_text(self) -> str:

@@ -8,6 +8,7 @@ import gzip
 import json
 from base64 import b64encode
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files
 from math import ceil, log10
@@ -68,7 +69,6 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
     with optional_import("interactive reports need bokeh", extra="viz"):
         from bokeh.document import Document
         from bokeh.models import CDSView, ColumnDataSource, IndexFilter, InlineStyleSheet, Slider
-        from bokeh.resources import Resources
 
     table = _with_weaker(data)
     if len(table) > FULL_ROWS:
@@ -118,19 +118,25 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         "ink": INK,
     }
     text = json.dumps(_numbered(content, {}), separators=(",", ":"))
-    parts = Resources(
-        "inline", log_level="error", components=["bokeh", "bokeh-widgets", "bokeh-tables"]
-    )
-    packed = (*parts.js_raw, text)
+    scripts, glue, policy = _scripts()
+    packed = (*scripts, _packed(text))
+    return Instrument(packed, glue, policy, n_left_out, len(best) <= FULL_ROWS)
+
+
+@cache
+def _scripts() -> tuple[list[str], str, str]:
+    """Return the scripts of bokeh, compressed, our own, and the hashes of all: once a process."""
+    from bokeh.resources import Resources
+
+    components = ["bokeh", "bokeh-widgets", "bokeh-tables"]
+    raw = Resources("inline", log_level="error", components=components).js_raw
     glue = (files("ocelot_em") / "view/templates/report.js").read_text("utf-8")
-    hashes = (b64encode(sha256(own.encode()).digest()).decode() for own in (*parts.js_raw, glue))
-    return Instrument(
-        tuple(b64encode(gzip.compress(own.encode(), 6, mtime=0)).decode() for own in packed),
-        glue,
-        " ".join(f"'sha256-{own}'" for own in hashes),
-        n_left_out,
-        len(best) <= FULL_ROWS,
-    )
+    hashes = (b64encode(sha256(own.encode()).digest()).decode() for own in (*raw, glue))
+    return [*map(_packed, raw)], glue, " ".join(f"'sha256-{own}'" for own in hashes)
+
+
+def _packed(text: str) -> str:
+    return b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _with_weaker(data: "ReportData") -> ParticleTable:

@@ -250,7 +250,9 @@ def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
         return ax
     angle, radius = np.radians(phi[known]), np.sin(np.radians(theta[known]) / 2)
     z, many = particles.columns[SCALED_MIP][known], len(angle) > figures.MAX_VECTOR_MARKERS
-    look: Any = {"s": 6 if many else 22, "cmap": "plasma", "linewidths": 0, "rasterized": many}
+    look: Any = {"s": 6 if many else 22, "cmap": "plasma", "rasterized": many}
+    # Dark dots need a rim on a dark page.
+    look |= {"linewidths": 0 if many else 0.5, "edgecolors": "#888"}
     look["clip_on"] = False  # all points are inside, and clipping each to a circle takes long
     dots = polar.scatter(angle, radius, c=z, **look)
     polar.figure.colorbar(dots, ax=polar, label="z-score", shrink=0.7, pad=0.1)
