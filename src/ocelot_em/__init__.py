@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ocelot_em.io.finished import import_finished
     from ocelot_em.io.import_options import ImportOptions, read_search_space_file
     from ocelot_em.io.leopard import import_results
+    from ocelot_em.io.masks import open_mask
     from ocelot_em.io.optics import Optics
     from ocelot_em.io.optics_files import read_optics
     from ocelot_em.io.parquet import read_parquet, write_parquet
@@ -72,6 +73,7 @@ _HOME = {
         "io.finished": "import_finished",
         "io.import_options": "ImportOptions read_search_space_file",
         "io.leopard": "import_results",
+        "io.masks": "open_mask",
         "io.optics": "Optics",
         "io.optics_files": "read_optics",
         "io.parquet": "read_parquet write_parquet",
@@ -118,6 +120,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "MergedResult",
     "find_peaks",
     "PickOptions",
+    "open_mask",
     "read_correlations",
     "gaussian_cutoff",
     "ParticleTable",

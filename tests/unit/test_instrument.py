@@ -15,6 +15,7 @@ from ocelot_em import ImportOptions, import_results
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.candidate_rules import p_value_model
 from ocelot_em.particles.picking import find_peaks
+from ocelot_em.particles.population import Population
 from ocelot_em.particles.table import COLUMNS, ParticleTable
 from ocelot_em.view import instrument, report
 from ocelot_em.view.report import report_page, write_report
@@ -90,7 +91,7 @@ def test_the_contour_of_p_values_separates_the_particles(crops):
     particles = find_peaks(crops, method="pvalue")
     data = live_data(report_page(crops, particles=particles))
     (mip,), (z,) = (data["contours"][0][name] for name in "xy")
-    model = p_value_model(MergedResult.open(crops))
+    model = p_value_model(Population(MergedResult.open(crops), 0))
     # Ranks are steps, so lines between the points of a grid are near 8 only.
     assert np.median(model.neg_log_p(mip, z)) == pytest.approx(8, abs=0.5)
     assert not live_data(report_page(crops))["contours"]

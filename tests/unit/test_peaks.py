@@ -16,6 +16,7 @@ from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import POSES
 from ocelot_em.model.regions import Region
 from ocelot_em.particles import scanning
+from ocelot_em.particles.duplicates import rotation_between
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
@@ -81,6 +82,39 @@ def test_peaks_keep_their_distance_and_nobody_else_could_be_one(candidates, min_
         assert any(
             (y - v) ** 2 + (x - u) ** 2 < min_distance**2 and h >= height for v, u, h in peaks
         )
+
+
+orientations = st.tuples(*[st.sampled_from([0.0, 20.0, 90.0, 180.0, 200.0])] * 3)
+posed = st.tuples(st.integers(0, 12), st.integers(0, 12), few_heights, orientations)
+
+
+@given(
+    st.lists(posed, min_size=1, max_size=60),
+    st.sampled_from([0, 3, 6.5]),
+    st.sampled_from([0.0, 30.0, 95.0, 180.0]),
+    st.randoms(),
+)
+def test_by_orientation_it_is_the_greedy_choice_too(candidates, min_distance, angle, random):
+    """Also where candidates share a pixel, and whatever their order."""
+
+    def is_suppressed(one, other):
+        (y, x, _, pose), (v, u, _, peak) = one, other
+        turn = rotation_between(*(np.array(pair)[:, None] for pair in zip(pose, peak, strict=True)))
+        return (y - v) ** 2 + (x - u) ** 2 < min_distance**2 and turn[0] <= angle + 1e-3
+
+    chosen = []
+    for one in sorted(candidates, key=lambda c: (-c[2], c[0], c[1], c[3])):
+        if not any(is_suppressed(one, peak) for peak in chosen):
+            chosen.append(one)
+    random.shuffle(candidates)
+    y, x, height, poses = (np.array(column) for column in zip(*candidates, strict=True))
+    found = select_peaks(y, x, height, min_distance, tuple(poses.T), angle)
+    assert [candidates[i] for i in found] == chosen
+
+
+def test_an_unknown_orientation_is_suppressed():
+    unknown = (np.array([0.0, np.nan]), np.array([0.0, 0.0]), np.array([0.0, 0.0]))
+    assert select_peaks([5, 5], [5, 6], [2.0, 1.0], 5, unknown, 10).tolist() == [0]
 
 
 def test_the_distance_is_strict_and_euclidean():

@@ -248,6 +248,8 @@ def print_particles(table: "ParticleTable", output: PathOrUrl) -> None:
     if about is not None:
         kind = "" if about.method == "cutoff" else f"{about.method} "
         cutoff = f", {kind}cutoff {about.cutoff_text}" + (f" per {about.per}" if about.per else "")
+    if about is not None and about.area_text:
+        cutoff += f", {about.area_text}"
     if table.incomplete_text:
         cutoff += f", {table.incomplete_text}"
     open_console().print(f"{len(table)} particles{cutoff}: {output}")

@@ -133,6 +133,34 @@ def open_hdf5(found: FoundSearch, stack: ExitStack) -> MapFiles:
     return MapFiles(found.place, maps)
 
 
+def open_images(place: Path) -> tuple[dict[str, Any], str | None, Any]:
+    """Open the two-dimensional datasets of a file's root and of its group ``maps``, by path.
+
+    Also return the root attribute ``coordinate_frame``, as Leopard-EM's spatial constraints have
+    it, and the file, which is open as long as it is kept.
+
+    Raises
+    ------
+    InvalidInputError
+        The file cannot be read.
+    """
+    h5py, images, problems = _h5py(), dict[str, Any](), list[str]()
+    try:
+        file = _opened(h5py, place, "r")
+        for path in (*file, *(f"maps/{name}" for name in file.get("maps", ()))):
+            found = isinstance(file.get(path, getlink=True), h5py.HardLink) and file[path]
+            if isinstance(found, h5py.Dataset) and found.ndim == 2:
+                problem = _dataset_problem(found)
+                problems += [f"{place}: {path}: {problem}"] if problem else []
+                images[path] = found
+        frame = file.attrs.get("coordinate_frame")
+    except Exception as error:  # h5py's exceptions are undocumented
+        raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error
+    if problems:
+        raise InvalidInputError(problems)
+    return images, frame if isinstance(frame, str) else None, file
+
+
 def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:
     """Return the maps' datasets, and problems; nothing outside the file is accessed."""
     maps, problems = dict[str, Any](), list[str]()

@@ -79,6 +79,20 @@ def write_ome_zarr(
     return place
 
 
+def open_array(path: str | PathLike[str]) -> Any:
+    """Open a Zarr array of any program; slicing it reads a region.
+
+    Raises
+    ------
+    InvalidInputError
+        The folder has no Zarr array.
+    """
+    try:
+        return zarr.open_array(path, mode="r")
+    except (BaseZarrError, OSError, ValueError) as error:
+        raise InvalidInputError(f"{path}: expected a Zarr array, got another folder") from error
+
+
 def read_level(
     path: str | PathLike[str], longest_edge_px: int, name: str = SCALED_MIP
 ) -> tuple[Float32, int]:

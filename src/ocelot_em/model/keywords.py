@@ -67,10 +67,16 @@ class MergeKeywords(TypedDict, total=False):
 class PickKeywords(TypedDict, total=False):
     """Those of :class:`ocelot_em.PickOptions`."""
 
-    method: Literal["gaussian", "gev", "pvalue"]
+    method: Literal["gaussian", "gev", "pvalue", "mip"]
     false_positives: float
     cutoff: float | None
     min_distance: float
+    min_angle: float | None
+    mask: Any
+    mask_of: Literal["micrograph", "map"] | None
+    mask_marks: Literal["kept", "excluded"] | None
+    mask_unit: Literal["pixels", "angstrom"]
+    edge: int
     per: Literal["exposure", "montage"]
     same_distance: float | None
     same_angle: float

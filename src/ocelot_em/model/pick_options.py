@@ -1,6 +1,6 @@
 """Options for particle picking."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,14 +16,33 @@ class PickOptions(Options):
         How significance is judged. ``gaussian``: by the z-score that Gaussian noise exceeds
         as often as there may be false positives. ``gev``: the same for an extreme value
         distribution fitted to the map. ``pvalue``: by -ln p from the ranks of ``mip`` and z-score.
+        ``mip``: by ``mip`` itself, with a cutoff of yours.
     false_positives
         Expected number of false positives in the whole map (``gaussian``, ``gev``).
     cutoff
-        Cutoff to use instead of the method's, in the method's own scale: z-score, or -ln p.
-        Default: from the expected number of false positives, or 8 for ``pvalue``.
+        Cutoff to use instead of the method's, in the method's own scale: z-score, -ln p, or
+        ``mip``. Default: from the expected number of false positives, or 8 for ``pvalue``.
     min_distance
         Minimum distance between peaks in pixels; in a montage, within one exposure. Leopard-EM up
         to 1.3.0 has 5; later versions, and cisTEM, have 10.
+    min_angle
+        Maximum difference in degrees between the orientation of a peak and of those that it
+        suppresses within that distance: others are peaks, too. Default: any orientation.
+    mask
+        Where particles may be: an image (.mrc, .npy, .h5; a Zarr array), not 0 where they may; or
+        the vertices of polygons (.csv) in which they may not. Pixels outside do not count for the
+        cutoff. Default: everywhere.
+    mask_of
+        What the mask is of: the ``micrograph``, whose pixels are those of the particles' centres,
+        or the ``map``. Default: whichever has its shape; if both have it, the micrograph.
+    mask_marks
+        What pixels of a mask are that are not 0, or are in a polygon: ``kept`` or ``excluded``.
+        Default: kept if it is an image, excluded if it is polygons.
+    mask_unit
+        Unit of polygons.
+    edge
+        Width in pixels of the edge of the valid pixels in which no particles are picked; in a
+        montage, of each exposure. They do not count for the cutoff.
     per
         Scope of the false positives and of the cutoff in a montage. ``exposure``: each exposure has
         its own cutoff, and peaks are picked from all its valid pixels, shown or hidden.
@@ -46,10 +65,16 @@ class PickOptions(Options):
     1.0
     """
 
-    method: Literal["gaussian", "gev", "pvalue"] = "gaussian"
+    method: Literal["gaussian", "gev", "pvalue", "mip"] = "gaussian"
     false_positives: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     cutoff: Annotated[float, Field(allow_inf_nan=False)] | None = None
     min_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    min_angle: Annotated[float, Field(ge=0, le=180)] | None = None
+    mask: Any = None
+    mask_of: Literal["micrograph", "map"] | None = None
+    mask_marks: Literal["kept", "excluded"] | None = None
+    mask_unit: Literal["pixels", "angstrom"] = "pixels"
+    edge: Annotated[int, Field(ge=0, le=2**30)] = 0
     per: Literal["exposure", "montage"] = "exposure"
     same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     same_angle: Annotated[float, Field(ge=0, le=180)] = 10.0

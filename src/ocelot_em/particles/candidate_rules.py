@@ -1,18 +1,18 @@
-"""Rules for candidates, one per exposure: by z-score or by p-value."""
+"""Rules for candidates, one per exposure: by z-score, by ``mip`` or by p-value."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
-from ocelot_em.errors import OcelotError
+from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
-from ocelot_em.merge.stats.summary import Summary
+from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, Histograms
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.gaussian import gaussian_cutoff
-from ocelot_em.particles.scanning import all_pixels
+from ocelot_em.particles.population import Population
 from ocelot_em.particles.significance import (
     EXACT_PIXELS,
     NEG_LOG_P_CUTOFF,
@@ -25,19 +25,21 @@ from ocelot_em.particles.significance import (
 class CandidateRule:
     """Rule for the candidates of an exposure.
 
-    ``cutoff`` is the lowest accepted z-score, or -ln p with a p-value model. ``levels`` are a
-    ``mip`` and a z-score; every pixel that reaches a p-value cutoff reaches at least one.
+    ``cutoff`` is the lowest accepted z-score, ``mip`` if ``by_mip``, or -ln p with a p-value model.
+    ``levels`` are a ``mip`` and a z-score; every pixel that reaches a p-value cutoff reaches at
+    least one.
     """
 
     cutoff: float
     model: PValueModel | None = None
     levels: tuple[float, float] = (-np.inf, -np.inf)
+    by_mip: bool = False
 
     def accepts(self, mip: AnyArray, z: AnyArray) -> AnyArray:
         """Return a mask of candidates; p-values are computed only where they can be low enough."""
         if self.model is None:
-            high: AnyArray = z >= np.float32(self.cutoff)
-            return high
+            known: AnyArray = ~np.isnan(z)
+            return known & ((mip if self.by_mip else z) >= np.float32(self.cutoff))
         near: AnyArray = (mip >= self.levels[0]) | (z >= self.levels[1])
         # -ln p is NaN where nothing was searched, and such pixels are not accepted.
         where = np.flatnonzero(near)  # few; much faster than a mask
@@ -45,103 +47,109 @@ class CandidateRule:
         return near
 
     def height(self, rows: Float64) -> Float64:
-        """Return the z-score or -ln p of candidates."""
+        """Return the z-score, ``mip`` or -ln p of candidates."""
         if self.model is None:
-            return column(rows, SCALED_MIP)
+            return column(rows, MIP if self.by_mip else SCALED_MIP)
         return self.model.neg_log_p(column(rows, MIP), column(rows, SCALED_MIP))
 
 
-def make_rules(options: PickOptions, merged: MergedResult) -> list[CandidateRule]:
-    """Return the rule of every exposure."""
+def make_rules(
+    options: PickOptions, merged: MergedResult, populations: Sequence[Population]
+) -> list[CandidateRule]:
+    """Return the rule of every exposure, whose populations are given."""
     plan = merged.plan
     if options.method == "pvalue":
         cutoff = NEG_LOG_P_CUTOFF if options.cutoff is None else options.cutoff
-        return [_p_value_rule(merged, k, cutoff) for k in range(len(plan.exposures))]
+        return [_p_value_rule(own, cutoff) for own in populations]
+    if options.method == "mip" and options.cutoff is None:
+        raise InvalidInputError(
+            "cutoff: expected one for the method mip, because the distribution of noise differs "
+            "from pixel to pixel, got none; give a value of mip"
+        )
     if options.cutoff is not None:
-        return [CandidateRule(options.cutoff)] * len(plan.exposures)
+        rule = CandidateRule(options.cutoff, by_mip=options.method == "mip")
+        return [rule] * len(plan.exposures)
     if plan.group_by:
-        return [CandidateRule(cutoff) for cutoff in _group_cutoffs(options, merged)]
+        return [CandidateRule(cutoff) for cutoff in _group_cutoffs(options, populations)]
     if plan.is_montage and options.per == "montage":
-        return [CandidateRule(_montage_cutoff(options, merged))] * len(plan.exposures)
-    about, rules = merged.summary.attributes, []
-    searched = {exposure.number: exposure.searched_pixels for exposure in about.exposures}
-    for exposure in plan.exposures:
-        if options.method == "gev":
-            own = merged.summary_of(exposure)
-            cutoff = gev_cutoff(own.histograms.of_z(), options.false_positives)
-        else:
-            pixels = searched.get(exposure.number, about.searched_pixels)
-            # At least one: where nothing was searched, there are no candidates.
-            cutoff = gaussian_cutoff(
-                max(pixels, 1), exposure.total_projections, options.false_positives
-            )
-        rules.append(CandidateRule(cutoff))
-    return rules
+        cutoff = _montage_cutoff(options, merged, populations)
+        return [CandidateRule(cutoff)] * len(plan.exposures)
+    return [CandidateRule(_cutoff(options, own)) for own in populations]
 
 
-def _group_cutoffs(options: PickOptions, merged: MergedResult) -> list[float]:
+def _group_cutoffs(options: PickOptions, populations: Sequence[Population]) -> list[float]:
     """Return the z-score cutoff of each group.
 
     Any group can contribute noise to any pixel, so all their searched pixels count. A group has the
     share of the false positives that it has of all correlations; Gaussian cutoffs are then equal.
     """
-    exposures = merged.plan.exposures
-    pixels = {e.number: e.searched_pixels for e in merged.summary.attributes.exposures}
-    correlations = [pixels.get(e.number, 0) * e.total_projections for e in exposures]
-    total = max(sum(correlations), 1)
+    total = max(sum(own.correlations for own in populations), 1)
     if options.method == "gaussian":
-        return [gaussian_cutoff(total, 1, options.false_positives)] * len(exposures)
+        return [gaussian_cutoff(total, 1, options.false_positives)] * len(populations)
     cutoffs = []
-    for exposure, own in zip(exposures, correlations, strict=True):
-        histogram, share = merged.summary_of(exposure).histograms.of_z(), own / total
+    for own in populations:
+        allowed = options.false_positives * own.correlations / total
         # Where nothing was searched, there are no candidates.
-        cutoffs.append(gev_cutoff(histogram, options.false_positives * share) if own else np.inf)
+        cutoffs.append(gev_cutoff(own.histograms.of_z(), allowed) if allowed else np.inf)
     return cutoffs
 
 
-def _montage_cutoff(options: PickOptions, merged: MergedResult) -> float:
+def _cutoff(options: PickOptions, own: Population) -> float:
+    """Return the z-score cutoff for the false positives of an exposure."""
+    if options.method == "gev":
+        return gev_cutoff(own.histograms.of_z(), options.false_positives)
+    if not own.exposure.total_projections or not own.correlations:
+        # At least one: where nothing was searched, there are no candidates.
+        return gaussian_cutoff(1, own.exposure.total_projections, options.false_positives)
+    return gaussian_cutoff(own.correlations, 1, options.false_positives)
+
+
+def _montage_cutoff(
+    options: PickOptions, merged: MergedResult, populations: Sequence[Population]
+) -> float:
     """Return the z-score cutoff for the false positives of the whole montage.
 
     If the highest z-score wins a pixel, any exposure can contribute noise there, so all their
     searched pixels count. Otherwise, only shown pixels count.
     """
     all_count = merged.plan.overlap == "max-zscore"
-    pixels = {
-        exposure.number: exposure.searched_pixels if all_count else exposure.shown_pixels
-        for exposure in merged.summary.attributes.exposures
-    }
     if options.method == "gev":
-        histogram = merged.summary.histograms.of_z()
-        share = sum(pixels.values()) / max(histogram.pixels, 1) if not all_count else 1.0
+        histogram = _sum_of_histograms(merged, populations).of_z()
+        pixels = sum(own.pixels if all_count else own.shown[0] for own in populations)
+        share = 1.0 if all_count else pixels / max(histogram.pixels, 1)
         return gev_cutoff(histogram, options.false_positives / (share or 1.0))
-    correlations = sum(
-        pixels.get(exposure.number, 0) * exposure.total_projections
-        for exposure in merged.plan.exposures
-    )
+    correlations = sum(own.correlations if all_count else own.shown[1] for own in populations)
     return gaussian_cutoff(correlations, 1, options.false_positives)
 
 
-def _p_value_rule(merged: MergedResult, position: int, cutoff: float) -> CandidateRule:
+def _sum_of_histograms(merged: MergedResult, populations: Sequence[Population]) -> Histograms:
+    if all(own.area is None for own in populations):
+        return merged.summary.histograms
+    total = Histograms.empty("int64")
+    for own in populations:
+        total.z += own.histograms.z
+    return total
+
+
+def _p_value_rule(own: Population, cutoff: float) -> CandidateRule:
     """Return the rule of an exposure, by exact ranks if it is small enough."""
-    own = merged.summary_of(merged.plan.exposures[position])
-    if 0 < own.attributes.searched_pixels < EXACT_PIXELS:
+    if 0 < own.pixels < EXACT_PIXELS:
         try:
-            model = PValueModel.from_pixels(*all_pixels(merged, position))
-            return CandidateRule(cutoff, model)
+            return CandidateRule(cutoff, PValueModel.from_pixels(*own.values()))
         except OcelotError:  # the partials of an exposure, which picking then reports
-            if not merged.plan.is_montage:
+            if own.area is not None or not own.merged.plan.is_montage:
                 raise
     counted = own.histograms
     model = PValueModel.from_histogram(counted.of_both(), counted.of_mip(), counted.of_z())
-    return CandidateRule(cutoff, model, levels_of(model, own, cutoff))
+    return CandidateRule(cutoff, model, levels_of(model, counted, cutoff))
 
 
-def p_value_model(merged: MergedResult) -> PValueModel | None:
+def p_value_model(own: Population) -> PValueModel | None:
     """Return the model of p-values of a result of one exposure; None for a montage."""
-    return None if merged.plan.is_montage else _p_value_rule(merged, 0, NEG_LOG_P_CUTOFF).model
+    return None if own.merged.plan.is_montage else _p_value_rule(own, NEG_LOG_P_CUTOFF).model
 
 
-def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[float, float]:
+def levels_of(model: PValueModel, counted: Histograms, cutoff: float) -> tuple[float, float]:
     """Return a ``mip`` and a z-score; pixels with this -ln p reach at least one of them.
 
     -ln p is ``r**2 / 2 - ln(quadrant)``. If both normal scores (in units of their root mean
@@ -154,8 +162,8 @@ def levels_of(model: PValueModel, summary: Summary, cutoff: float) -> tuple[floa
     least = float(np.sqrt(max(squared, 0.0)))
     levels = []
     for histogram, rms in (
-        (summary.histograms.of_mip(), model.mip_rms),
-        (summary.histograms.of_z(), model.z_rms),
+        (counted.of_mip(), model.mip_rms),
+        (counted.of_z(), model.z_rms),
     ):
         rank = histogram.pixels * NormalDist().cdf(least * rms)
         edges = histogram.axis.edges

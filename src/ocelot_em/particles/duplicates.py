@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import AnyArray, Int64
-from ocelot_em.particles.symmetry import rotation_between
+from ocelot_em.particles.symmetry import ANGLE_ERROR, rotation_between
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,5 @@ def _poses_agree(peaks: Peaks, i: Int64, j: Int64, tolerances: Tolerances) -> An
     agree: AnyArray = np.abs(defocus[i] - defocus[j]) <= tolerances.defocus_angstrom
     if tolerances.angle_degrees < 180:
         angle = rotation_between(*((a[i], a[j]) for a in (peaks.phi, peaks.theta, peaks.psi)))
-        # Angles of single precision.
-        agree &= angle <= tolerances.angle_degrees + 1e-4
+        agree &= angle <= tolerances.angle_degrees + ANGLE_ERROR
     return agree

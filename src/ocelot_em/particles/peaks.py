@@ -1,6 +1,7 @@
 """Peak selection among candidates, and subpixel positions of peaks."""
 
 from itertools import chain
+from math import acos, degrees
 from typing import cast
 
 import numpy as np
@@ -8,9 +9,20 @@ from numpy.typing import ArrayLike
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import AnyArray, Float64, Int64
+from ocelot_em.particles.symmetry import ANGLE_ERROR, quaternions
+
+Orientations = tuple[AnyArray, AnyArray, AnyArray]
+"""Euler angles (ZYZ) phi, theta and psi of candidates in degrees, (n,) each."""
 
 
-def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px: float) -> Int64:
+def select_peaks(
+    y: ArrayLike,
+    x: ArrayLike,
+    height: ArrayLike,
+    min_distance_px: float,
+    orientations: Orientations | None = None,
+    min_angle_degrees: float = 180.0,
+) -> Int64:
     """Select peaks among candidates: highest first, each suppressing its close neighbours.
 
     Leopard-EM does the same by comparing all pairs. Here, a candidate is compared only with the few
@@ -18,16 +30,21 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
     for 10^6).
 
     ``y`` and ``x`` are (n,) integer pixels, of which several candidates may share one; ``height``
-    is (n,) z-score or -ln p, and candidates with NaN are ignored. Candidates at a Euclidean
-    distance below ``min_distance_px`` are suppressed; 0 suppresses none.
+    is (n,) z-score, ``mip`` or -ln p, and candidates with NaN are ignored. Candidates at a
+    Euclidean distance below ``min_distance_px`` are suppressed; 0 suppresses none. With
+    ``orientations``, only those are suppressed that also differ by a rotation of at most
+    ``min_angle_degrees``; an unknown orientation (NaN) differs from none.
 
-    Return indices of the selected peaks by descending height, ties by y, then x. The selection does
-    not depend on the order of the candidates.
+    Return indices of the selected peaks by descending height, ties by y, then x, then phi, theta
+    and psi. The selection does not depend on the order of the candidates.
     """
     ys, xs, heights = np.asarray(y), np.asarray(x), np.asarray(height, np.float64)
+    any_angle = orientations is None or min_angle_degrees >= 180
+    angles = [] if orientations is None else [np.asarray(own, np.float64) for own in orientations]
     _check(ys, xs, heights, min_distance_px)
     real = np.flatnonzero(~np.isnan(heights))
-    order = real[np.lexsort((xs[real], ys[real], -heights[real]))]
+    keys = xs[real], ys[real], -heights[real]
+    order = real[np.lexsort((*(own[real] for own in reversed(angles)), *keys))]
     if not order.size or min_distance_px == 0:
         return order
     rows, columns = ys[order].astype(np.int64), xs[order].astype(np.int64)
@@ -38,19 +55,27 @@ def select_peaks(y: ArrayLike, x: ArrayLike, height: ArrayLike, min_distance_px:
     stride = int(cell_x.max()) + 2
     around = [dy * stride + dx for dy in (0, -1, 1) for dx in (0, -1, 1)]
     limit = min_distance_px**2
-    chosen: dict[int, list[tuple[int, int]]] = {}  # a few positions per cell
+    turned: Float64 = np.empty((0, 4)) if any_angle else quaternions(*(a[order] for a in angles))
+    chosen: dict[int, list[tuple[int, int, int]]] = {}  # a few positions per cell
     kept = []
     for place, (cell, row, column) in enumerate(
         zip((cell_y * stride + cell_x).tolist(), rows.tolist(), columns.tolist(), strict=True)
     ):
         near = filter(None, map(chosen.get, map(cell.__add__, around)))
-        for peak_y, peak_x in chain.from_iterable(near):
-            if (peak_y - row) ** 2 + (peak_x - column) ** 2 < limit:
+        for peak_y, peak_x, peak in chain.from_iterable(near):
+            if (peak_y - row) ** 2 + (peak_x - column) ** 2 < limit and (
+                any_angle or not _angle(turned[peak], turned[place]) > min_angle_degrees
+            ):
                 break
         else:
-            chosen.setdefault(cell, []).append((row, column))
+            chosen.setdefault(cell, []).append((row, column, place))
             kept.append(place)
     return cast(Int64, order[np.array(kept)])
+
+
+def _angle(one: Float64, other: Float64) -> float:
+    """Return the angle in degrees between two orientations, at most its rounding error too low."""
+    return 2 * degrees(acos(min(abs(float(one @ other)), 1.0))) - ANGLE_ERROR
 
 
 def _cells(positions: Int64, side: float) -> Int64:

@@ -5,14 +5,14 @@ The candidates recorded by the merge usually suffice. Otherwise the maps are rea
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from os import PathLike
 from typing import Unpack
 
 import numpy as np
 
-from ocelot_em.errors import OcelotError
+from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
@@ -34,9 +34,11 @@ from ocelot_em.model.maps import (
 )
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.progress import OnProgress, share_bar
+from ocelot_em.particles.areas import Area
 from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
 from ocelot_em.particles.duplicates import Peaks, Tolerances, join_duplicates
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
+from ocelot_em.particles.population import Population, populations_of
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
 from ocelot_em.particles.table import (
     ALSO_SEEN,
@@ -75,20 +77,21 @@ def find_peaks(
         phase and the fraction of it done, 0 to 1.
     **options
         Fields of :class:`PickOptions`: ``method``, ``false_positives``, ``cutoff``,
-        ``min_distance``; for a montage also ``per``, ``same_distance``, ``same_angle``,
-        ``same_defocus``.
+        ``min_distance``, ``min_angle``, ``mask``, ``mask_of``, ``mask_marks``, ``mask_unit``,
+        ``edge``; for a montage also ``per``, ``same_distance``, ``same_angle``, ``same_defocus``.
 
     Returns
     -------
     ParticleTable
-        Particles, highest first (z-score, or -ln p for ``pvalue``), ties by position.
+        Particles, highest first (z-score, -ln p for ``pvalue``, or ``mip``), ties by position.
 
     Raises
     ------
     StoreNotFoundError, FormatError, IncompleteError
         If the store is not a finished merged result or has no statistics.
     InvalidInputError
-        If options are unknown or invalid, or a distribution cannot be fitted.
+        If options are unknown or invalid, a mask cannot be read or does not fit the result, or a
+        distribution cannot be fitted.
 
     Examples
     --------
@@ -124,19 +127,41 @@ def pick_again(
 ) -> ParticleTable:
     """Pick particles of a result whose warnings were logged, or are shown otherwise."""
     _ = merged.summary  # fail early without statistics
-    rules = make_rules(settings, merged)
+    populations = populations_of(merged, area := Area.of(merged, settings))
+    if area is not None and not any(own.pixels for own in populations):
+        raise InvalidInputError(
+            f"{area.text}: expected searched pixels where particles may be, got none; if the mask "
+            "marks where they may not be, give --mask-marks excluded"
+        )
+    rules = make_rules(settings, merged, populations)
     candidates, incomplete = _candidates(merged, rules, on_progress)
-    found = [
-        _Pixels(exposure, candidates[k], rules[k].height(candidates[k]))
-        for k, exposure in enumerate(merged.plan.exposures)
-    ]
+    found = []
+    for own, rows, rule in zip(populations, candidates, rules, strict=True):
+        one = _Pixels(own.exposure, rows, rule.height(rows))
+        found.append(one if area is None else one.at(area.contains(own.exposure, *one.pixels)))
     if merged.plan.group_by or (merged.plan.is_montage and settings.per == "montage"):
         chosen, others = _peaks_of_montage(merged, found, settings)
     else:
-        chosen = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in found]
+        chosen = [f.at(_peaks(merged, [f], settings)) for f in found]
         others = []
-    info = _pick_info(settings, merged, [rule.cutoff for rule in rules], incomplete)
-    return _table(merged, chosen, others, settings, info)
+    info = _pick_info(settings, populations, [rule.cutoff for rule in rules], incomplete)
+    return replace(_table(merged, chosen, others, settings, info), picking=settings)
+
+
+def _peaks(
+    merged: MergedResult, found: Sequence["_Pixels"], settings: PickOptions, *, canvas: bool = False
+) -> Int64:
+    """Return the numbers of the peaks among candidates, of all exposures one after another."""
+    pixels = [one.on_canvas if canvas else one.pixels for one in found]
+    y, x = (np.concatenate([own[axis] for own in pixels]) for axis in (0, 1))
+    heights = np.concatenate([one.height for one in found])
+    if settings.min_angle is None:
+        return select_peaks(y, x, heights, settings.min_distance)
+    places = [merged.plan.exposures.index(one.exposure) for one in found]
+    exposures = np.repeat(places, [len(one.rows) for one in found])
+    poses = _poses(merged, np.concatenate([one.rows for one in found]), exposures)
+    orientations = poses["best_phi"], poses["best_theta"], poses["best_psi"]
+    return select_peaks(y, x, heights, settings.min_distance, orientations, settings.min_angle)
 
 
 def _candidates(
@@ -151,7 +176,7 @@ def _candidates(
     found, missing = [], []
     for k, (exposure, rule) in enumerate(zip(merged.plan.exposures, rules, strict=True)):
         rows, level = merged.candidates(exposure)
-        if rule.model is not None or np.float32(rule.cutoff) < level:
+        if rule.model is not None or rule.by_mip or np.float32(rule.cutoff) < level:
             missing.append(k)
         found.append(rows[rule.accepts(column(rows, MIP), column(rows, SCALED_MIP))])
     if not missing:
@@ -221,8 +246,7 @@ def _peaks_of_montage(
     """Return peaks of the shown pixels of a montage, and of the hidden ones, per exposure."""
     is_shown = [merged.shows(f.exposure, *f.on_canvas) for f in found]
     shown = [f.at(np.flatnonzero(s)) for f, s in zip(found, is_shown, strict=True)]
-    y, x = (np.concatenate([f.on_canvas[axis] for f in shown]) for axis in (0, 1))
-    best = select_peaks(y, x, np.concatenate([f.height for f in shown]), settings.min_distance)
+    best = _peaks(merged, shown, settings, canvas=True)
     starts = np.cumsum([0, *(len(f.rows) for f in shown)])
     chosen = [
         f.at(np.sort(best[(best >= start) & (best < end)]) - start)
@@ -231,22 +255,27 @@ def _peaks_of_montage(
     if merged.plan.group_by:  # a pixel where another group is better is no second sighting
         return chosen, []
     hidden = [f.at(np.flatnonzero(~s)) for f, s in zip(found, is_shown, strict=True)]
-    others = [f.at(select_peaks(*f.pixels, f.height, settings.min_distance)) for f in hidden]
+    others = [f.at(_peaks(merged, [f], settings)) for f in hidden]
     return chosen, others
 
 
 def _pick_info(
     settings: PickOptions,
-    merged: MergedResult,
+    populations: Sequence[Population],
     cutoffs: Sequence[float],
     incomplete: tuple[str, ...],
 ) -> PickInfo:
+    merged, area = populations[0].merged, populations[0].area
     attributes, plan = merged.attributes, merged.plan
     given = settings.cutoff is not None or settings.method == "pvalue"
+    by_cutoff = settings.cutoff is not None and settings.method != "mip"
+    counted, searched = (
+        sum(getattr(own, name) for own in populations) for name in ("pixels", "searched_pixels")
+    )
     own = zip(plan.exposures, cutoffs, strict=True)
     return PickInfo(
         store=merged.url,
-        method=settings.method if settings.cutoff is None else "cutoff",
+        method="cutoff" if by_cutoff else settings.method,
         cutoff=min(cutoffs),
         min_distance_px=settings.min_distance,
         false_positives=None if given else settings.false_positives,
@@ -258,6 +287,11 @@ def _pick_info(
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
         incomplete_exposures=incomplete,
         incomplete_search=merged.incomplete_text,
+        area="" if area is None else area.text,
+        counted_pixels=counted,
+        excluded_pixels=searched - counted,
+        correlations=None if given else sum(own.correlations for own in populations),
+        min_angle_degrees=settings.min_angle,
     )
 
 
@@ -342,11 +376,7 @@ def _columns(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str,
     """Return the table columns of peaks in their exposures, including subpixel positions."""
     y, x = (column(rows, name).astype(np.int32) for name in ("y", "x"))
     dy, dx = subpixel_offsets(_neighbourhoods(merged, rows, exposures))
-    poses = {name: column(rows, name).astype(np.float32) for name in POSES}
-    if merged.decoded_names and len(rows):
-        index = column(rows, INDEX).astype(np.int32)
-        numbers = np.array([e.number for e in merged.plan.exposures])[exposures]
-        poses = dict(zip(POSES, merged.decode(index, numbers), strict=True))
+    poses = _poses(merged, rows, exposures)
     totals = np.array([e.total_projections for e in merged.plan.exposures], np.int64)
     counts = totals[exposures]
     if merged.attributes.has_counts:
@@ -369,6 +399,15 @@ def _columns(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str,
         "pos_y_subpixel": (y + dy).astype(np.float32),
         "pos_x_subpixel": (x + dx).astype(np.float32),
     }
+
+
+def _poses(merged: MergedResult, rows: Float64, exposures: Int64) -> dict[str, AnyArray]:
+    """Return the poses of candidates by name; ``exposures`` are positions in the plan."""
+    if merged.decoded_names and len(rows):
+        index = column(rows, INDEX).astype(np.int32)
+        numbers = np.array([e.number for e in merged.plan.exposures])[exposures]
+        return dict(zip(POSES, merged.decode(index, numbers), strict=True))
+    return {name: column(rows, name).astype(np.float32) for name in POSES}
 
 
 def _neighbourhoods(merged: MergedResult, peaks: Float64, exposures: Int64) -> Float64:

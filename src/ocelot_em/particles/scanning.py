@@ -68,8 +68,10 @@ def scan(
     return [np.concatenate(rows) for rows in found]
 
 
-def all_pixels(merged: MergedResult, position: int) -> tuple[AnyArray, AnyArray]:
-    """Return ``mip`` and z-score of all valid pixels of an exposure, one-dimensional.
+def own_regions(
+    merged: MergedResult, position: int, *names: str
+) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
+    """Yield regions that have all valid pixels of an exposure, in its coordinates, with maps.
 
     Raises
     ------
@@ -77,13 +79,10 @@ def all_pixels(merged: MergedResult, position: int) -> tuple[AnyArray, AnyArray]
         Maps, or the partials of an exposure of a montage, cannot be read.
     """
     if merged.plan.is_montage:
-        return OwnMaps(merged, position).pixels()
-    found = [
-        [merged.read(region, name).ravel() for name in (MIP, SCALED_MIP)]
-        for region in merged.regions()
-    ]
-    mips, zs = zip(*found, strict=True)
-    return np.concatenate(mips), np.concatenate(zs)
+        yield from OwnMaps(merged, position).regions(*names)
+        return
+    for region in merged.regions():
+        yield region, {name: merged.read(region, name) for name in names}
 
 
 def exact_count(
@@ -133,13 +132,6 @@ class OwnMaps:
         return np.concatenate(
             [np.empty((0, len(CANDIDATE_FIELDS))), *map_in_threads(look, touched)]
         )
-
-    def pixels(self) -> tuple[AnyArray, AnyArray]:
-        """Return ``mip`` and z-score of all valid pixels, as :func:`all_pixels` does."""
-        names = MIP, SCALED_MIP
-        found = [[maps[name].ravel() for name in names] for _, maps in self.regions(*names)]
-        mips, zs = zip(*found, strict=True)
-        return np.concatenate(mips), np.concatenate(zs)
 
     def regions(self, *names: str) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
         """Yield regions that have all valid pixels, in exposure coordinates, and these maps."""

@@ -12,6 +12,9 @@ from ocelot_em.model.maps import AnyArray, Float64
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
 
+ANGLE_ERROR = 1e-4
+"""Error of an angle in degrees between orientations of single precision."""
+
 _NAMES = re.compile("C[1-9][0-9]{0,2}|D[1-9][0-9]{0,2}|T|O|I|I1|I2")
 
 
@@ -88,3 +91,14 @@ def rotation_between(
     angles = [(back.inv() * same * there).magnitude() for same in symmetry_group(symmetry)]
     smallest[known] = np.degrees(np.min(angles, axis=0))
     return smallest
+
+
+def quaternions(phi: AnyArray, theta: AnyArray, psi: AnyArray) -> Float64:
+    """Return unit quaternions (n, 4) of orientations as :func:`rotation_between` takes; or NaN."""
+    from scipy.spatial.transform import Rotation
+
+    angles = np.stack([np.asarray(angle, np.float64) for angle in (phi, theta, psi)], axis=-1)
+    found, known = np.full((len(angles), 4), np.nan), np.isfinite(angles).all(axis=1)
+    if known.any():
+        found[known] = Rotation.from_euler("ZYZ", angles[known], degrees=True).as_quat()
+    return found

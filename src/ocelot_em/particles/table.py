@@ -18,10 +18,11 @@ from ocelot_em.particles.column_table import Column, ColumnTable
 from ocelot_em.particles.csv_columns import parse_column, ragged, read_rows
 
 if TYPE_CHECKING:
-    from ocelot_em import Optics
+    from ocelot_em import Optics, PickOptions
 
-Method = Literal["gaussian", "gev", "pvalue", "cutoff"]
-"""How the cutoff was determined: Gaussian noise model, extreme values, p-value, or set by hand."""
+Method = Literal["gaussian", "gev", "pvalue", "mip", "cutoff"]
+"""How the cutoff was determined: Gaussian noise model, extreme values, p-value, or set by hand, for
+``mip`` or for the z-score."""
 
 TABLE_EXPECTED = (
     "particles: expected a ParticleTable, as from find_peaks, read_parquet or "
@@ -88,7 +89,7 @@ _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)
 class PickInfo:
     """Source and picking parameters of particles.
 
-    ``cutoff`` is the lowest accepted value in the method's own scale: z-score, or -ln p.
+    ``cutoff`` is the lowest accepted value in the method's own scale: z-score, -ln p, or ``mip``.
     ``false_positives`` is None where it did not set the cutoff. ``shape`` and ``valid_shape`` are
     those (y, x) of the maps and of their valid part.
 
@@ -98,6 +99,10 @@ class PickInfo:
     particles of the ``incomplete_exposures`` may be missing, since their partials were not found.
     For groups, ``per`` is ``group``, and the cutoffs are by name.
     ``incomplete_search`` states how much was searched, unless it was all.
+
+    ``area`` describes a mask or an edge, for which ``excluded_pixels`` of the searched pixels were
+    left out. ``counted_pixels`` are the others, of which the cutoff counts ``correlations``; None
+    if it is not known, or did not set the cutoff.
     """
 
     store: str
@@ -113,6 +118,19 @@ class PickInfo:
     exposure_shapes: tuple[tuple[str, tuple[tuple[int, int], tuple[int, int]]], ...] = ()
     incomplete_exposures: tuple[str, ...] = ()
     incomplete_search: str = ""
+    area: str = ""
+    counted_pixels: int | None = None
+    excluded_pixels: int = 0
+    correlations: int | None = None
+    min_angle_degrees: float | None = None
+
+    @property
+    def area_text(self) -> str:
+        """Where particles were picked, and how many pixels count; empty if everywhere."""
+        if not self.area or self.counted_pixels is None:
+            return self.area
+        counted, excluded = f"{self.counted_pixels:,}", f"{self.excluded_pixels:,}"
+        return f"{self.area}: {counted} pixels count, {excluded} are excluded"
 
     @property
     def cutoff_text(self) -> str:
@@ -153,6 +171,8 @@ class ParticleTable(ColumnTable):
         must not contain commas, quotation marks or line breaks.
     about
         Picking parameters, if known.
+    picking
+        Options of the picking, if it was just now: files do not have them.
 
     Raises
     ------
@@ -179,6 +199,7 @@ class ParticleTable(ColumnTable):
     described: ClassVar[Mapping[str, Column]] = ALL_COLUMNS
 
     about: PickInfo | None = None
+    picking: "PickOptions | None" = None
 
     def __post_init__(self) -> None:
         problems = _column_problems(self.columns)
@@ -192,6 +213,13 @@ class ParticleTable(ColumnTable):
         """Return an empty table, with or without ``neg_log_p``."""
         names = [name for name in COLUMNS if neg_log_p or name != NEG_LOG_P]
         return cls({name: np.empty(0, ALL_COLUMNS[name].dtype) for name in names}, about)
+
+    @property
+    def ranked_by(self) -> str:
+        """Column by which particles were accepted, and are sorted."""
+        if self.about is not None and self.about.method == "mip":
+            return MIP
+        return NEG_LOG_P if NEG_LOG_P in self.columns else SCALED_MIP
 
     @property
     def is_of_montage(self) -> bool:
@@ -309,6 +337,9 @@ class ParticleTable(ColumnTable):
                 each = " in each exposure" if about.per == "exposure" else ""
                 parts.append(f"false positives {about.false_positives:g}{each}")
             parts.append(f"minimum distance {about.min_distance_px:g} px")
+            if about.min_angle_degrees is not None:
+                parts[-1] += f" or {about.min_angle_degrees:g}°"
+            parts += filter(None, [about.area_text])
         parts += filter(None, [self.incomplete_text])
         return ", ".join(parts)
 

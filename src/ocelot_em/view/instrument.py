@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ocelot_em.errors import optional_import
-from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.picking import all_candidates, pick_again
+from ocelot_em.particles.population import Population, populations_of
 from ocelot_em.particles.significance import gev_above
 from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
@@ -73,7 +74,7 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
     table = _with_weaker(data)
     if len(table) > FULL_ROWS:
         overview = plots.pooled_further(*overview, figures.PAGE_OVERVIEW_PX)
-    score = NEG_LOG_P if NEG_LOG_P in table.columns else SCALED_MIP
+    score = table.ranked_by
     best = np.argsort(-np.nan_to_num(table.columns[score], nan=-np.inf), kind="stable")
     n_left_out = max(len(best) - MAX_PARTICLES, 0)
     columns = _columns(data, table, best[:MAX_PARTICLES])
@@ -93,12 +94,14 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         name="cutoff",
         **look,
     )
-    summary, attributes = data.summary, data.merged.attributes
+    summary, attributes, excluded = data.summary, data.merged.attributes, None
+    if data.area is not None:
+        excluded = plots.pooled_excluded(data.merged, data.area, overview[1])
     contours = _contours(data, levels[:: ceil(len(levels) / MAX_CONTOURS)])
     roots = {
         "live-cutoff": slider,
-        "live-map": live_figures.zscore_map(overview, attributes, source, view),
-        "live-survival": live_figures.survival(summary, None if score == NEG_LOG_P else cutoff),
+        "live-map": live_figures.zscore_map(overview, attributes, source, view, excluded),
+        "live-survival": live_figures.survival(summary, cutoff if score == SCALED_MIP else None),
         "live-joint": live_figures.joint(summary, source, view, contours[:1]),
         "live-table": live_figures.table(source, view),
     }
@@ -142,16 +145,19 @@ def _packed(text: str) -> str:
 def _with_weaker(data: "ReportData") -> ParticleTable:
     """Return the particles and, as far as the merge recorded them, peaks below their cutoff.
 
-    Not in a montage, where exposures have their own cutoffs, and not of p-values, for which maps
-    would have to be read.
+    Not in a montage, where exposures have their own cutoffs, not of p-values or ``mip``, for which
+    maps would have to be read, and not in an area that is not known any more.
     """
-    found, about = data.particles, data.particles.about
-    if data.is_montage or about is None or NEG_LOG_P in found.columns:
+    found, about, picking = data.particles, data.particles.about, data.particles.picking
+    if data.is_montage or about is None or found.ranked_by != SCALED_MIP:
+        return found
+    if picking is None and (about.area or about.min_angle_degrees is not None):
         return found
     level = all_candidates(data.merged).level
     if not level < about.cutoff:
         return found
-    weaker = PickOptions(cutoff=level, min_distance=about.min_distance_px)
+    own = {"method": "gaussian", "cutoff": level, "min_distance": about.min_distance_px}
+    weaker = (picking or PickOptions()).model_copy(update=own)
     others = pick_again(data.merged, weaker).columns
     below = others[SCALED_MIP] < np.float32(about.cutoff)
     return ParticleTable(
@@ -205,13 +211,25 @@ def _contours(data: "ReportData", levels: Float64) -> list[dict[str, Any]]:
 
 
 def _expected_above(data: "ReportData", cutoffs: Float64) -> Float64:
-    """Return how many pixels of noise are expected at or above cutoffs, by the picking's model."""
+    """Return how many pixels of noise are expected at or above cutoffs, by the picking's model.
+
+    Only pixels that the picking counted; empty if it has no model.
+    """
     statistics, about = data.summary.attributes, data.particles.about
-    if NEG_LOG_P in data.particles.columns:
-        return statistics.searched_pixels * np.exp(-cutoffs)
+    if data.particles.ranked_by == MIP:
+        return np.empty(0)
     if about is not None and about.method == "gev" and not data.is_montage:
-        return gev_above(data.summary.histograms.of_z(), cutoffs)
-    return statistics_plots.noise_above(cutoffs, statistics)
+        return gev_above(Population(data.merged, 0, data.area).histograms.of_z(), cutoffs)
+    searched, share = statistics.searched_pixels, 1.0
+    if about is not None and about.counted_pixels is not None:
+        share = about.counted_pixels / max(about.counted_pixels + about.excluded_pixels, 1)
+    if data.particles.ranked_by == NEG_LOG_P:
+        return share * searched * np.exp(-cutoffs)
+    if about is not None and about.correlations is not None:
+        populations = populations_of(data.merged, None)
+        whole = sum(own.searched_pixels * own.exposure.total_projections for own in populations)
+        share = about.correlations / max(whole, 1)
+    return share * statistics_plots.noise_above(cutoffs, statistics)
 
 
 def _numbered(value: Any, numbers: dict[str, str]) -> Any:

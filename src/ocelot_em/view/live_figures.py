@@ -10,7 +10,7 @@ import numpy as np
 
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS
-from ocelot_em.model.maps import MIP, SCALED_MIP, Float32
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32
 from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.view import figures, statistics_plots
@@ -63,8 +63,12 @@ def zscore_map(
     attributes: MergedAttributes,
     source: "ColumnDataSource",
     view: "CDSView",
+    excluded: AnyArray | None = None,
 ) -> "Plot":
-    """Return the map of z-scores with particles, in nm, or pixels if their size is unknown."""
+    """Return the map of z-scores with particles, in nm, or pixels if their size is unknown.
+
+    ``excluded`` are the pixels of the overview that are shaded.
+    """
     from bokeh import models
 
     z, factor = overview
@@ -92,6 +96,12 @@ def zscore_map(
         models.Image(image="image", x=0, y=0, dw=across, dh=down, color_mapper=colours),
     )
     plot.x_range.renderers = plot.y_range.renderers = [image]
+    if excluded is not None:
+        shade = models.LinearColorMapper(palette=["#00000000", "#808080c0"], low=0, high=1)
+        plot.add_glyph(
+            models.ColumnDataSource({"image": [excluded.astype(np.uint8)]}, name="excluded"),
+            models.Image(image="image", x=0, y=0, dw=across, dh=down, color_mapper=shade),
+        )
     if attributes.exposures:
         bounds = np.array([exposure.on_canvas.bounds for exposure in attributes.exposures]) * scale
         edges = dict(zip(("top", "bottom", "left", "right"), bounds.T, strict=True))

@@ -15,6 +15,7 @@ from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.problems import kind_text
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
+from ocelot_em.particles.areas import Area
 from ocelot_em.particles.table import ParticleTable, require_table
 from ocelot_em.store.constants import DIMENSIONS
 from ocelot_em.view import figures
@@ -66,6 +67,33 @@ def pooled_further(z: Float32, factor: int, longest_edge_px: int) -> tuple[Float
     return z, factor * further
 
 
+def pooled_excluded(merged: MergedResult, area: Area, factor: int) -> AnyArray:
+    """Return which blocks of the map, ``factor`` pixels wide, are mostly outside an area."""
+    shape = tuple(ceil_div(length, factor) for length in merged.valid_shape)
+    balance = np.zeros(shape, np.int64)
+    for region in merged.regions():
+        signs = np.where(area.on_canvas(merged, region), -1, 1)
+        rows = np.arange(region.y0, region.y1) // factor
+        columns = np.arange(region.x0, region.x1) // factor
+        firsts = [np.flatnonzero(np.diff(own, prepend=-1)) for own in (rows, columns)]
+        sums = np.add.reduceat(np.add.reduceat(signs, firsts[0], axis=0), firsts[1], axis=1)
+        balance[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += sums
+    outside: AnyArray = balance > 0
+    return outside
+
+
+def hatch_excluded(merged: MergedResult, area: Area, factor: int, ax: "Axes") -> None:
+    """Shade and hatch where no particles were picked."""
+    excluded = pooled_excluded(merged, area, factor)
+    height, width = (length * factor for length in excluded.shape)
+    shade = np.zeros((*excluded.shape, 4), np.float32)
+    shade[excluded] = (0.5, 0.5, 0.5, 0.6)
+    ax.imshow(shade, extent=(0, width, height, 0), interpolation="none")
+    if excluded.any() and min(excluded.shape) > 1:
+        hatched: Any = {"levels": [0.5, 1.5], "hatches": ["///"], "colors": "none"}
+        ax.contourf(excluded.astype(float), extent=(0, width, 0, height), **hatched)
+
+
 def plot_zscore(
     store: Store | tuple[Float32, int],
     ax: "Axes | None" = None,
@@ -84,7 +112,8 @@ def plot_zscore(
         Planted particles: records with fields ``y`` and ``x`` in pixels.
     particles
         Picked particles; the first (highest) :data:`MAX_CIRCLES` are circled, in a montage at their
-        positions on the canvas.
+        positions on the canvas. Where a mask excluded pixels, the map is hatched, unless ``store``
+        is pooled.
 
     Examples
     --------
@@ -105,6 +134,11 @@ def plot_zscore(
     if truth is not None:
         figures.circle(ax, truth["x"] + 0.5, truth["y"] + 0.5, figures.CYAN, "planted", size=90)
         ax.legend(loc="upper right")
+    if particles is not None and particles.picking is not None and not isinstance(store, tuple):
+        merged = MergedResult.open(store)
+        area = Area.of(merged, particles.picking)
+        if area is not None:
+            hatch_excluded(merged, area, factor, ax)
     title = "z-score (pooled by maximum)" if factor > 1 else "z-score"
     ax.set(title=title, xlabel="x (pixels)", ylabel="y (pixels)", xlim=(0, width), ylim=(height, 0))
     return ax

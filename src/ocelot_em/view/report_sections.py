@@ -13,11 +13,13 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileSummary
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
-from ocelot_em.model.maps import AnyArray, Float32
+from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.text import count_text, seconds_text
+from ocelot_em.particles.areas import Area
 from ocelot_em.particles.candidate_rules import p_value_model
 from ocelot_em.particles.picking import all_candidates, find_peaks
+from ocelot_em.particles.population import Population
 from ocelot_em.particles.quality import (
     MIN_SHOWN,
     montage_warnings,
@@ -66,7 +68,7 @@ class ReportData:
     def cutoff(self) -> tuple[float, float] | None:
         """Lowest and highest z-score cutoff of the particles, if they have one."""
         about = self.particles.about
-        if about is None or NEG_LOG_P in self.particles.columns:
+        if about is None or self.particles.ranked_by != SCALED_MIP:
             return None
         own = [cutoff for _, cutoff in about.exposure_cutoffs]
         return about.cutoff, max(own, default=about.cutoff)
@@ -74,7 +76,15 @@ class ReportData:
     @cached_property
     def p_values(self) -> PValueModel | None:
         """The model that the particles were picked with, if it is one of p-values."""
-        return p_value_model(self.merged) if NEG_LOG_P in self.particles.columns else None
+        if NEG_LOG_P not in self.particles.columns:
+            return None
+        return p_value_model(Population(self.merged, 0, self.area))
+
+    @cached_property
+    def area(self) -> Area | None:
+        """The area that the particles were picked from, if it was not all, and is known."""
+        picking = self.particles.picking
+        return None if picking is None else Area.of(self.merged, picking)
 
     def partial_name(self, number: int, exposure: str | None = None) -> str:
         """Return the name of a partial, in a montage by its number within its exposure."""
@@ -153,9 +163,11 @@ def particles_section(
 
     def draw_overview(ax: Any) -> None:
         plots.plot_zscore(overview, ax, particles=particles)
+        if data.area is not None:
+            plots.hatch_excluded(data.merged, data.area, overview[1], ax)
         montage_plots.outline_exposures(ax, data.merged.attributes.exposures)
 
-    score = particles.columns.get(NEG_LOG_P, particles.columns["scaled_mip"])
+    score = particles.columns[particles.ranked_by]
     best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
     zoomed = best[: max(max_zooms, 0)]
     is_shown = _which_are_shown(data, zoomed)

@@ -89,7 +89,7 @@
       conditions.length ? `${passing.length.toLocaleString("en")} of ${all}` : all;
     document.getElementById("live-passing").textContent =
       conditions.length ? ` ${passing.length === 1 ? "passes" : "pass"} the filter` : "";
-    document.getElementById("live-expected").textContent = text(expected[at]);
+    document.getElementById("live-expected").textContent = expected.length ? text(expected[at]) : "unknown";
   };
   const read = () => {
     const problem = document.getElementById("live-problem");

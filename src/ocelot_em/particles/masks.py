@@ -1,0 +1,137 @@
+"""Masks: images or polygons that state where particles may be picked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.model.maps import AnyArray, Float64, Int64
+from ocelot_em.model.regions import Region
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A mask, of which regions are read as they are needed.
+
+    Parameters
+    ----------
+    name
+        Name for messages: that of its file.
+    image
+        Two-dimensional (y, x), such as an array, a memory map or a dataset of HDF5; slicing reads a
+        region. Pixels are marked that are neither 0 nor NaN. None if there are polygons.
+    polygons
+        Vertices (n, 2) of each polygon: y and x in pixels, integer at the centres of pixels. Marked
+        are pixels whose centre is in a polygon.
+    marks_kept
+        Whether particles are picked from marked pixels, or from the others.
+    of
+        What its pixels are of, ``micrograph`` or ``map``, if the file states it.
+    counts
+        Images like ``image``, whose product is the number of correlations of each pixel that count;
+        pixels with 0 are left out.
+    owner
+        What keeps its file open.
+    """
+
+    name: str
+    image: Any = None
+    polygons: tuple[Float64, ...] = ()
+    marks_kept: bool = True
+    of: str | None = None
+    counts: tuple[Any, ...] = ()
+    owner: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width in pixels; None for polygons."""
+        return None if self.image is None else tuple(self.image.shape)
+
+    def marked(self, region: Region) -> AnyArray:
+        """Return whether the pixels of a region are marked."""
+        if self.image is None:
+            marked = np.zeros(region.shape, np.bool_)
+            for vertices in self.polygons:
+                marked |= inside_polygon(vertices, region)
+            return marked
+        values = np.asarray(self.image[region.slices])
+        is_marked: AnyArray = (values != 0) & (values == values)  # NaN is not equal to itself
+        return is_marked
+
+    def counted(self, region: Region) -> Int64:
+        """Return the numbers of correlations of the pixels of a region."""
+        product = np.ones(region.shape, np.int64)
+        for image in self.counts:
+            product *= np.asarray(image[region.slices]).astype(np.int64)
+        return product
+
+
+def inside_polygon(vertices: Float64, region: Region) -> AnyArray:
+    """Return which pixels of a region have their centre, at integer coordinates, in a polygon.
+
+    ``vertices`` are (n, 2) y and x; a polygon that crosses itself is filled by the even-odd rule.
+    Of centres on an edge, those on a left or upper one are inside, so that adjacent polygons share
+    no pixel.
+    """
+    (y, x), (next_y, next_x) = vertices.T, np.roll(vertices, -1, axis=0).T
+    rows = np.arange(region.y0, region.y1)[:, None]
+    row, edge = np.nonzero((y <= rows) != (next_y <= rows))
+    slope = (next_x[edge] - x[edge]) / (next_y[edge] - y[edge])
+    crossing = np.ceil(x[edge] + (row + region.y0 - y[edge]) * slope)
+    crossed = np.zeros((region.shape[0], region.shape[1] + 1), np.bool_)
+    column = np.clip(crossing - region.x0, 0, region.shape[1]).astype(np.int64)
+    np.logical_xor.at(crossed, (row, column), True)
+    inside: AnyArray = np.logical_xor.accumulate(crossed[:, :-1], axis=1)
+    return inside
+
+
+def as_mask(given: str | PathLike[str] | Mask | AnyArray | Sequence[AnyArray]) -> Mask:
+    """Return a mask that is given as a file, an image or polygons.
+
+    Raises
+    ------
+    InvalidInputError
+        The file cannot be read, or the image or the polygons are none.
+    """
+    if isinstance(given, Mask):
+        return given
+    if isinstance(given, str | PathLike):
+        from ocelot_em import open_mask
+
+        return open_mask(given)
+    if isinstance(given, list | tuple):
+        polygons = tuple(np.asarray(vertices, np.float64) for vertices in given)
+        return of_polygons("mask", polygons)
+    return of_image("mask", given)
+
+
+def of_image(name: str, image: Any, **facts: Any) -> Mask:
+    """Return a mask of an image, if it is one."""
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or len(shape) != 2 or getattr(dtype, "kind", "") not in "biuf":
+        got = f"{dtype} of shape {shape}" if shape is not None else type(image).__name__
+        raise InvalidInputError(
+            f"{name}: expected an image (y, x) of numbers, not 0 where particles may be, got {got}"
+        )
+    return Mask(name, image, **facts)
+
+
+def of_polygons(name: str, polygons: Sequence[Float64]) -> Mask:
+    """Return a mask of the areas outside polygons, if they are some."""
+    problems = [
+        f"{name}: polygon {number}: expected 3 or more vertices, each a finite y and x, got shape "
+        f"{vertices.shape}"
+        for number, vertices in enumerate(polygons)
+        if vertices.ndim != 2
+        or vertices.shape[1] != 2
+        or len(vertices) < 3
+        or not np.isfinite(vertices).all()
+    ]
+    if not polygons:
+        problems = [f"{name}: expected one polygon or more, got none"]
+    if problems:
+        raise InvalidInputError(problems)
+    return Mask(name, polygons=tuple(polygons), marks_kept=False)
