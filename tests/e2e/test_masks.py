@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import zarr
-from ocelot_em.particles.options import PickOptions
 
 import ocelot_em
 from builders import unsealed
@@ -15,6 +14,7 @@ from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.histograms import Z_AXIS
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks

@@ -16,10 +16,10 @@ from ocelot_em.model.histograms import MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import POSES
 from ocelot_em.model.regions import Region
 from ocelot_em.particles import scanning
-from ocelot_em.particles.duplicates import rotation_between
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.significance import NEG_LOG_P_CUTOFF, PValueModel, gev_cutoff
+from ocelot_em.particles.symmetry import rotation_between
 from work import assert_linear, lines_of
 
 VALID = np.s_[:377, :425]
