@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ocelot_em.view.plots import (
         plot_crop,
         plot_defocus,
+        plot_groups,
         plot_map,
         plot_poses,
         plot_psi,
@@ -101,7 +102,7 @@ _HOME = {
         "view.index": "write_index",
         "view.inspection": "StoreInfo check describe",
         "view.montage_plots": "plot_exposures plot_partials_of_exposures plot_seams",
-        "view.plots": "plot_crop plot_defocus plot_map plot_poses plot_psi plot_zscore",
+        "view.plots": "plot_crop plot_defocus plot_groups plot_map plot_poses plot_psi plot_zscore",
         "view.report": "write_report",
         "view.statistics_plots": (
             "plot_correlations plot_distributions plot_joint plot_partials plot_survival"
@@ -165,6 +166,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "plot_poses",
     "plot_psi",
     "plot_defocus",
+    "plot_groups",
     "plot_exposures",
     "plot_seams",
     "plot_partials_of_exposures",

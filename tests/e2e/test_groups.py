@@ -95,11 +95,8 @@ groups = st.lists(
 )
 
 
-@expensive
-@given(groups, st.integers(8, 40), st.booleans(), st.booleans())
-def test_the_highest_z_score_of_independent_runs_wins(tmp_path_factory, drawn, tile, indexed, ties):
-    place = tmp_path_factory.mktemp("groups")
-    # Equal seeds give equal templates, and searches of templates may have spaces of their own.
+def written(place, drawn, *, indexed, ties=False):
+    """Stores of templates, and what the best of them is; equal seeds give equal templates."""
     spaces = [(SPACE, OTHER_SPACE)[seed % 2] if indexed else None for seed, _ in drawn]
     runs = [
         results_of(seed, counts, space, ties=ties)
@@ -109,14 +106,10 @@ def test_the_highest_z_score_of_independent_runs_wins(tmp_path_factory, drawn, t
         write_run(place / f"T{number}.zarr", run, space)
         for number, (run, space) in enumerate(zip(runs, spaces, strict=True))
     ]
-    ocelot_em.merge(
-        stores,
-        place / "OUT.zarr",
-        group_by="template",
-        tile_size=tile,
-        poses="index" if tile % 2 else "decoded",
-    )
-    maps, expected = ocelot_em.open_merged(place / "OUT.zarr"), best_of_runs(runs, spaces)
+    return stores, best_of_runs(runs, spaces)
+
+
+def assert_best(maps, expected):
     searched = expected["mip"] > -np.inf
     for name, values in expected.items():
         own = maps[name].values
@@ -125,9 +118,31 @@ def test_the_highest_z_score_of_independent_runs_wins(tmp_path_factory, drawn, t
         else:
             np.testing.assert_array_equal(own[searched], values[searched], err_msg=name)
     assert np.isnan(maps.scaled_mip.values[~searched]).all()
+
+
+@expensive
+@given(groups, st.integers(8, 40), st.booleans(), st.booleans())
+def test_the_highest_z_score_of_independent_runs_wins(tmp_path_factory, drawn, tile, indexed, ties):
+    place = tmp_path_factory.mktemp("groups")
+    stores, expected = written(place, drawn, indexed=indexed, ties=ties)
+    maps = ocelot_em.lazy_merge(stores, group_by="template", tile_size=tile)
+    assert_best(maps.compute(), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"derived": "none", "poses": "index", "nan": "mask"}])
+def test_so_it_is_stored(tmp_path, options):
+    drawn = [(0, [4000, 3000]), (1, [9000]), (2, [5000])]
+    stores, expected = written(tmp_path, drawn, indexed=bool(options))
+    ocelot_em.merge(stores, tmp_path / "OUT", group_by="template", tile_size=16, **options)
+    maps = ocelot_em.open_merged(tmp_path / "OUT")
+    assert_best(maps, expected)
     assert maps.attrs["groups"] == [store.stem for store in stores]
     assert maps.attrs["valid_shape"] == (SHAPE[0] - BOX + 1, SHAPE[1] - BOX + 1)
-    assert ocelot_em.check(place / "OUT.zarr") == []
+    counted = ocelot_em.MergedResult.open(tmp_path / "OUT").summary.attributes.exposures
+    valid = np.s_[: 1 - BOX, : 1 - BOX]
+    won = expected["best_group"][valid][expected["mip"][valid] > -np.inf]
+    assert [own.shown_pixels for own in counted] == np.bincount(won, minlength=3).tolist()
+    assert ocelot_em.check(tmp_path / "OUT") == []
 
 
 PLACES = [(12 + 22 * row, 14 + 22 * column) for row in range(2) for column in range(7)]

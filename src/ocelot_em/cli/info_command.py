@@ -93,6 +93,7 @@ def info(store: PathOrUrl, /) -> None:
     if info.without_manifest:
         rows.append(("manifests", missing_manifests_text(info.without_manifest)))
     if isinstance(attributes, MergedAttributes):
+        rows += [("groups", f"by {attributes.group_by}")] * bool(attributes.group_by)
         rows.append(("state", attributes.state))
         rows.append(("tiles", f"{info.tiles_done} of {info.n_tiles} done"))
         if attributes.finished:
@@ -190,7 +191,11 @@ def pixels_text(shape: tuple[int, int] | None) -> str:
 
 
 def print_exposures(console: Console, info: "StoreInfo") -> None:
-    """Print the origin and other facts of each exposure."""
+    """Print the origin and other facts of each exposure, or of each group."""
+    if getattr(info.attributes, "group_by", None):
+        groups = ((e.id, f"{e.number}", f"{e.total_projections:,}") for e in info.exposures)
+        print_table(console, ("group", "number", "projections"), groups, right=(1, 2))
+        return
     rows = (
         (
             *(e.id, f"{e.number}", "{:g}, {:g}".format(*e.origin), f"{e.acquired}"),
@@ -246,9 +251,19 @@ def mean_text(value: float | None) -> str:
 
 
 def print_shown(console: Console, merged: "MergedResult", counted: "StatisticsAttributes") -> None:
-    """Print what a montage shows of each exposure, and warnings."""
+    """Print what a montage shows of each exposure, or what each group won, and warnings."""
     from ocelot_em.particles.quality import montage_warnings
 
+    part, own = merged.attributes.part, merged.statistics_of_exposures
+    if merged.attributes.group_by:
+        groups = (
+            (e.id, f"{e.searched_pixels:,}", f"{e.shown_pixels:,}", mean_text(e.overlap.mean))
+            for e in counted.exposures
+        )
+        titles = ("group", "searched pixels", "pixels won", "mean z there")
+        print_table(console, titles, groups, right=range(1, 4))
+        print_list(console, montage_warnings(counted, own, part))
+        return
     columns = ("exposure", "valid pixels", "shown", "of them in overlaps", "mean z there")
     rows = (
         (
@@ -258,4 +273,4 @@ def print_shown(console: Console, merged: "MergedResult", counted: "StatisticsAt
         for e in counted.exposures
     )
     print_table(console, (*columns, "elsewhere"), rows, right=range(1, 6))
-    print_list(console, montage_warnings(counted, merged.statistics_of_exposures))
+    print_list(console, montage_warnings(counted, own))

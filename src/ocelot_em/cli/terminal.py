@@ -99,6 +99,14 @@ def _what(plan: MergePlan) -> list[tuple[str, str]]:
     if not plan.is_montage:
         n, projections = len(plan.contributions), plan.total_projections
         return [("partials", f"{n}, {projections:,} projections")]
+    if plan.group_by:
+        names = ", ".join(exposure.id for exposure in plan.exposures[:10])
+        more = ", ..." * (len(plan.exposures) > 10)
+        n, n_partials = len(plan.exposures), len(plan.contributions)
+        return [
+            ("groups", f"{n:,} by {plan.group_by}, of {n_partials:,} partials: {names}{more}"),
+            ("winner", "highest z-score"),
+        ]
     edge = f", without {plan.erode_px} pixels at their edges" if plan.erode_px else ""
     return [
         ("exposures", f"{len(plan.exposures):,} of {len(plan.contributions):,} partials{edge}"),

@@ -208,6 +208,7 @@ def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
         valid = Region.whole(job.plan.valid_shape).relative_to(tile.region)
         for piece in pieces:
             counted = piece.in_tile.intersect(valid)
+            counted = counted if counted.size else Region(0, 0, 0, 0)  # no negative slices
             writer.shown(piece, canvas.shown(job.open(piece).number, counted))
 
 

@@ -191,7 +191,7 @@ class MergedResult:
         if len(counts) > 1:
             raise InvalidInputError(
                 f"total_projections: expected one number for all pixels, got {min(counts):,} to "
-                f"{max(counts):,} in different exposures; export the exposures one by one"
+                f"{max(counts):,} in different {self.attributes.part}s; merge and export each alone"
             )
         return counts.pop() if counts else self.attributes.total_projections
 

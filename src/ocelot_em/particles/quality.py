@@ -85,16 +85,18 @@ def partial_warnings(statistics: StatisticsAttributes) -> list[str]:
 
 
 def montage_warnings(
-    statistics: StatisticsAttributes, of_exposures: Mapping[str, StatisticsAttributes]
+    statistics: StatisticsAttributes,
+    of_exposures: Mapping[str, StatisticsAttributes],
+    part: str = "exposure",
 ) -> list[str]:
-    """Return warnings about a montage: unusual partials of each exposure, and seams.
+    """Return warnings about a montage or groups: unusual partials of each part, and seams.
 
     One sentence per warning; empty if nothing is unusual. ``of_exposures`` are the statistics of
     the exposures, by id.
     """
     return [
         *(
-            f"Exposure {name}: {sentence[0].lower()}{sentence[1:]}"
+            f"{part.capitalize()} {name}: {sentence[0].lower()}{sentence[1:]}"
             for name, own in of_exposures.items()
             for sentence in partial_warnings(own)
         ),

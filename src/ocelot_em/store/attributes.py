@@ -342,6 +342,16 @@ class MergedAttributes(_Result):
         return self
 
     @property
+    def is_montage(self) -> bool:
+        """Whether its exposures are placed on a canvas, and are not groups."""
+        return bool(self.exposures) and not self.group_by
+
+    @property
+    def outlined(self) -> tuple[MergedExposure, ...]:
+        """The exposures of a montage; groups have no outlines of their own."""
+        return self.exposures if self.is_montage else ()
+
+    @property
     def part(self) -> str:
         """What its exposures are, for messages."""
         return "group" if self.group_by else "exposure"

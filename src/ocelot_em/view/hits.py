@@ -130,7 +130,7 @@ def _box_px(
     template: AnyArray | None,
 ) -> tuple[int | None, list[str]]:
     """Return the template box, and what is wrong with the images."""
-    url, problems, is_montage = merged.url, list[str](), bool(merged.attributes.exposures)
+    url, problems, is_montage = merged.url, list[str](), merged.attributes.is_montage
     shape, valid = merged.attributes.shape, merged.attributes.valid_shape
     box = None if is_montage else template_box_of(shape, valid)
     if template is not None:

@@ -22,7 +22,7 @@ from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.picking import all_candidates, pick_again
 from ocelot_em.particles.population import Population, populations_of
 from ocelot_em.particles.significance import gev_above
-from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable
+from ocelot_em.particles.table import EXPOSURE, GROUP, NEG_LOG_P, ParticleTable
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
 from ocelot_em.view.page import INK
 
@@ -145,11 +145,11 @@ def _packed(text: str) -> str:
 def _with_weaker(data: "ReportData") -> ParticleTable:
     """Return the particles and, as far as the merge recorded them, peaks below their cutoff.
 
-    Not in a montage, where exposures have their own cutoffs, not of p-values or ``mip``, for which
+    Not where exposures or groups have their own cutoffs, not of p-values or ``mip``, for which
     maps would have to be read, and not in an area that is not known any more.
     """
     found, about, picking = data.particles, data.particles.about, data.particles.picking
-    if data.is_montage or about is None or found.ranked_by != SCALED_MIP:
+    if data.has_parts or about is None or found.ranked_by != SCALED_MIP:
         return found
     if picking is None and (about.area or about.min_angle_degrees is not None):
         return found
@@ -177,8 +177,8 @@ def _columns(data: "ReportData", table: ParticleTable, rows: AnyArray) -> dict[s
     own |= {live_figures.MAP_Y: y, live_figures.MAP_X: x}
     if len(table) <= FULL_ROWS:
         places = [columns["best_partial"].tolist()]
-        if table.is_of_montage:
-            places.append(columns[EXPOSURE].tolist())
+        if data.has_parts:
+            places.append(columns[GROUP if GROUP in columns else EXPOSURE].tolist())
         names = [data.partial_name(*place) for place in zip(*places, strict=True)]
         return columns | own | {live_figures.PARTIAL: np.array(names, str)}
     return own | {
@@ -218,7 +218,7 @@ def _expected_above(data: "ReportData", cutoffs: Float64) -> Float64:
     statistics, about = data.summary.attributes, data.particles.about
     if data.particles.ranked_by == MIP:
         return np.empty(0)
-    if about is not None and about.method == "gev" and not data.is_montage:
+    if about is not None and about.method == "gev" and not data.has_parts:
         return gev_above(Population(data.merged, 0, data.area).histograms.of_z(), cutoffs)
     searched, share = statistics.searched_pixels, 1.0
     if about is not None and about.counted_pixels is not None:

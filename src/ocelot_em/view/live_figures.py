@@ -10,8 +10,8 @@ import numpy as np
 
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS
-from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32
-from ocelot_em.particles.table import ALSO_SEEN, EXPOSURE, NEG_LOG_P
+from ocelot_em.model.maps import MIP, SCALED_MIP, SECOND_ZSCORE, AnyArray, Float32
+from ocelot_em.particles.table import ALSO_SEEN, DIFFERENCE, EXPOSURE, GROUP, NEG_LOG_P
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.view import figures, statistics_plots
 from ocelot_em.view.page import INK
@@ -25,12 +25,15 @@ PARTIAL, RANK, MAP_X, MAP_Y = "partial", "rank", "map_x", "map_y"
 LISTED: Mapping[str, tuple[str, str]] = {
     RANK: ("rank", "0"),
     EXPOSURE: ("exposure", ""),
+    GROUP: ("group", ""),
     "pos_y": ("y", "0"),
     "pos_x": ("x", "0"),
     "canvas_y": ("canvas y", "0"),
     "canvas_x": ("canvas x", "0"),
     MIP: ("mip", "0.000"),
     SCALED_MIP: ("z-score", "0.000"),
+    SECOND_ZSCORE: ("second z", "0.000"),
+    DIFFERENCE: ("difference", "0.000"),
     NEG_LOG_P: ("-ln p", "0.00"),
     "phi": ("φ (°)", "0.0"),
     "theta": ("θ (°)", "0.0"),
@@ -102,7 +105,7 @@ def zscore_map(
             models.ColumnDataSource({"image": [excluded.astype(np.uint8)]}, name="excluded"),
             models.Image(image="image", x=0, y=0, dw=across, dh=down, color_mapper=shade),
         )
-    if attributes.exposures:
+    if attributes.is_montage:
         bounds = np.array([exposure.on_canvas.bounds for exposure in attributes.exposures]) * scale
         edges = dict(zip(("top", "bottom", "left", "right"), bounds.T, strict=True))
         look: Any = {"fill_color": None, "line_color": "white", "line_alpha": 0.75}

@@ -52,10 +52,12 @@ _MAX_SHADES = 12
 _LEGEND_ROOM = 1.7
 
 
-def _open_montage(store: Store) -> MergedResult:
+def _open_montage(store: Store, *, of_groups: bool = False) -> MergedResult:
     merged = MergedResult.open(store)
-    if not merged.attributes.exposures:
-        raise InvalidInputError(f"{merged.url}: expected a montage, got a result of one exposure")
+    attributes = merged.attributes
+    if not (attributes.is_montage or (of_groups and attributes.group_by)):
+        got = "groups" if attributes.group_by else "one exposure"
+        raise InvalidInputError(f"{merged.url}: expected a montage, got a result of {got}")
     return merged
 
 
@@ -239,9 +241,9 @@ class ComparedPartial:
 
 
 def compared_partials(store: Store) -> list[ComparedPartial]:
-    """Return the partials of all exposures, compared within each exposure."""
+    """Return the partials of all exposures, or groups, compared within each."""
     found = []
-    for exposure, own in _open_montage(store).statistics_of_exposures.items():
+    for exposure, own in _open_montage(store, of_groups=True).statistics_of_exposures.items():
         projections = max(sum(partial.total_projections for partial in own.partials), 1)
         # The sources of an exposure are its partials, because a montage is not merged again.
         wins, deviations = expected_wins(own.partials), rms_deviations(own.sources)
@@ -264,7 +266,7 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
 def plot_partials_of_exposures(
     store: Store, ax: "Axes | None" = None, *, value: Literal["wins", "rms"] = "wins"
 ) -> "Axes":
-    """Draw the partials of a montage, compared within each exposure.
+    """Draw the partials of a montage or of groups, compared within each exposure or group.
 
     ``wins``: won pixels / those expected from the partial's share of its exposure's projections.
     ``rms``: root mean square of its correlations / that of its exposure's others. Both are normally
@@ -275,7 +277,8 @@ def plot_partials_of_exposures(
     >>> from ocelot_em import plot_partials_of_exposures
     >>> plot_partials_of_exposures("MONTAGE.zarr", value="rms").figure.savefig("rms.png")
     """
-    merged, ax = _open_montage(store), figures.axes_or_new(ax)
+    merged, ax = _open_montage(store, of_groups=True), figures.axes_or_new(ax)
+    part = merged.attributes.part
     partials, names = compared_partials(merged), list(merged.statistics_of_exposures)
     row_of = {name: row for row, name in enumerate(names)}
     places = np.array([row_of[partial.exposure] for partial in partials])
@@ -296,10 +299,10 @@ def plot_partials_of_exposures(
     mark(1 / most, most, color=figures.foreground(), alpha=0.08, linewidth=0)
     line(1, color=figures.foreground(), alpha=0.4, linewidth=0.8)
     if named:
-        figures.name_rows(ax, names, "exposure")
+        figures.name_rows(ax, names, part)
         ax.set(xlabel=label, xlim=(low, high))
     else:
-        ax.set(xlabel="exposure number", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
+        ax.set(xlabel=f"{part} number", ylabel=label, xlim=(-1, len(names)), ylim=(low, high))
     ax.set(title=title)
     if not known.size:
         figures.explain_empty(ax, "nothing to compare")

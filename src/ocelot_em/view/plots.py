@@ -11,12 +11,12 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
+from ocelot_em.model.maps import MIP, SCALED_MIP, SECOND_ZSCORE, AnyArray, Float32, Float64
 from ocelot_em.model.problems import kind_text
 from ocelot_em.model.regions import Region, ceil_div
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.areas import Area
-from ocelot_em.particles.table import ParticleTable, require_table
+from ocelot_em.particles.table import GROUP, ParticleTable, require_table
 from ocelot_em.store.constants import DIMENSIONS
 from ocelot_em.view import figures
 from ocelot_em.view.figures import Store
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_CIRCLES = 5000
 """Maximum number of circled particles; more circles would hide the map."""
+
+_MAX_NAMED_GROUPS = 10
 
 _THREADS = 4  # each holds a chunk in memory
 
@@ -250,6 +252,40 @@ def _draw_map(
     low, high = np.percentile(known, (lowest, 99.99)).tolist() if known.size else (0.0, 1.0)
     high = max(high, low + 1) if lowest else high
     figures.draw_image(ax, z, label, "magma", vmin=low, vmax=high, **options)
+
+
+def plot_groups(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":
+    """Draw the z-scores of particles against those of the group that came second there.
+
+    Each group has a colour; up to ten are named. On the line, both z-scores are equal. Particles at
+    pixels that only one group searched are ignored.
+
+    Examples
+    --------
+    >>> from ocelot_em import find_peaks, merge, plot_groups
+    >>> report = merge("SEARCH.zarr", "SECTORS.zarr", group_by="sector")
+    >>> axes = plot_groups(find_peaks("SECTORS.zarr"))
+    """
+    if GROUP not in require_table(particles).columns:
+        raise InvalidInputError(
+            "particles: expected those of a merge with group_by, got particles without groups"
+        )
+    ax, columns = figures.axes_or_new(ax), particles.columns
+    names, own = np.unique(columns[GROUP], return_inverse=True)
+    z, second = columns[SCALED_MIP], columns[SECOND_ZSCORE]
+    for number, name in enumerate(names.tolist()):
+        here = own == number
+        label = name if number < _MAX_NAMED_GROUPS else None
+        look: Any = {"s": 16, "alpha": 0.8, "linewidth": 0, "label": label}
+        ax.scatter(second[here], z[here], color=f"C{number % 10}", **look)
+    if not np.isfinite(second).any():
+        figures.explain_empty(ax, "no particle with a second group")
+        return ax
+    ends = [np.nanmin(second), np.nanmax(z)]
+    ax.plot(ends, ends, color=figures.foreground(), alpha=0.4, linewidth=0.8)
+    ax.set(title="best and second group", xlabel="z-score of the second", ylabel="z-score")
+    ax.legend()
+    return ax
 
 
 def plot_poses(particles: ParticleTable, ax: "Axes | None" = None) -> "Axes":

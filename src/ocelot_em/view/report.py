@@ -114,6 +114,7 @@ def report_page(
     fine = _overview(data, images.pyramid, MAP_PX if is_live else PAGE_OVERVIEW_PX)
     overview = pooled_further(*fine, PAGE_OVERVIEW_PX)
     coverage = Coverage.of(data.merged.attributes) if data.is_montage else None
+    group_by = data.merged.attributes.group_by
     return render(
         "view/templates/report.html.j2",
         name=data.merged.url.rstrip("/").rpartition("/")[2] or data.merged.url,
@@ -126,6 +127,7 @@ def report_page(
         max_folded_warnings=MAX_FOLDED_WARNINGS,
         particles=sections.particles_section(data, overview, max_zooms, images),
         montage=sections.montage_section(data) if data.is_montage else None,
+        groups=sections.groups_section(data) if group_by else None,
         significance=sections.significance_section(data),
         poses=sections.poses_section(data.particles),
         partials=sections.partials_section(data),
@@ -151,7 +153,7 @@ def save_overview(
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     merged = MergedResult.open(store)
     plot_zscore(merged, left, truth)
-    outline_exposures(left, merged.attributes.exposures)
+    outline_exposures(left, merged.attributes.outlined)
     plot_survival(merged, right, cutoff)
     figure.suptitle(merged.incomplete_text)
     with whole_or_nothing(place) as staged:

@@ -27,7 +27,7 @@ from ocelot_em.particles.quality import (
     picking_warnings,
 )
 from ocelot_em.particles.significance import PValueModel
-from ocelot_em.particles.table import EXPOSURE, NEG_LOG_P, ParticleTable, require_table
+from ocelot_em.particles.table import EXPOSURE, GROUP, NEG_LOG_P, ParticleTable, require_table
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.tables import read_table
@@ -55,7 +55,12 @@ class ReportData:
 
     @property
     def is_montage(self) -> bool:
-        """Whether the result has exposures."""
+        """Whether the result is a montage of exposures."""
+        return self.merged.attributes.is_montage
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the result has exposures or groups."""
         return bool(self.merged.attributes.exposures)
 
     @property
@@ -87,7 +92,7 @@ class ReportData:
         return None if picking is None else Area.of(self.merged, picking)
 
     def partial_name(self, number: int, exposure: str | None = None) -> str:
-        """Return the name of a partial, in a montage by its number within its exposure."""
+        """Return the name of a partial, by its number within its exposure or group, if any."""
         partials = self.merged.attributes.partials
         for own in self.merged.attributes.exposures:
             if own.id == exposure:
@@ -112,12 +117,16 @@ def read_report_data(
 
 def _check_origin(particles: ParticleTable, merged: MergedResult) -> None:
     """Raise InvalidInputError for particles that cannot belong to a result."""
-    known = {exposure.id for exposure in merged.attributes.exposures}
-    unknown = {*particles.columns.get(EXPOSURE, np.array([])).tolist()} - known
-    expected, got = ("a montage", "one exposure") if known else ("one exposure", "a montage")
-    if particles.is_of_montage and known:
-        expected, got = "its exposures", f"exposure {min(unknown, default='')!r}"
-    if len(particles) and (unknown or particles.is_of_montage != bool(known)):
+    kinds = {EXPOSURE: "a montage", GROUP: "groups", None: "one exposure"}
+    attributes = merged.attributes
+    own = None if not attributes.exposures else GROUP if attributes.group_by else EXPOSURE
+    its = next((name for name in (EXPOSURE, GROUP) if name in particles.columns), None)
+    known = {exposure.id for exposure in attributes.exposures}
+    unknown = {*particles.columns.get(own or "", np.array([])).tolist()} - known
+    expected, got = kinds[own], kinds[its]
+    if own == its:
+        expected, got = f"its {own}s", f"{own} {min(unknown, default='')!r}"
+    if len(particles) and (unknown or own != its):
         raise InvalidInputError(
             f"particles: expected particles of {expected}, got particles of {got}; pick them with "
             f"find_peaks from {merged.url}"
@@ -133,7 +142,7 @@ def warnings_of(data: ReportData) -> list[str]:
         (statistics.zero_std_pixels, "without variance: the z-score is 0"),
     )
     # Canvas pixels without an exposure are not counted.
-    where = " (summed over all exposures)" if data.is_montage else ""
+    where = f" (summed over all {data.merged.attributes.part}s)" if data.has_parts else ""
     problems = [
         f"{count_text(n, 'valid pixel')} {'is' if n == 1 else 'are'} {what}{where}."
         for n, what in counted
@@ -147,8 +156,9 @@ def warnings_of(data: ReportData) -> list[str]:
     if data.no_particles_reason:
         problems.append(f"No particles could be picked: {data.no_particles_reason}")
     problems += picking_warnings(data.particles, data.summary.histograms.of_z())
-    if data.is_montage:
-        return [*problems, *montage_warnings(statistics, data.merged.statistics_of_exposures)]
+    if data.has_parts:
+        own, part = data.merged.statistics_of_exposures, data.merged.attributes.part
+        return [*problems, *montage_warnings(statistics, own, part)]
     return [*partial_warnings(statistics), *problems]
 
 
@@ -165,7 +175,7 @@ def particles_section(
         plots.plot_zscore(overview, ax, particles=particles)
         if data.area is not None:
             plots.hatch_excluded(data.merged, data.area, overview[1], ax)
-        montage_plots.outline_exposures(ax, data.merged.attributes.exposures)
+        montage_plots.outline_exposures(ax, data.merged.attributes.outlined)
 
     score = particles.columns[particles.ranked_by]
     best = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
@@ -185,12 +195,14 @@ def particles_section(
 def _zooms(data: ReportData, particles: AnyArray, is_shown: AnyArray, hits: Hits) -> list[Drawing]:
     """Return the best particles; with pictures, a row for each, in two halves."""
     (y, x), z = plots.map_positions(data.particles), data.particles.columns["scaled_mip"]
+    names = data.particles.columns.get(GROUP)
 
     def draw(number: int, ax: Any) -> None:
         i = particles[number]
         plots.plot_crop(data.merged, (y[i], x[i]), ax)
         hidden = "" if is_shown[number] else " (hidden)"
-        ax.set_title(f"{number + 1}: z = {z[i]:.2f}{hidden}")
+        group = f", {names[i]}" if names is not None else ""
+        ax.set_title(f"{number + 1}: z = {z[i]:.2f}{group}{hidden}")
         ax.tick_params(labelsize=8)
 
     panels: list[list[Any]] = [[partial(draw, number)] for number in range(len(particles))]
@@ -225,7 +237,8 @@ def _which_are_shown(data: ReportData, particles: AnyArray) -> AnyArray:
 def _particle_row(data: ReportData, i: int) -> dict[str, Any]:
     """Return the columns of a particle, and the name of the partial that won it."""
     row = {name: values[i].item() for name, values in data.particles.columns.items()}
-    return {**row, "partial": data.partial_name(row["best_partial"], row.get(EXPOSURE))}
+    owner = row.get(GROUP, row.get(EXPOSURE))
+    return {**row, "partial": data.partial_name(row["best_partial"], owner)}
 
 
 def significance_section(data: ReportData) -> dict[str, Drawing]:
@@ -298,9 +311,26 @@ def montage_section(data: ReportData) -> dict[str, object]:
     }
 
 
+def groups_section(data: ReportData) -> dict[str, object]:
+    """Return how clearly groups win, and the rows of their table."""
+    particles = data.particles.columns
+    found = Counter(particles[GROUP].tolist() if GROUP in particles else ())
+    about = data.particles.about
+    cutoffs = dict(about.exposure_cutoffs) if about else {}
+    drawing = partial(plots.plot_groups, data.particles)
+    exposures = data.summary.attributes.exposures
+    return {
+        "drawing": Drawing.of("groups-plot", (5.4, 4.2), drawing) if found else None,
+        "rows": [
+            (exposures[k], placed, cutoffs.get(placed.id), found[placed.id])
+            for k, placed in enumerate(data.merged.attributes.exposures[:MAX_ROWS])
+        ],
+    }
+
+
 def partials_section(data: ReportData) -> dict[str, object]:
-    """Return the contribution of each partial; in a montage, compared within each exposure."""
-    if data.is_montage:
+    """Return the contribution of each partial, compared within each exposure or group, if any."""
+    if data.has_parts:
         return _montage_partials(data)
     partials, sources = data.summary.attributes.partials, data.summary.attributes.sources
     correlations = partial(statistics_plots.plot_correlations, data.summary)
