@@ -96,7 +96,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
 
 def _what(plan: MergePlan) -> list[tuple[str, str]]:
     """Return rows that describe what is merged."""
-    if not plan.is_montage:
+    if not plan.has_parts:
         n, projections = len(plan.contributions), plan.total_projections
         return [("partials", f"{n}, {projections:,} projections")]
     if plan.group_by:

@@ -83,7 +83,7 @@ def write_correlations(
     """
     pa, place, blocks = _pyarrow(), Path(output), list[Any]()
     facts: dict[str, object] = {"threshold": source.threshold, "cutoff": source.cutoff}
-    if source.result.plan.is_montage:
+    if source.result.plan.has_parts:
         limits = source.limits.values()
         facts["exposures"] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
     incomplete = source.result.incomplete_text

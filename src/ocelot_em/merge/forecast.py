@@ -130,7 +130,7 @@ def n_files_of_maps(n_maps: int, counts: tuple[int, int]) -> int:
 def _files_and_inodes(plan: MergePlan) -> tuple[int, int]:
     """Return the number of files of a result, and of its files and folders."""
     n_maps, layouts = len(plan.maps.merged), [Layout.of(plan, e) for e in plan.exposures]
-    counts, n_kinds = TileGrid(plan.shape, plan.chunk).counts, 3 if plan.is_montage else 2
+    counts, n_kinds = TileGrid(plan.shape, plan.chunk).counts, 3 if plan.has_parts else 2
     n_records = [(len(layout),) for layout in layouts]
     # For each exposure also histograms; and for the result lists, the manifest and tables.
     n_files, n_folders = n_maps + 7 + 8 * len(layouts), n_maps + 7 + 12 * len(layouts)

@@ -205,7 +205,7 @@ class Job:
         if partials_on_device:
             maps, sum_dtype = plan.maps_of_exposure, open_one(first, SUM).dtype.name
             # A montage needs the values of its z-score.
-            left_out = SCALED_MIP if plan.is_montage else ""
+            left_out = SCALED_MIP if plan.has_parts else ""
             written = {name: own for name, own in self.written.items() if name != left_out}
             self._device_memory = DeviceMemory(
                 open_device(), maps, partials_on_device, sum_dtype, written

@@ -204,7 +204,7 @@ def merge_tile(tile: Tile, job: Job, reader: ReadAhead, writer: Writer) -> None:
         writer.statistics(piece, report)
     for finished in canvas.maps():
         writer.map(*finished)
-    if job.plan.is_montage:
+    if job.plan.has_parts:
         valid = Region.whole(job.plan.valid_shape).relative_to(tile.region)
         for piece in pieces:
             counted = piece.in_tile.intersect(valid)

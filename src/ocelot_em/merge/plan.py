@@ -91,9 +91,14 @@ class MergePlan(fmt.Attributes):
     template_name: fmt.PartialName | None = None
 
     @property
-    def is_montage(self) -> bool:
+    def has_parts(self) -> bool:
         """Whether the output is made of exposures, or groups, rather than a single search."""
         return bool(self.exposures[0].id)
+
+    @property
+    def is_montage(self) -> bool:
+        """Whether it is made of exposures that may have different origins."""
+        return self.has_parts and not self.group_by
 
     @property
     def part(self) -> str:
@@ -119,7 +124,7 @@ class MergePlan(fmt.Attributes):
             self.has_pixel_size,
             self.has_counts,
             self.has_decoded_poses,
-            self.is_montage,
+            self.has_parts,
             self.has_derived_maps,
             self.group_by is not None,
         )
@@ -204,8 +209,8 @@ class MergePlan(fmt.Attributes):
         return [self._order[number] for number in np.flatnonzero(touches)]
 
     def merged_exposures(self) -> tuple[fmt.MergedExposure, ...]:
-        """Return the exposures for the output's attributes; empty if it is not a montage."""
-        if not self.is_montage:
+        """Return the exposures for the output's attributes; empty if it has none."""
+        if not self.has_parts:
             return ()
         ns = [len(exposure.contributions) for exposure in self.exposures]
         return tuple(
@@ -307,10 +312,10 @@ def plan_differences(found: MergePlan, wanted: MergePlan, *, is_update: bool = F
     A montage can be resumed after exposures, or partials of exposures, were added. In an update, a
     search has gone on since: partials may have other contents.
     """
-    is_montage = found.is_montage and wanted.is_montage
-    if not (is_montage or is_update):
+    has_parts = found.has_parts and wanted.has_parts
+    if not (has_parts or is_update):
         return _differences(found, wanted)
-    of_canvas = ("shape", "valid_shape") if is_montage else ()
+    of_canvas = ("shape", "valid_shape") if has_parts else ()
     differences = _differences(found, wanted, ignored=("exposures", *of_canvas))
     wanted_by_id = {exposure.id: exposure for exposure in wanted.exposures}
     for old in found.exposures:

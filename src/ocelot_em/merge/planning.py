@@ -74,13 +74,13 @@ def make_plan(
         raise InvalidInputError(problems)
     if not so_far:
         _refuse_incomplete(placed, group_by)
-    is_montage = first.shape is None or group_by is not None
+    has_parts = first.shape is None or group_by is not None
     maps = MapSet(
         first.pose_form,
         first.has_pixel_size,
         counts=options.nan == "mask" or any(source.has_counts for source in sources),
         decoded=options.poses == "decoded" or first.pose_form is PoseForm.EXPLICIT,
-        exposures=is_montage,
+        exposures=has_parts,
         derived=options.derived == "stored",
         groups=group_by is not None,
     )
@@ -99,7 +99,7 @@ def make_plan(
         has_decoded_poses=maps.decoded,
         has_derived_maps=maps.derived,
         canvas_origin=canvas_origin,
-        overlap="max-zscore" if group_by else options.overlap if is_montage else "earliest",
+        overlap="max-zscore" if group_by else options.overlap if has_parts else "earliest",
         erode_px=options.erode,
         looks_wrapped=any(root.looks_wrapped for root in roots),
         group_by=group_by,

@@ -269,7 +269,7 @@ class MergedResult:
         if not pixel.intersect(exposure.counted).size:
             return float("nan")
         pixel = pixel.shifted(*exposure.origin)
-        if self.plan.is_montage and self.read(pixel, self.source)[0, 0] != exposure.number:
+        if self.plan.has_parts and self.read(pixel, self.source)[0, 0] != exposure.number:
             return float("nan")
         return float(self.read(pixel, SCALED_MIP)[0, 0])
 
@@ -343,7 +343,7 @@ class MergedResult:
 
     def summary_of(self, exposure: PlannedExposure) -> Summary:
         """Return the statistics of an exposure; without a montage, those of the whole result."""
-        if not self.plan.is_montage:
+        if not self.plan.has_parts:
             return self.summary
         statistics = self.statistics_of_exposures[exposure.id]
         path = statistics_path(exposure.number)

@@ -110,7 +110,7 @@ class TileWriter(Writer):
         """Encode the statistics of a piece and queue them for writing."""
         self._searched_pixels += report.searched_pixels
         if report.statistics is not None:
-            if not self._job.plan.is_montage:
+            if not self._job.plan.has_parts:
                 self._statistics = TileTotals.of(report.statistics)
             with self._storage.metered():
                 layout, number = self._record_of(piece)

@@ -103,7 +103,7 @@ def _merge_few_pixels(
             "ReadAhead", _FewPixels(fold, lambda k, name: dtype_of(chosen[k], name), encoded)
         )
         canvas: Canvas | WholeTile = WholeTile(0, plan.maps, pixels.shape)
-        if plan.is_montage:
+        if plan.has_parts:
             canvas = Canvas(plan.maps, plan.overlap, 2 * _N_PIXELS)
             canvas.begin((_N_PIXELS, width), [pixels])
         canvas.place(0, pixels, (pixels, pixels))
@@ -113,7 +113,7 @@ def _merge_few_pixels(
             for _ in canvas.put(name, values):
                 pass
         canvas.shown(0, pixels)
-    if plan.is_montage:
+    if plan.has_parts:
         for _ in WholeTile(0, plan.maps, pixels.shape).put(
             SCALED_MIP, work.array(SCALED_MIP, "f4")
         ):

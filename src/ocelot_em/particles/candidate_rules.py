@@ -71,7 +71,7 @@ def make_rules(
         return [rule] * len(plan.exposures)
     if plan.group_by:
         return [CandidateRule(cutoff) for cutoff in _group_cutoffs(options, populations)]
-    if plan.is_montage and options.per == "montage":
+    if plan.has_parts and options.per == "montage":
         cutoff = _montage_cutoff(options, merged, populations)
         return [CandidateRule(cutoff)] * len(plan.exposures)
     return [CandidateRule(_cutoff(options, own)) for own in populations]
@@ -137,7 +137,7 @@ def _p_value_rule(own: Population, cutoff: float) -> CandidateRule:
         try:
             return CandidateRule(cutoff, PValueModel.from_pixels(*own.values()))
         except OcelotError:  # the partials of an exposure, which picking then reports
-            if own.area is not None or not own.merged.plan.is_montage:
+            if own.area is not None or not own.merged.plan.has_parts:
                 raise
     counted = own.histograms
     model = PValueModel.from_histogram(counted.of_both(), counted.of_mip(), counted.of_z())
@@ -146,7 +146,7 @@ def _p_value_rule(own: Population, cutoff: float) -> CandidateRule:
 
 def p_value_model(own: Population) -> PValueModel | None:
     """Return the model of p-values of a result of one exposure; None for a montage."""
-    return None if own.merged.plan.is_montage else _p_value_rule(own, NEG_LOG_P_CUTOFF).model
+    return None if own.merged.plan.has_parts else _p_value_rule(own, NEG_LOG_P_CUTOFF).model
 
 
 def levels_of(model: PValueModel, counted: Histograms, cutoff: float) -> tuple[float, float]:

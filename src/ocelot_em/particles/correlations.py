@@ -94,7 +94,7 @@ class Correlations:
     @property
     def columns(self) -> dict[str, str]:
         """Columns of the rows, and their dtypes."""
-        return COLUMNS | ({EXPOSURE: "str"} if self.result.plan.is_montage else {})
+        return COLUMNS | ({EXPOSURE: "str"} if self.result.plan.has_parts else {})
 
     @property
     def n_rows(self) -> int:
@@ -111,13 +111,13 @@ class Correlations:
                         if n := len(rows["pos_y"]):
                             self.n_kept += n
                             rows["partial"] = np.full(n, number, np.int32)
-                            if self.result.plan.is_montage:
+                            if self.result.plan.has_parts:
                                 rows[EXPOSURE] = np.full(n, limits.exposure.id)
                             yield rows
 
     def _regions(self, k: int) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
         """Yield the valid pixels of an exposure, shown or hidden: regions, with their maps."""
-        if self.result.plan.is_montage:
+        if self.result.plan.has_parts:
             yield from OwnMaps(self.result, k).regions(MEAN, STD)
             return
         for region in self.result.regions():

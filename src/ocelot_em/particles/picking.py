@@ -139,7 +139,7 @@ def pick_again(
     for own, rows, rule in zip(populations, candidates, rules, strict=True):
         one = _Pixels(own.exposure, rows, rule.height(rows))
         found.append(one if area is None else one.at(area.contains(own.exposure, *one.pixels)))
-    if merged.plan.group_by or (merged.plan.is_montage and settings.per == "montage"):
+    if merged.plan.group_by or (merged.plan.has_parts and settings.per == "montage"):
         chosen, others = _peaks_of_montage(merged, found, settings)
     else:
         chosen = [f.at(_peaks(merged, [f], settings)) for f in found]
@@ -182,7 +182,7 @@ def _candidates(
     if not missing:
         return found, ()
     scanned = scan(merged, [rule.accepts for rule in rules], on_progress)
-    if not merged.plan.is_montage:
+    if not merged.plan.has_parts:
         return scanned, ()
     unreadable = []
     for number, k in enumerate(missing):
@@ -282,8 +282,8 @@ def _pick_info(
         pixel_size_angstrom=attributes.pixel_size_angstrom,
         shape=attributes.shape,
         valid_shape=attributes.valid_shape,
-        per="group" if plan.group_by else settings.per if plan.is_montage else None,
-        exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.is_montage else (),
+        per="group" if plan.group_by else settings.per if plan.has_parts else None,
+        exposure_cutoffs=tuple((e.id, c) for e, c in own) if plan.has_parts else (),
         exposure_shapes=tuple((e.id, (e.shape, e.valid_shape)) for e in attributes.exposures),
         incomplete_exposures=incomplete,
         incomplete_search=merged.incomplete_text,
@@ -322,7 +322,7 @@ def _table(
         columns[GROUP] = np.array([e.id for e in merged.plan.exposures])[exposures]
         columns[SECOND_ZSCORE] = merged.values_at(SECOND_ZSCORE, canvas_y, canvas_x)
         columns[DIFFERENCE] = columns[SCALED_MIP] - columns[SECOND_ZSCORE]
-    elif merged.plan.is_montage:
+    elif merged.plan.has_parts:
         columns |= {"canvas_y": canvas_y.astype(np.int32), "canvas_x": canvas_x.astype(np.int32)}
         columns[EXPOSURE] = np.array([e.id for e in merged.plan.exposures])[exposures]
         preferred = _preference(merged, exposures, rows, height)

@@ -137,7 +137,7 @@ class Population:
             try:
                 return self._sum(own_regions(self.merged, self.position, *names))
             except OcelotError as error:  # the partials of an exposure of a montage
-                if not self.merged.plan.is_montage:
+                if not self.merged.plan.has_parts:
                     raise
                 log.warning(
                     "exposure %s: pixels that were not searched count for its cutoff, too, since "

@@ -46,7 +46,7 @@ def scan(
                     maps[name] = merged.read(region, name)
             return _rows_at(where, z, maps, region.shifted(-origin[0], -origin[1]))
 
-        if not merged.plan.is_montage:
+        if not merged.plan.has_parts:
             return [(0, rows_at(rules[0](mip, z), z, (0, 0)))]
         numbers = merged.read(region, merged.source)
         found = []
@@ -78,7 +78,7 @@ def own_regions(
     OcelotError
         Maps, or the partials of an exposure of a montage, cannot be read.
     """
-    if merged.plan.is_montage:
+    if merged.plan.has_parts:
         yield from OwnMaps(merged, position).regions(*names)
         return
     for region in merged.regions():
@@ -99,7 +99,7 @@ def exact_count(
     """
     exposure, pixel = merged.plan.exposures[position], Region(y, y + 1, x, x + 1)
     shown = pixel.shifted(*exposure.origin)
-    if merged.plan.is_montage and merged.read(shown, merged.source)[0, 0] != exposure.number:
+    if merged.plan.has_parts and merged.read(shown, merged.source)[0, 0] != exposure.number:
         return int(own(position).merge(pixel)[COUNT][0, 0])
     return int(merged.read(shown, COUNT)[0, 0])
 

@@ -68,7 +68,7 @@ def read_candidates(objects: Objects, layout: Layout) -> Candidates:
         levels.append(level_of_record)
         edges.append(own_edges)
     candidates = np.concatenate(found)
-    if layout.is_montage:
+    if layout.has_parts:
         _add_neighbours_of_other_records(candidates, layout, edges)
     return Candidates(candidates, max(levels))
 

@@ -108,8 +108,8 @@ class Layout:
         return cls(exposure, plan.tile, plan.maps, plan.identity)
 
     @property
-    def is_montage(self) -> bool:
-        """Whether the result is a montage."""
+    def has_parts(self) -> bool:
+        """Whether the result is made of exposures or groups."""
         return self.maps.exposures
 
     @property
@@ -117,14 +117,14 @@ class Layout:
         """Path of the group of the records."""
         return (
             f"progress/{constants.EXPOSURES}/{self.exposure.number}"
-            if self.is_montage
+            if self.has_parts
             else "progress"
         )
 
     @property
     def paths(self) -> list[str]:
         """Paths of the arrays of the records."""
-        kinds = (COUNTS, NUMBERS, SHOWN) if self.is_montage else (COUNTS, NUMBERS)
+        kinds = (COUNTS, NUMBERS, SHOWN) if self.has_parts else (COUNTS, NUMBERS)
         return [f"{self.folder}/{what}" for what in kinds]
 
     @cached_property
@@ -185,7 +185,7 @@ class Layout:
     @property
     def edges_shape(self) -> tuple[int, int]:
         """Shape of the z-scores along the edges, which are last."""
-        return len(EDGES), max(self.tile) if self.is_montage else 0
+        return len(EDGES), max(self.tile) if self.has_parts else 0
 
     @cached_property
     def n_numbers(self) -> int:
@@ -278,7 +278,7 @@ class Layout:
         """
         self.counts(objects, number)
         self.statistics(objects, number)
-        if self.is_montage:
+        if self.has_parts:
             self.shown(objects, number)
 
     def _read(self, objects: Objects, what: str, number: int, dtype: str) -> AnyArray:

@@ -45,13 +45,13 @@ _ROOM = np.zeros(1)
 
 def new_tile_statistics(plan: MergePlan) -> TileStatistics:
     """Create the reusable statistics for the pieces of exposures."""
-    return TileStatistics(candidate_capacity(plan.tile), max(plan.tile) if plan.is_montage else 0)
+    return TileStatistics(candidate_capacity(plan.tile), max(plan.tile) if plan.has_parts else 0)
 
 
 def create_records(objects: Objects, plan: MergePlan) -> None:
     """Write the metadata of the tiles' records."""
     fields = {"tile_fields": list(TILE_FIELDS), "candidate_fields": list(CANDIDATE_FIELDS)}
-    if plan.is_montage:
+    if plan.has_parts:
         groups.create_group(objects, f"progress/{constants.EXPOSURES}", {})
 
     def create(exposure: PlannedExposure) -> None:
@@ -60,7 +60,7 @@ def create_records(objects: Objects, plan: MergePlan) -> None:
             (COUNTS, "uint32", {}),
             (NUMBERS, "float64", fields),
         ]
-        if plan.is_montage:
+        if plan.has_parts:
             groups.create_group(objects, layout.folder, {})
             arrays.append((SHOWN, "float64", {"fields": list(SHOWN_FIELDS)}))
 
@@ -112,7 +112,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
     for exposure in plan.exposures:
         layout = Layout.of(plan, exposure)
         reads: list[Callable[[Objects, int], object]] = [layout.counts, layout.record]
-        if plan.is_montage:
+        if plan.has_parts:
             reads.append(layout.shown)
 
         def problems_of(
@@ -128,7 +128,7 @@ def record_problems(objects: Objects, plan: MergePlan) -> Iterator[str]:
 
         for found in map_in_threads(problems_of, range(len(layout)), objects.requests):
             yield from found
-    exposures = plan.exposures if plan.is_montage else ()
+    exposures = plan.exposures if plan.has_parts else ()
     for path in (STATISTICS, *(statistics_path(exposure.number) for exposure in exposures)):
         try:
             statistics = read_statistics(objects, path)

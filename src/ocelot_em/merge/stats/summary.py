@@ -64,7 +64,7 @@ class Summary:
 
 def new_totals(plan: MergePlan) -> Totals | None:
     """Return sums of merged tiles, yet of none; None in a montage: large for every exposure."""
-    if plan.is_montage:
+    if plan.has_parts:
         return None
     return Totals(Layout.of(plan, plan.exposures[0]).scope, np.zeros(N_FLAT, np.int64))
 
