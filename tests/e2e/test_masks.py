@@ -134,7 +134,7 @@ def test_without_a_mask_counts_of_pixels_set_the_cutoff(place):
 def test_what_a_mask_is_of(place):
     merged = place / "plain_16"
     by_image = find_peaks(merged, mask=MASK)
-    assert "of the micrograph (of the map: --mask-of map)" in by_image.about.area
+    assert "of the micrograph (or of the map with --mask-of map)" in by_image.about.area
     assert_same_rows(find_peaks(merged, mask=ALLOWED), by_image)
     assert_same_rows(find_peaks(merged, mask=~MASK, mask_marks="excluded"), by_image)
     of_map = np.zeros(SHAPE, bool)

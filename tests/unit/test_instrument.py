@@ -63,6 +63,13 @@ def live_data(page):
     return json.loads(gzip.decompress(b64decode(packed[-1])))
 
 
+def column_of(data, name):
+    """A column of the particles in the data."""
+    found = re.search(rf'\["{name}",(\{{.*?\}})\]', json.dumps(data, separators=(",", ":")))
+    packed = b64decode(json.loads(found[1])["array"]["data"])
+    return np.frombuffer(gzip.decompress(packed), np.float32)
+
+
 def test_weaker_peaks_are_there_for_lower_cutoffs(crops):
     data = live_data(report_page(crops))
     strong, weak = find_peaks(crops), find_peaks(crops, cutoff=5.8)
@@ -73,15 +80,22 @@ def test_weaker_peaks_are_there_for_lower_cutoffs(crops):
     assert len(shown[1].split(",")) == len(strong)
 
 
+@pytest.mark.parametrize("is_masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("method", ["gaussian", "gev", "pvalue"])
-def test_the_expected_number_of_false_positives_is_that_of_the_picking(crops, method):
-    """At the cutoff, as many as the cutoff was computed for."""
-    particles = find_peaks(crops, method=method)
-    data = live_data(report_page(crops, particles=particles))
+def test_the_expected_number_of_false_positives_is_that_of_the_picking(crops, method, is_masked):
+    """At the cutoff, as many as the cutoff was computed for: of allowed pixels only."""
+    mask = np.indices((128, 128)).sum(axis=0) < 150 if is_masked else None
+    particles = find_peaks(crops, method=method, mask=mask)
+    page = report_page(crops, particles=particles)
+    data = live_data(page)
+    assert (b"Grey areas are excluded" in page) == is_masked
+    assert ('"excluded"' in json.dumps(data)) == is_masked
+    y, x = (np.rint(column_of(data, name) * 4 - 0.5) for name in ("map_y", "map_x"))
+    assert not is_masked or (y + x < 150).all()  # weaker peaks, too
     slider = next(root for root in data["document"]["roots"] if root["name"] == "Slider")
     start, step, value = (slider["attributes"][name] for name in ("start", "step", "value"))
     at_cutoff = data["expected"][round((value - start) / step)]
-    pixels = np.prod(particles.about.valid_shape)
+    pixels = 128 * 128 if mask is None else mask.sum()
     expected = pixels * np.exp(-8) if method == "pvalue" else 1.0
     assert at_cutoff == pytest.approx(expected, rel=1e-3)
     assert (np.diff(data["expected"]) <= 0).all()

@@ -143,7 +143,7 @@ def _place(mask: Mask, merged: MergedResult, of: str | None) -> tuple[int, str]:
             f"{mask.name}: expected {expected}, got {shape_text(mask.shape)}; give a mask of this "
             "result"
         )
-    hint = " (of the map: --mask-of map)" if of is None and mask.shape == shape else ""
+    hint = " (or of the map with --mask-of map)" if of is None and mask.shape == shape else ""
     return seen // 2, f"{image}{hint}"
 
 
