@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ocelot_em.store.recorded import SearchSize
     from ocelot_em.store.search_info import Exposure, SearchInfo
     from ocelot_em.testing.simulation import Simulation, simulate
+    from ocelot_em.view.comparison_page import write_comparison
     from ocelot_em.view.index import write_index
     from ocelot_em.view.inspection import StoreInfo, check, describe
     from ocelot_em.view.montage_plots import (
@@ -99,6 +100,7 @@ _HOME = {
         "store.recorded": "SearchSize",
         "store.search_info": "Exposure SearchInfo",
         "testing.simulation": "Simulation simulate",
+        "view.comparison_page": "write_comparison",
         "view.index": "write_index",
         "view.inspection": "StoreInfo check describe",
         "view.montage_plots": "plot_exposures plot_partials_of_exposures plot_seams",
@@ -155,6 +157,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "read_search_space_file",
     "write_report",
     "write_index",
+    "write_comparison",
     "plot_zscore",
     "plot_map",
     "plot_crop",

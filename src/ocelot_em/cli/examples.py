@@ -26,6 +26,10 @@ EXAMPLES = {
         "--output PEAKS.star",
     ),
     "report": ("ocelot report MERGED.zarr --output report.html",),
+    "compare": (
+        "ocelot compare WILD_TYPE.zarr KNOCK_OUT.zarr --output comparison.html",
+        "ocelot compare BEFORE.zarr AFTER.zarr --symmetry D7 --table both.csv --output page.html",
+    ),
     "view": ("ocelot view MERGED.zarr",),
     "config": ("ocelot config merge --output merge.yaml",),
     "doctor": ("ocelot doctor --folder /scratch/me",),

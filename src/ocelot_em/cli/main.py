@@ -27,6 +27,7 @@ COMMANDS = {
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
     "export": ("particle_commands:export", "Write maps or particles for other programs."),
     "report": ("report_command:report", "Write an HTML page to judge merged results by."),
+    "compare": ("compare_command:compare", "Compare the particles of two searches on a page."),
     "view": ("view_command:view_map", "Show maps and particles in a browser."),
     "info": ("info_command:info", "Describe a store."),
     "check": ("info_command:check", "Find everything that is wrong with stores."),

@@ -162,6 +162,14 @@ class Comparison(ColumnTable):
         found = self.columns["found_in"]
         return {kind: int((found == kind).sum()) for kind in (BOTH, ONLY_A, ONLY_B)}
 
+    def places_on(self, side: str) -> Float64:
+        """Return rows and columns (n, 2) on the map of A or B, also where it was not picked."""
+        grid, columns = _Grid.of(self.a, self.b), self.columns
+        at_a, at_b = (np.stack([columns[f"{axis}_{own}"] for axis in "yx"], axis=1) for own in "ab")
+        if side == "A":
+            return np.where(np.isnan(at_a), grid.to_a(grid.from_b(at_b)), at_a)
+        return np.where(np.isnan(at_b), grid.to_b(grid.from_a(at_a)), at_b)
+
     def facts(self) -> dict[str, object]:
         """Return what was compared, and how."""
         return {

@@ -127,7 +127,7 @@ def write_index(
     reports, table_path = (page.with_name(f"{page.stem}_{n}") for n in ("reports", "results.csv"))
     picking = PickOptions.parse(options)
     urls = list(dict.fromkeys(url for place in as_places(results) for url in find_results(place)))
-    names = _short_names(urls)
+    names = short_names(urls)
     files = [reports / name for name in _file_names(names)]
     refuse_existing([page, table_path, *files], overwrite)
     rows, thumbnails = list[IndexRow](), list[str]()
@@ -189,7 +189,7 @@ def _may_be_result(folder: str) -> bool:
         return f'"{ATTRIBUTE_KEY}"' in text
 
 
-def _short_names(urls: Sequence[str]) -> list[str]:
+def short_names(urls: Sequence[str]) -> list[str]:
     """Return the URLs without the folders, and the last name, that all have in common."""
     parts = [url.rstrip("/").split("/") for url in urls]
     if len(parts) > 1 and len({own[-1] for own in parts}) == 1:

@@ -4,13 +4,7 @@ bokeh draws everything in the browser, from data in the page. All show one sourc
 through one view of it, so that a selection, the cutoff and the filter are the same everywhere.
 """
 
-import gzip
-import json
-from base64 import b64encode
 from dataclasses import dataclass
-from functools import cache
-from hashlib import sha256
-from importlib.resources import files
 from math import ceil, log10
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +18,7 @@ from ocelot_em.particles.population import Population, populations_of
 from ocelot_em.particles.significance import gev_above
 from ocelot_em.particles.table import EXPOSURE, GROUP, NEG_LOG_P, ParticleTable
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
-from ocelot_em.view.page import INK
+from ocelot_em.view.live_page import LivePage
 
 if TYPE_CHECKING:
     from ocelot_em.view.report_sections import ReportData
@@ -43,18 +37,13 @@ MAX_PARTICLES = 100_000
 
 
 @dataclass(frozen=True)
-class Instrument:
-    """Scripts and data of the interactive part of a page.
+class Instrument(LivePage):
+    """Scripts and data of the interactive part of a report.
 
-    ``packed`` are the scripts, and last the data, compressed; ``loader`` is the script that unpacks
-    them; ``policy`` has the hashes of all scripts, so that browsers run no others.
     ``n_left_out`` of the lowest particles are not in the data; ``has_all_columns`` states whether
     the others have all columns.
     """
 
-    packed: tuple[str, ...]
-    loader: str
-    policy: str
     n_left_out: int
     has_all_columns: bool
 
@@ -68,7 +57,6 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         bokeh is not installed.
     """
     with optional_import("interactive reports need bokeh", extra="viz"):
-        from bokeh.document import Document
         from bokeh.models import CDSView, ColumnDataSource, IndexFilter, InlineStyleSheet, Slider
 
     table = _with_weaker(data)
@@ -83,6 +71,7 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
     source = ColumnDataSource(columns, name="particles")
     n_shown = int((heights >= cutoff - 1e-6).sum())
     view = CDSView(filter=IndexFilter(indices=list(range(n_shown)), name="shown"))
+    shown = live_figures.Shown(source, view, live_figures.LISTED)
     style = InlineStyleSheet(css=":host { color: var(--ink); font: 14px/1.5 system-ui; }")
     look: Any = {"format": "0.00", "sizing_mode": "stretch_width", "stylesheets": [style]}
     slider = Slider(
@@ -100,17 +89,12 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
     contours = _contours(data, levels[:: ceil(len(levels) / MAX_CONTOURS)])
     roots = {
         "live-cutoff": slider,
-        "live-map": live_figures.zscore_map(overview, attributes, source, view, excluded),
+        "live-map": live_figures.zscore_map(overview, attributes, shown, excluded),
         "live-survival": live_figures.survival(summary, cutoff if score == SCALED_MIP else None),
-        "live-joint": live_figures.joint(summary, source, view, contours[:1]),
-        "live-table": live_figures.table(source, view),
+        "live-joint": live_figures.joint(summary, shown, contours[:1]),
+        "live-table": live_figures.table(shown),
     }
-    document = Document()
-    for root in roots.values():
-        document.add_root(root)
     content = {
-        "document": document.to_json(deferred=False),
-        "roots": [{"id": root.id, "element": place} for place, root in roots.items()],
         "score": score,
         "columns": [name for name in table.columns if name in columns],
         "titles": {
@@ -118,28 +102,9 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         },
         "expected": [float(f"{one:.4g}") for one in _expected_above(data, levels)],
         "contours": contours,
-        "ink": INK,
     }
-    text = json.dumps(_numbered(content, {}), separators=(",", ":"))
-    scripts, glue, policy = _scripts()
-    packed = (*scripts, _packed(text))
-    return Instrument(packed, glue, policy, n_left_out, len(best) <= FULL_ROWS)
-
-
-@cache
-def _scripts() -> tuple[list[str], str, str]:
-    """Return the scripts of bokeh, compressed, our own, and the hashes of all: once a process."""
-    from bokeh.resources import Resources
-
-    components = ["bokeh", "bokeh-widgets", "bokeh-tables"]
-    raw = Resources("inline", log_level="error", components=components).js_raw
-    glue = (files("ocelot_em") / "view/templates/report.js").read_text("utf-8")
-    hashes = (b64encode(sha256(own.encode()).digest()).decode() for own in (*raw, glue))
-    return [*map(_packed, raw)], glue, " ".join(f"'sha256-{own}'" for own in hashes)
-
-
-def _packed(text: str) -> str:
-    return b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+    live = LivePage.of(roots, content, "report.js")
+    return Instrument(live.packed, live.loader, live.policy, n_left_out, len(best) <= FULL_ROWS)
 
 
 def _with_weaker(data: "ReportData") -> ParticleTable:
@@ -230,17 +195,3 @@ def _expected_above(data: "ReportData", cutoffs: Float64) -> Float64:
         whole = sum(own.searched_pixels * own.exposure.total_projections for own in populations)
         share = about.correlations / max(whole, 1)
     return share * statistics_plots.noise_above(cutoffs, statistics)
-
-
-def _numbered(value: Any, numbers: dict[str, str]) -> Any:
-    """Number the ids of models from 1, so that equal reports are equal files."""
-    if isinstance(value, dict):
-        return {
-            key: numbers.setdefault(one, f"m{len(numbers) + 1}")
-            if key == "id"
-            else _numbered(one, numbers)
-            for key, one in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_numbered(one, numbers) for one in value]
-    return value

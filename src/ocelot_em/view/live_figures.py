@@ -1,9 +1,10 @@
 """Figures and the table of the interactive part of a report, as models of bokeh.
 
-Each takes a source of particles and a view of those at or above the cutoff.
+Each takes particles: a source of them, and a view of those that are shown.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +45,30 @@ LISTED: Mapping[str, tuple[str, str]] = {
 }
 """Columns of the table: titles, and formats of numbers."""
 
+
+@dataclass(frozen=True)
+class Shown:
+    """The particles of a page: their source, a view of those that are shown, and their columns."""
+
+    source: "ColumnDataSource"
+    view: "CDSView"
+    listed: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Circles, or other marks, of a fixed size on the screen.
+
+    Columns for x and y; a colour and a marker, or ``{"field": column}``.
+    """
+
+    x: str
+    y: str
+    colour: Any
+    size: int = 13
+    marker: Any = "circle"
+
+
 _MAGMA = 254
 _TABLE_STYLE = """
 :host { color: var(--ink); font: 13px/1.5 system-ui, sans-serif; }
@@ -64,9 +89,9 @@ def unit_of(attributes: MergedAttributes) -> tuple[str, float]:
 def zscore_map(
     overview: tuple[Float32, int],
     attributes: MergedAttributes,
-    source: "ColumnDataSource",
-    view: "CDSView",
+    shown: Shown,
     excluded: AnyArray | None = None,
+    rings: Rings = Rings(MAP_X, MAP_Y, figures.CYAN),
 ) -> "Plot":
     """Return the map of z-scores with particles, in nm, or pixels if their size is unknown.
 
@@ -83,7 +108,7 @@ def zscore_map(
     # 0: not searched.
     shades = np.nan_to_num((z - low) / (high - low) * _MAGMA, nan=-np.inf, posinf=_MAGMA)
     bytes_ = np.where(np.isfinite(z), np.clip(shades, 0, _MAGMA) + 1, 0).astype(np.uint8)
-    plot = _plot(
+    plot = empty_plot(
         f"x ({unit})",
         f"y ({unit})",
         x_range=models.DataRange1d(range_padding=0, default_span=1),
@@ -112,8 +137,7 @@ def zscore_map(
         plot.add_glyph(
             models.ColumnDataSource(edges), models.Quad(**{edge: edge for edge in edges}, **look)
         )
-    circles = _add_circles(plot, source, view, (MAP_X, MAP_Y), figures.CYAN, 13)
-    plot.add_tools(_hover(source, circles))
+    plot.add_tools(hover(shown, add_rings(plot, shown, rings)))
     look = {"background_fill_color": None, "width": 12, "padding": 4}
     look["major_label_text_color"] = INK
     bar = models.LinearColorMapper(palette=_magma(), low=low, high=high)
@@ -130,7 +154,7 @@ def survival(summary: Summary, cutoff: float | None) -> "Plot":
     right = max(z.max(initial=0.0), min(cutoff or 0.0, 2 * z.max(initial=1.0))) + 0.5
     levels = np.linspace(z.min(initial=right - 0.5) - 0.25, right, 200)
     noise = statistics_plots.noise_above(levels, summary.attributes)
-    plot = _plot(
+    plot = empty_plot(
         "z-score",
         "pixels",
         x_range=models.Range1d(levels[0], right),
@@ -149,7 +173,7 @@ def survival(summary: Summary, cutoff: float | None) -> "Plot":
     )
     names = {"this search": curve, "Gaussian noise": expected}
     items = [models.LegendItem(label=name, renderers=[own]) for name, own in names.items()]
-    plot.add_layout(_legend(items))
+    plot.add_layout(legend(items))
     if cutoff is not None:
         look: Any = {"line_color": figures.RED, "line_width": 2}
         plot.add_layout(
@@ -158,18 +182,13 @@ def survival(summary: Summary, cutoff: float | None) -> "Plot":
     return plot
 
 
-def joint(
-    summary: Summary,
-    source: "ColumnDataSource",
-    view: "CDSView",
-    contour: Sequence[Mapping[str, Any]],
-) -> "Plot":
+def joint(summary: Summary, shown: Shown, contour: Sequence[Mapping[str, Any]]) -> "Plot":
     """Return the joint density of ``mip`` and z-score, with particles and the cutoff's contour."""
     from bokeh import models
 
     counts = summary.histograms.joint
     used = [np.flatnonzero(counts.any(axis=axis)) for axis in (1, 0)]
-    plot = _plot(
+    plot = empty_plot(
         "mip",
         "z-score",
         x_range=models.DataRange1d(default_span=1),
@@ -194,29 +213,29 @@ def joint(
             models.ColumnDataSource(dict(lines), name="contour"),
             models.MultiLine(xs="x", ys="y", **dashes),
         )
-    circles = _add_circles(plot, source, view, (MIP, SCALED_MIP), figures.RED, 9)
-    plot.add_tools(_hover(source, circles))
+    rings = add_rings(plot, shown, Rings(MIP, SCALED_MIP, figures.RED, 9))
+    plot.add_tools(hover(shown, rings))
     return plot
 
 
-def table(source: "ColumnDataSource", view: "CDSView") -> "DataTable":
+def table(shown: Shown) -> "DataTable":
     """Return the sortable table of particles."""
     from bokeh import models
 
     columns = []
-    for name, (title, form) in LISTED.items():
-        if name not in source.data:
+    for name, (title, form) in shown.listed.items():
+        if name not in shown.source.data:
             continue
         align: Any = {"text_align": "right"} if form else {}
         kind = models.NumberFormatter if form else models.StringFormatter
-        width = 130 if not form else 52 if name == RANK else 86
+        width = 130 if not form else 52 if name == RANK else max(86, 8 * len(title))
         look: Any = {"format": form, "nan_format": "—", **align} if form else {}
         columns.append(
             models.TableColumn(field=name, title=title, formatter=kind(**look), width=width)
         )
     return models.DataTable(
-        source=source,
-        view=view,
+        source=shown.source,
+        view=shown.view,
         columns=columns,
         index_position=None,
         autosize_mode="none",
@@ -228,7 +247,7 @@ def table(source: "ColumnDataSource", view: "CDSView") -> "DataTable":
     )
 
 
-def _plot(x: str, y: str, **options: Any) -> "Plot":
+def empty_plot(x: str, y: str, **options: Any) -> "Plot":
     """Return an empty plot with axes, grid and tools."""
     from bokeh import models
 
@@ -264,38 +283,32 @@ def _plot(x: str, y: str, **options: Any) -> "Plot":
     return plot
 
 
-def _add_circles(
-    plot: "Plot",
-    source: "ColumnDataSource",
-    view: "CDSView",
-    place: tuple[Any, Any],
-    colour: str,
-    size: int,
-) -> Any:
-    """Add circles of a fixed size on the screen; those selected are filled."""
+def add_rings(plot: "Plot", shown: Shown, rings: Rings) -> Any:
+    """Add circles or other marks; those selected are filled."""
     from bokeh import models
 
     ring: Any = {
-        "x": place[0],
-        "y": place[1],
-        "size": size,
-        "line_color": colour,
+        "x": rings.x,
+        "y": rings.y,
+        "size": rings.size,
+        "marker": rings.marker,
+        "line_color": rings.colour,
         "line_width": 1.6,
     }
-    usual = models.Scatter(**ring, fill_color=colour, fill_alpha=0.0)
-    chosen = models.Scatter(**ring, fill_color=colour, fill_alpha=0.7)
+    usual = models.Scatter(**ring, fill_color=rings.colour, fill_alpha=0.0)
+    chosen = models.Scatter(**ring, fill_color=rings.colour, fill_alpha=0.7)
     look: Any = {"selection_glyph": chosen, "nonselection_glyph": usual}
-    return plot.add_glyph(source, usual, view=view, **look)
+    return plot.add_glyph(shown.source, usual, view=shown.view, **look)
 
 
-def _hover(source: "ColumnDataSource", renderer: Any) -> Any:
+def hover(shown: Shown, renderer: Any) -> Any:
     """Return what is shown of the particle at the pointer."""
     from bokeh import models
 
     tips = [
         (title, f"@{name}{{{form}}}" if form else f"@{name}")
-        for name, (title, form) in LISTED.items()
-        if name in source.data
+        for name, (title, form) in shown.listed.items()
+        if name in shown.source.data
     ]
     return models.HoverTool(renderers=[renderer], tooltips=tips, point_policy="snap_to_data")
 
@@ -314,7 +327,8 @@ def _scale_bar(plot: "Plot", unit: str) -> Any:
     return models.ScaleBar(unit=unit, dimensional=metric, **look)
 
 
-def _legend(items: Any) -> Any:
+def legend(items: Any) -> Any:
+    """Return a legend in the page's colours."""
     from bokeh import models
 
     look: Any = {"background_fill_color": None, "border_line_color": None, "label_text_color": INK}
