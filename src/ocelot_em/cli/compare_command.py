@@ -63,8 +63,8 @@ def compare(
     from ocelot_em.view.comparison_page import write_comparison
 
     refuse_existing([Path(own) for own in (output, table) if own is not None], overwrite)
-    matching = {"max_distance": options.max_distance, "symmetry": options.symmetry}
-    found = compare_searches(a, b, **matching, **dict(picking))
+    limit, symmetry = options.max_distance, options.symmetry
+    found = compare_searches(a, b, max_distance=limit, symmetry=symmetry, **dict(picking))
     write_comparison(found, output, overwrite=overwrite)
     if table is not None:
         write = found.to_csv if str(table).lower().endswith(".csv") else found.to_parquet

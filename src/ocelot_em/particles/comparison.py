@@ -73,9 +73,9 @@ class ComparedSearch:
 
     @property
     def cutoff(self) -> float | None:
-        """Lowest z-score that was picked; None if unknown, or if p-values were judged."""
+        """Lowest z-score that was picked; None if unknown, or if something else was judged."""
         about = self.particles.about
-        return None if about is None or about.method == "pvalue" else about.cutoff
+        return about.cutoff if about and self.particles.ranked_by == SCALED_MIP else None
 
     @cached_property
     def template_box_px(self) -> int | None:
