@@ -4,6 +4,7 @@
 of the package must read; copy them here. FOLDER is recorded in them: let it name no machine.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import numpy as np
 import ocelot_em
 from helpers import make_result, with_tables, write_search
 from montages import SHOTS, write_shots
+from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.attributes import FORMAT_VERSION
+from ocelot_em.store.partials import write_partial
 
 
 def main() -> None:
@@ -32,6 +35,22 @@ def main() -> None:
     ocelot_em.merge(
         place / "montage.zarr", place / "montage_merged.zarr", tile_size=24, overlap="max-zscore"
     )
+    make_groups(place)
+
+
+def make_groups(place: Path) -> None:
+    """Two templates with search spaces of their own; the searches are not needed any more."""
+    other = SearchSpace.from_tables(np.full((5, 3), 7), [0], [0])
+    rng = np.random.default_rng(0)
+    result = make_result(rng, (24, 40), 70)
+    result["best_global_index"] %= other.n_poses
+    info = ocelot_em.SearchInfo(search_space=other, template_name="other")
+    write_partial(place / "other.zarr", "p0", result, total_projections=70, search=info)
+    searches = [place / "indexed.zarr", place / "other.zarr"]
+    ocelot_em.merge(
+        searches, place / "groups.zarr", tile_size=24, poses="index", group_by="template"
+    )
+    shutil.rmtree(place / "other.zarr")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ocelot_em.particles.picking import all_candidates
 
 GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
 TABLES = sorted(DATA.glob("golden_v*/tables.zarr"))
+GROUPS = sorted(DATA.glob("golden_v*/groups.zarr"))
 STATISTICS = sorted(DATA.glob("golden_v*/statistics.zarr"))
 
 
@@ -101,5 +102,20 @@ def test_correlation_tables_are_read_for_ever(golden: Path, tmp_path: Path) -> N
             assert found == sorted(result["correlation_table"][stored])
 
 
+@pytest.mark.parametrize("golden", GROUPS, ids=lambda p: p.parent.name)
+def test_groups_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
+    """The first group won about half of the pixels, and is merged again alone."""
+    assert ocelot_em.check(golden) == []
+    ocelot_em.merge(golden.with_name("indexed.zarr"), tmp_path / "OUT.zarr", tile_size=24)
+    maps, alone = ocelot_em.open_merged(golden), ocelot_em.open_merged(tmp_path / "OUT.zarr")
+    won = maps.best_group.values == 0
+    assert 0.3 < won.mean() < 0.7
+    for name in ("mip", "scaled_mip", "best_phi", "best_defocus", "correlation_std"):
+        np.testing.assert_array_equal(maps[name].values[won], alone[name].values[won])
+    np.testing.assert_array_equal(maps.second_zscore.values[~won], alone.scaled_mip.values[~won])
+    assert (maps.best_phi.values[~won] == 7).all()
+    assert {*ocelot_em.find_peaks(golden, cutoff=5.0)["group"]} == {"indexed", "other"}
+
+
 def test_there_are_golden_stores() -> None:
-    assert (len(GOLDEN), len(STATISTICS), len(TABLES)) == (8, 3, 1)
+    assert (len(GOLDEN), len(STATISTICS), len(TABLES), len(GROUPS)) == (8, 3, 1, 1)
