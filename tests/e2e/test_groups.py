@@ -1,5 +1,6 @@
 """Groups: each is merged alone as if it were the only one, and the highest z-score wins."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -301,3 +302,11 @@ def test_what_cannot_be_grouped_is_refused(tmp_path):
     assert "use --group-by template" in message("BOX", "SMALL")
     assert "overlap" in message("RUN", group_by="sector", overlap="farthest-from-edge")
     assert ocelot_em.describe(tmp_path / "BOX.zarr").attributes.template_name == "large"
+
+
+def test_a_report_speaks_of_groups(two_templates):
+    place, _ = two_templates
+    page = ocelot_em.write_report(place / "OUT", place / "report.html", max_zooms=1).read_text()
+    assert "montage" not in page.lower().split("</style>")[1].split("<script")[0]
+    assert "1: z = 12.00" in page
+    assert re.search(r"<td>holo</td>.*>1</td>.*500,000", page)
