@@ -141,7 +141,7 @@ def test_a_job_that_is_told_before_it_listens_is_queued_again(
     lab.call("scancel", "--signal=USR1", job)
     gate.open(pause=1)  # should it listen already, it finds tiles left
     lab.wait(job, "PENDING")
-    assert "was stopped, and is queued again" in printed(tmp_path)
+    assert "was stopped: it is requeued" in printed(tmp_path)
     lab.call("scancel", job)
 
 
@@ -154,7 +154,7 @@ def test_a_cancelled_job_is_not_queued_again(
     gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
     lab.wait(job, "CANCELLED")
     assert "stopping after the running tiles" in printed(tmp_path)
-    assert "queued again" not in printed(tmp_path).replace("not queued again", "")
+    assert "it is requeued" not in printed(tmp_path)
     assert list(tmp_path.glob("OUT.zarr/lock/*")) == []
     assert tiles_done(tmp_path / "OUT.zarr") < search.n_tiles
 

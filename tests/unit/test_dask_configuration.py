@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import dask
 import pytest
@@ -52,6 +53,19 @@ def test_numbers_that_can_be_used():
     assert (jobs.cores, jobs.memory, jobs.walltime) == (8, "4000000000B", "90")
     assert slurm._seconds("90") == 5400
     assert slurm._seconds("1-12") == 36 * 3600
+
+
+def test_worker_jobs_write_to_the_run_folder_unless_another_is_set():
+    options = MergeOptions(cluster="slurm")
+
+    def log_directory(folder, options):
+        return slurm.with_logs_in(Path(folder), options).slurm.log_directory
+
+    assert log_directory("/run/jobs", options) == "/run/jobs"
+    assert log_directory("/with space/jobs", options) is None
+    assert log_directory("/run", options.model_copy(update={"cluster": "threads"})) is None
+    with configured("log-directory: /configured"):
+        assert log_directory("/run", options) is None
 
 
 @pytest.mark.parametrize("key", ["job-script-prologue", "worker-extra-args"])

@@ -291,8 +291,8 @@ def test_little_space(monkeypatch, tmp_path):
         os, "statvfs", lambda _: types.SimpleNamespace(f_files=9**9, f_favail=10**6)
     )
     assert doctor._disk_space(tmp_path)[1].partition(" free, and ")[2] == (
-        "1,000,000 more files can be created: 32768 x 32768 pixels of 8 devices have 320 "
-        "(65,600 with --chunk-files), their result 72 (15,372 if a cluster merges it)"
+        "1,000,000 more files can be created: a search of 32768 x 32768 pixels on 8 devices has "
+        "320 (65,600 with --chunk-files), its result 72 (15,372 if a cluster merges it)"
     )
     usage.free = doctor.SPEED_NBYTES
     assert doctor._disk_speed(tmp_path) == ("warning", "not measured: less than 512 MB are free")
@@ -340,6 +340,30 @@ def test_the_clock_of_the_file_system(monkeypatch, tmp_path, seconds, state, say
 
 
 # the cluster
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (None, ("problem", "SLURM: sbatch, squeue, scancel, sinfo not found: use a host")),
+        (
+            "echo 'cpu*|up|4|1:00'; echo 'gpu|down|1|infinite'",
+            (
+                "ok",
+                "SLURM: cpu (default) is up, "
+                "4 nodes, time limit 1:00; gpu is down, 1 node, time limit infinite. To do: test",
+            ),
+        ),
+        ("echo 'no controller' >&2; exit 1", ("problem", "SLURM: no controller")),
+    ],
+)
+def test_slurm(tmp_path, monkeypatch, program, expected):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("sbatch", "squeue", "scancel", "sinfo") if program else ():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    (found,) = doctor_cluster.of_cluster(tmp_path, "slurm")
+    assert (found.state, found.text[: len(expected[1])]) == expected
 
 
 @pytest.fixture(scope="module")
@@ -435,10 +459,11 @@ def test_what_is_no_scheduler(monkeypatch, tmp_path):
         (finding,) = doctor_cluster.of_cluster(tmp_path, address)
     assert finding.state == "problem"
     assert f"no Dask scheduler responds at {address}: TimeoutError" in finding.text
-    for address in ("tcp://127.0.0.1:9", "nonsense"):
-        (finding,) = doctor_cluster.of_cluster(tmp_path, address)
-        assert finding.state == "problem"
-        assert f"no Dask scheduler responds at {address}: " in finding.text
+    (finding,) = doctor_cluster.of_cluster(tmp_path, "tcp://127.0.0.1:9")
+    assert "no Dask scheduler responds at tcp://127.0.0.1:9: " in finding.text
+    (finding,) = doctor_cluster.of_cluster(tmp_path, "local")
+    assert finding.state == "problem"
+    assert finding.text.startswith("expected slurm, or the address of a Dask scheduler")
 
 
 def test_what_workers_answer_is_judged(tmp_path):

@@ -371,9 +371,9 @@ def _disk_space(place: Path) -> tuple[State, str]:
     merged = n_files_of_maps(n_maps, (n_shards, n_shards)) + 3 * n_shards**2
     of_cluster = n_files_of_maps(n_maps, (n_chunks, n_chunks)) + 3 * n_chunks**2
     return "ok", (
-        f"{text}, and {free_inodes:,} more files can be created: {EXAMPLE_PX} x {EXAMPLE_PX} "
-        f"pixels of 8 devices have {sharded:,} ({plain:,} with --chunk-files), their result "
-        f"{merged:,} ({of_cluster:,} if a cluster merges it)"
+        f"{text}, and {free_inodes:,} more files can be created: a search of {EXAMPLE_PX} x "
+        f"{EXAMPLE_PX} pixels on 8 devices has {sharded:,} ({plain:,} with --chunk-files), its "
+        f"result {merged:,} ({of_cluster:,} if a cluster merges it)"
     )
 
 

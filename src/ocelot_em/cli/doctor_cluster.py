@@ -5,7 +5,9 @@ import importlib
 import importlib.metadata
 import platform
 import secrets
+import shutil
 import stat
+import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from urllib.parse import urlsplit
 from ocelot_em.errors import OcelotError
 from ocelot_em.model.text import count_text, seconds_text
 from ocelot_em.run.connect import RESPONSE_SECONDS, call_with_timeout, connect_client
+from ocelot_em.run.slurm import require_jobqueue
 
 SCRATCH_PREFIX = ".ocelot-doctor-"
 """Prefix of temporary folders in the folder that is checked."""
@@ -80,9 +83,14 @@ _Troubles = dict[str, list[str]]
 
 
 def of_cluster(place: Path, address: str) -> list[Finding]:
-    """Check the workers of a running cluster."""
+    """Check the workers of a running cluster, or whether SLURM accepts jobs here."""
     findings = list[Finding]()
     try:
+        if address == "slurm":
+            return [Finding("cluster", *_slurm(place))]
+        if ":" not in address:
+            expected = "expected slurm, or the address of a Dask scheduler such as tcp://host:8786"
+            return [Finding("cluster", "problem", f"{expected}, got {address!r}")]
         with connect_client(address) as client:
             threads: dict[str, int] = call_with_timeout(RESPONSE_SECONDS, client.nthreads)
             findings.append(Finding("cluster", *_workers(address, threads)))
@@ -91,6 +99,27 @@ def of_cluster(place: Path, address: str) -> list[Finding]:
     except Exception as error:
         findings.append(Finding("cluster", "problem", named(error)))
     return findings
+
+
+def _slurm(place: Path) -> tuple[State, str]:
+    lacking = [name for name in ("sbatch", "squeue", "scancel", "sinfo") if not shutil.which(name)]
+    if lacking:
+        return "problem", f"SLURM: {', '.join(lacking)} not found: use a host that submits jobs"
+    require_jobqueue()
+    command = ["sinfo", "--noheader", "--format=%P|%a|%D|%l"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RESPONSE_SECONDS)
+    if done.returncode:
+        return "problem", f"SLURM: {'; '.join(done.stderr.splitlines())}"
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    partitions = [
+        f"{name.replace('*', ' (default)')} is {state}, {count_text(int(n), 'node')}, "
+        f"time limit {limit}"
+        for name, state, n, limit in rows
+    ]
+    if not partitions:
+        return "problem", "SLURM: sinfo shows no partitions that you may use"
+    on_node = f"test the folder on a node, too: srun ocelot doctor --folder {place}"
+    return "ok", f"SLURM: {'; '.join(partitions)}. To do: {on_node}"
 
 
 def _workers(address: str, threads: Mapping[str, int]) -> tuple[State, str]:

@@ -32,7 +32,7 @@ EXAMPLES = {
     ),
     "view": ("ocelot view MERGED.zarr",),
     "config": ("ocelot config merge --output merge.yaml",),
-    "doctor": ("ocelot doctor --folder /scratch/me",),
+    "doctor": ("ocelot doctor --folder /scratch/me", "ocelot doctor --cluster slurm"),
 }
 """Command lines to start from, by command."""
 

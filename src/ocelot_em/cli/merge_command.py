@@ -78,12 +78,14 @@ def merge(
     from ocelot_em.run.api import plan_merge, run_merge
     from ocelot_em.run.clusters import within_job
     from ocelot_em.run.observer import Observers
-    from ocelot_em.run.slurm import handled_signals
+    from ocelot_em.run.slurm import handled_signals, with_logs_in
 
     console = open_console()
     if dry_run:
         print_plan(console, *plan_merge(inputs, output, options))
         return
+    if run_folder:
+        options = with_logs_in(Path(_absolute(run_folder), "jobs"), options)
     effective = {"inputs": [_absolute(path) for path in inputs], "output": _absolute(output)}
     effective |= options.model_dump() | {
         "log": log and _absolute(log),
@@ -94,7 +96,8 @@ def merge(
         progress.stop(signal.Signals(number).name)
 
     # Batch systems send signals before the time limit of a run.
-    with MergeProgress(console) as progress, handled_signals(stop):
+    next_step = f"writing the report to {run_folder}" if run_folder else ""
+    with MergeProgress(console, next_step) as progress, handled_signals(stop):
         # The other tasks of a SLURM job never get past this line.
         with within_job(options) as asked, run_kept(log, run_folder, effective) as others:
             report = run_merge(inputs, output, asked, Observers(progress, *others))
@@ -121,4 +124,5 @@ def run_kept(
             folder = RunFolder(run_folder, lambda path: write_config(path, effective))
             kept.append(stack.enter_context(folder))
             logs.append(folder.log_file)
-        yield kept + [stack.enter_context(RunLog(path)) for path in logs]
+        # Logs have the end of the merge before the folder has its report, which takes a while.
+        yield [stack.enter_context(RunLog(path)) for path in logs] + kept

@@ -22,8 +22,9 @@ from ocelot_em.store.attributes import WRAPPED_EDGES
 class MergeProgress(MergeBar):
     """Shows the plan and progress of a merge, which can be stopped."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, next_step: str = "") -> None:
         super().__init__(Bar(console=console))
+        self._next_step = next_step
         self.console = console
         self._stop: Callable[[], None] | None = None
         self._is_to_stop = False
@@ -42,6 +43,19 @@ class MergeProgress(MergeBar):
         if self._is_to_stop:  # other code caught the StoppedError as its own error
             stop()
 
+    def merged(self, report: MergeReport) -> None:
+        """Print what was merged, before the report is written, and that it is written."""
+        super().merged(report)
+        if report.n_merged:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
+            self.console.print(
+                f"merged {count_text(report.n_merged, 'tile')} in {seconds_text(report.seconds)}: "
+                f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
+                f"waiting for storage {report.waiting_share:.0%}"
+            )
+        if self._next_step:
+            self.console.print(self._next_step)
+
     def stop(self, why: str) -> None:
         """Stop the run after the running tiles; raise a StoppedError if it has not started."""
         self._is_to_stop = True
@@ -56,11 +70,13 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
     plan, cost = ready.plan, ready.forecast
     workers = n_workers(options)
 
+    left = 1 - cost.n_done / cost.n_tiles
+
     def sizes(stored: int, decoded: int) -> str:
-        return f"{nbytes_text(stored)} ({nbytes_text(decoded)} decoded)"
+        return f"{nbytes_text(int(stored * left))} ({nbytes_text(int(decoded * left))} decoded)"
 
     free = "unknown" if cost.free_nbytes is None else nbytes_text(cost.free_nbytes)
-    free_inodes = "" if cost.free_inodes is None else f"; {cost.free_inodes:,} can be created"
+    free_inodes = "" if cost.free_inodes is None else f"; {cost.free_inodes:,} more are possible"
     done = f", {cost.n_done} of them done before" if cost.n_done else ""
     if ready.stale:
         done += f", {len(ready.stale)} again, because more has been searched or added since"
@@ -73,7 +89,7 @@ def print_plan(console: Console, ready: PreparedMerge, options: MergeOptions) ->
             "to write",
             f"about {sizes(cost.stored_nbytes_out, cost.decoded_nbytes_out)} to {ready.output}",
         ),
-        ("files", f"about {cost.n_files:,}, with folders {cost.n_inodes:,}{free_inodes}"),
+        ("files", f"about {cost.n_files:,}, or {cost.n_inodes:,} with folders{free_inodes}"),
         (
             "memory",
             f"{nbytes_text(cost.worker_nbytes)} in each worker"
@@ -126,12 +142,5 @@ def _device(cost: Forecast) -> str:
 
 
 def print_report(console: Console, report: MergeReport) -> None:
-    """Print the result of a merge."""
-    if report.n_merged:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in report.shares.items())
-        console.print(
-            f"merged {count_text(report.n_merged, 'tile')} in {seconds_text(report.seconds)}: "
-            f"{report.gigabytes_per_second:.2f} GB/s decoded; {shares}; "
-            f"waiting for storage {report.waiting_share:.0%}"
-        )
+    """Print where the result of a merge is."""
     console.print("; ".join(filter(None, [f"result: {report.output}", report.incomplete_search])))

@@ -24,7 +24,8 @@ def doctor(*, folder: PathOrUrl = ".", cluster: str | None = None) -> int:
     folder
         Folder on the file system of the stores.
     cluster
-        Address of a Dask scheduler whose workers are tested, too. Default: none.
+        Cluster to test, too: the address of a Dask scheduler, whose workers are tested, or slurm,
+        whose partitions are shown. Default: none.
     """
     from ocelot_em.cli.doctor import examine
 

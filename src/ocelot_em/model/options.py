@@ -121,7 +121,8 @@ class SlurmJobs(Options):
         Additional option of ``sbatch``, such as ``--gres=gpu:1``; repeat it for several.
         Default: none.
     log_directory
-        Folder on shared storage for the output of the jobs. Default: the current folder.
+        Folder on shared storage for the output of the jobs. Default: ``jobs`` in the run folder, if
+        there is one, or the current folder.
     """
 
     partition: str | None = None

@@ -102,6 +102,14 @@ TIMEOUTS = {
 }
 
 
+NO_LIMITS = {
+    f"distributed.worker.memory.{action}": False
+    for action in ("target", "spill", "pause", "terminate")
+}
+"""The plan bounds the memory of workers; Dask's own limits would pause or restart a worker that
+follows the plan. Its reports show the limit."""
+
+
 @contextlib.contextmanager
 def _profiled(path: Path) -> Iterator[None]:
     """Profile Dask's threaded scheduler, which has no performance report."""
@@ -292,7 +300,7 @@ def within_job(options: MergeOptions) -> Iterator[MergeOptions]:
     if options.cluster != "slurm-job":
         yield options
         return
-    with dask.config.set(TIMEOUTS), slurm.slurm_tasks(options) as address:
+    with dask.config.set(TIMEOUTS | NO_LIMITS), slurm.slurm_tasks(options) as address:
         _wait_for_a_worker(address, options)
         yield options.model_copy(update={"cluster": address})
 
@@ -333,9 +341,6 @@ def _slurm_cluster(options: MergeOptions) -> Iterator[Cluster]:
         )
 
 
-MEMORY_LIMITS = ("target", "spill", "pause", "terminate")
-"""Dask's fractions of a worker's memory at which it acts."""
-
 _MAX_SPARE_THREADS = 64
 """Maximum number of threads that are tried: the stack of each takes addresses (``ulimit -v``)."""
 
@@ -345,9 +350,6 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
     from distributed import Client, LocalCluster
 
     workers, threads = n_workers(options), n_threads(options)
-    # The plan bounds the memory of workers; Dask's own limits would pause or restart a worker that
-    # follows the plan. Its reports show the limit.
-    no_limits = {f"distributed.worker.memory.{name}": False for name in MEMORY_LIMITS}
     kind, settings = "worker process", dict[str, Any](memory_limit="auto")
     cluster_class: Any = LocalCluster
     if options.cluster == "cuda":
@@ -370,7 +372,7 @@ def _local_cluster(options: MergeOptions) -> Iterator[Cluster]:
         _dask_settings(),
         # Dask looks for a lost worker once, 15 s later, and closes its nanny if the next one is
         # just then lost as well. Nannies restart their workers without that.
-        dask.config.set({"distributed.deploy.lost-worker-timeout": "10000 days"} | no_limits),
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10000 days"} | NO_LIMITS),
         _started(
             cluster_class,
             min(workers * (2 * threads + 1) + 4, _MAX_SPARE_THREADS),

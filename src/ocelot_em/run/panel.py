@@ -138,7 +138,14 @@ def draw(_scheduler: Any, extra: dict[str, Any], document: Any) -> None:
     phases = ColumnDataSource({name: [] for name in ("at", *COLOURS)})
     wide: Any = {"sizing_mode": "stretch_both"}
     title = Div(styles={"font-size": "16px"}, sizing_mode="stretch_width")
-    grid = figure(title="tiles", match_aspect=True, tools="pan,wheel_zoom,reset", **wide)
+    grid = figure(
+        title="tiles",
+        x_axis_label="column",
+        y_axis_label="row",
+        match_aspect=True,
+        tools="pan,wheel_zoom,reset",
+        **wide,
+    )
     grid.y_range.flipped = True
     mapper = LinearColorMapper(PALETTE, low=-0.5, high=len(PALETTE) - 0.5)
     grid.image("image", 0, 0, "dw", "dh", source=tiles, color_mapper=mapper)
@@ -146,7 +153,7 @@ def draw(_scheduler: Any, extra: dict[str, Any], document: Any) -> None:
     rate = figure(title="tiles per minute", **times, **wide)
     rate.line("at", "rate", source=rates, line_width=2)
     times["y_range"] = DataRange1d(start=0)
-    shares = figure(title="threads that are busy", **times, **wide)
+    shares = figure(title="busy threads", **times, **wide)
     labels, colours = [ACTIVITIES[name] for name in COLOURS], list(COLOURS.values())
     shares.varea_stack(list(COLOURS), x="at", color=colours, source=phases, legend_label=labels)
     shares.legend.location = "top_left"

@@ -99,6 +99,18 @@ def with_defaults(jobs: SlurmJobs) -> SlurmJobs:
     )
 
 
+def with_logs_in(folder: Path, options: MergeOptions) -> MergeOptions:
+    """Return options whose worker jobs write their output to a folder, if nothing else is set."""
+    # The folder becomes part of a line of the job script, which has no quotes.
+    is_one_word = not any(map(str.isspace, str(folder)))
+    if options.cluster != "slurm" or options.slurm.log_directory or not is_one_word:
+        return options
+    if _configured("log_directory") is not None:
+        return options
+    jobs = options.slurm.model_copy(update={"log_directory": str(folder)})
+    return options.model_copy(update={"slurm": jobs})
+
+
 def _configured(name: str) -> Any:
     """Return a job option in Dask's configuration; None if there is none."""
     key = name.replace("_", "-")
@@ -412,7 +424,8 @@ def _runner(options: MergeOptions, name: str) -> Any:
         settings.clear()
     if options.slurm.interface is not None:
         settings["interface"] = options.slurm.interface
-    threads = options.threads or int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    n_cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    megabytes = int(os.environ.get("SLURM_MEM_PER_CPU", "0")) * n_cpus
     runner = SLURMRunner(
         scheduler_file=str(_scheduler_file(name)),
         scheduler_options={
@@ -422,8 +435,8 @@ def _runner(options: MergeOptions, name: str) -> Any:
         },
         worker_class="distributed.Nanny",
         worker_options={
-            "nthreads": threads,
-            "memory_limit": 0,
+            "nthreads": options.threads or n_cpus,
+            "memory_limit": megabytes * 2**20 or "auto",  # for Dask's pages only
             # A worker that its nanny restarts during shutdown must not look for a scheduler until
             # the job's time limit.
             "death_timeout": NO_SCHEDULER_TIMEOUT_SECONDS,
