@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ocelot_em.model.search_space import SearchSpace
     from ocelot_em.particles.comparison import Comparison, compare
     from ocelot_em.particles.correlations import read_correlations
+    from ocelot_em.particles.detections import find_detections
     from ocelot_em.particles.gaussian import gaussian_cutoff
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
@@ -90,6 +91,7 @@ _HOME = {
         "model.search_space": "SearchSpace",
         "particles.comparison": "Comparison compare",
         "particles.correlations": "read_correlations",
+        "particles.detections": "find_detections",
         "particles.gaussian": "gaussian_cutoff",
         "model.pick_options": "PickOptions",
         "particles.picking": "find_peaks",
@@ -125,6 +127,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "PickOptions",
     "open_mask",
     "read_correlations",
+    "find_detections",
     "gaussian_cutoff",
     "ParticleTable",
     "compare",

@@ -20,6 +20,7 @@ EXAMPLES = {
         "ocelot peaks MERGED.zarr --output PEAKS.csv",
         "ocelot peaks MERGED.zarr --output PEAKS.parquet --method pvalue",
     ),
+    "detections": ("ocelot detections MERGED.zarr --output DETECTIONS.parquet",),
     "export": (
         "ocelot export MERGED.zarr --to mrc --output maps/",
         "ocelot export MERGED.zarr --to relion --optics micrographs_ctf.star --micrograph M1 "

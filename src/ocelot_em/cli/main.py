@@ -25,6 +25,10 @@ COMMANDS = {
     "merge": ("merge_command:app", "Merge the partials of searches, tile by tile."),
     "watch": ("info_command:watch", "Show the progress and particles of a running search."),
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
+    "detections": (
+        "particle_commands:detections",
+        "Find all significant poses, beyond the best of each pixel.",
+    ),
     "export": ("particle_commands:export", "Write maps or particles for other programs."),
     "report": ("report_command:report", "Write an HTML page to judge merged results by."),
     "compare": ("compare_command:compare", "Compare the particles of two searches on a page."),

@@ -1,4 +1,4 @@
-"""The commands ``peaks`` and ``export``."""
+"""The commands ``peaks``, ``detections`` and ``export``."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import MapName, Merged, PathOrUrl, require_stores
 from ocelot_em.model.options import Options
-from ocelot_em.model.pick_options import PickOptions
+from ocelot_em.model.pick_options import DetectionOptions, PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.io.optics import Optics
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ocelot_em.store.attributes import MergedAttributes
 
 PICKING = Parameter(name="*", group=Group.create_ordered("Picking", sort_key=1))
+DETECTING = Parameter(name="*", group=Group.create_ordered("Detections", sort_key=1))
 OPTICS = Parameter(name="*", group=Group.create_ordered("Optics of the micrograph", sort_key=1))
 
 
@@ -90,6 +91,7 @@ class OpticsOptions(Options):
 
 NO_OPTICS = OpticsOptions()
 DEFAULTS = PickOptions()
+DETECTION_DEFAULTS = DetectionOptions()
 
 
 class ExportOptions(Options):
@@ -168,6 +170,46 @@ def peaks(
     table = pick_particles(merged, picking)
     write_table(table, output, optics=found, overwrite=overwrite)
     print_particles(table, output)
+
+
+def detections(
+    store: Merged,
+    /,
+    *,
+    output: PathOrUrl,
+    overwrite: bool = False,
+    exposure: str | None = None,
+    search: PathOrUrl | None = None,
+    detecting: Annotated[DetectionOptions, DETECTING] = DETECTION_DEFAULTS,
+) -> None:
+    """Find detections in correlation tables, beyond the best of each pixel.
+
+    Parameters
+    ----------
+    output
+        Parquet file to write, beside which a temporary file may need room.
+    overwrite
+        Replace an existing file.
+    exposure
+        Only those of this exposure of a montage. Default: all.
+    search
+        Search that was merged, if it was moved since. Default: where it was then.
+    """
+    require_stores(store, kind="merged")
+    from ocelot_em.particles.detections import find_detections
+    from ocelot_em.store.whole_file import refuse_existing
+
+    place = Path(output)
+    refuse_existing([place], overwrite)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    found = find_detections(
+        store, exposure=exposure, search=search, scratch=place.parent, **detecting.model_dump()
+    )
+    found.to_parquet(place, overwrite=overwrite)
+    rows = found.correlations
+    counts = f"{found.n_found:,} detections among {rows.n_kept:,} of {rows.n_rows:,} correlations"
+    facts = counts, f"cutoff {rows.cutoff:.4f}", rows.result.incomplete_text
+    open_console().print(f"{', '.join(filter(None, facts))}: {output}")
 
 
 def export(

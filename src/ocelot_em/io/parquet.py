@@ -15,6 +15,7 @@ from ocelot_em.model.problems import require
 from ocelot_em.particles.column_table import ColumnTable
 from ocelot_em.particles.correlations import Correlations
 from ocelot_em.particles.csv_columns import text_array
+from ocelot_em.particles.detections import Detections
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
     TABLE_EXPECTED,
@@ -34,11 +35,12 @@ _TEXT_COLUMNS = [name for name, column in ALL_COLUMNS.items() if column.dtype ==
 
 
 def write_parquet(
-    table: ColumnTable, output: str | PathLike[str], *, overwrite: bool = False
+    table: ColumnTable | Detections, output: str | PathLike[str], *, overwrite: bool = False
 ) -> Path:
     """Write all columns with units, and the picking parameters in the schema's metadata.
 
-    A :class:`ocelot_em.Comparison` is written likewise, with what was compared.
+    A :class:`ocelot_em.Comparison` is written likewise, with what was compared. Detections are
+    found meanwhile, and written block by block.
 
     Raises
     ------
@@ -56,6 +58,8 @@ def write_parquet(
     >>> len(read_parquet(path))
     20
     """
+    if isinstance(table, Detections):
+        return write_correlations(table, output, overwrite=overwrite)
     require(table, ColumnTable, TABLE_EXPECTED)
     pa = _pyarrow()
     fields = [
@@ -74,27 +78,24 @@ def write_parquet(
 
 
 def write_correlations(
-    source: Correlations, output: str | PathLike[str], *, overwrite: bool = False
+    source: Correlations | Detections, output: str | PathLike[str], *, overwrite: bool = False
 ) -> Path:
     """Write correlations block by block; the schema's metadata describes them.
 
-    It has their threshold and cutoff, of a montage the lowest and those of each exposure, and what
-    the search lacked, if anything.
+    It has their threshold and cutoff, of a montage the lowest and those of each exposure, of
+    detections what suppressed others, and what the search lacked, if anything. Columns have units.
     """
     pa, place, blocks = _pyarrow(), Path(output), list[Any]()
-    facts: dict[str, object] = {"threshold": source.threshold, "cutoff": source.cutoff}
-    if source.result.plan.has_parts:
-        limits = source.limits.values()
-        facts["exposures"] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
-    incomplete = source.result.incomplete_text
-    about = json.dumps(facts | ({"incomplete_search": incomplete} if incomplete else {}))
-    schema = pa.schema(
-        [
-            pa.field(name, pa.from_numpy_dtype(np.dtype(dtype)), nullable=False)
-            for name, dtype in source.columns.items()
-        ],
-        metadata={_PARQUET_KEY: about},
-    )
+    fields = [
+        pa.field(
+            name,
+            pa.from_numpy_dtype(np.dtype(dtype)),
+            nullable=False,
+            metadata={"unit": ALL_COLUMNS[name].unit if name in ALL_COLUMNS else "1"},
+        )
+        for name, dtype in source.columns.items()
+    ]
+    schema = pa.schema(fields, metadata={_PARQUET_KEY: json.dumps(source.facts)})
     refuse_existing([place], overwrite)
     with whole_or_nothing(place) as staged, pa.parquet.ParquetWriter(staged, schema) as writer:
 

@@ -83,6 +83,16 @@ class PickKeywords(TypedDict, total=False):
     same_defocus: float
 
 
+class DetectionKeywords(TypedDict, total=False):
+    """Those of :class:`ocelot_em.model.pick_options.DetectionOptions`."""
+
+    cutoff: float | None
+    false_positives: float
+    min_distance: float
+    min_angle: float
+    symmetry: str
+
+
 class ReportKeywords(TypedDict, total=False):
     """Those of :class:`ocelot_em.view.hits.ReportImages`."""
 

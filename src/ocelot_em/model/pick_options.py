@@ -79,3 +79,38 @@ class PickOptions(Options):
     same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     same_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
     same_defocus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0
+
+
+class DetectionOptions(Options):
+    """Options for detections in correlation tables, with the same names as on the command line.
+
+    Parameters
+    ----------
+    cutoff
+        Minimum z-score. Default: from the expected number of false positives.
+    false_positives
+        Number of correlations of Gaussian noise that are expected at or above the cutoff, in the
+        whole search; of a montage, in each exposure.
+    min_distance
+        Distance in pixels below which a row is suppressed by a higher one of similar orientation;
+        0: all rows at or above the cutoff are kept.
+    min_angle
+        Maximum difference in degrees between two orientations that are similar; it should be
+        several angular steps of the search. 180: any two are, so that the best row of each place
+        is kept.
+    symmetry
+        Symmetry of the template, such as C4, D7 or O, with the axes of RELION. Orientations that
+        differ by a rotation of it are the same.
+
+    Examples
+    --------
+    >>> from ocelot_em.model.pick_options import DetectionOptions
+    >>> DetectionOptions(min_distance=5).min_angle
+    10.0
+    """
+
+    cutoff: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    false_positives: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    min_distance: Annotated[float, Field(ge=0, le=2**20)] = 10.0
+    min_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
+    symmetry: str = "C1"

@@ -16,18 +16,18 @@ from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.scanning import OwnMaps
 from ocelot_em.particles.table import EXPOSURE
 from ocelot_em.store.correlations import POSE, StoredTable, X, Y, open_table
-from ocelot_em.store.objects import open_objects
+from ocelot_em.store.objects import normalise_url, open_objects
 from ocelot_em.store.search import read_partial_at
 from ocelot_em.store.sources import Source, check_unchanged, open_source
 
-_POSE = "phi", "theta", "psi", "relative_defocus", "pixel_size_offset"
+POSE_COLUMNS = "phi", "theta", "psi", "relative_defocus", "pixel_size_offset"
 
 COLUMNS = {
     "pos_y": "int32",
     "pos_x": "int32",
     "correlation": "float32",
     "zscore": "float32",
-    **dict.fromkeys(_POSE, "float32"),
+    **dict.fromkeys(POSE_COLUMNS, "float32"),
     "global_index": "int32",
     MEAN: "float32",
     STD: "float32",
@@ -54,6 +54,9 @@ class Correlations:
         place: str | PathLike[str] | MergedResult,
         cutoff: float | None = None,
         exposure: str | None = None,
+        *,
+        false_positives: float = 1.0,
+        search: str | PathLike[str] | None = None,
     ):
         self.result = result = MergedResult.open(place)
         known = {own.id: number for number, own in enumerate(result.plan.exposures) if own.id}
@@ -63,7 +66,10 @@ class Correlations:
                 f"got {exposure!r}"
             )
         numbers = range(len(result.plan.exposures)) if exposure is None else [known[exposure]]
+        planned: dict[int, Sequence[Source]]
         planned = {k: result.plan.exposures[k].sources for k in numbers}
+        if search is not None:
+            planned = {k: _moved(own, search, result.url) for k, own in planned.items()}
         sources = {k: [*_partials_of(own)] for k, own in planned.items()}
         tables = {k: [(source, _open(source)) for source in own] for k, own in sources.items()}
         opened = [pair for own in tables.values() for pair in own]
@@ -72,8 +78,9 @@ class Correlations:
                 f"{result.url}: {len(missing)} of {len(opened)} partials have no correlation "
                 f"table: {', '.join(missing[:20])}; search them again with one"
             )
+        rate = false_positives
         self.limits = {
-            k: self._limits(k, [table for _, table in own if table is not None], cutoff)
+            k: self._limits(k, [table for _, table in own if table is not None], cutoff, rate)
             for k, own in tables.items()
         }
         """By position of the exposure in the plan."""
@@ -82,13 +89,15 @@ class Correlations:
         self.n_kept = 0
         """Number of rows that were read and kept."""
 
-    def _limits(self, k: int, tables: Sequence[StoredTable], cutoff: float | None) -> _Limits:
+    def _limits(
+        self, k: int, tables: Sequence[StoredTable], cutoff: float | None, false_positives: float
+    ) -> _Limits:
         exposure = self.result.plan.exposures[k]
         if cutoff is None:
             about = self.result.summary.attributes
             searched = {own.number: own.searched_pixels for own in about.exposures}
             n_pixels = searched.get(exposure.number, about.searched_pixels)
-            cutoff = gaussian_cutoff(n_pixels, exposure.total_projections)
+            cutoff = gaussian_cutoff(n_pixels, exposure.total_projections, false_positives)
         return _Limits(exposure, tables, max(table.threshold for table in tables), cutoff)
 
     @property
@@ -97,23 +106,38 @@ class Correlations:
         return COLUMNS | ({EXPOSURE: "str"} if self.result.plan.has_parts else {})
 
     @property
+    def facts(self) -> dict[str, object]:
+        """Thresholds and cutoffs, and what the search lacked, if anything."""
+        facts: dict[str, object] = {"threshold": self.threshold, "cutoff": self.cutoff}
+        if self.result.plan.has_parts:
+            limits = self.limits.values()
+            facts["exposures"] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
+        incomplete = self.result.incomplete_text
+        return facts | ({"incomplete_search": incomplete} if incomplete else {})
+
+    @property
     def n_rows(self) -> int:
         """Number of rows of all tables, before anything is left out."""
         return sum(table.n_rows for limits in self.limits.values() for table in limits.tables)
 
     def __iter__(self) -> Iterator[dict[str, AnyArray]]:
+        ids = [own.exposure.id for own in self.limits.values()]
+        for position, rows in self.of_exposures():
+            if self.result.plan.has_parts:
+                rows[EXPOSURE] = np.full(len(rows["pos_y"]), ids[position])
+            yield rows
+
+    def of_exposures(self) -> Iterator[tuple[int, dict[str, AnyArray]]]:
+        """Yield blocks of rows, each with the position of its exposure in :attr:`limits`."""
         self.n_kept = 0
-        for k, limits in self.limits.items():
+        for position, (k, limits) in enumerate(self.limits.items()):
             for region, maps in self._regions(k):
                 for number, table in enumerate(limits.tables):
                     for block in table.blocks(region):
                         rows = self._joined(block, region, maps, limits)
                         if n := len(rows["pos_y"]):
                             self.n_kept += n
-                            rows["partial"] = np.full(n, number, np.int32)
-                            if self.result.plan.has_parts:
-                                rows[EXPOSURE] = np.full(n, limits.exposure.id)
-                            yield rows
+                            yield position, rows | {"partial": np.full(n, number, np.int32)}
 
     def _regions(self, k: int) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
         """Yield the valid pixels of an exposure, shown or hidden: regions, with their maps."""
@@ -149,7 +173,7 @@ class Correlations:
         found = {name: values[kept] for name, values in found.items()}
         index = found["global_index"]
         poses = self.result.decode(index, np.full(len(index), limits.exposure.number))
-        return found | dict(zip(_POSE, poses, strict=True))
+        return found | dict(zip(POSE_COLUMNS, poses, strict=True))
 
 
 def read_correlations(
@@ -222,6 +246,16 @@ def read_correlations(
     [1 1] [ 0. 90.] [9. 8.]
     """
     return iter(Correlations(store, cutoff, exposure))
+
+
+def _moved(sources: Sequence[Source], search: str | PathLike[str], place: str) -> Sequence[Source]:
+    """Return partials of one search at the place where it is now."""
+    if len(urls := sorted({source.url for source in sources})) > 1:
+        raise InvalidInputError(
+            f"{place}: search: expected the partials of one search, got those of "
+            f"{', '.join(urls)}; move them back"
+        )
+    return [source.model_copy(update={"url": normalise_url(search)}) for source in sources]
 
 
 def _partials_of(sources: Sequence[Source]) -> Iterator[Source]:

@@ -1,0 +1,380 @@
+"""Detections: rows of correlation tables that no higher row nearby suppresses, out of core.
+
+Rows above the cutoff are sorted by z-score in runs of a fixed size, which are kept in a temporary
+file if there are several, and are merged. In that order, highest first, each is compared with the
+detections around it. The result is that of all rows in one memory, whatever the chunks, the tiles
+and the runs.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from os import PathLike
+from typing import IO, TYPE_CHECKING, Final, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ocelot_em.merge.result import MergedResult
+from ocelot_em.model.keywords import DetectionKeywords, takes
+from ocelot_em.model.maps import AnyArray, Float64, Int64
+from ocelot_em.model.pick_options import DetectionOptions
+from ocelot_em.particles.correlations import COLUMNS, POSE_COLUMNS, Correlations
+from ocelot_em.particles.symmetry import ANGLE_ERROR, quaternions, symmetry_group
+from ocelot_em.particles.table import EXPOSURE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ocelot_em.model.search_space import SearchSpace
+
+DETECTION_COLUMNS: Final = {
+    "rank": "int64",
+    **{name: COLUMNS[name] for name in ("pos_y", "pos_x", "correlation", "zscore")},
+    **{name: COLUMNS[name] for name in (*POSE_COLUMNS, "global_index", "partial")},
+}
+"""Columns of the detections, and their dtypes; a montage has also the column ``exposure``."""
+
+RUN_ROWS = 2**21
+"""Maximum number of rows that are sorted at a time; sorting them takes 200 MB."""
+
+_BLOCK_ROWS = 2**21
+"""Number of rows of all runs together that are merged at a time."""
+
+_MAX_CELLS = 2**24
+"""Maximum number of cells, of 4 bytes, in which detections are looked up; a power of 2."""
+
+_ROW = np.dtype([("first", "u8"), ("second", "u8"), ("source", "i4"), ("correlation", "f4")])
+"""A row as it is sorted: z-score, highest first, and y; x and index of the pose; who found it."""
+
+_LOW: Final = np.uint64(0xFFFFFFFF)
+
+Rows = NDArray[np.void]
+"""Rows of :data:`_ROW`."""
+
+_NO_ROWS: Final[Rows] = np.empty(0, _ROW)
+
+
+class Detections:
+    """Detections of a merged result, from the correlation tables of its partials.
+
+    Made by :func:`find_detections`. Iterating over it reads the tables and yields the detections in
+    blocks, the highest z-score first; it can be repeated.
+    """
+
+    def __init__(
+        self,
+        correlations: Correlations,
+        options: DetectionOptions,
+        scratch: str | PathLike[str] | None = None,
+    ) -> None:
+        self.correlations, self.options, self._scratch = correlations, options, scratch
+        self._limits = [*correlations.limits.values()]
+        self._first_source = np.cumsum([0, *(len(own.tables) for own in self._limits)])
+        heights = (own.exposure.shape[0] for own in self._limits)
+        self._height = max(heights) + int(options.min_distance) + 2
+        """Distance between the first rows of two exposures; they do not suppress each other."""
+        self.n_found = 0
+        """Number of detections that were found."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns of the detections, and their dtypes."""
+        has_parts = self.correlations.result.plan.has_parts
+        return DETECTION_COLUMNS | ({EXPOSURE: "str"} if has_parts else {})
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What describes the detections in a file."""
+        own = self.options
+        angle, distance = own.min_angle, own.min_distance
+        options = {
+            "min_distance_px": distance,
+            "min_angle_degrees": angle,
+            "symmetry": own.symmetry,
+        }
+        return self.correlations.facts | options
+
+    def __iter__(self) -> Iterator[dict[str, AnyArray]]:
+        self.n_found, suppression = 0, self._suppression()
+        with tempfile.TemporaryFile(dir=self._scratch) as file:
+            for rows in _sorted(self._rows(), file):
+                found = rows[suppression.choose(self._placed(rows))]
+                if len(found):
+                    yield self._described(found)
+
+    def to_parquet(self, path: str | PathLike[str], *, overwrite: bool = True) -> "Path":
+        """Write the detections to a Parquet file, block by block, and return its path.
+
+        Raises
+        ------
+        OutputExistsError
+            The file exists, and ``overwrite`` is False.
+        StorageError
+            The file cannot be written.
+        MissingDependencyError
+            pyarrow is not installed.
+        """
+        from ocelot_em import write_parquet
+
+        return write_parquet(self, path, overwrite=overwrite)
+
+    def _rows(self) -> Iterator[Rows]:
+        """Yield the rows at or above the cutoff, in the order of the tables."""
+        for position, found in self.correlations.of_exposures():
+            rows = np.empty(len(found["pos_y"]), _ROW)
+            rows["first"] = _descending(found["zscore"]) << 32 | found["pos_y"].astype("u8")
+            rows["second"] = found["pos_x"].astype("u8") << 32 | found["global_index"].astype("u8")
+            rows["source"] = found["partial"] + self._first_source[position]
+            rows["correlation"] = found["correlation"]
+            yield rows
+
+    def _suppression(self) -> "_Suppression":
+        width = max(own.exposure.shape[1] for own in self._limits)
+        area = self._height * len(self._limits) * width
+        turns = [quaternions(*space.euler_angles.T) for space in dict.fromkeys(self._spaces)]
+        return _Suppression(np.concatenate(turns), self.options, area)
+
+    @cached_property
+    def _spaces(self) -> "list[SearchSpace]":
+        """The search space of each exposure, which only groups may have of their own."""
+        spaces = self.correlations.result.search_spaces
+        found = [spaces.get(own.exposure.number, spaces[min(spaces)]) for own in self._limits]
+        return [space for space in found if space is not None]  # none has explicit poses
+
+    def _placed(self, rows: Rows) -> tuple[Int64, AnyArray, AnyArray]:
+        """Return y, of exposures one below the other, x, and the number of the orientation."""
+        exposures = self._exposures_of(rows)
+        sizes = {space: len(space.euler_angles) for space in self._spaces}
+        starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        size, start = (np.array([of[space] for space in self._spaces]) for of in (sizes, starts))
+        y = (rows["first"] & _LOW).astype(np.int64) + exposures * self._height
+        index = (rows["second"] & _LOW).astype(np.int64)
+        orientations = start[exposures] + index % size[exposures]
+        return y, (rows["second"] >> 32).astype(np.int32), orientations.astype(np.int32)
+
+    def _exposures_of(self, rows: Rows) -> Int64:
+        return np.searchsorted(self._first_source, rows["source"], "right") - 1
+
+    def _described(self, rows: Rows) -> dict[str, AnyArray]:
+        index, exposures = (rows["second"] & _LOW).astype(np.int32), self._exposures_of(rows)
+        first, self.n_found = self.n_found + 1, self.n_found + len(rows)
+        numbers = np.array([own.exposure.number for own in self._limits])
+        poses = self.correlations.result.decode(index, numbers[exposures])
+        found: dict[str, AnyArray] = {
+            "rank": np.arange(first, self.n_found + 1),
+            "pos_y": (rows["first"] & _LOW).astype(np.int32),
+            "pos_x": (rows["second"] >> 32).astype(np.int32),
+            "correlation": rows["correlation"].copy(),
+            "zscore": _ascending(rows["first"] >> 32),
+            **dict(zip(POSE_COLUMNS, poses, strict=True)),
+            "global_index": index,
+            "partial": (rows["source"] - self._first_source[exposures]).astype(np.int32),
+        }
+        if EXPOSURE in self.columns:
+            found[EXPOSURE] = np.array([own.exposure.id for own in self._limits])[exposures]
+        return found
+
+
+def _descending(z: AnyArray) -> AnyArray:
+    """Return numbers of 32 bits, as uint64, whose ascending order is the descending one of z."""
+    bits = (z.astype(np.float32) + np.float32(0)).view("u4")  # no -0
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    return (~ascending).astype("u8")
+
+
+def _ascending(numbers: AnyArray) -> AnyArray:
+    """Return the z-scores of :func:`_descending`."""
+    bits = ~numbers.astype("u4")
+    return np.where(bits >> 31, bits & np.uint32((1 << 31) - 1), ~bits).view(np.float32)
+
+
+def _in_order(rows: Rows) -> Rows:
+    return rows[np.lexsort((rows["source"], rows["second"], rows["first"]))]
+
+
+def _sorted(blocks: Iterator[Rows], file: IO[bytes]) -> Iterator[Rows]:
+    """Yield rows in order, in blocks; sorted runs are in the file if there are several."""
+    waiting, runs, n = list[Rows](), list[range](), 0
+
+    def run() -> Rows:
+        rows = np.concatenate([_NO_ROWS, *waiting])
+        waiting.clear()
+        return _in_order(rows)
+
+    for block in blocks:
+        if n + len(block) > RUN_ROWS and n:
+            run().tofile(file)
+            first = runs[-1].stop if runs else 0
+            runs.append(range(first, first + n))
+            n = 0
+        waiting.append(block)
+        n += len(block)
+    rows = run()
+    if not runs:
+        yield from np.array_split(rows, max(n // _BLOCK_ROWS, 1))
+        return
+    file.flush()
+    size = max(_BLOCK_ROWS // (len(runs) + 1), 2)
+    yield from _merged([*(_Run(file, run, size) for run in runs), _Run(file, range(0), size, rows)])
+
+
+class _Run:
+    """Sorted rows in a file, of which some are in memory."""
+
+    def __init__(self, file: IO[bytes], left: range, size: int, rows: Rows = _NO_ROWS) -> None:
+        self._file, self._left, self._size, self.rows = file, left, size, rows
+        self.fill()
+
+    def fill(self) -> None:
+        """Read up to the number of rows that should be in memory."""
+        n = min(self._size - len(self.rows), len(self._left))
+        if n > 0:
+            self._file.seek(self._left.start * _ROW.itemsize)
+            new = np.fromfile(self._file, _ROW, n)
+            self.rows, self._left = np.concatenate([self.rows, new]), self._left[n:]
+
+    @property
+    def last(self) -> tuple[int, int] | None:
+        """Keys of the last row in memory, if others follow it."""
+        return self.rows[["first", "second"]][-1].item() if self._left else None
+
+    def take(self, end: tuple[int, int] | None) -> Rows:
+        """Return, and leave out from now on, the rows in memory before a key; all without one."""
+        n = len(self.rows)
+        if end is not None:
+            n = int(np.searchsorted(self.rows["first"], np.uint64(end[0])))
+            n_same = np.searchsorted(self.rows["first"][n:], np.uint64(end[0]), "right")
+            n += int(np.searchsorted(self.rows["second"][n : n + n_same], np.uint64(end[1])))
+        taken, self.rows = self.rows[:n], self.rows[n:]
+        return taken
+
+
+def _merged(runs: Sequence[_Run]) -> Iterator[Rows]:
+    while True:
+        ends = [run.last for run in runs]
+        end = min((end for end in ends if end is not None), default=None)
+        rows = np.concatenate([run.take(end) for run in runs])
+        if not len(rows) and end is not None:  # more rows of one pose than are in memory
+            end = end[0], end[1] + 1
+            rows = np.concatenate([run.take(end) for run in runs])
+        yield _in_order(rows)
+        if end is None:
+            return
+        for run in runs:
+            run.fill()
+
+
+class _Suppression:
+    """The detections so far: 20 bytes each, and cells in which they are found by position."""
+
+    def __init__(self, orientations: Float64, options: DetectionOptions, area: int) -> None:
+        distance, angle = options.min_distance, options.min_angle
+        same = symmetry_group(options.symmetry).as_quat()
+        self._turns = np.ascontiguousarray(orientations), same, np.empty_like(same)
+        cosine = np.cos(np.radians(min(angle + ANGLE_ERROR, 180) / 2)) if angle < 180 else 0.0
+        edge = max(distance, 1.0) * (1 + 1e-6)
+        self._limits = distance**2, float(cosine), edge
+        wanted = 2 ** int(max(area / edge**2, 1.0)).bit_length()
+        self._last = np.full(min(wanted, _MAX_CELLS), -1, np.int32)
+        self._kept = [np.empty(0, dtype) for dtype in ("i8", "i4", "i4", "i4")]
+        self._n = 0
+
+    def choose(self, rows: tuple[Int64, AnyArray, AnyArray]) -> AnyArray:
+        """Return which of these rows, that follow those before, are detections."""
+        from ocelot_em.kernels.suppression import suppress
+
+        n = len(rows[0])
+        chosen = np.ones(n, np.bool_)
+        if not n or self._limits[0] == 0:
+            return chosen
+        for array in self._kept:
+            if self._n + n > len(array):
+                array.resize(max(self._n + n, len(array) * 5 // 4), refcheck=False)
+        kept = (*self._kept, self._last)
+        self._n = suppress(rows, self._turns, self._limits, kept, self._n, chosen)
+        return chosen
+
+
+@takes(DetectionOptions)
+def find_detections(
+    store: str | PathLike[str] | MergedResult,
+    *,
+    exposure: str | None = None,
+    search: str | PathLike[str] | None = None,
+    scratch: str | PathLike[str] | None = None,
+    **options: Unpack[DetectionKeywords],
+) -> Detections:
+    """Find detections in the correlation tables of a search, beyond the best of each pixel.
+
+    A map keeps one pose of each pixel, so that particles that overlap, or of which the second best
+    pose is the right one, are lost. The devices' correlation tables, as of Leopard-EM 1.3, have all
+    correlations above a threshold. Their z-scores follow from the mean and standard deviation of
+    the whole search. Of those at or above a cutoff, the highest comes first, and a row is
+    suppressed if a detection before it is closer than ``min_distance`` and differs by at most
+    ``min_angle`` in orientation. Ties are broken by row, column, pose and partial.
+
+    Parameters
+    ----------
+    store
+        Path or URL of a merged result, or an open one.
+    exposure
+        Id of the only exposure of a montage to read. Default: all.
+    search
+        Path or URL of the search that was merged. Default: where it was then.
+    scratch
+        Folder for a temporary file, of 24 bytes for each row above the cutoff if there are more
+        than two million. Default: the system's.
+    **options
+        ``cutoff``: minimum z-score. ``false_positives``: the number from which it follows if it is
+        not given, 1 by default. ``min_distance``: pixels, 10 by default; 0 suppresses nothing.
+        ``min_angle``: degrees, 10 by default; with 180, orientations do not matter. ``symmetry``:
+        that of the template, under which orientations are the same; C1 by default.
+
+    Returns
+    -------
+    Detections
+        An iterable of blocks, dictionaries of columns: ``rank`` (from 1, by z-score), ``pos_y``,
+        ``pos_x`` (pixels), ``correlation``, ``zscore``, pose (degrees, Å), ``global_index``,
+        ``partial``; of a montage also ``exposure``, to which position and partial belong. Exposures
+        do not suppress each other. :meth:`Detections.to_parquet` writes a file. Memory is 600 MB at
+        most, and 20 bytes for each detection.
+
+    Raises
+    ------
+    StoreNotFoundError, FormatError, InputChangedError
+        The merged result or its partials are not there, or are other ones.
+    IncompleteError
+        Partials without a table, by name.
+    InvalidInputError
+        The exposure is not one of the result's, or an option is invalid.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ocelot_em import SearchInfo, SearchSpace, find_detections, merge, write_partial
+    >>> search = SearchInfo(search_space=SearchSpace.from_tables([[0, 0, 0], [0, 0, 90]], [0], [0]))
+    >>> result = {
+    ...     "mip": np.float32([[8.5, 9]]),
+    ...     "best_global_index": np.int32([[0, 0]]),
+    ...     "correlation_sum": np.float32([[0, 0]]),
+    ...     "correlation_squared_sum": np.float32([[1000, 1000]]),
+    ...     "correlation_table": {
+    ...         "threshold": 5.5,
+    ...         "global_idx": np.int32([0, 0, 1]),
+    ...         "pos_y": np.int32([0, 0, 0]),
+    ...         "pos_x": np.int32([0, 1, 1]),
+    ...         "corr_value": np.float32([8.5, 9, 8]),
+    ...     },
+    ... }
+    >>> write_partial("ROWS.zarr", "gpu0", result, total_projections=1000, search=search)
+    >>> _ = merge("ROWS.zarr", "ROWS_MERGED.zarr")
+    >>> for rows in find_detections("ROWS_MERGED.zarr", cutoff=6):
+    ...     print(rows["pos_x"], rows["psi"], rows["zscore"])
+    [1 1] [ 0. 90.] [9. 8.]
+    """
+    own = DetectionOptions.parse(options)
+    correlations = Correlations(
+        store, own.cutoff, exposure, false_positives=own.false_positives, search=search
+    )
+    return Detections(correlations, own, scratch)
