@@ -58,7 +58,7 @@ from ocelot_em.store.objects import open_objects
 
 SUMMED = (SCALED_MIP, MEAN, STD, SUM, SQUARED_SUM)
 COUNTS = (1000, 2**31 + 7, 300, 25)
-SHAPE = (70, 90)
+SHAPE = (45, 60)
 
 
 FORMS = ["explicit", "indexed"]
@@ -86,10 +86,11 @@ def merge(inputs: object, output: Path, **options: object) -> MergeReport:
     return ocelot_em.merge(inputs, output, threads=2, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tile_size", [16, 33, 70, None])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "tile_size"), [("explicit", 16), ("indexed", 16), ("explicit", 33), ("indexed", 60)]
+)
 def test_any_tile_size_gives_the_same_bits(
-    written: Path, form: str, tmp_path: Path, tile_size: int | None
+    written: Path, form: str, tmp_path: Path, tile_size: int
 ) -> None:
     merge(written / form, tmp_path / "B.zarr", tile_size=tile_size)
     assert_same_maps(read_maps(written / f"{form}-merged"), read_maps(tmp_path / "B.zarr"))
@@ -139,7 +140,7 @@ def test_two_steps_equal_one(
     assert [p.name for p in attributes[1].partials] == ["p0", "p1", "p2", "p3"]
 
 
-@pytest.mark.parametrize("most_tiles", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most_tiles", [6, pytest.param(12, marks=pytest.mark.slow)])
 @expensive
 @given(
     shape=st.sampled_from([(1, 1), (1, 6), (5, 4), (1, 77), (53, 1), (3, 1030), (40, 41)]),
@@ -206,10 +207,10 @@ class Interrupting(Observer):
 def test_resuming_does_only_what_is_missing_and_gives_the_same_bytes(
     search: Path, tmp_path: Path
 ) -> None:
-    merge(search, tmp_path / "A.zarr", tile_size=16)
+    merge(search, tmp_path / "A.zarr", tile_size=10)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            merge(search, tmp_path / "B.zarr", tile_size=16, observer=Interrupting(after=5))
+            merge(search, tmp_path / "B.zarr", tile_size=10, observer=Interrupting(after=5))
     with pytest.raises(IncompleteError, match="never finished"):
         ocelot_em.open_merged(tmp_path / "B.zarr")
     with pytest.raises(IncompleteError, match="never finished"):
@@ -218,7 +219,7 @@ def test_resuming_does_only_what_is_missing_and_gives_the_same_bytes(
     assert report.n_tiles == 30
     assert 0 < report.n_merged <= 15
     assert chunk_bytes(tmp_path / "A.zarr") == chunk_bytes(tmp_path / "B.zarr")
-    again = merge(search, tmp_path / "B.zarr", tile_size=16)
+    again = merge(search, tmp_path / "B.zarr", tile_size=10)
     assert again.n_merged == 0
 
 
@@ -314,10 +315,10 @@ def test_a_failed_tile_is_named_and_the_others_finish(search: Path, tmp_path: Pa
     values[5, 5] = np.inf
     store.write_chunk(open_objects(chunk.parent), chunk.name, values)
     output = tmp_path / "OUT.zarr"
-    with pytest.raises(TilesFailedError, match=r"1 of 30 tiles failed") as error:
+    with pytest.raises(TilesFailedError, match=r"1 of 12 tiles failed") as error:
         merge(search, output, tile_size=16)
     assert "partial 'p2': mip: NaN or infinite at 1 pixel, first (5, 5)" in str(error.value)
-    assert ocelot_em.describe(output).tiles_done == 29
+    assert ocelot_em.describe(output).tiles_done == 11
     chunk.write_bytes(good)
     assert merge(search, output).n_merged == 1
     merge(search, tmp_path / "B.zarr", tile_size=16)
@@ -418,7 +419,7 @@ def test_worker_processes_and_an_attached_cluster_give_the_same_bytes(
     # Dask marks the process in which it begins to start others, and leaves the mark.
     assert dict(os.environ) | environment == {**os.environ}
     assert set(os.environ) - set(environment) <= {"__DASK_PARENT_PID"}
-    assert len(noted.outcomes) == 20
+    assert len(noted.outcomes) == 9
     dashboard = noted.clusters[0].dashboard
     assert dashboard is not None
     assert dashboard.startswith("http://127.0.0.1:")
@@ -476,7 +477,7 @@ def test_stray_files_among_the_tile_records_are_ignored(search: Path, tmp_path: 
     for stray in (".DS_Store", "0/.nfs001", "0/0/0.partial"):
         (output / "progress/tile_summary/c" / stray).write_text("stray")
     assert merge(search, output).n_merged == 0
-    assert ocelot_em.describe(output).tiles_done == 9
+    assert ocelot_em.describe(output).tiles_done == 4
 
 
 def test_a_damaged_plan_is_named(search: Path, tmp_path: Path) -> None:

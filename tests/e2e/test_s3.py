@@ -68,7 +68,7 @@ def test_a_missing_object_is_named(bucket, tmp_path):
 
 
 def test_shards_that_were_copied_to_a_bucket_are_read_there(bucket, tmp_path, small_chunks):
-    run, url = write_explicit_search(tmp_path / "RUN.zarr", (70, 90)), f"s3://{BUCKET}/RUN.zarr"
+    run, url = write_explicit_search(tmp_path / "RUN.zarr", (40, 50), 2), f"s3://{BUCKET}/RUN.zarr"
     for path in run.rglob("*"):
         if path.is_file():
             bucket.upload_file(path, BUCKET, str(path.relative_to(tmp_path)))

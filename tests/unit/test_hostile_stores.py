@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,7 +259,7 @@ def merge_into(folder):
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("kind", lean(KINDS, "explicit", "montage_merged"))
+@pytest.mark.parametrize("kind", lean(KINDS, "explicit", "indexed_merged"))
 @given(data=st.data())
 def test_mangled_metadata_is_read_or_refused(stores, tmp_path, kind, data):
     place = stores / kind
@@ -454,9 +455,10 @@ def test_of_very_many_problems_the_first_are_named(stores, tmp_path):
 NAMES = ["..x", "a b", "a\nb", "\u202egnp", "-", "x" * 129, "é", "\udc80", "a:b", "a\\b"]
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("kind", "at"), [("explicit", "partials/gpu0"), ("montage", "exposures/e0")]
+    ("kind", "at", "name"),
+    [("explicit", "partials/gpu0", name) for name in NAMES]
+    + [("montage", "exposures/e0", name) for name in NAMES[:2]],
 )
 def test_groups_with_names_that_no_writer_gives_are_refused(stores, tmp_path, kind, at, name):
     place = shutil.copytree(stores / kind, tmp_path / "RUN")
@@ -669,8 +671,14 @@ FILES = [
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("what", PUTS)
-@pytest.mark.parametrize(("kind", "file"), FILES)
+@pytest.mark.parametrize(
+    ("kind", "file", "what"),
+    [
+        # Each file is replaced by two of them, each of them replaces half of the files.
+        (*FILES[number], list(PUTS)[(number + more) % len(PUTS)])
+        for number, more in product(range(len(FILES)), (0, 1))
+    ],
+)
 def test_what_is_no_file_is_refused_and_nobody_waits(stores, tmp_path, kind, file, what):
     place = shutil.copytree(stores / kind, tmp_path / "S")
     (place / file).unlink()

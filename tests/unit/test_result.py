@@ -17,6 +17,7 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.regions import Region
 from ocelot_em.store.local import LocalObjects
 from ocelot_em.view.report import write_report
+from report_pages import stub_rendering
 
 SHAPE = (24, 30)
 KINDS = ("explicit", "indexed", "index_only", "montage")
@@ -62,6 +63,14 @@ COMMANDS = (
 """Names of commands, the suffix of what they write if they do, and options."""
 
 
+@pytest.fixture
+def rendering(kind, monkeypatch):
+    """Leave out the rendering of reports of all but one kind."""
+    if kind != "montage":
+        stub_rendering(monkeypatch)
+
+
+@pytest.mark.usefixtures("rendering")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("command", COMMANDS, ids="".join)
 def test_a_command_reads_each_metadata_object_once(results, tmp_path, reads, kind, command):
@@ -72,6 +81,7 @@ def test_a_command_reads_each_metadata_object_once(results, tmp_path, reads, kin
     assert set(reads.values()) == {1}
 
 
+@pytest.mark.usefixtures("rendering")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_result_that_is_handed_on_is_read_once(results, tmp_path, reads, kind):
     merged = MergedResult.open(results / f"{kind}_merged")
