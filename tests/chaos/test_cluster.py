@@ -148,7 +148,7 @@ def test_a_run_whose_workers_are_all_paused_ends_after_the_stated_wait(
     driver = begin_merge(output, "--cluster", address, "--worker-timeout", "5")
     printed, _ = driver.communicate(timeout=300)
     assert driver.returncode == 75, printed
-    assert "no workers but 2 paused ones, which lack memory, for 5 s" in printed
+    assert "no workers (2 are paused, for lack of memory) for 5 s" in printed
     finish(output)
 
 

@@ -153,7 +153,7 @@ def test_lines_tell_failures_at_once(clock):
     shown.tile_ended(failed(0, 1))
     shown.tile_ended(failed(0, 1))
     assert shown.bar.console.file.getvalue().splitlines()[1:] == [
-        "tile (0, 1) failed, to be tried again: no bytes",
+        "tile (0, 1) failed and will be retried: no bytes",
         "tile (0, 1) failed: no bytes",
     ]
 

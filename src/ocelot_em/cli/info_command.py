@@ -136,9 +136,9 @@ def watch(
     page
         HTML file for the report, which browsers reload until the search is complete. Default: none.
     once
-        Show the present state, and end.
+        Show the current state once, and exit.
     without
-        Partials that are left out, by name. Default: none.
+        Partials to leave out, by name. Default: none.
     threads
         Number of threads that merge. The default leaves the other cores to the search.
     """

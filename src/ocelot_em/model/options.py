@@ -162,13 +162,13 @@ class MergeOptions(Options):
         partial and its count are omitted at such pixels.
     poses
         Output for indexed poses. ``decoded``: the pose maps in addition to the index. ``index``:
-        only the index, which is decoded when read; the output is a quarter smaller.
+        only the index, which is decoded when read; the output is 25 % smaller.
     derived
         Whether z-score, mean and standard deviation are ``stored``. ``none``: they are computed
         when they are read, from sums in float64 that are stored instead, with the same bits; the
-        output is three tenths smaller.
+        output is 30 % smaller.
     without
-        Partials that are left out, by name, or as EXPOSURE/NAME in a search with exposures; also
+        Partials to leave out, by name, or as EXPOSURE/NAME in a search with exposures; also
         exposures whose folders were lost, by id. Default: none.
     so_far
         Merge what a search has recorded so far, although it is incomplete. The same command updates
@@ -199,9 +199,10 @@ class MergeOptions(Options):
         includes this process) or the address of a running Dask scheduler.
     workers
         Number of worker processes (``local`` and ``cuda``) or jobs (``slurm``). Default: as many as
-        the machine supports; two jobs.
+        the machine supports, or two jobs.
     threads
-        Number of threads in each worker. Default: one thread per CPU core in total.
+        Number of threads in each worker. Default: all workers together have one thread per CPU
+        core.
     worker_timeout
         Seconds to wait for workers while a cluster has none. Default: 300; a day for ``slurm``,
         whose jobs may be queued.

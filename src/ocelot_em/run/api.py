@@ -142,7 +142,7 @@ def run_merge(
                 raise
             raise IncompleteError(
                 f"{inputs}: checkpoints were replaced {MAX_PLANS - 1} times before they were "
-                "merged, and no partial can no longer change; write checkpoints less often (every "
+                "merged, and every partial can still change; write checkpoints less often (every "
                 "of the recording), merge faster (more threads), or run this again later"
             ) from error
         except (TilesFailedError, InputChangedError, ChunkError, FormatError) as error:

@@ -312,7 +312,7 @@ def _wait_for_a_worker(address: str, options: MergeOptions) -> None:
             client.wait_for_workers(1, timeout=timeout)
         except TimeoutError:
             raise ClusterLostError(
-                f"no worker has connected to {address} in {timeout:.0f} s"
+                f"no worker has connected to {address} within {timeout:.0f} s"
             ) from None
 
 

@@ -65,7 +65,7 @@ def warn_if_unused() -> None:
         if client.status == "running":
             log.warning(
                 "merging in threads of this process; the active Dask client of %s, with %s, is not "
-                "used: pass cluster=client to use it, or cluster='threads' to have no warning",
+                "used: pass cluster=client to use it, or cluster='threads' to silence this warning",
                 client.scheduler.address,
                 count_text(len(client.nthreads()), "worker"),
             )

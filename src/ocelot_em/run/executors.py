@@ -203,7 +203,7 @@ class ClientExecutor:
             self.had_workers()
         elif time.monotonic() - self._had_workers > self._worker_timeout:
             n_paused = len(self.client.nthreads())
-            paused = f" but {n_paused} paused ones, which lack memory," if n_paused else ""
+            paused = f" ({n_paused} are paused, for lack of memory)" if n_paused else ""
             raise ClusterLostError(
                 f"the cluster has had no workers{paused} for {self._worker_timeout:.0f} s; "
                 "finished tiles are kept: run the same command again when there are workers, or "

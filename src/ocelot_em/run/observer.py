@@ -182,7 +182,7 @@ class MergeBar(TileProgress):
         where = outcome.iy, outcome.ix
         if outcome.summary is None:
             again = outcome.is_transient and where not in self.failed
-            self.bar.say(f"tile {where} failed{', to be tried again' * again}: {outcome.error}")
+            self.bar.say(f"tile {where} failed{' and will be retried' * again}: {outcome.error}")
         super().tile_ended(outcome)
         self._show(now=self.n_done == self.n_tiles)
 

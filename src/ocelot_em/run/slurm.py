@@ -186,7 +186,7 @@ def slurm_cluster(options: MergeOptions, environment: dict[str, str]) -> Iterato
         try:
             rejection = first.result(SUBMIT_TIMEOUT_SECONDS)
         except TimeoutError:
-            rejection = f"sbatch has not answered in {SUBMIT_TIMEOUT_SECONDS} s"
+            rejection = f"sbatch has not answered within {SUBMIT_TIMEOUT_SECONDS} s"
         if rejection:
             raise PlanError(
                 f"cluster slurm: no worker job can be submitted: {rejection}; check the --slurm "
@@ -335,7 +335,7 @@ def _serve(options: MergeOptions, name: str, *, is_scheduler: bool) -> NoReturn:
 
 
 def _wait_for_scheduler(name: str) -> None:
-    problem = f"cluster slurm-job: no scheduler has started in {START_TIMEOUT_SECONDS} s"
+    problem = f"cluster slurm-job: no scheduler has started within {START_TIMEOUT_SECONDS} s"
     hint = f"its output is in {_workers_log()}"
     wait_for_file(_scheduler_file(name), START_TIMEOUT_SECONDS, f"{problem}; {hint}")
 
