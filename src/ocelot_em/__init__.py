@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ocelot_em.merge.outcome import MergeReport
     from ocelot_em.merge.recorder import SearchRecorder
     from ocelot_em.merge.result import MergedResult
+    from ocelot_em.model.batch_options import BatchOptions
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.pick_options import PickOptions
     from ocelot_em.model.regions import Region
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.run.api import merge
+    from ocelot_em.run.batch import BatchReport, merge_many
     from ocelot_em.run.observer import Observer
     from ocelot_em.store.partials import PartialWriter, write_partial
     from ocelot_em.store.recorded import SearchSize
@@ -97,6 +99,8 @@ _HOME = {
         "particles.picking": "find_peaks",
         "particles.table": "ParticleTable",
         "run.api": "merge",
+        "run.batch": "BatchReport merge_many",
+        "model.batch_options": "BatchOptions",
         "run.observer": "Observer",
         "store.partials": "PartialWriter write_partial",
         "store.recorded": "SearchSize",
@@ -118,6 +122,7 @@ _HOME = {
 
 __all__ = [  # noqa: RUF022 - grouped as people look for them
     "merge",
+    "merge_many",
     "merge_arrays",
     "lazy_merge",
     "open_merged",
@@ -153,6 +158,8 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "ImportOptions",
     "MergeOptions",
     "MergeReport",
+    "BatchOptions",
+    "BatchReport",
     "Observer",
     "StoreInfo",
     "check",

@@ -37,6 +37,19 @@ template_volume_path: T.mrc
 optics_group: {label: A, pixel_size: 2.5, voltage: 200, defocus_u: 9000, defocus_v: 8600,
                astigmatism_angle: 30}
 """
+MICROGRAPHS = """\
+data_micrographs
+loop_
+_rlnMicrographName
+_rlnDefocusU
+_rlnDefocusV
+_rlnDefocusAngle
+_rlnVoltage
+_rlnSphericalAberration
+_rlnAmplitudeContrast
+raw/M1.mrc 9000 8600 30 300 2.7 0.07
+raw/M2.mrc 9500 9100 30 300 2.7 0.07
+"""
 ORIGINS = {"00": (0, 0), "01": (4, 150), "02": (3, 439)}
 LAMELLA = "pixel_size: 3.0\nexposures:\n" + "".join(
     f'  - {{id: "{name}", origin: [{y}, {x}], acquired: {int(name)}, '
@@ -79,6 +92,10 @@ def files(tmp_path_factory):
     ocelot_em.merge(place / "INDEXED", place / "40S.zarr")
     shutil.copytree(place / "40S.zarr", place / "60S.zarr")
     write_tables(place)
+    for name in ("M1", "M2"):
+        shutil.copytree(place / "RUN.zarr", place / "SEARCHES" / f"{name}.zarr")
+    (place / "micrographs.csv").write_text("micrograph,search\nA1,SEARCHES/M1.zarr\n")
+    (place / "micrographs_ctf.star").write_text(MICROGRAPHS)
     with np.load(CROPS[0]) as crop:
         later = {name: crop[name] for name in crop.files} | {"mip": crop["mip"] + 0.5}
     np.savez(place / "later.npz", **later)

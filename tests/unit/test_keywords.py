@@ -11,10 +11,16 @@ import xarray as xr
 from pydantic import TypeAdapter
 
 import ocelot_em
-from ocelot_em import ImportOptions, MergeOptions, PickOptions
+from ocelot_em import BatchOptions, ImportOptions, MergeOptions, PickOptions
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportKeywords
-from ocelot_em.model.keywords import MergeKeywords, PickKeywords, ReportKeywords, SlurmKeywords
+from ocelot_em.model.keywords import (
+    BatchKeywords,
+    MergeKeywords,
+    PickKeywords,
+    ReportKeywords,
+    SlurmKeywords,
+)
 from ocelot_em.model.options import SlurmJobs
 from ocelot_em.store.objects import as_places
 from ocelot_em.view.hits import ReportImages
@@ -23,11 +29,13 @@ PAIRS = {
     MergeKeywords: MergeOptions,
     SlurmKeywords: SlurmJobs,
     PickKeywords: PickOptions,
+    BatchKeywords: BatchOptions,
     ImportKeywords: ImportOptions,
     ReportKeywords: ReportImages,
 }
 FUNCTIONS = {
     ocelot_em.merge: MergeOptions,
+    ocelot_em.merge_many: BatchOptions,
     ocelot_em.lazy_merge: MergeOptions,
     ocelot_em.find_peaks: PickOptions,
     ocelot_em.write_index: PickOptions,
@@ -79,6 +87,7 @@ def test_a_mistyped_option_gets_a_suggestion(tmp_path, monkeypatch, call, proble
     [
         lambda thing: ocelot_em.merge(thing, "OUT"),
         lambda thing: ocelot_em.merge([thing], "OUT"),
+        lambda thing: ocelot_em.merge_many(thing, "OUT"),
         lambda thing: ocelot_em.merge("A", thing),
         lambda thing: ocelot_em.lazy_merge(thing),
         lambda thing: ocelot_em.open_merged(thing),

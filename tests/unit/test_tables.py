@@ -683,7 +683,7 @@ def test_everything_that_is_wrong_with_a_parquet_file_is_named(tmp_path):
     pq.write_table(pa.table({**make_table(2).columns, "z": [1, 2], "psi": [1, 2]}), path)
     problems = refused(read_parquet, path)
     assert [p.removeprefix(f"{path}: ")[:29] for p in problems] == [
-        "'z': expected one of pos_y, p",
+        "'z': expected one of microgra",
         "psi: expected dtype float32, ",
     ]
 

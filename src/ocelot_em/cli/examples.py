@@ -15,6 +15,12 @@ EXAMPLES = {
         "ocelot merge RUN.zarr --output MERGED.zarr --cluster slurm --slurm.partition cpu",
         "ocelot config merge --output merge.yaml, then ocelot merge --config merge.yaml",
     ),
+    "batch": (
+        "ocelot batch SEARCHES/ --output SESSION/",
+        "ocelot batch SEARCHES/ --output SESSION/ --skip-bad --reports",
+        "ocelot batch SEARCHES/ --output SESSION/ --tables csv --tables relion "
+        "--optics micrographs_ctf.star",
+    ),
     "watch": ("ocelot watch RUN.zarr --output SO_FAR.zarr",),
     "peaks": (
         "ocelot peaks MERGED.zarr --output PEAKS.csv",

@@ -23,6 +23,7 @@ from ocelot_em.errors import OcelotError, StoppedError, TilesFailedError
 COMMANDS = {
     "import": ("import_commands:import_files", "Convert result files into a search."),
     "merge": ("merge_command:app", "Merge the partials of searches, tile by tile."),
+    "batch": ("batch_command:app", "Merge many micrographs into one table and one page."),
     "watch": ("info_command:watch", "Show the progress and particles of a running search."),
     "peaks": ("particle_commands:peaks", "Pick particles from a merged result."),
     "detections": (

@@ -29,21 +29,20 @@ RUN = Parameter(group=Group.create_ordered("This run", sort_key=1))
 DEFAULTS = MergeOptions()
 
 
-class _Grouped(App):
+class GroupedApp(App):
     """An app whose options are shown as the model of their values says."""
 
     def assemble_argument_collection(self, **options: Any) -> ArgumentCollection:
         """Assemble the options, and add the headings and placeholders."""
         arguments = super().assemble_argument_collection(**options)
         for argument in arguments:
-            if argument.keys:
-                about = SHOWN[argument.keys[0]]
+            if about := SHOWN.get("".join(argument.keys[:1])):
                 shown = Parameter(group=GROUPS[about.heading], metavar=about.placeholder or None)
                 argument.parameter = Parameter.combine(argument.parameter, shown)
         return arguments
 
 
-app = _Grouped(name="merge", help_epilogue=epilogue("merge"), **AS_COMMAND)
+app = GroupedApp(name="merge", help_epilogue=epilogue("merge"), **AS_COMMAND)
 
 
 @app.default

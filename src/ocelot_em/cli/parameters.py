@@ -59,7 +59,9 @@ def require_stores(*places: str | Path, kind: str = "") -> None:
 
 def _shown(default: object) -> str | None:
     """Return the text of a default, if the help does not say what it means."""
-    return None if default is None or default is False or default in ((), "") else str(default)
+    if default is None or default is False or default in ((), ""):
+        return None
+    return ", ".join(default) if isinstance(default, tuple) else str(default)
 
 
 OPTION = Parameter(

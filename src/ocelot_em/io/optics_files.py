@@ -12,8 +12,10 @@ suffix          file
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -22,8 +24,8 @@ from typing import Any
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import Optics, leopard_values, optics_of
 from ocelot_em.io.origin import NAMES_SHOWN
-from ocelot_em.io.star_file import StarTable, parse_star
-from ocelot_em.io.text_file import read_text
+from ocelot_em.io.star_file import parse_star
+from ocelot_em.io.text_file import file_identity, read_text
 from ocelot_em.io.yaml_file import as_number
 from ocelot_em.model.problems import option_name
 
@@ -109,6 +111,56 @@ def read_optics(
     return _optics(others | _relion(Path(path), micrograph) | known)
 
 
+def read_optics_of(
+    name: str,
+    place: str | PathLike[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    **given: Any,
+) -> Optics:
+    """Return the optics of one of many micrographs, as :func:`read_optics` does.
+
+    Parameters
+    ----------
+    name
+        Name of the micrograph.
+    place
+        RELION's table of micrographs, in which it is named; or a folder with a file for each
+        micrograph that has its name and one of the suffixes above.
+    defaults, **given
+        Values for all micrographs. The micrograph's name is that in the file, or else ``name``.
+
+    Raises
+    ------
+    InvalidInputError
+        As of :func:`read_optics`; or the folder has no file, or several, for the micrograph; or
+        ``place`` is a file of a single micrograph.
+    """
+    if given.get("micrograph") is not None:
+        raise InvalidInputError("micrograph: expected no name, since there are many micrographs")
+    path = None if place is None else Path(place)
+    if path is not None and path.is_dir():
+        files = [path / f"{name}{suffix}" for suffix in _SUFFIXES]
+        found = [file for file in files if file.is_file()]
+        if len(found) != 1:
+            raise InvalidInputError(
+                f"{path}: expected one file {name}.yaml, .json, .star or .txt with the "
+                f"optics of the micrograph, got {len(found)}"
+            )
+        path = found[0]
+    elif path is not None and path.suffix.lower() != ".star":
+        raise InvalidInputError(
+            f"{path}: expected the optics of many micrographs: RELION's table (.star), or a folder "
+            "with a file for each micrograph, named like it"
+        )
+    else:
+        given |= {"micrograph": name}
+    return read_optics(path, defaults={**defaults, "micrograph": name}, **given)
+
+
+_SUFFIXES = (".yaml", ".yml", ".json", ".star", ".txt")
+
+
 def _optics(values: Mapping[str, Any]) -> Optics:
     """Return optics, or name all values that are missing."""
     needed = [f.name for f in fields(Optics) if f.default is f.default_factory is MISSING]
@@ -123,6 +175,38 @@ def _optics(values: Mapping[str, Any]) -> Optics:
 
 def _relion(path: Path, micrograph: str | None) -> dict[str, Any]:
     """Read one row of a table of micrographs, and that of its optics group."""
+    try:
+        identity = file_identity(path)
+    except OSError:
+        identity = ()
+    table = _read_relion(path, identity)
+    row = table.rows[_number_of(table, micrograph, path)]
+    row = {**table.groups.get(row.get("rlnOpticsGroup", ""), {}), **row}
+    values: dict[str, Any] = {
+        name: as_number(row[column]) for column, name in _RELION.items() if row.get(column)
+    }
+    values["micrograph"] = row["rlnMicrographName"]
+    if row.get("rlnOpticsGroupName"):
+        values["label"] = row["rlnOpticsGroupName"]
+    return values
+
+
+_SPELLINGS: tuple[Callable[[Path], object], ...] = (str, lambda p: p.name, lambda p: p.stem)
+"""How a micrograph is named: by its path, its name, or its name without suffix."""
+
+
+@dataclass(frozen=True)
+class _Micrographs:
+    """RELION's table: rows, optics groups by number, and numbers of rows by each spelling."""
+
+    rows: Sequence[Mapping[str, str]]
+    groups: Mapping[str, Mapping[str, str]]
+    numbers: Sequence[Mapping[object, Sequence[int]]]
+
+
+@lru_cache(maxsize=2)
+def _read_relion(path: Path, _identity: tuple[int, ...]) -> _Micrographs:
+    """Read a table of micrographs, once until the file is replaced or written."""
     text = read_text(path, MAX_NBYTES, "RELION's table of micrographs")
     try:
         tables, problems = parse_star(text)
@@ -137,35 +221,30 @@ def _relion(path: Path, micrograph: str | None) -> dict[str, Any]:
             f"{path}: expected one table with rlnMicrographName and rlnDefocusU, as in "
             f"micrographs_ctf.star, got {len(found)}"
         )
-    row = _row_of(found[0], micrograph, path)
-    groups = [dict(zip(t.columns, r, strict=True)) for t in tables for r in t.rows]
-    for group in groups:
-        if "rlnOpticsGroupName" in group and group["rlnOpticsGroup"] == row["rlnOpticsGroup"]:
-            row = group | row
-    values: dict[str, Any] = {
-        name: as_number(row[column]) for column, name in _RELION.items() if row.get(column)
-    }
-    values["micrograph"] = row["rlnMicrographName"]
-    if row.get("rlnOpticsGroupName"):
-        values["label"] = row["rlnOpticsGroupName"]
-    return values
+    own = [dict(zip(found[0].columns, row, strict=True)) for row in found[0].rows]
+    others = [dict(zip(t.columns, r, strict=True)) for t in tables for r in t.rows]
+    groups = {g.get("rlnOpticsGroup", ""): g for g in others if "rlnOpticsGroupName" in g}
+    numbers = [defaultdict[object, list[int]](list) for _ in _SPELLINGS]
+    for number, row in enumerate(own):
+        named = Path(row["rlnMicrographName"])
+        for spelling, known in zip(_SPELLINGS, numbers, strict=True):
+            known[spelling(named)].append(number)
+    return _Micrographs(own, groups, numbers)
 
 
-def _row_of(table: StarTable, micrograph: str | None, path: Path) -> dict[str, str]:
-    """Return the row of a micrograph; of a table with one row, that."""
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    names = [row["rlnMicrographName"] for row in rows]
-    spellings: tuple[Callable[[Path], object], ...] = (str, lambda p: p.name, lambda p: p.stem)
-    matching = rows
-    for spelling in spellings if micrograph is not None else ():
-        wanted = spelling(Path(str(micrograph)))
-        matching = [row for row in rows if spelling(Path(row["rlnMicrographName"])) == wanted]
-        if matching:
-            break
+def _number_of(table: _Micrographs, micrograph: str | None, path: Path) -> int:
+    """Return the number of a micrograph's row; of a table with one row, that."""
+    matching: Sequence[int] = range(len(table.rows))
+    for spelling, numbers in zip(_SPELLINGS, table.numbers, strict=True):
+        if micrograph is not None:
+            matching = numbers.get(spelling(Path(micrograph)), [])
+            if matching:
+                break
     if len(matching) == 1:
         return matching[0]
+    names = [row["rlnMicrographName"] for row in table.rows]
     shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
-    got = f"{len(matching)} of that name" if micrograph is not None else f"{len(rows)}"
+    got = f"{len(matching)} of that name" if micrograph is not None else f"{len(names)}"
     raise InvalidInputError(
         f"{path}: expected one micrograph, got {got}; name one of them (--micrograph, "
         f"micrograph): {shown}"

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ from ocelot_em.particles.table import (
     ParticleTable,
     PickInfo,
 )
-from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing, write_file
+from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing
 
 _PARQUET_KEY = b"ocelot_em.about"
 MAX_PARTICLES = 2**24
@@ -61,20 +61,56 @@ def write_parquet(
     if isinstance(table, Detections):
         return write_correlations(table, output, overwrite=overwrite)
     require(table, ColumnTable, TABLE_EXPECTED)
-    pa = _pyarrow()
-    fields = [
-        pa.field(
-            name,
-            pa.from_numpy_dtype(values.dtype),
-            nullable=False,
-            metadata={"unit": table.described[name].unit, "meaning": table.described[name].meaning},
-        )
-        for name, values in table.columns.items()
-    ]
-    schema = pa.schema(fields, metadata={_PARQUET_KEY: json.dumps(table.facts())})
-    buffer = pa.BufferOutputStream()
-    pa.parquet.write_table(pa.table(list(table.columns.values()), schema=schema), buffer)
-    return write_file(output, buffer.getvalue().to_pybytes(), overwrite=overwrite)
+    refuse_existing([Path(output)], overwrite)
+    with whole_or_nothing(Path(output)) as staged, TableWriter(staged, table) as writer:
+        writer.write(table)
+    return Path(output)
+
+
+class TableWriter:
+    """Writes rows into a Parquet file, table by table; a context manager.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    like
+        Table whose columns and facts the file gets.
+    """
+
+    def __init__(self, path: Path, like: ColumnTable) -> None:
+        self._pa = pa = _pyarrow()
+        fields = [
+            pa.field(
+                name,
+                pa.from_numpy_dtype(values.dtype),
+                nullable=False,
+                metadata={"unit": about.unit, "meaning": about.meaning},
+            )
+            for name, values in like.columns.items()
+            if (about := like.described[name])
+        ]
+        self._schema = pa.schema(fields, metadata={_PARQUET_KEY: json.dumps(like.facts())})
+        self._writer = pa.parquet.ParquetWriter(path, self._schema)
+        self._blocks = list[Any]()
+
+    def write(self, table: ColumnTable) -> None:
+        """Add the rows of a table with the same columns."""
+        arrays = list(table.columns.values())
+        self._blocks.append(self._pa.record_batch(arrays, schema=self._schema))
+        if sum(block.num_rows for block in self._blocks) >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(self._pa.Table.from_batches(self._blocks, self._schema))
+        self._blocks.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
 
 
 def write_correlations(

@@ -110,16 +110,27 @@ def _table(
 def format_star(blocks: Mapping[str, Any], comment: str = "") -> bytes:
     """Return a STAR file of blocks with a loop each: data frames, or lists of values by column.
 
-    ``comment`` is a line at its beginning.
-
-    Values that need quotation marks get double ones; none may contain them.
+    ``comment`` is a line at its beginning. Values that need quotation marks get double ones; none
+    may contain them. :func:`star_rows` continues the last loop.
     """
-    lines = ["# Created by ocelot-em", *([f"# {comment}"] if comment else []), "", ""]
+    lines = ["# Created by ocelot-em", *([f"# {comment}"] if comment else []), ""]
     for name, block in blocks.items():
-        columns = [np.asarray(values).astype(str).tolist() for _, values in block.items()]
-        lines += [f"data_{name}", "", "loop_"]
+        lines += ["", f"data_{name}", "", "loop_"]
         lines += [f"_{column} #{number}" for number, column in enumerate(block, 1)]
-        for row in zip(*columns, strict=True):
-            lines.append("\t".join(f'"{v}"' if _QUOTED.match(v) else v for v in row))
-        lines += ["", ""]
-    return "".join(f"{line}\n" for line in lines).encode()
+        lines += [*_rows(block), ""]
+    return "".join(f"{line}\n" for line in lines[:-1]).encode()
+
+
+def star_rows(block: Any) -> bytes:
+    """Return rows as of :func:`format_star`."""
+    return "".join(f"{line}\n" for line in _rows(block)).encode()
+
+
+STAR_END = b"\n\n"
+"""End of a STAR file."""
+
+
+def _rows(block: Any) -> Iterator[str]:
+    columns = [np.asarray(values).astype(str).tolist() for _, values in block.items()]
+    for row in zip(*columns, strict=True):
+        yield "\t".join(f'"{v}"' if _QUOTED.match(v) else v for v in row)

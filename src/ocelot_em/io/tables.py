@@ -11,8 +11,9 @@ tilt and psi, and its matrix is the inverse of this one. In all of them the asti
 between x and ``defocus_u``, and defocus is positive for underfocus.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import read_parquet, write_parquet
-from ocelot_em.io.star_file import format_star
+from ocelot_em.io.star_file import STAR_END, format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.model.problems import require
 from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula, require_table
@@ -169,38 +170,82 @@ def write_relion_star(
     'particles.star'
     """
     _require_types(table, optics)
-    _require_star_names({"micrograph": optics.micrograph, "label": optics.label})
-    own, size = table.columns, optics.pixel_size_angstrom
-    y, x, u, v = _positions(table, optics)
-    # Numbers come first: parsers take any line that starts like a header for one.
-    group = {
-        "rlnOpticsGroup": [1],
-        "rlnOpticsGroupName": [optics.label],
-        "rlnVoltage": [optics.voltage_kv],
-        "rlnSphericalAberration": [optics.spherical_aberration_mm],
-        "rlnAmplitudeContrast": [optics.amplitude_contrast],
-        "rlnImagePixelSize": [size],
-        "rlnImageSize": [optics.template_box_px],
-        "rlnImageDimensionality": [2],
-    }
-    particles = {
-        "rlnCoordinateX": x.astype(np.float64),
-        "rlnCoordinateY": y.astype(np.float64),
-        "rlnOriginXAngst": _residual(own["pos_x"], own["pos_x_subpixel"]) * size,
-        "rlnOriginYAngst": _residual(own["pos_y"], own["pos_y_subpixel"]) * size,
-        "rlnAngleRot": own["phi"],
-        "rlnAngleTilt": own["theta"],
-        "rlnAnglePsi": own["psi"],
-        "rlnAutopickFigureOfMerit": own[SCALED_MIP],
-        "rlnDefocusU": u,
-        "rlnDefocusV": v,
-        "rlnDefocusAngle": optics.astigmatism_angle_degrees,
-        "rlnPhaseShift": optics.phase_shift_degrees,
-        "rlnOpticsGroup": 1,
-        "rlnMicrographName": optics.micrograph,
-    }
-    blocks = {"optics": group, "particles": _frame(table, particles)}
-    return write_file(output, format_star(blocks, table.incomplete_text), overwrite=overwrite)
+    groups = OpticsGroups([optics])
+    blocks = {"optics": groups.block, "particles": groups.particles(table, optics)}
+    text = format_star(blocks, table.incomplete_text) + STAR_END
+    return write_file(output, text, overwrite=overwrite)
+
+
+class OpticsGroups:
+    """Optics groups of RELION: micrographs whose group has the same name and values share one.
+
+    Where values differ, later groups of the same name get a number after it.
+
+    Raises
+    ------
+    InvalidInputError
+        STAR files cannot hold the name of a micrograph or of a group.
+    """
+
+    def __init__(self, several: Sequence[Optics]) -> None:
+        self._numbers = dict[tuple[Any, ...], int]()
+        """Numbers of groups, from 1, by their name and values."""
+        for optics in several:
+            _require_star_names({"micrograph": optics.micrograph, "label": optics.label})
+            self._numbers.setdefault(_group_of(optics), len(self._numbers) + 1)
+
+    @property
+    def block(self) -> dict[str, list[Any]]:
+        """The table of optics groups."""
+        names = list[str]()
+        for label, *_ in self._numbers:
+            others = (f"{label}_{number}" for number in itertools.count(2))
+            names.append(next(n for n in itertools.chain([label], others) if n not in names))
+        _, *values = map(list, zip(*self._numbers, strict=True))
+        # Numbers come first: parsers take any line that starts like a header for one.
+        return {
+            "rlnOpticsGroup": list(self._numbers.values()),
+            "rlnOpticsGroupName": names,
+            **dict(zip(_GROUP, values, strict=True)),
+            "rlnImageDimensionality": [2] * len(names),
+        }
+
+    def particles(self, table: ParticleTable, optics: Optics) -> Any:
+        """Return the particles of a micrograph as a data frame with RELION's columns."""
+        own, size = table.columns, optics.pixel_size_angstrom
+        y, x, u, v = _positions(table, optics)
+        columns = {
+            "rlnCoordinateX": x.astype(np.float64),
+            "rlnCoordinateY": y.astype(np.float64),
+            "rlnOriginXAngst": _residual(own["pos_x"], own["pos_x_subpixel"]) * size,
+            "rlnOriginYAngst": _residual(own["pos_y"], own["pos_y_subpixel"]) * size,
+            "rlnAngleRot": own["phi"],
+            "rlnAngleTilt": own["theta"],
+            "rlnAnglePsi": own["psi"],
+            "rlnAutopickFigureOfMerit": own[SCALED_MIP],
+            "rlnDefocusU": u,
+            "rlnDefocusV": v,
+            "rlnDefocusAngle": optics.astigmatism_angle_degrees,
+            "rlnPhaseShift": optics.phase_shift_degrees,
+            "rlnOpticsGroup": self._numbers[_group_of(optics)],
+            "rlnMicrographName": optics.micrograph,
+        }
+        return _frame(table, columns)
+
+
+_GROUP = {
+    "rlnVoltage": "voltage_kv",
+    "rlnSphericalAberration": "spherical_aberration_mm",
+    "rlnAmplitudeContrast": "amplitude_contrast",
+    "rlnImagePixelSize": "pixel_size_angstrom",
+    "rlnImageSize": "template_box_px",
+}
+"""RELION's columns of an optics group, and where their values are in :class:`Optics`."""
+
+
+def _group_of(optics: Optics) -> tuple[Any, ...]:
+    """Return the name of an optics group and its values."""
+    return (optics.label, *(getattr(optics, name) for name in _GROUP.values()))
 
 
 def write_cistem_star(
@@ -231,12 +276,22 @@ def write_cistem_star(
     'cistem.star'
     """
     _require_types(table, optics)
+    blocks = {"": cistem_matches(table, optics)}
+    text = format_star(blocks, table.incomplete_text) + STAR_END
+    return write_file(output, text, overwrite=overwrite)
+
+
+def cistem_matches(table: ParticleTable, optics: Optics, first: int = 1) -> Any:
+    """Return the particles of a micrograph as a data frame with cisTEM's columns.
+
+    ``first`` is the number of the first one. Errors as of :func:`write_cistem_star`.
+    """
     names = {"micrograph": optics.micrograph, "template": optics.template}
     _require_star_names(names, spaces=False)
     own, size = table.columns, optics.pixel_size_angstrom
     y, x, u, v = _positions(table, optics)
     matches = {
-        "cisTEMPositionInStack": np.arange(1, len(table) + 1),
+        "cisTEMPositionInStack": np.arange(first, first + len(table)),
         "cisTEMAnglePsi": own["psi"],
         "cisTEMAngleTheta": own["theta"],
         "cisTEMAnglePhi": own["phi"],
@@ -255,8 +310,7 @@ def write_cistem_star(
         "cisTEMOriginalXPosition": x * size,
         "cisTEMOriginalYPosition": y * size,
     }
-    text = format_star({"": _frame(table, matches)}, table.incomplete_text)
-    return write_file(output, text, overwrite=overwrite)
+    return _frame(table, matches)
 
 
 def _require_types(table: object, optics: object) -> None:
@@ -275,20 +329,27 @@ def _positions(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64, AnyA
             "have optics of their own: take one exposure's with --exposure ID "
             "(ParticleTable.of_exposure)"
         )
-    if table.about is not None:
-        box, size = table.about.template_box_px, table.about.pixel_size_angstrom
-        got, problems = optics.pixel_size_angstrom, []
-        if box not in (None, optics.template_box_px):
-            problems.append(f"template_box_px: expected {box}, got {optics.template_box_px}")
-        if size is not None and not math.isclose(size, got, rel_tol=1e-4):
-            problems.append(f"pixel_size_angstrom: expected {size}, got {got}")
-        if problems:
-            store = table.about.store
-            raise InvalidInputError(f"{p}; are these the optics of {store}?" for p in problems)
+    if (about := table.about) is not None:
+        require_same_search(optics, about.store, about.template_box_px, about.pixel_size_angstrom)
     half, own = optics.template_box_px // 2, table.columns
     y, x = (own[name].astype(np.int64) + half for name in ("pos_y", "pos_x"))
     relative = own["relative_defocus"].astype(np.float64)
     return y, x, relative + optics.defocus_u_angstrom, relative + optics.defocus_v_angstrom
+
+
+def require_same_search(
+    optics: Optics, store: str, template_box_px: int | None, pixel_size_angstrom: float | None
+) -> None:
+    """Raise InvalidInputError if optics contradict what is known of a search."""
+    got, problems = optics.pixel_size_angstrom, []
+    if template_box_px not in (None, optics.template_box_px):
+        problems.append(
+            f"template_box_px: expected {template_box_px}, got {optics.template_box_px}"
+        )
+    if pixel_size_angstrom is not None and not math.isclose(pixel_size_angstrom, got, rel_tol=1e-4):
+        problems.append(f"pixel_size_angstrom: expected {pixel_size_angstrom}, got {got}")
+    if problems:
+        raise InvalidInputError(f"{p}; are these the optics of {store}?" for p in problems)
 
 
 def _frame(table: ParticleTable, columns: Mapping[str, Any]) -> Any:

@@ -93,6 +93,14 @@ class DetectionKeywords(TypedDict, total=False):
     symmetry: str
 
 
+class BatchKeywords(PickKeywords, MergeKeywords, total=False):
+    """Those of :class:`ocelot_em.BatchOptions`."""
+
+    tables: str | Sequence[str]
+    reports: bool
+    skip_bad: bool
+
+
 class ReportKeywords(TypedDict, total=False):
     """Those of :class:`ocelot_em.view.hits.ReportImages`."""
 

@@ -102,9 +102,13 @@ class ColumnTable:
         StorageError
             If the file cannot be written.
         """
+        header = ",".join(self.columns) + "\n"
+        return write_file(path, header.encode() + self.csv_rows(), overwrite=overwrite)
+
+    def csv_rows(self) -> bytes:
+        """Return the lines of :meth:`to_csv` after the first."""
         rows = zip(*(as_text(values) for values in self.columns.values()), strict=True)
-        lines = [",".join(self.columns), *(",".join(row) for row in rows)]
-        return write_file(path, ("\n".join(lines) + "\n").encode(), overwrite=overwrite)
+        return "".join(",".join(row) + "\n" for row in rows).encode()
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return the columns as a pandas DataFrame, without what else is known of the table."""

@@ -36,6 +36,9 @@ ALSO_SEEN = "also_seen"
 SEARCHED = "searched_share"
 GROUP = "group"
 DIFFERENCE = "zscore_difference"
+MICROGRAPH = "micrograph"
+RANK = "rank"
+RANK_IN_MICROGRAPH = "rank_in_micrograph"
 
 COLUMNS: Mapping[str, Column] = {
     "pos_y": Column("int32", "pixel", "row of the template box's upper left corner in the map"),
@@ -77,9 +80,29 @@ GROUP_COLUMNS: Mapping[str, Column] = {
 }
 """Additional columns for particles of groups: all or none are present."""
 
-ALL_COLUMNS = {**COLUMNS, **MONTAGE_COLUMNS, **GROUP_COLUMNS, **INCOMPLETE_COLUMNS}
+MICROGRAPH_COLUMNS: Mapping[str, Column] = {
+    MICROGRAPH: Column("str", "", "name of the micrograph"),
+    RANK: Column("int64", "1", "rank in the table; the highest particle has 1"),
+    RANK_IN_MICROGRAPH: Column("int64", "1", "rank in the micrograph, in a table of several"),
+}
+"""Additional first columns for particles of one of many micrographs, and of all together."""
 
-_ALONE_OR_TOGETHER = ((NEG_LOG_P,), tuple(MONTAGE_COLUMNS), tuple(GROUP_COLUMNS), (SEARCHED,))
+ALL_COLUMNS: Mapping[str, Column] = {
+    **MICROGRAPH_COLUMNS,
+    **COLUMNS,
+    **MONTAGE_COLUMNS,
+    **GROUP_COLUMNS,
+    **INCOMPLETE_COLUMNS,
+}
+
+_ALONE_OR_TOGETHER = (
+    (MICROGRAPH, RANK),
+    (RANK_IN_MICROGRAPH,),
+    (NEG_LOG_P,),
+    tuple(MONTAGE_COLUMNS),
+    tuple(GROUP_COLUMNS),
+    (SEARCHED,),
+)
 """Groups of optional columns; a group is present or absent as a whole."""
 
 _OPTIONAL = frozenset(name for group in _ALONE_OR_TOGETHER for name in group)

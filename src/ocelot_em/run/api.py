@@ -28,6 +28,7 @@ from ocelot_em.run.connect import address_of, warn_if_unused
 from ocelot_em.run.executors import ClientExecutor, ThreadExecutor
 from ocelot_em.run.metrics import Metrics
 from ocelot_em.run.observer import MergeBar, Observer, Observers
+from ocelot_em.run.shared_cluster import SharedCluster
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import as_places, open_objects
 from ocelot_em.store.sources import is_current
@@ -120,9 +121,11 @@ def run_merge(
     output: PathOrUrl,
     options: MergeOptions,
     observer: Observer,
+    shared: SharedCluster | None = None,
 ) -> MergeReport:
     """Merge as :func:`merge` does, with options that are parsed, in the driver of a SLURM job.
 
+    ``shared`` is the cluster of several merges; by default, one is started for this merge.
     A running search may replace checkpoints while they are merged. Then the merge is planned again,
     in the end with the partials only that can no longer change.
     """
@@ -130,12 +133,13 @@ def run_merge(
     for n_left in reversed(range(MAX_PLANS)):
         plan = None
         try:
-            ready, completed = plan_merge(inputs, output, options)
+            ready, completed = plan_merge(inputs, output, options, shared)
             plan = ready.plan
             observer.planned(ready, completed)
             with OutputLock(open_objects(ready.output), observer.waiting) as lock:
                 observer.locked(lock.stop)
-                report = _merge(confirm(ready, lock.objects), completed, lock, observer)
+                held = confirm(ready, lock.objects)
+                report = _merge(held, completed, lock, observer, shared)
             break
         except IncompleteError as error:
             if n_left or options == asked:
@@ -161,11 +165,15 @@ def run_merge(
 
 
 def _merge(
-    ready: PreparedMerge, options: MergeOptions, lock: OutputLock, observer: Observer
+    ready: PreparedMerge,
+    options: MergeOptions,
+    lock: OutputLock,
+    observer: Observer,
+    shared: SharedCluster | None,
 ) -> MergeReport:
     if not ready.missing:  # without starting a cluster
         return merge_tiles(ready, options, ThreadExecutor(1), lock, observer.tile_ended)
-    with open_cluster(options) as cluster:
+    with (shared.opened if shared else open_cluster)(options) as cluster:
         local: Observer | None = observer
         if isinstance(cluster.executor, ClientExecutor):
             metrics = Metrics(lock.id[:12], cluster.executor.client)
@@ -181,13 +189,16 @@ def _merge(
 
 
 def plan_merge(
-    inputs: PathOrUrl | Sequence[PathOrUrl], output: PathOrUrl, options: MergeOptions
+    inputs: PathOrUrl | Sequence[PathOrUrl],
+    output: PathOrUrl,
+    options: MergeOptions,
+    shared: SharedCluster | None = None,
 ) -> tuple[PreparedMerge, MergeOptions]:
     """Plan a merge, and raise if it cannot fit; write nothing.
 
     Return the merge that can start, and the options completed for the chosen device.
     """
-    device, completed = choose_device(options)
+    device, completed = (shared.choose_device if shared else choose_device)(options)
     ready = prepare(as_places(inputs), output, completed, device)
     if ready.missing:
         require_resources(ready.forecast, ready.output, n_workers(completed), memory_nbytes())

@@ -51,12 +51,13 @@ _MAX_NAME = 100  # characters of a report's file name
 class IndexRow:
     """A result on the page, which is a row of its table.
 
-    ``result`` is a path or URL, ``report`` a path relative to the page. If the result could not be
-    read, ``error`` states why, and the other fields are empty. Of a montage, ``cutoff`` is
-    the lowest one and ``projections`` are those of all exposures. ``warnings`` are separated by
-    line breaks.
+    ``micrograph`` is its name on the page. ``result`` is a path or URL, ``report`` a path relative
+    to the page. If the result could not be read, ``error`` states why, and the other fields are
+    empty. Of a montage, ``cutoff`` is the lowest one and ``projections`` are those of all
+    exposures. ``warnings`` are separated by line breaks.
     """
 
+    micrograph: str
     result: str
     report: str = ""
     particles: int | None = None
@@ -73,6 +74,14 @@ class IndexRow:
     exposures: int | None = None
     finished: str = ""
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the page with its picture, a data URL; both are empty if there is an error."""
+
+    row: IndexRow
+    thumbnail: str = ""
 
 
 @takes(PickOptions)
@@ -127,26 +136,35 @@ def write_index(
     reports, table_path = (page.with_name(f"{page.stem}_{n}") for n in ("reports", "results.csv"))
     picking = PickOptions.parse(options)
     urls = list(dict.fromkeys(url for place in as_places(results) for url in find_results(place)))
-    names = short_names(urls)
+    names, entries = short_names(urls), list[Entry]()
     files = [reports / name for name in _file_names(names)]
     refuse_existing([page, table_path, *files], overwrite)
-    rows, thumbnails = list[IndexRow](), list[str]()
-    for url, file in zip(urls, files, strict=True):
-        row, thumbnail = _row(url, file, picking)
-        rows.append(row)
-        thumbnails.append(thumbnail)
+    for url, name, file in zip(urls, names, files, strict=True):
+        entries.append(_entry(name, url, file, picking))
         if on_result is not None:
-            on_result(row)
-    script = render("view/templates/index.js")
+            on_result(entries[-1].row)
+    return write_page(page, entries)
+
+
+def write_page(page: Path, entries: Sequence[Entry], kind: str = "result") -> "pd.DataFrame":
+    """Write the page of some results, and the table beside it; return the table.
+
+    ``kind`` is what the page calls a result.
+    """
+    table_path, script = (
+        page.with_name(f"{page.stem}_results.csv"),
+        render("view/templates/index.js"),
+    )
     html = render(
         "view/templates/index.html.j2",
-        rows=list(zip(rows, names, thumbnails, strict=True)),
+        entries=entries,
+        kind=kind,
         table=quote(table_path.name),
         script=script,
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         quote=quote,
     )
-    table = table_of(rows)
+    table = table_of([entry.row for entry in entries])
     write_file(table_path, table.to_csv(index=False).encode())
     write_file(page, html.encode())
     return table
@@ -213,29 +231,42 @@ def _file_names(names: Sequence[str]) -> list[str]:
     return [f"{own}.html" for own in given.values()]
 
 
-def _row(url: str, path: Path, picking: PickOptions) -> tuple[IndexRow, str]:
-    """Write the report of a result; return its row and its thumbnail, or why there are none."""
+def _entry(name: str, url: str, path: Path, picking: PickOptions) -> Entry:
+    """Write the report of a result; return its entry, or one that says why there is none."""
     try:
-        merged = MergedResult.open(url)
-        try:
-            particles, reason = pick_particles(merged, picking), ""
-        except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
-            particles, reason = ParticleTable.empty(), f"No particles could be picked: {error}"
-        data = read_report_data(merged, particles)
-        warnings = [*filter(None, [reason]), *warnings_of(data)]
-        write_report(merged, path, particles=particles)
-        thumbnail = _thumbnail(merged)
+        return judged(MergedResult.open(url), name, picking, report=path)[0]
     except MissingDependencyError:
         raise
     except OcelotError as error:
         problem = str(error)
         if isinstance(error, StoreNotFoundError) and Path(url).is_dir():
             problem = f"{url}: expected merged results in this folder, found none"
-        return IndexRow(url, error=problem), ""
+        return Entry(IndexRow(name, url, error=problem))
+
+
+def judged(
+    merged: MergedResult, name: str, picking: PickOptions, report: Path | None = None
+) -> tuple[Entry, ParticleTable]:
+    """Pick particles and write the report if one is wanted; return the entry and the particles.
+
+    Raises
+    ------
+    OcelotError
+        The result cannot be read, or the report not be written.
+    """
+    try:
+        particles, reason = pick_particles(merged, picking), ""
+    except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
+        particles, reason = ParticleTable.empty(), f"No particles could be picked: {error}"
+    data = read_report_data(merged, particles)
+    warnings = [*filter(None, [reason]), *warnings_of(data)]
+    if report is not None:
+        write_report(merged, report, particles=particles)
     attributes, about = merged.attributes, particles.about
-    return IndexRow(
-        result=url,
-        report=f"{path.parent.name}/{path.name}",
+    row = IndexRow(
+        micrograph=name,
+        result=merged.url,
+        report=f"{report.parent.name}/{report.name}" if report else "",
         particles=len(particles),
         method=about.method if about else "",
         cutoff=about.cutoff if about else None,
@@ -249,7 +280,8 @@ def _row(url: str, path: Path, picking: PickOptions) -> tuple[IndexRow, str]:
         partials=len(attributes.partials),
         exposures=len(attributes.exposures),
         finished=attributes.finished or "",
-    ), thumbnail
+    )
+    return Entry(row, _thumbnail(merged)), particles
 
 
 def _thumbnail(merged: MergedResult) -> str:

@@ -1,0 +1,279 @@
+"""Many micrographs in one run: one table, one page, only new work, and bad ones named."""
+
+import shutil
+from pathlib import Path
+
+import gemmi
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builders import flip_byte
+from ocelot_em import (
+    MergedResult,
+    Observer,
+    Optics,
+    ParticleTable,
+    Simulation,
+    find_peaks,
+    merge,
+    merge_many,
+    read_parquet,
+    simulate,
+)
+from ocelot_em.cli.exit_codes import DONE, FAILED, REFUSED
+from ocelot_em.cli.main import run
+from ocelot_em.errors import IncompleteError, InvalidInputError, OutputExistsError, TilesFailedError
+from ocelot_em.io.tables import OpticsGroups
+from ocelot_em.particles.micrographs import ranks_of
+
+NAMES = ("M1", "M2", "M3 grid 2", "M4", "M5")
+N_PARTICLES = (6, 3, 2, 5, 4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Five searches in one folder, and a report of the other programs between them."""
+    folder = tmp_path_factory.mktemp("made")
+    for number, (name, n) in enumerate(zip(NAMES, N_PARTICLES, strict=True)):
+        simulated = Simulation((140, 150), n_partials=2, n_particles=n, seed=number)
+        simulate(folder / "work", simulated).rename(folder / f"{name}.zarr")
+        shutil.rmtree(folder / "work")
+    (folder / "notes.txt").write_text("nothing of interest")
+    return folder
+
+
+@pytest.fixture
+def searches(made, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(made, tmp_path / "searches")
+
+
+class Tiles(Observer):
+    """Outputs that tiles were merged for."""
+
+    def __init__(self, most=None):
+        self.outputs, self._left = [], most
+
+    def planned(self, ready, options):
+        self._output = Path(ready.output).stem
+
+    def tile_ended(self, outcome):
+        self.outputs.append(self._output)
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+
+
+def optics(micrograph, label="og1", **changes):
+    known = {
+        "voltage_kv": 300.0,
+        "spherical_aberration_mm": 2.7,
+        "amplitude_contrast": 0.07,
+        "pixel_size_angstrom": 2.5,
+        "defocus_u_angstrom": 9000.0,
+        "defocus_v_angstrom": 8900.0,
+        "astigmatism_angle_degrees": 10.0,
+        "phase_shift_degrees": 0.0,
+        "template": "T.mrc",
+        "template_box_px": 56,
+    }
+    return Optics(**known | {"micrograph": micrograph, "label": label} | changes)
+
+
+def rows_of(path, block):
+    """Rows of a STAR file's loop, as a list of dictionaries."""
+    (loop,) = (item.loop for item in gemmi.cif.read(str(path))[block] if item.loop)
+    width = len(loop.tags)
+    rows = [loop.values[k : k + width] for k in range(0, len(loop.values), width)]
+    return [dict(zip(loop.tags, map(gemmi.cif.as_string, row), strict=True)) for row in rows]
+
+
+def test_all_micrographs_are_in_one_table_with_their_names_and_ranks(searches, tmp_path):
+    by_name = {name: optics(f"Micrographs/{name}.mrc") for name in NAMES}
+    by_name["M2"] = optics("Micrographs/M2.mrc", voltage_kv=200.0, defocus_u_angstrom=7000.0)
+    kinds, folder = ("csv", "parquet", "relion"), tmp_path / "out"
+    report = merge_many(searches, folder, tables=kinds, optics=by_name, tile_size=100)
+    assert (report.n_micrographs, report.n_merged, report.skipped) == (5, 5, {})
+    table = ParticleTable.read_csv(folder / "particles.csv")
+    own = {name: find_peaks(folder / f"{name}.zarr") for name in NAMES}
+    assert report.n_particles == len(table) == sum(map(len, own.values()))
+    for name, particles in own.items():
+        here = table[table["micrograph"] == name]
+        for column in particles.columns:
+            np.testing.assert_array_equal(here[column], particles[column])
+        assert here["rank_in_micrograph"].tolist() == list(range(1, len(here) + 1))
+        alone = ParticleTable.read_csv(folder / "tables" / f"{name}.csv")
+        np.testing.assert_array_equal(alone["rank"], here["rank_in_micrograph"])
+    z = table["scaled_mip"][np.argsort(table["rank"])]
+    assert sorted(table["rank"]) == list(range(1, len(table) + 1))
+    assert (np.diff(z) <= 0).all()
+    parquet = read_parquet(folder / "particles.parquet")
+    assert parquet.to_pandas().equals(table.to_pandas())
+    particles = rows_of(folder / "particles.star", "particles")
+    groups = {row["_rlnOpticsGroup"]: row for row in rows_of(folder / "particles.star", "optics")}
+    assert len({row["_rlnOpticsGroupName"] for row in groups.values()}) == len(groups) == 2
+    for row, name, x in zip(particles, table["micrograph"], table["pos_x"], strict=True):
+        assert row["_rlnMicrographName"] == f"Micrographs/{name}.mrc"
+        assert float(row["_rlnCoordinateX"]) == x + 28
+        voltage = groups[row["_rlnOpticsGroup"]]["_rlnVoltage"]
+        assert float(voltage) == (200 if name == "M2" else 300)
+    page = (folder / "index.html").read_text()
+    assert all(name in page for name in NAMES)
+    assert "index_reports" not in page
+    assert pd.read_csv(folder / "index_results.csv")["micrograph"].tolist() == list(NAMES)
+
+
+def test_only_what_is_new_is_merged_and_picked(searches, tmp_path):
+    folder = tmp_path / "out"
+    for name in NAMES[3:]:
+        shutil.rmtree(searches / f"{name}.zarr")
+    late = (searches / "M2.zarr").rename(tmp_path / "late.zarr")
+    assert merge_many(searches, folder).n_merged == 2
+    before = (folder / "M1.zarr" / "zarr.json").stat().st_mtime_ns
+    late.rename(searches / "M2.zarr")
+    watching = Tiles()
+    report = merge_many(searches, folder, observer=watching)
+    assert (report.n_merged, report.n_picked, set(watching.outputs)) == (1, 1, {"M2"})
+    assert (folder / "M1.zarr" / "zarr.json").stat().st_mtime_ns == before
+    table = ParticleTable.read_csv(folder / "particles.csv")
+    assert list(dict.fromkeys(table["micrograph"].tolist())) == list(NAMES[:3])
+    # Options of picking apply to all, without another merge.
+    strict = merge_many(searches, folder, cutoff=9.0, observer=watching)
+    assert (strict.n_merged, strict.n_picked) == (0, 3)
+    assert ParticleTable.read_csv(folder / "particles.csv")["scaled_mip"].min() >= 9
+    with pytest.raises(OutputExistsError, match=r"micrograph M1: .*delete its result"):
+        merge_many(searches, folder, nan="mask")
+
+
+def test_an_interrupted_run_is_resumed(searches, tmp_path):
+    folder, options = tmp_path / "out", {"tile_size": 100, "threads": 1}
+    for name in NAMES[3:]:
+        shutil.rmtree(searches / f"{name}.zarr")
+    with pytest.raises(KeyboardInterrupt):
+        merge_many(searches, folder, observer=Tiles(most=7), **options)
+    assert not (folder / "particles.csv").exists()
+    with pytest.raises(IncompleteError):
+        MergedResult.open(folder / "M2.zarr")
+    watching = Tiles()
+    assert merge_many(searches, folder, observer=watching, **options).n_merged == 2
+    assert watching.outputs.count("M1") == 0
+    assert watching.outputs.count("M2") < 4
+    merge_many(searches, tmp_path / "at once", **options)
+    for name in ("particles.csv", "tables/M2.csv"):
+        assert (folder / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
+
+
+def test_bad_micrographs_are_named_and_skipped_on_request(searches, tmp_path, capsys):
+    next((searches / "M2.zarr" / "partials").glob("*/zarr.json")).write_text("{")
+    flip_byte(next((searches / "M4.zarr").rglob("mip/c/0/0")))
+    (searches / "M5.zarr/zarr.json").write_text("damaged")
+    folder = tmp_path / "out"
+    with pytest.raises(InvalidInputError) as refusal:
+        merge_many(searches, folder)
+    assert [p.partition(":")[0] for p in refusal.value.problems[:2]] == [
+        "micrograph M2",
+        "micrograph M5",
+    ]
+    assert not folder.exists()
+    words = ["batch", str(searches), "--output", str(folder)]
+    assert run([*words, "--skip-bad", "--dry-run"]) == FAILED
+    assert not folder.exists()
+    assert run([*words, "--skip-bad"]) == FAILED
+    printed = capsys.readouterr().out
+    assert "skipped M4: " in printed
+    assert "corrupt" in printed
+    table = pd.read_csv(folder / "index_results.csv").set_index("micrograph")
+    assert list(table.index) == list(NAMES)
+    assert table["error"].notna().tolist() == [False, True, False, True, True]
+    assert "corrupt" in table["error"]["M4"]
+    assert {*ParticleTable.read_csv(folder / "particles.csv")["micrograph"]} == {"M1", "M3 grid 2"}
+    with pytest.raises(TilesFailedError, match=r"(?s)micrograph M4: .*corrupt.*--skip-bad"):
+        merge_many([searches / "M4.zarr", searches / "M1.zarr"], folder)
+
+
+def test_results_are_not_merged_again(searches, tmp_path):
+    results = tmp_path / "results"
+    for name in NAMES[:2]:
+        merge(searches / f"{name}.zarr", results / f"{name}.zarr")
+    report = merge_many(results, tmp_path / "out")
+    assert (report.n_merged, report.n_picked) == (0, 2)
+    assert not (tmp_path / "out" / "M1.zarr").exists()
+    # A folder that has searches, too, gives these.
+    shutil.copytree(searches / "M3 grid 2.zarr", results / "deep" / "er.zarr")
+    assert merge_many(results, tmp_path / "other").n_merged == 1
+    assert MergedResult.open(tmp_path / "other" / "deep_er.zarr")
+
+
+def test_lists_give_names_and_a_name_is_given_once(searches, tmp_path, capsys):
+    folder = tmp_path / "out"
+    other = shutil.copytree(searches / "M1.zarr", tmp_path / "other" / "m1.zarr")
+    words = ["batch", str(searches), str(other), "--output", str(folder)]
+    assert run(words) == REFUSED
+    assert "micrograph 'M1': expected one search, got 2" in capsys.readouterr().err
+    (tmp_path / "few.csv").write_text("micrograph,search\nA b,searches/M1.zarr\nC,other/m1.zarr\n")
+    report = merge_many(tmp_path / "few.csv", folder)
+    assert report.n_micrographs == 2
+    assert {*ParticleTable.read_csv(folder / "particles.csv")["micrograph"]} == {"A b", "C"}
+    (tmp_path / "few.txt").write_text("# of today\nsearches/M1.zarr\n\nmissing.zarr\n")
+    with pytest.raises(InvalidInputError, match=r"few\.txt: line 4: .*missing\.zarr: expected a"):
+        merge_many(tmp_path / "few.txt", folder)
+    (tmp_path / "few.csv").write_text("micrograph,search\n=1+1,searches/M1.zarr\n")
+    with pytest.raises(InvalidInputError, match="got '=1\\+1'"):
+        merge_many(tmp_path / "few.csv", folder)
+    assert run(["batch", str(tmp_path / "few.txt"), "--output", str(searches)]) == REFUSED
+
+
+def test_optics_are_those_of_each_micrograph(searches, tmp_path):
+    words = ["batch", str(searches / "M1.zarr"), str(searches / "M2.zarr"), "--tables", "cistem"]
+    words += ["--output", str(tmp_path / "out"), "--template", "T.mrc"]
+    given = ["--voltage", "300", "--cs", "2.7", "--amplitude-contrast", "0.07"]
+    assert run(words) == REFUSED
+    assert not (tmp_path / "out").exists()
+    files = tmp_path / "ctf"
+    files.mkdir()
+    for name, defocus in (("M1", 9000), ("M2", 7000)):
+        text = f"# Input file: raw/{name}.mrc ; x\n1.0 {defocus}.0 {defocus}.0 30.0 0.0 0.25 3.1\n"
+        (files / f"{name}.txt").write_text(text)
+    assert run([*words, *given, "--optics", str(files)]) == DONE
+    table = ParticleTable.read_csv(tmp_path / "out" / "tables" / "M2.csv")
+    rows = rows_of(tmp_path / "out" / "particles_cistem.star", 0)
+    assert [int(row["_cisTEMPositionInStack"]) for row in rows] == [*range(1, len(rows) + 1)]
+    mine = [row for row in rows if "raw/M2.mrc" in row["_cisTEMOriginalImageFilename"]]
+    np.testing.assert_allclose(
+        [float(row["_cisTEMDefocus1"]) for row in mine], 7000 + table["relative_defocus"]
+    )
+
+
+@given(st.lists(st.lists(st.integers(0, 5).map(float), max_size=4), min_size=1, max_size=5))
+def test_ranks_are_those_of_all_heights_together(several):
+    ranks = ranks_of([np.array(own) for own in several])
+    flat = [(-z, k, i) for k, own in enumerate(several) for i, z in enumerate(own)]
+    expected = {place[1:]: rank for rank, place in enumerate(sorted(flat), 1)}
+    got = {(k, i): rank for k, own in enumerate(ranks) for i, rank in enumerate(own.tolist())}
+    assert got == expected
+
+
+def test_optics_groups_of_one_name_but_other_values_get_numbers():
+    several = [optics("a"), optics("b"), optics("c", voltage_kv=200.0), optics("d", label="og1_2")]
+    block = OpticsGroups(several).block
+    assert block["rlnOpticsGroupName"] == ["og1", "og1_2", "og1_2_2"]
+    assert block["rlnVoltage"] == [300.0, 200.0, 300.0]
+
+
+@pytest.mark.slow
+def test_one_cluster_serves_all_micrographs(searches, tmp_path, monkeypatch):
+    from ocelot_em.run import shared_cluster
+
+    opened, open_cluster = [], shared_cluster.open_cluster
+    counted = lambda options: opened.append(options) or open_cluster(options)  # noqa: E731
+    monkeypatch.setattr(shared_cluster, "open_cluster", counted)
+    options = {"cluster": "local", "workers": 1, "threads": 1}
+    assert merge_many(searches, tmp_path / "out", **options).n_merged == 5
+    assert len(opened) == 1
+    merge_many(searches, tmp_path / "here")
+    one, other = ((tmp_path / n / "particles.csv").read_bytes() for n in ("out", "here"))
+    assert one == other
