@@ -15,7 +15,7 @@ from ocelot_em.run.executors import ClientExecutor
 @pytest.fixture(scope="module")
 def cluster():
     settings = {"n_workers": 1, "threads_per_worker": 2, "processes": False}
-    with LocalCluster(dashboard_address=None, **settings) as one:
+    with LocalCluster(dashboard_address=":0", **settings) as one:
         yield one
 
 

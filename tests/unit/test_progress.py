@@ -249,7 +249,7 @@ def slow_tiles(spec, tiles):
 
 @pytest.fixture(scope="module")
 def client():
-    with Client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as one:
+    with Client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as one:
         yield one
 
 
