@@ -15,7 +15,7 @@ from ocelot_em.errors import CorruptChunkError, OutputExistsError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import DERIVED
 from ocelot_em.model.regions import Region
-from ocelot_em.particles.scanning import all_pixels
+from ocelot_em.particles.population import Population
 from ocelot_em.store.partials import write_partial
 from ocelot_em.view.plots import pooled_zscore
 
@@ -69,7 +69,7 @@ def tools(place):
     for method in ("gaussian", "pvalue"):
         table = ocelot_em.find_peaks(place, method=method, cutoff=0.1, min_distance=2)
         made |= {f"{method} {name}": values for name, values in table.columns.items()}
-    made |= {f"pixels {n}": p for n, p in enumerate(all_pixels(merged, 0))}
+    made |= {f"pixels {n}": p for n, p in enumerate(Population(merged, 0).values())}
     histograms = merged.summary.histograms
     made |= {"z": histograms.z, "joint": histograms.joint}
     files = place.parent / f"files of {place.name}"

@@ -48,7 +48,8 @@ class PickOptions(Options):
         its own cutoff, and peaks are picked from all its valid pixels, shown or hidden.
         ``montage``: one cutoff applies to the whole montage, and peaks are picked from the shown
         pixels.
-        ``pvalue`` ranks are always per exposure.
+        ``pvalue`` ranks are always per exposure. Groups are picked from the shown pixels, and each
+        has its own cutoff, for its share of the false positives of all.
     same_distance
         Maximum distance in pixels on the canvas between peaks of different exposures that are one
         particle, if their poses agree, too; 0: never. The particle is reported once, from the
