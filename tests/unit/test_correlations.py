@@ -21,6 +21,7 @@ from ocelot_em.errors import (
     InvalidInputError,
 )
 from ocelot_em.particles.correlations import COLUMNS
+from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.store import correlations
 from ocelot_em.store.arrays import create_map, open_map
 from ocelot_em.store.manifest import ArrayManifest
@@ -125,6 +126,21 @@ def test_export(stores, tmp_path, capsys):
         np.testing.assert_array_equal(written[name], values)
     about = json.loads(written.schema.metadata[b"ocelot_em.about"])
     assert about == {"threshold": 5.5, "cutoff": 6.5}
+
+
+def test_an_export_leaves_out_what_a_mask_excludes(stores, tmp_path):
+    mask = np.indices(SHAPE).sum(axis=0) % 3 > 0
+    np.save(tmp_path / "mask.npy", mask)
+    words = ["export", stores[1], "--to", "correlations", "--output", tmp_path / "rows.parquet"]
+    assert run([str(word) for word in [*words, "--mask", tmp_path / "mask.npy"]]) == DONE
+    table = pq.read_table(tmp_path / "rows.parquet")
+    about = json.loads(table.schema.metadata[b"ocelot_em.about"])
+    searched = np.isfinite(ocelot_em.open_merged(stores[1])["scaled_mip"].to_numpy())
+    assert about["cutoff"] == gaussian_cutoff(int((mask & searched).sum()), sum(COUNTS))
+    rows = all_rows(read_correlations(stores[1], cutoff=about["cutoff"]))
+    kept = mask[rows["pos_y"], rows["pos_x"]]
+    assert 0 < kept.sum() < len(kept)
+    assert table["zscore"].to_pylist() == rows["zscore"][kept].tolist()
 
 
 def test_rows_of_a_montage_are_those_of_each_exposure_alone(tmp_path):

@@ -226,6 +226,7 @@ def export(
     from ocelot_em.io.optics import with_maps_in
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.model.maps import SCALED_MIP
+    from ocelot_em.particles.areas import Area
     from ocelot_em.particles.correlations import Correlations
     from ocelot_em.store.distinct import require_distinct
     from ocelot_em.store.whole_file import refuse_existing
@@ -250,7 +251,9 @@ def export(
     require_distinct(output, [path for path in given if path is not None])
     refuse_existing([Path(output)], overwrite)
     if to == "correlations":
-        rows = Correlations(store, picking.cutoff, options.exposure)
+        merged = MergedResult.open(store)
+        area = Area.of(merged, picking)
+        rows = Correlations(merged, picking.cutoff, options.exposure, area=area)
         parquet.write_correlations(rows, output, overwrite=overwrite)
         counts = f"{rows.n_kept:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
         incomplete = rows.result.incomplete_text

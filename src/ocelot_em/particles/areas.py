@@ -53,7 +53,7 @@ class Area:
             if size is None:
                 raise InvalidInputError(
                     f"{mask.name}: expected polygons in pixels, because the pixel size of "
-                    f"{merged.url} is unknown, got Å; import again with --pixel-size-angstrom"
+                    f"{merged.url} is unknown, got Å; import again with --pixel-size"
                 )
             polygons = tuple(vertices / size for vertices in mask.polygons)
             mask = Mask(mask.name, polygons=polygons, marks_kept=mask.marks_kept)

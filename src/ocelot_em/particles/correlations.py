@@ -12,8 +12,10 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.correlations import VALUE
 from ocelot_em.model.maps import MEAN, STD, AnyArray
 from ocelot_em.model.regions import Region
+from ocelot_em.particles.areas import Area
 from ocelot_em.particles.gaussian import gaussian_cutoff
-from ocelot_em.particles.scanning import OwnMaps
+from ocelot_em.particles.population import populations_of
+from ocelot_em.particles.scanning import own_regions
 from ocelot_em.particles.table import EXPOSURE
 from ocelot_em.store.correlations import POSE, StoredTable, X, Y, open_table
 from ocelot_em.store.objects import normalise_url, open_objects
@@ -57,6 +59,7 @@ class Correlations:
         *,
         false_positives: float = 1.0,
         search: str | PathLike[str] | None = None,
+        area: Area | None = None,
     ):
         self.result = result = MergedResult.open(place)
         known = {own.id: number for number, own in enumerate(result.plan.exposures) if own.id}
@@ -78,7 +81,8 @@ class Correlations:
                 f"{result.url}: {len(missing)} of {len(opened)} partials have no correlation "
                 f"table: {', '.join(missing[:20])}; search them again with one"
             )
-        rate = false_positives
+        rate, self._area = false_positives, area
+        self._populations = populations_of(result, area)
         self.limits = {
             k: self._limits(k, [table for _, table in own if table is not None], cutoff, rate)
             for k, own in tables.items()
@@ -94,10 +98,7 @@ class Correlations:
     ) -> _Limits:
         exposure = self.result.plan.exposures[k]
         if cutoff is None:
-            about = self.result.summary.attributes
-            searched = {own.number: own.searched_pixels for own in about.exposures}
-            n_pixels = searched.get(exposure.number, about.searched_pixels)
-            cutoff = gaussian_cutoff(n_pixels, exposure.total_projections, false_positives)
+            cutoff = gaussian_cutoff(self._populations[k].correlations, 1, false_positives)
         return _Limits(exposure, tables, max(table.threshold for table in tables), cutoff)
 
     @property
@@ -131,21 +132,13 @@ class Correlations:
         """Yield blocks of rows, each with the position of its exposure in :attr:`limits`."""
         self.n_kept = 0
         for position, (k, limits) in enumerate(self.limits.items()):
-            for region, maps in self._regions(k):
+            for region, maps in own_regions(self.result, k, MEAN, STD):
                 for number, table in enumerate(limits.tables):
                     for block in table.blocks(region):
                         rows = self._joined(block, region, maps, limits)
                         if n := len(rows["pos_y"]):
                             self.n_kept += n
                             yield position, rows | {"partial": np.full(n, number, np.int32)}
-
-    def _regions(self, k: int) -> Iterator[tuple[Region, Mapping[str, AnyArray]]]:
-        """Yield the valid pixels of an exposure, shown or hidden: regions, with their maps."""
-        if self.result.plan.has_parts:
-            yield from OwnMaps(self.result, k).regions(MEAN, STD)
-            return
-        for region in self.result.regions():
-            yield region, {name: self.result.read(region, name) for name in (MEAN, STD)}
 
     def _joined(
         self,
@@ -161,6 +154,8 @@ class Correlations:
             z = (block[VALUE].astype(np.float64) - mean) / std
         z = np.where(std == 0, 0, z).astype(np.float32)
         kept = (z >= limits.cutoff) & (block[VALUE] > limits.threshold)
+        if self._area is not None:
+            kept &= self._area.allowed(limits.exposure, region)[pixels]
         found = {
             "pos_y": block[Y],
             "pos_x": block[X],

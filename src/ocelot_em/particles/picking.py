@@ -12,7 +12,7 @@ from typing import Unpack
 
 import numpy as np
 
-from ocelot_em.errors import InvalidInputError, OcelotError
+from ocelot_em.errors import OcelotError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.candidates import Candidates
@@ -128,11 +128,6 @@ def pick_again(
     """Pick particles of a result whose warnings were logged, or are shown otherwise."""
     _ = merged.summary  # fail early without statistics
     populations = populations_of(merged, area := Area.of(merged, settings))
-    if area is not None and not any(own.pixels for own in populations):
-        raise InvalidInputError(
-            f"{area.text}: expected searched pixels where particles may be, got none; if the mask "
-            "marks where they may not be, give --mask-marks excluded"
-        )
     rules = make_rules(settings, merged, populations)
     candidates, incomplete = _candidates(merged, rules, on_progress)
     found = []

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ocelot_em.errors import OcelotError
+from ocelot_em.errors import InvalidInputError, OcelotError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import Histograms
@@ -184,8 +184,14 @@ def _exact_sum(counts: Int64) -> int:
 
 
 def populations_of(merged: MergedResult, area: Area | None) -> list[Population]:
-    """Return the population of every exposure."""
-    return [Population(merged, k, area) for k in range(len(merged.plan.exposures))]
+    """Return the population of every exposure; an area without searched pixels is an error."""
+    found = [Population(merged, k, area) for k in range(len(merged.plan.exposures))]
+    if area is not None and not any(own.pixels for own in found):
+        raise InvalidInputError(
+            f"{area.text}: expected searched pixels where particles may be, got none; if the mask "
+            "marks where they may not be, give --mask-marks excluded"
+        )
+    return found
 
 
 def _nearest(axis: Axis, values: AnyArray) -> Int64:
