@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import h5py
 import mrcfile
 import numpy as np
 import pytest
@@ -74,6 +75,15 @@ def programs(page):
     return [block for block in found if "cluster=" not in block]
 
 
+def write_masks(place, image):
+    """Masks of the micrograph: an image, polygons, and a spatial constraint of Leopard-EM."""
+    mrcfile.write(place / "ice.mrc", image)
+    (place / "contamination.csv").write_text("polygon,y,x\n0,0,0\n0,0,90\n0,60,70\n")
+    with h5py.File(place / "constraint.h5", "w") as file:
+        for name, number in (("eligible", 1), ("n_orientations", 1000), ("n_defocus", 3)):
+            file[f"maps/{name}"] = number * image.astype(np.int32)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Whatever the pages suppose to be there, under their names."""
@@ -101,6 +111,7 @@ def files(tmp_path_factory):
     np.savez(place / "later.npz", **later)
     ocelot_em.import_results([place / "later.npz"], place / "NIGHT2.zarr", info)
     mrcfile.write(place / "micrograph.mrc", np.zeros_like(later["mip"]))
+    write_masks(place, np.tri(128, k=40, dtype=np.int8))
     mrcfile.write(place / "template.mrc", np.zeros((56, 56, 56), np.float32))
     for target, output in (("mrc", "maps"), ("hdf5", "results.h5")):
         command = ["export", place / "MERGED.zarr", "--to", target, "--output", place / output]
