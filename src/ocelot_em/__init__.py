@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ocelot_em.merge.recorder import SearchRecorder
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.model.batch_options import BatchOptions
+    from ocelot_em.model.correlation_histogram import CorrelationHistogram
     from ocelot_em.model.options import MergeOptions
     from ocelot_em.model.pick_options import PickOptions
     from ocelot_em.model.regions import Region
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from ocelot_em.view.statistics_plots import (
         plot_correlations,
         plot_distributions,
+        plot_histogram,
         plot_joint,
         plot_partials,
         plot_survival,
@@ -88,6 +90,7 @@ _HOME = {
         "merge.outcome": "MergeReport",
         "merge.recorder": "SearchRecorder",
         "merge.result": "MergedResult",
+        "model.correlation_histogram": "CorrelationHistogram",
         "model.options": "MergeOptions",
         "model.regions": "Region",
         "model.search_space": "SearchSpace",
@@ -113,7 +116,8 @@ _HOME = {
         "view.plots": "plot_crop plot_defocus plot_groups plot_map plot_poses plot_psi plot_zscore",
         "view.report": "write_report",
         "view.statistics_plots": (
-            "plot_correlations plot_distributions plot_joint plot_partials plot_survival"
+            "plot_correlations plot_distributions plot_histogram plot_joint plot_partials "
+            "plot_survival"
         ),
     }.items()
     for name in names.split()
@@ -133,6 +137,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "open_mask",
     "read_correlations",
     "find_detections",
+    "CorrelationHistogram",
     "gaussian_cutoff",
     "ParticleTable",
     "compare",
@@ -173,6 +178,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "plot_crop",
     "plot_survival",
     "plot_distributions",
+    "plot_histogram",
     "plot_joint",
     "plot_partials",
     "plot_correlations",

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from helpers import bytes_read
-from ocelot_em import describe, open_partials
+from ocelot_em import MergedResult, describe, merge, open_partials
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.finished import import_finished
@@ -222,6 +222,10 @@ def test_cistems_maps_become_those_of_box_corners(tmp_path, dtype, is_project):
         notes = notes_of(folder, tmp_path / "R", template_box=BOX)
     assert any(note.startswith("total_projections: 300, from") for note in notes)
     found = describe(tmp_path / "R")
+    merge(tmp_path / "R", tmp_path / "OUT")
+    histogram = MergedResult.open(tmp_path / "OUT").correlation_histogram
+    n = 100 * (math.prod(SHAPE) - 12 * 9)
+    assert (histogram.low, histogram.width, histogram.counts) == (-1.5, 1.0, (n, n, n))
     assert list(found.partials) == [(name, "complete", 300)]
     assert found.attributes.pixel_size_angstrom == PIXEL
     half = BOX // 2

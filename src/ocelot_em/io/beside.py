@@ -13,13 +13,13 @@ cisTEM       ``mip.mrc``, ``corr_average.mrc`` ... of  ``histogram.txt``: sum of
 
 import csv
 import io
-import math
 import re
 import sqlite3
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from ocelot_em.io.map_files import (
 )
 from ocelot_em.io.text_file import read_text
 from ocelot_em.io.yaml_file import read_yaml
+from ocelot_em.model.arrays import MAX_COUNT
+from ocelot_em.model.correlation_histogram import CorrelationHistogram
 from ocelot_em.model.maps import PIXEL_SIZE
 
 _NAMES = (*OUR_NAMES, PIXEL_SIZE)
@@ -299,8 +301,8 @@ def _look_in_project(found: FoundSearch, folder: Path) -> None:
     if histogram.is_file():
         lines = read_text(histogram, MAX_TEXT_NBYTES, "cisTEM's histogram").splitlines()
         rows = [line.split() for line in lines if line.strip() and line.lstrip()[0] not in "#C"]
-        with suppress(ValueError, IndexError):
-            found.histogram = math.fsum(float(row[1]) for row in rows), histogram
+        with suppress(ValueError, IndexError, OverflowError):
+            found.histogram = _histogram_of(rows), histogram
     top = folder.absolute()
     for place in (top, *top.parents[:2]):
         for database in sorted(place.glob("*.db")):
@@ -309,6 +311,16 @@ def _look_in_project(found: FoundSearch, folder: Path) -> None:
                 found.facts.add(PIXEL, size, database.name)
                 if size and edge:
                     found.facts.add(BOX, round(edge / size), database.name)
+
+
+def _histogram_of(rows: list[list[str]]) -> CorrelationHistogram:
+    """Return cisTEM's histogram, of which the text has the middles of the bins, and counts."""
+    first, last = (float(row[0]) for row in (rows[0], rows[-1]))
+    width = round((last - first) / max(len(rows) - 1, 1), 9) or 1.0  # middles are rounded
+    if not all(0 <= float(row[1]) <= MAX_COUNT for row in rows):
+        raise ValueError("not a count")
+    counts = tuple(int(Decimal(row[1]).to_integral_value()) for row in rows)  # float64 would round
+    return CorrelationHistogram(low=round(first - width / 2, 9), width=width, counts=counts)
 
 
 def _rows_of_database(database: Path, mip: str) -> list[tuple[Any, Any]]:

@@ -164,6 +164,8 @@ def import_finished(
         )
         writer.describe(file=plan.files.place.rpartition("/")[2], sha256=digest)
         grid = band_grid(plan.files.shape, chunk)
+        if found.histogram is not None:
+            writer.write_histogram(found.histogram[0])
         with writer, ExitStack() as at_the_end:  # also in place of an error of reading
             for path, was in zip(found.files, before, strict=True):
                 at_the_end.callback(require_unchanged, path, was)
@@ -231,10 +233,10 @@ def _count(files: MapFiles, found: FoundSearch, given: object) -> int:
     if problems:
         raise InvalidInputError(problems)
     if given is None and found.histogram is not None:
-        total, path = found.histogram
+        histogram, path = found.histogram
         n_pixels = files.n_searched()
         found.facts.add(
-            COUNT_FACT, max(round(total / max(n_pixels, 1)), 1), f"{path}, to about 1 %"
+            COUNT_FACT, max(round(histogram.total / max(n_pixels, 1)), 1), f"{path}, to about 1 %"
         )
     count, problems = found.facts.settle(COUNT_FACT, given, "--total-projections")
     if count is None and not problems:

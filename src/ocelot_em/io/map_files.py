@@ -11,6 +11,7 @@ import numpy as np
 
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.leopard_maps import OUR_NAMES
+from ocelot_em.model.correlation_histogram import CorrelationHistogram
 from ocelot_em.model.maps import PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
 
@@ -71,7 +72,7 @@ class FoundSearch:
     """A finished search: its program, its files, and facts beside them.
 
     ``paths`` are the maps' files by Leopard-EM's names, or the HDF5 file by ``""``. ``micrograph``
-    is its shape, and the file; ``histogram`` the sum of cisTEM's, and the file.
+    is its shape, and the file; ``histogram`` that of cisTEM, and the file.
     """
 
     program: str
@@ -80,7 +81,7 @@ class FoundSearch:
     paths: Mapping[str, Path]
     facts: Facts = field(default_factory=Facts)
     micrograph: tuple[tuple[int, int], Path] | None = None
-    histogram: tuple[float, Path] | None = None
+    histogram: tuple[CorrelationHistogram, Path] | None = None
 
     @property
     def is_hdf5(self) -> bool:

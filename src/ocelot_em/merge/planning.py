@@ -12,6 +12,7 @@ from ocelot_em.merge.grouping import Opened, Roots, regrouped
 from ocelot_em.merge.memory_model import ON_CPU, DeviceChoice, choose_tile, storage_shape
 from ocelot_em.merge.plan import MergePlan, PlannedExposure, searched_together
 from ocelot_em.model.arrays import MAX_COUNT
+from ocelot_em.model.correlation_histogram import added
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.regions import GroupBy, TileGrid
@@ -105,6 +106,7 @@ def make_plan(
         group_by=group_by,
         template_name=first.template_name if len({r.template_name for r in roots}) == 1 else None,
     )
+    added((own.name, own.correlation_histogram) for own in plan.contributions)
     if (n := len(TileGrid(plan.shape, plan.chunk))) > constants.MAX_TILES:
         raise PlanError(
             f"tile size: expected at most {constants.MAX_TILES:,} chunks of a map, got {n:,} for "

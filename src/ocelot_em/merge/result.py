@@ -21,6 +21,7 @@ from ocelot_em.merge.stats.summary import (
     read_statistics,
     statistics_path,
 )
+from ocelot_em.model.correlation_histogram import CorrelationHistogram, added
 from ocelot_em.model.maps import (
     BEST_GROUP,
     COUNT,
@@ -199,6 +200,11 @@ class MergedResult:
     def plan(self) -> MergePlan:
         """Plan of the merge."""
         return read_plan(self.attributes, self.url)
+
+    @cached_property
+    def correlation_histogram(self) -> CorrelationHistogram | None:
+        """Histogram of all correlations, added exactly; None unless all partials have one."""
+        return added((own.name, own.correlation_histogram) for own in self.attributes.partials)
 
     @cached_property
     def search_space(self) -> SearchSpace | None:

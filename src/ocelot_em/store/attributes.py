@@ -24,6 +24,7 @@ from pydantic import (
 
 from ocelot_em.errors import FormatError
 from ocelot_em.model.arrays import MAX_COUNT
+from ocelot_em.model.correlation_histogram import CorrelationHistogram
 from ocelot_em.model.maps import MapSet, PoseForm
 from ocelot_em.model.ranges import Ranges, parse_ranges, ranges_text, union
 from ocelot_em.model.regions import GroupBy, Region
@@ -234,6 +235,7 @@ class PartialAttributes(Attributes):
     coverage: Coverage | None = None
     recording: Recording | None = None
     correlation_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    correlation_histogram: CorrelationHistogram | None = None
 
     @model_validator(mode="after")
     def _running_is_recorded(self) -> Self:
@@ -259,6 +261,7 @@ class Contribution(Attributes):
     id: Id
     total_projections: Count
     coverage: Coverage | None = None
+    correlation_histogram: CorrelationHistogram | None = None
 
 
 class PlacedExposure(Attributes):

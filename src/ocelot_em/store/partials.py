@@ -19,6 +19,7 @@ from ocelot_em.errors import (
     StorageError,
 )
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
+from ocelot_em.model.correlation_histogram import CorrelationHistogram
 from ocelot_em.model.correlations import TABLE, CorrelationTable
 from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
@@ -85,8 +86,8 @@ def write_partial(
         explicit. Sums keep their dtype, float32 or float64. Maps on a GPU are copied to the host
         one band of rows at a time, twice: for validation and for writing. A table of correlations
         above a threshold, ``correlation_table``, may be there, as Leopard-EM 1.3 has it, with
-        ``global_idx``, ``pos_y``, ``pos_x``, ``corr_value`` and ``threshold``. Other keys are
-        ignored.
+        ``global_idx``, ``pos_y``, ``pos_x``, ``corr_value`` and ``threshold``; and so may
+        ``correlation_histogram``, with ``low``, ``width`` and ``counts``. Others are ignored.
     total_projections
         Exact number of cross-correlations in the sums.
     order
@@ -130,7 +131,7 @@ def write_partial(
     def on_host(band: Region) -> dict[str, AnyArray]:
         return {key: rows[band.slices[0]] for key, rows in maps.items()}
 
-    table = None
+    histogram, table = CorrelationHistogram.of(result, name), None
     if TABLE in result:
         try:
             table = CorrelationTable.of(result[TABLE], f"{name}: {TABLE}")
@@ -160,6 +161,8 @@ def write_partial(
             writer.write(band, on_host(band), validated=True)
         if table is not None:
             writer.write_correlations(table, validated=True)
+        if histogram is not None:
+            writer.write_histogram(histogram)
 
 
 def _layouts(
@@ -320,6 +323,10 @@ class PartialWriter:
             raise
         grid = TileGrid(self.shape, self.chunk)
         self._written.update((chunk.iy, chunk.ix) for chunk in grid.touching(region))
+
+    def write_histogram(self, histogram: CorrelationHistogram) -> None:
+        """Write the histogram of all correlations."""
+        self._change(correlation_histogram=histogram)
 
     def write_correlations(self, table: CorrelationTable, *, validated: bool = False) -> None:
         """Write the correlation table, once, with the maps.

@@ -234,6 +234,7 @@ def _open_sources(
                         id=partial.id,
                         total_projections=partial.total_projections,
                         coverage=partial.coverage,
+                        correlation_histogram=partial.correlation_histogram,
                     ),
                 ),
                 has_counts=False,

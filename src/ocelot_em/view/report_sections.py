@@ -250,7 +250,12 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
     if data.p_values is not None and data.particles.about is not None:
         found["contour"] = data.p_values, data.particles.about.cutoff
     joint = partial(statistics_plots.plot_joint, summary, **found)
-    return {
+    drawings = {}
+    if data.merged.correlation_histogram is not None:
+        histogram = partial(statistics_plots.plot_histogram, data.merged)
+        both = histogram, partial(histogram, value="survival")
+        drawings["correlations"] = Drawing.of("all-correlations", (11.4, 3.6), *both, ncols=2)
+    return drawings | {
         "survival": Drawing.of("survival", (5.4, 6.5), survival),
         "distributions": Drawing.of("distributions", (5.4, 2.7), distributions),
         "joint": Drawing.of("joint", (5.4, 3.3), joint),

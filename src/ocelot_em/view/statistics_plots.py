@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS
@@ -205,6 +207,50 @@ def p_value_contours(
     found = contour_generator(mip, z, model.neg_log_p(*np.meshgrid(mip, z)))
     lines: Any = [found.lines(level) for level in levels]
     return [[tuple(np.round(line, 3).T.tolist()) for line in own] for own in lines]
+
+
+def plot_histogram(
+    store: Store, ax: "Axes | None" = None, *, value: Literal["counts", "survival"] = "counts"
+) -> "Axes":
+    """Draw the histogram of all correlations, as cisTEM records it, and a standard Gaussian's.
+
+    With ``survival``, it is the number of correlations at or above each value.
+
+    Raises
+    ------
+    InvalidInputError
+        A partial has no histogram.
+
+    Examples
+    --------
+    >>> from ocelot_em import MergedResult, plot_histogram
+    >>> MergedResult.open("MERGED.zarr").correlation_histogram is None
+    True
+    """
+    merged = MergedResult.open(store)
+    if (found := merged.correlation_histogram) is None:
+        raise InvalidInputError(
+            f"{merged.url}: expected a histogram of correlations in each partial, got none in "
+            "some; cisTEM's are imported with its maps"
+        )
+    ax, edges = figures.axes_or_new(ax), found.edges
+    counts = np.array(found.counts if value == "counts" else found.survival, np.float64)
+    used = np.flatnonzero(found.counts)
+    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, len(counts))
+    shown = np.maximum(counts, 0.5)[first:last]
+    label = f"this search: mean {found.mean:.3f}, deviation {found.std:.3f}"
+    ax.stairs(shown, edges[first : last + 1], baseline=0.5, color=figures.BLUE, label=label)
+    noise = found.gaussian()[value == "survival"]
+    x = edges[:-1] + (found.width / 2 if value == "counts" else 0)
+    look: Any = {"color": figures.foreground(), "alpha": 0.65, "label": "Gaussian"}
+    ax.semilogy(x, np.maximum(noise, 1e-9), "--", **look)
+    figures.name_powers(ax.yaxis)
+    ax.set(xlim=(edges[first] - 0.5, edges[last] + 0.5), ylim=(0.5, 3 * max(shown.max(), 1)))
+    title = "all correlations" if value == "counts" else "correlations above a value"
+    ax.set(title=title, xlabel="correlation", ylabel="correlations")
+    if value == "counts":
+        ax.legend(loc="lower center")
+    return ax
 
 
 def plot_partials(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
