@@ -91,7 +91,7 @@ class Canvas:
     def begin(self, shape: tuple[int, int], covered: Sequence[Region]) -> None:
         """Start an empty tile of this shape; ``covered`` are the regions of its exposures."""
         self._tile.shape = shape
-        for name in self._dtypes:
+        for name in {*self._dtypes, self._numbers}:  # a search without exposures stores no numbers
             self._plane(name).fill(MAPS[name].fill)
         n_covering = self._tile.array("n_covering", "u2")
         n_covering.fill(0)
@@ -154,7 +154,7 @@ class Canvas:
         self._kernel.put(values, self._piece.array("taken", "?"), self._part(name))
 
     def _plane(self, name: str) -> AnyArray:
-        return self._tile.array(name, self._dtypes[name])
+        return self._tile.array(name, self._dtypes.get(name, MAPS[name].dtypes[0]))
 
     def _part(self, name: str) -> AnyArray:
         return self._plane(name)[self._in_tile.slices]
