@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ocelot_em.particles.comparison import Comparison, compare
     from ocelot_em.particles.correlations import read_correlations
     from ocelot_em.particles.detections import find_detections
+    from ocelot_em.particles.estimates import estimate
     from ocelot_em.particles.gaussian import gaussian_cutoff
     from ocelot_em.particles.picking import find_peaks
     from ocelot_em.particles.table import ParticleTable
@@ -97,6 +98,7 @@ _HOME = {
         "particles.comparison": "Comparison compare",
         "particles.correlations": "read_correlations",
         "particles.detections": "find_detections",
+        "particles.estimates": "estimate",
         "particles.gaussian": "gaussian_cutoff",
         "model.pick_options": "PickOptions",
         "particles.picking": "find_peaks",
@@ -140,6 +142,7 @@ __all__ = [  # noqa: RUF022 - grouped as people look for them
     "CorrelationHistogram",
     "gaussian_cutoff",
     "ParticleTable",
+    "estimate",
     "compare",
     "Comparison",
     "Optics",

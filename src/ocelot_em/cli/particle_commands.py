@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -145,6 +145,7 @@ def peaks(
     *,
     output: PathOrUrl,
     overwrite: bool = False,
+    estimates: PathOrUrl | None = None,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
     optics: Annotated[OpticsOptions, OPTICS] = NO_OPTICS,
 ) -> None:
@@ -156,9 +157,13 @@ def peaks(
         Table to write: .csv, .parquet, or .star (for RELION; needs the optics).
     overwrite
         Replace an existing table.
+    estimates
+        Add the columns ``precision`` and ``recall``. ``noise``: by the model of noise; else a decoy
+        that counts false particles: the name of its group, or its table (.csv, .parquet).
+        Default: they are not added.
     """
     require_stores(store, kind="merged")
-    from ocelot_em.io.tables import write_table
+    from ocelot_em.io.tables import read_particles, write_table
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
     from ocelot_em.store.whole_file import refuse_existing
@@ -168,6 +173,13 @@ def peaks(
     if str(output).lower().endswith(".star"):
         found = optics.read(merged.attributes, None, needs_template=False)
     table = pick_particles(merged, picking)
+    if estimates is not None:
+        from ocelot_em.particles.estimates import estimate
+
+        decoy: Any = None if estimates == "noise" else str(estimates)
+        if decoy and Path(decoy).suffix.lower() in (".csv", ".parquet"):
+            decoy = read_particles(decoy)
+        table = estimate(table, merged, decoy=decoy)
     write_table(table, output, optics=found, overwrite=overwrite)
     print_particles(table, output)
 

@@ -39,6 +39,7 @@ DIFFERENCE = "zscore_difference"
 MICROGRAPH = "micrograph"
 RANK = "rank"
 RANK_IN_MICROGRAPH = "rank_in_micrograph"
+PRECISION, RECALL = "precision", "recall"
 
 COLUMNS: Mapping[str, Column] = {
     "pos_y": Column("int32", "pixel", "row of the template box's upper left corner in the map"),
@@ -87,11 +88,18 @@ MICROGRAPH_COLUMNS: Mapping[str, Column] = {
 }
 """Additional first columns for particles of one of many micrographs, and of all together."""
 
+ESTIMATE_COLUMNS: Mapping[str, Column] = {
+    PRECISION: Column("float64", "1", "estimated share of true particles if the cutoff were here"),
+    RECALL: Column("float64", "1", "estimated share of all true particles that are found then"),
+}
+"""Additional columns of :func:`ocelot_em.estimate`: all or none are present."""
+
 ALL_COLUMNS: Mapping[str, Column] = {
     **MICROGRAPH_COLUMNS,
     **COLUMNS,
     **MONTAGE_COLUMNS,
     **GROUP_COLUMNS,
+    **ESTIMATE_COLUMNS,
     **INCOMPLETE_COLUMNS,
 }
 
@@ -101,6 +109,7 @@ _ALONE_OR_TOGETHER = (
     (NEG_LOG_P,),
     tuple(MONTAGE_COLUMNS),
     tuple(GROUP_COLUMNS),
+    tuple(ESTIMATE_COLUMNS),
     (SEARCHED,),
 )
 """Groups of optional columns; a group is present or absent as a whole."""

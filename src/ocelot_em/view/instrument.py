@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ocelot_em.errors import optional_import
-from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
-from ocelot_em.model.pick_options import PickOptions
-from ocelot_em.particles.picking import all_candidates, pick_again
-from ocelot_em.particles.population import Population, populations_of
-from ocelot_em.particles.significance import gev_above
-from ocelot_em.particles.table import EXPOSURE, GROUP, NEG_LOG_P, ParticleTable
+from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
+from ocelot_em.particles.estimates import expected_above, with_weaker
+from ocelot_em.particles.table import EXPOSURE, GROUP, ParticleTable
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
 from ocelot_em.view.live_page import LivePage
 
@@ -59,7 +56,7 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
     with optional_import("interactive reports need bokeh", extra="viz"):
         from bokeh.models import CDSView, ColumnDataSource, IndexFilter, InlineStyleSheet, Slider
 
-    table = _with_weaker(data)
+    table = with_weaker(data.merged, data.particles)
     if len(table) > FULL_ROWS:
         overview = plots.pooled_further(*overview, figures.PAGE_OVERVIEW_PX)
     score = table.ranked_by
@@ -100,35 +97,13 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
         "titles": {
             name: title for name, (title, _) in live_figures.LISTED.items() if name in columns
         },
-        "expected": [float(f"{one:.4g}") for one in _expected_above(data, levels)],
+        "expected": [
+            float(f"{one:.4g}") for one in expected_above(data.merged, data.particles, levels)
+        ],
         "contours": contours,
     }
     live = LivePage.of(roots, content, "report.js")
     return Instrument(live.packed, live.loader, live.policy, n_left_out, len(best) <= FULL_ROWS)
-
-
-def _with_weaker(data: "ReportData") -> ParticleTable:
-    """Return the particles and, as far as the merge recorded them, peaks below their cutoff.
-
-    Not where exposures or groups have their own cutoffs, not of p-values or ``mip``, for which
-    maps would have to be read, and not in an area that is not known any more.
-    """
-    found, about, picking = data.particles, data.particles.about, data.particles.picking
-    if data.has_parts or about is None or found.ranked_by != SCALED_MIP:
-        return found
-    if picking is None and (about.area or about.min_angle_degrees is not None):
-        return found
-    level = all_candidates(data.merged).level
-    if not level < about.cutoff:
-        return found
-    own = {"method": "gaussian", "cutoff": level, "min_distance": about.min_distance_px}
-    weaker = (picking or PickOptions()).model_copy(update=own)
-    others = pick_again(data.merged, weaker).columns
-    below = others[SCALED_MIP] < np.float32(about.cutoff)
-    return ParticleTable(
-        {name: np.concatenate([own, others[name][below]]) for name, own in found.columns.items()},
-        about,
-    )
 
 
 def _columns(data: "ReportData", table: ParticleTable, rows: AnyArray) -> dict[str, AnyArray]:
@@ -173,25 +148,3 @@ def _contours(data: "ReportData", levels: Float64) -> list[dict[str, Any]]:
         return []
     found = statistics_plots.p_value_contours(data.p_values, data.summary, levels.tolist())
     return [{"x": [x for x, _ in lines], "y": [y for _, y in lines]} for lines in found]
-
-
-def _expected_above(data: "ReportData", cutoffs: Float64) -> Float64:
-    """Return how many pixels of noise are expected at or above cutoffs, by the picking's model.
-
-    Only pixels that the picking counted; empty if it has no model.
-    """
-    statistics, about = data.summary.attributes, data.particles.about
-    if data.particles.ranked_by == MIP:
-        return np.empty(0)
-    if about is not None and about.method == "gev" and not data.has_parts:
-        return gev_above(Population(data.merged, 0, data.area).histograms.of_z(), cutoffs)
-    searched, share = statistics.searched_pixels, 1.0
-    if about is not None and about.counted_pixels is not None:
-        share = about.counted_pixels / max(about.counted_pixels + about.excluded_pixels, 1)
-    if data.particles.ranked_by == NEG_LOG_P:
-        return share * searched * np.exp(-cutoffs)
-    if about is not None and about.correlations is not None:
-        populations = populations_of(data.merged, None)
-        whole = sum(own.searched_pixels * own.exposure.total_projections for own in populations)
-        share = about.correlations / max(whole, 1)
-    return share * statistics_plots.noise_above(cutoffs, statistics)

@@ -12,6 +12,7 @@ import numpy as np
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS
 from ocelot_em.model.maps import MIP, SCALED_MIP, SECOND_ZSCORE, AnyArray, Float32
+from ocelot_em.particles.estimates import noise_above
 from ocelot_em.particles.table import ALSO_SEEN, DIFFERENCE, EXPOSURE, GROUP, NEG_LOG_P
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.view import figures, statistics_plots
@@ -153,7 +154,7 @@ def survival(summary: Summary, cutoff: float | None) -> "Plot":
     z, pixels = statistics_plots.survival_curve(summary)
     right = max(z.max(initial=0.0), min(cutoff or 0.0, 2 * z.max(initial=1.0))) + 0.5
     levels = np.linspace(z.min(initial=right - 0.5) - 0.25, right, 200)
-    noise = statistics_plots.noise_above(levels, summary.attributes)
+    noise = noise_above(levels, summary.attributes)
     plot = empty_plot(
         "z-score",
         "pixels",

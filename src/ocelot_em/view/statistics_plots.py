@@ -6,7 +6,6 @@ all exposures are counted, shown or not.
 """
 
 from collections.abc import Sequence
-from math import erfc, log1p, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,9 +16,9 @@ from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS
 from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
+from ocelot_em.particles.estimates import noise_above
 from ocelot_em.particles.significance import PValueModel
 from ocelot_em.particles.table import ParticleTable, require_table
-from ocelot_em.store.statistics_attributes import StatisticsAttributes
 from ocelot_em.view import figures
 from ocelot_em.view.figures import Store
 
@@ -90,17 +89,6 @@ def survival_curve(summary: Summary) -> tuple[Float64, Float64]:
     lowest, highest = (int(found[0]), int(found[-1])) if found.size else (0, 0)
     first, last = max(lowest - 1, 0), min(highest + 2, len(counts))
     return edges[first:last], np.maximum(above[first:last], 0.5)
-
-
-def noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
-    """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
-    projections = sum(partial.total_projections for partial in attributes.partials)
-    draws = [(own.total_projections, own.valid_pixels) for own in attributes.exposures]
-    log_below = np.array([log1p(-erfc(level / sqrt(2)) / 2) for level in z])
-    above = np.zeros(len(z))
-    for n, pixels in draws or [(projections, attributes.valid_pixels)]:
-        above -= pixels * np.expm1(n * log_below)
-    return above
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":

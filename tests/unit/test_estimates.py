@@ -1,0 +1,83 @@
+"""Estimates of precision and recall against the truth of simulated searches."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from ocelot_em import Simulation, estimate, find_peaks, merge, simulate
+from ocelot_em.errors import InvalidInputError
+from ocelot_em.particles.estimates import Estimates
+from ocelot_em.testing import noise
+
+
+class Faint(Simulation):
+    """A search whose particles reach from the noise to well above it."""
+
+    @functools.cached_property
+    def truth(self):
+        table = super().truth.copy()
+        table["amplitude"] = noise.generator(self.seed, 9).uniform(4.5, 9, len(table))
+        return table
+
+
+def merged_and_truth(place, seed):
+    search = Faint((320, 330), n_partials=1, n_particles=90, seed=seed, template_box=20)
+    simulate(place, search)
+    merge(place / "RUN.zarr", place / "OUT.zarr")
+    return place / "OUT.zarr", search.truth
+
+
+def is_true(particles, truth):
+    at = np.stack([particles["pos_y"], particles["pos_x"]], axis=1)[:, None]
+    planted = np.stack([truth["y"], truth["x"]], axis=1)[None]
+    return (np.abs(at - planted).max(axis=2) <= 2).any(axis=1)
+
+
+@pytest.mark.parametrize(
+    ("share", "lowest", "highest"), [(1.0, 0.1, 0.12), (noise.INDEPENDENT_SHARE, 0.45, 0.25)]
+)
+def test_estimates_are_near_the_truth(share, lowest, highest, tmp_path, monkeypatch):
+    """Close for independent correlations; for others the precision is low, and the recall high."""
+    monkeypatch.setattr(noise, "INDEPENDENT_SHARE", share)
+    for seed in range(3):
+        place, truth = merged_and_truth(tmp_path / f"{seed}", seed)
+        # 30 of the pixels of noise are expected among them.
+        particles = estimate(find_peaks(place, false_positives=30), place)
+        right = np.cumsum(is_true(particles, truth))
+        of_precision = particles["precision"] - right / np.arange(1, len(right) + 1)
+        of_recall = particles["recall"] - right / right[-1]
+        assert 55 < right[-1] < len(particles)
+        assert -lowest < of_precision.min()
+        assert of_precision.max() < 0.05
+        assert of_recall.min() > -0.05
+        assert of_recall.max() < highest
+
+
+def test_arithmetic_by_hand():
+    found = Estimates(np.array([9.0, 8, 7, 6]), np.array([1.0, 2, 4, 8]), np.array([0, 0, 1, 7.0]))
+    assert found.precision == pytest.approx([1, 1, 0.75, 0.125])
+    assert found.true == pytest.approx([1, 2, 3, 3])
+    assert found.all_true == 2  # from 7 on, chance changes the number by more than a tenth
+    assert found.recall == pytest.approx([0.5, 1, 1, 1])
+    none = Estimates(np.array([5.0]), np.array([3.0]), np.array([30.0]))
+    assert none.precision == 0
+    assert np.isnan(none.recall).all()
+
+
+def test_a_decoy_counts_the_false_ones(tmp_path):
+    place, _ = merged_and_truth(tmp_path, 4)
+    particles = find_peaks(place, cutoff=6.0)
+    decoy = particles[1::3]
+    found = estimate(particles, decoy=decoy)
+    assert found["precision"][-1] == pytest.approx(1 - len(decoy) / len(particles))
+    assert found["precision"][0] == 1
+    assert found.to_csv(tmp_path / "P.csv").read_text().startswith("pos_y")
+    assert type(found).read_csv(tmp_path / "P.csv")["recall"].tolist() == found["recall"].tolist()
+    with pytest.raises(InvalidInputError, match="expected one, or a merged result"):
+        estimate(particles)
+    with pytest.raises(InvalidInputError, match="decoy: expected one of none"):
+        estimate(particles, decoy="mirror")
+    by_mip = find_peaks(place, method="mip", cutoff=6.0)
+    with pytest.raises(InvalidInputError, match="picked by mip"):
+        estimate(by_mip, place)
