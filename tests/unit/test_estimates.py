@@ -35,7 +35,7 @@ def is_true(particles, truth):
 
 
 @pytest.mark.parametrize(
-    ("share", "lowest", "highest"), [(1.0, 0.1, 0.12), (noise.INDEPENDENT_SHARE, 0.45, 0.25)]
+    ("share", "lowest", "highest"), [(1.0, 0.15, 0.12), (noise.INDEPENDENT_SHARE, 0.45, 0.25)]
 )
 def test_estimates_are_near_the_truth(share, lowest, highest, tmp_path, monkeypatch):
     """Close for independent correlations; for others the precision is low, and the recall high."""
@@ -50,7 +50,7 @@ def test_estimates_are_near_the_truth(share, lowest, highest, tmp_path, monkeypa
         assert 55 < right[-1] < len(particles)
         assert -lowest < of_precision.min()
         assert of_precision.max() < 0.05
-        assert of_recall.min() > -0.05
+        assert of_recall.min() > -0.12
         assert of_recall.max() < highest
 
 

@@ -13,11 +13,12 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileSummary
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
-from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.text import count_text, seconds_text
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.candidate_rules import p_value_model
+from ocelot_em.particles.estimates import estimates_of
 from ocelot_em.particles.picking import all_candidates, find_peaks
 from ocelot_em.particles.population import Population
 from ocelot_em.particles.quality import (
@@ -251,6 +252,10 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
         found["contour"] = data.p_values, data.particles.about.cutoff
     joint = partial(statistics_plots.plot_joint, summary, **found)
     drawings = {}
+    if len(data.particles) and data.particles.about and data.particles.ranked_by != MIP:
+        own = estimates_of(data.merged, data.particles)
+        draw = partial(statistics_plots.draw_estimates, own, data.particles)
+        drawings["estimates"] = Drawing.of("estimates", (5.4, 2.9), draw)
     if data.merged.correlation_histogram is not None:
         histogram = partial(statistics_plots.plot_histogram, data.merged)
         both = histogram, partial(histogram, value="survival")
