@@ -155,7 +155,7 @@ def test_the_page_has_all_results(crops, crops_page):
         f"{float(particles.columns['scaled_mip'][0]):.3f}",
     ):
         assert words in page.words, words
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 9
     assert "fill: #ffffff" not in page.text  # figures are as dark as the page
     assert "http:" not in page.text
     assert "https:" not in page.text
@@ -185,7 +185,7 @@ def test_the_page_of_a_simulated_search(tmp_path):
     page = drawn_report_of(tmp_path / "MERGED.zarr", tmp_path)
     assert "160 × 200" in page.words
     assert len(find_peaks(tmp_path / "MERGED.zarr")) > 0
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 9
 
 
 def test_names_are_text(report_of, tmp_path):
