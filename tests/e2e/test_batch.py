@@ -190,6 +190,7 @@ def test_bad_micrographs_are_named_and_skipped_on_request(searches, tmp_path, ca
     assert list(table.index) == list(NAMES)
     assert table["error"].notna().tolist() == [False, True, False, True, True]
     assert "corrupt" in table["error"]["M4"]
+    assert "micrographs skipped" in (folder / "index.html").read_text()
     assert {*ParticleTable.read_csv(folder / "particles.csv")["micrograph"]} == {"M1", "M3 grid 2"}
     with pytest.raises(TilesFailedError, match=r"(?s)micrograph M4: .*corrupt.*--skip-bad"):
         merge_many([searches / "M4.zarr", searches / "M1.zarr"], folder)
@@ -206,6 +207,25 @@ def test_results_are_not_merged_again(searches, tmp_path):
     shutil.copytree(searches / "M3 grid 2.zarr", results / "deep" / "er.zarr")
     assert merge_many(results, tmp_path / "other").n_merged == 1
     assert MergedResult.open(tmp_path / "other" / "deep_er.zarr")
+
+
+def test_each_micrograph_has_its_own_mask(searches, tmp_path):
+    two, masks = [searches / "M1.zarr", searches / "M2.zarr"], tmp_path / "masks"
+    masks.mkdir()
+    np.save(masks / "M1.npy", np.zeros((140, 150), np.uint8))
+    with pytest.raises(InvalidInputError, match=r"micrograph M2: .*expected one mask"):
+        merge_many(two, tmp_path / "out", mask=masks, mask_marks="excluded")
+    upper = np.zeros((140, 150), np.uint8)
+    upper[:60] = 1
+    np.save(masks / "M2.npy", upper)
+    report = merge_many(two, tmp_path / "out", mask=masks, mask_marks="excluded")
+    table = ParticleTable.read_csv(tmp_path / "out" / "particles.csv")
+    own = find_peaks(tmp_path / "out/M2.zarr", mask=masks / "M2.npy", mask_marks="excluded")
+    assert (table["micrograph"] == "M2").sum() == len(own) < N_PARTICLES[1]
+    assert report.n_picked == 2
+    np.save(masks / "M2.npy", np.zeros_like(upper))
+    again = merge_many(two, tmp_path / "out", mask=masks, mask_marks="excluded")
+    assert (again.n_merged, again.n_picked) == (0, 1)
 
 
 def test_lists_give_names_and_a_name_is_given_once(searches, tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ocelot_em.model.maps import SCALED_MIP, AnyArray, Int64
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Int64
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
     MICROGRAPH,
@@ -27,9 +27,11 @@ def of_micrograph(table: ParticleTable, name: str) -> ParticleTable:
     return replace(table, columns={**table.columns, **own})
 
 
-def heights_of(table: ParticleTable) -> AnyArray:
-    """Return what particles are ranked by: -ln p if they have it, else the z-score."""
-    return table.columns[NEG_LOG_P if NEG_LOG_P in table else SCALED_MIP]
+def heights_of(table: ParticleTable, method: str) -> AnyArray:
+    """Return what particles are ranked by: -ln p, ``mip`` or the z-score."""
+    names = {"pvalue": NEG_LOG_P, "mip": MIP}
+    name = names.get(method, SCALED_MIP)
+    return table.columns[name if name in table else SCALED_MIP]
 
 
 def ranks_of(several: Sequence[AnyArray]) -> list[Int64]:

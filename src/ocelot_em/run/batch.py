@@ -184,7 +184,7 @@ def run_batch(
                     "same command again, or leave it out (--skip-bad)"
                 ) from error
             bad[one.name] = str(error)
-        progress.leave(bad.get(one.name, ""))
+        progress.leave(skipped=one.name in bad)
     progress.show("writing tables and the page")
     n_particles = _write_tables(plan, kept)
     entries = []
@@ -209,9 +209,9 @@ def _pick(plan: BatchPlan, one: PlannedMicrograph) -> Judged:
     """Pick the particles of a merged micrograph; write its table, its report and its record."""
     name, merged = one.name, MergedResult.open(one.result)
     plan.record_of(name).unlink(missing_ok=True)
-    entry, particles = judged(merged, name, plan.options.picking, plan.report_of(name))
+    entry, particles = judged(merged, name, plan.picking_of(name), plan.report_of(name))
     of_micrograph(particles, name).to_csv(plan.table_of(name))
-    found = Judged(plan.made_from(merged.attributes), entry, particles.incomplete_text)
+    found = Judged(plan.made_from(name, merged.attributes), entry, particles.incomplete_text)
     plan.keep(name, found)
     return found
 
@@ -225,7 +225,7 @@ def _write_tables(plan: BatchPlan, kept: Mapping[str, Judged]) -> int:
     heights, columns = [], {RANK_IN_MICROGRAPH}
     for one in several:
         table = ParticleTable.read_csv(plan.table_of(one.name))
-        heights.append(heights_of(table))
+        heights.append(heights_of(table, plan.options.method))
         columns |= table.columns.keys()
     nothing = of_micrograph(ParticleTable.empty(neg_log_p=NEG_LOG_P in columns), "")
     names = [name for name in ALL_COLUMNS if name in {*columns, *nothing.columns}]

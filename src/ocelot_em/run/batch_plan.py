@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pydantic import TypeAdapter
 
@@ -25,9 +27,11 @@ from ocelot_em.errors import (
 from ocelot_em.io.many_tables import WITH_OPTICS
 from ocelot_em.io.optics import Optics
 from ocelot_em.io.tables import require_same_search
+from ocelot_em.io.text_file import file_identity
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.batch_options import BatchOptions
+from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.run.api import PathOrUrl, plan_merge
@@ -128,10 +132,33 @@ class BatchPlan:
         """Return the path of what is kept of a micrograph."""
         return self.folder / "tables" / f"{name}.json"
 
-    def made_from(self, attributes: MergedAttributes) -> str:
+    def picking_of(self, name: str) -> PickOptions:
+        """Return the options for picking, with the micrograph's own mask of a folder of masks."""
+        picking = self.options.picking
+        if not isinstance(picking.mask, str | PathLike):
+            return picking
+        folder = Path(picking.mask)
+        if not folder.is_dir() or (folder / "zarr.json").exists():
+            return picking
+        found = [path for path in folder.iterdir() if path.stem == name]
+        if len(found) != 1:
+            raise InvalidInputError(
+                f"{folder}: expected one mask of the micrograph, such as {name}.mrc, got "
+                f"{len(found)}"
+            )
+        return picking.model_copy(update={"mask": str(found[0])})
+
+    def made_from(self, name: str, attributes: MergedAttributes) -> str:
         """Identify a result, and the options with which its particles are picked."""
         facts = (attributes.id, attributes.manifest, attributes.finished, __version__)
-        return json.dumps([facts, self.options.picking.model_dump(mode="json")])
+        picking = self.picking_of(name)
+        mask: object = picking.mask
+        if isinstance(mask, str | PathLike):
+            with suppress(OSError):
+                mask = str(mask), file_identity(Path(mask))
+        elif mask is not None:  # pixels in memory may be others each time
+            mask = uuid4().hex
+        return json.dumps([facts, mask, picking.model_dump(mode="json", exclude={"mask"})])
 
     def judged(self, name: str, attributes: MergedAttributes) -> Judged | None:
         """Return what is kept of a micrograph, if it still holds."""
@@ -140,7 +167,7 @@ class BatchPlan:
             return None
         with suppress(OSError, ValueError):
             found = _JUDGED.validate_json(self.record_of(name).read_bytes())
-            if found.made_from == self.made_from(attributes):
+            if found.made_from == self.made_from(name, attributes):
                 return found
         return None
 
@@ -220,6 +247,7 @@ def _planned(
             }
         if {*draft.options.tables} & {*WITH_OPTICS}:
             facts["optics"] = _optics(optics_of, name, plan, micrograph.url)
+        draft.picking_of(name)
     except BAD as error:
         return PlannedMicrograph(micrograph, problem=str(error))
     except OutputExistsError as error:

@@ -33,13 +33,11 @@ class BatchProgress(TileProgress):
         self.require_running()
         self._show(now=True)
 
-    def leave(self, problem: str = "") -> None:
-        """End a micrograph, which is skipped if there is a problem."""
+    def leave(self, *, skipped: bool) -> None:
+        """End a micrograph, or skip it."""
         self._n_done += 1
-        self._n_skipped += bool(problem)
+        self._n_skipped += skipped
         self._micrographs.step()
-        if problem:
-            self.bar.say(f"skipped {self._name}: {problem}")
         self._show()
 
     def show(self, label: str) -> None:
