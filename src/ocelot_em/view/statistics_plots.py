@@ -239,8 +239,8 @@ def plot_histogram(
     used = np.flatnonzero(found.counts)
     first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, len(counts))
     shown = np.maximum(counts, 0.5)[first:last]
-    label = f"this search: mean {found.mean:.3f}, deviation {found.std:.3f}"
-    ax.stairs(shown, edges[first : last + 1], baseline=0.5, color=figures.BLUE, label=label)
+    label = f"this search\nmean {found.mean:.3f}\nstd {found.std:.3f}"
+    ax.stairs(shown, edges[first : last + 1], baseline=None, color=figures.BLUE, label=label)
     noise = found.gaussian()[value == "survival"]
     x = edges[:-1] + (found.width / 2 if value == "counts" else 0)
     look: Any = {"color": figures.foreground(), "alpha": 0.65, "label": "Gaussian"}
@@ -250,7 +250,7 @@ def plot_histogram(
     title = "all correlations" if value == "counts" else "correlations above a value"
     ax.set(title=title, xlabel="correlation", ylabel="correlations")
     if value == "counts":
-        ax.legend(loc="lower center")
+        ax.legend(loc="upper right")
     return ax
 
 
