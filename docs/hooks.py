@@ -33,6 +33,7 @@ ELSEWHERE = {
     "notebooks/02_particles.ipynb": "tutorials/particles.md",
     "notebooks/03_montage.ipynb": "tutorials/montage.md",
     "notebooks/04_a_search_that_survives.ipynb": "tutorials/a-search-that-survives.md",
+    "notebooks/06_two_searches.ipynb": "tutorials/two-searches.md",
     "notebooks/05_masks.ipynb": "tutorials/masks.md",
     "src/ocelot_em/merge/DESIGN.md": "design-merge.md",
     "src/ocelot_em/store/DESIGN.md": "design-store.md",

@@ -101,7 +101,7 @@ def draw_estimates(estimates: Estimates, particles: ParticleTable, ax: "Axes") -
         ax.axvline(particles.about.cutoff, color=figures.RED, linewidth=1.2, label="cutoff")
     name = "-ln p" if particles.ranked_by == NEG_LOG_P else "z-score"
     ax.set(title="estimated precision and recall", xlabel=f"cutoff ({name})", ylim=(-0.03, 1.03))
-    ax.legend(loc="lower right")
+    ax.legend(loc="center right")
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
