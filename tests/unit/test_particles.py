@@ -96,7 +96,7 @@ def test_everything_that_is_wrong_with_columns_is_named():
     found = "\n".join(problems_of(columns))
     for problem in (
         "phi: missing",
-        "'z': expected one of pos_y, pos_x,",
+        "'z': expected one of micrograph, rank,",
         "mip: expected dtype float32, got float64",
         "psi: expected 3 values, as in most columns, got 2",
         "theta: expected one dimension, got shape (3, 1)",
