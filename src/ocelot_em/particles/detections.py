@@ -38,7 +38,7 @@ DETECTION_COLUMNS: Final = {
 RUN_ROWS = 2**21
 """Maximum number of rows that are sorted at a time; sorting them takes 200 MB."""
 
-_BLOCK_ROWS = 2**21
+_BLOCK_ROWS = 2**19
 """Number of rows of all runs together that are merged at a time."""
 
 _MAX_CELLS = 2**24
@@ -337,8 +337,8 @@ def find_detections(
         An iterable of blocks, dictionaries of columns: ``rank`` (from 1, by z-score), ``pos_y``,
         ``pos_x`` (pixels), ``correlation``, ``zscore``, pose (degrees, Å), ``global_index``,
         ``partial``; of a montage also ``exposure``, to which position and partial belong. Exposures
-        do not suppress each other. :meth:`Detections.to_parquet` writes a file. Memory is 600 MB at
-        most, and 20 bytes for each detection.
+        do not suppress each other. :meth:`Detections.to_parquet` writes a file. Memory is below
+        1 GB, and 20 bytes for each detection more if any row is to be suppressed.
 
     Raises
     ------
