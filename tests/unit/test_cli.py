@@ -312,8 +312,8 @@ def test_the_help_explains_the_exit_codes(ocelot):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "expected a command: import, merge, watch, peaks"),
-        (["fly"], "unknown command 'fly'; expected one of import, merge, watch, peaks"),
+        ([], "expected a command: import, merge, batch, watch, peaks"),
+        (["fly"], "unknown command 'fly'; expected one of import, merge, batch, watch, peaks"),
         (["merg"], "unknown command 'merg'; did you mean merge?"),
         (["--verbos"], "unknown option --verbos; did you mean --verbose?"),
         (["merge"], "INPUTS is required"),

@@ -440,7 +440,7 @@ def test_the_example_of_a_command_has_all_options_with_their_defaults(tmp_path, 
     words = {"--to": ["--to", "mrc"], "--shape": ["--shape", "8", "8"]}
     needed = [o.name for o in options if o.field_info.required and o.name != "*"]
     given = [word for name in needed for word in words.get(name, [])]
-    given += ["X"] * any(not name.startswith("--") for name in needed)
+    given += ["X"] * sum(not name.startswith("--") for name in needed)
     given += ["--output", "X"] * ("--output" in needed)
     parsed(command, *given, *["--config", str(tmp_path / "c.yaml")][: 2 * bool(defaults)])
 

@@ -38,7 +38,7 @@ class CorrelationHistogram(BaseModel):
     >>> histogram.edges, histogram.total
     (array([-1. , -0.5,  0. ,  0.5,  1. ]), 16)
     >>> histogram.mean, round(histogram.std, 3)
-    (-0.0625, 0.397)
+    (0.0625, 0.39)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -43,6 +43,13 @@ class BatchReport:
     ``n_merged`` micrographs were merged or updated by this run, and the particles of ``n_picked``
     were picked; what earlier runs had done of the others still holds. ``skipped`` says what is
     wrong with bad ones, by name. ``tables`` are the paths of the tables of all particles.
+
+    Examples
+    --------
+    >>> from ocelot_em import merge_many
+    >>> report = merge_many(["SEARCH.zarr"], "session")
+    >>> report.page.name, [table.name for table in report.tables]
+    ('index.html', ['particles.csv'])
     """
 
     page: Path
