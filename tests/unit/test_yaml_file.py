@@ -50,7 +50,7 @@ def test_the_same_written_otherwise(tmp_path, content):
 def test_what_is_no_mapping(tmp_path):
     for content, got in (
         ("", "nothing"),
-        ("# nothing yet\n", "nothing"),
+        ("# nothing yet\n", "only comments; remove '# ' before a line to use it"),
         ("---\n", "nothing"),
         ("- a\n- b\n", "list"),
         ("a", "str"),
