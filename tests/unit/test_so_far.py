@@ -103,7 +103,7 @@ def test_checkpoints_that_are_always_replaced_and_nothing_else(monkeypatch):
     device.step()
     with pytest.raises(IncompleteError, match="of 1 partial, none is complete, or of a process"):
         merge(run, "memory://replaced-only/out", complete_only=True)
-    with pytest.raises(IncompleteError, match="replaced 5 times before they were merged, and every"):
+    with pytest.raises(IncompleteError, match="replaced 5 times before they were merged, and"):
         merge(run, "memory://replaced-only/out", so_far=True, observer=Meanwhile(device, MAX_PLANS))
 
 
