@@ -147,6 +147,9 @@ def test_only_what_is_new_is_merged_and_picked(searches, tmp_path):
     assert ParticleTable.read_csv(folder / "particles.csv")["scaled_mip"].min() >= 9
     with pytest.raises(OutputExistsError, match=r"micrograph M1: .*delete its result"):
         merge_many(searches, folder, nan="mask")
+    shutil.rmtree(folder / "M3 grid 2.zarr")
+    several = merge_many(searches, folder, nan="mask", skip_bad=True)
+    assert [*several.skipped] == ["M1", "M2"]
 
 
 def test_an_interrupted_run_is_resumed(searches, tmp_path):
@@ -239,8 +242,9 @@ def test_lists_give_names_and_a_name_is_given_once(searches, tmp_path, capsys):
     assert report.n_micrographs == 2
     assert {*ParticleTable.read_csv(folder / "particles.csv")["micrograph"]} == {"A b", "C"}
     (tmp_path / "few.txt").write_text("# of today\nsearches/M1.zarr\n\nmissing.zarr\n")
-    with pytest.raises(InvalidInputError, match=r"few\.txt: line 4: .*missing\.zarr: expected a"):
+    with pytest.raises(InvalidInputError, match=r"micrograph missing: .*missing\.zarr"):
         merge_many(tmp_path / "few.txt", folder)
+    assert [*merge_many(tmp_path / "few.txt", folder, skip_bad=True).skipped] == ["missing"]
     (tmp_path / "few.csv").write_text("micrograph,search\n=1+1,searches/M1.zarr\n")
     with pytest.raises(InvalidInputError, match="got '=1\\+1'"):
         merge_many(tmp_path / "few.csv", folder)

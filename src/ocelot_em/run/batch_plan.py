@@ -251,10 +251,10 @@ def _planned(
     except BAD as error:
         return PlannedMicrograph(micrograph, problem=str(error))
     except OutputExistsError as error:
-        raise OutputExistsError(
-            f"micrograph {name}: {error}; --overwrite merges all again: to merge this one only, "
-            "delete its result"
-        ) from error
+        problem = f"{error}; --overwrite merges all again; delete its result to merge it alone"
+        if draft.options.skip_bad:
+            return PlannedMicrograph(micrograph, problem=problem)
+        raise OutputExistsError(f"micrograph {name}: {problem}") from error
     if not facts.get("n_tiles") and attributes is not None:
         facts["judged"] = draft.judged(name, attributes)
     return PlannedMicrograph(micrograph, **facts)

@@ -69,13 +69,8 @@ def find_micrographs(
 def _found(place: PathOrUrl, output: str) -> Iterator[Micrograph]:
     url = normalise_url(place)
     if is_local(url) and Path(url).is_file():
-        for line, path, name in _listed(Path(url)):
-            listed = path if "://" in path else Path(url).parent / path
-            target = normalise_url(listed)
-            if is_local(target) and not (Path(target) / "zarr.json").exists():
-                raise InvalidInputError(
-                    f"{url}: line {line}: {target}: expected a search, got none there"
-                )
+        for path, name in _listed(Path(url)):
+            target = normalise_url(path if "://" in path else Path(url).parent / path)
             yield Micrograph(name or _name_of(target), target)
         return
     if not is_local(url) or not Path(url).is_dir() or (Path(url) / "zarr.json").exists():
@@ -91,13 +86,13 @@ def _found(place: PathOrUrl, output: str) -> Iterator[Micrograph]:
         yield Micrograph(_name_of("_".join(parts)), folder)
 
 
-def _listed(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line, path and name (or none) of each search of a list."""
+def _listed(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield path and name (or none) of each search of a list."""
     if path.suffix.lower() != ".csv":
         text = read_text(path, _MAX_LIST_NBYTES, "a list of searches")
-        for number, line in enumerate(text.splitlines(), 1):
+        for line in text.splitlines():
             if (content := line.strip()) and not content.startswith("#"):
-                yield number, content, ""
+                yield content, ""
         return
     names, rows = read_rows(path)
     problems = [f"{n!r}: expected one of {', '.join(_COLUMNS)}" for n in {*names} - {*_COLUMNS}]
@@ -105,9 +100,9 @@ def _listed(path: Path) -> Iterator[tuple[int, str, str]]:
         problems.append("expected a column search")
     if problems := [*problems, *ragged(rows, len(names))]:
         raise InvalidInputError(f"{path}: {problem}" for problem in problems)
-    for number, row in enumerate(rows, 2):
+    for row in rows:
         own = dict(zip(names, row, strict=True))
-        yield number, own["search"], own.get("micrograph", "")
+        yield own["search"], own.get("micrograph", "")
 
 
 def _stores_in(folder: str, output: str) -> dict[str, str]:
