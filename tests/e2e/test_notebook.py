@@ -1,5 +1,7 @@
 """What a merge shows in a notebook."""
 
+import asyncio
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -20,7 +22,8 @@ def displays(cells, folder):
                 updates.append(message["content"]["data"])
             return super().process_message(message, cell, cell_index)
 
-    Client(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    client = Client(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    asyncio.run(client.async_execute())  # execute() would leave an event loop open
     return [cell.outputs for cell in notebook.cells], updates
 
 

@@ -117,8 +117,7 @@ def _columns(data: "ReportData", table: ParticleTable, rows: AnyArray) -> dict[s
     own |= {live_figures.MAP_Y: y, live_figures.MAP_X: x}
     if len(table) <= FULL_ROWS:
         places = [columns["best_partial"].tolist()]
-        if data.has_parts:
-            places.append(columns[GROUP if GROUP in columns else EXPOSURE].tolist())
+        places += [columns[name].tolist() for name in (GROUP, EXPOSURE) if name in columns][:1]
         names = [data.partial_name(*place) for place in zip(*places, strict=True)]
         return columns | own | {live_figures.PARTIAL: np.array(names, str)}
     return own | {
