@@ -10,8 +10,12 @@ ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+def tier(name: str) -> pytest.MarkDecorator:
+    """``start`` compiles all kernels several times, which takes minutes."""
+    return pytest.mark.exhaustive if name == "start" else pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier(name)) for name in NAMES])
 def test_quick_benchmark_prints_its_table(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick"],
