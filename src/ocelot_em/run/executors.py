@@ -183,7 +183,7 @@ class ClientExecutor:
             if stopping.is_set():
                 stop_by = min(stop_by, time.monotonic() + STOP_SECONDS)
                 if not self.n_threads() and not self.client.nthreads():
-                    break  # nobody runs what was submitted
+                    break  # no worker is left to run the submitted tasks
             if (all_submitted and not window.in_flight) or time.monotonic() > stop_by:
                 break
             window.wait_for_event()
