@@ -49,26 +49,35 @@ def test_polygons_that_share_an_edge_share_no_pixel():
     both = inside_polygon(left, WHOLE).astype(int) + inside_polygon(right, WHOLE)
     assert both[:20, :20].min() == both.max() == 1
     assert both.sum() == 400
+    # On an edge from (0, 0) to (11, 15), crossings of rows are not exact.
+    left = np.array([[0, 0], [11, 15], [11, -9], [0, -9]], float)
+    right = np.array([[11, 15], [0, 0], [0, 99], [11, 99]], float)
+    both = inside_polygon(left, WHOLE).astype(int) + inside_polygon(right, WHOLE)
+    assert both[:11].min() == both.max() == 1
 
 
-def as_file(folder, kind):
+def as_file(folder, kind, image):
     path = folder / f"mask.{kind}"
     if kind == "mrc":
-        mrcfile.write(path, IMAGE)
+        mrcfile.write(path, image)
     elif kind == "npy":
-        np.save(path, IMAGE)
+        np.save(path, image)
     elif kind == "zarr":
-        zarr.save_array(path, IMAGE)
+        zarr.save_array(path, image)
     else:
+        name = "mask" if image.ndim == 2 else "of/mask"
         with h5py.File(path, "w") as file:
-            file.create_dataset("mask", data=IMAGE, chunks=(8, 8), compression="gzip")
+            file.create_dataset(name, data=image, chunks=(*image.shape[:-2], 8, 8))
             file["other"] = np.zeros((2, 2))
+            file["stack/mask"] = np.zeros((2, 2, 2))
     return path
 
 
+@pytest.mark.parametrize("n_axes", [2, 3])
 @pytest.mark.parametrize("kind", ["mrc", "npy", "zarr", "h5"])
-def test_every_kind_of_image_is_read_by_regions(tmp_path, kind):
-    mask = open_mask(as_file(tmp_path, kind))
+def test_every_kind_of_image_is_read_by_regions(tmp_path, kind, n_axes):
+    """An image may be the only section of a stack."""
+    mask = open_mask(as_file(tmp_path, kind, IMAGE.reshape((1,) * (n_axes - 2) + SHAPE)))
     assert (mask.name, mask.shape, mask.marks_kept) == (f"mask.{kind}", SHAPE, True)
     region = Region(3, 20, 7, 31)
     np.testing.assert_array_equal(mask.marked(region), IMAGE[3:20, 7:31] != 0)
@@ -80,10 +89,18 @@ def test_nan_marks_nothing():
     assert as_mask(image).marked(Region.whole((1, 3))).tolist() == [[False, True, False]]
 
 
-@pytest.mark.parametrize("header", ["polygon,y,x", "index,axis-0,axis-1", "x,y,polygon"])
-def test_tables_of_polygons(tmp_path, header):
-    path, order = tmp_path / "mask.csv", (0, 1, 2) if header[0] != "x" else (2, 1, 0)
-    rows = [(number, *(TRIANGLE[k] + number)) for number in (0, 1) for k in range(3)]
+@pytest.mark.parametrize(
+    ("header", "order"),
+    [
+        ("polygon,y,x", (0, 1, 2)),
+        ("x, y, Polygon", (2, 1, 0)),
+        ("index,axis-0,axis-1", (0, 1, 2)),
+        ("index,axis-0,axis-1,axis-2", (0, 3, 1, 2)),  # drawn over a stack of one section
+    ],
+)
+def test_tables_of_polygons(tmp_path, header, order):
+    path = tmp_path / "mask.csv"
+    rows = [(number, *(TRIANGLE[k] + number), 0) for number in (0, 1) for k in range(3)]
     lines = [header, *(",".join(str(row[k]) for k in order) for row in rows)]
     path.write_text("\n".join(lines))
     mask = open_mask(path)
@@ -119,7 +136,8 @@ def write_hdf5(path, **datasets):
     [
         ("mask.tif", lambda p: p.write_bytes(b""), "ends with .csv, .*, got '.tif'"),
         ("mask.npy", lambda p: p.write_bytes(b"no"), "cannot be read as an array"),
-        ("mask.npy", lambda p: np.save(p, np.ones((2, 3, 4))), r"image \(y, x\).*\(2, 3, 4\)"),
+        ("mask.npy", lambda p: np.save(p, np.ones((2, 3, 4))), r"^mask.npy: expected an image"),
+        ("mask.mrc", lambda p: p.exists(), "mask.mrc: expected a mask, got nothing there"),
         ("mask.mrc", lambda p: p.write_bytes(b"no"), "cannot be read as an MRC file"),
         ("mask.h5", lambda p: p.write_bytes(b"no"), "cannot be read as HDF5"),
         ("mask.h5", lambda p: write_hdf5(p, a=IMAGE, b=IMAGE), "one called mask, got a, b"),
@@ -130,6 +148,11 @@ def write_hdf5(path, **datasets):
         ("mask.csv", lambda p: p.write_text("polygon,y,x\n0,1,2\n0,3"), "line 3: expected 3"),
         ("mask.csv", lambda p: p.write_text("polygon,y,x\n0,1,2\n0,3,4"), "3 or more vertices"),
         ("mask.csv", lambda p: p.write_text("polygon,y,x"), "one polygon or more, got none"),
+        (
+            "mask.csv",
+            lambda p: p.write_text("polygon,y,x\n0,1,nan\n0,3,4\n0,5,6"),
+            r"a finite y and x, got \[1\.0, nan\]",
+        ),
         (
             "mask.csv",
             lambda p: p.write_text("index,shape-type,axis-0,axis-1\n0,ellipse,1,2"),
@@ -146,6 +169,6 @@ def test_what_is_no_mask_is_refused_in_one_sentence(tmp_path, name, write, probl
 
 
 def test_other_objects_are_refused():
-    for given_mask in (5, "abc", np.array([["a"]]), [np.zeros((2, 2))]):
+    for given_mask in (5, "abc", np.array([["a"]]), [np.zeros((2, 2))], [["a"]]):
         with pytest.raises(InvalidInputError):
             as_mask(given_mask)

@@ -134,7 +134,7 @@ def open_hdf5(found: FoundSearch, stack: ExitStack) -> MapFiles:
 
 
 def open_images(place: Path) -> tuple[dict[str, Any], str | None, Any]:
-    """Open the two-dimensional datasets of a file's root and of its group ``maps``, by path.
+    """Open the images (y, x) of a file, also those that are the only section of a stack, by path.
 
     Also return the root attribute ``coordinate_frame``, as Leopard-EM's spatial constraints have
     it, and the file, which is open as long as it is kept.
@@ -145,14 +145,17 @@ def open_images(place: Path) -> tuple[dict[str, Any], str | None, Any]:
         The file cannot be read.
     """
     h5py, images, problems = _h5py(), dict[str, Any](), list[str]()
+
+    def look(path: str, found: Any) -> None:
+        """Add an image; links to other files are not visited."""
+        if isinstance(found, h5py.Dataset) and found.ndim > 1 and {1}.issuperset(found.shape[:-2]):
+            problem = _dataset_problem(found)
+            problems.extend([f"{place}: {path}: {problem}"] if problem else [])
+            images[path] = found
+
     try:
         file = _opened(h5py, place, "r")
-        for path in (*file, *(f"maps/{name}" for name in file.get("maps", ()))):
-            found = isinstance(file.get(path, getlink=True), h5py.HardLink) and file[path]
-            if isinstance(found, h5py.Dataset) and found.ndim == 2:
-                problem = _dataset_problem(found)
-                problems += [f"{place}: {path}: {problem}"] if problem else []
-                images[path] = found
+        file.visititems(look)
         frame = file.attrs.get("coordinate_frame")
     except Exception as error:  # h5py's exceptions are undocumented
         raise InvalidInputError(f"{place}: cannot be read as HDF5: {error}") from error

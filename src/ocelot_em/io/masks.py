@@ -13,9 +13,6 @@ from ocelot_em.particles.masks import Mask, of_image, of_polygons
 MRC = (".mrc", ".mrcs", ".map", ".rec")
 HDF5 = (".h5", ".hdf5", ".hdf")
 
-_TABLES = (("polygon", "y", "x"), ("index", "axis-0", "axis-1"))
-"""Columns of tables of polygons: number of the polygon, y and x; the second are napari's."""
-
 _SHAPES = {"polygon", "rectangle"}
 
 
@@ -25,10 +22,11 @@ def open_mask(path: str | PathLike[str]) -> Mask:
     Parameters
     ----------
     path
-        An image (y, x), in which pixels are marked that are not 0: MRC (memory-mapped), ``.npy``
-        (memory-mapped), HDF5, or a folder with a Zarr array. Or a CSV file of polygons with the
-        columns ``polygon``, ``y``, ``x``, a line for each vertex, or as napari saves a layer of
-        shapes: ``index``, ``axis-0``, ``axis-1``.
+        An image (y, x), in which pixels are marked that are not 0, also as the only section of a
+        stack: MRC (memory-mapped), ``.npy`` (memory-mapped), HDF5, or a folder with a Zarr array.
+        Or a CSV file of polygons with the columns ``polygon``, ``y``, ``x``, a line for each
+        vertex, or as napari saves a layer of shapes: ``index`` and axes, of which the last two are
+        y and x.
 
         An HDF5 file has one image, or one called ``mask``; or it is a spatial constraint of
         Leopard-EM, whose ``maps/eligible`` is the mask, and ``maps/n_orientations`` and
@@ -59,6 +57,8 @@ def open_mask(path: str | PathLike[str]) -> Mask:
     12
     """
     place, suffix = Path(path), Path(path).suffix.lower()
+    if not place.exists():
+        raise InvalidInputError(f"{place}: expected a mask, got nothing there")
     if suffix == ".csv":
         return _read_polygons(place)
     if suffix in MRC:
@@ -81,35 +81,38 @@ def open_mask(path: str | PathLike[str]) -> Mask:
             f"{suffix or 'no such ending'!r}"
         )
     try:
-        return of_image(place.name, np.load(place, mmap_mode="r", allow_pickle=False))
+        image = np.load(place, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"{place}: cannot be read as an array: {error}") from error
+    return of_image(place.name, image)
 
 
 def _of_images(place: Path, images: dict[str, object], frame: str | None, owner: object) -> Mask:
-    """Return the mask of an HDF5 file with these two-dimensional datasets."""
+    """Return the mask of an HDF5 file with these images."""
     eligible = images.get("maps/eligible")
     if eligible is not None:
         names = ("maps/n_orientations", "maps/n_defocus")
         counts = tuple(images[name] for name in names if name in images)
         of = "map" if frame == "pos_xy" else "micrograph"
         return of_image(place.name, eligible, of=of, counts=counts, owner=owner)
-    name = "mask" if "mask" in images else next(iter(images)) if len(images) == 1 else None
-    if name is None:
-        raise InvalidInputError(
-            f"{place}: expected one image, or one called mask, got {', '.join(images) or 'none'}"
-        )
-    return of_image(place.name, images[name], owner=owner)
+    called = [name for name in images if name.rpartition("/")[2] == "mask"]
+    chosen = ["mask"] if "mask" in images else called or [*images]
+    if len(chosen) != 1:
+        got = ", ".join([*images][:20]) or "none"
+        raise InvalidInputError(f"{place}: expected one image, or one called mask, got {got}")
+    return of_image(place.name, images[chosen[0]], owner=owner)
 
 
 def _read_polygons(place: Path) -> Mask:
-    names, rows = read_rows(place)
-    columns = next((own for own in _TABLES if set(own) <= set(names)), None)
+    header, rows = read_rows(place)
+    names, rows = [name.strip().lower() for name in header], [row for row in rows if row]
+    axes = [name for name in names if name.startswith("axis-")]  # napari's; the last are y and x
+    columns = ["index", *axes[-2:]] if len(axes) > 1 else ["polygon", "y", "x"]
     problems = ragged(rows, len(names))
-    if columns is None:
-        expected = " or ".join(", ".join(own) for own in _TABLES)
-        problems = [f"expected the columns {expected}, got {', '.join(names)}"]
-    if columns is None or problems:
+    if not {*columns} <= {*names}:
+        expected = "polygon, y, x or index, axis-0, axis-1"
+        problems = [f"expected the columns {expected}, got {', '.join(header)}"]
+    if problems:
         raise InvalidInputError(f"{place}: {problem}" for problem in problems)
     texts = dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
     if other := set(texts.get("shape-type", ())) - _SHAPES:

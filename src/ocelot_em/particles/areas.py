@@ -59,7 +59,8 @@ class Area:
             mask = Mask(mask.name, polygons=polygons, marks_kept=mask.marks_kept)
         shift, where = _place(mask, merged, options.mask_of or mask.of)
         marks = mask.marks_kept if options.mask_marks is None else options.mask_marks == "kept"
-        text = f"mask {mask.name} of the {where}" + (f", without {edge}" if edge else "")
+        name = mask.name if mask.name == "mask" else f"mask {mask.name}"
+        text = f"{name} of the {where}" + (f", without {edge}" if edge else "")
         return cls(mask, marks, shift, options.edge, _n_each(mask, merged), text)
 
     @property

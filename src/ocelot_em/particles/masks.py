@@ -21,8 +21,8 @@ class Mask:
     name
         Name for messages: that of its file.
     image
-        Two-dimensional (y, x), such as an array, a memory map or a dataset of HDF5; slicing reads a
-        region. Pixels are marked that are neither 0 nor NaN. None if there are polygons.
+        Image (y, x), or (1, y, x), such as an array, a memory map or a dataset of HDF5; slicing
+        reads a region. Pixels are marked that are neither 0 nor NaN. None if there are polygons.
     polygons
         Vertices (n, 2) of each polygon: y and x in pixels, integer at the centres of pixels. Marked
         are pixels whose centre is in a polygon.
@@ -48,16 +48,19 @@ class Mask:
     @property
     def shape(self) -> tuple[int, int] | None:
         """Height and width in pixels; None for polygons."""
-        return None if self.image is None else tuple(self.image.shape)
+        return None if self.image is None else tuple(self.image.shape[-2:])
 
     def marked(self, region: Region) -> AnyArray:
         """Return whether the pixels of a region are marked."""
         if self.image is None:
             marked = np.zeros(region.shape, np.bool_)
             for vertices in self.polygons:
-                marked |= inside_polygon(vertices, region)
+                (y0, x0), (y1, x1) = (np.floor(vertices).min(axis=0), np.ceil(vertices).max(axis=0))
+                part = region.intersect(Region(int(y0), int(y1) + 1, int(x0), int(x1) + 1))
+                if part.size:
+                    marked[part.relative_to(region).slices] |= inside_polygon(vertices, part)
             return marked
-        values = np.asarray(self.image[region.slices])
+        values = _read(self.image, region)
         is_marked: AnyArray = (values != 0) & (values == values)  # NaN is not equal to itself
         return is_marked
 
@@ -65,8 +68,13 @@ class Mask:
         """Return the numbers of correlations of the pixels of a region."""
         product = np.ones(region.shape, np.int64)
         for image in self.counts:
-            product *= np.asarray(image[region.slices]).astype(np.int64)
+            product *= _read(image, region).astype(np.int64)
         return product
+
+
+def _read(image: Any, region: Region) -> AnyArray:
+    """Return a region of an image, which may be the only section of a stack."""
+    return np.asarray(image[(0,) * (len(image.shape) - 2) + region.slices])
 
 
 def inside_polygon(vertices: Float64, region: Region) -> AnyArray:
@@ -76,7 +84,12 @@ def inside_polygon(vertices: Float64, region: Region) -> AnyArray:
     Of centres on an edge, those on a left or upper one are inside, so that adjacent polygons share
     no pixel.
     """
-    (y, x), (next_y, next_x) = vertices.T, np.roll(vertices, -1, axis=0).T
+    # Each edge goes down, so that rounding is the same for the polygon on its other side.
+    following = np.roll(vertices, -1, axis=0)
+    goes_up = (following[:, 0] < vertices[:, 0])[:, np.newaxis]
+    (y, x), (next_y, next_x) = (
+        np.where(goes_up, *ends).T for ends in ((following, vertices), (vertices, following))
+    )
     rows = np.arange(region.y0, region.y1)[:, None]
     row, edge = np.nonzero((y <= rows) != (next_y <= rows))
     slope = (next_x[edge] - x[edge]) / (next_y[edge] - y[edge])
@@ -103,7 +116,10 @@ def as_mask(given: str | PathLike[str] | Mask | AnyArray | Sequence[AnyArray]) -
 
         return open_mask(given)
     if isinstance(given, list | tuple):
-        polygons = tuple(np.asarray(vertices, np.float64) for vertices in given)
+        try:
+            polygons = [np.asarray(vertices, np.float64) for vertices in given]
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"mask: expected polygons of numbers: {error}") from error
         return of_polygons("mask", polygons)
     return of_image("mask", given)
 
@@ -111,7 +127,8 @@ def as_mask(given: str | PathLike[str] | Mask | AnyArray | Sequence[AnyArray]) -
 def of_image(name: str, image: Any, **facts: Any) -> Mask:
     """Return a mask of an image, if it is one."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-    if shape is None or len(shape) != 2 or getattr(dtype, "kind", "") not in "biuf":
+    is_image = shape is not None and len(shape) > 1 and {1}.issuperset(shape[:-2])
+    if not is_image or getattr(dtype, "kind", "") not in "biuf":
         got = f"{dtype} of shape {shape}" if shape is not None else type(image).__name__
         raise InvalidInputError(
             f"{name}: expected an image (y, x) of numbers, not 0 where particles may be, got {got}"
@@ -121,15 +138,12 @@ def of_image(name: str, image: Any, **facts: Any) -> Mask:
 
 def of_polygons(name: str, polygons: Sequence[Float64]) -> Mask:
     """Return a mask of the areas outside polygons, if they are some."""
-    problems = [
-        f"{name}: polygon {number}: expected 3 or more vertices, each a finite y and x, got shape "
-        f"{vertices.shape}"
-        for number, vertices in enumerate(polygons)
-        if vertices.ndim != 2
-        or vertices.shape[1] != 2
-        or len(vertices) < 3
-        or not np.isfinite(vertices).all()
-    ]
+    expected, problems = "expected 3 or more vertices, each a finite y and x", []
+    for number, vertices in enumerate(polygons):
+        if vertices.ndim != 2 or vertices.shape[1] != 2 or len(vertices) < 3:
+            problems.append(f"{name}: polygon {number}: {expected}, got shape {vertices.shape}")
+        elif (bad := vertices[~np.isfinite(vertices).all(axis=1)]).size:
+            problems.append(f"{name}: polygon {number}: {expected}, got {bad[0].tolist()}")
     if not polygons:
         problems = [f"{name}: expected one polygon or more, got none"]
     if problems:
