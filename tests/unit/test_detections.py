@@ -15,7 +15,8 @@ from ocelot_em import SearchInfo, SearchSpace, find_detections, write_partial
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InputChangedError, InvalidInputError
-from ocelot_em.particles import detections
+from ocelot_em.kernels import build, suppression
+from ocelot_em.particles import detections, peaks
 from ocelot_em.particles.detections import DETECTION_COLUMNS
 from ocelot_em.store import correlations
 
@@ -134,7 +135,7 @@ def test_rows_are_those_of_all_pairs(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detections, "RUN_ROWS", run_rows)
         patch.setattr(detections, "_BLOCK_ROWS", block_rows)
-        patch.setattr(detections, "_MAX_CELLS", n_cells)
+        patch.setattr(peaks, "MAX_CELLS", n_cells)
         options = {
             "cutoff": cutoff,
             "min_distance": distance,
@@ -249,6 +250,15 @@ def test_command_line_after_a_move_of_the_search(tmp_path, capsys):
     assert run(command) != DONE
     assert "already there" in capsys.readouterr().err
     assert list(output.parent.iterdir()) == [output]
+
+
+def test_both_selections_were_compiled_ahead(merged):
+    suppression.suppress._ready.clear()
+    all_rows(find_detections(merged))
+    peaks.select_peaks([3, 1], [3, 1], [1.0, 2.0], 5)
+    called = {f"{suppression.suppress.name} {types}" for types in suppression.suppress._ready}
+    assert called
+    assert called <= set(build.signatures())
 
 
 def test_the_cutoff_follows_from_the_false_positives(merged):

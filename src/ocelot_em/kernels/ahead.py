@@ -31,6 +31,7 @@ SOURCES = (
     "jit.py",
     "signatures.txt",
     "streams.py",
+    "suppression.py",
 )
 """Files of this package that the machine code depends on."""
 

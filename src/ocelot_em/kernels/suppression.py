@@ -12,7 +12,7 @@ def suppress(rows: Any, turns: Any, limits: Any, kept: Any, n_kept: Any, chosen:
     """Choose rows, in their order, that are not near one chosen before; return how many are now.
 
     A row is near another if their squared distance is below the first of ``limits``, and if the
-    product of their quaternions is at least the second, in absolute value, under any rotation that
+    product of their quaternions is not below the second, in absolute value, under any rotation that
     leaves the template as it is.
 
     ``rows``: y (int64), x (int32) and the number of the orientation (int32), (n,) each; positions
@@ -69,7 +69,7 @@ def _is_similar(same: Any, other: Any, cosine: Any) -> Any:
         product = 0.0
         for j in range(4):
             product += same[g, j] * other[j]
-        if abs(product) >= cosine:
+        if not abs(product) < cosine:  # also NaN, of an unknown orientation
             return True
     return False
 

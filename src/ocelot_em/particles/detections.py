@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.keywords import DetectionKeywords, takes
-from ocelot_em.model.maps import AnyArray, Float64, Int64
+from ocelot_em.model.maps import AnyArray, Int64
 from ocelot_em.model.pick_options import DetectionOptions
 from ocelot_em.particles.correlations import COLUMNS, POSE_COLUMNS, Correlations
-from ocelot_em.particles.symmetry import ANGLE_ERROR, quaternions, symmetry_group
+from ocelot_em.particles.peaks import Suppression
+from ocelot_em.particles.symmetry import quaternions, symmetry_group
 from ocelot_em.particles.table import EXPOSURE
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ RUN_ROWS = 2**21
 
 _BLOCK_ROWS = 2**19
 """Number of rows of all runs together that are merged at a time."""
-
-_MAX_CELLS = 2**24
-"""Maximum number of cells, of 4 bytes, in which detections are looked up; a power of 2."""
 
 _ROW = np.dtype([("first", "u8"), ("second", "u8"), ("source", "i4"), ("correlation", "f4")])
 """A row as it is sorted: z-score, highest first, and y; x and index of the pose; who found it."""
@@ -129,11 +127,13 @@ class Detections:
             rows["correlation"] = found["correlation"]
             yield rows
 
-    def _suppression(self) -> "_Suppression":
+    def _suppression(self) -> Suppression:
         width = max(own.exposure.shape[1] for own in self._limits)
         area = self._height * len(self._limits) * width
         turns = [quaternions(*space.euler_angles.T) for space in dict.fromkeys(self._spaces)]
-        return _Suppression(np.concatenate(turns), self.options, area)
+        limits = self.options.min_distance, self.options.min_angle
+        group = symmetry_group(self.options.symmetry).as_quat()
+        return Suppression(np.concatenate(turns), limits, area, group)
 
     @cached_property
     def _spaces(self) -> "list[SearchSpace]":
@@ -263,37 +263,6 @@ def _merged(runs: Sequence[_Run]) -> Iterator[Rows]:
             return
         for run in runs:
             run.fill()
-
-
-class _Suppression:
-    """The detections so far: 20 bytes each, and cells in which they are found by position."""
-
-    def __init__(self, orientations: Float64, options: DetectionOptions, area: int) -> None:
-        distance, angle = options.min_distance, options.min_angle
-        same = symmetry_group(options.symmetry).as_quat()
-        self._turns = np.ascontiguousarray(orientations), same, np.empty_like(same)
-        cosine = np.cos(np.radians(min(angle + ANGLE_ERROR, 180) / 2)) if angle < 180 else 0.0
-        edge = max(distance, 1.0) * (1 + 1e-6)
-        self._limits = distance**2, float(cosine), edge
-        wanted = 2 ** int(max(area / edge**2, 1.0)).bit_length()
-        self._last = np.full(min(wanted, _MAX_CELLS), -1, np.int32)
-        self._kept = [np.empty(0, dtype) for dtype in ("i8", "i4", "i4", "i4")]
-        self._n = 0
-
-    def choose(self, rows: tuple[Int64, AnyArray, AnyArray]) -> AnyArray:
-        """Return which of these rows, that follow those before, are detections."""
-        from ocelot_em.kernels.suppression import suppress
-
-        n = len(rows[0])
-        chosen = np.ones(n, np.bool_)
-        if not n or self._limits[0] == 0:
-            return chosen
-        for array in self._kept:
-            if self._n + n > len(array):
-                array.resize(max(self._n + n, len(array) * 5 // 4), refcheck=False)
-        kept = (*self._kept, self._last)
-        self._n = suppress(rows, self._turns, self._limits, kept, self._n, chosen)
-        return chosen
 
 
 @takes(DetectionOptions)
