@@ -67,7 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Fill in what is generated, and direct links."""
-    markdown = markdown.replace("<!-- commands -->", commands())
+    if "<!-- commands -->" in markdown:
+        markdown = markdown.replace("<!-- commands -->", commands())
     markdown = re.sub(r"^::: ocelot_em\.(\w+)$", _directive, markdown, flags=re.MULTILINE)
     parts = FENCE.split(markdown)
     parts[::2] = [LINK.sub(lambda m: _link(m, page.file.src_uri), part) for part in parts[::2]]
