@@ -1,6 +1,8 @@
-"""Optics from RELION's and CTFFIND's tables, Leopard-EM's configuration, and given values."""
+"""Optics from the files of other programs, and given values."""
 
+import contextlib
 import math
+import sqlite3
 
 import pytest
 
@@ -8,6 +10,7 @@ from ocelot_em import Simulation, find_peaks, merge, read_optics, simulate
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import Optics
+from ocelot_em.io.optics_files import read_optics_of
 from ocelot_em.io.star_file import parse_star
 
 RELION = """
@@ -108,6 +111,53 @@ def test_ctffinds_results(tmp_path):
     )  # fmt: skip
 
 
+def cistem_database(path, images=()):
+    """Write the two tables that are read, as cisTEM 1 creates them, with a few of their columns."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(
+            "CREATE TABLE IMAGE_ASSETS(IMAGE_ASSET_ID INTEGER PRIMARY KEY, NAME TEXT,"
+            " FILENAME TEXT, CTF_ESTIMATION_ID INTEGER, PIXEL_SIZE REAL, VOLTAGE REAL)"
+        )
+        database.execute(
+            "CREATE TABLE ESTIMATED_CTF_PARAMETERS(CTF_ESTIMATION_ID INTEGER PRIMARY KEY,"
+            " IMAGE_ASSET_ID INTEGER, VOLTAGE REAL, SPHERICAL_ABERRATION REAL, PIXEL_SIZE REAL,"
+            " AMPLITUDE_CONTRAST REAL, DEFOCUS1 REAL, DEFOCUS2 REAL, DEFOCUS_ANGLE REAL,"
+            " ADDITIONAL_PHASE_SHIFT REAL)"
+        )
+        database.executemany("INSERT INTO IMAGE_ASSETS VALUES (?, '', ?, ?, 1.06, 300)", images)
+        database.executemany(
+            "INSERT INTO ESTIMATED_CTF_PARAMETERS VALUES (?, ?, 300, 2.7, 0.5, 0.07, ?, ?, 30, ?)",
+            [(1, 1, 9000, 8000, 0.0), (2, 1, 9100, 8100, math.pi / 2), (3, 2, 7000, 6000, 0.0)],
+        )
+
+
+def test_cistems_database_gives_the_estimate_in_use(tmp_path):
+    images = [(1, "/d/A_01.mrc", 2), (2, "/d/A_02.mrc", 3), (3, "/d/A_03.mrc", -1)]
+    cistem_database(tmp_path / "P.db", images)
+    found = read_optics(tmp_path / "P.db", micrograph="A_01", **REST)
+    assert found == Optics(300, 2.7, 0.07, 1.06, 9100, 8100, 30, 90, "/d/A_01.mrc", "T.mrc", 56)
+    many = read_optics_of("A_02", tmp_path / "P.db", **REST)
+    assert (many.micrograph, many.defocus_u_angstrom) == ("/d/A_02.mrc", 7000)
+    with pytest.raises(InvalidInputError, match="got 0 of that name"):  # its CTF was not estimated
+        read_optics(tmp_path / "P.db", micrograph="A_03", **REST)
+
+
+def test_databases_that_are_something_else(tmp_path):
+    cistem_database(tmp_path / "empty.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as database:
+        database.execute("CREATE TABLE A(B TEXT)")
+    (tmp_path / "text.db").write_text("text" * 1000)
+    problems = {
+        "empty": "got none; estimate their CTF first",
+        "other": "no such table: IMAGE_ASSETS",
+        "text": "file is not a database",
+        "missing": "got no file",
+    }
+    for name, problem in problems.items():
+        with pytest.raises(InvalidInputError, match=rf"{name}\.db: expected .*{problem}"):
+            read_optics(tmp_path / f"{name}.db", **REST)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -117,7 +167,7 @@ def test_ctffinds_results(tmp_path):
         ("o.star", "data_\n\nloop_\n_a #1\n_b #2\n1 2\n3\n", "line 7: expected 2 values"),
         ("o.star", RELION.partition("data_micrographs")[0], "rlnMicrographName and rlnDefocusU"),
         ("o.star", "{", "cannot be read as a STAR file"),
-        ("o.ctf", "", "ends in .yaml (Leopard-EM), .star (RELION) or .txt (CTFFIND)"),
+        ("o.ctf", "", "ends in .yaml (Leopard-EM), .star (RELION), .db (cisTEM) or .txt (CTFFIND)"),
         ("o.txt", "1 9000 8000 1 0\n", "voltage_kv: missing; give it (--voltage)"),
     ],
 )

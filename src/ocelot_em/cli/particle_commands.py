@@ -29,10 +29,10 @@ class OpticsOptions(Options):
     ----------
     optics
         File with the optics: Leopard-EM's configuration of the search (.yaml), RELION's table of
-        micrographs (``micrographs_ctf.star``), or CTFFIND's results (.txt). Options override it.
-        Default: options have everything.
+        micrographs (``micrographs_ctf.star``), cisTEM's database (.db), or CTFFIND's results
+        (.txt). Options override it. Default: options have everything.
     micrograph
-        Name of the micrograph; it selects one in RELION's table. Default: that of the file.
+        Name of the micrograph; it selects one in a table. Default: that of the file.
     template
         Name of the template, for cisTEM and Leopard-EM. Default: that of the file.
     template_box

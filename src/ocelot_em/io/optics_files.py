@@ -6,14 +6,17 @@ suffix          file
 .yaml .yml      Leopard-EM's configuration of a search
 .json           the same
 .star           RELION's table of micrographs after CTF estimation (``micrographs_ctf.star``)
+.db             cisTEM's database of a project
 .txt            CTFFIND's results of one micrograph
 ==============  ================================================================================
 """
 
 import math
 import re
+import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from os import PathLike
@@ -25,7 +28,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import Optics, leopard_values, optics_of
 from ocelot_em.io.origin import NAMES_SHOWN
 from ocelot_em.io.star_file import parse_star
-from ocelot_em.io.text_file import file_identity, read_text
+from ocelot_em.io.text_file import file_identity, local_path, read_text
 from ocelot_em.io.yaml_file import as_number
 from ocelot_em.model.problems import option_name
 
@@ -43,6 +46,19 @@ _RELION: Mapping[str, str] = {
     "rlnPhaseShift": "phase_shift_degrees",
 }
 """Numbers in RELION's columns, in the same units; angles are from the x axis, as here."""
+
+_CISTEM = """
+SELECT image.FILENAME, ctf.VOLTAGE, ctf.SPHERICAL_ABERRATION, ctf.AMPLITUDE_CONTRAST,
+       image.PIXEL_SIZE, ctf.DEFOCUS1, ctf.DEFOCUS2, ctf.DEFOCUS_ANGLE, ctf.ADDITIONAL_PHASE_SHIFT
+FROM IMAGE_ASSETS AS image
+JOIN ESTIMATED_CTF_PARAMETERS AS ctf ON ctf.CTF_ESTIMATION_ID = image.CTF_ESTIMATION_ID
+WHERE image.FILENAME IS NOT NULL
+ORDER BY image.IMAGE_ASSET_ID
+"""
+"""The images of cisTEM's database with the estimate of each that is in use, in the order above.
+
+Phase shifts are in radians, all others in the units that are used here.
+"""
 
 _CTFFIND_HEADER: Mapping[str, str] = {
     "pixel_size_angstrom": r"Pixel size: *(\S+) *Angstroms?",
@@ -65,8 +81,9 @@ def read_optics(
     ----------
     path
         Leopard-EM's configuration of the search (``.yaml``, ``.json``), RELION's table of
-        micrographs (``.star``), or CTFFIND's results of one micrograph (``.txt``). In a table of
-        several, ``micrograph`` names one, by its path, its name or its name without suffix.
+        micrographs (``.star``), cisTEM's database of a project (``.db``), or CTFFIND's results of
+        one micrograph (``.txt``). Of several, ``micrograph`` names one, by its path, its name or
+        its name without suffix.
     defaults
         Values by name for what is neither given nor in the file.
     **given
@@ -101,14 +118,14 @@ def read_optics(
         return optics_of(values | others | found | known, problems, path)
     if suffix == ".txt":
         return _optics(others | _ctffind(Path(path)) | known)
-    if suffix != ".star":
+    if suffix not in _OF_MANY:
         raise InvalidInputError(
-            f"{path}: expected optics in a file that ends in .yaml (Leopard-EM), .star (RELION) or "
-            f".txt (CTFFIND), got {suffix!r}"
+            f"{path}: expected optics in a file that ends in .yaml (Leopard-EM), .star (RELION), "
+            f".db (cisTEM) or .txt (CTFFIND), got {suffix!r}"
         )
-    # RELION finds micrographs by the names in its table.
+    # Programs find micrographs by the names in their tables.
     micrograph = known.pop("micrograph", None)
-    return _optics(others | _relion(Path(path), micrograph) | known)
+    return _optics(others | _row_of(Path(path), micrograph, _OF_MANY[suffix]) | known)
 
 
 def read_optics_of(
@@ -125,8 +142,8 @@ def read_optics_of(
     name
         Name of the micrograph.
     place
-        RELION's table of micrographs, in which it is named; or a folder with a file for each
-        micrograph that has its name and one of the suffixes above.
+        RELION's table of micrographs or cisTEM's database, in which it is named; or a folder with
+        a file for each micrograph that has its name and one of the other suffixes above.
     defaults, **given
         Values for all micrographs. The micrograph's name is that in the file, or else ``name``.
 
@@ -148,10 +165,10 @@ def read_optics_of(
                 f"optics of the micrograph, got {len(found)}"
             )
         path = found[0]
-    elif path is not None and path.suffix.lower() != ".star":
+    elif path is not None and path.suffix.lower() not in _OF_MANY:
         raise InvalidInputError(
-            f"{path}: expected the optics of many micrographs: RELION's table (.star), or a folder "
-            "with a file for each micrograph, named like it"
+            f"{path}: expected the optics of many micrographs: RELION's table (.star), cisTEM's "
+            "database (.db), or a folder with a file for each micrograph, named like it"
         )
     else:
         given |= {"micrograph": name}
@@ -173,22 +190,14 @@ def _optics(values: Mapping[str, Any]) -> Optics:
     return Optics(**values)
 
 
-def _relion(path: Path, micrograph: str | None) -> dict[str, Any]:
-    """Read one row of a table of micrographs, and that of its optics group."""
+def _row_of(path: Path, micrograph: str | None, reader: "_Reader") -> dict[str, Any]:
+    """Return what a table or database states of one micrograph."""
     try:
-        identity = file_identity(path)
+        identity = file_identity(local_path(path))
     except OSError:
         identity = ()
-    table = _read_relion(path, identity)
-    row = table.rows[_number_of(table, micrograph, path)]
-    row = {**table.groups.get(row.get("rlnOpticsGroup", ""), {}), **row}
-    values: dict[str, Any] = {
-        name: as_number(row[column]) for column, name in _RELION.items() if row.get(column)
-    }
-    values["micrograph"] = row["rlnMicrographName"]
-    if row.get("rlnOpticsGroupName"):
-        values["label"] = row["rlnOpticsGroupName"]
-    return values
+    table = _read_table(path, identity, reader)
+    return dict(table.rows[_number_of(table, micrograph, path)])
 
 
 _SPELLINGS: tuple[Callable[[Path], object], ...] = (str, lambda p: p.name, lambda p: p.stem)
@@ -197,16 +206,29 @@ _SPELLINGS: tuple[Callable[[Path], object], ...] = (str, lambda p: p.name, lambd
 
 @dataclass(frozen=True)
 class _Micrographs:
-    """RELION's table: rows, optics groups by number, and numbers of rows by each spelling."""
+    """Optics of micrographs, and numbers of rows by each spelling of their names."""
 
-    rows: Sequence[Mapping[str, str]]
-    groups: Mapping[str, Mapping[str, str]]
+    rows: Sequence[Mapping[str, Any]]
     numbers: Sequence[Mapping[object, Sequence[int]]]
 
 
 @lru_cache(maxsize=2)
-def _read_relion(path: Path, _identity: tuple[int, ...]) -> _Micrographs:
+def _read_table(path: Path, _identity: tuple[int, ...], reader: "_Reader") -> _Micrographs:
     """Read a table of micrographs, once until the file is replaced or written."""
+    rows = reader(path)
+    if not rows:
+        raise InvalidInputError(
+            f"{path}: expected micrographs with CTF estimates, got none; estimate their CTF first"
+        )
+    numbers = [defaultdict[object, list[int]](list) for _ in _SPELLINGS]
+    for number, row in enumerate(rows):
+        named = Path(row["micrograph"])
+        for spelling, known in zip(_SPELLINGS, numbers, strict=True):
+            known[spelling(named)].append(number)
+    return _Micrographs(rows, numbers)
+
+
+def _relion(path: Path) -> list[dict[str, Any]]:
     text = read_text(path, MAX_NBYTES, "RELION's table of micrographs")
     try:
         tables, problems = parse_star(text)
@@ -221,15 +243,46 @@ def _read_relion(path: Path, _identity: tuple[int, ...]) -> _Micrographs:
             f"{path}: expected one table with rlnMicrographName and rlnDefocusU, as in "
             f"micrographs_ctf.star, got {len(found)}"
         )
-    own = [dict(zip(found[0].columns, row, strict=True)) for row in found[0].rows]
     others = [dict(zip(t.columns, r, strict=True)) for t in tables for r in t.rows]
     groups = {g.get("rlnOpticsGroup", ""): g for g in others if "rlnOpticsGroupName" in g}
-    numbers = [defaultdict[object, list[int]](list) for _ in _SPELLINGS]
-    for number, row in enumerate(own):
-        named = Path(row["rlnMicrographName"])
-        for spelling, known in zip(_SPELLINGS, numbers, strict=True):
-            known[spelling(named)].append(number)
-    return _Micrographs(own, groups, numbers)
+    rows = []
+    for values in found[0].rows:
+        row = dict(zip(found[0].columns, values, strict=True))
+        row = {**groups.get(row.get("rlnOpticsGroup", ""), {}), **row}
+        optics: dict[str, Any] = {
+            name: as_number(row[column]) for column, name in _RELION.items() if row.get(column)
+        }
+        optics["micrograph"] = row["rlnMicrographName"]
+        if row.get("rlnOpticsGroupName"):
+            optics["label"] = row["rlnOpticsGroupName"]
+        rows.append(optics)
+    return rows
+
+
+def _cistem(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InvalidInputError(f"{path}: expected cisTEM's database, got no file")
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            found = database.execute(_CISTEM).fetchall()
+    except sqlite3.Error as error:
+        raise InvalidInputError(
+            f"{path}: expected cisTEM's database, with IMAGE_ASSETS and ESTIMATED_CTF_PARAMETERS: "
+            f"{error}"
+        ) from None
+    names = ("micrograph", *_RELION.values())
+    rows = []
+    for values in found:
+        row = {k: v for k, v in zip(names, values, strict=True) if v is not None}
+        if isinstance(row.get("phase_shift_degrees"), float):
+            row["phase_shift_degrees"] = math.degrees(row["phase_shift_degrees"])
+        rows.append(row)
+    return rows
+
+
+_Reader = Callable[[Path], list[dict[str, Any]]]
+_OF_MANY: Mapping[str, _Reader] = {".star": _relion, ".db": _cistem}
+"""Readers of the optics of many micrographs."""
 
 
 def _number_of(table: _Micrographs, micrograph: str | None, path: Path) -> int:
@@ -242,7 +295,7 @@ def _number_of(table: _Micrographs, micrograph: str | None, path: Path) -> int:
                 break
     if len(matching) == 1:
         return matching[0]
-    names = [row["rlnMicrographName"] for row in table.rows]
+    names = [row["micrograph"] for row in table.rows]
     shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
     got = f"{len(matching)} of that name" if micrograph is not None else f"{len(names)}"
     raise InvalidInputError(

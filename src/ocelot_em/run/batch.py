@@ -97,7 +97,8 @@ def merge_many(
         Folder for all results.
     optics
         Optics of the micrographs, which ``relion`` and ``cistem`` need: RELION's table of
-        micrographs, a folder with a file for each (``NAME.yaml``, ``NAME.txt``), or optics by name.
+        micrographs, cisTEM's database, a folder with a file for each (``NAME.yaml``,
+        ``NAME.txt``), or optics by name.
     progress
         Whether to show a bar. None: in a notebook, and in an interactive session on a terminal.
     observer

@@ -276,7 +276,8 @@ def _optics(
     elif optics_of is None:
         raise InvalidInputError(
             "optics: tables for RELION and cisTEM need those of every micrograph, got none; give "
-            "RELION's table of micrographs, or a folder with a file for each (--optics)"
+            "RELION's table of micrographs, cisTEM's database, or a folder with a file for each "
+            "(--optics)"
         )
     else:
         optics = optics_of(name, plan)
