@@ -72,7 +72,7 @@ def test_a_decoy_counts_the_false_ones(tmp_path):
     found = estimate(particles, decoy=decoy)
     assert found["precision"][-1] == pytest.approx(1 - len(decoy) / len(particles))
     assert found["precision"][0] == 1
-    assert found.to_csv(tmp_path / "P.csv").read_text().startswith("pos_y")
+    assert found.to_csv(tmp_path / "P.csv").read_text().startswith("micrograph,rank,pos_y")
     assert type(found).read_csv(tmp_path / "P.csv")["recall"].tolist() == found["recall"].tolist()
     with pytest.raises(InvalidInputError, match="expected one, or a merged result"):
         estimate(particles)

@@ -32,7 +32,8 @@ class OpticsOptions(Options):
         micrographs (``micrographs_ctf.star``), cisTEM's database (.db), or CTFFIND's results
         (.txt). Options override it. Default: options have everything.
     micrograph
-        Name of the micrograph; it selects one in a table. Default: that of the file.
+        Name of the micrograph; it selects one in a table of optics, or of particles. Default: that
+        of the file with the optics, and in tables of our own that of the result, without ``.zarr``.
     template
         Name of the template, for cisTEM and Leopard-EM. Default: that of the file.
     template_box
@@ -172,7 +173,7 @@ def peaks(
     merged, found = MergedResult.open(store), None
     if str(output).lower().endswith(".star"):
         found = optics.read(merged.attributes, None, needs_template=False)
-    table = pick_particles(merged, picking)
+    table = _named(pick_particles(merged, picking), optics)
     if estimates is not None:
         from ocelot_em.particles.estimates import estimate
 
@@ -279,9 +280,16 @@ def export(
         if options.maps is not None:
             found = with_maps_in(found, options.maps, options.prefix)
         write = partial(write, optics=found)
-    table = particles_to_export(store, options, picking)
+    table = _named(particles_to_export(store, options, picking), optics)
     write(table, output, overwrite=overwrite)
     print_particles(table, output)
+
+
+def _named(table: "ParticleTable", optics: OpticsOptions) -> "ParticleTable":
+    """Return particles with the name of their micrograph, or those of the one that is named."""
+    from ocelot_em.particles.micrographs import renamed
+
+    return table if optics.micrograph is None else renamed(table, optics.micrograph)
 
 
 def particles_to_export(

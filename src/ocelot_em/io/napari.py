@@ -37,7 +37,7 @@ def write_napari_csv(
     >>> from ocelot_em.io.napari import write_napari_csv
     >>> path = write_napari_csv(find_peaks("MERGED.zarr"), "points.csv", pixel_size_angstrom=2.0)
     >>> path.read_text().splitlines()[0][:40]
-    'index,axis-0,axis-1,pos_y,pos_x,mip,scal'
+    'index,axis-0,axis-1,micrograph,rank,pos_'
     """
     prefix, size = "canvas" if table.is_of_montage else "pos", pixel_size_angstrom or 1.0
     places = {f"axis-{n}": size * table.columns[f"{prefix}_{axis}"] for n, axis in enumerate("yx")}

@@ -26,6 +26,7 @@ from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import STAR_END, format_star
 from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
 from ocelot_em.model.problems import require
+from ocelot_em.particles.micrographs import names_of
 from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula, require_table
 from ocelot_em.store.whole_file import write_file
 
@@ -328,6 +329,11 @@ def _positions(table: ParticleTable, optics: Optics) -> tuple[Int64, Int64, AnyA
             "particles: expected those of one micrograph, got those of a montage, whose exposures "
             "have optics of their own: take one exposure's with --exposure ID "
             "(ParticleTable.of_exposure)"
+        )
+    if len(names := names_of(table)) > 1:
+        raise InvalidInputError(
+            "particles: expected those of one micrograph, which the optics are of, got those of "
+            f"{len(names):,}; select one with --micrograph {names[0]}"
         )
     if (about := table.about) is not None:
         require_same_search(optics, about.store, about.template_box_px, about.pixel_size_angstrom)

@@ -1,10 +1,13 @@
-"""Particles of many micrographs in one table: each has its micrograph's name, and its ranks."""
+"""Names of micrographs, and ranks of particles, in tables of one micrograph and of many."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 
 import numpy as np
 
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Int64
 from ocelot_em.particles.table import (
     ALL_COLUMNS,
@@ -14,17 +17,64 @@ from ocelot_em.particles.table import (
     RANK_IN_MICROGRAPH,
     SEARCHED,
     ParticleTable,
+    is_formula,
 )
 
 _SAME_PLACE = {"canvas_y": "pos_y", "canvas_x": "pos_x"}
 """Columns of a montage that have the values of others where there is none."""
 
+_SHOWN = 20  # names in an error
+
+
+def store_name(url: str) -> str:
+    """Return the name of a store without its folder and suffix.
+
+    It is also the name of the micrograph that was searched, unless the user gives another one.
+
+    >>> store_name("s3://bucket/session/M1.zarr")
+    'M1'
+    """
+    return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
+
 
 def of_micrograph(table: ParticleTable, name: str) -> ParticleTable:
-    """Return a table, highest first, whose particles have this micrograph and their ranks."""
+    """Return a table, highest first, whose particles have this micrograph and their ranks.
+
+    Characters that tables cannot have are replaced by underscores.
+    """
     ranks = np.arange(1, len(table) + 1, dtype=np.int64)
-    own = {MICROGRAPH: np.full(len(table), name), RANK: ranks}
-    return replace(table, columns={**table.columns, **own})
+    return replace(table, columns={**table.columns, **_named(table, name), RANK: ranks})
+
+
+def renamed(table: ParticleTable, name: str) -> ParticleTable:
+    """Return a table with this name of its micrograph; of several micrographs, the one's particles.
+
+    Ranks stay, if there are any. The name may be that of a file: with or without folder and suffix.
+    """
+    names = names_of(table)
+    if len(names) < 2:
+        if RANK not in table:
+            return of_micrograph(table, name)
+        return replace(table, columns={**table.columns, **_named(table, name)})
+    spellings = name, PurePath(name).name, PurePath(name).stem
+    same = next((own for own in spellings if own in names), None)
+    if same is None:
+        shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+        raise InvalidInputError(f"micrograph: expected one of {shown}, got {name!r}")
+    is_own: AnyArray = table.columns[MICROGRAPH] == same
+    return table[is_own]
+
+
+def names_of(table: ParticleTable) -> list[str]:
+    """Return the names of the micrographs of a table; an early one has none."""
+    names: list[str] = np.unique(table.columns.get(MICROGRAPH, np.empty(0, str))).tolist()
+    return names
+
+
+def _named(table: ParticleTable, name: str) -> dict[str, AnyArray]:
+    plain = re.sub(r'[,"\r\n\t]', "_", name)
+    plain = f"_{plain}" if is_formula(plain) else plain
+    return {MICROGRAPH: np.full(len(table), plain)}
 
 
 def heights_of(table: ParticleTable, method: str) -> AnyArray:

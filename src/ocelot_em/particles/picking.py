@@ -37,6 +37,7 @@ from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.candidate_rules import CandidateRule, column, make_rules
 from ocelot_em.particles.duplicates import Peaks, Tolerances, join_duplicates
+from ocelot_em.particles.micrographs import of_micrograph, store_name
 from ocelot_em.particles.peaks import select_peaks, subpixel_offsets
 from ocelot_em.particles.population import Population, populations_of
 from ocelot_em.particles.scanning import OwnMaps, exact_count, scan
@@ -58,6 +59,7 @@ log = logging.getLogger(__name__)
 def find_peaks(
     store: str | PathLike[str] | MergedResult,
     *,
+    micrograph: str | None = None,
     progress: bool | OnProgress | None = None,
     **options: Unpack[PickKeywords],
 ) -> ParticleTable:
@@ -71,6 +73,8 @@ def find_peaks(
     ----------
     store
         Path or URL of the merged result, or an open one.
+    micrograph
+        Name of the micrograph, for the table. Default: that of the store, without ``.zarr``.
     progress
         Whether to show a bar while maps are read, which is seldom needed; None: in a notebook, and
         in an interactive session on a terminal; not in a script. A function is called with the
@@ -83,7 +87,8 @@ def find_peaks(
     Returns
     -------
     ParticleTable
-        Particles, highest first (z-score, -ln p for ``pvalue``, or ``mip``), ties by position.
+        Particles, highest first (z-score, -ln p for ``pvalue``, or ``mip``), ties by position. The
+        highest has the rank 1.
 
     Raises
     ------
@@ -106,7 +111,8 @@ def find_peaks(
     """
     settings = PickOptions.parse(options)
     with share_bar(progress) as on_progress:
-        return pick_particles(MergedResult.open(store), settings, on_progress)
+        found = pick_particles(MergedResult.open(store), settings, on_progress)
+    return found if micrograph is None else of_micrograph(found, micrograph)
 
 
 def pick_particles(
@@ -330,7 +336,8 @@ def _table(
         kept = np.flatnonzero(stands_for[:n_chosen] == np.arange(n_chosen))
     in_order = np.lexsort((exposures[kept], canvas_x[kept], canvas_y[kept], -height[kept]))
     kept = kept[in_order]
-    return ParticleTable({name: values[kept] for name, values in columns.items()}, info)
+    table = ParticleTable({name: values[kept] for name, values in columns.items()}, info)
+    return of_micrograph(table, store_name(merged.url))
 
 
 def _preference(

@@ -86,7 +86,8 @@ MICROGRAPH_COLUMNS: Mapping[str, Column] = {
     RANK: Column("int64", "1", "rank in the table; the highest particle has 1"),
     RANK_IN_MICROGRAPH: Column("int64", "1", "rank in the micrograph, in a table of several"),
 }
-"""Additional first columns for particles of one of many micrographs, and of all together."""
+"""First columns. Every table has the first two, but for those of earlier versions; the third, if it
+is of many micrographs."""
 
 ESTIMATE_COLUMNS: Mapping[str, Column] = {
     PRECISION: Column("float64", "1", "estimated share of true particles if the cutoff were here"),
@@ -197,10 +198,10 @@ class ParticleTable(ColumnTable):
     Parameters
     ----------
     columns
-        One-dimensional arrays of equal length, with the names and dtypes of :data:`COLUMNS`,
-        :data:`MONTAGE_COLUMNS` and :data:`INCOMPLETE_COLUMNS`; ``neg_log_p`` and the last two
-        groups are optional. They are not copied, only sorted into that order. NaN is allowed; text
-        must not contain commas, quotation marks or line breaks.
+        One-dimensional arrays of equal length, with the names and dtypes of :data:`ALL_COLUMNS`;
+        those of :data:`COLUMNS` but ``neg_log_p`` are required. They are not copied, only sorted
+        into that order. NaN is allowed; text must not contain commas, quotation marks or line
+        breaks.
     about
         Picking parameters, if known.
     picking

@@ -10,6 +10,7 @@ from pathlib import Path
 from ocelot_em.errors import FormatError, InvalidInputError, StoreNotFoundError
 from ocelot_em.io.text_file import read_text
 from ocelot_em.particles.csv_columns import ragged, read_rows
+from ocelot_em.particles.micrographs import store_name
 from ocelot_em.particles.table import is_formula
 from ocelot_em.store.attributes import MergedAttributes, SearchAttributes
 from ocelot_em.store.objects import PathOrUrl, as_places, is_local, normalise_url, open_objects
@@ -71,10 +72,10 @@ def _found(place: PathOrUrl, output: str) -> Iterator[Micrograph]:
     if is_local(url) and Path(url).is_file():
         for path, name in _listed(Path(url)):
             target = normalise_url(path if "://" in path else Path(url).parent / path)
-            yield Micrograph(name or _name_of(target), target)
+            yield Micrograph(name or store_name(target), target)
         return
     if not is_local(url) or not Path(url).is_dir() or (Path(url) / "zarr.json").exists():
-        yield Micrograph(_name_of(url), url)
+        yield Micrograph(store_name(url), url)
         return
     stores = _stores_in(url, output)
     wanted = "search" if "search" in stores.values() else "merged"
@@ -83,7 +84,7 @@ def _found(place: PathOrUrl, output: str) -> Iterator[Micrograph]:
         raise InvalidInputError(f"{url}: expected searches in this folder, found none")
     for folder in chosen:
         parts = Path(folder).relative_to(url).parts
-        yield Micrograph(_name_of("_".join(parts)), folder)
+        yield Micrograph(store_name("_".join(parts)), folder)
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str]]:
@@ -134,10 +135,6 @@ def _kind_of(folder: str) -> str:
 def is_result(url: str) -> bool:
     """Whether a store is a merged result, which need not be merged."""
     return isinstance(read_attributes(open_objects(url)), MergedAttributes)
-
-
-def _name_of(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
 
 
 def _name_problems(several: Sequence[Micrograph]) -> Iterator[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from ocelot_em.errors import optional_import
 from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.particles.estimates import expected_above, with_weaker
-from ocelot_em.particles.table import EXPOSURE, GROUP, ParticleTable
+from ocelot_em.particles.table import EXPOSURE, GROUP, RANK, ParticleTable
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
 from ocelot_em.view.live_page import LivePage
 
@@ -113,8 +113,8 @@ def _columns(data: "ReportData", table: ParticleTable, rows: AnyArray) -> dict[s
     y, x = (
         ((place[rows] + 0.5) * scale).astype(np.float32) for place in plots.map_positions(table)
     )
-    own: dict[str, AnyArray] = {live_figures.RANK: np.arange(1, len(rows) + 1, dtype=np.int32)}
-    own |= {live_figures.MAP_Y: y, live_figures.MAP_X: x}
+    ranks = columns.get(RANK, np.arange(1, len(rows) + 1))
+    own = {RANK: ranks.astype(np.int32), live_figures.MAP_Y: y, live_figures.MAP_X: x}
     if len(table) <= FULL_ROWS:
         places = [columns["best_partial"].tolist()]
         places += [columns[name].tolist() for name in (GROUP, EXPOSURE) if name in columns][:1]

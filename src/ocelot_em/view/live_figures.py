@@ -13,7 +13,14 @@ from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS
 from ocelot_em.model.maps import MIP, SCALED_MIP, SECOND_ZSCORE, AnyArray, Float32
 from ocelot_em.particles.estimates import noise_above
-from ocelot_em.particles.table import ALSO_SEEN, DIFFERENCE, EXPOSURE, GROUP, NEG_LOG_P
+from ocelot_em.particles.table import (
+    ALSO_SEEN,
+    DIFFERENCE,
+    EXPOSURE,
+    GROUP,
+    NEG_LOG_P,
+    RANK,
+)
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.view import figures, statistics_plots
 from ocelot_em.view.page import INK
@@ -21,7 +28,7 @@ from ocelot_em.view.page import INK
 if TYPE_CHECKING:
     from bokeh.models import CDSView, ColumnDataSource, DataTable, Plot
 
-PARTIAL, RANK, MAP_X, MAP_Y = "partial", "rank", "map_x", "map_y"
+PARTIAL, MAP_X, MAP_Y = "partial", "map_x", "map_y"
 """Columns of the page's particles beside those of their table."""
 
 LISTED: Mapping[str, tuple[str, str]] = {
