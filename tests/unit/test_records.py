@@ -229,8 +229,8 @@ def test_nothing_searched(tmp_path, rng):
 
 
 def test_statistics_survive_storing(rng):
-    one = collected.PixelStatistics.from_flat(rng.integers(0, 99, 22).astype(float), 2)
-    again = collected.PixelStatistics.from_flat(one.flat, 2)
+    one = collected.PixelStatistics.from_flat(rng.integers(0, 99, 23).astype(float), 2, 1)
+    again = collected.PixelStatistics.from_flat(one.flat, 2, 1)
     for field in dataclasses.fields(one):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(one, field.name))
 

@@ -83,6 +83,9 @@ def info(store: PathOrUrl, /) -> None:
         ("stored", nbytes_text(info.stored_nbytes)),
         ("created", attributes.provenance.created),
     ]
+    if names := info.with_counts:
+        more = ", ..." * (len(names) > 5)
+        rows.append(("counts", f"differ from pixel to pixel in {', '.join(names[:5])}{more}"))
     if info.progress is not None:
         rows.append(("search", info.progress.incomplete_text or info.progress.text))
         rows += [("warning", info.progress.warning)] * bool(info.progress.warning)
@@ -102,7 +105,10 @@ def info(store: PathOrUrl, /) -> None:
     if info.exposures:
         print_exposures(console, info)
     columns, right = ["partial", "state", "projections"], [2]
-    partials = [[name, state, f"{count:,}"] for name, state, count in info.partials]
+    partials = [
+        [name, state, "up to " * (name in info.with_counts) + f"{count:,}"]
+        for name, state, count in info.partials
+    ]
     if tables := {name: rest for name, *rest in info.correlation_tables}:
         columns, right = [*columns, "correlations"], [2, 3]
         for row in partials:
@@ -209,7 +215,7 @@ def print_exposures(console: Console, info: "StoreInfo") -> None:
 
 def print_statistics(console: Console, merged: "MergedResult") -> None:
     """Print merge statistics, and warnings about unusual partials."""
-    from ocelot_em.particles.quality import partial_warnings
+    from ocelot_em.particles.quality import expected_wins, partial_warnings
 
     counted = merged.statistics
     if counted is None:
@@ -230,11 +236,9 @@ def print_statistics(console: Console, merged: "MergedResult") -> None:
     if counted.exposures:
         print_shown(console, merged, counted)
         return
-    total = sum(partial.total_projections for partial in counted.partials) or 1
-    won = sum(partial.won_pixels for partial in counted.partials)
     partials = (
-        (p.name, f"{p.won_pixels:,}", f"{won * p.total_projections / total:,.0f}")
-        for p in counted.partials
+        (partial.name, f"{partial.won_pixels:,}", f"{expected:,.0f}")
+        for partial, expected in zip(counted.partials, expected_wins(counted.partials), strict=True)
     )
     print_table(console, ("partial", "pixels won", "expected"), partials, right=(1, 2))
     sources = (

@@ -114,7 +114,8 @@ def _what(plan: MergePlan) -> list[tuple[str, str]]:
     """Return rows that describe what is merged."""
     if not plan.has_parts:
         n, projections = len(plan.contributions), plan.total_projections
-        return [("partials", f"{n}, {projections:,} projections")]
+        up_to = "up to " * plan.has_counts
+        return [("partials", f"{n}, {up_to}{projections:,} projections")]
     if plan.group_by:
         names = ", ".join(exposure.id for exposure in plan.exposures[:10])
         more = ", ..." * (len(plan.exposures) > 10)

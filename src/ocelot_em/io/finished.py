@@ -29,10 +29,11 @@ from ocelot_em.model.maps import PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
 from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store.attributes import WRAPPED_EDGES
+from ocelot_em.store.completion import existing_partials
 from ocelot_em.store.creation import layout_differences, refresh_total
 from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import PartialWriter, existing_partials
+from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import name_problems
 from ocelot_em.store.whole_folder import replaced_search

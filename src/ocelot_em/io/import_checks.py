@@ -47,9 +47,9 @@ from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import TABLES, SearchSpace
 from ocelot_em.store import constants
 from ocelot_em.store.attributes import PartialAttributes
+from ocelot_em.store.completion import existing_partials
 from ocelot_em.store.creation import layout_differences, search_attributes
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import existing_partials
 from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import BadValues, layout_problems, name_problems
 
@@ -91,7 +91,8 @@ def check_batch(
         try:
             edges = EdgeSample(shape)
             with closing(candidate.file):
-                in_values += _value_problems(candidate, info, edges, on_file)
+                own = candidate.info_of(info)
+                in_values += _value_problems(candidate, own, edges, on_file)
                 result.looks_wrapped |= info.takes_all_pixels and edges.looks_wrapped
                 candidate.sha256 = candidate.file.sha256()
         except InvalidInputError as error:
@@ -165,9 +166,12 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
         stored: int | None = None
         if COUNT in candidate.arrays:
             try:
-                stored = exact_count(_one_number(candidate, COUNT))
+                stored = exact_count(_stored_count(candidate))
             except ValueError as error:
                 problems.append(f"{place}: {error}")
+                continue
+            except InvalidInputError as error:
+                problems += error.problems
                 continue
         given_count: int | None = None
         if candidate.path in given_counts:
@@ -181,19 +185,28 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
                 f"{place}: missing (Leopard-EM 1.1 and 1.2 write none); give one count for each "
                 f"file with {option}"
             )
+        elif candidate.has_counts:
+            pass  # the one that is given is an upper bound of the map, whose values are checked
         elif None not in (stored, given_count) and stored != given_count:
             problems.append(f"{place}: the file has {stored}, {option} has {given_count}")
         candidate.count = stored if given_count is None else given_count
     return problems
 
 
-def _one_number(candidate: Candidate, key: str) -> object:
-    """Read an array of one element; refuse others, which may be huge, by their header."""
-    shape, dtype = candidate.arrays[key]
-    if math.prod(shape) != 1 or dtype.kind not in "biufcO":
-        raise ValueError(f"expected one integer, got {dtype} of shape {shape}")
+def _stored_count(candidate: Candidate) -> object:
+    """Read a count, or the highest of a map of counts; refuse other arrays by their header."""
+    shape, dtype = candidate.arrays[COUNT]
     with closing(candidate.file):
-        return candidate.file.small(key)
+        if math.prod(shape) == 1 and dtype.kind in "biufcO":
+            return candidate.file.small(COUNT)
+        if shape != candidate.shape or len(shape) != 2 or dtype.kind not in "iu":
+            raise ValueError(
+                f"expected one integer, or a map of integers of the shape {candidate.shape} of "
+                f"{MIP}, got {dtype} of shape {shape}"
+            )
+        read, bands = candidate.file.rows(COUNT), bands_of((shape[0], shape[1]))
+        candidate.has_counts = True
+        return max(int(read(band.region.y0, band.region.y1).max(initial=0)) for band in bands)
 
 
 def _search_space(
@@ -271,9 +284,11 @@ def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: B
                 f"{candidate.path}: poses are indexed ({INDEX}): give the tables with "
                 + ("--search-space" if exposure is None else "search_space")
             )
-        layouts = {k: candidate.arrays[k] for k in info.maps.partial if k not in missing}
-        shape = common if shapes else None
-        either = replace(info, float64_sums=True)
+        shape, either = (
+            common if shapes else None,
+            replace(candidate.info_of(info), float64_sums=True),
+        )
+        layouts = {k: candidate.arrays[k] for k in either.maps.partial if k not in missing}
         problems += layout_problems(layouts, shape, either, str(candidate.path))
     return problems
 
@@ -362,7 +377,7 @@ def _value_problems(
             values = read(region.y0, region.y1)
             if key == SQUARED_SUM:
                 edges.add(region, values)
-            if key == MIP or key in info.maps.pose:
+            if key in (MIP, COUNT) or key in info.maps.pose:
                 marked = _valid_only_if_idle(key, values)
                 if marked.any():
                     waiting[region][key] = np.packbits(marked, axis=1)
@@ -383,16 +398,24 @@ def _value_problems(
 
 
 def _valid_only_if_idle(key: str, values: AnyArray) -> AnyArray:
-    """Mark pixels without a pose; of ``mip``, those where nothing was searched."""
+    """Mark pixels without a pose or count; of ``mip``, those where nothing was searched."""
+    marked: AnyArray
     if key == MIP:
-        return ~(values > -np.inf)
-    marked: AnyArray = values == NOT_SEARCHED if key == INDEX else ~np.isfinite(values)
+        marked = ~(values > -np.inf)
+    elif key in _UNSEARCHED:
+        marked = values == _UNSEARCHED[key]
+    else:
+        marked = ~np.isfinite(values)
     return marked
+
+
+_UNSEARCHED = {INDEX: NOT_SEARCHED, COUNT: 0}
+"""Values of integer maps where nothing was searched; above them, values are valid elsewhere."""
 
 
 def _stand_in(key: str, bits: AnyArray, shape: tuple[int, int]) -> AnyArray:
     """Return a map with the same pixels marked, and valid values elsewhere."""
     marked = np.unpackbits(bits, axis=1, count=shape[1]).astype(bool)
-    if key == INDEX:
-        return np.where(marked, np.int32(NOT_SEARCHED), np.int32(0))
+    if key in _UNSEARCHED:
+        return np.where(marked, _UNSEARCHED[key], _UNSEARCHED[key] + 1)
     return np.where(marked, np.float32(-np.inf if key == MIP else np.nan), np.float32(0))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -79,7 +79,7 @@ class ImportOptions(Options):
         Pixel size of the micrograph in Å. Default: that of a finished search's files, or unknown.
     total_projections
         Number of cross-correlations of each file, in the order of the files, if the files do not
-        contain it. Default: the counts in the files.
+        contain it; upper bounds, if files have maps of counts. Default: the counts in the files.
     pixel_size_offset_angstrom
         The single pixel-size offset of a finished search in Å: 0 if the pixel size was not varied.
         Default: the one that its files show.
@@ -134,19 +134,27 @@ class ImportKeywords(TypedDict, total=False):
 
 @dataclass
 class Candidate:
-    """A file to be imported as a partial."""
+    """A file to be imported as a partial.
+
+    ``count`` is an upper bound of its map of counts, if it has one.
+    """
 
     path: Path
     name: str
     file: ResultFile
     arrays: Mapping[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
     count: int | None = None
+    has_counts: bool = False
     sha256: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the maps, in pixels."""
         return self.arrays[MIP][0] if MIP in self.arrays else ()
+
+    def info_of(self, common: SearchInfo) -> SearchInfo:
+        """Properties of the partial, from those that all files have in common."""
+        return replace(common, has_counts=self.has_counts)
 
 
 @dataclass(frozen=True)

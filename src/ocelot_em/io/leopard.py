@@ -181,12 +181,12 @@ def _convert(
             shape,
             total_projections=candidate.count or 0,
             order=checked.first_order + number,
-            search=info,
+            search=(own := candidate.info_of(info)),
         )
         writer.in_batch()
         writer.describe(file=candidate.path.name, sha256=candidate.sha256)
         with closing(candidate.file) as file, writer:
-            readers = {key: file.rows(key) for key in info.maps.partial}
+            readers = {key: file.rows(key) for key in own.maps.partial}
             for band in bands_of(shape):
                 region = band.region
                 maps = {key: read(region.y0, region.y1) for key, read in readers.items()}

@@ -34,6 +34,7 @@ from ocelot_em.kernels.streams import find_streams
 from ocelot_em.merge.fold import Merged, PieceReport, partial_maps, whole_map
 from ocelot_em.model.maps import (
     BEST_PARTIAL,
+    COUNT,
     MAPS,
     MIP,
     SCALED_MIP,
@@ -163,8 +164,8 @@ class Incoming:
         """Copy a map to the device, encoded if the device decodes it; return its device array."""
         memory, statistics = self._memory, self._report.statistics
         values = memory.plane(slot, name, arrival.dtype.name, self._n)
-        # Numbers of partials become those of the result on the host.
-        if name == BEST_PARTIAL or not self._decode(arrival, values):
+        # Numbers of partials become those of the result on the host, where counts are collected.
+        if name in (BEST_PARTIAL, COUNT) or not self._decode(arrival, values):
             host = memory.pinned(self._n, arrival.dtype)
             whole_map(name, arrival, numbered_source, self._report, host)
             memory.send(host, values)

@@ -56,6 +56,16 @@ class PieceReport:
         self.suspects += [number for number in numbers if number not in self._known_suspects]
         self._known_suspects.update(numbers)
 
+    def add_counts(self, number: int, counts: AnyArray, winner: AnyArray | None = None) -> None:
+        """Collect a source's map of counts, which are suspect if negative, or 0 where it won."""
+        lowest = counts.min()
+        if lowest < 0 or (
+            lowest == 0 and winner is not None and not counts[winner == number].all()
+        ):
+            self.suspect(number)
+        if self.statistics is not None:
+            self.statistics.add_counts(number, counts)
+
     def keep_candidates(self, name: str, values: AnyArray) -> None:
         """Keep a merged map's values at the candidates, if statistics are collected."""
         if self.statistics is not None:
@@ -289,8 +299,9 @@ class Fold:
             counts = work.flat(COUNT, "i8")
             counts.fill(sum(s.total_projections for s in self.sources if not s.has_counts))
             mapped = [n for n, source in enumerate(self.sources) if source.has_counts]
-            for _, new in self._each(reader, work, mapped):
+            for number, new in self._each(reader, work, mapped):
                 counts += new
+                report.add_counts(number, new, work.flat("winner", "i2"))
         out = {name: work.flat(f"merged {name}", "f4") for name in self.maps.computed}
         accumulator = self._accumulator(work)
         _, computing = cpu_statistics.finish_of(accumulator, self.maps, self.space, out)
@@ -427,7 +438,9 @@ def whole_map(
     arrival.decode(values)
     if name == BEST_PARTIAL:
         np.add(values, source.first_number, out=values, where=values != NOT_SEARCHED)
-    if report.statistics is not None and name in (SUM, SQUARED_SUM):
+    if name == COUNT:
+        report.add_counts(number, values)
+    elif report.statistics is not None and name in (SUM, SQUARED_SUM):
         report.statistics.add_sums(number, name, values)
 
 

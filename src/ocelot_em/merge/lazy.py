@@ -22,7 +22,7 @@ from ocelot_em.merge.plan import MergePlan
 from ocelot_em.merge.planning import make_plan
 from ocelot_em.merge.result import DerivedMap, MergedResult, decoded_by_group
 from ocelot_em.model.keywords import MergeKeywords, PickKeywords, takes
-from ocelot_em.model.maps import INDEX, MAPS, SCALED_MIP, AnyArray
+from ocelot_em.model.maps import COUNT, INDEX, MAPS, MIP, SCALED_MIP, AnyArray
 from ocelot_em.model.options import MergeOptions
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.problems import kind_text, suggestion
@@ -53,6 +53,7 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
     xarray.Dataset
         Maps with dimensions ``partial`` (in the stated order), ``y``, ``x``; coordinates
         ``partial`` (names), ``total_projections`` (exact counts) and those of :func:`open_merged`.
+        If a partial has a map of counts, ``total_projections`` is a map of all partials instead.
 
     Raises
     ------
@@ -84,13 +85,22 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
             else f"{objects.url}: exposure: expected none, since it has none, got {exposure!r}"
         )
     about, sources = by_id[exposure or ""]
+    counts: dict[str, Any] = {COUNT: ("partial", [source.total_projections for source in sources])}
+    opened = []
+    for source in sources:
+        maps = open_source_maps(source, attributes.maps, about.shape)
+        opened.append({name: _as_dask(chunked, source.id) for name, chunked in maps.items()})
     names = attributes.maps.partial
-    opened = [open_source_maps(s, attributes.maps, about.shape) for s in sources]
+    if any(source.has_counts for source in sources):
+        names, counts = (*names, COUNT), {}
+        for source, own in zip(sources, opened, strict=True):
+            if not source.has_counts:
+                own[COUNT] = da.full_like(own[MIP], source.total_projections, dtype=np.int64)
     return xr.Dataset(
         {
             name: (
                 ("partial", *DIMENSIONS),
-                da.stack([_as_dask(m[name], s.id) for s, m in zip(sources, opened, strict=True)]),
+                da.stack([own[name] for own in opened]),
                 map_attributes(name),
             )
             for name in names
@@ -98,7 +108,7 @@ def open_partials(store: str | PathLike[str], exposure: str | None = None) -> xr
         coords={
             **_coordinates(about.shape, about.valid_shape, attributes.pixel_size_angstrom),
             "partial": [source.name for source in sources],
-            "total_projections": ("partial", [source.total_projections for source in sources]),
+            **counts,
         },
         attrs={
             "total_projections": about.total_projections,

@@ -111,6 +111,11 @@ class SearchRecorder:
             problems.append(f"{name}: expected maps (y, x), got shape {shape}")
         layouts = {key: (values.shape, values.dtype) for key, values in rows.items()}
         problems += layout_problems(layouts, shape, replace(info, float64_sums=True), name)
+        if info.has_counts:
+            problems.append(
+                "has_counts: expected false, since a recorded search counts its ranges, got true; "
+                "use write_partial at the end of the search"
+            )
         if size is None:
             problems.append("size: expected a SearchSize, since there is no search space, got none")
         try:
@@ -260,6 +265,11 @@ def read_recorded(
         if not partial.is_readable:
             continue
         group = open_partial(objects, name, exposure, partial)
+        if partial.has_counts:
+            raise InvalidInputError(
+                f"{group.place}: expected one count for all pixels, got a map of counts; merge the "
+                "search with ocelot merge"
+            )
         maps, rows = group.open(attributes.maps.partial), open_table(group)
         tables += [_rows_of(rows)] if rows is not None else []
         grid = maps[MIP].grid

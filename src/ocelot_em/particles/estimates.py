@@ -216,8 +216,8 @@ def expected_above(merged: MergedResult, particles: ParticleTable, cutoffs: Floa
 
 def noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
     """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
-    projections = sum(partial.total_projections for partial in attributes.partials)
-    draws = [(own.total_projections, own.valid_pixels) for own in attributes.exposures]
+    projections = sum(partial.projections for partial in attributes.partials)
+    draws = [(own.projections, own.valid_pixels) for own in attributes.exposures]
     log_below = np.array([log1p(-erfc(level / sqrt(2)) / 2) for level in z])
     above = np.zeros(len(z))
     for n, pixels in draws or [(projections, attributes.valid_pixels)]:

@@ -169,9 +169,9 @@ def difference_in_std(one: ShownStatistics, other: ShownStatistics) -> float | N
 
 def expected_wins(partials: Sequence[PartialStatistics]) -> list[float]:
     """Return the pixels that each partial would win by its share of the projections."""
-    projections = max(sum(partial.total_projections for partial in partials), 1)
+    projections = max(sum(partial.projections for partial in partials), 1)
     won = sum(partial.won_pixels for partial in partials)
-    return [won * partial.total_projections / projections for partial in partials]
+    return [won * partial.projections / projections for partial in partials]
 
 
 def _wins(statistics: StatisticsAttributes) -> Iterator[str]:

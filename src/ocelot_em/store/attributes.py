@@ -223,6 +223,8 @@ class PartialAttributes(Attributes):
     """One partial; ``state`` becomes ``complete`` after its last chunk is written.
 
     A ``running`` partial is recorded while its search runs: it can be read, and will be replaced.
+    With ``has_counts``, the count differs from pixel to pixel and is a map, of which
+    ``total_projections`` is an upper bound.
     """
 
     id: Id
@@ -232,6 +234,7 @@ class PartialAttributes(Attributes):
     provenance: Provenance
     folder: Folder = ""
     manifest: Digest | None = None
+    has_counts: bool = False
     coverage: Coverage | None = None
     recording: Recording | None = None
     correlation_threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -247,6 +250,10 @@ class PartialAttributes(Attributes):
     def is_readable(self) -> bool:
         """Whether there are maps that can be read."""
         return self.state != "writing" and (self.state == "complete" or self.manifest is not None)
+
+    def maps(self, of_search: MapSet) -> MapSet:
+        """Which maps it has, in a search whose other partials have these."""
+        return replace(of_search, counts=self.has_counts)
 
     @property
     def manifest_folder(self) -> str:

@@ -1,12 +1,11 @@
 """Write partials of a search, from several processes at the same time."""
 
 import uuid
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from pydantic import ValidationError
@@ -21,21 +20,18 @@ from ocelot_em.errors import (
 from ocelot_em.model.arrays import HostRows, as_numpy, exact_count
 from ocelot_em.model.correlation_histogram import CorrelationHistogram
 from ocelot_em.model.correlations import TABLE, CorrelationTable
-from ocelot_em.model.maps import MIP, PIXEL_SIZE, AnyArray
+from ocelot_em.model.maps import COUNT, MIP, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.model.text import exposure_prefix
 from ocelot_em.store import arrays as store
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
-from ocelot_em.store.contract import Objects
+from ocelot_em.store.completion import complete_partial, publish_shards, restore
 from ocelot_em.store.correlations import table_problems, write_table
 from ocelot_em.store.creation import ensure_search, layout_differences, provenance, refresh_total
 from ocelot_em.store.manifest import (
-    MANIFEST,
     ArrayManifest,
     Manifest,
-    create_manifest,
-    describe_manifest,
     find_manifest,
     new_checksums,
 )
@@ -44,8 +40,6 @@ from ocelot_em.store.objects import open_objects
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     MapGroup,
-    completed,
-    partial_names,
     partial_path,
     read_partial_attributes,
 )
@@ -53,6 +47,7 @@ from ocelot_em.store.search_info import SearchInfo
 from ocelot_em.store.validation import (
     BadValues,
     converted,
+    is_map_of_counts,
     layout_problems,
     name_problems,
     value_problems,
@@ -64,7 +59,7 @@ def write_partial(
     name: str,
     result: Mapping[str, object],
     *,
-    total_projections: int,
+    total_projections: "int | AnyArray",
     order: int = 0,
     search: SearchInfo | None = None,
 ) -> None:
@@ -89,7 +84,9 @@ def write_partial(
         ``global_idx``, ``pos_y``, ``pos_x``, ``corr_value`` and ``threshold``; and so may
         ``correlation_histogram``, with ``low``, ``width`` and ``counts``. Others are ignored.
     total_projections
-        Exact number of cross-correlations in the sums.
+        Exact number of cross-correlations in the sums: an integer, or a map (y, x) of integers of
+        any type if it differs from pixel to pixel, 0 only where nothing was searched. If
+        ``result`` has such a map, an integer that is an upper bound of it.
     order
         Partials are merged in ascending order, then by name; earlier ones win ties.
     search
@@ -100,7 +97,8 @@ def write_partial(
     ------
     InvalidInputError
         Listing all problems: maps that are missing or have unequal shapes or a wrong dtype, NaN,
-        indices outside the search space, a name that is taken, a different search or exposure.
+        indices outside the search space, wrong counts, a name that is taken, a different search or
+        exposure.
 
     Examples
     --------
@@ -112,11 +110,17 @@ def write_partial(
     >>> write_partial("RUN.zarr", "gpu0", result, total_projections=20_500_000)
     >>> describe("RUN.zarr").attributes.total_projections
     20500000
+    >>> counts = np.full((64, 80), 5_000_000)
+    >>> write_partial("RUN.zarr", "gpu1", result, total_projections=counts)
     """
     info = search or SearchInfo()
-    kept = {name: getattr(info, name) for name in ("exposure", "chunk_files", "template_name")}
-    if info == SearchInfo(**kept):  # the maps say it
+    kept = "exposure", "chunk_files", "template_name", "has_counts"
+    if info == SearchInfo(**{name: getattr(info, name) for name in kept}):  # the maps say it
         info = replace(info, has_pixel_size=PIXEL_SIZE in result)
+    is_map = is_map_of_counts(total_projections)
+    counts = total_projections if is_map else result.get(COUNT)
+    if is_map_of_counts(counts):
+        result, info = {**result, COUNT: counts}, replace(info, has_counts=True)
     maps, problems = converted(result, info, name, HostRows)
     wide = any(rows.dtype.name == "float64" for key, rows in maps.items() if key != MIP)
     info = replace(info, float64_sums=info.float64_sums or wide)
@@ -131,6 +135,7 @@ def write_partial(
     def on_host(band: Region) -> dict[str, AnyArray]:
         return {key: rows[band.slices[0]] for key, rows in maps.items()}
 
+    total = _highest(maps.get(COUNT), bands) if is_map else total_projections
     histogram, table = CorrelationHistogram.of(result, name), None
     if TABLE in result:
         try:
@@ -141,7 +146,7 @@ def write_partial(
     partial, refused = None, InvalidInputError(())
     try:
         partial = PartialWriter(
-            store, name, shape, total_projections=total_projections, order=order, search=info
+            store, name, shape, total_projections=cast(int, total), order=order, search=info
         )
     except InvalidInputError as error:
         refused = error
@@ -165,6 +170,13 @@ def write_partial(
             writer.write_histogram(histogram)
 
 
+def _highest(counts: HostRows | None, bands: Sequence[Region]) -> int:
+    """Return the highest count of a map; 0 if it cannot be one, which is reported elsewhere."""
+    if counts is None or counts.dtype.kind not in "iu":
+        return 0
+    return max((int(counts[band.slices[0]].max(initial=0)) for band in bands), default=0)
+
+
 def _layouts(
     maps: Mapping[str, AnyArray] | Mapping[str, HostRows],
 ) -> dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]:
@@ -180,10 +192,13 @@ class PartialWriter:
 
     Parameters
     ----------
-    store, name, total_projections, order, search
+    store, name, order, search
         As for :func:`write_partial`.
     shape
         Height and width of the maps in pixels.
+    total_projections
+        Exact number of cross-correlations in the sums; an upper bound of the map of counts, if
+        ``search`` states that there is one.
 
     Raises
     ------
@@ -230,6 +245,7 @@ class PartialWriter:
                 id=uuid.uuid4().hex,
                 order=order,
                 total_projections=self.total_projections,
+                has_counts=self._info.has_counts,
                 state="writing",
                 provenance=provenance(inputs=(), options={}),
             )
@@ -441,59 +457,3 @@ def create_arrays(
         arrays[key] = ArrayManifest(metadata, new_checksums(grid))
     manifest = Manifest(owner, arrays)
     return manifest, replace(group, manifest=manifest).open(info.maps.partial)
-
-
-def publish_shards(maps: Mapping[str, store.ChunkedMap]) -> None:
-    """Make the shards of maps that are written visible."""
-    for chunked in maps.values():
-        if chunked.shards is not None:
-            chunked.shards.publish()
-
-
-def complete_partial(
-    objects: Objects, path: str, record: fmt.PartialAttributes, manifest: Manifest
-) -> Manifest:
-    """Complete a partial whose arrays are written, unless another process already has.
-
-    Of several processes, the first to create the manifest of the partial has completed it; that
-    manifest is returned. What unfinished writers left is deleted.
-    """
-    objects.tidy(path)
-    objects.sync()  # the data must be on the disk before the manifest
-    complete = record.model_copy(update={"state": "complete", "manifest": None})
-    mine = Manifest(record.id, manifest.arrays, complete.model_dump(mode="json"))
-    winner = mine if create_manifest(objects, path, mine) else find_manifest(objects, path)
-    assert winner is not None
-    objects.sync()
-    kept = restore(objects, path, winner).folder
-    if winner.id == record.id:
-        own = {MANIFEST, *([kept] if kept else {key.partition("/")[0] for key in winner.arrays})}
-        for child in {*objects.children(path)} - own:
-            objects.delete(f"{path}/{child}")
-    return winner
-
-
-def existing_partials(objects: Objects, exposure: str = "") -> dict[str, fmt.PartialAttributes]:
-    """Attributes of a search's or exposure's partials by name; empty without any.
-
-    What a killed writer has written but for its record is completed.
-    """
-    found = {}
-    for name in partial_names(objects, exposure):
-        found[name] = read_partial_attributes(objects, name, exposure)
-        path = partial_path(name, exposure)
-        if found[name].manifest and (written := find_manifest(objects, path)):
-            found[name] = restore(objects, path, written)
-    return found
-
-
-def restore(objects: Objects, path: str, manifest: Manifest) -> fmt.PartialAttributes:
-    """Complete a partial that has a manifest, unless it is; return its attributes."""
-    complete = completed(manifest, f"{objects.url}/{path}")
-    with suppress(FormatError):
-        attributes = groups.group_attributes(objects, path)
-        if fmt.parse_attributes(fmt.PartialAttributes, attributes, objects.url) == complete:
-            return complete
-    describe_manifest(objects, path, manifest)
-    groups.replace_attributes(objects, path, fmt.dump_attributes(complete))
-    return complete

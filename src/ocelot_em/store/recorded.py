@@ -25,12 +25,13 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.completion import complete_partial, publish_shards
 from ocelot_em.store.correlations import StoredTable, open_table, write_table
 from ocelot_em.store.creation import ensure_search, now, provenance, refresh_total
 from ocelot_em.store.lock import has_ended, this_process
 from ocelot_em.store.manifest import MANIFEST, Manifest, find_manifest, write_manifest
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import complete_partial, create_arrays, publish_shards
+from ocelot_em.store.partials import create_arrays
 from ocelot_em.store.roster import read_roster, register
 from ocelot_em.store.search import (
     MapGroup,

@@ -209,6 +209,7 @@ class MapGroup:
     manifest: Manifest | None = None
     total_projections: int | None = None
     correlation_threshold: float | None = None
+    has_counts: bool = False
 
     @property
     def place(self) -> str:
@@ -256,10 +257,16 @@ def open_partial(
 ) -> MapGroup:
     """Return the maps of a partial, with its manifest if it has one."""
     path = partial_path(name, exposure)
-    where, count = join(path, attributes.manifest_folder), attributes.total_projections
-    manifest = _manifest(objects, where, attributes)
-    threshold = attributes.correlation_threshold
-    return MapGroup(objects, path, name, attributes.folder, manifest, count, threshold)
+    return MapGroup(
+        objects,
+        path,
+        name,
+        attributes.folder,
+        _manifest(objects, join(path, attributes.manifest_folder), attributes),
+        attributes.total_projections,
+        attributes.correlation_threshold,
+        attributes.has_counts,
+    )
 
 
 def open_result(objects: Objects, attributes: fmt.MergedAttributes) -> MapGroup:

@@ -75,7 +75,7 @@ class Exposure:
 
 @dataclass(frozen=True)
 class SearchInfo:
-    """Properties that all partials of a search share, and the exposure of a new partial.
+    """Properties that all partials of a search share, and a new partial's exposure and counts.
 
     Parameters
     ----------
@@ -102,6 +102,9 @@ class SearchInfo:
     template_name
         Name of the template, as ``--group-by template`` uses it: letters, digits, ``.``, ``_``,
         ``-``. Default: the name of the store.
+    has_counts
+        Whether the new partial has a map ``total_projections``, because its pixels were correlated
+        with different numbers of projections. Each partial of a search may or may not have one.
 
     Examples
     --------
@@ -119,6 +122,7 @@ class SearchInfo:
     chunk_files: bool = False
     looks_wrapped: bool = False
     template_name: str | None = None
+    has_counts: bool = False
 
     def stored_dtype(self, name: str) -> str:
         """Stored dtype of a map of a partial."""
@@ -138,10 +142,10 @@ class SearchInfo:
 
     @property
     def maps(self) -> MapSet:
-        """Maps of each partial."""
+        """Maps of the new partial."""
         if self.search_space is not None:
-            return MapSet(PoseForm.INDEXED)
-        return MapSet(PoseForm.EXPLICIT, self.has_pixel_size)
+            return MapSet(PoseForm.INDEXED, counts=self.has_counts)
+        return MapSet(PoseForm.EXPLICIT, self.has_pixel_size, self.has_counts)
 
     def valid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the valid pixels of maps of this shape.

@@ -67,13 +67,18 @@ class Source(fmt.Attributes):
         """Name of the source in error messages."""
         return place_of(self.url, self.path, self.name)
 
+    @property
+    def is_counted_by_pixel(self) -> bool:
+        """Whether it is a partial with a map of counts, whose mean is collected."""
+        return self.has_counts and bool(self.path)
+
     def map_names(self, maps: MapSet) -> tuple[str, ...]:
         """Names of the source's maps that a merge with these maps needs."""
         names = MapSet(maps.form, maps.pixel_size, self.has_counts).partial
         return names if self.path else (*names, BEST_PARTIAL)
 
 
-_OF_PARTIAL = "id", "total_projections", "folder", "manifest", "manifest_folder"
+_OF_PARTIAL = "id", "total_projections", "has_counts", "folder", "manifest", "manifest_folder"
 """Attributes of a partial that its source repeats."""
 
 
@@ -237,7 +242,6 @@ def _open_sources(
                         correlation_histogram=partial.correlation_histogram,
                     ),
                 ),
-                has_counts=False,
                 **{key: getattr(partial, key) for key in _OF_PARTIAL},
             )
             for number, (name, partial) in enumerate(partials)

@@ -5,11 +5,27 @@ from pydantic import Field
 from ocelot_em.store.attributes import Attributes, Count, Digest, ExposureId, Number, Several
 
 
-class PartialStatistics(Attributes):
+class Projections(Attributes):
+    """Numbers of cross-correlations of each pixel.
+
+    ``total_projections`` is that of all pixels, or an upper bound if there is a map of counts;
+    ``mean_projections`` is then the mean over the valid pixels, None if unknown.
+    """
+
+    total_projections: Count
+    mean_projections: float | None = None
+
+    @property
+    def projections(self) -> float:
+        """Number of cross-correlations of a pixel, on average as far as known."""
+        known = self.mean_projections
+        return self.total_projections if known is None else known
+
+
+class PartialStatistics(Projections):
     """Number of valid pixels that a partial won."""
 
     name: str
-    total_projections: Count
     won_pixels: Count
 
 
@@ -17,8 +33,9 @@ class SourceStatistics(Attributes):
     """Statistics of an input's own correlations over the valid pixels; None if unknown.
 
     ``mean_spread`` is the standard deviation of the mean correlation over the pixels; ``std`` that
-    of the correlations at one pixel, as quadratic mean over the pixels. The sums are over all
-    pixels; equal sums reveal a share that was searched twice.
+    of the correlations at one pixel, as quadratic mean over the pixels; of a partial with a map of
+    counts, that of all its correlations. The sums are over all pixels; equal sums reveal a share
+    that was searched twice.
     """
 
     name: str
@@ -38,7 +55,7 @@ class ShownStatistics(Attributes):
     std: float | None = None
 
 
-class ExposureStatistics(Attributes):
+class ExposureStatistics(Projections):
     """Statistics of an exposure of a montage, outside (``alone``) and inside overlaps.
 
     The numbers of valid and searched pixels count pixels that are shown or not.
@@ -46,7 +63,6 @@ class ExposureStatistics(Attributes):
 
     id: ExposureId
     number: Number
-    total_projections: Count
     valid_pixels: Count
     searched_pixels: Count
     alone: ShownStatistics

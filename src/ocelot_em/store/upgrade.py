@@ -10,6 +10,7 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups
 from ocelot_em.store.arrays import ChunkedMap
+from ocelot_em.store.completion import restore
 from ocelot_em.store.contract import Objects, ReusedMemory
 from ocelot_em.store.creation import adopt_earlier_version
 from ocelot_em.store.manifest import (
@@ -21,7 +22,6 @@ from ocelot_em.store.manifest import (
     write_manifest,
 )
 from ocelot_em.store.objects import open_objects
-from ocelot_em.store.partials import restore
 from ocelot_em.store.roster import register
 from ocelot_em.store.search import (
     MapGroup,
@@ -48,7 +48,7 @@ def upgrade(path: str | PathLike[str]) -> int:
             if found.state != "complete" or found.manifest is not None:
                 continue
             group = open_partial(objects, name, exposure.id, found)
-            arrays = _arrays(group, attributes.maps.partial)
+            arrays = _arrays(group, found.maps(attributes.maps).partial)
             content = found.model_dump(mode="json", exclude={"manifest"})
             manifest = Manifest(found.id, arrays, content)
             create_manifest(objects, group.path, manifest)

@@ -5,12 +5,14 @@ result, or when they are written. A caller that has validated them passes ``vali
 writer.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import COUNT, INDEX, MAPS, MIP, NOT_SEARCHED, POSES, SQUARED_SUM, AnyArray
 from ocelot_em.model.regions import Region
 from ocelot_em.model.search_space import SearchSpace
@@ -24,14 +26,25 @@ def converted(
     """Required maps, converted to NumPy, and the problems of those that cannot be converted."""
     converted: dict[str, OneMap] = {}
     problems: list[str] = []
+    if not info.has_counts and is_map_of_counts(maps.get(COUNT)):
+        problems.append(
+            f"{place}: {COUNT}: expected one count for all pixels, got a map; a partial with a map "
+            "of counts needs SearchInfo(has_counts=True)"
+        )
     for key in info.maps.partial:
         try:
             converted[key] = convert(maps[key])
         except KeyError:
-            problems.append(f"{place}: {key}: missing")
+            stated = "; expected a map, as SearchInfo(has_counts=True) states" * (key == COUNT)
+            problems.append(f"{place}: {key}: missing{stated}")
         except (TypeError, ValueError, RuntimeError) as error:  # such as torch's bfloat16
             problems.append(f"{place}: {key}: cannot become a NumPy array: {error}")
     return converted, problems
+
+
+def is_map_of_counts(value: object) -> bool:
+    """Whether counts differ from pixel to pixel, rather than being one number for all of them."""
+    return bool(math.prod(np.shape(cast(Any, value))) > 1)
 
 
 def layout_problems(
@@ -46,6 +59,8 @@ def layout_problems(
         allowed = [d for d in MAPS[key].dtypes if info.float64_sums or d != "float64"]
         if key == INDEX:
             allowed.append("int64")  # checked against the search space, then stored as int32
+        if key == COUNT and dtype.kind in "iu":  # checked against the highest, stored as int64
+            allowed.append(dtype.newbyteorder("=").name)
         if dtype.newbyteorder("=").name not in allowed:
             problems.append(f"{place}: {key}: expected dtype {' or '.join(allowed)}, got {dtype}")
         if shape is not None and own_shape != shape:
@@ -62,7 +77,7 @@ def value_problems(
 ) -> list[str]:
     """Problems with values, each with its first pixel; missing maps are ignored."""
     found = BadValues(place, info.search_space, count)
-    own = {key: maps[key] for key in info.maps.partial if key in maps}
+    own = {key: maps[key] for key in (*info.maps.partial, COUNT) if key in maps}
     found.look(own, (region.y0, region.x0))
     return found.problems()
 
@@ -71,8 +86,8 @@ class BadValues:
     """Values that no search produces, found in a result's maps part by part.
 
     They are NaN and infinities, except in a pose where ``mip`` is -inf; negative sums of squares;
-    indices outside the search space, if that is known; -1 where something was searched; and
-    anything searched by a result whose count is 0.
+    indices outside the search space, if that is known; -1 where something was searched; counts that
+    are negative, above ``count`` if that is known, or 0 where something was searched.
     """
 
     def __init__(
@@ -80,10 +95,10 @@ class BadValues:
     ) -> None:
         self._place = f"{place}: " if place else ""
         self._n_poses = space.n_poses if space is not None else None
-        self._is_empty = count == 0
+        self._count = count
         self._found: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._infinite: set[str] = set()
-        self._outside: list[int] = []
+        self._outside: dict[str, list[int]] = {}
 
     def look(self, maps: Mapping[str, AnyArray], origin: tuple[int, ...]) -> None:
         """Check one part of all or some maps, which begins at ``origin``, on their own device.
@@ -91,11 +106,16 @@ class BadValues:
         Without ``mip``, all pixels count as searched. The arrays may lack leading axes.
         """
         searched = maps[MIP] > -np.inf if MIP in maps else None
-        if self._is_empty and searched is not None:
+        if self._count == 0 and searched is not None:
             self._note(_UNCOUNTED, searched, origin)
         for key, values in maps.items():
             if key == INDEX:
                 self._look_at_index(values, searched, origin)
+            elif key == COUNT:
+                end = MAX_COUNT if self._count is None else self._count
+                self._look_outside(_WRONG_COUNT, values, (values < 0) | (values > end), origin)
+                if searched is not None and self._count != 0:
+                    self._note(_NOT_COUNTED, (values == 0) & searched, origin)
             elif values.dtype.kind == "f":
                 bad = ~(values < np.inf) if key == MIP else ~np.isfinite(values)
                 if key in POSES and searched is not None:
@@ -112,10 +132,17 @@ class BadValues:
         end = np.iinfo(np.int32).max if self._n_poses is None else self._n_poses
         outside = (index < NOT_SEARCHED) | (index >= end)
         problem = _OUTSIDE_ANY if self._n_poses is None else _OUTSIDE
-        if self._note(problem, outside, origin):
-            self._outside += [int(index[outside].min()), int(index[outside].max())]
+        self._look_outside(problem, index, outside, origin)
         if searched is not None:
             self._note(_MISSING, (index == NOT_SEARCHED) & searched, origin)
+
+    def _look_outside(
+        self, problem: str, values: AnyArray, outside: AnyArray, origin: tuple[int, ...]
+    ) -> None:
+        """Count integers out of range, and keep the lowest and the highest."""
+        if self._note(problem, outside, origin):
+            found = self._outside.setdefault(problem, [])
+            found += [int(values[outside].min()), int(values[outside].max())]
 
     def _note(self, problem: str, bad: AnyArray, origin: tuple[int, ...]) -> bool:
         """Count bad pixels; return whether there are any."""
@@ -138,14 +165,21 @@ class BadValues:
                 first=first,
                 kind="NaN or infinite" if problem in self._infinite else "NaN",
                 last=(self._n_poses or 0) - 1,
-                got=f"got {min(self._outside)} to {max(self._outside)}" if self._outside else "",
+                count=MAX_COUNT if self._count is None else self._count,
+                got="got {} to {}".format(*_ends(self._outside.get(problem, [0]))),
             )
             for problem, (n, first) in self._found.items()
             if n
         ]
 
 
+def _ends(values: Sequence[int]) -> tuple[int, int]:
+    return min(values), max(values)
+
+
 _UNCOUNTED = f"{COUNT}: 0, but {MIP} was searched, first at pixel {{first}}"
+_NOT_COUNTED = f"{COUNT}: 0 where {MIP} was searched {{where}}"
+_WRONG_COUNT = f"{COUNT}: expected 0 to {{count}}, {{got}} {{where}}"
 _NEGATIVE = f"{SQUARED_SUM}: negative {{where}}"
 _MISSING = f"{INDEX}: -1 where {MIP} was searched {{where}}"
 _OUTSIDE_ANY = f"{INDEX}: expected -1 or more, {{got}} {{where}}"

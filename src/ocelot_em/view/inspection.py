@@ -1,7 +1,7 @@
 """Description and validation of a store."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, repeat
 from os import PathLike
@@ -66,6 +66,8 @@ class StoreInfo:
     correlation_tables
         Name of each partial of a search that has a correlation table, its threshold and number of
         rows.
+    with_counts
+        Names of the partials with a map of counts; ``partials`` has an upper bound of each.
 
     Examples
     --------
@@ -90,6 +92,7 @@ class StoreInfo:
     merged: MergedResult | None = field(default=None, repr=False, compare=False)
     progress: SearchProgress | None = None
     correlation_tables: tuple[tuple[str, float, int], ...] = ()
+    with_counts: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         is_search = isinstance(self.attributes, fmt.SearchAttributes)
@@ -154,6 +157,7 @@ def _description(objects: Objects, known: Objects) -> StoreInfo:
             tuple(exposures) if attributes.has_exposures else (),
             tuple(name for name, own in read if own.state == "complete" and own.manifest is None),
             progress=combined([progress_of_partials(owns) for _, owns in found]),
+            with_counts=tuple(name for name, own in read if own.has_counts),
             correlation_tables=tuple(
                 (partial_text(owner, name), own.correlation_threshold, n_rows(known, path))
                 for owner, owns in found
@@ -176,6 +180,12 @@ def _description(objects: Objects, known: Objects) -> StoreInfo:
         n_tiles=len(grid),
         merged=result if is_complete else None,
         progress=result.plan.progress,
+        with_counts=tuple(
+            partial_text(exposure.id, source.name)
+            for exposure in result.plan.exposures
+            for source in exposure.sources
+            if source.is_counted_by_pixel
+        ),
     )
 
 
@@ -338,7 +348,8 @@ def _group_problems(
 ) -> Iterator[str]:
     """Yield all problems of a group of maps, chunk by chunk; ``infos`` are by exposure number."""
     merged = attributes if isinstance(attributes, fmt.MergedAttributes) else None
-    keys = attributes.maps.merged if merged else attributes.maps.partial
+    own_maps = replace(attributes.maps, counts=opened.has_counts)
+    keys = attributes.maps.merged if merged else own_maps.partial
     maps: dict[str, ChunkedMap] = {}
     for key in keys:
         try:

@@ -244,7 +244,7 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
     """Return the partials of all exposures, or groups, compared within each."""
     found = []
     for exposure, own in _open_montage(store, of_groups=True).statistics_of_exposures.items():
-        projections = max(sum(partial.total_projections for partial in own.partials), 1)
+        projections = max(sum(partial.projections for partial in own.partials), 1)
         # The sources of an exposure are its partials, because a montage is not merged again.
         wins, deviations = expected_wins(own.partials), rms_deviations(own.sources)
         for partial, source, expected, deviation in zip(
@@ -256,7 +256,7 @@ def compared_partials(store: Store) -> list[ComparedPartial]:
                 expected >= MIN_EXPECTED_WINS and partial.total_projections >= MIN_PROJECTIONS
             )
             unusual = is_certain and (ratio > WIN_RATIO or ratio < 1 / WIN_RATIO)
-            share = partial.total_projections / projections
+            share = partial.projections / projections
             found.append(
                 ComparedPartial(exposure, partial, source, share, ratio, unusual, *deviation)
             )

@@ -170,6 +170,8 @@ class PixelStatistics:
         Number of pixels won, by number of the partial.
     moments
         Moments by source, kind of sum (plain, squared) and :data:`MOMENTS`.
+    projections
+        Sums of the maps of counts, by partial that has one.
     """
 
     extremes: Float64
@@ -177,9 +179,10 @@ class PixelStatistics:
     n_candidates: int
     wins: AnyArray
     moments: Float64
+    projections: Float64
 
     @classmethod
-    def empty(cls, n_partials: int, n_sources: int) -> "PixelStatistics":
+    def empty(cls, n_partials: int, n_sources: int, n_maps: int) -> "PixelStatistics":
         """Return the statistics of no pixels."""
         return cls(
             extremes=np.array([np.inf, -np.inf, np.inf, -np.inf]),
@@ -187,31 +190,33 @@ class PixelStatistics:
             n_candidates=0,
             wins=np.zeros(n_partials, np.int64),
             moments=np.zeros((n_sources, 2, len(MOMENTS))),
+            projections=np.zeros(n_maps),
         )
 
     @property
     def flat(self) -> Float64:
         """All numbers in one dimension; pixel counts are far below 2**53."""
         own = [*self.extremes, *self.counts, self.n_candidates]
-        return np.concatenate([own, self.wins, self.moments.reshape(-1)])
+        return np.concatenate([own, self.wins, self.moments.reshape(-1), self.projections])
 
     @classmethod
-    def from_flat(cls, flat: AnyArray, n_partials: int) -> "PixelStatistics":
+    def from_flat(cls, flat: AnyArray, n_partials: int, n_maps: int) -> "PixelStatistics":
         """Restore statistics from :attr:`flat`."""
-        n_own, n_extremes = len(TILE_FIELDS), len(EXTREMES)
-        moments = flat[n_own + n_partials :].reshape(-1, 2, len(MOMENTS))
+        n_own, n_extremes, end = len(TILE_FIELDS), len(EXTREMES), len(flat) - n_maps
+        moments = flat[n_own + n_partials : end].reshape(-1, 2, len(MOMENTS))
         return cls(
             extremes=flat[:n_extremes],
             counts=flat[n_extremes : n_own - 1].astype(np.int64),
             n_candidates=int(flat[n_own - 1]),
             wins=flat[n_own : n_own + n_partials].astype(np.int64),
             moments=moments,
+            projections=flat[end:],
         )
 
     @staticmethod
-    def n_flat(n_partials: int, n_sources: int) -> int:
+    def n_flat(n_partials: int, n_sources: int, n_maps: int) -> int:
         """Length of :attr:`flat`."""
-        return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS)
+        return len(TILE_FIELDS) + n_partials + n_sources * 2 * len(MOMENTS) + n_maps
 
 
 class StatisticsScope(NamedTuple):
@@ -225,12 +230,15 @@ class StatisticsScope(NamedTuple):
         Lowest z-score of a candidate.
     n_partials, n_sources
         Numbers of merged partials and sources.
+    with_counts
+        Numbers of the sources that are partials with a map of counts.
     """
 
     region: Region
     level: float
     n_partials: int
     n_sources: int
+    with_counts: tuple[int, ...] = ()
 
 
 KernelMoments = tuple[bool, tuple[Any, ...], tuple[AnyArray, int]]
@@ -289,7 +297,10 @@ class TileStatistics:
     def begin(self, region: Region, scope: StatisticsScope) -> None:
         """Reset all statistics, and start with a region of an exposure."""
         self.region, self._level = region, np.float32(scope.level)
-        self.statistics = PixelStatistics.empty(scope.n_partials, scope.n_sources)
+        self._with_counts = scope.with_counts
+        self.statistics = PixelStatistics.empty(
+            scope.n_partials, scope.n_sources, len(scope.with_counts)
+        )
         self._histograms.mip.fill(0)
         self._histograms.z.fill(0)
         self._histograms.joint[self._joint_used] = self._joint[self._joint_used] = 0
@@ -308,6 +319,14 @@ class TileStatistics:
         """Add a source's sums of the whole region to its moments."""
         into = self.statistics.moments[number, 0 if name == SUM else 1]
         self._kernel.add_moments(values, self._position(0), into)
+
+    def add_counts(self, number: int, values: AnyArray) -> None:
+        """Add up the map of counts of a source, if it is a partial."""
+        if number in self._with_counts:
+            n_rows, n_columns = self._valid
+            counted = values.reshape(self.region.shape)[:n_rows, :n_columns]
+            place = self._with_counts.index(number)
+            self.statistics.projections[place] = counted.sum(dtype=np.float64)
 
     def moments(self, name: str) -> KernelMoments:
         """Arguments of a kernel that adds sums."""

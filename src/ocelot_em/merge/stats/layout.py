@@ -135,6 +135,7 @@ class Layout:
             candidate_level(self.exposure.total_projections),
             len(self.exposure.contributions),
             len(self.exposure.sources),
+            tuple(n for n, s in enumerate(self.exposure.sources) if s.is_counted_by_pixel),
         )
 
     @property
@@ -175,7 +176,7 @@ class Layout:
     def n_statistics(self) -> int:
         """Number of values of :class:`PixelStatistics`, which are first in a record."""
         scope = self.scope
-        return PixelStatistics.n_flat(scope.n_partials, scope.n_sources)
+        return PixelStatistics.n_flat(scope.n_partials, scope.n_sources, len(scope.with_counts))
 
     @property
     def candidates_shape(self) -> tuple[int, int]:
@@ -242,7 +243,7 @@ class Layout:
                 f"{self._label(objects, NUMBERS, number)}: expected counts of pixels, got "
                 f"{wrong[0]}; merge again"
             )
-        return PixelStatistics.from_flat(own, n_partials)
+        return PixelStatistics.from_flat(own, n_partials, len(self.scope.with_counts))
 
     def _wrong_candidates(self, rows: Float64, number: int) -> str:
         """Describe the first invalid value of the candidates; empty if there is none."""

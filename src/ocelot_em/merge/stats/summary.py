@@ -30,6 +30,7 @@ from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants, groups, statistics_attributes
 from ocelot_em.store.contract import Objects, at_once, return_free_memory
+from ocelot_em.store.sources import Source
 from ocelot_em.store.tables import read_table, write_table
 
 EXPOSURES_BETWEEN_TIDYING = 32
@@ -109,7 +110,7 @@ def finish(
         read = partial(layout.shown, objects)
         for own in map_in_threads(read, range(len(layout)), objects.requests):
             shown += own
-        described.append(_exposure_statistics(exposure, int(histograms.z.sum()), shown))
+        described.append(_exposure_statistics(exposure, int(histograms.z.sum()), total, shown))
         if position % EXPOSURES_BETWEEN_TIDYING == 0:
             return_free_memory()
     _write_summary(objects, STATISTICS, all_histograms, totals, tuple(described))
@@ -208,28 +209,50 @@ def _attributes(
             statistics_attributes.PartialStatistics(
                 name=contribution.name,
                 total_projections=contribution.total_projections,
+                mean_projections=mean,
                 won_pixels=int(won),
             )
             for exposure, total in totals
-            for contribution, won in zip(exposure.contributions, total.wins, strict=True)
+            for contribution, won, mean in zip(
+                exposure.contributions,
+                total.wins,
+                _mean_projections(exposure, total),
+                strict=True,
+            )
         ),
         sources=tuple(
-            _source_statistics(source.name, source.total_projections, moments)
+            _source_statistics(source, moments, means[source.first_number])
             for exposure, total in totals
+            for means in [_mean_projections(exposure, total)]
             for source, moments in zip(exposure.sources, total.moments, strict=True)
         ),
         exposures=exposures,
     )
 
 
+def _mean_projections(exposure: PlannedExposure, total: PixelStatistics) -> list[float | None]:
+    """Return the mean of each partial's map of counts over the pixels; None if it has none."""
+    means = iter((total.projections / max(exposure.counted.size, 1)).tolist())
+    return [
+        next(means) if source.is_counted_by_pixel else None
+        for source in exposure.sources
+        for _ in source.contributions
+    ]
+
+
 def _exposure_statistics(
-    exposure: PlannedExposure, searched: int, shown: Float64
+    exposure: PlannedExposure, searched: int, total: PixelStatistics, shown: Float64
 ) -> statistics_attributes.ExposureStatistics:
     alone, overlap = shown.reshape(2, -1)
+    means, mean = _mean_projections(exposure, total), None
+    if means.count(None) < len(means):
+        counts = (own.total_projections for own in exposure.contributions)
+        mean = sum(n if own is None else own for own, n in zip(means, counts, strict=True))
     return statistics_attributes.ExposureStatistics(
         id=exposure.id,
         number=exposure.number,
         total_projections=exposure.total_projections,
+        mean_projections=mean,
         valid_pixels=exposure.counted.size,
         searched_pixels=searched,
         alone=_shown_statistics(alone),
@@ -247,22 +270,29 @@ def _shown_statistics(sums: Float64) -> statistics_attributes.ShownStatistics:
 
 
 def _source_statistics(
-    name: str, count: int, moments: Float64
+    source: Source, moments: Float64, mean_count: float | None
 ) -> statistics_attributes.SourceStatistics:
     """Compute statistics of a source's correlations from sums over the pixels of its maps."""
     (n, total, squared_total), (n_squared, energy, _) = moments
+    about = partial(
+        statistics_attributes.SourceStatistics,
+        name=source.name,
+        total_projections=source.total_projections,
+    )
+    count = source.total_projections if mean_count is None else mean_count
     known = n > 0 and n_squared > 0 and count > 0
     if not known:
-        return statistics_attributes.SourceStatistics(name=name, total_projections=count)
-    mean = total / n
-    spread = max(squared_total / n - mean * mean, 0.0) ** 0.5
-    # Mean over pixels of Q / N - (S / N)**2.
+        return about()
+    mean, spread = total / n, None
+    # Mean over pixels of Q / N - (S / N)**2; with a map of counts, variance of all correlations.
     variance = energy / n_squared / count - squared_total / n / count**2
-    return statistics_attributes.SourceStatistics(
-        name=name,
-        total_projections=count,
+    if mean_count is not None:
+        variance = energy / n_squared / count - (mean / count) ** 2
+    else:
+        spread = max(squared_total / n - mean * mean, 0.0) ** 0.5 / count
+    return about(
         mean=mean / count,
-        mean_spread=spread / count,
+        mean_spread=spread,
         std=max(variance, 0.0) ** 0.5,
         correlation_sum=float(total),
         correlation_squared_sum=float(energy),

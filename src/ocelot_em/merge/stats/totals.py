@@ -105,14 +105,17 @@ class Totals:
 
     def __init__(self, scope: StatisticsScope, flat: AnyArray) -> None:
         self.flat, self.histograms = flat, Histograms.from_flat(flat)
-        self._sums = PixelStatistics.empty(scope.n_partials, scope.n_sources)
+        n_maps = len(scope.with_counts)
+        self._sums = PixelStatistics.empty(scope.n_partials, scope.n_sources, n_maps)
         self._moments = ExactSum(self._sums.moments.shape)
+        self._projections = ExactSum((n_maps,))
 
     def add(self, tile: TileTotals) -> None:
         """Add the statistics and the counts of a tile."""
         bins, counts = (own.astype(np.int64, copy=False) for own in (tile.bins, tile.counts))
         self.flat[bins] += counts  # several times as fast with these types
-        self.add_statistics(PixelStatistics.from_flat(tile.statistics, len(self._sums.wins)))
+        sizes = len(self._sums.wins), len(self._sums.projections)
+        self.add_statistics(PixelStatistics.from_flat(tile.statistics, *sizes))
 
     def add_statistics(self, other: PixelStatistics) -> None:
         """Add the statistics of other pixels."""
@@ -123,9 +126,11 @@ class Totals:
         sums.n_candidates += other.n_candidates
         sums.wins += other.wins
         self._moments.add(other.moments)
+        self._projections.add(other.projections)
 
     @property
     def statistics(self) -> PixelStatistics:
         """The sums."""
         self._sums.moments = self._moments.rounded
+        self._sums.projections = self._projections.rounded
         return self._sums
