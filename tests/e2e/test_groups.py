@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import ocelot_em
 from helpers import SPACE, assert_same_maps, chunk_bytes, expensive, make_result, read_maps
+from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError, OutputExistsError, TilesFailedError
 from ocelot_em.model.maps import INDEX, POSES
 from ocelot_em.model.search_space import SearchSpace
@@ -310,3 +311,7 @@ def test_a_report_speaks_of_groups(two_templates):
     assert "montage" not in page.lower().split("</style>")[1].split("<script")[0]
     assert "1: z = 12.00" in page
     assert re.search(r"<td>holo</td>.*>1</td>.*500,000", page)
+    by_decoy = ["report", str(place / "OUT"), "--output", str(place / "d.html"), "--estimates"]
+    assert run([*by_decoy, "holo"]) == 0
+    assert "as they were estimated for these particles" in (place / "d.html").read_text()
+    assert run([*by_decoy, "mirror", "--overwrite"]) != 0

@@ -8,6 +8,7 @@ import pytest
 from ocelot_em import Simulation, estimate, find_peaks, merge, simulate
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.particles.estimates import Estimates
+from ocelot_em.particles.table import COLUMNS, GROUP_COLUMNS, ParticleTable, PickInfo
 from ocelot_em.testing import noise
 
 
@@ -78,6 +79,45 @@ def test_a_decoy_counts_the_false_ones(tmp_path):
         estimate(particles)
     with pytest.raises(InvalidInputError, match="decoy: expected one of none"):
         estimate(particles, decoy="mirror")
+    high = find_peaks(place, cutoff=8.0)
+    by_high = estimate(particles, decoy=high)  # which has none below its own cutoff
+    np.testing.assert_array_equal(np.isnan(by_high["precision"]), particles["scaled_mip"] < 8)
+    with pytest.raises(InvalidInputError, match="decoy: expected particles picked by neg_log_p"):
+        estimate(find_peaks(place, method="pvalue"), decoy=high)
+    assert estimate(find_peaks(place, cutoff=-9.0), place)["precision"][-1] == 0
     by_mip = find_peaks(place, method="mip", cutoff=6.0)
     with pytest.raises(InvalidInputError, match="picked by mip"):
         estimate(by_mip, place)
+
+
+def table(heights, groups=None, counts=1000, about=None):
+    n, columns = len(heights), {**COLUMNS} | ({} if groups is None else {**GROUP_COLUMNS})
+    del columns["neg_log_p"]
+    found = {
+        name: np.zeros(n, column.dtype.replace("str", "U9")) for name, column in columns.items()
+    }
+    found["scaled_mip"][:], found["total_correlations"][:] = heights, counts
+    if groups is not None:
+        found["group"][:] = groups
+    return ParticleTable(found, about)
+
+
+def test_a_decoy_stands_for_as_many_correlations_as_the_others_have():
+    """A decoy that was searched with a sixth of their correlations finds a sixth as many."""
+    names, counts = ["A", "A", "A", "mirror", "B"], [1000, 1000, 1000, 250, 500]
+    particles = table([9.5, 9, 8, 7.5, 7], names, counts)
+    found = estimate(particles, decoy="mirror")
+    np.testing.assert_array_equal(found["precision"], [1, 1, 1, np.nan, 0])
+    by_table = estimate(table([9.5, 9, 8, 7]), decoy=table([7.5], counts=500))
+    np.testing.assert_array_equal(by_table["precision"], [1, 1, 1, 0.5])
+
+
+def test_a_decoy_without_particles_leaves_all_true():
+    about = PickInfo(
+        "M", "gaussian", 6.0, 10, 1.0, None, (9, 9), (9, 9), "group", (("A", 6.0), ("mirror", 6.0))
+    )
+    particles = table([9, 8], ["A", "A"], about=about)
+    assert estimate(particles, decoy="mirror")["precision"].tolist() == [1, 1]
+    assert estimate(particles, decoy=table([]))["recall"].tolist() == [0.5, 1]
+    with pytest.raises(InvalidInputError, match="expected one of A, mirror, got 'C'"):
+        estimate(particles, decoy="C")

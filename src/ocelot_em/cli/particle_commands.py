@@ -14,6 +14,7 @@ from ocelot_em.model.pick_options import DetectionOptions, PickOptions
 
 if TYPE_CHECKING:
     from ocelot_em.io.optics import Optics
+    from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.table import ParticleTable
     from ocelot_em.store.attributes import MergedAttributes
 
@@ -164,7 +165,7 @@ def peaks(
         Default: they are not added.
     """
     require_stores(store, kind="merged")
-    from ocelot_em.io.tables import read_particles, write_table
+    from ocelot_em.io.tables import write_table
     from ocelot_em.merge.result import MergedResult
     from ocelot_em.particles.picking import pick_particles
     from ocelot_em.store.whole_file import refuse_existing
@@ -173,16 +174,24 @@ def peaks(
     merged, found = MergedResult.open(store), None
     if str(output).lower().endswith(".star"):
         found = optics.read(merged.attributes, None, needs_template=False)
-    table = _named(pick_particles(merged, picking), optics)
-    if estimates is not None:
-        from ocelot_em.particles.estimates import estimate
-
-        decoy: Any = None if estimates == "noise" else str(estimates)
-        if decoy and Path(decoy).suffix.lower() in (".csv", ".parquet"):
-            decoy = read_particles(decoy)
-        table = estimate(table, merged, decoy=decoy)
+    table = with_estimates(_named(pick_particles(merged, picking), optics), merged, estimates)
     write_table(table, output, optics=found, overwrite=overwrite)
     print_particles(table, output)
+
+
+def with_estimates(
+    table: "ParticleTable", merged: "MergedResult", by: PathOrUrl | None
+) -> "ParticleTable":
+    """Return particles with estimates by noise, a group or a table; without any if it is None."""
+    from ocelot_em.io.tables import read_particles
+    from ocelot_em.particles.estimates import estimate
+
+    if by is None:
+        return table
+    decoy: Any = None if by == "noise" else str(by)
+    if decoy and Path(decoy).suffix.lower() in (".csv", ".parquet"):
+        decoy = read_particles(decoy)
+    return estimate(table, merged, decoy=decoy)
 
 
 def detections(

@@ -3,18 +3,45 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from cyclopts import Parameter
+
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.exit_codes import DONE, FAILED
 from ocelot_em.cli.parameters import PathOrUrl, require_stores
-from ocelot_em.cli.particle_commands import DEFAULTS, PICKING, print_particles
+from ocelot_em.cli.particle_commands import DEFAULTS, PICKING, print_particles, with_estimates
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.html import is_html
+from ocelot_em.model.options import Options
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.text import count_text
 
 if TYPE_CHECKING:
-    from ocelot_em.model.keywords import ReportKeywords
     from ocelot_em.view.index import IndexRow
+
+
+class ShownOptions(Options):
+    """What the report of one result shows besides.
+
+    Parameters
+    ----------
+    micrograph
+        MRC file of the micrograph that was searched: the report then shows the best particles in
+        it. For the report of one result that is no montage. Default: none.
+    template
+        MRC file of the template that was searched: the report then shows its projections at the
+        poses of the best particles. For the report of one result. Default: none.
+    estimates
+        What counts false particles for the estimated precision and recall: ``noise``, or a decoy,
+        by the name of its group, or its table (.csv, .parquet). For the report of one result.
+        Default: the model of noise, if the method of picking has one.
+    """
+
+    micrograph: Path | None = None
+    template: Path | None = None
+    estimates: PathOrUrl | None = None
+
+
+NOTHING_ELSE = ShownOptions()
 
 
 def report(
@@ -23,8 +50,7 @@ def report(
     *,
     output: PathOrUrl,
     overwrite: bool = False,
-    micrograph: Path | None = None,
-    template: Path | None = None,
+    shown: Annotated[ShownOptions, Parameter(name="*")] = NOTHING_ELSE,
     picking: Annotated[PickOptions, PICKING] = DEFAULTS,
 ) -> int:
     """Write the report of a merged result, or one page for many results with a report of each.
@@ -38,23 +64,17 @@ def report(
         and a table (CSV) beside it.
     overwrite
         Replace existing files.
-    micrograph
-        MRC file of the micrograph that was searched: the report then shows the best particles in
-        it. For the report of one result that is no montage. Default: none.
-    template
-        MRC file of the template that was searched: the report then shows its projections at the
-        poses of the best particles. For the report of one result. Default: none.
     """
     if len(stores) == 1 and is_html(output) and not _is_folder_of_results(stores[0]):
         from ocelot_em.store.whole_file import refuse_existing
 
         refuse_existing([Path(output)], overwrite)
-        _write_one(stores[0], output, picking, {"micrograph": micrograph, "template": template})
+        _write_one(stores[0], output, picking, shown)
         return DONE
-    if micrograph or template:
+    if names := [name for name, value in shown if value]:
         raise InvalidInputError(
-            f"{'--micrograph' if micrograph else '--template'}: expected one merged result and an "
-            "HTML file as the output, got many results or a folder; write a report of each"
+            f"--{names[0]}: expected one merged result and an HTML file as the output, got many "
+            "results or a folder; write a report of each"
         )
     from ocelot_em.view.index import write_index
 
@@ -66,7 +86,7 @@ def report(
 
 
 def _write_one(
-    store: PathOrUrl, output: PathOrUrl, picking: PickOptions, images: "ReportKeywords"
+    store: PathOrUrl, output: PathOrUrl, picking: PickOptions, shown: ShownOptions
 ) -> None:
     require_stores(store, kind="merged")
     from ocelot_em.merge.result import MergedResult
@@ -74,7 +94,8 @@ def _write_one(
     from ocelot_em.view.report import write_report
 
     merged = MergedResult.open(store)
-    table = pick_particles(merged, picking)
+    table = with_estimates(pick_particles(merged, picking), merged, shown.estimates)
+    images = shown.model_dump(exclude={"estimates"})
     write_report(merged, output, particles=table, **images)
     print_particles(table, output)
 

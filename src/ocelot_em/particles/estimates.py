@@ -74,32 +74,67 @@ def estimates_of(
 
     ``decoy`` is the name of a group, or the particles of another result; None: the model of noise.
     """
-    table = particles
-    if decoy is None:
-        if merged is None:
-            raise InvalidInputError("decoy: expected one, or a merged result, got neither")
-        if particles.ranked_by == MIP:
-            raise InvalidInputError(
-                "particles: expected particles picked by z-score or p-value, which have a model of "
-                "noise, got particles picked by mip; give a decoy"
-            )
-        table = with_weaker(merged, particles)
     height = particles.ranked_by
-    counted, false = table.columns[height], np.empty(0)
-    if isinstance(decoy, ParticleTable):
-        false = decoy.columns[height]
-    elif decoy is not None:
-        groups = particles.columns.get(GROUP, np.array([], str))
-        if decoy not in groups:
-            known = ", ".join(np.unique(groups).tolist()) or "none, because there are no groups"
-            raise InvalidInputError(f"decoy: expected one of {known}, got {decoy!r}")
-        counted, false = counted[groups != decoy], counted[groups == decoy]
-    cutoffs = np.unique(counted[np.isfinite(counted)].astype(np.float64))[::-1]
-    found = _at_or_above(counted, cutoffs)
     if decoy is not None:
-        return Estimates(cutoffs, found, _at_or_above(false, cutoffs))
-    assert merged is not None
+        counted, false, scale, lowest = _by_decoy(merged, particles, decoy)
+        cutoffs, found = _counted(counted)
+        expected = np.where(cutoffs < lowest, np.nan, scale * _at_or_above(false, cutoffs))
+        return Estimates(cutoffs, found, expected)
+    if merged is None:
+        raise InvalidInputError("decoy: expected one, or a merged result, got neither")
+    if height == MIP:
+        raise InvalidInputError(
+            "particles: expected particles picked by z-score or p-value, which have a model of "
+            "noise, got particles picked by mip; give a decoy"
+        )
+    cutoffs, found = _counted(with_weaker(merged, particles).columns[height])
     return Estimates(cutoffs, found, expected_above(merged, particles, cutoffs))
+
+
+def _by_decoy(
+    merged: MergedResult | None, particles: ParticleTable, decoy: str | ParticleTable
+) -> tuple[AnyArray, AnyArray, float, float]:
+    """Return the heights of particles and of the decoy's, and what one of those stands for.
+
+    A decoy of half as many correlations finds half as many false particles. The last value is the
+    decoy's own cutoff, below which its number is unknown; -inf if it is not known.
+    """
+    height, about = particles.ranked_by, particles.about
+    searched, heights = _correlations_of(particles), particles.columns[height]
+    if isinstance(decoy, ParticleTable):
+        unstated = decoy.about is None and height == MIP
+        if height not in decoy.columns or not (decoy.ranked_by == height or unstated):
+            raise InvalidInputError(
+                f"decoy: expected particles picked by {height}, as the others, got particles "
+                f"picked by {decoy.ranked_by}; pick both with the same method"
+            )
+        scale = sum(searched.values()) / (sum(_correlations_of(decoy).values()) or np.inf)
+        lowest = -np.inf if decoy.about is None else decoy.about.cutoff
+        return heights, decoy.columns[height], scale, lowest
+    cutoffs = dict(about.exposure_cutoffs) if about is not None and about.per == "group" else {}
+    searched = dict.fromkeys(cutoffs, 0) | (searched if GROUP in particles.columns else {})
+    if merged is not None and merged.plan.group_by:
+        searched |= {own.id: own.total_projections for own in merged.plan.exposures}
+    if decoy not in searched:
+        known = ", ".join(sorted(searched)) or "none, because there are no groups"
+        raise InvalidInputError(f"decoy: expected one of {known}, got {decoy!r}")
+    is_decoy = particles.columns[GROUP] == decoy
+    own = searched.pop(decoy)
+    scale = sum(searched.values()) / (own or np.inf)
+    return heights[~is_decoy], heights[is_decoy], scale, cutoffs.get(decoy, -np.inf)
+
+
+def _correlations_of(particles: ParticleTable) -> dict[str, int]:
+    """Return the number of correlations of a pixel, for each group of particles, if any."""
+    counts = particles.columns["total_correlations"]
+    groups = particles.columns.get(GROUP, np.zeros(len(counts), str))
+    return {name: int(counts[groups == name].max()) for name in np.unique(groups).tolist()}
+
+
+def _counted(heights: AnyArray) -> tuple[Float64, Float64]:
+    """Return the different heights, descending, and the number of particles at or above each."""
+    cutoffs = np.unique(heights[np.isfinite(heights)].astype(np.float64))[::-1]
+    return cutoffs, _at_or_above(heights, cutoffs)
 
 
 def _at_or_above(heights: AnyArray, cutoffs: Float64) -> Float64:
@@ -129,19 +164,22 @@ def estimate(
         The merged result that they were picked from. Without a decoy, false ones are those that
         its model of noise expects: that of the picking, or Gaussian noise.
     decoy
-        What finds false particles as often as the template does: the name of a group of a template
-        that is not there, such as a mirrored one, or the particles of such a search.
+        What finds false particles as often as the template does, for as many correlations: the name
+        of a group of a template that is not there, such as a mirrored one, or the particles of such
+        a search, down to the same cutoff.
 
     Returns
     -------
     ParticleTable
         The same particles with the columns ``precision`` and ``recall``. They are NaN for the
-        particles of a group that is the decoy, and the recall where it is unknown.
+        particles of a group that is the decoy, and below the cutoff of the decoy; and the recall
+        where it is unknown.
 
     Raises
     ------
     InvalidInputError
-        There is no such group, neither a store nor a decoy, or no model of noise.
+        There is no such group, neither a store nor a decoy, no model of noise, or a decoy that was
+        picked by another method.
 
     Examples
     --------
@@ -218,7 +256,8 @@ def noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
     """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
     projections = sum(partial.projections for partial in attributes.partials)
     draws = [(own.projections, own.valid_pixels) for own in attributes.exposures]
-    log_below = np.array([log1p(-erfc(level / sqrt(2)) / 2) for level in z])
+    highest = 1 - 2**-53  # of a probability, whose complement has a logarithm
+    log_below = np.array([log1p(-min(erfc(level / sqrt(2)) / 2, highest)) for level in z])
     above = np.zeros(len(z))
     for n, pixels in draws or [(projections, attributes.valid_pixels)]:
         above -= pixels * np.expm1(n * log_below)

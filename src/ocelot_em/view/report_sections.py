@@ -1,6 +1,7 @@
 """Data of a report and its sections: figures and values for its template."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -28,7 +29,15 @@ from ocelot_em.particles.quality import (
     picking_warnings,
 )
 from ocelot_em.particles.significance import PValueModel
-from ocelot_em.particles.table import EXPOSURE, GROUP, NEG_LOG_P, ParticleTable, require_table
+from ocelot_em.particles.table import (
+    EXPOSURE,
+    GROUP,
+    NEG_LOG_P,
+    PRECISION,
+    RECALL,
+    ParticleTable,
+    require_table,
+)
 from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.tables import read_table
@@ -252,9 +261,8 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
         found["contour"] = data.p_values, data.particles.about.cutoff
     joint = partial(statistics_plots.plot_joint, summary, **found)
     drawings = {}
-    if len(data.particles) and data.particles.about and data.particles.ranked_by != MIP:
-        own = estimates_of(data.merged, data.particles)
-        draw = partial(statistics_plots.draw_estimates, own, data.particles)
+    if (curves := _estimates(data)) is not None:
+        draw = partial(statistics_plots.draw_estimates, curves, data.particles)
         drawings["estimates"] = Drawing.of("estimates", (5.4, 2.9), draw)
     if data.merged.correlation_histogram is not None:
         histogram = partial(statistics_plots.plot_histogram, data.merged)
@@ -265,6 +273,19 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
         "distributions": Drawing.of("distributions", (5.4, 2.7), distributions),
         "joint": Drawing.of("joint", (5.4, 3.3), joint),
     }
+
+
+def _estimates(data: ReportData) -> Sequence[AnyArray] | None:
+    """Return cutoffs, precision and recall: those of the particles, or by the model of noise."""
+    particles = data.particles
+    if PRECISION in particles.columns:
+        columns = [particles.columns[name] for name in (particles.ranked_by, PRECISION, RECALL)]
+        known = np.isfinite(columns[1])
+        return [values[known] for values in columns] if known.any() else None
+    if not len(particles) or particles.about is None or particles.ranked_by == MIP:
+        return None
+    own = estimates_of(data.merged, particles)
+    return own.cutoffs, own.precision, own.recall
 
 
 def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:

@@ -15,8 +15,8 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS
 from ocelot_em.merge.stats.summary import Summary
 from ocelot_em.model.histograms import JOINT_MIP_AXIS, JOINT_Z_AXIS, MIP_AXIS, Z_AXIS
-from ocelot_em.model.maps import MIP, SCALED_MIP, Float64
-from ocelot_em.particles.estimates import Estimates, noise_above
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
+from ocelot_em.particles.estimates import noise_above
 from ocelot_em.particles.significance import PValueModel
 from ocelot_em.particles.table import NEG_LOG_P, ParticleTable, require_table
 from ocelot_em.view import figures
@@ -91,15 +91,19 @@ def survival_curve(summary: Summary) -> tuple[Float64, Float64]:
     return edges[first:last], np.maximum(above[first:last], 0.5)
 
 
-def draw_estimates(estimates: Estimates, particles: ParticleTable, ax: "Axes") -> None:
-    """Draw the estimated precision and recall for every cutoff, and that of the particles."""
-    look: Any = {"where": "pre", "linewidth": 1.6}
-    ax.step(estimates.cutoffs, estimates.precision, color=figures.BLUE, label="precision", **look)
-    if np.isfinite(estimates.recall).any():
-        ax.step(estimates.cutoffs, estimates.recall, color=figures.ORANGE, label="recall", **look)
+def draw_estimates(curves: Sequence[AnyArray], particles: ParticleTable, ax: "Axes") -> None:
+    """Draw precision and recall by cutoff, and the cutoff of the particles.
+
+    ``curves`` are cutoffs, descending, precision and recall.
+    """
+    for values, name, colour in zip(
+        curves[1:], ("precision", "recall"), (figures.BLUE, figures.ORANGE), strict=True
+    ):
+        if np.isfinite(values).any():
+            ax.step(curves[0], values, where="pre", linewidth=1.6, color=colour, label=name)
     if particles.about is not None:
         ax.axvline(particles.about.cutoff, color=figures.RED, linewidth=1.2, label="cutoff")
-    name = "-ln p" if particles.ranked_by == NEG_LOG_P else "z-score"
+    name = {NEG_LOG_P: "-ln p", MIP: "mip"}.get(particles.ranked_by, "z-score")
     ax.set(title="estimated precision and recall", xlabel=f"cutoff ({name})", ylim=(-0.03, 1.03))
     ax.legend(loc="center right")
 
