@@ -219,6 +219,25 @@ def test_of_two_equal_templates_the_first_wins_everywhere(tmp_path):
     assert (found["zscore_difference"] == 0).all()
 
 
+@pytest.mark.parametrize("group_by", ["template", "sector"])
+@pytest.mark.parametrize(
+    ("stores", "names"),
+    [
+        (("a/x/S", "b/x/S"), ("a.x", "b.x")),
+        (("a/S", "a/T", "b/S"), ("a.S", "T", "b.S")),
+        (("α", "β"), ("group", "group.2")),
+        (("a b", "a-b"), ("a-b", "a-b.2")),
+    ],
+)
+def test_searches_without_a_template_name_are_never_pooled(tmp_path, stores, names, group_by):
+    parts = results_of(4, (4000,), None)
+    paths = [write_run(tmp_path / f"{store}.zarr", parts) for store in stores]
+    found = ocelot_em.lazy_merge(paths, group_by=group_by).attrs["groups"]
+    if group_by == "template":
+        assert found == [*names]
+    assert len({*found}) == len(stores)
+
+
 def test_sectors_and_exposures_are_groups_too(tmp_path):
     parts = results_of(8, (4000, 5000), SPACE)
     write_run(tmp_path / "RUN.zarr", parts, SPACE)

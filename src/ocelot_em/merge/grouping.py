@@ -6,7 +6,8 @@ the highest z-score wins a pixel.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 
 from ocelot_em.merge.plan import MergePlan
 from ocelot_em.model.regions import GroupBy
@@ -59,13 +60,16 @@ def regrouped(
         ]
     elif group_by == "sector":
         times = Counter(source.name for own in opened for source in own[0][1])
-        for prefix, own in zip(_names_of_stores(urls), opened, strict=True):
-            exposure, sources = own[0]
-            found: Opened = []
-            for source in sources:
-                name = source.name if times[source.name] == 1 else f"{prefix}.{source.name}"
-                found.append((_group(exposure, _as_id(name), len(found)), [source]))
-            groups.append(found)
+        names = _ids(
+            source.name if times[source.name] == 1 else f"{prefix}.{source.name}"
+            for prefix, own in zip(_names_of_stores(urls), opened, strict=True)
+            for source in own[0][1]
+        )
+        left = iter(names)
+        groups = [
+            [(_group(own[0][0], next(left), k), [source]) for k, source in enumerate(own[0][1])]
+            for own in opened
+        ]
     else:
         groups = [list(own) for own in opened]
     digests: dict[str, fmt.Digest | None] = {}
@@ -94,9 +98,11 @@ def regrouped(
 
 
 def template_names(urls: Sequence[str], roots: Roots) -> list[str]:
-    """Return the name of each store's template, by default that of the store."""
-    defaults = _names_of_stores(urls)
-    return [root.template_name or name for root, name in zip(roots, defaults, strict=True)]
+    """Return the name of each store's template, by default one of its own: that of the store."""
+    given = {root.template_name for root in roots if root.template_name}
+    unnamed = [url for url, root in zip(urls, roots, strict=True) if not root.template_name]
+    own = iter(_ids(_names_of_stores(unnamed), given))
+    return [root.template_name or next(own) for root in roots]
 
 
 def write_own_spaces(objects: Objects, plan: MergePlan) -> None:
@@ -108,19 +114,30 @@ def write_own_spaces(objects: Objects, plan: MergePlan) -> None:
 
 
 def _names_of_stores(urls: Sequence[str]) -> list[str]:
-    """Return the names of stores, with those of their folders if two have the same name."""
-    parts = [url.rstrip("/").split("/") for url in urls]
-    stems = [own[-1].removesuffix(".zarr") for own in parts]
-    times = Counter(stems)
-    return [
-        _as_id(stem if times[stem] == 1 else f"{(['', *own])[-2]}.{stem}")
-        for stem, own in zip(stems, parts, strict=True)
-    ]
+    """Return the names of stores, with those of folders as far as they are needed.
+
+    Stores with the same name in different folders have the names of their folders.
+    """
+    parts = [url.rstrip("/").removesuffix(".zarr").split("/") for url in urls]
+    if len(parts) > 1 and len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
+    times = Counter(tuple(own[-n:]) for own in parts for n in range(1, len(own) + 1))
+    names = list[str]()
+    for own in parts:
+        n = next((n for n in range(1, len(own)) if times[tuple(own[-n:])] == 1), len(own))
+        names.append(".".join(own[-n:]))
+    return names
 
 
-def _as_id(name: str) -> str:
-    """Return a name with other characters than those of an id replaced."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:128] or "group"
+def _ids(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """Return different names of the characters of an id; numbers come after equal ones."""
+    found, used = list[str](), {*taken}
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:120] or "group"
+        numbered = (f"{stem}.{n}" for n in count(2))
+        found.append(stem if stem not in used else next(n for n in numbered if n not in used))
+        used.add(found[-1])
+    return found
 
 
 def _group(exposure: fmt.ExposureAttributes, name: str, number: int) -> fmt.ExposureAttributes:
