@@ -25,9 +25,17 @@ from ocelot_em import (
 )
 from ocelot_em.cli.exit_codes import DONE, FAILED, REFUSED
 from ocelot_em.cli.main import run
-from ocelot_em.errors import IncompleteError, InvalidInputError, OutputExistsError, TilesFailedError
+from ocelot_em.errors import (
+    IncompleteError,
+    InvalidInputError,
+    OutputExistsError,
+    OutputLockedError,
+    TilesFailedError,
+)
 from ocelot_em.io.tables import OpticsGroups
 from ocelot_em.particles.micrographs import ranks_of
+from ocelot_em.run.micrographs import find_micrographs
+from ocelot_em.store.whole_file import write_file
 
 NAMES = ("M1", "M2", "M3 grid 2", "M4", "M5")
 N_PARTICLES = (6, 3, 2, 5, 4)
@@ -230,6 +238,82 @@ def test_each_micrograph_has_its_own_mask(searches, tmp_path):
     np.save(masks / "M2.npy", np.zeros_like(upper))
     again = merge_many(two, tmp_path / "out", mask=masks, mask_marks="excluded")
     assert (again.n_merged, again.n_picked) == (0, 1)
+
+
+def test_a_mask_that_does_not_fit_is_an_error_of_its_micrograph(searches, tmp_path):
+    one, folder, mask = searches / "M1.zarr", tmp_path / "out", tmp_path / "mask.npy"
+    with pytest.raises(InvalidInputError, match=r"micrograph M1: .*mask\.npy: expected a mask"):
+        merge_many(one, folder, mask=mask)
+    np.save(mask, np.ones((10, 10), np.uint8))
+    with pytest.raises(TilesFailedError, match=r"micrograph M1: mask\.npy: .*got 10 × 10"):
+        merge_many(one, folder, mask=mask)
+    report = merge_many(one, folder, mask=mask, skip_bad=True)
+    assert ([*report.skipped], report.n_particles) == (["M1"], 0)
+    with pytest.raises(InvalidInputError, match="cutoff: expected one for the method mip"):
+        merge_many(one, tmp_path / "other", method="mip")
+    assert not (tmp_path / "other").exists()
+
+
+def test_neither_old_reports_nor_damaged_tables_are_used(searches, tmp_path, monkeypatch):
+    def write_report(_merged, path, particles):
+        write_file(path, repr(particles).encode())
+
+    monkeypatch.setattr("ocelot_em.view.index.write_report", write_report)
+    one, folder = searches / "M1.zarr", tmp_path / "out"
+    merge_many(one, folder, reports=True)
+    assert merge_many(one, folder, reports=True).n_picked == 0
+    page, table = folder / "index_reports" / "M1.html", folder / "tables" / "M1.csv"
+    old = page.read_bytes()
+    merge_many(one, folder, cutoff=12.0)
+    assert merge_many(one, folder, cutoff=12.0, reports=True).n_picked == 1
+    assert page.read_bytes() != old
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-1]))
+    assert merge_many(one, folder, cutoff=12.0).n_particles == len(lines) - 1
+
+
+def test_links_are_followed_once_and_name_their_micrographs(searches, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "first.zarr").symlink_to(searches / "M1.zarr")
+    (links / "more").symlink_to(searches)
+    (links / "loop").symlink_to(links)
+    found = find_micrographs([links], tmp_path / "out")
+    assert [one.name for one in found] == ["first", *(f"more_{name}" for name in NAMES[1:])]
+    (one,) = find_micrographs([links / "first.zarr"], tmp_path / "out")
+    assert one.name == "first"
+
+
+def test_searches_of_one_name_are_groups_of_one_micrograph(searches, tmp_path, capsys):
+    holo = tmp_path / "holo"
+    for name, other in (("M1", "M4"), ("M2", "M5")):
+        shutil.copytree(searches / f"{other}.zarr", holo / f"{name}.zarr")
+    apo = [searches / f"{name}.zarr" for name in NAMES[:2]]
+    with pytest.raises(InvalidInputError, match="with --group-by, searches of one name are groups"):
+        merge_many([*apo, holo], tmp_path / "out")
+    words = ["batch", *map(str, [*apo, holo]), "--output", str(tmp_path / "out")]
+    assert run([*words, "--group-by", "template"]) == DONE
+    assert "2 micrographs, 4 searches" in capsys.readouterr().out
+    merge([apo[0], holo / "M1.zarr"], tmp_path / "alone", group_by="template")
+    table = ParticleTable.read_csv(tmp_path / "out" / "particles.csv")
+    own = find_peaks(tmp_path / "alone")
+    assert {*own["group"]} == {"searches", "holo"}
+    here = table[table["micrograph"] == "M1"]
+    for column in own.columns:
+        np.testing.assert_array_equal(here[column], own[column])
+
+
+def test_two_runs_do_not_write_one_folder(searches, tmp_path):
+    folder, other = tmp_path / "out", list[str]()
+
+    class Meddling(Observer):
+        def merged(self, _report):
+            with pytest.raises(OutputLockedError) as locked:
+                merge_many(searches / "M2.zarr", folder)
+            other.append(str(locked.value))
+
+    merge_many(searches / "M1.zarr", folder, observer=Meddling())
+    assert "another run is writing it" in other[0]
 
 
 def test_lists_give_names_and_a_name_is_given_once(searches, tmp_path, capsys):

@@ -108,9 +108,11 @@ def print_batch(console: "Console", plan: "BatchPlan") -> None:
     n_updates = sum(one.is_update for one in to_merge)
     n_to_pick = sum(one.judged is None for one in plan.good)
     updates = f", {n_updates:,} of them have results of less" if n_updates else ""
+    n_searches = sum(len(one.micrograph.urls) for one in plan.micrographs)
+    several = f", {n_searches:,} searches" if n_searches > len(plan.micrographs) else ""
     memory = max((one.worker_nbytes for one in to_merge), default=0)
     rows = (
-        ("searches", count_text(len(plan.micrographs), "micrograph")),
+        ("searches", count_text(len(plan.micrographs), "micrograph") + several),
         ("to merge", f"{len(to_merge):,}{updates}"),
         ("to pick", f"{n_to_pick:,}"),
         ("bad", f"{len(plan.bad):,}"),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from ocelot_em.model.options import Options
 
@@ -68,7 +68,7 @@ class PickOptions(Options):
 
     method: Literal["gaussian", "gev", "pvalue", "mip"] = "gaussian"
     false_positives: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    cutoff: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    cutoff: Annotated[float | None, Field(allow_inf_nan=False, validate_default=True)] = None
     min_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     min_angle: Annotated[float, Field(ge=0, le=180)] | None = None
     mask: Any = None
@@ -80,6 +80,16 @@ class PickOptions(Options):
     same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     same_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
     same_defocus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0
+
+    @field_validator("cutoff")
+    @classmethod
+    def _has_cutoff_for_mip(cls, cutoff: float | None, known: ValidationInfo) -> float | None:
+        if cutoff is None and known.data.get("method") == "mip":
+            raise ValueError(
+                "expected one for the method mip, because the distribution of noise differs from "
+                "pixel to pixel, got none; give a value of mip"
+            )
+        return cutoff
 
 
 class DetectionOptions(Options):

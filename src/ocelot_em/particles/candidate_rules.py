@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ocelot_em.errors import InvalidInputError, OcelotError
+from ocelot_em.errors import OcelotError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, Histograms
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
@@ -61,11 +61,6 @@ def make_rules(
     if options.method == "pvalue":
         cutoff = NEG_LOG_P_CUTOFF if options.cutoff is None else options.cutoff
         return [_p_value_rule(own, cutoff) for own in populations]
-    if options.method == "mip" and options.cutoff is None:
-        raise InvalidInputError(
-            "cutoff: expected one for the method mip, because the distribution of noise differs "
-            "from pixel to pixel, got none; give a value of mip"
-        )
     if options.cutoff is not None:
         rule = CandidateRule(options.cutoff, by_mip=options.method == "mip")
         return [rule] * len(plan.exposures)

@@ -95,7 +95,7 @@ def ranks_of(several: Sequence[AnyArray]) -> list[Int64]:
     heights = np.concatenate([np.empty(0), *several])
     ranks = np.empty(len(heights), np.int64)
     ranks[np.argsort(-heights, kind="stable")] = np.arange(1, len(heights) + 1)
-    return np.split(ranks, np.cumsum([len(own) for own in several])[:-1])
+    return np.split(ranks, np.cumsum([len(own) for own in several]))[:-1]
 
 
 def among_all(table: ParticleTable, ranks: Int64, names: Sequence[str]) -> ParticleTable:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
+
 from ocelot_em.errors import TilesFailedError
 from ocelot_em.io.many_tables import FILES, open_tables
 from ocelot_em.io.optics import Optics
@@ -33,6 +35,8 @@ from ocelot_em.run.clusters import within_job
 from ocelot_em.run.connect import address_of, warn_if_unused
 from ocelot_em.run.observer import Observer, Observers
 from ocelot_em.run.shared_cluster import SharedCluster
+from ocelot_em.store.lock import OutputLock
+from ocelot_em.store.objects import open_objects
 from ocelot_em.view.index import Entry, IndexRow, judged, write_page
 
 
@@ -172,7 +176,17 @@ def optics_from(place: PathOrUrl | None, *, needs_template: bool, **given: Any) 
 def run_batch(
     plan: BatchPlan, shared: SharedCluster, progress: BatchProgress, observer: Observer
 ) -> BatchReport:
-    """Do what is planned; micrographs that turn out to be bad are skipped if requested."""
+    """Do what is planned; micrographs that turn out to be bad are skipped if requested.
+
+    The folder is locked, because tables and the page are those of one run.
+    """
+    with OutputLock(open_objects(plan.folder), progress.waiting):
+        return _run_batch(plan, shared, progress, observer)
+
+
+def _run_batch(
+    plan: BatchPlan, shared: SharedCluster, progress: BatchProgress, observer: Observer
+) -> BatchReport:
     started, merging = time.perf_counter(), plan.options.merging
     kept = {one.name: one.judged for one in plan.good if one.judged is not None}
     to_do, bad, n_merged = [one for one in plan.good if one.judged is None], dict(plan.bad), 0
@@ -182,7 +196,7 @@ def run_batch(
         try:
             if one.n_tiles:
                 watching = Observers(progress, observer)
-                run_merge([one.micrograph.url], one.result, merging, watching, shared)
+                run_merge(one.micrograph.urls, one.result, merging, watching, shared)
                 n_merged += 1
             kept[one.name] = _pick(plan, one)
         except BAD as error:
@@ -197,7 +211,7 @@ def run_batch(
     n_particles = _write_tables(plan, kept)
     entries = []
     for one in plan.micrographs:
-        problem = IndexRow(one.name, one.micrograph.url, error=bad.get(one.name, ""))
+        problem = IndexRow(one.name, one.micrograph.urls[0], error=bad.get(one.name, ""))
         entries.append(Entry(problem) if problem.error else kept[one.name].entry)
     page = plan.folder / "index.html"
     write_page(page, entries, "micrograph")
@@ -219,7 +233,8 @@ def _pick(plan: BatchPlan, one: PlannedMicrograph) -> Judged:
     plan.record_of(name).unlink(missing_ok=True)
     entry, particles = judged(merged, name, plan.picking_of(name), plan.report_of(name))
     of_micrograph(particles, name).to_csv(plan.table_of(name))
-    found = Judged(plan.made_from(name, merged.attributes), entry, particles.incomplete_text)
+    made_from, table = plan.made_from(name, merged.attributes), plan.digest_of(name)
+    found = Judged(made_from, table, entry, particles.incomplete_text)
     plan.keep(name, found)
     return found
 
@@ -237,7 +252,7 @@ def _write_tables(plan: BatchPlan, kept: Mapping[str, Judged]) -> int:
         columns |= table.columns.keys()
     nothing = of_micrograph(ParticleTable.empty(neg_log_p=NEG_LOG_P in columns), "")
     names = [name for name in ALL_COLUMNS if name in {*columns, *nothing.columns}]
-    like = among_all(nothing, ranks_of([])[0], names)
+    like = among_all(nothing, np.empty(0, np.int64), names)
     optics = {one.name: one.optics for one in several if one.optics is not None}
     n = sum(bool(kept[one.name].incomplete) for one in several)
     comment = f"incomplete searches of {count_text(n, 'micrograph')}" if n else ""

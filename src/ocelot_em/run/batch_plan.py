@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ _PROBLEMS_SHOWN = 20
 class Judged:
     """What is kept of a micrograph whose particles were picked.
 
-    ``made_from`` identifies the result and the options; ``incomplete`` says how much was searched,
-    if not all.
+    ``made_from`` identifies the result and the options, and ``table`` the table of its particles;
+    ``incomplete`` says how much was searched, if not all.
     """
 
     made_from: str
+    table: str
     entry: Entry
     incomplete: str
 
@@ -138,6 +140,8 @@ class BatchPlan:
         if not isinstance(picking.mask, str | PathLike):
             return picking
         folder = Path(picking.mask)
+        if not folder.exists():
+            raise InvalidInputError(f"{folder}: expected a mask, or a folder of masks, got nothing")
         if not folder.is_dir() or (folder / "zarr.json").exists():
             return picking
         found = [path for path in folder.iterdir() if path.stem == name]
@@ -153,23 +157,28 @@ class BatchPlan:
         facts = (attributes.id, attributes.manifest, attributes.finished, __version__)
         picking = self.picking_of(name)
         mask: object = picking.mask
-        if isinstance(mask, str | PathLike):
-            with suppress(OSError):
-                mask = str(mask), file_identity(Path(mask))
-        elif mask is not None:  # pixels in memory may be others each time
+        if isinstance(mask, str | PathLike) and Path(mask).is_file():
+            mask = str(mask), file_identity(Path(mask))
+        elif mask is not None:  # pixels in memory or in a folder may be others each time
             mask = uuid4().hex
         return json.dumps([facts, mask, picking.model_dump(mode="json", exclude={"mask"})])
 
     def judged(self, name: str, attributes: MergedAttributes) -> Judged | None:
         """Return what is kept of a micrograph, if it still holds."""
-        report = self.report_of(name)
-        if not self.table_of(name).is_file() or (report and not report.is_file()):
-            return None
         with suppress(OSError, ValueError):
             found = _JUDGED.validate_json(self.record_of(name).read_bytes())
-            if found.made_from == self.made_from(name, attributes):
+            report = found.entry.row.report
+            if (
+                found.made_from == self.made_from(name, attributes)
+                and found.table == self.digest_of(name)
+                and ((self.folder / report).is_file() if report else not self.options.reports)
+            ):
                 return found
         return None
+
+    def digest_of(self, name: str) -> str:
+        """Return the digest of a micrograph's own table."""
+        return sha256(self.table_of(name).read_bytes()).hexdigest()
 
     def keep(self, name: str, judged: Judged) -> None:
         """Keep what is known of a micrograph."""
@@ -200,7 +209,7 @@ def plan_batch(
         raise InvalidInputError(f"{url}: expected a folder on this machine as the output")
     refuse_existing([Path(url) / "index.html"], overwrite=True)
     draft = BatchPlan(Path(url), options, ())
-    found = find_micrographs(searches, output)
+    found = find_micrographs(searches, output, join_names=options.group_by is not None)
     shared.choose_device(options.merging)
     planning = partial(_planned, draft, shared, optics_of)
     plan = BatchPlan(draft.folder, options, tuple(map_in_threads(planning, found)))
@@ -227,13 +236,14 @@ def _planned(
     name, facts = micrograph.name, dict[str, Any]()
     attributes: MergedAttributes | None
     try:
-        if is_result(micrograph.url):
-            merged = MergedResult.open(micrograph.url)
+        first, *others = micrograph.urls
+        if not others and is_result(first):
+            merged = MergedResult.open(first)
             attributes, plan = merged.attributes, merged.plan
             facts = {"result": merged.url}
         else:
             output = draft.folder / f"{name}.zarr"
-            ready, _ = plan_merge([micrograph.url], output, draft.options.merging, shared)
+            ready, _ = plan_merge(micrograph.urls, output, draft.options.merging, shared)
             attributes, plan, cost = ready.existing, ready.plan, ready.forecast
             is_complete = attributes is not None and attributes.state == "complete"
             share = len(ready.missing) / cost.n_tiles
@@ -246,7 +256,7 @@ def _planned(
                 "is_update": is_complete and bool(ready.missing),
             }
         if {*draft.options.tables} & {*WITH_OPTICS}:
-            facts["optics"] = _optics(optics_of, name, plan, micrograph.url)
+            facts["optics"] = _optics(optics_of, name, plan, first)
         draft.picking_of(name)
     except BAD as error:
         return PlannedMicrograph(micrograph, problem=str(error))

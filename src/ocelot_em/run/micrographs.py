@@ -1,7 +1,6 @@
 """The micrographs of a batch: from stores, folders that contain them, and lists in files."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,14 @@ from ocelot_em.particles.csv_columns import ragged, read_rows
 from ocelot_em.particles.micrographs import store_name
 from ocelot_em.particles.table import is_formula
 from ocelot_em.store.attributes import MergedAttributes, SearchAttributes
-from ocelot_em.store.objects import PathOrUrl, as_places, is_local, normalise_url, open_objects
+from ocelot_em.store.objects import (
+    PathOrUrl,
+    as_places,
+    is_local,
+    normalise_url,
+    open_objects,
+    stores_below,
+)
 from ocelot_em.store.search import read_attributes
 
 MAX_NAME = 200
@@ -26,14 +32,14 @@ _SHOWN = 20  # names in an error
 
 @dataclass(frozen=True)
 class Micrograph:
-    """A micrograph by its name, and the URL of its search or of a merged result."""
+    """A micrograph by its name, and the URLs of its searches or of a merged result."""
 
     name: str
-    url: str
+    urls: tuple[str, ...]
 
 
 def find_micrographs(
-    places: PathOrUrl | Sequence[PathOrUrl], output: PathOrUrl
+    places: PathOrUrl | Sequence[PathOrUrl], output: PathOrUrl, *, join_names: bool = False
 ) -> list[Micrograph]:
     """Return the micrographs of a batch, in the stated order; those of a folder by name.
 
@@ -46,6 +52,8 @@ def find_micrographs(
         are relative to its folder.
     output
         Folder that is not searched.
+    join_names
+        Whether searches of one name are the groups of one micrograph; otherwise they are refused.
 
     Raises
     ------
@@ -55,14 +63,24 @@ def find_micrographs(
     """
     own = normalise_url(output)
     found = [one for place in as_places(places) for one in _found(place, own)]
-    several = list({(one.url, one.name): one for one in found}.values())
-    if not several:
+    if not found:
         raise InvalidInputError("searches: expected at least one search, got none")
+    several = list(dict.fromkeys(found))
+    if join_names:
+        urls = dict[str, list[str]]()
+        for one in several:
+            urls.setdefault(one.name, []).extend(one.urls)
+        several = [Micrograph(name, tuple(own)) for name, own in urls.items()]
     if problems := [*_name_problems(several), *_duplicates(several)]:
         more = len(problems) - _SHOWN
         shown = problems[:_SHOWN] + [f"and {more} more such names"] * (more > 0)
         raise InvalidInputError(
-            [*shown, "give names in a list: a CSV file with the columns micrograph and search"]
+            [
+                *shown,
+                "give names in a list: a CSV file with the columns micrograph and search"
+                + "; with --group-by, searches of one name are groups of one micrograph"
+                * (not join_names),
+            ]
         )
     return several
 
@@ -72,19 +90,19 @@ def _found(place: PathOrUrl, output: str) -> Iterator[Micrograph]:
     if is_local(url) and Path(url).is_file():
         for path, name in _listed(Path(url)):
             target = normalise_url(path if "://" in path else Path(url).parent / path)
-            yield Micrograph(name or store_name(target), target)
+            yield Micrograph(name or _name_of(path, target), (target,))
         return
     if not is_local(url) or not Path(url).is_dir() or (Path(url) / "zarr.json").exists():
-        yield Micrograph(store_name(url), url)
+        yield Micrograph(_name_of(str(place), url), (url,))
         return
-    stores = _stores_in(url, output)
+    stores = {own: kind for own in stores_below(url, output) if (kind := _kind_of(own))}
     wanted = "search" if "search" in stores.values() else "merged"
     chosen = [folder for folder, kind in stores.items() if kind in (wanted, "unknown")]
     if not chosen:
         raise InvalidInputError(f"{url}: expected searches in this folder, found none")
     for folder in chosen:
         parts = Path(folder).relative_to(url).parts
-        yield Micrograph(store_name("_".join(parts)), folder)
+        yield Micrograph(store_name("_".join(parts)), (folder,))
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str]]:
@@ -103,19 +121,7 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
         raise InvalidInputError(f"{path}: {problem}" for problem in problems)
     for row in rows:
         own = dict(zip(names, row, strict=True))
-        yield own["search"], own.get("micrograph", "")
-
-
-def _stores_in(folder: str, output: str) -> dict[str, str]:
-    """Return the kinds of all stores in a folder, ``unknown`` if their metadata are damaged."""
-    found = {}
-    for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if os.path.join(place, name) != output)  # noqa: PTH118
-        if "zarr.json" in files:
-            below.clear()
-            if kind := _kind_of(place):
-                found[place] = kind
-    return found
+        yield own["search"].strip(), own.get("micrograph", "").strip()
 
 
 def _kind_of(folder: str) -> str:
@@ -137,6 +143,11 @@ def is_result(url: str) -> bool:
     return isinstance(read_attributes(open_objects(url)), MergedAttributes)
 
 
+def _name_of(given: str, url: str) -> str:
+    """Return the name of a store as given, which may be a link; of ``.``, that of its URL."""
+    return store_name(given if store_name(given).strip(".") else url)
+
+
 def _name_problems(several: Sequence[Micrograph]) -> Iterator[str]:
     for one in several:
         name = one.name
@@ -149,9 +160,9 @@ def _name_problems(several: Sequence[Micrograph]) -> Iterator[str]:
             or is_formula(name)
         ):
             yield (
-                f"{one.url}: expected a name for the micrograph of up to {MAX_NAME} characters, "
-                "without commas, quotation marks, slashes and a leading point or operator, got "
-                f"{name!r}"
+                f"{one.urls[0]}: expected a name for the micrograph of up to {MAX_NAME} "
+                "characters, without commas, quotation marks, slashes and a leading point or "
+                f"operator, got {name!r}"
             )
 
 
@@ -161,5 +172,5 @@ def _duplicates(several: Sequence[Micrograph]) -> Iterator[str]:
         same = [one for one in several if one.name.casefold() == key]
         yield (
             f"micrograph {same[0].name!r}: expected one search, got {len(same)}: "
-            + ", ".join(one.url for one in same[:_SHOWN])
+            + ", ".join(one.urls[0] for one in same[:_SHOWN])
         )

@@ -98,6 +98,32 @@ def _refuse_secrets(url: str) -> None:
         )
 
 
+def stores_below(folder: str, without: str = "") -> Iterator[str]:
+    """Yield the paths of all stores below a local folder, by name, but for those ``without``.
+
+    Links are followed, and each folder is entered once. Stores are not searched.
+
+    Raises
+    ------
+    InvalidInputError
+        A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InvalidInputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    entered = {without}
+    for place, below, files in os.walk(folder, onerror=refuse, followlinks=True):
+        below.sort()
+        if (own := realpath(Path(place))) in entered:
+            below.clear()
+            continue
+        entered.add(own)
+        if "zarr.json" in files:
+            below.clear()
+            yield place
+
+
 def is_local(url: str) -> bool:
     """Whether a normalised URL is a path on this machine."""
     return "://" not in url

@@ -1,6 +1,5 @@
 """One page for many merged results, with a report of each beside it, and a table for pandas."""
 
-import os
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
@@ -27,11 +26,12 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import is_html, render
 from ocelot_em.model.keywords import PickKeywords, takes
 from ocelot_em.model.pick_options import PickOptions
+from ocelot_em.particles.areas import Area
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.store.constants import ATTRIBUTE_KEY
-from ocelot_em.store.objects import as_places, is_local, normalise_url, open_objects
+from ocelot_em.store.objects import as_places, is_local, normalise_url, open_objects, stores_below
 from ocelot_em.store.search import read_attributes
 from ocelot_em.store.whole_file import refuse_existing, write_file
 from ocelot_em.view.plots import pooled_zscore
@@ -178,14 +178,7 @@ def find_results(place: str | PathLike[str]) -> list[str]:
     url = normalise_url(place)
     if not is_local(url) or not Path(url).is_dir() or (Path(url) / "zarr.json").exists():
         return [url]
-    found = []
-    for folder, below, files in os.walk(url):
-        below.sort()
-        if "zarr.json" in files:
-            below.clear()
-            if _may_be_result(folder):
-                found.append(folder)
-    return found or [url]
+    return list(filter(_may_be_result, stores_below(url))) or [url]
 
 
 def table_of(rows: Sequence[IndexRow]) -> "pd.DataFrame":
@@ -257,6 +250,7 @@ def judged(
     try:
         particles, reason = pick_particles(merged, picking), ""
     except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
+        Area.of(merged, picking)  # a mask that does not fit is an error of its own
         particles, reason = ParticleTable.empty(), f"No particles could be picked: {error}"
     data = read_report_data(merged, particles)
     warnings = [*filter(None, [reason]), *warnings_of(data)]
