@@ -129,4 +129,9 @@ class Page:
         return base64.b64decode(self.call("Page.printToPDF", **how)["data"])
 
     def close(self):
-        self._socket.close()
+        async def start():  # outside of a loop, it would make one, and leave it open
+            self._socket.close()
+
+        self._loop.run_until_complete(start())
+        while self._run(self._socket.read_message) is not None:
+            pass
