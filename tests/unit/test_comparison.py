@@ -129,7 +129,7 @@ def test_tables_of_particles_are_compared_as_results_are(searches, tmp_path):
     pandas = pytest.importorskip("pandas")
     assert pandas.read_parquet(written).equals(results.to_pandas())
     lines = results.to_csv(tmp_path / "C.csv").read_text().splitlines()
-    assert lines[0] == ",".join(COMPARED)
+    assert lines[0] == ",".join([*COMPARED][:-2])  # without groups
     assert len(lines) == 13
 
 
@@ -173,6 +173,37 @@ def test_poses_are_compared_under_the_symmetry():
     b = a_table([(9, 9), (40, 41)], phi=[130, 10], theta=[50, 50], psi=[5, 15])
     assert compare(a, b)["angle_difference"][0] > 60
     assert compare(a, b, symmetry="C3")["angle_difference"] == pytest.approx([0, 10], abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [3, 7, 11, 17])
+def test_a_pair_at_the_maximum_distance_is_joined(k):
+    corner, other = a_table([(0, 0)]), a_table([(k, k)])
+    assert compare(corner, other, max_distance=float(np.hypot(k, k))).counts["both"] == 1
+    fine, coarse = facts((400, 400), None, 1.1), facts((133, 133), None, 3.3)
+    a, b = a_table([(120 + k, 120)], fine), a_table([(40, 40)], coarse)
+    assert compare(a, b, max_distance=k).counts["both"] == 1
+    assert compare(a, b, max_distance=k - 0.01).counts["both"] == 0
+
+
+def test_micrographs_of_two_tables_are_compared_by_name(searches):
+    def named(places, names, groups):
+        table = a_table(places)
+        own = {"micrograph": np.array(names), "group": np.array(groups)}
+        own |= {"rank": np.arange(len(places)), "rank_in_micrograph": np.arange(len(places))}
+        own |= dict.fromkeys(("second_zscore", "zscore_difference"), np.ones(len(places), "f4"))
+        return replace(table, columns=table.columns | own)
+
+    a = named([(9, 9), (9, 9), (50, 60)], ["M1", "M2", "M2"], ["apo", "apo", "holo"])
+    b = named([(9, 9), (50, 60), (50, 60)], ["M2", "M3", "M1"], ["holo", "holo", "apo"])
+    found = compare(a, b)
+    assert pairs_of(found) == [(1, 0)]
+    assert found["micrograph"].tolist() == ["M2", "M1", "M3", "M2", "M1"]
+    assert found["group_a"].tolist() == ["apo", "apo", "", "holo", ""]
+    assert found["group_b"].tolist() == ["holo", "", "holo", "", "apo"]
+    with pytest.raises(InvalidInputError, match="expected particles of one micrograph"):
+        compare(searches[0], a)
+    with pytest.raises(InvalidInputError, match="expected tables of the same micrographs"):
+        compare(a, named([(9, 9), (9, 9)], ["X", "Y"], ["", ""]))
 
 
 def test_montages_are_compared_on_their_canvas(tmp_path):

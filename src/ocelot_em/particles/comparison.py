@@ -18,16 +18,24 @@ from ocelot_em.model.regions import Region, template_box_of
 from ocelot_em.model.text import count_text, shape_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.column_table import Column, ColumnTable
+from ocelot_em.particles.micrographs import names_of
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.symmetry import parse_symmetry, rotation_between
-from ocelot_em.particles.table import ParticleTable
+from ocelot_em.particles.table import GROUP, MICROGRAPH, ParticleTable
 
 Source = str | PathLike[str] | MergedResult | ParticleTable
 """A merged result, its path or URL, a table of particles, or its path."""
 
 BOTH, ONLY_A, ONLY_B = "both", "A", "B"
 
+_ROUNDING_PX = 1e-6
+"""Distances that differ by less are equal; positions in pixels of another size are rounded."""
+
+_FAR_PX = 1e9
+"""Distance between two micrographs of tables of several."""
+
 COMPARED: Mapping[str, Column] = {
+    MICROGRAPH: Column("str", "", "name of the micrograph, as in A if A has the particle"),
     "found_in": Column("str", "", "both, or the only search in which it was picked: A or B"),
     "row_a": Column("int32", "1", "number of the row in A's table of particles; -1: not picked"),
     "row_b": Column("int32", "1", "number of the row in B's table of particles; -1: not picked"),
@@ -43,8 +51,11 @@ COMPARED: Mapping[str, Column] = {
         "float64", "degree", "smallest rotation between both orientations under the symmetry"
     ),
     "defocus_difference": Column("float32", "angstrom", "relative defocus in B minus that in A"),
+    "group_a": Column("str", "", "group that won in A, which has groups; empty: not picked"),
+    "group_b": Column("str", "", "group that won in B, which has groups; empty: not picked"),
 }
-"""Columns of a comparison; the last three are NaN but for particles that both found."""
+"""Columns of a comparison, the last two only of groups. The three before these are NaN but for
+particles that both found."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +209,8 @@ def compare(
 ) -> Comparison:
     """Compare the particles of two searches of one micrograph, or of one montage.
 
+    Two tables may be of several micrographs, which are compared by their names.
+
     Particles are the same if they are at the same place: pairs are joined in ascending order of
     their distance, each particle at most once. Positions are compared at the centres of the
     template boxes if both boxes are known, and in Å if both pixel sizes are. Of a montage, they are
@@ -255,7 +268,12 @@ def compare_searches(
             f"max_distance: expected more than 0 pixels, got {max_distance_px:g}"
         )
     grid = _Grid.of(a, b)
-    at_a, at_b = grid.from_a(a.positions), grid.from_b(b.positions)
+    at_a, at_b = (
+        np.column_stack([number * _FAR_PX, places])
+        for number, places in zip(
+            _numbers(a, b), (grid.from_a(a.positions), grid.from_b(b.positions)), strict=True
+        )
+    )
     i, j = join_nearest(at_a, at_b, max_distance_px)
     only_a, only_b = (
         np.setdiff1d(np.arange(len(own.particles)), joined) for own, joined in ((a, i), (b, j))
@@ -264,17 +282,23 @@ def compare_searches(
     row_b = np.concatenate([j, np.full(len(only_a), -1), only_b])
     z_a, z_b = _of(a, SCALED_MIP, row_a), _of(b, SCALED_MIP, row_b)
     if a.merged is not None:
-        places = grid.to_a(at_b[only_b])
+        places = grid.to_a(at_b[only_b, 1:])
         z_a[row_a < 0] = highest_near(a.merged, places, max_distance_px)
     if b.merged is not None:
-        places = grid.to_b(at_a[only_a])
+        places = grid.to_b(at_a[only_a, 1:])
         z_b[row_b < 0] = highest_near(b.merged, places, max_distance_px / grid.ratio)
     apart = np.full(len(row_a), np.nan)
-    apart[: len(i)] = np.hypot(*(at_a[i] - at_b[j]).T)
+    apart[: len(i)] = np.linalg.norm(at_a[i] - at_b[j], axis=1)
     poses = [(_of(a, name, row_a), _of(b, name, row_b)) for name in ("phi", "theta", "psi")]
     defocus_a, defocus_b = (_of(*own) for own in ((a, _DEFOCUS, row_a), (b, _DEFOCUS, row_b)))
     names = np.repeat([BOTH, ONLY_A, ONLY_B], [len(i), len(only_a), len(only_b)])
-    found: dict[str, AnyArray] = {"found_in": names, "row_a": row_a, "row_b": row_b}
+    own_a, own_b = _texts(a, MICROGRAPH, row_a), _texts(b, MICROGRAPH, row_b)
+    found: dict[str, AnyArray] = {
+        MICROGRAPH: np.where(row_a < 0, own_b, own_a),
+        "found_in": names,
+        "row_a": row_a,
+        "row_b": row_b,
+    }
     for own, row, side in ((a, row_a, "a"), (b, row_b, "b")):
         there = np.full((len(row), 2), np.nan)
         there[row >= 0] = own.positions[row[row >= 0]]
@@ -287,12 +311,16 @@ def compare_searches(
         "angle_difference": rotation_between(*poses, symmetry=group),
         "defocus_difference": defocus_b - defocus_a,
     }
+    for own, row, side in ((a, row_a, "a"), (b, row_b, "b")):
+        if GROUP in own.particles:
+            found[f"group_{side}"] = _texts(own, GROUP, row)
     # Positions on the common grid decide between equal z-scores.
     places = np.concatenate([at_a[i], at_a[only_a], at_b[only_b]])
-    order = np.lexsort((places[:, 1], places[:, 0], -np.nan_to_num(np.fmax(z_a, z_b))))
+    order = np.lexsort((*places.T[::-1], -np.nan_to_num(np.fmax(z_a, z_b))))
+    dtypes = {name: column.dtype for name, column in COMPARED.items()}
     columns = {
-        name: values[order] if column.dtype == "str" else values[order].astype(column.dtype)
-        for (name, column), values in zip(COMPARED.items(), found.values(), strict=True)
+        name: values[order] if dtypes[name] == "str" else values[order].astype(dtypes[name])
+        for name, values in found.items()
     }
     return Comparison(columns, a, b, max_distance_px, group)
 
@@ -305,6 +333,36 @@ def _of(search: ComparedSearch, name: str, rows: Int64) -> AnyArray:
     values = np.full(len(rows), np.nan, np.float32)
     values[rows >= 0] = search.particles.columns[name][rows[rows >= 0]]
     return values
+
+
+def _texts(search: ComparedSearch, name: str, rows: Int64) -> AnyArray:
+    """Return a column of text of some particles; empty where there is none."""
+    own = search.particles.columns.get(name, np.empty(0, str))
+    return np.append(own, "")[rows if own.size else np.full_like(rows, -1)]
+
+
+def _numbers(a: ComparedSearch, b: ComparedSearch) -> list[Int64]:
+    """Return the numbers of the particles' micrographs, which differ only in tables of several."""
+    several = [own for own in (a, b) if len(names_of(own.particles)) > 1]
+    if not several:
+        return [np.zeros(len(own.particles), np.int64) for own in (a, b)]
+    if a.merged is not None or b.merged is not None:
+        raise InvalidInputError(
+            f"{several[0].name}: expected particles of one micrograph, because the other search is "
+            f"a result of one, got those of {len(names_of(several[0].particles)):,}; compare "
+            'two tables, or choose the rows of one: table[table["micrograph"] == NAME]'
+        )
+    known, other = names_of(a.particles), names_of(b.particles)
+    if known and other and not {*known} & {*other}:
+        raise InvalidInputError(
+            f"expected tables of the same micrographs, got {known[0]!r} and others in {a.name}, "
+            f"and none of them in {b.name}, such as {other[0]!r}"
+        )
+    numbers = {name: k for k, name in enumerate(sorted({*known, *other}))}
+    return [
+        np.array([numbers[name] for name in own.particles.columns[MICROGRAPH].tolist()], np.int64)
+        for own in (a, b)
+    ]
 
 
 @dataclass(frozen=True)
@@ -381,17 +439,18 @@ class _Grid:
 def join_nearest(one: Float64, other: Float64, max_distance: float) -> tuple[Int64, Int64]:
     """Join points of two sets in ascending order of their distance, each at most once.
 
-    Points are (n, 2) and (m, 2). Pairs at equal distances are taken in the order of their middles,
+    Points are (n, k) and (m, k). Pairs at equal distances are taken in the order of their middles,
     y first, so that exchanging the sets exchanges the results. Return the indices of the pairs.
     """
     from scipy.spatial import cKDTree
 
     if not len(one) or not len(other):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    near = cKDTree(one).sparse_distance_matrix(cKDTree(other), max_distance, output_type="ndarray")
+    limit = max_distance + _ROUNDING_PX
+    near = cKDTree(one).sparse_distance_matrix(cKDTree(other), limit, output_type="ndarray")
     i, j = near["i"], near["j"]
-    middle = one[i] + other[j]
-    order = np.lexsort((i + j, middle[:, 1], middle[:, 0], near["v"]))
+    distance, middle = (np.round(own / _ROUNDING_PX) for own in (near["v"], one[i] + other[j]))
+    order = np.lexsort((i + j, *middle.T[::-1], distance))
     taken: tuple[set[int], set[int]] = (set(), set())
     pairs = []
     for first, second in zip(i[order].tolist(), j[order].tolist(), strict=True):

@@ -15,6 +15,7 @@ from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32, Float64
 from ocelot_em.model.text import number_text
 from ocelot_em.particles.comparison import BOTH, ONLY_A, ONLY_B, ComparedSearch, Comparison
+from ocelot_em.particles.table import MICROGRAPH
 from ocelot_em.store.whole_file import refuse_existing, write_file
 from ocelot_em.view import figures, live_figures, plots
 from ocelot_em.view.index import short_names
@@ -47,6 +48,7 @@ KINDS: Mapping[str, Kind] = {
 
 _LISTED: Mapping[str, tuple[str, str]] = {
     "rank": ("rank", "0"),
+    MICROGRAPH: ("micrograph", ""),
     "found_in": ("found in", ""),
     "zscore_a": ("z in A", "0.000"),
     "zscore_b": ("z in B", "0.000"),
@@ -59,7 +61,8 @@ _LISTED: Mapping[str, tuple[str, str]] = {
     "angle_difference": ("angle (°)", "0.0"),
     "defocus_difference": ("defocus, B - A (Å)", "0"),
 }
-"""Columns of the page's table: titles, and formats of numbers."""
+"""Columns of the page's table: titles, and formats of numbers. The micrograph is only listed if
+there are several."""
 
 _ROWS = 40
 """Maximum number of printed rows."""
@@ -144,9 +147,14 @@ def comparison_page(comparison: Comparison) -> str:
             **{side: _drawn_map(comparison, side, maps[side]) for side in maps},
         },
         live=_live(comparison, maps, angles),
-        titles=[title for title, _ in _LISTED.values()],
+        titles=[title for title, _ in _listed(comparison).values()],
         rows=_rows(comparison),
     )
+
+
+def _listed(comparison: Comparison) -> Mapping[str, tuple[str, str]]:
+    several = len(np.unique(comparison.columns[MICROGRAPH])) > 1
+    return {name: look for name, look in _LISTED.items() if several or name != MICROGRAPH}
 
 
 def _median(values: AnyArray) -> float | None:
@@ -156,13 +164,13 @@ def _median(values: AnyArray) -> float | None:
 
 def _rows(comparison: Comparison) -> list[list[str]]:
     """Return the highest particles as text, for paper."""
-    found = []
+    found, listed = [], _listed(comparison)
     for rank, row in enumerate(comparison[:_ROWS], 1):
         row |= {"rank": rank, "found_in": KINDS[row["found_in"]].name}
         found.append(
             [
                 number_text(row[name], f".{len(form.partition('.')[2])}f") if form else row[name]
-                for name, (_, form) in _LISTED.items()
+                for name, (_, form) in listed.items()
             ]
         )
     return found
@@ -242,7 +250,8 @@ def _live(
         columns |= {f"map_y_{side}": places[:, 0], f"map_x_{side}": places[:, 1]}
     source = ColumnDataSource(columns, name="particles")
     every = IndexFilter(indices=list(range(len(table))), name="shown")
-    shown = live_figures.Shown(source, CDSView(filter=every), _LISTED)
+    listed = _listed(comparison)
+    shown = live_figures.Shown(source, CDSView(filter=every), listed)
     roots = {
         "live-zscores": _live_zscores(table, shown),
         "live-angles": _live_angles(angles),
@@ -256,7 +265,7 @@ def _live(
         _move_together(roots["live-map-A"], roots["live-map-B"], searches)
     content = {
         "columns": [*table.columns],
-        "titles": {name: title for name, (title, _) in _LISTED.items()},
+        "titles": {name: title for name, (title, _) in listed.items()},
     }
     return LivePage.of(roots, content, "comparison.js")
 
