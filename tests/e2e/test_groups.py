@@ -15,6 +15,7 @@ from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError, OutputExistsError, TilesFailedError
 from ocelot_em.model.maps import INDEX, POSES
 from ocelot_em.model.search_space import SearchSpace
+from ocelot_em.particles.symmetry import rotation_between
 from ocelot_em.store.local import LocalObjects
 from ocelot_em.store.search_info import Exposure, SearchInfo
 
@@ -196,6 +197,31 @@ def test_gaussian_cutoffs_count_the_correlations_of_all_groups(two_templates):
     about = ocelot_em.find_peaks(merged).about
     cutoff = ocelot_em.gaussian_cutoff(valid, 2 * 500_000)
     assert [own for _, own in about.exposure_cutoffs] == [pytest.approx(cutoff)] * 2
+
+
+def nearby(found, distance):
+    """Pairs of particles closer than a distance: whether of one group, and their rotation."""
+    y, x = (found[f"pos_{axis}"].astype(int) for axis in "yx")
+    apart = np.hypot(y[:, None] - y, x[:, None] - x)
+    i, j = np.nonzero(np.triu(apart < distance, 1))
+    poses = ((found[name][i], found[name][j]) for name in ("phi", "theta", "psi"))
+    return found["group"][i] == found["group"][j], rotation_between(*poses)
+
+
+def test_orientations_are_compared_among_those_of_one_template(two_templates, tmp_path):
+    place, _ = two_templates
+    options = {"cutoff": 3.5, "min_distance": 6, "min_angle": 15}
+    same, turned = nearby(ocelot_em.find_peaks(place / "OUT", **options), 6)
+    assert len(same) > 10
+    assert same.all()
+    assert turned.min() > 15
+    run = write_run(
+        tmp_path / "RUN", planted("apo", [*"xx"] * 7, 3) + planted("", "x" * 14, 4), SPACE
+    )
+    ocelot_em.merge(run, tmp_path / "SECTORS", group_by="sector")
+    same, turned = nearby(ocelot_em.find_peaks(tmp_path / "SECTORS", **options), 6)
+    assert {*same.tolist()} == {True, False}
+    assert turned.min() > 15
 
 
 def test_of_two_equal_templates_the_first_wins_everywhere(tmp_path):

@@ -162,13 +162,14 @@ def test_rows_of_a_montage_are_those_of_each_exposure_alone(tmp_path):
             write_partial(plain, f"gpu{device}", alone[-1], total_projections=count, search=INDEXED)
         ocelot_em.merge(plain, tmp_path / f"{name}-merged")
         results[name] = all_rows_of_any_length(read_correlations(tmp_path / f"{name}-merged"))
+        assert {*results[name].pop("micrograph").tolist()} == {f"{name}-merged"}
     ocelot_em.merge(search_path, tmp_path / "OUT", tile_size=64)
     rows = all_rows_of_any_length(read_correlations(tmp_path / "OUT"))
     for name, expected in results.items():
         of_one = all_rows_of_any_length(read_correlations(tmp_path / "OUT", exposure=name))
         own = rows["exposure"] == name
         assert 0 < len(expected["pos_y"]) == own.sum() == len(of_one["pos_y"])
-        order = [np.lexsort([found[c] for c in COLUMNS]) for found in (expected, of_one)]
+        order = [np.lexsort([own[c] for c in expected]) for own in (expected, of_one)]
         for column, values in expected.items():
             np.testing.assert_array_equal(values[order[0]], of_one[column][order[1]])
             np.testing.assert_array_equal(rows[column][own], of_one[column])

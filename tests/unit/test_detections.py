@@ -17,6 +17,7 @@ from ocelot_em.cli.main import run
 from ocelot_em.errors import InputChangedError, InvalidInputError
 from ocelot_em.kernels import build, suppression
 from ocelot_em.particles import detections, peaks
+from ocelot_em.particles.correlations import POSE_COLUMNS
 from ocelot_em.particles.detections import DETECTION_COLUMNS
 from ocelot_em.store import correlations
 
@@ -65,8 +66,8 @@ def write(place, found):
     return place
 
 
-def by_all_pairs(found, cutoff, distance, angle, symmetry="C1"):
-    """Detections as they are defined: (partial, y, x, index, correlation, z), highest first."""
+def rows_above(found, cutoff, group=0):
+    """All rows at or above a cutoff: (-z, y, x, index, group, partial, correlation)."""
     count = N * len(found)
     mean, square = (
         sum(result[name].astype("f8") for result in found) / count
@@ -81,7 +82,17 @@ def by_all_pairs(found, cutoff, distance, angle, symmetry="C1"):
         for y, x, index, value in zip(*(table[name].tolist() for name in names), strict=True):
             z = float(np.float32((value - float(mean[y, x])) / float(std[y, x])))
             if z >= cutoff and y < height and x < width:
-                rows.append((-z, y, x, index, partial, value))
+                rows.append((-z, y, x, index, group, partial, value))
+    return rows
+
+
+def by_all_pairs(found, cutoff, distance, angle, symmetry="C1"):
+    """Detections as they are defined: (partial, y, x, index, correlation, z), highest first."""
+    kept = suppressed(rows_above(found, cutoff), distance, angle, symmetry)
+    return [(partial, y, x, index, value, -z) for z, y, x, index, _, partial, value in kept]
+
+
+def suppressed(rows, distance, angle, symmetry="C1"):
     kept = []
     for row in sorted(rows):
         if not any(
@@ -90,7 +101,7 @@ def by_all_pairs(found, cutoff, distance, angle, symmetry="C1"):
             for other in kept
         ):
             kept.append(row)
-    return [(partial, y, x, index, value, -z) for z, y, x, index, partial, value in kept]
+    return kept
 
 
 def all_rows(found):
@@ -99,7 +110,12 @@ def all_rows(found):
         name: np.concatenate([np.empty(0, dtype), *(block[name] for block in blocks)])
         for name, dtype in found.columns.items()
     }
-    assert {name: values.dtype for name, values in rows.items()} == DETECTION_COLUMNS
+    names = {*rows["micrograph"].tolist()}
+    assert names <= {found.correlations.result.url.rpartition("/")[2]}
+    dtypes = {name: values.dtype for name, values in rows.items() if values.dtype.kind != "U"}
+    own = {name: dtype for name, dtype in found.columns.items() if dtype != "str"}
+    assert dtypes == own
+    assert found.columns.items() >= DETECTION_COLUMNS.items()
     assert rows["rank"].tolist() == list(range(1, found.n_found + 1))
     return rows
 
@@ -222,6 +238,68 @@ def test_exposures_do_not_suppress_each_other(tmp_path):
         assert as_tuples({column: values[own] for column, values in rows.items()}) == expected
         of_one = find_detections(tmp_path / "OUT", cutoff=6, exposure=name)
         assert as_tuples({n: np.concatenate([b[n] for b in of_one]) for n in rows}) == expected
+
+
+MORE_ANGLES = [[7.0 * i, 30.0, 12.0 * i] for i in range(35)]
+
+
+@pytest.mark.parametrize("group_by", ["template", "sector"])
+def test_groups_of_one_template_suppress_each_other(tmp_path, group_by):
+    """Each row has the z-score of its group; templates have search spaces of their own."""
+    spaces = {"A": SPACE, "B": SearchSpace.from_tables(MORE_ANGLES, [0.0], [0.0])}
+    runs = {"A": results(5, (300,)), "B": results(6, (250,))}
+    if group_by == "sector":
+        stores, spaces["B"] = [tmp_path / "RUN"], SPACE
+    else:
+        stores = [tmp_path / name for name in runs]
+    for number, (name, found) in enumerate(runs.items()):
+        for result in found:  # poses of the smaller search space
+            for own in (result, result["correlation_table"]):
+                for key in {"best_global_index", "global_idx"} & {*own}:
+                    own[key] %= spaces[name].n_poses
+        info = replace(INFO, search_space=spaces[name])
+        for place in {tmp_path / f"{name}-ALONE", stores[number % len(stores)]}:
+            write_partial(place, name, found[0], total_projections=N, search=info)
+    ocelot_em.merge(stores, tmp_path / "OUT", group_by=group_by)
+    found = find_detections(tmp_path / "OUT", cutoff=6, min_distance=6, min_angle=25)
+    rows = all_rows(found)
+    every = [rows_above(own, 6, number) for number, own in enumerate(runs.values())]
+    if group_by == "sector":
+        expected = suppressed(sorted(every[0] + every[1]), 6, 25)
+        assert len(expected) < sum(len(suppressed(own, 6, 25)) for own in every)
+    else:
+        expected = []
+    zs = []
+    for number, name in enumerate(runs):
+        alone = tmp_path / f"{name}-OUT"
+        ocelot_em.merge(tmp_path / f"{name}-ALONE", alone)
+        zs.append(ocelot_em.open_merged(alone)["scaled_mip"].to_numpy())
+        if group_by == "template":
+            own = as_tuples(
+                all_rows(find_detections(alone, cutoff=6, min_distance=6, min_angle=25))
+            )
+            expected += [(-z, y, x, index, number, *rest) for _, y, x, index, *rest, z in own]
+    groups = [[*runs].index(name) for name in rows["group"]]
+    names = "pos_y", "pos_x", "global_index", "correlation"
+    kept = zip(-rows["zscore"], *(rows[name].tolist() for name in names[:3]), groups, strict=True)
+    assert list(kept) == [row[:5] for row in sorted(expected)]
+    second = np.array(
+        [zs[1 - g][y, x] for g, y, x in zip(groups, rows["pos_y"], rows["pos_x"], strict=True)]
+    )
+    np.testing.assert_array_equal(rows["second_zscore"], second)
+    np.testing.assert_array_equal(rows["zscore_difference"], rows["zscore"] - second)
+    for name in runs:
+        here = rows["group"] == name
+        poses = spaces[name].decode(rows["global_index"][here])
+        np.testing.assert_array_equal(
+            np.stack(poses[:4]), [rows[n][here] for n in POSE_COLUMNS[:4]]
+        )
+    every = find_detections(tmp_path / "OUT").correlations
+    pixels = np.prod([edge - BOX + 1 for edge in SHAPE])
+    assert every.cutoff == ocelot_em.gaussian_cutoff(pixels, 2 * N, 1)
+    assert [*every.facts["groups"]] == [*runs]
+    (one,) = {*all_rows(find_detections(tmp_path / "OUT", cutoff=6, exposure="B"))["group"]}
+    assert one == "B"
 
 
 def test_command_line_after_a_move_of_the_search(tmp_path, capsys):

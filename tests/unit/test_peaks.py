@@ -87,7 +87,9 @@ def test_peaks_keep_their_distance_and_nobody_else_could_be_one(candidates, min_
 
 
 orientations = st.tuples(*[st.sampled_from([0.0, 20.0, 90.0, 180.0, 200.0])] * 3)
-posed = st.tuples(st.integers(0, 12), st.integers(0, 12), few_heights, orientations)
+posed = st.tuples(
+    st.integers(0, 12), st.integers(0, 12), few_heights, orientations, st.integers(0, 1)
+)
 
 
 @given(
@@ -97,20 +99,24 @@ posed = st.tuples(st.integers(0, 12), st.integers(0, 12), few_heights, orientati
     st.randoms(),
 )
 def test_by_orientation_it_is_the_greedy_choice_too(candidates, min_distance, angle, random):
-    """Also where candidates share a pixel, and whatever their order."""
+    """Also where candidates share a pixel, and whatever their order.
+
+    Orientations of different templates are not compared: their distance decides.
+    """
 
     def is_suppressed(one, other):
-        (y, x, _, pose), (v, u, _, peak) = one, other
+        (y, x, _, pose, template), (v, u, _, peak, its_template) = one, other
         turn = rotation_between(*(np.array(pair)[:, None] for pair in zip(pose, peak, strict=True)))
-        return (y - v) ** 2 + (x - u) ** 2 < min_distance**2 and turn[0] <= angle + 1e-3
+        is_similar = turn[0] <= angle + 1e-3 or template != its_template
+        return (y - v) ** 2 + (x - u) ** 2 < min_distance**2 and is_similar
 
     chosen = []
-    for one in sorted(candidates, key=lambda c: (-c[2], c[0], c[1], c[3])):
+    for one in sorted(candidates, key=lambda c: (-c[2], c[0], c[1], *c[3:])):
         if not any(is_suppressed(one, peak) for peak in chosen):
             chosen.append(one)
     random.shuffle(candidates)
-    y, x, height, poses = (np.array(column) for column in zip(*candidates, strict=True))
-    found = select_peaks(y, x, height, min_distance, tuple(poses.T), angle)
+    y, x, height, poses, template = (np.array(own) for own in zip(*candidates, strict=True))
+    found = select_peaks(y, x, height, min_distance, (*poses.T, template), angle)
     assert [candidates[i] for i in found] == chosen
 
 

@@ -200,6 +200,7 @@ def detections(
     *,
     output: PathOrUrl,
     overwrite: bool = False,
+    micrograph: str | None = None,
     exposure: str | None = None,
     search: PathOrUrl | None = None,
     detecting: Annotated[DetectionOptions, DETECTING] = DETECTION_DEFAULTS,
@@ -212,8 +213,10 @@ def detections(
         Parquet file to write, beside which a temporary file may need room.
     overwrite
         Replace an existing file.
+    micrograph
+        Name of the micrograph, for the table. Default: that of the result, without ``.zarr``.
     exposure
-        Only those of this exposure of a montage. Default: all.
+        Only those of this exposure of a montage, or of this group. Default: all.
     search
         Search that was merged, if it was moved since. Default: where it was then.
     """
@@ -224,9 +227,8 @@ def detections(
     place = Path(output)
     refuse_existing([place], overwrite)
     place.parent.mkdir(parents=True, exist_ok=True)
-    found = find_detections(
-        store, exposure=exposure, search=search, scratch=place.parent, **detecting.model_dump()
-    )
+    given: dict[str, Any] = {"micrograph": micrograph, "exposure": exposure, "search": search}
+    found = find_detections(store, scratch=place.parent, **given, **detecting.model_dump())
     found.to_parquet(place, overwrite=overwrite)
     rows = found.correlations
     counts = f"{found.n_found:,} detections among {rows.n_kept:,} of {rows.n_rows:,} correlations"
@@ -250,6 +252,7 @@ def export(
     from ocelot_em.model.maps import SCALED_MIP
     from ocelot_em.particles.areas import Area
     from ocelot_em.particles.correlations import Correlations
+    from ocelot_em.particles.micrographs import plain_name
     from ocelot_em.store.distinct import require_distinct
     from ocelot_em.store.whole_file import refuse_existing
 
@@ -276,6 +279,7 @@ def export(
         merged = MergedResult.open(store)
         area = Area.of(merged, picking)
         rows = Correlations(merged, picking.cutoff, options.exposure, area=area)
+        rows.micrograph = plain_name(optics.micrograph or rows.micrograph)
         parquet.write_correlations(rows, output, overwrite=overwrite)
         counts = f"{rows.n_kept:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
         incomplete = rows.result.incomplete_text

@@ -13,15 +13,15 @@ def suppress(rows: Any, turns: Any, limits: Any, kept: Any, n_kept: Any, chosen:
 
     A row is near another if their squared distance is below the first of ``limits``, and if the
     product of their quaternions is not below the second, in absolute value, under any rotation that
-    leaves the template as it is.
+    leaves the template as it is, or if their templates differ.
 
     ``rows``: y (int64), x (int32) and the number of the orientation (int32), (n,) each; positions
-    are not negative. ``turns``: quaternions (n, 4), float64, of the orientations and of the
-    rotations, and memory for as many as these. ``limits``: the two, and the edge of a cell in
-    pixels, above the distance. ``kept``: y, x and orientation of all rows that were chosen, also by
-    earlier calls, the number of the one before in the same cell, and the number of the last one of
-    each cell; -1 is none. Cells share numbers if there are many, which only makes the search
-    longer. ``chosen``: output mask.
+    are not negative. ``turns``: quaternions and the number of the template (n, 5), float64, of the
+    orientations; quaternions (n, 4) of the rotations, and memory for as many as these. ``limits``:
+    the two, and the edge of a cell in pixels, above the distance. ``kept``: y, x and orientation of
+    all rows that were chosen, also by earlier calls, the number of the one before in the same cell,
+    and the number of the last one of each cell; -1 is none. Cells share numbers if there are many,
+    which only makes the search longer. ``chosen``: output mask.
     """
     ys, xs, numbers = rows
     orientations, group, same = turns
@@ -40,7 +40,9 @@ def suppress(rows: Any, turns: Any, limits: Any, kept: Any, n_kept: Any, chosen:
                 while k >= 0 and not is_near:
                     down, across = np.float64(y - kept_ys[k]), np.float64(x - kept_xs[k])
                     if down * down + across * across < squared_distance:
-                        is_near = _is_similar(same, orientations[kept_numbers[k]], cosine)
+                        other = orientations[kept_numbers[k]]
+                        is_near = orientations[numbers[i], 4] != other[4]
+                        is_near = is_near or _is_similar(same, other, cosine)
                     k = before[k]
         chosen[i] = not is_near
         if not is_near:

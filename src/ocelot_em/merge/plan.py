@@ -105,6 +105,19 @@ class MergePlan(fmt.Attributes):
         """What an exposure of the plan is, for messages."""
         return "group" if self.group_by else "exposure"
 
+    @property
+    def templates(self) -> list[int]:
+        """Number of the template of each exposure or group.
+
+        Orientations of one template can be compared. Groups of different stores are of one template
+        if these state its name; exposures of a montage are.
+        """
+        if not self.group_by or (self.group_by != "template" and self.template_name is not None):
+            return [0] * len(self.exposures)
+        is_own = self.group_by == "template"
+        names = [own.id if is_own else own.sources[0].url for own in self.exposures]
+        return [names.index(name) for name in names]
+
     def digest_of(self, exposure: fmt.PlacedExposure) -> fmt.Digest | None:
         """Return the digest of the search space of an exposure or group."""
         return exposure.search_space_digest or self.search_space_digest

@@ -27,7 +27,8 @@ class PickOptions(Options):
         to 1.3.0 has 5; later versions, and cisTEM, have 10.
     min_angle
         Maximum difference in degrees between the orientation of a peak and of those that it
-        suppresses within that distance: others are peaks, too. Default: any orientation.
+        suppresses within that distance: others are peaks, too. Of groups of different templates,
+        the distance alone decides. Default: any orientation.
     mask
         Where particles may be: an image (.mrc, .npy, .h5; a Zarr array), not 0 where they may; or
         the vertices of polygons (.csv) in which they may not. Pixels outside do not count for the
@@ -101,7 +102,7 @@ class DetectionOptions(Options):
         Minimum z-score. Default: from the expected number of false positives.
     false_positives
         Number of correlations of Gaussian noise that are expected at or above the cutoff, in the
-        whole search; of a montage, in each exposure.
+        whole search, with all its groups; of a montage, in each exposure.
     min_distance
         Distance in pixels below which a row is suppressed by a higher one of similar orientation;
         0: all rows at or above the cutoff are kept.

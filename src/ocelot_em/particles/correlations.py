@@ -10,13 +10,14 @@ from ocelot_em.errors import IncompleteError, InvalidInputError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.correlations import VALUE
-from ocelot_em.model.maps import MEAN, STD, AnyArray
+from ocelot_em.model.maps import MEAN, SCALED_MIP, SECOND_ZSCORE, STD, AnyArray, Int64
 from ocelot_em.model.regions import Region
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.gaussian import gaussian_cutoff
+from ocelot_em.particles.micrographs import plain_name, store_name
 from ocelot_em.particles.population import populations_of
 from ocelot_em.particles.scanning import own_regions
-from ocelot_em.particles.table import EXPOSURE
+from ocelot_em.particles.table import DIFFERENCE, EXPOSURE, GROUP, MICROGRAPH
 from ocelot_em.store.correlations import POSE, StoredTable, X, Y, open_table
 from ocelot_em.store.objects import normalise_url, open_objects
 from ocelot_em.store.search import read_partial_at
@@ -25,6 +26,7 @@ from ocelot_em.store.sources import Source, check_unchanged, open_source
 POSE_COLUMNS = "phi", "theta", "psi", "relative_defocus", "pixel_size_offset"
 
 COLUMNS = {
+    MICROGRAPH: "str",
     "pos_y": "int32",
     "pos_x": "int32",
     "correlation": "float32",
@@ -35,7 +37,7 @@ COLUMNS = {
     STD: "float32",
     "partial": "int32",
 }
-"""Columns of the rows, and their dtypes; a montage has also the column ``exposure``, of text."""
+"""Columns of the rows and their dtypes, before those of exposures or groups."""
 
 
 @dataclass(frozen=True)
@@ -92,27 +94,43 @@ class Correlations:
         self.cutoff = min(own.cutoff for own in self.limits.values())
         self.n_kept = 0
         """Number of rows that were read and kept."""
+        self.micrograph = plain_name(store_name(result.url))
+        """Name of the micrograph, which may be set."""
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the search has groups."""
+        return self.result.plan.group_by is not None
 
     def _limits(
         self, k: int, tables: Sequence[StoredTable], cutoff: float | None, false_positives: float
     ) -> _Limits:
         exposure = self.result.plan.exposures[k]
         if cutoff is None:
-            cutoff = gaussian_cutoff(self._populations[k].correlations, 1, false_positives)
+            # Noise of every group may be in the table.
+            own = self._populations if self.has_groups else [self._populations[k]]
+            cutoff = gaussian_cutoff(sum(one.correlations for one in own), 1, false_positives)
         return _Limits(exposure, tables, max(table.threshold for table in tables), cutoff)
 
     @property
     def columns(self) -> dict[str, str]:
         """Columns of the rows, and their dtypes."""
-        return COLUMNS | ({EXPOSURE: "str"} if self.result.plan.has_parts else {})
+        return COLUMNS | self.part_columns
+
+    @property
+    def part_columns(self) -> dict[str, str]:
+        """Columns of exposures or groups, which :meth:`parts_of` returns."""
+        if self.has_groups:
+            return {GROUP: "str", SECOND_ZSCORE: "float32", DIFFERENCE: "float32"}
+        return {EXPOSURE: "str"} if self.result.plan.has_parts else {}
 
     @property
     def facts(self) -> dict[str, object]:
         """Thresholds and cutoffs, and what the search lacked, if anything."""
         facts: dict[str, object] = {"threshold": self.threshold, "cutoff": self.cutoff}
         if self.result.plan.has_parts:
-            limits = self.limits.values()
-            facts["exposures"] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
+            limits, name = self.limits.values(), f"{self.result.plan.part}s"
+            facts[name] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
         incomplete = self.result.incomplete_text
         return facts | ({"incomplete_search": incomplete} if incomplete else {})
 
@@ -122,23 +140,39 @@ class Correlations:
         return sum(table.n_rows for limits in self.limits.values() for table in limits.tables)
 
     def __iter__(self) -> Iterator[dict[str, AnyArray]]:
-        ids = [own.exposure.id for own in self.limits.values()]
         for position, rows in self.of_exposures():
-            if self.result.plan.has_parts:
-                rows[EXPOSURE] = np.full(len(rows["pos_y"]), ids[position])
-            yield rows
+            n = len(rows["pos_y"])
+            parts = self.parts_of(np.full(n, position), rows["zscore"], rows.get(SECOND_ZSCORE))
+            yield {MICROGRAPH: np.full(n, self.micrograph)} | rows | parts
+
+    def parts_of(
+        self, positions: Int64, z: AnyArray, second: AnyArray | None
+    ) -> dict[str, AnyArray]:
+        """Return the columns of rows of exposures or groups, by their positions in the limits."""
+        names = np.array([own.exposure.id for own in self.limits.values()])
+        found = dict(zip(self.part_columns, [names[positions]], strict=False))
+        return found if second is None else found | {SECOND_ZSCORE: second, DIFFERENCE: z - second}
 
     def of_exposures(self) -> Iterator[tuple[int, dict[str, AnyArray]]]:
         """Yield blocks of rows, each with the position of its exposure in :attr:`limits`."""
         self.n_kept = 0
         for position, (k, limits) in enumerate(self.limits.items()):
-            for region, maps in own_regions(self.result, k, MEAN, STD):
+            for region, own in own_regions(self.result, k, MEAN, STD):
+                maps = {MEAN: own[MEAN], STD: own[STD]}
+                if self.has_groups:
+                    maps[SECOND_ZSCORE] = self._best_of_others(region, limits.exposure)
                 for number, table in enumerate(limits.tables):
                     for block in table.blocks(region):
                         rows = self._joined(block, region, maps, limits)
                         if n := len(rows["pos_y"]):
                             self.n_kept += n
                             yield position, rows | {"partial": np.full(n, number, np.int32)}
+
+    def _best_of_others(self, region: Region, group: PlannedExposure) -> AnyArray:
+        """Return the highest z-score of the other groups, NaN where there is none."""
+        names = self.result.source, SECOND_ZSCORE, SCALED_MIP
+        numbers, second, best = (self.result.read(region, name) for name in names)
+        return np.where(numbers == group.number, second, best)
 
     def _joined(
         self,
@@ -162,8 +196,7 @@ class Correlations:
             "correlation": block[VALUE],
             "zscore": z,
             "global_index": block[POSE],
-            MEAN: mean,
-            STD: std,
+            **{name: values[pixels] for name, values in maps.items()},
         }
         found = {name: values[kept] for name, values in found.items()}
         index = found["global_index"]
@@ -190,22 +223,27 @@ def read_correlations(
         Path or URL of a merged result, or an open one. Its partials must still be where they were.
     cutoff
         Minimum z-score. Default: the one that Gaussian noise exceeds once in the whole search of
-        the exposure.
+        the exposure, or of all groups together.
     exposure
-        Id of the only exposure of a montage to read. Default: all, one after another.
+        Id of the only exposure of a montage, or name of the only group, to read. Default: all, one
+        after another.
 
     Returns
     -------
     iterator of dict
-        Columns by name: ``pos_y``, ``pos_x``, ``correlation``, ``zscore``, pose, ``global_index``,
-        ``correlation_mean``, ``correlation_std``, and ``partial``, the number of the device. Rows
-        are grouped by chunk of the maps, then by device, then as the device found them. Those of
-        pixels that are not valid are left out.
+        Columns by name: ``micrograph``, the name of the store; ``pos_y``, ``pos_x``,
+        ``correlation``, ``zscore``, pose, ``global_index``, ``correlation_mean``,
+        ``correlation_std``, and ``partial``, the number of the device. Rows are grouped by chunk of
+        the maps, then by device, then as the device found them. Those of pixels that are not valid
+        are left out.
 
         Rows of a montage have also ``exposure``, its id; position and ``partial`` are of that
         exposure, and windows of it take the place of chunks. All its rows are there, also those of
         pixels where the montage shows another exposure, so that a particle in an overlap is in the
         tables of both. There, maps are merged again from the partials.
+
+        Likewise, rows of groups have ``group``, its name, ``second_zscore``, the highest z-score of
+        the other groups at the pixel, and ``zscore_difference``. All rows of each group are there.
 
     Raises
     ------

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.keywords import DetectionKeywords, takes
-from ocelot_em.model.maps import AnyArray, Int64
+from ocelot_em.model.maps import SECOND_ZSCORE, AnyArray, Int64
 from ocelot_em.model.pick_options import DetectionOptions
 from ocelot_em.particles.correlations import COLUMNS, POSE_COLUMNS, Correlations
+from ocelot_em.particles.micrographs import plain_name
 from ocelot_em.particles.peaks import Suppression
 from ocelot_em.particles.symmetry import quaternions, symmetry_group
-from ocelot_em.particles.table import EXPOSURE
+from ocelot_em.particles.table import MICROGRAPH, RANK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from ocelot_em.model.search_space import SearchSpace
 
 DETECTION_COLUMNS: Final = {
-    "rank": "int64",
+    MICROGRAPH: "str",
+    RANK: "int64",
     **{name: COLUMNS[name] for name in ("pos_y", "pos_x", "correlation", "zscore")},
     **{name: COLUMNS[name] for name in (*POSE_COLUMNS, "global_index", "partial")},
 }
-"""Columns of the detections, and their dtypes; a montage has also the column ``exposure``."""
+"""Columns of the detections and their dtypes, before those of exposures or groups."""
 
 RUN_ROWS = 2**21
 """Maximum number of rows that are sorted at a time; sorting them takes 200 MB."""
@@ -45,12 +47,13 @@ _BLOCK_ROWS = 2**19
 _ROW = np.dtype([("first", "u8"), ("second", "u8"), ("source", "i4"), ("correlation", "f4")])
 """A row as it is sorted: z-score, highest first, and y; x and index of the pose; who found it."""
 
+_ROW_OF_GROUPS = np.dtype([*_ROW.descr, (SECOND_ZSCORE, "f4")])
+"""The same, with the highest z-score of the other groups."""
+
 _LOW: Final = np.uint64(0xFFFFFFFF)
 
 Rows = NDArray[np.void]
-"""Rows of :data:`_ROW`."""
-
-_NO_ROWS: Final[Rows] = np.empty(0, _ROW)
+"""Rows of :data:`_ROW`, or of :data:`_ROW_OF_GROUPS`."""
 
 
 class Detections:
@@ -70,16 +73,19 @@ class Detections:
         self._limits = [*correlations.limits.values()]
         self._first_source = np.cumsum([0, *(len(own.tables) for own in self._limits)])
         heights = (own.exposure.shape[0] for own in self._limits)
-        self._height = max(heights) + int(options.min_distance) + 2
-        """Distance between the first rows of two exposures; they do not suppress each other."""
+        self._height = max(heights) + int(options.min_distance) + 2  # of a level
+        plan = correlations.result.plan
+        levels = plan.templates if plan.group_by else range(len(plan.exposures))
+        self._levels = np.array([levels[k] for k in correlations.limits])
+        """Number of the level of each exposure. Rows of different levels, which are exposures of a
+        montage or templates, are too far apart to suppress each other."""
         self.n_found = 0
         """Number of detections that were found."""
 
     @property
     def columns(self) -> dict[str, str]:
         """Columns of the detections, and their dtypes."""
-        has_parts = self.correlations.result.plan.has_parts
-        return DETECTION_COLUMNS | ({EXPOSURE: "str"} if has_parts else {})
+        return DETECTION_COLUMNS | self.correlations.part_columns
 
     @property
     def facts(self) -> dict[str, object]:
@@ -96,7 +102,8 @@ class Detections:
     def __iter__(self) -> Iterator[dict[str, AnyArray]]:
         self.n_found, suppression = 0, self._suppression()
         with tempfile.TemporaryFile(dir=self._scratch) as file:
-            for rows in _sorted(self._rows(), file):
+            dtype = _ROW_OF_GROUPS if self.correlations.has_groups else _ROW
+            for rows in _sorted(self._rows(dtype), file, dtype):
                 found = rows[suppression.choose(self._placed(rows))]
                 if len(found):
                     yield self._described(found)
@@ -117,19 +124,20 @@ class Detections:
 
         return write_parquet(self, path, overwrite=overwrite)
 
-    def _rows(self) -> Iterator[Rows]:
+    def _rows(self, dtype: "np.dtype[np.void]") -> Iterator[Rows]:
         """Yield the rows at or above the cutoff, in the order of the tables."""
         for position, found in self.correlations.of_exposures():
-            rows = np.empty(len(found["pos_y"]), _ROW)
+            rows = np.empty(len(found["pos_y"]), dtype)
             rows["first"] = _descending(found["zscore"]) << 32 | found["pos_y"].astype("u8")
             rows["second"] = found["pos_x"].astype("u8") << 32 | found["global_index"].astype("u8")
             rows["source"] = found["partial"] + self._first_source[position]
-            rows["correlation"] = found["correlation"]
+            for name in dtype.names[3:] if dtype.names else ():
+                rows[name] = found[name]
             yield rows
 
     def _suppression(self) -> Suppression:
         width = max(own.exposure.shape[1] for own in self._limits)
-        area = self._height * len(self._limits) * width
+        area = self._height * (int(self._levels.max()) + 1) * width
         turns = [quaternions(*space.euler_angles.T) for space in dict.fromkeys(self._spaces)]
         limits = self.options.min_distance, self.options.min_angle
         group = symmetry_group(self.options.symmetry).as_quat()
@@ -148,7 +156,7 @@ class Detections:
         sizes = {space: len(space.euler_angles) for space in self._spaces}
         starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
         size, start = (np.array([of[space] for space in self._spaces]) for of in (sizes, starts))
-        y = (rows["first"] & _LOW).astype(np.int64) + exposures * self._height
+        y = (rows["first"] & _LOW).astype(np.int64) + self._levels[exposures] * self._height
         index = (rows["second"] & _LOW).astype(np.int64)
         orientations = start[exposures] + index % size[exposures]
         return y, (rows["second"] >> 32).astype(np.int32), orientations.astype(np.int32)
@@ -162,7 +170,8 @@ class Detections:
         numbers = np.array([own.exposure.number for own in self._limits])
         poses = self.correlations.result.decode(index, numbers[exposures])
         found: dict[str, AnyArray] = {
-            "rank": np.arange(first, self.n_found + 1),
+            MICROGRAPH: np.full(len(rows), self.correlations.micrograph),
+            RANK: np.arange(first, self.n_found + 1),
             "pos_y": (rows["first"] & _LOW).astype(np.int32),
             "pos_x": (rows["second"] >> 32).astype(np.int32),
             "correlation": rows["correlation"].copy(),
@@ -171,9 +180,9 @@ class Detections:
             "global_index": index,
             "partial": (rows["source"] - self._first_source[exposures]).astype(np.int32),
         }
-        if EXPOSURE in self.columns:
-            found[EXPOSURE] = np.array([own.exposure.id for own in self._limits])[exposures]
-        return found
+        names = rows.dtype.names or ()
+        second = rows[SECOND_ZSCORE].copy() if SECOND_ZSCORE in names else None
+        return found | self.correlations.parts_of(exposures, found["zscore"], second)
 
 
 def _descending(z: AnyArray) -> AnyArray:
@@ -193,12 +202,12 @@ def _in_order(rows: Rows) -> Rows:
     return rows[np.lexsort((rows["source"], rows["second"], rows["first"]))]
 
 
-def _sorted(blocks: Iterator[Rows], file: IO[bytes]) -> Iterator[Rows]:
+def _sorted(blocks: Iterator[Rows], file: IO[bytes], dtype: "np.dtype[np.void]") -> Iterator[Rows]:
     """Yield rows in order, in blocks; sorted runs are in the file if there are several."""
     waiting, runs, n = list[Rows](), list[range](), 0
 
     def run() -> Rows:
-        rows = np.concatenate([_NO_ROWS, *waiting])
+        rows = np.concatenate([np.empty(0, dtype), *waiting])
         waiting.clear()
         return _in_order(rows)
 
@@ -216,13 +225,16 @@ def _sorted(blocks: Iterator[Rows], file: IO[bytes]) -> Iterator[Rows]:
         return
     file.flush()
     size = max(_BLOCK_ROWS // (len(runs) + 1), 2)
-    yield from _merged([*(_Run(file, run, size) for run in runs), _Run(file, range(0), size, rows)])
+    left = range(0)
+    yield from _merged(
+        [*(_Run(file, run, size, rows[:0]) for run in runs), _Run(file, left, size, rows)]
+    )
 
 
 class _Run:
     """Sorted rows in a file, of which some are in memory."""
 
-    def __init__(self, file: IO[bytes], left: range, size: int, rows: Rows = _NO_ROWS) -> None:
+    def __init__(self, file: IO[bytes], left: range, size: int, rows: Rows) -> None:
         self._file, self._left, self._size, self.rows = file, left, size, rows
         self.fill()
 
@@ -230,8 +242,9 @@ class _Run:
         """Read up to the number of rows that should be in memory."""
         n = min(self._size - len(self.rows), len(self._left))
         if n > 0:
-            self._file.seek(self._left.start * _ROW.itemsize)
-            new = np.fromfile(self._file, _ROW, n)
+            dtype = self.rows.dtype
+            self._file.seek(self._left.start * dtype.itemsize)
+            new = np.fromfile(self._file, dtype, n)
             self.rows, self._left = np.concatenate([self.rows, new]), self._left[n:]
 
     @property
@@ -269,6 +282,7 @@ def _merged(runs: Sequence[_Run]) -> Iterator[Rows]:
 def find_detections(
     store: str | PathLike[str] | MergedResult,
     *,
+    micrograph: str | None = None,
     exposure: str | None = None,
     search: str | PathLike[str] | None = None,
     scratch: str | PathLike[str] | None = None,
@@ -287,8 +301,10 @@ def find_detections(
     ----------
     store
         Path or URL of a merged result, or an open one.
+    micrograph
+        Name of the micrograph, for the table. Default: that of the store, without ``.zarr``.
     exposure
-        Id of the only exposure of a montage to read. Default: all.
+        Id of the only exposure of a montage, or name of the only group, to read. Default: all.
     search
         Path or URL of the search that was merged. Default: where it was then.
     scratch
@@ -303,10 +319,12 @@ def find_detections(
     Returns
     -------
     Detections
-        An iterable of blocks, dictionaries of columns: ``rank`` (from 1, by z-score), ``pos_y``,
-        ``pos_x`` (pixels), ``correlation``, ``zscore``, pose (degrees, Å), ``global_index``,
-        ``partial``; of a montage also ``exposure``, to which position and partial belong. Exposures
-        do not suppress each other. :meth:`Detections.to_parquet` writes a file. Memory is below
+        An iterable of blocks, dictionaries of columns: ``micrograph``, ``rank`` (from 1, by
+        z-score), ``pos_y``, ``pos_x`` (pixels), ``correlation``, ``zscore``, pose (degrees, Å),
+        ``global_index``, ``partial``; of a montage also ``exposure``, to which position and partial
+        belong; of groups ``group``, ``second_zscore`` (the highest of the other groups at the
+        pixel) and ``zscore_difference``. Exposures of a montage do not suppress each other, nor do
+        groups of different templates. :meth:`Detections.to_parquet` writes a file. Memory is below
         1 GB, and 20 bytes for each detection more if any row is to be suppressed.
 
     Raises
@@ -346,4 +364,6 @@ def find_detections(
     correlations = Correlations(
         store, own.cutoff, exposure, false_positives=own.false_positives, search=search
     )
+    if micrograph is not None:
+        correlations.micrograph = plain_name(micrograph)
     return Detections(correlations, own, scratch)

@@ -37,6 +37,16 @@ def store_name(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
 
 
+def plain_name(name: str) -> str:
+    """Return a name as tables can have it: other characters are replaced by underscores.
+
+    >>> plain_name("a,b"), plain_name("-1a")
+    ('a_b', '_-1a')
+    """
+    plain = re.sub(r'[,"\r\n\t]', "_", name)
+    return f"_{plain}" if is_formula(plain) else plain
+
+
 def of_micrograph(table: ParticleTable, name: str) -> ParticleTable:
     """Return a table, highest first, whose particles have this micrograph and their ranks.
 
@@ -72,9 +82,7 @@ def names_of(table: ParticleTable) -> list[str]:
 
 
 def _named(table: ParticleTable, name: str) -> dict[str, AnyArray]:
-    plain = re.sub(r'[,"\r\n\t]', "_", name)
-    plain = f"_{plain}" if is_formula(plain) else plain
-    return {MICROGRAPH: np.full(len(table), plain)}
+    return {MICROGRAPH: np.full(len(table), plain_name(name))}
 
 
 def heights_of(table: ParticleTable, method: str) -> AnyArray:

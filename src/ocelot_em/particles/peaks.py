@@ -1,5 +1,6 @@
 """Peak selection among candidates, and subpixel positions of peaks."""
 
+from collections.abc import Sequence
 from math import cos, radians
 from typing import Final
 
@@ -10,8 +11,9 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import AnyArray, Float64, Int64
 from ocelot_em.particles.symmetry import ANGLE_ERROR, quaternions
 
-Orientations = tuple[AnyArray, AnyArray, AnyArray]
-"""Euler angles (ZYZ) phi, theta and psi of candidates in degrees, (n,) each."""
+Orientations = Sequence[AnyArray]
+"""Euler angles (ZYZ) phi, theta and psi of candidates in degrees, and perhaps the numbers of their
+templates, (n,) each."""
 
 MAX_CELLS = 2**24
 """Maximum number of cells, of 4 bytes, in which rows are looked up; a power of 2."""
@@ -38,10 +40,11 @@ def select_peaks(
     is (n,) z-score, ``mip`` or -ln p, and candidates with NaN are ignored. Candidates at a
     Euclidean distance below ``min_distance_px`` are suppressed; 0 suppresses none. With
     ``orientations``, only those are suppressed that also differ by a rotation of at most
-    ``min_angle_degrees``; an unknown orientation (NaN) differs from none.
+    ``min_angle_degrees``; an unknown orientation (NaN) differs from none, and neither does that of
+    another template, with which it cannot be compared.
 
-    Return indices of the selected peaks by descending height, ties by y, then x, then phi, theta
-    and psi. The selection does not depend on the order of the candidates.
+    Return indices of the selected peaks by descending height, ties by y, then x, then phi, theta,
+    psi and template. The selection does not depend on the order of the candidates.
     """
     ys, xs, heights = np.asarray(y), np.asarray(x), np.asarray(height, np.float64)
     any_angle = orientations is None or min_angle_degrees >= 180
@@ -55,7 +58,10 @@ def select_peaks(
     rows, columns = (own[order].astype(np.int64) for own in (ys, xs))
     rows, columns = rows - rows.min(), columns - columns.min()
     places = np.arange(order.size, dtype=np.int32)
-    turned = _NO_SYMMETRY if any_angle else quaternions(*(a[order] for a in angles))
+    turned = _NO_SYMMETRY
+    if not any_angle:
+        templates = [own[order] for own in angles[3:]]
+        turned = np.column_stack([quaternions(*(a[order] for a in angles[:3])), *templates])
     # No more cells than candidates.
     area = (rows.max() + 1.0) * (columns.max() + 1.0)
     area = min(area, order.size * max(min_distance_px, 1.0) ** 2)
@@ -67,11 +73,12 @@ def select_peaks(
 class Suppression:
     """Rows that no earlier row nearby suppresses: 20 bytes each, and cells to find them by place.
 
-    ``orientations`` are quaternions (n, 4). A row is suppressed if its distance in pixels from one
-    that was chosen is below the first of ``limits`` and their orientations differ by at most the
-    second, in degrees; from 180, any two orientations are near. ``area`` in pixels is that in which
-    the rows are; a wrong one only makes the search longer. ``group``: quaternions (n, 4) of the
-    rotations that leave the template as it is.
+    ``orientations`` are quaternions (n, 4), and perhaps a fifth column, the number of the template:
+    orientations of different templates are never different. A row is suppressed if its distance in
+    pixels from one that was chosen is below the first of ``limits`` and their orientations differ
+    by at most the second, in degrees; from 180, any two orientations are near. ``area`` in pixels
+    is that in which the rows are; a wrong one only makes the search longer. ``group``: quaternions
+    (n, 4) of the rotations that leave the template as it is.
     """
 
     def __init__(
@@ -82,7 +89,9 @@ class Suppression:
         group: Float64 = _NO_SYMMETRY,
     ) -> None:
         distance, angle = limits
-        self._turns = np.ascontiguousarray(orientations), group, np.empty_like(group)
+        turns: Float64 = np.zeros((len(orientations), 5))
+        turns[:, : orientations.shape[1]] = orientations
+        self._turns = turns, group, np.empty_like(group)
         cosine = cos(radians(min(angle + ANGLE_ERROR, 180) / 2)) if angle < 180 else 0.0
         # Pixels closer than a cell's edge are in the same cell or a neighbouring one. The edge is
         # slightly longer than the distance, so rounding cannot move a pixel one cell too far.

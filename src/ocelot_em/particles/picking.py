@@ -161,7 +161,8 @@ def _peaks(
     places = [merged.plan.exposures.index(one.exposure) for one in found]
     exposures = np.repeat(places, [len(one.rows) for one in found])
     poses = _poses(merged, np.concatenate([one.rows for one in found]), exposures)
-    orientations = poses["best_phi"], poses["best_theta"], poses["best_psi"]
+    templates = np.array(merged.plan.templates)[exposures]
+    orientations = poses["best_phi"], poses["best_theta"], poses["best_psi"], templates
     return select_peaks(y, x, heights, settings.min_distance, orientations, settings.min_angle)
 
 
