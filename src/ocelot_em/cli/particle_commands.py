@@ -200,7 +200,6 @@ def detections(
     *,
     output: PathOrUrl,
     overwrite: bool = False,
-    micrograph: str | None = None,
     exposure: str | None = None,
     search: PathOrUrl | None = None,
     detecting: Annotated[DetectionOptions, DETECTING] = DETECTION_DEFAULTS,
@@ -213,8 +212,6 @@ def detections(
         Parquet file to write, beside which a temporary file may need room.
     overwrite
         Replace an existing file.
-    micrograph
-        Name of the micrograph, for the table. Default: that of the result, without ``.zarr``.
     exposure
         Only those of this exposure of a montage, or of this group. Default: all.
     search
@@ -227,8 +224,9 @@ def detections(
     place = Path(output)
     refuse_existing([place], overwrite)
     place.parent.mkdir(parents=True, exist_ok=True)
-    given: dict[str, Any] = {"micrograph": micrograph, "exposure": exposure, "search": search}
-    found = find_detections(store, scratch=place.parent, **given, **detecting.model_dump())
+    found = find_detections(
+        store, exposure=exposure, search=search, scratch=place.parent, **detecting.model_dump()
+    )
     found.to_parquet(place, overwrite=overwrite)
     rows = found.correlations
     counts = f"{found.n_found:,} detections among {rows.n_kept:,} of {rows.n_rows:,} correlations"

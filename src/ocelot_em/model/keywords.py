@@ -91,6 +91,7 @@ class DetectionKeywords(TypedDict, total=False):
     min_distance: float
     min_angle: float
     symmetry: str
+    micrograph: str | None
 
 
 class BatchKeywords(PickKeywords, MergeKeywords, total=False):

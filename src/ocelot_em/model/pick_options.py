@@ -113,6 +113,8 @@ class DetectionOptions(Options):
     symmetry
         Symmetry of the template, such as C4, D7 or O, with the axes of RELION. Orientations that
         differ by a rotation of it are the same.
+    micrograph
+        Name of the micrograph, for the table. Default: that of the result, without ``.zarr``.
 
     Examples
     --------
@@ -126,3 +128,4 @@ class DetectionOptions(Options):
     min_distance: Annotated[float, Field(ge=0, le=2**20)] = 10.0
     min_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
     symmetry: str = "C1"
+    micrograph: str | None = None

@@ -282,7 +282,6 @@ def _merged(runs: Sequence[_Run]) -> Iterator[Rows]:
 def find_detections(
     store: str | PathLike[str] | MergedResult,
     *,
-    micrograph: str | None = None,
     exposure: str | None = None,
     search: str | PathLike[str] | None = None,
     scratch: str | PathLike[str] | None = None,
@@ -301,8 +300,6 @@ def find_detections(
     ----------
     store
         Path or URL of a merged result, or an open one.
-    micrograph
-        Name of the micrograph, for the table. Default: that of the store, without ``.zarr``.
     exposure
         Id of the only exposure of a montage, or name of the only group, to read. Default: all.
     search
@@ -315,6 +312,7 @@ def find_detections(
         not given, 1 by default. ``min_distance``: pixels, 10 by default; 0 suppresses nothing.
         ``min_angle``: degrees, 10 by default; with 180, orientations do not matter. ``symmetry``:
         that of the template, under which orientations are the same; C1 by default.
+        ``micrograph``: its name, for the table; by default that of the store, without ``.zarr``.
 
     Returns
     -------
@@ -364,6 +362,6 @@ def find_detections(
     correlations = Correlations(
         store, own.cutoff, exposure, false_positives=own.false_positives, search=search
     )
-    if micrograph is not None:
-        correlations.micrograph = plain_name(micrograph)
+    if own.micrograph is not None:
+        correlations.micrograph = plain_name(own.micrograph)
     return Detections(correlations, own, scratch)
