@@ -197,9 +197,9 @@ def test_micrographs_of_two_tables_are_compared_by_name(searches):
     b = named([(9, 9), (50, 60), (50, 60)], ["M2", "M3", "M1"], ["holo", "holo", "apo"])
     found = compare(a, b)
     assert pairs_of(found) == [(1, 0)]
-    assert found["micrograph"].tolist() == ["M2", "M1", "M3", "M2", "M1"]
-    assert found["group_a"].tolist() == ["apo", "apo", "", "holo", ""]
-    assert found["group_b"].tolist() == ["holo", "", "holo", "", "apo"]
+    assert found["micrograph"].tolist() == ["M1", "M2", "M3", "M1", "M2"]
+    assert found["group_a"].tolist() == ["apo", "apo", "", "", "holo"]
+    assert found["group_b"].tolist() == ["", "holo", "holo", "apo", ""]
     with pytest.raises(InvalidInputError, match="expected particles of one micrograph"):
         compare(searches[0], a)
     with pytest.raises(InvalidInputError, match="expected tables of the same micrographs"):
