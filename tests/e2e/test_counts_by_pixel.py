@@ -16,8 +16,10 @@ from ocelot_em.errors import (
     InvalidInputError,
     TilesFailedError,
 )
+from ocelot_em.io.hdf5 import write_hdf5
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import COUNT, INDEX, MIP, POSES, SQUARED_SUM, SUM, PartialMaps
+from ocelot_em.particles.estimates import expected_above
 from ocelot_em.particles.population import Population
 from ocelot_em.run.observer import Observer
 from ocelot_em.store.objects import open_objects
@@ -91,8 +93,10 @@ def test_statistics_and_the_cutoff_are_of_the_counts(made, merged):
     searched = maps[MIP] > -np.inf
     own = Population(result, 0)
     assert own.correlations == int(maps[COUNT][searched].sum())
-    cutoff = ocelot_em.find_peaks(result).about.cutoff
-    assert cutoff == ocelot_em.gaussian_cutoff(own.correlations, 1)
+    particles = ocelot_em.find_peaks(result)
+    assert particles.about.cutoff == ocelot_em.gaussian_cutoff(own.correlations, 1)
+    noise = expected_above(result, particles, np.array([particles.about.cutoff]))
+    assert noise == pytest.approx([1], rel=1e-3)
     for number in (0, 2):
         source, n = result.statistics.sources[number], counts[number].sum(dtype=float)
         mean = results[number][SUM].sum(dtype=float) / n
@@ -242,3 +246,18 @@ def test_files_with_maps_of_counts_are_imported(made, merged, tmp_path, kind, ca
     assert "counts        differ from pixel to pixel in p0, p2" in capsys.readouterr().out
     ocelot_em.merge(tmp_path / "RUN", tmp_path / "M", tile_size=16)
     assert_same_maps(read_maps(tmp_path / "M"), read_maps(merged / "explicit-merged"))
+
+
+def test_an_hdf5_file_keeps_the_counts(merged, tmp_path):
+    """Also of pixels that nothing searched, whose mean is NaN."""
+    pytest.importorskip("h5py")
+    ocelot_em.merge(merged / "explicit", tmp_path / "ONE", without=["p1", "p2"])
+    write_hdf5(tmp_path / "ONE", tmp_path / "one.h5")
+    ocelot_em.import_finished(
+        tmp_path / "one.h5", tmp_path / "RUN", total_projections=5000, pixel_size_offset_angstrom=0
+    )
+    ocelot_em.merge(tmp_path / "RUN", tmp_path / "M")
+    before, after = read_maps(tmp_path / "ONE"), read_maps(tmp_path / "M")
+    np.testing.assert_array_equal(after[COUNT], before[COUNT])
+    for name in (MIP, "correlation_mean", "correlation_std"):
+        np.testing.assert_array_equal(after[name], before[name])

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from ocelot_em.io.partial_names import cleaned_name
 from ocelot_em.io.text_file import file_identity, local_path, require_unchanged
 from ocelot_em.model.arrays import exact_count
 from ocelot_em.model.keywords import takes
-from ocelot_em.model.maps import PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
+from ocelot_em.model.maps import COUNT, PIXEL_SIZE, SQUARED_SUM, SUM, AnyArray, Float64
 from ocelot_em.model.progress import OnProgress, share_bar
 from ocelot_em.model.regions import Region, TileGrid
 from ocelot_em.store.attributes import WRAPPED_EDGES
@@ -35,7 +35,7 @@ from ocelot_em.store.distinct import overlaps
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.partials import PartialWriter
 from ocelot_em.store.search_info import SearchInfo
-from ocelot_em.store.validation import name_problems
+from ocelot_em.store.validation import name_problems, value_problems
 from ocelot_em.store.whole_folder import replaced_search
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def import_finished(
         existing = existing_partials(objects)
         chunk = PartialWriter.chunk_of(plan.files.shape)
         edges = EdgeSample(plan.files.shape)
-        digest = _checked(plan.files, edges, chunk, on_progress)
+        digest = _checked(plan, edges, chunk, on_progress)
         same = [
             name
             for name, partial in existing.items()
@@ -209,10 +209,13 @@ def _plan(
         template_box=box,
         pixel_size_angstrom=size,
         has_pixel_size=offset is not None or PIXEL_SIZE in files.arrays,
+        has_counts=COUNT in files.arrays,
         float64_sums=True,
         chunk_files=options.chunk_files,
         template_name=options.template_name,
     )
+    if info.has_counts:
+        notes.append("total_projections: a map, of which the number below is an upper bound")
     notes += [*facts.notes, *_missing(files, info)]
     return _Plan(files, name, count, offset, info, tuple(notes))
 
@@ -324,13 +327,14 @@ def _missing(files: MapFiles, info: SearchInfo) -> Sequence[str]:
 
 
 def _checked(
-    files: MapFiles, edges: EdgeSample, chunk: tuple[int, int], on_progress: OnProgress
+    plan: _Plan, edges: EdgeSample, chunk: tuple[int, int], on_progress: OnProgress
 ) -> str:
     """Check all values, sample the edges, and return a digest that does not depend on the bands."""
+    files = plan.files
     digests, grid = dict[tuple[int, int], bytes](), band_grid(files.shape, chunk)
     for number, band in enumerate(grid, 1):
         region, maps = band.region, files.read(band.region)
-        if problems := _value_problems(files, maps, region):
+        if problems := _value_problems(plan, maps, region):
             raise InvalidDataError(problems)
         edges.add(region, maps[STD])
         for cell in TileGrid(region.shape, chunk):
@@ -345,17 +349,22 @@ def _checked(
     return whole.hexdigest()
 
 
-def _value_problems(files: MapFiles, maps: Mapping[str, AnyArray], region: Region) -> list[str]:
-    """List unexpected NaN and infinities, and z-scores that contradict the other maps."""
+def _value_problems(plan: _Plan, maps: Mapping[str, AnyArray], region: Region) -> list[str]:
+    """List unexpected NaN and infinities, counts, and z-scores that contradict the other maps."""
+    files = plan.files
     searched, place = maps["mip"] != -np.inf, files.place
     problems = []
+    if COUNT in maps:
+        own = {name: maps[name] for name in ("mip", COUNT)}
+        problems += value_problems(own, region, plan.info, place, plan.count)
+    counted = searched | (maps.get(COUNT, 1) != 0)
     for name, values in maps.items():
         bad = ~np.isfinite(values)
-        if name in (MEAN, STD) and (bad & ~searched).any():
+        if name in (MEAN, STD) and (bad & ~searched & counted).any():
             problems.append(
-                f"{place}: {name}: not a number {_where(bad & ~searched, region)}, where nothing "
-                "was searched: a partial has one count for all its pixels, which cannot be 0 at "
-                "some; merge the search's own partials instead"
+                f"{place}: {name}: not a number {_where(bad & ~searched & counted, region)}, where "
+                "nothing was searched: without a map of counts, a partial has one count for all "
+                "its pixels, which cannot be 0 at some; merge the search's own partials instead"
             )
         if (bad := bad & searched).any():
             problems.append(f"{place}: {name}: not a finite number {_where(bad, region)}")
@@ -417,12 +426,16 @@ def _as_partial(
     sums, squared_sums = (np.empty(maps[MEAN].shape) for _ in range(2))
     for rows in _cached_rows(sums.shape):
         mean, std = (maps[name][rows].astype(np.float64) for name in (MEAN, STD))
-        sums[rows] = mean * count
-        squared_sums[rows] = _squared_sum(mean, std, count)
+        n: Any = count
+        if COUNT in maps:
+            n = maps[COUNT][rows].astype(np.float64)
+            mean[n == 0] = std[n == 0] = 0  # NaN
+        sums[rows] = mean * n
+        squared_sums[rows] = _squared_sum(mean, std, n)
     return partial | {SUM: sums, SQUARED_SUM: squared_sums}
 
 
-def _squared_sum(mean: Float64, std: Float64, count: int) -> Float64:
+def _squared_sum(mean: Float64, std: Float64, count: "int | Float64") -> Float64:
     squared: Float64 = (std * std + mean * mean) * count
     # Rounding must not turn a deviation of 0 into a tiny one, and so a huge z-score. A sum reduced
     # by more than all rounding errors together gives 0 again.

@@ -2,12 +2,15 @@
 
 The file has eight float32 maps in the group ``tensors``, with HDF5's own filters shuffle and gzip,
 which every reader has, and the root attributes ``leopard_em_version``, ``total_projections``,
-``total_orientations`` and ``total_defocus``.
+``total_orientations`` and ``total_defocus``. Where counts differ from pixel to pixel, they are an
+additional int64 map ``total_projections``, which Leopard-EM ignores, and the attribute is an upper
+bound.
 """
 
 import math
 import struct
 from contextlib import ExitStack, suppress
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from ocelot_em.io.map_files import (
     single_offset,
 )
 from ocelot_em.merge.result import MergedResult
-from ocelot_em.model.maps import AnyArray
+from ocelot_em.model.maps import COUNT, AnyArray
 from ocelot_em.model.regions import Region, Tile, TileGrid, ceil_div
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.store.whole_file import refuse_existing, whole_or_nothing
@@ -93,18 +96,16 @@ def write_hdf5(
             file.attrs[PIXEL_SIZE_ATTRIBUTE] = merged.attributes.pixel_size_angstrom
         if merged.incomplete_text:
             file.attrs[INCOMPLETE_ATTRIBUTE] = merged.incomplete_text
+        layout = {"shape": shape, "chunks": chunk, "shuffle": True, "compression": "gzip"}
+        add = partial(file.create_dataset, **layout, compression_opts=GZIP_LEVEL)
         for theirs, ours in OUR_NAMES.items():
-            dataset = file.create_dataset(
-                f"{GROUP}/{theirs}",
-                shape=shape,
-                dtype="<f4",
-                chunks=chunk,
-                shuffle=True,
-                compression="gzip",
-                compression_opts=GZIP_LEVEL,
-            )
+            dataset = add(f"{GROUP}/{theirs}", dtype="<f4")
             for band in band_grid(shape, (height, width)):
                 _write(dataset, band.region, merged.read(band.region, ours))
+        if merged.attributes.has_counts:
+            dataset = add(f"{GROUP}/{COUNT}", dtype="<i8")
+            for band in band_grid(shape, (height, width)):
+                dataset[band.region.slices] = merged.read(band.region, COUNT)
     return path
 
 
@@ -167,7 +168,7 @@ def open_images(place: Path) -> tuple[dict[str, Any], str | None, Any]:
 def _maps(h5py: Any, file: Any) -> tuple[dict[str, Any], list[str]]:
     """Return the maps' datasets, and problems; nothing outside the file is accessed."""
     maps, problems = dict[str, Any](), list[str]()
-    for path in (GROUP, *(f"{GROUP}/{name}" for name in OUR_NAMES)):
+    for path in (GROUP, *(f"{GROUP}/{name}" for name in (*OUR_NAMES, COUNT))):
         link = file.get(path, getlink=True)
         if link is None:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.leopard_maps import OUR_NAMES
 from ocelot_em.model.correlation_histogram import CorrelationHistogram
-from ocelot_em.model.maps import PIXEL_SIZE, AnyArray
+from ocelot_em.model.maps import COUNT, PIXEL_SIZE, AnyArray
 from ocelot_em.model.regions import Region, TileGrid
 
 LEOPARD, CISTEM = "Leopard-EM", "cisTEM"
@@ -99,8 +99,8 @@ class MapFiles:
     """Maps (y, x) by Leopard-EM's names, and :data:`PIXEL_SIZE` where a program has that, too.
 
     ``place`` names the files in errors; slicing an array reads a region, and only ``scaled_mip``
-    may be missing. ``marks_unsearched``: like cisTEM, by a standard deviation of 0 and very low
-    values.
+    may be missing. An HDF5 file may also have a map of integers, :data:`COUNT`.
+    ``marks_unsearched``: like cisTEM, by a standard deviation of 0 and very low values.
     """
 
     place: str
@@ -134,7 +134,10 @@ class MapFiles:
         shapes = {name: tuple(values.shape) for name, values in self.arrays.items()}
         for name, values in self.arrays.items():
             place, first = f"{self.place}: {name}", next(iter(shapes))
-            if values.dtype.newbyteorder("=").name not in ("float32", "float16"):
+            if name == COUNT:
+                if values.dtype.kind not in "iu":
+                    problems.append(f"{place}: expected integers, got {values.dtype}")
+            elif values.dtype.newbyteorder("=").name not in ("float32", "float16"):
                 problems.append(f"{place}: expected float32 or float16 values, got {values.dtype}")
             if len(shapes[name]) != 2:
                 problems.append(f"{place}: expected a map (y, x), got shape {shapes[name]}")
@@ -145,11 +148,15 @@ class MapFiles:
         return problems
 
     def read(self, region: Region) -> dict[str, AnyArray]:
-        """Read all maps over a region as float32; unsearched pixels are -inf and NaN, as here."""
+        """Read all maps over a region as float32, counts as they are.
+
+        Unsearched pixels are -inf and NaN, as here.
+        """
         read: dict[str, AnyArray] = {}
         for name, values in self.arrays.items():
             try:
-                read[name] = np.asarray(values[region.slices], np.float32)
+                dtype = None if name == COUNT else np.float32
+                read[name] = np.asarray(values[region.slices], dtype)
             except (OSError, RuntimeError, ValueError) as error:
                 raise InvalidInputError(
                     f"{self.place}: {name}: pixels {region} cannot be read: {error}"

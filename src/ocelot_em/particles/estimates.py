@@ -12,7 +12,7 @@ from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.picking import all_candidates, pick_again
-from ocelot_em.particles.population import Population, populations_of
+from ocelot_em.particles.population import Population
 from ocelot_em.particles.significance import gev_above
 from ocelot_em.particles.table import GROUP, NEG_LOG_P, PRECISION, RECALL, ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
@@ -246,19 +246,23 @@ def expected_above(merged: MergedResult, particles: ParticleTable, cutoffs: Floa
     if particles.ranked_by == NEG_LOG_P:
         return share * searched * np.exp(-cutoffs)
     if about is not None and about.correlations is not None:
-        populations = populations_of(merged, None)
-        whole = sum(own.searched_pixels * own.exposure.total_projections for own in populations)
+        whole = sum(n * pixels for n, pixels in _draws(statistics))
         share = about.correlations / max(whole, 1)
     return share * noise_above(cutoffs, statistics)
 
 
 def noise_above(z: Float64, attributes: StatisticsAttributes) -> Float64:
     """Return how many pixels exceed each z-score if correlations are independent and Gaussian."""
-    projections = sum(partial.projections for partial in attributes.partials)
-    draws = [(own.projections, own.valid_pixels) for own in attributes.exposures]
     highest = 1 - 2**-53  # of a probability, whose complement has a logarithm
     log_below = np.array([log1p(-min(erfc(level / sqrt(2)) / 2, highest)) for level in z])
     above = np.zeros(len(z))
-    for n, pixels in draws or [(projections, attributes.valid_pixels)]:
+    for n, pixels in _draws(attributes):
         above -= pixels * np.expm1(n * log_below)
     return above
+
+
+def _draws(attributes: StatisticsAttributes) -> list[tuple[float, int]]:
+    """Return the mean number of correlations of a pixel, and of pixels, of each exposure."""
+    projections = sum(partial.projections for partial in attributes.partials)
+    draws = [(own.projections, own.valid_pixels) for own in attributes.exposures]
+    return draws or [(projections, attributes.valid_pixels)]
