@@ -186,7 +186,7 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tmp_path_factory.mktemp("store"), 200, 64, n_partials=2)
+    return undisturbed(tmp_path_factory.mktemp("store"), 200, 80, n_partials=2)
 
 
 @pytest.fixture
