@@ -13,7 +13,8 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import SCALED_MIP
 from ocelot_em.model.regions import Region
-from ocelot_em.particles.comparison import COMPARED, highest_near, join_nearest
+from ocelot_em.particles.comparison import COMPARED, highest_near
+from ocelot_em.particles.duplicates import join_nearest
 from ocelot_em.particles.table import COLUMNS, NEG_LOG_P, PickInfo
 
 SIMULATION = Simulation((180, 210), n_partials=3, n_particles=12, seed=5, template_box=24)
@@ -96,7 +97,12 @@ def test_particles_of_one_search_have_the_z_of_the_other_map(searches):
     only = found[found["found_in"] == "A"]
     assert {*zip(np.rint(only["y_a"]), np.rint(only["x_a"]), strict=True)} == LOST
     picked = find_peaks(a)
-    assert only["zscore_a"].tolist() == picked[only["row_a"]][SCALED_MIP].tolist()
+    own = picked[only["row_a"]]
+    for ours, theirs in {"zscore": SCALED_MIP, "mip": "mip", "rank": "rank"}.items():
+        assert only[f"{ours}_a"].tolist() == own[theirs].tolist()
+    assert {*only["rank_b"].tolist()} == {-1}
+    assert np.isnan(only["mip_b"]).all()
+    assert found["rank"].tolist() == list(range(1, len(found) + 1))
     at = np.stack([only["y_a"], only["x_a"]], axis=1)
     assert only["zscore_b"].tolist() == highest_near(b, at, 10).tolist()
     assert np.isnan(only[["y_b", "angle_difference", "defocus_difference", "distance_px"]]).all(
@@ -112,7 +118,7 @@ def test_the_exchanged_searches_give_the_exchanged_table(searches):
     found, other = compare(*searches).to_pandas(), compare(*searches[::-1]).to_pandas()
     names = {"both": "both", "A": "B", "B": "A"}
     assert other["found_in"].map(names).tolist() == found["found_in"].tolist()
-    for name in ("row", "y", "x", "zscore"):
+    for name in ("row", "rank", "y", "x", "mip", "zscore"):
         for one, two in ("ab", "ba"):
             assert other[f"{name}_{one}"].equals(found[f"{name}_{two}"])
     assert other["zscore_difference"].equals(-found["zscore_difference"])

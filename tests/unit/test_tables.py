@@ -19,11 +19,19 @@ from hypothesis.extra import numpy as hnp
 
 from conftest import SHARED
 from ocelot_em.errors import InvalidInputError, MissingDependencyError, OutputExistsError
+from ocelot_em.io.napari import write_napari_csv
 from ocelot_em.io.optics import LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import parse_star
 from ocelot_em.io.tables import write_cistem_star, write_leopard_csv, write_relion_star, write_table
-from ocelot_em.particles.table import COLUMNS, NEG_LOG_P, ParticleTable, PickInfo
+from ocelot_em.particles.micrographs import of_micrograph, renamed
+from ocelot_em.particles.table import (
+    COLUMNS,
+    GROUP_COLUMNS,
+    NEG_LOG_P,
+    ParticleTable,
+    PickInfo,
+)
 
 LEOPARD_HEADER = (
     "particle_index,mip,scaled_mip,correlation_mean,correlation_variance,total_correlations,pos_x,"
@@ -483,7 +491,9 @@ _rlnDefocusAngle #11
 _rlnPhaseShift #12
 _rlnOpticsGroup #13
 _rlnMicrographName #14
-88.0\t48.0\t0.0\t-0.265\t1.5\t90.0\t-0.1\t9.25\t9323.4\t8800.0\t30.5\t0.0\t1\tmicrographs/M1.mrc
+_ocelotRank #15
+_ocelotMip #16
+88.0\t48.0\t0.0\t-0.265\t1.5\t90.0\t-0.1\t9.25\t9323.4\t8800.0\t30.5\t0.0\t1\tmicrographs/M1.mrc\t1\t8.5
 
 
 """
@@ -511,7 +521,9 @@ _cisTEMOriginalImageFilename #14
 _cisTEMReference3DFilename #15
 _cisTEMOriginalXPosition #16
 _cisTEMOriginalYPosition #17
-1\t-0.1\t90.0\t1.5\t9323.4\t8800.0\t30.5\t0.0\t9.25\t1.06\t300.0\t2.7\t0.07\t'micrographs/M1.mrc'\t'T.mrc'\t93.28\t50.88
+_ocelotRank #18
+_ocelotMip #19
+1\t-0.1\t90.0\t1.5\t9323.4\t8800.0\t30.5\t0.0\t9.25\t1.06\t300.0\t2.7\t0.07\t'micrographs/M1.mrc'\t'T.mrc'\t93.28\t50.88\t1\t8.5
 
 
 """
@@ -521,9 +533,9 @@ _cisTEMOriginalYPosition #17
     ("write", "expected"), [(write_relion_star, RELION_FILE), (write_cistem_star, CISTEM_FILE)]
 )
 def test_star_files_to_the_byte(tmp_path, write, expected):
-    table = make_table(1)
+    table = of_micrograph(make_table(1), "M1")
     values = {"phi": 1.5, "theta": 90, "psi": -0.1, "scaled_mip": 9.25, "relative_defocus": 200}
-    values |= {"pos_y": 20, "pos_x": 60, "pos_y_subpixel": 20.25, "pos_x_subpixel": 60}
+    values |= {"mip": 8.5, "pos_y": 20, "pos_x": 60, "pos_y_subpixel": 20.25, "pos_x_subpixel": 60}
     for name, value in values.items():
         table.columns[name][:] = value
     write(table, tmp_path / "P.star", optics=replace(OPTICS, label="group 7"))
@@ -697,6 +709,67 @@ def test_what_is_no_parquet_file_is_refused(tmp_path, content):
 
 
 # All of them
+
+IN_EVERY_TABLE = ("micrograph", "rank", "mip", "scaled_mip", *GROUP_COLUMNS)
+LEOPARDS = {"micrograph_path": "micrograph"}
+IN_STAR_FILES = {
+    "rlnMicrographName": "micrograph",
+    "cisTEMOriginalImageFilename": "micrograph",
+    "rlnAutopickFigureOfMerit": "scaled_mip",
+    "cisTEMScore": "scaled_mip",
+    "ocelotRank": "rank",
+    "ocelotMip": "mip",
+    "ocelotGroup": "group",
+    "ocelotSecondZscore": "second_zscore",
+    "ocelotZscoreDifference": "zscore_difference",
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "napari", "leopard", "relion", "cistem"])
+def test_every_table_has_micrograph_rank_group_and_both_scores(tmp_path, form):
+    plain, rng = make_table(5), np.random.default_rng(2)
+    scores = rng.random(5).astype("f4")
+    groups = np.array(["apo", "holo", "data_1", "apo", "loop_"])
+    columns = dict(zip(GROUP_COLUMNS, (groups, scores, plain["scaled_mip"] - scores), strict=True))
+    table = of_micrograph(ParticleTable({**plain.columns, **columns}), "M1")[[3, 0, 2]]
+    path = tmp_path / "T"
+    optics = replace(OPTICS, micrograph="M1")
+    if form == "csv":
+        found = ParticleTable.read_csv(table.to_csv(path)).columns
+    elif form == "parquet":
+        found = read_parquet(table.to_parquet(path)).columns
+    elif form == "napari":
+        found = pd.read_csv(write_napari_csv(table, path))
+    elif form == "leopard":
+        found = pd.read_csv(write_leopard_csv(table, path, optics=optics)).rename(columns=LEOPARDS)
+    else:
+        blocks = read_star(table.to_star(path, optics=optics, program=form))
+        found = blocks["particles" if form == "relion" else ""].rename(columns=IN_STAR_FILES)
+    for name in IN_EVERY_TABLE:
+        if (form, name) == ("leopard", "rank"):  # it numbers the rows
+            assert found["particle_index"].tolist() == [0, 1, 2]
+            continue
+        values = np.asarray(found[name]).astype(table[name].dtype)
+        np.testing.assert_array_equal(values, table[name], err_msg=name)
+
+
+def test_tables_of_earlier_versions_get_the_name_that_is_given(tmp_path):
+    old = ParticleTable.read_csv(make_table(3).to_csv(tmp_path / "OLD.csv"))
+    assert "micrograph" not in old
+    table = renamed(old, "a,b")
+    assert table["rank"].tolist() == [1, 2, 3]
+    assert {*table["micrograph"].tolist()} == {"a_b"}
+
+
+def test_a_table_of_several_micrographs_needs_one_to_be_named(tmp_path):
+    names = np.array(["M1", "M2", "M1"])
+    table = ParticleTable({**of_micrograph(make_table(3), "").columns, "micrograph": names})
+    for write in (write_leopard_csv, write_relion_star, write_cistem_star):
+        (problem,) = refused(write, table, tmp_path / "T", optics=OPTICS)
+        assert problem.endswith("got those of 2; select one with --micrograph M1")
+    assert renamed(table, "Micrographs/M1.mrc")["rank"].tolist() == [1, 3]
+    (problem,) = refused(renamed, table, "M3.mrc")
+    assert problem == "micrograph: expected one of M1, M2, got 'M3.mrc'"
 
 
 def test_the_suffix_names_the_format(tmp_path):

@@ -24,10 +24,20 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.optics import LEOPARD_ABERRATIONS, LEOPARD_MAPS, Optics
 from ocelot_em.io.parquet import read_parquet, write_parquet
 from ocelot_em.io.star_file import STAR_END, format_star
-from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, STD, AnyArray, Int64
+from ocelot_em.model.maps import MEAN, MIP, SCALED_MIP, SECOND_ZSCORE, STD, AnyArray, Int64
 from ocelot_em.model.problems import require
 from ocelot_em.particles.micrographs import names_of
-from ocelot_em.particles.table import INCOMPLETE_COLUMNS, ParticleTable, is_formula, require_table
+from ocelot_em.particles.table import (
+    DIFFERENCE,
+    GROUP,
+    GROUP_COLUMNS,
+    INCOMPLETE_COLUMNS,
+    RANK,
+    RANK_IN_MICROGRAPH,
+    ParticleTable,
+    is_formula,
+    require_table,
+)
 from ocelot_em.store.whole_file import write_file
 
 
@@ -80,8 +90,9 @@ def write_leopard_csv(
     deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's pixel size, as before a
     refinement. Zernike coefficients, magnification matrix and map paths are text from the optics,
     or empty. The table has no columns for ``pixel_size_offset``, ``best_partial``, sub-pixel
-    positions and ``neg_log_p``. Of an incomplete search, ``searched_share`` is the 40th. A path
-    that a spreadsheet would interpret as a formula gets the prefix ``./``.
+    positions and ``neg_log_p``. Those of groups, and ``searched_share`` of an incomplete search,
+    come after the 39. A path that a spreadsheet would interpret as a formula gets the prefix
+    ``./``.
 
     Raises
     ------
@@ -135,7 +146,8 @@ def write_leopard_csv(
     paths = {"micrograph_path": optics.micrograph, "template_path": optics.template}
     paths |= {name: extra.get(name, "") for name in LEOPARD_MAPS}
     columns |= {name: f"./{p}" if is_formula(p) else p for name, p in paths.items()}
-    columns |= {name: own[name] for name in INCOMPLETE_COLUMNS if name in own}
+    more = *GROUP_COLUMNS, *INCOMPLETE_COLUMNS
+    columns |= {name: own[name] for name in more if name in own}
     text = _frame(table, columns).to_csv(index=False, lineterminator="\n")
     return write_file(output, text.encode(), overwrite=overwrite)
 
@@ -149,7 +161,8 @@ def write_relion_star(
     ``rlnOriginXAngst`` and ``rlnOriginYAngst``, which RELION subtracts from the coordinates. Image
     size and pixel size are those of the template and the micrograph; images that RELION extracts
     have their own. ``rlnAutopickFigureOfMerit`` is the z-score. Defocus is the micrograph's plus
-    the particle's.
+    the particle's. Rank, ``mip`` and what is known of groups have columns that begin with
+    ``ocelot``: RELION says that it does not know them, and keeps them.
 
     Raises
     ------
@@ -230,6 +243,7 @@ class OpticsGroups:
             "rlnPhaseShift": optics.phase_shift_degrees,
             "rlnOpticsGroup": self._numbers[_group_of(optics)],
             "rlnMicrographName": optics.micrograph,
+            **_own_columns(table),
         }
         return _frame(table, columns)
 
@@ -255,8 +269,9 @@ def write_cistem_star(
     """Write template matches in cisTEM's own STAR format.
 
     Positions are distances in Å from the micrograph's first pixel to the particle's centre, in
-    whole pixels as in cisTEM; defocus is absolute; the score is the z-score. cisTEM cannot read a
-    file without particles.
+    whole pixels as in cisTEM; defocus is absolute; the score is the z-score. Rank, ``mip`` and what
+    is known of groups have columns that begin with ``ocelot``, which cisTEM ignores. It cannot read
+    a file without particles.
 
     Raises
     ------
@@ -310,8 +325,24 @@ def cistem_matches(table: ParticleTable, optics: Optics, first: int = 1) -> Any:
         "cisTEMReference3DFilename": f"'{optics.template}'",
         "cisTEMOriginalXPosition": x * size,
         "cisTEMOriginalYPosition": y * size,
+        **_own_columns(table),
     }
     return _frame(table, matches)
+
+
+_OWN: Mapping[str, str] = {
+    RANK: "ocelotRank",
+    RANK_IN_MICROGRAPH: "ocelotRankInMicrograph",
+    MIP: "ocelotMip",
+    GROUP: "ocelotGroup",
+    SECOND_ZSCORE: "ocelotSecondZscore",
+    DIFFERENCE: "ocelotZscoreDifference",
+}
+"""Columns that have no name in other programs: RELION keeps them, cisTEM ignores them."""
+
+
+def _own_columns(table: ParticleTable) -> dict[str, AnyArray]:
+    return {title: table.columns[name] for name, title in _OWN.items() if name in table}
 
 
 def _require_types(table: object, optics: object) -> None:

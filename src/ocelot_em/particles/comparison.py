@@ -12,37 +12,40 @@ import numpy as np
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.keywords import PickKeywords, takes
-from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float64, Int64
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64, Int64
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.regions import Region, template_box_of
 from ocelot_em.model.text import count_text, shape_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.column_table import Column, ColumnTable
+from ocelot_em.particles.duplicates import join_nearest
 from ocelot_em.particles.micrographs import names_of
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.symmetry import parse_symmetry, rotation_between
-from ocelot_em.particles.table import GROUP, MICROGRAPH, ParticleTable
+from ocelot_em.particles.table import GROUP, MICROGRAPH, RANK, ParticleTable
 
 Source = str | PathLike[str] | MergedResult | ParticleTable
 """A merged result, its path or URL, a table of particles, or its path."""
 
 BOTH, ONLY_A, ONLY_B = "both", "A", "B"
 
-_ROUNDING_PX = 1e-6
-"""Distances that differ by less are equal; positions in pixels of another size are rounded."""
-
 _FAR_PX = 1e9
 """Distance between two micrographs of tables of several."""
 
 COMPARED: Mapping[str, Column] = {
     MICROGRAPH: Column("str", "", "name of the micrograph, as in A if A has the particle"),
+    RANK: Column("int64", "1", "rank in this table, by the higher of both z-scores"),
     "found_in": Column("str", "", "both, or the only search in which it was picked: A or B"),
     "row_a": Column("int32", "1", "number of the row in A's table of particles; -1: not picked"),
     "row_b": Column("int32", "1", "number of the row in B's table of particles; -1: not picked"),
+    "rank_a": Column("int64", "1", "rank in A's table of particles; -1: not picked"),
+    "rank_b": Column("int64", "1", "rank in B's table of particles; -1: not picked"),
     "y_a": Column("float64", "pixel", "row in A's map, between pixels; NaN: not picked"),
     "x_a": Column("float64", "pixel", "column in A's map, between pixels"),
     "y_b": Column("float64", "pixel", "row in B's map, between pixels; NaN: not picked"),
     "x_b": Column("float64", "pixel", "column in B's map, between pixels"),
+    "mip_a": Column("float32", "1", "mip in A; NaN: not picked"),
+    "mip_b": Column("float32", "1", "mip in B; NaN: not picked"),
     "zscore_a": Column("float32", "1", "z-score in A; if not picked, the highest of A's map there"),
     "zscore_b": Column("float32", "1", "z-score in B; if not picked, the highest of B's map there"),
     "zscore_difference": Column("float32", "1", "z-score in B minus that in A"),
@@ -300,6 +303,8 @@ def compare_searches(
         "row_b": row_b,
     }
     for own, row, side in ((a, row_a, "a"), (b, row_b, "b")):
+        ranks = own.particles.columns.get(RANK, np.arange(1, len(own.particles) + 1))
+        found |= {f"rank_{side}": np.append(ranks, -1)[row], f"mip_{side}": _of(own, MIP, row)}
         there = np.full((len(row), 2), np.nan)
         there[row >= 0] = own.positions[row[row >= 0]]
         found |= {f"y_{side}": there[:, 0], f"x_{side}": there[:, 1]}
@@ -317,10 +322,11 @@ def compare_searches(
     # Positions on the common grid decide between equal z-scores.
     places = np.concatenate([at_a[i], at_a[only_a], at_b[only_b]])
     order = np.lexsort((*places.T[::-1], -np.nan_to_num(np.fmax(z_a, z_b))))
-    dtypes = {name: column.dtype for name, column in COMPARED.items()}
+    found[RANK] = np.argsort(order) + 1
     columns = {
-        name: values[order] if dtypes[name] == "str" else values[order].astype(dtypes[name])
-        for name, values in found.items()
+        name: found[name][order] if kind.dtype == "str" else found[name][order].astype(kind.dtype)
+        for name, kind in COMPARED.items()
+        if name in found
     }
     return Comparison(columns, a, b, max_distance_px, group)
 
@@ -434,32 +440,6 @@ class _Grid:
     def to_b(self, places: Float64) -> Float64:
         """Convert positions (n, 2) to those on the map of B."""
         return places / self.ratio - self.shift_b
-
-
-def join_nearest(one: Float64, other: Float64, max_distance: float) -> tuple[Int64, Int64]:
-    """Join points of two sets in ascending order of their distance, each at most once.
-
-    Points are (n, k) and (m, k). Pairs at equal distances are taken in the order of their middles,
-    y first, so that exchanging the sets exchanges the results. Return the indices of the pairs.
-    """
-    from scipy.spatial import cKDTree
-
-    if not len(one) or not len(other):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    limit = max_distance + _ROUNDING_PX
-    near = cKDTree(one).sparse_distance_matrix(cKDTree(other), limit, output_type="ndarray")
-    i, j = near["i"], near["j"]
-    distance, middle = (np.round(own / _ROUNDING_PX) for own in (near["v"], one[i] + other[j]))
-    order = np.lexsort((i + j, *middle.T[::-1], distance))
-    taken: tuple[set[int], set[int]] = (set(), set())
-    pairs = []
-    for first, second in zip(i[order].tolist(), j[order].tolist(), strict=True):
-        if first not in taken[0] and second not in taken[1]:
-            taken[0].add(first)
-            taken[1].add(second)
-            pairs.append((first, second))
-    joined = np.array(sorted(pairs), np.int64).reshape(-1, 2)
-    return joined[:, 0], joined[:, 1]
 
 
 def highest_near(merged: MergedResult, places: Float64, radius_px: float) -> AnyArray:

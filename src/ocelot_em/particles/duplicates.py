@@ -1,4 +1,4 @@
-"""Duplicate peaks: the same particle in several exposures, at similar positions and poses."""
+"""The same particle in several exposures or in two searches, by positions and poses."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ocelot_em.errors import InvalidInputError
-from ocelot_em.model.maps import AnyArray, Int64
+from ocelot_em.model.maps import AnyArray, Float64, Int64
 from ocelot_em.particles.symmetry import ANGLE_ERROR, rotation_between
+
+_ROUNDING_PX = 1e-6
+"""Distances that differ by less are equal; positions in pixels of another size are rounded."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,29 @@ def _poses_agree(peaks: Peaks, i: Int64, j: Int64, tolerances: Tolerances) -> An
         angle = rotation_between(*((a[i], a[j]) for a in (peaks.phi, peaks.theta, peaks.psi)))
         agree &= angle <= tolerances.angle_degrees + ANGLE_ERROR
     return agree
+
+
+def join_nearest(one: Float64, other: Float64, max_distance: float) -> tuple[Int64, Int64]:
+    """Join points of two sets in ascending order of their distance, each at most once.
+
+    Points are (n, k) and (m, k). Pairs at equal distances are taken in the order of their middles,
+    y first, so that exchanging the sets exchanges the results. Return the indices of the pairs.
+    """
+    from scipy.spatial import cKDTree
+
+    if not len(one) or not len(other):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    limit = max_distance + _ROUNDING_PX
+    near = cKDTree(one).sparse_distance_matrix(cKDTree(other), limit, output_type="ndarray")
+    i, j = near["i"], near["j"]
+    distance, middle = (np.round(own / _ROUNDING_PX) for own in (near["v"], one[i] + other[j]))
+    order = np.lexsort((i + j, *middle.T[::-1], distance))
+    taken: tuple[set[int], set[int]] = (set(), set())
+    pairs = []
+    for first, second in zip(i[order].tolist(), j[order].tolist(), strict=True):
+        if first not in taken[0] and second not in taken[1]:
+            taken[0].add(first)
+            taken[1].add(second)
+            pairs.append((first, second))
+    joined = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return joined[:, 0], joined[:, 1]

@@ -165,8 +165,8 @@ def _median(values: AnyArray) -> float | None:
 def _rows(comparison: Comparison) -> list[list[str]]:
     """Return the highest particles as text, for paper."""
     found, listed = [], _listed(comparison)
-    for rank, row in enumerate(comparison[:_ROWS], 1):
-        row |= {"rank": rank, "found_in": KINDS[row["found_in"]].name}
+    for row in comparison[:_ROWS]:
+        row |= {"found_in": KINDS[row["found_in"]].name}
         found.append(
             [
                 number_text(row[name], f".{len(form.partition('.')[2])}f") if form else row[name]
@@ -237,8 +237,8 @@ def _live(
     table = comparison[:MAX_PARTICLES]
     kinds = [KINDS[own] for own in table.columns["found_in"].tolist()]
     columns: dict[str, AnyArray] = {
-        "rank": np.arange(1, len(table) + 1, dtype=np.int32),
         **table.columns,
+        "rank": table.columns["rank"].astype(np.int32),
         "found_in": np.array([kind.name for kind in kinds], str),
         "colour": np.array([kind.colour for kind in kinds], str),
         "marker": np.array([kind.marker for kind in kinds], str),
