@@ -347,6 +347,25 @@ def test_the_cutoff_follows_from_the_false_positives(merged):
         find_detections(merged, min_angl=5)
 
 
+def test_a_mask_leaves_out_rows_and_pixels_of_the_cutoff(merged, tmp_path, capsys):
+    allowed = np.zeros([edge - BOX + 1 for edge in SHAPE], bool)
+    allowed[5:30, 10:40] = True
+    found = find_detections(merged, mask=allowed)
+    assert found.correlations.cutoff == ocelot_em.gaussian_cutoff(25 * 30, 3 * N, 1)
+    every = all_rows(find_detections(merged, cutoff=6, min_distance=0))
+    rows = all_rows(find_detections(merged, cutoff=6, min_distance=0, mask=allowed))
+    kept = allowed[every["pos_y"], every["pos_x"]]
+    assert 0 < len(rows["rank"]) < len(kept)
+    for name in {*rows} - {"rank"}:
+        np.testing.assert_array_equal(rows[name], every[name][kept])
+    np.save(tmp_path / "ice.npy", allowed)
+    command = ["detections", merged, "--output", tmp_path / "ICE", "--mask", tmp_path / "ice.npy"]
+    assert run([*map(str, command), "--cutoff", "6"]) == DONE
+    assert "mask ice.npy of the map" in capsys.readouterr().out.replace("\n", " ")
+    about = json.loads(pq.read_schema(tmp_path / "ICE").metadata[b"ocelot_em.about"])
+    assert about["area"] == "mask ice.npy of the map"
+
+
 def test_another_search_is_refused(merged, tmp_path):
     write(tmp_path / "OTHER", results(5))
     with pytest.raises(InputChangedError, match=r"OTHER.*gpu0"):

@@ -16,12 +16,14 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.import_options import ImportKeywords
 from ocelot_em.model.keywords import (
     BatchKeywords,
+    DetectionKeywords,
     MergeKeywords,
     PickKeywords,
     ReportKeywords,
     SlurmKeywords,
 )
 from ocelot_em.model.options import SlurmJobs
+from ocelot_em.model.pick_options import DetectionOptions
 from ocelot_em.store.objects import as_places
 from ocelot_em.view.hits import ReportImages
 
@@ -30,6 +32,7 @@ PAIRS = {
     SlurmKeywords: SlurmJobs,
     PickKeywords: PickOptions,
     BatchKeywords: BatchOptions,
+    DetectionKeywords: DetectionOptions,
     ImportKeywords: ImportOptions,
     ReportKeywords: ReportImages,
 }
@@ -38,6 +41,7 @@ FUNCTIONS = {
     ocelot_em.merge_many: BatchOptions,
     ocelot_em.lazy_merge: MergeOptions,
     ocelot_em.find_peaks: PickOptions,
+    ocelot_em.find_detections: DetectionOptions,
     ocelot_em.write_index: PickOptions,
     ocelot_em.write_report: ReportImages,
     ocelot_em.import_results: ImportOptions,

@@ -230,7 +230,7 @@ def detections(
     found.to_parquet(place, overwrite=overwrite)
     rows = found.correlations
     counts = f"{found.n_found:,} detections among {rows.n_kept:,} of {rows.n_rows:,} correlations"
-    facts = counts, f"cutoff {rows.cutoff:.4f}", rows.result.incomplete_text
+    facts = counts, f"cutoff {rows.cutoff:.4f}", rows.area_text, rows.result.incomplete_text
     open_console().print(f"{', '.join(filter(None, facts))}: {output}")
 
 
@@ -280,8 +280,8 @@ def export(
         rows.micrograph = plain_name(optics.micrograph or rows.micrograph)
         parquet.write_correlations(rows, output, overwrite=overwrite)
         counts = f"{rows.n_kept:,} of {rows.n_rows:,} correlations, cutoff {rows.cutoff:.4f}"
-        incomplete = rows.result.incomplete_text
-        open_console().print(f"{', '.join(filter(None, [counts, incomplete]))}: {output}")
+        facts = counts, rows.area_text, rows.result.incomplete_text
+        open_console().print(f"{', '.join(filter(None, facts))}: {output}")
         return
     merged, write = MergedResult.open(store), writers[to]
     if to == "napari":

@@ -76,6 +76,7 @@ class PickKeywords(TypedDict, total=False):
     mask_of: Literal["micrograph", "map"] | None
     mask_marks: Literal["kept", "excluded"] | None
     mask_unit: Literal["pixels", "angstrom"]
+    mask_box: int | None
     edge: int
     per: Literal["exposure", "montage"]
     same_distance: float | None
@@ -92,6 +93,12 @@ class DetectionKeywords(TypedDict, total=False):
     min_angle: float
     symmetry: str
     micrograph: str | None
+    mask: Any
+    mask_of: Literal["micrograph", "map"] | None
+    mask_marks: Literal["kept", "excluded"] | None
+    mask_unit: Literal["pixels", "angstrom"]
+    mask_box: int | None
+    edge: int
 
 
 class BatchKeywords(PickKeywords, MergeKeywords, total=False):

@@ -41,6 +41,9 @@ class PickOptions(Options):
         Default: kept if it is an image, excluded if it is polygons.
     mask_unit
         Unit of polygons.
+    mask_box
+        Edge of the template box in pixels, by half of which polygons of the micrograph are shifted.
+        Default: that of the maps; give it for maps of valid pixels only, which have none.
     edge
         Width in pixels of the edge of the valid pixels in which no particles are picked; in a
         montage, of each exposure. They do not count for the cutoff.
@@ -76,6 +79,7 @@ class PickOptions(Options):
     mask_of: Literal["micrograph", "map"] | None = None
     mask_marks: Literal["kept", "excluded"] | None = None
     mask_unit: Literal["pixels", "angstrom"] = "pixels"
+    mask_box: Annotated[int, Field(ge=1, le=2**16)] | None = None
     edge: Annotated[int, Field(ge=0, le=2**30)] = 0
     per: Literal["exposure", "montage"] = "exposure"
     same_distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -115,6 +119,20 @@ class DetectionOptions(Options):
         differ by a rotation of it are the same.
     micrograph
         Name of the micrograph, for the table. Default: that of the result, without ``.zarr``.
+    mask
+        Where particles may be, as for :class:`PickOptions`: an image, or polygons in which they may
+        not. Default: everywhere.
+    mask_of
+        What the mask is of: ``micrograph`` or ``map``. Default: whichever has its shape.
+    mask_marks
+        What marked pixels of a mask are: ``kept`` or ``excluded``. Default: kept if it is an image,
+        excluded if it is polygons.
+    mask_unit
+        Unit of polygons.
+    mask_box
+        Edge of the template box in pixels, for polygons. Default: that of the maps.
+    edge
+        Width in pixels of the edge of the valid pixels that has no detections.
 
     Examples
     --------
@@ -129,3 +147,9 @@ class DetectionOptions(Options):
     min_angle: Annotated[float, Field(ge=0, le=180)] = 10.0
     symmetry: str = "C1"
     micrograph: str | None = None
+    mask: Any = None
+    mask_of: Literal["micrograph", "map"] | None = None
+    mask_marks: Literal["kept", "excluded"] | None = None
+    mask_unit: Literal["pixels", "angstrom"] = "pixels"
+    mask_box: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    edge: Annotated[int, Field(ge=0, le=2**30)] = 0

@@ -9,7 +9,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.plan import PlannedExposure
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import AnyArray, Int64
-from ocelot_em.model.pick_options import PickOptions
+from ocelot_em.model.pick_options import DetectionOptions, PickOptions
 from ocelot_em.model.regions import Region, TileGrid, template_box_of
 from ocelot_em.model.text import shape_text
 from ocelot_em.particles.masks import Mask, as_mask
@@ -36,8 +36,8 @@ class Area:
     text: str
 
     @classmethod
-    def of(cls, merged: MergedResult, options: PickOptions) -> "Area | None":
-        """Return the area of picking options; None if it is all.
+    def of(cls, merged: MergedResult, options: PickOptions | DetectionOptions) -> "Area | None":
+        """Return the area of options; None if it is all.
 
         Raises
         ------
@@ -57,7 +57,7 @@ class Area:
                 )
             polygons = tuple(vertices / size for vertices in mask.polygons)
             mask = Mask(mask.name, polygons=polygons, marks_kept=mask.marks_kept)
-        shift, where = _place(mask, merged, options.mask_of or mask.of)
+        shift, where = _place(mask, merged, options.mask_of or mask.of, options.mask_box)
         marks = mask.marks_kept if options.mask_marks is None else options.mask_marks == "kept"
         name = mask.name if mask.name == "mask" else f"mask {mask.name}"
         text = f"{name} of the {where}" + (f", without {edge}" if edge else "")
@@ -116,18 +116,25 @@ class Area:
         return region.shifted(dy + self.shift_px, dx + self.shift_px)
 
 
-def _place(mask: Mask, merged: MergedResult, of: str | None) -> tuple[int, str]:
+def _place(
+    mask: Mask, merged: MergedResult, of: str | None, given_box: int | None
+) -> tuple[int, str]:
     """Return the shift of a mask, and what it is a mask of."""
     valid, shape, exposures = merged.valid_shape, merged.attributes.shape, merged.plan.exposures
     boxes = {template_box_of(one.shape, one.valid_shape) for one in exposures}
-    box = boxes.pop() if len(boxes) == 1 else None
+    if given_box is not None and not boxes <= {None, given_box}:
+        stated = ", ".join(sorted(map(str, boxes - {None})))
+        raise InvalidInputError(
+            f"mask_box: expected {stated}, the template box of {merged.url}, got {given_box}"
+        )
+    box = given_box or (boxes.pop() if len(boxes) == 1 else None)
     image = "montage of the micrographs" if merged.plan.is_montage else "micrograph"
     if mask.shape is None:
         if of != "map" and box is None:
             raise InvalidInputError(
                 f"{mask.name}: expected a result with a known template box, because polygons of "
-                f"the {image} are shifted by half of it, got {merged.url} without one; import "
-                "again with --template-box, or give --mask-of map if they are of the map"
+                f"the {image} are shifted by half of it, got {merged.url} without one; give it "
+                "(--mask-box), or --mask-of map if they are of the map"
             )
         return (0, "map") if of == "map" or box is None else (box // 2, image)
     if of != "micrograph" and mask.shape in ((valid, shape) if of == "map" else (valid,)):

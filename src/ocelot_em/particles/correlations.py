@@ -131,8 +131,13 @@ class Correlations:
         if self.result.plan.has_parts:
             limits, name = self.limits.values(), f"{self.result.plan.part}s"
             facts[name] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
-        incomplete = self.result.incomplete_text
-        return facts | ({"incomplete_search": incomplete} if incomplete else {})
+        texts = {"area": self.area_text, "incomplete_search": self.result.incomplete_text}
+        return facts | {name: text for name, text in texts.items() if text}
+
+    @property
+    def area_text(self) -> str:
+        """Where rows were read, if not everywhere."""
+        return "" if self._area is None else self._area.text
 
     @property
     def n_rows(self) -> int:

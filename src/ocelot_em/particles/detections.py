@@ -19,6 +19,7 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.keywords import DetectionKeywords, takes
 from ocelot_em.model.maps import SECOND_ZSCORE, AnyArray, Int64
 from ocelot_em.model.pick_options import DetectionOptions
+from ocelot_em.particles.areas import Area
 from ocelot_em.particles.correlations import COLUMNS, POSE_COLUMNS, Correlations
 from ocelot_em.particles.micrographs import plain_name
 from ocelot_em.particles.peaks import Suppression
@@ -313,6 +314,8 @@ def find_detections(
         ``min_angle``: degrees, 10 by default; with 180, orientations do not matter. ``symmetry``:
         that of the template, under which orientations are the same; C1 by default.
         ``micrograph``: its name, for the table; by default that of the store, without ``.zarr``.
+        ``mask``, ``mask_of``, ``mask_marks``, ``mask_unit``, ``mask_box``, ``edge``: as of
+        :class:`PickOptions`.
 
     Returns
     -------
@@ -332,7 +335,7 @@ def find_detections(
     IncompleteError
         Partials without a table, by name.
     InvalidInputError
-        The exposure is not one of the result's, or an option is invalid.
+        The exposure is not one of the result's, an option is invalid, or a mask does not fit.
 
     Examples
     --------
@@ -358,9 +361,14 @@ def find_detections(
     ...     print(rows["pos_x"], rows["psi"], rows["zscore"])
     [1 1] [ 0. 90.] [9. 8.]
     """
-    own = DetectionOptions.parse(options)
+    own, merged = DetectionOptions.parse(options), MergedResult.open(store)
     correlations = Correlations(
-        store, own.cutoff, exposure, false_positives=own.false_positives, search=search
+        merged,
+        own.cutoff,
+        exposure,
+        false_positives=own.false_positives,
+        search=search,
+        area=Area.of(merged, own),
     )
     if own.micrograph is not None:
         correlations.micrograph = plain_name(own.micrograph)

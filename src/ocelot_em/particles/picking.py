@@ -82,7 +82,8 @@ def find_peaks(
     **options
         Fields of :class:`PickOptions`: ``method``, ``false_positives``, ``cutoff``,
         ``min_distance``, ``min_angle``, ``mask``, ``mask_of``, ``mask_marks``, ``mask_unit``,
-        ``edge``; for a montage also ``per``, ``same_distance``, ``same_angle``, ``same_defocus``.
+        ``mask_box``, ``edge``; for a montage also ``per``, ``same_distance``, ``same_angle``,
+        ``same_defocus``.
 
     Returns
     -------
