@@ -238,6 +238,11 @@ def test_exposures_do_not_suppress_each_other(tmp_path):
         assert as_tuples({column: values[own] for column, values in rows.items()}) == expected
         of_one = find_detections(tmp_path / "OUT", cutoff=6, exposure=name)
         assert as_tuples({n: np.concatenate([b[n] for b in of_one]) for n in rows}) == expected
+    only_first = np.zeros(ocelot_em.MergedResult.open(tmp_path / "OUT").valid_shape, bool)
+    only_first[:5] = True  # no pixel of the other exposure
+    masked = find_detections(tmp_path / "OUT", mask=only_first)
+    assert [*masked.facts["exposures"]] == ["e0"]
+    assert {name for rows in masked for name in rows["exposure"]} == {"e0"}
 
 
 MORE_ANGLES = [[7.0 * i, 30.0, 12.0 * i] for i in range(35)]

@@ -123,6 +123,11 @@ def test_a_spatial_constraint_of_leopard_em(tmp_path):
     assert mask.of == "micrograph"
     np.testing.assert_array_equal(mask.marked(WHOLE), IMAGE > 0)
     np.testing.assert_array_equal(mask.counted(WHOLE), IMAGE.astype(np.int64) * 6_300_000_000)
+    counts = {"maps/n_defocus": IMAGE[1:], "maps/n_orientations": IMAGE * 1.5}
+    write_hdf5(tmp_path / "other.h5", **{"maps/eligible": IMAGE}, **counts)
+    with pytest.raises(InvalidInputError) as refusal:
+        open_mask(tmp_path / "other.h5")
+    assert len(refusal.value.problems) == 2
 
 
 def write_hdf5(path, **datasets):

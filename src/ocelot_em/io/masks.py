@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,14 +88,22 @@ def open_mask(path: str | PathLike[str]) -> Mask:
     return of_image(place.name, image)
 
 
-def _of_images(place: Path, images: dict[str, object], frame: str | None, owner: object) -> Mask:
+def _of_images(place: Path, images: dict[str, Any], frame: str | None, owner: object) -> Mask:
     """Return the mask of an HDF5 file with these images."""
     eligible = images.get("maps/eligible")
     if eligible is not None:
         names = ("maps/n_orientations", "maps/n_defocus")
-        counts = tuple(images[name] for name in names if name in images)
+        counts = {name: images[name] for name in names if name in images}
+        problems = [
+            f"{place}: {name}: expected integers in the shape of maps/eligible, {eligible.shape}, "
+            f"got {image.dtype} of shape {image.shape}"
+            for name, image in counts.items()
+            if image.shape != eligible.shape or image.dtype.kind not in "iu"
+        ]
+        if problems:
+            raise InvalidInputError(problems)
         of = "map" if frame == "pos_xy" else "micrograph"
-        return of_image(place.name, eligible, of=of, counts=counts, owner=owner)
+        return of_image(place.name, eligible, of=of, counts=(*counts.values(),), owner=owner)
     called = [name for name in images if name.rpartition("/")[2] == "mask"]
     chosen = ["mask"] if "mask" in images else called or [*images]
     if len(chosen) != 1:

@@ -109,7 +109,9 @@ class Correlations:
         if cutoff is None:
             # Noise of every group may be in the table.
             own = self._populations if self.has_groups else [self._populations[k]]
-            cutoff = gaussian_cutoff(sum(one.correlations for one in own), 1, false_positives)
+            n = sum(one.correlations for one in own)
+            # Where nothing counts, there are no rows.
+            cutoff = gaussian_cutoff(n, 1, false_positives) if n else np.inf
         return _Limits(exposure, tables, max(table.threshold for table in tables), cutoff)
 
     @property
@@ -130,7 +132,11 @@ class Correlations:
         facts: dict[str, object] = {"threshold": self.threshold, "cutoff": self.cutoff}
         if self.result.plan.has_parts:
             limits, name = self.limits.values(), f"{self.result.plan.part}s"
-            facts[name] = {own.exposure.id: (own.threshold, own.cutoff) for own in limits}
+            facts[name] = {
+                own.exposure.id: (own.threshold, own.cutoff)
+                for own in limits
+                if own.cutoff < np.inf
+            }
         texts = {"area": self.area_text, "incomplete_search": self.result.incomplete_text}
         return facts | {name: text for name, text in texts.items() if text}
 

@@ -188,8 +188,8 @@ def populations_of(merged: MergedResult, area: Area | None) -> list[Population]:
     found = [Population(merged, k, area) for k in range(len(merged.plan.exposures))]
     if area is not None and not any(own.pixels for own in found):
         raise InvalidInputError(
-            f"{area.text}: expected searched pixels where particles may be, got none; if the mask "
-            "marks where they may not be, give --mask-marks excluded"
+            f"{area.text}: expected searched pixels where particles may be, got none"
+            + ("" if area.mask is None else "; is --mask-marks right?")
         )
     return found
 
