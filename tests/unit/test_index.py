@@ -135,6 +135,8 @@ def test_the_table_is_beside_the_page(runs, tmp_path):
     assert (read["method"], read["cutoff"]) == ("cutoff", 7.0)
     assert (read["height"], read["width"]) == merged.valid_shape
     assert read["highest_z"] == merged.statistics.scaled_mip_range[1]
+    assert read["highest_mip"] == merged.statistics.mip_range[1]
+    assert (read["micrograph"], read["rank"]) == ("MERGED", 1)
     assert (tmp_path / read["report"]).is_file()
 
 
@@ -165,7 +167,7 @@ def test_names_are_text(runs, tmp_path):
     write_index([tmp_path / name, tmp_path / "no<b>where.zarr"], tmp_path)
     page = (tmp_path / "index.html").read_text()
     good, bad = Rows(page).texts()
-    assert (good[1], bad[1]) == (name, "no<b>where.zarr")
+    assert (good[1], bad[1]) == (name.removesuffix(".zarr"), "no<b>where")
     assert "<img src=x" not in page
     assert "<b>" not in page
 
@@ -174,7 +176,7 @@ def test_warnings_are_shown_and_counted(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("ocelot_em.view.index.warnings_of", lambda _: ["First.", "Second."])
     table = write_index(runs / "one/MERGED.zarr", tmp_path)
     (row,) = Rows((tmp_path / "index.html").read_text()).rows[1:]
-    assert row[1][0] == "MERGED.zarr2 warningsFirst.Second."
+    assert row[1][0] == "MERGED2 warningsFirst.Second."
     assert row[-1] == ["2 warnings", "2"]
     assert (table["n_warnings"][0], table["warnings"][0]) == (2, "First.\nSecond.")
 

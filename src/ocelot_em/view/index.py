@@ -25,10 +25,11 @@ from ocelot_em.errors import (
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.html import is_html, render
 from ocelot_em.model.keywords import PickKeywords, takes
+from ocelot_em.model.maps import SECOND_ZSCORE
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.picking import pick_particles
-from ocelot_em.particles.table import ParticleTable
+from ocelot_em.particles.table import GROUP, ParticleTable
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.store.constants import ATTRIBUTE_KEY
 from ocelot_em.store.objects import as_places, is_local, normalise_url, open_objects, stores_below
@@ -51,19 +52,25 @@ _MAX_NAME = 100  # characters of a report's file name
 class IndexRow:
     """A result on the page, which is a row of its table.
 
-    ``micrograph`` is its name on the page. ``result`` is a path or URL, ``report`` a path relative
-    to the page. If the result could not be read, ``error`` states why, and the other fields are
-    empty. Of a montage, ``cutoff`` is the lowest one and ``projections`` are those of all
-    exposures. ``warnings`` are separated by line breaks.
+    ``micrograph`` is its name on the page: that of the store without ``.zarr``, or of the folders
+    in which results of one name differ. ``rank`` is the rank of its highest z-score among all.
+    ``group`` and ``second_z`` are those of its highest particle, if it has groups. ``result`` is a
+    path or URL, ``report`` a path relative to the page. If the result could not be read, ``error``
+    states why, and the other fields are empty. Of a montage, ``cutoff`` is the lowest one and
+    ``projections`` are those of all exposures. ``warnings`` are separated by line breaks.
     """
 
     micrograph: str
     result: str
+    rank: int | None = None
     report: str = ""
     particles: int | None = None
     method: str = ""
     cutoff: float | None = None
     highest_z: float | None = None
+    highest_mip: float | None = None
+    group: str = ""
+    second_z: float | None = None
     n_warnings: int | None = None
     warnings: str = ""
     height: int | None = None
@@ -136,7 +143,7 @@ def write_index(
     reports, table_path = (page.with_name(f"{page.stem}_{n}") for n in ("reports", "results.csv"))
     picking = PickOptions.parse(options)
     urls = list(dict.fromkeys(url for place in as_places(results) for url in find_results(place)))
-    names, entries = short_names(urls), list[Entry]()
+    names, entries = [name.removesuffix(".zarr") for name in short_names(urls)], list[Entry]()
     files = [reports / name for name in _file_names(names)]
     refuse_existing([page, table_path, *files], overwrite)
     for url, name, file in zip(urls, names, files, strict=True):
@@ -164,7 +171,9 @@ def write_page(page: Path, entries: Sequence[Entry], kind: str = "result") -> "p
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         quote=quote,
     )
-    table = table_of([entry.row for entry in entries])
+    rows = [entry.row for entry in entries]
+    table = table_of(rows)
+    table["rank"] = table["highest_z"].rank(method="first", ascending=False).convert_dtypes()
     write_file(table_path, table.to_csv(index=False).encode())
     write_file(page, html.encode())
     return table
@@ -256,7 +265,8 @@ def judged(
     warnings = [*filter(None, [reason]), *warnings_of(data)]
     if report is not None:
         write_report(merged, report, particles=particles)
-    attributes, about = merged.attributes, particles.about
+    attributes, about, statistics = merged.attributes, particles.about, data.summary.attributes
+    best = particles[0] if len(particles) else {}
     row = IndexRow(
         micrograph=name,
         result=merged.url,
@@ -264,7 +274,10 @@ def judged(
         particles=len(particles),
         method=about.method if about else "",
         cutoff=about.cutoff if about else None,
-        highest_z=(data.summary.attributes.scaled_mip_range or (None, None))[1],
+        highest_z=(statistics.scaled_mip_range or (None, None))[1],
+        highest_mip=(statistics.mip_range or (None, None))[1],
+        group=best.get(GROUP, ""),
+        second_z=best.get(SECOND_ZSCORE),
         n_warnings=len(warnings),
         warnings="\n".join(warnings),
         height=merged.valid_shape[0],
