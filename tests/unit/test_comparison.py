@@ -122,6 +122,8 @@ def test_the_exchanged_searches_give_the_exchanged_table(searches):
         for one, two in ("ab", "ba"):
             assert other[f"{name}_{one}"].equals(found[f"{name}_{two}"])
     assert other["zscore_difference"].equals(-found["zscore_difference"])
+    assert {*found["micrograph"]} == {"A"}
+    assert {*other["micrograph"]} == {"B"}  # B.zarr is the first
 
 
 def test_tables_of_particles_are_compared_as_results_are(searches, tmp_path):

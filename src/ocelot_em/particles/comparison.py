@@ -33,7 +33,7 @@ _FAR_PX = 1e9
 """Distance between two micrographs of tables of several."""
 
 COMPARED: Mapping[str, Column] = {
-    MICROGRAPH: Column("str", "", "name of the micrograph, as in A if A has the particle"),
+    MICROGRAPH: Column("str", "", "name of the micrograph, as in A if A has one"),
     RANK: Column("int64", "1", "rank in this table, by the higher of both z-scores"),
     "found_in": Column("str", "", "both, or the only search in which it was picked: A or B"),
     "row_a": Column("int32", "1", "number of the row in A's table of particles; -1: not picked"),
@@ -296,6 +296,8 @@ def compare_searches(
     defocus_a, defocus_b = (_of(*own) for own in ((a, _DEFOCUS, row_a), (b, _DEFOCUS, row_b)))
     names = np.repeat([BOTH, ONLY_A, ONLY_B], [len(i), len(only_a), len(only_b)])
     own_a, own_b = _texts(a, MICROGRAPH, row_a), _texts(b, MICROGRAPH, row_b)
+    if len(names_of(a.particles)) == 1 == len(names_of(b.particles)):  # one micrograph, two names
+        own_b[:] = names_of(a.particles)[0]
     found: dict[str, AnyArray] = {
         MICROGRAPH: np.where(row_a < 0, own_b, own_a),
         "found_in": names,

@@ -328,4 +328,5 @@ def _live_angles(angles: Float64) -> "Plot":
     look: Any = {"fill_color": figures.BLUE, "line_color": None}
     quads = models.Quad(left="left", right="right", top="top", bottom=0, **look)
     plot.add_glyph(models.ColumnDataSource(bars), quads)
+    plot.left[0].ticker.min_interval = 1  # of particles
     return plot
