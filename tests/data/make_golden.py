@@ -36,6 +36,7 @@ def main() -> None:
         place / "montage.zarr", place / "montage_merged.zarr", tile_size=24, overlap="max-zscore"
     )
     make_groups(place)
+    make_counts(place)
 
 
 def make_groups(place: Path) -> None:
@@ -51,6 +52,19 @@ def make_groups(place: Path) -> None:
         searches, place / "groups.zarr", tile_size=24, poses="index", group_by="template"
     )
     shutil.rmtree(place / "other.zarr")
+
+
+def make_counts(place: Path) -> None:
+    """Two partials, one of them with a map of counts, which is 0 where it searched nothing."""
+    rng = np.random.default_rng(0)
+    results = [make_result(rng, (24, 40), 70, ties=True) for _ in range(2)]
+    counts = rng.integers(1, 70, (24, 40))
+    counts[0, 0], counts[5:9] = 70, 0
+    for name, values in results[0].items():
+        values[5:9] = {"mip": -np.inf, "best_global_index": -1}.get(name, 0)
+    write_partial(place / "counts.zarr", "p0", results[0], total_projections=counts)
+    write_partial(place / "counts.zarr", "p1", results[1], total_projections=2**31 + 1)
+    ocelot_em.merge(place / "counts.zarr", place / "counts_merged.zarr", tile_size=24)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,8 @@ def test_groups_have_counts_of_their_own(made, merged, tmp_path):
     for name in (COUNT, "scaled_mip", "correlation_std"):
         own = np.take_along_axis(np.stack([one[name] for one in each]), best[None], axis=0)[0]
         np.testing.assert_array_equal(found[name], own)
+    means = [own.mean_projections for own in MergedResult.open(tmp_path / "G").statistics.exposures]
+    assert means == [made[1][0].mean(), None, made[1][2].mean()]
     assert ocelot_em.check(tmp_path / "G") == []
 
 

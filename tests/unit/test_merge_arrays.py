@@ -289,6 +289,25 @@ def test_a_count_of_nothing_where_something_was_searched_is_named(merge, form):
     assert merge(results)[COUNT] == sum(result[COUNT] for result in results)
 
 
+@pytest.mark.parametrize("convert", [list, in_torch], ids=["numpy", "torch"])
+def test_maps_of_counts_are_added(convert):
+    results, by_pixel = results_of(form="indexed"), np.arange(1, 23 * 17 + 1).reshape(23, 17)
+    plain = merge_arrays(results)
+    results[2][COUNT], results[4][COUNT] = by_pixel.astype("i2"), by_pixel * 2**40
+    merged = merge_arrays(convert(results))
+    assert_merged({**merged, COUNT: 0}, {**plain, COUNT: 0})
+    expected = by_pixel * (1 + 2**40) + 4 * 2**53 + 9
+    np.testing.assert_array_equal(merged[COUNT], expected)
+    assert type(merged[COUNT]) is type(merged[MIP])
+    results[2][COUNT][3, 4] = 0
+    (problem,) = problems_of(merge_arrays, convert(results))
+    wrong = f"device 2: {COUNT}: 0 where {MIP} was searched at 1 pixel, first (3, 4)"
+    assert problem.startswith(wrong)
+    results[2][COUNT] = by_pixel.astype("f4")
+    (problem,) = problems_of(merge_arrays, convert(results))
+    assert f"device 2, {COUNT}: expected dtype int8 or" in problem
+
+
 @mergers
 @forms
 def test_unusable_indices_are_named(merge, form):

@@ -49,7 +49,7 @@ from ocelot_em.model.maps import (
     PoseForm,
 )
 from ocelot_em.model.search_space import SearchSpace
-from ocelot_em.store.validation import BadValues
+from ocelot_em.store.validation import BadValues, is_map_of_counts
 
 BAND_PIXELS = 256 * 1024
 """Pixels folded at a time on the CPU; the accumulator's band stays in the processor's cache."""
@@ -59,6 +59,8 @@ _GPU_BAND_PIXELS = 4 * 2**20
 
 _TOGETHER = 4
 """Devices folded at a time, and the maximum number of copied bands that are held."""
+
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 _Band = tuple[int | slice, ...]
 
@@ -84,8 +86,8 @@ def merge_arrays(
         ``correlation_squared_sum`` and the pose, which is explicit (``best_phi``, ``best_theta``,
         ``best_psi``, ``best_defocus``, optionally ``best_pixel_size``), or indexed
         (``best_global_index``), or both: then the explicit rule decides, and the index is that of
-        the same winner. ``total_projections`` is an optional integer, ``correlation_table``
-        optional, too. Other keys are ignored.
+        the same winner. ``total_projections`` is optional: an integer, or a map of integers if it
+        differs from pixel to pixel. ``correlation_table`` is optional, too. Other keys are ignored.
 
         All maps have the same shape, which is arbitrary, and the same kind: NumPy arrays, CuPy
         arrays, torch tensors on the CPU or torch tensors on a GPU. They are float32, the index
@@ -99,9 +101,9 @@ def merge_arrays(
     dict
         New arrays of the same kind and names, on the device of the first result's ``mip``;
         :func:`~ocelot_em.write_partial` accepts the dictionary unchanged. Both sums are float32, or
-        float64 if any device has float64 sums. ``total_projections`` is an exact integer,
-        ``correlation_table`` has all rows, in NumPy arrays; they are present if the devices have
-        them.
+        float64 if any device has float64 sums. ``total_projections`` is an exact integer, or an
+        int64 map if any device has a map; ``correlation_table`` has all rows, in NumPy arrays; they
+        are present if the devices have them.
 
     Raises
     ------
@@ -109,8 +111,8 @@ def merge_arrays(
         Lists every problem: no devices, missing keys, mismatched kinds, shapes or dtypes, a count
         or table that only some devices have; or, with their number and first pixel, NaN and
         infinities (except -inf in ``mip``, and any pose where ``mip`` is -inf), negative squared
-        sums, indices that are outside the search space, or -1 where something was searched, and a
-        count of 0 where something was.
+        sums, indices that are outside the search space, or -1 where something was searched, and
+        counts that are negative, or 0 where something was.
     MissingDependencyError, DeviceError
         Arrays are on a GPU, and CuPy is not installed or cannot use it.
 
@@ -129,19 +131,24 @@ def merge_arrays(
     (array([8., 7.], dtype=float32), array([10., 20.], dtype=float32), 2000)
     """
     checks = MapChecks((NUMPY, CUPY, TORCH_CPU, TORCH_CUDA), one_kind=True)
-    names = check_results(results, checks, indexed=search_space is not None)
+    by_pixel = any(is_map_of_counts(result.get(COUNT)) for result in results)
+    names = check_results(results, checks, indexed=search_space is not None, by_pixel=by_pixel)
     tables = merge_tables(results)
     first, counts = results[0][MIP], counts_of(results)
     wide = any(dtype_name(r[name]) == "float64" for r in results for name in (SUM, SQUARED_SUM))
     merged = {name: new_like(first, MAPS[name].dtypes[0]) for name in names}
     if wide:
         merged |= {name: new_like(first, "float64") for name in (SUM, SQUARED_SUM)}
+    if by_pixel:
+        merged[COUNT] = new_like(first, "int64")
 
     def fold(view: Callable[[Any], AnyArray], processor: Processor) -> None:
         *devices, out = (
             {name: at_least_1d(view(maps[name])) for name in names} for maps in (*results, merged)
         )
         fold_bands(devices, out, processor, counts, search_space)
+        if by_pixel:
+            _add_counts(results, view(merged[COUNT]), processor, view)
 
     if kind_of(first) in (CUPY, TORCH_CUDA):
         producers = {gpu_number(maps[name]) for maps in (*results, merged) for name in names}
@@ -150,7 +157,7 @@ def merge_arrays(
             fold(as_cupy, Processor(kernels, device.empty, device.bring, _GPU_BAND_PIXELS))
     else:
         fold(as_numpy, cpu_processor(BAND_PIXELS))
-    return merged | total_count(counts) | tables
+    return merged | ({} if by_pixel else total_count(counts)) | tables
 
 
 # -- input checks ------------------------------------------------------------------------------
@@ -194,11 +201,16 @@ class MapChecks:
 
 
 def check_results(
-    results: Sequence[Mapping[str, Any]], checks: MapChecks, *, indexed: bool = False
+    results: Sequence[Mapping[str, Any]],
+    checks: MapChecks,
+    *,
+    indexed: bool = False,
+    by_pixel: bool = False,
 ) -> tuple[str, ...]:
     """Reject results that cannot be merged; return the names of the maps to merge.
 
-    ``indexed``: the index is used even if there are explicit poses.
+    ``indexed``: the index is used even if there are explicit poses. ``by_pixel``: counts may be
+    maps.
     """
     if not isinstance(results, Sequence) or not results:
         raise InvalidInputError(
@@ -233,7 +245,9 @@ def check_results(
                     f"device {number}, {name}: missing; all devices need the same maps, "
                     f"and it has {', '.join(sorted(map(str, result))) or 'none'}"
                 )
-        if COUNT in result:
+        if by_pixel and is_map_of_counts(result.get(COUNT)):
+            checks.check(f"device {number}, {COUNT}", result[COUNT], _INTEGERS)
+        elif COUNT in result:
             problems += count_problems(f"device {number}, {COUNT}", result[COUNT], 0)
         elif COUNT in given:
             problems.append(
@@ -243,6 +257,26 @@ def check_results(
     if problems:
         raise InvalidInputError(problems)
     return names
+
+
+def _add_counts(
+    results: Sequence[Mapping[str, Any]],
+    total: AnyArray,
+    processor: "Processor",
+    view: Callable[[Any], AnyArray],
+) -> None:
+    """Add counts, some of which are maps, into given memory; wrong ones are an error."""
+    found = [BadValues(f"device {number}") for number in range(len(results))]
+    for band in bands(total.shape, processor.band_pixels):
+        total[band] = 0
+        for bad, result in zip(found, results, strict=True):
+            if not is_map_of_counts(result[COUNT]):
+                total[band] += exact_count(result[COUNT])
+                continue
+            own = {name: processor.bring(view(result[name])[band]) for name in (MIP, COUNT)}
+            bad.look(own, start_of(band, total.ndim))
+            total[band] += own[COUNT].astype(np.int64)
+    refuse_bad_values(found)
 
 
 def count_problems(place: str, value: object, least: int) -> list[str]:
@@ -255,8 +289,9 @@ def count_problems(place: str, value: object, least: int) -> list[str]:
 
 
 def counts_of(results: Sequence[Mapping[str, Any]]) -> list[int | None]:
-    """Return the count of each result, or None if the results have none."""
-    return [exact_count(result[COUNT]) if COUNT in result else None for result in results]
+    """Return the count of each result, or None if it has none, or a map."""
+    given = (result.get(COUNT) for result in results)
+    return [None if own is None or is_map_of_counts(own) else exact_count(own) for own in given]
 
 
 def total_count(counts: Iterable[int | None]) -> dict[str, int]:
