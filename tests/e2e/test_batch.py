@@ -341,6 +341,10 @@ def test_optics_are_those_of_each_micrograph(searches, tmp_path):
     words += ["--output", str(tmp_path / "out"), "--template", "T.mrc"]
     given = ["--voltage", "300", "--cs", "2.7", "--amplitude-contrast", "0.07"]
     assert run(words) == REFUSED
+    for kind in ("relion", "cistem"):
+        unwritable = {"M1": optics("a#b"), "M2": optics("nan")}
+        with pytest.raises(InvalidInputError, match=r"(?s)M1: micrograph: .*M2: micrograph: "):
+            merge_many([*words[1:3]], tmp_path / "out", tables=kind, optics=unwritable)
     assert not (tmp_path / "out").exists()
     files = tmp_path / "ctf"
     files.mkdir()

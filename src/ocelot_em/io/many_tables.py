@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -75,8 +76,7 @@ def open_tables(
                 file.write((",".join(like.columns) + "\n").encode())
                 writers.append(lambda table, _, file=file: file.write(table.csv_rows()))  # type: ignore[misc]
             elif optics:  # without any, there are no particles
-                start = _relion if kind == "relion" else _cistem
-                writers.append(start(file, like, optics, comment))
+                writers.append(_STAR_WRITERS[kind](file, like, optics, comment))
                 stack.callback(file.write, STAR_END)
 
         def write(table: ParticleTable, name: str) -> None:
@@ -112,3 +112,12 @@ def _cistem(
         n_before += len(table)
 
     return write
+
+
+_STAR_WRITERS = {"relion": _relion, "cistem": _cistem}
+
+
+def require_star_names(kinds: Collection[Kind], optics: Optics) -> None:
+    """Raise an InvalidInputError if STAR files cannot hold the names in optics."""
+    for kind in {*kinds} & {*_STAR_WRITERS}:
+        _STAR_WRITERS[kind](BytesIO(), ParticleTable.empty(), {"": optics}, "")

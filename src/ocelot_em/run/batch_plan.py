@@ -25,7 +25,7 @@ from ocelot_em.errors import (
     StoreNotFoundError,
     TilesFailedError,
 )
-from ocelot_em.io.many_tables import WITH_OPTICS
+from ocelot_em.io.many_tables import WITH_OPTICS, require_star_names
 from ocelot_em.io.optics import Optics
 from ocelot_em.io.tables import require_same_search
 from ocelot_em.io.text_file import file_identity
@@ -256,7 +256,8 @@ def _planned(
                 "is_update": is_complete and bool(ready.missing),
             }
         if {*draft.options.tables} & {*WITH_OPTICS}:
-            facts["optics"] = _optics(optics_of, name, plan, first)
+            facts["optics"] = own = _optics(optics_of, name, plan, first)
+            require_star_names(draft.options.tables, own)
         draft.picking_of(name)
     except BAD as error:
         return PlannedMicrograph(micrograph, problem=str(error))
