@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 
 import ocelot_em
-from builders import explicit_maps
+from builders import explicit_maps, idle_maps
 from ocelot_em import CorrelationHistogram, MergedResult, plot_histogram, write_partial
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.io.beside import _histogram_of
@@ -66,6 +66,16 @@ def test_without_one_of_all_there_is_none_and_other_bins_are_named(tmp_path):
     for wrong in ({}, 5, other | {"counts": [-1]}, other | {"counts": []}, other | {"width": 0}):
         with pytest.raises(InvalidInputError, match="expected low, width and counts"):
             write(tmp_path / "WRONG", [wrong])
+
+
+def test_idle_devices_have_none_and_sums_may_be_of_any_size(tmp_path):
+    search = write(tmp_path / "RUN", [make_histogram(2**64)] * 2)
+    nothing = idle_maps(explicit_maps((40, 50)))
+    write_partial(search, "idle", nothing, total_projections=0)
+    ocelot_em.merge(search, tmp_path / "OUT")
+    assert MergedResult.open(tmp_path / "OUT").correlation_histogram.total > 1.9 * 2**64
+    empty = CorrelationHistogram(low=0, width=1, counts=(0, 0))
+    assert np.isnan([empty.mean, empty.std]).all()
 
 
 def test_text_of_cistem():

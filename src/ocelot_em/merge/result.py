@@ -203,8 +203,9 @@ class MergedResult:
 
     @cached_property
     def correlation_histogram(self) -> CorrelationHistogram | None:
-        """Histogram of all correlations, added exactly; None unless all partials have one."""
-        return added((own.name, own.correlation_histogram) for own in self.attributes.partials)
+        """Histogram of all correlations, added exactly; None if one of a partial is missing."""
+        searched = [own for own in self.attributes.partials if own.total_projections]
+        return added((own.name, own.correlation_histogram) for own in searched)
 
     @cached_property
     def search_space(self) -> SearchSpace | None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.arrays import MAX_COUNT
 from ocelot_em.model.maps import Float64
+from ocelot_em.model.problems import in_words
 
 HISTOGRAM: Final = "correlation_histogram"
 """Key of a result that holds its histogram."""
@@ -66,11 +67,14 @@ class CorrelationHistogram(BaseModel):
             low, width = float(value["low"]), float(value["width"])
             counts = tuple(np.asarray(value["counts"]).tolist())
             return cls(low=low, width=width, counts=counts)
-        except (ValidationError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise InvalidInputError(
-                f"{place}: {HISTOGRAM}: expected low, width and counts of bins, got something "
-                f"else: {error}"
-            ) from None
+        except ValidationError as error:
+            problem = error.errors()[0]
+            got = f"{'.'.join(map(str, problem['loc']))}: {in_words(problem)}"
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            got = f"something else: {error}"
+        raise InvalidInputError(
+            f"{place}: {HISTOGRAM}: expected low, width and counts of bins, got {got}"
+        )
 
     @property
     def edges(self) -> Float64:
@@ -84,18 +88,18 @@ class CorrelationHistogram(BaseModel):
 
     @property
     def mean(self) -> float:
-        """Mean of all correlations, each in the middle of its bin."""
-        return float(np.average(self.edges[:-1] + self.width / 2, weights=self._shares))
+        """Mean of all correlations, each in the middle of its bin; NaN without any."""
+        return float(self._shares @ (self.edges[:-1] + self.width / 2))
 
     @property
     def std(self) -> float:
-        """Their standard deviation."""
+        """Their standard deviation; NaN without any."""
         middles = self.edges[:-1] + self.width / 2
-        return sqrt(np.average((middles - self.mean) ** 2, weights=self._shares))
+        return sqrt(self._shares @ (middles - self.mean) ** 2)
 
     @property
     def _shares(self) -> Float64:
-        return np.array(self.counts, np.float64) / max(self.total, 1)
+        return np.array(self.counts, np.float64) / (self.total or np.nan)
 
     @property
     def survival(self) -> list[int]:
@@ -135,7 +139,8 @@ def added(
     if not known or len(known) < len(pairs):
         return None
     counts = tuple(map(sum, zip(*(one.counts for one in known), strict=True)))
-    return CorrelationHistogram(low=known[0].low, width=known[0].width, counts=counts)
+    facts = {"low": known[0].low, "width": known[0].width, "counts": counts}
+    return CorrelationHistogram.model_construct(None, **facts)  # counts may exceed those of a part
 
 
 def _bins(histogram: CorrelationHistogram) -> tuple[float, float, int]:

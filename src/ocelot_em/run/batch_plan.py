@@ -142,7 +142,7 @@ class BatchPlan:
         folder = Path(picking.mask)
         if not folder.exists():
             raise InvalidInputError(f"{folder}: expected a mask, or a folder of masks, got nothing")
-        if not folder.is_dir() or (folder / "zarr.json").exists():
+        if not folder.is_dir() or any((folder / own).exists() for own in ("zarr.json", ".zarray")):
             return picking
         found = [path for path in folder.iterdir() if path.stem == name]
         if len(found) != 1:
