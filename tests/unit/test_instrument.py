@@ -11,7 +11,7 @@ import pytest
 import ocelot_em
 from browser import CHROMIUM, open_page, wait_for
 from conftest import CROPS
-from ocelot_em import ImportOptions, import_results
+from ocelot_em import ImportOptions, estimate, import_results
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.candidate_rules import p_value_model
 from ocelot_em.particles.picking import find_peaks
@@ -99,6 +99,23 @@ def test_the_expected_number_of_false_positives_is_that_of_the_picking(crops, me
     expected = pixels * np.exp(-8) if method == "pvalue" else 1.0
     assert at_cutoff == pytest.approx(expected, rel=1e-3)
     assert (np.diff(data["expected"]) <= 0).all()
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["noise", "decoy"])
+def test_the_slider_has_the_estimates_of_the_last_particle_above_it(crops, is_given):
+    particles = find_peaks(crops, cutoff=6.0)
+    by_noise = estimate(particles, crops)
+    if is_given:
+        particles = estimate(particles, decoy=particles[1::3])
+    data = live_data(report_page(crops, particles=particles))
+    slider = next(root for root in data["document"]["roots"] if root["name"] == "Slider")
+    start, step, cutoff = (slider["attributes"][name] for name in ("start", "step", "value"))
+    table, levels = particles if is_given else by_noise, start + step * np.arange(2000)
+    for name in ("precision", "recall"):
+        for level, value in zip(levels, data["estimates"][name], strict=False):
+            n = (table["scaled_mip"] >= level - 1e-6).sum()
+            if level >= cutoff - 1e-6:
+                assert value == (pytest.approx(table[name][n - 1], abs=6e-4) if n else None)
 
 
 def test_the_contour_of_p_values_separates_the_particles(crops):

@@ -34,7 +34,7 @@ def import_files(
     files
         One .npz or .pt file of each device, in order; or the description of a montage's exposures
         (.yaml); or a finished search: the folder with the results of Leopard-EM or cisTEM, or one
-        of its files.
+        of its files. cisTEM's histogram of all correlations is stored, too.
     output
         Path or URL of the search to write, or to add to.
     overwrite

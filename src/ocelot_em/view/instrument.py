@@ -13,7 +13,14 @@ import numpy as np
 from ocelot_em.errors import optional_import
 from ocelot_em.model.maps import SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.particles.estimates import expected_above, with_weaker
-from ocelot_em.particles.table import EXPOSURE, GROUP, RANK, ParticleTable
+from ocelot_em.particles.table import (
+    EXPOSURE,
+    GROUP,
+    PRECISION,
+    RANK,
+    RECALL,
+    ParticleTable,
+)
 from ocelot_em.view import figures, live_figures, plots, statistics_plots
 from ocelot_em.view.live_page import LivePage
 
@@ -101,6 +108,7 @@ def make_instrument(data: "ReportData", overview: tuple[Float32, int]) -> Instru
             float(f"{one:.4g}") for one in expected_above(data.merged, data.particles, levels)
         ],
         "contours": contours,
+        "estimates": _estimates(data, levels),
     }
     live = LivePage.of(roots, content, "report.js")
     return Instrument(live.packed, live.loader, live.policy, n_left_out, len(best) <= FULL_ROWS)
@@ -139,6 +147,20 @@ def _levels(data: "ReportData", heights: Float64) -> tuple[Float64, float]:
     below, above = ceil((cutoff - lowest) / step), ceil((highest - cutoff) / step)
     levels = cutoff + step * np.arange(-below, above + 1)
     return levels, float(cutoff)
+
+
+def _estimates(data: "ReportData", levels: Float64) -> dict[str, list[float | None]]:
+    """Return precision and recall if the cutoff is at each level; None where they are unknown."""
+    if data.estimates is None:
+        return {}
+    cutoffs, *curves = data.estimates
+    # The last particle at or above the level.
+    place = np.searchsorted(-cutoffs.astype(np.float64), 1e-6 - levels, "right") - 1
+    found = {}
+    for name, values in zip((PRECISION, RECALL), curves, strict=True):
+        own = np.where(place < 0, np.nan, values[place]).round(3).tolist()
+        found[name] = [None if value != value else value for value in own]
+    return found
 
 
 def _contours(data: "ReportData", levels: Float64) -> list[dict[str, Any]]:

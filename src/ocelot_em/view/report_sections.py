@@ -96,6 +96,19 @@ class ReportData:
         return p_value_model(Population(self.merged, 0, self.area))
 
     @cached_property
+    def estimates(self) -> Sequence[AnyArray] | None:
+        """Cutoffs, descending, precision and recall: the particles' own, or by the noise model."""
+        particles = self.particles
+        if PRECISION in particles.columns:
+            columns = [particles.columns[name] for name in (particles.ranked_by, PRECISION, RECALL)]
+            known = np.isfinite(columns[1])
+            return [values[known] for values in columns] if known.any() else None
+        if not len(particles) or particles.about is None or particles.ranked_by == MIP:
+            return None
+        own = estimates_of(self.merged, particles)
+        return own.cutoffs, own.precision, own.recall
+
+    @cached_property
     def area(self) -> Area | None:
         """The area that the particles were picked from, if it was not all, and is known."""
         picking = self.particles.picking
@@ -261,8 +274,8 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
         found["contour"] = data.p_values, data.particles.about.cutoff
     joint = partial(statistics_plots.plot_joint, summary, **found)
     drawings = {}
-    if (curves := _estimates(data)) is not None:
-        draw = partial(statistics_plots.draw_estimates, curves, data.particles)
+    if data.estimates is not None:
+        draw = partial(statistics_plots.draw_estimates, data.estimates, data.particles)
         drawings["estimates"] = Drawing.of("estimates", (5.4, 2.9), draw)
     if data.merged.correlation_histogram is not None:
         histogram = partial(statistics_plots.plot_histogram, data.merged)
@@ -273,19 +286,6 @@ def significance_section(data: ReportData) -> dict[str, Drawing]:
         "distributions": Drawing.of("distributions", (5.4, 2.7), distributions),
         "joint": Drawing.of("joint", (5.4, 3.3), joint),
     }
-
-
-def _estimates(data: ReportData) -> Sequence[AnyArray] | None:
-    """Return cutoffs, precision and recall: those of the particles, or by the model of noise."""
-    particles = data.particles
-    if PRECISION in particles.columns:
-        columns = [particles.columns[name] for name in (particles.ranked_by, PRECISION, RECALL)]
-        known = np.isfinite(columns[1])
-        return [values[known] for values in columns] if known.any() else None
-    if not len(particles) or particles.about is None or particles.ranked_by == MIP:
-        return None
-    own = estimates_of(data.merged, particles)
-    return own.cutoffs, own.precision, own.recall
 
 
 def poses_section(particles: ParticleTable) -> dict[str, Drawing] | None:

@@ -1,5 +1,5 @@
 startOrRead(async () => {
-  const { score, columns, titles, expected, contours, model } = await startPage();
+  const { score, columns, titles, expected, contours, estimates, model } = await startPage();
   const [slider, source, shown, line, contour] = ["cutoff", "particles", "shown", "cutoff-line",
     "contour"].map(model);
   const heights = source.data[score];
@@ -30,6 +30,11 @@ startOrRead(async () => {
     document.getElementById("live-passing").textContent =
       conditions.length ? ` ${passing.length === 1 ? "passes" : "pass"} the filter` : "";
     document.getElementById("live-expected").textContent = expected.length ? text(expected[at]) : "unknown";
+    for (const [name, values] of Object.entries(estimates)) {
+      const value = values[at];
+      document.getElementById(`live-${name}`).textContent = value === null ? "unknown"
+        : value.toFixed(2);
+    }
   };
   slider.properties.value.change.connect(update);
   watchFilter(source.data, titles, (found) => {
