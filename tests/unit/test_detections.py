@@ -11,6 +11,7 @@ from pyarrow import parquet as pq
 from scipy.spatial.transform import Rotation
 
 import ocelot_em
+from builders import idle_maps
 from ocelot_em import SearchInfo, SearchSpace, find_detections, write_partial
 from ocelot_em.cli.exit_codes import DONE
 from ocelot_em.cli.main import run
@@ -342,6 +343,18 @@ def test_both_selections_were_compiled_ahead(merged):
     called = {f"{suppression.suppress.name} {types}" for types in suppression.suppress._ready}
     assert called
     assert called <= set(build.signatures())
+
+
+def test_a_device_that_searched_nothing_needs_no_table(tmp_path):
+    found = results(8)
+    idle = idle_maps({name: found[0][name] for name in found[0].keys() - {"correlation_table"}})
+    for number, result in enumerate([idle, *found]):
+        own = {"total_projections": N if number else 0, "search": INFO, "order": number}
+        write_partial(tmp_path / "RUN", f"gpu{number}", result, **own)
+    ocelot_em.merge(tmp_path / "RUN", tmp_path / "OUT")
+    rows = all_rows(find_detections(tmp_path / "OUT", cutoff=6, min_distance=0))
+    expected = by_all_pairs(found, 6, 0, 0)
+    assert as_tuples(rows) == [(number + 1, *rest) for number, *rest in expected]
 
 
 def test_the_cutoff_follows_from_the_false_positives(merged):

@@ -42,10 +42,13 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class _Limits:
-    """The tables of an exposure, and what its rows must exceed or reach."""
+    """The tables of an exposure, by partial, and what its rows must exceed or reach.
+
+    A partial that searched nothing may have no table.
+    """
 
     exposure: PlannedExposure
-    tables: Sequence[StoredTable]
+    tables: Sequence[StoredTable | None]
     threshold: float
     cutoff: float
 
@@ -77,7 +80,7 @@ class Correlations:
             planned = {k: _moved(own, search, result.url) for k, own in planned.items()}
         sources = {k: [*_partials_of(own)] for k, own in planned.items()}
         tables = {k: [(source, _open(source)) for source in own] for k, own in sources.items()}
-        opened = [pair for own in tables.values() for pair in own]
+        opened = [pair for own in tables.values() for pair in own if pair[0].total_projections]
         if missing := [source.place for source, table in opened if table is None]:
             raise IncompleteError(
                 f"{result.url}: {len(missing)} of {len(opened)} partials have no correlation "
@@ -86,7 +89,7 @@ class Correlations:
         rate, self._area = false_positives, area
         self._populations = populations_of(result, area)
         self.limits = {
-            k: self._limits(k, [table for _, table in own if table is not None], cutoff, rate)
+            k: self._limits(k, [table for _, table in own], cutoff, rate)
             for k, own in tables.items()
         }
         """By position of the exposure in the plan."""
@@ -103,7 +106,11 @@ class Correlations:
         return self.result.plan.group_by is not None
 
     def _limits(
-        self, k: int, tables: Sequence[StoredTable], cutoff: float | None, false_positives: float
+        self,
+        k: int,
+        tables: Sequence[StoredTable | None],
+        cutoff: float | None,
+        false_positives: float,
     ) -> _Limits:
         exposure = self.result.plan.exposures[k]
         if cutoff is None:
@@ -112,7 +119,8 @@ class Correlations:
             n = sum(one.correlations for one in own)
             # Where nothing counts, there are no rows.
             cutoff = gaussian_cutoff(n, 1, false_positives) if n else np.inf
-        return _Limits(exposure, tables, max(table.threshold for table in tables), cutoff)
+        threshold = max((own.threshold for own in tables if own is not None), default=-np.inf)
+        return _Limits(exposure, tables, threshold, cutoff)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -148,7 +156,8 @@ class Correlations:
     @property
     def n_rows(self) -> int:
         """Number of rows of all tables, before anything is left out."""
-        return sum(table.n_rows for limits in self.limits.values() for table in limits.tables)
+        tables = [table for limits in self.limits.values() for table in limits.tables]
+        return sum(table.n_rows for table in tables if table is not None)
 
     def __iter__(self) -> Iterator[dict[str, AnyArray]]:
         for position, rows in self.of_exposures():
@@ -173,7 +182,7 @@ class Correlations:
                 if self.has_groups:
                     maps[SECOND_ZSCORE] = self._best_of_others(region, limits.exposure)
                 for number, table in enumerate(limits.tables):
-                    for block in table.blocks(region):
+                    for block in table.blocks(region) if table is not None else ():
                         rows = self._joined(block, region, maps, limits)
                         if n := len(rows["pos_y"]):
                             self.n_kept += n
