@@ -72,7 +72,7 @@ def with_tables(results: Sequence[Mapping[str, AnyArray]]) -> list[dict[str, Any
 def write_search(
     store: Path,
     results: Sequence[Mapping[str, AnyArray]],
-    counts: Sequence[int],
+    counts: Sequence[int | AnyArray],
     *,
     indexed: bool = False,
     first: int = 0,

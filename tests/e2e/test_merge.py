@@ -160,7 +160,8 @@ def test_thin_maps_and_tiny_tiles(
     tile_size = max(tile_size, max(shape) // most_tiles)
     place, rng = tmp_path_factory.mktemp("thin"), np.random.default_rng(seed)
     results = [make_result(rng, shape, 10, ties=True) for _ in range(n)]
-    write_search(place / "RUN.zarr", results, [10] * n)
+    counts = [rng.integers(1, 10, shape) if seed % 3 == number else 10 for number in range(n)]
+    write_search(place / "RUN.zarr", results, counts)
     merge(place / "RUN.zarr", place / "A.zarr", tile_size=tile_size)
     merge(place / "RUN.zarr", place / "B.zarr")
     assert_same_maps(read_maps(place / "A.zarr"), read_maps(place / "B.zarr"))

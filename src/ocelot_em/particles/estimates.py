@@ -114,7 +114,7 @@ def _by_decoy(
     cutoffs = dict(about.exposure_cutoffs) if about is not None and about.per == "group" else {}
     searched = dict.fromkeys(cutoffs, 0) | (searched if GROUP in particles.columns else {})
     if merged is not None and merged.plan.group_by:
-        searched |= {own.id: own.total_projections for own in merged.plan.exposures}
+        searched |= {own.id: own.projections for own in merged.summary.attributes.exposures}
     if decoy not in searched:
         known = ", ".join(sorted(searched)) or "none, because there are no groups"
         raise InvalidInputError(f"decoy: expected one of {known}, got {decoy!r}")
@@ -124,7 +124,7 @@ def _by_decoy(
     return heights[~is_decoy], heights[is_decoy], scale, cutoffs.get(decoy, -np.inf)
 
 
-def _correlations_of(particles: ParticleTable) -> dict[str, int]:
+def _correlations_of(particles: ParticleTable) -> dict[str, float]:
     """Return the number of correlations of a pixel, for each group of particles, if any."""
     counts = particles.columns["total_correlations"]
     groups = particles.columns.get(GROUP, np.zeros(len(counts), str))
