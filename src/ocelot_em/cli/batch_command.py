@@ -73,17 +73,12 @@ def batch(
     del given["template_box"]
     known = optics_from(optics.optics, needs_template="cistem" in kinds, **given)
     own = many.model_dump(exclude={"dry_run"})
+    progress = BatchProgress(bar := Bar(console=console))
 
     def stop(number: int, _frame: object) -> None:
         progress.stop(signal.Signals(number).name)
 
-    with (
-        Bar(console=console) as bar,
-        handled_signals(stop),
-        within_job(merging) as asked,
-        SharedCluster() as shared,
-    ):
-        progress = BatchProgress(bar)
+    with bar, handled_signals(stop), within_job(merging) as asked, SharedCluster() as shared:
         options = BatchOptions(**own, **dict(asked), **dict(picking))
         plan = plan_batch(searches, output, options, shared, known)
         print_batch(console, plan)
