@@ -54,7 +54,8 @@ def batch(
     ----------
     searches
         Paths or URLs of searches or of merged results; folders that contain them; or files with a
-        list: a path a line, or a CSV table with the columns ``search`` and ``micrograph``.
+        list: a path a line, or a CSV table with the columns ``search`` and ``micrograph``. With
+        ``--group-by``, searches of one name are the groups of one micrograph.
     output
         Folder for the merged results, tables and the page. The same command again does only what
         is new.

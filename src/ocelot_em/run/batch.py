@@ -96,7 +96,8 @@ def merge_many(
         Paths or URLs of searches, or of merged results, which are not merged again; folders, of
         which all searches are taken, or all merged results if there is no search; files with a
         list: a path a line, or a CSV table with the columns ``search`` and ``micrograph``. Without
-        that column, a micrograph has the name of its store.
+        that column, a micrograph has the name of its store. With ``group_by``, searches of one name
+        are the groups of one micrograph.
     output
         Folder for all results.
     optics
@@ -121,7 +122,9 @@ def merge_many(
         A name is given twice, or micrographs are bad; nothing has been written.
     TilesFailedError
         A micrograph turned out to be bad while it was merged or picked; all others before are done.
-    PlanError, OutputExistsError, OutputLockedError, StoppedError
+    OutputLockedError
+        Another run is writing the folder.
+    PlanError, OutputExistsError, StoppedError
         As of :func:`ocelot_em.merge`.
 
     Examples
