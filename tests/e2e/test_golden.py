@@ -118,4 +118,4 @@ def test_groups_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
 
 
 def test_there_are_golden_stores() -> None:
-    assert (len(GOLDEN), len(STATISTICS), len(TABLES), len(GROUPS)) == (8, 3, 1, 1)
+    assert (len(GOLDEN), len(STATISTICS), len(TABLES), len(GROUPS)) == (9, 3, 1, 1)
