@@ -16,6 +16,7 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.histograms import Z_AXIS
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.areas import Area
+from ocelot_em.particles.estimates import expected_above
 from ocelot_em.particles.gaussian import gaussian_cutoff
 from ocelot_em.particles.peaks import select_peaks
 from ocelot_em.particles.picking import find_peaks
@@ -249,6 +250,12 @@ def test_a_mask_of_the_canvas(montages, overlap):
     else:
         expected = sum(one.correlations for one in populations_of(merged, area))
     assert of_all.about.cutoff == gaussian_cutoff(expected, 1)
+    for per, options in (("montage", {"mask": mask}), ("montage", {}), ("exposure", {})):
+        by_gev = find_peaks(merged, method="gev", false_positives=9.0, per=per, **options)
+        cutoffs = np.array([cutoff for _, cutoff in by_gev.about.exposure_cutoffs])
+        above = expected_above(merged, by_gev, cutoffs)
+        n = 9 * len(cutoffs) if per == "exposure" else 9
+        assert 0.999 * above.min() < n < 1.001 * above.max()
 
 
 def test_the_command_says_what_counts(place, tmp_path, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 from ocelot_em.errors import OcelotError
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.collected import CANDIDATE_FIELDS, Histograms
+from ocelot_em.model.histograms import Histogram1D
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.gaussian import gaussian_cutoff
@@ -107,23 +108,27 @@ def _montage_cutoff(
     If the highest z-score wins a pixel, any exposure can contribute noise there, so all their
     searched pixels count. Otherwise, only shown pixels count.
     """
-    all_count = merged.plan.overlap == "max-zscore"
     if options.method == "gev":
-        histogram = _sum_of_histograms(merged, populations).of_z()
-        pixels = sum(own.pixels if all_count else own.shown[0] for own in populations)
-        share = 1.0 if all_count else pixels / max(histogram.pixels, 1)
+        histogram, share = of_montage(merged, populations)
         return gev_cutoff(histogram, options.false_positives / (share or 1.0))
+    all_count = merged.plan.overlap == "max-zscore"
     correlations = sum(own.correlations if all_count else own.shown[1] for own in populations)
     return gaussian_cutoff(correlations, 1, options.false_positives)
 
 
-def _sum_of_histograms(merged: MergedResult, populations: Sequence[Population]) -> Histograms:
-    if all(own.area is None for own in populations):
-        return merged.summary.histograms
-    total = Histograms.empty("int64")
-    for own in populations:
-        total.z += own.histograms.z
-    return total
+def of_montage(
+    merged: MergedResult, populations: Sequence[Population]
+) -> tuple[Histogram1D, float]:
+    """Return the histogram of the z-scores of all exposures, and the share of pixels that count."""
+    total = merged.summary.histograms
+    if any(own.area is not None for own in populations):
+        total = Histograms.empty("int64")
+        for own in populations:
+            total.z += own.histograms.z
+    histogram = total.of_z()
+    if merged.plan.overlap == "max-zscore":
+        return histogram, 1.0
+    return histogram, sum(own.shown[0] for own in populations) / max(histogram.pixels, 1)
 
 
 def _p_value_rule(own: Population, cutoff: float) -> CandidateRule:

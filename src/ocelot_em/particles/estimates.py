@@ -11,8 +11,9 @@ from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float64
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.areas import Area
+from ocelot_em.particles.candidate_rules import of_montage
 from ocelot_em.particles.picking import all_candidates, pick_again
-from ocelot_em.particles.population import Population
+from ocelot_em.particles.population import populations_of
 from ocelot_em.particles.significance import gev_above
 from ocelot_em.particles.table import GROUP, NEG_LOG_P, PRECISION, RECALL, ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
@@ -237,9 +238,16 @@ def expected_above(merged: MergedResult, particles: ParticleTable, cutoffs: Floa
     statistics, about = merged.summary.attributes, particles.about
     if particles.ranked_by == MIP:
         return np.empty(0)
-    if about is not None and about.method == "gev" and not merged.attributes.exposures:
+    if about is not None and about.method == "gev":
         area = None if particles.picking is None else Area.of(merged, particles.picking)
-        return gev_above(Population(merged, 0, area).histograms.of_z(), cutoffs)
+        own = [one for one in populations_of(merged, area) if one.pixels]
+        if about.per == "montage":
+            histogram, share = of_montage(merged, own)
+            return share * gev_above(histogram, cutoffs)
+        above = np.zeros(len(cutoffs))
+        for one in own:
+            above += gev_above(one.histograms.of_z(), cutoffs)
+        return above
     searched, share = statistics.searched_pixels, 1.0
     if about is not None and about.counted_pixels is not None:
         share = about.counted_pixels / max(about.counted_pixels + about.excluded_pixels, 1)
