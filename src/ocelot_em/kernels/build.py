@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from llvmlite import binding
@@ -41,10 +40,10 @@ def build(cpus: Iterable[str]) -> None:
 
 
 def _build_for(cpu: str) -> None:
-    # Code of other processes may use the same names for other functions.
-    with TemporaryDirectory() as nothing_cached:
-        os.environ["NUMBA_CACHE_DIR"] = nothing_cached
-        code, kernels = _compiled_together()
+    from ocelot_em.kernels import jit
+
+    jit.make_only_assembly()
+    code, kernels = _compiled_together()
     compiler = binding.Target.from_default_triple().create_target_machine(
         cpu=cpu, opt=3, reloc="static", codemodel="jitdefault", jit=True
     )

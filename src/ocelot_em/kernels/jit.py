@@ -42,10 +42,34 @@ class Kernel(Protocol):
 
 def dispatcher_of(kernel: Kernel) -> Any:
     """Return a kernel as a function that numba compiles at its first call, and caches on disk."""
+    # No kernel is passed to another one as a function, which a second wrapper is for.
+    settings = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, **kernel.options}
+    if _only_assembly:
+        return njit(no_cpython_wrapper=True, **settings)(kernel.function)
     with caching_there() as cache:
-        # No kernel is passed to another one as a function, which a second wrapper is for.
-        settings = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-        return njit(cache=cache, **settings, **kernel.options)(kernel.function)
+        return njit(cache=cache, **settings)(kernel.function)
+
+
+_only_assembly = False
+
+
+def make_only_assembly() -> None:
+    """Let this process make LLVM's assembly of kernels, which cannot be called then.
+
+    Otherwise, numba also makes the machine code of each, and of every one that it calls, and what
+    Python calls them by, which takes longer than the assembly.
+    """
+    from numba.core import codegen, cpu
+
+    global _only_assembly
+    _only_assembly = True
+
+    def finish(_context: Any, library: Any, *_: Any) -> Callable[..., Any]:
+        library._ensure_finalized()
+        return object().__sizeof__  # a function of C, which is another one each time
+
+    cpu.CPUContext.get_executable = finish
+    codegen.JITCPUCodegen._add_module = codegen.JITCodeLibrary._finalize_specific = lambda *_: None
 
 
 ANNOUNCE_AFTER_SECONDS = 1.0
