@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import ocelot_em
 from helpers import SPACE, assert_same_maps, chunk_bytes, expensive, make_result, read_maps
+from host_device import LateDevice, host_kernels, lend_device
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InvalidInputError, OutputExistsError, TilesFailedError
 from ocelot_em.model.maps import INDEX, POSES
@@ -243,6 +244,20 @@ def test_of_two_equal_templates_the_first_wins_everywhere(tmp_path):
     assert len(found) > 0
     assert {*found["group"]} == {"A"}
     assert (found["zscore_difference"] == 0).all()
+
+
+@pytest.mark.parametrize("indexed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_device_gives_the_groups_of_the_cpu(tmp_path, monkeypatch, indexed):
+    host_kernels()
+    drawn = [(0, [4000, 3000]), (1, [9000])]
+    stores, expected = written(tmp_path, drawn, indexed=indexed, ties=True)
+    options = {"group_by": "template", "tile_size": 16}
+    ocelot_em.merge(stores, tmp_path / "CPU", **options)
+    device = lend_device(monkeypatch, LateDevice())
+    ocelot_em.merge(stores, tmp_path / "GPU", device="cuda", **options)
+    assert "finalise" in device.launched
+    assert_best(ocelot_em.open_merged(tmp_path / "GPU"), expected)
+    assert_same_maps(read_maps(tmp_path / "GPU"), read_maps(tmp_path / "CPU"))
 
 
 @pytest.mark.parametrize("group_by", ["template", "sector"])

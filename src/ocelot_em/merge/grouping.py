@@ -15,6 +15,7 @@ from ocelot_em.store import attributes as fmt
 from ocelot_em.store import constants
 from ocelot_em.store.contract import Objects
 from ocelot_em.store.creation import write_search_space
+from ocelot_em.store.groups import create_group
 from ocelot_em.store.objects import open_objects
 from ocelot_em.store.search import read_search_space
 from ocelot_em.store.sources import Source
@@ -107,6 +108,8 @@ def template_names(urls: Sequence[str], roots: Roots) -> list[str]:
 
 def write_own_spaces(objects: Objects, plan: MergePlan) -> None:
     """Write the tables of groups whose search space is not that of the first group."""
+    if plan.own_digests:
+        create_group(objects, constants.SEARCH_SPACES, {})
     for digest, source in plan.own_digests.items():
         space = read_search_space(open_objects(source.url), digest)
         assert space is not None
