@@ -195,13 +195,22 @@ def test_wrong_maps_of_counts_are_refused(made, tmp_path, spoil, problem, import
     assert not (tmp_path / "R").exists()
 
 
-def test_an_upper_bound_may_be_given_and_must_be_one(made, tmp_path):
+@pytest.mark.parametrize("imported", [False, True])
+def test_an_upper_bound_may_be_given_and_must_be_one(made, tmp_path, imported):
     result = made[0][0] | {COUNT: made[1][0]}
-    ocelot_em.write_partial(tmp_path / "R", "gpu0", result, total_projections=4000)
+    np.savez(tmp_path / "gpu0.npz", **result)
+
+    def add(store, count):
+        if imported:
+            ocelot_em.import_results(tmp_path / "gpu0.npz", store, total_projections=count)
+        else:
+            ocelot_em.write_partial(store, "gpu0", result, total_projections=count)
+
+    add(tmp_path / "R", 4000)
     found = read_partial_attributes(open_objects(tmp_path / "R"), "gpu0")
     assert (found.total_projections, found.has_counts) == (4000, True)
     with pytest.raises(InvalidDataError, match=f"{COUNT}: expected 0 to 100, got"):
-        ocelot_em.write_partial(tmp_path / "R", "gpu1", result, total_projections=100)
+        add(tmp_path / "S", 100)
 
 
 def test_a_writer_needs_to_know_of_a_map_of_counts(made, tmp_path):

@@ -180,13 +180,13 @@ def _read_counts(candidates: Sequence[Candidate], batch: Batch) -> list[str]:
             except ValueError as error:
                 problems.append(f"{candidate.path}: {option}: {error}")
                 continue
+        if candidate.has_counts and given_count is not None:
+            stored = None  # the given one is an upper bound of the map, whose values are checked
         if stored is None and given_count is None:
             problems.append(
                 f"{place}: missing (Leopard-EM 1.1 and 1.2 write none); give one count for each "
                 f"file with {option}"
             )
-        elif candidate.has_counts:
-            pass  # the one that is given is an upper bound of the map, whose values are checked
         elif None not in (stored, given_count) and stored != given_count:
             problems.append(f"{place}: the file has {stored}, {option} has {given_count}")
         candidate.count = stored if given_count is None else given_count
@@ -284,10 +284,8 @@ def _layout_problems(candidates: Sequence[Candidate], info: SearchInfo, batch: B
                 f"{candidate.path}: poses are indexed ({INDEX}): give the tables with "
                 + ("--search-space" if exposure is None else "search_space")
             )
-        shape, either = (
-            common if shapes else None,
-            replace(candidate.info_of(info), float64_sums=True),
-        )
+        shape = common if shapes else None
+        either = replace(candidate.info_of(info), float64_sums=True)
         layouts = {k: candidate.arrays[k] for k in either.maps.partial if k not in missing}
         problems += layout_problems(layouts, shape, either, str(candidate.path))
     return problems

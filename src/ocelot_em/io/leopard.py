@@ -174,14 +174,14 @@ def _convert(
         ensure_search(objects, cast("tuple[int, int]", checked.candidates[0].shape), info)
         register(objects, info.exposure_id, names)
     for number, candidate in enumerate(checked.candidates):
-        shape = cast("tuple[int, int]", candidate.shape)
+        shape, own = cast("tuple[int, int]", candidate.shape), candidate.info_of(info)
         writer = PartialWriter(
             output,
             candidate.name,
             shape,
             total_projections=candidate.count or 0,
             order=checked.first_order + number,
-            search=(own := candidate.info_of(info)),
+            search=own,
         )
         writer.in_batch()
         writer.describe(file=candidate.path.name, sha256=candidate.sha256)
