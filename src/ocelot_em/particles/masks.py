@@ -90,13 +90,18 @@ def inside_polygon(vertices: Float64, region: Region) -> AnyArray:
     (y, x), (next_y, next_x) = (
         np.where(goes_up, *ends).T for ends in ((following, vertices), (vertices, following))
     )
-    rows = np.arange(region.y0, region.y1)[:, None]
-    row, edge = np.nonzero((y <= rows) != (next_y <= rows))
+    # An edge crosses the rows from its upper end to the one above its lower end.
+    first, end = (
+        np.clip(np.ceil(ends), region.y0, region.y1).astype(np.int64) for ends in (y, next_y)
+    )
+    n_rows = end - first
+    edge = np.repeat(np.arange(len(vertices)), n_rows)
+    row = np.arange(len(edge)) + np.repeat(first - np.cumsum(n_rows) + n_rows, n_rows)
     slope = (next_x[edge] - x[edge]) / (next_y[edge] - y[edge])
-    crossing = np.ceil(x[edge] + (row + region.y0 - y[edge]) * slope)
+    crossing = np.ceil(x[edge] + (row - y[edge]) * slope)
     crossed = np.zeros((region.shape[0], region.shape[1] + 1), np.bool_)
     column = np.clip(crossing - region.x0, 0, region.shape[1]).astype(np.int64)
-    np.logical_xor.at(crossed, (row, column), True)
+    np.logical_xor.at(crossed, (row - region.y0, column), True)
     inside: AnyArray = np.logical_xor.accumulate(crossed[:, :-1], axis=1)
     return inside
 
