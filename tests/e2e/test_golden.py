@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from pathlib import Path
+import tarfile
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -13,14 +14,43 @@ from helpers import SPACE, assert_same_maps, make_result, read_maps, with_tables
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.particles.picking import all_candidates
 
-GOLDEN = sorted(DATA.glob("golden_v*/*_merged.zarr"))
-TABLES = sorted(DATA.glob("golden_v*/tables.zarr"))
-GROUPS = sorted(DATA.glob("golden_v*/groups.zarr"))
-STATISTICS = sorted(DATA.glob("golden_v*/statistics.zarr"))
+
+def _packed() -> dict[str, list[str]]:
+    """Names of the golden stores with those of their archives, by what they are."""
+    found: dict[str, list[str]] = {}
+    for archive in sorted(DATA.glob("golden_v*.tar.xz")):
+        with tarfile.open(archive) as stores:
+            names = {PurePosixPath(*PurePosixPath(name).parts[:2]) for name in stores.getnames()}
+        for name in sorted(names):
+            found.setdefault(name.stem.rpartition("_")[2], []).append(str(name))
+    return found
 
 
-@pytest.mark.parametrize("merged", GOLDEN, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_golden_stores_are_intact_and_merge_to_the_same_bits(merged: Path, tmp_path: Path) -> None:
+STORES = _packed()
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("golden")
+    for archive in DATA.glob("golden_v*.tar.xz"):
+        with tarfile.open(archive) as stores:
+            stores.extractall(place, filter="data")
+    return place
+
+
+@pytest.fixture
+def golden(unpacked: Path, request: pytest.FixtureRequest) -> Path:
+    """The path of a golden store, whose name is the parameter."""
+    return unpacked / request.param
+
+
+def each(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("golden", STORES[kind], indirect=True)
+
+
+@each("merged")
+def test_golden_stores_are_intact_and_merge_to_the_same_bits(golden: Path, tmp_path: Path) -> None:
+    merged = golden
     search = merged.with_name(merged.name.replace("_merged", ""))
     assert ocelot_em.check(search) == []
     assert ocelot_em.check(merged) == []
@@ -51,17 +81,19 @@ def test_golden_stores_are_intact_and_merge_to_the_same_bits(merged: Path, tmp_p
         ("explicit_merged", "explicit", 2),
     ],
 )
-def test_version_1_is_gone_on_with(name: str, of: str, n_redone: int, tmp_path: Path) -> None:
+def test_version_1_is_gone_on_with(
+    name: str, of: str, n_redone: int, unpacked: Path, tmp_path: Path
+) -> None:
     """A merge that was interrupted, with records of its tiles or without; and a new partial."""
-    search = shutil.copytree(DATA / f"golden_v1/{of}.zarr", tmp_path / "RUN.zarr")
-    merged = shutil.copytree(DATA / f"golden_v1/{name}.zarr", tmp_path / "OUT.zarr")
+    search = shutil.copytree(unpacked / f"golden_v1/{of}.zarr", tmp_path / "RUN.zarr")
+    merged = shutil.copytree(unpacked / f"golden_v1/{name}.zarr", tmp_path / "OUT.zarr")
     root = merged / "zarr.json"
     moved = re.sub(rf'"[^"]*/{of}.zarr"', f'"{search}"', root.read_text())
     root.write_text(moved.replace('"complete"', '"writing"'))
     shutil.rmtree(merged / "progress/tile_summary/c/0/1")
     poses = "index" if name == "statistics" else "decoded"
     assert ocelot_em.merge(search, merged, tile_size=24, poses=poses).n_merged == n_redone
-    assert_same_maps(read_maps(DATA / f"golden_v1/{name}.zarr"), read_maps(merged))
+    assert_same_maps(read_maps(unpacked / f"golden_v1/{name}.zarr"), read_maps(merged))
     assert ocelot_em.check(merged) == []
     result = make_result(np.random.default_rng(0), (24, 40), 9)
     info = ocelot_em.SearchInfo(search_space=SPACE if of == "indexed" else None)
@@ -70,7 +102,7 @@ def test_version_1_is_gone_on_with(name: str, of: str, n_redone: int, tmp_path: 
     assert ocelot_em.describe(search).attributes.format_version == 3
 
 
-@pytest.mark.parametrize("golden", STATISTICS, ids=lambda p: p.parent.name)
+@each("statistics")
 def test_statistics_and_candidates_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
     assert ocelot_em.check(golden) == []
     ocelot_em.merge(golden.with_name("indexed.zarr"), tmp_path / "OUT.zarr", tile_size=17)
@@ -88,7 +120,7 @@ def test_statistics_and_candidates_are_read_for_ever(golden: Path, tmp_path: Pat
     assert len(ocelot_em.find_peaks(golden, cutoff=1.0)) > 0
 
 
-@pytest.mark.parametrize("golden", TABLES, ids=lambda p: p.parent.name)
+@each("tables")
 def test_correlation_tables_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
     assert ocelot_em.check(golden) == []
     ocelot_em.merge(golden, tmp_path / "OUT.zarr", tile_size=24)
@@ -102,7 +134,7 @@ def test_correlation_tables_are_read_for_ever(golden: Path, tmp_path: Path) -> N
             assert found == sorted(result["correlation_table"][stored])
 
 
-@pytest.mark.parametrize("golden", GROUPS, ids=lambda p: p.parent.name)
+@each("groups")
 def test_groups_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
     """The first group won about half of the pixels, and is merged again alone."""
     assert ocelot_em.check(golden) == []
@@ -118,4 +150,5 @@ def test_groups_are_read_for_ever(golden: Path, tmp_path: Path) -> None:
 
 
 def test_there_are_golden_stores() -> None:
-    assert (len(GOLDEN), len(STATISTICS), len(TABLES), len(GROUPS)) == (9, 3, 1, 1)
+    n_stores = {kind: len(STORES[kind]) for kind in ("merged", "statistics", "tables", "groups")}
+    assert n_stores == {"merged": 9, "statistics": 3, "tables": 1, "groups": 1}
