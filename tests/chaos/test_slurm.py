@@ -32,6 +32,8 @@ pytestmark = [
     pytest.mark.skipif(bool(slurm_lab.missing()), reason=f"no SLURM: {slurm_lab.missing()}"),
 ]
 
+ONE_WORKER = "--nodes=1", "--ntasks=3"
+
 JOB_FILE = Path(__file__).parents[2] / "examples" / "slurm" / "merge.sbatch"
 
 
@@ -108,8 +110,7 @@ def test_at_the_end_of_its_time_a_job_is_queued_again_and_goes_on(
     lab, search: Undisturbed, tmp_path: Path, gate: Gate
 ) -> None:
     # SLURM looks at times twice a minute: the signal comes up to 30 s early, here after 30 to 60 s.
-    few = "--nodes=1", "--ntasks=3"  # one worker
-    job = submit(through(gate, lab), search, tmp_path, *few, "--signal=USR1@60", "--time=2")
+    job = submit(through(gate, lab), search, tmp_path, *ONE_WORKER, "--signal=USR1@60", "--time=2")
 
     def is_told() -> bool:
         # On a busy machine it may be told before it listens; then it is queued again, too.
@@ -148,7 +149,7 @@ def test_a_job_that_is_told_before_it_listens_is_queued_again(
 def test_a_cancelled_job_is_not_queued_again(
     lab, search: Undisturbed, tmp_path: Path, gate: Gate
 ) -> None:
-    job = submit(through(gate, lab), search, tmp_path)
+    job = submit(through(gate, lab), search, tmp_path, *ONE_WORKER)
     gate.wait_until_reached(tmp_path / "OUT.zarr")
     lab.call("scancel", job)
     gate.open_for_a_run_that_stops(tmp_path / "OUT.zarr")
@@ -162,7 +163,7 @@ def test_a_cancelled_job_is_not_queued_again(
 def test_a_job_whose_driver_is_killed_ends(
     lab, search: Undisturbed, tmp_path: Path, gate: Gate
 ) -> None:
-    job = submit(through(gate, lab), search, tmp_path)
+    job = submit(through(gate, lab), search, tmp_path, *ONE_WORKER)
     gate.wait_until_reached(tmp_path / "OUT.zarr")
     (driver,) = processes_of_task(lab, job, slurm.DRIVER)
     driver.kill()
@@ -170,14 +171,14 @@ def test_a_job_whose_driver_is_killed_ends(
     assert lab.exit_code(job) == "137:0"
     assert list(tmp_path.glob(".ocelot*")) == []
     assert tiles_done(tmp_path / "OUT.zarr") == gate.n_tiles
-    lab.wait(submit(lab, search, tmp_path), "COMPLETED")
+    lab.wait(submit(lab, search, tmp_path, *ONE_WORKER), "COMPLETED")
     assert_finished(search, tmp_path)
 
 
 def test_a_preempted_job_makes_room_and_goes_on(
     lab, search: Undisturbed, tmp_path: Path, gate: Gate
 ) -> None:
-    job = submit(through(gate, lab), search, tmp_path)
+    job = submit(through(gate, lab), search, tmp_path, *ONE_WORKER)
     gate.wait_until_reached(tmp_path / "OUT.zarr")
     urgent = lab.submit(
         *("--partition=urgent", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4"),
