@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import dask.config
 import psutil
 import pytest
 
@@ -235,8 +236,10 @@ def test_a_second_run_on_the_same_output_is_refused(search, tmp_path, begin_merg
     search.assert_finished(output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("options", [THREADS, LOCAL])
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [(THREADS, signal.SIGTERM), (THREADS, signal.SIGUSR1), (LOCAL, signal.SIGTERM)],
+)
 def test_a_run_that_is_stopped_ends_well_and_goes_on(
     search, tmp_path, begin_merge, finish, gate, options, number
 ) -> None:
@@ -277,7 +280,12 @@ def test_a_tile_that_always_kills_its_worker_is_named_and_the_others_finish(
         if outcome.summary is None:
             failed.append(outcome)
 
-    with OutputLock(open_objects(output)) as lock, open_cluster(options) as cluster:
+    # It fails after its second kill instead of the fourth.
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        OutputLock(open_objects(output)) as lock,
+        open_cluster(options) as cluster,
+    ):
         executor = cluster.executor
         assert isinstance(executor, ClientExecutor)
         executor.attempt = poisoned

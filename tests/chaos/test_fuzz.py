@@ -18,7 +18,7 @@ STORES = ["metadata", "frame", "shard", "store"]
 
 
 @pytest.mark.parametrize(
-    "enough", ["-runs=300", pytest.param("-max_total_time=20", marks=pytest.mark.exhaustive)]
+    "enough", ["-runs=150", pytest.param("-max_total_time=20", marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize(("fuzzer", "kinds"), [("fuzz_files", [*KINDS]), ("fuzz_stores", STORES)])
 def test_no_input_gets_out_of_hand(

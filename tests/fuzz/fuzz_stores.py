@@ -199,7 +199,7 @@ def whole_store(folder: Path) -> tuple[list[bytes], Reader]:
     seeds = [
         seed(which, number)
         for which, own in enumerate(files)
-        for number, file in enumerate(own[:256])
+        for number, file in [*enumerate(own[:256])][::3]  # mutations reach the others
         if len(contents[file]) < 2**12
     ]
     place = folder / "S"
