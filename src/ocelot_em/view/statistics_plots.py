@@ -105,7 +105,7 @@ def draw_estimates(curves: Sequence[AnyArray], particles: ParticleTable, ax: "Ax
         ax.axvline(particles.about.cutoff, color=figures.RED, linewidth=1.2, label="cutoff")
     name = {NEG_LOG_P: "-ln p", MIP: "mip"}.get(particles.ranked_by, "z-score")
     ax.set(title="estimated precision and recall", xlabel=f"cutoff ({name})", ylim=(-0.03, 1.03))
-    ax.legend(loc="center right")
+    ax.legend(loc="lower left")
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
