@@ -102,20 +102,30 @@ def test_the_expected_number_of_false_positives_is_that_of_the_picking(crops, me
 
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["noise", "decoy"])
-def test_the_slider_has_the_estimates_of_the_last_particle_above_it(crops, is_given):
+def test_the_slider_has_the_estimates_at_every_cutoff(crops, is_given):
+    """By the model of noise from the numbers beside them, else those of the last particle above."""
     particles = find_peaks(crops, cutoff=6.0)
-    by_noise = estimate(particles, crops)
     if is_given:
         particles = estimate(particles, decoy=particles[1::3])
     data = live_data(report_page(crops, particles=particles))
     slider = next(root for root in data["document"]["roots"] if root["name"] == "Slider")
     start, step, cutoff = (slider["attributes"][name] for name in ("start", "step", "value"))
-    table, levels = particles if is_given else by_noise, start + step * np.arange(2000)
-    for name in ("precision", "recall"):
-        for level, value in zip(levels, data["estimates"][name], strict=False):
-            n = (table["scaled_mip"] >= level - 1e-6).sum()
-            if level >= cutoff - 1e-6:
-                assert value == (pytest.approx(table[name][n - 1], abs=6e-4) if n else None)
+    z = particles["scaled_mip"]
+    for number, precision in enumerate(data["estimates"]["precision"]):
+        level = start + step * number
+        n = int((z >= level - 1e-6).sum())
+        if level < cutoff - 1e-6:  # of weaker peaks
+            continue
+        if not n:
+            assert precision is None
+        elif is_given:
+            assert precision == pytest.approx(particles["precision"][n - 1], abs=6e-4)
+        else:
+            expected = max(1 - data["expected"][number] / n, 0)
+            assert precision == pytest.approx(expected, abs=2e-3)
+    recall = estimate(particles, crops)["recall"] if not is_given else particles["recall"]
+    at_cutoff = data["estimates"]["recall"][round((cutoff - start) / step)]
+    assert at_cutoff == pytest.approx(recall[-1], abs=0.02)
 
 
 def test_the_contour_of_p_values_separates_the_particles(crops):

@@ -65,6 +65,18 @@ class Estimates:
         """Share of all true particles that are at or above each cutoff; NaN if it is unknown."""
         return np.clip(self.true / (self.all_true or np.nan), 0, 1)
 
+    def at(self, cutoffs: Float64, false: Float64) -> tuple[Float64, Float64]:
+        """Return precision and recall at any cutoffs, descending, with these false ones expected.
+
+        NaN where nothing was found.
+        """
+        place = np.searchsorted(-self.cutoffs, -cutoffs, "right") - 1
+        found = np.where(place < 0, np.nan, self.found[place])
+        here = Estimates(cutoffs, found, false)
+        true = np.maximum.accumulate(np.nan_to_num(np.maximum(found - false, 0)))
+        recall = np.clip(true / (self.all_true or np.nan), 0, 1)
+        return here.precision, np.where(place < 0, np.nan, recall)
+
 
 def estimates_of(
     merged: MergedResult | None,

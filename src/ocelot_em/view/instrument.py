@@ -153,12 +153,10 @@ def _estimates(data: "ReportData", levels: Float64) -> dict[str, list[float | No
     """Return precision and recall if the cutoff is at each level; None where they are unknown."""
     if data.estimates is None:
         return {}
-    cutoffs, *curves = data.estimates
-    # The last particle at or above the level.
-    place = np.searchsorted(-cutoffs.astype(np.float64), 1e-6 - levels, "right") - 1
+    curves = data.estimates_at(levels[::-1] - 1e-6)
     found = {}
     for name, values in zip((PRECISION, RECALL), curves, strict=True):
-        own = np.where(place < 0, np.nan, values[place]).round(3).tolist()
+        own = values[::-1].round(3).tolist()
         found[name] = [None if value != value else value for value in own]
     return found
 

@@ -103,7 +103,8 @@ def _make_room(figure: Any, panels: Any) -> None:
     left, inner = first, max(others, default=0.0)
     right = ring + max((beside[ax] for ax in bars), default=1.5)
     bottom = ring + (3.4 if any(ax.get_xlabel() for ax in panels.flat) else 1.9)
-    top = ring + (2.2 if any(ax.get_title() for ax in panels.flat) else 0.6)
+    titles = [ax.get_title(loc) for ax in panels.flat for loc in ("left", "center")]
+    top = ring + (2.2 if any(titles) else 0.6)
     rows, columns = panels.shape
     across = (width - left - right - (columns - 1) * (inner + right)) / columns
     tall = (height - rows * (bottom + top)) / rows

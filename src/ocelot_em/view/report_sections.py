@@ -14,12 +14,12 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.merge.outcome import SUMMARY_FIELDS, TileSummary
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.merge.stats.summary import Summary
-from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32
+from ocelot_em.model.maps import MIP, SCALED_MIP, AnyArray, Float32, Float64
 from ocelot_em.model.regions import ceil_div
 from ocelot_em.model.text import count_text, seconds_text
 from ocelot_em.particles.areas import Area
 from ocelot_em.particles.candidate_rules import p_value_model
-from ocelot_em.particles.estimates import estimates_of
+from ocelot_em.particles.estimates import Estimates, estimates_of, expected_above
 from ocelot_em.particles.picking import all_candidates, find_peaks
 from ocelot_em.particles.population import Population
 from ocelot_em.particles.quality import (
@@ -49,6 +49,9 @@ MAX_ROWS = 100
 """Maximum number of listed exposures, or partials of exposures; there may be thousands."""
 
 _PARTICLES_LISTED = 12
+
+_BETWEEN = 200
+"""Number of cutoffs between particles for which precision and recall are drawn."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,44 @@ class ReportData:
 
     @cached_property
     def estimates(self) -> Sequence[AnyArray] | None:
-        """Cutoffs, descending, precision and recall: the particles' own, or by the noise model."""
+        """Cutoffs, descending, with precision and recall: those of the particles and between."""
+        if PRECISION in self.particles.columns:
+            known = self.particles[np.isfinite(self.particles[PRECISION])]
+            heights = known.columns[known.ranked_by].astype(np.float64)
+        else:
+            heights = np.empty(0) if self._by_noise is None else self._by_noise.cutoffs
+        if not heights.size:
+            return None
+        about, lowest = self.particles.about, heights.min()
+        lowest = lowest if about is None else min(lowest, about.cutoff)
+        between = np.linspace(lowest, heights.max(), _BETWEEN)
+        cutoffs = np.union1d(heights, between)[::-1]
+        return cutoffs, *self.estimates_at(cutoffs)
+
+    def estimates_at(self, cutoffs: Float64) -> tuple[AnyArray, AnyArray]:
+        """Return precision and recall at cutoffs, descending; NaN where they are unknown.
+
+        The particles' own are those of the last one at or above the cutoff.
+        """
+        if PRECISION in self.particles.columns:
+            known = self.particles[np.isfinite(self.particles[PRECISION])]
+            order = np.argsort(-known.columns[known.ranked_by], kind="stable")
+            heights = known.columns[known.ranked_by][order].astype(np.float64)
+            place = np.searchsorted(-heights, -cutoffs, "right") - 1
+            own = (np.append(known.columns[name][order], np.nan) for name in (PRECISION, RECALL))
+            precision, recall = (values[place] for values in own)
+            return precision, recall
+        assert self._by_noise is not None
+        false = expected_above(self.merged, self.particles, cutoffs)
+        return self._by_noise.at(cutoffs, false)
+
+    @cached_property
+    def _by_noise(self) -> Estimates | None:
+        """Estimates by the model of noise, if there is one."""
         particles = self.particles
-        if PRECISION in particles.columns:
-            columns = [particles.columns[name] for name in (particles.ranked_by, PRECISION, RECALL)]
-            known = np.isfinite(columns[1])
-            return [values[known] for values in columns] if known.any() else None
         if not len(particles) or particles.about is None or particles.ranked_by == MIP:
             return None
-        own = estimates_of(self.merged, particles)
-        return own.cutoffs, own.precision, own.recall
+        return estimates_of(self.merged, particles)
 
     @cached_property
     def area(self) -> Area | None:

@@ -100,12 +100,14 @@ def draw_estimates(curves: Sequence[AnyArray], particles: ParticleTable, ax: "Ax
         curves[1:], ("precision", "recall"), (figures.BLUE, figures.ORANGE), strict=True
     ):
         if np.isfinite(values).any():
-            ax.step(curves[0], values, where="pre", linewidth=1.6, color=colour, label=name)
+            ax.step(curves[0], values, where="post", linewidth=1.6, color=colour, label=name)
     if particles.about is not None:
         ax.axvline(particles.about.cutoff, color=figures.RED, linewidth=1.2, label="cutoff")
     name = {NEG_LOG_P: "-ln p", MIP: "mip"}.get(particles.ranked_by, "z-score")
-    ax.set(title="estimated precision and recall", xlabel=f"cutoff ({name})", ylim=(-0.03, 1.03))
-    ax.legend(loc="lower left")
+    ax.set(xlabel=f"cutoff ({name})", ylim=(-0.03, 1.03))
+    ax.set_title("estimates", loc="left")
+    beside: Any = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.97), "ncols": 3}
+    ax.legend(**beside, columnspacing=1.0, handlelength=1.2)
 
 
 def plot_distributions(store: Store | Summary, ax: "Axes | None" = None) -> "Axes":
