@@ -126,6 +126,19 @@ def test_the_exchanged_searches_give_the_exchanged_table(searches):
     assert {*other["micrograph"]} == {"B"}  # B.zarr is the first
 
 
+@given(points, points, st.sampled_from([1.0, 1.5, 3.0]))
+def test_so_they_do_with_equal_z_scores_and_other_pixel_sizes(one, other, ratio):
+    def table(places, size):
+        edge = int(300 * 1.06 / size)
+        return a_table([p[::-1] for p in places], facts((edge, edge), None, size))
+
+    a, b = table(one, 1.06), table(other, 1.06 * ratio)
+    found = compare(a, b, max_distance=6).to_pandas()
+    swapped = compare(b, a, max_distance=6 / ratio).to_pandas()
+    assert found["row_a"].tolist() == swapped["row_b"].tolist()
+    assert found["row_b"].tolist() == swapped["row_a"].tolist()
+
+
 def test_tables_of_particles_are_compared_as_results_are(searches, tmp_path):
     a, b = searches
     path = find_peaks(a).to_csv(tmp_path / "A.csv")

@@ -18,7 +18,7 @@ from ocelot_em.model.regions import Region, template_box_of
 from ocelot_em.model.text import count_text, shape_text
 from ocelot_em.model.threads import map_in_threads
 from ocelot_em.particles.column_table import Column, ColumnTable
-from ocelot_em.particles.duplicates import join_nearest
+from ocelot_em.particles.duplicates import ROUNDING_PX, join_nearest
 from ocelot_em.particles.micrographs import names_of
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.symmetry import parse_symmetry, rotation_between
@@ -322,8 +322,9 @@ def compare_searches(
         if GROUP in own.particles:
             found[f"group_{side}"] = _texts(own, GROUP, row)
     # Positions on the common grid decide between equal z-scores.
-    places = np.concatenate([at_a[i], at_a[only_a], at_b[only_b]])
-    order = np.lexsort((*places.T[::-1], -np.nan_to_num(np.fmax(z_a, z_b))))
+    places = np.concatenate([(at_a[i] + at_b[j]) / 2, at_a[only_a], at_b[only_b]])
+    rounded = np.round(places / ROUNDING_PX)
+    order = np.lexsort((*rounded.T[::-1], -np.nan_to_num(np.fmax(z_a, z_b))))
     found[RANK] = np.argsort(order) + 1
     columns = {
         name: found[name][order] if kind.dtype == "str" else found[name][order].astype(kind.dtype)

@@ -9,7 +9,7 @@ from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.maps import AnyArray, Float64, Int64
 from ocelot_em.particles.symmetry import ANGLE_ERROR, rotation_between
 
-_ROUNDING_PX = 1e-6
+ROUNDING_PX = 1e-6
 """Distances that differ by less are equal; positions in pixels of another size are rounded."""
 
 
@@ -117,10 +117,10 @@ def join_nearest(one: Float64, other: Float64, max_distance: float) -> tuple[Int
 
     if not len(one) or not len(other):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    limit = max_distance + _ROUNDING_PX
+    limit = max_distance + ROUNDING_PX
     near = cKDTree(one).sparse_distance_matrix(cKDTree(other), limit, output_type="ndarray")
     i, j = near["i"], near["j"]
-    distance, middle = (np.round(own / _ROUNDING_PX) for own in (near["v"], one[i] + other[j]))
+    distance, middle = (np.round(own / ROUNDING_PX) for own in (near["v"], one[i] + other[j]))
     order = np.lexsort((i + j, *middle.T[::-1], distance))
     taken: tuple[set[int], set[int]] = (set(), set())
     pairs = []
