@@ -321,6 +321,7 @@ def test_command_line_after_a_move_of_the_search(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{len(expected)} detections among" in out
     assert "of 220 correlations" in out
+    assert "above threshold 5.5" in out.replace("\n", " ")
     rows = {name: written[name].to_numpy() for name in written.column_names}
     assert as_tuples(rows) == expected
     assert json.loads(written.schema.metadata[b"ocelot_em.about"]) == {

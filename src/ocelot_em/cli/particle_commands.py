@@ -230,7 +230,8 @@ def detections(
     found.to_parquet(place, overwrite=overwrite)
     rows = found.correlations
     counts = f"{found.n_found:,} detections among {rows.n_kept:,} of {rows.n_rows:,} correlations"
-    facts = counts, f"cutoff {rows.cutoff:.4f}", rows.area_text, rows.result.incomplete_text
+    limits = f"cutoff {rows.cutoff:.4f}", f"above threshold {rows.threshold:g}"
+    facts = counts, *limits, rows.area_text, rows.result.incomplete_text
     open_console().print(f"{', '.join(filter(None, facts))}: {output}")
 
 
