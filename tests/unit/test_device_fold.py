@@ -153,7 +153,8 @@ def test_montages_are_merged_on_a_device(tmp_path, lend, form, nan, overlap, der
     merge(search, tmp_path / "GPU.zarr", device="cuda", **options)
     assert chunk_values(tmp_path / "GPU.zarr") == chunk_values(tmp_path / "CPU.zarr")
     assert "finalise" in device.launched
-    tables = [ocelot_em.find_peaks(tmp_path / f"{on}.zarr", cutoff=6.0) for on in ("CPU", "GPU")]
+    places = [tmp_path / f"{on}.zarr" for on in ("CPU", "GPU")]
+    tables = [ocelot_em.find_peaks(place, cutoff=6.0, micrograph="M") for place in places]
     assert len(tables[0]) > 0
     for name, values in tables[0].columns.items():
         np.testing.assert_array_equal(values, tables[1].columns[name], err_msg=name)
