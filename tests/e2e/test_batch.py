@@ -254,7 +254,7 @@ def test_a_mask_that_does_not_fit_is_an_error_of_its_micrograph(searches, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_neither_old_reports_nor_damaged_tables_are_used(searches, tmp_path, monkeypatch):
+def test_neither_old_reports_nor_damaged_tables_are_used(searches, tmp_path, monkeypatch, caplog):
     def write_report(_merged, path, particles):
         write_file(path, repr(particles).encode())
 
@@ -270,6 +270,9 @@ def test_neither_old_reports_nor_damaged_tables_are_used(searches, tmp_path, mon
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:-1]))
     assert merge_many(one, folder, cutoff=12.0).n_particles == len(lines) - 1
+    assert not caplog.messages
+    merge_many(one, folder, tables="parquet")
+    assert "particles.csv: this table of an earlier run is not renewed" in caplog.text
 
 
 def test_links_are_followed_once_and_name_their_micrographs(searches, tmp_path):

@@ -1,5 +1,6 @@
 """Many micrographs in one run: each is merged and picked, and all get one table and one page."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from ocelot_em.run.shared_cluster import SharedCluster
 from ocelot_em.store.lock import OutputLock
 from ocelot_em.store.objects import open_objects
 from ocelot_em.view.index import Entry, IndexRow, judged, write_page
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,14 @@ def _write_tables(plan: BatchPlan, kept: Mapping[str, Judged]) -> int:
 
     Return the number of particles.
     """
+    for kind, file in FILES.items():
+        if kind not in plan.options.tables and (plan.folder / file).exists():
+            log.warning(
+                "%s: this table of an earlier run is not renewed, because --tables does not ask "
+                "for it; ask for %s, too, or delete it",
+                plan.folder / file,
+                kind,
+            )
     several = [one for one in plan.good if one.name in kept]
     heights, columns = [], {RANK_IN_MICROGRAPH}
     for one in several:
