@@ -5,11 +5,11 @@ where they meet.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import shutil
 import subprocess
-import tempfile
 import threading
 import weakref
 from pathlib import Path
@@ -159,17 +159,20 @@ def _compiled(lanes):
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA source for the host with")
     source = PRELUDE + lanes + kernel_source() + LAUNCHER
-    folder = Path(tempfile.mkdtemp(prefix="ocelot-host-kernels-"))
-    weakref.finalize(_compiled, shutil.rmtree, folder, ignore_errors=True)
-    name = hashlib.sha256(source.encode()).hexdigest()[:16]
-    (folder / f"{name}.cpp").write_text(source)
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Werror"]
     flags.append("-Wno-maybe-uninitialized")
-    library = folder / f"{name}.so"
-    done = subprocess.run(
-        [compiler, *flags, folder / f"{name}.cpp", "-o", library], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    # All processes of the tests share it, and later runs.
+    name = hashlib.sha256(" ".join([compiler, *flags, source]).encode()).hexdigest()[:16]
+    library = Path(__file__).parent / "__pycache__" / f"host-kernels-{name}.so"
+    library.parent.mkdir(exist_ok=True)
+    with library.with_name("host-kernels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
+        if not library.exists():
+            new = library.with_suffix(".new")
+            command = [compiler, *flags, "-x", "c++", "-", "-o", new]
+            done = subprocess.run(command, input=source, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            new.replace(library)
     return ctypes.CDLL(str(library))
 
 
