@@ -102,9 +102,7 @@ def cluster(
 
     def begin(n_others: int) -> tuple[str, "subprocess.Popen[str]"]:
         log, shared = tmp_path / "scheduler.log", ["--host", "127.0.0.1", "--no-dashboard"]
-        # If nobody else can do a tile, it fails after the second kill instead of the fourth.
-        allowed = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "3" if n_others else "1"}
-        started.append(start([*DASK, "scheduler", *shared, "--port", "0"], allowed, log))
+        started.append(start([*DASK, "scheduler", *shared, "--port", "0"], log=log))
         wait_for(lambda: "Scheduler at:" in log.read_text(), "a scheduler")
         address = log.read_text().partition("Scheduler at:")[2].split()[0]
 
