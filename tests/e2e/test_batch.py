@@ -1,6 +1,7 @@
 """Many micrographs in one run: one table, one page, only new work, and bad ones named."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import gemmi
@@ -28,6 +29,7 @@ from ocelot_em.cli.main import run
 from ocelot_em.errors import (
     IncompleteError,
     InvalidInputError,
+    MissingDependencyError,
     OutputExistsError,
     OutputLockedError,
     TilesFailedError,
@@ -240,7 +242,7 @@ def test_each_micrograph_has_its_own_mask(searches, tmp_path):
     assert (again.n_merged, again.n_picked) == (0, 1)
 
 
-def test_a_mask_that_does_not_fit_is_an_error_of_its_micrograph(searches, tmp_path):
+def test_a_mask_that_does_not_fit_is_an_error_of_its_micrograph(searches, tmp_path, monkeypatch):
     one, folder, mask = searches / "M1.zarr", tmp_path / "out", tmp_path / "mask.npy"
     with pytest.raises(InvalidInputError, match=r"micrograph M1: .*mask\.npy: expected a mask"):
         merge_many(one, folder, mask=mask)
@@ -251,6 +253,9 @@ def test_a_mask_that_does_not_fit_is_an_error_of_its_micrograph(searches, tmp_pa
     assert ([*report.skipped], report.n_particles) == (["M1"], 0)
     with pytest.raises(InvalidInputError, match="cutoff: expected one for the method mip"):
         merge_many(one, tmp_path / "other", method="mip")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependencyError, match="pyarrow"):
+        merge_many(one, tmp_path / "other", tables="parquet")
     assert not (tmp_path / "other").exists()
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -25,7 +26,7 @@ from ocelot_em.errors import (
     StoreNotFoundError,
     TilesFailedError,
 )
-from ocelot_em.io.many_tables import WITH_OPTICS, require_star_names
+from ocelot_em.io.many_tables import WITH_OPTICS, open_tables, require_star_names
 from ocelot_em.io.optics import Optics
 from ocelot_em.io.tables import require_same_search
 from ocelot_em.io.text_file import file_identity
@@ -35,6 +36,7 @@ from ocelot_em.model.batch_options import BatchOptions
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.threads import map_in_threads
+from ocelot_em.particles.table import ParticleTable
 from ocelot_em.run.api import PathOrUrl, plan_merge
 from ocelot_em.run.micrographs import Micrograph, find_micrographs, is_result
 from ocelot_em.run.shared_cluster import SharedCluster
@@ -203,11 +205,16 @@ def plan_batch(
         The disk is too small for all results, or the options cannot work.
     OutputExistsError
         A result in the folder is of another merge.
+    MissingDependencyError
+        A package that writes a table is not installed.
     """
     url = normalise_url(output)
     if not is_local(url) or Path(url).is_file():
         raise InvalidInputError(f"{url}: expected a folder on this machine as the output")
     refuse_existing([Path(url) / "index.html"], overwrite=True)
+    nothing = ParticleTable.empty()  # fail now if a package is missing
+    with TemporaryDirectory() as place, open_tables(Path(place), options.tables, nothing, {}):
+        pass
     draft = BatchPlan(Path(url), options, ())
     found = find_micrographs(searches, output, join_names=options.group_by is not None)
     shared.choose_device(options.merging)
