@@ -110,6 +110,8 @@ def files(tmp_path_factory):
         later = {name: crop[name] for name in crop.files} | {"mip": crop["mip"] + 0.5}
     np.savez(place / "later.npz", **later)
     ocelot_em.import_results([place / "later.npz"], place / "NIGHT2.zarr", info)
+    for name, template in (("RUN", "APO"), ("NIGHT2", "HOLO")):
+        shutil.copytree(place / f"{name}.zarr", place / template / "M1.zarr")
     mrcfile.write(place / "micrograph.mrc", np.zeros_like(later["mip"]))
     write_masks(place, np.tri(128, k=40, dtype=np.int8))
     mrcfile.write(place / "template.mrc", np.zeros((56, 56, 56), np.float32))
