@@ -1,7 +1,7 @@
 """Pages of reports, with the text of their figures instead of their rendering.
 
 A page takes more than a second to draw, nearly all of it for layout and SVG files, and most tests
-are about words and numbers. A figure with stubbed rendering runs all of a plot but the rendering.
+are about words and numbers. A figure with stubbed rendering runs all of a plot but these.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ RENDERING = ["stubbed", pytest.param("drawn", marks=pytest.mark.slow)]
 
 
 def stub_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have reports write the text of their figures, and leave out rendering and scripts."""
+    """Have reports write the text of their figures, and leave out layout, rendering and scripts."""
+    monkeypatch.setattr(page, "_make_room", lambda *_: None)
     monkeypatch.setattr(page, "inline_svg", _texts_as_svg)
     monkeypatch.setattr(report, "make_instrument", lambda *_: Instrument((), "", "", 0, True))
 

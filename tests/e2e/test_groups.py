@@ -19,6 +19,7 @@ from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.particles.symmetry import rotation_between
 from ocelot_em.store.local import LocalObjects
 from ocelot_em.store.search_info import Exposure, SearchInfo
+from report_pages import stub_rendering
 
 SHAPE, BOX = (21, 34), 5
 OTHER_SPACE = SearchSpace.from_tables(
@@ -365,7 +366,8 @@ def test_what_cannot_be_grouped_is_refused(tmp_path):
     assert ocelot_em.describe(tmp_path / "BOX.zarr").attributes.template_name == "large"
 
 
-def test_a_report_speaks_of_groups(two_templates):
+def test_a_report_speaks_of_groups(two_templates, monkeypatch):
+    stub_rendering(monkeypatch)
     place, _ = two_templates
     page = ocelot_em.write_report(place / "OUT", place / "report.html", max_zooms=1).read_text()
     assert "montage" not in page.lower().split("</style>")[1].split("<script")[0]
