@@ -666,6 +666,14 @@ def test_parquet_keeps_everything(tmp_path, table):
     assert again.about == table.about
 
 
+def test_parquet_has_many_long_names(tmp_path):
+    n, name = 2**18, "a" * 70
+    columns = {k: np.zeros(n, c.dtype) for k, c in COLUMNS.items() if k != NEG_LOG_P}
+    table = of_micrograph(ParticleTable(columns), name)
+    write_parquet(table, tmp_path / "P.parquet")
+    assert pq.read_table(tmp_path / "P.parquet")["micrograph"].unique().to_pylist() == [name]
+
+
 def test_parquet_says_what_columns_are(tmp_path):
     write_parquet(make_table(3, about=ABOUT), tmp_path / "P.parquet")
     schema = pq.read_schema(tmp_path / "P.parquet")

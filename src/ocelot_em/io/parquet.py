@@ -96,7 +96,7 @@ class TableWriter:
 
     def write(self, table: ColumnTable) -> None:
         """Add the rows of a table with the same columns."""
-        arrays = list(table.columns.values())
+        arrays = [_convertible(values) for values in table.columns.values()]
         self._blocks.append(self._pa.record_batch(arrays, schema=self._schema))
         if sum(block.num_rows for block in self._blocks) >= _ROW_GROUP:
             self._flush()
@@ -140,7 +140,8 @@ def write_correlations(
             blocks.clear()
 
         for rows in source:
-            blocks.append(pa.record_batch([rows[name] for name in source.columns], schema=schema))
+            arrays = [_convertible(rows[name]) for name in source.columns]
+            blocks.append(pa.record_batch(arrays, schema=schema))
             if sum(block.num_rows for block in blocks) >= _ROW_GROUP:
                 write()
         write()
@@ -228,6 +229,11 @@ def _to_columns(table: Any) -> dict[str, AnyArray]:
     if problems:
         raise InvalidInputError(problems)
     return dict(ParticleTable(columns).columns)
+
+
+def _convertible(values: AnyArray) -> Any:
+    """Return values from which pyarrow makes one array: it makes several of long texts of NumPy."""
+    return values.tolist() if values.dtype.kind == "U" else values
 
 
 def _pyarrow() -> Any:
