@@ -233,7 +233,13 @@ def _to_columns(table: Any) -> dict[str, AnyArray]:
 
 def _convertible(values: AnyArray) -> Any:
     """Return values from which pyarrow makes one array: it makes several of long texts of NumPy."""
-    return values.tolist() if values.dtype.kind == "U" else values
+    if values.dtype.kind != "U":
+        return values
+    if values.nbytes:  # usually one name, of which all code points are compared
+        codes = np.ascontiguousarray(values).view("u4").reshape(len(values), -1)
+        if (codes == codes[0]).all():
+            return _pyarrow().repeat(str(values[0]), len(values))
+    return values.tolist()
 
 
 def _pyarrow() -> Any:
