@@ -192,6 +192,8 @@ def test_bad_micrographs_are_named_and_skipped_on_request(searches, tmp_path, ca
         "micrograph M2",
         "micrograph M5",
     ]
+    assert len(refusal.value.problems) == 2  # the hint is no problem
+    assert "\n  mend them, or leave them out (--skip-bad)" in str(refusal.value)
     assert not folder.exists()
     words = ["batch", str(searches), "--output", str(folder)]
     assert run([*words, "--skip-bad", "--dry-run"]) == FAILED

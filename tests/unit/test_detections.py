@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 import ocelot_em
 from builders import idle_maps
 from ocelot_em import SearchInfo, SearchSpace, find_detections, write_partial
-from ocelot_em.cli.exit_codes import DONE
+from ocelot_em.cli.exit_codes import DONE, REFUSED
 from ocelot_em.cli.main import run
 from ocelot_em.errors import InputChangedError, InvalidInputError
 from ocelot_em.kernels import build, suppression
@@ -313,6 +313,8 @@ def test_command_line_after_a_move_of_the_search(tmp_path, capsys):
     (tmp_path / "RUN").rename(tmp_path / "MOVED")
     output = tmp_path / "new" / "ROWS.parquet"
     command = ["detections", str(tmp_path / "OUT"), "--output", str(output), "--cutoff", "7"]
+    assert run([*command[:3], str(output.with_suffix(".csv"))]) == REFUSED
+    assert "ends in .parquet, got '.csv'" in capsys.readouterr().err.replace("\n", " ")
     assert run(command) != DONE
     assert "RUN" in capsys.readouterr().err
     command += ["--search", str(tmp_path / "MOVED"), "--min-distance", "8", "--min-angle", "30"]
@@ -378,10 +380,17 @@ def test_a_mask_leaves_out_rows_and_pixels_of_the_cutoff(merged, tmp_path, capsy
     for name in {*rows} - {"rank"}:
         np.testing.assert_array_equal(rows[name], every[name][kept])
     np.save(tmp_path / "ice.npy", allowed)
-    command = ["detections", merged, "--output", tmp_path / "ICE", "--mask", tmp_path / "ice.npy"]
+    command = [
+        "detections",
+        merged,
+        "--output",
+        tmp_path / "ICE.parquet",
+        "--mask",
+        tmp_path / "ice.npy",
+    ]
     assert run([*map(str, command), "--cutoff", "6"]) == DONE
     assert "mask ice.npy of the map" in capsys.readouterr().out.replace("\n", " ")
-    about = json.loads(pq.read_schema(tmp_path / "ICE").metadata[b"ocelot_em.about"])
+    about = json.loads(pq.read_schema(tmp_path / "ICE.parquet").metadata[b"ocelot_em.about"])
     assert about["area"] == "mask ice.npy of the map"
 
 

@@ -88,7 +88,9 @@ def test_relions_table_has_a_row_for_each_micrograph(tmp_path, name):
     )
 
 
-@pytest.mark.parametrize(("name", "got"), [(None, "got 2; name"), ("B", "got 0 of that name")])
+@pytest.mark.parametrize(
+    ("name", "got"), [(None, "got 2; name"), ("B", "named B, got 0 of that name")]
+)
 def test_the_micrographs_of_a_table_are_named(tmp_path, name, got):
     (tmp_path / "ctf.star").write_text(RELION)
     with pytest.raises(InvalidInputError, match=rf"{got}.*A_01\.mrc, .*A_02\.mrc"):

@@ -9,6 +9,7 @@ from cyclopts import Group, Parameter
 
 from ocelot_em.cli.console import open_console
 from ocelot_em.cli.parameters import MapName, Merged, PathOrUrl, require_stores
+from ocelot_em.errors import InvalidInputError
 from ocelot_em.model.options import Options
 from ocelot_em.model.pick_options import DetectionOptions, PickOptions
 
@@ -209,7 +210,7 @@ def detections(
     Parameters
     ----------
     output
-        Parquet file to write, beside which a temporary file may need room.
+        Parquet file to write (.parquet), beside which a temporary file may need room.
     overwrite
         Replace an existing file.
     exposure
@@ -222,6 +223,10 @@ def detections(
     from ocelot_em.store.whole_file import refuse_existing
 
     place = Path(output)
+    if place.suffix.lower() != ".parquet":
+        raise InvalidInputError(
+            f"{output}: expected a name that ends in .parquet, got {place.suffix!r}"
+        )
     refuse_existing([place], overwrite)
     place.parent.mkdir(parents=True, exist_ok=True)
     found = find_detections(

@@ -299,8 +299,8 @@ def _number_of(table: _Micrographs, micrograph: str | None, path: Path) -> int:
     shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
     got = f"{len(matching)} of that name" if micrograph is not None else f"{len(names)}"
     raise InvalidInputError(
-        f"{path}: expected one micrograph, got {got}; name one of them (--micrograph, "
-        f"micrograph): {shown}"
+        f"{path}: expected one micrograph{f' named {micrograph}' * (micrograph is not None)}, got "
+        f"{got}; name one of them (--micrograph, micrograph): {shown}"
     )
 
 

@@ -120,8 +120,9 @@ class DetectionOptions(Options):
     micrograph
         Name of the micrograph, for the table. Default: that of the result, without ``.zarr``.
     mask
-        Where particles may be, as for :class:`PickOptions`: an image, or polygons in which they may
-        not. Default: everywhere.
+        Where particles may be: an image (.mrc, .npy, .h5; a Zarr array), not 0 where they may; or
+        the vertices of polygons (.csv) in which they may not. Pixels outside do not count for the
+        cutoff. Default: everywhere.
     mask_of
         What the mask is of: ``micrograph`` or ``map``. Default: whichever has its shape.
     mask_marks

@@ -129,8 +129,11 @@ def _by_decoy(
     if merged is not None and merged.plan.group_by:
         searched |= {own.id: own.projections for own in merged.summary.attributes.exposures}
     if decoy not in searched:
-        known = ", ".join(sorted(searched)) or "none, because there are no groups"
-        raise InvalidInputError(f"decoy: expected one of {known}, got {decoy!r}")
+        known = ", ".join(sorted(searched)) or "none, because there are none"
+        raise InvalidInputError(
+            f"decoy (--estimates): expected the name of a group ({known}), a table of particles "
+            f"(.csv, .parquet), or noise, got {decoy!r}"
+        )
     is_decoy = particles.columns[GROUP] == decoy
     own = searched.pop(decoy)
     scale = sum(searched.values()) / (own or np.inf)

@@ -224,7 +224,8 @@ def plan_batch(
         problems = [f"micrograph {name}: {problem}" for name, problem in plan.bad.items()]
         more, shown = len(problems) - _PROBLEMS_SHOWN, problems[:_PROBLEMS_SHOWN]
         hint = "" if options.skip_bad else "mend them, or leave them out (--skip-bad)"
-        raise InvalidInputError([*shown, *filter(None, [f"and {more} more" * (more > 0), hint])])
+        ending = filter(None, [f"and {more:,} more" * (more > 0), hint])  # is no problem itself
+        raise InvalidInputError([*shown[:-1], "\n  ".join([shown[-1], *ending])])
     needed, free = sum(one.nbytes_out for one in plan.good), open_objects(url).free_bytes()
     if free is not None and needed > free:
         raise PlanError(
