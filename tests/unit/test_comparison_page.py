@@ -1,7 +1,9 @@
 """The page and the command of two searches side by side."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from browser import CHROMIUM, open_page, wait_for
@@ -59,9 +61,18 @@ def test_the_command_writes_a_page_and_a_table(searches, without_rendering, tmp_
 def test_a_page_of_tables_has_no_maps(searches, without_rendering, tmp_path):
     particles = find_peaks(searches / "A.zarr")
     empty = particles[particles["mip"] < 0]
+    z = particles["scaled_mip"]
+    group = {
+        "group": np.full(len(z), "apo"),
+        "second_zscore": z - 1,
+        "zscore_difference": 0 * z + 1,
+    }
+    particles = replace(particles, columns=dict(particles.columns) | group)
     place = write_comparison(compare(particles, empty), tmp_path / "page.html")
     assert 'id="maps"' not in place.read_text()
     assert "No particle was found in both with its orientation" in words(place)
+    assert "found in group in A z in A" in words(place)
+    assert "only A apo" in words(place)
 
 
 @pytest.mark.slow

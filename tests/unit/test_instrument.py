@@ -110,6 +110,8 @@ def test_the_slider_has_the_estimates_at_every_cutoff(crops, is_given):
     data = live_data(report_page(crops, particles=particles))
     slider = next(root for root in data["document"]["roots"] if root["name"] == "Slider")
     start, step, cutoff = (slider["attributes"][name] for name in ("start", "step", "value"))
+    assert ("precision" in data["titles"]) == is_given  # also beside peaks below the cutoff
+    assert ("recall" in data["columns"]) == is_given
     z = particles["scaled_mip"]
     for number, precision in enumerate(data["estimates"]["precision"]):
         level = start + step * number

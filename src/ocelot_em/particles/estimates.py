@@ -223,7 +223,8 @@ def with_weaker(merged: MergedResult, found: ParticleTable) -> ParticleTable:
     """Return particles and, as far as the merge recorded them, peaks below their cutoff.
 
     Not where exposures or groups have their own cutoffs, not of p-values or ``mip``, for which
-    maps would have to be read, and not in an area that is not known any more.
+    maps would have to be read, and not in an area that is not known any more. Estimates of those
+    below are unknown.
     """
     about, picking = found.about, found.picking
     if merged.attributes.exposures or about is None or found.ranked_by != SCALED_MIP:
@@ -235,8 +236,9 @@ def with_weaker(merged: MergedResult, found: ParticleTable) -> ParticleTable:
         return found
     own = {"method": "gaussian", "cutoff": level, "min_distance": about.min_distance_px}
     weaker = (picking or PickOptions()).model_copy(update=own)
-    others = pick_again(merged, weaker).columns
+    others = dict(pick_again(merged, weaker).columns)
     below = others[SCALED_MIP] < np.float32(about.cutoff)
+    others |= dict.fromkeys((PRECISION, RECALL), np.full(len(below), np.nan))
     columns = {
         name: np.concatenate([values, others[name][below]])
         for name, values in found.columns.items()

@@ -15,7 +15,7 @@ from ocelot_em.model.html import render
 from ocelot_em.model.maps import AnyArray, Float32, Float64
 from ocelot_em.model.text import number_text
 from ocelot_em.particles.comparison import BOTH, ONLY_A, ONLY_B, ComparedSearch, Comparison
-from ocelot_em.particles.table import MICROGRAPH
+from ocelot_em.particles.table import GROUP, MICROGRAPH
 from ocelot_em.store.whole_file import refuse_existing, write_file
 from ocelot_em.view import figures, live_figures, plots
 from ocelot_em.view.index import short_names
@@ -50,6 +50,8 @@ _LISTED: Mapping[str, tuple[str, str]] = {
     "rank": ("rank", "0"),
     MICROGRAPH: ("micrograph", ""),
     "found_in": ("found in", ""),
+    f"{GROUP}_a": ("group in A", ""),
+    f"{GROUP}_b": ("group in B", ""),
     "zscore_a": ("z in A", "0.000"),
     "zscore_b": ("z in B", "0.000"),
     "zscore_difference": ("z, B - A", "0.000"),
@@ -62,7 +64,7 @@ _LISTED: Mapping[str, tuple[str, str]] = {
     "defocus_difference": ("defocus, B - A (Å)", "0"),
 }
 """Columns of the page's table: titles, and formats of numbers. The micrograph is only listed if
-there are several."""
+there are several, and a group if the search has any."""
 
 _ROWS = 40
 """Maximum number of printed rows."""
@@ -153,8 +155,10 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def _listed(comparison: Comparison) -> Mapping[str, tuple[str, str]]:
-    several = len(np.unique(comparison.columns[MICROGRAPH])) > 1
-    return {name: look for name, look in _LISTED.items() if several or name != MICROGRAPH}
+    known = {*comparison.columns}
+    if len(np.unique(comparison.columns[MICROGRAPH])) <= 1:
+        known.discard(MICROGRAPH)
+    return {name: look for name, look in _LISTED.items() if name in known}
 
 
 def _median(values: AnyArray) -> float | None:

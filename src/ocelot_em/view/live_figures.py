@@ -19,7 +19,9 @@ from ocelot_em.particles.table import (
     EXPOSURE,
     GROUP,
     NEG_LOG_P,
+    PRECISION,
     RANK,
+    RECALL,
 )
 from ocelot_em.store.attributes import MergedAttributes
 from ocelot_em.view import figures, statistics_plots
@@ -44,6 +46,8 @@ LISTED: Mapping[str, tuple[str, str]] = {
     SECOND_ZSCORE: ("second z", "0.000"),
     DIFFERENCE: ("difference", "0.000"),
     NEG_LOG_P: ("-ln p", "0.00"),
+    PRECISION: ("precision", "0.00"),
+    RECALL: ("recall", "0.00"),
     "phi": ("φ (°)", "0.0"),
     "theta": ("θ (°)", "0.0"),
     "psi": ("ψ (°)", "0.0"),
