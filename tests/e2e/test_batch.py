@@ -201,6 +201,8 @@ def test_bad_micrographs_are_named_and_skipped_on_request(searches, tmp_path, ca
     assert run([*words, "--skip-bad"]) == FAILED
     printed = capsys.readouterr().out
     assert "skipped M4: " in printed
+    assert printed.count("M4: tile (0, 0) failed: ") == 1
+    assert printed.count("M4: tile (0, 0) failed and will be retried: ") == 1
     assert "corrupt" in printed
     table = pd.read_csv(folder / "index_results.csv").set_index("micrograph")
     assert list(table.index) == list(NAMES)
@@ -311,6 +313,7 @@ def test_searches_of_one_name_are_groups_of_one_micrograph(searches, tmp_path, c
     here = table[table["micrograph"] == "M1"]
     for column in ("pos_y", "pos_x", "scaled_mip", "group", "zscore_difference"):
         np.testing.assert_array_equal(here[column], own[column])
+    assert pd.read_csv(tmp_path / "out" / "index_results.csv")["exposures"].tolist() == [0, 0]
 
 
 def test_two_runs_do_not_write_one_folder(searches, tmp_path):

@@ -83,7 +83,7 @@ class BatchProgress(TileProgress):
     def tile_ended(self, outcome: Outcome) -> None:
         """Count a tile, and say why it failed."""
         if outcome.summary is None:
-            self.bar.say(f"{self._name}: tile {outcome.iy, outcome.ix} failed: {outcome.error}")
+            self.bar.say(f"{self._name}: {self.failure_text(outcome)}")
         super().tile_ended(outcome)
         self._show()
 

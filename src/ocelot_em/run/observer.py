@@ -117,6 +117,12 @@ class TileProgress(Observer):
             own = spent["read"] + spent["fold"] + spent["write"]
             self.pace.step(round(outcome.summary.decoded_nbytes), own)
 
+    def failure_text(self, outcome: Outcome) -> str:
+        """State why a tile failed that has not been counted yet, and whether it is retried."""
+        where = outcome.iy, outcome.ix
+        again = outcome.is_transient and where not in self.failed
+        return f"tile {where} failed{' and will be retried' * again}: {outcome.error}"
+
     @property
     def share(self) -> float:
         """Fraction of the tiles that are done."""
@@ -179,10 +185,8 @@ class MergeBar(TileProgress):
 
     def tile_ended(self, outcome: Outcome) -> None:
         """Count a tile, and say why it failed."""
-        where = outcome.iy, outcome.ix
         if outcome.summary is None:
-            again = outcome.is_transient and where not in self.failed
-            self.bar.say(f"tile {where} failed{' and will be retried' * again}: {outcome.error}")
+            self.bar.say(self.failure_text(outcome))
         super().tile_ended(outcome)
         self._show(now=self.n_done == self.n_tiles)
 

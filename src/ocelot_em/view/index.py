@@ -285,7 +285,7 @@ def judged(
         pixel_size_angstrom=attributes.pixel_size_angstrom,
         projections=attributes.total_projections,
         partials=len(attributes.partials),
-        exposures=len(attributes.exposures),
+        exposures=len(attributes.outlined),  # not groups
         finished=attributes.finished or "",
     )
     return Entry(row, _thumbnail(merged)), particles
