@@ -186,7 +186,7 @@ def test_an_exposure_that_comes_later_changes_only_tiles_that_it_touches(tmp_pat
         ocelot_em.merge(search, scratch, tile_size=16)
         assert chunk_bytes(output) == chunk_bytes(scratch)
         assert ocelot_em.check(output) == []
-        cutoff = {"cutoff": 0.5, "min_distance": 2.0}
+        cutoff = {"cutoff": 0.5, "min_distance": 2.0, "micrograph": "M1"}
         table, again = (ocelot_em.find_peaks(p, **cutoff) for p in (output, scratch))
         for name, values in table.columns.items():
             np.testing.assert_array_equal(values, again.columns[name], err_msg=name)

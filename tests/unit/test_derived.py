@@ -67,7 +67,8 @@ def tools(place):
     whole = Region.whole(merged.attributes.shape)
     made |= {f"read {name}": merged.read(whole, name) for name in lazy}
     for method in ("gaussian", "pvalue"):
-        table = ocelot_em.find_peaks(place, method=method, cutoff=0.1, min_distance=2)
+        options = {"cutoff": 0.1, "min_distance": 2, "micrograph": "M1"}
+        table = ocelot_em.find_peaks(place, method=method, **options)
         made |= {f"{method} {name}": values for name, values in table.columns.items()}
     made |= {f"pixels {n}": p for n, p in enumerate(Population(merged, 0).values())}
     histograms = merged.summary.histograms

@@ -7,7 +7,7 @@ writer.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -44,7 +44,9 @@ def converted(
 
 def is_map_of_counts(value: object) -> bool:
     """Whether counts differ from pixel to pixel, rather than being one number for all of them."""
-    return bool(math.prod(np.shape(cast(Any, value))) > 1)
+    if isinstance(value, list | tuple):
+        return len(value) > 1
+    return math.prod(getattr(value, "shape", ())) > 1  # of any device
 
 
 def layout_problems(
