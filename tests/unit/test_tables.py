@@ -718,7 +718,8 @@ def test_what_is_no_parquet_file_is_refused(tmp_path, content):
 
 # All of them
 
-IN_EVERY_TABLE = ("micrograph", "rank", "mip", "scaled_mip", *GROUP_COLUMNS)
+ESTIMATES = ("precision", "recall")
+IN_EVERY_TABLE = ("micrograph", "rank", "mip", "scaled_mip", *GROUP_COLUMNS, *ESTIMATES)
 LEOPARDS = {"micrograph_path": "micrograph"}
 IN_STAR_FILES = {
     "rlnMicrographName": "micrograph",
@@ -730,15 +731,18 @@ IN_STAR_FILES = {
     "ocelotGroup": "group",
     "ocelotSecondZscore": "second_zscore",
     "ocelotZscoreDifference": "zscore_difference",
+    "ocelotPrecision": "precision",
+    "ocelotRecall": "recall",
 }
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet", "napari", "leopard", "relion", "cistem"])
-def test_every_table_has_micrograph_rank_group_and_both_scores(tmp_path, form):
+def test_every_table_has_micrograph_rank_group_scores_and_estimates(tmp_path, form):
     plain, rng = make_table(5), np.random.default_rng(2)
     scores = rng.random(5).astype("f4")
     groups = np.array(["apo", "holo", "data_1", "apo", "loop_"])
     columns = dict(zip(GROUP_COLUMNS, (groups, scores, plain["scaled_mip"] - scores), strict=True))
+    columns |= {"precision": np.linspace(1, 0.5, 5), "recall": np.array([0.25, 0.5, 1, 1, np.nan])}
     table = of_micrograph(ParticleTable({**plain.columns, **columns}), "M1")[[3, 0, 2]]
     path = tmp_path / "T"
     optics = replace(OPTICS, micrograph="M1")

@@ -32,8 +32,10 @@ from ocelot_em.particles.table import (
     GROUP,
     GROUP_COLUMNS,
     INCOMPLETE_COLUMNS,
+    PRECISION,
     RANK,
     RANK_IN_MICROGRAPH,
+    RECALL,
     ParticleTable,
     is_formula,
     require_table,
@@ -146,7 +148,7 @@ def write_leopard_csv(
     paths = {"micrograph_path": optics.micrograph, "template_path": optics.template}
     paths |= {name: extra.get(name, "") for name in LEOPARD_MAPS}
     columns |= {name: f"./{p}" if is_formula(p) else p for name, p in paths.items()}
-    more = *GROUP_COLUMNS, *INCOMPLETE_COLUMNS
+    more = *GROUP_COLUMNS, PRECISION, RECALL, *INCOMPLETE_COLUMNS
     columns |= {name: own[name] for name in more if name in own}
     text = _frame(table, columns).to_csv(index=False, lineterminator="\n")
     return write_file(output, text.encode(), overwrite=overwrite)
@@ -161,8 +163,8 @@ def write_relion_star(
     ``rlnOriginXAngst`` and ``rlnOriginYAngst``, which RELION subtracts from the coordinates. Image
     size and pixel size are those of the template and the micrograph; images that RELION extracts
     have their own. ``rlnAutopickFigureOfMerit`` is the z-score. Defocus is the micrograph's plus
-    the particle's. Rank, ``mip`` and what is known of groups have columns that begin with
-    ``ocelot``: RELION says that it does not know them, and keeps them.
+    the particle's. Rank, ``mip``, estimates and what is known of groups have columns that
+    begin with ``ocelot``: RELION says that it does not know them, and keeps them.
 
     Raises
     ------
@@ -269,9 +271,9 @@ def write_cistem_star(
     """Write template matches in cisTEM's own STAR format.
 
     Positions are distances in Å from the micrograph's first pixel to the particle's centre, in
-    whole pixels as in cisTEM; defocus is absolute; the score is the z-score. Rank, ``mip`` and what
-    is known of groups have columns that begin with ``ocelot``, which cisTEM ignores. It cannot read
-    a file without particles.
+    whole pixels as in cisTEM; defocus is absolute; the score is the z-score. Rank, ``mip``,
+    estimates and what is known of groups have columns that begin with ``ocelot``, which cisTEM
+    ignores. It cannot read a file without particles.
 
     Raises
     ------
@@ -337,6 +339,8 @@ _OWN: Mapping[str, str] = {
     GROUP: "ocelotGroup",
     SECOND_ZSCORE: "ocelotSecondZscore",
     DIFFERENCE: "ocelotZscoreDifference",
+    PRECISION: "ocelotPrecision",
+    RECALL: "ocelotRecall",
 }
 """Columns that have no name in other programs: RELION keeps them, cisTEM ignores them."""
 
