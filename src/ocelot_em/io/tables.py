@@ -92,9 +92,9 @@ def write_leopard_csv(
     deviation, as in Leopard-EM; ``refined_pixel_size`` is the micrograph's pixel size, as before a
     refinement. Zernike coefficients, magnification matrix and map paths are text from the optics,
     or empty. The table has no columns for ``pixel_size_offset``, ``best_partial``, sub-pixel
-    positions and ``neg_log_p``. Those of groups, and ``searched_share`` of an incomplete search,
-    come after the 39. A path that a spreadsheet would interpret as a formula gets the prefix
-    ``./``.
+    positions and ``neg_log_p``. Those of groups and estimates, and ``searched_share`` of an
+    incomplete search, come after the 39. A path that a spreadsheet would interpret as a formula
+    gets the prefix ``./``.
 
     Raises
     ------
