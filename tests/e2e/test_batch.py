@@ -18,6 +18,7 @@ from ocelot_em import (
     Optics,
     ParticleTable,
     Simulation,
+    estimate,
     find_peaks,
     merge,
     merge_many,
@@ -304,15 +305,23 @@ def test_searches_of_one_name_are_groups_of_one_micrograph(searches, tmp_path, c
     with pytest.raises(InvalidInputError, match="with --group-by, searches of one name are groups"):
         merge_many([*apo, holo], tmp_path / "out")
     words = ["batch", *map(str, [*apo, holo]), "--output", str(tmp_path / "out")]
-    assert run([*words, "--group-by", "template"]) == DONE
+    assert run([*words, "--group-by", "template", "--estimates", "holo"]) == DONE
     assert "2 micrographs, 4 searches" in capsys.readouterr().out
     merge([apo[0], holo / "M1.zarr"], tmp_path / "alone", group_by="template")
     table = ParticleTable.read_csv(tmp_path / "out" / "particles.csv")
-    own = find_peaks(tmp_path / "alone")
+    own = estimate(find_peaks(tmp_path / "alone"), decoy="holo")
     assert {*own["group"]} == {"searches", "holo"}
     here = table[table["micrograph"] == "M1"]
-    for column in ("pos_y", "pos_x", "scaled_mip", "group", "zscore_difference"):
+    for column in ("pos_y", "pos_x", "scaled_mip", "group", "zscore_difference", "precision"):
         np.testing.assert_array_equal(here[column], own[column])
+    assert (np.isnan(here["precision"]) == (here["group"] == "holo")).all()
+    options = {"group_by": "template", "method": "mip", "cutoff": 1.0}
+    with pytest.raises(InvalidInputError, match="there is no model of noise for the method mip"):
+        merge_many([*apo, holo], tmp_path / "out", estimates="noise", **options)
+    again = merge_many([*apo, holo], tmp_path / "out", group_by="template", estimates="noise")
+    assert (again.n_merged, again.n_picked) == (0, 2)
+    table = ParticleTable.read_csv(tmp_path / "out" / "particles.csv")
+    assert ((table["precision"] > 0.5) & (table["recall"] > 0)).all()
     assert pd.read_csv(tmp_path / "out" / "index_results.csv")["exposures"].tolist() == [0, 0]
 
 

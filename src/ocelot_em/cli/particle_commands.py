@@ -185,11 +185,11 @@ def with_estimates(
 ) -> "ParticleTable":
     """Return particles with estimates by noise, a group or a table; without any if it is None."""
     from ocelot_em.io.tables import read_particles
-    from ocelot_em.particles.estimates import estimate
+    from ocelot_em.particles.estimates import NOISE, estimate
 
     if by is None:
         return table
-    decoy: Any = None if by == "noise" else str(by)
+    decoy: Any = None if by == NOISE else str(by)
     if decoy and Path(decoy).suffix.lower() in (".csv", ".parquet"):
         decoy = read_particles(decoy)
     return estimate(table, merged, decoy=decoy)

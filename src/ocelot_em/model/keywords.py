@@ -106,6 +106,7 @@ class BatchKeywords(PickKeywords, MergeKeywords, total=False):
 
     tables: str | Sequence[str]
     reports: bool
+    estimates: str | None
     skip_bad: bool
 
 

@@ -18,6 +18,9 @@ from ocelot_em.particles.significance import gev_above
 from ocelot_em.particles.table import GROUP, NEG_LOG_P, PRECISION, RECALL, ParticleTable
 from ocelot_em.store.statistics_attributes import StatisticsAttributes
 
+NOISE = "noise"
+"""Name of the estimates by the model of noise, among the names of decoys."""
+
 MAX_ERROR = 0.1
 """Maximum standard error of a number of true particles, as a fraction of it, to count as all."""
 

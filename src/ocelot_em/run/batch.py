@@ -113,7 +113,7 @@ def merge_many(
         Receives the events of all merges.
     **options
         The fields of :class:`BatchOptions`, which are those of :class:`MergeOptions` and
-        :class:`PickOptions`, and ``tables``, ``reports`` and ``skip_bad``.
+        :class:`PickOptions`, and ``tables``, ``reports``, ``estimates`` and ``skip_bad``.
 
     Returns
     -------
@@ -237,7 +237,8 @@ def _pick(plan: BatchPlan, one: PlannedMicrograph) -> Judged:
     """Pick the particles of a merged micrograph; write its table, its report and its record."""
     name, merged = one.name, MergedResult.open(one.result)
     plan.record_of(name).unlink(missing_ok=True)
-    entry, particles = judged(merged, name, plan.picking_of(name), plan.report_of(name))
+    own = plan.picking_of(name), plan.report_of(name), plan.options.estimates
+    entry, particles = judged(merged, name, *own)
     of_micrograph(particles, name).to_csv(plan.table_of(name))
     made_from, table = plan.made_from(name, merged.attributes), plan.digest_of(name)
     found = Judged(made_from, table, entry, particles.incomplete_text)

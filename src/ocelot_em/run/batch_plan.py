@@ -36,6 +36,7 @@ from ocelot_em.model.batch_options import BatchOptions
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.model.regions import template_box_of
 from ocelot_em.model.threads import map_in_threads
+from ocelot_em.particles.estimates import NOISE
 from ocelot_em.particles.table import ParticleTable
 from ocelot_em.run.api import PathOrUrl, plan_merge
 from ocelot_em.run.micrographs import Micrograph, find_micrographs, is_result
@@ -163,7 +164,8 @@ class BatchPlan:
             mask = str(mask), file_identity(Path(mask))
         elif mask is not None:  # pixels in memory or in a folder may be others each time
             mask = uuid4().hex
-        return json.dumps([facts, mask, picking.model_dump(mode="json", exclude={"mask"})])
+        known = facts, mask, self.options.estimates
+        return json.dumps([*known, picking.model_dump(mode="json", exclude={"mask"})])
 
     def judged(self, name: str, attributes: MergedAttributes) -> Judged | None:
         """Return what is kept of a micrograph, if it still holds."""
@@ -212,6 +214,11 @@ def plan_batch(
     if not is_local(url) or Path(url).is_file():
         raise InvalidInputError(f"{url}: expected a folder on this machine as the output")
     refuse_existing([Path(url) / "index.html"], overwrite=True)
+    if options.estimates == NOISE and options.method == "mip":
+        raise InvalidInputError(
+            "estimates: expected the name of a group that is a decoy, because there is no model of "
+            f"noise for the method mip, got {NOISE}"
+        )
     nothing = ParticleTable.empty()  # fail now if a package is missing
     with TemporaryDirectory() as place, open_tables(Path(place), options.tables, nothing, {}):
         pass

@@ -28,6 +28,7 @@ from ocelot_em.model.keywords import PickKeywords, takes
 from ocelot_em.model.maps import SECOND_ZSCORE
 from ocelot_em.model.pick_options import PickOptions
 from ocelot_em.particles.areas import Area
+from ocelot_em.particles.estimates import NOISE, estimate
 from ocelot_em.particles.picking import pick_particles
 from ocelot_em.particles.table import GROUP, ParticleTable
 from ocelot_em.store.attributes import MergedAttributes
@@ -247,20 +248,29 @@ def _entry(name: str, url: str, path: Path, picking: PickOptions) -> Entry:
 
 
 def judged(
-    merged: MergedResult, name: str, picking: PickOptions, report: Path | None = None
+    merged: MergedResult,
+    name: str,
+    picking: PickOptions,
+    report: Path | None = None,
+    estimates: str | None = None,
 ) -> tuple[Entry, ParticleTable]:
     """Pick particles and write the report if one is wanted; return the entry and the particles.
+
+    ``estimates`` adds those of precision and recall: by ``noise``, or by the name of a decoy group.
 
     Raises
     ------
     OcelotError
-        The result cannot be read, or the report not be written.
+        The result cannot be read, the report not be written, or there is no such group.
     """
     try:
         particles, reason = pick_particles(merged, picking), ""
     except InvalidInputError as error:  # nothing was searched, or too little for a cutoff
         Area.of(merged, picking)  # a mask that does not fit is an error of its own
         particles, reason = ParticleTable.empty(), f"No particles could be picked: {error}"
+    if estimates is not None and not reason:
+        decoy = None if estimates == NOISE else estimates
+        particles = estimate(particles, merged, decoy=decoy)
     data = read_report_data(merged, particles)
     warnings = [*filter(None, [reason]), *warnings_of(data)]
     if report is not None:
