@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -199,7 +200,7 @@ def test_other_files_beside_a_lock_do_not_matter(place):
 def test_of_many_that_want_a_left_lock_one_gets_it(place):
     left_by(place, started=1)
     n = 8
-    together, done = threading.Barrier(n), threading.Barrier(n)
+    together, done = (threading.Barrier(n, timeout=HANGING_SECONDS) for _ in range(2))
     ends = []
 
     def contend():
@@ -218,6 +219,21 @@ def test_of_many_that_want_a_left_lock_one_gets_it(place):
     for thread in threads:
         thread.join()
     assert sorted(ends) == ["held", *["refused"] * (n - 1)]
+    assert keys(place) == []
+
+
+def test_a_run_that_gives_up_while_its_folder_is_taken_over_does_not_matter(tmp_path, monkeypatch):
+    listed = Path.iterdir
+
+    def with_one_that_has_gone(folder):
+        yield from listed(folder)
+        if folder.name == "lock":
+            yield folder / "#7"
+
+    monkeypatch.setattr(Path, "iterdir", with_one_that_has_gone)
+    place = open_objects(tmp_path / "OUT.zarr")
+    with OutputLock(place) as held:
+        assert keys(place) == [held.key]
     assert keys(place) == []
 
 

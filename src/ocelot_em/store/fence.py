@@ -246,10 +246,12 @@ class _HeldFolder(_Held, LocalObjects):
                 if other == self._own or not _OWN_FOLDER.fullmatch(other.name):
                     continue
                 replaced = other / _REPLACED
-                if replaced.is_dir() and not (other.is_symlink() or replaced.is_symlink()):
-                    self._while_held(partial(replaced.rename, self._aside))
+                with contextlib.suppress(FileNotFoundError):  # its run gave up meanwhile
+                    if replaced.is_dir() and not (other.is_symlink() or replaced.is_symlink()):
+                        self._while_held(partial(replaced.rename, self._aside))
+                    self._discard(other)
+                if self._aside.is_dir():
                     self._restore()
-                self._discard(other)
 
         self._guard("write", FOLDER, action)
 
