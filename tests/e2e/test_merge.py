@@ -366,6 +366,10 @@ def test_the_same_partial_twice_is_refused(search: Path, tmp_path: Path) -> None
     with pytest.raises(InvalidInputError, match="counted each time") as error:
         merge([tmp_path / "A.zarr", search], tmp_path / "B.zarr")
     assert len(error.value.problems) == 4
+    copies = [shutil.copytree(search, tmp_path / f"{n}.zarr") for n in range(7)]
+    with pytest.raises(InvalidInputError, match=r"given 7 times.*4\.zarr.*; and 2 more") as error:
+        merge(copies, tmp_path / "B.zarr")
+    assert "5.zarr" not in str(error.value)
     with pytest.raises(InvalidInputError, match="more than once"):
         merge([search, search], tmp_path / "B.zarr")
 

@@ -252,6 +252,10 @@ def _numbered(sources: Sequence[Source]) -> tuple[Source, ...]:
     return tuple(source.model_copy(update={"first_number": first}) for source, first in numbered)
 
 
+_PLACES_SHOWN = 5
+"""Maximum number of places of one partial in an error."""
+
+
 def _duplicates(sources: Sequence[Source]) -> list[str]:
     origins: dict[str, list[str]] = {}
     for source in sources:
@@ -260,7 +264,8 @@ def _duplicates(sources: Sequence[Source]) -> list[str]:
             origins.setdefault(contribution.id, []).append(source.place + inside)
     return [
         f"the same partial is given {len(found)} times, and would be counted each time: "
-        + "; ".join(found)
+        + "; ".join(found[:_PLACES_SHOWN])
+        + f"; and {len(found) - _PLACES_SHOWN:,} more" * (len(found) > _PLACES_SHOWN)
         for found in origins.values()
         if len(found) > 1
     ]
