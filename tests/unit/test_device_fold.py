@@ -26,6 +26,7 @@ from ocelot_em.kernels.cuda import MAX_SOURCES, CudaKernels
 from ocelot_em.merge.memory_model import DEVICE_TABLES_NBYTES
 from ocelot_em.merge.result import MergedResult
 from ocelot_em.model.maps import MapSet, PartialMaps, PoseForm
+from ocelot_em.model.search_space import SearchSpace
 from ocelot_em.store.transfer import Arrival
 from stacks import SPACE as TEST_SPACE
 from stacks import as_partial, assert_same, draw_partial, fold_at_once
@@ -261,6 +262,27 @@ def test_what_does_not_go_together_is_refused(tmp_path, rng, options, message):
 def cuda():
     host_kernels()
     return CudaKernels(HostDevice())
+
+
+def test_tables_stay_while_a_kernel_reads_them(cuda, monkeypatch):
+    """Even if another thread needs another search space meanwhile, as with groups."""
+    maps, other = MapSet(PoseForm.INDEXED), SearchSpace.from_tables(np.full((5, 3), 7), [0], [0])
+    acc = cuda.identity((3, 37), maps)
+    cuda.fold_all(acc, [draw_partial(np.random.default_rng(0), (3, 37), maps, 0)], TEST_SPACE)
+    device, launch, sizes = cuda._device, cuda._device.launch, []
+
+    def meanwhile(*arguments):
+        sizes.append(device.nbytes)
+        cuda._on_device(other)
+        sizes.append(device.nbytes)
+        launch(*arguments)
+
+    monkeypatch.setattr(device, "launch", meanwhile)
+    merged = cuda.finalise(acc, maps, TEST_SPACE)
+    assert sizes[1] == sizes[0] + 4 * (15 + 1 + 1)
+    np.testing.assert_array_equal(
+        merged["best_defocus"], TEST_SPACE.decode(merged["best_global_index"])[3]
+    )
 
 
 @pytest.mark.parametrize("form", list(PoseForm))

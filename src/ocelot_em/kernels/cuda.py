@@ -115,7 +115,9 @@ class CudaKernels:
         index, tables, sizes = MISSING, [MISSING] * len(TABLES), [0] * len(TABLES)
         if decoded is not None:
             index = address_of(checked(acc.pose[0], n, I4))
-            tables = [address_of(table) for table in self._on_device(decoded)]
+            # Kept until the kernel has ended: another thread may use another search space.
+            kept = self._on_device(decoded)
+            tables = [address_of(table) for table in kept]
             sizes = [len(getattr(decoded, name)) for name in TABLES]
         addresses = structure(*inputs, index, *_table(targets), *tables, *sizes)
         outside = self._zero()
@@ -150,16 +152,17 @@ class CudaKernels:
         return masked
 
     def _on_device(self, space: SearchSpace) -> tuple[AnyArray, ...]:
-        """Return the tables of a search space on the device, copied only once."""
-        if self._tables is None or self._tables[0] is not space:
+        """Return the tables of a search space on the device, copied unless it was the last one."""
+        last = self._tables
+        if last is None or last[0] is not space:
             copies = []
             for name in TABLES:
                 flat = np.ascontiguousarray(getattr(space, name)).reshape(-1)
                 copy = self._device.empty(flat.size, flat.dtype)
                 self._device.copy_in(flat, copy).synchronize()
                 copies.append(copy)
-            self._tables = space, tuple(copies)
-        return self._tables[1]
+            last = self._tables = space, tuple(copies)
+        return last[1]
 
     def _zero(self) -> AnyArray:
         zero = self._device.empty(1, I8)
